@@ -1,0 +1,249 @@
+"""The whole configuration as frozen dataclasses, one per stage; every field is documented where it is declared.
+
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the same names. It is turned into `Config` once,
+here, and from then on nothing looks anything up by string. A file states what differs from the defaults below.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokalign_jax.errors import UserError
+
+EMBEDDED = "embedded"
+"""Names the source model, target tokenizer or corpus that ships inside the package (`tokalign_jax/demo`)."""
+
+AFTER_PREVIOUS = "after_previous"
+"""A start offset: the sequence after the last one that the previous training stage read."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How documents are read, de-duplicated and split."""
+
+    text_field: str = "text"
+    """Field (column) that holds a document's text."""
+    language_field: str = ""
+    """Field that holds a document's language or domain, for results by language. Empty: all documents are one group, `all`."""
+    hub_config: str = ""
+    """Config name when `corpus` is a hub dataset."""
+    hub_split: str = "train"
+    """Split when `corpus` is a hub dataset."""
+    budget_bytes: int = 5_000_000_000
+    """UTF-8 bytes of text to keep, held-out documents included; reading stops there."""
+    held_out_fraction: float = 0.005
+    """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results are measured on them."""
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Token vectors (GloVe) and how target tokens are matched to source tokens."""
+
+    file: str = ""
+    """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id": source_id}) or
+    `alignment.npz`."""
+    window: int = 15
+    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d."""
+    min_count: int = 5
+    """Tokens seen fewer times get no vector."""
+    vector_size: int = 300
+    """GloVe dimensions."""
+    iterations: int = 15
+    """GloVe passes over the co-occurrences."""
+    glove_learning_rate: float = 0.05
+    """GloVe AdaGrad rate."""
+    x_max: float = 10.0
+    """GloVe: co-occurrences from this count on have full weight."""
+    weight_power: float = 0.75
+    """GloVe: exponent (alpha) of the weighting below `x_max`."""
+    pivots: int = 300
+    """Shared tokens to which every vector is compared (relative representation)."""
+    neighbours: int = 10
+    """Neighbours for the hubness correction (CSLS)."""
+    similarity_threshold: float = 0.3
+    """Calibrated similarity (0: what chance gives, 1: the same) under which a target token falls back to the pieces of its
+    text."""
+    bleu_lines: int = 1000
+    """Held-out lines for BLEU-1 of the mapped target ids against the source ids."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on every projection: y = x W + (alpha / rank) dropout(x) A B."""
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage."""
+
+    method: Literal["embedding", "lora", "full"] = "embedding"
+    """What trains: `embedding` (input embedding and head only), `lora` (those and adapters on every projection), `full`."""
+    steps: int = 2500
+    """Optimizer steps; 0 skips the stage."""
+    learning_rate: float = 6.4e-4
+    """Peak rate of what the stage trains; with `lora`, of the adapters."""
+    embedding_learning_rate: float | None = None
+    """Peak rate of embedding and head in `lora` and `full` stages; None: the same as `learning_rate`."""
+    warmup_fraction: float = 0.03
+    """Share of the steps over which the rate rises from 0; a cosine then takes it down to 0."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    """Global norm to which the gradient of everything that trains is clipped."""
+    per_device_batch: int = 4
+    """Sequences a device holds at once."""
+    accumulation: int = 16
+    """Micro-batches a step: a step reads per_device_batch x devices x accumulation sequences."""
+    sequence_length: int = 2048
+    """Tokens a sequence."""
+    start_offset: int | float | str = AFTER_PREVIOUS
+    """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one pass over the corpus
+    (float below 1), or `after_previous`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint_every: int = 250
+    """Steps between checkpoints; a killed run loses at most this many."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines on the terminal (the metrics file has every step)."""
+    max_skipped_in_a_row: int = 5
+    """Non-finite steps in a row that stop the run."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The stream of training sequences."""
+
+    epochs: int = 0
+    """Passes over the corpus that the stream holds, each in another order; a start offset past its end is an error.
+    0: as many as the steps need, while an offset must lie within the first pass."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Precision and memory."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and of weights that do not train; what trains has float32 masters."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of storing its activations."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at once in the cross-entropy."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out documents."""
+
+    bytes_per_language: int = 200_000
+    """UTF-8 bytes of held-out text per language, whole documents, the last one cut."""
+    sequence_length: int = 1024
+    """Tokens of a window; a document longer than one is cut into several."""
+    batch: int = 8
+    """Windows per device at once."""
+    random_baseline: bool = True
+    """Also measure the model with every row of the new vocabulary drawn at random."""
+    prompts: tuple[str, ...] = ()
+    """Texts that the source and the adapted model continue, greedily; empty: openings of held-out documents."""
+    sample_tokens: int = 48
+    """Tokens of each continuation."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The Hugging Face folder."""
+
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    """Type of the written weights; `source`: each weight keeps the type it had."""
+    max_shard_bytes: int = 5_000_000_000
+    """Size past which the weights are split over several files."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    source_model: str = EMBEDDED
+    """Local folder or hub name (`name@revision` pins one) of the model that gets a new vocabulary, or `embedded`."""
+    target_tokenizer: str = EMBEDDED
+    """Local folder or hub name of the tokenizer it gets, or `embedded`."""
+    corpus: str | tuple[str, ...] = EMBEDDED
+    """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`."""
+    seed: int = 0
+    """The root of every random choice."""
+    text: TextConfig = field(default_factory=TextConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage1: StageConfig = field(default_factory=lambda: StageConfig(method="embedding", start_offset=0))
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(method="full", learning_rate=5e-5))
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str = "") -> Any:
+    """Builds `kind` from a mapping (a dict or ConfigDict), field by field.
+
+    Raises:
+      UserError: for a key that `kind` has not, naming the nearest one it has, or a value of another type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise UserError(
+                f"unknown config key '{prefix}{key}': {prefix or 'the top level'} has no such field; the nearest is "
+                f"'{prefix}{near[0]}' (all: {', '.join(fields)})"
+            )
+        arguments[key] = _checked(value, hints[key], f"{prefix}{key}")
+    # A group that is only partly given keeps the defaults that its parent declares for it (stage1 and stage2 differ).
+    defaults = {n: f.default_factory() for n, f in fields.items() if f.default_factory is not dataclasses.MISSING}
+    for key, default in defaults.items():
+        if dataclasses.is_dataclass(default) and key in arguments:
+            given = arguments[key]
+            arguments[key] = dataclasses.replace(default, **{k: getattr(given, k) for k in values[key]})
+    return kind(**arguments)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The plain nested dict of a config dataclass, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    """`value` as `hint` wants it; a whole number is welcome where a float is wanted, and a list where a tuple is."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise UserError(f"config key '{name}' is a group of fields, not the single value {value!r}")
+        return config_from_dict(value, typing.cast(type, hint), f"{name}.")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"config key '{name}' is {value!r}; it must be one of {list(typing.get_args(hint))}")
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = {typing.get_origin(o) or o for o in options}
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, bool) and bool not in kinds:
+        raise UserError(f"config key '{name}' is {value!r}; it must be of type {hint}")
+    if isinstance(value, int) and int not in kinds and float in kinds:
+        return float(value)
+    if not isinstance(value, tuple(kinds)):
+        raise UserError(f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
