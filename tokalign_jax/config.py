@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ml_collections.config_dict import ConfigDict, placeholder
+
 from tokalign_jax.errors import UserError
 
 EMBEDDED = "embedded"
@@ -204,7 +206,7 @@ def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise UserError(
-                f"unknown config key '{prefix}{key}': {prefix or 'the top level'} has no such field; the nearest is "
+                f"unknown config key '{prefix}{key}': there is no such field; the nearest is "
                 f"'{prefix}{near[0]}' (all: {', '.join(fields)})"
             )
         arguments[key] = _checked(value, hints[key], f"{prefix}{key}")
@@ -215,6 +217,25 @@ def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str
             given = arguments[key]
             arguments[key] = dataclasses.replace(default, **{k: getattr(given, k) for k in values[key]})
     return kind(**arguments)
+
+
+def default_config() -> ConfigDict:
+    """A ConfigDict of all defaults, for a config file to change; every field can then be overridden on the command line."""
+    values = ConfigDict(config_to_dict(Config()))
+    for group, name in _OF_SEVERAL_TYPES:
+        # A placeholder of type `object` lets the command line give a number where the default is a word.
+        holder = values[group] if group else values
+        value = holder[name]
+        del holder[name]
+        holder[name] = placeholder(object)
+        holder[name] = value
+    return values
+
+
+_OF_SEVERAL_TYPES = (
+    ("", "corpus"),
+    *((stage, name) for stage in ("stage1", "stage2") for name in ("start_offset", "embedding_learning_rate")),
+)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

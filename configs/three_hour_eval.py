@@ -1,0 +1,45 @@
+"""A judgement in about three hours on one GPU: 600 + 1,400 steps on 1 GB of text.
+
+    python -m tokalign_jax.main --config configs/three_hour_eval.py --workdir runs/three_hours
+
+Expected: enough to compare two choices (an alignment, a rate, a threshold) on the same model; not yet measured at Pythia-1B's size.
+"""
+
+from ml_collections import ConfigDict
+
+from tokalign_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.source_model = "EleutherAI/pythia-1b"
+    config.target_tokenizer = "Qwen/Qwen2-1.5B"
+    config.corpus = "monology/pile-uncopyrighted"
+    config.seed = 0
+    config.text.budget_bytes = 1_000_000_000
+
+    config.alignment.pivots = 300
+    config.alignment.vector_size = 300
+    config.alignment.iterations = 15
+    config.alignment.window = 15
+    config.alignment.similarity_threshold = 0.3
+
+    for stage in (config.stage1, config.stage2):
+        stage.per_device_batch = 2
+        stage.accumulation = 16
+        stage.sequence_length = 1024
+        stage.weight_decay = 0.01
+        stage.warmup_fraction = 0.03
+        stage.start_offset = 0
+    config.stage1.method = "embedding"
+    config.stage1.steps = 600
+    config.stage1.learning_rate = 5e-4
+    config.stage2.method = "lora"
+    config.stage2.steps = 1400
+    config.stage2.learning_rate = 5e-5
+    config.stage2.lora.rank = 64
+    config.stage2.lora.alpha = 16.0
+    config.stage2.lora.dropout = 0.1
+
+    config.compute.dtype = "bfloat16"
+    return config

@@ -1,0 +1,50 @@
+"""The embedded default: a small real model with an English/code vocabulary gets a multilingual one, in minutes on two CPU cores.
+
+    python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
+"""
+
+from ml_collections import ConfigDict
+
+from tokalign_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.source_model = "embedded"
+    config.target_tokenizer = "embedded"
+    config.corpus = "embedded"
+    config.seed = 0
+    config.text.language_field = "language"
+    config.text.budget_bytes = 50_000_000  # all of it
+    config.text.held_out_fraction = 0.04
+
+    config.alignment.pivots = 300
+    config.alignment.vector_size = 300
+    config.alignment.iterations = 15
+    config.alignment.window = 15
+    config.alignment.similarity_threshold = 0.3
+
+    for stage in (config.stage1, config.stage2):
+        stage.per_device_batch = 8
+        stage.accumulation = 1
+        stage.sequence_length = 256
+        stage.weight_decay = 0.01
+        stage.warmup_fraction = 0.03
+        stage.checkpoint_every = 25
+    config.stage1.method = "embedding"
+    config.stage1.steps = 80
+    config.stage1.learning_rate = 2e-3
+    config.stage1.start_offset = 0
+    config.stage2.method = "lora"
+    config.stage2.steps = 60
+    config.stage2.learning_rate = 1e-3
+    config.stage2.lora.rank = 16
+    config.stage2.lora.alpha = 16.0
+    config.stage2.lora.dropout = 0.0
+    config.stage2.start_offset = "after_previous"
+
+    config.compute.dtype = "float32"
+    config.compute.remat = False
+    config.evaluation.bytes_per_language = 24_000
+    config.evaluation.sequence_length = 512
+    return config

@@ -1,0 +1,181 @@
+"""Makes the embedded default again: the text sample, the two tokenizers and the source model.
+
+    python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --out tokalign_jax/demo --steps text,tokenizers
+    python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --out tokalign_jax/demo --steps model    # one GPU, minutes
+
+The corpus is JSON lines with `text`, `lang` and `source`. The source tokenizer sees English and code only, the source model
+reads everything: a model whose vocabulary suits its languages badly, which is what the demo mends. Documents of the sample that
+the demo holds out are kept from both tokenizers and from the model.
+"""
+
+import argparse
+import dataclasses
+import json
+import lzma
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tokalign_jax import demo
+from tokalign_jax.config import Config, StageConfig, TextConfig
+from tokalign_jax.models import families, huggingface, transformer
+from tokalign_jax.text import corpus, tokenizing
+from tokalign_jax.training import loop
+
+SHIPPED_SOURCES = ("debian-handbook", "python3.11-doc", "postgresql-doc-15")
+LANGUAGES = {"en": 1_900_000, "de": 800_000, "fr": 800_000, "es": 800_000, "ru": 900_000, "ar": 900_000, "zh": 800_000, "ja": 800_000}
+"""UTF-8 bytes of text per language in the sample."""
+HELD_OUT_FRACTION = 0.04
+END_OF_TEXT = "<|endoftext|>"
+SOURCE_VOCABULARY, TARGET_VOCABULARY = 8192, 10240
+
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 688,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "vocab_size": SOURCE_VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "dtype": "bfloat16",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="JSON lines (.xz) with text, lang, source")
+    parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent)
+    parser.add_argument("--steps", default="text,tokenizers,model")
+    parser.add_argument("--train-steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=128)
+    arguments = parser.parse_args()
+    steps = arguments.steps.split(",")
+    if "text" in steps:
+        write_sample(arguments.corpus, arguments.out / "text" / "sample.jsonl.xz")
+    if "tokenizers" in steps:
+        texts = {lang: list(_texts(arguments.corpus, (lang,))) for lang in (*LANGUAGES, "code")}
+        english = texts["en"] + texts["code"]
+        _save_tokenizer(_train_bpe(english, SOURCE_VOCABULARY), arguments.out / "source_model")
+        everything = [t for lang in texts for t in _up_to(texts[lang], 6_000_000)]
+        _save_tokenizer(_train_bpe(everything, TARGET_VOCABULARY), arguments.out / "target_tokenizer")
+    if "model" in steps:
+        train_model(arguments.corpus, arguments.out, arguments.train_steps, arguments.batch)
+
+
+def _documents(path: str) -> Iterator[dict[str, str]]:
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _held_out(document: dict[str, str]) -> bool:
+    """Whether the demo's own split holds this document out."""
+    return document["source"] in SHIPPED_SOURCES and corpus.is_held_out(corpus.digest(document["text"]), HELD_OUT_FRACTION)
+
+
+def _texts(path: str, languages: tuple[str, ...]) -> Iterator[str]:
+    return (d["text"] for d in _documents(path) if d["lang"] in languages and not _held_out(d))
+
+
+def _up_to(texts: list[str], size: int) -> Iterator[str]:
+    for text in texts:
+        if size <= 0:
+            return
+        size -= len(text.encode())
+        yield text
+
+
+def write_sample(corpus_path: str, out: Path) -> None:
+    """Cuts the sample that is fit to be shipped: whole documents, a share of bytes per language."""
+    room = dict(LANGUAGES)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lzma.open(out, "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as lines:
+        for document in _documents(corpus_path):
+            size = len(document["text"].encode())
+            if document["source"] in SHIPPED_SOURCES and size <= min(room.get(document["lang"], 0), 60_000):
+                room[document["lang"]] -= size
+                row = {"text": document["text"], "language": document["lang"], "source": document["source"]}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print({lang: LANGUAGES[lang] - left for lang, left in room.items()})
+
+
+def _train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE that splits words, single digits, punctuation and white-space runs."""
+    tokenizer = Tokenizer(models.BPE())
+    words = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+
+def train_model(corpus_path: str, out: Path, steps: int, batch: int) -> None:
+    """Pre-trains the source model from random rows with the project's own training loop and writes it in bf16."""
+    stage = StageConfig(
+        method="full",
+        steps=steps,
+        learning_rate=2e-3,
+        warmup_fraction=0.02,
+        weight_decay=0.1,
+        per_device_batch=batch // jax.device_count(),
+        accumulation=1,
+        sequence_length=512,
+        start_offset=0,
+        checkpoint_every=2000,
+        log_every=200,
+    )
+    work = Path(tempfile.mkdtemp(prefix="demo_build_"))
+    kept = work / "corpus.jsonl"
+    with kept.open("w", encoding="utf-8") as lines:
+        for document in _documents(corpus_path):
+            if not _held_out(document):
+                lines.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
+    # One document in 2,000 is held out by the ordinary split, and unused.
+    config = Config(corpus=str(kept), text=TextConfig(held_out_fraction=5e-4), stage1=stage)
+    tokenizer = huggingface.load_tokenizer(str(out / "source_model"))
+    corpus.run(config, work / "corpus", print)
+    tokenizing.run(config, work / "corpus", tokenizer, tokenizer, work / "tokens", print)
+    shards = tokenizing.TokenShards.open(work / "tokens" / "target")
+    model = families.config_from_hf(MODEL)
+    params = transformer.init_params(model, jax.random.key(config.seed))
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=False, loss_chunk=16384))
+    result = loop.run_stage("pretrain", stage, config, model, params, shards, work / "pretrain", 0, print)
+    folder = work / "model"
+    huggingface.save_checkpoint(folder, result.params, model, MODEL, tokenizer, dtypes="bfloat16")
+    shutil.copytree(folder, out / "source_model", dirs_exist_ok=True)
+    shutil.copy(work / "pretrain" / "metrics.jsonl", out / "source_model" / "pretraining_metrics.jsonl")
+
+
+if __name__ == "__main__":
+    main()

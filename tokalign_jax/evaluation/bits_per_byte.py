@@ -1,0 +1,140 @@
+"""Bits per byte: what a model needs for held-out text, comparable across tokenizers because every one spells the same bytes.
+
+    bits per byte = sum of -log2 p(token | tokens before it) / UTF-8 bytes of the text
+
+Each document begins with end-of-text (or the tokenizer's beginning-of-text) as context, as in training. A document longer than
+a window is cut into windows that do not overlap.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.models import transformer
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.tokenizing import end_of_text_id
+from tokalign_jax.training.losses import token_nll
+
+IGNORED = -1
+"""Label of a position that is not counted."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one group of documents cost."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+def choose(documents: Iterable[tuple[str, str]], bytes_per_language: int) -> dict[str, list[str]]:
+    """Texts by language from (text, language) pairs: whole documents up to the given bytes, the last one cut."""
+    chosen: dict[str, list[str]] = {}
+    room: dict[str, int] = {}
+    for text, language in documents:
+        left = room.setdefault(language, bytes_per_language)
+        if left <= 0 or not text:
+            continue
+        encoded = text.encode()
+        if len(encoded) > left:
+            text = encoded[:left].decode(errors="ignore")
+        room[language] = left - len(encoded)
+        if text:
+            chosen.setdefault(language, []).append(text)
+    return chosen
+
+
+def cut(tokens: list[int], start: int, length: int) -> list[tuple[list[int], list[int]]]:
+    """(inputs, labels) windows of at most `length` tokens; every token of the document is a label exactly once."""
+    context = [start, *tokens[:-1]]
+    return [(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "chunk"))
+def _window_nats(params, inputs, labels, *, config: ModelConfig, dtype: str, chunk: int) -> jax.Array:
+    """Summed -log p of each window's labels, [B]."""
+    hidden = transformer.forward(config, params, inputs, dtype=jnp.dtype(dtype))
+    counted = labels != IGNORED
+    nll = token_nll(hidden, transformer.head_matrix(params), jnp.where(counted, labels, 0), chunk, jnp.dtype(dtype))
+    return jnp.sum(jnp.where(counted, nll, 0.0), axis=1)
+
+
+def evaluate(
+    config: ModelConfig,
+    params: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, list[str]],
+    *,
+    sequence_length: int,
+    batch: int,
+    dtype: str = "float32",
+    loss_chunk: int = 1024,
+    log: Log = lambda line: None,
+    what: str = "evaluate",
+) -> dict[str, Score]:
+    """Scores the texts of every language.
+
+    Args:
+      params: weights of the model, [V, D] matrices at least as long as the tokenizer.
+      texts: documents by language.
+      sequence_length: tokens of a window; must not exceed the model's positions.
+      batch: windows at once.
+      dtype: type of activations and weights; the log-sum-exp is float32 always.
+
+    Returns:
+      Score by language.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end_of_text_id(tokenizer)
+    windows: list[tuple[str, list[int], list[int]]] = []
+    totals = {}
+    for language, documents in texts.items():
+        encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        totals[language] = Score(0.0, sum(map(len, encoded)), sum(len(d.encode()) for d in documents))
+        windows += [(language, *window) for tokens in encoded for window in cut(tokens, start, sequence_length)]
+
+    # Windows of like length go together, so that short ones are not padded to the longest.
+    windows.sort(key=lambda window: len(window[1]))
+    progress = Progress(log, what, sum(len(w[1]) for w in windows), "tokens")
+    params = jax.tree.map(jnp.asarray, params)
+    for first in range(0, len(windows), batch):
+        group = windows[first : first + batch]
+        length = _padded_length(len(group[-1][1]), sequence_length)
+        inputs = np.zeros((batch, length), np.int32)
+        labels = np.full((batch, length), IGNORED, np.int32)
+        for row, (_, window_inputs, window_labels) in enumerate(group):
+            inputs[row, : len(window_inputs)] = window_inputs
+            labels[row, : len(window_labels)] = window_labels
+        nats = np.asarray(_window_nats(params, inputs, labels, config=config, dtype=dtype, chunk=loss_chunk), np.float64)
+        for row, (language, _, _) in enumerate(group):
+            totals[language] += Score(float(nats[row]), 0, 0)
+        progress.update(sum(len(w[1]) for w in group))
+    average = sum(totals.values(), Score(0.0, 0, 0))
+    progress.done(f"{average.bits_per_byte:.3f} bits per byte")
+    return totals
+
+
+def _padded_length(length: int, longest: int) -> int:
+    """The longest window halved as often as `length` allows, so that few programs are compiled."""
+    size = longest
+    while size // 2 >= max(length, 32):
+        size //= 2
+    return size

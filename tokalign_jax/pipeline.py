@@ -1,0 +1,295 @@
+"""The run: stages in order, each a folder under the workdir, skipped when finished and redone when what it depends on changed.
+
+`stages.json` in the workdir holds, for each stage, a fingerprint of its settings and of the stages it needs. A stage whose
+fingerprint no longer fits is done again; what it had left is moved to `outdated/`, never deleted, and moved back when the old
+settings return. Training stages resume from their newest checkpoint; the others start over when they were interrupted.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax import stages
+from tokalign_jax.config import Config, config_to_dict
+from tokalign_jax.errors import UserError
+from tokalign_jax.progress import Log, duration
+
+STATE_FILE = "stages.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the run.
+
+    Attributes:
+      name: also its folder under the workdir.
+      says: what it does, for the log.
+      needs: names of the stages whose artefacts it reads.
+      settings: the part of the config (and the identity of outside files) that its result depends on.
+      run: writes the artefact into `context.folder(name)` and returns a summary for the record.
+      resumes: whether an interrupted run continues from what is in its folder.
+    """
+
+    name: str
+    says: str
+    needs: tuple[str, ...]
+    settings: Mapping[str, Any]
+    run: Callable[[stages.Context], Mapping[str, Any] | None]
+    resumes: bool = False
+
+
+def graph(context: stages.Context) -> list[Stage]:
+    """All stages of a run in order. Training stages of 0 steps do not exist."""
+    config = context.config
+    outside = context.identities()
+    text = {"corpus": outside["corpus"], "text": config_to_dict(config.text)}
+    tokenizers = {"source": outside["source_tokenizer"], "target": outside["target_tokenizer"]}
+    compute = config_to_dict(config.compute)
+    evaluation = {"evaluation": config_to_dict(config.evaluation), "compute": compute}
+    seed = {"seed": config.seed}
+    trained = [s for s in ("stage1", "stage2") if getattr(config, s).steps > 0]
+    models = ["init", *trained]
+
+    def training(name: str) -> Stage:
+        before = tuple(models[: models.index(name)])
+        settings = config_to_dict(getattr(config, name))
+        for silent in ("log_every", "keep_checkpoints", "checkpoint_every"):
+            settings.pop(silent)
+        return Stage(
+            name,
+            f"train ({getattr(config, name).method})",
+            ("tokens", *before),
+            {name: settings, "compute": compute, "data": config_to_dict(config.data), **seed},
+            lambda c: stages.train(c, name, before),
+            resumes=True,
+        )
+
+    def evaluate(state: str, needs: tuple[str, ...]) -> Stage:
+        return Stage(
+            f"evaluate/{state}",
+            f"bits per byte on held-out text: {state}",
+            ("corpus", *needs),
+            {**evaluation, **({"source": outside["source_model"]} if not needs or state == "random" else {}), **seed},
+            lambda c: stages.evaluate(c, state, needs),
+        )
+
+    baseline = ["random"] if config.evaluation.random_baseline else []
+    states = ["source", *baseline, *models]
+    found = [
+        Stage("corpus", "read, de-duplicate and split the documents", (), text, stages.corpus),
+        Stage("tokens", "cut the documents with both tokenizers", ("corpus",), tokenizers, stages.tokens),
+        Stage(
+            "align",
+            "align target tokens to source tokens",
+            ("corpus", "tokens"),
+            {"alignment": {**config_to_dict(config.alignment), "file": outside["alignment"]}, **seed},
+            stages.align,
+        ),
+        Stage("init", "re-arrange the vocabulary's rows", ("align",), {"source": outside["source_model"]}, stages.init),
+        *(training(name) for name in trained),
+        Stage(
+            "export",
+            "write the Hugging Face folder",
+            (context.exported,),
+            {"export": config_to_dict(config.export)},
+            lambda c: stages.export(c, tuple(models[: models.index(context.exported) + 1])),
+        ),
+        *(evaluate(s, {"source": (), "random": ("align",)}.get(s, tuple(models[: models.index(s) + 1] if s in models else ()))) for s in states),
+    ]
+    reported = [s for s in states if s not in models or models.index(s) <= models.index(context.exported)]
+    needs = ("corpus", "tokens", "align", *models[: models.index(context.exported) + 1], *(f"evaluate/{s}" for s in reported))
+    found.append(Stage("report", "tables, JSON and a picture", needs, {}, lambda c: stages.report(c, reported)))
+    return found
+
+
+def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log) -> Path:
+    """Runs the selected stages, and unfinished ones that they need.
+
+    Args:
+      workdir: holds everything the run leaves; made if absent.
+      selected: names of stages, or None for all of them. `evaluate` stands for all evaluations.
+
+    Returns:
+      The workdir.
+
+    Raises:
+      UserError: bad input, before any long work.
+    """
+    context = stages.Context(config, workdir, log)
+    state = _State(workdir)
+    _refuse_foreign(workdir, state, context)
+    context.check()
+    models = ["init", *(s for s in ("stage1", "stage2") if getattr(config, s).steps > 0)]
+    context.exported = _exported(models, selected)
+    found = {stage.name: stage for stage in graph(context)}
+    wanted = _closure(found, _expand(selected, found))
+    stages.check_disk(context, wanted)
+
+    state.remember(context.run_identity())
+    prints = fingerprints(list(found.values()))
+    (workdir / "config.json").write_text(json.dumps(config_to_dict(config), indent=1) + "\n")
+    for stage in found.values():
+        if stage.name in wanted:
+            _bring_up(stage, prints[stage.name], context, state)
+    return workdir
+
+
+def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
+    """SHA-256 of each stage's settings and of the fingerprints of what it needs, in order of the stages."""
+    prints: dict[str, str] = {}
+    for stage in found:
+        content = {"settings": stage.settings, "needs": {n: prints[n] for n in stage.needs}, "format": stages.FORMAT}
+        prints[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return prints
+
+
+def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_State") -> None:
+    """Skips, restores, resumes or runs one stage."""
+    folder = context.folder(stage.name)
+    record = state.current.get(stage.name)
+    if record and record["fingerprint"] == fingerprint and record["finished"] and folder.exists():
+        context.log(f"{stage.name}: finished, skipped")
+        return
+    if record and record["fingerprint"] != fingerprint:
+        context.log(f"{stage.name}: to be done again, {_what_changed(record, stage, state)}")
+        state.set_aside(stage.name, folder)
+    if state.restore(stage.name, fingerprint, folder):
+        context.log(f"{stage.name}: done before with these settings, restored from {_OUTDATED}")
+        return
+    if folder.exists() and not (stage.resumes and stage.name in state.current):
+        if stage.name not in state.current:
+            raise UserError(
+                f"'{folder}' exists and is not of this run ({STATE_FILE} does not know it); move it away or choose another "
+                "--workdir"
+            )
+        shutil.rmtree(folder)  # our own, and unfinished
+    context.log(f"{stage.name}: {stage.says}")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"fingerprint": fingerprint, "settings": stage.settings, "finished": False, "needs": list(stage.needs)}
+    state.put(stage.name, record)
+    start = time.time()
+    summary = stage.run(context)
+    seconds = round(time.time() - start, 2)
+    state.put(stage.name, {**record, "finished": True, "seconds": seconds, "summary": summary or {}})
+    context.log(f"{stage.name}: done in {duration(seconds)}")
+
+
+def _what_changed(record: Mapping[str, Any], stage: Stage, state: "_State") -> str:
+    """The settings that differ, or the stages before that were redone."""
+    old, new = (_flat(json.loads(json.dumps(s, default=str))) for s in (record["settings"], stage.settings))
+    changed = [f"{k} changed from {old.get(k)} to {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    return "; ".join(changed) if changed else "because what it builds on changed"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix[:-1]: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+
+
+def _exported(models: Sequence[str], selected: Sequence[str] | None) -> str:
+    """The last model state that the selection names; the last of all where it names none."""
+    named = [m for m in models if selected and m in selected]
+    return named[-1] if named else models[-1]
+
+
+def _expand(selected: Sequence[str] | None, found: Mapping[str, Stage]) -> list[str]:
+    if selected is None:
+        return [*found]
+    names = [n for s in selected for n in (found if s == "evaluate" else [s]) if s != "evaluate" or n.startswith("evaluate/")]
+    for name in names:
+        if name not in found:
+            known = [n for n in found if "/" not in n] + ["evaluate"]
+            raise UserError(f"--stages names '{name}', which is no stage of this run; the stages are {', '.join(known)}")
+    return names
+
+
+def _closure(found: Mapping[str, Stage], names: Sequence[str]) -> set[str]:
+    wanted: set[str] = set()
+    queue = [*names]
+    while queue:
+        name = queue.pop()
+        if name not in wanted:
+            wanted.add(name)
+            queue += found[name].needs
+    return wanted
+
+
+def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> None:
+    """A workdir is a run's own: empty, or begun with the same source model and target tokenizer."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir '{workdir}' is a file; name a folder")
+    if not state.exists:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(
+                f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no {STATE_FILE}); nothing there is touched: "
+                "choose an empty or a new folder"
+            )
+        return
+    identity = context.run_identity()
+    if state.identity and state.identity != identity:
+        differences = ", ".join(f"{k} {state.identity.get(k)!r} there, {v!r} now" for k, v in identity.items() if state.identity.get(k) != v)
+        raise UserError(f"--workdir '{workdir}' belongs to another run ({differences}); choose another --workdir for this one")
+
+
+_OUTDATED = "outdated"
+
+
+class _State:
+    """`stages.json`: written whole and renamed, so that a killed run leaves the old or the new one."""
+
+    def __init__(self, workdir: Path):
+        self._workdir, self._path = workdir, workdir / STATE_FILE
+        self.exists = self._path.exists()
+        content = json.loads(self._path.read_text()) if self.exists else {}
+        self.identity: dict[str, str] = content.get("run", {})
+        self.current: dict[str, dict] = content.get("stages", {})
+        self._outdated: dict[str, dict] = content.get(_OUTDATED, {})
+
+    def remember(self, identity: Mapping[str, str]) -> None:
+        self.identity = dict(identity)
+        self._write()
+
+    def put(self, name: str, record: Mapping[str, Any]) -> None:
+        self.current[name] = dict(record)
+        self._write()
+
+    def set_aside(self, name: str, folder: Path) -> None:
+        """Moves an artefact that no longer fits to `outdated/NAME-FINGERPRINT`."""
+        record = self.current[name]
+        if folder.exists():
+            key = f"{name.replace('/', '-')}-{record['fingerprint'][:12]}"
+            place = self._workdir / _OUTDATED / key
+            place.parent.mkdir(exist_ok=True)
+            if place.exists():
+                shutil.rmtree(place)  # the same stage with the same settings, aside since before
+            os.replace(folder, place)
+            self._outdated[key] = record
+        del self.current[name]
+        self._write()
+
+    def restore(self, name: str, fingerprint: str, folder: Path) -> bool:
+        """Brings back an artefact made with these very settings; True if it was finished."""
+        key = f"{name.replace('/', '-')}-{fingerprint[:12]}"
+        place = self._workdir / _OUTDATED / key
+        if key not in self._outdated or not place.exists() or folder.exists():
+            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(place, folder)
+        record = self._outdated.pop(key)
+        self.put(name, record)
+        return record["finished"]
+
+    def _write(self) -> None:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        content = {"run": self.identity, "stages": self.current, _OUTDATED: self._outdated}
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        os.replace(partial, self._path)

@@ -1,0 +1,288 @@
+"""What each stage of the pipeline reads and writes: the thin layer of I/O around the pure core."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax import demo, initialization, paths
+from tokalign_jax.alignment import alignment
+from tokalign_jax.config import Config, StageConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.evaluation import bits_per_byte, report as reporting, samples
+from tokalign_jax.models import huggingface
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.lora import LoraSpec, merge_lora
+from tokalign_jax.progress import Log
+from tokalign_jax.text import corpus as documents
+from tokalign_jax.text import tokenizing
+from tokalign_jax.training import batches, loop
+
+FORMAT = 1
+"""Version of the artefacts: a workdir of another version is redone."""
+
+
+class Context:
+    """A run's config, folders and outside inputs, each loaded when first asked for."""
+
+    def __init__(self, config: Config, workdir: Path, log: Log):
+        self.config, self.workdir, self.log = config, workdir, log
+
+    def folder(self, stage: str) -> Path:
+        return self.workdir / stage
+
+    @cached_property
+    def source_folder(self) -> Path:
+        return huggingface.resolve(demo.source_model(self.config.source_model), what="source_model")
+
+    @cached_property
+    def target_folder(self) -> Path:
+        return huggingface.resolve(demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False)
+
+    @cached_property
+    def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
+        return huggingface.load_config(self.source_folder)
+
+    @cached_property
+    def source_tokenizer(self) -> PreTrainedTokenizerBase:
+        return huggingface.load_tokenizer(self.source_folder)
+
+    @cached_property
+    def target_tokenizer(self) -> PreTrainedTokenizerBase:
+        return huggingface.load_tokenizer(self.target_folder)
+
+    def run_identity(self) -> dict[str, str]:
+        """What makes this another run than the one of a workdir with other values."""
+        return {"source_model": str(self.source_folder), "target_tokenizer": str(self.target_folder)}
+
+    @cached_property
+    def identities(self) -> dict[str, Any]:
+        """Digests of the outside files that stages depend on."""
+        source = sorted(self.source_folder.iterdir())
+        tokenizer_files = [f for f in source if f.suffix != ".safetensors" and not f.name.startswith(("config", "generation"))]
+        file = self.config.alignment.file
+        return {
+            "corpus": documents.identity(self.config),
+            "source_model": _digest([f for f in source if f.suffix in (".json", ".safetensors")]),
+            "source_tokenizer": _digest(tokenizer_files),
+            "target_tokenizer": _digest(sorted(self.target_folder.iterdir())),
+            "alignment": _digest([Path(file)]) if file else "",
+        }
+
+    def check(self) -> None:
+        """Finds what would fail later, before any long work.
+
+        Raises:
+          UserError: naming what is wrong with the model, a tokenizer, the corpus, the alignment file or a length.
+        """
+        config = self.config
+        model, _ = self.source_model
+        huggingface.check_weights(self.source_folder, model)
+        if len(self.source_tokenizer) > model.vocab_size:
+            raise UserError(
+                f"source_model '{config.source_model}': its tokenizer has {len(self.source_tokenizer)} tokens but its matrices have only "
+                f"{model.vocab_size} rows; the tokenizer is of another model, or tokens were added without resizing the model"
+            )
+        tokenizing.end_of_text_id(self.source_tokenizer)
+        tokenizing.end_of_text_id(self.target_tokenizer)
+        lengths = {f"{s}.sequence_length": getattr(config, s).sequence_length for s in ("stage1", "stage2")}
+        for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
+            if length > model.max_positions:
+                raise UserError(
+                    f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "
+                    f"set --config.{name}={model.max_positions} or less"
+                )
+        documents.check(config)
+        if config.alignment.file:
+            alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """SHA-256 over names, sizes and both ends (1 MiB each) of files: cheap for any size, and the same for a copy."""
+    sha = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        sha.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            sha.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            sha.update(file.read(1 << 20))
+    return sha.hexdigest()[:16]
+
+
+def check_disk(context: Context, wanted: set[str]) -> None:
+    """Refuses a run that the disk of the workdir cannot hold, with the sum of what is to come.
+
+    Raises:
+      UserError: stating the bytes needed by kind and those free.
+    """
+    config, (model, _) = context.config, context.source_model
+    text = min(config.text.budget_bytes, documents.size_estimate(config))
+    vocabulary = len(context.target_tokenizer)
+    rows = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    weights = sum(f.stat().st_size for f in context.source_folder.glob("*.safetensors")) + 4 * rows
+    # A checkpoint holds float32 values of what trains and Adam's two moments of it.
+    need = {"text (compressed)": text // 3, "tokens": text, "initialised model": weights, "export": weights}
+    for name in ("stage1", "stage2"):
+        stage: StageConfig = getattr(config, name)
+        trained = 4 * weights // 2 if stage.method == "full" else 4 * rows
+        need[f"{name} checkpoints"] = 3 * trained * (stage.keep_checkpoints + 1) if stage.steps else 0
+    kinds = {"text (compressed)": "corpus", "tokens": "tokens", "initialised model": "init", "export": "export"}
+    missing = {k: v for k, v in need.items() if kinds.get(k, k.split()[0]) in wanted and not context.folder(kinds.get(k, k.split()[0])).exists()}
+    place = context.workdir
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if sum(missing.values()) > free:
+        parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
+        raise UserError(
+            f"the disk of --workdir '{context.workdir}' has {free / 1e9:.2f} GB free but the run needs about "
+            f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or lower text.budget_bytes or keep_checkpoints"
+        )
+
+
+def corpus(context: Context) -> Mapping[str, Any]:
+    return documents.run(context.config, context.folder("corpus"), context.log)
+
+
+def tokens(context: Context) -> Mapping[str, Any]:
+    return tokenizing.run(
+        context.config,
+        context.folder("corpus"),
+        context.source_tokenizer,
+        context.target_tokenizer,
+        context.folder("tokens"),
+        context.log,
+    )
+
+
+def align(context: Context) -> Mapping[str, Any]:
+    return alignment.run(
+        context.config,
+        context.folder("corpus"),
+        context.folder("tokens"),
+        context.source_tokenizer,
+        context.target_tokenizer,
+        context.folder("align"),
+        context.log,
+    )
+
+
+def init(context: Context) -> None:
+    """Writes an ordinary Hugging Face folder: the source model with the new vocabulary, not yet trained."""
+    config, raw = context.source_model
+    params = huggingface.load_params(context.source_folder, config)
+    aligned = alignment.load(context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer)
+    new_config, new = initialization.initialize(config, params, aligned)
+    _write(context, "init", new_config, new, raw, "float32")
+
+
+def load_state(context: Context, states: Sequence[str]) -> tuple[ModelConfig, dict]:
+    """The model after the last of `states` (`init`, `stage1`, `stage2`), adapters merged in float32.
+
+    No states: the source model.
+    """
+    folder = context.folder("init") if states else context.source_folder
+    config, _ = huggingface.load_config(folder)
+    params = huggingface.load_params(folder, config)
+    for name in states[1:]:
+        stage: StageConfig = getattr(context.config, name)
+        trained = loop.load_final(context.folder(name))
+        params = paths.unflatten({**paths.flatten(params), **paths.flatten(trained)})
+        if stage.method == "lora":
+            params = merge_lora(params, LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout))
+    return config, params
+
+
+def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
+    config, params = load_state(context, before)
+    stage: StageConfig = getattr(context.config, name)
+    shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
+    previous = [json.loads((context.folder(s) / "result.json").read_text()) for s in before[1:]]
+    result = loop.run_stage(
+        name,
+        stage,
+        context.config,
+        config,
+        params,
+        shards,
+        context.folder(name),
+        previous[-1]["next_sequence"] if previous else 0,
+        context.log,
+    )
+    summary = {"next_sequence": result.next_sequence, "tokens": result.tokens}
+    (context.folder(name) / "result.json").write_text(json.dumps(summary) + "\n")
+    return summary
+
+
+def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
+    config, params = load_state(context, states)
+    _, raw = context.source_model
+    folder = context.folder("export")
+    _write(context, "export", config, params, raw, context.config.export.dtype)
+    return {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())}
+
+
+def _write(context: Context, name: str, config: ModelConfig, params: dict, raw: dict[str, Any], dtypes: str) -> None:
+    """Writes a Hugging Face folder with the target tokenizer."""
+    folder = context.folder(name)
+    huggingface.save_checkpoint(
+        folder,
+        params,
+        config,
+        raw,
+        context.target_tokenizer,
+        dtypes=dtypes,
+        source_folder=context.source_folder,
+        max_shard_bytes=context.config.export.max_shard_bytes,
+    )
+
+
+def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str, Any]:
+    """Scores one state of the model by language and lets it continue the prompts; writes `scores.json`."""
+    settings = context.config.evaluation
+    config, params = load_state(context, states)
+    tokenizer = context.source_tokenizer if name == "source" else context.target_tokenizer
+    if name == "random":
+        config, params = initialization.random_rows(config, params, len(tokenizer), jax.random.key(context.config.seed))
+    held_out = list(documents.held_out(context.folder("corpus")))
+    texts = bits_per_byte.choose(held_out, settings.bytes_per_language)
+    scores = bits_per_byte.evaluate(
+        config,
+        params,
+        tokenizer,
+        texts,
+        sequence_length=settings.sequence_length,
+        batch=settings.batch,
+        dtype=context.config.compute.dtype,
+        loss_chunk=context.config.compute.loss_chunk,
+        log=context.log,
+        what=f"evaluate {name}",
+    )
+    continued = []
+    if name != "random":
+        prompts = settings.prompts or samples.openings(texts)
+        continued = samples.continuations(config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype)
+    content = {
+        "languages": {
+            language: dataclasses.asdict(score) | {"bits_per_byte": score.bits_per_byte, "bytes_per_token": score.bytes_per_token}
+            for language, score in scores.items()
+        },
+        "samples": continued,
+    }
+    path = context.folder(f"evaluate/{name}") / "scores.json"
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return {}
+
+
+def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
+    return reporting.run(context.config, context.workdir, states, context.run_identity(), context.folder("report"), context.log)
