@@ -1,0 +1,79 @@
+"""The chunked cross-entropy against float64 NumPy and against autodiff through whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokalign_jax.training.losses import cross_entropy, token_nll
+
+B, T, D, V = 3, 7, 16, 37
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, V, (B, T))
+    labels[1, 2:4] = -1
+    return rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32), labels
+
+
+def reference(hidden, head, labels):
+    """Summed loss, its gradients and the loss by token, in float64, logits whole."""
+    hidden, head = hidden.astype(np.float64), head.astype(np.float64)
+    logits = hidden @ head.T
+    top = logits.max(-1, keepdims=True)
+    log_total = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    counts = (labels >= 0)[..., None]
+    nll = ((log_total - np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)) * counts)[..., 0]
+    delta = (np.exp(logits - log_total) - np.eye(V)[labels]) * counts
+    return nll.sum(), delta @ head, np.einsum("btv,btd->vd", delta, hidden), nll
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 7, 21, 1000])
+def test_value_and_gradients_match_numpy(data, chunk):
+    hidden, head, labels = data
+
+    def loss(hidden, head):
+        total, count = cross_entropy(hidden, head, jnp.asarray(labels), chunk, jnp.float32)
+        return 3.0 * total, count  # the factor: the backward pass must scale by what comes from above
+
+    (total, count), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
+    expected, hidden_gradient, head_gradient, nll = reference(hidden, head, labels)
+    assert count == B * T - 2
+    np.testing.assert_allclose(total, 3 * expected, rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], 3 * hidden_gradient, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], 3 * head_gradient, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        token_nll(hidden, head, jnp.asarray(labels), chunk, jnp.float32), nll, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_undifferentiated_value_is_the_differentiated_one(data):
+    hidden, head, labels = data
+    loss = lambda hidden: cross_entropy(hidden, head, jnp.asarray(labels), 4, jnp.float32)[0]  # noqa: E731
+    np.testing.assert_allclose(loss(hidden), jax.value_and_grad(loss)(hidden)[0], rtol=1e-6)
+
+
+def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
+    """Only the inputs of the products are rounded: against float64 on the rounded inputs the value is exact to float32."""
+    hidden, head, labels = data
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, head)]
+    expected, _, head_gradient, _ = reference(*rounded, labels)
+    loss = lambda head: cross_entropy(hidden, head, jnp.asarray(labels), 5, jnp.bfloat16)[0]  # noqa: E731
+    total, gradient = jax.value_and_grad(loss)(head)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert gradient.dtype == jnp.float32
+    # The logits' gradient is rounded to bfloat16 (8 bits) before its product.
+    np.testing.assert_allclose(gradient, head_gradient, atol=2**-8 * np.abs(rounded[0]).sum((0, 1)).max())
+
+
+def test_logits_are_never_whole():
+    """The compiled value and gradient need far less memory than the [B T, V] logits in float32."""
+    tokens, vocabulary, width = 2048, 8192, 8
+    hidden = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
+    head = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    loss = lambda hidden, head, labels: cross_entropy(hidden, head, labels, 128, jnp.float32)[0]  # noqa: E731
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 3

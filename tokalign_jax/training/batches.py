@@ -1,0 +1,119 @@
+"""The stream of training sequences: a seeded global shuffle of fixed-length windows over the token shards, by grain.
+
+Sequence i holds tokens i T to i T + T, its last token being the next one's first, so that every token is predicted once.
+Position p of the stream is a sequence: pass p // N of the corpus, and within it the p % N-th of that pass's own order (N
+sequences a pass). Steps read the stream in order: step s of a stage that starts at `offset` reads positions
+offset + s G to offset + (s + 1) G, G the global batch, however many hosts share the work.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from tokalign_jax.config import AFTER_PREVIOUS
+from tokalign_jax.errors import UserError
+
+_THREADS, _READY_BATCHES = 2, 8
+
+
+class Shards(Protocol):
+    """What is needed of `text.tokenizing.TokenShards`: one long array of token ids."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+
+
+class TokenSource:
+    """Random access to the sequences of the shards; item i is int32 [T + 1]: the inputs and, one further, their labels."""
+
+    def __init__(self, shards: Shards, sequence_length: int):
+        self._tokens, self._length = shards.tokens, sequence_length
+
+    def __len__(self) -> int:
+        return max(0, (len(self._tokens) - 1) // self._length)
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, "T+1"]:
+        start = int(index) * self._length
+        return np.asarray(self._tokens[start : start + self._length + 1]).astype(np.int32)
+
+    def _getitems(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """grain's name for reading many at once; it spares its own work by item."""
+        return [self[index] for index in indices]
+
+
+def make_stream(
+    source: TokenSource,
+    *,
+    seed: int,
+    epochs: int,
+    offset: int,
+    accumulation: int,
+    micro_batch: int,
+    host: int = 0,
+    hosts: int = 1,
+) -> grain.DatasetIterator:
+    """This host's batches, int32 [accumulation, micro_batch / hosts, T + 1], one a step.
+
+    The global array of a step, the hosts' parts side by side on axis 1, is the same for any number of hosts. `get_state` and
+    `set_state` save and restore the position exactly; the state does not depend on the number of hosts either.
+
+    Args:
+      source: the sequences, N of them.
+      seed: of the shuffle; every pass has another order.
+      epochs: passes until the stream ends; 0: it does not end.
+      offset: position in the stream of the first sequence to read.
+      accumulation: micro-batches of a step.
+      micro_batch: sequences of a micro-batch, over all hosts.
+      host: this process, of `hosts`.
+      hosts: processes.
+    """
+    if micro_batch % hosts:
+        raise ValueError(f"a micro-batch of {micro_batch} sequences does not divide among {hosts} hosts")
+    # grain adds the pass to its seed: neighbouring seeds would share orders if they were not spread first.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    stream = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat(epochs or None)
+    parts = stream.slice(slice(offset, None)).batch(micro_batch // hosts, drop_remainder=True)
+    steps = parts.slice(slice(host, None, hosts)).batch(accumulation, drop_remainder=True)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(_THREADS, _READY_BATCHES)))
+
+
+def resolve_offset(start_offset: int | float | str, sequences_per_pass: int, epochs: int, previous_end: int) -> int:
+    """The stream position (sequences) at which a stage starts.
+
+    Args:
+      start_offset: a number of sequences (int), a fraction of one pass (float below 1) or `after_previous`.
+      sequences_per_pass: sequences of this stage's length in the corpus.
+      epochs: passes in the stream; 0: unbounded, though a number or fraction must still lie within the first pass.
+      previous_end: the position after the last sequence that the stage before read.
+
+    Raises:
+      UserError: for an offset that is past the stream's end, naming the length, or is none of the three kinds.
+    """
+    if isinstance(start_offset, str):
+        if start_offset != AFTER_PREVIOUS:
+            raise UserError(
+                f"start_offset is '{start_offset}'; it must be a number of sequences (int), a fraction of one pass "
+                f"(float below 1) or '{AFTER_PREVIOUS}'"
+            )
+        position, unbounded = previous_end, not epochs
+    elif isinstance(start_offset, float):
+        if not 0 <= start_offset < 1:
+            raise UserError(
+                f"start_offset is {start_offset}; as a fraction of one pass over the corpus it must be at least 0 and below 1 "
+                "(write a number of sequences without a decimal point)"
+            )
+        position, unbounded = int(start_offset * sequences_per_pass), False
+    else:
+        position, unbounded = start_offset, False
+    length = sequences_per_pass * max(epochs, 1)
+    if position < 0 or (position >= length and not unbounded):
+        passes = "one pass" if epochs <= 1 else f"{epochs} passes"
+        raise UserError(
+            f"start_offset {start_offset!r} is sequence {position:,}, but the stream has {length:,} sequences "
+            f"({passes} over a corpus of {sequences_per_pass:,}): choose an offset from 0 to {length - 1:,}, more passes "
+            "(data.epochs) or a larger corpus"
+        )
+    return position
