@@ -1,0 +1,160 @@
+"""Token shards: every training document as ids of the source and of the target tokenizer, memory-mapped.
+
+For each side a folder with `tokens.bin` (raw little-endian uint16, or uint32 past 65,536 tokens), `documents.npy`
+(int64: where each document ends; its last token is the end-of-text), `counts.npy` (int64 [V]: how often each id occurs)
+and `index.json` (type, sizes, and documents, bytes, tokens and bytes per token by language).
+"""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.config import Config
+from tokalign_jax.errors import UserError
+from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text import corpus
+from tokalign_jax.text.canonical import plain_backend, vocabulary_size
+
+SIDES = ("source", "target")
+
+
+@dataclass(frozen=True)
+class TokenShards:
+    """One side's tokens, opened for random access."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 [tokens], memory-mapped: all documents one behind the other."""
+    documents: np.ndarray
+    """int64 [documents]: the position past each document's end-of-text."""
+    counts: np.ndarray
+    """int64 [V]: occurrences of each id, end-of-text included."""
+    index: dict[str, Any]
+    """`index.json`."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenShards":
+        """Opens what `run` wrote to `folder/source` or `folder/target`.
+
+        Raises:
+          UserError: when the folder holds no whole shards.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            # An empty file cannot be mapped, but there is none: every document has its end-of-text.
+            tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r")
+            documents, counts = np.load(folder / "documents.npy"), np.load(folder / "counts.npy")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"'{folder}' holds no token shards ({error}): run the tokens stage again") from error
+        if len(tokens) != index["tokens"] or len(counts) != index["vocabulary"]:
+            raise UserError(
+                f"the token shards in '{folder}' are not whole: {len(tokens):,} tokens where index.json says "
+                f"{index['tokens']:,}: run the tokens stage again"
+            )
+        return cls(tokens, documents, counts, index)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def run(
+    config: Config,
+    corpus_folder: Path,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    log: Log,
+) -> dict[str, Any]:
+    """Tokenises the training documents in `corpus_folder` with both tokenizers; returns both `index.json`.
+
+    The text is read once and both tokenizers work on each batch at the same time, each with its own threads.
+    """
+    writers = [
+        _Writer(folder / side, tokenizer) for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer))
+    ]
+    total = json.loads((corpus_folder / "summary.json").read_text())["train_bytes"]
+    progress = Progress(log, "tokens", total, "bytes")
+    with ThreadPoolExecutor(len(writers)) as pool:
+        for documents in corpus.train_batches(corpus_folder):
+            list(pool.map(lambda writer, documents=documents: writer.add(documents), writers))
+            progress.update(sum(document.bytes for document in documents))
+    indices = {side: writer.close() for side, writer in zip(SIDES, writers)}
+    progress.done(", ".join(f"{side} {i['bytes_per_token']:.2f} bytes/token" for side, i in indices.items()))
+    return indices
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a document: eos, else sep, else bos.
+
+    Raises:
+      UserError: when the tokenizer has none of them.
+    """
+    for role in ("eos", "sep", "bos"):
+        index = getattr(tokenizer, f"{role}_token_id", None)
+        if index is not None:
+            return int(index)
+    raise UserError(
+        f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
+        "document: set eos_token in its tokenizer_config.json"
+    )
+
+
+class _Writer:
+    """Appends documents to one side's shards."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.json").unlink(missing_ok=True)  # written last: shards without it are not whole
+        self._folder = folder
+        self._backend = plain_backend(tokenizer)
+        self._end = end_of_text_id(tokenizer)
+        self._counts = np.zeros(vocabulary_size(tokenizer), np.int64)
+        self._dtype = np.dtype("<u2" if len(self._counts) <= 1 << 16 else "<u4")
+        self._file = (folder / "tokens.bin").open("wb")
+        self._ends = array("q")
+        self._tokens = 0
+        self._languages: Counter[tuple[str, str]] = Counter()
+
+    def add(self, documents: Sequence[corpus.Document]) -> None:
+        encodings = self._backend.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
+        for document, encoding in zip(documents, encodings):
+            ids = np.array([*encoding.ids, self._end], self._dtype)
+            self._file.write(ids.tobytes())
+            self._counts += np.bincount(ids, minlength=len(self._counts))
+            self._tokens += len(ids)
+            self._ends.append(self._tokens)
+            for name, amount in (("documents", 1), ("bytes", document.bytes), ("text_tokens", len(ids) - 1)):
+                self._languages[document.language, name] += amount
+
+    def close(self) -> dict[str, Any]:
+        self._file.close()
+        np.save(self._folder / "documents.npy", np.frombuffer(self._ends, np.int64))
+        np.save(self._folder / "counts.npy", self._counts)
+        names = ("documents", "bytes", "text_tokens")
+        languages = {
+            language: _with_rate({name: self._languages[language, name] for name in names})
+            for language in sorted({language for language, _ in self._languages})
+        }
+        totals = _with_rate({name: sum(of[name] for of in languages.values()) for name in names})
+        index = {
+            "dtype": self._dtype.name,
+            "tokens": self._tokens,
+            "vocabulary": len(self._counts),
+            "end_of_text": self._end,
+            **totals,
+            "languages": languages,
+        }
+        (self._folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        return index
+
+
+def _with_rate(sums: dict[str, int]) -> dict[str, Any]:
+    return {**sums, "bytes_per_token": sums["bytes"] / max(sums["text_tokens"], 1)}
