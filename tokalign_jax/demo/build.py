@@ -68,14 +68,18 @@ def main() -> None:
     steps = arguments.steps.split(",")
     if "text" in steps:
         write_sample(arguments.corpus, arguments.out / "text" / "sample.jsonl.xz")
+    held_out = _held_out(arguments.out / "text" / "sample.jsonl.xz")
     if "tokenizers" in steps:
-        texts = {lang: list(_texts(arguments.corpus, (lang,))) for lang in (*LANGUAGES, "code")}
+        texts: dict[str, list[str]] = {lang: [] for lang in (*LANGUAGES, "code")}
+        for document in _documents(arguments.corpus):
+            if document["lang"] in texts and document["text"] not in held_out:
+                texts[document["lang"]].append(document["text"])
         english = texts["en"] + texts["code"]
         _save_tokenizer(_train_bpe(english, SOURCE_VOCABULARY), arguments.out / "source_model")
         everything = [t for lang in texts for t in _up_to(texts[lang], 6_000_000)]
         _save_tokenizer(_train_bpe(everything, TARGET_VOCABULARY), arguments.out / "target_tokenizer")
     if "model" in steps:
-        train_model(arguments.corpus, arguments.out, arguments.train_steps, arguments.batch)
+        train_model(arguments.corpus, arguments.out, held_out, arguments.train_steps, arguments.batch)
 
 
 def _documents(path: str) -> Iterator[dict[str, str]]:
@@ -84,13 +88,12 @@ def _documents(path: str) -> Iterator[dict[str, str]]:
             yield json.loads(line)
 
 
-def _held_out(document: dict[str, str]) -> bool:
-    """Whether the demo's own split holds this document out."""
-    return document["source"] in SHIPPED_SOURCES and corpus.is_held_out(corpus.digest(document["text"]), HELD_OUT_FRACTION)
-
-
-def _texts(path: str, languages: tuple[str, ...]) -> Iterator[str]:
-    return (d["text"] for d in _documents(path) if d["lang"] in languages and not _held_out(d))
+def _held_out(sample: Path) -> set[str]:
+    """The texts that a run on the sample holds out."""
+    config = Config(corpus=str(sample), text=TextConfig(language_field="language", held_out_fraction=HELD_OUT_FRACTION))
+    with tempfile.TemporaryDirectory() as folder:
+        corpus.run(config, Path(folder), lambda line: None)
+        return {document.text for document in corpus.held_out(Path(folder))}
 
 
 def _up_to(texts: list[str], size: int) -> Iterator[str]:
@@ -140,7 +143,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
 
 
-def train_model(corpus_path: str, out: Path, steps: int, batch: int) -> None:
+def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, batch: int) -> None:
     """Pre-trains the source model from random rows with the project's own training loop and writes it in bf16."""
     stage = StageConfig(
         method="full",
@@ -159,7 +162,7 @@ def train_model(corpus_path: str, out: Path, steps: int, batch: int) -> None:
     kept = work / "corpus.jsonl"
     with kept.open("w", encoding="utf-8") as lines:
         for document in _documents(corpus_path):
-            if not _held_out(document):
+            if document["text"] not in held_out:
                 lines.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
     # One document in 2,000 is held out by the ordinary split, and unused.
     config = Config(corpus=str(kept), text=TextConfig(held_out_fraction=5e-4), stage1=stage)
