@@ -26,7 +26,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special tokens and unused ids."""
-    decode = _spelling(_description(tokenizer)).decode
+    decode = _spelling(tokenizer).decode
     special = special_ids(tokenizer)
     added = tokenizer.added_tokens_decoder
     result: list[bytes | None] = [None] * vocabulary_size(tokenizer)
@@ -89,7 +89,7 @@ class PieceCutter:
         self._index = index_by_bytes(tokenizer)
         self._longest = max(map(len, self._index), default=0)
         self._backend = plain_backend(tokenizer)
-        self._spelling = _spelling(_description(tokenizer))
+        self._spelling = _spelling(tokenizer)
 
     def __call__(self, content: bytes) -> list[int]:
         """The ids for `content`; [] where no tokens join up to it."""
@@ -184,9 +184,11 @@ class _SentencePiece(_Plain):
         return None if text is None else text.replace(" ", self._space)
 
 
-def _spelling(description: dict[str, Any]) -> _Plain:
+def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
     """How a tokenizer spells bytes, from its own description of its pre-tokenizer, decoder and model."""
-    parts = [*_parts(description["pre_tokenizer"]), *_parts(description["decoder"])]
+    backend = _backend(tokenizer)
+    components = [json.loads(c.__getstate__()) for c in (backend.pre_tokenizer, backend.decoder) if c is not None]
+    parts = [part for component in components for part in _parts(component)]
     if any(part["type"] == "ByteLevel" for part in parts):
         return _ByteLevel()
     spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
@@ -195,21 +197,16 @@ def _spelling(description: dict[str, Any]) -> _Plain:
         for part in parts
         if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]
     ]
-    if spaces or description["model"].get("byte_fallback"):
+    if spaces or getattr(backend.model, "byte_fallback", False):
         return _SentencePiece(spaces[0] if spaces else "▁")
     return _Plain()
 
 
-def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _parts(component: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A pre-tokenizer or decoder and, where it is a sequence, what that holds."""
-    if component is not None:
-        yield component
-        for inner in (*component.get("pretokenizers", ()), *component.get("decoders", ())):
-            yield from _parts(inner)
-
-
-def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return json.loads(_backend(tokenizer).to_str())
+    yield component
+    for inner in (*component.get("pretokenizers", ()), *component.get("decoders", ())):
+        yield from _parts(inner)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
