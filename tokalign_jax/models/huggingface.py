@@ -1,16 +1,19 @@
 """Hugging Face folders: models and tokenizers in, the adapted model out. No PyTorch on the way.
 
-Weights are read and written through the family's weight table (`weights`): every tensor of a checkpoint is used exactly once, every
-leaf filled, every shape checked.
+Weights are read and written through the family's weight table (`weights`): every tensor of a checkpoint is used exactly
+once, every leaf filled, every shape checked.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -21,7 +24,7 @@ from safetensors.numpy import save_file
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.families import family
+from tokalign_jax.models.families import config_from_hf, family
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.models.weights import Weight
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
 _FLOATS = {
     "F64": np.dtype(np.float64),
@@ -38,12 +42,29 @@ _FLOATS = {
 }
 """Types of weights, as safetensors spells them."""
 
+_ROLES = ("bos", "eos", "pad")
 
-# --- Names to folders ---------------------------------------------------------------------------------------------------
+_OLD_VOCABULARY = (
+    "tokenizer_class",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "force_words_ids",
+    "forced_bos_token_id",
+    "forced_decoder_ids",
+    "forced_eos_token_id",
+    "sep_token_id",
+    "sequence_bias",
+    "suppress_tokens",
+)
+"""Config keys that speak of the source's tokenizer or of its token ids, and mean nothing with another vocabulary."""
+
+
+# --- Names to folders -------------------------------------------------------------------------------------------------
 
 
 def resolve(name: str, *, what: str, weights: bool = True) -> Path:
-    """The local folder `name`, or the snapshot of the hub repository `name` (`name@revision` pins one), downloaded if need be.
+    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins one).
 
     Args:
       what: what is being looked for ("source model"), for the error.
@@ -71,7 +92,7 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
     except Exception as error:  # Whatever stopped it (network, name, gate, disk), what the user can do is the same.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{what} '{name}' is neither a local folder nor could it be had from the Hugging Face hub ({reason}): check the "
+            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub ({reason}): check the "
             f"name and the network, or {elsewhere}"
         ) from error
     return Path(folder)
@@ -86,7 +107,7 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     raw = _read_json(Path(folder) / "config.json")
     if raw is None:
         raise UserError(f"model folder '{folder}' has no config.json: give a folder in Hugging Face format")
-    return family(raw.get("model_type")).config_from_hf(raw), raw
+    return config_from_hf(raw), raw
 
 
 def load_generation_config(folder: Path | str) -> dict[str, Any] | None:
@@ -107,43 +128,44 @@ def load_tokenizer(name: Path | str) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything, from OSError to panics of its Rust part.
         raise UserError(
-            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {error}): expected tokenizer.json and "
-            f"tokenizer_config.json as save_pretrained writes them"
+            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {error}): expected "
+            f"tokenizer.json and tokenizer_config.json as save_pretrained writes them"
         ) from error
 
 
-# --- Reading weights ----------------------------------------------------------------------------------------------------
+# --- Reading weights --------------------------------------------------------------------------------------------------
+
+
+def check_weights(folder: Path | str, config: ModelConfig) -> None:
+    """Compares names, types and shapes of the stored weights with what `config` needs; reads no weights.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    with _open(Path(folder)) as files:
+        _match(Path(folder), files, config)
 
 
 def load_params(folder: Path | str, config: ModelConfig, dtype: DTypeLike | None = None) -> Params:
     """All parameters, read one tensor at a time; in `dtype`, or each in its stored type.
 
     Raises:
-      UserError: a file is missing or broken; a weight is missing, has another shape than `config` says, or fits nowhere.
+      UserError: a file is missing or broken; a weight is missing, fits nowhere, or has an unexpected shape or type.
     """
-    folder, module = Path(folder), family(config.model_type)
-    expected = {path: leaf.shape for path, leaf in paths.flatten(abstract_params(config)).items()}
-    with _open(folder) as files:
-        unused = {name for name in files if not re.search(module.BUFFERS, name)}
-        leaves = {}
-        for weight in module.weights(config):
-            names = [_stored_name(weight, layer, files, folder) for layer in _layers(weight, config)]
-            leaves |= _read(weight, names, files, expected, dtype)
-            unused -= set(names)
+    leaves = {}
+    with _open(Path(folder)) as files:
+        for weight, names in _match(Path(folder), files, config):
+            leaves |= {path: jnp.asarray(leaf) for path, leaf in _read(weight, names, files, dtype).items()}
         if config.tie_word_embeddings:
-            unused -= _copies_of_embedding(module.HEAD, files, leaves["embed_tokens/embedding"])
-    if unused:
-        raise UserError(
-            f"'{folder}' has weights that a {config.model_type} model as its config.json describes it has no place for: "
-            f"{_some(unused)}; either config.json is of another model, or the model has parts that are not implemented"
-        )
-    return paths.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+            _check_copies_of_embedding(files, config, leaves["embed_tokens/embedding"])
+    return paths.unflatten(leaves)
 
 
 def stored_dtypes(folder: Path | str) -> dict[str, np.dtype]:
-    """The type of every weight in the folder's safetensors, by its name there."""
+    """The type of every float tensor in the folder's safetensors, by its name there."""
     with _open(Path(folder)) as files:
-        return {name: _dtype(name, files) for name in files if files[name].get_slice(name).get_dtype() in _FLOATS}
+        spelled = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
+    return {name: _FLOATS[s] for name, s in spelled.items() if s in _FLOATS}
 
 
 @contextmanager
@@ -155,8 +177,8 @@ def _open(folder: Path) -> Iterator[dict[str, Any]]:
         names = sorted(set(index["weight_map"].values()))
     else:
         raise UserError(
-            f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other formats with "
-            f"transformers' save_pretrained"
+            f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other "
+            f"formats with transformers' save_pretrained"
         )
     with ExitStack() as stack:
         files = {}
@@ -169,83 +191,105 @@ def _open(folder: Path) -> Iterator[dict[str, Any]]:
                 ) from error
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"'{folder / name}' is not a whole safetensors file ({error}): it was cut off or damaged on its way; copy or "
-                    f"download it again"
+                    f"'{folder / name}' is not a whole safetensors file ({error}): it was cut off or damaged on its "
+                    f"way; copy or download it again"
                 ) from error
             files |= dict.fromkeys(file.keys(), file)
         yield files
 
 
-def _read(
-    weight: Weight,
-    names: list[str],
-    files: Mapping[str, Any],
-    expected: Mapping[str, tuple[int, ...]],
-    dtype: DTypeLike | None,
-) -> dict[str, np.ndarray]:
-    """The leaves that `weight` fills, from one tensor, or stacked from one a layer."""
-    stacked = weight.layered
-    shapes = [expected[leaf][1:] if stacked else expected[leaf] for leaf in weight.leaves]
-    shape = _joined_shape(weight, shapes)
-    dtype = np.dtype(dtype or np.result_type(*[_dtype(name, files) for name in names]))
-    buffers = [np.empty((len(names), *s), dtype) for s in shapes]
-    for layer, name in enumerate(names):
-        found = tuple(files[name].get_slice(name).get_shape())
-        if found != shape:
-            raise UserError(
-                f"weight '{name}' has shape {list(found)} where config.json asks for {list(shape)}: config.json and safetensors "
-                f"are of different models"
-            )
-        for buffer, part in zip(buffers, weight.split(files[name].get_tensor(name)), strict=True):
-            buffer[layer] = part
-    return {leaf: buffer if stacked else buffer[0] for leaf, buffer in zip(weight.leaves, buffers)}
+def _match(folder: Path, files: Mapping[str, Any], config: ModelConfig) -> list[tuple[Weight, list[str]]]:
+    """Every row of the weight table with the stored names of its tensors, one a layer; none is missing or left over."""
+    module = family(config.model_type)
+    matched = [
+        (weight, [_stored_name(folder, files, name) for name in names]) for weight, names in _tensor_names(config)
+    ]
+    shapes = _leaf_shapes(config)
+    for weight, names in matched:
+        expected = _tensor_shape(weight, shapes)
+        for name in names:
+            _check_tensor(name, files[name].get_slice(name), expected)
+    used = {name for _, names in matched for name in names}
+    if config.tie_word_embeddings:
+        used |= {module.HEAD.name, *module.HEAD.aliases}
+    unused = sorted(name for name in files if name not in used and not re.search(module.BUFFERS, name))
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        raise UserError(
+            f"'{folder}' has weights for which a {config.model_type} model with its config.json has no place: "
+            f"{', '.join(unused[:5])}{more}; either config.json is of another model, or parts of it are not implemented"
+        )
+    return matched
 
 
-def _layers(weight: Weight, config: ModelConfig) -> list[int | None]:
-    return list(range(config.num_layers)) if weight.layered else [None]
+def _tensor_names(config: ModelConfig) -> list[tuple[Weight, list[tuple[str, ...]]]]:
+    """Every row of the weight table with its tensors, one a layer, each as all the names that it may have."""
+    return [
+        (
+            weight,
+            [
+                tuple(name.format(layer=layer) for name in (weight.name, *weight.aliases))
+                for layer in range(config.num_layers if weight.layered else 1)
+            ],
+        )
+        for weight in family(config.model_type).weights(config)
+    ]
 
 
-def _stored_name(weight: Weight, layer: int | None, files: Mapping[str, Any], folder: Path) -> str:
-    names = [name.format(layer=layer) for name in (weight.name, *weight.aliases)]
+def _stored_name(folder: Path, files: Mapping[str, Any], names: tuple[str, ...]) -> str:
     for name in names:
         if name in files:
             return name
     raise UserError(
-        f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes needs: a shard is missing, or "
-        f"config.json is of another model"
+        f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes needs: a shard is "
+        f"missing, or config.json is of another model"
     )
 
 
-def _dtype(name: str, files: Mapping[str, Any]) -> np.dtype:
-    spelled = files[name].get_slice(name).get_dtype()
-    if spelled not in _FLOATS:
+def _check_tensor(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
+    if tensor.get_dtype() not in _FLOATS:
         raise UserError(
-            f"weight '{name}' is stored as {spelled}, which is not one of {', '.join(_FLOATS)}: quantized weights cannot be "
-            f"adapted; use the model's original weights"
+            f"weight '{name}' is stored as {tensor.get_dtype()}, which is not one of {', '.join(_FLOATS)}: quantized "
+            f"weights cannot be adapted; use the model's original weights"
         )
-    return _FLOATS[spelled]
+    if tuple(tensor.get_shape()) != expected:
+        raise UserError(
+            f"weight '{name}' has shape {list(tensor.get_shape())} where config.json asks for {list(expected)}: "
+            f"config.json and safetensors are of different models"
+        )
 
 
-def _copies_of_embedding(head: Weight, files: Mapping[str, Any], embedding: np.ndarray) -> set[str]:
-    """Names under which a tied model's checkpoint stores its embedding a second time, as the head."""
-    copies = {name for name in (head.name, *head.aliases) if name in files}
-    for name in copies:
-        if not np.array_equal(files[name].get_tensor(name).astype(embedding.dtype), embedding):
-            raise UserError(
-                f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding: set tie_word_embeddings to "
-                f"false to use both, or remove '{name}'"
-            )
-    return copies
+def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in paths.flatten(abstract_params(config)).items()}
 
 
-def _joined_shape(weight: Weight, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape in the checkpoint of a tensor whose leaves have `shapes`."""
+def _tensor_shape(weight: Weight, leaf_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The checkpoint shape of a tensor whose leaves have these shapes: `join` tells, from arrays without content."""
+    shapes = [leaf_shapes[leaf][1:] if weight.layered else leaf_shapes[leaf] for leaf in weight.leaves]
     return weight.join([np.broadcast_to(np.int8(0), shape) for shape in shapes]).shape
 
 
-def _some(names: set[str]) -> str:
-    first = ", ".join(f"'{name}'" for name in sorted(names)[:5])
-    return first + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _read(weight: Weight, names: list[str], files: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, np.ndarray]:
+    """The leaves that `weight` fills, from one tensor, or stacked from one a layer."""
+    dtype = np.dtype(dtype or np.result_type(*{_FLOATS[files[name].get_slice(name).get_dtype()] for name in names}))
+    stacks: list[np.ndarray] = []
+    for layer, name in enumerate(names):
+        parts = weight.split(files[name].get_tensor(name))
+        stacks = stacks or [np.empty((len(names), *part.shape), dtype) for part in parts]
+        for stack, part in zip(stacks, parts, strict=True):
+            stack[layer] = part
+    return {leaf: stack if weight.layered else stack[0] for leaf, stack in zip(weight.leaves, stacks, strict=True)}
+
+
+def _check_copies_of_embedding(files: Mapping[str, Any], config: ModelConfig, embedding: jax.Array) -> None:
+    """A tied model's checkpoint may store its embedding a second time, as the head, but nothing else there."""
+    head = family(config.model_type).HEAD
+    for name in {head.name, *head.aliases} & set(files):
+        if not np.array_equal(files[name].get_tensor(name).astype(embedding.dtype), embedding):
+            raise UserError(
+                f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding: set "
+                f"tie_word_embeddings to false to use both, or remove '{name}'"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -255,6 +299,112 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
+        raise UserError(f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy it again") from error
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path | str,
+    params: Params,
+    config: ModelConfig,
+    raw_config: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    dtypes: str = "source",
+    source_folder: Path | str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a new folder that AutoModelForCausalLM and AutoTokenizer load.
+
+    It holds safetensors (split, with an index, when larger than `max_shard_bytes`), the source's config.json and
+    generation_config.json with the new vocabulary size and the bos, eos and pad ids of `tokenizer`, and the tokenizer.
+
+    Args:
+      raw_config: the source's config.json.
+      dtypes: the type of all written weights, or `source`: each as `source_folder` stores it.
+      source_folder: the source model, for its names of weights, its types and its generation config.
+
+    Raises:
+      UserError: the folder is not empty, or the tokenizer has more tokens than the model has rows.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty: a model is written into a new folder only; move it away")
+    if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy or download it again"
-        ) from error
+            f"the tokenizer has {len(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
+            f"tokens would have none; give the model at least as many rows"
+        )
+    generation_config = load_generation_config(source_folder) if source_folder else None
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    dtype = {} if dtypes == "source" else {"torch_dtype" if "torch_dtype" in raw_config else "dtype": dtypes}
+    _write_json(folder / "config.json", _adapted(raw_config, ids | dtype | {"vocab_size": config.vocab_size}))
+    _write_json(folder / "generation_config.json", _adapted(generation_config or {"_from_model_config": True}, ids))
+    tokenizer.save_pretrained(str(folder))
+    stored = stored_dtypes(source_folder) if source_folder else {}
+    _write_weights(folder, params, config, dtypes, stored, max_shard_bytes)
+
+
+def _write_weights(
+    folder: Path, params: Params, config: ModelConfig, dtypes: str, stored: Mapping[str, np.dtype], max_shard_bytes: int
+) -> None:
+    leaves, shapes = paths.flatten(params), _leaf_shapes(config)
+    if {path: leaf.shape for path, leaf in leaves.items()} != shapes:
+        raise ValueError(
+            f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
+        )
+    tensors = []
+    for weight, names in _tensor_names(config):
+        shape = _tensor_shape(weight, shapes)
+        for layer, (name, *aliases) in enumerate(names):
+            name = next((n for n in (name, *aliases) if n in stored), name)
+            dtype = stored[name] if dtypes == "source" else np.dtype(dtypes)
+            tensors.append(_Tensor(name, weight, layer, dtype, math.prod(shape) * dtype.itemsize))
+    shards = _shards(tensors, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
+        save_file({t.name: t.value(leaves) for t in shard}, folder / file, metadata={"format": "pt"})
+        weight_map |= {tensor.name: file for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in tensors)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be written."""
+
+    name: str
+    weight: Weight
+    layer: int
+    dtype: np.dtype
+    size: int
+    """In bytes."""
+
+    def value(self, leaves: Mapping[str, jax.Array]) -> np.ndarray:
+        parts = [leaves[path][self.layer] if self.weight.layered else leaves[path] for path in self.weight.leaves]
+        return np.ascontiguousarray(self.weight.join([np.asarray(part) for part in parts]).astype(self.dtype))
+
+
+def _shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
+    """`tensors` in order, in as many shards as their size asks for; one larger than a shard has a file to itself."""
+    shards, room = [], 0
+    for tensor in tensors:
+        if not shards or tensor.size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(tensor)
+        room -= tensor.size
+    return shards
+
+
+def _adapted(source: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key not in _OLD_VOCABULARY} | dict(new)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

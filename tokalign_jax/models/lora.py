@@ -1,6 +1,7 @@
 """Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) dropout(x) A B on every projection of every layer.
 
-L layers, r rank. The factors are leaves beside the kernel they adapt: `lora_a` [L, in, r] and `lora_b` [L, r, out], float32.
+L layers, r rank. The factors are float32 leaves beside the kernel they adapt: `lora_a` [L, in, r] and `lora_b`
+[L, r, out].
 """
 
 from collections.abc import Callable
@@ -25,7 +26,10 @@ class LoraSpec:
 
 
 def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str, Any]:
-    """`params` with adapters beside each kernel of the layers; A is uniform in +-1/sqrt(in), B zero, so that nothing changes yet."""
+    """`params` with adapters beside each kernel of the layers; they change nothing yet.
+
+    A is uniform in +-1/sqrt(in), B zero.
+    """
 
     def adapt(projection: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         layers, inputs, outputs = projection["kernel"].shape
@@ -57,7 +61,7 @@ def _merged(projection: dict[str, Any], scale: float, dtype: DTypeLike) -> jax.A
 
 
 def _map_projections(function: Callable, layers: dict[str, Any], key: jax.Array | None) -> dict[str, Any]:
-    """`layers` with `function(projection, key)` in place of each dict that holds a kernel, every one with a key of its own."""
+    """`layers` with `function(projection, key)` in place of each dict with a kernel, every one with its own key."""
     keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
     return {
         name: function(part, k)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864, equation 34) in the half-rotation layout of Hugging Face weights.
+"""Rotary position embedding (arXiv 2104.09864, equation 34) in the half-rotation layout of Hugging Face weights.
 
 B batch, T length, N heads, H head size, R rotary size (the leading part of H that turns; the rest passes).
 """
@@ -27,8 +27,8 @@ class LinearScaling:
 class Llama3Scaling:
     """LLaMA 3.1's: long waves are stretched by `factor`, short ones kept, those between are blended.
 
-    A wave is short or long when it fits more than `high_frequency_factor` or fewer than `low_frequency_factor` times into
-    `original_positions`, the length of pre-training.
+    A wave is short when it fits more than `high_frequency_factor` times into `original_positions`, the length of
+    pre-training, and long when fewer than `low_frequency_factor` times.
     """
 
     factor: float

@@ -1,16 +1,16 @@
 """A decoder-only transformer: defined in Flax NNX, run as pure functions of a plain nested dict of arrays.
 
-Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N heads, K key-value heads,
-H head size, L layers, F intermediate.
+Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N heads, K key-value
+heads, H head size, L layers, F intermediate.
 
-The modules declare which parameters exist (`abstract_params`) and what is computed from them (`forward`). Arrays never live in a
-module for longer than one call. All leaves under `layers` are stacked over L, and one compiled layer body is scanned over them.
-Activations have the `dtype` of the caller, to which each layer casts its own weights; norms, rotary embedding and softmax are
-computed in float32.
+The modules declare which parameters exist (`abstract_params`) and what is computed from them (`forward`); arrays are in
+them for the length of a call. All leaves under `layers` are stacked over L, and one compiled layer body is scanned over
+them. Activations have the `dtype` of the caller, to which each layer casts its own weights; norms, rotary embedding and
+softmax are computed in float32.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ _ACTIVATIONS = {
 }
 
 
-# --- The definition -----------------------------------------------------------------------------------------------------
+# --- The definition ---------------------------------------------------------------------------------------------------
 
 
 class Linear(nnx.Module):
@@ -106,7 +106,9 @@ class Attention(nnx.Module):
         if cache is None:
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=_attention_implementation(q))
         else:
-            k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(c, n, start, 1) for c, n in zip(cache, (k, v)))
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, start, axis=1)
+            cache = k, v
             visible = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
             y = jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
         return self.o_proj(y.reshape(*x.shape[:2], -1), o_key), cache
@@ -161,7 +163,7 @@ class Head(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens to hidden states. The head is declared here and applied by whoever needs logits (`head_matrix`), in what chunks they like."""
+    """Tokens to hidden states. The head is only declared here: who needs logits applies it, in chunks or at once."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.config = config
@@ -196,7 +198,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
 
-# --- Pure functions -----------------------------------------------------------------------------------------------------
+# --- Pure functions ---------------------------------------------------------------------------------------------------
 
 
 def forward(
@@ -232,25 +234,38 @@ def logits(config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **opt
     return _project(forward(config, params, tokens, **options), params)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"))
 def generate(
     config: ModelConfig, params: Params, prompt: Int[Array, "B T"], steps: int, dtype: DTypeLike = jnp.float32
 ) -> Int[Array, "B T+steps"]:
-    """`prompt` and its greedy continuation by `steps` tokens, with a cache of keys and values."""
-    model = _bind(config, None, params)
-    batch, length = prompt.shape
-    empty = jnp.zeros((config.num_layers, batch, length + steps, config.num_kv_heads, config.head_dim), dtype)
+    """`prompt` and its greedy continuation by `steps` tokens."""
+    length = prompt.shape[1]
+    # Padded, so that prompts of all lengths run through a few programs.
+    padded = jnp.pad(prompt, ((0, 0), (0, -length % 64)))
+    return jnp.concatenate([prompt, _continue(config, params, padded, length, steps, jnp.dtype(dtype))], axis=1)
 
-    def advance(tokens, cache, start):
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"))
+def _continue(
+    config: ModelConfig, params: Params, prompt: Int[Array, "B T"], length: Int[Array, ""], steps: int, dtype: DTypeLike
+) -> Int[Array, "B steps"]:
+    """The greedy continuation of the first `length` tokens, with a cache of keys and values.
+
+    The cache is filled from the whole prompt; what is after `length` is out of sight until it is overwritten.
+    """
+    model = _bind(config, None, params)
+    batch, padded_length = prompt.shape
+    empty = jnp.zeros((config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim), dtype)
+
+    def advance(tokens, last, cache, start):
         hidden, cache = model(tokens, None, dtype, False, cache, start)
-        return _project(hidden[:, -1], params).argmax(-1).astype(prompt.dtype), cache
+        return _project(hidden[:, last], params).argmax(-1).astype(prompt.dtype), cache
 
     def step(carry, position):
         token, cache = carry
-        return advance(token[:, None], cache, position), token
+        return advance(token[:, None], 0, cache, position), token
 
-    _, tokens = jax.lax.scan(step, advance(prompt, (empty, empty), 0), length + jnp.arange(steps))
-    return jnp.concatenate([prompt, tokens.T], axis=1)
+    first = advance(prompt, length - 1, (empty, empty), 0)
+    return jax.lax.scan(step, first, length + jnp.arange(steps))[1].T
 
 
 def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params:
@@ -276,7 +291,7 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
     )
 
 
-# --- Small things -------------------------------------------------------------------------------------------------------
+# --- Small things -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -290,8 +305,8 @@ def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transfo
     expected, given = (_paths(tree) for tree in (abstract_params(config, lora), params))
     if expected != given:
         raise ValueError(
-            f"parameters do not fit the model: missing {sorted(expected - given)}, not wanted {sorted(given - expected)}"
-            f" (config: {config}, lora: {lora})"
+            f"parameters do not fit the model: missing {sorted(expected - given)}, left over {sorted(given - expected)}"
+            f" ({config}, {lora})"
         )
     return nnx.merge(definition, params)
 
@@ -320,7 +335,7 @@ def _dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Floa
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-def _attention_implementation(q: Float[Array, "B T N H"]) -> str | None:
+def _attention_implementation(q: Float[Array, "B T N H"]) -> Literal["cudnn"] | None:
     """cuDNN's flash attention for half precision on the NVIDIA devices that have it for this head size, else XLA's."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
     if not capability.replace(".", "").isdigit() or q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -1,7 +1,7 @@
 """A family's weight table: which tensor of a Hugging Face checkpoint fills which leaves of the parameters, and back.
 
-A table is a list of `Weight`. Layer tensors are named once, with `{layer}` for the number; they fill slice `layer` of leaves that are
-stacked over L. Reading applies `split`, writing its inverse `join`, so that a table needs to be written once.
+A table is a list of `Weight`. Layer tensors are named once, with `{layer}` for the number; they fill slice `layer` of
+leaves that are stacked over L. Reading applies `split`, and writing its inverse `join`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,11 @@
 """The model families, one file each: how config.json becomes a `ModelConfig`, and the weight table."""
 
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from tokalign_jax.errors import UserError
+from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import gpt_neox, llama
 
 FAMILIES = {module.MODEL_TYPE: module for module in (gpt_neox, llama)}
@@ -20,3 +23,12 @@ def family(model_type: str | None) -> ModuleType:
             f"{', '.join(sorted(FAMILIES))} (the model_type in its config.json)"
         )
     return FAMILIES[model_type]
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """The constants that a config.json declares.
+
+    Raises:
+      UserError: the family is not supported, a constant is missing, or a flag is not implemented.
+    """
+    return family(raw.get("model_type")).config_from_hf(raw)

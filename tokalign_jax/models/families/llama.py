@@ -17,8 +17,8 @@ BUFFERS = r"rotary_emb\.inv_freq$"
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The constants of a LLaMA model.
 
-    Keys that are younger than the format (head_dim, num_key_value_heads, rope_theta, the biases) have in older files the one value
-    that the code of that time had built in.
+    Where keys that are younger than the format (head_dim, num_key_value_heads, rope_theta, the biases) are absent, the
+    value is the one that the code of that time had built in.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
@@ -27,7 +27,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     rope = reading.rope_parameters(raw)
     # transformers ignores this key here or fails on it, depending on the kind of scaling.
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1.0):
-        raise reading.refuse(raw | rope, "partial_rotary_factor", "1.0")
+        raise reading.refuse({**raw, **rope}, "partial_rotary_factor", "1.0")
     hidden_size, num_heads = required(raw, "hidden_size"), required(raw, "num_attention_heads")
     head_dim = raw.get("head_dim") or hidden_size // num_heads
     attention_bias = raw.get("attention_bias", False)

@@ -25,8 +25,8 @@ def required(raw: Mapping[str, Any], key: str) -> Any:
     """
     if raw.get(key) is None:
         raise UserError(
-            f"the model's config.json (model_type '{raw.get('model_type')}') has no '{key}': it is needed to rebuild the model "
-            f"exactly; add the value with which the model was trained"
+            f"the model's config.json has no '{key}': it is needed to rebuild the model exactly; add the value with "
+            f"which the model was trained"
         )
     return raw[key]
 
@@ -34,8 +34,9 @@ def required(raw: Mapping[str, Any], key: str) -> Any:
 def refuse(raw: Mapping[str, Any], flag: str, implemented: str) -> UserError:
     """The error for a config flag that asks for something that is not there."""
     return UserError(
-        f"the model's config.json (model_type '{raw.get('model_type')}') sets '{flag}' to {raw.get(flag)!r}, which is not "
-        f"implemented (implemented: {implemented}); choose another model, as this one would be computed wrongly"
+        f"the model's config.json sets '{flag}' to {raw.get(flag)!r}, which is not implemented for model_type "
+        f"'{raw.get('model_type')}' (implemented: {implemented}): choose another model, as this one would be computed "
+        f"wrongly"
     )
 
 
@@ -53,7 +54,7 @@ def check_unquantized(raw: Mapping[str, Any]) -> None:
 
 
 def rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings under their transformers 5 names; older files keep scaling in `rope_scaling` and the rest elsewhere."""
+    """Rotary settings by their transformers 5 names; older files keep scaling in `rope_scaling`, the rest elsewhere."""
     return dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
 
 
