@@ -156,16 +156,18 @@ class _Plain:
 class _ByteLevel(_Plain):
     """One printable character a byte (GPT-2, GPT-NeoX, LLaMA 3, Qwen)."""
 
-    _characters = _byte_alphabet()
-    _bytes = {character: byte for byte, character in _characters.items()}  # noqa: RUF012
+    _to_characters = _byte_alphabet()
+    # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: they become one that is no Latin-1.
+    _to_bytes = {byte: 0xFFFF for byte in range(256)} | {ord(c): byte for byte, c in _to_characters.items()}  # noqa: RUF012
 
     def decode(self, token: str) -> bytes:
-        if all(character in self._bytes for character in token):
-            return bytes(self._bytes[character] for character in token)
-        return super().decode(token)
+        try:
+            return token.translate(self._to_bytes).encode("latin-1")
+        except UnicodeEncodeError:
+            return super().decode(token)
 
     def encode(self, content: bytes) -> str | None:
-        return "".join(self._characters[byte] for byte in content)
+        return content.decode("latin-1").translate(self._to_characters)
 
 
 class _SentencePiece(_Plain):
