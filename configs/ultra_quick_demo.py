@@ -1,6 +1,6 @@
 """The embedded default: a small real model with an English/code vocabulary gets a multilingual one, in minutes on two CPU cores.
 
-    python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
+python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
 """
 
 from ml_collections import ConfigDict

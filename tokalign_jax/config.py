@@ -262,7 +262,9 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if isinstance(value, int) and int not in kinds and float in kinds:
         return float(value)
     if not isinstance(value, tuple(kinds)):
-        raise UserError(f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}")
+        raise UserError(
+            f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}"
+        )
     return value
 
 

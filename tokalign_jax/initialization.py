@@ -22,7 +22,9 @@ def initialize(config: ModelConfig, params: dict, aligned: Alignment) -> tuple[M
       The config with the new vocabulary size, and parameters whose vocabulary matrices are [V_target, D], float32.
     """
     new = dict(params)
-    new["embed_tokens"] = {"embedding": alignment.apply(aligned.embedding, np.asarray(params["embed_tokens"]["embedding"]))}
+    new["embed_tokens"] = {
+        "embedding": alignment.apply(aligned.embedding, np.asarray(params["embed_tokens"]["embedding"]))
+    }
     if "lm_head" in params:
         new["lm_head"] = {"kernel": alignment.apply(aligned.head, np.asarray(params["lm_head"]["kernel"]))}
     return dataclasses.replace(config, vocab_size=aligned.target_size), new

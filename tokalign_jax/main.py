@@ -26,7 +26,9 @@ DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "Config file (configs/*.py).", flag_values=_FLAGS)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=_FLAGS)
-_STAGES = flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=_FLAGS)
+_STAGES = flags.DEFINE_list(
+    "stages", None, "Only these stages, and unfinished ones that they need.", flag_values=_FLAGS
+)
 _HELP = flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
 
 
@@ -39,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(__doc__, _FLAGS.get_help(), sep="\n")
             return 0
         if not _WORKDIR.value:
-            raise UserError("--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo")
+            raise UserError(
+                "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
+            )
         config = config_from_dict(values)
         workdir = Path(_WORKDIR.value)
         start = time.monotonic()
@@ -89,7 +93,9 @@ def _with_known_config_path(argv: list[str]) -> list[str]:
     found = next((c for c in candidates if c.is_file()), None)
     if found is None:
         shipped = sorted({p.name for c in candidates[1:] for p in c.parent.glob("*.py")})
-        raise UserError(f"config file '{file}' does not exist; those that ship with the package: {', '.join(f'configs/{n}' for n in shipped)}")
+        raise UserError(
+            f"config file '{file}' does not exist; those that ship with the package: {', '.join(f'configs/{n}' for n in shipped)}"
+        )
     argv[where] = f"--config={found}" + (f":{argument}" if argument else "")
     return argv
 

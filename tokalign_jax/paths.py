@@ -1,7 +1,7 @@
 """Parameters by path: `layers/attention/q_proj/kernel` is the keys of the nested dict joined by "/".
 
-One mechanism says what trains, what decays and how something is placed: an ordered list of (regular expression, label), the
-first match wins.
+One mechanism says what trains, what decays and how something is placed: an ordered list of (regular expression, label),
+the first match wins.
 """
 
 import re

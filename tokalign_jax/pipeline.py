@@ -5,7 +5,6 @@ fingerprint no longer fits is done again; what it had left is moved to `outdated
 settings return. Training stages resume from their newest checkpoint; the others start over when they were interrupted.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -45,46 +44,60 @@ class Stage:
     resumes: bool = False
 
 
-def graph(context: stages.Context) -> list[Stage]:
-    """All stages of a run in order. Training stages of 0 steps do not exist."""
-    config = context.config
-    outside = context.identities()
-    text = {"corpus": outside["corpus"], "text": config_to_dict(config.text)}
-    tokenizers = {"source": outside["source_tokenizer"], "target": outside["target_tokenizer"]}
-    compute = config_to_dict(config.compute)
-    evaluation = {"evaluation": config_to_dict(config.evaluation), "compute": compute}
+def graph(context: stages.Context, exported: str) -> list[Stage]:
+    """All stages of a run in order.
+
+    Args:
+      exported: the model state (`init`, `stage1` or `stage2`) that is exported and reported as the last one.
+    """
+    config, outside = context.config, context.identities
+    models = model_states(config)
     seed = {"seed": config.seed}
-    trained = [s for s in ("stage1", "stage2") if getattr(config, s).steps > 0]
-    models = ["init", *trained]
+    compute = {"compute": config_to_dict(config.compute)}
+    vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
 
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
-        settings = config_to_dict(getattr(config, name))
-        for silent in ("log_every", "keep_checkpoints", "checkpoint_every"):
-            settings.pop(silent)
+        stage = config_to_dict(getattr(config, name))
+        for harmless in _WITHOUT_EFFECT:
+            del stage[harmless]
         return Stage(
             name,
             f"train ({getattr(config, name).method})",
             ("tokens", *before),
-            {name: settings, "compute": compute, "data": config_to_dict(config.data), **seed},
+            {name: stage, "data": config_to_dict(config.data), **compute, **seed},
             lambda c: stages.train(c, name, before),
             resumes=True,
         )
 
-    def evaluate(state: str, needs: tuple[str, ...]) -> Stage:
+    def evaluation(state: str) -> Stage:
+        states = tuple(models[: models.index(state) + 1]) if state in models else ()
         return Stage(
             f"evaluate/{state}",
             f"bits per byte on held-out text: {state}",
-            ("corpus", *needs),
-            {**evaluation, **({"source": outside["source_model"]} if not needs or state == "random" else {}), **seed},
-            lambda c: stages.evaluate(c, state, needs),
+            ("corpus", *states),
+            {
+                "evaluation": config_to_dict(config.evaluation),
+                "source_model": outside["source_model"],
+                **vocabularies,
+                **compute,
+                **seed,
+            },
+            lambda c: stages.evaluate(c, state, states),
         )
 
-    baseline = ["random"] if config.evaluation.random_baseline else []
-    states = ["source", *baseline, *models]
-    found = [
-        Stage("corpus", "read, de-duplicate and split the documents", (), text, stages.corpus),
-        Stage("tokens", "cut the documents with both tokenizers", ("corpus",), tokenizers, stages.tokens),
+    reached = models[: models.index(exported) + 1]
+    baselines = ["source", *(["random"] if config.evaluation.random_baseline else [])]
+    reported = [*baselines, *reached]
+    return [
+        Stage(
+            "corpus",
+            "read, de-duplicate and split the documents",
+            (),
+            {"corpus": outside["corpus"], "text": config_to_dict(config.text)},
+            stages.corpus,
+        ),
+        Stage("tokens", "cut the documents with both tokenizers", ("corpus",), vocabularies, stages.tokens),
         Stage(
             "align",
             "align target tokens to source tokens",
@@ -92,21 +105,39 @@ def graph(context: stages.Context) -> list[Stage]:
             {"alignment": {**config_to_dict(config.alignment), "file": outside["alignment"]}, **seed},
             stages.align,
         ),
-        Stage("init", "re-arrange the vocabulary's rows", ("align",), {"source": outside["source_model"]}, stages.init),
-        *(training(name) for name in trained),
+        Stage(
+            "init",
+            "re-arrange the vocabulary's rows",
+            ("align",),
+            {"source_model": outside["source_model"]},
+            stages.init,
+        ),
+        *(training(name) for name in models[1:]),
         Stage(
             "export",
-            "write the Hugging Face folder",
-            (context.exported,),
+            f"write the Hugging Face folder of {exported}",
+            tuple(reached),
             {"export": config_to_dict(config.export)},
-            lambda c: stages.export(c, tuple(models[: models.index(context.exported) + 1])),
+            lambda c: stages.export(c, reached),
         ),
-        *(evaluate(s, {"source": (), "random": ("align",)}.get(s, tuple(models[: models.index(s) + 1] if s in models else ()))) for s in states),
+        *(evaluation(state) for state in [*baselines, *models]),
+        Stage(
+            "report",
+            "tables, JSON and a picture",
+            ("corpus", "tokens", "align", *reached, *(f"evaluate/{state}" for state in reported)),
+            {},
+            lambda c: stages.report(c, reported),
+        ),
     ]
-    reported = [s for s in states if s not in models or models.index(s) <= models.index(context.exported)]
-    needs = ("corpus", "tokens", "align", *models[: models.index(context.exported) + 1], *(f"evaluate/{s}" for s in reported))
-    found.append(Stage("report", "tables, JSON and a picture", needs, {}, lambda c: stages.report(c, reported)))
-    return found
+
+
+def model_states(config: Config) -> list[str]:
+    """The states that the model goes through; a training stage of 0 steps does not exist."""
+    return ["init", *(name for name in ("stage1", "stage2") if getattr(config, name).steps > 0)]
+
+
+_WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every")
+"""Fields of a training stage that change nothing in its result."""
 
 
 def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log) -> Path:
@@ -126,9 +157,7 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     state = _State(workdir)
     _refuse_foreign(workdir, state, context)
     context.check()
-    models = ["init", *(s for s in ("stage1", "stage2") if getattr(config, s).steps > 0)]
-    context.exported = _exported(models, selected)
-    found = {stage.name: stage for stage in graph(context)}
+    found = {stage.name: stage for stage in graph(context, _exported(model_states(config), selected))}
     wanted = _closure(found, _expand(selected, found))
     stages.check_disk(context, wanted)
 
@@ -184,7 +213,9 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
 def _what_changed(record: Mapping[str, Any], stage: Stage, state: "_State") -> str:
     """The settings that differ, or the stages before that were redone."""
     old, new = (_flat(json.loads(json.dumps(s, default=str))) for s in (record["settings"], stage.settings))
-    changed = [f"{k} changed from {old.get(k)} to {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    changed = [
+        f"{k} changed from {old.get(k)} to {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+    ]
     return "; ".join(changed) if changed else "because what it builds on changed"
 
 
@@ -203,11 +234,15 @@ def _exported(models: Sequence[str], selected: Sequence[str] | None) -> str:
 def _expand(selected: Sequence[str] | None, found: Mapping[str, Stage]) -> list[str]:
     if selected is None:
         return [*found]
-    names = [n for s in selected for n in (found if s == "evaluate" else [s]) if s != "evaluate" or n.startswith("evaluate/")]
+    names = [
+        n for s in selected for n in (found if s == "evaluate" else [s]) if s != "evaluate" or n.startswith("evaluate/")
+    ]
     for name in names:
         if name not in found:
             known = [n for n in found if "/" not in n] + ["evaluate"]
-            raise UserError(f"--stages names '{name}', which is no stage of this run; the stages are {', '.join(known)}")
+            raise UserError(
+                f"--stages names '{name}', which is no stage of this run; the stages are {', '.join(known)}"
+            )
     return names
 
 
@@ -235,8 +270,12 @@ def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> 
         return
     identity = context.run_identity()
     if state.identity and state.identity != identity:
-        differences = ", ".join(f"{k} {state.identity.get(k)!r} there, {v!r} now" for k, v in identity.items() if state.identity.get(k) != v)
-        raise UserError(f"--workdir '{workdir}' belongs to another run ({differences}); choose another --workdir for this one")
+        differences = ", ".join(
+            f"{k} {state.identity.get(k)!r} there, {v!r} now" for k, v in identity.items() if state.identity.get(k) != v
+        )
+        raise UserError(
+            f"--workdir '{workdir}' belongs to another run ({differences}); choose another --workdir for this one"
+        )
 
 
 _OUTDATED = "outdated"

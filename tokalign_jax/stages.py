@@ -16,14 +16,15 @@ from tokalign_jax import demo, initialization, paths
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import bits_per_byte, report as reporting, samples
+from tokalign_jax.evaluation import bits_per_byte, samples
+from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.models import huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, merge_lora
 from tokalign_jax.progress import Log
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text import tokenizing
-from tokalign_jax.training import batches, loop
+from tokalign_jax.training import loop
 
 FORMAT = 1
 """Version of the artefacts: a workdir of another version is redone."""
@@ -44,7 +45,9 @@ class Context:
 
     @cached_property
     def target_folder(self) -> Path:
-        return huggingface.resolve(demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False)
+        return huggingface.resolve(
+            demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False
+        )
 
     @cached_property
     def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
@@ -66,7 +69,9 @@ class Context:
     def identities(self) -> dict[str, Any]:
         """Digests of the outside files that stages depend on."""
         source = sorted(self.source_folder.iterdir())
-        tokenizer_files = [f for f in source if f.suffix != ".safetensors" and not f.name.startswith(("config", "generation"))]
+        tokenizer_files = [
+            f for f in source if f.suffix != ".safetensors" and not f.name.startswith(("config", "generation"))
+        ]
         file = self.config.alignment.file
         return {
             "corpus": documents.identity(self.config),
@@ -136,8 +141,12 @@ def check_disk(context: Context, wanted: set[str]) -> None:
         stage: StageConfig = getattr(config, name)
         trained = 4 * weights // 2 if stage.method == "full" else 4 * rows
         need[f"{name} checkpoints"] = 3 * trained * (stage.keep_checkpoints + 1) if stage.steps else 0
-    kinds = {"text (compressed)": "corpus", "tokens": "tokens", "initialised model": "init", "export": "export"}
-    missing = {k: v for k, v in need.items() if kinds.get(k, k.split()[0]) in wanted and not context.folder(kinds.get(k, k.split()[0])).exists()}
+    folders = {"text (compressed)": "corpus", "initialised model": "init"}
+    missing = {}
+    for name, size in need.items():
+        stage_name = folders.get(name, name.split()[0])
+        if stage_name in wanted and not context.folder(stage_name).exists():
+            missing[name] = size
     place = context.workdir
     while not place.exists():
         place = place.parent
@@ -181,7 +190,9 @@ def init(context: Context) -> None:
     """Writes an ordinary Hugging Face folder: the source model with the new vocabulary, not yet trained."""
     config, raw = context.source_model
     params = huggingface.load_params(context.source_folder, config)
-    aligned = alignment.load(context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer)
+    aligned = alignment.load(
+        context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
+    )
     new_config, new = initialization.initialize(config, params, aligned)
     _write(context, "init", new_config, new, raw, "float32")
 
@@ -271,10 +282,13 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
     continued = []
     if name != "random":
         prompts = settings.prompts or samples.openings(texts)
-        continued = samples.continuations(config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype)
+        continued = samples.continuations(
+            config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype
+        )
     content = {
         "languages": {
-            language: dataclasses.asdict(score) | {"bits_per_byte": score.bits_per_byte, "bytes_per_token": score.bytes_per_token}
+            language: dataclasses.asdict(score)
+            | {"bits_per_byte": score.bits_per_byte, "bytes_per_token": score.bytes_per_token}
             for language, score in scores.items()
         },
         "samples": continued,
@@ -285,4 +299,6 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
 
 
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
-    return reporting.run(context.config, context.workdir, states, context.run_identity(), context.folder("report"), context.log)
+    return reporting.run(
+        context.config, context.workdir, states, context.run_identity(), context.folder("report"), context.log
+    )

@@ -28,7 +28,16 @@ from tokalign_jax.text import corpus, tokenizing
 from tokalign_jax.training import loop
 
 SHIPPED_SOURCES = ("debian-handbook", "python3.11-doc", "postgresql-doc-15")
-LANGUAGES = {"en": 1_900_000, "de": 800_000, "fr": 800_000, "es": 800_000, "ru": 900_000, "ar": 900_000, "zh": 800_000, "ja": 800_000}
+LANGUAGES = {
+    "en": 1_900_000,
+    "de": 800_000,
+    "fr": 800_000,
+    "es": 800_000,
+    "ru": 900_000,
+    "ar": 900_000,
+    "zh": 800_000,
+    "ja": 800_000,
+}
 """UTF-8 bytes of text per language in the sample."""
 HELD_OUT_FRACTION = 0.04
 END_OF_TEXT = "<|endoftext|>"
@@ -140,7 +149,9 @@ def _train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(
+        folder
+    )
 
 
 def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, batch: int) -> None:

@@ -20,10 +20,7 @@ from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.tokenizing import end_of_text_id
-from tokalign_jax.training.losses import token_nll
-
-IGNORED = -1
-"""Label of a position that is not counted."""
+from tokalign_jax.training.losses import IGNORED, token_nll
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,7 @@ def cut(tokens: list[int], start: int, length: int) -> list[tuple[list[int], lis
 def _window_nats(params, inputs, labels, *, config: ModelConfig, dtype: str, chunk: int) -> jax.Array:
     """Summed -log p of each window's labels, [B]."""
     hidden = transformer.forward(config, params, inputs, dtype=jnp.dtype(dtype))
-    counted = labels != IGNORED
-    nll = token_nll(hidden, transformer.head_matrix(params), jnp.where(counted, labels, 0), chunk, jnp.dtype(dtype))
-    return jnp.sum(jnp.where(counted, nll, 0.0), axis=1)
+    return token_nll(hidden, transformer.head_matrix(params), labels, chunk, jnp.dtype(dtype)).sum(axis=1)
 
 
 def evaluate(
@@ -123,7 +118,9 @@ def evaluate(
         for row, (_, window_inputs, window_labels) in enumerate(group):
             inputs[row, : len(window_inputs)] = window_inputs
             labels[row, : len(window_labels)] = window_labels
-        nats = np.asarray(_window_nats(params, inputs, labels, config=config, dtype=dtype, chunk=loss_chunk), np.float64)
+        nats = np.asarray(
+            _window_nats(params, inputs, labels, config=config, dtype=dtype, chunk=loss_chunk), np.float64
+        )
         for row, (language, _, _) in enumerate(group):
             totals[language] += Score(float(nats[row]), 0, 0)
         progress.update(sum(len(w[1]) for w in group))

@@ -113,7 +113,12 @@ def _side_by_side(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str
 def table(content: Mapping[str, Any]) -> list[str]:
     """The main table: bytes per token and bits per byte, by language, as Markdown that is also readable on a terminal."""
     states = content["states"]
-    header = ["language", "bytes/token source", "target", *(f"bits/byte {TITLES[s]}" if s == "source" else TITLES[s] for s in states)]
+    header = [
+        "language",
+        "bytes/token source",
+        "target",
+        *(f"bits/byte {TITLES[s]}" if s == "source" else TITLES[s] for s in states),
+    ]
     rows = []
     for language, of in content["languages"].items():
         per_token = of["bytes_per_token"]
@@ -161,7 +166,11 @@ def markdown(content: Mapping[str, Any]) -> str:
         "![Loss over tokens, and bits per byte by language and stage](report.png)",
         "## Alignment",
         "\n".join(_aligned(["rule", "rows", "corpus frequency"], rules)),
-        "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in alignment.items() if isinstance(value, int | float | str)),
+        "\n".join(
+            f"- {key.replace('_', ' ')}: {value}"
+            for key, value in alignment.items()
+            if isinstance(value, int | float | str)
+        ),
         "## Training",
         "\n".join(
             f"- {TITLES[s]}: {of['steps']} steps, {quantity(of['tokens'][-1] if of['tokens'] else 0)} tokens, "
@@ -172,7 +181,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "```\n" + "\n".join(sample_lines(content)) + "\n```",
         "## Time and versions",
         "\n".join(f"- {name}: {duration(seconds)}" for name, seconds in content["seconds"].items()),
-        ", ".join(f"{name} {version}" for name, version in content["versions"].items()) + f"; on {', '.join(content['devices'])}",
+        ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+        + f"; on {', '.join(content['devices'])}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

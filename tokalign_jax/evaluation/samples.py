@@ -9,6 +9,7 @@ from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.text.tokenizing import end_of_text_id
 
+
 def openings(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
     """The first `length` characters of one document of each of the first `count` languages, cut at a word's end."""
     return [_opening(documents[0], length) for _, documents in sorted(texts.items())[:count] if documents]
