@@ -157,8 +157,8 @@ class _ByteLevel(_Plain):
     """One printable character a byte (GPT-2, GPT-NeoX, LLaMA 3, Qwen)."""
 
     _to_characters = _byte_alphabet()
-    # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: they become one that is no Latin-1.
-    _to_bytes = {byte: 0xFFFF for byte in range(256)} | {ord(c): byte for byte, c in _to_characters.items()}  # noqa: RUF012
+    # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: U+FFFF is no Latin-1.
+    _to_bytes = {byte: 0xFFFF for byte in range(256)} | {ord(c): byte for byte, c in _to_characters.items()}
 
     def decode(self, token: str) -> bytes:
         try:
