@@ -1,4 +1,4 @@
-"""The stream: a permutation of all sequences a pass, exact offsets and states, the same steps for any number of hosts."""
+"""The stream: a permutation of all sequences a pass, exact offsets and states, the same steps for any hosts."""
 
 import itertools
 from types import SimpleNamespace

@@ -56,7 +56,7 @@ def test_undifferentiated_value_is_the_differentiated_one(data):
 
 
 def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
-    """Only the inputs of the products are rounded: against float64 on the rounded inputs the value is exact to float32."""
+    """Only the inputs of the products are rounded: on rounded inputs, float64 gives the same value to float32."""
     hidden, head, labels = data
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, head)]
     expected, _, head_gradient, _ = reference(*rounded, labels)

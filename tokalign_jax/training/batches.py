@@ -1,8 +1,8 @@
 """The stream of training sequences: a seeded global shuffle of fixed-length windows over the token shards, by grain.
 
-Sequence i holds tokens i T to i T + T, its last token being the next one's first, so that every token is predicted once.
-Position p of the stream is a sequence: pass p // N of the corpus, and within it the p % N-th of that pass's own order (N
-sequences a pass). Steps read the stream in order: step s of a stage that starts at `offset` reads positions
+Sequence i holds tokens i T to i T + T, its last token being the next one's first, so that every token is predicted
+once. Position p of the stream is a sequence: pass p // N of the corpus, and within it the p % N-th of that pass's own
+order (N sequences a pass). Steps read the stream in order: step s of a stage that starts at `offset` reads positions
 offset + s G to offset + (s + 1) G, G the global batch, however many hosts share the work.
 """
 
@@ -27,7 +27,7 @@ class Shards(Protocol):
 
 
 class TokenSource:
-    """Random access to the sequences of the shards; item i is int32 [T + 1]: the inputs and, one further, their labels."""
+    """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one further, labels."""
 
     def __init__(self, shards: Shards, sequence_length: int):
         self._tokens, self._length = shards.tokens, sequence_length
@@ -57,8 +57,9 @@ def make_stream(
 ) -> grain.DatasetIterator:
     """This host's batches, int32 [accumulation, micro_batch / hosts, T + 1], one a step.
 
-    The global array of a step, the hosts' parts side by side on axis 1, is the same for any number of hosts. `get_state` and
-    `set_state` save and restore the position exactly; the state does not depend on the number of hosts either.
+    The global array of a step, the hosts' parts side by side on axis 1, is the same for any number of hosts.
+    `get_state` and `set_state` save and restore the position exactly; the state does not depend on the number of hosts
+    either.
 
     Args:
       source: the sequences, N of them.
@@ -102,7 +103,7 @@ def resolve_offset(start_offset: int | float | str, sequences_per_pass: int, epo
     elif isinstance(start_offset, float):
         if not 0 <= start_offset < 1:
             raise UserError(
-                f"start_offset is {start_offset}; as a fraction of one pass over the corpus it must be at least 0 and below 1 "
+                f"start_offset is {start_offset}; as a fraction of one pass it must be at least 0 and below 1 "
                 "(write a number of sequences without a decimal point)"
             )
         position, unbounded = int(start_offset * sequences_per_pass), False
@@ -113,7 +114,7 @@ def resolve_offset(start_offset: int | float | str, sequences_per_pass: int, epo
         passes = "one pass" if epochs <= 1 else f"{epochs} passes"
         raise UserError(
             f"start_offset {start_offset!r} is sequence {position:,}, but the stream has {length:,} sequences "
-            f"({passes} over a corpus of {sequences_per_pass:,}): choose an offset from 0 to {length - 1:,}, more passes "
-            "(data.epochs) or a larger corpus"
+            f"({passes} over a corpus of {sequences_per_pass:,}): choose an offset from 0 to {length - 1:,}, more "
+            "passes (data.epochs) or a larger corpus"
         )
     return position

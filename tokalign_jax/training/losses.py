@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary in little memory.
 
-B batch, T length, D model, V vocabulary, C tokens of a chunk. Logits [B, T, V] never exist: tokens are taken C at a time, and
-because the gradient of a chunk's loss needs nothing but its own logits, both are computed in the same pass (three matrix
-products a chunk, where recomputing the logits in the backward pass takes four).
+B batch, T length, D model, V vocabulary, C tokens of a chunk. Logits [B, T, V] never exist: tokens are taken C at a
+time, and because the gradient of a chunk's loss needs nothing but its own logits, both are computed in the same pass
+(three matrix products a chunk, where recomputing the logits in the backward pass takes four).
 """
 
 import functools
@@ -82,7 +82,8 @@ def _logits(states: Float[Array, "C D"], weight: Float[Array, "V D"]) -> Float[A
 
 
 def _nll(logits: Float[Array, "C V"], labels: Int[Array, "C"]) -> Float[Array, "C"]:
-    # The label's logit by a mask, not a gather: its gradient is then a mask as well and fuses, where a gather's would scatter.
+    # The label's logit by a mask, not a gather: its gradient is then a mask as well and fuses, where a gather's would
+    # scatter.
     is_label = labels[:, None] == jnp.arange(logits.shape[-1])
     label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     return jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=-1) - label_logits, 0.0)

@@ -30,8 +30,8 @@ def rules_for(method: str) -> tuple[tuple[str, str], ...]:
 def make_schedule(peak: float, steps: int, warmup_fraction: float) -> Callable[[Any], Array]:
     """Update number (from 0) -> learning rate: a line up to `peak` over the warm-up, then a cosine to 0.
 
-    With W warm-up updates of S, update u takes peak (u + 1) / (W + 1) before W, then peak (1 + cos(pi (u - W) / (S - W))) / 2:
-    it is 0 just before the first update and just after the last, and no update is spent at rate 0.
+    With W warm-up updates of S, update u takes peak (u + 1) / (W + 1) before W, then peak (1 + cos(pi (u - W) / (S -
+    W))) / 2: it is 0 just before the first update and just after the last, and no update is spent at rate 0.
     """
     warmup = round(warmup_fraction * steps)
 
@@ -47,7 +47,8 @@ def make_schedule(peak: float, steps: int, warmup_fraction: float) -> Callable[[
 def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.GradientTransformation:
     """Clips the gradient of all that trains by its global norm, then AdamW by label; `frozen` leaves get no update.
 
-    Decay is decoupled, rate x weight_decay x parameter, on matrices (embedding and head among them), not on norms and biases.
+    Decay is decoupled, rate x weight_decay x parameter, on matrices (embedding and head among them), not on norms and
+    biases.
 
     Args:
       stage: rates, decay, betas, clipping and the length of the schedule.

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh axis, `data`, over all devices of all processes; batches are split over it, parameters copied."""
+"""Where arrays live: one mesh axis, `data`, over all devices; batches are split over it, parameters copied."""
 
 from typing import Any
 
@@ -17,10 +17,14 @@ def make_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), (DATA,))
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every leaf on every device. Never the caller's own buffers: the copies may be donated."""
-    sharding = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding, may_alias=False), tree)
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Every leaf on every device; one that is there already is not copied."""
+    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+
+
+def copy_to(tree: Any, mesh: Mesh) -> Any:
+    """A copy of every leaf on every device, never the caller's own buffers: it may be donated."""
+    return jax.device_put(tree, NamedSharding(mesh, REPLICATED), may_alias=False)
 
 
 def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:

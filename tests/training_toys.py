@@ -1,0 +1,111 @@
+"""Tiny models and corpora for the training tests. Run as a program, it trains one stage (and can be killed)."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tokalign_jax import paths
+from tokalign_jax.config import ComputeConfig, Config, LoraConfig, StageConfig
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import init_params
+from tokalign_jax.training.loop import StageResult, run_stage
+
+VOCABULARY, LENGTH = 61, 12
+
+LLAMA = ModelConfig(
+    model_type="llama",
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=24,
+    activation="silu",
+    gated_mlp=True,
+    norm="rms",
+    norm_epsilon=1e-5,
+    parallel_residual=False,
+    attention_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=False,
+    max_positions=32,
+    rotary_dim=4,
+    rope_theta=10000.0,
+    rope_scaling=None,
+)
+NEOX = replace(
+    LLAMA,
+    model_type="gpt_neox",
+    num_kv_heads=4,
+    activation="gelu",
+    gated_mlp=False,
+    norm="layer",
+    parallel_residual=True,
+    attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    rotary_dim=2,
+)
+STAGE = StageConfig(
+    method="full",
+    steps=8,
+    learning_rate=3e-3,
+    warmup_fraction=0.25,
+    per_device_batch=2,
+    accumulation=2,
+    sequence_length=LENGTH,
+    checkpoint_every=3,
+    log_every=4,
+    start_offset=0,
+    lora=LoraConfig(rank=3, alpha=6.0, dropout=0.1),
+)
+CONFIG = Config(compute=ComputeConfig(dtype="float32", remat=False, loss_chunk=10))
+
+
+@dataclass
+class ToyShards:
+    tokens: np.ndarray
+
+
+def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
+    """A walk in which each token limits the next to a few: there is something to learn."""
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(1, 4, tokens)
+    return ToyShards((np.cumsum(steps) % VOCABULARY).astype(np.uint16))
+
+
+def toy_params(model: ModelConfig = LLAMA, seed: int = 0) -> paths.Tree:
+    return init_params(model, jax.random.key(seed), std=0.2)
+
+
+def train(folder: Path, stage: StageConfig = STAGE, model: ModelConfig = LLAMA, config: Config = CONFIG, **given):
+    """A stage of a tiny model, from `given` params, shards, start, name or log, or the toy ones."""
+    arguments = {"name": "stage", "params": None, "shards": None, "start": 0, "log": lambda line: None} | given
+    if arguments["params"] is None:
+        arguments["params"] = toy_params(model)
+    if arguments["shards"] is None:
+        arguments["shards"] = toy_shards()
+    return run_stage(stage=stage, config=config, model_config=model, folder=folder, **arguments)
+
+
+def assert_same(first: paths.Tree, second: paths.Tree) -> None:
+    """Bit for bit the same leaves."""
+    first, second = paths.flatten(first), paths.flatten(second)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        assert leaf.dtype == second[path].dtype, path
+        assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
+
+
+if __name__ == "__main__":
+    # training_toys.py FOLDER STEPS METHOD: saves a checkpoint every few steps, then `final.npz`.
+    folder, steps, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    stage = replace(STAGE, steps=steps, method=method, checkpoint_every=7)
+    result = train(folder, stage, log=lambda line: print(line, flush=True))
+    leaves = {path.replace("/", "."): np.asarray(leaf) for path, leaf in paths.flatten(result.params).items()}
+    np.savez(folder / "final.npz", **leaves)

@@ -1,0 +1,321 @@
+"""Runs a training stage: everything around the pure step that touches files, devices or the clock."""
+
+import dataclasses
+import hashlib
+import json
+import time
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tokalign_jax import paths
+from tokalign_jax.config import Config, StageConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.lora import LoraSpec, add_lora
+from tokalign_jax.progress import Log, duration, quantity
+from tokalign_jax.training import metrics, sharding
+from tokalign_jax.training.batches import Shards, TokenSource, make_stream
+from tokalign_jax.training.checkpoints import Checkpoints, Position, check_resumable
+from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for
+from tokalign_jax.training.step import Step, TrainState, init_state, make_loss, make_train_step
+
+_AHEAD = 2
+"""Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""
+
+_BOOKKEEPING = (
+    "per_device_batch",
+    "accumulation",
+    "start_offset",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "max_skipped_in_a_row",
+)
+"""Stage fields that may change in the middle of a run (the global batch and the resolved offset are compared by themselves)."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage."""
+
+    params: paths.Tree
+    """All parameters: what trained in float32 (adapters beside their kernels), the rest the very leaves that came in."""
+    next_sequence: int
+    """Position in the shuffled stream after the last sequence read."""
+    tokens: int
+    """Tokens trained on."""
+    history: list[metrics.Record]
+    """One record a step, as in `metrics.jsonl`."""
+
+
+def global_batch(stage: StageConfig) -> int:
+    """Sequences of a step."""
+    return stage.per_device_batch * stage.accumulation * jax.device_count()
+
+
+def lora_spec(stage: StageConfig) -> LoraSpec | None:
+    """The adapters that the stage trains; None unless its method is `lora`."""
+    return LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout) if stage.method == "lora" else None
+
+
+def check_stage(
+    name: str, stage: StageConfig, config: Config, model_config: ModelConfig, shards: Shards, start: int
+) -> None:
+    """Looks for what would stop the stage later.
+
+    Raises:
+      UserError: a sequence longer than the model's positions, a corpus shorter than a sequence, a stream that ends too
+      early.
+    """
+    if stage.sequence_length > model_config.max_positions:
+        raise UserError(
+            f"{name}.sequence_length is {stage.sequence_length:,} tokens, but the model has {model_config.max_positions:,} "
+            f"positions: set --config.{name}.sequence_length={model_config.max_positions} or less"
+        )
+    sequences = len(TokenSource(shards, stage.sequence_length))
+    if not sequences:
+        raise UserError(
+            f"the corpus has {len(shards.tokens):,} tokens, fewer than the {stage.sequence_length + 1:,} of one training "
+            f"sequence: use a larger corpus or a shorter {name}.sequence_length"
+        )
+    length, end = sequences * config.data.epochs, start + stage.steps * global_batch(stage)
+    if length and end > length:
+        raise UserError(
+            f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of {global_batch(stage):,}), but the stream "
+            f"ends at {length:,} ({config.data.epochs} passes over {sequences:,}): set data.epochs to "
+            f"{-(-end // sequences)} or more (0: as many as needed), or take fewer steps"
+        )
+
+
+def run_stage(
+    name: str,
+    stage: StageConfig,
+    config: Config,
+    model_config: ModelConfig,
+    params: paths.Tree,
+    shards: Shards,
+    folder: Path,
+    start: int,
+    log: Log,
+) -> StageResult:
+    """Trains a stage, from the newest checkpoint in its folder if there is one; a finished stage is only loaded.
+
+    A run that is killed and started again ends with the same bits as one that was not.
+
+    Args:
+      name: of the stage; names its random numbers too.
+      params: all parameters, without adapters; never changed. Leaves may be on the host.
+      shards: tokens of the target tokenizer.
+      folder: of this stage alone; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      start: position in the shuffled stream of the first sequence to read (`batches.resolve_offset`).
+      log: takes progress lines.
+
+    Raises:
+      UserError: for input that does not fit (`check_stage`), a checkpoint of another run, or several steps in a row
+      without
+        a finite loss and gradient.
+    """
+    if not stage.steps:
+        return StageResult(params, start, 0, [])
+    check_stage(name, stage, config, model_config, shards, start)
+    mesh = sharding.make_mesh()
+    adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
+    params = _with_adapters(stage, params, adapter_key)
+    trainable, frozen = _split(stage, params)
+    fingerprint = _fingerprint(stage, config, model_config, params, shards, start)
+
+    labels = paths.label_tree(rules_for(stage.method), trainable)
+    optimizer = make_optimizer(stage, labels)
+    # Copies, not the caller's arrays: the step gives its input's memory to its output.
+    state = sharding.place(init_state(sharding.copy_to(_cast(trainable, jnp.float32), mesh), optimizer), mesh)
+    with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
+        done, position = checkpoints.newest() or 0, None
+        if done:
+            position = checkpoints.position(done)
+            check_resumable(position, global_batch(stage), fingerprint, checkpoints.path(done))
+            state = checkpoints.restore(done, state)
+            log(f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}")
+        first = jax.process_index() == 0
+        with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
+            if done < stage.steps:
+                feed = _Feed(_stream(stage, config, shards, start), position, mesh)
+                loss = make_loss(model_config, config.compute, lora_spec(stage))
+                run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
+                state = run(
+                    make_train_step(loss, optimizer, stage, mesh),
+                    state,
+                    sharding.place(_cast(frozen, jnp.dtype(config.compute.dtype)), mesh),
+                    feed,
+                    sharding.place(dropout_key, mesh),
+                )
+    history = recorder.history
+    end = start + stage.steps * global_batch(stage)
+    return StageResult(paths.merge(state.params, frozen), end, history[-1]["tokens"] if history else 0, history)
+
+
+def load_final(folder: Path, stage: StageConfig, params: paths.Tree) -> paths.Tree:
+    """The parameters that a finished stage ended with, as in its `StageResult`.
+
+    Args:
+      folder: of the stage.
+      params: what the stage began with; gives the leaves that did not train.
+
+    Raises:
+      UserError: when the folder has no checkpoint of the stage's last step.
+    """
+    if not stage.steps:
+        return params
+    # The adapters' values come from the checkpoint; here they only say which shapes to expect.
+    trainable, frozen = _split(stage, _with_adapters(stage, params, jax.random.key(0)))
+    with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
+        if checkpoints.newest() != stage.steps:
+            raise UserError(
+                f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest is "
+                f"{checkpoints.newest() or 'none'}): run the stage to its end first"
+            )
+        like = sharding.place(_cast(trainable, jnp.float32), sharding.make_mesh())
+        return paths.merge(checkpoints.restore_params(stage.steps, like), frozen)
+
+
+class _Run:
+    """The steps of a stage.
+
+    The host stays ahead of the device: it hands over steps without waiting for the ones before, and looks at metrics a
+    few steps late. It catches up before each checkpoint, so that nothing is saved that has not been looked at.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stage: StageConfig,
+        start: int,
+        fingerprint: str,
+        checkpoints: Checkpoints,
+        recorder: metrics.Recorder,
+        log: Log,
+    ):
+        self.name, self.stage, self.start, self.fingerprint = name, stage, start, fingerprint
+        self.checkpoints, self.recorder, self.log = checkpoints, recorder, log
+        self.pending: deque[Any] = deque()
+
+    def __call__(self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array) -> TrainState:
+        self._announce(state, frozen)
+        done = len(self.recorder.history)
+        for step in range(done + 1, self.stage.steps + 1):
+            compiling = time.monotonic()
+            state, values = train_step(state, frozen, feed.take(), key)
+            if step == done + 1:  # compilation is over once the first call returns, the step itself is not
+                self.log(f"{self.name}: compiled in {duration(time.monotonic() - compiling)}")
+                self.recorder.start_clock()
+            jax.tree.map(lambda value: value.copy_to_host_async(), values)
+            self.pending.append(values)
+            due = step % self.stage.checkpoint_every == 0 or step == self.stage.steps
+            self._catch_up(0 if due else _AHEAD)
+            if due:
+                self._save(step, state, feed)
+        return state
+
+    def _announce(self, state: TrainState, frozen: Any) -> None:
+        count = lambda tree: quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))  # noqa: E731
+        batch, length = global_batch(self.stage), self.stage.sequence_length
+        self.log(
+            f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, {count(frozen)} are frozen; "
+            f"{self.stage.steps:,} steps of {batch:,} x {length:,} = {quantity(batch * length)} tokens on "
+            f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
+        )
+
+    def _catch_up(self, ahead: int) -> None:
+        """Records all but the newest `ahead` steps."""
+        while len(self.pending) > ahead:
+            values = jax.device_get(self.pending.popleft())
+            self.recorder.add(values)
+            if values["skipped_in_a_row"] >= self.stage.max_skipped_in_a_row:
+                self.recorder.flush()
+                newest = self.checkpoints.newest()
+                good = (
+                    f"the last good checkpoint is '{self.checkpoints.path(newest)}'" if newest else "no checkpoint yet"
+                )
+                raise UserError(
+                    f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last one step "
+                    f"{len(self.recorder.history)}, had a loss or gradient that is not finite ({good}): lower "
+                    f"{self.name}.learning_rate, or compute.dtype=float32, and look at the loss in metrics.jsonl"
+                )
+
+    def _save(self, step: int, state: TrainState, feed: "_Feed") -> None:
+        self.recorder.flush()  # first the lines, then the checkpoint: none is missing when a run goes on from there
+        batch = global_batch(self.stage)
+        position = Position(feed.position, self.start + step * batch, batch, self.fingerprint)
+        self.checkpoints.save(step, state, position)
+
+
+class _Feed:
+    """Batches on the device a few steps before they are needed; `position` is the stream's after the last one taken."""
+
+    def __init__(self, stream: grain.DatasetIterator, position: Position | None, mesh: Mesh):
+        self._stream, self._mesh = stream, mesh
+        if position:
+            stream.set_state(position.stream)
+        self.position = stream.get_state()
+        self._ready: deque[tuple[jax.Array, dict[str, Any]]] = deque()
+
+    def take(self) -> jax.Array:
+        while len(self._ready) <= _AHEAD and (batch := next(self._stream, None)) is not None:
+            self._ready.append((sharding.global_batch(batch, self._mesh), self._stream.get_state()))
+        batch, self.position = self._ready.popleft()
+        return batch
+
+
+def _stream(stage: StageConfig, config: Config, shards: Shards, start: int) -> grain.DatasetIterator:
+    return make_stream(
+        TokenSource(shards, stage.sequence_length),
+        seed=config.seed,
+        epochs=config.data.epochs,
+        offset=start,
+        accumulation=stage.accumulation,
+        micro_batch=stage.per_device_batch * jax.device_count(),
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+
+
+def _stage_key(name: str, seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def _with_adapters(stage: StageConfig, params: paths.Tree, key: jax.Array) -> paths.Tree:
+    spec = lora_spec(stage)
+    return add_lora(params, spec, key) if spec else params
+
+
+def _split(stage: StageConfig, params: paths.Tree) -> tuple[paths.Tree, paths.Tree]:
+    """What trains in this stage, and what is frozen."""
+    labels = paths.flatten(paths.label_tree(rules_for(stage.method), params))
+    return paths.split(params, lambda path: labels[path] != FROZEN)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _fingerprint(
+    stage: StageConfig, config: Config, model_config: ModelConfig, params: paths.Tree, shards: Shards, start: int
+) -> str:
+    """A hash of all that changes what a step computes: a checkpoint made under another one is of another run."""
+    facts = {
+        "stage": {k: v for k, v in dataclasses.asdict(stage).items() if k not in _BOOKKEEPING},
+        "seed": config.seed,
+        "dtype": config.compute.dtype,
+        "model": dataclasses.asdict(model_config),
+        "params": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in paths.flatten(params).items()},
+        "tokens": len(shards.tokens),
+        "start": start,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

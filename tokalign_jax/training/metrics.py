@@ -1,0 +1,142 @@
+"""What a stage says while it trains: `metrics.jsonl` (a line a step), TensorBoard, progress lines, loss spikes."""
+
+import json
+import math
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from tokalign_jax.progress import Log, duration, quantity
+
+Record = dict[str, Any]
+"""One step: step (from 1), loss (nats a token), learning_rate, gradient_norm, tokens (of the stage so far),
+tokens_per_second, seconds (of this step), skipped (steps so far). A loss or norm that is not finite is None."""
+
+_WINDOW, _ENOUGH = 100, 20
+_SPIKE_SIGMAS, _SPIKE_RATIO = 6.0, 1.2
+_SIGMA_PER_MAD = 1.4826  # of a normal distribution
+
+
+def is_spike(loss: float, recent: Sequence[float]) -> bool:
+    """Whether a loss stands out: more than 6 robust sigmas above the recent median and more than 1.2 times it."""
+    if len(recent) < _ENOUGH:
+        return False
+    median = statistics.median(recent)
+    sigma = _SIGMA_PER_MAD * statistics.median(abs(other - median) for other in recent)
+    return loss > median + _SPIKE_SIGMAS * sigma and loss > _SPIKE_RATIO * median
+
+
+def read(path: Path) -> list[Record]:
+    """The whole lines of a metrics file; what a killed run left of its last line is not one."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # a whole line ends in a newline
+    return [json.loads(line) for line in lines]
+
+
+class Recorder:
+    """Takes each step's metrics, in order; writes them where `writes` is set (one process of many)."""
+
+    def __init__(self, name: str, folder: Path, steps: int, done: int, log_every: int, log: Log, writes: bool = True):
+        """Goes on after step `done`: later lines, of a run that was killed, are dropped."""
+        self._name, self._steps, self._every, self._log = name, steps, log_every, log
+        self._path = folder / "metrics.jsonl"
+        self.history = [record for record in read(self._path) if record["step"] <= done]
+        self._tokens = self.history[-1]["tokens"] if self.history else 0
+        losses = (record["loss"] for record in self.history)
+        self._recent: deque[float] = deque((loss for loss in losses if loss is not None), _WINDOW)
+        self._file = self._board = None
+        if writes:
+            _replace(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
+            self._file = self._path.open("a")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.start_clock()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file and self._board:
+            self._file.close()
+            self._board.close()
+
+    def start_clock(self) -> None:
+        """Time from here on is training."""
+        self._last = self._line_time = time.monotonic()
+        self._line_tokens, self._line_step = self._tokens, len(self.history)
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """One step more, from what the train step returned, fetched."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        tokens = int(metrics["tokens"])
+        self._tokens += tokens
+        record = {
+            "step": len(self.history) + 1,
+            "loss": _finite(metrics["loss"]),
+            "learning_rate": float(metrics["learning_rate"]),
+            "gradient_norm": _finite(metrics["gradient_norm"]),
+            "tokens": self._tokens,
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "seconds": round(seconds, 6),
+            "skipped": int(metrics["skipped"]),
+        }
+        self.history.append(record)
+        self._write(record)
+        self._report(record, finite=bool(metrics["finite"]))
+
+    def flush(self) -> None:
+        """Makes sure that the lines so far outlive the process and the machine; a checkpoint may follow then."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _write(self, record: Record) -> None:
+        if not (self._file and self._board):
+            return
+        self._file.write(json.dumps(record) + "\n")
+        for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
+            if record[key] is not None:
+                self._board.add_scalar(f"{self._name}/{key}", record[key], record["step"])
+
+    def _report(self, record: Record, finite: bool) -> None:
+        step, loss = record["step"], record["loss"]
+        if not finite:
+            self._log(f"{self._name}: step {step} is not finite and was skipped ({record['skipped']} so far)")
+        if loss is not None:
+            if is_spike(loss, self._recent):
+                self._log(
+                    f"{self._name}: the loss spikes at step {step}: {loss:.3f}, where the {len(self._recent)} before have "
+                    f"a median of {statistics.median(self._recent):.3f}"
+                )
+            self._recent.append(loss)
+        if step % self._every == 0 or step == self._steps:
+            elapsed = max(self._last - self._line_time, 1e-9)
+            left = (self._steps - step) * elapsed / (step - self._line_step)
+            rate = (self._tokens - self._line_tokens) / elapsed
+            self._line_time, self._line_tokens, self._line_step = self._last, self._tokens, step
+            self._log(
+                f"{self._name}: step {step} of {self._steps}, loss {'not finite' if loss is None else f'{loss:.3f}'}, "
+                f"{quantity(rate)} tokens/s" + (f", {duration(left)} left" if step < self._steps else "")
+            )
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
