@@ -11,7 +11,7 @@ from tokalign_jax import paths
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, StageConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import init_params
-from tokalign_jax.training.loop import StageResult, run_stage
+from tokalign_jax.training.loop import run_stage
 
 VOCABULARY, LENGTH = 61, 12
 
@@ -84,8 +84,8 @@ def toy_params(model: ModelConfig = LLAMA, seed: int = 0) -> paths.Tree:
 
 
 def train(folder: Path, stage: StageConfig = STAGE, model: ModelConfig = LLAMA, config: Config = CONFIG, **given):
-    """A stage of a tiny model, from `given` params, shards, start, name or log, or the toy ones."""
-    arguments = {"name": "stage", "params": None, "shards": None, "start": 0, "log": lambda line: None} | given
+    """A stage of a tiny model, from `given` params, shards, previous_end, name or log, or the toy ones."""
+    arguments = {"name": "stage", "params": None, "shards": None, "previous_end": 0, "log": lambda line: None} | given
     if arguments["params"] is None:
         arguments["params"] = toy_params(model)
     if arguments["shards"] is None:

@@ -22,7 +22,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.progress import Log, duration, quantity
 from tokalign_jax.training import metrics, sharding
-from tokalign_jax.training.batches import Shards, TokenSource, make_stream
+from tokalign_jax.training.batches import Shards, TokenSource, make_stream, resolve_offset
 from tokalign_jax.training.checkpoints import Checkpoints, Position, check_resumable
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for
 from tokalign_jax.training.step import Step, TrainState, init_state, make_loss, make_train_step
@@ -66,15 +66,20 @@ def lora_spec(stage: StageConfig) -> LoraSpec | None:
     return LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout) if stage.method == "lora" else None
 
 
-def check_stage(
-    name: str, stage: StageConfig, config: Config, model_config: ModelConfig, shards: Shards, start: int
-) -> None:
-    """Looks for what would stop the stage later.
+def plan_stage(
+    name: str, stage: StageConfig, config: Config, model_config: ModelConfig, shards: Shards, previous_end: int
+) -> tuple[int, int]:
+    """Positions in the shuffled stream of the first sequence that the stage reads and of the one after its last.
+
+    Args:
+      previous_end: the second of these of the stage before; 0 for the first stage.
 
     Raises:
-      UserError: a sequence longer than the model's positions, a corpus shorter than a sequence, a stream that ends too
-      early.
+      UserError: for what would stop the stage later: a sequence longer than the model's positions, a corpus shorter than
+        a sequence, an offset past the stream's end or a stream that ends too early.
     """
+    if not stage.steps:
+        return previous_end, previous_end
     if stage.sequence_length > model_config.max_positions:
         raise UserError(
             f"{name}.sequence_length is {stage.sequence_length:,} tokens, but the model has {model_config.max_positions:,} "
@@ -86,6 +91,7 @@ def check_stage(
             f"the corpus has {len(shards.tokens):,} tokens, fewer than the {stage.sequence_length + 1:,} of one training "
             f"sequence: use a larger corpus or a shorter {name}.sequence_length"
         )
+    start = resolve_offset(stage.start_offset, sequences, config.data.epochs, previous_end)
     length, end = sequences * config.data.epochs, start + stage.steps * global_batch(stage)
     if length and end > length:
         raise UserError(
@@ -93,6 +99,7 @@ def check_stage(
             f"ends at {length:,} ({config.data.epochs} passes over {sequences:,}): set data.epochs to "
             f"{-(-end // sequences)} or more (0: as many as needed), or take fewer steps"
         )
+    return start, end
 
 
 def run_stage(
@@ -103,7 +110,7 @@ def run_stage(
     params: paths.Tree,
     shards: Shards,
     folder: Path,
-    start: int,
+    previous_end: int,
     log: Log,
 ) -> StageResult:
     """Trains a stage, from the newest checkpoint in its folder if there is one; a finished stage is only loaded.
@@ -115,17 +122,16 @@ def run_stage(
       params: all parameters, without adapters; never changed. Leaves may be on the host.
       shards: tokens of the target tokenizer.
       folder: of this stage alone; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
-      start: position in the shuffled stream of the first sequence to read (`batches.resolve_offset`).
+      previous_end: position in the shuffled stream after the last sequence that the stage before read.
       log: takes progress lines.
 
     Raises:
-      UserError: for input that does not fit (`check_stage`), a checkpoint of another run, or several steps in a row
-      without
-        a finite loss and gradient.
+      UserError: for input that does not fit (`plan_stage`), a checkpoint of another run, or several steps in a row
+        without a finite loss and gradient.
     """
+    start, end = plan_stage(name, stage, config, model_config, shards, previous_end)
     if not stage.steps:
-        return StageResult(params, start, 0, [])
-    check_stage(name, stage, config, model_config, shards, start)
+        return StageResult(params, end, 0, [])
     mesh = sharding.make_mesh()
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
     params = _with_adapters(stage, params, adapter_key)
@@ -156,9 +162,8 @@ def run_stage(
                     feed,
                     sharding.place(dropout_key, mesh),
                 )
-    history = recorder.history
-    end = start + stage.steps * global_batch(stage)
-    return StageResult(paths.merge(state.params, frozen), end, history[-1]["tokens"] if history else 0, history)
+    tokens = stage.steps * global_batch(stage) * stage.sequence_length
+    return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
 
 def load_final(folder: Path, stage: StageConfig, params: paths.Tree) -> paths.Tree:
@@ -208,7 +213,7 @@ class _Run:
 
     def __call__(self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array) -> TrainState:
         self._announce(state, frozen)
-        done = len(self.recorder.history)
+        done = self.recorder.step
         for step in range(done + 1, self.stage.steps + 1):
             compiling = time.monotonic()
             state, values = train_step(state, frozen, feed.take(), key)
@@ -245,7 +250,7 @@ class _Run:
                 )
                 raise UserError(
                     f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last one step "
-                    f"{len(self.recorder.history)}, had a loss or gradient that is not finite ({good}): lower "
+                    f"{self.recorder.step}, had a loss or gradient that is not finite ({good}): lower "
                     f"{self.name}.learning_rate, or compute.dtype=float32, and look at the loss in metrics.jsonl"
                 )
 

@@ -48,7 +48,7 @@ class Recorder:
         self._name, self._steps, self._every, self._log = name, steps, log_every, log
         self._path = folder / "metrics.jsonl"
         self.history = [record for record in read(self._path) if record["step"] <= done]
-        self._tokens = self.history[-1]["tokens"] if self.history else 0
+        self.step, self._tokens = done, self.history[-1]["tokens"] if self.history else 0
         losses = (record["loss"] for record in self.history)
         self._recent: deque[float] = deque((loss for loss in losses if loss is not None), _WINDOW)
         self._file = self._board = None
@@ -69,7 +69,7 @@ class Recorder:
     def start_clock(self) -> None:
         """Time from here on is training."""
         self._last = self._line_time = time.monotonic()
-        self._line_tokens, self._line_step = self._tokens, len(self.history)
+        self._line_tokens, self._line_step = self._tokens, self.step
 
     def add(self, metrics: dict[str, Any]) -> None:
         """One step more, from what the train step returned, fetched."""
@@ -77,8 +77,9 @@ class Recorder:
         seconds, self._last = now - self._last, now
         tokens = int(metrics["tokens"])
         self._tokens += tokens
+        self.step += 1
         record = {
-            "step": len(self.history) + 1,
+            "step": self.step,
             "loss": _finite(metrics["loss"]),
             "learning_rate": float(metrics["learning_rate"]),
             "gradient_norm": _finite(metrics["gradient_norm"]),
