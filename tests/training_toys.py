@@ -1,5 +1,6 @@
-"""Tiny models and corpora for the training tests. Run as a program, it trains one stage (and can be killed)."""
+"""Tiny models and corpora for the training tests. Run as a program, it trains one stage."""
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,10 +103,18 @@ def assert_same(first: paths.Tree, second: paths.Tree) -> None:
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
 
 
+def run_program(folder: Path, **changes) -> list[str]:
+    """The command that trains STAGE with `changes` in a process of its own and leaves `final.npz` in the folder."""
+    return [sys.executable, __file__, str(folder), json.dumps(changes)]
+
+
+def load_program(folder: Path) -> dict[str, np.ndarray]:
+    """The parameters that `run_program` left, by path."""
+    return dict(np.load(folder / "final.npz"))
+
+
 if __name__ == "__main__":
-    # training_toys.py FOLDER STEPS METHOD: saves a checkpoint every few steps, then `final.npz`.
-    folder, steps, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    stage = replace(STAGE, steps=steps, method=method, checkpoint_every=7)
-    result = train(folder, stage, log=lambda line: print(line, flush=True))
-    leaves = {path.replace("/", "."): np.asarray(leaf) for path, leaf in paths.flatten(result.params).items()}
-    np.savez(folder / "final.npz", **leaves)
+    folder = Path(sys.argv[1])
+    result = train(folder, replace(STAGE, **json.loads(sys.argv[2])), log=lambda line: print(line, flush=True))
+    with (folder / "final.npz").open("wb") as file:
+        np.savez(file, **paths.flatten(result.params))
