@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, initialization, paths
+from tokalign_jax import demo, initialization
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
@@ -20,7 +21,7 @@ from tokalign_jax.evaluation import bits_per_byte, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.models import huggingface
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.lora import LoraSpec, merge_lora
+from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.progress import Log
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text import tokenizing
@@ -207,10 +208,9 @@ def load_state(context: Context, states: Sequence[str]) -> tuple[ModelConfig, di
     params = huggingface.load_params(folder, config)
     for name in states[1:]:
         stage: StageConfig = getattr(context.config, name)
-        trained = loop.load_final(context.folder(name))
-        params = paths.unflatten({**paths.flatten(params), **paths.flatten(trained)})
-        if stage.method == "lora":
-            params = merge_lora(params, LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout))
+        params = loop.load_final(context.folder(name), stage, params)
+        if spec := loop.lora_spec(stage):
+            params = merge_lora(params, spec, jnp.float32)
     return config, params
 
 

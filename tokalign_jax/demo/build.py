@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help="JSON lines (.xz) with text, lang, source")
     parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent)
     parser.add_argument("--steps", default="text,tokenizers,model")
-    parser.add_argument("--train-steps", type=int, default=6000)
+    parser.add_argument("--train-steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
     arguments = parser.parse_args()
     steps = arguments.steps.split(",")
@@ -188,7 +188,8 @@ def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, bat
     folder = work / "model"
     huggingface.save_checkpoint(folder, result.params, model, MODEL, tokenizer, dtypes="bfloat16")
     shutil.copytree(folder, out / "source_model", dirs_exist_ok=True)
-    shutil.copy(work / "pretrain" / "metrics.jsonl", out / "source_model" / "pretraining_metrics.jsonl")
+    lines = (work / "pretrain" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "source_model" / "pretraining.jsonl").write_text("".join(lines[49::50]))
 
 
 if __name__ == "__main__":
