@@ -4,13 +4,14 @@ L layers, r rank. The factors are float32 leaves beside the kernel they adapt: `
 [L, r, out].
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from tokalign_jax import paths
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
 
     A is uniform in +-1/sqrt(in), B zero.
     """
-
-    def adapt(projection: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-        layers, inputs, outputs = projection["kernel"].shape
+    leaves = paths.flatten(params)
+    projections = _projections(leaves, "kernel")
+    for name, k in zip(projections, jax.random.split(key, len(projections))):
+        layers, inputs, outputs = leaves[f"{name}/kernel"].shape
         bound = inputs**-0.5
-        a = jax.random.uniform(key, (layers, inputs, spec.rank), jnp.float32, -bound, bound)
-        return projection | {"lora_a": a, "lora_b": jnp.zeros((layers, spec.rank, outputs), jnp.float32)}
-
-    return params | {"layers": _map_projections(adapt, params["layers"], key)}
+        leaves[f"{name}/lora_a"] = jax.random.uniform(k, (layers, inputs, spec.rank), jnp.float32, -bound, bound)
+        leaves[f"{name}/lora_b"] = jnp.zeros((layers, spec.rank, outputs), jnp.float32)
+    return paths.unflatten(leaves)
 
 
 def merge_lora(params: dict[str, Any], spec: LoraSpec, dtype: DTypeLike | None = None) -> dict[str, Any]:
@@ -45,29 +46,16 @@ def merge_lora(params: dict[str, Any], spec: LoraSpec, dtype: DTypeLike | None =
 
     The adapted kernels then have the type that they had, or `dtype` (float32 keeps every digit of the sum).
     """
-
-    def merge(projection: dict[str, Any], key: None) -> dict[str, Any]:
-        kept = {name: leaf for name, leaf in projection.items() if name not in ("lora_a", "lora_b")}
-        if "lora_a" not in projection:
-            return kept
-        return kept | {"kernel": _merged(projection, spec.scale, dtype or projection["kernel"].dtype)}
-
-    return params | {"layers": _map_projections(merge, params["layers"], None)}
+    leaves = paths.flatten(params)
+    for name in _projections(leaves, "lora_a"):
+        kernel, a, b = leaves[f"{name}/kernel"], leaves.pop(f"{name}/lora_a"), leaves.pop(f"{name}/lora_b")
+        update = spec.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        leaves[f"{name}/kernel"] = (kernel.astype(jnp.float32) + update).astype(dtype or kernel.dtype)
+    return paths.unflatten(leaves)
 
 
-def _merged(projection: dict[str, Any], scale: float, dtype: DTypeLike) -> jax.Array:
-    update = jnp.matmul(projection["lora_a"], projection["lora_b"], precision=jax.lax.Precision.HIGHEST)
-    return (projection["kernel"].astype(jnp.float32) + scale * update).astype(dtype)
-
-
-def _map_projections(function: Callable, layers: dict[str, Any], key: jax.Array | None) -> dict[str, Any]:
-    """`layers` with `function(projection, key)` in place of each dict with a kernel, every one with its own key."""
-    keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
-    return {
-        name: function(part, k)
-        if "kernel" in part
-        else _map_projections(function, part, k)
-        if isinstance(part, dict)
-        else part
-        for (name, part), k in zip(sorted(layers.items()), keys)
-    }
+def _projections(leaves: dict[str, Any], leaf: str) -> list[str]:
+    """Paths of the layers' linear maps that have such a leaf, always in one order."""
+    return sorted(
+        path.removesuffix(f"/{leaf}") for path in leaves if path.startswith("layers/") and path.endswith(leaf)
+    )
