@@ -47,4 +47,10 @@ def get_config() -> ConfigDict:
     config.compute.remat = False
     config.evaluation.bytes_per_language = 24_000
     config.evaluation.sequence_length = 512
+    config.evaluation.prompts = (
+        "The package manager",
+        "Das Betriebssystem",
+        "Система управления пакетами",
+        "システム管理者は",
+    )
     return config

@@ -6,6 +6,7 @@ here, and from then on nothing looks anything up by string. A file states what d
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -156,7 +157,7 @@ class EvaluationConfig:
     random_baseline: bool = True
     """Also measure the model with every row of the new vocabulary drawn at random."""
     prompts: tuple[str, ...] = ()
-    """Texts that the source and the adapted model continue, greedily; empty: openings of held-out documents."""
+    """Texts that the source and the adapted model continue, greedily; empty: passages of held-out documents."""
     sample_tokens: int = 48
     """Tokens of each continuation."""
 
@@ -216,7 +217,9 @@ def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str
         if dataclasses.is_dataclass(default) and key in arguments:
             given = arguments[key]
             arguments[key] = dataclasses.replace(default, **{k: getattr(given, k) for k in values[key]})
-    return kind(**arguments)
+    made = kind(**arguments)
+    _check_range(made, prefix)
+    return made
 
 
 def default_config() -> ConfigDict:
@@ -266,6 +269,49 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
             f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}"
         )
     return value
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "warmup_fraction": (0, 1),
+    "weight_decay": (0, math.inf),
+    "clip_norm": (1e-12, math.inf),
+    "per_device_batch": (1, math.inf),
+    "accumulation": (1, math.inf),
+    "sequence_length": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "keep_checkpoints": (1, math.inf),
+    "log_every": (1, math.inf),
+    "max_skipped_in_a_row": (1, math.inf),
+    "rank": (1, math.inf),
+    "dropout": (0, 0.999),
+    "budget_bytes": (1, math.inf),
+    "held_out_fraction": (0, 0.5),
+    "window": (1, 20),  # past 20 the exact integer weights of co-occurrence overflow
+    "min_count": (1, math.inf),
+    "vector_size": (1, math.inf),
+    "iterations": (1, math.inf),
+    "pivots": (1, math.inf),
+    "neighbours": (1, math.inf),
+    "epochs": (0, math.inf),
+    "loss_chunk": (1, math.inf),
+    "batch": (1, math.inf),
+    "bytes_per_language": (1, math.inf),
+    "sample_tokens": (1, math.inf),
+    "max_shard_bytes": (1_000_000, math.inf),
+}
+"""Smallest and largest value of fields by name, in whatever group."""
+
+
+def _check_range(made: Any, prefix: str) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(made, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(
+                f"config key '{prefix}{name}' is {value}; it must be at least {low}"
+                + (f" and at most {high}" if high < math.inf else "")
+            )
 
 
 def _type_name(hint: Any) -> str:

@@ -5,12 +5,14 @@ fingerprint no longer fits is done again; what it had left is moved to `outdated
 settings return. Training stages resume from their newest checkpoint; the others start over when they were interrupted.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,20 +156,39 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
       UserError: bad input, before any long work.
     """
     context = stages.Context(config, workdir, log)
-    state = _State(workdir)
-    _refuse_foreign(workdir, state, context)
+    _refuse_foreign(workdir, _State(workdir), context)
     context.check()
     found = {stage.name: stage for stage in graph(context, _exported(model_states(config), selected))}
     wanted = _closure(found, _expand(selected, found))
     stages.check_disk(context, wanted)
 
-    state.remember(context.run_identity())
     prints = fingerprints(list(found.values()))
-    (workdir / "config.json").write_text(json.dumps(config_to_dict(config), indent=1) + "\n")
-    for stage in found.values():
-        if stage.name in wanted:
-            _bring_up(stage, prints[stage.name], context, state)
+    with lock(workdir):
+        state = _State(workdir)
+        state.remember(context.run_identity())
+        (workdir / "config.json").write_text(json.dumps(config_to_dict(config), indent=1) + "\n")
+        for stage in found.values():
+            if stage.name in wanted:
+                _bring_up(stage, prints[stage.name], context, state)
     return workdir
+
+
+@contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Keeps a second process out of a workdir; the lock goes with the process, however it ends.
+
+    Raises:
+      UserError: another process has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process runs in --workdir '{workdir}'; wait for it, or choose another --workdir"
+            ) from error
+        yield
 
 
 def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
@@ -262,7 +283,7 @@ def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> 
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir '{workdir}' is a file; name a folder")
     if not state.exists:
-        if workdir.exists() and any(workdir.iterdir()):
+        if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise UserError(
                 f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no {STATE_FILE}); nothing there is touched: "
                 "choose an empty or a new folder"

@@ -75,7 +75,7 @@ class Context:
         ]
         file = self.config.alignment.file
         return {
-            "corpus": documents.identity(self.config),
+            "corpus": [_digest([Path(n)]) if Path(n).exists() else n for n in documents.names(self.config)],
             "source_model": _digest([f for f in source if f.suffix in (".json", ".safetensors")]),
             "source_tokenizer": _digest(tokenizer_files),
             "target_tokenizer": _digest(sorted(self.target_folder.iterdir())),
@@ -132,7 +132,10 @@ def check_disk(context: Context, wanted: set[str]) -> None:
       UserError: stating the bytes needed by kind and those free.
     """
     config, (model, _) = context.config, context.source_model
-    text = min(config.text.budget_bytes, documents.size_estimate(config))
+    files = [Path(name) for name in documents.names(config)]
+    # Compressed text unfolds to about five times its size; of a hub data set only the budget is known.
+    sizes = [5 * f.stat().st_size if f.exists() else config.text.budget_bytes for f in files]
+    text = min(config.text.budget_bytes, sum(sizes))
     vocabulary = len(context.target_tokenizer)
     rows = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     weights = sum(f.stat().st_size for f in context.source_folder.glob("*.safetensors")) + 4 * rows
@@ -216,23 +219,17 @@ def load_state(context: Context, states: Sequence[str]) -> tuple[ModelConfig, di
 
 def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
     config, params = load_state(context, before)
-    stage: StageConfig = getattr(context.config, name)
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
-    previous = [json.loads((context.folder(s) / "result.json").read_text()) for s in before[1:]]
+    # All stages are planned before the first one starts: an offset of the second that is past the end is told now.
+    end, ends = 0, {}
+    for planned in ("stage1", "stage2"):
+        ends[planned] = end
+        _, end = loop.plan_stage(planned, getattr(context.config, planned), context.config, config, shards, end)
+    stage: StageConfig = getattr(context.config, name)
     result = loop.run_stage(
-        name,
-        stage,
-        context.config,
-        config,
-        params,
-        shards,
-        context.folder(name),
-        previous[-1]["next_sequence"] if previous else 0,
-        context.log,
+        name, stage, context.config, config, params, shards, context.folder(name), ends[name], context.log
     )
-    summary = {"next_sequence": result.next_sequence, "tokens": result.tokens}
-    (context.folder(name) / "result.json").write_text(json.dumps(summary) + "\n")
-    return summary
+    return {"next_sequence": result.next_sequence, "tokens": result.tokens}
 
 
 def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
@@ -265,8 +262,7 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
     tokenizer = context.source_tokenizer if name == "source" else context.target_tokenizer
     if name == "random":
         config, params = initialization.random_rows(config, params, len(tokenizer), jax.random.key(context.config.seed))
-    held_out = list(documents.held_out(context.folder("corpus")))
-    texts = bits_per_byte.choose(held_out, settings.bytes_per_language)
+    texts = bits_per_byte.choose(documents.held_out(context.folder("corpus")), settings.bytes_per_language)
     scores = bits_per_byte.evaluate(
         config,
         params,
@@ -281,7 +277,7 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
     )
     continued = []
     if name != "random":
-        prompts = settings.prompts or samples.openings(texts)
+        prompts = settings.prompts or samples.passages(texts)
         continued = samples.continuations(
             config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype
         )

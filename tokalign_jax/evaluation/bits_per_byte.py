@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import end_of_text_id
 from tokalign_jax.training.losses import IGNORED, token_nll
 
@@ -43,20 +44,17 @@ class Score:
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
-def choose(documents: Iterable[tuple[str, str]], bytes_per_language: int) -> dict[str, list[str]]:
-    """Texts by language from (text, language) pairs: whole documents up to the given bytes, the last one cut."""
+def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:
+    """Texts by language: whole documents up to the given bytes, the last one cut."""
     chosen: dict[str, list[str]] = {}
     room: dict[str, int] = {}
-    for text, language in documents:
-        left = room.setdefault(language, bytes_per_language)
-        if left <= 0 or not text:
-            continue
-        encoded = text.encode()
-        if len(encoded) > left:
-            text = encoded[:left].decode(errors="ignore")
-        room[language] = left - len(encoded)
-        if text:
-            chosen.setdefault(language, []).append(text)
+    for text, language, size in documents:
+        left = room.get(language, bytes_per_language)
+        if left > 0:
+            chosen.setdefault(language, []).append(
+                text if size <= left else text.encode()[:left].decode(errors="ignore")
+            )
+            room[language] = left - size
     return chosen
 
 

@@ -10,16 +10,17 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.text.tokenizing import end_of_text_id
 
 
-def openings(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
-    """The first `length` characters of one document of each of the first `count` languages, cut at a word's end."""
-    return [_opening(documents[0], length) for _, documents in sorted(texts.items())[:count] if documents]
+def passages(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
+    """From the middle of the longest document of each of the first languages: up to `length` characters of whole words."""
+    return [_passage(max(documents, key=len), length) for _, documents in sorted(texts.items())[:count]]
 
 
-def _opening(text: str, length: int) -> str:
-    if len(text) <= length:
-        return text
-    words, space, _ = text[:length].rpartition(" ")
-    return words if space else text[:length]
+def _passage(text: str, length: int) -> str:
+    middle = text[len(text) // 2 :]
+    _, _, after_line_end = middle.partition("\n")
+    passage = (after_line_end.strip() or middle)[:length]
+    words, space, _ = passage.rpartition(" ")
+    return words if space and len(passage) == length else passage
 
 
 def continuations(

@@ -110,6 +110,11 @@ def check(config: Config) -> None:
         )
 
 
+def names(config: Config) -> list[str]:
+    """What the corpus is read from, in order: paths of local files, or names of hub data sets."""
+    return [source.name for source in _sources(config)]
+
+
 def train_batches(folder: Path) -> Iterator[list[Document]]:
     """The training documents in file order, about `GROUP_BYTES` of text at a time."""
     for path in sorted(folder.glob("train-*.parquet")):

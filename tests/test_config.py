@@ -1,0 +1,83 @@
+"""Config files, overrides and what is refused."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tokalign_jax.config import AFTER_PREVIOUS, Config, config_from_dict, config_to_dict, default_config
+from tokalign_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = {
+    # name: (stage 1 rate, stage 2 rate, steps, method, batch, accumulation, length, threshold, offset, budget)
+    "research": (6.4e-4, 5e-5, (2500, 2500), "full", 4, 16, 2048, 0.3, 2_560_000, 5e9),
+    "optimal": (2e-5, 5e-5, (2500, 2500), "lora", 4, 16, 2048, 0.4, 0.2, 5e9),
+    "three_hour_eval": (5e-4, 5e-5, (600, 1400), "lora", 2, 16, 1024, 0.3, 0, 1e9),
+}
+
+
+def load(name: str) -> Config:
+    return config_from_dict(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_hold_what_they_promise(name):
+    rate1, rate2, steps, method, batch, accumulation, length, threshold, offset, budget = RECIPES[name]
+    config = load(name)
+    assert (config.stage1.learning_rate, config.stage2.learning_rate) == (rate1, rate2)
+    assert (config.stage1.steps, config.stage2.steps) == steps
+    assert (config.stage1.method, config.stage2.method) == ("embedding", method)
+    assert (config.stage2.start_offset, config.text.budget_bytes) == (offset, budget)
+    assert config.alignment.similarity_threshold == threshold
+    for stage in (config.stage1, config.stage2):
+        assert (stage.per_device_batch, stage.accumulation, stage.sequence_length) == (batch, accumulation, length)
+        assert (stage.weight_decay, stage.warmup_fraction) == (0.01, 0.03)
+    if method == "lora":
+        assert dataclasses.astuple(config.stage2.lora) == (64, 16.0, 0.1)
+    assert (config.alignment.vector_size, config.alignment.window, config.alignment.iterations) == (300, 15, 15)
+    assert config.compute.dtype == "bfloat16"
+
+
+def test_demo_needs_nothing_from_outside():
+    config = load("ultra_quick_demo")
+    assert (config.source_model, config.target_tokenizer, config.corpus) == ("embedded",) * 3
+    assert (config.compute.dtype, config.stage2.method) == ("float32", "lora")
+    assert config.stage2.start_offset == AFTER_PREVIOUS
+
+
+def test_round_trip_and_partial_groups_keep_defaults():
+    assert config_from_dict(default_config()) == Config() == config_from_dict(config_to_dict(Config()))
+    partial = config_from_dict({"stage2": {"steps": 7}, "stage1": {"lora": {"rank": 3}}})
+    assert (partial.stage2.steps, partial.stage2.method) == (7, Config().stage2.method)
+    assert (partial.stage1.lora.rank, partial.stage1.start_offset) == (3, Config().stage1.start_offset)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stage1": {"learning_rat": 1.0}}, ("stage1.learning_rat", "stage1.learning_rate")),
+        ({"source": "x"}, ("'source'", "source_model")),
+        ({"stage1": 3}, ("'stage1'", "group")),
+        ({"stage1": {"steps": "many"}}, ("stage1.steps", "many", "int")),
+        ({"stage1": {"steps": 1.5}}, ("stage1.steps", "1.5")),
+        ({"stage2": {"method": "half"}}, ("stage2.method", "half", "lora")),
+        ({"stage1": {"learning_rate": "2e-5"}}, ("stage1.learning_rate", "2e-5", "float")),
+        ({"compute": {"remat": 1}}, ("compute.remat", "bool")),
+        ({"stage1": {"steps": -1}}, ("stage1.steps", "-1")),
+        ({"stage1": {"per_device_batch": 0}}, ("stage1.per_device_batch", "0")),
+        ({"text": {"held_out_fraction": 1.5}}, ("text.held_out_fraction", "1.5")),
+        ({"stage2": {"lora": {"dropout": 1.0}}}, ("stage2.lora.dropout", "1.0")),
+    ],
+)
+def test_bad_values_are_named(values, words):
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_whole_numbers_are_welcome_as_floats_and_lists_as_tuples():
+    config = config_from_dict({"stage1": {"learning_rate": 1}, "corpus": ["a", "b"]})
+    assert isinstance(config.stage1.learning_rate, float) and config.corpus == ("a", "b")

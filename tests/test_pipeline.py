@@ -1,0 +1,239 @@
+"""The pipeline's bookkeeping, and whole runs of every config on tiny local models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, tiny_model_folder, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokalign_jax import main, pipeline
+
+REPOSITORY = Path(__file__).parents[1]
+WORDS = "the a model token row text of and in is new old head layer step rate corpus align vector count 数学 день été".split()
+
+
+def write_corpus(folder: Path, documents: int = 120) -> Path:
+    random = np.random.default_rng(0)
+    path = folder / "corpus.jsonl"
+    rows = [
+        {"text": f"{i} " + " ".join(random.choice(WORDS, 60)) + ".", "lang": "en" if i % 2 else "fr"}
+        for i in range(documents)
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, Path]:
+    """A tiny source model of each family, a target tokenizer of another kind, and a corpus."""
+    folder = tmp_path_factory.mktemp("inputs")
+    corpus = write_corpus(folder)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    source = tiny_tokenizer(300, texts[:10])
+    target = tiny_tokenizer(420, texts, kind="metaspace")
+    target.save_pretrained(folder / "target")
+    return {
+        "corpus": corpus,
+        "target": folder / "target",
+        "llama": tiny_model_folder(folder / "llama", "llama", 320, tied=True, tokenizer=source),
+        "gpt_neox": tiny_model_folder(folder / "gpt_neox", "gpt_neox", 320, tokenizer=source),
+    }
+
+
+def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, *more: str) -> list[str]:
+    """A run of a few small steps; everything else is as the config file says."""
+    small = {
+        "source_model": inputs[family],
+        "target_tokenizer": inputs["target"],
+        "corpus": inputs["corpus"],
+        "text.held_out_fraction": 0.1,
+        "text.language_field": "lang",
+        "alignment.vector_size": 16,
+        "alignment.iterations": 2,
+        "alignment.pivots": 20,
+        "alignment.min_count": 2,
+        "evaluation.sequence_length": 64,
+        "evaluation.sample_tokens": 4,
+        "evaluation.prompts": "('the model',)",
+    }
+    for stage in ("stage1", "stage2"):
+        small |= {
+            f"{stage}.steps": 3,
+            f"{stage}.per_device_batch": 2,
+            f"{stage}.accumulation": 2,
+            f"{stage}.sequence_length": 32,
+            f"{stage}.checkpoint_every": 2,
+        }
+    flags = [f"--config.{name}={value}" for name, value in small.items()]
+    return ["main", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags, *more]
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "more"),
+    [
+        ("ultra_quick_demo", "llama", ()),
+        ("three_hour_eval", "gpt_neox", ()),
+        ("optimal", "llama", ()),
+        ("research", "gpt_neox", ("--config.stage2.start_offset=30",)),
+    ],
+)
+def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main.main(arguments(inputs, family, workdir, config, *more)) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((workdir / "report" / "report.json").read_text())
+    assert set(report["languages"]) == {"en", "fr", "all"}
+    states = ["source", "random", "init", "stage1", "stage2"]
+    for of in report["languages"].values():
+        assert list(of["bits_per_byte"]) == states and all(np.isfinite(list(of["bits_per_byte"].values())))
+    assert (workdir / "report" / "report.md").read_text().count("| all") == 1
+    assert (workdir / "report" / "report.png").stat().st_size > 10_000
+    assert "| all" in printed and "the model" in printed
+
+    # The export is an ordinary Hugging Face folder with the new vocabulary, and says what the last state says.
+    model = AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "export")
+    assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().weight.shape[0]
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = tokenizer("the model", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, min_new_tokens=3).shape[1] == ids["input_ids"].shape[1] + 3
+    matrix = json.loads((workdir / "align" / "align_matrix.json").read_text())
+    assert sorted(map(int, matrix)) == list(range(len(tokenizer)))
+
+
+def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs, tmp_path, capsys):
+    workdir = tmp_path / "run"
+
+    def run(*more: str) -> str:
+        assert main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", *more)) == 0
+        return capsys.readouterr().out
+
+    run()
+    stages = json.loads((workdir / "stages.json").read_text())["stages"]
+    again = run()
+    assert all(f"{stage}: finished, skipped" in again for stage in stages)
+
+    changed = run("--config.stage2.learning_rate=3e-3")
+    assert "stage2: to be done again, stage2.learning_rate changed from 0.001 to 0.003" in changed
+    for kept in ("corpus", "tokens", "align", "init", "stage1", "evaluate/source", "evaluate/stage1"):
+        assert f"{kept}: finished, skipped" in changed
+    for redone in ("export", "evaluate/stage2", "report"):
+        assert f"{redone}: to be done again, because what it builds on changed" in changed
+    # What the old settings gave is kept, and comes back with them.
+    assert any((workdir / "outdated").glob("stage2-*"))
+    assert "stage2: done before with these settings, restored" in run()
+
+    # A field without effect on results redoes nothing.
+    assert "to be done again" not in run("--config.stage2.log_every=1", "--config.stage2.keep_checkpoints=3")
+
+
+def test_a_part_of_the_stages_exports_the_untrained_model(inputs, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=align,init,export")) == 0
+    assert not (workdir / "stage1").exists() and not (workdir / "report").exists()
+    exported, init = (AutoModelForCausalLM.from_pretrained(workdir / name).state_dict() for name in ("export", "init"))
+    assert all(torch.equal(exported[name], init[name]) for name in init)
+
+
+def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, capsys):
+    def refused(*more: str, workdir: Path = tmp_path / "run", family: str = "llama") -> str:
+        assert main.main(arguments(inputs, family, workdir, "ultra_quick_demo", *more)) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    assert "learning_rat'" in (said := refused("--config.stage1.learning_rat=1")) and "stage1.learning_rate" in said
+    assert "nowhere.jsonl" in refused("--config.corpus=/nowhere.jsonl")
+    assert "content" in (said := refused("--config.text.text_field=content")) and "text" in said
+    assert "128 positions" in refused("--config.stage1.sequence_length=129")
+    assert "128 positions" in refused("--config.evaluation.sequence_length=500")
+    assert "'alignn'" in (said := refused("--stages=alignn")) and "align" in said
+    said = refused("--config.source_model=nobody/nothing")
+    assert "nobody/nothing" in said and "local" in said and "embedded" in said
+    assert "nobody/words" in refused("--config.target_tokenizer=nobody/words")
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty" in refused(f"--config.corpus={empty}")
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in inputs["llama"].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors" in refused(f"--config.source_model={broken}")
+    weights.write_bytes(whole)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    assert "mamba" in (said := refused(f"--config.source_model={broken}")) and "gpt_neox" in said
+    (broken / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer(500, [" ".join(f"{a}{b}" for a in WORDS for b in WORDS)]).save_pretrained(broken)
+    assert "rows" in refused(f"--config.source_model={broken}")
+
+    other = tmp_path / "align_matrix.json"
+    other.write_text(json.dumps({str(i): 0 for i in range(7)}))
+    assert "7" in refused(f"--config.alignment.file={other}")
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("precious")
+    assert "thesis" not in refused(workdir=mine) and (mine / "thesis.tex").read_text() == "precious"
+
+
+def test_the_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=corpus")) == 0
+    capsys.readouterr()
+    assert main.main(arguments(inputs, "gpt_neox", workdir, "ultra_quick_demo", "--stages=corpus")) == 2
+    said = capsys.readouterr().err
+    assert "another run" in said and "gpt_neox" in said
+
+
+def test_a_full_disk_is_foreseen(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo")) == 2
+    said = capsys.readouterr().err
+    assert "GB free" in said and "stage2 checkpoints" in said and not (tmp_path / "run").exists()
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+    with pipeline.lock(tmp_path), pytest.raises(pipeline.UserError, match="another process"), pipeline.lock(tmp_path):
+        pass
+
+
+def test_offset_past_the_end_states_the_length(inputs, tmp_path, capsys):
+    overrides = ("--config.stage2.start_offset=2560000", "--stages=stage2")
+    assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", *overrides)) == 2
+    said = capsys.readouterr().err
+    assert "2,560,000" in said and "sequences" in said
+
+
+def test_command_line_exit_codes(tmp_path):
+    def code(*flags: str) -> int:
+        command = [sys.executable, "-m", "tokalign_jax.main", *flags]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=120).returncode
+
+    assert code("--help") == 0
+    assert code("--config=configs/nothing.py", f"--workdir={tmp_path}/run") == 2
+    assert code() == 2
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the larger models and tokenizers of ../shared")
+def test_a_real_model_and_tokenizer_are_taken(tmp_path, capsys):
+    overrides = [
+        f"--config.source_model={SHARED / 'models' / 'llama-en16k'}",
+        f"--config.target_tokenizer={SHARED / 'tokenizers' / 'qwen3'}",
+        f"--config.corpus={SHARED / 'corpus' / 'mix-valid.jsonl.xz'}",
+        "--config.text.language_field=lang",
+        "--stages=tokens",
+    ]
+    workdir = tmp_path / "run"
+    assert main.main(["main", "--config=configs/ultra_quick_demo.py", f"--workdir={workdir}", *overrides]) == 0
+    index = json.loads((workdir / "tokens" / "target" / "index.json").read_text())
+    assert index["dtype"] == "uint32" and index["vocabulary"] == 151_669
