@@ -1,7 +1,5 @@
 """What each method trains, and one step against PyTorch, against other splits of the batch, and over several devices."""
 
-import os
-import subprocess
 from dataclasses import replace
 
 import jax
@@ -19,8 +17,9 @@ from training_toys import (
     STAGE,
     VOCABULARY,
     assert_same,
+    finish_program,
     load_program,
-    run_program,
+    start_program,
     toy_params,
     toy_shards,
     train,
@@ -166,11 +165,8 @@ def test_golden_steps_against_pytorch(tmp_path, family):
 
 
 def test_eight_devices_give_what_one_gives(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": os.getcwd()}
-    command = run_program(tmp_path / "eight", per_device_batch=1, steps=4)
-    output = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr
-    assert "on 8 cpu devices" in output.stdout
+    output = finish_program(start_program(tmp_path / "eight", devices=8, per_device_batch=1, steps=4))
+    assert "on 8 cpu devices" in output
     one = train(tmp_path / "one", replace(STAGE, per_device_batch=8, steps=4))
     eight = read(tmp_path / "eight" / "metrics.jsonl")
     for name in ("loss", "gradient_norm", "tokens"):

@@ -1,6 +1,8 @@
 """Tiny models and corpora for the training tests. Run as a program, it trains one stage."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,9 +105,19 @@ def assert_same(first: paths.Tree, second: paths.Tree) -> None:
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
 
 
-def run_program(folder: Path, **changes) -> list[str]:
-    """The command that trains STAGE with `changes` in a process of its own and leaves `final.npz` in the folder."""
-    return [sys.executable, __file__, str(folder), json.dumps(changes)]
+def start_program(folder: Path, devices: int = 1, **changes) -> subprocess.Popen:
+    """A process of its own that trains STAGE with `changes` and leaves `final.npz` in the folder."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": flags}
+    command = [sys.executable, __file__, str(folder), json.dumps(changes)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish_program(process: subprocess.Popen) -> str:
+    """Waits for it to succeed; what it said."""
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
 
 
 def load_program(folder: Path) -> dict[str, np.ndarray]:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from tokalign_jax.progress import Log, duration, quantity
 
 Record = dict[str, Any]
@@ -55,6 +53,8 @@ class Recorder:
         if writes:
             _replace(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = self._path.open("a")
+            from tensorboardX import SummaryWriter  # Slow to import where torch is installed: it looks for it.
+
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self.start_clock()
 
