@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -59,7 +58,7 @@ def test_stored_types_are_kept(family, tmp_path):
     folder = _folder(tmp_path, family, dtype="bfloat16")
     config, _, params = _load(folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    assert set(huggingface.stored_dtypes(folder).values()) == {np.dtype(ml_dtypes.bfloat16)}
+    assert set(huggingface.stored_dtypes(folder).values()) == {np.dtype(jnp.bfloat16)}
     exact = huggingface.load_params(folder, config, jnp.float32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.float32), b), params, exact)
 
@@ -159,7 +158,7 @@ def test_the_written_type_can_be_chosen(tmp_path):
     source = _folder(tmp_path)
     config, raw, params = _load(source)
     huggingface.save_checkpoint(tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16")
-    assert {weight.dtype for weight in _weights(tmp_path / "target").values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert {weight.dtype for weight in _weights(tmp_path / "target").values()} == {np.dtype(jnp.bfloat16)}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == torch.bfloat16
     with pytest.raises(UserError, match="not empty"):
         huggingface.save_checkpoint(tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
@@ -38,7 +37,7 @@ _FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
 }
 """Types of weights, as safetensors spells them."""
 
@@ -322,13 +321,17 @@ def save_checkpoint(
     generation_config.json with the new vocabulary size and the bos, eos and pad ids of `tokenizer`, and the tokenizer.
 
     Args:
+      params: without adapters (`lora.merge_lora`).
       raw_config: the source's config.json.
       dtypes: the type of all written weights, or `source`: each as `source_folder` stores it.
       source_folder: the source model, for its names of weights, its types and its generation config.
 
     Raises:
       UserError: the folder is not empty, or the tokenizer has more tokens than the model has rows.
+      ValueError: the parameters are not those of `config`, or `source` has no folder.
     """
+    if dtypes == "source" and source_folder is None:
+        raise ValueError("dtypes 'source' needs a source_folder")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -386,8 +389,10 @@ class _Tensor:
     """In bytes."""
 
     def value(self, leaves: Mapping[str, jax.Array]) -> np.ndarray:
-        parts = [leaves[path][self.layer] if self.weight.layered else leaves[path] for path in self.weight.leaves]
-        return np.ascontiguousarray(self.weight.join([np.asarray(part) for part in parts]).astype(self.dtype))
+        parts = [np.asarray(leaves[path]) for path in self.weight.leaves]
+        if self.weight.layered:
+            parts = [part[self.layer] for part in parts]
+        return np.ascontiguousarray(self.weight.join(parts).astype(self.dtype))
 
 
 def _shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from tokalign_jax import paths
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Rotation, rotate, rotation
@@ -143,7 +144,14 @@ class Block(nnx.Module):
         self.post_attention_norm = Norm(config)
         self.mlp = MLP(config, lora)
 
-    def __call__(self, x, by, key, cache, start):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        by: Rotation,
+        key: jax.Array | None,
+        cache: Cache | None,
+        start: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         attention_key, mlp_key = _split(key, 2)
         attended, cache = self.attention(self.input_norm(x), by, attention_key, cache, start)
         if self.parallel_residual:
@@ -275,20 +283,19 @@ def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params
 
 def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Params:
     """Float32 parameters to pre-train from: matrices normal with deviation `std`, norms one, biases zero."""
-    leaves, tree = jax.tree.flatten_with_path(abstract_params(config))
 
-    def init(path, leaf, key):
-        match path[-1].key:
+    def init(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        match path.rpartition("/")[2]:
             case "scale":
-                return jnp.ones(leaf.shape, leaf.dtype)
+                return jnp.ones(shape)
             case "bias":
-                return jnp.zeros(leaf.shape, leaf.dtype)
+                return jnp.zeros(shape)
             case _:
-                return std * jax.random.normal(key, leaf.shape, leaf.dtype)
+                return std * jax.random.normal(key, shape)
 
-    return jax.tree.unflatten(
-        tree, [init(p, leaf, k) for (p, leaf), k in zip(leaves, jax.random.split(key, len(leaves)))]
-    )
+    leaves = paths.flatten(abstract_params(config))
+    keys = jax.random.split(key, len(leaves))
+    return paths.unflatten({path: init(path, leaf.shape, k) for (path, leaf), k in zip(leaves.items(), keys)})
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
@@ -302,17 +309,13 @@ def _definition(config: ModelConfig, lora: LoraSpec | None) -> tuple[nnx.GraphDe
 def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transformer:
     """The model that `params` belong to."""
     definition, _ = _definition(config, lora)
-    expected, given = (_paths(tree) for tree in (abstract_params(config, lora), params))
+    expected, given = (set(paths.flatten(tree)) for tree in (abstract_params(config, lora), params))
     if expected != given:
         raise ValueError(
             f"parameters do not fit the model: missing {sorted(expected - given)}, left over {sorted(given - expected)}"
             f" ({config}, {lora})"
         )
     return nnx.merge(definition, params)
-
-
-def _paths(params: Params) -> set[str]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)}
 
 
 def _param(*shape: int) -> nnx.Param:
