@@ -37,6 +37,8 @@ def continuations(
     for prompt in prompts:
         ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         ids = ids[-max(1, config.max_positions - steps) :]
-        new = transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype))[0, len(ids) :]
-        found.append({"prompt": prompt, "continuation": tokenizer.decode(new.tolist(), skip_special_tokens=True)})
+        whole = transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype))[0].tolist()
+        # Decoded together: some decoders drop the space before the first token of what they are given.
+        before, text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, whole))
+        found.append({"prompt": prompt, "continuation": text[len(before) :]})
     return found

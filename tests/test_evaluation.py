@@ -1,0 +1,114 @@
+"""Bits per byte against PyTorch, and what the report says."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import torch
+from helpers import TEXTS, tiny_model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokalign_jax import initialization
+from tokalign_jax.evaluation import bits_per_byte, report, samples
+from tokalign_jax.models import huggingface
+from tokalign_jax.text.corpus import Document
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model"), "llama")
+    config, _ = huggingface.load_config(folder)
+    return folder, config, huggingface.load_params(folder, config)
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(1, 7), (3, 1024)])
+def test_bits_per_byte_equals_pytorch(model, batch, chunk):
+    folder, config, params = model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    texts = {"a": [TEXTS[0] * 3, "short"], "b": [TEXTS[2]]}
+    length = 50  # the first document is longer: it is cut into windows
+    scores = bits_per_byte.evaluate(
+        config, params, tokenizer, texts, sequence_length=length, batch=batch, loss_chunk=chunk
+    )
+    for language, documents in texts.items():
+        nats, count = 0.0, 0
+        for document in documents:
+            tokens = tokenizer(document, add_special_tokens=False)["input_ids"]
+            whole = [tokenizer.eos_token_id, *tokens]
+            count += len(tokens)
+            for i in range(0, len(tokens), length):
+                window = torch.tensor([whole[i : i + length + 1]])
+                with torch.no_grad():
+                    logits = reference(window[:, :-1]).logits[0].double()
+                nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+        size = sum(len(d.encode()) for d in documents)
+        assert scores[language].tokens == count and scores[language].bytes == size
+        assert scores[language].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_every_token_is_a_label_once():
+    tokens = list(range(100, 123))
+    for length in (1, 5, 23, 50):
+        windows = bits_per_byte.cut(tokens, 7, length)
+        assert [t for _, labels in windows for t in labels] == tokens
+        assert [t for inputs, _ in windows for t in inputs] == [7, *tokens[:-1]]
+        assert max(len(labels) for _, labels in windows) <= length
+
+
+def test_choice_keeps_to_the_budget_and_to_whole_characters():
+    documents = [
+        Document("é" * 10, "fr", 20),
+        Document("ab", "en", 2),
+        Document("é" * 10, "fr", 20),
+        Document("x", "fr", 1),
+    ]
+    chosen = bits_per_byte.choose(documents, 27)
+    assert chosen == {"fr": ["é" * 10, "é" * 3], "en": ["ab"]}
+
+
+def test_continuations_are_pytorchs(model):
+    folder, config, params = model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    (sample,) = samples.continuations(config, params, tokenizer, ["the quick"], 6, "float32")
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("the quick")["input_ids"]]])
+    expected = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    assert sample["continuation"] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_passages_come_from_the_middle_of_the_longest_document():
+    text = (
+        "heading\n"
+        + "word " * 40
+        + "\nthe second half begins here and goes on for a while, longer than sixty characters"
+    )
+    (passage,) = samples.passages({"en": ["x", text]})
+    assert passage == "the second half begins here and goes on for a while, longer"
+
+
+def test_report_pools_by_bytes_and_lines_up():
+    per_language = {
+        "de": {"nats": 2.0 * math.log(2), "tokens": 4, "bytes": 1, "bits_per_byte": 2.0},
+        "en": {"nats": 3.0 * math.log(2), "tokens": 1, "bytes": 3, "bits_per_byte": 1.0},
+    }
+    pooled = report._pooled(per_language, report.EVERYTHING)
+    assert pooled["bits_per_byte"] == pytest.approx(5 / 4) and pooled["bytes"] == 4
+    lines = report._aligned(["language", "x"], [["de", "1.000"], ["all", "10.5"]])
+    assert len({len(line) for line in lines}) == 1 and lines[1].startswith("|:--")
+    assert json.dumps(lines)  # plain text
+
+
+def test_initialisation_mixes_rows_and_leaves_the_rest_alone(model):
+    _, config, params = model
+    new_config, new = initialization.random_rows(config, params, 77, jax.random.key(0))
+    assert new_config.vocab_size == 77
+    for side in (("embed_tokens", "embedding"), ("lm_head", "kernel")):
+        rows, drawn = (np.asarray(p[side[0]][side[1]]) for p in (params, new))
+        assert drawn.shape == (77, rows.shape[1])
+        assert abs(drawn.std() / rows.std() - 1) < 0.1
+    assert new["layers"] is params["layers"] and new["final_norm"] is params["final_norm"]
