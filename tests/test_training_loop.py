@@ -19,6 +19,7 @@ from training_toys import (
     assert_same,
     finish_program,
     load_program,
+    quick_compilation,  # noqa: F401 (applies to every test here)
     start_program,
     toy_params,
     toy_shards,
@@ -47,17 +48,17 @@ def losses(records):
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    """SIGKILL at a random moment, several times; then the same command runs to its end."""
+    """SIGKILL at a random moment; then the same command runs to its end."""
     changes = dict(method="lora", steps=60, checkpoint_every=7)
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    for lines in (7, 28):
-        process = start_program(tmp_path / "killed", **changes)
-        while len(read(metrics)) < lines and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(random.random() * 0.2)
-        process.kill()
-        output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output
+    process = start_program(tmp_path / "killed", **changes)
+    lines = random.choice((7, 14, 21))
+    while len(read(metrics)) < lines and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(random.random() * 0.2)
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
     output = finish_program(start_program(tmp_path / "killed", **changes))
     assert "resumed at step" in output
 
@@ -89,7 +90,6 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
         train(tmp_path / "parts", replace(stage, learning_rate=1.0))
 
     lines = []
-    # The same global batch in other portions, and other bookkeeping, are still the same run (up to rounding).
     rest = train(tmp_path / "parts", stage, log=lines.append)
     assert "resumed at step 3 of 8" in lines[0]
     assert_same(rest.params, whole.params)
@@ -176,7 +176,6 @@ def test_several_in_a_row_stop_and_name_the_last_good_checkpoint(tmp_path):
         assert f"'{tmp_path / 'checkpoints' / '9'}'" in str(error.value)
         assert (tmp_path / "checkpoints" / "9").is_dir()
         assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == list(range(1, 12))
-    kept = paths.flatten(toy_params())
     with pytest.raises(UserError, match="no checkpoint yet"):
         train(
             tmp_path / "early",
@@ -184,21 +183,20 @@ def test_several_in_a_row_stop_and_name_the_last_good_checkpoint(tmp_path):
             params=poisoned_params(),
             shards=poisoned_shards([1]),
         )
-    assert kept.keys() == paths.flatten(toy_params()).keys()
 
 
 # --- Where a stage reads ------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_reads_on_where_the_one_before_stopped(tmp_path):
-    first = train(tmp_path / "one", replace(STAGE, steps=2))
-    assert (first.next_sequence, first.tokens) == (8, 8 * LENGTH)
     # With a rate of 0 the loss is a function of the data alone.
     still = replace(STAGE, learning_rate=0.0, start_offset=AFTER_PREVIOUS)
-    whole = losses(train(tmp_path / "whole", replace(still, steps=5)).history)
+    whole = losses(train(tmp_path / "whole", replace(still, steps=6)).history)
+    first = train(tmp_path / "first", replace(still, steps=3))
+    assert (first.next_sequence, first.tokens) == (12, 12 * LENGTH)
     rest = train(tmp_path / "rest", replace(still, steps=3), previous_end=first.next_sequence)
-    np.testing.assert_allclose(losses(rest.history), whole[2:], rtol=1e-6)
-    assert rest.next_sequence == 8 + 12
+    np.testing.assert_allclose([*losses(first.history), *losses(rest.history)], whole, rtol=1e-6)
+    assert rest.next_sequence == 24
 
 
 def plan(previous_end=0, epochs=0, **changes):

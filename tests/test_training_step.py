@@ -19,6 +19,7 @@ from training_toys import (
     assert_same,
     finish_program,
     load_program,
+    quick_compilation,  # noqa: F401 (applies to every test here)
     start_program,
     toy_params,
     toy_shards,

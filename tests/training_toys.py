@@ -1,14 +1,18 @@
 """Tiny models and corpora for the training tests. Run as a program, it trains one stage."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from tokalign_jax import paths
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, StageConfig
@@ -75,6 +79,30 @@ class ToyShards:
     tokens: np.ndarray
 
 
+CACHE = tempfile.mkdtemp(prefix="tokalign_jax-test-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+QUICK = {
+    "jax_compilation_cache_dir": CACHE,
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_disable_most_optimizations": True,
+}
+DEFAULTS = {
+    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
+    "jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs,
+    "jax_disable_most_optimizations": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """The training tests run few programs, each many times and in several processes, on next to no data."""
+    for name, value in QUICK.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in DEFAULTS.items():
+        jax.config.update(name, value)
+
+
 def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
     """A walk in which each token limits the next to a few: there is something to learn."""
     rng = np.random.default_rng(seed)
@@ -108,7 +136,8 @@ def assert_same(first: paths.Tree, second: paths.Tree) -> None:
 def start_program(folder: Path, devices: int = 1, **changes) -> subprocess.Popen:
     """A process of its own that trains STAGE with `changes` and leaves `final.npz` in the folder."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": flags}
+    quick = {name.upper(): str(value) for name, value in QUICK.items()}
+    environment = os.environ | quick | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": flags}
     command = [sys.executable, __file__, str(folder), json.dumps(changes)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
