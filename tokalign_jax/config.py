@@ -194,8 +194,8 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
-def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str = "") -> Any:
-    """Builds `kind` from a mapping (a dict or ConfigDict), field by field.
+def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
+    """Builds `kind` from a mapping (a dict or ConfigDict of any depth), field by field.
 
     Raises:
       UserError: for a key that `kind` has not, naming the nearest one it has, or a value of another type.
@@ -212,9 +212,11 @@ def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str
             )
         arguments[key] = _checked(value, hints[key], f"{prefix}{key}")
     # A group that is only partly given keeps the defaults that its parent declares for it (stage1 and stage2 differ).
-    defaults = {n: f.default_factory() for n, f in fields.items() if f.default_factory is not dataclasses.MISSING}
+    defaults: dict[str, Any] = {
+        n: f.default_factory() for n, f in fields.items() if f.default_factory is not dataclasses.MISSING
+    }
     for key, default in defaults.items():
-        if dataclasses.is_dataclass(default) and key in arguments:
+        if key in arguments:
             given = arguments[key]
             arguments[key] = dataclasses.replace(default, **{k: getattr(given, k) for k in values[key]})
     made = kind(**arguments)
@@ -222,12 +224,12 @@ def config_from_dict(values: Mapping[str, Any], kind: type = Config, prefix: str
     return made
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Any:
     """A ConfigDict of all defaults, for a config file to change; every field can then be overridden on the command line."""
     values = ConfigDict(config_to_dict(Config()))
     for group, name in _OF_SEVERAL_TYPES:
         # A placeholder of type `object` lets the command line give a number where the default is a word.
-        holder = values[group] if group else values
+        holder: Any = values[group] if group else values
         value = holder[name]
         del holder[name]
         holder[name] = placeholder(object)

@@ -64,6 +64,12 @@ def cut(tokens: list[int], start: int, length: int) -> list[tuple[list[int], lis
     return [(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
 
 
+def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token before a document's first: beginning-of-text, else end-of-text."""
+    start = tokenizer.bos_token_id
+    return start if isinstance(start, int) else end_of_text_id(tokenizer)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "chunk"))
 def _window_nats(params, inputs, labels, *, config: ModelConfig, dtype: str, chunk: int) -> jax.Array:
     """Summed -log p of each window's labels, [B]."""
@@ -96,7 +102,7 @@ def evaluate(
     Returns:
       Score by language.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end_of_text_id(tokenizer)
+    start = first_context(tokenizer)
     windows: list[tuple[str, list[int], list[int]]] = []
     totals = {}
     for language, documents in texts.items():

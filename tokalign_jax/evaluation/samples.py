@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from tokalign_jax.evaluation.bits_per_byte import first_context
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.text.tokenizing import end_of_text_id
 
 
 def passages(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
@@ -32,7 +32,7 @@ def continuations(
     dtype: str,
 ) -> list[dict[str, str]]:
     """Each prompt with `steps` tokens that the model adds, as {"prompt", "continuation"}."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end_of_text_id(tokenizer)
+    start = first_context(tokenizer)
     found = []
     for prompt in prompts:
         ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

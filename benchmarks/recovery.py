@@ -1,0 +1,156 @@
+"""What a start is worth: bits per byte after initialisation, Stage 1 and Stage 2, by start, in one run.
+
+    python benchmarks/recovery.py --source-model llama-en16k --target-tokenizer qwen3 --corpus mix-train.jsonl.xz \\
+        --held-out mix-valid.jsonl.xz --language-field lang --workdir runs/recovery
+
+Starts: `random` (every row), `published` (TokAlign as published: shared tokens by raw string, the rest by argmax of relative
+vectors that are not normalised, over 300 random pivots; from this project's vectors), `pieces` (exact matches by bytes, else mean
+of the source pieces) and `own` (this project's). All start from one alignment's vectors, read the same sequences in the same
+order and are measured on the same text. Writes `recovery.json` and prints a table.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tokalign_jax import initialization, pipeline, stages
+from tokalign_jax.alignment import alignment
+from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
+from tokalign_jax.evaluation import bits_per_byte
+from tokalign_jax.models import huggingface
+from tokalign_jax.text import corpus, tokenizing
+from tokalign_jax.training import loop
+
+GROUPS = ("en", "code", "math")
+"""Languages reported by themselves; the others are pooled."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source-model", required=True)
+    parser.add_argument("--target-tokenizer", required=True)
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--held-out", required=True, help="text that nothing is aligned or trained on")
+    parser.add_argument("--language-field", default="")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--starts", default="random,published,pieces,own")
+    parser.add_argument("--trained", default="random,pieces,own", help="the starts that are also trained")
+    parser.add_argument("--steps", type=int, default=150, help="of each stage")
+    parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--bytes-per-language", type=int, default=100_000)
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+
+    stage = StageConfig(
+        steps=arguments.steps,
+        learning_rate=6.4e-4,
+        per_device_batch=arguments.sequences // jax.device_count(),
+        accumulation=1,
+        sequence_length=arguments.sequence_length,
+        start_offset=0,
+        log_every=50,
+    )
+    config = Config(
+        source_model=arguments.source_model,
+        target_tokenizer=arguments.target_tokenizer,
+        corpus=arguments.corpus,
+        text=TextConfig(language_field=arguments.language_field, held_out_fraction=0.002),
+        alignment=AlignmentConfig(),
+        stage1=stage,
+        stage2=dataclasses.replace(stage, method="full", learning_rate=5e-5, start_offset="after_previous"),
+        compute=ComputeConfig(dtype=arguments.dtype, remat=False, loss_chunk=8192),
+        evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
+    )
+    pipeline.run(config, arguments.workdir, ["align"], print)
+    context = stages.Context(config, arguments.workdir, print)
+    texts = _texts(config, arguments)
+    rows = {"source": {"start": _measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)}}
+    for start in arguments.starts.split(","):
+        rows[start] = _follow(context, start, start in arguments.trained.split(","), texts)
+    (arguments.workdir / "recovery.json").write_text(
+        json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1, default=str)
+    )
+    _print(rows)
+
+
+def _texts(config: Config, arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Every document of the held-out file, up to a budget of bytes per language."""
+    text = dataclasses.replace(config.text, held_out_fraction=0.5)
+    folder = arguments.workdir / "held_out"
+    shutil.rmtree(folder, ignore_errors=True)
+    corpus.run(dataclasses.replace(config, corpus=arguments.held_out, text=text), folder, print)
+    documents = [d for batch in corpus.train_batches(folder) for d in batch] + list(corpus.held_out(folder))
+    return bits_per_byte.choose(documents, arguments.bytes_per_language)
+
+
+def _measure(context, model_config, params, tokenizer, texts) -> dict[str, float]:
+    scores = bits_per_byte.evaluate(
+        model_config,
+        params,
+        tokenizer,
+        texts,
+        sequence_length=context.config.evaluation.sequence_length,
+        batch=16,
+        dtype=context.config.compute.dtype,
+        loss_chunk=context.config.compute.loss_chunk,
+        log=print,
+    )
+    groups: dict[str, bits_per_byte.Score] = {}
+    for language, score in scores.items():
+        name = language if language in GROUPS else "other"
+        groups[name] = groups[name] + score if name in groups else score
+    return {name: score.bits_per_byte for name, score in groups.items()}
+
+
+def _follow(context: stages.Context, start: str, trained: bool, texts) -> dict[str, dict[str, float]]:
+    """One start, measured before and, if it is to be trained, after each stage."""
+    config, tokenizer = context.config, context.target_tokenizer
+    model_config, params = initialised(context, start)
+    rows = {"start": _measure(context, model_config, params, tokenizer, texts)}
+    shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
+    end = 0
+    for name in ("stage1", "stage2") if trained else ():
+        folder = context.workdir / "starts" / start / name
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.monotonic()
+        result = loop.run_stage(name, getattr(config, name), config, model_config, params, shards, folder, end, print)
+        print(f"{start} {name}: {time.monotonic() - began:.0f} s")
+        params, end = result.params, result.next_sequence
+        rows[name] = _measure(context, model_config, params, tokenizer, texts)
+        shutil.rmtree(folder)
+    return rows
+
+
+def initialised(context: stages.Context, start: str):
+    """The source model with the target vocabulary, by one of the starts."""
+    model_config, _ = context.source_model
+    params = huggingface.load_params(context.source_folder, model_config)
+    if start == "random":
+        return initialization.random_rows(model_config, params, len(context.target_tokenizer), jax.random.key(0))
+    found = alignment.load(
+        context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
+    )
+    if start == "pieces":
+        found = alignment.from_pieces(context.source_tokenizer, context.target_tokenizer)
+    elif start == "published":
+        found = _published(context)
+    return initialization.initialize(model_config, params, found)
+
+
+def _print(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    names = [*GROUPS, "other"]
+    print("| start | measured | " + " | ".join(names) + " |\n|---|---|" + "---:|" * len(names))
+    for start, states in rows.items():
+        for state, groups in states.items():
+            print(f"| {start} | {state} | " + " | ".join(f"{groups.get(n, np.nan):.3f}" for n in names) + " |")
+
+
+if __name__ == "__main__":
+    main()
