@@ -1,12 +1,19 @@
 """Matching target tokens to source tokens by what both are near to.
 
-Two GloVe runs share no axes, but they share tokens. Each vector becomes its cosines to P of these, the pivots (a relative
-representation, Moschella et al. 2023; TokAlign, section 3.2), centred over the tokens of its side and normalised: without
-that a few source tokens are near to everything. Retrieval is by CSLS (Conneau et al. 2018, eq. 3), which corrects what is
-left of such hubs. A cosine of relative representations says little by itself (noise reaches 0.4), so it is calibrated
-against what the same search finds when the pivots of one side are permuted.
+Two GloVe runs share no axes, but they share tokens. A vector x becomes its cosines to P of these, the pivots A: the relative
+representation x A' (Moschella et al. 2023; TokAlign, section 3.2). As published, a few directions that all pivots have much
+of drown the rest, and tokens along them are near to everything. So vectors are centred, and the representation is whitened:
+r(x) = x (A'A)^(-1/2) A', which keeps the length of x. Measured on 5 MB of text (share of 1,500 shared tokens that are no
+pivots and find themselves; 300, 1000, 4000 pivots): plain 0.22, 0.37, 0.44; orthogonal map 0.26, 0.52, 0.64; whitened 0.26,
+0.57, 0.69. Of r only products are needed, and those have a closed form that is as small as the vectors:
+r_t(x) . r_s(y) = x G_t^(-1/2) (A_t' A_s) G_s^(-1/2) y with G = A'A.
 
-Letters: Q queries, K keys, P pivots, d GloVe dimensions, k neighbours.
+Retrieval is by CSLS (Conneau et al. 2018, eq. 3), which corrects what is left of hubs. A cosine says little by itself (the
+best of many is high by chance), so scores are calibrated on shared tokens that are not pivots, the judges: a similarity is
+the probability, fitted by Platt's method, that a score is that of a judge which found itself, and not that of a judge and the
+best stranger.
+
+Letters: Q queries, K keys, P pivots, d (source) and e (target) dimensions, k neighbours.
 """
 
 import functools
@@ -20,44 +27,72 @@ from jaxtyping import Array, Float, Int
 QUERY_BLOCK = 1024
 KEY_BLOCK = 4096
 """Cosines exist for this many queries and keys at once."""
-NULL_SAMPLE = 2048
-"""Target tokens from which the cosine that chance gives is estimated."""
+MAX_JUDGES = 2000
+JUDGE_SHARE = 0.1
+"""Shared tokens that are kept from being pivots, to judge matches by: this share of them, at most that many."""
 PIVOT_POOL = 10
 """Pivots are drawn from this many times as many of the most frequent shared tokens."""
+RIDGE = 1e-3
+"""Added to the diagonal of G, in units of its mean: fewer pivots than dimensions leave G singular."""
 
 
 class Matches(NamedTuple):
-    """For each query token its best source token."""
+    """For each target token its best source token."""
 
-    source: Int[np.ndarray, "Q"]
+    source: Int[np.ndarray, "m"]
     """int32: row in the source vectors."""
-    similarity: Float[np.ndarray, "Q"]
-    """float32, calibrated: about 0 for what chance gives, 1 for the same relative representation."""
-    null: float
-    """The cosine that chance gives."""
+    similarity: Float[np.ndarray, "m"]
+    """float32, calibrated: 0 for what chance gives, 1 for the same token."""
+    accuracy: float
+    """Share of the judges that find themselves (accuracy@1)."""
 
 
-def choose_pivots(source_rank: Int[np.ndarray, "S"], target_rank: Int[np.ndarray, "S"], pivots: int, seed: int):
-    """Indices, sorted, of `pivots` of the S shared tokens, drawn from those that are frequent on both sides.
+def choose_pivots(
+    source_rank: Int[np.ndarray, "S"], target_rank: Int[np.ndarray, "S"], pivots: int, seed: int
+) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "J"]]:
+    """Splits the S shared tokens: indices of pivots (drawn from those frequent on both sides) and of judges (from all).
 
     Args:
       source_rank: each shared token's place in the order of falling frequency, among source tokens.
       target_rank: the same among target tokens.
+      pivots: how many to draw; fewer where there are not so many.
     """
-    pool = np.argsort(np.maximum(source_rank, target_rank), kind="stable")[: pivots * PIVOT_POOL]
-    return np.sort(np.random.default_rng(seed).permutation(pool)[:pivots])
+    rng = np.random.default_rng(seed)
+    shared = len(source_rank)
+    judges = np.sort(rng.permutation(shared)[: min(MAX_JUDGES, -(-int(shared * JUDGE_SHARE * 10) // 10))])
+    by_frequency = np.argsort(np.maximum(source_rank, target_rank), kind="stable")
+    pool = by_frequency[~np.isin(by_frequency, judges)][: pivots * PIVOT_POOL]
+    return np.sort(rng.permutation(pool)[:pivots]), judges
 
 
-@jax.jit
 def relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Array, "n P"]:
-    """Cosines to the vectors at `pivots`, centred over tokens, each row of norm 1."""
-    unit = _unit(vectors)
-    cosines = jnp.matmul(unit, unit[pivots].T, precision="highest")
-    return _unit(cosines - cosines.mean(axis=0))
+    """The whitened relative representation r of each vector, with norm 1, written out (for tests and small spaces)."""
+    unit = _centred(vectors)
+    anchors = unit[pivots]
+    return _unit(unit @ _inverse_root(anchors.T @ anchors) @ anchors.T)
+
+
+def common_space(
+    source: Float[Array, "n d"], target: Float[Array, "m e"], pivots: Int[Array, "P 2"]
+) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
+    """Vectors whose products are the cosines of the relative representations of source and target.
+
+    Args:
+      pivots: rows (source, target) of the pivots.
+    """
+    with jax.default_matmul_precision("highest"):
+        source, target = _centred(source), _centred(target)
+        source_anchors, target_anchors = source[pivots[:, 0]], target[pivots[:, 1]]
+        source_gram, target_gram = source_anchors.T @ source_anchors, target_anchors.T @ target_anchors
+        source_root, target_root = _inverse_root(source_gram), _inverse_root(target_gram)
+        mapping = target_root @ (target_anchors.T @ source_anchors) @ source_root
+        source_norm = jnp.linalg.norm(source @ source_root @ _root(source_gram), axis=1, keepdims=True)
+        target_norm = jnp.linalg.norm(target @ target_root @ _root(target_gram), axis=1, keepdims=True)
+        return source / jnp.maximum(source_norm, 1e-9), (target @ mapping) / jnp.maximum(target_norm, 1e-9)
 
 
 def nearest(
-    queries: Float[Array, "Q P"], keys: Float[Array, "K P"], penalty: Float[Array, "K"], k: int
+    queries: Float[Array, "Q d"], keys: Float[Array, "K d"], penalty: Float[Array, "K"], k: int
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """The k largest of queries . keys - penalty for each query, falling, and their keys; [Q, K] never exists."""
     query_block, key_block = min(QUERY_BLOCK, _power_of_two(len(queries))), min(KEY_BLOCK, _power_of_two(len(keys)))
@@ -69,57 +104,77 @@ def nearest(
 
 
 def csls(
-    queries: Float[Array, "Q P"], keys: Float[Array, "K P"], all_queries: Float[Array, "A P"], neighbours: int
-) -> tuple[Int[Array, "Q"], Float[Array, "Q"]]:
-    """For each query the key with the largest 2 cos(q, k) - r_q - r_k, and its cosine.
+    queries: Float[Array, "Q d"], keys: Float[Array, "K d"], neighbours: int, k: int = 1
+) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
+    """For each query the k keys with the largest cos(q, k) - (r_q + r_k) / 2, and these scores, falling.
 
-    r_k is the mean cosine of a key with its nearest of `all_queries`: what hubs have much of. r_q, the same with the sides
-    swapped, does not change which key wins.
+    r is the mean cosine with the `neighbours` nearest of the other side; what is near to everything has much of it.
     """
-    hubness = nearest(keys, all_queries, jnp.zeros(len(all_queries)), min(neighbours, len(all_queries)))[0].mean(axis=1)
-    values, indices = nearest(queries, keys, hubness / 2, 1)
-    return indices[:, 0], values[:, 0] + hubness[indices[:, 0]] / 2
+    around_keys = nearest(keys, queries, jnp.zeros(len(queries)), min(neighbours, len(queries)))[0].mean(axis=1)
+    around_queries = nearest(queries, keys, jnp.zeros(len(keys)), min(neighbours, len(keys)))[0].mean(axis=1)
+    values, indices = nearest(queries, keys, around_keys / 2, min(k, len(keys)))
+    return indices, values - around_queries[:, None] / 2
 
 
 def match(
     source: Float[np.ndarray, "n d"],
     target: Float[np.ndarray, "m e"],
     pivots: Int[np.ndarray, "P 2"],
-    queries: Int[np.ndarray, "Q"],
-    *,
+    judges: Int[np.ndarray, "J 2"],
     neighbours: int,
-    seed: int,
 ) -> Matches:
-    """The source row that fits each of the target rows `queries`.
+    """The source row that fits each target row.
 
     Args:
-      source, target: token vectors, of whatever dimensions.
-      pivots: rows (source, target) of the pivots.
-      queries: rows of `target` to be matched; hubness is still measured over all of them.
+      source, target: token vectors, each of its own dimensions.
+      pivots, judges: rows (source, target) of shared tokens; no judge may be a pivot.
       neighbours: nearest neighbours over which hubness is averaged.
     """
-    rng = np.random.default_rng(seed)
-    source_side = relative(jnp.asarray(source, jnp.float32), jnp.asarray(pivots[:, 0]))
-    target_side = relative(jnp.asarray(target, jnp.float32), jnp.asarray(pivots[:, 1]))
-    indices, cosines = csls(target_side[jnp.asarray(queries)], source_side, target_side, neighbours)
-    sample = rng.permutation(len(target))[:NULL_SAMPLE]
-    null = chance_cosine(target_side[jnp.asarray(sample)], source_side, rng.permutation(len(pivots)))
-    similarity = (np.asarray(cosines) - null) / max(1.0 - null, 1e-6)
-    return Matches(np.asarray(indices, np.int32), np.minimum(similarity, 1.0).astype(np.float32), null)
+    keys, queries = common_space(
+        jnp.asarray(source, jnp.float32), jnp.asarray(target, jnp.float32), jnp.asarray(pivots)
+    )
+    found, scores = (np.asarray(a) for a in csls(queries, keys, neighbours, k=2))
+    best = found[judges[:, 1], 0]
+    best_score, runner_up_score = scores[judges[:, 1]].T[[0, -1]].astype(np.float64)
+    right = best == judges[:, 0]
+    # A token without a counterpart finds what a judge would find were its own hidden.
+    stranger = np.where(right, runner_up_score, best_score)
+    slope, offset = platt(best_score[right], stranger)
+    similarity = 1 / (1 + np.exp(-(slope * scores[:, 0] + offset)))
+    return Matches(found[:, 0].astype(np.int32), similarity.astype(np.float32), float(right.mean()))
 
 
-def chance_cosine(queries: Float[Array, "Q P"], keys: Float[Array, "K P"], permutation: Int[np.ndarray, "P"]) -> float:
-    """The median over queries of the largest cosine, when pivot i of one side is pivot permutation[i] of the other."""
-    best = nearest(queries[:, jnp.asarray(permutation)], keys, jnp.zeros(len(keys)), 1)[0]
-    return float(jnp.median(best))
+def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple[float, float]:
+    """(slope >= 0, offset) of the probability 1 / (1 + exp(-slope score - offset)) that a match with this score is right.
+
+    Args:
+      right, wrong: scores of matches known to be so.
+
+    Newton's method on the cross-entropy, with the smoothed targets of Platt 1999, eq. 10: few judges make no certainties.
+    """
+    scores = np.concatenate([right, wrong])
+    positives, negatives = len(right), len(wrong)
+    target = np.repeat([(positives + 1) / (positives + 2), 1 / (negatives + 2)], [positives, negatives])
+    centre, spread = float(scores.mean()), float(scores.std()) + 1e-6
+    inputs = np.stack([(scores - centre) / spread, np.ones_like(scores)], axis=1).astype(np.float64)
+    weights = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
+    for _ in range(50):
+        probability = 1 / (1 + np.exp(-inputs @ weights))
+        # A unit Gaussian prior on the slope, in standard deviations of the score, keeps separable judges finite.
+        gradient = inputs.T @ (probability - target) + [weights[0] / 100, 0.0]
+        curvature = (inputs.T * (probability * (1 - probability))) @ inputs + np.diag([1e-2, 1e-6])
+        step = np.linalg.solve(curvature, gradient)
+        weights -= np.clip(step, -2, 2)
+    slope = max(weights[0], 0.0) / spread
+    return float(slope), float(weights[1] - slope * centre)
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _nearest(queries: Float[Array, "q b P"], keys: Float[Array, "c B P"], penalty: Float[Array, "c B"], k: int):
+def _nearest(queries: Float[Array, "q b d"], keys: Float[Array, "c B d"], penalty: Float[Array, "c B"], k: int):
     starts = jnp.arange(len(keys), dtype=jnp.int32) * keys.shape[1]
     places = jnp.arange(keys.shape[1], dtype=jnp.int32)
 
-    def of_block(queries: Float[Array, "b P"]):
+    def of_block(queries: Float[Array, "b d"]):
         def merge(best, block):
             keys, penalty, start = block
             scores = jnp.matmul(queries, keys.T, precision="highest") - penalty
@@ -132,6 +187,25 @@ def _nearest(queries: Float[Array, "q b P"], keys: Float[Array, "c B P"], penalt
         return jax.lax.scan(merge, nothing, (keys, penalty, starts))[0]
 
     return jax.lax.map(of_block, queries)
+
+
+def _centred(vectors: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows of norm 1, less their mean, of norm 1 again."""
+    unit = _unit(vectors)
+    return _unit(unit - unit.mean(axis=0))
+
+
+def _inverse_root(gram: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    return _power(gram + RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram)), -0.5)
+
+
+def _root(gram: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    return _power(gram, 0.5)
+
+
+def _power(gram: Float[Array, "d d"], exponent: float) -> Float[Array, "d d"]:
+    values, vectors = jnp.linalg.eigh(gram)
+    return (vectors * jnp.maximum(values, 0.0) ** exponent) @ vectors.T
 
 
 def _unit(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
