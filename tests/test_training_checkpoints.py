@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_toys import STAGE, assert_same, toy_params
+from training_toys import STAGE, assert_same, quick_compilation, toy_params  # noqa: F401 (the fixture applies to every test here)
 
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
@@ -55,7 +55,8 @@ def test_the_newest_are_kept_and_parts_are_no_checkpoint(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.newest() == 3
         assert checkpoints.path(3) == tmp_path / "3"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+        checkpoints.save(4, state, POSITION)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
 
 
 def test_another_run_does_not_go_on(tmp_path):

@@ -1,5 +1,6 @@
 """What each method trains, and one step against PyTorch, against other splits of the batch, and over several devices."""
 
+import socket
 from dataclasses import replace
 
 import jax
@@ -173,4 +174,18 @@ def test_eight_devices_give_what_one_gives(tmp_path):
     for name in ("loss", "gradient_norm", "tokens"):
         np.testing.assert_allclose([r[name] for r in eight], [r[name] for r in one.history], rtol=1e-5)
     for path, leaf in load_program(tmp_path / "eight").items():
+        np.testing.assert_allclose(leaf, paths.flatten(one.params)[path], atol=2e-5, err_msg=path)
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Each reads its own half of every batch; both save the checkpoints, one writes the metrics."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    both = [start_program(tmp_path / "two", process=(port, 2, i), per_device_batch=1, steps=4) for i in range(2)]
+    assert all("on 2 cpu devices" in finish_program(process) for process in both)
+    one = train(tmp_path / "one", replace(STAGE, steps=4))
+    two = read(tmp_path / "two" / "metrics.jsonl")
+    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one.history], rtol=1e-5)
+    for path, leaf in load_program(tmp_path / "two").items():
         np.testing.assert_allclose(leaf, paths.flatten(one.params)[path], atol=2e-5, err_msg=path)

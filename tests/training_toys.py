@@ -133,12 +133,15 @@ def assert_same(first: paths.Tree, second: paths.Tree) -> None:
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
 
 
-def start_program(folder: Path, devices: int = 1, **changes) -> subprocess.Popen:
-    """A process of its own that trains STAGE with `changes` and leaves `final.npz` in the folder."""
+def start_program(folder: Path, devices: int = 1, process: tuple[int, int, int] | None = None, **changes):
+    """A process of its own that trains STAGE with `changes` and leaves `final.npz` in the folder.
+
+    `process`, of several that train together: the port of the first, how many they are, which of them this is.
+    """
     flags = f"--xla_force_host_platform_device_count={devices}"
     quick = {name.upper(): str(value) for name, value in QUICK.items()}
     environment = os.environ | quick | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": flags}
-    command = [sys.executable, __file__, str(folder), json.dumps(changes)]
+    command = [sys.executable, __file__, str(folder), json.dumps(changes), *map(str, process or ())]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -156,6 +159,11 @@ def load_program(folder: Path) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    if sys.argv[3:]:
+        port, processes, index = map(int, sys.argv[3:])
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", processes, index)
     result = train(folder, replace(STAGE, **json.loads(sys.argv[2])), log=lambda line: print(line, flush=True))
-    with (folder / "final.npz").open("wb") as file:
-        np.savez(file, **paths.flatten(result.params))
+    if jax.process_index() == 0:
+        with (folder / "final.npz").open("wb") as file:
+            np.savez(file, **paths.flatten(result.params))

@@ -160,7 +160,7 @@ def run_stage(
                     state,
                     sharding.place(_cast(frozen, jnp.dtype(config.compute.dtype)), mesh),
                     feed,
-                    sharding.place(dropout_key, mesh),
+                    dropout_key,
                 )
     tokens = stage.steps * global_batch(stage) * stage.sequence_length
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
