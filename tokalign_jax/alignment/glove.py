@@ -62,6 +62,7 @@ def train(
     size = block_size(len(cooccurrence.vocabulary))
     blocks = _start(cooccurrence, objective, config.vector_size, size, rng)
     pairs = _Pairs(cooccurrence, size)
+    _compile(blocks, pairs, objective)
     progress = Progress(log, what, config.iterations * pairs.entries, "pairs")
     losses = []
     for _ in range(config.iterations):
@@ -82,6 +83,19 @@ def train(
     progress.done(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "")
     vectors = [np.asarray(block.words + block.contexts)[:, : config.vector_size] for block in blocks]
     return np.concatenate(vectors)[: len(cooccurrence.vocabulary)], losses
+
+
+def _compile(blocks: list[Block], pairs: "_Pairs", objective: Objective) -> None:
+    """Runs every program once, on no pairs, which leaves the blocks as they are: so that time left is told right."""
+    programs = {(len(set(pairs.place(k))) == 1, *pairs.shape(k).values()): k for k in range(len(pairs))}
+    for k in programs.values():
+        i, j = pairs.place(k)
+        cells, logs, start, _ = pairs.of(k)
+        blocks[i], other, _ = _step(
+            blocks[i], None if i == j else blocks[j], cells, logs, start, 0, objective, **pairs.shape(k)
+        )
+        if other is not None:
+            blocks[j] = other
 
 
 def block_size(tokens: int) -> int:

@@ -1,0 +1,54 @@
+"""How good an alignment is, before any model is involved: BLEU-1 of mapped ids, and the share of hubs."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.text import corpus
+from tokalign_jax.text.canonical import plain_backend
+
+
+def score(
+    mapping: Int[np.ndarray, "V_t"],
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    lines: Sequence[str],
+) -> float:
+    """BLEU-1 of the lines' target ids, mapped to source ids, against their source ids (TokAlign, section 4.3)."""
+    source, target = (
+        [encoding.ids for encoding in plain_backend(tokenizer).encode_batch_fast(list(lines), add_special_tokens=False)]
+        for tokenizer in (source_tokenizer, target_tokenizer)
+    )
+    return bleu_1(([int(mapping[i]) for i in ids] for ids in target), source)
+
+
+def bleu_1(candidates: Iterable[Sequence[int]], references: Iterable[Sequence[int]]) -> float:
+    """Corpus-level unigram BLEU: clipped matches / candidate tokens, times exp(1 - references / candidates) if shorter."""
+    matched = candidate_tokens = reference_tokens = 0
+    for candidate, reference in zip(candidates, references, strict=True):
+        matched += sum((Counter(candidate) & Counter(reference)).values())
+        candidate_tokens += len(candidate)
+        reference_tokens += len(reference)
+    if not matched:
+        return 0.0
+    brevity = min(1.0, math.exp(1.0 - reference_tokens / candidate_tokens))
+    return brevity * matched / candidate_tokens
+
+
+def held_out_lines(corpus_folder: Path, lines: int, seed: int) -> list[str]:
+    """`lines` lines with text from the held-out documents, drawn at random (all where there are fewer)."""
+    found = [line for document in corpus.held_out(corpus_folder) for line in document.text.splitlines() if line.strip()]
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:lines])
+    return [found[i] for i in chosen]
+
+
+def hub_share(pointed_at: Int[np.ndarray, "n"], hubs: int) -> float:
+    """The share of rows that point at the `hubs` source tokens which most rows point at."""
+    if not len(pointed_at):
+        return 0.0
+    return float(np.sort(np.unique(pointed_at, return_counts=True)[1])[::-1][:hubs].sum() / len(pointed_at))
