@@ -1,0 +1,168 @@
+"""What tokens stand for: canonical bytes, and cutting bytes into tokens."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.helpers import SHARED, tiny_tokenizer
+from tokalign_jax.text import canonical
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog; don't you think?   Yes.\n",
+    "def f(x, *, y=None):\n\treturn [x ** 2 for _ in range(10)]  # ok\r\n",
+    "Größe, été, año, Ελλάδα, мир, שלום, العربية, हिन्दी, ภาษา, 日本語, 한국어, 中文 🙂👩‍💻",
+    " leading space, trailing space ",
+    "<|endoftext|> and </s> are only words here",
+)
+REAL = ["models/llama-en16k", "tokenizers/neox", "tokenizers/qwen3"]
+
+
+def metaspace_without_prefix() -> PreTrainedTokenizerFast:
+    """Like Gemma's: ▁ for a space, nothing put before the text, bytes for what is unknown."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["The fox, the dog and the mice of été"] * 3, trainer)
+    # Bytes are ordinary tokens; the trainer only needed them to be in the vocabulary.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tokenizers(kind: str) -> PreTrainedTokenizerFast:
+    if kind == "byte_level":
+        return tiny_tokenizer(400, TEXTS[:2])
+    if kind == "metaspace":
+        return tiny_tokenizer(400, TEXTS[:2], kind="metaspace")
+    if kind == "gemma":
+        return metaspace_without_prefix()
+    if not (SHARED / kind).exists():
+        pytest.skip(f"needs {SHARED / kind}")
+    return AutoTokenizer.from_pretrained(SHARED / kind)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "gemma", *REAL])
+def test_tokens_of_a_text_join_up_to_its_bytes(kind):
+    tokenizer = tokenizers(kind)
+    content = canonical.token_bytes(tokenizer)
+    backend = canonical.plain_backend(tokenizer)
+    for text in TEXTS:
+        if tokenizer.backend_tokenizer.normalizer and kind != "gemma":
+            text = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+        assert b"".join(content[i] for i in backend.encode(text, add_special_tokens=False).ids) == text.encode()
+
+
+def test_a_prefixed_space_is_the_only_difference_of_llama_2s_kind():
+    tokenizer = tokenizers("metaspace")
+    content = canonical.token_bytes(tokenizer)
+    for text in TEXTS:
+        ids = canonical.plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
+        assert b"".join(content[i] for i in ids) == b" " + text.encode()
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "gemma"])
+def test_spellings(kind):
+    tokenizer = tokenizers(kind)
+    content = canonical.token_bytes(tokenizer)
+    assert len(content) == canonical.vocabulary_size(tokenizer) == len(tokenizer)
+    assert content[tokenizer.eos_token_id] is None
+    word = {"byte_level": "Ġ", "metaspace": "▁", "gemma": "▁"}[kind]
+    assert content[tokenizer.convert_tokens_to_ids(word)] == b" "
+    if kind == "byte_level":
+        assert content[tokenizer.convert_tokens_to_ids("Ċ")] == b"\n"
+        assert {c for c in content if c and len(c) == 1} == {bytes([b]) for b in range(256)}
+    else:
+        assert content[tokenizer.convert_tokens_to_ids("<0x0A>")] == b"\n"
+        assert content[tokenizer.convert_tokens_to_ids("<0xE9>")] == b"\xe9"
+
+
+def test_the_byte_alphabet_is_the_tokenizers_librarys():
+    alphabet = canonical._byte_alphabet()
+    assert sorted(alphabet.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The library's own decoder is the reference for which byte a character stands for.
+    for text in ("é", "日", " ", "\n", "\x00", "\xad"):
+        spelled = "".join(alphabet[byte] for byte in text.encode())
+        assert decoders.ByteLevel().decode([spelled]) == text
+
+
+def test_added_tokens_stand_for_their_text_unless_special():
+    tokenizer = tokenizers("byte_level")
+    tokenizer.add_tokens([AddedToken("  été", normalized=False), "Ġ raw"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    content = canonical.token_bytes(tokenizer)
+    assert content[tokenizer.convert_tokens_to_ids("  été")] == "  été".encode()
+    assert content[tokenizer.convert_tokens_to_ids("Ġ raw")] == "Ġ raw".encode()
+    assert content[tokenizer.convert_tokens_to_ids("<|tool|>")] is None
+
+
+def test_the_index_prefers_the_token_that_is_no_byte():
+    tokenizer = tokenizers("metaspace")
+    index = canonical.index_by_bytes(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(index[b"e"]) == "e"
+    assert tokenizer.convert_ids_to_tokens(index[b"\xff"]) == "<0xFF>"
+
+
+def test_fingerprints_tell_vocabularies_apart():
+    first, same, other = tiny_tokenizer(300, TEXTS), tiny_tokenizer(300, TEXTS), tiny_tokenizer(301, TEXTS)
+    assert canonical.fingerprint(first) == canonical.fingerprint(same) != canonical.fingerprint(other)
+
+
+def test_plain_backend_takes_special_tokens_for_text_and_leaves_the_tokenizer_alone():
+    tokenizer = tokenizers("byte_level")
+    plain = canonical.plain_backend(tokenizer).encode("a<|endoftext|>", add_special_tokens=False).ids
+    assert tokenizer.eos_token_id not in plain
+    assert tokenizer("a<|endoftext|>", add_special_tokens=False)["input_ids"][-1] == tokenizer.eos_token_id
+
+
+CONTENTS = [
+    b"quick", b" quick", b"  ", b"\n\n", b"\xff", b"\xe6\x97", b"\x97\xa5 fox", b"abc\xe4\xb8", "日本".encode(), b"",
+    "e\u0301".encode(), b"<|endoftext|>", b"\x00", "▁".encode(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "gemma", *REAL])
+def test_pieces_join_up_to_what_was_cut(kind):
+    tokenizer = tokenizers(kind)
+    content = canonical.token_bytes(tokenizer)
+    cutter = canonical.PieceCutter(tokenizer)
+    cut = cutter.cut_all(CONTENTS)
+    single = {c for c in content if c and len(c) == 1}
+    for given, ids in zip(CONTENTS, cut):
+        assert cutter(given) == ids
+        if ids or not given:
+            assert b"".join(content[i] for i in ids) == given
+        else:
+            assert not {bytes([b]) for b in given} <= single  # only what the vocabulary cannot spell stays uncut
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_a_whole_vocabulary_is_cut_into_its_own_tokens(kind):
+    tokenizer = tokenizers(kind)
+    index = canonical.index_by_bytes(tokenizer)
+    cutter = canonical.PieceCutter(tokenizer)
+    for ids, (given, i) in zip(cutter.cut_all(list(index)), index.items()):
+        assert ids, given
+        if given.isascii() and given.isalpha():
+            assert ids == [i], given
+
+
+def test_pieces_follow_the_tokenizers_own_merges():
+    tokenizer = tokenizers("byte_level")
+    for text in ("The quick", " lazy dog", "def f(x)"):
+        assert canonical.PieceCutter(tokenizer)(text.encode()) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_greedy_takes_the_longest_and_admits_defeat():
+    tokenizer = tokenizers("byte_level")
+    cutter = canonical.PieceCutter(tokenizer)
+    cutter._index = {b"a": 1, b"ab": 2, b"c": 3}
+    cutter._longest = 2
+    assert cutter._greedy(b"aabc") == [1, 2, 3]
+    assert cutter._greedy(b"ad") == []

@@ -1,0 +1,103 @@
+"""Token shards: what is in them, and that they can be read back."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers import tiny_tokenizer
+from tokalign_jax.config import Config, TextConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.text import corpus, tokenizing
+
+WORDS = "the a fox dog runs sleeps größer мир 数学 <|endoftext|> return def".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": " ".join(rng.choice(WORDS, rng.integers(1, 40))) + f" {i}", "lang": "de" if i % 3 else "fr"}
+        for i in range(60)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(corpus=str(folder / "a.jsonl"), text=TextConfig(language_field="lang", held_out_fraction=0.1))
+    corpus.run(config, folder / "corpus", lambda line: None)
+    sides = tiny_tokenizer(300, [row["text"] for row in rows]), tiny_tokenizer(340, WORDS, kind="metaspace")
+    index = tokenizing.run(config, folder / "corpus", *sides, folder / "tokens", lambda line: None)
+    documents = [d for batch in corpus.train_batches(folder / "corpus") for d in batch]
+    return folder, dict(zip(tokenizing.SIDES, sides)), documents, index
+
+
+@pytest.mark.parametrize("side", tokenizing.SIDES)
+def test_documents_stand_one_behind_the_other_each_with_its_end(made, side):
+    folder, tokenizers, documents, _ = made
+    shards, tokenizer = tokenizing.TokenShards.open(folder / "tokens" / side), tokenizers[side]
+    assert isinstance(shards.tokens, np.memmap)
+    assert shards.tokens.dtype == np.uint16
+    assert len(shards) == len(shards.tokens) == shards.documents[-1] == shards.index["tokens"]
+    assert len(shards.documents) == len(documents)
+    start = 0
+    for document, end in zip(documents, shards.documents):
+        ids = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert shards.tokens[start:end].tolist() == [*ids, tokenizer.eos_token_id]
+        start = end
+    assert np.array_equal(shards.counts, np.bincount(shards.tokens, minlength=len(tokenizer)))
+    assert shards.counts[tokenizer.eos_token_id] == len(documents)  # none of those in the text became one
+
+
+@pytest.mark.parametrize("side", tokenizing.SIDES)
+def test_the_index_counts_by_language(made, side):
+    folder, tokenizers, documents, index = made
+    stored = json.loads((folder / "tokens" / side / "index.json").read_text())
+    assert stored == index[side]
+    assert stored["vocabulary"] == len(tokenizers[side])
+    assert stored["end_of_text"] == tokenizers[side].eos_token_id
+    for language in ("de", "fr"):
+        of = stored["languages"][language]
+        texts = [d.text for d in documents if d.language == language]
+        tokens = tokenizers[side](texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert of["documents"] == len(texts)
+        assert of["bytes"] == sum(len(t.encode()) for t in texts)
+        assert of["text_tokens"] == sum(map(len, tokens))
+        assert of["bytes_per_token"] == pytest.approx(of["bytes"] / of["text_tokens"])
+    assert stored["tokens"] == stored["text_tokens"] + stored["documents"]
+
+
+def test_large_vocabularies_have_four_byte_tokens(tmp_path):
+    tokenizer = tiny_tokenizer(300, WORDS)
+    tokenizer.add_tokens([f"word{i}" for i in range(70_000)])
+    writer = tokenizing._Writer(tmp_path, tokenizer)
+    writer.add([corpus.Document("word69999 word1", "all", 15)])
+    writer.close()
+    shards = tokenizing.TokenShards.open(tmp_path)
+    assert shards.tokens.dtype == np.uint32
+    assert shards.tokens[0] == tokenizer.convert_tokens_to_ids("word69999") > 65_535
+
+
+def test_end_of_text_falls_back_to_sep_and_bos():
+    def with_roles(**roles):
+        return PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(300, WORDS).backend_tokenizer, **roles)
+
+    assert tokenizing.end_of_text_id(with_roles(eos_token="a", sep_token="b")) == with_roles().convert_tokens_to_ids(
+        "a"
+    )
+    assert tokenizing.end_of_text_id(with_roles(sep_token="b", bos_token="c")) == with_roles().convert_tokens_to_ids(
+        "b"
+    )
+    assert tokenizing.end_of_text_id(with_roles(bos_token="c")) == with_roles().convert_tokens_to_ids("c")
+    with pytest.raises(UserError, match="neither an eos"):
+        tokenizing.end_of_text_id(with_roles())
+
+
+def test_missing_or_cut_shards_are_told(made, tmp_path):
+    folder, _, _, _ = made
+    with pytest.raises(UserError, match="holds no token shards"):
+        tokenizing.TokenShards.open(tmp_path)
+    for path in (folder / "tokens" / "source").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokens.bin").write_bytes((tmp_path / "tokens.bin").read_bytes()[:-20])
+    with pytest.raises(UserError, match="not whole"):
+        tokenizing.TokenShards.open(tmp_path)
