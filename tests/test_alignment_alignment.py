@@ -1,0 +1,319 @@
+"""The alignment: a rule and a mixture for every row, files that come back as they were, other vocabularies refused."""
+
+import dataclasses
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.helpers import tiny_tokenizer
+from tokalign_jax.alignment import alignment
+from tokalign_jax.alignment.alignment import Rule, Vectors
+from tokalign_jax.config import AlignmentConfig, Config, TextConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.text import canonical, corpus, tokenizing
+
+
+def words(count: int, seed: int) -> list[str]:
+    """Made-up words, so that a few hundred tokens are whole words of both vocabularies."""
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list("abdeiklmnoprstu"), rng.integers(2, 6))) for _ in range(count)]
+
+
+ENGLISH = words(150, 10)
+GERMAN = [f"{word}ä" for word in words(80, 11)]
+
+
+def sentences(from_words: list[str], count: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(from_words, rng.integers(8, 40))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """A byte-level source, and a SentencePiece-like target with more words and a few more special tokens."""
+    source = tiny_tokenizer(600, sentences(ENGLISH, 50, 0))
+    target = tiny_tokenizer(800, sentences(ENGLISH + GERMAN, 100, 1), kind="metaspace")
+    target.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
+    return source, target
+
+
+@pytest.fixture(scope="module")
+def made(tokenizers, tmp_path_factory):
+    """The whole stage, on a real small corpus."""
+    folder = tmp_path_factory.mktemp("align")
+    texts = sentences(ENGLISH, 150, 2) + sentences(GERMAN, 150, 3)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = Config(
+        corpus=str(folder / "a.jsonl"),
+        text=TextConfig(held_out_fraction=0.1),
+        alignment=AlignmentConfig(
+            window=5, min_count=2, vector_size=16, iterations=4, pivots=100, similarity_threshold=0.02
+        ),
+    )
+    corpus.run(config, folder / "corpus", lambda line: None)
+    tokenizing.run(config, folder / "corpus", *tokenizers, folder / "tokens", lambda line: None)
+    lines = []
+    summary = alignment.run(config, folder / "corpus", folder / "tokens", *tokenizers, folder / "align", lines.append)
+    return config, folder, summary, lines
+
+
+def row(mixture: alignment.Mixture, i: int) -> dict[int, float]:
+    here = slice(mixture.indptr[i], mixture.indptr[i + 1])
+    return dict(zip(mixture.ids[here].tolist(), mixture.weights[here].tolist()))
+
+
+def assert_whole(found: alignment.Alignment, source, target):
+    assert len(found.rules) == len(found.scores) == found.target_size == canonical.vocabulary_size(target)
+    assert found.source_size == canonical.vocabulary_size(source)
+    assert np.all((found.scores >= 0) & (found.scores <= 1))
+    for mixture in (found.embedding, found.head):
+        assert len(mixture.indptr) == found.target_size + 1
+        assert np.all(np.diff(mixture.indptr) > 0)  # no row is empty
+        assert np.all(mixture.weights > 0)
+        assert mixture.ids.min() >= 0 and mixture.ids.max() <= found.source_size
+        sums = np.add.reduceat(mixture.weights, mixture.indptr[:-1])
+        np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
+        for i in range(found.target_size):
+            assert len(row(mixture, i)) == np.diff(mixture.indptr)[i]  # no token stands twice in a row
+
+
+def test_every_row_has_a_rule_and_weights(made, tokenizers):
+    _, folder, summary, lines = made
+    source, target = tokenizers
+    found = alignment.load(folder / "align", source, target)
+    assert_whole(found, source, target)
+    source_bytes, target_bytes = canonical.token_bytes(source), canonical.token_bytes(target)
+    for i in range(found.target_size):
+        embedding, head = row(found.embedding, i), row(found.head, i)
+        if found.rules[i] == Rule.EXACT:
+            ((only, weight),) = embedding.items()
+            assert weight == 1.0 and head == embedding and source_bytes[only] == target_bytes[i]
+        elif found.rules[i] == Rule.SIMILAR:
+            assert found.scores[i] >= 0.02 and found.matches[i] in embedding and found.matches[i] in head
+        elif found.rules[i] == Rule.PIECES and target_bytes[i] is not None:
+            assert set(embedding) == set(canonical.PieceCutter(source)(target_bytes[i])) == set(head)
+    kinds = {Rule(rule) for rule in found.rules}
+    assert kinds >= {Rule.EXACT, Rule.SPECIAL, Rule.SIMILAR, Rule.PIECES} and Rule.GIVEN not in kinds
+    exact = {c for c in target_bytes if c} & {c for c in source_bytes if c}
+    assert {target_bytes[i] for i in np.flatnonzero(found.rules == Rule.EXACT)} == exact
+    assert any("BLEU-1" in line for line in lines)
+    assert json.loads((folder / "align" / "summary.json").read_text()) == summary
+
+
+def test_special_tokens_take_their_role(made, tokenizers):
+    _, folder, _, _ = made
+    source, target = tokenizers
+    found = alignment.load(folder / "align", source, target)
+    end = source.eos_token_id
+    for token in ("</s>", "<s>", "<unk>", "<pad>", "<|endoftext|>"):  # the last one by its text
+        i = target.convert_tokens_to_ids(token)
+        assert found.rules[i] == Rule.SPECIAL and row(found.embedding, i) == {end: 1.0}
+    i = target.convert_tokens_to_ids("<|im_start|>")
+    pieces = canonical.PieceCutter(source)(b"<|im_start|>")
+    assert found.rules[i] == Rule.PIECES and set(row(found.head, i)) == set(pieces)
+
+
+def test_the_summary_counts_rows_and_frequency_by_rule(made, tokenizers):
+    _, folder, summary, _ = made
+    found = alignment.load(folder / "align", *tokenizers)
+    counts = tokenizing.TokenShards.open(folder / "tokens" / "target").counts
+    assert sum(rule["rows"] for rule in summary["rules"].values()) == found.target_size
+    assert sum(rule["frequency"] for rule in summary["rules"].values()) == pytest.approx(1)
+    for rule in Rule:
+        part = summary["rules"][rule.name.lower()]
+        assert part["rows"] == sum(found.rules == rule)
+        assert part["frequency"] == pytest.approx(sum(counts[found.rules == rule]) / sum(counts))
+    assert 0 <= summary["hub_share"] <= 1 and 0 < summary["bleu_1"] <= 1 and 0 <= summary["accuracy_at_1"] <= 1
+    with np.load(folder / "align" / "vectors.npz") as vectors:
+        assert vectors["source_vectors"].shape == (len(vectors["source_ids"]), 16)
+
+
+def test_the_published_file_maps_every_target_id_to_a_source_id(made, tokenizers):
+    _, folder, _, _ = made
+    source, target = tokenizers
+    found = alignment.load(folder / "align", source, target)
+    published = json.loads((folder / "align" / "align_matrix.json").read_text())
+    assert list(published) == [str(i) for i in range(canonical.vocabulary_size(target))]
+    assert all(type(i) is int and 0 <= i < found.source_size for i in published.values())
+    for i in range(found.target_size):
+        weights = row(found.embedding, i)
+        assert weights[published[str(i)]] == max(weights.values())
+
+
+def test_files_come_back_as_they_were(made, tokenizers, tmp_path):
+    _, folder, _, _ = made
+    found = alignment.load(folder / "align" / "alignment.npz", *tokenizers)
+    alignment.save(found, tmp_path)
+    again = alignment.load(tmp_path, *tokenizers)
+    for field in dataclasses.fields(found):
+        for one, other in zip(getattr(found, field.name), getattr(again, field.name)):
+            np.testing.assert_array_equal(one, other)
+    assert found.embedding.ids.dtype == again.embedding.ids.dtype == np.int32
+    assert {path.name for path in tmp_path.iterdir()} == {"align_matrix.json", "alignment.npz"}
+
+
+def test_a_users_align_matrix_is_taken_as_it_is(made, tokenizers, tmp_path):
+    config, folder, _, _ = made
+    source, target = tokenizers
+    size = canonical.vocabulary_size(target)
+    mapping = {str(i): (7 * i) % canonical.vocabulary_size(source) for i in range(size)}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(mapping))
+    given = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, file=str(path)))
+    summary = alignment.run(
+        given, folder / "corpus", folder / "tokens", *tokenizers, tmp_path / "out", lambda line: None
+    )
+    assert summary["rules"]["given"]["rows"] == size
+    found = alignment.load(tmp_path / "out", source, target)
+    assert_whole(found, source, target)
+    rows = np.random.default_rng(0).normal(size=(canonical.vocabulary_size(source), 4)).astype(np.float32)
+    expected = rows[[mapping[str(i)] for i in range(size)]]
+    np.testing.assert_array_equal(alignment.apply(found.embedding, rows), expected)
+    np.testing.assert_array_equal(alignment.apply(found.head, rows), expected)
+    assert json.loads((tmp_path / "out" / "align_matrix.json").read_text()) == mapping
+
+
+def test_alignments_of_another_vocabulary_are_refused(made, tokenizers, tmp_path):
+    _, folder, _, _ = made
+    source, target = tokenizers
+    other = tiny_tokenizer(601, sentences(ENGLISH, 50, 4))
+    for path in (folder / "align" / "alignment.npz", folder / "align" / "align_matrix.json"):
+        with pytest.raises(UserError, match=f"target tokenizer.* has {canonical.vocabulary_size(other)} tokens"):
+            alignment.load(path, source, other)
+    with pytest.raises(UserError, match="another source vocabulary"):
+        alignment.load(folder / "align", other, target)
+    size = canonical.vocabulary_size(target)
+    (tmp_path / "large.json").write_text(json.dumps({str(i): 700 for i in range(size)}))
+    with pytest.raises(UserError, match="names source token 700"):
+        alignment.load(tmp_path / "large.json", source, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "{"),
+        ("a.json", "[1, 2]"),
+        ("a.json", '{"a": 1}'),
+        ("a.npz", "no"),
+        ("a.npz", ""),
+        ("gone.json", None),
+    ],
+)
+def test_unreadable_alignments_are_named(tokenizers, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}' cannot be read"):
+        alignment.load(tmp_path / name, *tokenizers)
+
+
+def test_permuted_ids_permute_the_alignment(tokenizers):
+    """The result depends on what tokens are, not on their numbers: the target with its vectors in another order."""
+    source, target = tokenizers
+    rng = np.random.default_rng(0)
+    source_bytes, target_bytes = canonical.token_bytes(source), canonical.token_bytes(target)
+    known = np.array([i for i, c in enumerate(source_bytes) if c is not None])
+    vectors = rng.normal(size=(len(known), 12)).astype(np.float32)
+    by_bytes = {source_bytes[i]: vectors[row] for row, i in enumerate(known)}
+    ids = np.array([i for i, c in enumerate(target_bytes) if c is not None])
+    values = np.stack([by_bytes.get(target_bytes[i], rng.normal(size=12)) for i in ids]).astype(np.float32)
+    config = AlignmentConfig(pivots=1000, min_count=1)
+    results = []
+    for order in (np.arange(len(ids)), rng.permutation(len(ids))):
+        sides = Vectors(known, vectors), Vectors(ids[order], values[order])
+        results.append(alignment.make(config, source, target, *sides, 0, lambda line: None))
+    (first, accuracy), (again, _) = results
+    assert accuracy > 0.9
+    assert np.mean(first.rules == again.rules) > 0.97  # pivots and judges are drawn anew
+    sure = np.isin(first.rules, (Rule.EXACT, Rule.SPECIAL))
+    for i in np.flatnonzero(sure):
+        assert row(first.embedding, i) == row(again.embedding, i)
+
+
+def test_noise_is_left_to_the_pieces(tokenizers):
+    source, target = tokenizers
+    rng = np.random.default_rng(0)
+    sides = [
+        Vectors(
+            np.array([i for i, c in enumerate(canonical.token_bytes(t)) if c is not None]),
+            rng.normal(size=(sum(c is not None for c in canonical.token_bytes(t)), 12)).astype(np.float32),
+        )
+        for t in tokenizers
+    ]
+    found, accuracy = alignment.make(AlignmentConfig(pivots=100), source, target, *sides, 0, lambda line: None)
+    assert accuracy < 0.1
+    assert np.mean(found.rules == Rule.SIMILAR) < 0.02
+    assert_whole(found, source, target)
+
+
+def test_without_vectors_pieces_and_roles_remain(tokenizers):
+    source, target = tokenizers
+    nothing = Vectors(np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
+    said = []
+    found, accuracy = alignment.make(AlignmentConfig(), source, target, nothing, nothing, 0, said.append)
+    assert accuracy is None and "only 0 shared tokens" in said[0]
+    assert_whole(found, source, target)
+    assert set(found.rules) <= {Rule.EXACT, Rule.SPECIAL, Rule.PIECES}
+
+
+def test_the_rival_is_the_plain_mean_of_the_pieces(tokenizers):
+    source, target = tokenizers
+    found = alignment.from_pieces(source, target)
+    assert_whole(found, source, target)
+    rows = np.random.default_rng(0).normal(size=(found.source_size, 6)).astype(np.float32)
+    made = alignment.apply(found.embedding, rows)
+    cutter = canonical.PieceCutter(source)
+    for i in np.flatnonzero(found.rules == Rule.PIECES)[:50]:
+        content = canonical.token_bytes(target)[i]
+        if content is not None:
+            np.testing.assert_allclose(made[i], rows[cutter(content)].mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_source_cannot_spell_gets_the_mean_of_all_rows():
+    """A source without bytes: only its characters can be spelled."""
+    source = tiny_tokenizer(400, ["abc"], kind="metaspace")
+    state = json.loads(source.backend_tokenizer.to_str())
+    vocabulary = {t: i for t, i in state["model"]["vocab"].items() if not t.startswith("<0x")}
+    state["model"] |= {
+        "vocab": {t: n for n, t in enumerate(sorted(vocabulary, key=vocabulary.get))},
+        "byte_fallback": False,
+    }
+    source.backend_tokenizer.__setstate__(json.dumps(state).encode())
+    target = tiny_tokenizer(300, ["日本"])
+    found = alignment.from_pieces(source, target)
+    assert_whole(found, source, target)
+    i = int(np.flatnonzero(found.rules == Rule.MEAN)[0])
+    assert row(found.embedding, i) == {found.source_size: 1.0}
+    rows = np.random.default_rng(0).normal(size=(found.source_size + 5, 3)).astype(np.float32)  # five padded rows
+    np.testing.assert_allclose(
+        alignment.apply(found.embedding, rows)[i], rows[: found.source_size].mean(axis=0), rtol=1e-5
+    )
+    assert found.heaviest()[i] in found.heaviest()[found.rules != Rule.MEAN]
+
+
+def test_apply_is_the_sparse_product_in_float32():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 6, 20_000)  # more rows than one block
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    ids, weights = rng.integers(0, 50, indptr[-1]).astype(np.int32), rng.random(indptr[-1]).astype(np.float32)
+    rows = rng.normal(size=(60, 7)).astype(ml_dtypes.bfloat16)
+    found = alignment.apply(alignment.Mixture(indptr, ids, weights, 50), rows)
+    assert found.dtype == np.float32
+    dense = np.zeros((len(lengths), 60))
+    np.add.at(dense, (np.repeat(np.arange(len(lengths)), lengths), ids), weights.astype(np.float64))
+    np.testing.assert_allclose(found, dense @ rows.astype(np.float64), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="40 rows, its tokenizer 50 tokens"):
+        alignment.apply(alignment.Mixture(indptr, ids, weights, 50), rows[:40])
+
+
+def test_mixing():
+    embedding, head = alignment.mix([5, 6, 7], None, 0.0, 100)
+    assert embedding == pytest.approx({5: 1 / 7, 6: 2 / 7, 7: 4 / 7})
+    assert head == pytest.approx({5: 1 / 3, 6: 1 / 3, 7: 1 / 3})
+    embedding, head = alignment.mix([5, 5], 9, 0.8, 100)
+    share = alignment.MATCH_WEIGHT_EMBEDDING * 0.8
+    assert embedding == pytest.approx({5: 1 - share, 9: share})
+    assert sum(alignment.mix([5, 6], 6, 0.5, 100)[1].values()) == pytest.approx(1)
+    assert alignment.mix([], 9, 0.5, 100) == ({9: 1.0}, {9: 1.0})
+    assert alignment.mix([], None, 0.0, 100) == ({100: 1.0}, {100: 1.0})
