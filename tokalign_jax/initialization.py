@@ -21,12 +21,14 @@ def initialize(config: ModelConfig, params: dict, aligned: Alignment) -> tuple[M
     Returns:
       The config with the new vocabulary size, and parameters whose vocabulary matrices are [V_target, D], float32.
     """
+    rows = np.asarray(params["embed_tokens"]["embedding"])
+    # A tied matrix is made by the head's rule: a row that is wrong there costs more than one that is wrong at the input.
+    mixture = aligned.embedding if "lm_head" in params else aligned.head
     new = dict(params)
-    new["embed_tokens"] = {
-        "embedding": alignment.apply(aligned.embedding, np.asarray(params["embed_tokens"]["embedding"]))
-    }
+    new["embed_tokens"] = {"embedding": alignment.apply(mixture, rows)}
     if "lm_head" in params:
-        new["lm_head"] = {"kernel": alignment.apply(aligned.head, np.asarray(params["lm_head"]["kernel"]))}
+        head = np.asarray(params["lm_head"]["kernel"])
+        new["lm_head"] = {"kernel": alignment.apply(aligned.head, head)}
     return dataclasses.replace(config, vocab_size=aligned.target_size), new
 
 
