@@ -10,8 +10,8 @@ r_t(x) . r_s(y) = x G_t^(-1/2) (A_t' A_s) G_s^(-1/2) y with G = A'A.
 
 Retrieval is by CSLS (Conneau et al. 2018, eq. 3), which corrects what is left of hubs. A cosine says little by itself (the
 best of many is high by chance), so scores are calibrated on shared tokens that are not pivots, the judges: a similarity is
-the probability, fitted by Platt's method, that a score is that of a judge which found itself, and not that of a judge and the
-best stranger.
+the probability, fitted by Platt's method, that a judge with this score has found itself. (Of tokens that have no exact
+counterpart it says how near the match is to being one; it is no probability of theirs.)
 
 Letters: Q queries, K keys, P pivots, d (source) and e (target) dimensions, k neighbours.
 """
@@ -104,16 +104,16 @@ def nearest(
 
 
 def csls(
-    queries: Float[Array, "Q d"], keys: Float[Array, "K d"], neighbours: int, k: int = 1
-) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
-    """For each query the k keys with the largest cos(q, k) - (r_q + r_k) / 2, and these scores, falling.
+    queries: Float[Array, "Q d"], keys: Float[Array, "K d"], neighbours: int
+) -> tuple[Int[Array, "Q"], Float[Array, "Q"]]:
+    """For each query the key with the largest cos(q, k) - (r_q + r_k) / 2, and this score.
 
     r is the mean cosine with the `neighbours` nearest of the other side; what is near to everything has much of it.
     """
     around_keys = nearest(keys, queries, jnp.zeros(len(queries)), min(neighbours, len(queries)))[0].mean(axis=1)
     around_queries = nearest(queries, keys, jnp.zeros(len(keys)), min(neighbours, len(keys)))[0].mean(axis=1)
-    values, indices = nearest(queries, keys, around_keys / 2, min(k, len(keys)))
-    return indices, values - around_queries[:, None] / 2
+    values, indices = nearest(queries, keys, around_keys / 2, 1)
+    return indices[:, 0], values[:, 0] - around_queries / 2
 
 
 def match(
@@ -133,15 +133,12 @@ def match(
     keys, queries = common_space(
         jnp.asarray(source, jnp.float32), jnp.asarray(target, jnp.float32), jnp.asarray(pivots)
     )
-    found, scores = (np.asarray(a) for a in csls(queries, keys, neighbours, k=2))
-    best = found[judges[:, 1], 0]
-    best_score, runner_up_score = scores[judges[:, 1]].T[[0, -1]].astype(np.float64)
-    right = best == judges[:, 0]
-    # A token without a counterpart finds what a judge would find were its own hidden.
-    stranger = np.where(right, runner_up_score, best_score)
-    slope, offset = platt(best_score[right], stranger)
-    similarity = 1 / (1 + np.exp(-(slope * scores[:, 0] + offset)))
-    return Matches(found[:, 0].astype(np.int32), similarity.astype(np.float32), float(right.mean()))
+    found, scores = (np.asarray(a) for a in csls(queries, keys, neighbours))
+    right = found[judges[:, 1]] == judges[:, 0]
+    judged = scores[judges[:, 1]]
+    slope, offset = platt(judged[right], judged[~right])
+    similarity = 1 / (1 + np.exp(-(slope * scores.astype(np.float64) + offset)))
+    return Matches(found.astype(np.int32), similarity.astype(np.float32), float(right.mean()))
 
 
 def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple[float, float]:
@@ -152,7 +149,7 @@ def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple
 
     Newton's method on the cross-entropy, with the smoothed targets of Platt 1999, eq. 10: few judges make no certainties.
     """
-    scores = np.concatenate([right, wrong])
+    scores = np.concatenate([right, wrong]).astype(np.float64)
     positives, negatives = len(right), len(wrong)
     target = np.repeat([(positives + 1) / (positives + 2), 1 / (negatives + 2)], [positives, negatives])
     centre, spread = float(scores.mean()), float(scores.std()) + 1e-6
