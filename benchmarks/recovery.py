@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="text that nothing is aligned or trained on")
     parser.add_argument("--language-field", default="")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--starts", default="random,published,pieces,own")
-    parser.add_argument("--trained", default="random,pieces,own", help="the starts that are also trained")
+    parser.add_argument("--starts", default="own,pieces,published,random")
+    parser.add_argument("--trained", default="own,pieces,random", help="the starts that are also trained")
     parser.add_argument("--steps", type=int, default=150, help="of each stage")
     parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
     parser.add_argument("--sequence-length", type=int, default=1024)
@@ -56,6 +56,7 @@ def main() -> None:
         sequence_length=arguments.sequence_length,
         start_offset=0,
         log_every=50,
+        checkpoint_every=100_000,
     )
     config = Config(
         source_model=arguments.source_model,
@@ -74,6 +75,7 @@ def main() -> None:
     rows = {"source": {"start": _measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)}}
     for start in arguments.starts.split(","):
         rows[start] = _follow(context, start, start in arguments.trained.split(","), texts)
+        _print(rows)
     (arguments.workdir / "recovery.json").write_text(
         json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1, default=str)
     )
@@ -142,6 +144,30 @@ def initialised(context: stages.Context, start: str):
     elif start == "published":
         found = _published(context)
     return initialization.initialize(model_config, params, found)
+
+
+def _published(context: stages.Context) -> alignment.Alignment:
+    """The matching of the published code, on this run's vectors; rows without a vector are random, here with a seed."""
+    tokenizers = context.source_tokenizer, context.target_tokenizer
+    source_size, target_size = len(tokenizers[0]), len(tokenizers[1])
+    with np.load(context.folder("align") / "vectors.npz") as file:
+        source_ids, target_ids = file["source_ids"], file["target_ids"]
+        vectors = [file[f"{side}_vectors"].astype(np.float32) for side in ("source", "target")]
+    rng = np.random.default_rng(0)
+    found = rng.integers(0, context.source_model[0].vocab_size, target_size)
+    by_string = tokenizers[0].get_vocab()
+    same = {i: by_string[t] for t, i in tokenizers[1].get_vocab().items() if t in by_string}
+    rows = {int(token): row for row, token in enumerate(source_ids)}
+    both = [(rows[same[t]], row) for row, t in enumerate(target_ids.tolist()) if same.get(t) in rows]
+    pivots = np.array(both)[rng.permutation(len(both))[:300]]
+    units = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors]
+    source, target = (u @ u[pivots[:, side]].T for side, u in enumerate(units))
+    for start in range(0, len(target), 4096):
+        found[target_ids[start : start + 4096]] = source_ids[(target[start : start + 4096] @ source.T).argmax(axis=1)]
+    found[list(same)] = list(same.values())
+    mixture = alignment.one_to_one(np.minimum(found, source_size - 1), source_size)
+    nothing = np.zeros(target_size)
+    return alignment.Alignment(mixture, mixture, nothing.astype(np.uint8), nothing, nothing, "", "")
 
 
 def _print(rows: dict[str, dict[str, dict[str, float]]]) -> None:
