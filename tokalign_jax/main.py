@@ -23,34 +23,24 @@ from tokalign_jax.progress import Log, duration
 
 DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "Config file (configs/*.py).", flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=_FLAGS)
-_STAGES = flags.DEFINE_list(
-    "stages", None, "Only these stages, and unfinished ones that they need.", flag_values=_FLAGS
-)
-_HELP = flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the pipeline; returns the exit code."""
-    argv = list(sys.argv if argv is None else argv)
     try:
-        values = _parse(argv)
-        if _HELP.value:
-            print(__doc__, _FLAGS.get_help(), sep="\n")
+        given = _parse(list(sys.argv if argv is None else argv))
+        if given.help:
+            print(__doc__, given.get_help(), sep="\n")
             return 0
-        if not _WORKDIR.value:
+        if not given.workdir:
             raise UserError(
                 "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
             )
-        config = config_from_dict(values)
-        workdir = Path(_WORKDIR.value)
+        config, workdir = config_from_dict(given.config), Path(given.workdir)
         start = time.monotonic()
         # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
         from tokalign_jax import pipeline
 
-        pipeline.run(config, workdir, _STAGES.value, _logger())
+        pipeline.run(config, workdir, given.stages, _logger())
         print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir}")
         return 0
     except UserError as error:
@@ -58,19 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parse(argv: list[str]) -> config_dict.ConfigDict:
-    """The config with its overrides; the other flags are left in `_FLAGS`."""
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """The flags, `config` among them with its overrides."""
     argv = _with_known_config_path(argv)
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Config file (configs/*.py).", flag_values=given, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=given)
+    flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=given)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # absl's own; grain reads some
-    _FLAGS.unparse_flags()
     try:
-        rest = _FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError) as error:
+        rest = given(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_about_flags(argv, error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
-    return _CONFIG.value
+    return given
 
 
 def _with_known_config_path(argv: list[str]) -> list[str]:
