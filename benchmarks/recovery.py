@@ -166,8 +166,10 @@ def _published(context: stages.Context) -> alignment.Alignment:
         found[target_ids[start : start + 4096]] = source_ids[(target[start : start + 4096] @ source.T).argmax(axis=1)]
     found[list(same)] = list(same.values())
     mixture = alignment.one_to_one(np.minimum(found, source_size - 1), source_size)
-    nothing = np.zeros(target_size)
-    return alignment.Alignment(mixture, mixture, nothing.astype(np.uint8), nothing, nothing, "", "")
+    zeros = np.zeros(target_size)
+    return dataclasses.replace(
+        alignment.from_pieces(*tokenizers), embedding=mixture, head=mixture, scores=zeros, matches=zeros
+    )
 
 
 def _print(rows: dict[str, dict[str, dict[str, float]]]) -> None:

@@ -94,7 +94,7 @@ def test_every_row_has_a_rule_and_weights(made, tokenizers):
             assert found.scores[i] >= 0.02 and found.matches[i] in embedding and found.matches[i] in head
         elif found.rules[i] == Rule.PIECES and target_bytes[i] is not None:
             assert set(embedding) == set(canonical.PieceCutter(source)(target_bytes[i]))
-            assert set(head) == {*embedding, found.source_size}  # the share of the mean of all rows
+            assert set(head) == set(embedding)
     kinds = {Rule(rule) for rule in found.rules}
     assert kinds >= {Rule.EXACT, Rule.SPECIAL, Rule.SIMILAR, Rule.PIECES} and Rule.GIVEN not in kinds
     exact = {c for c in target_bytes if c} & {c for c in source_bytes if c}
@@ -223,7 +223,7 @@ def test_permuted_ids_permute_the_alignment(tokenizers):
     results = []
     for order in (np.arange(len(ids)), rng.permutation(len(ids))):
         sides = Vectors(known, vectors), Vectors(ids[order], values[order])
-        results.append(alignment.make(config, source, target, *sides, seen(target), 0, lambda line: None))
+        results.append(alignment.make(config, source, target, *sides, seen(source), seen(target), 0, lambda line: None))
     (first, accuracy), (again, _) = results
     assert accuracy > 0.9
     assert np.mean(first.rules == again.rules) > 0.97  # pivots and judges are drawn anew
@@ -248,7 +248,7 @@ def test_noise_is_left_to_the_pieces(tokenizers):
         for t in tokenizers
     ]
     found, accuracy = alignment.make(
-        AlignmentConfig(pivots=100), source, target, *sides, seen(target), 0, lambda line: None
+        AlignmentConfig(pivots=100), source, target, *sides, seen(source), seen(target), 0, lambda line: None
     )
     assert accuracy < 0.1
     assert np.mean(found.rules == Rule.SIMILAR) < 0.02
@@ -259,7 +259,9 @@ def test_without_vectors_pieces_and_roles_remain(tokenizers):
     source, target = tokenizers
     nothing = Vectors(np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
     said = []
-    found, accuracy = alignment.make(AlignmentConfig(), source, target, nothing, nothing, seen(target), 0, said.append)
+    found, accuracy = alignment.make(
+        AlignmentConfig(), source, target, nothing, nothing, seen(source), seen(target), 0, said.append
+    )
     assert accuracy is None and "only 0 shared tokens" in said[0]
     assert_whole(found, source, target)
     assert set(found.rules) <= {Rule.EXACT, Rule.SPECIAL, Rule.PIECES}
@@ -323,8 +325,5 @@ def test_mixing():
     share = alignment.MATCH_WEIGHT_EMBEDDING * 0.8
     assert embedding == pytest.approx({5: 1 - share, 9: share})
     assert sum(alignment.mix([5, 6], 6, 0.5, 100)[1].values()) == pytest.approx(1)
-    _, head = alignment.mix([5, 6], None, 0.0, 100, rare=0.5)
-    assert head == pytest.approx({5: 0.25, 6: 0.25, 100: 0.5})
-    assert alignment.rare_share(0) == alignment.RARE_SHARE and alignment.rare_share(10**6) < 1e-4
     assert alignment.mix([], 9, 0.5, 100) == ({9: 1.0}, {9: 1.0})
     assert alignment.mix([], None, 0.0, 100) == ({100: 1.0}, {100: 1.0})

@@ -1,10 +1,18 @@
-"""Alignment + source parameters -> parameters for the new vocabulary. Everything but the vocabulary's rows is left as it is."""
+"""Alignment + source parameters -> parameters for the new vocabulary. Everything but the vocabulary's rows is left as it is.
+
+A mean of pieces is as likely as its pieces are, yet most of a large vocabulary is rare, and rows that nothing needs compete with
+those that something does. So head rows are moved by how much rarer their token is than what they are mixed from, along the
+direction in which the source model's own rows change with log frequency. Measured (llama-en16k -> Qwen3's vocabulary, exact matches
+and mean of pieces, counts from 5.4M tokens; bits per byte at the start, en / code / math / other): without 2.167 / 1.955 / 2.081 /
+4.427, with half of it 1.925 / 1.709 / 1.844 / 3.969, with all of it 1.916 / 1.670 / 1.826 / 4.008.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from tokalign_jax.alignment import alignment
 from tokalign_jax.alignment.alignment import Alignment
@@ -22,14 +30,25 @@ def initialize(config: ModelConfig, params: dict, aligned: Alignment) -> tuple[M
       The config with the new vocabulary size, and parameters whose vocabulary matrices are [V_target, D], float32.
     """
     rows = np.asarray(params["embed_tokens"]["embedding"])
-    # A tied matrix is made by the head's rule: a row that is wrong there costs more than one that is wrong at the input.
-    mixture = aligned.embedding if "lm_head" in params else aligned.head
     new = dict(params)
-    new["embed_tokens"] = {"embedding": alignment.apply(mixture, rows)}
     if "lm_head" in params:
-        head = np.asarray(params["lm_head"]["kernel"])
-        new["lm_head"] = {"kernel": alignment.apply(aligned.head, head)}
+        new["embed_tokens"] = {"embedding": alignment.apply(aligned.embedding, rows)}
+        new["lm_head"] = {"kernel": head_rows(np.asarray(params["lm_head"]["kernel"]), aligned)}
+    else:  # the head's rule: a row that is wrong there costs more than one that is wrong at the input
+        new["embed_tokens"] = {"embedding": head_rows(rows, aligned)}
     return dataclasses.replace(config, vocab_size=aligned.target_size), new
+
+
+def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.ndarray, "V_t D"]:
+    """float32: rows of the new head from those of the source's, R >= V_source, mixed and corrected for frequency."""
+    slope = frequency_slope(rows[: aligned.source_size], aligned.source_log_frequency)
+    return alignment.apply(aligned.head, rows) + aligned.frequency_shift[:, None] * slope
+
+
+def frequency_slope(rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]) -> Float[np.ndarray, "D"]:
+    """float32: the least-squares change of a row with its token's log frequency; 0 where all are as frequent."""
+    centred = log_frequency.astype(np.float64) - log_frequency.mean(dtype=np.float64)
+    return (centred @ rows.astype(np.float64) / max(centred @ centred, 1e-9)).astype(np.float32)
 
 
 def random_rows(config: ModelConfig, params: dict, size: int, key: jax.Array) -> tuple[ModelConfig, dict]:

@@ -43,13 +43,6 @@ MATCH_WEIGHT_EMBEDDING = 0.25
 """Weight of the match in the embedding row, times its similarity."""
 MATCH_WEIGHT_HEAD = 0.25
 """The same in the head row."""
-RARE_SHARE = 0.6
-"""In the head row, weight of the mean of all source rows for a token that the corpus never has: a row that nothing needs
-should not compete with those that something does. Measured on the same pair (pieces, counts from 5.4M tokens, 24 kB a
-group): none 2.114 / 1.992 / 2.090 / 4.379, this share for tokens that are never seen only 2.044 / 1.918 / 2.034 / 4.169, falling
-with the count from 10 on 1.909 / 1.788 / 1.881 / 3.848, from 50 on 1.919 / 1.798 / 1.872 / 3.851."""
-RARE_COUNT = 20
-"""That weight halves for a token seen this many times, and vanishes for a frequent one."""
 PIECE_DECAY = 0.5
 """In the embedding row, each piece weighs this much of the one behind it: the last says most of what comes next."""
 
@@ -96,6 +89,11 @@ class Alignment:
     """float32: 1 for EXACT, SPECIAL and GIVEN; else the calibrated similarity of the best match, 0 where there is none."""
     matches: Int[np.ndarray, "V_t"]
     """int32: the best match by co-occurrence, whether used or not; -1 for exact and special tokens, or without a vector."""
+    frequency_shift: Float[np.ndarray, "V_t"]
+    """float32: log frequency of the token, less the mean of those its head row is mixed from; 0 for exact, special and given
+    ones. `initialization` moves head rows by it along the direction in which the source model's rows change with frequency."""
+    source_log_frequency: Float[np.ndarray, "V_s"]
+    """float32"""
     source_fingerprint: str
     target_fingerprint: str
     """SHA-256 of each vocabulary's canonical bytes."""
@@ -157,6 +155,7 @@ def run(
             target_tokenizer,
             source_vectors,
             target_vectors,
+            source.counts,
             target.counts,
             config.seed,
             log,
@@ -195,6 +194,7 @@ def make(
     target_tokenizer: PreTrainedTokenizerBase,
     source: Vectors,
     target: Vectors,
+    source_counts: Int[np.ndarray, "V_s"],
     target_counts: Int[np.ndarray, "V_t"],
     seed: int,
     log: Log,
@@ -202,7 +202,7 @@ def make(
     """The alignment, and the share of judged shared tokens that find themselves (None where nothing was matched).
 
     Args:
-      target_counts: how often the corpus has each target token.
+      source_counts, target_counts: how often the corpus has each token.
     """
     parts, rules = _without_vectors(source_tokenizer, target_tokenizer)
     exact = {i: parts[i][0] for i in np.flatnonzero(rules == Rule.EXACT).tolist()}
@@ -213,12 +213,14 @@ def make(
     rules[similar] = Rule.SIMILAR
     source_size = canonical.vocabulary_size(source_tokenizer)
     rows = [
-        mix(pieces, int(match) if use else None, float(score), source_size, 0.0 if certain else rare_share(int(count)))
-        for pieces, match, use, score, certain, count in zip(parts, matches, similar, scores, sure, target_counts)
+        mix(pieces, int(match) if use else None, float(score), source_size)
+        for pieces, match, use, score in zip(parts, matches, similar, scores)
     ]
     embedding, head = (_mixture(side, source_size) for side in zip(*rows))
+    source_log, target_log = log_frequency(source_counts), log_frequency(target_counts)
+    shift = np.where(sure, 0.0, target_log - apply(head, source_log[:, None])[:, 0]).astype(np.float32)
     fingerprints = canonical.fingerprint(source_tokenizer), canonical.fingerprint(target_tokenizer)
-    return Alignment(embedding, head, rules, scores, matches, *fingerprints), accuracy
+    return Alignment(embedding, head, rules, scores, matches, shift, source_log, *fingerprints), accuracy
 
 
 def from_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:
@@ -233,9 +235,17 @@ def from_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: Pre
         rules=rules,
         scores=np.isin(rules, (Rule.EXACT, Rule.SPECIAL)).astype(np.float32),
         matches=np.full(len(rules), -1, np.int32),
+        **_no_shift(source_size, len(rules)),
         source_fingerprint=canonical.fingerprint(source_tokenizer),
         target_fingerprint=canonical.fingerprint(target_tokenizer),
     )
+
+
+def _no_shift(source_size: int, target_size: int) -> dict[str, np.ndarray]:
+    return {
+        "frequency_shift": np.zeros(target_size, np.float32),
+        "source_log_frequency": np.zeros(source_size, np.float32),
+    }
 
 
 def _without_vectors(
@@ -254,20 +264,14 @@ def _without_vectors(
     return parts, rules
 
 
-def rare_share(count: int) -> float:
-    """Weight of the mean of all source rows in the head row of a token that the corpus has `count` times."""
-    return RARE_SHARE * RARE_COUNT / (RARE_COUNT + count)
-
-
 def mix(
-    pieces: Sequence[int], match: int | None, similarity: float, source_size: int, rare: float = 0.0
+    pieces: Sequence[int], match: int | None, similarity: float, source_size: int
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Weights of source tokens in a target token's embedding row and in its head row.
 
     Args:
       pieces: the source tokens that spell it, in order; none where they cannot.
       match: the source token found by co-occurrence, with its calibrated similarity, or None.
-      rare: weight of the mean of all source rows in the head row.
     """
     if not pieces:
         row = {source_size if match is None else match: 1.0}
@@ -275,15 +279,12 @@ def mix(
     to_the_last = PIECE_DECAY ** np.arange(len(pieces))[::-1]
     uniform = np.ones(len(pieces))
     result = []
-    sides = ((to_the_last, MATCH_WEIGHT_EMBEDDING, 0.0), (uniform, MATCH_WEIGHT_HEAD, rare))
-    for weights, match_weight, mean_weight in sides:
+    for weights, match_weight in ((to_the_last, MATCH_WEIGHT_EMBEDDING), (uniform, MATCH_WEIGHT_HEAD)):
         share = 0.0 if match is None else match_weight * similarity
-        known = [*zip(pieces, (1.0 - share) * weights / weights.sum()), (match, share)]
-        entries = [*((source, (1.0 - mean_weight) * weight) for source, weight in known), (source_size, mean_weight)]
+        entries = [*zip(pieces, (1.0 - share) * weights / weights.sum()), *([(match, share)] if share > 0 else [])]
         row: dict[int, float] = {}
         for source, weight in entries:  # a token may be a piece twice
-            if source is not None and weight > 0:
-                row[source] = row.get(source, 0.0) + float(weight)
+            row[source] = row.get(source, 0.0) + float(weight)
         result.append(row)
     return result[0], result[1]
 
@@ -360,6 +361,11 @@ def _mixture(rows: Sequence[Mapping[int, float]], source_size: int) -> Mixture:
     weights = np.fromiter((w for row in rows for w in row.values()), np.float64, int(indptr[-1]))
     sums = np.add.reduceat(weights, indptr[:-1])
     return Mixture(indptr, ids, (weights / np.repeat(sums, np.diff(indptr))).astype(np.float32), source_size)
+
+
+def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
+    """float32: log of each token's share of the corpus; a token that it never has counts a half."""
+    return np.log((counts + 0.5) / max(int(counts.sum()), 1)).astype(np.float32)
 
 
 def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
@@ -485,6 +491,8 @@ def _read_npz(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
         rules=entries["rules"],
         scores=entries["scores"],
         matches=entries["matches"],
+        frequency_shift=entries["frequency_shift"],
+        source_log_frequency=entries["source_log_frequency"],
         source_fingerprint=str(entries["source_fingerprint"]),
         target_fingerprint=str(entries["target_fingerprint"]),
     )
@@ -514,6 +522,7 @@ def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
         rules=np.full(target_size, Rule.GIVEN, np.uint8),
         scores=np.ones(target_size, np.float32),
         matches=np.full(target_size, -1, np.int32),
+        **_no_shift(source_size, target_size),
         source_fingerprint=canonical.fingerprint(source_tokenizer),
         target_fingerprint=canonical.fingerprint(target_tokenizer),
     )
