@@ -1,6 +1,7 @@
 """The pipeline's bookkeeping, and whole runs of every config on tiny local models."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,27 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
 
     # A field without effect on results redoes nothing.
     assert "to be done again" not in run("--config.stage2.log_every=1", "--config.stage2.keep_checkpoints=3")
+
+
+def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
+    steps = ("--config.stage1.steps=6", "--config.stage1.log_every=1", "--config.evaluation.random_baseline=False")
+    whole, broken = (
+        arguments(inputs, "gpt_neox", tmp_path / name, "three_hour_eval", *steps) for name in ("whole", "broken")
+    )
+    assert main.main(whole) == 0
+    command = [sys.executable, "-m", "tokalign_jax.main", *broken[1:]]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if "stage1: step 3" in line:  # the newest checkpoint is of step 2
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    record = json.loads((tmp_path / "broken" / "stages.json").read_text())["stages"]
+    assert record["init"]["finished"] and not record["stage1"]["finished"]
+    assert main.main(broken) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "broken/export" / name).read_bytes() == (tmp_path / "whole/export" / name).read_bytes()
 
 
 def test_a_part_of_the_stages_exports_the_untrained_model(inputs, tmp_path, capsys):

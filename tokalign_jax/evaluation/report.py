@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,6 @@ def _curve(path: Path) -> dict[str, Any]:
         "loss": [row["loss"] for row in rows],
         "steps": len(rows),
         "skipped": rows[-1]["skipped"] if rows else 0,
-        "last_loss": rows[-1]["loss"] if rows else None,
     }
 
 
@@ -167,14 +167,14 @@ def markdown(content: Mapping[str, Any]) -> str:
         "## Alignment",
         "\n".join(_aligned(["rule", "rows", "corpus frequency"], rules)),
         "\n".join(
-            f"- {key.replace('_', ' ')}: {value}"
+            f"- {key.replace('_', ' ')}: {f'{value:,}' if isinstance(value, int) else f'{value:.3f}'}"
             for key, value in alignment.items()
-            if isinstance(value, int | float | str)
+            if isinstance(value, int | float)
         ),
         "## Training",
         "\n".join(
             f"- {TITLES[s]}: {of['steps']} steps, {quantity(of['tokens'][-1] if of['tokens'] else 0)} tokens, "
-            f"last loss {of['last_loss']}, {of['skipped']} steps skipped"
+            f"loss {_smooth(of['loss'])[-1]:.3f} (mean of the last 20 steps), {of['skipped']} steps skipped"
             for s, of in content["training"].items()
         ),
         "## Continued text",
@@ -187,6 +187,16 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _smooth(losses: Sequence[float | None], window: int = 20) -> list[float]:
+    """Mean of the last `window` losses; skipped steps have none."""
+    finite = [math.nan if loss is None else loss for loss in losses]
+    means = []
+    for end in range(1, len(finite) + 1):
+        recent = [loss for loss in finite[max(0, end - window) : end] if not math.isnan(loss)]
+        means.append(sum(recent) / len(recent) if recent else math.nan)
+    return means
+
+
 def picture(content: Mapping[str, Any], path: Path) -> None:
     """Loss over tokens (left) and bits per byte by language and state (right)."""
     import matplotlib
@@ -197,7 +207,9 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     start = 0
     for state, curve in content["training"].items():
-        left.plot([start + t for t in curve["tokens"]], curve["loss"], label=TITLES[state], linewidth=1.5)
+        tokens = [start + t for t in curve["tokens"]]
+        (line,) = left.plot(tokens, curve["loss"], linewidth=0.8, alpha=0.35)
+        left.plot(tokens, _smooth(curve["loss"]), label=TITLES[state], color=line.get_color(), linewidth=1.8)
         start += curve["tokens"][-1] if curve["tokens"] else 0
     left.set(title="Training loss", xlabel="tokens", ylabel="nats per token")
     if content["training"]:
@@ -211,7 +223,7 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
         positions = [x + (i - (len(states) - 1) / 2) * width for x in range(len(languages))]
         right.bar(positions, heights, width, label=TITLES[state])
     right.set(title="Held-out text", ylabel="bits per byte", xticks=range(len(languages)), xticklabels=list(languages))
-    right.legend()
+    right.legend(ncols=len(states), loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     right.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

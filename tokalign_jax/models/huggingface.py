@@ -371,6 +371,7 @@ def _write_weights(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
         save_file({t.name: t.value(leaves) for t in shard}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors lets only the owner read
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors)
