@@ -25,19 +25,20 @@ def get_config() -> ConfigDict:
     config.alignment.similarity_threshold = 0.3
 
     for stage in (config.stage1, config.stage2):
-        stage.per_device_batch = 8
+        stage.per_device_batch = 4
         stage.accumulation = 1
         stage.sequence_length = 256
         stage.weight_decay = 0.01
         stage.warmup_fraction = 0.03
-        stage.checkpoint_every = 25
+        stage.checkpoint_every = 40
     config.stage1.method = "embedding"
-    config.stage1.steps = 80
+    config.stage1.steps = 160
     config.stage1.learning_rate = 2e-3
     config.stage1.start_offset = 0
     config.stage2.method = "lora"
-    config.stage2.steps = 60
-    config.stage2.learning_rate = 1e-3
+    config.stage2.steps = 140
+    config.stage2.learning_rate = 3e-3
+    config.stage2.embedding_learning_rate = 2e-3
     config.stage2.lora.rank = 16
     config.stage2.lora.alpha = 16.0
     config.stage2.lora.dropout = 0.0
@@ -45,12 +46,6 @@ def get_config() -> ConfigDict:
 
     config.compute.dtype = "float32"
     config.compute.remat = False
-    config.evaluation.bytes_per_language = 24_000
-    config.evaluation.sequence_length = 512
-    config.evaluation.prompts = (
-        "The package manager",
-        "Das Betriebssystem",
-        "Система управления пакетами",
-        "システム管理者は",
-    )
+    config.evaluation.bytes_per_language = 20_000
+    config.evaluation.sequence_length = 256
     return config
