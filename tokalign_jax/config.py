@@ -1,7 +1,7 @@
 """The whole configuration as frozen dataclasses, one per stage; every field is documented where it is declared.
 
 A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the same names. It is turned into `Config` once,
-here, and from then on nothing looks anything up by string. A file states what differs from the defaults below.
+here, and from then on nothing looks anything up by string. A file states what makes up its recipe; the rest is as below.
 """
 
 import dataclasses

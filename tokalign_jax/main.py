@@ -8,6 +8,7 @@ Exit codes: 0 success, 1 a bug (with its traceback), 2 bad input (with a paragra
 """
 
 import difflib
+import os
 import runpy
 import sys
 import time
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         config, workdir = config_from_dict(given.config), Path(given.workdir)
         start = time.monotonic()
+        # transformers would say that PyTorch is missing, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
         from tokalign_jax import pipeline
 
