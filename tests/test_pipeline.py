@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SHARED, tiny_model_folder, tiny_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax import main, pipeline
@@ -152,6 +153,22 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
     assert main.main(broken) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "broken/export" / name).read_bytes() == (tmp_path / "whole/export" / name).read_bytes()
+
+
+def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
+    """A bfloat16 source through Stage 1 alone, computed in bfloat16: same names, types and bits, but for the vocabulary's rows."""
+    source = AutoTokenizer.from_pretrained(inputs["gpt_neox"])
+    folder = tiny_model_folder(tmp_path / "bf16", "gpt_neox", 320, tokenizer=source, dtype="bfloat16")
+    overrides = ("--config.stage2.steps=0", "--stages=export")
+    assert main.main(arguments(inputs | {"gpt_neox": folder}, "gpt_neox", tmp_path / "run", "optimal", *overrides)) == 0
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "run" / "export" / "model.safetensors"),
+    )
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == torch.bfloat16
+        assert torch.equal(tensor, after[name]) != ("embed" in name)
 
 
 def test_a_part_of_the_stages_exports_the_untrained_model(inputs, tmp_path, capsys):

@@ -55,7 +55,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     """The flags, `config` among them with its overrides."""
     argv = _with_known_config_path(argv)
     given = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Config file (configs/*.py).", flag_values=given, sys_argv=argv)
+    config_flags.DEFINE_config_file(
+        "config", None, f"Config file (without: {DEFAULT_CONFIG}).", flag_values=given, sys_argv=argv
+    )
     flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=given)
     flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=given)

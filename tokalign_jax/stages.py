@@ -140,7 +140,7 @@ def check_disk(context: Context, wanted: set[str]) -> None:
     rows = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     weights = sum(f.stat().st_size for f in context.source_folder.glob("*.safetensors")) + 4 * rows
     # A checkpoint holds float32 values of what trains and Adam's two moments of it.
-    need = {"text (compressed)": text // 3, "tokens": text, "initialised model": weights, "export": weights}
+    need = {"text (compressed)": text // 3, "tokens": text, "initialised model": 2 * weights, "export": weights}
     for name in ("stage1", "stage2"):
         stage: StageConfig = getattr(config, name)
         trained = 4 * weights // 2 if stage.method == "full" else 4 * rows
