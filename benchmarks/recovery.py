@@ -79,7 +79,6 @@ def main() -> None:
     (arguments.workdir / "recovery.json").write_text(
         json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1, default=str)
     )
-    _print(rows)
 
 
 def _texts(config: Config, arguments: argparse.Namespace) -> dict[str, list[str]]:
@@ -136,13 +135,13 @@ def initialised(context: stages.Context, start: str):
     params = huggingface.load_params(context.source_folder, model_config)
     if start == "random":
         return initialization.random_rows(model_config, params, len(context.target_tokenizer), jax.random.key(0))
-    found = alignment.load(
-        context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
-    )
+    tokenizers = context.source_tokenizer, context.target_tokenizer
     if start == "pieces":
-        found = alignment.from_pieces(context.source_tokenizer, context.target_tokenizer)
+        found = alignment.from_pieces(*tokenizers)
     elif start == "published":
         found = _published(context)
+    else:
+        found = alignment.load(context.folder("align") / "alignment.npz", *tokenizers)
     return initialization.initialize(model_config, params, found)
 
 

@@ -208,7 +208,7 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
         context.log(f"{stage.name}: finished, skipped")
         return
     if record and record["fingerprint"] != fingerprint:
-        context.log(f"{stage.name}: to be done again, {_what_changed(record, stage, state)}")
+        context.log(f"{stage.name}: to be done again, {_what_changed(record, stage)}")
         state.set_aside(stage.name, folder)
     if state.restore(stage.name, fingerprint, folder):
         context.log(f"{stage.name}: done before with these settings, restored from {_OUTDATED}")
@@ -231,7 +231,7 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
     context.log(f"{stage.name}: done in {duration(seconds)}")
 
 
-def _what_changed(record: Mapping[str, Any], stage: Stage, state: "_State") -> str:
+def _what_changed(record: Mapping[str, Any], stage: Stage) -> str:
     """The settings that differ, or the stages before that were redone."""
     old, new = (_flat(json.loads(json.dumps(s, default=str))) for s in (record["settings"], stage.settings))
     changed = [

@@ -1,6 +1,5 @@
 """What each stage of the pipeline reads and writes: the thin layer of I/O around the pure core."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -282,11 +281,7 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
             config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype
         )
     content = {
-        "languages": {
-            language: dataclasses.asdict(score)
-            | {"bits_per_byte": score.bits_per_byte, "bytes_per_token": score.bytes_per_token}
-            for language, score in scores.items()
-        },
+        "languages": {language: score.summary() for language, score in scores.items()},
         "samples": continued,
     }
     path = context.folder(f"evaluate/{name}") / "scores.json"

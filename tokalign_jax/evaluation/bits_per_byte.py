@@ -9,7 +9,7 @@ a window is cut into windows that do not overlap.
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,10 @@ class Score:
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    def summary(self) -> dict[str, float]:
+        """The sums and what follows from them, for JSON."""
+        return {**asdict(self), "bits_per_byte": self.bits_per_byte, "bytes_per_token": self.bytes_per_token}
 
 
 def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:

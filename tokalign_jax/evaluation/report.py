@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from tokalign_jax.config import Config, config_to_dict
+from tokalign_jax.evaluation.bits_per_byte import Score
 from tokalign_jax.progress import Log, duration, quantity
 
 TITLES = {
@@ -48,8 +49,8 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
         languages[language] = {
             "bytes": of["source"]["bytes"],
             "bytes_per_token": {
-                "source": of["source"]["bytes"] / of["source"]["tokens"],
-                "target": of[after]["bytes"] / of[after]["tokens"],
+                "source": of["source"]["bytes_per_token"],
+                "target": of[after]["bytes_per_token"],
             },
             "bits_per_byte": {state: of[state]["bits_per_byte"] for state in states},
         }
@@ -84,10 +85,9 @@ def _version(package: str) -> str:
 
 def _pooled(languages: Mapping[str, Mapping[str, float]], language: str) -> dict[str, float]:
     """Sums over one language, or over all of them."""
-    chosen = [of for name, of in languages.items() if language in (name, EVERYTHING)]
-    total = {key: sum(of[key] for of in chosen) for key in ("nats", "tokens", "bytes")}
-    bits = sum(of["bits_per_byte"] * of["bytes"] for of in chosen)
-    return {**total, "bits_per_byte": bits / total["bytes"]}
+    chosen = (of for name, of in languages.items() if language in (name, EVERYTHING))
+    scores = (Score(of["nats"], int(of["tokens"]), int(of["bytes"])) for of in chosen)
+    return sum(scores, Score(0.0, 0, 0)).summary()
 
 
 def _curve(path: Path) -> dict[str, Any]:
