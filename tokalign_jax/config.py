@@ -44,8 +44,21 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Token vectors (GloVe) and how target tokens are matched to source tokens."""
+    """Token vectors and how target tokens are made of source tokens."""
 
+    method: Literal["composed", "tokalign", "lexicon", "topk", "pieces", "exact", "random"] = "composed"
+    """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency), `tokalign` (exactly as
+    published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
+    source tokens); and the baselines `pieces` (mean of the pieces), `exact` (else random source tokens), `random`."""
+    vectors: Literal["glove", "ppmi"] = "glove"
+    """Token vectors: GloVe, or a truncated factorisation of positive pointwise mutual information."""
+    source_vectors: str = ""
+    """Vectors of the source tokens to use instead of computing them: an `.npz` of `ids` [n] and `vectors` [n, d], or GloVe's
+    text format with token ids for words. Given together with `target_vectors`."""
+    target_vectors: str = ""
+    """The same for the target tokens."""
+    top_k: int = 8
+    """Source tokens in a mixture of method `topk`."""
     file: str = ""
     """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id": source_id}) or
     `alignment.npz`."""
@@ -295,6 +308,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "vector_size": (1, math.inf),
     "iterations": (1, math.inf),
     "pivots": (1, math.inf),
+    "top_k": (1, math.inf),
     "neighbours": (1, math.inf),
     "epochs": (0, math.inf),
     "loss_chunk": (1, math.inf),

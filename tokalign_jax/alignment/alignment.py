@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax.alignment import cooccurrence, glove, matching, scoring
+from tokalign_jax.alignment import matching, scoring, vectors
+from tokalign_jax.alignment.vectors import Vectors
 from tokalign_jax.config import AlignmentConfig, Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log
@@ -33,7 +34,7 @@ FEWEST_SHARED = 32
 """With fewer shared tokens that have vectors nothing can be matched by co-occurrence."""
 HUBS = 10
 """The hub share is that of the rows which point at this many source tokens."""
-JSON_FILE, FILE, VECTORS_FILE, SUMMARY_FILE = "align_matrix.json", "alignment.npz", "vectors.npz", "summary.json"
+JSON_FILE, FILE, SUMMARY_FILE = "align_matrix.json", "alignment.npz", "summary.json"
 
 # How a token that is matched by co-occurrence, but not surely so, is made of its match and of the pieces of its text.
 # Measured (llama-en16k, whose head is tied to the embedding, to Qwen3's vocabulary, aligned on 51 MB; bits per byte at the
@@ -146,9 +147,8 @@ def run(
         alignment, accuracy = load(Path(config.alignment.file), source_tokenizer, target_tokenizer), None
         log(f"alignment: taken from {config.alignment.file}")
     else:
-        source_vectors, source_losses = token_vectors(source, config.alignment, config.seed, log, "source")
-        target_vectors, target_losses = token_vectors(target, config.alignment, config.seed + 1, log, "target")
-        _save_vectors(folder / VECTORS_FILE, source=source_vectors, target=target_vectors)
+        source_vectors, target_vectors, measured = vectors.make(config.alignment, source, target, config.seed, log)
+        vectors.save(folder, source_vectors, target_vectors)
         alignment, accuracy = make(
             config.alignment,
             source_tokenizer,
@@ -163,29 +163,13 @@ def run(
     save(alignment, folder)
     result = summary(alignment, target.counts)
     if accuracy is not None:
-        result |= {"accuracy_at_1": accuracy, "glove_loss": {"source": source_losses, "target": target_losses}}
+        result |= {"accuracy_at_1": accuracy, **measured}
     lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
     result["bleu_1"] = scoring.score(alignment.heaviest(), source_tokenizer, target_tokenizer, lines)
     (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n")
     for line in describe(result):
         log(line)
     return result
-
-
-class Vectors(NamedTuple):
-    """Token vectors of one side, by falling frequency."""
-
-    ids: Int[np.ndarray, "n"]
-    vectors: Float[np.ndarray, "n d"]
-
-
-def token_vectors(
-    shards: TokenShards, config: AlignmentConfig, seed: int, log: Log, side: str
-) -> tuple[Vectors, list[float]]:
-    """GloVe vectors of the tokens seen `min_count` times or more, and the loss after each pass."""
-    counts = cooccurrence.count(shards, config.window, config.min_count, log, f"{side} co-occurrence")
-    vectors, losses = glove.train(counts, config, seed, log, f"{side} GloVe")
-    return Vectors(counts.vocabulary, vectors), losses
 
 
 def make(
@@ -534,13 +518,6 @@ def _other_vocabulary(path: Path, side: str, tokenizer: PreTrainedTokenizerBase,
         f"'{path}' {what}: it belongs to another {side} tokenizer; name that one, or leave alignment.file empty to make an "
         f"alignment for this pair"
     )
-
-
-def _save_vectors(path: Path, **sides: Vectors) -> None:
-    """Both sides' ids and vectors; float16 keeps cosines to three digits at half the size."""
-    arrays = {f"{side}_ids": vectors.ids for side, vectors in sides.items()}
-    arrays |= {f"{side}_vectors": vectors.vectors.astype(np.float16) for side, vectors in sides.items()}
-    _write(path, lambda part: np.savez(part, allow_pickle=False, **arrays))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
