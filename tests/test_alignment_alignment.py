@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny_tokenizer
-from tokalign_jax.alignment import alignment
-from tokalign_jax.alignment.alignment import Rule, Vectors
+from tokalign_jax.alignment import alignment, methods
+from tokalign_jax.alignment.alignment import Rule
 from tokalign_jax.config import AlignmentConfig, Config, TextConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import canonical, corpus, tokenizing
@@ -55,7 +55,7 @@ def made(tokenizers, tmp_path_factory):
     corpus.run(config, folder / "corpus", lambda line: None)
     tokenizing.run(config, folder / "corpus", *tokenizers, folder / "tokens", lambda line: None)
     lines = []
-    summary = alignment.run(config, folder / "corpus", folder / "tokens", *tokenizers, folder / "align", lines.append)
+    summary = methods.run(config, folder / "corpus", folder / "tokens", *tokenizers, folder / "align", lines.append)
     return config, folder, summary, lines
 
 
@@ -163,9 +163,7 @@ def test_a_users_align_matrix_is_taken_as_it_is(made, tokenizers, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(mapping))
     given = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, file=str(path)))
-    summary = alignment.run(
-        given, folder / "corpus", folder / "tokens", *tokenizers, tmp_path / "out", lambda line: None
-    )
+    summary = methods.run(given, folder / "corpus", folder / "tokens", *tokenizers, tmp_path / "out", lambda line: None)
     assert summary["rules"]["given"]["rows"] == size
     found = alignment.load(tmp_path / "out", source, target)
     assert_whole(found, source, target)
@@ -209,67 +207,9 @@ def test_unreadable_alignments_are_named(tokenizers, tmp_path, name, content):
         alignment.load(tmp_path / name, *tokenizers)
 
 
-def test_permuted_ids_permute_the_alignment(tokenizers):
-    """The result depends on what tokens are, not on their numbers: the target with its vectors in another order."""
-    source, target = tokenizers
-    rng = np.random.default_rng(0)
-    source_bytes, target_bytes = canonical.token_bytes(source), canonical.token_bytes(target)
-    known = np.array([i for i, c in enumerate(source_bytes) if c is not None])
-    vectors = rng.normal(size=(len(known), 12)).astype(np.float32)
-    by_bytes = {source_bytes[i]: vectors[row] for row, i in enumerate(known)}
-    ids = np.array([i for i, c in enumerate(target_bytes) if c is not None])
-    values = np.stack([by_bytes.get(target_bytes[i], rng.normal(size=12)) for i in ids]).astype(np.float32)
-    config = AlignmentConfig(pivots=1000, min_count=1)
-    results = []
-    for order in (np.arange(len(ids)), rng.permutation(len(ids))):
-        sides = Vectors(known, vectors), Vectors(ids[order], values[order])
-        results.append(alignment.make(config, source, target, *sides, seen(source), seen(target), 0, lambda line: None))
-    (first, accuracy), (again, _) = results
-    assert accuracy > 0.9
-    assert np.mean(first.rules == again.rules) > 0.97  # pivots and judges are drawn anew
-    sure = np.isin(first.rules, (Rule.EXACT, Rule.SPECIAL))
-    for i in np.flatnonzero(sure):
-        assert row(first.embedding, i) == row(again.embedding, i)
-
-
-def seen(tokenizer, count: int = 1000) -> np.ndarray:
-    """Counts of a corpus that has every token often."""
-    return np.full(canonical.vocabulary_size(tokenizer), count)
-
-
-def test_noise_is_left_to_the_pieces(tokenizers):
-    source, target = tokenizers
-    rng = np.random.default_rng(0)
-    sides = [
-        Vectors(
-            np.array([i for i, c in enumerate(canonical.token_bytes(t)) if c is not None]),
-            rng.normal(size=(sum(c is not None for c in canonical.token_bytes(t)), 12)).astype(np.float32),
-        )
-        for t in tokenizers
-    ]
-    found, accuracy = alignment.make(
-        AlignmentConfig(pivots=100), source, target, *sides, seen(source), seen(target), 0, lambda line: None
-    )
-    assert accuracy < 0.1
-    assert np.mean(found.rules == Rule.SIMILAR) < 0.02
-    assert_whole(found, source, target)
-
-
-def test_without_vectors_pieces_and_roles_remain(tokenizers):
-    source, target = tokenizers
-    nothing = Vectors(np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
-    said = []
-    found, accuracy = alignment.make(
-        AlignmentConfig(), source, target, nothing, nothing, seen(source), seen(target), 0, said.append
-    )
-    assert accuracy is None and "only 0 shared tokens" in said[0]
-    assert_whole(found, source, target)
-    assert set(found.rules) <= {Rule.EXACT, Rule.SPECIAL, Rule.PIECES}
-
-
 def test_the_rival_is_the_plain_mean_of_the_pieces(tokenizers):
     source, target = tokenizers
-    found = alignment.from_pieces(source, target)
+    found = methods.from_pieces(source, target)
     assert_whole(found, source, target)
     rows = np.random.default_rng(0).normal(size=(found.source_size, 6)).astype(np.float32)
     made = alignment.apply(found.embedding, rows)
@@ -291,7 +231,7 @@ def test_what_a_source_cannot_spell_gets_the_mean_of_all_rows():
     }
     source.backend_tokenizer.__setstate__(json.dumps(state).encode())
     target = tiny_tokenizer(300, ["日本"])
-    found = alignment.from_pieces(source, target)
+    found = methods.from_pieces(source, target)
     assert_whole(found, source, target)
     i = int(np.flatnonzero(found.rules == Rule.MEAN)[0])
     assert row(found.embedding, i) == {found.source_size: 1.0}
@@ -315,15 +255,3 @@ def test_apply_is_the_sparse_product_in_float32():
     np.testing.assert_allclose(found, dense @ rows.astype(np.float64), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="40 rows, its tokenizer 50 tokens"):
         alignment.apply(alignment.Mixture(indptr, ids, weights, 50), rows[:40])
-
-
-def test_mixing():
-    embedding, head = alignment.mix([5, 6, 7], None, 0.0, 100)
-    assert embedding == pytest.approx({5: 1 / 7, 6: 2 / 7, 7: 4 / 7})
-    assert head == pytest.approx({5: 1 / 3, 6: 1 / 3, 7: 1 / 3})
-    embedding, head = alignment.mix([5, 5], 9, 0.8, 100)
-    share = alignment.MATCH_WEIGHT_EMBEDDING * 0.8
-    assert embedding == pytest.approx({5: 1 - share, 9: share})
-    assert sum(alignment.mix([5, 6], 6, 0.5, 100)[1].values()) == pytest.approx(1)
-    assert alignment.mix([], 9, 0.5, 100) == ({9: 1.0}, {9: 1.0})
-    assert alignment.mix([], None, 0.0, 100) == ({100: 1.0}, {100: 1.0})

@@ -1,0 +1,393 @@
+"""How alignments are made: one function a method, and the steps that they share.
+
+What a token's bytes say comes first, whatever the method (but `tokalign` and `random`, which are what they are elsewhere): the
+source token with the same bytes, the special token of the same role. The methods differ in the rest.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.alignment import alignment, matching, published, scoring, vectors
+from tokalign_jax.alignment.alignment import Alignment, Mixture, Rule
+from tokalign_jax.alignment.vectors import Vectors
+from tokalign_jax.config import AlignmentConfig, Config
+from tokalign_jax.progress import Log
+from tokalign_jax.text import canonical
+from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+
+SUMMARY_FILE = "summary.json"
+NEED_VECTORS = frozenset({"composed", "tokalign"})
+"""Methods that read token vectors; for the others none are computed."""
+NO_VECTORS = Vectors(np.zeros(0, np.int32), np.zeros((0, 1), np.float32))
+SURE = (Rule.EXACT, Rule.SPECIAL)
+"""Rules that leave nothing to be found."""
+ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
+"""Special tokens with a meaning that models share; a token of several roles takes the first."""
+FEWEST_SHARED = 32
+"""With fewer shared tokens that have vectors nothing can be matched by co-occurrence."""
+
+# How a token that is matched by co-occurrence, but not surely so, is made of its match and of the pieces of its text.
+# Measured (llama-en16k, whose head is tied to the embedding, to Qwen3's vocabulary, aligned on 51 MB; bits per byte at the
+# start, en / code / math / other): pieces alone 2.081 / 1.815 / 2.091 / 3.309; with the match at 0.15 2.036 / 1.784 / 2.051 /
+# 3.288, 0.25 2.022 / 1.786 / 2.034 / 3.293, 0.35 2.013 / 1.797 / 2.026 / 3.312. A match alone is worse than the pieces alone.
+MATCH_WEIGHT_EMBEDDING = 0.25
+"""Weight of the match in the embedding row, times its similarity."""
+MATCH_WEIGHT_HEAD = 0.25
+"""The same in the head row."""
+PIECE_DECAY = 0.5
+"""In the embedding row, each piece weighs this much of the one behind it: the last says most of what comes next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a method has to make an alignment from."""
+
+    config: AlignmentConfig
+    source_tokenizer: PreTrainedTokenizerBase
+    target_tokenizer: PreTrainedTokenizerBase
+    source_counts: Int[np.ndarray, "V_s"]
+    target_counts: Int[np.ndarray, "V_t"]
+    """How often the corpus has each token."""
+    seed: int
+    log: Log
+    source: Vectors = NO_VECTORS
+    target: Vectors = NO_VECTORS
+    """Token vectors; empty for methods that need none."""
+
+    @cached_property
+    def spelled(self) -> "Spelled":
+        return spell(self.source_tokenizer, self.target_tokenizer)
+
+    @cached_property
+    def source_size(self) -> int:
+        """V_s, of the tokenizer: the model's matrices may be padded to more rows."""
+        return canonical.vocabulary_size(self.source_tokenizer)
+
+    @cached_property
+    def target_size(self) -> int:
+        """V_t"""
+        return canonical.vocabulary_size(self.target_tokenizer)
+
+
+class Found(NamedTuple):
+    """What co-occurrence says of target tokens."""
+
+    matches: Int[np.ndarray, "V_t"]
+    """int32: the best source token; -1 without a vector."""
+    scores: Float[np.ndarray, "V_t"]
+    """float32: its calibrated similarity."""
+    measured: dict[str, float]
+    """`accuracy_at_1`: the share of judged shared tokens that find themselves; empty where nothing was matched."""
+
+
+class Spelled(NamedTuple):
+    """What can be said of target tokens without a corpus."""
+
+    parts: list[list[int]]
+    """The source tokens that each is spelled with, in order: one where it is exact or special, none where they cannot."""
+    rules: UInt8[np.ndarray, "V_t"]
+    """EXACT, SPECIAL, PIECES or MEAN."""
+
+    @property
+    def exact(self) -> dict[int, int]:
+        """Target id -> source id of the same bytes."""
+        return {i: self.parts[i][0] for i in np.flatnonzero(self.rules == Rule.EXACT).tolist()}
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    config: Config,
+    corpus_folder: Path,
+    tokens_folder: Path,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    log: Log,
+) -> dict[str, Any]:
+    """Makes the alignment (or takes `config.alignment.file`), writes it to `folder` and returns its summary.
+
+    Args:
+      corpus_folder: what `text.corpus.run` wrote; its held-out lines are scored.
+      tokens_folder: what `text.tokenizing.run` wrote.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = (TokenShards.open(tokens_folder / side) for side in ("source", "target"))
+    measured: dict[str, Any] = {}
+    method = "file" if config.alignment.file else config.alignment.method
+    if method == "file":
+        made = alignment.load(Path(config.alignment.file), source_tokenizer, target_tokenizer)
+        log(f"alignment: taken from {config.alignment.file}")
+    else:
+        of_source = of_target = NO_VECTORS
+        if method in NEED_VECTORS:
+            of_source, of_target, measured = vectors.make(config.alignment, source, target, config.seed, log)
+            vectors.save(folder, of_source, of_target)
+        tokenizers = source_tokenizer, target_tokenizer
+        counts = source.counts, target.counts
+        made, found = make(Inputs(config.alignment, *tokenizers, *counts, config.seed, log, of_source, of_target))
+        measured = found | measured
+    alignment.save(made, folder)
+    result = {"method": method, **alignment.summary(made, target.counts), **measured}
+    lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
+    result["bleu_1"] = scoring.score(made.heaviest(), source_tokenizer, target_tokenizer, lines)
+    (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n")
+    for line in alignment.describe(result):
+        log(line)
+    return result
+
+
+def make(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """The alignment by `inputs.config.method`, and what was measured on the way, by name."""
+    return METHODS[inputs.config.method](inputs)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """This project's: the pieces of the text, corrected by co-occurrence and by frequency."""
+    parts, rules = inputs.spelled
+    found = similar_matches(inputs)
+    similar = ~np.isin(rules, SURE) & (found.matches >= 0) & (found.scores >= inputs.config.similarity_threshold)
+    rows = [
+        mix(pieces, int(match) if use else None, float(score), inputs.source_size)
+        for pieces, match, use, score in zip(parts, found.matches, similar, found.scores)
+    ]
+    embedding, head = (alignment.mixture_of(side, inputs.source_size) for side in zip(*rows))
+    made = _assembled(inputs, embedding, head, np.where(similar, np.uint8(Rule.SIMILAR), rules), found)
+    return shifted(inputs, made), found.measured
+
+
+def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """TokAlign's as published (see `published.py`), to measure others against.
+
+    Tokens of the same string, special ones too, are the same; the rest goes to the argmax of the relative vectors, whatever
+    its score; a token without a vector gets a random source token. The only changes: draws have a seed, and are over the
+    tokenizer's V_s tokens, where the published ones are over all rows of the matrix, padding with them.
+    """
+    rng = np.random.default_rng(inputs.seed)
+    same = published.same_string(inputs.source_tokenizer, inputs.target_tokenizer)
+    shared = shared_rows(inputs, same)
+    pivots = shared[rng.permutation(len(shared))[: inputs.config.pivots]]
+    ids, rules = rng.integers(inputs.source_size, size=inputs.target_size), np.full(inputs.target_size, Rule.RANDOM)
+    found = _nothing(inputs)
+    if len(pivots):
+        best, cosines = published.match(inputs.source.vectors, inputs.target.vectors, pivots)
+        found.matches[inputs.target.ids], found.scores[inputs.target.ids] = inputs.source.ids[best], cosines
+        ids = np.where(found.matches >= 0, found.matches, ids)
+        rules[inputs.target.ids] = Rule.SIMILAR
+    else:
+        inputs.log("matching: no shared tokens have vectors; tokens without the same string get random ones")
+    special = canonical.special_ids(inputs.target_tokenizer)
+    for target, source in same.items():
+        ids[target], rules[target] = source, Rule.SPECIAL if target in special else Rule.EXACT
+    return _one_to_one(inputs, ids, rules, found), {}
+
+
+def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """The rival that needs no corpus: exact matches, roles, and else the plain mean of the pieces for both matrices."""
+    rows = [Counter(pieces or [inputs.source_size]) for pieces in inputs.spelled.parts]
+    mixture = alignment.mixture_of(rows, inputs.source_size)
+    return _assembled(inputs, mixture, mixture, inputs.spelled.rules, _nothing(inputs)), {}
+
+
+def exact(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """A baseline: exact matches and roles, else a random source token."""
+    parts, rules = inputs.spelled
+    ids = np.random.default_rng(inputs.seed).integers(inputs.source_size, size=inputs.target_size)
+    sure = np.isin(rules, SURE)
+    ids[sure] = [parts[i][0] for i in np.flatnonzero(sure)]
+    return _one_to_one(inputs, ids, np.where(sure, rules, Rule.RANDOM), _nothing(inputs)), {}
+
+
+def random(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """The lowest baseline: every target token a random source token."""
+    ids = np.random.default_rng(inputs.seed).integers(inputs.source_size, size=inputs.target_size)
+    return _one_to_one(inputs, ids, np.full(inputs.target_size, Rule.RANDOM), _nothing(inputs)), {}
+
+
+METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = {
+    "composed": composed,
+    "tokalign": tokalign,
+    "pieces": pieces,
+    "exact": exact,
+    "random": random,
+}
+"""By the names of `AlignmentConfig.method`."""
+
+
+# --- what text says ---------------------------------------------------------------------------------------------------
+
+
+def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Spelled:
+    """Exact matches, special tokens by role, and the pieces of the rest as the source tokenizer cuts them."""
+    target_bytes = canonical.token_bytes(target_tokenizer)
+    exact = exact_matches(source_tokenizer, target_bytes)
+    special = special_matches(source_tokenizer, target_tokenizer)
+    text = [_text_bytes(target_tokenizer, target_bytes, i) for i in range(len(target_bytes))]
+    parts = canonical.PieceCutter(source_tokenizer).cut_all(text)
+    rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
+    for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, special)):
+        for target, source in found.items():
+            parts[target], rules[target] = [source], rule
+    return Spelled(parts, rules)
+
+
+def exact_matches(source_tokenizer: PreTrainedTokenizerBase, target_bytes: Sequence[bytes | None]) -> dict[int, int]:
+    """Target id -> source id where the canonical bytes are the same."""
+    source = canonical.index_by_bytes(source_tokenizer)
+    return {i: source[content] for i, content in enumerate(target_bytes) if content in source}
+
+
+def special_matches(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> dict[int, int]:
+    """Target id -> source id for special tokens that have a role, or that the source has under the same text."""
+    end = end_of_text_id(source_tokenizer)
+    found: dict[int, int] = {}
+    for role in ROLES:
+        target, source = (getattr(t, f"{role}_token_id", None) for t in (target_tokenizer, source_tokenizer))
+        if target is not None:
+            found.setdefault(int(target), end if source is None else int(source))
+    sources, targets = canonical.special_ids(source_tokenizer), canonical.special_ids(target_tokenizer)
+    by_text = {source_tokenizer.convert_ids_to_tokens(i): i for i in sources}
+    for i in targets - set(found):
+        text = target_tokenizer.convert_ids_to_tokens(i)
+        if text in by_text:
+            found[i] = by_text[text]
+    return found
+
+
+def _text_bytes(tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | None], index: int) -> bytes:
+    """What a token's pieces are cut from: its bytes, of a special token its text; nothing for an unused id."""
+    content = contents[index]
+    if content is None and index in tokenizer.added_tokens_decoder:
+        return str(tokenizer.added_tokens_decoder[index]).encode()
+    return content or b""
+
+
+# --- what co-occurrence says ------------------------------------------------------------------------------------------
+
+
+def shared_rows(inputs: Inputs, same: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
+    """Rows (source, target) of the vectors of shared tokens, by falling frequency in the source.
+
+    Args:
+      same: target id -> source id.
+    """
+    source_row = {int(token): row for row, token in enumerate(inputs.source.ids)}
+    rows = [
+        (source_row[same[token]], row)
+        for row, token in enumerate(inputs.target.ids.tolist())
+        if same.get(token) in source_row
+    ]
+    return np.array(sorted(rows), np.int32).reshape(-1, 2)
+
+
+def similar_matches(inputs: Inputs) -> Found:
+    """The best source token by co-occurrence for every target token with a vector."""
+    shared = shared_rows(inputs, inputs.spelled.exact)
+    found = _nothing(inputs)
+    if len(shared) < FEWEST_SHARED:
+        inputs.log(
+            f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact match get their pieces"
+        )
+        return found
+    config = inputs.config
+    pivots, judges = matching.choose_pivots(shared[:, 0], shared[:, 1], config.pivots, inputs.seed)
+    best = matching.match(
+        inputs.source.vectors, inputs.target.vectors, shared[pivots], shared[judges], config.neighbours
+    )
+    inputs.log(
+        f"matching: {len(inputs.target.ids):,} target tokens over {len(pivots):,} pivots; of {len(judges):,} other shared "
+        f"tokens {best.accuracy:.1%} find themselves"
+    )
+    found.matches[inputs.target.ids] = inputs.source.ids[best.source]
+    found.scores[inputs.target.ids] = best.similarity
+    return found._replace(measured={"accuracy_at_1": best.accuracy})
+
+
+def _nothing(inputs: Inputs) -> Found:
+    return Found(np.full(inputs.target_size, -1, np.int32), np.zeros(inputs.target_size, np.float32), {})
+
+
+# --- putting together -------------------------------------------------------------------------------------------------
+
+
+def mix(
+    pieces: Sequence[int], match: int | None, similarity: float, source_size: int
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Weights of source tokens in a target token's embedding row and in its head row.
+
+    Args:
+      pieces: the source tokens that spell it, in order; none where they cannot.
+      match: the source token found by co-occurrence, with its calibrated similarity, or None.
+    """
+    if not pieces:
+        row = {source_size if match is None else match: 1.0}
+        return row, row
+    to_the_last = PIECE_DECAY ** np.arange(len(pieces))[::-1]
+    uniform = np.ones(len(pieces))
+    result = []
+    for weights, match_weight in ((to_the_last, MATCH_WEIGHT_EMBEDDING), (uniform, MATCH_WEIGHT_HEAD)):
+        share = 0.0 if match is None else match_weight * similarity
+        entries = [*zip(pieces, (1.0 - share) * weights / weights.sum()), *([(match, share)] if share > 0 else [])]
+        row: dict[int, float] = {}
+        for source, weight in entries:  # a token may be a piece twice
+            row[source] = row.get(source, 0.0) + float(weight)
+        result.append(row)
+    return result[0], result[1]
+
+
+def shifted(inputs: Inputs, made: Alignment) -> Alignment:
+    """`made`, with what is to be known to correct its head rows for frequency."""
+    source, target = log_frequency(inputs.source_counts), log_frequency(inputs.target_counts)
+    mixed = alignment.apply(made.head, source[:, None])[:, 0]
+    shift = np.where(np.isin(made.rules, SURE), 0.0, target - mixed).astype(np.float32)
+    return dataclasses.replace(made, frequency_shift=shift, source_log_frequency=source)
+
+
+def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
+    """float32: log of each token's share of the corpus; a token that it never has counts a half."""
+    return np.log((counts + 0.5) / max(int(counts.sum()), 1)).astype(np.float32)
+
+
+def _one_to_one(inputs: Inputs, ids: Int[np.ndarray, "V_t"], rules: Int[np.ndarray, "V_t"], found: Found) -> Alignment:
+    mixture = alignment.one_to_one(ids, inputs.source_size)
+    return _assembled(inputs, mixture, mixture, rules, found)
+
+
+def _assembled(
+    inputs: Inputs, embedding: Mixture, head: Mixture, rules: Int[np.ndarray, "V_t"], found: Found
+) -> Alignment:
+    """The alignment of these mixtures, without a shift of frequency."""
+    sure = np.isin(rules, SURE)
+    return Alignment(
+        embedding=embedding,
+        head=head,
+        rules=rules.astype(np.uint8),
+        scores=np.where(sure, 1.0, found.scores).astype(np.float32),
+        matches=np.where(sure, -1, found.matches).astype(np.int32),
+        frequency_shift=np.zeros(inputs.target_size, np.float32),
+        source_log_frequency=np.zeros(inputs.source_size, np.float32),
+        source_fingerprint=canonical.fingerprint(inputs.source_tokenizer),
+        target_fingerprint=canonical.fingerprint(inputs.target_tokenizer),
+    )
+
+
+def from_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:
+    """The method `pieces`, which needs nothing but the tokenizers."""
+    none = np.zeros(0, np.int64)
+    config = AlignmentConfig(method="pieces")
+    return pieces(Inputs(config, source_tokenizer, target_tokenizer, none, none, 0, lambda line: None))[0]
