@@ -16,10 +16,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokalign_jax import demo
 from tokalign_jax.config import Config, StageConfig, TextConfig
@@ -80,7 +81,7 @@ def main() -> None:
     held_out = _held_out(arguments.out / "text" / "sample.jsonl.xz")
     if "tokenizers" in steps:
         texts: dict[str, list[str]] = {lang: [] for lang in (*LANGUAGES, "code")}
-        for document in _documents(arguments.corpus):
+        for document in documents(arguments.corpus):
             if document["lang"] in texts and document["text"] not in held_out:
                 texts[document["lang"]].append(document["text"])
         english = texts["en"] + texts["code"]
@@ -91,7 +92,8 @@ def main() -> None:
         train_model(arguments.corpus, arguments.out, held_out, arguments.train_steps, arguments.batch)
 
 
-def _documents(path: str) -> Iterator[dict[str, str]]:
+def documents(path: str) -> Iterator[dict[str, str]]:
+    """The objects of a file of JSON lines (.xz)."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
@@ -118,7 +120,7 @@ def write_sample(corpus_path: str, out: Path) -> None:
     room = dict(LANGUAGES)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(out, "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as lines:
-        for document in _documents(corpus_path):
+        for document in documents(corpus_path):
             size = len(document["text"].encode())
             if document["source"] in SHIPPED_SOURCES and size <= min(room.get(document["lang"], 0), 60_000):
                 room[document["lang"]] -= size
@@ -169,27 +171,38 @@ def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, bat
         checkpoint_every=2000,
         log_every=200,
     )
-    work = Path(tempfile.mkdtemp(prefix="demo_build_"))
-    kept = work / "corpus.jsonl"
-    with kept.open("w", encoding="utf-8") as lines:
-        for document in _documents(corpus_path):
-            if document["text"] not in held_out:
-                lines.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
-    # One document in 2,000 is held out by the ordinary split, and unused.
-    config = Config(corpus=str(kept), text=TextConfig(held_out_fraction=5e-4), stage1=stage)
-    tokenizer = huggingface.load_tokenizer(str(out / "source_model"))
-    corpus.run(config, work / "corpus", print)
-    tokenizing.run(config, work / "corpus", tokenizer, tokenizer, work / "tokens", print)
-    shards = tokenizing.TokenShards.open(work / "tokens" / "target")
-    model = families.config_from_hf(MODEL)
-    params = transformer.init_params(model, jax.random.key(config.seed))
+    with tempfile.TemporaryDirectory(prefix="demo_build_") as folder:
+        kept, made = Path(folder) / "corpus.jsonl", Path(folder) / "model"
+        with kept.open("w", encoding="utf-8") as lines:
+            for document in documents(corpus_path):
+                if document["text"] not in held_out:
+                    lines.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
+        # One document in 2,000 is held out by the ordinary split, and unused.
+        config = Config(corpus=str(kept), text=TextConfig(held_out_fraction=5e-4), stage1=stage)
+        pretrain(MODEL, huggingface.load_tokenizer(str(out / "source_model")), config, made)
+        shutil.copytree(made, out / "source_model", dirs_exist_ok=True)
+
+
+def pretrain(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Config, out: Path) -> None:
+    """Trains a model from random rows with the project's own training loop and writes it in bf16.
+
+    Args:
+      raw: its config.json.
+      config: `corpus` and `text` are what it reads, `stage1` how it trains, `seed` its rows and the order of the text.
+      out: a new folder; an ordinary Hugging Face one, with every 50th line of the metrics beside the weights.
+    """
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=False, loss_chunk=16384))
-    result = loop.run_stage("pretrain", stage, config, model, params, shards, work / "pretrain", 0, print)
-    folder = work / "model"
-    huggingface.save_checkpoint(folder, result.params, model, MODEL, tokenizer, dtypes="bfloat16")
-    shutil.copytree(folder, out / "source_model", dirs_exist_ok=True)
-    lines = (work / "pretrain" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "source_model" / "pretraining.jsonl").write_text("".join(lines[49::50]))
+    with tempfile.TemporaryDirectory(prefix="pretrain_") as folder:
+        work = Path(folder)
+        corpus.run(config, work / "corpus", print)
+        tokenizing.run(config, work / "corpus", tokenizer, tokenizer, work / "tokens", print)
+        shards = tokenizing.TokenShards.open(work / "tokens" / "target")
+        model = families.config_from_hf(raw)
+        params = transformer.init_params(model, jax.random.key(config.seed))
+        result = loop.run_stage("pretrain", config.stage1, config, model, params, shards, work / "pretrain", 0, print)
+        huggingface.save_checkpoint(out, result.params, model, raw, tokenizer, dtypes="bfloat16")
+        lines = (work / "pretrain" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (out / "pretraining.jsonl").write_text("".join(lines[49::50]))
 
 
 if __name__ == "__main__":
