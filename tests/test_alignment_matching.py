@@ -58,8 +58,7 @@ def test_the_common_space_gives_the_products_of_relative_representations():
 
 @pytest.mark.parametrize(("queries", "keys", "k"), [(5, 7, 3), (130, 300, 10), (64, 128, 1)])
 def test_blocked_retrieval_is_retrieval_from_the_whole_matrix(monkeypatch, queries, keys, k):
-    monkeypatch.setattr(matching, "QUERY_BLOCK", 32)
-    monkeypatch.setattr(matching, "KEY_BLOCK", 64)
+    monkeypatch.setattr(matching, "SCORES", 32 * 300)
     rng = np.random.default_rng(0)
     q, key, penalty = rng.normal(size=(queries, 9)), rng.normal(size=(keys, 9)), rng.normal(size=keys)
     values, indices = matching.nearest(jnp.float32(q), jnp.float32(key), jnp.float32(penalty), k)
@@ -70,15 +69,17 @@ def test_blocked_retrieval_is_retrieval_from_the_whole_matrix(monkeypatch, queri
 
 
 def test_csls_is_the_published_score():
+    """The ranking is; and the score but for r_q, the mean cosine with the best keys instead of the nearest."""
     rng = np.random.default_rng(0)
     queries, keys = unit(rng.normal(size=(80, 12))), unit(rng.normal(size=(120, 12)))
-    found, scores = matching.csls(jnp.float32(queries), jnp.float32(keys), neighbours=5)
+    found, scores = matching.csls(jnp.float32(queries), jnp.float32(keys), neighbours=5, k=3)
     cosines = queries @ keys.T
-    around_queries = np.sort(cosines, axis=1)[:, -5:].mean(axis=1)
     around_keys = np.sort(cosines, axis=0)[-5:].mean(axis=0)
+    best = np.argsort(-(2 * cosines - around_keys), axis=1)
+    around_queries = np.take_along_axis(cosines, best[:, :5], axis=1).mean(axis=1)
     published = 2 * cosines - around_queries[:, None] - around_keys
-    assert np.array_equal(found, published.argmax(axis=1))
-    np.testing.assert_allclose(scores, published.max(axis=1) / 2, atol=1e-5)
+    assert np.array_equal(found, best[:, :3])
+    np.testing.assert_allclose(scores, np.take_along_axis(published, best[:, :3], axis=1) / 2, atol=1e-5)
 
 
 def test_csls_passes_over_a_hub():
@@ -88,7 +89,7 @@ def test_csls_passes_over_a_hub():
     keys = np.concatenate([unit(queries + 1.3 * unit(rng.normal(size=(200, 40)))), unit(queries.mean(axis=0)[None])])
     hub = 200
     by_cosine = (queries @ keys.T).argmax(axis=1)
-    by_csls = np.asarray(matching.csls(jnp.float32(queries), jnp.float32(keys), 10)[0])
+    by_csls = np.asarray(matching.csls(jnp.float32(queries), jnp.float32(keys), 10)[0])[:, 0]
     assert np.mean(by_cosine == hub) > 0.1
     assert np.mean(by_csls == hub) < np.mean(by_cosine == hub) / 3
     assert np.mean(by_csls == np.arange(200)) > np.mean(by_cosine == np.arange(200))
@@ -98,7 +99,7 @@ def test_a_space_matches_its_own_rotation():
     source = space()
     target = source @ rotation(24).astype(np.float32)
     found = matching.match(source, target, *split(600), neighbours=10)
-    assert np.array_equal(found.source, np.arange(600))
+    assert np.array_equal(found.source[:, 0], np.arange(600))
     assert found.accuracy == 1.0
     assert found.similarity.mean() > 0.97
     assert found.similarity.min() > 0.8  # a hundred judges are no proof of certainty
@@ -164,3 +165,16 @@ def test_pivots_and_judges_are_apart_and_pivots_frequent():
     assert np.array_equal(pivots, again) and not np.array_equal(pivots, other)
     everything, judges = matching.choose_pivots(ranks, np.arange(5000), 10**6, seed=0)
     assert sorted([*everything, *judges]) == list(range(5000))
+
+
+def test_the_temperature_is_the_one_that_judges_think_likeliest():
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.normal(0.2, 0.1, (4000, 6)))[:, ::-1].astype(np.float32)
+    weights = matching.softmax_weights(scores, 0.05)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    drawn = np.array([rng.choice(6, p=w) for w in weights])  # whose own token is which of the six
+    found = matching.Matches(np.tile(np.arange(6), (4000, 1)), scores, scores[:, 0], 0.0)
+    judges = np.stack([drawn, np.arange(4000)], axis=1)
+    assert matching.temperature(found, judges) == pytest.approx(0.05, rel=0.15)
+    nowhere = np.stack([np.full(4000, 99), np.arange(4000)], axis=1)
+    assert matching.temperature(found, nowhere) == matching.TEMPERATURES[-1]

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import alignment, matching, published, scoring, vectors
+from tokalign_jax.alignment import lexicon as induction
 from tokalign_jax.alignment.alignment import Alignment, Mixture, Rule
 from tokalign_jax.alignment.vectors import Vectors
 from tokalign_jax.config import AlignmentConfig, Config
@@ -25,7 +26,7 @@ from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
 SUMMARY_FILE = "summary.json"
-NEED_VECTORS = frozenset({"composed", "tokalign"})
+NEED_VECTORS = frozenset({"composed", "tokalign", "lexicon", "topk"})
 """Methods that read token vectors; for the others none are computed."""
 NO_VECTORS = Vectors(np.zeros(0, np.int32), np.zeros((0, 1), np.float32))
 SURE = (Rule.EXACT, Rule.SPECIAL)
@@ -45,6 +46,8 @@ MATCH_WEIGHT_HEAD = 0.25
 """The same in the head row."""
 PIECE_DECAY = 0.5
 """In the embedding row, each piece weighs this much of the one behind it: the last says most of what comes next."""
+LEAST_SHARE = 1e-4
+"""In mixtures of `topk`, source tokens with less are left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Found(NamedTuple):
     matches: Int[np.ndarray, "V_t"]
     """int32: the best source token; -1 without a vector."""
     scores: Float[np.ndarray, "V_t"]
-    """float32: its calibrated similarity."""
+    """float32: its calibrated similarity, from 0 to 1."""
     measured: dict[str, float]
     """`accuracy_at_1`: the share of judged shared tokens that find themselves; empty where nothing was matched."""
 
@@ -195,6 +198,52 @@ def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     return _one_to_one(inputs, ids, rules, found), {}
 
 
+def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """One source token each, by a self-learned orthogonal map (`lexicon.py`), for every token that has a vector, whatever
+    its score; the others are the mean of their pieces."""
+    found = _nothing(inputs)
+    if split := split_shared(inputs, len(inputs.source.ids)):
+        seeds, judges = split
+        neighbours = inputs.config.neighbours
+        keys, queries, joined = induction.common_space(inputs.source.vectors, inputs.target.vectors, seeds, neighbours)
+        best = matching.retrieve(keys, queries, judges, neighbours)
+        found = found_by(inputs, best)
+        inputs.log(f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; {_accuracy(best, judges)}")
+    similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
+    rows = [
+        {int(match): 1.0} if use else Counter(parts or [inputs.source_size])
+        for match, use, parts in zip(found.matches, similar, inputs.spelled.parts)
+    ]
+    mixture = alignment.mixture_of(rows, inputs.source_size)
+    return _assembled(
+        inputs, mixture, mixture, np.where(similar, Rule.SIMILAR, inputs.spelled.rules), found
+    ), found.measured
+
+
+def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """Mixtures of the `top_k` source tokens nearest by CSLS, weighted by a softmax whose temperature the judges choose; below
+    the threshold of similarity the mean of the pieces. Corrected for frequency."""
+    found, near, weights = _nothing(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
+    if split := split_shared(inputs, len(inputs.source.ids)):
+        pivots, judges = split
+        config, k = inputs.config, min(inputs.config.top_k, len(inputs.source.ids))
+        best = matching.match(inputs.source.vectors, inputs.target.vectors, pivots, judges, config.neighbours, k)
+        temperature = matching.temperature(best, judges)
+        near, weights = inputs.source.ids[best.source], matching.softmax_weights(best.scores, temperature)
+        found = found_by(inputs, best)
+        found.measured["temperature"] = temperature
+        inputs.log(f"top {k}: temperature {temperature:.3g}; {_accuracy(best, judges)}")
+    similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
+    similar &= found.scores >= inputs.config.similarity_threshold
+    rows: list[Mapping[int, float]] = [Counter(parts or [inputs.source_size]) for parts in inputs.spelled.parts]
+    for target, ids, shares in zip(inputs.target.ids.tolist(), near.tolist(), weights.tolist()):
+        if similar[target]:
+            rows[target] = {source: share for source, share in zip(ids, shares) if share > LEAST_SHARE}
+    mixture = alignment.mixture_of(rows, inputs.source_size)
+    rules = np.where(similar, Rule.SIMILAR, inputs.spelled.rules)
+    return shifted(inputs, _assembled(inputs, mixture, mixture, rules, found)), found.measured
+
+
 def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """The rival that needs no corpus: exact matches, roles, and else the plain mean of the pieces for both matrices."""
     rows = [Counter(pieces or [inputs.source_size]) for pieces in inputs.spelled.parts]
@@ -220,6 +269,8 @@ def random(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = {
     "composed": composed,
     "tokalign": tokalign,
+    "lexicon": lexicon,
+    "topk": topk,
     "pieces": pieces,
     "exact": exact,
     "random": random,
@@ -295,27 +346,40 @@ def shared_rows(inputs: Inputs, same: Mapping[int, int]) -> Int[np.ndarray, "S 2
     return np.array(sorted(rows), np.int32).reshape(-1, 2)
 
 
-def similar_matches(inputs: Inputs) -> Found:
-    """The best source token by co-occurrence for every target token with a vector."""
+def split_shared(inputs: Inputs, pivots: int) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
+    """Rows (source, target) of shared tokens: those to compare with, `pivots` at most, and the judges; None of too few."""
     shared = shared_rows(inputs, inputs.spelled.exact)
-    found = _nothing(inputs)
     if len(shared) < FEWEST_SHARED:
         inputs.log(
             f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact match get their pieces"
         )
-        return found
-    config = inputs.config
-    pivots, judges = matching.choose_pivots(shared[:, 0], shared[:, 1], config.pivots, inputs.seed)
-    best = matching.match(
-        inputs.source.vectors, inputs.target.vectors, shared[pivots], shared[judges], config.neighbours
-    )
+        return None
+    chosen, judges = matching.choose_pivots(shared[:, 0], shared[:, 1], pivots, inputs.seed)
+    return shared[chosen], shared[judges]
+
+
+def similar_matches(inputs: Inputs) -> Found:
+    """The best source token by whitened relative vectors for every target token with a vector."""
+    split = split_shared(inputs, inputs.config.pivots)
+    if split is None:
+        return _nothing(inputs)
+    best = matching.match(inputs.source.vectors, inputs.target.vectors, *split, inputs.config.neighbours)
     inputs.log(
-        f"matching: {len(inputs.target.ids):,} target tokens over {len(pivots):,} pivots; of {len(judges):,} other shared "
-        f"tokens {best.accuracy:.1%} find themselves"
+        f"matching: {len(inputs.target.ids):,} target tokens, {len(split[0]):,} pivots; {_accuracy(best, split[1])}"
     )
-    found.matches[inputs.target.ids] = inputs.source.ids[best.source]
+    return found_by(inputs, best)
+
+
+def found_by(inputs: Inputs, best: matching.Matches) -> Found:
+    """Matches of vector rows as matches of tokens."""
+    found = _nothing(inputs)
+    found.matches[inputs.target.ids] = inputs.source.ids[best.source[:, 0]]
     found.scores[inputs.target.ids] = best.similarity
     return found._replace(measured={"accuracy_at_1": best.accuracy})
+
+
+def _accuracy(best: matching.Matches, judges: Int[np.ndarray, "J 2"]) -> str:
+    return f"of {len(judges):,} other shared tokens {best.accuracy:.1%} find themselves"
 
 
 def _nothing(inputs: Inputs) -> Found:
