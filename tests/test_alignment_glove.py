@@ -24,18 +24,40 @@ def random_block(side: int, dimensions: int, pairs: int, seed: int = 0):
 def reference(words, contexts, cells, counts):
     """Equations 8 and 9, pair by pair in float64; the gradient without its factor 2, as the C program has it."""
     side = len(words)
-    loss, for_words, for_contexts = 0.0, np.zeros_like(words), np.zeros_like(contexts)
+    for_words, for_contexts = np.zeros_like(words), np.zeros_like(contexts)
     for cell, count in zip(cells, counts):
         i, j = divmod(int(cell), side)
         w, b, c, b_context = words[i, :-2], words[i, -2], contexts[j, :-2], contexts[j, -1]
         weight = min(1.0, (count / 10.0) ** 0.75)
         error = w @ c + b + b_context - np.log(count)
-        loss += weight * error**2
         for_words[i, :-2] += weight * error * c
         for_words[i, -2] += weight * error
         for_contexts[j, :-2] += weight * error * w
         for_contexts[j, -1] += weight * error
-    return loss, for_words, for_contexts
+    return published_loss(words, contexts, cells, counts), for_words, for_contexts
+
+
+def published_loss(words, contexts, cells, counts):
+    """Equation 8 with the weights of equation 9, in float64: J = sum f(X_ij) (w_i . c_j + b_i + b_j - log X_ij)^2."""
+    i, j = np.divmod(cells, len(words))
+    product = np.sum(words[i, :-2] * contexts[j, :-2], axis=1) + words[i, -2] + contexts[j, -1]
+    return np.sum(np.where(counts < 10.0, (counts / 10.0) ** 0.75, 1.0) * (product - np.log(counts)) ** 2)
+
+
+def test_the_reference_gradient_is_half_the_slope_of_the_published_loss():
+    """Central differences in float64, for every parameter."""
+    words, contexts, cells, counts = random_block(side=4, dimensions=2, pairs=9)
+    _, for_words, for_contexts = reference(words, contexts, cells, counts)
+    for values, gradient, fixed in ((words, for_words, -1), (contexts, for_contexts, -2)):
+        for place in np.ndindex(values.shape):
+            if place[1] == values.shape[1] + fixed:
+                continue
+            kept, losses = values[place], []
+            for step in (1e-5, -1e-5):
+                values[place] = kept + step
+                losses.append(published_loss(words, contexts, cells, counts))
+            values[place] = kept
+            assert (losses[0] - losses[1]) / 4e-5 == pytest.approx(gradient[place], rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -66,38 +88,84 @@ def counts_of(seed: int = 3, vocabulary: int = 60) -> cooccurrence.Cooccurrence:
     return cooccurrence.count(shards_of(documents, vocabulary), 5, 1, lambda line: None)
 
 
-def test_the_first_loss_reported_is_that_of_the_start(monkeypatch):
+WAYS = pytest.mark.parametrize("way", ["dense", "pairwise", "strata"])
+
+
+def trained(way: str, monkeypatch, counts, config, seed=0):
+    monkeypatch.setattr(glove, "DENSE_SHARE", {"dense": 0.0, "pairwise": 2.0}.get(way, glove.DENSE_SHARE))
+    return glove.train(counts, config, seed, lambda line: None, strata=way == "strata")
+
+
+@WAYS
+def test_the_first_loss_reported_is_that_of_the_start(way, monkeypatch):
     """One pass at a rate of next to nothing: the sum over blocks, mirrors included, is the sum over all pairs."""
     counts = counts_of()
     config = AlignmentConfig(vector_size=4, iterations=1, glove_learning_rate=1e-12)
-    for dense_share in (0.0, 2.0):  # all blocks dense; all pair by pair
-        monkeypatch.setattr(glove, "DENSE_SHARE", dense_share)
-        _, losses = glove.train(counts, config, 0, lambda line: None)
-        n, size = len(counts.vocabulary), glove.block_size(len(counts.vocabulary))
-        objective = glove.Objective(1e-12, config.x_max, config.weight_power)
-        blocks = glove._start(counts, objective, 4, size, np.random.default_rng(0))
-        words = np.concatenate([block.words for block in blocks])[:n].astype(np.float64)
-        contexts = np.concatenate([block.contexts for block in blocks])[:n].astype(np.float64)
-        off = counts.rows != counts.cols
-        cells = np.concatenate([counts.rows * n + counts.cols, (counts.cols * n + counts.rows)[off]])
-        loss, _, _ = reference(words, contexts, cells, np.concatenate([counts.counts, counts.counts[off]]))
-        assert losses[0] == pytest.approx(loss / len(cells), rel=1e-5)
+    _, losses = trained(way, monkeypatch, counts, config)
+    words, contexts = start_of(counts, config)
+    loss, _, _ = reference(words, contexts, *full_matrix(counts, len(words)))
+    assert losses[0] == pytest.approx(loss / (2 * len(counts) - np.sum(counts.rows == counts.cols)), rel=1e-5)
+
+
+def start_of(counts, config) -> tuple[np.ndarray, np.ndarray]:
+    """Where `train` starts with seed 0, in float64."""
+    objective = glove.Objective(config.glove_learning_rate * glove.RATE_SCALE, config.x_max, config.weight_power)
+    size = glove.block_size(len(counts.vocabulary))
+    blocks = glove._start(counts, objective, config.vector_size, size, np.random.default_rng(0))
+    words, contexts = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (blocks.words, blocks.contexts))
+    return words, contexts
+
+
+def full_matrix(counts, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cells, values) of both triangles; a cell is row * side + column."""
+    off = counts.rows != counts.cols
+    cells = np.concatenate([counts.rows * side + counts.cols, (counts.cols * side + counts.rows)[off]])
+    return cells, np.concatenate([counts.counts, counts.counts[off]])
+
+
+def test_a_pass_over_strata_is_adagrad_over_blocks_that_share_nothing():
+    """Against float64: for each stratum in the order drawn, one step from its gradient at one point."""
+    counts, config = counts_of(), AlignmentConfig(vector_size=4, iterations=1)
+    vectors, losses = glove.train(counts, config, 0, lambda line: None, strata=True)
+    rng = np.random.default_rng(0)
+    words, contexts = start_of(counts, config)
+    rng.random((2, len(words), 4))  # what the start has drawn
+    size = glove.block_size(len(counts.vocabulary))
+    blocks = len(words) // size
+    cells, values = full_matrix(counts, len(words))
+    rows, cols = np.divmod(cells, len(words))
+    stratum = (cols // size - rows // size) % blocks
+    squares, loss = [np.ones_like(words), np.ones_like(contexts)], 0.0
+    for k in rng.permutation(blocks):
+        part, *gradients = reference(words, contexts, cells[stratum == k], values[stratum == k])
+        loss += part
+        for parameters, sums, gradient in zip((words, contexts), squares, gradients):
+            sums += gradient**2
+            parameters -= 0.05 * glove.RATE_SCALE * gradient / np.sqrt(sums)
+    assert losses[0] == pytest.approx(loss / len(cells), rel=1e-4)
+    np.testing.assert_allclose(vectors, (words + contexts)[: len(vectors), :4], atol=1e-4)
 
 
 def test_dense_and_pairwise_steps_learn_the_same(monkeypatch):
     counts, config = counts_of(), AlignmentConfig(vector_size=8, iterations=3)
-    results = []
-    for dense_share in (0.0, 2.0):
-        monkeypatch.setattr(glove, "DENSE_SHARE", dense_share)
-        results.append(glove.train(counts, config, 0, lambda line: None))
+    results = [trained(way, monkeypatch, counts, config) for way in ("dense", "pairwise")]
     np.testing.assert_allclose(results[0][0], results[1][0], atol=2e-3)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3)
 
 
-def test_the_loss_falls_as_with_one_adagrad_step_a_pair():
+def test_pairs_that_do_not_fit_the_device_are_copied_step_by_step(monkeypatch):
+    counts, config = counts_of(), AlignmentConfig(vector_size=4, iterations=2)
+    resident = glove.train(counts, config, 0, lambda line: None, strata=True)
+    monkeypatch.setattr(glove, "_fits_device", lambda size: False)
+    copied = glove.train(counts, config, 0, lambda line: None, strata=True)
+    assert np.array_equal(resident[0], copied[0]) and resident[1] == copied[1]
+
+
+@pytest.mark.parametrize("strata", [True, False])
+def test_the_loss_falls_as_with_one_adagrad_step_a_pair(strata):
     """Against the C program's loop in float64 with the published rate: the same loss after as many passes."""
     counts, config = counts_of(vocabulary=200), AlignmentConfig(vector_size=10, iterations=10)
-    vectors, losses = glove.train(counts, config, 0, lambda line: None)
+    vectors, losses = glove.train(counts, config, 0, lambda line: None, strata=strata)
     assert vectors.shape == (len(counts.vocabulary), 10)
     assert np.isfinite(vectors).all()
     published = sgd(counts, dimensions=10, passes=10)
@@ -132,9 +200,10 @@ def sgd(counts: cooccurrence.Cooccurrence, dimensions: int, passes: int) -> floa
     return loss / len(rows)
 
 
-def test_the_same_seed_gives_the_same_vectors():
+@WAYS
+def test_the_same_seed_gives_the_same_vectors(way, monkeypatch):
     counts, config = counts_of(), AlignmentConfig(vector_size=4, iterations=2)
-    first, again, other = (glove.train(counts, config, seed, lambda line: None)[0] for seed in (0, 0, 1))
+    first, again, other = (trained(way, monkeypatch, counts, config, seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.allclose(first, other)
 
@@ -157,7 +226,10 @@ def test_block_sizes_leave_enough_steps():
     assert [glove.block_size(n) for n in (1, 100, 200, 1000, 8192, 200_000)] == [8, 8, 8, 32, 512, 512]
 
 
-def test_no_pairs_leave_the_start():
+@pytest.mark.parametrize("strata", [True, False])
+def test_no_pairs_leave_the_start(strata):
     counts = cooccurrence.count(shards_of([[1], [2], [1], [2]], 4), 5, 1, lambda line: None)
-    vectors, losses = glove.train(counts, AlignmentConfig(vector_size=4, iterations=2), 0, lambda line: None)
+    vectors, losses = glove.train(
+        counts, AlignmentConfig(vector_size=4, iterations=2), 0, lambda line: None, strata=strata
+    )
     assert vectors.shape == (2, 4) and losses == [0.0, 0.0]

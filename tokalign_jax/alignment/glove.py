@@ -8,11 +8,17 @@ few steps do the work of the C program's many small ones (after 8 passes: loss 0
 dimensions): biases start at their own least-squares fit, so that the first gradients do not fill the accumulators with
 what is only frequency; and the rate is `RATE_SCALE` times as large.
 
+A CPU goes through the blocks one by one, in random order, and computes those with few pairs pair by pair. An accelerator
+would wait for the launch of each of these small steps. Blocks (i, i + r mod m) of an m x m matrix share no parameters, so
+their steps can be taken in any order and so at once: there the step is over such a stratum (Gemulla et al. 2011, section
+4.2), m steps a pass, 6 n^2 (d + 2) operations (73k tokens at d = 300: 10 TFLOP a pass).
+
 Biases travel as columns: word rows are (w, b, 1), context rows (c, 1, b'), so that one product gives w . c + b + b'.
-Letters: n tokens, B tokens of a block, E pairs, d dimensions, S stored pairs of a block (padded).
+Letters: n tokens, m blocks of B tokens, E pairs, d dimensions, S stored pairs of a block or a stratum (padded).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,18 +37,18 @@ MAX_BLOCK = 512
 MIN_BLOCKS = 16
 """A small vocabulary has smaller blocks, so that every row still takes this many steps a pass."""
 DENSE_SHARE = 1 / 64
-"""On a CPU, a block with fewer of its cells filled is computed pair by pair; elsewhere all blocks are dense."""
+"""On a CPU, a block with fewer of its cells filled is computed pair by pair."""
 BIAS_ROUNDS = 8
 """Damped fixed-point rounds that fit the starting biases."""
 
 
 class Block(NamedTuple):
-    """The parameters of B neighbouring tokens and AdaGrad's sums of squares; all float32 [B, d+2]."""
+    """The parameters of B neighbouring tokens and AdaGrad's sums of squares; all float32. With a leading axis, of m blocks."""
 
-    words: Float[Array, "B d+2"]
-    contexts: Float[Array, "B d+2"]
-    word_squares: Float[Array, "B d+2"]
-    context_squares: Float[Array, "B d+2"]
+    words: Float[Array, "*m B d+2"]
+    contexts: Float[Array, "*m B d+2"]
+    word_squares: Float[Array, "*m B d+2"]
+    context_squares: Float[Array, "*m B d+2"]
 
 
 class Objective(NamedTuple):
@@ -54,48 +60,36 @@ class Objective(NamedTuple):
 
 
 def train(
-    cooccurrence: Cooccurrence, config: AlignmentConfig, seed: int, log: Log, what: str = "GloVe"
+    cooccurrence: Cooccurrence,
+    config: AlignmentConfig,
+    seed: int,
+    log: Log,
+    what: str = "GloVe",
+    strata: bool | None = None,
 ) -> tuple[Float[np.ndarray, "n d"], list[float]]:
-    """Vectors (word + context) of `cooccurrence.vocabulary`, and the published loss over the pairs, after each pass."""
+    """Vectors (word + context) of `cooccurrence.vocabulary`, and the published loss over the pairs, in each pass.
+
+    Args:
+      strata: whether to take many blocks' steps at once; None: where there is an accelerator.
+    """
     rng = np.random.default_rng(seed)
     objective = Objective(config.glove_learning_rate * RATE_SCALE, config.x_max, config.weight_power)
     size = block_size(len(cooccurrence.vocabulary))
     blocks = _start(cooccurrence, objective, config.vector_size, size, rng)
-    pairs = _Pairs(cooccurrence, size)
-    _compile(blocks, pairs, objective)
-    progress = Progress(log, what, config.iterations * pairs.entries, "pairs")
+    strata = jax.default_backend() != "cpu" if strata is None else strata
+    steps = (_Strata if strata else _BlockByBlock)(cooccurrence, blocks, objective)
+    progress = Progress(log, what, config.iterations * steps.entries, "pairs")
     losses = []
     for _ in range(config.iterations):
         parts = []
-        for k in rng.permutation(len(pairs)):
-            i, j = pairs.place(k)
-            own, other, loss = _step(
-                blocks[i], None if i == j else blocks[j], *pairs.of(k), objective, **pairs.shape(k)
-            )
-            blocks[i] = own
-            if other is not None:
-                blocks[j] = other
-            parts.append(loss)
-            if len(parts) % 64 == 0:  # so that the count shown is of work done, not of work queued
-                jax.block_until_ready(loss)
-            progress.update(int(pairs.counts[k]) * (1 if i == j else 2), f"loss {losses[-1]:.4f}" if losses else "")
-        losses.append(float(np.sum(np.array(jax.device_get(parts), np.float64))) / max(pairs.entries, 1))
+        for k in rng.permutation(len(steps)):
+            parts.append(steps.take(k))
+            if len(parts) % steps.between_waits == 0:  # so that the count shown is of work done, not of work queued
+                jax.block_until_ready(parts[-1])
+            progress.update(steps.entries_of(k), f"loss {losses[-1]:.4f}" if losses else "")
+        losses.append(float(np.sum(np.array(jax.device_get(parts), np.float64))) / max(steps.entries, 1))
     progress.done(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "")
-    vectors = [np.asarray(block.words + block.contexts)[:, : config.vector_size] for block in blocks]
-    return np.concatenate(vectors)[: len(cooccurrence.vocabulary)], losses
-
-
-def _compile(blocks: list[Block], pairs: "_Pairs", objective: Objective) -> None:
-    """Runs every program once, on no pairs, which leaves the blocks as they are: so that time left is told right."""
-    programs = {(len(set(pairs.place(k))) == 1, *pairs.shape(k).values()): k for k in range(len(pairs))}
-    for k in programs.values():
-        i, j = pairs.place(k)
-        cells, logs, start, _ = pairs.of(k)
-        blocks[i], other, _ = _step(
-            blocks[i], None if i == j else blocks[j], cells, logs, start, 0, objective, **pairs.shape(k)
-        )
-        if other is not None:
-            blocks[j] = other
+    return steps.vectors()[: len(cooccurrence.vocabulary), : config.vector_size], losses
 
 
 def block_size(tokens: int) -> int:
@@ -104,27 +98,28 @@ def block_size(tokens: int) -> int:
 
 
 def gradients(
-    words: Float[Array, "B d+2"],
-    contexts: Float[Array, "B d+2"],
+    words: Float[Array, "*m B d+2"],
+    contexts: Float[Array, "*m B d+2"],
     cells: Int[Array, "S"],
     logs: Float[Array, "S"],
     objective: Objective,
     dense: bool,
-) -> tuple[Float[Array, ""], Float[Array, "B d+2"], Float[Array, "B d+2"]]:
-    """The published loss of a block, and half its gradient (as in the C program) for words and contexts.
+) -> tuple[Float[Array, ""], Float[Array, "*m B d+2"], Float[Array, "*m B d+2"]]:
+    """The published loss of a block (or of m of them), and half its gradient (as in the C program).
 
     Args:
-      cells: the place of each pair in the block, row * B + column; B * B for padding.
+      words, contexts: the i-th block of words meets the i-th of contexts.
+      cells: the place of each pair, (i B + row) B + column; m B B for padding.
       logs: log X of each pair.
-      dense: by matrix products over the whole block, or pair by pair; the results are the same.
+      dense: by matrix products over whole blocks, or (one block only) pair by pair; the results are the same.
     """
-    side = words.shape[0]
-    weights = jnp.where(cells < side * side, _weight(logs, objective), 0.0)
+    side, shape = words.shape[-2], (*words.shape[:-1], words.shape[-2])
+    weights = jnp.where(cells < math.prod(shape), _weight(logs, objective), 0.0)
     if dense:
-        target = _scattered(cells, logs, side)
-        error = jnp.matmul(words, contexts.T, precision="high") - target
-        pull = _scattered(cells, weights, side) * error
-        for_words, for_contexts = pull @ contexts, pull.T @ words
+        target = _scattered(cells, logs, shape)
+        error = jnp.matmul(words, contexts.mT, precision="high") - target
+        pull = _scattered(cells, weights, shape) * error
+        for_words, for_contexts = pull @ contexts, pull.mT @ words
     else:
         row, column = jnp.minimum(cells // side, side - 1), cells % side
         word, context = words[row], contexts[column]
@@ -132,7 +127,7 @@ def gradients(
         pull = weights * error
         for_words = jnp.zeros_like(words).at[row].add(pull[:, None] * context, indices_are_sorted=True)
         for_contexts = jnp.zeros_like(contexts).at[column].add(pull[:, None] * word)
-    return jnp.sum(pull * error), for_words.at[:, -1].set(0.0), for_contexts.at[:, -2].set(0.0)
+    return jnp.sum(pull * error), for_words.at[..., -1].set(0.0), for_contexts.at[..., -2].set(0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "dense"), donate_argnums=(0, 1))
@@ -165,6 +160,21 @@ def _step(
     return own, Block(other_words, contexts, other_word_squares, context_squares), loss + mirror_loss
 
 
+@functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
+def _stratum_step(blocks: Block, cells, logs, start, count, shift, objective: Objective, *, length: int):
+    """One AdaGrad step on all blocks (i, i + shift mod m) at once."""
+    cells = jax.lax.dynamic_slice(cells, (start,), (length,))
+    logs = jax.lax.dynamic_slice(logs, (start,), (length,))
+    blocks_, side, _ = blocks.words.shape
+    cells = jnp.where(jnp.arange(length) < count, cells, blocks_ * side * side)
+    contexts, context_squares = (jnp.roll(a, -shift, axis=0) for a in (blocks.contexts, blocks.context_squares))
+    loss, for_words, for_contexts = gradients(blocks.words, contexts, cells, logs, objective, dense=True)
+    words, word_squares = _adagrad(blocks.words, blocks.word_squares, for_words, objective.rate)
+    contexts, context_squares = _adagrad(contexts, context_squares, for_contexts, objective.rate)
+    contexts, context_squares = (jnp.roll(a, shift, axis=0) for a in (contexts, context_squares))
+    return Block(words, contexts, word_squares, context_squares), loss
+
+
 def _adagrad(values, squares, gradient, rate):
     squares = squares + gradient * gradient
     return values - rate * gradient * jax.lax.rsqrt(squares), squares
@@ -175,16 +185,16 @@ def _weight(logs, objective: Objective):
     return jnp.exp(jnp.minimum(objective.power * (logs - jnp.log(objective.x_max)), 0.0))
 
 
-def _scattered(cells, values, side: int):
-    """The block that holds `values` at `cells` and zero elsewhere."""
-    flat = jnp.zeros(side * side, values.dtype).at[cells].set(values, mode="drop", unique_indices=True)
-    return flat.reshape(side, side)
+def _scattered(cells, values, shape: tuple[int, ...]):
+    """The array of this shape that holds `values` at `cells` and zero elsewhere."""
+    flat = jnp.zeros(math.prod(shape), values.dtype).at[cells].set(values, mode="drop", unique_indices=True)
+    return flat.reshape(shape)
 
 
 def _start(
     cooccurrence: Cooccurrence, objective: Objective, dimensions: int, size: int, rng: np.random.Generator
-) -> list[Block]:
-    """Vectors uniform in (-0.5, 0.5) / d as in the C program, fitted biases, sums of squares 1."""
+) -> Block:
+    """All m blocks: vectors uniform in (-0.5, 0.5) / d as in the C program, fitted biases, sums of squares 1."""
     n = len(cooccurrence.vocabulary)
     padded = -(-n // size) * size
     biases = np.zeros(padded)
@@ -197,10 +207,7 @@ def _start(
         return values.reshape(-1, size, dimensions + 2)
 
     words, contexts = rows(one=-1, bias=-2), rows(one=-2, bias=-1)
-    return [
-        Block(jnp.asarray(w), jnp.asarray(c), jnp.ones(w.shape, w.dtype), jnp.ones(c.shape, c.dtype))
-        for w, c in zip(words, contexts)
-    ]
+    return Block(*map(jnp.asarray, (words, contexts, np.ones_like(words), np.ones_like(contexts))))
 
 
 def _biases(cooccurrence: Cooccurrence, objective: Objective) -> np.ndarray:
@@ -221,56 +228,134 @@ def _biases(cooccurrence: Cooccurrence, objective: Objective) -> np.ndarray:
     return biases
 
 
-class _Pairs:
-    """The pairs sorted by block, on the device where they fit.
+class _BlockByBlock:
+    """A CPU's way: a step is over one block and its mirror image.
 
     A block's pairs are read as a slice padded to a power of two or four, so that only a few programs are compiled. Blocks
     on the diagonal hold both triangles, others stand for their mirror image too.
     """
 
-    def __init__(self, cooccurrence: Cooccurrence, size: int):
-        rows, cols = cooccurrence.rows, cooccurrence.cols
-        self._blocks = -(-len(cooccurrence.vocabulary) // size)
+    between_waits = 64
+
+    def __init__(self, cooccurrence: Cooccurrence, blocks: Block, objective: Objective):
+        self._blocks = [Block(*block) for block in zip(*blocks)]
+        self._objective = objective
+        self._side = size = blocks.words.shape[1]
+        rows, cols = np.asarray(cooccurrence.rows), np.asarray(cooccurrence.cols)
         self.entries = 2 * len(rows) - int(np.sum(rows == cols))
         lower = np.flatnonzero((rows // size == cols // size) & (rows != cols))
         rows, cols = np.concatenate([rows, cols[lower]]), np.concatenate([cols, rows[lower]])
         logs = np.log(cooccurrence.counts).astype(np.float32)
         logs = np.concatenate([logs, logs[lower]])
-        block = (rows // size).astype(np.int64) * self._blocks + cols // size
+        block = (rows // size).astype(np.int64) * len(self._blocks) + cols // size
         cells = rows % size * size + cols % size
         order = np.argsort(block * (size * size) + cells, kind="stable")
-        self._names, self._starts, self.counts = np.unique(block[order], return_index=True, return_counts=True)
-        padding = (0, 4 * int(self.counts.max(initial=64)))
-        self._cells, self._logs = np.pad(cells[order], padding), np.pad(logs[order], padding)
-        self._cells_in_block = size * size
-        self._resident = _fits_device(2 * self._cells.nbytes)
-        if self._resident:
-            self._cells, self._logs = jnp.asarray(self._cells), jnp.asarray(self._logs)
-        self._always_dense = jax.default_backend() != "cpu"
+        self._names, self._starts, self._counts = np.unique(block[order], return_index=True, return_counts=True)
+        padding = (0, 4 * int(self._counts.max(initial=64)))
+        self._cells, self._logs = (jnp.asarray(np.pad(a[order], padding)) for a in (cells, logs))
+        self._compile()
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def place(self, k: int) -> tuple[int, int]:
+    def take(self, k: int, count: int | None = None) -> Float[Array, ""]:
+        """Takes the k-th step (with its first `count` pairs only) and returns the loss before it."""
+        i, j = self._place(k)
+        self._blocks[i], other, loss = _step(
+            self._blocks[i],
+            None if i == j else self._blocks[j],
+            self._cells,
+            self._logs,
+            int(self._starts[k]),
+            int(self._counts[k]) if count is None else count,
+            self._objective,
+            **self._shape(k),
+        )
+        if other is not None:
+            self._blocks[j] = other
+        return loss
+
+    def entries_of(self, k: int) -> int:
+        """How many entries of the matrix the k-th step is over."""
+        i, j = self._place(k)
+        return int(self._counts[k]) * (1 if i == j else 2)
+
+    def vectors(self) -> Float[np.ndarray, "mB d+2"]:
+        """Words + contexts."""
+        return np.concatenate([np.asarray(block.words + block.contexts) for block in self._blocks])
+
+    def _compile(self) -> None:
+        """Runs every program once, on no pairs, which leaves the blocks as they are: so that time left is told right."""
+        programs = {(len(set(self._place(k))) == 1, *self._shape(k).values()): k for k in range(len(self))}
+        for k in programs.values():
+            self.take(k, count=0)
+
+    def _place(self, k: int) -> tuple[int, int]:
         """Row and column, in blocks, of the k-th block that is not empty."""
-        row, column = divmod(int(self._names[k]), self._blocks)
+        row, column = divmod(int(self._names[k]), len(self._blocks))
         return row, column
 
-    def of(self, k: int) -> tuple:
-        """(cells, logs, where the block's pairs start in them, how many there are)."""
-        start, count = int(self._starts[k]), int(self.counts[k])
-        if self._resident:
-            return self._cells, self._logs, start, count
-        here = slice(start, start + self.shape(k)["length"])
-        return self._cells[here], self._logs[here], 0, count
-
-    def shape(self, k: int) -> dict:
+    def _shape(self, k: int) -> dict:
         """The static arguments of the k-th block's step."""
-        count = int(self.counts[k])
-        dense = self._always_dense or count >= DENSE_SHARE * self._cells_in_block
+        count = int(self._counts[k])
+        dense = count >= DENSE_SHARE * self._side**2
         # Padding costs a pair-by-pair step as much as pairs do, a dense one next to nothing; a program costs a second.
         step = 2 if dense else 1
         return {"length": max(256, 1 << -(-(count - 1).bit_length() // step) * step), "dense": dense}
+
+
+class _Strata:
+    """An accelerator's way: step r is over all blocks (i, i + r mod m), both triangles, dense.
+
+    The pairs are on the device where they fit (16 bytes each), else those of a step are copied to it. Memory beside them is
+    that of the parameters and of a few arrays [m, B, B].
+    """
+
+    between_waits = 8
+
+    def __init__(self, cooccurrence: Cooccurrence, blocks: Block, objective: Objective):
+        self._blocks, self._objective = blocks, objective
+        count, size, _ = blocks.words.shape
+        rows, cols = np.asarray(cooccurrence.rows), np.asarray(cooccurrence.cols)
+        off = rows != cols
+        rows, cols = np.concatenate([rows, cols[off]]), np.concatenate([cols, rows[off]])
+        logs = np.log(cooccurrence.counts).astype(np.float32)
+        logs = np.concatenate([logs, logs[off]])
+        self.entries = len(rows)
+        stratum = ((cols // size - rows // size) % count).astype(np.uint16)
+        order = np.argsort(stratum, kind="stable")
+        self._counts = np.bincount(stratum, minlength=count)
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._length = max(256, -(-int(self._counts.max(initial=0)) // 256) * 256)
+        cells = (rows * size + cols % size)[order]
+        self._cells, self._logs = (np.pad(a, (0, self._length)) for a in (cells, logs[order]))
+        self._resident = _fits_device(2 * self._cells.nbytes) and len(self._cells) < 2**31  # places are int32
+        if self._resident:
+            self._cells, self._logs = jnp.asarray(self._cells), jnp.asarray(self._logs)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def take(self, k: int) -> Float[Array, ""]:
+        """Takes the step over the k-th stratum and returns the loss before it."""
+        start, cells, logs = int(self._starts[k]), self._cells, self._logs
+        if not self._resident:
+            here = slice(start, start + self._length)
+            start, cells, logs = 0, cells[here], logs[here]
+        count, shift = int(self._counts[k]), int(k)
+        self._blocks, loss = _stratum_step(
+            self._blocks, cells, logs, start, count, shift, self._objective, length=self._length
+        )
+        return loss
+
+    def entries_of(self, k: int) -> int:
+        """How many entries of the matrix the k-th step is over."""
+        return int(self._counts[k])
+
+    def vectors(self) -> Float[np.ndarray, "mB d+2"]:
+        """Words + contexts."""
+        words, contexts = self._blocks.words, self._blocks.contexts
+        return np.asarray(words + contexts).reshape(-1, words.shape[-1])
 
 
 def _fits_device(size: int) -> bool:
