@@ -4,32 +4,74 @@ As the C programs of GloVe do, tokens below the minimum count are dropped before
 around them move together; so is the end-of-text. Windows never cross a document.
 
 All sums are of integers: a pair at distance d adds lcm(1..window) / d. So the result depends neither on the order of
-adding nor on the size of the chunks.
+adding nor on the cutting into chunks, threads, processes or devices.
+
+A corpus of T tokens has `window` T pairs, and each must be added to its sum. How that is cheapest depends on the machine:
+
+- On a CPU an addition to a cell that is in the cache is far cheaper than a pair's share of a sort. As in GloVe's C program,
+  pairs of frequent tokens have a dense table (here: all cells that expect more than `EXPECTED` pairs, as far as memory
+  goes), and only the others are sorted.
+- On an accelerator integers are sorted at nearly the speed of memory. Pairs are made, sorted and summed there, chunk by
+  chunk; what comes out is gathered in one buffer, which is itself sorted and summed whenever it is full.
+
+Either leaves *runs*: sorted pair keys and the sum of each. Eight runs of a level are merged to one of the next, block by
+block; runs past the memory budget are on disk. So memory does not depend on the length of the corpus.
 """
 
+import errno
+import functools
+import itertools
+import json
 import math
 import os
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.tokenizing import TokenShards
 
-CHUNK = 1 << 20
-"""Tokens whose pairs are sorted at once (`window` pairs of 8 bytes each)."""
+HOST_CHUNK = 1 << 15
+"""Tokens a CPU thread works on at once: what it makes of them at one distance stays in its cache."""
+DEVICE_CHUNK = 1 << 22
+"""Tokens whose pairs an accelerator sorts at once."""
+HOST_THREADS = 4
+"""More do not help: NumPy holds the interpreter's lock while it adds to a table. Use processes (`count_part`)."""
+EXPECTED = 1.0
+"""A cell has a place in the dense table when so many pairs would meet there by chance."""
+READERS = 4
+"""Threads that make chunks for one accelerator."""
+FETCHED = 1 << 22
+"""Entries that come from a device at once."""
+FAN_IN = 8
+"""Runs of a level that are merged to one of the next."""
+MERGE_BLOCK = 1 << 18
+"""Entries that are merged at once."""
+DEVICE_ENTRY_BYTES = 128
+"""Device memory for each entry (16 bytes) of the buffer while it is sorted and summed."""
 
 Sums = tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]
-"""Sorted distinct pair keys, and the integer sum of each."""
+"""Pair keys (row << 32 | col, sorted, each once), and the integer sum of each."""
+_EMPTY = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class Cooccurrence:
-    """A symmetric matrix X over the n tokens that are frequent enough; entries on and above its diagonal."""
+    """A symmetric matrix X over the n tokens that are frequent enough; entries on and above its diagonal.
+
+    A large matrix is memory-mapped from files that have no name any more: they go when the arrays do.
+    """
 
     vocabulary: Int[np.ndarray, "n"]
     """int32: token ids by falling frequency (ties by id); rows and columns number this list."""
@@ -44,34 +86,149 @@ class Cooccurrence:
         return len(self.rows)
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What counting may use. None of it changes a bit of the result."""
+
+    memory: int = 4 << 30
+    """Bytes of host memory, beside what the system keeps of files."""
+    device_memory: int = 40 << 30
+    """Bytes of an accelerator's memory; at most two thirds of what it has are taken."""
+    scratch: Path | None = None
+    """Folder for what does not fit into `memory` (16 bytes a pair, several times over); None: the system's own."""
+    workers: int | None = None
+    """Threads on a CPU, or accelerators; None: all, and at most `HOST_THREADS` threads."""
+    device: bool | None = None
+    """Whether to sort on JAX's devices; None: when they are not CPUs."""
+    chunk: int | None = None
+    """Tokens at once; None: `HOST_CHUNK` or `DEVICE_CHUNK`."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Exact sums over a part of the corpus, to be added to those of the others by `merge`."""
+
+    vocabulary: Int[np.ndarray, "n"]
+    window: int
+    runs: tuple[Sums, ...]
+
+    def save(self, folder: Path) -> None:
+        """Writes the part to `folder`, which is made; `part.json` comes last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "vocabulary.npy", self.vocabulary)
+        entries = 0
+        with (folder / "keys.bin").open("wb") as keys, (folder / "sums.bin").open("wb") as sums:
+            for block in _merged(self.runs):
+                keys.write(block[0].data)
+                sums.write(block[1].data)
+                entries += len(block[0])
+        (folder / "part.json").write_text(json.dumps({"window": self.window, "entries": entries}))
+
+    @classmethod
+    def open(cls, folder: Path) -> "Part":
+        """Opens what `save` wrote, memory-mapped.
+
+        Raises:
+          UserError: when the folder holds no whole part.
+        """
+        try:
+            index = json.loads((folder / "part.json").read_text())
+            vocabulary = np.load(folder / "vocabulary.npy")
+            files = [folder / "keys.bin", folder / "sums.bin"]
+            keys, sums = (np.memmap(f, np.int64, "r") if index["entries"] else np.zeros(0, np.int64) for f in files)
+            if not len(keys) == len(sums) == index["entries"]:
+                raise ValueError("files of different lengths")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"'{folder}' holds no part of a co-occurrence count ({error}): count it again") from error
+        return cls(vocabulary, index["window"], ((keys, sums),))
+
+
 def count(
-    shards: TokenShards, window: int, min_count: int, log: Log = print, what: str = "co-occurrence", chunk: int = CHUNK
+    shards: TokenShards,
+    window: int,
+    min_count: int,
+    log: Log = print,
+    what: str = "co-occurrence",
+    resources: Resources = Resources(),
 ) -> Cooccurrence:
     """The co-occurrences of `shards`, each token with the `window` tokens to either side.
 
-    Work is sorting packed int64 keys, chunk by chunk on all cores; partial sums are merged when they reach equal levels,
-    as in a binary counter, so that memory is that of the result and a few chunks.
+    Raises:
+      UserError: when the sums do not fit into 64 bits, or the scratch folder has no room.
+    """
+    return merge([count_part(shards, window, min_count, log, what, resources)], log, what, resources)
+
+
+def count_part(
+    shards: TokenShards,
+    window: int,
+    min_count: int,
+    log: Log = print,
+    what: str = "co-occurrence",
+    resources: Resources = Resources(),
+    part: tuple[int, int] = (0, 1),
+) -> Part:
+    """What the (i, n)-th of n equal parts of the tokens adds to the co-occurrences of `shards`.
+
+    Pairs belong to the part that has their left token, so that parts can be cut anywhere. Hosts with files of their own
+    count all of them, with `shards.counts` the sum over all hosts: the vocabulary is made from it.
     """
     vocabulary, rank = _vocabulary(shards, min_count)
-    progress = Progress(log, what, len(shards), "tokens")
-    levels: list[tuple[int, Sums]] = []  # (level, sums) with falling levels
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        for chunks in _groups(_chunks(shards, rank, window, chunk), workers):
-            for part, sums in zip(chunks, pool.map(lambda c: _chunk_sums(c, len(vocabulary), window), chunks)):
-                level = 0
-                while levels and levels[-1][0] == level:
-                    sums, level = _merge(levels.pop()[1], sums), level + 1
-                levels.append((level, sums))
-                progress.update(part.read)
-    keys, sums = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    while levels:
-        keys, sums = _merge(levels.pop()[1], (keys, sums))
-    rows, cols = np.divmod(keys, max(len(vocabulary), 1))
-    counts = sums / math.lcm(*range(1, window + 1))
-    counts[rows == cols] *= 2
-    progress.done(f"{len(keys):,} pairs of {len(vocabulary):,} tokens")
-    return Cooccurrence(vocabulary, rows.astype(np.int32), cols.astype(np.int32), counts)
+    frequency = shards.counts[vocabulary]
+    _check_sums_fit(int(frequency.max(initial=0)), window)
+    on_device = jax.default_backend() != "cpu" if resources.device is None else resources.device
+    everyone = jax.local_devices() if on_device else range(min(os.cpu_count() or 1, HOST_THREADS))
+    workers = list(everyone)[: resources.workers]
+    index, number = part
+    start, stop = len(shards) * index // number, len(shards) * (index + 1) // number
+    edges = [start + (stop - start) * w // len(workers) for w in range(len(workers) + 1)]
+    progress = Progress(log, what, stop - start, "tokens")
+    lock = threading.Lock()
+
+    def count_share(w: int) -> list[Sums]:
+        def done(tokens: int) -> None:
+            with lock:
+                progress.update(tokens)
+
+        share = _Share(shards, rank, frequency, window, edges[w], edges[w + 1], len(workers), resources, done)
+        return _count_on_device(share, workers[w]) if on_device else _count_on_host(share)
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        runs = [run for found in pool.map(count_share, range(len(workers))) for run in found]
+    progress.done(f"{sum(len(keys) for keys, _ in runs):,} partial sums of {len(vocabulary):,} tokens")
+    return Part(vocabulary, window, tuple(runs))
+
+
+def merge(
+    parts: Sequence[Part], log: Log = print, what: str = "co-occurrence", resources: Resources = Resources()
+) -> Cooccurrence:
+    """The sum of `parts`, exactly.
+
+    Raises:
+      UserError: when they are of different vocabularies or windows.
+    """
+    first = parts[0]
+    for part in parts:
+        if part.window != first.window or not np.array_equal(part.vocabulary, first.vocabulary):
+            raise UserError(
+                f"parts of different co-occurrence counts: windows {first.window} and {part.window}, "
+                f"{len(first.vocabulary):,} and {len(part.vocabulary):,} tokens: count all parts with the same settings "
+                "and with the token counts of the whole corpus"
+            )
+    runs = [run for part in parts for run in part.runs]
+    entries = sum(len(keys) for keys, _ in runs)
+    progress = Progress(log, f"{what}, merged", entries, "partial sums")
+    unit = math.lcm(*range(1, first.window + 1))
+
+    def columns() -> Iterator[tuple[np.ndarray, ...]]:
+        for keys, sums in _merged(runs, progress.update):
+            rows, cols, counts = (keys >> 32).astype(np.int32), keys.astype(np.int32), sums / unit
+            counts[rows == cols] *= 2
+            yield rows, cols, counts
+
+    rows, cols, counts = _kept(columns(), (np.int32, np.int32, np.float64), entries, resources.memory // 4, resources)
+    progress.done(f"{len(rows):,} pairs of {len(first.vocabulary):,} tokens")
+    return Cooccurrence(first.vocabulary, rows, cols, counts)
 
 
 def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,56 +242,285 @@ def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.nda
     return vocabulary, rank
 
 
-class _Chunk(NamedTuple):
-    """Kept tokens one behind the other; the first `whole` of them have their whole right context here."""
-
-    read: int
-    whole: int
-    ranks: np.ndarray
-    documents: np.ndarray
+def _check_sums_fit(most: int, window: int) -> None:
+    """No sum exceeds what the most frequent token can add with the whole window to either side."""
+    unit = math.lcm(*range(1, window + 1))
+    if 2 * most * sum(unit // d for d in range(1, window + 1)) >= _EMPTY:
+        raise UserError(f"a window of {window} is too wide for exact counts of a token seen {most:,} times: narrow it")
 
 
-def _chunks(shards: TokenShards, rank: np.ndarray, window: int, chunk: int) -> Iterator[_Chunk]:
-    """The kept tokens, chunk by chunk; the last `window` of one chunk stand again at the head of the next."""
-    ranks, documents = np.zeros(0, np.int32), np.zeros(0, np.int32)
-    for start in range(0, len(shards), chunk):
-        part = rank[shards.tokens[start : start + chunk]]
-        place = np.arange(start, start + len(part))
-        document = np.searchsorted(shards.documents, place, side="right").astype(np.int32)
-        ranks = np.concatenate([ranks, part[part >= 0]])
-        documents = np.concatenate([documents, document[part >= 0]])
-        last = start + chunk >= len(shards)
-        whole = len(ranks) if last else max(len(ranks) - window, 0)
-        yield _Chunk(len(part), whole, ranks, documents)
-        ranks, documents = ranks[whole:], documents[whole:]
+class _Share(NamedTuple):
+    """What one worker counts: the pairs whose left token is in [start, stop)."""
+
+    shards: TokenShards
+    rank: np.ndarray
+    frequency: np.ndarray
+    window: int
+    start: int
+    stop: int
+    workers: int
+    resources: Resources
+    done: Callable[[int], None]
+
+    def chunks(self, chunk: int) -> list[tuple[int, int]]:
+        return [(start, min(start + chunk, self.stop)) for start in range(self.start, self.stop, chunk)]
+
+    def runs(self) -> "_Runs":
+        return _Runs(self.resources.memory // self.workers // 2, self.resources)
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Kept tokens in their order: int32 ranks [m + k] and uint8 [m], how many of the next are in a token's window.
+
+        The m are those in [start, stop), the k (at most `window`) follow them in the same document.
+        """
+        tokens, documents, window = self.shards.tokens, self.shards.documents, self.window
+        end = min(int(documents[np.searchsorted(documents, stop)]), len(tokens)) if stop < len(tokens) else stop
+        reach, span = stop, 2 * window
+        while reach < end and np.count_nonzero(self.rank[tokens[stop:reach]] >= 0) < window:
+            reach, span = min(stop + span, end), 2 * span
+        ranks = self.rank[tokens[start:reach]]
+        places = np.flatnonzero(ranks >= 0)
+        inside = slice(*np.searchsorted(documents, [start, reach], side="right"))
+        last = np.searchsorted(places, np.append(documents[inside], reach) - start)
+        ahead = np.repeat(last, np.diff(last, prepend=0)) - np.arange(1, len(places) + 1)
+        whole = int(np.searchsorted(places, stop - start))
+        return ranks[places[: whole + window]], np.minimum(ahead[:whole], window).astype(np.uint8)
 
 
-def _chunk_sums(chunk: _Chunk, size: int, window: int) -> Sums:
-    """The pairs (i, i + d), 1 <= d <= window, whose left token is among the first `whole`; the key is row * size + col.
+# --- On a CPU ---------------------------------------------------------------------------------------------------------
 
-    The distance rides in the low bits of what is sorted, so that a plain sort of int64 does and nothing is permuted.
+
+class _Table(NamedTuple):
+    """Sums of the pairs that are expected often: cells (row, col) with row <= col < ends[row], row by row."""
+
+    sums: Int[np.ndarray, "cells+1"]
+    """The last one is a bin: filling it costs less than picking out what would go there."""
+    bases: Int[np.ndarray, "n"]
+    """The cell of (row, col) is bases[row] + col; does not fall with the row."""
+    ends: Int[np.ndarray, "n"]
+    """Does not rise with the row."""
+
+    @classmethod
+    def empty(cls, frequency: np.ndarray, window: int, cells: int) -> "_Table":
+        """At most `cells`; two tokens seen f and g times among T are expected in 2 window f g / T pairs."""
+        n = len(frequency)
+        place, rising = np.arange(n), frequency[::-1].astype(np.float64)
+        least = EXPECTED * frequency.sum() / (2 * window)
+        while True:
+            ends = n - np.searchsorted(rising, least / frequency)
+            widths = np.maximum(ends - place, 0)
+            if widths.sum() <= cells:
+                break
+            least *= 1.25
+        stops = np.cumsum(widths)
+        bases = np.where(widths > 0, stops - widths - place, stops[-1] if n else 0)
+        return cls(np.zeros(int(widths.sum()) + 1, np.int64), bases, ends)
+
+    def entries(self) -> Iterator[Sums]:
+        """The cells that are not zero, as blocks of one run."""
+        rows = np.arange(np.count_nonzero(self.ends > np.arange(len(self.ends))))
+        starts = self.bases[rows] + rows
+        cells_only = self.sums[:-1]
+        for start in range(0, len(cells_only), MERGE_BLOCK):
+            cells = start + np.flatnonzero(cells_only[start : start + MERGE_BLOCK])
+            row = np.searchsorted(starts, cells, side="right") - 1
+            yield row << 32 | (cells - self.bases[row]), self.sums[cells]
+
+
+def _count_on_host(share: _Share) -> list[Sums]:
+    """Frequent pairs by adding to a table, the others by sorting.
+
+    What is sorted is (row, col, distance) packed into one int64, so that nothing is permuted.
     """
-    ranks, documents, whole = chunk.ranks.astype(np.int64), chunk.documents, chunk.whole
-    bits = window.bit_length()
+    chunk, pairs = share.resources.chunk or HOST_CHUNK, (share.stop - share.start) * share.window
+    memory = share.resources.memory // share.workers // 8  # bytes / 8: an eighth each for the table and what is sorted
+    table = _Table.empty(share.frequency, share.window, memory // 8)
+    packed, used = np.empty(min(memory // 8, pairs) + chunk, np.int64), 0
+    runs = share.runs()
+    for start, stop in share.chunks(chunk):
+        ranks, ahead = share.read(start, stop)
+        for rest in _add(table, ranks.astype(np.int64), ahead, share.window):
+            if used + len(rest) > len(packed):
+                runs.add(_packed_sums(packed[:used], share.window), used)
+                used = 0
+            packed[used : used + len(rest)] = rest
+            used += len(rest)
+        share.done(stop - start)
+    runs.add(_packed_sums(packed[:used], share.window), used)
+    del packed
+    runs.add(table.entries(), int(np.count_nonzero(table.sums)))
+    return runs.all()
+
+
+def _add(table: _Table, ranks: np.ndarray, ahead: np.ndarray, window: int) -> Iterator[np.ndarray]:
+    """Adds the pairs that have a cell to `table`, and yields the others, packed, distance by distance."""
+    bases, ends = table.bases[ranks], table.ends[ranks]
+    unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
+    for distance in range(1, window + 1):
+        size = min(len(ahead), len(ranks) - distance)
+        if size <= 0:
+            return
+        left, right = slice(size), slice(distance, distance + size)
+        col = np.maximum(ranks[left], ranks[right])
+        inside = ahead[left] >= distance
+        # Ends fall and bases rise with the row, which is the smaller rank: no look-up for each pair.
+        dense = (col < np.maximum(ends[left], ends[right])) & inside
+        cell = np.minimum(bases[left], bases[right])
+        cell += col
+        np.copyto(cell, len(table.sums) - 1, where=~dense)
+        np.add.at(table.sums, cell, unit // distance)
+        rest = np.flatnonzero(inside ^ dense)
+        row = np.minimum(ranks[rest], ranks[rest + distance])
+        yield (row << 32 | col[rest]) << bits | distance
+
+
+def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
+    """Sorts `packed` in place and sums it, block by block."""
+    packed.sort()
+    unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
+    weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)
+    firsts = packed[::MERGE_BLOCK] >> bits << bits  # where the pair begins that a block would cut
+    cuts = [*np.searchsorted(packed, firsts), len(packed)]
+    for start, stop in itertools.pairwise(cuts):
+        block = packed[start:stop]
+        yield _summed(block >> bits, weights[block & ((1 << bits) - 1)])
+
+
+# --- On an accelerator ------------------------------------------------------------------------------------------------
+
+
+def _count_on_device(share: _Share, device: Any) -> list[Sums]:
+    """Chunks are sorted and summed to the end of a buffer; a full buffer is too; if it stays half full it is a run."""
+    chunk = min(share.resources.chunk or DEVICE_CHUNK, max(share.stop - share.start, 1))
+    made = chunk * share.window
+    memory = min(share.resources.device_memory, (device.memory_stats() or {}).get("bytes_limit", _EMPTY) * 2 // 3)
+    capacity = made + min(max(memory // DEVICE_ENTRY_BYTES, made), (share.stop - share.start) * share.window)
+    runs = share.runs()
+
+    def read(start: int, stop: int):
+        ranks, ahead = share.read(start, stop)
+        padded = np.zeros(chunk + share.window, np.int32), np.zeros(chunk, np.uint8)
+        padded[0][: len(ranks)], padded[1][: len(ahead)] = ranks, ahead
+        return jax.device_put(padded, device)
+
+    # Keys are 64 bits wide here, and only here: the setting is this thread's.
+    with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
+        keys, sums, used = jnp.full(capacity, _EMPTY), jnp.zeros(capacity, jnp.int64), 0
+        for (start, stop), tokens in _in_order(readers, READERS, read, share.chunks(chunk)):
+            keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
+            used += int(more)
+            if used + made > capacity:
+                keys, sums, count = _compacted(keys, sums)
+                used = int(count)
+                if 2 * used > capacity - made:
+                    runs.add(_fetched(keys, sums, used), used)
+                    keys, used = jnp.full_like(keys, _EMPTY), 0
+            share.done(stop - start)
+        keys, sums, count = _compacted(keys, sums)
+        runs.add(_fetched(keys, sums, int(count)), int(count))
+    return runs.all()
+
+
+@functools.partial(jax.jit, static_argnames="window", donate_argnums=(0, 1))
+def _append(keys, sums, used, ranks, ahead, *, window: int):
+    """Writes the sums of a chunk's pairs behind the `used` entries; also their number."""
+    chunk, bits, unit = len(ahead), window.bit_length(), math.lcm(*range(1, window + 1))
+    ranks = ranks.astype(jnp.int64)
     packed = []
     for distance in range(1, window + 1):
-        left, right = ranks[:whole], ranks[distance : whole + distance]
-        left = left[: len(right)]
-        inside = documents[: len(right)] == documents[distance : whole + distance]
-        pair = np.minimum(left, right) * size + np.maximum(left, right)
-        packed.append((pair << bits | distance)[inside])
-    keys = np.concatenate(packed)
-    keys.sort()
-    unit = math.lcm(*range(1, window + 1))
-    weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)[keys & ((1 << bits) - 1)]
-    return _summed(keys >> bits, weights)
+        left, right = ranks[:chunk], ranks[distance : distance + chunk]
+        pair = jnp.minimum(left, right) << 32 | jnp.maximum(left, right)
+        packed.append(jnp.where(ahead >= distance, pair << bits | distance, _EMPTY))
+    sorted_ = jax.lax.sort(jnp.concatenate(packed), is_stable=False)
+    weights = jnp.array([0] + [unit // d for d in range(1, window + 1)] + [0] * (2**bits - window - 1))
+    pairs = jnp.where(sorted_ == _EMPTY, _EMPTY, sorted_ >> bits)
+    found, totals, count = _run_sums(pairs, weights[sorted_ & (2**bits - 1)])
+    keys = jax.lax.dynamic_update_slice(keys, found, (used,))
+    return keys, jax.lax.dynamic_update_slice(sums, totals, (used,)), count
 
 
-def _merge(left: Sums, right: Sums) -> Sums:
-    """The sum of two sparse vectors."""
-    keys = np.concatenate([left[0], right[0]])
-    order = np.argsort(keys, kind="stable")  # two sorted runs, which this merges in linear time
-    return _summed(keys[order], np.concatenate([left[1], right[1]])[order])
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _compacted(keys, sums):
+    """The buffer sorted, each key once; also how many there are."""
+    return _run_sums(*jax.lax.sort((keys, sums), num_keys=1, is_stable=False))
+
+
+def _run_sums(keys, values):
+    """Each key of a sorted list once, with the sum of its values, then empty ones; also how many are not.
+
+    A running sum, read where runs end: no two threads add to the same place.
+    """
+    last = jnp.append(keys[1:] != keys[:-1], True) & (keys != _EMPTY)
+    number = jnp.cumsum(last, dtype=jnp.int32)
+    place, count = jnp.where(last, number - 1, len(keys)), number[-1]
+    running = jnp.zeros_like(values).at[place].set(jnp.cumsum(values), mode="drop", unique_indices=True)
+    keys = jnp.full_like(keys, _EMPTY).at[place].set(keys, mode="drop", unique_indices=True)
+    sums = running - jnp.concatenate([jnp.zeros_like(running[:1]), running[:-1]])
+    return keys, jnp.where(jnp.arange(len(keys)) < count, sums, 0), count
+
+
+def _fetched(keys: jax.Array, sums: jax.Array, used: int) -> Iterator[Sums]:
+    """The first `used` entries, in blocks, all of one size on the device so that only one program is compiled."""
+    size = min(FETCHED, len(keys))
+    for start in range(0, used, size):
+        from_ = min(start, len(keys) - size)
+        here = slice(start - from_, min(size, used - from_))
+        yield (
+            np.asarray(jax.lax.dynamic_slice_in_dim(keys, from_, size))[here],
+            np.asarray(jax.lax.dynamic_slice_in_dim(sums, from_, size))[here],
+        )
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+class _Runs:
+    """Sorted runs, in memory while they fit, then on disk; `FAN_IN` of a level are merged to one of the next."""
+
+    def __init__(self, memory: int, resources: Resources):
+        self._memory, self._resources = memory, resources
+        self._levels: list[list[Sums]] = []
+
+    def add(self, blocks: Iterable[Sums], entries: int, level: int = 0) -> None:
+        """Adds the run that `blocks` make one behind the other, with at most `entries`."""
+        if not entries:
+            return
+        free = self._memory - sum(keys.nbytes * 2 for keys, _ in self.all() if not isinstance(keys, np.memmap))
+        keys, sums = _kept(blocks, (np.int64, np.int64), entries, free, self._resources)
+        if level == len(self._levels):
+            self._levels.append([])
+        self._levels[level].append((keys, sums))
+        if len(self._levels[level]) == FAN_IN:
+            full, self._levels[level] = self._levels[level], []
+            self.add(_merged(full), sum(len(keys) for keys, _ in full), level + 1)
+
+    def all(self) -> list[Sums]:
+        return [run for level in self._levels for run in level]
+
+
+def _merged(runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None) -> Iterator[Sums]:
+    """The sum of `runs` as blocks of one run, each merged by itself from the same range of keys in every run."""
+    step = max(MERGE_BLOCK // max(len(runs), 1), 1)
+    marks = np.sort(np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)]))
+    bounds = marks[:: max(len(runs), 1)]
+    cuts = [np.array([0, *np.searchsorted(keys, bounds), len(keys)]) for keys, _ in runs]
+
+    def merged(block: int) -> Sums:
+        slices = [slice(cut[block], cut[block + 1]) for cut in cuts]
+        keys = np.concatenate([keys[here] for (keys, _), here in zip(runs, slices)])
+        sums = np.concatenate([sums[here] for (_, sums), here in zip(runs, slices)])
+        if len(runs) == 1:
+            return keys, sums
+        order = np.argsort(keys, kind="stable")  # sorted runs one behind the other: this merges them
+        return _summed(keys[order], sums[order])
+
+    if not runs:
+        return
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for (block,), found in _in_order(pool, threads, merged, [(block,) for block in range(len(bounds) + 1)]):
+            done(sum(int(cut[block + 1] - cut[block]) for cut in cuts))
+            yield found
 
 
 def _summed(keys: np.ndarray, values: np.ndarray) -> Sums:
@@ -145,13 +531,42 @@ def _summed(keys: np.ndarray, values: np.ndarray) -> Sums:
     return keys[starts], np.add.reduceat(values, starts)
 
 
-def _groups(items: Iterator, size: int) -> Iterator[list]:
-    """`items`, `size` at a time."""
-    group = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def _kept(
+    blocks: Iterable[tuple[np.ndarray, ...]], dtypes: Sequence[type], entries: int, memory: int, resources: Resources
+) -> tuple[np.ndarray, ...]:
+    """Columns from blocks of them: in memory if `entries`, the most they can have, fit there, else in nameless files."""
+    if 2 * entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
+        columns = zip(*[tuple(np.zeros(0, dtype) for dtype in dtypes), *blocks])
+        return tuple(np.concatenate(column) for column in columns)
+    try:
+        files = [tempfile.TemporaryFile(dir=resources.scratch) for _ in dtypes]  # noqa: SIM115 (they live as long as the maps)
+        length = 0
+        for block in blocks:
+            length += len(block[0])
+            for file, column in zip(files, block):
+                file.write(np.ascontiguousarray(column).data)
+        for file in files:
+            file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES):
+            raise
+        raise UserError(
+            f"co-occurrence sums do not fit into memory and cannot be written to "
+            f"'{resources.scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with more room"
+        ) from error
+    return tuple(
+        np.memmap(file, dtype, "r") if length else np.zeros(0, dtype)  # pyright: ignore[reportArgumentType]
+        for file, dtype in zip(files, dtypes)
+    )
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, ahead: int, function: Callable, arguments: Sequence[tuple]
+) -> Iterator[tuple[tuple, Any]]:
+    """(arguments, result) one by one; `ahead` results are made before they are asked for."""
+    waiting = deque()
+    for k in range(len(arguments) + ahead):
+        if k < len(arguments):
+            waiting.append(pool.submit(function, *arguments[k]))
+        if k >= ahead:
+            yield arguments[k - ahead], waiting.popleft().result()
