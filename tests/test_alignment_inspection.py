@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokalign_jax import inspect, pages
-from tokalign_jax.alignment import alignment, inspection
+from tokalign_jax.alignment import alignment, inspection, methods
 from tokalign_jax.alignment.alignment import Alignment, Mixture, Rule
+from tokalign_jax.alignment.vectors import Vectors
+from tokalign_jax.config import AlignmentConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.pages import Bar, Code, Section
 from tokalign_jax.text import canonical
@@ -174,6 +176,17 @@ def test_neighbours_are_those_of_brute_force(subject, monkeypatch, pool):
         np.testing.assert_allclose([n.csls for n in found], csls[row, expected], atol=1e-5)
 
 
+def test_the_nearest_neighbour_is_what_the_alignment_matched(tokenizers, vectors):
+    counts = [np.ones(canonical.vocabulary_size(t), np.int64) for t in tokenizers]
+    sides = Vectors(*vectors[:2]), Vectors(*vectors[2:])
+    settings = AlignmentConfig(method="composed", pivots=50, neighbours=5)
+    made, _ = methods.make(methods.Inputs(settings, *tokenizers, *counts, 3, lambda line: None, *sides))
+    space = inspection.common_space(made, *vectors, pivots=50, seed=3)
+    matched = np.flatnonzero(made.matches >= 0)
+    assert len(matched)
+    assert [inspection.neighbours(space, i, 1, 5)[0].source for i in matched] == made.matches[matched].tolist()
+
+
 def test_shared_tokens_are_their_own_nearest_neighbours(subject):
     shared = sorted(set(subject.space.source_ids) & set(subject.space.target_ids) & set(range(SHARED)))
     found = [inspection.neighbours(subject.space, int(i), 1, 5)[0].source for i in shared]
@@ -193,11 +206,14 @@ def test_tokens_without_vectors_have_no_neighbours(subject, tokenizers, vectors)
     assert inspection.common_space(subject.alignment, ids[:8], values[:8], target_ids, target_values, 50, 0) is None
 
 
-def test_the_worst_rows_are_of_low_scores_in_used_text():
-    counts = np.array([100, 50, 40, 9, 1, 0, 500])
+def test_the_worst_rows_are_of_low_scores_in_used_text(monkeypatch):
+    counts = np.array([60, 40, 40, 9, 1, 0, 500])
     scores = np.array([0.5, 0.2, 0.2, 0.1, 0.0, 0.0, 1.0])
     uncertain = np.array([1, 1, 1, 1, 1, 1, 0], bool)
+    monkeypatch.setattr(inspection, "USED_TEXT", 0.9)
     assert inspection.worst(uncertain, counts, scores).tolist() == [1, 2, 0]  # 3 and 4 are the last tenth of the text
+    monkeypatch.setattr(inspection, "USED_TEXT", 0.5)
+    assert inspection.worst(uncertain, counts, scores).tolist() == [1, 0]
     assert inspection.most_frequent(uncertain, counts).tolist() == [0, 1, 2, 3, 4]
     assert inspection.examples(uncertain, counts, 3) == [0, 2, 4]
     assert inspection.examples(np.zeros(7, bool), counts, 3) == []

@@ -107,9 +107,10 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
     }
     of_alignment = settings.get("alignment", {})
     pivots, around = (of_alignment.get(n, getattr(AlignmentConfig, n)) for n in ("pivots", "neighbours"))
-    space, reason = _space(found, path, pivots, settings.get("seed", 0), of_alignment)
+    method = _method(path)
+    space, reason = _space(found, path, pivots, settings.get("seed", 0), method)
     cut = canonical.PieceCutter(tokenizers["source"])
-    return inspection.Subject(found, sides["source"], sides["target"], cut, space, reason, around)
+    return inspection.Subject(found, sides["source"], sides["target"], cut, space, reason, method, around)
 
 
 def _workdir(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -135,14 +136,24 @@ def _counts(workdir: Path | None, side: str) -> np.ndarray | None:
     return np.load(path) if path and path.exists() else None
 
 
+def _beside(path: Path, name: str) -> Path:
+    """A file in the folder of an alignment."""
+    return (path if path.is_dir() else path.parent) / name
+
+
+def _method(path: Path) -> str:
+    """How an alignment was made, where its summary says so."""
+    file = _beside(path, "summary.json")
+    return json.loads(file.read_text()).get("method", "unknown") if file.exists() else "unknown"
+
+
 def _space(
-    found: alignment.Alignment, path: Path, pivots: int, seed: int, settings: dict[str, Any]
+    found: alignment.Alignment, path: Path, pivots: int, seed: int, method: str
 ) -> tuple[inspection.Space | None, str]:
     """The token vectors beside an alignment in one space, or why there is none."""
-    file = (path if path.is_dir() else path.parent) / vectors.FILE
+    file = _beside(path, vectors.FILE)
     if not file.exists():
-        made = "it was taken from a file" if settings.get("file") else f"method '{settings.get('method', 'unknown')}'"
-        return None, f"no token vectors beside the alignment ('{file}' is missing; {made})"
+        return None, f"there are no token vectors beside the alignment ('{file}' is missing; its method is '{method}')"
     with np.load(file) as arrays:
         source, target = ((arrays[f"{side}_ids"], arrays[f"{side}_vectors"]) for side in ("source", "target"))
     space = inspection.common_space(found, *source, *target, pivots, seed)

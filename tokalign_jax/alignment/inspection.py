@@ -25,11 +25,14 @@ POOL = 256
 """Neighbours by CSLS are looked for among this many source tokens with the largest cosines."""
 FEWEST_SHARED = 32
 """With fewer shared tokens that have vectors the two sides have no space in common."""
-USED_TEXT = 0.9
+USED_TEXT = 0.5
 """The worst rows are those of the lowest scores among the most frequent uncertain ones that make up this share of the uncertain
-text: among tokens that are hardly used a low score means nothing."""
+text: tokens that are hardly used have no vector, so no score, and do no harm."""
 BINS = 10
 """Of the histogram of scores."""
+
+OWN_SPACE = ("lexicon", "tokalign")
+"""Methods that do not match in `matching.common_space`."""
 
 SAYS = {
     "EXACT": "the source has a token of the same bytes",
@@ -183,7 +186,7 @@ def common_space(
     ]
     if len(shared) < FEWEST_SHARED:
         return None
-    both = np.array(shared, np.int32)
+    both = np.array(sorted(shared), np.int32)
     chosen, _ = matching.choose_pivots(both[:, 0], both[:, 1], pivots, seed)
     vectors = jnp.asarray(source_vectors, jnp.float32), jnp.asarray(target_vectors, jnp.float32)
     return Space(source_ids, target_ids, *matching.common_space(*vectors, jnp.asarray(both[chosen])))
@@ -232,6 +235,8 @@ class Subject:
     space: Space | None
     no_space: str = ""
     """Why there is no space."""
+    method: str = "unknown"
+    """`alignment.method`, or `file`."""
     around: int = 10
     """Neighbours for CSLS."""
 
@@ -325,6 +330,8 @@ def _neighbour_section(subject: Subject, index: int, match: int, count: int) -> 
         for n in found
     ]  # fmt: skip
     text = "In the space that both sides share; CSLS is the cosine less what either token has of it with everything."
+    if subject.method in OWN_SPACE:
+        text += f" Method '{subject.method}' found its matches in another one."
     return Section(title, text, ("token", "id", "CSLS", "cosine", "in the corpus", ""), rows)
 
 
@@ -356,7 +363,7 @@ def report(subject: Subject, count: int = 12) -> list[Section]:
         Section(
             "What is aligned",
             f"{alignment.target_size:,} target tokens ({subject.target.name}) made of {alignment.source_size:,} source tokens "
-            f"({subject.source.name}); {len(uncertain):,} rows are uncertain"
+            f"({subject.source.name}) by method '{subject.method}'; {len(uncertain):,} rows are uncertain"
             + (f", {_share(subject, subject.uncertain):.2%} of the corpus." if subject.target.counts is not None else "."),
         ),
         Section(
@@ -385,7 +392,7 @@ def report(subject: Subject, count: int = 12) -> list[Section]:
         ),
         Section(
             "Worst rows",
-            f"The lowest scores among the uncertain rows that make up {USED_TEXT:.0%} of the uncertain text.",
+            f"The lowest scores among the most frequent uncertain rows, those that make up {USED_TEXT:.0%} of the uncertain text.",
             header,
             listed(worst(subject.uncertain, subject.counts, alignment.scores)[:count]),
         ),
@@ -411,8 +418,9 @@ def worst(
 ) -> Int[np.ndarray, "c"]:
     """Uncertain ids of the used text (`USED_TEXT`) by rising score, of equals the more frequent first."""
     ids = most_frequent(uncertain, counts)
-    before = np.cumsum(counts[ids]) - counts[ids]
-    ids = ids[before <= USED_TEXT * counts[ids].sum()]
+    up_to, total = np.cumsum(counts[ids]), counts[ids].sum()
+    if total:
+        ids = ids[up_to - counts[ids] < USED_TEXT * total]
     return ids[np.argsort(scores[ids], kind="stable")]
 
 
