@@ -3,10 +3,11 @@
     python benchmarks/recovery.py --source-model llama-en16k --target-tokenizer qwen3 --corpus mix-train.jsonl.xz \\
         --held-out mix-valid.jsonl.xz --language-field lang --workdir runs/recovery
 
-Starts: `random` (every row), `published` (TokAlign as published: shared tokens by raw string, the rest by argmax of relative
-vectors that are not normalised, over 300 random pivots; from this project's vectors), `pieces` (exact matches by bytes, else mean
-of the source pieces) and `own` (this project's). All start from one alignment's vectors, read the same sequences in the same
-order and are measured on the same text. Writes `recovery.json` and prints a table.
+Starts: `own` (the alignment that the config makes), every other method of `alignment.method` by its name (`tokalign`, as
+published; `pieces`, exact matches by bytes, else the mean of the source pieces; `lexicon`, `topk`, `exact`, and `random`, every
+token a random source token's rows) and `random-rows` (every row drawn from a normal distribution). All start from one
+alignment's vectors, read the same sequences in the same order and are measured on the same text. Writes `recovery.json` and
+prints a table.
 """
 
 import argparse
@@ -19,10 +20,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tokalign_jax import initialization, pipeline, stages
-from tokalign_jax.alignment import alignment
+from tokalign_jax import pipeline, stages
+from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
 from tokalign_jax.evaluation import bits_per_byte
+from tokalign_jax.initialization import initialization
 from tokalign_jax.models import huggingface
 from tokalign_jax.text import corpus, tokenizing
 from tokalign_jax.training import loop
@@ -39,8 +41,8 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="text that nothing is aligned or trained on")
     parser.add_argument("--language-field", default="")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--starts", default="own,pieces,published,random")
-    parser.add_argument("--trained", default="own,pieces,random", help="the starts that are also trained")
+    parser.add_argument("--starts", default="own,pieces,tokalign,random-rows")
+    parser.add_argument("--trained", default="own,pieces,random-rows", help="the starts that are also trained")
     parser.add_argument("--steps", type=int, default=150, help="of each stage")
     parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
     parser.add_argument("--sequence-length", type=int, default=1024)
@@ -133,41 +135,34 @@ def initialised(context: stages.Context, start: str):
     """The source model with the target vocabulary, by one of the starts."""
     model_config, _ = context.source_model
     params = huggingface.load_params(context.source_folder, model_config)
-    if start == "random":
+    if start == "random-rows":
         return initialization.random_rows(model_config, params, len(context.target_tokenizer), jax.random.key(0))
-    tokenizers = context.source_tokenizer, context.target_tokenizer
-    if start == "pieces":
-        found = alignment.from_pieces(*tokenizers)
-    elif start == "published":
-        found = _published(context)
+    if start == "own":
+        tokenizers = context.source_tokenizer, context.target_tokenizer
+        found = alignment.load(context.folder("align") / alignment.FILE, *tokenizers)
     else:
-        found = alignment.load(context.folder("align") / "alignment.npz", *tokenizers)
+        found, _ = methods.make(_inputs(context, start))
     return initialization.initialize(model_config, params, found)
 
 
-def _published(context: stages.Context) -> alignment.Alignment:
-    """The matching of the published code, on this run's vectors; rows without a vector are random, here with a seed."""
-    tokenizers = context.source_tokenizer, context.target_tokenizer
-    source_size, target_size = len(tokenizers[0]), len(tokenizers[1])
-    with np.load(context.folder("align") / "vectors.npz") as file:
-        source_ids, target_ids = file["source_ids"], file["target_ids"]
-        vectors = [file[f"{side}_vectors"].astype(np.float32) for side in ("source", "target")]
-    rng = np.random.default_rng(0)
-    found = rng.integers(0, context.source_model[0].vocab_size, target_size)
-    by_string = tokenizers[0].get_vocab()
-    same = {i: by_string[t] for t, i in tokenizers[1].get_vocab().items() if t in by_string}
-    rows = {int(token): row for row, token in enumerate(source_ids)}
-    both = [(rows[same[t]], row) for row, t in enumerate(target_ids.tolist()) if same.get(t) in rows]
-    pivots = np.array(both)[rng.permutation(len(both))[:300]]
-    units = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors]
-    source, target = (u @ u[pivots[:, side]].T for side, u in enumerate(units))
-    for start in range(0, len(target), 4096):
-        found[target_ids[start : start + 4096]] = source_ids[(target[start : start + 4096] @ source.T).argmax(axis=1)]
-    found[list(same)] = list(same.values())
-    mixture = alignment.one_to_one(np.minimum(found, source_size - 1), source_size)
-    zeros = np.zeros(target_size)
-    return dataclasses.replace(
-        alignment.from_pieces(*tokenizers), embedding=mixture, head=mixture, scores=zeros, matches=zeros
+def _inputs(context: stages.Context, method: str) -> methods.Inputs:
+    """What another method has to make an alignment from: the vectors and counts of this run."""
+    with np.load(context.folder("align") / vectors.FILE) as file:
+        sides = [
+            vectors.Vectors(file[f"{side}_ids"], file[f"{side}_vectors"].astype(np.float32))
+            for side in ("source", "target")
+        ]
+    counts = [tokenizing.TokenShards.open(context.folder("tokens") / side).counts for side in ("source", "target")]
+    return methods.Inputs(
+        config=dataclasses.replace(context.config.alignment, method=method),
+        source_tokenizer=context.source_tokenizer,
+        target_tokenizer=context.target_tokenizer,
+        source_counts=counts[0],
+        target_counts=counts[1],
+        seed=context.config.seed,
+        log=print,
+        source=sides[0],
+        target=sides[1],
     )
 
 
