@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokalign_jax.alignment import cooccurrence
+from tokalign_jax.alignment import cooccurrence, runs
 from tokalign_jax.alignment.cooccurrence import Cooccurrence, Part, Resources
 from tokalign_jax.errors import UserError
 from tokalign_jax.text.tokenizing import TokenShards
@@ -96,15 +96,17 @@ def test_counts_do_not_depend_on_chunks_workers_or_memory(chunk, workers, memory
 def test_what_does_not_fit_into_memory_is_in_files_without_a_name(resources, tmp_path, monkeypatch):
     shards = shards_of(random_documents(seed=2, documents=200), 25)
     merges = []
-    merged = cooccurrence._merged
-    monkeypatch.setattr(cooccurrence, "_merged", lambda runs, *rest: merges.append(len(runs)) or merged(runs, *rest))
-    monkeypatch.setattr(cooccurrence, "MERGE_BLOCK", 32)  # so that there is more than one block
+    merged = runs.merged
+    monkeypatch.setattr(runs, "merged", lambda parts, *rest: merges.append(len(parts)) or merged(parts, *rest))
+    monkeypatch.setattr(runs, "MERGE_BLOCK", 32)  # so that there is more than one block
+    monkeypatch.setattr(runs, "FORGET", 1)
+    monkeypatch.setattr(cooccurrence, "BLOCK", 32)
     monkeypatch.setattr(cooccurrence, "FETCHED", 10)
     resources = Resources(**{**vars(resources), "scratch": tmp_path, "chunk": 10})
     found = cooccurrence.count(shards, 3, 1, quiet, resources=resources)
     assert isinstance(found.rows, np.memmap) and isinstance(found.counts, np.memmap)
     assert not list(tmp_path.iterdir())
-    assert cooccurrence.FAN_IN in merges  # more than one level of runs
+    assert runs.FAN_IN in merges  # more than one level of runs
     monkeypatch.undo()
     assert_equal(found, cooccurrence.count(shards, 3, 1, quiet))
 

@@ -14,20 +14,17 @@ A corpus of T tokens has `window` T pairs, and each must be added to its sum. Ho
 - On an accelerator integers are sorted at nearly the speed of memory. Pairs are made, sorted and summed there, chunk by
   chunk; what comes out is gathered in one buffer, which is itself sorted and summed whenever it is full.
 
-Either leaves *runs*: sorted pair keys and the sum of each. Eight runs of a level are merged to one of the next, block by
-block; runs past the memory budget are on disk. So memory does not depend on the length of the corpus.
+Either leaves runs: sorted pair keys (row << 32 | col) and the sum of each, on disk where they pass the memory budget. So
+memory does not depend on the length of the corpus.
 """
 
-import errno
 import functools
 import itertools
 import json
 import math
 import os
-import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from tokalign_jax.alignment.runs import Runs, Sums, forget, in_order, kept, merged, summed
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.tokenizing import TokenShards
@@ -50,19 +48,15 @@ HOST_THREADS = 4
 """More do not help: NumPy holds the interpreter's lock while it adds to a table. Use processes (`count_part`)."""
 EXPECTED = 1.0
 """A cell has a place in the dense table when so many pairs would meet there by chance."""
+BLOCK = 1 << 18
+"""Pairs or cells of what a CPU thread makes a run of at once."""
 READERS = 4
 """Threads that make chunks for one accelerator."""
 FETCHED = 1 << 22
 """Entries that come from a device at once."""
-FAN_IN = 8
-"""Runs of a level that are merged to one of the next."""
-MERGE_BLOCK = 1 << 18
-"""Entries that are merged at once."""
 DEVICE_ENTRY_BYTES = 128
 """Device memory for each entry (16 bytes) of the buffer while it is sorted and summed."""
 
-Sums = tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]
-"""Pair keys (row << 32 | col, sorted, each once), and the integer sum of each."""
 _EMPTY = np.iinfo(np.int64).max
 
 
@@ -118,7 +112,7 @@ class Part:
         np.save(folder / "vocabulary.npy", self.vocabulary)
         entries = 0
         with (folder / "keys.bin").open("wb") as keys, (folder / "sums.bin").open("wb") as sums:
-            for block in _merged(self.runs):
+            for block in merged(self.runs):
                 keys.write(block[0].data)
                 sums.write(block[1].data)
                 entries += len(block[0])
@@ -189,6 +183,7 @@ def count_part(
         def done(tokens: int) -> None:
             with lock:
                 progress.update(tokens)
+            forget(shards.tokens)
 
         share = _Share(shards, rank, frequency, window, edges[w], edges[w + 1], len(workers), resources, done)
         return _count_on_device(share, workers[w]) if on_device else _count_on_host(share)
@@ -221,12 +216,14 @@ def merge(
     unit = math.lcm(*range(1, first.window + 1))
 
     def columns() -> Iterator[tuple[np.ndarray, ...]]:
-        for keys, sums in _merged(runs, progress.update):
+        for keys, sums in merged(runs, progress.update):
             rows, cols, counts = (keys >> 32).astype(np.int32), keys.astype(np.int32), sums / unit
             counts[rows == cols] *= 2
             yield rows, cols, counts
 
-    rows, cols, counts = _kept(columns(), (np.int32, np.int32, np.float64), entries, resources.memory // 4, resources)
+    rows, cols, counts = kept(
+        columns(), (np.int32, np.int32, np.float64), entries, resources.memory // 4, resources.scratch
+    )
     progress.done(f"{len(rows):,} pairs of {len(first.vocabulary):,} tokens")
     return Cooccurrence(first.vocabulary, rows, cols, counts)
 
@@ -265,8 +262,8 @@ class _Share(NamedTuple):
     def chunks(self, chunk: int) -> list[tuple[int, int]]:
         return [(start, min(start + chunk, self.stop)) for start in range(self.start, self.stop, chunk)]
 
-    def runs(self) -> "_Runs":
-        return _Runs(self.resources.memory // self.workers // 2, self.resources)
+    def runs(self) -> Runs:
+        return Runs(self.resources.memory // self.workers // 2, self.resources.scratch)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Kept tokens in their order: int32 ranks [m + k] and uint8 [m], how many of the next are in a token's window.
@@ -321,8 +318,8 @@ class _Table(NamedTuple):
         rows = np.arange(np.count_nonzero(self.ends > np.arange(len(self.ends))))
         starts = self.bases[rows] + rows
         cells_only = self.sums[:-1]
-        for start in range(0, len(cells_only), MERGE_BLOCK):
-            cells = start + np.flatnonzero(cells_only[start : start + MERGE_BLOCK])
+        for start in range(0, len(cells_only), BLOCK):
+            cells = start + np.flatnonzero(cells_only[start : start + BLOCK])
             row = np.searchsorted(starts, cells, side="right") - 1
             yield row << 32 | (cells - self.bases[row]), self.sums[cells]
 
@@ -379,11 +376,11 @@ def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
     packed.sort()
     unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
     weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)
-    firsts = packed[::MERGE_BLOCK] >> bits << bits  # where the pair begins that a block would cut
+    firsts = packed[::BLOCK] >> bits << bits  # where the pair begins that a block would cut
     cuts = [*np.searchsorted(packed, firsts), len(packed)]
     for start, stop in itertools.pairwise(cuts):
         block = packed[start:stop]
-        yield _summed(block >> bits, weights[block & ((1 << bits) - 1)])
+        yield summed(block >> bits, weights[block & ((1 << bits) - 1)])
 
 
 # --- On an accelerator ------------------------------------------------------------------------------------------------
@@ -406,7 +403,7 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
     # Keys are 64 bits wide here, and only here: the setting is this thread's.
     with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
         keys, sums, used = jnp.full(capacity, _EMPTY), jnp.zeros(capacity, jnp.int64), 0
-        for (start, stop), tokens in _in_order(readers, READERS, read, share.chunks(chunk)):
+        for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
             keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
             used += int(more)
             if used + made > capacity:
@@ -469,104 +466,3 @@ def _fetched(keys: jax.Array, sums: jax.Array, used: int) -> Iterator[Sums]:
             np.asarray(jax.lax.dynamic_slice_in_dim(keys, from_, size))[here],
             np.asarray(jax.lax.dynamic_slice_in_dim(sums, from_, size))[here],
         )
-
-
-# --- Runs -------------------------------------------------------------------------------------------------------------
-
-
-class _Runs:
-    """Sorted runs, in memory while they fit, then on disk; `FAN_IN` of a level are merged to one of the next."""
-
-    def __init__(self, memory: int, resources: Resources):
-        self._memory, self._resources = memory, resources
-        self._levels: list[list[Sums]] = []
-
-    def add(self, blocks: Iterable[Sums], entries: int, level: int = 0) -> None:
-        """Adds the run that `blocks` make one behind the other, with at most `entries`."""
-        if not entries:
-            return
-        free = self._memory - sum(keys.nbytes * 2 for keys, _ in self.all() if not isinstance(keys, np.memmap))
-        keys, sums = _kept(blocks, (np.int64, np.int64), entries, free, self._resources)
-        if level == len(self._levels):
-            self._levels.append([])
-        self._levels[level].append((keys, sums))
-        if len(self._levels[level]) == FAN_IN:
-            full, self._levels[level] = self._levels[level], []
-            self.add(_merged(full), sum(len(keys) for keys, _ in full), level + 1)
-
-    def all(self) -> list[Sums]:
-        return [run for level in self._levels for run in level]
-
-
-def _merged(runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None) -> Iterator[Sums]:
-    """The sum of `runs` as blocks of one run, each merged by itself from the same range of keys in every run."""
-    step = max(MERGE_BLOCK // max(len(runs), 1), 1)
-    marks = np.sort(np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)]))
-    bounds = marks[:: max(len(runs), 1)]
-    cuts = [np.array([0, *np.searchsorted(keys, bounds), len(keys)]) for keys, _ in runs]
-
-    def merged(block: int) -> Sums:
-        slices = [slice(cut[block], cut[block + 1]) for cut in cuts]
-        keys = np.concatenate([keys[here] for (keys, _), here in zip(runs, slices)])
-        sums = np.concatenate([sums[here] for (_, sums), here in zip(runs, slices)])
-        if len(runs) == 1:
-            return keys, sums
-        order = np.argsort(keys, kind="stable")  # sorted runs one behind the other: this merges them
-        return _summed(keys[order], sums[order])
-
-    if not runs:
-        return
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        for (block,), found in _in_order(pool, threads, merged, [(block,) for block in range(len(bounds) + 1)]):
-            done(sum(int(cut[block + 1] - cut[block]) for cut in cuts))
-            yield found
-
-
-def _summed(keys: np.ndarray, values: np.ndarray) -> Sums:
-    """Sorted keys, each once, and the sum of its values."""
-    if not len(keys):
-        return keys, values
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return keys[starts], np.add.reduceat(values, starts)
-
-
-def _kept(
-    blocks: Iterable[tuple[np.ndarray, ...]], dtypes: Sequence[type], entries: int, memory: int, resources: Resources
-) -> tuple[np.ndarray, ...]:
-    """Columns from blocks of them: in memory if `entries`, the most they can have, fit there, else in nameless files."""
-    if 2 * entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
-        columns = zip(*[tuple(np.zeros(0, dtype) for dtype in dtypes), *blocks])
-        return tuple(np.concatenate(column) for column in columns)
-    try:
-        files = [tempfile.TemporaryFile(dir=resources.scratch) for _ in dtypes]  # noqa: SIM115 (they live as long as the maps)
-        length = 0
-        for block in blocks:
-            length += len(block[0])
-            for file, column in zip(files, block):
-                file.write(np.ascontiguousarray(column).data)
-        for file in files:
-            file.flush()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES):
-            raise
-        raise UserError(
-            f"co-occurrence sums do not fit into memory and cannot be written to "
-            f"'{resources.scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with more room"
-        ) from error
-    return tuple(
-        np.memmap(file, dtype, "r") if length else np.zeros(0, dtype)  # pyright: ignore[reportArgumentType]
-        for file, dtype in zip(files, dtypes)
-    )
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, ahead: int, function: Callable, arguments: Sequence[tuple]
-) -> Iterator[tuple[tuple, Any]]:
-    """(arguments, result) one by one; `ahead` results are made before they are asked for."""
-    waiting = deque()
-    for k in range(len(arguments) + ahead):
-        if k < len(arguments):
-            waiting.append(pool.submit(function, *arguments[k]))
-        if k >= ahead:
-            yield arguments[k - ahead], waiting.popleft().result()

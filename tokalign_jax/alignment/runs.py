@@ -1,0 +1,136 @@
+"""Sparse vectors of integers too long for memory, as sorted runs: keys, each once, and the sum of each.
+
+Runs are kept in memory while they fit and on disk after that, and are added block by block.
+"""
+
+import errno
+import mmap
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from tokalign_jax.errors import UserError
+
+FAN_IN = 8
+"""Runs of a level that are merged to one of the next."""
+MERGE_BLOCK = 1 << 18
+"""Entries that are merged at once."""
+FORGET = 64
+"""Blocks after which pages that were read from files are given back."""
+
+Sums = tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]
+"""int64 keys, sorted, each once, and the int64 sum of each."""
+
+
+class Runs:
+    """Sorted runs, in memory while they fit, then on disk; `FAN_IN` of a level are merged to one of the next."""
+
+    def __init__(self, memory: int, scratch: Path | None):
+        self._memory, self._scratch = memory, scratch
+        self._levels: list[list[Sums]] = []
+
+    def add(self, blocks: Iterable[Sums], entries: int, level: int = 0) -> None:
+        """Adds the run that `blocks` make one behind the other, with at most `entries`."""
+        if not entries:
+            return
+        free = self._memory - sum(keys.nbytes * 2 for keys, _ in self.all() if not isinstance(keys, np.memmap))
+        keys, sums = kept(blocks, (np.int64, np.int64), entries, free, self._scratch)
+        if level == len(self._levels):
+            self._levels.append([])
+        self._levels[level].append((keys, sums))
+        if len(self._levels[level]) == FAN_IN:
+            full, self._levels[level] = self._levels[level], []
+            self.add(merged(full), sum(len(keys) for keys, _ in full), level + 1)
+
+    def all(self) -> list[Sums]:
+        return [run for level in self._levels for run in level]
+
+
+def merged(runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None) -> Iterator[Sums]:
+    """The sum of `runs` as blocks of one run, each merged by itself from the same range of keys in every run."""
+    step = max(MERGE_BLOCK // max(len(runs), 1), 1)
+    marks = np.sort(np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)]))
+    bounds = marks[:: max(len(runs), 1)]
+    cuts = [np.array([0, *np.searchsorted(keys, bounds), len(keys)]) for keys, _ in runs]
+
+    def added(block: int) -> Sums:
+        slices = [slice(cut[block], cut[block + 1]) for cut in cuts]
+        keys = np.concatenate([keys[here] for (keys, _), here in zip(runs, slices)])
+        sums = np.concatenate([sums[here] for (_, sums), here in zip(runs, slices)])
+        if len(runs) == 1:
+            return keys, sums
+        order = np.argsort(keys, kind="stable")  # sorted runs one behind the other: this merges them
+        return summed(keys[order], sums[order])
+
+    if not runs:
+        return
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for (block,), found in in_order(pool, threads, added, [(block,) for block in range(len(bounds) + 1)]):
+            if block % FORGET == 0:
+                forget(*(array for run in runs for array in run))
+            done(sum(int(cut[block + 1] - cut[block]) for cut in cuts))
+            yield found
+
+
+def summed(keys: np.ndarray, values: np.ndarray) -> Sums:
+    """Sorted keys, each once, and the sum of its values."""
+    if not len(keys):
+        return keys, values
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return keys[starts], np.add.reduceat(values, starts)
+
+
+def kept(
+    blocks: Iterable[tuple[np.ndarray, ...]], dtypes: Sequence[type], entries: int, memory: int, scratch: Path | None
+) -> tuple[np.ndarray, ...]:
+    """Columns from blocks of them: in memory if `entries`, the most they can have, fit there, else in nameless files."""
+    if 2 * entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
+        columns = zip(*[tuple(np.zeros(0, dtype) for dtype in dtypes), *blocks])
+        return tuple(np.concatenate(column) for column in columns)
+    try:
+        files = [tempfile.TemporaryFile(dir=scratch) for _ in dtypes]  # noqa: SIM115 (they live as long as the maps)
+        length = 0
+        for block in blocks:
+            length += len(block[0])
+            for file, column in zip(files, block):
+                file.write(np.ascontiguousarray(column).data)
+        for file in files:
+            file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES):
+            raise
+        raise UserError(
+            f"co-occurrence sums do not fit into memory and cannot be written to "
+            f"'{scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with more room"
+        ) from error
+    return tuple(
+        np.memmap(file, dtype, "r") if length else np.zeros(0, dtype)  # pyright: ignore[reportArgumentType]
+        for file, dtype in zip(files, dtypes)
+    )
+
+
+def forget(*arrays: np.ndarray) -> None:
+    """Gives back the memory of arrays that are mapped from files; what is read again comes from the system's cache."""
+    for array in arrays:
+        if isinstance(array, np.memmap) and array.mode == "r":
+            array._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_order(
+    pool: ThreadPoolExecutor, ahead: int, function: Callable, arguments: Sequence[tuple]
+) -> Iterator[tuple[tuple, Any]]:
+    """(arguments, result) one by one; `ahead` results are made before they are asked for."""
+    waiting = deque()
+    for k in range(len(arguments) + ahead):
+        if k < len(arguments):
+            waiting.append(pool.submit(function, *arguments[k]))
+        if k >= ahead:
+            yield arguments[k - ahead], waiting.popleft().result()
