@@ -120,8 +120,12 @@ def sentencepiece_style(texts: Sequence[str], vocabulary: int) -> PreTrainedToke
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    characters = _characters(texts)  # named one by one: of equally frequent ones the trainer keeps any
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(first), limit_alphabet=_characters(texts), show_progress=False
+        vocab_size=vocabulary - len(first),
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=False,
     )
     trained.train_from_iterator(_lines(texts), trainer)
     learned = trained.get_vocab()
@@ -141,17 +145,19 @@ def _lines(texts: Sequence[str]) -> Iterator[str]:
     return (line.replace("\t", " ") for text in texts for line in text.splitlines() if line)
 
 
-def _characters(texts: Sequence[str]) -> int:
-    """How many of the most frequent characters make up `COVERAGE` of the text."""
+def _characters(texts: Sequence[str]) -> list[str]:
+    """The most frequent characters, `COVERAGE` of the text, and the space; of equally frequent ones the first in Unicode."""
     counts = Counter()
     for line in _lines(texts):
         counts.update(line)
-    room, number = COVERAGE * counts.total(), 0
-    for _, count in counts.most_common():
+    room, kept = COVERAGE * counts.total(), [SPACE]
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if room <= 0:
             break
-        room, number = room - count, number + 1
-    return number
+        room -= count
+        if character not in (" ", SPACE):
+            kept.append(character)
+    return kept
 
 
 def train_gpt_neox(

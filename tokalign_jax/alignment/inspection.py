@@ -489,11 +489,12 @@ def _histogram(subject: Subject) -> list[Sequence[Cell]]:
     bins = np.where(alignment.matches >= 0, histogram(alignment.scores), -1)
     groups = [(f"{b / BINS:.1f} to {(b + 1) / BINS:.1f}", bins == b) for b in range(BINS)]
     groups = [(name, of & subject.uncertain) for name, of in [("no match", bins == -1), *groups]]
-    most = max(int(of.sum()) for _, of in groups) or 1
+    known = subject.target.counts is not None
+    sizes = [_share(subject, of) if known else float(of.mean()) for _, of in groups]
     return [
-        (name, f"{of.sum():,}", "" if subject.target.counts is None else f"{_share(subject, of):.2%}", Bar(of.sum() / most))
-        for name, of in groups
-    ]  # fmt: skip
+        (name, f"{of.sum():,}", f"{size:.2%}" if known else "", Bar(size / (max(sizes) or 1)))
+        for (name, of), size in zip(groups, sizes)
+    ]
 
 
 def _kinds(subject: Subject) -> tuple[Sequence[str], list[Sequence[Cell]]]:
