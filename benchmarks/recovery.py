@@ -3,7 +3,7 @@
     python benchmarks/recovery.py --source-model llama-en16k --target-tokenizer qwen3 --corpus mix-train.jsonl.xz \\
         --held-out mix-valid.jsonl.xz --language-field lang --workdir runs/recovery
 
-Starts: `own` (the alignment that the config makes), every other method of `alignment.method` by its name (`tokalign`, as
+Starts: `own` (what the pipeline makes at its defaults), every method of `alignment.method` by its name (`tokalign`, as
 published; `pieces`, exact matches by bytes, else the mean of the source pieces; `lexicon`, `topk`, `exact`, and `random`, every
 token a random source token's rows) and `random-rows` (every row drawn from a normal distribution). All start from one
 alignment's vectors, read the same sequences in the same order and are measured on the same text. Writes `recovery.json` and
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from tokalign_jax import pipeline, stages
-from tokalign_jax.alignment import alignment, methods, vectors
+from tokalign_jax.alignment import methods, vectors
 from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import initialization
@@ -71,7 +71,7 @@ def main() -> None:
         compute=ComputeConfig(dtype=arguments.dtype, remat=False, loss_chunk=8192),
         evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
     )
-    pipeline.run(config, arguments.workdir, ["align"], print)
+    pipeline.run(config, arguments.workdir, ["align", "init"], print)
     context = stages.Context(config, arguments.workdir, print)
     texts = _texts(config, arguments)
     rows = {"source": {"start": _measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)}}
@@ -133,15 +133,13 @@ def _follow(context: stages.Context, start: str, trained: bool, texts) -> dict[s
 
 def initialised(context: stages.Context, start: str):
     """The source model with the target vocabulary, by one of the starts."""
+    if start == "own":
+        return stages.load_state(context, ("init",))
     model_config, _ = context.source_model
     params = huggingface.load_params(context.source_folder, model_config)
     if start == "random-rows":
         return initialization.random_rows(model_config, params, len(context.target_tokenizer), jax.random.key(0))
-    if start == "own":
-        tokenizers = context.source_tokenizer, context.target_tokenizer
-        found = alignment.load(context.folder("align") / alignment.FILE, *tokenizers)
-    else:
-        found, _ = methods.make(_inputs(context, start))
+    found, _ = methods.make(_inputs(context, start))
     return initialization.initialize(model_config, params, found)
 
 

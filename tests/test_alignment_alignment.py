@@ -155,6 +155,18 @@ def test_files_come_back_as_they_were(made, tokenizers, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"align_matrix.json", "alignment.npz"}
 
 
+@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - methods.NEED_VECTORS))
+def test_methods_without_vectors_compute_none(made, tokenizers, tmp_path, monkeypatch, method):
+    config, folder, by_default, _ = made
+    assert by_default["method"] == "composed"
+    monkeypatch.setattr(methods.vectors, "make", lambda *_: pytest.fail("vectors were made"))
+    other = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, method=method))
+    summary = methods.run(other, folder / "corpus", folder / "tokens", *tokenizers, tmp_path, lambda line: None)
+    assert summary["method"] == method and "glove_loss" not in summary
+    assert {path.name for path in tmp_path.iterdir()} == {"align_matrix.json", "alignment.npz", "summary.json"}
+    assert_whole(alignment.load(tmp_path, *tokenizers), *tokenizers)
+
+
 def test_a_users_align_matrix_is_taken_as_it_is(made, tokenizers, tmp_path):
     config, folder, _, _ = made
     source, target = tokenizers
@@ -164,7 +176,7 @@ def test_a_users_align_matrix_is_taken_as_it_is(made, tokenizers, tmp_path):
     path.write_text(json.dumps(mapping))
     given = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, file=str(path)))
     summary = methods.run(given, folder / "corpus", folder / "tokens", *tokenizers, tmp_path / "out", lambda line: None)
-    assert summary["rules"]["given"]["rows"] == size
+    assert summary["rules"]["given"]["rows"] == size and summary["method"] == "file"
     found = alignment.load(tmp_path / "out", source, target)
     assert_whole(found, source, target)
     rows = np.random.default_rng(0).normal(size=(canonical.vocabulary_size(source), 4)).astype(np.float32)

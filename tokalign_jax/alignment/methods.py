@@ -100,11 +100,6 @@ class Spelled(NamedTuple):
     rules: UInt8[np.ndarray, "V_t"]
     """EXACT, SPECIAL, PIECES or MEAN."""
 
-    @property
-    def exact(self) -> dict[int, int]:
-        """Target id -> source id of the same bytes."""
-        return {i: self.parts[i][0] for i in np.flatnonzero(self.rules == Rule.EXACT).tolist()}
-
 
 # --- the stage --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +129,10 @@ def run(
     else:
         of_source = of_target = NO_VECTORS
         if method in NEED_VECTORS:
-            of_source, of_target, measured = vectors.make(config.alignment, source, target, config.seed, log)
+            shared = pairs(exact_matches(source_tokenizer, canonical.token_bytes(target_tokenizer)))
+            of_source, of_target, measured = vectors.make(
+                config.alignment, source, target, config.seed, log, shared, folder
+            )
             vectors.save(folder, of_source, of_target)
         tokenizers = source_tokenizer, target_tokenizer
         counts = source.counts, target.counts
@@ -181,7 +179,7 @@ def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """
     rng = np.random.default_rng(inputs.seed)
     same = published.same_string(inputs.source_tokenizer, inputs.target_tokenizer)
-    shared = shared_rows(inputs, same)
+    shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(same))
     pivots = shared[rng.permutation(len(shared))[: inputs.config.pivots]]
     ids, rules = rng.integers(inputs.source_size, size=inputs.target_size), np.full(inputs.target_size, Rule.RANDOM)
     found = _nothing(inputs)
@@ -301,6 +299,11 @@ def exact_matches(source_tokenizer: PreTrainedTokenizerBase, target_bytes: Seque
     return {i: source[content] for i, content in enumerate(target_bytes) if content in source}
 
 
+def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
+    """int32: ids (source, target) of matches target id -> source id."""
+    return np.array([(source, target) for target, source in matches.items()], np.int32).reshape(-1, 2)
+
+
 def special_matches(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, int]:
@@ -331,24 +334,11 @@ def _text_bytes(tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | N
 # --- what co-occurrence says ------------------------------------------------------------------------------------------
 
 
-def shared_rows(inputs: Inputs, same: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
-    """Rows (source, target) of the vectors of shared tokens, by falling frequency in the source.
-
-    Args:
-      same: target id -> source id.
-    """
-    source_row = {int(token): row for row, token in enumerate(inputs.source.ids)}
-    rows = [
-        (source_row[same[token]], row)
-        for row, token in enumerate(inputs.target.ids.tolist())
-        if same.get(token) in source_row
-    ]
-    return np.array(sorted(rows), np.int32).reshape(-1, 2)
-
-
 def split_shared(inputs: Inputs, pivots: int) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
     """Rows (source, target) of shared tokens: those to compare with, `pivots` at most, and the judges; None of too few."""
-    shared = shared_rows(inputs, inputs.spelled.exact)
+    parts, rules = inputs.spelled
+    exact = {i: parts[i][0] for i in np.flatnonzero(rules == Rule.EXACT).tolist()}
+    shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(exact))
     if len(shared) < FEWEST_SHARED:
         inputs.log(
             f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact match get their pieces"
