@@ -48,7 +48,7 @@ HOST_THREADS = 4
 """More do not help: NumPy holds the interpreter's lock while it adds to a table. Use processes (`count_part`)."""
 EXPECTED = 1.0
 """A cell has a place in the dense table when so many pairs would meet there by chance."""
-BLOCK = 1 << 18
+BLOCK = 1 << 15
 """Pairs or cells of what a CPU thread makes a run of at once."""
 READERS = 4
 """Threads that make chunks for one accelerator."""

@@ -20,9 +20,9 @@ from tokalign_jax.errors import UserError
 
 FAN_IN = 8
 """Runs of a level that are merged to one of the next."""
-MERGE_BLOCK = 1 << 18
+MERGE_BLOCK = 1 << 16
 """Entries that are merged at once."""
-FORGET = 64
+FORGET = 256
 """Blocks after which pages that were read from files are given back."""
 
 Sums = tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]
@@ -92,12 +92,16 @@ def kept(
     blocks: Iterable[tuple[np.ndarray, ...]], dtypes: Sequence[type], entries: int, memory: int, scratch: Path | None
 ) -> tuple[np.ndarray, ...]:
     """Columns from blocks of them: in memory if `entries`, the most they can have, fit there, else in nameless files."""
-    if 2 * entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
-        columns = zip(*[tuple(np.zeros(0, dtype) for dtype in dtypes), *blocks])
-        return tuple(np.concatenate(column) for column in columns)
+    length = 0
+    if entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
+        columns = [np.empty(entries, dtype) for dtype in dtypes]  # what stays unused is never given real memory
+        for block in blocks:
+            for column, part in zip(columns, block):
+                column[length : length + len(part)] = part
+            length += len(block[0])
+        return tuple(column[:length] for column in columns)
     try:
         files = [tempfile.TemporaryFile(dir=scratch) for _ in dtypes]  # noqa: SIM115 (they live as long as the maps)
-        length = 0
         for block in blocks:
             length += len(block[0])
             for file, column in zip(files, block):
