@@ -1,4 +1,4 @@
-"""Token vectors of both sides, from co-occurrence in the same corpus."""
+"""Token vectors of both sides: from co-occurrence in the same corpus, or a user's own."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from tokalign_jax.alignment import cooccurrence, glove
+from tokalign_jax.alignment import cooccurrence, glove, matching, ppmi
+from tokalign_jax.alignment.cooccurrence import Cooccurrence
 from tokalign_jax.config import AlignmentConfig
+from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log
 from tokalign_jax.text.tokenizing import TokenShards
 
 FILE = "vectors.npz"
+FEWEST_COLUMNS = 32
+"""With fewer shared tokens PPMI factors each side by itself."""
+FORMATS = "an .npz with ids [n] and vectors [n, d], or GloVe's text format with token ids for words (see config.AlignmentConfig)"
 
 
 class Vectors(NamedTuple):
@@ -23,22 +28,186 @@ class Vectors(NamedTuple):
 
 
 def make(
-    config: AlignmentConfig, source: TokenShards, target: TokenShards, seed: int, log: Log
+    config: AlignmentConfig,
+    source: TokenShards,
+    target: TokenShards,
+    seed: int,
+    log: Log,
+    shared: Int[np.ndarray, "S 2"] | None = None,
+    folder: Path | None = None,
 ) -> tuple[Vectors, Vectors, dict[str, Any]]:
-    """Vectors of the source and the target tokens seen `min_count` times or more, and what was measured on the way."""
-    made, losses = {}, {}
-    for offset, (side, shards) in enumerate((("source", source), ("target", target))):
-        counts = cooccurrence.count(shards, config.window, config.min_count, log, f"{side} co-occurrence")
-        found, losses[side] = glove.train(counts, config, seed + offset, log, f"{side} GloVe")
-        made[side] = Vectors(counts.vocabulary, found)
-    return made["source"], made["target"], {"glove_loss": losses}
+    """Vectors of the source and the target tokens seen `min_count` times or more, and what was measured on the way.
+
+    Args:
+      shared: ids (source, target) of tokens of the same bytes. With them `ppmi` puts both sides on the same axes; those that
+        `matching.choose_pivots` makes judges of have no part in it. None: each side by itself.
+      folder: for co-occurrences that do not fit into memory; None: the system's own.
+
+    Raises:
+      UserError: when the files of a user's own vectors will not do.
+    """
+    own = check(config, len(source.counts), len(target.counts))
+    if own is not None:
+        of_source, of_target = (_by_frequency(side, shards.counts) for side, shards in zip(own, (source, target)))
+        log(f"vectors: {len(of_source.ids):,} of the source and {len(of_target.ids):,} of the target taken from files")
+        return of_source, of_target, {}
+    resources = cooccurrence.Resources(scratch=folder)
+    counts = {
+        side: cooccurrence.count(shards, config.window, config.min_count, log, f"{side} co-occurrence", resources)
+        for side, shards in (("source", source), ("target", target))
+    }
+    if config.vectors == "ppmi":
+        found, measured = _by_ppmi(config, list(counts.values()), shared, seed, log)
+    else:
+        trained = [
+            glove.train(side, config, seed + offset, log, f"{name} GloVe")
+            for offset, (name, side) in enumerate(counts.items())
+        ]
+        found, measured = (
+            [vectors for vectors, _ in trained],
+            {"glove_loss": dict(zip(counts, (x[1] for x in trained)))},
+        )
+    of_source, of_target = (Vectors(side.vocabulary, rows) for side, rows in zip(counts.values(), found))
+    return of_source, of_target, measured
+
+
+def _by_ppmi(
+    config: AlignmentConfig, sides: list[Cooccurrence], shared: Int[np.ndarray, "S 2"] | None, seed: int, log: Log
+) -> tuple[list[Float[np.ndarray, "n d"]], dict[str, Any]]:
+    columns = contexts(config, sides[0], sides[1], shared, seed)
+    if columns is not None:
+        vectors = ppmi.train(sides, [columns[:, 0], columns[:, 1]], config.vector_size, seed, log)
+        return vectors, {"ppmi_shared_contexts": len(columns)}
+    log("PPMI: too few shared tokens to be contexts of both sides; each side is factored by itself")
+    own = [np.arange(min(ppmi.COLUMNS, len(side.vocabulary))) for side in sides]
+    return [ppmi.train([side], [c], config.vector_size, seed, log)[0] for side, c in zip(sides, own)], {
+        "ppmi_shared_contexts": 0
+    }
+
+
+def contexts(
+    config: AlignmentConfig,
+    source: Cooccurrence,
+    target: Cooccurrence,
+    shared: Int[np.ndarray, "S 2"] | None,
+    seed: int,
+) -> Int[np.ndarray, "P 2"] | None:
+    """Places (source, target) of the contexts: shared tokens that matches will not be judged by."""
+    if shared is None:
+        return None
+    rows = shared_rows(source.vocabulary, target.vocabulary, shared)
+    _, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], config.pivots, seed)
+    columns = ppmi.shared_columns(rows, judges)
+    return columns if len(columns) >= FEWEST_COLUMNS else None
+
+
+def shared_rows(
+    source_ids: Int[np.ndarray, "n"], target_ids: Int[np.ndarray, "m"], shared: Int[np.ndarray, "S 2"]
+) -> Int[np.ndarray, "R 2"]:
+    """Rows (source, target) of those of the `shared` ids that have vectors on both sides, by source row."""
+    places = []
+    for ids, wanted in ((source_ids, shared[:, 0]), (target_ids, shared[:, 1])):
+        place = np.full(max(ids.max(initial=-1), wanted.max(initial=-1)) + 1, -1, np.int32)
+        place[ids] = np.arange(len(ids))
+        places.append(place[wanted])
+    rows = np.stack(places, axis=1)
+    rows = rows[(rows >= 0).all(axis=1)]
+    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+
+
+# --- a user's own vectors ---------------------------------------------------------------------------------------------
+
+
+def check(config: AlignmentConfig, source_size: int, target_size: int) -> tuple[Vectors, Vectors] | None:
+    """The user's own vectors, read and validated; None where the config names none. To be called before long work, too.
+
+    Args:
+      source_size, target_size: sizes of the vocabularies.
+
+    Raises:
+      UserError: when only one file is named, or one is missing, malformed, not finite, or has ids twice or out of range.
+    """
+    paths = {"alignment.source_vectors": config.source_vectors, "alignment.target_vectors": config.target_vectors}
+    missing = [name for name, path in paths.items() if not path]
+    if len(missing) == 2:
+        return None
+    if missing:
+        raise UserError(f"{missing[0]} is missing: vectors of both sides have to come from files, or of none")
+    source, target = (
+        read(Path(path), size, name) for (name, path), size in zip(paths.items(), (source_size, target_size))
+    )
+    return source, target
+
+
+def read(path: Path, size: int, name: str) -> Vectors:
+    """A user's vectors of one side; float32.
+
+    Args:
+      size: of the vocabulary that the ids belong to.
+      name: the setting, for messages.
+
+    Raises:
+      UserError: as `check` has it.
+    """
+    try:
+        ids, vectors = _read_npz(path) if path.suffix == ".npz" else _read_text(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: '{path}' cannot be read as token vectors ({error}); give {FORMATS}") from error
+    if vectors.ndim != 2 or ids.shape != vectors.shape[:1] or not vectors.size or ids.dtype.kind not in "iu":
+        raise UserError(
+            f"{name}: '{path}' has ids {ids.dtype}{list(ids.shape)} and vectors {vectors.dtype}{list(vectors.shape)}; "
+            f"give {FORMATS}"
+        )
+    outside = ids[(ids < 0) | (ids >= size)]
+    if len(outside):
+        raise UserError(
+            f"{name}: '{path}' has the token id {outside[0]}, but that vocabulary has ids 0 to {size - 1}: were these vectors "
+            "made with another tokenizer, or are the two files swapped?"
+        )
+    once, times = np.unique(ids, return_counts=True)
+    if len(once) < len(ids):
+        raise UserError(f"{name}: '{path}' has the token id {once[times > 1][0]} more than once; leave one of them")
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise UserError(f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; mend or drop it")
+    return Vectors(ids.astype(np.int32), vectors)
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["ids"], arrays["vectors"].astype(np.float32)
+
+
+def _read_text(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Lines `id x1 ... xd`; GloVe's last line, `<unk>`, is no token's."""
+    ids, rows = [], []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            word, *numbers = line.split()
+            if word == "<unk>":
+                continue
+            try:
+                ids.append(int(word))
+                rows.append(np.array(numbers, np.float32))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if len(rows[-1]) != len(rows[0]):
+                raise ValueError(f"line {number} has {len(rows[-1])} numbers, line 1 {len(rows[0])}")
+    return np.array(ids, np.int64), np.array(rows, np.float32)
+
+
+def _by_frequency(side: Vectors, counts: Int[np.ndarray, "V"]) -> Vectors:
+    order = np.argsort(-counts[side.ids], kind="stable")
+    return Vectors(side.ids[order], side.vectors[order])
 
 
 def save(folder: Path, source: Vectors, target: Vectors) -> None:
     """Writes `vectors.npz`: both sides' ids and vectors; float16 keeps cosines to three digits at half the size."""
     arrays = {}
     for side, vectors in (("source", source), ("target", target)):
-        arrays |= {f"{side}_ids": vectors.ids, f"{side}_vectors": vectors.vectors.astype(np.float16)}
+        fits = np.abs(vectors.vectors).max(initial=0.0) < np.finfo(np.float16).max
+        kept = vectors.vectors.astype(np.float16 if fits else np.float32)
+        arrays |= {f"{side}_ids": vectors.ids, f"{side}_vectors": kept}
     part = folder / f"partial-{FILE}"
     np.savez(part, allow_pickle=False, **arrays)
     os.replace(part, folder / FILE)
