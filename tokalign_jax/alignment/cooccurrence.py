@@ -400,9 +400,10 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
         padded[0][: len(ranks)], padded[1][: len(ahead)] = ranks, ahead
         return jax.device_put(padded, device)
 
-    # Keys are 64 bits wide here, and only here: the setting is this thread's.
+    # Keys are 64 bits wide here, and only here: the setting is this thread's. They are unsigned because XLA has a radix sort
+    # for unsigned keys with 64-bit values, and none for signed ones.
     with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
-        keys, sums, used = jnp.full(capacity, _EMPTY), jnp.zeros(capacity, jnp.int64), 0
+        keys, sums, used = jnp.full(capacity, _EMPTY, jnp.uint64), jnp.zeros(capacity, jnp.int64), 0
         for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
             keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
             used += int(more)
@@ -422,7 +423,7 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
 def _append(keys, sums, used, ranks, ahead, *, window: int):
     """Writes the sums of a chunk's pairs behind the `used` entries; also their number."""
     chunk, bits, unit = len(ahead), window.bit_length(), math.lcm(*range(1, window + 1))
-    ranks = ranks.astype(jnp.int64)
+    ranks = ranks.astype(jnp.uint64)
     packed = []
     for distance in range(1, window + 1):
         left, right = ranks[:chunk], ranks[distance : distance + chunk]
@@ -463,6 +464,6 @@ def _fetched(keys: jax.Array, sums: jax.Array, used: int) -> Iterator[Sums]:
         from_ = min(start, len(keys) - size)
         here = slice(start - from_, min(size, used - from_))
         yield (
-            np.asarray(jax.lax.dynamic_slice_in_dim(keys, from_, size))[here],
+            np.asarray(jax.lax.dynamic_slice_in_dim(keys, from_, size))[here].view(np.int64),
             np.asarray(jax.lax.dynamic_slice_in_dim(sums, from_, size))[here],
         )
