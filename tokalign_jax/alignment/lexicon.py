@@ -19,7 +19,7 @@ from tokalign_jax.alignment import matching
 
 FREQUENT = 20_000
 """Pairs are sought among so many of the most frequent tokens of each side: they are what a map is learned from best."""
-ROUNDS = 10
+ROUNDS = 4
 """At most; measured, the dictionary changes by a pair or two after the second."""
 JOIN_QUANTILE = 0.25
 """Pairs join whose score is above this quantile of the scores of seeds that find themselves."""
