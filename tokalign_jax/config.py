@@ -88,6 +88,18 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
+class InitializationConfig:
+    """What the source model itself teaches about rows that the alignment composes (alignment.method `composed` only)."""
+
+    tokens: int = 20_000_000
+    """Source tokens of the corpus that the source model reads for it; 0: rows stay the alignment's mixtures."""
+    learned: float = 0.5
+    """Share of a composed row that is learned; the rest is the alignment's mixture."""
+    calibration: float = 0.5
+    """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1 all the way."""
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on every projection: y = x W + (alpha / rank) dropout(x) A B."""
 
@@ -199,6 +211,7 @@ class Config:
     """The root of every random choice."""
     text: TextConfig = field(default_factory=TextConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    initialization: InitializationConfig = field(default_factory=InitializationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage1: StageConfig = field(default_factory=lambda: StageConfig(method="embedding", start_offset=0))
     stage2: StageConfig = field(default_factory=lambda: StageConfig(method="full", learning_rate=5e-5))
@@ -309,6 +322,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "iterations": (1, math.inf),
     "pivots": (1, math.inf),
     "top_k": (1, math.inf),
+    "tokens": (0, math.inf),
+    "learned": (0, 1),
+    "calibration": (0, 1),
     "neighbours": (1, math.inf),
     "epochs": (0, math.inf),
     "loss_chunk": (1, math.inf),

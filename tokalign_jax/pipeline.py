@@ -110,8 +110,13 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
         Stage(
             "init",
             "re-arrange the vocabulary's rows",
-            ("align",),
-            {"source_model": outside["source_model"]},
+            ("tokens", "align"),
+            {
+                "source_model": outside["source_model"],
+                "initialization": config_to_dict(config.initialization),
+                **compute,
+                **seed,
+            },
             stages.init,
         ),
         *(training(name) for name in models[1:]),

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, initialization
+from tokalign_jax import demo
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, samples
 from tokalign_jax.evaluation import report as reporting
+from tokalign_jax.initialization import initialization
 from tokalign_jax.models import huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import merge_lora
@@ -197,6 +198,16 @@ def init(context: Context) -> None:
         context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
     )
     new_config, new = initialization.initialize(config, params, aligned)
+    settings = context.config
+    if settings.alignment.method == "composed" and not settings.alignment.file and settings.initialization.tokens:
+        source, target = (tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES)
+        new = initialization.learn(
+            settings,
+            (config, params, context.source_tokenizer, source),
+            (new_config, new, context.target_tokenizer, target),
+            aligned,
+            context.log,
+        )
     _write(context, "init", new_config, new, raw, "float32")
 
 
