@@ -19,7 +19,7 @@ memory does not depend on the length of the corpus.
 
 The floor is the adding of a token's 15 pairs to cells in the cache: 15 x 1.3 ns on the CPU where this was measured (2 cores at
 work on other things too). Counting takes 270 ns of processor time a token with 16,104 tokens in the vocabulary and 491 ns with
-65,618: a third of it is adding to a table that the cache does not hold, the rest is making the pairs and sorting, writing and
+65,618: a quarter to a third is adding to a table that the cache does not hold, the rest is making the pairs and sorting and
 merging those outside the table. benchmarks/cooccurrence.py measures both, on accelerators too.
 """
 
