@@ -1,18 +1,13 @@
 """Bits per byte against PyTorch, and what the report says."""
 
-import dataclasses
 import json
 import math
 
-import jax
-import numpy as np
 import pytest
 import torch
 from helpers import TEXTS, tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokalign_jax import initialization
-from tokalign_jax.alignment import alignment
 from tokalign_jax.evaluation import bits_per_byte, report, samples
 from tokalign_jax.models import huggingface
 from tokalign_jax.text.corpus import Document
@@ -103,37 +98,3 @@ def test_report_pools_by_bytes_and_lines_up():
     lines = report._aligned(["language", "x"], [["de", "1.000"], ["all", "10.5"]])
     assert len({len(line) for line in lines}) == 1 and lines[1].startswith("|:--")
     assert json.dumps(lines)  # plain text
-
-
-def test_initialisation_mixes_rows_and_leaves_the_rest_alone(model):
-    _, config, params = model
-    new_config, new = initialization.random_rows(config, params, 77, jax.random.key(0))
-    assert new_config.vocab_size == 77
-    for side in (("embed_tokens", "embedding"), ("lm_head", "kernel")):
-        rows, drawn = (np.asarray(p[side[0]][side[1]]) for p in (params, new))
-        assert drawn.shape == (77, rows.shape[1])
-        assert abs(drawn.std() / rows.std() - 1) < 0.1
-    assert new["layers"] is params["layers"] and new["final_norm"] is params["final_norm"]
-
-
-def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
-    folder, config, params = model
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rng = np.random.default_rng(0)
-    log_frequency = rng.normal(size=len(tokenizer)).astype(np.float32)
-    direction = rng.normal(size=config.hidden_size)
-    rows = np.outer(log_frequency, direction) + 3.0  # exactly linear: the slope is the direction
-    np.testing.assert_allclose(initialization.frequency_slope(rows, log_frequency), direction, rtol=1e-5)
-    assert not initialization.frequency_slope(rows, np.ones_like(log_frequency)).any()
-
-    aligned = dataclasses.replace(
-        alignment.from_pieces(tokenizer, tokenizer),
-        frequency_shift=np.arange(len(tokenizer), dtype=np.float32),
-        source_log_frequency=log_frequency,
-    )
-    _, new = initialization.initialize(config, params, aligned)
-    embedding, head = params["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
-    np.testing.assert_array_equal(new["embed_tokens"]["embedding"], embedding[: len(tokenizer)])
-    fitted = np.polynomial.polynomial.polyfit(log_frequency.astype(np.float64), head[: len(tokenizer)], 1)[1]
-    expected = head[: len(tokenizer)] + np.arange(len(tokenizer))[:, None] * fitted
-    np.testing.assert_allclose(new["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-4)

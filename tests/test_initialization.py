@@ -1,0 +1,258 @@
+"""Rows of the new vocabulary: mixtures, what the source model teaches of them, and how often they are predicted."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from tokalign_jax.alignment import methods
+from tokalign_jax.config import ComputeConfig, Config, InitializationConfig
+from tokalign_jax.initialization import calibration, composition, contexts, initialization
+from tokalign_jax.models import huggingface
+from tokalign_jax.models.transformer import forward
+from tokalign_jax.text import canonical
+from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+
+DOCUMENTS = [text * times for times in (1, 2, 3) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model"), "llama", vocab_size=320)
+    config, _ = huggingface.load_config(folder)
+    return AutoTokenizer.from_pretrained(folder), config, huggingface.load_params(folder, config)
+
+
+def shards_of(tokenizer, documents) -> TokenShards:
+    end = end_of_text_id(tokenizer)
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in documents]
+    flat = np.concatenate([np.array(of) for of in ids])
+    counts = np.bincount(flat, minlength=canonical.vocabulary_size(tokenizer))
+    return TokenShards(flat, np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end})
+
+
+def spelled(tokenizer) -> list[bytes]:
+    return [content or b"" for content in canonical.token_bytes(tokenizer)]
+
+
+def lengths_of(tokenizer) -> np.ndarray:
+    return np.array([len(content) for content in spelled(tokenizer)])
+
+
+def places_of(source, target, budget=10**9):
+    shards = shards_of(source, DOCUMENTS), shards_of(target, DOCUMENTS)
+    return contexts.find_places(shards[0], shards[1], lengths_of(source), lengths_of(target), budget, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_places_are_where_both_vocabularies_meet(model, kind):
+    source = model[0]
+    target = tiny_tokenizer(400, TEXTS, kind)
+    places = places_of(source, target)
+    assert len(places.tokens) == len(shards_of(source, DOCUMENTS).tokens)  # no document was passed over
+    of_source, of_target = spelled(source), spelled(target)
+    ends = np.flatnonzero(places.tokens == source.eos_token_id)
+    seen = 0
+    for start, end in itertools.pairwise([-1, *ends]):
+        text = b"".join(of_source[i] for i in places.tokens[start + 1 : end])
+        at = 0
+        for k in range(start + 1, end - 1):
+            at += len(of_source[places.tokens[k]])
+            following, ended = places.next_target[k], places.last_target[k]
+            if following not in (contexts.NONE, end_of_text_id(target)):
+                assert text[at:].startswith(of_target[following])
+                seen += 1
+            if ended not in (contexts.NONE, end_of_text_id(target)):
+                assert (b" " + text[:at]).endswith(of_target[ended])  # the first one may begin with a space of its own
+                seen += 1
+        assert places.next_target[end] == places.next_source[end] == contexts.NONE
+    assert seen > 100
+
+
+def test_a_document_whose_bytes_differ_is_passed_over(model):
+    target = tiny_tokenizer(300, TEXTS)
+    shards = shards_of(model[0], ["one", "two"]), shards_of(target, ["one", "longer"])
+    places = contexts.find_places(*shards, lengths_of(model[0]), lengths_of(target), 100, seed=0)
+    assert len(places.tokens) == len(shards_of(model[0], ["one"]).tokens)
+
+
+@pytest.mark.parametrize("batch", [64, 4096])
+def test_contexts_are_means_of_final_states(model, batch, monkeypatch):
+    tokenizer, config, params = model
+    monkeypatch.setitem(contexts.BATCH_TOKENS, "cpu", batch)
+    monkeypatch.setattr(contexts, "WINDOW", 32)
+    target = tiny_tokenizer(400, TEXTS)
+    places = places_of(tokenizer, target)
+    sizes = (canonical.vocabulary_size(tokenizer), canonical.vocabulary_size(target))
+    reading = contexts.read(config, params, places, *sizes, jnp.float32, lambda line: None)
+
+    states = []
+    for start in range(0, len(places.tokens), 32):
+        window = jnp.asarray(places.tokens[start : start + 32])[None]
+        states.append(np.asarray(forward(config, params, window)[0], np.float64))
+    states = np.concatenate(states)
+    np.testing.assert_allclose(reading.mean, states.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(reading.covariance, np.cov(states.T, bias=True), atol=1e-4)
+    for side, before, after in (
+        (reading.source, places.next_source, places.tokens),
+        (reading.target, places.next_target, places.last_target),
+    ):
+        for means, labels in ((side.before, before), (side.after, after)):
+            for token in np.unique(labels[labels != contexts.NONE]):
+                np.testing.assert_allclose(means[token], states[labels == token].mean(axis=0), atol=1e-5)
+    assert reading.target.counts.sum() > 0 and not reading.target.before[reading.target.counts == 0].any(axis=1).all()
+
+
+def test_halves_are_two_tokens_that_join_to_the_whole():
+    for kind in ("byte_level", "metaspace"):
+        tokenizer = tiny_tokenizer(400, TEXTS, kind)
+        of = spelled(tokenizer)
+        ids, parts = composition.halves(tokenizer, np.arange(len(of)))
+        assert len(ids) > 30
+        assert all(of[whole] == of[left] + of[right] for whole, (left, right) in zip(ids, parts))
+
+
+def learning_problem(seen: int, noise: float = 0.0):
+    """Source and target tokens whose rows are one linear function of their features."""
+    rng = np.random.default_rng(0)
+    width, size = 4, 3000
+    rows = rng.normal(size=(size, width)).astype(np.float32)
+    parts = [[int(a), int(b)] for a, b in rng.integers(size, size=(size, 2))]
+    before, after = rng.normal(size=(2, size, width))
+    frequency = rng.normal(size=size)
+    first, last = rows[[p[0] for p in parts]], rows[[p[1] for p in parts]]
+    truth = 0.7 * before - 0.2 * after + 0.3 * first + 0.1 * last + frequency[:, None] * 0.5 + 1.0
+    observed = [values + noise / np.sqrt(seen) * rng.normal(size=values.shape) for values in (before, after)]
+    counts = np.full(size, seen)
+    exact = contexts.Contexts(before.astype(np.float32), after.astype(np.float32), np.full(size, 10**6))
+    noisy = contexts.Contexts(observed[0].astype(np.float32), observed[1].astype(np.float32), counts)
+    known = np.arange(size // 2)
+    wanted = np.arange(size // 2, size)
+    source_rows = rows.copy()
+    reading = contexts.Reading(exact, noisy, np.zeros(width), np.eye(width) * noise**2)
+
+    def tokens(ids, of):
+        return composition.Tokens(ids, composition.Pieces.of([parts[i] for i in ids]), frequency, of)
+
+    # The pieces' rows must stay what the features say, so whole tokens have rows of their own behind them.
+    source_rows = np.concatenate([rows, truth.astype(np.float32)])
+    whole = tokens(known, exact)
+    whole = whole._replace(ids=known + size, log_frequency=np.tile(frequency, 2))
+    whole = whole._replace(contexts=contexts.Contexts(*(np.concatenate([v, v]) for v in exact)))
+    return source_rows, whole, tokens(wanted, noisy), reading, truth[wanted]
+
+
+def test_a_linear_rule_is_found(monkeypatch):
+    monkeypatch.setattr(composition, "RIDGE", 1e-6)
+    rows, known, wanted, reading, truth = learning_problem(seen=100)
+    np.testing.assert_allclose(composition.learned_rows(rows, known, wanted, reading), truth, atol=2e-3)
+
+
+def test_rarer_tokens_lean_on_their_pieces():
+    """Under noise the rule for its size does better than the rule for exact contexts, and better than no contexts."""
+    errors = {}
+    for seen in (2, 300):
+        rows, known, wanted, reading, truth = learning_problem(seen=seen, noise=1.5)
+        made = composition.learned_rows(rows, known, wanted, reading)
+        certain = reading._replace(covariance=np.zeros((4, 4)))
+        blind = wanted._replace(contexts=wanted.contexts._replace(counts=np.zeros(len(reading.target.counts), int)))
+        others = [
+            composition.learned_rows(rows, known, wanted, certain),
+            composition.learned_rows(rows, known, blind, reading),
+        ]
+        errors[seen] = [float(np.mean((other - truth) ** 2)) for other in (made, *others)]
+    assert errors[2][0] < 0.98 * min(errors[2][1:]) and errors[300][0] < 0.1 * errors[300][2]
+    assert errors[300][0] < 1.05 * errors[300][1]
+
+
+def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
+    tokenizer, config, params = model
+    shards = shards_of(tokenizer, DOCUMENTS * 20)
+    monkeypatch.setattr(calibration, "ROUNDS", 12)
+    moves, direction = calibration.head_moves(config, params, shards, jnp.float32, seed=0)
+    head = np.asarray(params["lm_head"]["kernel"])
+    assert moves.shape == (len(shards.counts),) and direction.shape == (config.hidden_size,)
+    length = 128
+    windows = shards.tokens[: len(shards.tokens) // length * length].reshape(-1, length)
+    states = np.asarray(forward(config, params, jnp.asarray(windows)), np.float64).reshape(-1, config.hidden_size)
+    frequency = (shards.counts + 0.5) / (shards.counts + 0.5).sum()
+
+    def distance(rows):
+        logits = states @ rows[: len(frequency)].T
+        probability = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).mean(axis=0)
+        return float((frequency * np.log(frequency / probability)).sum())
+
+    # exact only as far as one direction is a bias; here it is one of 32 dimensions of a random model
+    assert distance(head[: len(frequency)] + moves[:, None] * direction) < 0.6 * distance(head)
+    chunks = jnp.asarray(states[: len(states) // 8 * 8].reshape(8, -1, config.hidden_size), jnp.float32)
+    given = calibration.mean_probability(chunks, jnp.asarray(head[: len(frequency)]), jnp.asarray(moves))
+    assert 0.99 < float(given.sum()) < 1.01 and abs(np.log(np.asarray(given)) - np.log(frequency)).mean() < 0.2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_learning_changes_composed_rows_alone(tmp_path, tied):
+    folder = tiny_model_folder(tmp_path, "llama", vocab_size=320, tied=tied)
+    config, _ = huggingface.load_config(folder)
+    params, source = huggingface.load_params(folder, config), AutoTokenizer.from_pretrained(folder)
+    target = tiny_tokenizer(420, [*TEXTS, "Completely other words of another text, completely."])
+    shards = [shards_of(t, DOCUMENTS) for t in (source, target)]
+    aligned = methods.from_pieces(source, target)
+    new_config, new = initialization.initialize(config, params, aligned)
+    settings = Config(
+        compute=ComputeConfig(dtype="float32"), initialization=InitializationConfig(tokens=10**6, calibration=0.0)
+    )
+
+    def learn(settings):
+        sides = (config, params, source, shards[0]), (new_config, new, target, shards[1])
+        return initialization.learn(settings, *sides, aligned, lambda line: None)
+
+    learned, again = learn(settings), learn(settings)
+    composed = np.isin(aligned.rules, initialization.COMPOSED)
+    assert composed.any() and not composed.all()
+    for group, leaf in (("embed_tokens", "embedding"), ("lm_head", "kernel"))[: 1 if tied else 2]:
+        before, after = np.asarray(new[group][leaf]), np.asarray(learned[group][leaf])
+        np.testing.assert_array_equal(after, again[group][leaf])
+        np.testing.assert_array_equal(after[~composed], before[~composed])
+        assert (after[composed] != before[composed]).any(axis=1).all() and np.isfinite(after).all()
+    assert learned["layers"] is new["layers"]
+    moved = learn(dataclasses.replace(settings, initialization=InitializationConfig(tokens=10**6, learned=0.0)))
+    group, leaf = ("embed_tokens", "embedding") if tied else ("lm_head", "kernel")
+    assert np.linalg.matrix_rank(np.asarray(moved[group][leaf]) - np.asarray(new[group][leaf]), tol=1e-3) == 1
+
+
+def test_initialisation_mixes_rows_and_leaves_the_rest_alone(model):
+    _, config, params = model
+    new_config, new = initialization.random_rows(config, params, 77, jax.random.key(0))
+    assert new_config.vocab_size == 77
+    for side in (("embed_tokens", "embedding"), ("lm_head", "kernel")):
+        rows, drawn = (np.asarray(p[side[0]][side[1]]) for p in (params, new))
+        assert drawn.shape == (77, rows.shape[1])
+        assert abs(drawn.std() / rows.std() - 1) < 0.1
+    assert new["layers"] is params["layers"] and new["final_norm"] is params["final_norm"]
+
+
+def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
+    tokenizer, config, params = model
+    rng = np.random.default_rng(0)
+    log_frequency = rng.normal(size=len(tokenizer)).astype(np.float32)
+    direction = rng.normal(size=config.hidden_size)
+    rows = np.outer(log_frequency, direction) + 3.0  # exactly linear: the slope is the direction
+    np.testing.assert_allclose(initialization.frequency_slope(rows, log_frequency), direction, rtol=1e-5)
+    assert not initialization.frequency_slope(rows, np.ones_like(log_frequency)).any()
+
+    aligned = dataclasses.replace(
+        methods.from_pieces(tokenizer, tokenizer),
+        frequency_shift=np.arange(len(tokenizer), dtype=np.float32),
+        source_log_frequency=log_frequency,
+    )
+    _, new = initialization.initialize(config, params, aligned)
+    embedding, head = params["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
+    np.testing.assert_array_equal(new["embed_tokens"]["embedding"], embedding[: len(tokenizer)])
+    fitted = np.polynomial.polynomial.polyfit(log_frequency.astype(np.float64), head[: len(tokenizer)], 1)[1]
+    expected = head[: len(tokenizer)] + np.arange(len(tokenizer))[:, None] * fitted
+    np.testing.assert_allclose(new["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,198 @@
+"""What the source model makes of tokens in text: its mean final state before and after each.
+
+The source model reads text in its own tokens. Each of its states stands at a place in the bytes of a document, and there tokens of
+the target vocabulary begin and end too. So the tokens of both vocabularies get mean states in one and the same space, with nothing
+to align: the state before a token is what it is predicted from (its head row has to do with that), the state after it is what the
+model makes of having read it (its embedding row has). Final states after the last norm, float32 sums.
+
+Letters: D model, V vocabulary, N places, B batch, T length.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import Params, forward
+from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.tokenizing import TokenShards
+
+NONE = -1
+"""Label of a place where no token of the vocabulary begins or ends."""
+WINDOW = 1024
+"""Tokens that the model sees at once, where it has that many positions."""
+BATCH_TOKENS = {"cpu": 4096}
+OTHER_BATCH_TOKENS = 32_768
+"""Tokens of a batch, by backend."""
+
+
+class Places(NamedTuple):
+    """Source tokens of N places, one document behind the other, and what ends and begins there; int32 [N], `NONE` where nothing."""
+
+    tokens: Int[np.ndarray, "N"]
+    next_source: Int[np.ndarray, "N"]
+    next_target: Int[np.ndarray, "N"]
+    """The target token that begins where this source token ends."""
+    last_target: Int[np.ndarray, "N"]
+    """The target token that ends where this source token ends."""
+
+
+class Contexts(NamedTuple):
+    """Mean states of the tokens of one vocabulary; 0 for tokens that were not seen."""
+
+    before: Float[np.ndarray, "V D"]
+    """float32"""
+    after: Float[np.ndarray, "V D"]
+    """float32"""
+    counts: Int[np.ndarray, "V"]
+    """int64: how often each was seen, before or after, whichever is less."""
+
+
+class Reading(NamedTuple):
+    """What one pass of the source model over text gives."""
+
+    source: Contexts
+    target: Contexts
+    mean: Float[np.ndarray, "D"]
+    """float64: of the states at all places."""
+    covariance: Float[np.ndarray, "D D"]
+    """float64"""
+
+
+def read(
+    config: ModelConfig, params: Params, places: Places, source_size: int, target_size: int, dtype: DTypeLike, log: Log
+) -> Reading:
+    """Runs the source model over `places` and averages its states by token.
+
+    Args:
+      params: the source model's.
+      source_size, target_size: V of each tokenizer.
+      dtype: of weights and activations; sums are float32. The result does not depend on the order in which threads finish.
+    """
+    length = min(WINDOW, config.max_positions, len(places.tokens))
+    batch = max(1, BATCH_TOKENS.get(jax.default_backend(), OTHER_BATCH_TOKENS) // length)
+    rows = -(-len(places.tokens) // (length * batch)) * batch
+
+    def windows(values: Int[np.ndarray, "N"], padding: int) -> Int[np.ndarray, "steps B T"]:
+        padded = np.full(rows * length, padding, np.int32)
+        padded[: len(values)] = values
+        return padded.reshape(-1, batch, length)
+
+    labels = (places.next_source, places.tokens, places.next_target, places.last_target)
+    sizes = (source_size, source_size, target_size, target_size)
+    streams = [windows(places.tokens, 0), *(windows(of, NONE) for of in labels)]
+    sums = [jnp.zeros((size, config.hidden_size), jnp.float32) for size in sizes]
+    moments = jnp.zeros(config.hidden_size), jnp.zeros((config.hidden_size,) * 2)
+    params = jax.tree.map(jnp.asarray, params)
+    progress = Progress(log, "contexts", len(places.tokens), "tokens")
+    total, left = np.zeros(config.hidden_size), len(places.tokens)
+    second = np.zeros((config.hidden_size,) * 2)
+    for tokens, *of in zip(*streams):
+        sums, moments = _add(sums, params, tokens, of, left, config=config, dtype=jnp.dtype(dtype))
+        total, second = total + np.asarray(moments[0], np.float64), second + np.asarray(moments[1], np.float64)
+        left -= tokens.size
+        progress.update(min(tokens.size, left + tokens.size))
+    progress.done(f"{len(places.tokens):,} tokens")
+    mean = total / len(places.tokens)
+    counts = [np.bincount(of[of != NONE], minlength=size) for of, size in zip(labels, sizes)]
+    means = [np.asarray(of) / np.maximum(n, 1)[:, None].astype(np.float32) for of, n in zip(sums, counts)]
+    return Reading(
+        Contexts(means[0], means[1], np.minimum(counts[0], counts[1])),
+        Contexts(means[2], means[3], np.minimum(counts[2], counts[3])),
+        mean,
+        second / len(places.tokens) - np.outer(mean, mean),
+    )
+
+
+def find_places(
+    source: TokenShards,
+    target: TokenShards,
+    source_lengths: Int[np.ndarray, "V_s"],
+    target_lengths: Int[np.ndarray, "V_t"],
+    budget: int,
+    seed: int,
+) -> Places:
+    """Places of documents drawn at random until they have `budget` source tokens.
+
+    Args:
+      source_lengths, target_lengths: bytes of each token.
+
+    Both sides are counted from the end of a document, since a tokenizer may put a space before its beginning. A document whose
+    bytes do not come out the same on both sides (a normaliser changes them) is passed over.
+    """
+    chosen: list[tuple[np.ndarray, ...]] = []
+    taken = 0
+    for document in np.random.default_rng(seed).permutation(len(source.documents)):
+        if taken >= budget:
+            break
+        tokens, ends = _ends(source, document, source_lengths)
+        target_tokens, target_ends = _ends(target, document, target_lengths)
+        target_starts = target_ends - _lengths(target, target_tokens, target_lengths)
+        if abs((ends[0] - source_lengths[tokens[0]]) - target_starts[0]) > 1:
+            continue
+        chosen.append(
+            (
+                tokens,
+                np.append(tokens[1:], NONE),
+                _found(target_starts, target_tokens, ends),
+                _found(target_ends, target_tokens, ends),
+            )
+        )
+        taken += len(tokens)
+    if not chosen:
+        return Places._make(np.zeros((4, 0), np.int32))
+    return Places._make(np.concatenate(column).astype(np.int32) for column in zip(*chosen))
+
+
+def _ends(shards: TokenShards, document: int, lengths: Int[np.ndarray, "V"]) -> tuple[np.ndarray, np.ndarray]:
+    """A document's tokens, and where each ends, in bytes from the end of the document (so 0 is the last)."""
+    start = shards.documents[document - 1] if document else 0
+    tokens = np.asarray(shards.tokens[start : shards.documents[document]]).astype(np.int64)
+    ends = np.cumsum(_lengths(shards, tokens, lengths))
+    return tokens, ends - ends[-1]
+
+
+def _lengths(shards: TokenShards, tokens: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "V"]) -> np.ndarray:
+    """Bytes of each token. The end-of-text, which has none, counts one: its place is not that of the token before it."""
+    return np.where(tokens == shards.index["end_of_text"], 1, lengths[tokens])
+
+
+def _found(positions: Int[np.ndarray, "m"], tokens: Int[np.ndarray, "m"], wanted: Int[np.ndarray, "n"]) -> np.ndarray:
+    """The token at each of the `wanted` positions; `NONE` where there is none."""
+    at = np.minimum(np.searchsorted(positions, wanted), len(positions) - 1)
+    return np.where(positions[at] == wanted, tokens[at], NONE)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnums=0)
+def _add(sums, params, tokens: Int[Array, "B T"], labels, left, *, config: ModelConfig, dtype: DTypeLike):
+    """The sums with those of one batch added, and the batch's sum of states and of their outer products.
+
+    Args:
+      left: places that are real; those behind are padding.
+    """
+    states = forward(config, params, tokens, dtype=dtype).astype(jnp.float32).reshape(-1, config.hidden_size)
+    states = jnp.where((jnp.arange(len(states)) < left)[:, None], states, 0.0)
+    sums = [_add_by_label(of, states, label.reshape(-1)) for of, label in zip(sums, labels)]
+    return sums, (states.sum(axis=0), jnp.matmul(states.T, states, precision="highest"))
+
+
+def _add_by_label(
+    sums: Float[Array, "V D"], states: Float[Array, "N D"], labels: Int[Array, "N"]
+) -> Float[Array, "V D"]:
+    """Adds each state to the row of its label, in an order that is always the same (a plain scatter's is not on a GPU)."""
+    order = jnp.argsort(labels, stable=True)
+    labels = labels[order]
+    starts = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])[:, None]
+
+    def join(left, right):
+        return jnp.where(right[1], right[0], left[0] + right[0]), left[1] | right[1]
+
+    running, _ = jax.lax.associative_scan(join, (states[order], starts))
+    last = jnp.concatenate([starts[1:, 0], jnp.ones(1, bool)])
+    rows = jnp.where(last & (labels != NONE), labels, len(sums))  # one place a label; the others fall off the end
+    return sums.at[rows].add(running, mode="drop")
