@@ -15,6 +15,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -73,27 +74,28 @@ def main() -> None:
     )
     pipeline.run(config, arguments.workdir, ["align", "init"], print)
     context = stages.Context(config, arguments.workdir, print)
-    texts = _texts(config, arguments)
-    rows = {"source": {"start": _measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)}}
+    texts = held_out(config, arguments.held_out, arguments.workdir, arguments.bytes_per_language)
+    rows = {"source": {"start": measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)}}
     for start in arguments.starts.split(","):
-        rows[start] = _follow(context, start, start in arguments.trained.split(","), texts)
-        _print(rows)
+        trained = ("stage1", "stage2") if start in arguments.trained.split(",") else ()
+        rows[start] = follow(context, start, initialised(context, start), trained, texts)
+        show(rows)
     (arguments.workdir / "recovery.json").write_text(
         json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1, default=str)
     )
 
 
-def _texts(config: Config, arguments: argparse.Namespace) -> dict[str, list[str]]:
+def held_out(config: Config, path: str, workdir: Path, budget: int) -> dict[str, list[str]]:
     """Every document of the held-out file, up to a budget of bytes per language."""
     text = dataclasses.replace(config.text, held_out_fraction=0.5)
-    folder = arguments.workdir / "held_out"
+    folder = workdir / "held_out"
     shutil.rmtree(folder, ignore_errors=True)
-    corpus.run(dataclasses.replace(config, corpus=arguments.held_out, text=text), folder, print)
+    corpus.run(dataclasses.replace(config, corpus=path, text=text), folder, print)
     documents = [d for batch in corpus.train_batches(folder) for d in batch] + list(corpus.held_out(folder))
-    return bits_per_byte.choose(documents, arguments.bytes_per_language)
+    return bits_per_byte.choose(documents, budget)
 
 
-def _measure(context, model_config, params, tokenizer, texts) -> dict[str, float]:
+def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]:
     scores = bits_per_byte.evaluate(
         model_config,
         params,
@@ -112,21 +114,25 @@ def _measure(context, model_config, params, tokenizer, texts) -> dict[str, float
     return {name: score.bits_per_byte for name, score in groups.items()}
 
 
-def _follow(context: stages.Context, start: str, trained: bool, texts) -> dict[str, dict[str, float]]:
-    """One start, measured before and, if it is to be trained, after each stage."""
+def follow(context: stages.Context, start: str, model, trained: Sequence[str], texts) -> dict[str, dict[str, float]]:
+    """A start, measured before and after each of the training stages `trained`.
+
+    Args:
+      model: its config and parameters.
+    """
     config, tokenizer = context.config, context.target_tokenizer
-    model_config, params = initialised(context, start)
-    rows = {"start": _measure(context, model_config, params, tokenizer, texts)}
+    model_config, params = model
+    rows = {"start": measure(context, model_config, params, tokenizer, texts)}
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
     end = 0
-    for name in ("stage1", "stage2") if trained else ():
+    for name in trained:
         folder = context.workdir / "starts" / start / name
         shutil.rmtree(folder, ignore_errors=True)
         began = time.monotonic()
         result = loop.run_stage(name, getattr(config, name), config, model_config, params, shards, folder, end, print)
         print(f"{start} {name}: {time.monotonic() - began:.0f} s")
         params, end = result.params, result.next_sequence
-        rows[name] = _measure(context, model_config, params, tokenizer, texts)
+        rows[name] = measure(context, model_config, params, tokenizer, texts)
         shutil.rmtree(folder)
     return rows
 
@@ -164,7 +170,7 @@ def _inputs(context: stages.Context, method: str) -> methods.Inputs:
     )
 
 
-def _print(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+def show(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     names = [*GROUPS, "other"]
     print("| start | measured | " + " | ".join(names) + " |\n|---|---|" + "---:|" * len(names))
     for start, states in rows.items():

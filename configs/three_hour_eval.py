@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.text.budget_bytes = 1_000_000_000
 
-    config.alignment.pivots = 300
     config.alignment.vector_size = 300
     config.alignment.iterations = 15
     config.alignment.window = 15

@@ -21,11 +21,10 @@ def get_config() -> ConfigDict:
     config.text.budget_bytes = 50_000_000  # all of it
     config.text.held_out_fraction = 0.04
 
-    config.alignment.pivots = 300
     config.alignment.vector_size = 300
-    config.alignment.iterations = 15
     config.alignment.window = 15
     config.alignment.similarity_threshold = 0.3
+    config.initialization.tokens = 800_000
 
     for stage in (config.stage1, config.stage2):
         stage.per_device_batch = 4

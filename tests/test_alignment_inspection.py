@@ -68,7 +68,7 @@ def subject(tokenizers, vectors):
         inspection.vocabulary(t, name, np.arange(canonical.vocabulary_size(t))[::-1].copy())
         for t, name in zip(tokenizers, ("old", "new"))
     )
-    space = inspection.common_space(aligned, *vectors, pivots=50, seed=0)
+    space = inspection.common_space(aligned, *vectors, seed=0)
     return inspection.Subject(aligned, source, target, canonical.PieceCutter(tokenizers[0]), space)
 
 
@@ -85,7 +85,7 @@ def workdir(tmp_path_factory, tokenizers, vectors):
     alignment.save(synthetic(*tokenizers), folder / "align")
     names = ("source_ids", "source_vectors", "target_ids", "target_vectors")
     np.savez(folder / "align" / "vectors.npz", allow_pickle=False, **dict(zip(names, vectors)))
-    settings = {"alignment": {"pivots": 50, "neighbours": 5, "method": "composed"}, "seed": 0}
+    settings = {"alignment": {"neighbours": 5, "method": "composed"}, "seed": 0}
     stages = {"align": {"finished": True, "settings": settings}}
     (folder / "stages.json").write_text(json.dumps({"run": run, "stages": stages}))
     return folder
@@ -179,9 +179,9 @@ def test_neighbours_are_those_of_brute_force(subject, monkeypatch, pool):
 def test_the_nearest_neighbour_is_what_the_alignment_matched(tokenizers, vectors):
     counts = [np.ones(canonical.vocabulary_size(t), np.int64) for t in tokenizers]
     sides = Vectors(*vectors[:2]), Vectors(*vectors[2:])
-    settings = AlignmentConfig(method="composed", pivots=50, neighbours=5)
+    settings = AlignmentConfig(method="composed", neighbours=5)
     made, _ = methods.make(methods.Inputs(settings, *tokenizers, *counts, 3, lambda line: None, *sides))
-    space = inspection.common_space(made, *vectors, pivots=50, seed=3)
+    space = inspection.common_space(made, *vectors, seed=3)
     matched = np.flatnonzero(made.matches >= 0)
     assert len(matched)
     assert [inspection.neighbours(space, i, 1, 5)[0].source for i in matched] == made.matches[matched].tolist()
@@ -203,7 +203,7 @@ def test_tokens_without_vectors_have_no_neighbours(subject, tokenizers, vectors)
     assert inspection.neighbours(subject.space, without, 5, 5) is None
     assert "no vector" in "\n".join(pages.terminal(inspection.explain(subject, without)))
     ids, values, target_ids, target_values = vectors
-    assert inspection.common_space(subject.alignment, ids[:8], values[:8], target_ids, target_values, 50, 0) is None
+    assert inspection.common_space(subject.alignment, ids[:8], values[:8], target_ids, target_values, 0) is None
 
 
 def test_the_worst_rows_are_of_low_scores_in_used_text(monkeypatch):

@@ -208,8 +208,13 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
     )
 
     def learn(settings):
-        sides = (config, params, source, shards[0]), (new_config, new, target, shards[1])
-        return initialization.learn(settings, *sides, aligned, lambda line: None)
+        sides = (
+            initialization.Side(config, params, source, shards[0]),
+            initialization.Side(new_config, new, target, shards[1]),
+        )
+        reading = initialization.read(settings, *sides, print)
+        assert reading is not None
+        return initialization.learn(settings, *sides, aligned, reading, print)
 
     learned, again = learn(settings), learn(settings)
     composed = np.isin(aligned.rules, initialization.COMPOSED)

@@ -47,11 +47,13 @@ class AlignmentConfig:
     """Token vectors and how target tokens are made of source tokens."""
 
     method: Literal["composed", "tokalign", "lexicon", "topk", "pieces", "exact", "random"] = "composed"
-    """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency), `tokalign` (exactly as
+    """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency and by what the source model's own
+    tokens teach, see `InitializationConfig`), `tokalign` (exactly as
     published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
     source tokens); and the baselines `pieces` (mean of the pieces), `exact` (else random source tokens), `random`."""
-    vectors: Literal["glove", "ppmi"] = "glove"
-    """Token vectors: GloVe, or a truncated factorisation of positive pointwise mutual information."""
+    vectors: Literal["ppmi", "glove"] = "ppmi"
+    """Token vectors: a truncated factorisation of positive pointwise mutual information with the tokens that both sides share,
+    or GloVe of each side by itself. Method `tokalign` is GloVe's always."""
     source_vectors: str = ""
     """Vectors of the source tokens to use instead of computing them: an `.npz` of `ids` [n] and `vectors` [n, d], or GloVe's
     text format with token ids for words. Given together with `target_vectors`."""
@@ -77,12 +79,12 @@ class AlignmentConfig:
     weight_power: float = 0.75
     """GloVe: exponent (alpha) of the weighting below `x_max`."""
     pivots: int = 300
-    """Shared tokens to which every vector is compared (relative representation)."""
+    """Shared tokens to which method `tokalign` compares every vector (relative representation); others take all of them."""
     neighbours: int = 10
     """Neighbours for the hubness correction (CSLS)."""
     similarity_threshold: float = 0.3
-    """Calibrated similarity (0: what chance gives, 1: the same) under which a target token falls back to the pieces of its
-    text."""
+    """Methods `composed` and `topk`: calibrated similarity (0: what chance gives, 1: the same) under which a target token falls
+    back to the pieces of its text."""
     bleu_lines: int = 1000
     """Held-out lines for BLEU-1 of the mapped target ids against the source ids."""
 

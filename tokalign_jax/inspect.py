@@ -106,9 +106,9 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
         for side, tokenizer in tokenizers.items()
     }
     of_alignment = settings.get("alignment", {})
-    pivots, around = (of_alignment.get(n, getattr(AlignmentConfig, n)) for n in ("pivots", "neighbours"))
+    around = of_alignment.get("neighbours", AlignmentConfig.neighbours)
     method = _method(path)
-    space, reason = _space(found, path, pivots, settings.get("seed", 0), method)
+    space, reason = _space(found, path, settings.get("seed", 0), method)
     cut = canonical.PieceCutter(tokenizers["source"])
     return inspection.Subject(found, sides["source"], sides["target"], cut, space, reason, method, around)
 
@@ -147,16 +147,14 @@ def _method(path: Path) -> str:
     return json.loads(file.read_text()).get("method", "unknown") if file.exists() else "unknown"
 
 
-def _space(
-    found: alignment.Alignment, path: Path, pivots: int, seed: int, method: str
-) -> tuple[inspection.Space | None, str]:
+def _space(found: alignment.Alignment, path: Path, seed: int, method: str) -> tuple[inspection.Space | None, str]:
     """The token vectors beside an alignment in one space, or why there is none."""
     file = _beside(path, vectors.FILE)
     if not file.exists():
         return None, f"there are no token vectors beside the alignment ('{file}' is missing; its method is '{method}')"
     with np.load(file) as arrays:
         source, target = ((arrays[f"{side}_ids"], arrays[f"{side}_vectors"]) for side in ("source", "target"))
-    space = inspection.common_space(found, *source, *target, pivots, seed)
+    space = inspection.common_space(found, *source, *target, seed)
     return space, "" if space else "too few tokens with an exact match have vectors"
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import demo
-from tokalign_jax.alignment import alignment
+from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, samples
@@ -25,6 +25,7 @@ from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.progress import Log
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text import tokenizing
+from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 
 FORMAT = 1
@@ -108,6 +109,9 @@ class Context:
         documents.check(config)
         if config.alignment.file:
             alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
+        elif config.alignment.method in methods.NEED_VECTORS:
+            sizes = [vocabulary_size(tokenizer) for tokenizer in (self.source_tokenizer, self.target_tokenizer)]
+            vectors.check(config.alignment, *sizes)
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -179,7 +183,7 @@ def tokens(context: Context) -> Mapping[str, Any]:
 
 
 def align(context: Context) -> Mapping[str, Any]:
-    return alignment.run(
+    return methods.run(
         context.config,
         context.folder("corpus"),
         context.folder("tokens"),
@@ -200,14 +204,12 @@ def init(context: Context) -> None:
     new_config, new = initialization.initialize(config, params, aligned)
     settings = context.config
     if settings.alignment.method == "composed" and not settings.alignment.file and settings.initialization.tokens:
-        source, target = (tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES)
-        new = initialization.learn(
-            settings,
-            (config, params, context.source_tokenizer, source),
-            (new_config, new, context.target_tokenizer, target),
-            aligned,
-            context.log,
-        )
+        shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
+        source = initialization.Side(config, params, context.source_tokenizer, shards[0])
+        target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
+        reading = initialization.read(settings, source, target, context.log)
+        if reading is not None:
+            new = initialization.learn(settings, source, target, aligned, reading, context.log)
     _write(context, "init", new_config, new, raw, "float32")
 
 

@@ -293,17 +293,3 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f"partial-{path.name}")
     write(part)
     os.replace(part, path)
-
-
-def run(*arguments) -> dict[str, Any]:
-    """`methods.run`, under the name that it had."""
-    from tokalign_jax.alignment import methods
-
-    return methods.run(*arguments)
-
-
-def from_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:
-    """`methods.from_pieces`, under the name that it had."""
-    from tokalign_jax.alignment import methods
-
-    return methods.from_pieces(source_tokenizer, target_tokenizer)

@@ -173,7 +173,6 @@ def common_space(
     source_vectors: Float[np.ndarray, "n d"],
     target_ids: Int[np.ndarray, "m"],
     target_vectors: Float[np.ndarray, "m e"],
-    pivots: int,
     seed: int,
 ) -> Space | None:
     """The space in which an alignment with these settings was matched; None where too few shared tokens have vectors."""
@@ -187,7 +186,7 @@ def common_space(
     if len(shared) < FEWEST_SHARED:
         return None
     both = np.array(sorted(shared), np.int32)
-    chosen, _ = matching.choose_pivots(both[:, 0], both[:, 1], pivots, seed)
+    chosen, _ = matching.choose_pivots(both[:, 0], both[:, 1], len(both), seed)
     vectors = jnp.asarray(source_vectors, jnp.float32), jnp.asarray(target_vectors, jnp.float32)
     return Space(source_ids, target_ids, *matching.common_space(*vectors, jnp.asarray(both[chosen])))
 

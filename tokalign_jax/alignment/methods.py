@@ -100,6 +100,11 @@ class Spelled(NamedTuple):
     rules: UInt8[np.ndarray, "V_t"]
     """EXACT, SPECIAL, PIECES or MEAN."""
 
+    @property
+    def exact(self) -> dict[int, int]:
+        """Target id -> source id of tokens of the same bytes."""
+        return {i: self.parts[i][0] for i in np.flatnonzero(self.rules == Rule.EXACT).tolist()}
+
 
 # --- the stage --------------------------------------------------------------------------------------------------------
 
@@ -127,16 +132,16 @@ def run(
         made = alignment.load(Path(config.alignment.file), source_tokenizer, target_tokenizer)
         log(f"alignment: taken from {config.alignment.file}")
     else:
-        of_source = of_target = NO_VECTORS
+        inputs = Inputs(
+            config.alignment, source_tokenizer, target_tokenizer, source.counts, target.counts, config.seed, log
+        )
         if method in NEED_VECTORS:
-            shared = pairs(exact_matches(source_tokenizer, canonical.token_bytes(target_tokenizer)))
-            of_source, of_target, measured = vectors.make(
-                config.alignment, source, target, config.seed, log, shared, folder
-            )
+            settings = inputs.config if method != "tokalign" else dataclasses.replace(inputs.config, vectors="glove")
+            shared = pairs(inputs.spelled.exact)
+            of_source, of_target, measured = vectors.make(settings, source, target, config.seed, log, shared, folder)
             vectors.save(folder, of_source, of_target)
-        tokenizers = source_tokenizer, target_tokenizer
-        counts = source.counts, target.counts
-        made, found = make(Inputs(config.alignment, *tokenizers, *counts, config.seed, log, of_source, of_target))
+            inputs = dataclasses.replace(inputs, source=of_source, target=of_target)
+        made, found = make(inputs)
         measured = found | measured
     alignment.save(made, folder)
     result = {"method": method, **alignment.summary(made, target.counts), **measured}
@@ -200,7 +205,7 @@ def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """One source token each, by a self-learned orthogonal map (`lexicon.py`), for every token that has a vector, whatever
     its score; the others are the mean of their pieces."""
     found = _nothing(inputs)
-    if split := split_shared(inputs, len(inputs.source.ids)):
+    if split := split_shared(inputs):
         seeds, judges = split
         neighbours = inputs.config.neighbours
         keys, queries, joined = induction.common_space(inputs.source.vectors, inputs.target.vectors, seeds, neighbours)
@@ -222,7 +227,7 @@ def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """Mixtures of the `top_k` source tokens nearest by CSLS, weighted by a softmax whose temperature the judges choose; below
     the threshold of similarity the mean of the pieces. Corrected for frequency."""
     found, near, weights = _nothing(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
-    if split := split_shared(inputs, len(inputs.source.ids)):
+    if split := split_shared(inputs):
         pivots, judges = split
         config, k = inputs.config, min(inputs.config.top_k, len(inputs.source.ids))
         best = matching.match(inputs.source.vectors, inputs.target.vectors, pivots, judges, config.neighbours, k)
@@ -334,23 +339,21 @@ def _text_bytes(tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | N
 # --- what co-occurrence says ------------------------------------------------------------------------------------------
 
 
-def split_shared(inputs: Inputs, pivots: int) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
-    """Rows (source, target) of shared tokens: those to compare with, `pivots` at most, and the judges; None of too few."""
-    parts, rules = inputs.spelled
-    exact = {i: parts[i][0] for i in np.flatnonzero(rules == Rule.EXACT).tolist()}
-    shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(exact))
+def split_shared(inputs: Inputs) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
+    """Rows (source, target) of shared tokens: those to compare with, and the judges; None of too few."""
+    shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(inputs.spelled.exact))
     if len(shared) < FEWEST_SHARED:
         inputs.log(
             f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact match get their pieces"
         )
         return None
-    chosen, judges = matching.choose_pivots(shared[:, 0], shared[:, 1], pivots, inputs.seed)
+    chosen, judges = matching.choose_pivots(shared[:, 0], shared[:, 1], len(shared), inputs.seed)
     return shared[chosen], shared[judges]
 
 
 def similar_matches(inputs: Inputs) -> Found:
     """The best source token by whitened relative vectors for every target token with a vector."""
-    split = split_shared(inputs, inputs.config.pivots)
+    split = split_shared(inputs)
     if split is None:
         return _nothing(inputs)
     best = matching.match(inputs.source.vectors, inputs.target.vectors, *split, inputs.config.neighbours)

@@ -96,7 +96,7 @@ def contexts(
     if shared is None:
         return None
     rows = shared_rows(source.vocabulary, target.vocabulary, shared)
-    _, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], config.pivots, seed)
+    _, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], len(rows), seed)
     columns = ppmi.shared_columns(rows, judges)
     return columns if len(columns) >= FEWEST_COLUMNS else None
 

@@ -24,7 +24,7 @@ from tokalign_jax.text.tokenizing import TokenShards
 
 NONE = -1
 """Label of a place where no token of the vocabulary begins or ends."""
-WINDOW = 1024
+WINDOW = 512
 """Tokens that the model sees at once, where it has that many positions."""
 BATCH_TOKENS = {"cpu": 4096}
 OTHER_BATCH_TOKENS = 32_768

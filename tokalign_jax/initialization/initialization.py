@@ -8,6 +8,7 @@ and mean of pieces, counts from 5.4M tokens; bits per byte at the start, en / co
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.config import Config
 from tokalign_jax.initialization import calibration, composition, contexts
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, head_matrix
+from tokalign_jax.models.transformer import Params
 from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards
 
+MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
+"""Where the vocabulary's rows are; a tied model has the first alone."""
 COMPOSED = (Rule.PIECES, Rule.SIMILAR)
 """Rules of tokens whose rows can be learned: they are spelled with source tokens, and are none of them."""
 
@@ -61,57 +64,65 @@ def frequency_slope(rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndar
     return (centred @ rows.astype(np.float64) / max(centred @ centred, 1e-9)).astype(np.float32)
 
 
+class Side(NamedTuple):
+    """A model, its parameters, its tokenizer and the text in its tokens."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    shards: TokenShards
+
+
+def read(config: Config, source: Side, target: Side, log: Log) -> contexts.Reading | None:
+    """What the source model makes of the tokens of both vocabularies in text; None where their texts have nothing in common."""
+    places = contexts.find_places(
+        source.shards,
+        target.shards,
+        _byte_lengths(source.tokenizer),
+        _byte_lengths(target.tokenizer),
+        config.initialization.tokens,
+        config.seed,
+    )
+    if not len(places.tokens):
+        log("contexts: no document has the same bytes in the tokens of both sides; nothing can be learned")
+        return None
+    sizes = len(source.shards.counts), len(target.shards.counts)
+    return contexts.read(source.config, source.params, places, *sizes, jnp.dtype(config.compute.dtype), log)
+
+
 def learn(
-    config: Config,
-    source: tuple[ModelConfig, Params, PreTrainedTokenizerBase, TokenShards],
-    target: tuple[ModelConfig, Params, PreTrainedTokenizerBase, TokenShards],
-    aligned: Alignment,
-    log: Log,
+    config: Config, source: Side, target: Side, aligned: Alignment, reading: contexts.Reading, log: Log
 ) -> Params:
     """`target`'s parameters with the rows of composed tokens drawn to what the source model's own tokens teach.
 
     Args:
-      source: the source model, its tokenizer and the text in its tokens.
-      target: the model that `initialize` made of it by `aligned`, with the new tokenizer and the same text in its tokens.
+      target: as `initialize` made it of the source by `aligned`.
+      reading: what `read` gave.
     """
-    (model, params, source_tokenizer, source_shards), (new_model, new, target_tokenizer, target_shards) = source, target
-    settings, dtype = config.initialization, jnp.dtype(config.compute.dtype)
-    parts = methods.spell(source_tokenizer, target_tokenizer).parts
+    parts = methods.spell(source.tokenizer, target.tokenizer).parts
     wanted = np.array([i for i in np.flatnonzero(np.isin(aligned.rules, COMPOSED)) if parts[i]], np.int64)
-    known, known_parts = composition.halves(source_tokenizer, source_shards.counts)
-    places = contexts.find_places(
-        source_shards,
-        target_shards,
-        _byte_lengths(source_tokenizer),
-        _byte_lengths(target_tokenizer),
-        settings.tokens,
-        config.seed,
+    known, known_parts = composition.halves(source.tokenizer, source.shards.counts)
+    new = dict(target.params)
+    if len(wanted) and len(known):
+        frequency = [methods.log_frequency(side.shards.counts) for side in (source, target)]
+        pieces = [composition.Pieces.of(of) for of in (known_parts, [parts[i] for i in wanted])]
+        of_known = composition.Tokens(known, pieces[0], frequency[0], reading.source)
+        of_wanted = composition.Tokens(wanted, pieces[1], frequency[1], reading.target)
+        for group, leaf in MATRICES:
+            if group in new:
+                rows = np.asarray(source.params[group][leaf], np.float32)[: aligned.source_size]
+                learned = composition.learned_rows(rows, of_known, of_wanted, reading)
+                made = np.array(new[group][leaf], np.float32)
+                made[wanted] += config.initialization.learned * (learned - made[wanted])
+                new[group] = {leaf: made}
+        seen = np.mean(reading.target.counts[wanted] > 0)
+        log(f"composition: {len(wanted):,} rows learned from {len(known):,} tokens, {seen:.0%} of them seen in context")
+    moves, direction = calibration.head_moves(
+        target.config, new, target.shards, jnp.dtype(config.compute.dtype), config.seed
     )
-    if not len(wanted) or not len(known) or not len(places.tokens):
-        log("composition: nothing to learn from or to learn; rows stay the alignment's")
-        return new
-    reading = contexts.read(model, params, places, aligned.source_size, aligned.target_size, dtype, log)
-    frequency = [methods.log_frequency(shards.counts) for shards in (source_shards, target_shards)]
-    of_known = composition.Tokens(known, composition.Pieces.of(known_parts), frequency[0], reading.source)
-    of_wanted = composition.Tokens(
-        wanted, composition.Pieces.of([parts[i] for i in wanted]), frequency[1], reading.target
-    )
-    new = dict(new)
-    for group, leaf in (("embed_tokens", "embedding"), ("lm_head", "kernel")):
-        if group in new:
-            rows = np.asarray(params[group][leaf], np.float32)[: aligned.source_size]
-            learned = composition.learned_rows(rows, of_known, of_wanted, reading)
-            made = np.array(new[group][leaf], np.float32)
-            made[wanted] += settings.learned * (learned - made[wanted])
-            new[group] = {leaf: made}
-    moves, direction = calibration.head_moves(new_model, new, target_shards, dtype, config.seed)
-    moved = np.asarray(head_matrix(new)) + settings.calibration * moves[:, None] * direction
-    group, leaf = ("lm_head", "kernel") if "lm_head" in new else ("embed_tokens", "embedding")
+    group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in new)
+    moved = np.asarray(new[group][leaf]) + config.initialization.calibration * moves[:, None] * direction
     new[group] = {leaf: moved.astype(np.float32)}
-    seen = reading.target.counts[wanted] > 0
-    log(
-        f"composition: {len(wanted):,} rows learned from {len(known):,} tokens, {seen.mean():.0%} of them seen in context"
-    )
     return new
 
 

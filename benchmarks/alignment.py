@@ -1,0 +1,190 @@
+"""Ways to start a new vocabulary, compared: bits per byte after initialisation, after a probe of Stage 1 and after both stages.
+
+    PYTHONPATH=. python benchmarks/alignment.py --pair llama-en16k,qwen3 --pair neox-30m,qwen3 --corpus mix-train.jsonl.xz \\
+        --held-out held-out.jsonl.xz --language-field lang --workdir runs/alignment
+
+A pair is a model folder and a tokenizer folder. Starts are the methods of `alignment.method` by their names and `composed` with
+one thing changed (WAYS). Those of a pair read the same text, share token vectors and contexts, train on the same sequences in the
+same order, and are measured on the same held-out text. Writes `alignment.json` and prints a table for each pair.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import recovery
+
+from tokalign_jax import pipeline, stages
+from tokalign_jax.alignment import methods, vectors
+from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
+from tokalign_jax.initialization import initialization
+from tokalign_jax.models import huggingface
+from tokalign_jax.text.tokenizing import SIDES, TokenShards
+
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "random": ({"method": "random"}, {}),
+    "exact": ({"method": "exact"}, {}),
+    "pieces": ({"method": "pieces"}, {}),
+    "tokalign": ({"method": "tokalign", "vectors": "glove"}, {}),
+    "lexicon": ({"method": "lexicon"}, {}),
+    "topk": ({"method": "topk"}, {}),
+    "composed": ({}, {}),
+    "composed: GloVe vectors": ({"vectors": "glove"}, {}),
+    "composed: no matches": ({"similarity_threshold": 2.0}, {}),
+    "composed: mixtures alone": ({}, {"tokens": 0}),
+    "composed: mixtures alone, no matches": ({"similarity_threshold": 2.0}, {"tokens": 0}),
+    "composed: learned rows alone": ({}, {"learned": 1.0}),
+    "composed: 0.7 learned": ({}, {"learned": 0.7}),
+    "composed: not calibrated": ({}, {"calibration": 0.0}),
+    "composed: fully calibrated": ({}, {"calibration": 1.0}),
+}
+"""What each start changes in the alignment's and in the initialisation's config."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", action="append", required=True, help="SOURCE_MODEL,TARGET_TOKENIZER")
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--held-out", required=True, help="text that nothing is aligned or trained on")
+    parser.add_argument("--language-field", default="")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--probed", default="pieces,composed", help="the starts that get a probe of Stage 1")
+    parser.add_argument("--trained", default="pieces,composed", help="the starts that get both stages")
+    parser.add_argument("--probe-steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=120, help="of each stage")
+    parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="that the source model reads")
+    parser.add_argument("--budget-bytes", type=int, default=5_000_000_000)
+    parser.add_argument("--bytes-per-language", type=int, default=100_000)
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    results = {}
+    for pair in arguments.pair:
+        results[pair] = _pair(pair, arguments)
+        recovery.show(results[pair])
+        content = {"arguments": vars(arguments), "device": str(jax.devices()[0]), "pairs": results}
+        (arguments.workdir / "alignment.json").write_text(json.dumps(content, indent=1, default=str))
+
+
+def _pair(pair: str, arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    source, target = pair.split(",")
+    stage = StageConfig(
+        steps=arguments.steps,
+        learning_rate=6.4e-4,
+        per_device_batch=arguments.sequences // jax.device_count(),
+        accumulation=1,
+        sequence_length=arguments.sequence_length,
+        start_offset=0,
+        log_every=50,
+        checkpoint_every=100_000,
+    )
+    text = TextConfig(
+        language_field=arguments.language_field, held_out_fraction=0.002, budget_bytes=arguments.budget_bytes
+    )
+    config = Config(
+        source_model=source,
+        target_tokenizer=target,
+        corpus=arguments.corpus,
+        text=text,
+        stage1=stage,
+        stage2=dataclasses.replace(stage, method="full", learning_rate=5e-5, start_offset="after_previous"),
+        compute=ComputeConfig(dtype=arguments.dtype, remat=False, loss_chunk=8192),
+        evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
+    )
+    config = dataclasses.replace(
+        config, initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens)
+    )
+    workdir = arguments.workdir / f"{Path(source).name}-{Path(target).name}"
+    pipeline.run(config, workdir, ["tokens"], print)
+    starts = _Starts(stages.Context(config, workdir, print))
+    context = starts.context
+    texts = recovery.held_out(config, arguments.held_out, workdir, arguments.bytes_per_language)
+    of_source = recovery.measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)
+    rows = {"source": {"start": of_source}}
+    short = dataclasses.replace(config, stage1=dataclasses.replace(stage, steps=arguments.probe_steps))
+    probe = stages.Context(short, workdir, print)
+    for way in arguments.ways.split(","):
+        model = starts.model(way)
+        rows[way] = recovery.follow(context, way, model, (), texts)
+        if way in arguments.probed.split(","):
+            rows[way]["probe"] = recovery.follow(probe, way, model, ("stage1",), texts)["stage1"]
+        if way in arguments.trained.split(","):
+            rows[way] |= recovery.follow(context, way, model, ("stage1", "stage2"), texts)
+        print(way, rows[way], flush=True)
+    return rows
+
+
+class _Starts:
+    """Models with the new vocabulary of one pair; what several of them need is made once."""
+
+    def __init__(self, context: stages.Context):
+        self.context = context
+        self._vectors: dict[str, tuple[vectors.Vectors, vectors.Vectors]] = {}
+
+    def model(self, way: str):
+        """Config and parameters of the start of this name."""
+        changed_alignment, changed_initialization = WAYS[way]
+        config = dataclasses.replace(
+            self.context.config,
+            alignment=dataclasses.replace(self.context.config.alignment, **changed_alignment),
+            initialization=dataclasses.replace(self.context.config.initialization, **changed_initialization),
+        )
+        inputs = dataclasses.replace(self._inputs, config=config.alignment)
+        if config.alignment.method in methods.NEED_VECTORS:
+            source, target = self._of(config)
+            inputs = dataclasses.replace(inputs, source=source, target=target)
+        began = time.monotonic()
+        aligned, measured = methods.make(inputs)
+        model_config, params = initialization.initialize(*self._source_model, aligned)
+        if config.alignment.method == "composed" and config.initialization.tokens:
+            target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
+            params = initialization.learn(config, self._source, target, aligned, self._reading, print)
+        print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
+        return model_config, params
+
+    def _of(self, config: Config) -> tuple[vectors.Vectors, vectors.Vectors]:
+        kind = config.alignment.vectors
+        if kind not in self._vectors:
+            shared = methods.pairs(self._inputs.spelled.exact)
+            began = time.monotonic()
+            *made, measured = vectors.make(config.alignment, *self._shards, config.seed, print, shared)
+            self._vectors[kind] = (made[0], made[1])
+            print(f"{kind}: {time.monotonic() - began:.0f} s {measured}", flush=True)
+        return self._vectors[kind]
+
+    @cached_property
+    def _shards(self) -> list[TokenShards]:
+        return [TokenShards.open(self.context.folder("tokens") / side) for side in SIDES]
+
+    @cached_property
+    def _source_model(self):
+        model_config, _ = self.context.source_model
+        return model_config, huggingface.load_params(self.context.source_folder, model_config)
+
+    @cached_property
+    def _source(self) -> initialization.Side:
+        return initialization.Side(*self._source_model, self.context.source_tokenizer, self._shards[0])
+
+    @cached_property
+    def _reading(self):
+        target = initialization.Side(*self._source_model, self.context.target_tokenizer, self._shards[1])
+        return initialization.read(self.context.config, self._source, target, print)
+
+    @cached_property
+    def _inputs(self) -> methods.Inputs:
+        tokenizers = self.context.source_tokenizer, self.context.target_tokenizer
+        counts = [shards.counts for shards in self._shards]
+        return methods.Inputs(
+            self.context.config.alignment, *tokenizers, counts[0], counts[1], self.context.config.seed, print
+        )
+
+
+if __name__ == "__main__":
+    main()
