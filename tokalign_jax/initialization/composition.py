@@ -33,7 +33,7 @@ FEWEST_SEEN = 20
 MOST_WEIGHT = 1000
 """Tokens weigh by the square root of how often they were seen; from here on all the same."""
 RANGES = (1, 4, 16, 64, 256, 1024)
-"""Where the ranges of n begin; below the first a token's contexts are unknown."""
+"""Where the ranges of n begin."""
 BLOCK = 8192
 """Tokens whose features exist at once."""
 
@@ -80,18 +80,17 @@ def learned_rows(rows: Float[np.ndarray, "V_s D"], known: Tokens, wanted: Tokens
     Args:
       rows: of the source model's matrix.
       known: source tokens.
-      wanted: target tokens, with pieces of the source.
+      wanted: target tokens, with pieces of the source, that were seen in context.
     """
     gram, cross = _normal_equations(rows, known, reading)
     result = np.zeros((len(wanted.ids), rows.shape[1]), np.float32)
     counts = wanted.contexts.counts[wanted.ids]
-    edges = [0, *RANGES, np.iinfo(np.int64).max]
+    edges = [*RANGES, np.iinfo(np.int64).max]
     for low, high in itertools.pairwise(edges):
         inside = np.flatnonzero((counts >= low) & (counts < high))
         if not len(inside):
             continue
-        seen = float(np.exp(np.log(np.maximum(counts[inside], 1)).mean())) if low else 0.0
-        rule = _solve(gram, cross, reading.covariance, seen)
+        rule = _solve(gram, cross, reading.covariance, seen=float(np.exp(np.log(counts[inside]).mean())))
         for start in range(0, len(inside), BLOCK):
             block = inside[start : start + BLOCK]
             result[block] = jnp.matmul(_features(rows, wanted, block, reading.mean), rule, precision="highest")
@@ -130,22 +129,12 @@ def _products(features: Float[Array, "n F"], rows: Float[Array, "n D"], weights:
 
 
 def _solve(gram, cross, covariance: Float[np.ndarray, "D D"], seen: float) -> Float[np.ndarray, "F D"]:
-    """float32: the rule for tokens whose contexts were seen `seen` times; 0: not at all, so they count for nothing."""
-    width = len(covariance)
-    if not seen:
-        keep = np.arange(2 * width, len(gram))
-        rule = np.zeros(cross.shape, np.float32)
-        rule[keep] = _ridge(gram[np.ix_(keep, keep)], cross[keep])
-        return rule
-    noisy = gram.copy()
+    """float32: the rule for tokens whose contexts were seen `seen` times."""
+    noisy, width = gram.copy(), len(covariance)
     for at in (0, width):
         noisy[at : at + width, at : at + width] += covariance / seen
-    return _ridge(noisy, cross)
-
-
-def _ridge(gram: Float[np.ndarray, "F F"], cross: Float[np.ndarray, "F D"]) -> np.ndarray:
-    damped = gram + np.diag(RIDGE * np.diag(gram) + 1e-12)
-    return scipy.linalg.solve(damped, cross, assume_a="pos").astype(np.float32)
+    noisy += np.diag(RIDGE * np.diag(noisy) + 1e-12)
+    return scipy.linalg.solve(noisy, cross, assume_a="pos").astype(np.float32)
 
 
 def _features(rows, tokens: Tokens, block: Int[np.ndarray, "b"], mean: Float[np.ndarray, "D"]) -> Float[Array, "b F"]:

@@ -95,12 +95,16 @@ def learn(
 ) -> Params:
     """`target`'s parameters with the rows of composed tokens drawn to what the source model's own tokens teach.
 
+    Rows of tokens that were not seen in context stay as they are: what is learned from pieces alone is nearer to the rows of
+    tokens left out of the fit than their mixtures are, and yet gives more bits per byte.
+
     Args:
       target: as `initialize` made it of the source by `aligned`.
       reading: what `read` gave.
     """
     parts = methods.spell(source.tokenizer, target.tokenizer).parts
-    wanted = np.array([i for i in np.flatnonzero(np.isin(aligned.rules, COMPOSED)) if parts[i]], np.int64)
+    composed = np.isin(aligned.rules, COMPOSED) & np.array([bool(of) for of in parts])
+    wanted = np.flatnonzero(composed & (reading.target.counts > 0))
     known, known_parts = composition.halves(source.tokenizer, source.shards.counts)
     new = dict(target.params)
     if len(wanted) and len(known):
@@ -115,8 +119,7 @@ def learn(
                 made = np.array(new[group][leaf], np.float32)
                 made[wanted] += config.initialization.learned * (learned - made[wanted])
                 new[group] = {leaf: made}
-        seen = np.mean(reading.target.counts[wanted] > 0)
-        log(f"composition: {len(wanted):,} rows learned from {len(known):,} tokens, {seen:.0%} of them seen in context")
+        log(f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens")
     moves, direction = calibration.head_moves(
         target.config, new, target.shards, jnp.dtype(config.compute.dtype), config.seed
     )
