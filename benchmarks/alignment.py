@@ -11,21 +11,25 @@ same order, and are measured on the same held-out text. Writes `alignment.json` 
 import argparse
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import recovery
+import numpy as np
 
 from tokalign_jax import pipeline, stages
 from tokalign_jax.alignment import methods, vectors
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
+from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import initialization
 from tokalign_jax.models import huggingface
+from tokalign_jax.text import corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
+from tokalign_jax.training import loop
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "random": ({"method": "random"}, {}),
@@ -45,6 +49,10 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "composed: fully calibrated": ({}, {"calibration": 1.0}),
 }
 """What each start changes in the alignment's and in the initialisation's config."""
+RANDOM_ROWS = "random rows"
+"""The start whose rows are drawn from a normal distribution with each source column's mean and deviation."""
+GROUPS = ("en", "code", "math")
+"""Languages reported by themselves; the others are pooled."""
 
 
 def main() -> None:
@@ -54,7 +62,7 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="text that nothing is aligned or trained on")
     parser.add_argument("--language-field", default="")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default=",".join([*WAYS, RANDOM_ROWS]))
     parser.add_argument("--probed", default="pieces,composed", help="the starts that get a probe of Stage 1")
     parser.add_argument("--trained", default="pieces,composed", help="the starts that get both stages")
     parser.add_argument("--probe-steps", type=int, default=50)
@@ -72,7 +80,7 @@ def main() -> None:
             results[pair] = rows
             content = {"arguments": vars(arguments), "device": str(jax.devices()[0]), "pairs": results}
             (arguments.workdir / "alignment.json").write_text(json.dumps(content, indent=1, default=str))
-        recovery.show(results[pair])
+        show(results[pair])
 
 
 def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, dict[str, float]]]]:
@@ -108,18 +116,18 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
     pipeline.run(config, workdir, ["tokens"], print)
     starts = _Starts(stages.Context(config, workdir, print))
     context = starts.context
-    texts = recovery.held_out(config, arguments.held_out, workdir, arguments.bytes_per_language)
-    of_source = recovery.measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)
+    texts = held_out(config, arguments.held_out, workdir, arguments.bytes_per_language)
+    of_source = measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)
     rows = {"source": {"start": of_source}}
     short = dataclasses.replace(config, stage1=dataclasses.replace(stage, steps=arguments.probe_steps))
     probe = stages.Context(short, workdir, print)
     for way in arguments.ways.split(","):
         model = starts.model(way)
-        rows[way] = recovery.follow(context, way, model, (), texts)
+        rows[way] = follow(context, way, model, (), texts)
         if way in arguments.probed.split(","):
-            rows[way]["probe"] = recovery.follow(probe, way, model, ("stage1",), texts)["stage1"]
+            rows[way]["probe"] = follow(probe, way, model, ("stage1",), texts)["stage1"]
         if way in arguments.trained.split(","):
-            rows[way] |= recovery.follow(context, way, model, ("stage1", "stage2"), texts)
+            rows[way] |= follow(context, way, model, ("stage1", "stage2"), texts)
         print(way, rows[way], flush=True)
         yield rows
 
@@ -133,6 +141,9 @@ class _Starts:
 
     def model(self, way: str):
         """Config and parameters of the start of this name."""
+        if way == RANDOM_ROWS:
+            size = len(self.context.target_tokenizer)
+            return initialization.random_rows(*self._source_model, size, jax.random.key(0))
         changed_alignment, changed_initialization = WAYS[way]
         config = dataclasses.replace(
             self.context.config,
@@ -182,11 +193,76 @@ class _Starts:
 
     @cached_property
     def _inputs(self) -> methods.Inputs:
-        tokenizers = self.context.source_tokenizer, self.context.target_tokenizer
-        counts = [shards.counts for shards in self._shards]
+        source, target = self._shards
         return methods.Inputs(
-            self.context.config.alignment, *tokenizers, counts[0], counts[1], self.context.config.seed, print
+            config=self.context.config.alignment,
+            source_tokenizer=self.context.source_tokenizer,
+            target_tokenizer=self.context.target_tokenizer,
+            source_counts=source.counts,
+            target_counts=target.counts,
+            seed=self.context.config.seed,
+            log=print,
         )
+
+
+def held_out(config: Config, path: str, workdir: Path, budget: int) -> dict[str, list[str]]:
+    """Every document of the held-out file, up to a budget of bytes per language."""
+    text = dataclasses.replace(config.text, held_out_fraction=0.5)
+    folder = workdir / "held_out"
+    shutil.rmtree(folder, ignore_errors=True)
+    corpus.run(dataclasses.replace(config, corpus=path, text=text), folder, print)
+    documents = [d for batch in corpus.train_batches(folder) for d in batch] + list(corpus.held_out(folder))
+    return bits_per_byte.choose(documents, budget)
+
+
+def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]:
+    scores = bits_per_byte.evaluate(
+        model_config,
+        params,
+        tokenizer,
+        texts,
+        sequence_length=context.config.evaluation.sequence_length,
+        batch=16,
+        dtype=context.config.compute.dtype,
+        loss_chunk=context.config.compute.loss_chunk,
+        log=print,
+    )
+    groups: dict[str, bits_per_byte.Score] = {}
+    for language, score in scores.items():
+        name = language if language in GROUPS else "other"
+        groups[name] = groups[name] + score if name in groups else score
+    return {name: score.bits_per_byte for name, score in groups.items()}
+
+
+def follow(context: stages.Context, start: str, model, trained: Sequence[str], texts) -> dict[str, dict[str, float]]:
+    """A start, measured before and after each of the training stages `trained`.
+
+    Args:
+      model: its config and parameters.
+    """
+    config, tokenizer = context.config, context.target_tokenizer
+    model_config, params = model
+    rows = {"start": measure(context, model_config, params, tokenizer, texts)}
+    shards = TokenShards.open(context.folder("tokens") / "target")
+    end = 0
+    for name in trained:
+        folder = context.workdir / "starts" / start / name
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.monotonic()
+        result = loop.run_stage(name, getattr(config, name), config, model_config, params, shards, folder, end, print)
+        print(f"{start} {name}: {time.monotonic() - began:.0f} s")
+        params, end = result.params, result.next_sequence
+        rows[name] = measure(context, model_config, params, tokenizer, texts)
+        shutil.rmtree(folder)
+    return rows
+
+
+def show(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    names = [*GROUPS, "other"]
+    print("| start | measured | " + " | ".join(names) + " |\n|---|---|" + "---:|" * len(names))
+    for start, states in rows.items():
+        for state, groups in states.items():
+            print(f"| {start} | {state} | " + " | ".join(f"{groups.get(n, np.nan):.3f}" for n in names) + " |")
 
 
 if __name__ == "__main__":

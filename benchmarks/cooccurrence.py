@@ -82,7 +82,7 @@ def repeated(shards: TokenShards, tokens: int, noise: float, seed: int, folder: 
     counts = np.zeros_like(shards.counts)
     with (folder / "tokens.bin").open("wb") as file:
         for place in range(0, tokens, block):
-            part = np.take(shards.tokens, range(place, min(place + block, tokens)), mode="wrap")
+            part = shards.tokens[np.arange(place, min(place + block, tokens)) % length]
             if place + block > length:
                 rng = np.random.default_rng((seed, place))
                 swapped = np.flatnonzero((rng.random(len(part), np.float32) < noise) & (part != end))

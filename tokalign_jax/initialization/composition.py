@@ -93,7 +93,7 @@ def learned_rows(rows: Float[np.ndarray, "V_s D"], known: Tokens, wanted: Tokens
         rule = _solve(gram, cross, reading.covariance, seen=float(np.exp(np.log(counts[inside]).mean())))
         for start in range(0, len(inside), BLOCK):
             block = inside[start : start + BLOCK]
-            result[block] = jnp.matmul(_features(rows, wanted, block, reading.mean), rule, precision="highest")
+            result[block] = _apply(_features(rows, wanted, block, reading.mean), rule)[: len(block)]
     return result
 
 
@@ -111,12 +111,15 @@ def _normal_equations(
     for start in range(0, len(known.ids), BLOCK):
         block = np.arange(start, min(start + BLOCK, len(known.ids)))
         of_gram, of_cross = _products(
-            _features(rows, known, block, reading.mean),
-            jnp.asarray(rows[known.ids[block]], jnp.float32),
-            jnp.asarray(weights[block], jnp.float32),
+            _features(rows, known, block, reading.mean), _padded(rows[known.ids[block]]), _padded(weights[block])
         )
         gram, cross = gram + np.asarray(of_gram, np.float64), cross + np.asarray(of_cross, np.float64)
     return gram, cross
+
+
+@jax.jit
+def _apply(features: Float[Array, "n F"], rule: Float[Array, "F D"]) -> Float[Array, "n D"]:
+    return jnp.matmul(features, rule, precision="highest")
 
 
 @jax.jit
@@ -137,8 +140,15 @@ def _solve(gram, cross, covariance: Float[np.ndarray, "D D"], seen: float) -> Fl
     return scipy.linalg.solve(noisy, cross, assume_a="pos").astype(np.float32)
 
 
-def _features(rows, tokens: Tokens, block: Int[np.ndarray, "b"], mean: Float[np.ndarray, "D"]) -> Float[Array, "b F"]:
-    """float32: what is known of some of the tokens."""
+def _padded(values: np.ndarray) -> np.ndarray:
+    """float32: as many as `BLOCK`, so that one program does for all; the others are 0."""
+    padded = np.zeros((BLOCK, *values.shape[1:]), np.float32)
+    padded[: len(values)] = values
+    return padded
+
+
+def _features(rows, tokens: Tokens, block: Int[np.ndarray, "b"], mean: Float[np.ndarray, "D"]) -> np.ndarray:
+    """float32 [BLOCK, F]: what is known of some of the tokens, padded."""
     ids, (indptr, pieces) = tokens.ids[block], tokens.pieces
     starts, ends = indptr[block], indptr[block + 1]
     sizes = ends - starts
@@ -153,4 +163,4 @@ def _features(rows, tokens: Tokens, block: Int[np.ndarray, "b"], mean: Float[np.
         tokens.log_frequency[ids, None],
         np.ones((len(ids), 1)),
     ]
-    return jnp.asarray(np.concatenate(columns, axis=1, dtype=np.float32))
+    return _padded(np.concatenate(columns, axis=1))
