@@ -159,7 +159,8 @@ class _Starts:
         model_config, params = initialization.initialize(*self._source_model, aligned)
         if config.alignment.method == "composed" and config.initialization.tokens:
             target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
-            params = initialization.learn(config, self._source, target, aligned, self._reading, print)
+            if self._reading is not None:
+                params = initialization.learn(config, self._source, target, aligned, self._reading, print)
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
 
@@ -168,7 +169,8 @@ class _Starts:
         if kind not in self._vectors:
             shared = methods.pairs(self._inputs.spelled.exact)
             began = time.monotonic()
-            *made, measured = vectors.make(config.alignment, *self._shards, config.seed, print, shared)
+            source, target = self._shards
+            *made, measured = vectors.make(config.alignment, source, target, config.seed, print, shared)
             self._vectors[kind] = (made[0], made[1])
             print(f"{kind}: {time.monotonic() - began:.0f} s {measured}", flush=True)
         return self._vectors[kind]
