@@ -33,7 +33,7 @@ def by_definition(counts: cooccurrence.Cooccurrence, columns: np.ndarray) -> np.
 def written_out(blocks: ppmi.Blocks) -> np.ndarray:
     n, width = blocks.shape
     rows = []
-    for start, end in zip(blocks.starts[:-1], blocks.starts[1:]):
+    for start, end in zip(blocks.starts, blocks.ends):
         block = np.zeros(blocks.rows * width)
         block[blocks.cells[start:end]] = blocks.values[start:end]
         rows.append(block.reshape(blocks.rows, width))
@@ -43,12 +43,13 @@ def written_out(blocks: ppmi.Blocks) -> np.ndarray:
 COUNTS = counts_of(random_documents(3, documents=60, longest=80, vocabulary=50), 50)
 
 
-@pytest.mark.parametrize("rows", [4, 64])
-def test_the_matrix_is_the_published_one(rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "memory"), [(4, 1 << 30), (64, 1 << 30), (4, 0)])
+def test_the_matrix_is_the_published_one(rows, memory, monkeypatch):
     monkeypatch.setattr(ppmi, "SLICE", 100)
+    monkeypatch.setattr(ppmi, "MEMORY", memory)
     columns = np.array([0, 2, 3, 7, 11, 30])
     blocks = ppmi.positive_pmi(COUNTS, columns, rows)
-    assert len(blocks.starts) == -(-len(COUNTS.vocabulary) // rows) + 1
+    assert len(blocks.starts) == -(-len(COUNTS.vocabulary) // rows)
     np.testing.assert_allclose(written_out(blocks), by_definition(COUNTS, columns), atol=1e-5)
 
 

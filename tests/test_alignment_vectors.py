@@ -29,7 +29,7 @@ def test_judges_are_no_contexts(monkeypatch):
     source, target, shared = two_sides()
     seen = {}
 
-    def train(sides, columns, *rest):
+    def train(sides, columns, *rest, **options):
         seen["columns"] = np.stack(columns, axis=1)
         return [np.zeros((len(side.vocabulary), 2), np.float32) for side in sides]
 

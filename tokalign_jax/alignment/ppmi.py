@@ -22,8 +22,10 @@ Letters: n tokens of a side, E pairs, P columns, R rows of a block, S stored cel
 
 import functools
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -32,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax.alignment.cooccurrence import Cooccurrence
+from tokalign_jax.alignment.runs import in_order
 from tokalign_jax.progress import Log, Progress
 
 COLUMNS = 8192
@@ -48,6 +51,8 @@ CELLS = 1 << 25
 """Cells of a dense block of rows (128 MiB)."""
 SLICE = 1 << 22
 """Pairs that a thread reads at once."""
+MEMORY = 1 << 30
+"""Bytes of a matrix's cells, and of its values, that are kept in memory."""
 
 Entries = tuple[Int[np.ndarray, "e"], Int[np.ndarray, "e"], Float[np.ndarray, "e"]]
 """Row, number of the context, and count."""
@@ -60,10 +65,11 @@ class Blocks(NamedTuple):
     """(n, P)"""
     rows: int
     """R"""
-    starts: Int[np.ndarray, "blocks+1"]
+    starts: Int[np.ndarray, "blocks"]
+    ends: Int[np.ndarray, "blocks"]
     """int64: where each block's cells are."""
     cells: Int[np.ndarray, "E"]
-    """int32: row * P + column within the block; each at most once."""
+    """int32: row * P + column within the block; each at most once. In no order."""
     values: Float[np.ndarray, "E"]
     """float32: positive."""
 
@@ -75,19 +81,21 @@ def train(
     seed: int,
     log: Log,
     what: str = "PPMI",
+    folder: Path | None = None,
 ) -> list[Float[np.ndarray, "n d"]]:
     """Vectors of the vocabulary of every side, all on the same axes; of norm 1, or 0 for a token that met no context.
 
     Args:
       columns: for each side the places, in its vocabulary, of the contexts; those at the same index are the same context.
       dimensions: d; there are fewer where there are fewer columns.
+      folder: for a matrix that does not fit into `MEMORY`; None: the system's own.
     """
     progress = Progress(log, what, (SWEEPS + 2) * sum(map(len, sides)), "pairs")
     width = len(columns[0])
     rows = block_rows(max(len(side.vocabulary) for side in sides), width)
     matrices = []
     for side, chosen in zip(sides, columns):
-        matrices.append(positive_pmi(side, chosen, rows))
+        matrices.append(positive_pmi(side, chosen, rows, folder))
         progress.update(len(side))
     rng = np.random.default_rng(seed)
     start = rng.standard_normal((width, min(dimensions + SPARE, width)), np.float32)
@@ -125,37 +133,58 @@ def shared_columns(shared: Int[np.ndarray, "S 2"], excluded: Int[np.ndarray, "J"
     return shared[order[~np.isin(order, excluded)][:COLUMNS]]
 
 
-def positive_pmi(side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int) -> Blocks:
-    """PPMI of all tokens of a side with the contexts `columns`, over the co-occurrences with these alone."""
+def positive_pmi(side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, folder: Path | None = None) -> Blocks:
+    """PPMI of all tokens of a side with the contexts `columns`, over the co-occurrences with these alone.
+
+    Pairs are read slice by slice and written where their block has room, so that memory is that of a few slices.
+    """
     n, width = len(side.vocabulary), len(columns)
     place = np.full(n, -1, np.int32)
     place[columns] = np.arange(width, dtype=np.int32)
     slices = [(side, place, start) for start in range(0, len(side), SLICE)]
 
-    def sums(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
+    def sums(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         row, column, count = entries
-        return np.bincount(row, count, n), np.bincount(column, count, width)
+        return np.bincount(row, count, n), np.bincount(column, count, width), np.bincount(row // rows, minlength=blocks)
 
     def positive(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cells and values, by block, and how many each block has."""
         row, column, count = entries
         value = (np.log(count) - log_row[row] - log_column[column]).astype(np.float32)
-        keep = value > 0
-        row, column = row[keep], column[keep]
-        return (row // rows).astype(np.uint16), row % rows * width + column, value[keep]
+        keep = np.flatnonzero(value > 0)
+        block = (row[keep] // rows).astype(np.uint16)
+        keep = keep[np.argsort(block, kind="stable")]
+        return row[keep] % rows * width + column[keep], value[keep], np.bincount(block, minlength=blocks)
 
-    of_row, of_column = np.zeros(n), np.zeros(width)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
-        for in_row, in_column in pool.map(lambda where: sums(_entries(*where)), slices):
+    blocks = -(-n // rows)
+    of_row, of_column, room = np.zeros(n), np.zeros(width), np.zeros(blocks, np.int64)
+    threads = min(os.cpu_count() or 1, THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        for _, (in_row, in_column, in_block) in in_order(pool, threads, lambda *at: sums(_entries(*at)), slices):
             of_row += in_row
             of_column += in_column
+            room += in_block
         smoothed = of_column**SMOOTHING
         with np.errstate(divide="ignore"):  # what was never seen has no entry
             log_row, log_column = np.log(of_row), np.log(smoothed / max(smoothed.sum(), 1e-300))
-        found = list(pool.map(lambda where: positive(_entries(*where)), slices))
-    block, cells, values = (np.concatenate(parts) for parts in zip(*found)) if found else _nothing()
-    order = np.argsort(block, kind="stable")
-    starts = np.searchsorted(block[order], np.arange(-(-n // rows) + 1))
-    return Blocks((n, width), rows, starts, cells[order], values[order])
+        starts = np.cumsum(room) - room
+        ends = starts.copy()
+        cells, values = (_room(int(room.sum()), dtype, folder) for dtype in (np.int32, np.float32))
+        for _, (of_cells, of_values, sizes) in in_order(pool, threads, lambda *at: positive(_entries(*at)), slices):
+            start = 0
+            for block in np.flatnonzero(sizes):
+                here, there = slice(start, start + sizes[block]), slice(ends[block], ends[block] + sizes[block])
+                cells[there], values[there] = of_cells[here], of_values[here]
+                start, ends[block] = here.stop, there.stop
+    return Blocks((n, width), rows, starts, ends, cells, values)
+
+
+def _room(size: int, dtype: type, folder: Path | None) -> np.ndarray:
+    """An array to be written; past `MEMORY` bytes on disk, in a file that has no name and goes when the array does."""
+    if size * np.dtype(dtype).itemsize <= MEMORY:
+        return np.empty(size, dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=size)
 
 
 def block_rows(tokens: int, width: int) -> int:
@@ -175,14 +204,10 @@ def _entries(side: Cooccurrence, place: Int[np.ndarray, "n"], start: int) -> Ent
     )
 
 
-def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.zeros(0, np.uint16), np.zeros(0, np.int32), np.zeros(0, np.float32)
-
-
 def _padded_blocks(matrix: Blocks) -> Iterator[tuple[Int[np.ndarray, "S"], Float[np.ndarray, "S"]]]:
     """Each block's cells and values, S a power of two, so that few programs are compiled; padding lies outside."""
     outside = matrix.rows * matrix.shape[1]
-    for start, end in zip(matrix.starts[:-1], matrix.starts[1:]):
+    for start, end in zip(matrix.starts, matrix.ends):
         size = max(1 << int(end - start - 1).bit_length(), 1024) if end > start else 1024
         cells, values = np.full(size, outside, np.int32), np.zeros(size, np.float32)
         cells[: end - start], values[: end - start] = matrix.cells[start:end], matrix.values[start:end]

@@ -57,7 +57,7 @@ def make(
         for side, shards in (("source", source), ("target", target))
     }
     if config.vectors == "ppmi":
-        found, measured = _by_ppmi(config, list(counts.values()), shared, seed, log)
+        found, measured = _by_ppmi(config, list(counts.values()), shared, seed, log, folder)
     else:
         trained = [
             glove.train(side, config, seed + offset, log, f"{name} GloVe")
@@ -72,15 +72,20 @@ def make(
 
 
 def _by_ppmi(
-    config: AlignmentConfig, sides: list[Cooccurrence], shared: Int[np.ndarray, "S 2"] | None, seed: int, log: Log
+    config: AlignmentConfig,
+    sides: list[Cooccurrence],
+    shared: Int[np.ndarray, "S 2"] | None,
+    seed: int,
+    log: Log,
+    folder: Path | None,
 ) -> tuple[list[Float[np.ndarray, "n d"]], dict[str, Any]]:
     columns = contexts(config, sides[0], sides[1], shared, seed)
     if columns is not None:
-        vectors = ppmi.train(sides, [columns[:, 0], columns[:, 1]], config.vector_size, seed, log)
+        vectors = ppmi.train(sides, [columns[:, 0], columns[:, 1]], config.vector_size, seed, log, folder=folder)
         return vectors, {"ppmi_shared_contexts": len(columns)}
     log("PPMI: too few shared tokens to be contexts of both sides; each side is factored by itself")
     own = [np.arange(min(ppmi.COLUMNS, len(side.vocabulary))) for side in sides]
-    return [ppmi.train([side], [c], config.vector_size, seed, log)[0] for side, c in zip(sides, own)], {
+    return [ppmi.train([side], [c], config.vector_size, seed, log, folder=folder)[0] for side, c in zip(sides, own)], {
         "ppmi_shared_contexts": 0
     }
 
