@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.alignment.vector_size = 300
     config.alignment.window = 15
     config.alignment.similarity_threshold = 0.3
-    config.initialization.tokens = 800_000
+    config.initialization.tokens = 500_000
 
     for stage in (config.stage1, config.stage2):
         stage.per_device_batch = 4
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         stage.checkpoint_every = 40
     config.stage1.method = "embedding"
     config.stage1.steps = 160
-    config.stage1.learning_rate = 2e-3
+    config.stage1.learning_rate = 1e-3
     config.stage1.start_offset = 0
     config.stage2.method = "lora"
     config.stage2.steps = 140

@@ -102,7 +102,8 @@ def test_tokens_that_meet_no_context_and_sides_without_pairs_stay_finite():
     documents = [[1, 2, 1, 2, 1], [3, 4, 3, 4]]
     (vectors,) = ppmi.train([counts_of(documents, 5)], [np.array([0])], 3, 0, lambda line: None)
     assert np.isfinite(vectors).all() and vectors.shape == (4, 1)
-    empty = cooccurrence.Cooccurrence(np.arange(3, dtype=np.int32), *[np.zeros(0, np.int32)] * 2, np.zeros(0))
+    nothing = np.zeros(0, np.int32)
+    empty = cooccurrence.Cooccurrence(np.arange(3, dtype=np.int32), nothing, nothing, np.zeros(0))
     (vectors,) = ppmi.train([empty], [np.array([0, 1])], 2, 0, lambda line: None)
     assert not vectors.any()
 
