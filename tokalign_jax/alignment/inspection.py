@@ -311,9 +311,21 @@ def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
     title = f"Target token {index}: “{target.show(index).text}”"
     return [
         Section(title, rows=facts),
-        Section("Source tokens", "", ("token", "id", "as", "in embedding", "in head", "in the corpus"), made),
+        Section(
+            "Source tokens",
+            _after(subject, index),
+            ("token", "id", "as", "in embedding", "in head", "in the corpus"),
+            made,
+        ),
         _neighbour_section(subject, index, match, count),
     ]
+
+
+def _after(subject: Subject, index: int) -> str:
+    """What initialization does to a row beyond its mixture."""
+    if subject.method != "composed" or subject.alignment.rules[index] not in (Rule.SIMILAR, Rule.PIECES):
+        return ""
+    return "From this mixture initialization draws the row to what the source model makes of the token in text."
 
 
 def _neighbour_section(subject: Subject, index: int, match: int, count: int) -> Section:
