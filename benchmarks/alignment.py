@@ -123,7 +123,7 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
     probe = stages.Context(short, workdir, print)
     for way in arguments.ways.split(","):
         model = starts.model(way)
-        rows[way] = follow(context, way, model, (), texts)
+        rows[way] = {"start": measure(context, *model, context.target_tokenizer, texts)}
         if way in arguments.probed.split(","):
             rows[way]["probe"] = follow(probe, way, model, ("stage1",), texts)["stage1"]
         if way in arguments.trained.split(","):
@@ -150,7 +150,7 @@ class _Starts:
             alignment=dataclasses.replace(self.context.config.alignment, **changed_alignment),
             initialization=dataclasses.replace(self.context.config.initialization, **changed_initialization),
         )
-        inputs = dataclasses.replace(self._inputs, config=config.alignment)
+        inputs = dataclasses.replace(self._inputs, config=config.alignment, known=self._inputs.spelled)
         if config.alignment.method in methods.NEED_VECTORS:
             source, target = self._of(config)
             inputs = dataclasses.replace(inputs, source=source, target=target)
@@ -237,14 +237,14 @@ def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]
 
 
 def follow(context: stages.Context, start: str, model, trained: Sequence[str], texts) -> dict[str, dict[str, float]]:
-    """A start, measured before and after each of the training stages `trained`.
+    """A start, measured after each of the training stages `trained`.
 
     Args:
       model: its config and parameters.
     """
     config, tokenizer = context.config, context.target_tokenizer
     model_config, params = model
-    rows = {"start": measure(context, model_config, params, tokenizer, texts)}
+    rows = {}
     shards = TokenShards.open(context.folder("tokens") / "target")
     end = 0
     for name in trained:

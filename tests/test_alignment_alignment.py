@@ -30,13 +30,17 @@ def sentences(from_words: list[str], count: int, seed: int) -> list[str]:
     return [" ".join(rng.choice(from_words, rng.integers(8, 40))) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def tokenizers():
+def tokenizer_pair():
     """A byte-level source, and a SentencePiece-like target with more words and a few more special tokens."""
     source = tiny_tokenizer(600, sentences(ENGLISH, 50, 0))
     target = tiny_tokenizer(800, sentences(ENGLISH + GERMAN, 100, 1), kind="metaspace")
     target.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
     return source, target
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return tokenizer_pair()
 
 
 @pytest.fixture(scope="module")

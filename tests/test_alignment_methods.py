@@ -9,8 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import tiny_tokenizer
-from tests.test_alignment_alignment import ENGLISH, GERMAN, assert_whole, row, sentences
+from tests.test_alignment_alignment import assert_whole, row, tokenizer_pair
 from tokalign_jax.alignment import methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.alignment.methods import Inputs
@@ -25,10 +24,7 @@ DRAWN = ("exact", "random", "tokalign")
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    source = tiny_tokenizer(600, sentences(ENGLISH, 50, 0))
-    target = tiny_tokenizer(800, sentences(ENGLISH + GERMAN, 100, 1), kind="metaspace")
-    target.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
-    return source, target
+    return tokenizer_pair()
 
 
 def texts(tokenizer) -> list[int]:

@@ -65,10 +65,12 @@ class Inputs:
     source: Vectors = NO_VECTORS
     target: Vectors = NO_VECTORS
     """Token vectors; empty for methods that need none."""
+    known: "Spelled | None" = None
+    """What `spell` gave, where that is at hand."""
 
     @cached_property
     def spelled(self) -> "Spelled":
-        return spell(self.source_tokenizer, self.target_tokenizer)
+        return self.known or spell(self.source_tokenizer, self.target_tokenizer)
 
     @cached_property
     def source_size(self) -> int:
@@ -140,7 +142,7 @@ def run(
             shared = pairs(inputs.spelled.exact)
             of_source, of_target, measured = vectors.make(settings, source, target, config.seed, log, shared, folder)
             vectors.save(folder, of_source, of_target)
-            inputs = dataclasses.replace(inputs, source=of_source, target=of_target)
+            inputs = dataclasses.replace(inputs, source=of_source, target=of_target, known=inputs.spelled)
         made, found = make(inputs)
         measured = found | measured
     alignment.save(made, folder)

@@ -46,5 +46,5 @@ def match(
 @jax.jit
 def _relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Array, "n P"]:
     """Cosines of each vector to the pivots."""
-    unit = vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-    return jnp.matmul(unit, unit[pivots].T, precision="highest")
+    vectors = matching.unit(vectors)
+    return jnp.matmul(vectors, vectors[pivots].T, precision="highest")
