@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tokalign_jax.config import Config, StageConfig, TextConfig
 from tokalign_jax.demo import build
 from tokalign_jax.errors import UserError
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub
 from tokalign_jax.text import canonical
 
 SPACE = "▁"
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":
-            own, other = (huggingface.load_tokenizer(name) for name in (arguments.tokenizer, arguments.other))
+            own, other = (hub.load_tokenizer(name) for name in (arguments.tokenizer, arguments.other))
             check_pair(own, other, arguments.corpus)
             return
         if arguments.out.exists() and any(arguments.out.iterdir()):
@@ -188,7 +188,7 @@ def train_gpt_neox(
     )
     config = Config(corpus=corpus, text=TextConfig(held_out_fraction=5e-4), stage1=stage)
     raw = GPT_NEOX | {"num_hidden_layers": layers}
-    build.pretrain(raw, huggingface.load_tokenizer(tokenizer), config, out)
+    build.pretrain(raw, hub.load_tokenizer(tokenizer), config, out)
 
 
 def check_pair(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, corpus: str) -> None:

@@ -34,7 +34,7 @@ import numpy as np
 
 from tokalign_jax.alignment import cooccurrence, glove, matching, ppmi, vectors
 from tokalign_jax.config import AlignmentConfig, Config, TextConfig
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub
 from tokalign_jax.text import canonical, corpus, tokenizing
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 
@@ -66,7 +66,7 @@ def main() -> None:
         parser.error("--glove_c is needed for the way c")
 
     arguments.workdir.mkdir(parents=True, exist_ok=True)
-    tokenizers = [huggingface.load_tokenizer(name) for name in (arguments.source_tokenizer, arguments.target_tokenizer)]
+    tokenizers = [hub.load_tokenizer(name) for name in (arguments.source_tokenizer, arguments.target_tokenizer)]
     folders = _token_folders(arguments, *tokenizers)
     shared = _shared(*tokenizers)
     results: dict[str, Any] = {}

@@ -9,14 +9,14 @@ from helpers import TEXTS, tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax.evaluation import bits_per_byte, report, samples
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub, huggingface
 from tokalign_jax.text.corpus import Document
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tiny_model_folder(tmp_path_factory.mktemp("model"), "llama")
-    config, _ = huggingface.load_config(folder)
+    config, _ = hub.load_config(folder)
     return folder, config, huggingface.load_params(folder, config)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import ComputeConfig, Config, InitializationConfig
 from tokalign_jax.initialization import calibration, composition, contexts, initialization
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import forward
 from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
@@ -24,7 +24,7 @@ DOCUMENTS = [text * times for times in (1, 2, 3) for text in TEXTS]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tiny_model_folder(tmp_path_factory.mktemp("model"), "llama", vocab_size=320)
-    config, _ = huggingface.load_config(folder)
+    config, _ = hub.load_config(folder)
     return AutoTokenizer.from_pretrained(folder), config, huggingface.load_params(folder, config)
 
 
@@ -197,7 +197,7 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 def test_learning_changes_composed_rows_alone(tmp_path, tied):
     folder = tiny_model_folder(tmp_path, "llama", vocab_size=320, tied=tied)
-    config, _ = huggingface.load_config(folder)
+    config, _ = hub.load_config(folder)
     params, source = huggingface.load_params(folder, config), AutoTokenizer.from_pretrained(folder)
     target = tiny_tokenizer(420, [*TEXTS, "Completely other words of another text, completely."])
     shards = [shards_of(t, DOCUMENTS) for t in (source, target)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax.errors import UserError
-from tokalign_jax.models import families, huggingface
+from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.transformer import logits
 
 TOKENIZER = tiny_tokenizer(260, TEXTS)
@@ -28,7 +27,7 @@ def _folder(tmp_path: Path, family: str = "llama", **settings) -> Path:
 
 
 def _load(folder: Path):
-    config, raw = huggingface.load_config(folder)
+    config, raw = hub.load_config(folder)
     huggingface.check_weights(folder, config)
     return config, raw, huggingface.load_params(folder, config)
 
@@ -208,7 +207,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         f"'{name}' has shape .*47, 32.* asks for .*48, 32": weights | {name: weights[name][1:]},
         f"'{name}' is stored as I8": weights | {name: weights[name].astype(np.int8)},
     }
-    config, _ = huggingface.load_config(folder)
+    config, _ = hub.load_config(folder)
     for message, stored in cases.items():
         save_file(stored, folder / "model.safetensors")
         for read in (huggingface.check_weights, huggingface.load_params):
@@ -234,26 +233,4 @@ def test_what_is_not_implemented_is_named(family, changes, message, tmp_path):
     folder = _folder(tmp_path, family)
     _edit_json(folder / "config.json", **changes)
     with pytest.raises(UserError, match=message):
-        huggingface.load_config(folder)
-
-
-def test_without_network_the_error_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    start = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"source model 'EleutherAI/pythia-1b@main' .*local Hugging Face folder.*embedded"
-    ):
-        huggingface.resolve("EleutherAI/pythia-1b@main", what="source model")
-    with pytest.raises(UserError, match=r"tokenizer 'Qwen/Qwen2-1\.5B'"):
-        huggingface.load_tokenizer("Qwen/Qwen2-1.5B")
-    with pytest.raises(UserError, match="there is no such folder"):
-        huggingface.resolve("./nowhere", what="source model")
-    assert time.monotonic() - start < 20
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"tokenizer .* cannot be read"):
-        huggingface.load_tokenizer(tmp_path / "empty")
-
-
-def test_a_local_folder_is_itself(tmp_path):
-    assert huggingface.resolve(str(tmp_path), what="source model") == tmp_path
+        hub.load_config(folder)

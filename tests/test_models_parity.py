@@ -11,7 +11,7 @@ from helpers import SHARED, tiny_model, tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tokalign_jax import paths
-from tokalign_jax.models import families, huggingface
+from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params, forward, generate, head_matrix, init_params, logits
 
@@ -72,7 +72,7 @@ def _tiny(name: str, tmp_path: Path) -> tuple[ModelConfig, dict, torch.nn.Module
 
 
 def _pair(folder: Path) -> tuple[ModelConfig, dict, torch.nn.Module]:
-    config, _ = huggingface.load_config(folder)
+    config, _ = hub.load_config(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     return config, huggingface.load_params(folder, config, jnp.float32), reference
 

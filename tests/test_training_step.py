@@ -28,7 +28,7 @@ from training_toys import (
 )
 
 from tokalign_jax import paths
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub, huggingface
 from tokalign_jax.training import sharding
 from tokalign_jax.training.batches import TokenSource, make_stream
 from tokalign_jax.training.metrics import read
@@ -126,7 +126,7 @@ def test_golden_steps_against_pytorch(tmp_path, family):
     """The losses of six steps of clipped AdamW with two rates, warm-up and cosine, against a PyTorch loop in float32."""
     reference = tiny_model(family, VOCABULARY)
     reference.save_pretrained(tmp_path / "model")
-    model, _ = huggingface.load_config(tmp_path / "model")
+    model, _ = hub.load_config(tmp_path / "model")
     params = huggingface.load_params(tmp_path / "model", model)
     stage = replace(
         STAGE,

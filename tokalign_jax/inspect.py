@@ -22,7 +22,7 @@ from tokalign_jax import demo, pages
 from tokalign_jax.alignment import alignment, inspection, vectors
 from tokalign_jax.config import AlignmentConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub
 from tokalign_jax.text import canonical
 
 STATE_FILE = "stages.json"
@@ -93,12 +93,10 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
             "nothing to inspect: give --workdir of a run, or --alignment with --source-model and --target-tokenizer"
         )
     folders = {
-        "source": huggingface.resolve(demo.source_model(names["source_model"]), what="source_model", weights=False),
-        "target": huggingface.resolve(
-            demo.target_tokenizer(names["target_tokenizer"]), what="target_tokenizer", weights=False
-        ),
+        "source": hub.resolve(demo.source_model(names["source_model"]), what="source_model", weights=False),
+        "target": hub.resolve(demo.target_tokenizer(names["target_tokenizer"]), what="target_tokenizer", weights=False),
     }
-    tokenizers = {side: huggingface.load_tokenizer(folder) for side, folder in folders.items()}
+    tokenizers = {side: hub.load_tokenizer(folder) for side, folder in folders.items()}
     path = given.alignment or given.workdir / "align"
     found = alignment.load(path, tokenizers["source"], tokenizers["target"])
     sides = {

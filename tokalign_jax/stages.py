@@ -19,7 +19,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import initialization
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.progress import Log
@@ -43,25 +43,23 @@ class Context:
 
     @cached_property
     def source_folder(self) -> Path:
-        return huggingface.resolve(demo.source_model(self.config.source_model), what="source_model")
+        return hub.resolve(demo.source_model(self.config.source_model), what="source_model")
 
     @cached_property
     def target_folder(self) -> Path:
-        return huggingface.resolve(
-            demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False
-        )
+        return hub.resolve(demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False)
 
     @cached_property
     def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
-        return huggingface.load_config(self.source_folder)
+        return hub.load_config(self.source_folder)
 
     @cached_property
     def source_tokenizer(self) -> PreTrainedTokenizerBase:
-        return huggingface.load_tokenizer(self.source_folder)
+        return hub.load_tokenizer(self.source_folder)
 
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
-        return huggingface.load_tokenizer(self.target_folder)
+        return hub.load_tokenizer(self.target_folder)
 
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""
@@ -219,7 +217,7 @@ def load_state(context: Context, states: Sequence[str]) -> tuple[ModelConfig, di
     No states: the source model.
     """
     folder = context.folder("init") if states else context.source_folder
-    config, _ = huggingface.load_config(folder)
+    config, _ = hub.load_config(folder)
     params = huggingface.load_params(folder, config)
     for name in states[1:]:
         stage: StageConfig = getattr(context.config, name)

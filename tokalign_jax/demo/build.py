@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokalign_jax import demo
 from tokalign_jax.config import Config, StageConfig, TextConfig
-from tokalign_jax.models import families, huggingface, transformer
+from tokalign_jax.models import families, hub, huggingface, transformer
 from tokalign_jax.text import corpus, tokenizing
 from tokalign_jax.training import loop
 
@@ -179,7 +179,7 @@ def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, bat
                     lines.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
         # One document in 2,000 is held out by the ordinary split, and unused.
         config = Config(corpus=str(kept), text=TextConfig(held_out_fraction=5e-4), stage1=stage)
-        pretrain(MODEL, huggingface.load_tokenizer(str(out / "source_model")), config, made)
+        pretrain(MODEL, hub.load_tokenizer(str(out / "source_model")), config, made)
         shutil.copytree(made, out / "source_model", dirs_exist_ok=True)
 
 

@@ -1,10 +1,9 @@
-"""Hugging Face folders: models and tokenizers in, the adapted model out. No PyTorch on the way.
+"""Weights of Hugging Face folders, in and out. No PyTorch on the way.
 
-Weights are read and written through the family's weight table (`weights`): every tensor of a checkpoint is used exactly
+They are read and written through the family's weight table (`weights`): every tensor of a checkpoint is used exactly
 once, every leaf filled, every shape checked.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +21,9 @@ from safetensors.numpy import save_file
 
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
+from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.families import config_from_hf, family
+from tokalign_jax.models.families import family
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.models.weights import Weight
 
@@ -40,97 +40,6 @@ _FLOATS = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 """Types of weights, as safetensors spells them."""
-
-_ROLES = ("bos", "eos", "pad")
-
-_OLD_VOCABULARY = (
-    "tokenizer_class",
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "decoder_start_token_id",
-    "force_words_ids",
-    "forced_bos_token_id",
-    "forced_decoder_ids",
-    "forced_eos_token_id",
-    "sep_token_id",
-    "sequence_bias",
-    "suppress_tokens",
-)
-"""Config keys that speak of the source's tokenizer or of its token ids, and mean nothing with another vocabulary."""
-
-
-# --- Names to folders -------------------------------------------------------------------------------------------------
-
-
-def resolve(name: str, *, what: str, weights: bool = True) -> Path:
-    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins one).
-
-    Args:
-      what: what is being looked for ("source model"), for the error.
-      weights: fetch the safetensors too, not only configs and tokenizer files.
-
-    Raises:
-      UserError: there is no such folder and the repository cannot be had.
-    """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    elsewhere = (
-        "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships with the package"
-    )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{what} '{name}': there is no such folder; {elsewhere}")
-    # Here, since importing it reads HF_HUB_OFFLINE and costs time.
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
-    try:
-        folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-    except Exception as error:  # Whatever stopped it (network, name, gate, disk), what the user can do is the same.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub ({reason}): check the "
-            f"name and the network, or {elsewhere}"
-        ) from error
-    return Path(folder)
-
-
-def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's constants, and its config.json as it is.
-
-    Raises:
-      UserError: no readable config.json, an unsupported model_type, or a flag that is not implemented.
-    """
-    raw = _read_json(Path(folder) / "config.json")
-    if raw is None:
-        raise UserError(f"model folder '{folder}' has no config.json: give a folder in Hugging Face format")
-    return config_from_hf(raw), raw
-
-
-def load_generation_config(folder: Path | str) -> dict[str, Any] | None:
-    """generation_config.json, if the folder has one."""
-    return _read_json(Path(folder) / "generation_config.json")
-
-
-def load_tokenizer(name: Path | str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local folder or hub repository; code that comes with it is never run.
-
-    Raises:
-      UserError: it cannot be had or read.
-    """
-    folder = resolve(str(name), what="tokenizer", weights=False)
-    from transformers import AutoTokenizer  # Slow to import, and not needed by those who only read weights.
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything, from OSError to panics of its Rust part.
-        raise UserError(
-            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {error}): expected "
-            f"tokenizer.json and tokenizer_config.json as save_pretrained writes them"
-        ) from error
-
 
 # --- Reading weights --------------------------------------------------------------------------------------------------
 
@@ -172,7 +81,7 @@ def _open(folder: Path) -> Iterator[dict[str, Any]]:
     """Every tensor's name -> the open safetensors file that holds it."""
     if (folder / SINGLE).is_file():
         names = [SINGLE]
-    elif index := _read_json(folder / INDEX):
+    elif index := hub.read_json(folder / INDEX):
         names = sorted(set(index["weight_map"].values()))
     else:
         raise UserError(
@@ -291,16 +200,6 @@ def _check_copies_of_embedding(files: Mapping[str, Any], config: ModelConfig, em
             )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`; None when there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy it again") from error
-
-
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -341,12 +240,9 @@ def save_checkpoint(
             f"the tokenizer has {len(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
             f"tokens would have none; give the model at least as many rows"
         )
-    generation_config = load_generation_config(source_folder) if source_folder else None
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
     dtype = {} if dtypes == "source" else {"torch_dtype" if "torch_dtype" in raw_config else "dtype": dtypes}
-    _write_json(folder / "config.json", _adapted(raw_config, ids | dtype | {"vocab_size": config.vocab_size}))
-    _write_json(folder / "generation_config.json", _adapted(generation_config or {"_from_model_config": True}, ids))
-    tokenizer.save_pretrained(str(folder))
+    new = dtype | {"vocab_size": config.vocab_size}
+    hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
     stored = stored_dtypes(source_folder) if source_folder else {}
     _write_weights(folder, params, config, dtypes, stored, max_shard_bytes)
 
@@ -375,7 +271,7 @@ def _write_weights(
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        hub.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 @dataclass(frozen=True)
@@ -406,11 +302,3 @@ def _shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
         shards[-1].append(tensor)
         room -= tensor.size
     return shards
-
-
-def _adapted(source: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in _OLD_VOCABULARY} | dict(new)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
