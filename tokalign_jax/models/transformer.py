@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Rotation, rotate, rotation
@@ -195,13 +195,13 @@ class Transformer(nnx.Module):
 
         def layer(x, scanned):
             weights, key, cache = scanned
-            return nnx.merge(definition, weights)(x, by, key, cache, start)
+            x, cache = nnx.merge(definition, weights)(x, by, key, cache, start)
+            return sharding.by_sequence(x), cache
 
         # Inside a scan XLA cannot undo the recomputation, so nothing needs to be held against that.
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         keys = None if key is None else jax.random.split(key, config.num_layers)
-        # Cast after the look-up: the gradient of the rows then adds up in the table's own type.
-        x = self.embed_tokens.embedding[tokens].astype(dtype)
+        x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
         x, cache = jax.lax.scan(body, x, (weights, keys, cache))
         return self.final_norm(x), cache
 
@@ -239,7 +239,7 @@ def head_matrix(params: Params) -> Float[Array, "V D"]:
 
 def logits(config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T V"]:
     """All logits in float32, for short inputs; `options` are those of `forward`."""
-    return _project(forward(config, params, tokens, **options), params)
+    return _project(config, forward(config, params, tokens, **options), params)
 
 
 def generate(
@@ -266,7 +266,7 @@ def _continue(
 
     def advance(tokens, last, cache, start):
         hidden, cache = model(tokens, None, dtype, False, cache, start)
-        return _project(hidden[:, last], params).argmax(-1).astype(prompt.dtype), cache
+        return _project(config, hidden[:, last], params).argmax(-1).astype(prompt.dtype), cache
 
     def step(carry, position):
         token, cache = carry
@@ -323,9 +323,10 @@ def _param(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
-def _project(hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
+def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
     head = head_matrix(params).astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    return every[..., : config.vocab_size]  # without rows that only fill the matrix up
 
 
 def _split(key: jax.Array | None, count: int):
