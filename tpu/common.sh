@@ -1,0 +1,104 @@
+# shellcheck shell=bash disable=SC2034
+# What the scripts of this folder share: settings, flags, and how they speak to gcloud. Sourced, never run.
+set -euo pipefail
+
+TPU_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$TPU_DIR")
+WORKER_DIR=tokalign_jax # on a worker, under its home
+
+# Settings: the environment, then the file (the environment wins where the file says VAR=${VAR:-...}).
+SETTINGS=${SETTINGS:-$TPU_DIR/settings.sh}
+CREATE_FLAGS=() SSH_FLAGS=() RUN_ENV=()
+# shellcheck source=/dev/null
+if [[ -f $SETTINGS ]]; then source "$SETTINGS"; fi
+PROJECT=${PROJECT:-} ZONE=${ZONE:-} NAME=${NAME:-tokalign}
+ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v6e-8} RUNTIME_VERSION=${RUNTIME_VERSION:-} SPOT=${SPOT:-1}
+BUCKET=${BUCKET:-} NFS=${NFS:-} MOUNT=${MOUNT:-/mnt/shared} JOB=${JOB:-train}
+POLL=${POLL:-60} MAX_FAILURES=${MAX_FAILURES:-3} DRY_RUN=${DRY_RUN:-0}
+
+say() { printf '%s\n' "$*" >&2; }
+die() {
+  say "error: $*"
+  exit 2
+}
+
+# Takes --dry-run and --help off "$@"; what follows `--` stays in ARGS. The help is the script's own first comment.
+parse() {
+  ARGS=()
+  while (($#)); do
+    case $1 in
+      --dry-run) DRY_RUN=1 ;;
+      --help | -h)
+        sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+        exit 0
+        ;;
+      --)
+        shift
+        ARGS=("$@")
+        break
+        ;;
+      *) die "unknown argument '$1'; what is meant for the command on the workers comes after --" ;;
+    esac
+    shift
+  done
+  [[ -n $PROJECT ]] || die "PROJECT is not set; write it to $SETTINGS (see settings.example.sh) or export it"
+  [[ -n $ZONE ]] || die "ZONE is not set; write it to $SETTINGS (see settings.example.sh) or export it"
+}
+
+# The image for a kind of TPU (https://cloud.google.com/tpu/docs/runtimes).
+runtime_version() {
+  if [[ -n $RUNTIME_VERSION ]]; then
+    echo "$RUNTIME_VERSION"
+    return
+  fi
+  case $ACCELERATOR_TYPE in
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
+    *) die "no image is known for ACCELERATOR_TYPE '$ACCELERATOR_TYPE'; set RUNTIME_VERSION" ;;
+  esac
+}
+
+# One gcloud call in the project and zone; printed instead of made under --dry-run.
+gc() {
+  local group=$1 verb=$2
+  shift 2
+  local call=(gcloud compute tpus "$group" "$verb" "$@" "--project=$PROJECT" "--zone=$ZONE" --quiet)
+  if [[ $DRY_RUN == 1 ]]; then
+    printf '%q ' "${call[@]}"
+    echo
+  else
+    "${call[@]}"
+  fi
+}
+
+# State of the queued resource (ACTIVE, SUSPENDED, ...), or ABSENT. Asks nothing under --dry-run: $1 is the answer then.
+state() {
+  if [[ $DRY_RUN == 1 ]]; then
+    echo "$1"
+    return
+  fi
+  local errors found
+  errors=$(mktemp)
+  if found=$(gc queued-resources describe "$NAME" --format='value(state.state)' 2>"$errors"); then
+    echo "$found"
+  elif grep -q NOT_FOUND "$errors"; then
+    echo ABSENT
+  else
+    cat "$errors" >&2
+    rm -f "$errors"
+    return 1
+  fi
+  rm -f "$errors"
+}
+
+# Runs worker.sh with these arguments on worker $1 (a number, or all). Quoted once for the shell over there, so that
+# spaces, quotes and globs arrive as they were.
+on_worker() {
+  local worker=$1
+  shift
+  local command
+  command=$(printf '%q ' bash "$WORKER_DIR/worker.sh" "$@")
+  gc tpu-vm ssh "$NAME" "--worker=$worker" "--command=$command" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"}
+}
