@@ -130,7 +130,7 @@ def _splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    kernel: _Kernel = splash_attention_kernel.make_splash_mha(
+    kernel: Any = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
         head_shards=1,
