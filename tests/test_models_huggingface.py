@@ -79,7 +79,7 @@ def test_older_spellings_of_the_config_mean_the_same(tmp_path):
         raw = json.loads((folder / "config.json").read_text())
         without = {key: value for key, value in raw.items() if key != "rope_parameters"}
         expected = families.config_from_hf(raw)
-        assert expected.rope_theta == 500.0
+        assert expected.layer_kinds[0].rope.theta == 500.0
         assert families.config_from_hf(without | old) == expected
 
 
@@ -221,8 +221,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported.*gpt_neox, llama"),
         ("llama", {"hidden_act": "relu2"}, "'hidden_act' to 'relu2'"),
         ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config'"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'rope_parameters'.*yarn"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "'rope_scaling'.*dynamic"),
+        ("llama", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "'rope_parameters'.*mrope"),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "xpos"}}, "'rope_scaling'.*xpos"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
         ("llama", {"rms_norm_eps": None}, "has no 'rms_norm_eps'"),
         ("gpt_neox", {"rope_parameters": None}, "has no 'rotary_pct'"),

@@ -3,12 +3,37 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tokalign_jax.models.rotary import RopeScaling
+from tokalign_jax.models.rotary import Rope
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a layer's attention deals with positions: the one thing in which the layers of a model may differ."""
+
+    rope: Rope | None
+    """None: without rotary embedding."""
+    window: int | None = None
+    """A query sees this many latest positions, its own included; None: all before it."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of each feed-forward layer."""
+
+    count: int
+    """E."""
+    per_token: int
+    """How many of them a token goes through: those of the largest router probabilities."""
+    normalized: bool
+    """Their probabilities are divided by their sum."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every constant comes from the checkpoint's config.json (`families`); none has a default."""
+    """Every constant comes from the checkpoint's config.json (`families`); none has a default.
+
+    What only some families have does: it is absent.
+    """
 
     model_type: str
     """The Hugging Face family: names the weight table that reads and writes this model."""
@@ -25,7 +50,7 @@ class ModelConfig:
     head_dim: int
     """H."""
     intermediate_size: int
-    """F: width of the feed-forward layer."""
+    """F: width of the feed-forward layer, or of one expert."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
     gated_mlp: bool
     """down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))."""
@@ -42,7 +67,30 @@ class ModelConfig:
     """The head is the input embedding."""
     max_positions: int
     """The longest sequence that the model was made for, in tokens."""
-    rotary_dim: int
-    """R: the leading part of each head that rotary embedding turns."""
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    layer_kinds: tuple[LayerKind, ...]
+    """Of each layer."""
+
+    learned_positions: bool = False
+    """A learned vector per position, up to `max_positions`, is added to the embedding."""
+    norm_plus_one: bool = False
+    """Norms multiply with 1 + scale."""
+    norm_placement: Literal["before", "after", "both"] = "before"
+    """Where attention and feed-forward have their norms: on what they read, on what they give, or on both."""
+    shared_norm: bool = False
+    """With `parallel_residual`: attention and feed-forward read the layer's input through one norm."""
+    query_key_norm: Literal["head", "each_head", "width"] | None = None
+    """Queries and keys are normed before they turn: over H with one scale for all heads, over H with a scale for each head,
+    or over all heads together."""
+    attention_scale: float | None = None
+    """Factor of the attention logits; None: 1 / sqrt(H)."""
+    attention_softcap: float | None = None
+    """c: attention logits x become c tanh(x / c)."""
+    logit_softcap: float | None = None
+    """c: logits x become c tanh(x / c) (`transformer.adjust_logits`)."""
+    embedding_scale: float = 1.0
+    """Factor of the embedding on its way into the first layer; in the type of the activations, as transformers has it."""
+    residual_scale: float = 1.0
+    """Factor of what attention and feed-forward add."""
+    output_scale: float = 1.0
+    """Factor of the hidden states after the final norm, so that hidden @ head are the logits."""
+    experts: Experts | None = None

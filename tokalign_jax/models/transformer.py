@@ -1,16 +1,18 @@
 """A decoder-only transformer: defined in Flax NNX, run as pure functions of a plain nested dict of arrays.
 
 Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N heads, K key-value
-heads, H head size, L layers, F intermediate.
+heads, H head size, L layers, F intermediate, E experts.
 
 The modules declare which parameters exist (`abstract_params`) and what is computed from them (`forward`); arrays are in
 them for the length of a call. All leaves under `layers` are stacked over L, and one compiled layer body is scanned over
-them. Activations have the `dtype` of the caller, to which each layer casts its own weights; norms, rotary embedding and
-softmax are computed in float32.
+them. Layers may differ in window and rotary embedding: the scan hands each the numbers of its own among the few that the
+model has. Activations have the `dtype` of the caller, to which each layer casts its own weights; norms, rotary embedding,
+softmax and routing are computed in float32.
 """
 
 import functools
-from typing import Any, Literal
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +21,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax import paths, sharding
+from tokalign_jax.errors import UserError
+from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.rotary import Rotation, rotate, rotation
+from tokalign_jax.models.rotary import Length, Rotation, rotate, rotation
 
 Params = dict[str, Any]
 """A nested dict of arrays; docs/architecture.md lists the paths."""
 
 Cache = tuple[Float[Array, "*L B S K H"], Float[Array, "*L B S K H"]]
 """Keys and values of S positions, filled from the left; of all layers, or inside one without L."""
+
+_Item = TypeVar("_Item", bound=Hashable)
 
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -62,57 +68,106 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Layer norm (mean removed, with a bias) or RMS norm (neither)."""
+    """Layer norm (mean removed) or RMS norm over the last axis."""
 
-    def __init__(self, config: ModelConfig):
-        self.epsilon = config.norm_epsilon
-        self.scale = _param(config.hidden_size)
-        self.bias = _param(config.hidden_size) if config.norm == "layer" else None
+    def __init__(self, config: ModelConfig, *shape: int, bias: bool = False, gain: float = 1.0):
+        """`shape`: of the scale; `gain`: one more factor of the result."""
+        self.config = config
+        self.gain = gain
+        self.scale = _param(*shape)
+        self.bias = _param(*shape) if bias else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = x.astype(jnp.float32)
-        if self.bias is not None:
+        if self.config.norm == "layer":
             y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        y *= self.scale.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_epsilon)
+        y *= self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0)
         if self.bias is not None:
             y += self.bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        return (self.gain * y).astype(x.dtype)
+
+
+class Place(NamedTuple):
+    """Where a layer's attention looks from and how far."""
+
+    positions: Int[Array, "T"]
+    by: Rotation
+    window: Int[Array, ""]
+    """Number of the layer's window among those of the model."""
 
 
 class Attention(nnx.Module):
     """Causal attention, in which N / K query heads share a key-value head."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
-        self.head_dim = config.head_dim
+        self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, queries, config.attention_bias, lora)
         self.k_proj = Linear(config.hidden_size, keys, config.attention_bias, lora)
         self.v_proj = Linear(config.hidden_size, keys, config.attention_bias, lora)
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
+        self.q_norm = self._query_key_norm(config.num_heads)
+        self.k_norm = self._query_key_norm(config.num_kv_heads)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        by: Rotation,
-        key: jax.Array | None,
-        cache: Cache | None,
-        start: Int[Array, ""] | int,
+        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         q_key, k_key, v_key, o_key = _split(key, 4)
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x, q_key).reshape(heads), by)
-        k = rotate(self.k_proj(x, k_key).reshape(heads), by)
-        v = self.v_proj(x, v_key).reshape(heads)
+        q = rotate(self._heads(self.q_proj(x, q_key), self.q_norm), place.by)
+        k = rotate(self._heads(self.k_proj(x, k_key), self.k_norm), place.by)
+        v = self._heads(self.v_proj(x, v_key), None)
         if cache is None:
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=_attention_implementation(q))
+            y = self._attend(q, k, v, place)
         else:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, start, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, place.positions[0], axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, place.positions[0], axis=1)
             cache = k, v
-            visible = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
-            y = jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
+            y = self._attend_cached(q, k, v, place)
         return self.o_proj(y.reshape(*x.shape[:2], -1), o_key), cache
+
+    def _query_key_norm(self, heads: int) -> Norm | None:
+        size = self.config.head_dim
+        match self.config.query_key_norm:
+            case None:
+                return None
+            case "head":
+                return Norm(self.config, size)
+            case "each_head":
+                return Norm(self.config, heads, size)
+            case "width":
+                return Norm(self.config, heads * size)
+
+    def _heads(self, x: Float[Array, "B T NH"], norm: Norm | None) -> Float[Array, "B T N H"]:
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        if norm is None:
+            return x.reshape(heads)
+        return norm(x).reshape(heads) if self.config.query_key_norm == "width" else norm(x.reshape(heads))
+
+    @property
+    def _logits(self) -> dict[str, Any]:
+        """How attention logits are made."""
+        scale = self.config.attention_scale
+        return {
+            "scale": self.config.head_dim**-0.5 if scale is None else scale,
+            "softcap": self.config.attention_softcap,
+        }
+
+    def _attend(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], place: Place
+    ) -> Float[Array, "B T N H"]:
+        windows, _ = _numbered([kind.window for kind in self.config.layer_kinds])
+        # One branch a window, so that each knows its own when it is compiled, as fused kernels must.
+        branches = [functools.partial(attend, window=window, **self._logits) for window in windows]
+        return branches[0](q, k, v) if len(branches) == 1 else jax.lax.switch(place.window, branches, q, k, v)
+
+    def _attend_cached(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], place: Place
+    ) -> Float[Array, "B T N H"]:
+        windows, _ = _numbered([kind.window for kind in self.config.layer_kinds])
+        window = jnp.array([window or k.shape[1] for window in windows])[place.window]
+        distance = place.positions[:, None] - jnp.arange(k.shape[1])
+        return attend(q, k, v, mask=(distance >= 0) & (distance < window), **self._logits)
 
 
 class MLP(nnx.Module):
@@ -135,34 +190,39 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm, one after the other or side by side."""
+    """One layer: attention and feed-forward with their norms, one after the other or side by side."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
-        self.parallel_residual = config.parallel_residual
-        self.input_norm = Norm(config)
+        self.config = config
+        norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm == "layer")
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.input_norm = norm() if before else None
         self.attention = Attention(config, lora)
-        self.post_attention_norm = Norm(config)
+        self.attention_out_norm = norm() if after else None
+        self.post_attention_norm = norm() if before and not config.shared_norm else None
         self.mlp = MLP(config, lora)
+        self.mlp_out_norm = norm() if after else None
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        by: Rotation,
-        key: jax.Array | None,
-        cache: Cache | None,
-        start: Int[Array, ""] | int,
+        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         attention_key, mlp_key = _split(key, 2)
-        attended, cache = self.attention(self.input_norm(x), by, attention_key, cache, start)
-        if self.parallel_residual:
-            return x + attended + self.mlp(self.post_attention_norm(x), mlp_key), cache
-        x += attended
-        return x + self.mlp(self.post_attention_norm(x), mlp_key), cache
+        normed = _apply(self.input_norm, x)
+        attended, cache = self.attention(normed, place, attention_key, cache)
+        y = x + self.config.residual_scale * _apply(self.attention_out_norm, attended)
+        if not self.config.shared_norm:
+            normed = _apply(self.post_attention_norm, x if self.config.parallel_residual else y)
+        return y + self.config.residual_scale * _apply(self.mlp_out_norm, self.mlp(normed, mlp_key)), cache
 
 
 class Embed(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.embedding = _param(config.vocab_size, config.hidden_size)
+
+
+class Positions(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        self.embedding = _param(config.max_positions, config.hidden_size)
 
 
 class Head(nnx.Module):
@@ -176,8 +236,9 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.config = config
         self.embed_tokens = Embed(config)
+        self.embed_positions = Positions(config) if config.learned_positions else None
         self.layers = nnx.vmap(lambda: Block(config, lora), axis_size=config.num_layers)()
-        self.final_norm = Norm(config)
+        self.final_norm = Norm(config, config.hidden_size, bias=config.norm == "layer", gain=config.output_scale)
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def __call__(
@@ -188,22 +249,38 @@ class Transformer(nnx.Module):
         remat: bool,
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
+        length: Length | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """`length` is that of the whole text, for rotary embeddings which look at it; None: T."""
         config = self.config
-        by = rotation(start + jnp.arange(tokens.shape[1]), config.rope_theta, config.rotary_dim, config.rope_scaling)
+        positions = start + jnp.arange(tokens.shape[1])
+        ropes, rope_of = _numbered([kind.rope for kind in config.layer_kinds])
+        _, window_of = _numbered([kind.window for kind in config.layer_kinds])
+        size = max((rope.size for rope in ropes if rope), default=0)
+        turns = [rotation(positions, rope, size, tokens.shape[1] if length is None else length) for rope in ropes]
         definition, weights = nnx.split(self.layers)
 
         def layer(x, scanned):
-            weights, key, cache = scanned
-            x, cache = nnx.merge(definition, weights)(x, by, key, cache, start)
+            weights, key, cache, rope, window = scanned
+            by = turns[0] if len(turns) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts)[rope], *turns)
+            x, cache = nnx.merge(definition, weights)(x, Place(positions, by, window), key, cache)
             return sharding.by_sequence(x), cache
 
         # Inside a scan XLA cannot undo the recomputation, so nothing needs to be held against that.
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         keys = None if key is None else jax.random.split(key, config.num_layers)
         x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
-        x, cache = jax.lax.scan(body, x, (weights, keys, cache))
+        x = self._placed(x, positions)
+        x, cache = jax.lax.scan(body, x, (weights, keys, cache, rope_of, window_of))
         return self.final_norm(x), cache
+
+    def _placed(self, x: Float[Array, "B T D"], positions: Int[Array, "T"]) -> Float[Array, "B T D"]:
+        """The embedding as the first layer reads it."""
+        if self.config.embedding_scale != 1:
+            x *= jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.embed_positions is not None:
+            x += self.embed_positions.embedding[positions].astype(x.dtype)
+        return x
 
 
 # --- Pure functions ---------------------------------------------------------------------------------------------------
@@ -228,7 +305,9 @@ def forward(
 
     Raises:
       ValueError: `params` are not those of `config` and `lora`.
+      UserError: the model has no positions for so long a text.
     """
+    _check_length(config, tokens.shape[1])
     return _bind(config, lora, params)(tokens, dropout_key, dtype, remat)[0]
 
 
@@ -237,16 +316,31 @@ def head_matrix(params: Params) -> Float[Array, "V D"]:
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
 
 
+def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What the model does to its logits one by one: the soft-cap, for the families that have one, else nothing."""
+    if config.logit_softcap is None:
+        return logits
+    return config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+
+
 def logits(config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T V"]:
     """All logits in float32, for short inputs; `options` are those of `forward`."""
-    return _project(config, forward(config, params, tokens, **options), params)
+    return adjust_logits(config, _project(config, forward(config, params, tokens, **options), params))
 
 
 def generate(
     config: ModelConfig, params: Params, prompt: Int[Array, "B T"], steps: int, dtype: DTypeLike = jnp.float32
 ) -> Int[Array, "B T+steps"]:
-    """`prompt` and its greedy continuation by `steps` tokens."""
+    """`prompt` and its greedy continuation by `steps` tokens.
+
+    Rotary embeddings that look at the length of the text take that of the whole, `prompt` and continuation, for each
+    of its tokens.
+
+    Raises:
+      UserError: the model has no positions for so long a text.
+    """
     length = prompt.shape[1]
+    _check_length(config, length + steps)
     # Padded, so that prompts of all lengths run through a few programs.
     padded = jnp.pad(prompt, ((0, 0), (0, -length % 64)))
     return jnp.concatenate([prompt, _continue(config, params, padded, length, steps, jnp.dtype(dtype))], axis=1)
@@ -265,8 +359,9 @@ def _continue(
     empty = jnp.zeros((config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim), dtype)
 
     def advance(tokens, last, cache, start):
-        hidden, cache = model(tokens, None, dtype, False, cache, start)
-        return _project(config, hidden[:, last], params).argmax(-1).astype(prompt.dtype), cache
+        hidden, cache = model(tokens, None, dtype, False, cache, start, length + steps)
+        scores = adjust_logits(config, _project(config, hidden[:, last], params))
+        return scores.argmax(-1).astype(prompt.dtype), cache
 
     def step(carry, position):
         token, cache = carry
@@ -282,12 +377,12 @@ def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params
 
 
 def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Params:
-    """Float32 parameters to pre-train from: matrices normal with deviation `std`, norms one, biases zero."""
+    """Float32 parameters to pre-train from: matrices normal with deviation `std`, norms neutral, biases zero."""
 
     def init(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         match path.rpartition("/")[2]:
             case "scale":
-                return jnp.ones(shape)
+                return jnp.zeros(shape) if config.norm_plus_one else jnp.ones(shape)
             case "bias":
                 return jnp.zeros(shape)
             case _:
@@ -329,6 +424,24 @@ def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params)
     return every[..., : config.vocab_size]  # without rows that only fill the matrix up
 
 
+def _apply(norm: Norm | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x if norm is None else norm(x)
+
+
+def _numbered(items: Sequence[_Item]) -> tuple[list[_Item], Int[Array, "L"]]:
+    """The different items, and of each item its number among them."""
+    different = list(dict.fromkeys(items))
+    return different, jnp.array([different.index(item) for item in items])
+
+
+def _check_length(config: ModelConfig, length: int) -> None:
+    if config.learned_positions and length > config.max_positions:
+        raise UserError(
+            f"a text of {length:,} tokens is too long for this model: it has learned {config.max_positions:,} positions "
+            f"and no others; use sequences of at most {config.max_positions:,} tokens"
+        )
+
+
 def _split(key: jax.Array | None, count: int):
     return [None] * count if key is None else jax.random.split(key, count)
 
@@ -337,12 +450,3 @@ def _dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Floa
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
-def _attention_implementation(q: Float[Array, "B T N H"]) -> Literal["cudnn"] | None:
-    """cuDNN's flash attention for half precision on the NVIDIA devices that have it for this head size, else XLA's."""
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    if not capability.replace(".", "").isdigit() or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return None
-    largest = 256 if float(capability) >= 9 else 128
-    return "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= largest else None

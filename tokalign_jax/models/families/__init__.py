@@ -8,7 +8,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import gpt_neox, llama
 
-FAMILIES = {module.MODEL_TYPE: module for module in (gpt_neox, llama)}
+FAMILIES = {name: module for module in (gpt_neox, llama) for name in module.MODEL_TYPES}
 
 
 def family(model_type: str | None) -> ModuleType:

@@ -1,22 +1,21 @@
 """GPT-NeoX: Pythia and GPT-NeoX-20B."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
-from tokalign_jax.models.families.reading import required
+from tokalign_jax.models.families.reading import Raw, required
 from tokalign_jax.models.weights import Weight, linear, norm, same
 
-MODEL_TYPE = "gpt_neox"
+MODEL_TYPES = ("gpt_neox",)
 
 BUFFERS = r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$"
 """Tensors in old checkpoints that hold no parameters."""
 
 
-def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a GPT-NeoX model.
 
     `use_parallel_residual` and `attention_bias` are younger than the format: older files mean that they are on.
@@ -24,22 +23,17 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
-    reading.check_unquantized(raw)
-    rope = reading.rope_parameters(raw)
-    hidden_size, num_heads = required(raw, "hidden_size"), required(raw, "num_attention_heads")
-    head_dim = hidden_size // num_heads
-    fraction = rope.get("partial_rotary_factor") or required(raw, "rotary_pct")
+    reading.check_flags(raw, ("attention_bias", "partial_rotary_factor", "rotary_pct", "use_parallel_residual"))
+    rope_parameters = raw.get("rope_parameters") or {}
     attention_bias = raw.get("attention_bias", True)
-    return ModelConfig(
-        model_type=MODEL_TYPE,
-        vocab_size=required(raw, "vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=required(raw, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=head_dim,
-        intermediate_size=required(raw, "intermediate_size"),
-        activation=reading.activation(raw),
+    rope = reading.rope(
+        raw,
+        fraction=rope_parameters.get("partial_rotary_factor") or required(raw, "rotary_pct"),
+        theta=None if "rope_theta" in rope_parameters else required(raw, "rotary_emb_base"),
+    )
+    return reading.decoder(
+        raw,
+        num_kv_heads=required(raw, "num_attention_heads"),
         gated_mlp=False,
         norm="layer",
         norm_epsilon=required(raw, "layer_norm_eps"),
@@ -47,11 +41,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=True,
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        max_positions=required(raw, "max_position_embeddings"),
-        rotary_dim=int(head_dim * fraction),
-        rope_theta=float(rope.get("rope_theta") or required(raw, "rotary_emb_base")),
-        rope_scaling=reading.rope_scaling(raw),
+        layer_kinds=reading.uniform(raw, LayerKind(rope)),
     )
 
 
