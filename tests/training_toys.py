@@ -16,7 +16,8 @@ import pytest
 
 from tokalign_jax import paths
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, StageConfig
-from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import init_params
 from tokalign_jax.training.loop import run_stage
 
@@ -41,9 +42,7 @@ LLAMA = ModelConfig(
     mlp_bias=False,
     tie_word_embeddings=False,
     max_positions=32,
-    rotary_dim=4,
-    rope_theta=10000.0,
-    rope_scaling=None,
+    layer_kinds=(LayerKind(Rope(4, 10000.0, None)),) * 2,
 )
 NEOX = replace(
     LLAMA,
@@ -56,7 +55,7 @@ NEOX = replace(
     attention_bias=True,
     attention_out_bias=True,
     mlp_bias=True,
-    rotary_dim=2,
+    layer_kinds=(LayerKind(Rope(2, 10000.0, None)),) * 2,
 )
 STAGE = StageConfig(
     method="full",
