@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax.evaluation import bits_per_byte, report, samples
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
 
 
@@ -44,6 +45,16 @@ def test_bits_per_byte_equals_pytorch(model, batch, chunk):
         size = sum(len(d.encode()) for d in documents)
         assert scores[language].tokens == count and scores[language].bytes == size
         assert scores[language].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_text_is_cut_into_tokens_as_for_training(model):
+    """The name of a special token in a document is those characters, not the token."""
+    folder, config, params = model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = f"the quick{tokenizer.eos_token} brown"
+    scores = bits_per_byte.evaluate(config, params, tokenizer, {"a": [text]}, sequence_length=32, batch=1)
+    assert scores["a"].tokens == len(plain_backend(tokenizer).encode(text, add_special_tokens=False).ids)
+    assert scores["a"].tokens > len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def test_every_token_is_a_label_once():

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import tiny_tokenizer
+from tests.helpers import tiny_tokenizer, tokenizer_of_kind
 from tokalign_jax.config import Config, TextConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import corpus, tokenizing
@@ -77,19 +78,40 @@ def test_large_vocabularies_have_four_byte_tokens(tmp_path):
     assert shards.tokens[0] == tokenizer.convert_tokens_to_ids("word69999") > 65_535
 
 
-def test_end_of_text_falls_back_to_sep_and_bos():
-    def with_roles(**roles):
-        return PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(300, WORDS).backend_tokenizer, **roles)
+def test_end_of_text_falls_back_to_sep_a_name_and_bos():
+    def made(end="<|endoftext|>", **roles):
+        state = tiny_tokenizer(300, WORDS).backend_tokenizer.to_str().replace("<|endoftext|>", end)
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state), **roles)
 
-    assert tokenizing.end_of_text_id(with_roles(eos_token="a", sep_token="b")) == with_roles().convert_tokens_to_ids(
-        "a"
+    for tokenizer, expected in (
+        (made(eos_token="a", sep_token="b"), "a"),
+        (made(sep_token="b", bos_token="c"), "b"),
+        (made(bos_token="c"), "<|endoftext|>"),
+        (made("</s>"), "</s>"),
+        (made("<|other|>", bos_token="c"), "c"),
+    ):
+        assert tokenizing.end_of_text_id(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
+    with pytest.raises(UserError, match=r"neither an eos.*set eos_token.*'<\|other\|>'"):
+        tokenizing.end_of_text_id(made("<|other|>"))
+
+
+def test_what_a_tokenizer_does_not_keep_is_told_and_counted(tmp_path):
+    texts = ["the quick brown fox", "the dog\nand the Ж fox"]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(9) for text in texts)
     )
-    assert tokenizing.end_of_text_id(with_roles(sep_token="b", bos_token="c")) == with_roles().convert_tokens_to_ids(
-        "b"
-    )
-    assert tokenizing.end_of_text_id(with_roles(bos_token="c")) == with_roles().convert_tokens_to_ids("c")
-    with pytest.raises(UserError, match="neither an eos"):
-        tokenizing.end_of_text_id(with_roles())
+    config = Config(corpus=str(tmp_path / "a.jsonl"), text=TextConfig(held_out_fraction=0.1))
+    corpus.run(config, tmp_path / "corpus", lambda line: None)
+    letters = ["the quick brown fox dog and 0123456789"]
+    sides = tokenizer_of_kind("bert", letters), tokenizer_of_kind("gpt2", letters)
+    lines = []
+    index = tokenizing.run(config, tmp_path / "corpus", *sides, tmp_path / "tokens", lines.append)
+    documents = [d for batch in corpus.train_batches(tmp_path / "corpus") for d in batch]
+    assert index["source"]["unknown_tokens"] == sum("Ж" in d.text for d in documents) > 0
+    assert index["target"]["unknown_tokens"] == 0 and index["target"]["loses"] == []
+    assert "line ends" in index["source"]["loses"]
+    told = [line for line in lines if "does not keep" in line]
+    assert len(told) == 1 and "the source tokenizer does not keep" in told[0] and "capitals, accents" in told[0]
 
 
 def test_missing_or_cut_shards_are_told(made, tmp_path):

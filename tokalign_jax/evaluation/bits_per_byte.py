@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import end_of_text_id
 from tokalign_jax.training.losses import IGNORED, token_nll
@@ -106,11 +107,11 @@ def evaluate(
     Returns:
       Score by language.
     """
-    start = first_context(tokenizer)
+    start, backend = first_context(tokenizer), plain_backend(tokenizer)  # as the shards are made
     windows: list[tuple[str, list[int], list[int]]] = []
     totals = {}
     for language, documents in texts.items():
-        encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
         totals[language] = Score(0.0, sum(map(len, encoded)), sum(len(d.encode()) for d in documents))
         windows += [(language, *window) for tokens in encoded for window in cut(tokens, start, sequence_length)]
 

@@ -1,8 +1,8 @@
 """Canonical bytes: what a token stands for, however its tokenizer spells it.
 
 Tokenizers spell the same bytes differently: byte-level BPE writes a space as `Ġ` and every other byte as one printable
-character, SentencePiece writes it as `▁` and a byte without a character as `<0x0A>`. Two tokens are the same when their
-bytes are. A string comparison misses most shared tokens and finds false friends.
+character, SentencePiece writes it as `▁` and a byte without a character as `<0x0A>`, WordPiece marks what does not begin a
+word. Two tokens are the same when their bytes are. A string comparison misses most shared tokens and finds false friends.
 """
 
 import hashlib
@@ -12,11 +12,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from tokalign_jax.errors import UserError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+_NO_SPACE_BEFORE = re.compile(
+    r"[\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""How words begin that text does not set off by a space: punctuation, Thai, Lao, Burmese, Khmer, kana and Chinese characters."""
+
+_PROBES = {
+    "capitals": "a Fox",
+    "accents": "a café",
+    "line ends": "a\nb",
+    "tabs": "a\tb",
+    "runs of spaces": "a   b",
+    "decomposed characters": "a cafe\u0301",
+    "compatibility forms": "a ﬁ ①",
+    "rare characters": "a ꙮ \U0001f9ff \U00012031",
+}
+"""Texts that show, each by its name, what a tokenizer does not keep."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -26,14 +43,27 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special tokens and unused ids."""
-    decode = _spelling(tokenizer).decode
-    special = special_ids(tokenizer)
-    added = tokenizer.added_tokens_decoder
+    backend, spelling = _backend(tokenizer), _spelling(tokenizer)
+    special, added = special_ids(tokenizer), tokenizer.added_tokens_decoder
+    # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
+    added = {i: token for i, token in added.items() if backend.model.token_to_id(token.content) != i}
     result: list[bytes | None] = [None] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         if index not in special:
-            result[index] = str(added[index]).encode() if index in added else decode(token)
+            result[index] = _added_bytes(backend, added[index]) if index in added else spelling.decode(token)
     return result
+
+
+def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What of a text does not come back from its tokens, by the names of `_PROBES`; a space around the text is no loss.
+
+    Bits per byte of a tokenizer that drops part of the text are too low to be compared.
+    """
+    content = token_bytes(tokenizer)
+    encodings = plain_backend(tokenizer).encode_batch_fast(list(_PROBES.values()), add_special_tokens=False)
+    found = [b"".join(content[i] or b"" for i in encoding.ids) for encoding in encodings]
+    kept = [back.strip(b" ") == text.encode() for back, text in zip(found, _PROBES.values())]
+    return [name for name, is_kept in zip(_PROBES, kept) if not is_kept]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -80,8 +110,9 @@ class PieceCutter:
     """Cuts bytes into ids of `tokenizer` whose canonical bytes join up to them again.
 
     First choice is the tokenizer's own segmentation of the text; where that does not give the bytes back (they are no
-    UTF-8, or a normaliser or a prefixed space changes them) its bare model, without normaliser and pre-tokenizer; as
-    the last resort the longest matching tokens from left to right.
+    UTF-8, or a normaliser or a prefixed space changes them) its bare model, without normaliser and pre-tokenizer; then
+    the longest matching tokens from left to right. A tokenizer that cannot spell a text (without capitals, say) gives
+    the tokens in which its model would read that text, if they are all known.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -108,7 +139,7 @@ class PieceCutter:
         bare = self._bare(content)
         if self._joined(bare) == content:
             return bare
-        return self._greedy(content)
+        return self._greedy(content) or self._as_read(content, own)
 
     def _joined(self, ids: Iterable[int]) -> bytes | None:
         parts = [self._bytes[i] for i in ids]
@@ -117,6 +148,11 @@ class PieceCutter:
     def _bare(self, content: bytes) -> list[int]:
         spelled = self._spelling.encode(content)
         return [token.id for token in self._backend.model.tokenize(spelled)] if spelled else []
+
+    def _as_read(self, content: bytes, own: list[int]) -> list[int]:
+        joined = self._joined(own)
+        is_text = content.decode("utf-8", errors="ignore").encode() == content
+        return own if is_text and joined and joined.strip() else []
 
     def _greedy(self, content: bytes) -> list[int]:
         ids, start = [], 0
@@ -186,36 +222,93 @@ class _SentencePiece(_Plain):
         return None if text is None else text.replace(" ", self._space)
 
 
+class _Words(_Plain):
+    """Words without the spaces around them, whose later pieces have a mark before them: `play ##ing` (BERT).
+
+    A first piece stands for a space and its text, unless it begins as words do that have no space before them: what most
+    texts have there, since the token itself does not say.
+    """
+
+    def __init__(self, mark: str):
+        self._mark = mark
+
+    def decode(self, token: str) -> bytes:
+        if self._mark and token.startswith(self._mark) and token != self._mark:
+            return super().decode(token.removeprefix(self._mark))
+        return super().decode(token if _NO_SPACE_BEFORE.match(token) else f" {token}")
+
+    def encode(self, content: bytes) -> str | None:
+        text = super().encode(content)
+        if not text or _NO_SPACE_BEFORE.match(text.removeprefix(" ")):
+            return text
+        return text.removeprefix(" ") if text.startswith(" ") else self._mark + text if self._mark else None
+
+
+class _WordEnds(_Plain):
+    """Words whose last piece has a mark behind it, which stands for the space there: `play ing</w>` (GPT-1, CLIP)."""
+
+    def __init__(self, mark: str, inner: _Plain):
+        self._mark, self._inner = mark, inner
+
+    def decode(self, token: str) -> bytes:
+        text = token.removesuffix(self._mark)
+        return self._inner.decode(text) + (b" " if text != token else b"")
+
+    def encode(self, content: bytes) -> str | None:
+        return self._inner.encode(content[:-1]) if content.endswith(b" ") else None  # the model adds the mark itself
+
+
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
-    """How a tokenizer spells bytes, from its own description of its pre-tokenizer, decoder and model."""
+    """How a tokenizer spells bytes, from its own description of its normaliser, pre-tokenizer, decoder and model."""
     backend = _backend(tokenizer)
-    components = [json.loads(c.__getstate__()) for c in (backend.pre_tokenizer, backend.decoder) if c is not None]
-    parts = [part for component in components for part in _parts(component)]
-    if any(part["type"] == "ByteLevel" for part in parts):
-        return _ByteLevel()
+    if isinstance(backend.model, tokenizers.models.WordPiece | tokenizers.models.WordLevel):
+        return _Words(getattr(backend.model, "continuing_subword_prefix", ""))
+    parts = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer), *_parts(backend.decoder)]
     spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
-    spaces += [
-        part["pattern"]["String"]
-        for part in parts
-        if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]
-    ]
-    if spaces or getattr(backend.model, "byte_fallback", False):
-        return _SentencePiece(spaces[0] if spaces else "▁")
-    return _Plain()
+    spaces += [part["pattern"]["String"] for part in _parts(backend.decoder) if _makes_space(part)]
+    if any(part["type"] == "ByteLevel" for part in parts):
+        spelling: _Plain = _ByteLevel()
+    elif spaces or getattr(backend.model, "byte_fallback", False):
+        spelling = _SentencePiece(spaces[0] if spaces else "▁")
+    else:
+        spelling = _Plain()
+    mark = getattr(backend.model, "end_of_word_suffix", None)
+    return _WordEnds(mark, spelling) if mark else spelling
 
 
-def _parts(component: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A pre-tokenizer or decoder and, where it is a sequence, what that holds."""
-    yield component
-    for inner in (*component.get("pretokenizers", ()), *component.get("decoders", ())):
-        yield from _parts(inner)
+def _makes_space(part: dict[str, Any]) -> bool:
+    return part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]
+
+
+def _added_bytes(backend: tokenizers.Tokenizer, token: AddedToken) -> bytes:
+    """What an added token that the model does not know stands for: its text, which the library looks for in the
+    normalised text if so told, where a space may be a `▁`, or have been put before it."""
+    if not (token.normalized and backend.normalizer):
+        return token.content.encode()
+    text = backend.normalizer.normalize_str(token.content)
+    kinds = {part["type"] for part in _parts(backend.normalizer)}
+    if "ByteLevel" in kinds:
+        return _ByteLevel().decode(text)
+    return (text.replace("▁", " ") if kinds & {"Replace", "Prepend"} else text).encode()
+
+
+def _parts(component: Any) -> Iterator[dict[str, Any]]:
+    """A normaliser, pre-tokenizer or decoder and, where it is a sequence, what that holds, as tokenizer.json has them."""
+    if component is not None:
+        yield from _unfolded(json.loads(component.__getstate__()))
+
+
+def _unfolded(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield part
+    for inner in (*part.get("normalizers", ()), *part.get("pretokenizers", ()), *part.get("decoders", ())):
+        yield from _unfolded(inner)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) has no tokenizer.json: it must be "
-            f"a 'fast' one; convert it with AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
+            f"the tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) works in Python, without a "
+            f"tokenizer.json: convert it to that form, with transformers' convert_slow_tokenizer if it knows the kind"
         )
     return backend

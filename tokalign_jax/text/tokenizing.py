@@ -2,7 +2,8 @@
 
 For each side a folder with `tokens.bin` (raw little-endian uint16, or uint32 past 65,536 tokens), `documents.npy`
 (int64: where each document ends; its last token is the end-of-text), `counts.npy` (int64 [V]: how often each id occurs)
-and `index.json` (type, sizes, and documents, bytes, tokens and bytes per token by language).
+and `index.json` (type, sizes, what of a text the tokenizer does not keep, and documents, bytes, tokens, unknown ones among
+them and bytes per token by language).
 """
 
 import json
@@ -21,9 +22,21 @@ from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text import corpus
-from tokalign_jax.text.canonical import plain_backend, vocabulary_size
+from tokalign_jax.text.canonical import losses, plain_backend, special_ids, vocabulary_size
 
 SIDES = ("source", "target")
+
+_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<EOS>",
+    "[EOS]",
+    "<|eos|>",
+    "<｜end▁of▁sentence｜>",
+)
+"""Special tokens that end a text by their name, where no role says so."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +101,32 @@ def run(
             progress.update(sum(document.bytes for document in documents))
     indices = {side: writer.close() for side, writer in zip(SIDES, writers)}
     progress.done(", ".join(f"{side} {i['bytes_per_token']:.2f} bytes/token" for side, i in indices.items()))
+    for side, index in indices.items():
+        if index["loses"]:
+            log(f"tokens: the {side} tokenizer does not keep {', '.join(index['loses'])} ({_unknown_share(index)})")
     return indices
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a document: eos, else sep, else bos.
+    """The id that ends a document: eos, else sep, else a special token named like one, else bos.
 
     Raises:
       UserError: when the tokenizer has none of them.
     """
-    for role in ("eos", "sep", "bos"):
-        index = getattr(tokenizer, f"{role}_token_id", None)
+    special = special_ids(tokenizer)
+    named = (tokenizer.get_vocab().get(name) for name in _ENDS)
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, *(i for i in named if i in special), tokenizer.bos_token_id)
+    for index in ends:
         if index is not None:
-            return int(index)
+            return int(index)  # type: ignore[arg-type]
+    shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special)[:10])
     raise UserError(
         f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
-        "document: set eos_token in its tokenizer_config.json"
+        f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'})"
     )
+
+
+_COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
 
 
 class _Writer:
@@ -116,6 +138,8 @@ class _Writer:
         self._folder = folder
         self._backend = plain_backend(tokenizer)
         self._end = end_of_text_id(tokenizer)
+        self._unknown = tokenizer.unk_token_id
+        self._losses = losses(tokenizer)
         self._counts = np.zeros(vocabulary_size(tokenizer), np.int64)
         self._dtype = np.dtype("<u2" if len(self._counts) <= 1 << 16 else "<u4")
         self._file = (folder / "tokens.bin").open("wb")
@@ -131,24 +155,25 @@ class _Writer:
             self._counts += np.bincount(ids, minlength=len(self._counts))
             self._tokens += len(ids)
             self._ends.append(self._tokens)
-            for name, amount in (("documents", 1), ("bytes", document.bytes), ("text_tokens", len(ids) - 1)):
+            unknown = 0 if self._unknown is None else int(np.count_nonzero(ids[:-1] == self._unknown))
+            for name, amount in zip(_COUNTED, (1, document.bytes, len(ids) - 1, unknown)):
                 self._languages[document.language, name] += amount
 
     def close(self) -> dict[str, Any]:
         self._file.close()
         np.save(self._folder / "documents.npy", np.frombuffer(self._ends, np.int64))
         np.save(self._folder / "counts.npy", self._counts)
-        names = ("documents", "bytes", "text_tokens")
         languages = {
-            language: _with_rate({name: self._languages[language, name] for name in names})
+            language: _with_rate({name: self._languages[language, name] for name in _COUNTED})
             for language in sorted({language for language, _ in self._languages})
         }
-        totals = _with_rate({name: sum(of[name] for of in languages.values()) for name in names})
+        totals = _with_rate({name: sum(of[name] for of in languages.values()) for name in _COUNTED})
         index = {
             "dtype": self._dtype.name,
             "tokens": self._tokens,
             "vocabulary": len(self._counts),
             "end_of_text": self._end,
+            "loses": self._losses,
             **totals,
             "languages": languages,
         }
@@ -158,3 +183,7 @@ class _Writer:
 
 def _with_rate(sums: dict[str, int]) -> dict[str, Any]:
     return {**sums, "bytes_per_token": sums["bytes"] / max(sums["text_tokens"], 1)}
+
+
+def _unknown_share(index: dict[str, Any]) -> str:
+    return f"{index['unknown_tokens'] / max(index['text_tokens'], 1):.2%} of its tokens are unknown"
