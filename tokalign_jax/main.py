@@ -3,8 +3,13 @@
     python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
     python -m tokalign_jax.main --config configs/optimal.py --workdir runs/mine --config.source_model=/models/pythia-1b
     python -m tokalign_jax.main --config configs/optimal.py --workdir runs/mine --stages=align,init,export
+    python -m tokalign_jax.main --config configs/optimal.py --plan --plan_devices=8 --plan_device_memory=80GB
 
-Exit codes: 0 success, 1 a bug (with its traceback), 2 bad input (with a paragraph that says what to do).
+Exit codes:
+    0   success
+    1   a bug, or a process that was lost (with a traceback)
+    2   bad input (with a paragraph that says what to do)
+    75  asked to stop by SIGTERM or Ctrl-C; what was done is kept, and the same command goes on
 """
 
 import difflib
@@ -12,13 +17,15 @@ import os
 import runpy
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from tokalign_jax.config import config_from_dict
+from tokalign_jax import stopping
+from tokalign_jax.config import Config, config_from_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, duration
 
@@ -26,29 +33,86 @@ DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the pipeline; returns the exit code."""
+    """Runs the pipeline; returns the exit code. Of several processes, one that fails ends all with its code."""
     try:
         given = _parse(list(sys.argv if argv is None else argv))
         if given.help:
             print(__doc__, given.get_help(), sep="\n")
             return 0
+        config = config_from_dict(given.config)
+        if given.plan:
+            _plan(config, given)
+            return 0
         if not given.workdir:
             raise UserError(
                 "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
             )
-        config, workdir = config_from_dict(given.config), Path(given.workdir)
-        start = time.monotonic()
-        # transformers would say that PyTorch is missing, which nothing here needs.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
-        from tokalign_jax import pipeline
-
-        pipeline.run(config, workdir, given.stages, _logger())
-        print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir}")
-        return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
+    return _run(config, given)
+
+
+def _run(config: Config, given: flags.FlagValues) -> int:
+    """The pipeline in this process, which may be one of several."""
+    start = time.monotonic()
+    # transformers would say that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
+    from tokalign_jax import distributed
+
+    who = lambda: f"process {distributed.index()}: " if distributed.count() > 1 else ""  # noqa: E731
+    try:
+        with distributed.running(given.coordinator, given.processes, given.process), stopping.listening():
+            _keep_compiled()
+            from tokalign_jax import pipeline
+
+            log = _logger() if distributed.is_first() else lambda line: None
+            pipeline.run(config, Path(given.workdir), given.stages, log)
+        if distributed.is_first():
+            print(f"finished in {duration(time.monotonic() - start)}; everything is in {given.workdir}")
+        return 0
+    except stopping.Stopped as stopped:
+        print(f"\n{who()}{stopped}: the same command goes on from here", file=sys.stderr)
+        return stopping.EXIT_CODE
+    except UserError as error:
+        print(f"\n{who()}error: {error}", file=sys.stderr)
+        return _end_all(str(error), 2)
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        print(f"\n{who()}{traceback.format_exc()}", file=sys.stderr)
+        return _end_all(f"{type(error).__name__}: {error}", 1)
+
+
+def _end_all(text: str, code: int) -> int:
+    """`code`, after which the other processes end with it too."""
+    from tokalign_jax import distributed
+
+    if distributed.count() > 1:
+        distributed.fail(text, code)
+    return code
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled programs from run to run, unless JAX's own variables say where, or that they are not to be kept.
+
+    On accelerators only: programs for a CPU fit the very machine that compiled them, and home folders travel.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))  # JAX makes it when it first writes
+
+
+def _plan(config: Config, given: flags.FlagValues) -> None:
+    """Prints what a run would need; reads configs and tokenizers, no weights and no text."""
+    from tokalign_jax import plan
+
+    where = plan.Machine.of(given.plan_devices, given.plan_device_memory)
+    speed = plan.Speed.of(given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak)
+    print(plan.of_run(config, Path(given.workdir) if given.workdir else None, where, speed).table())
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
@@ -60,6 +124,19 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=given)
     flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
+    several = "Of several processes, where neither Slurm nor a TPU slice says so"
+    flags.DEFINE_string("coordinator", "", f"{several}: HOST:PORT of the first.", flag_values=given)
+    flags.DEFINE_integer("processes", 0, f"{several}: how many.", flag_values=given)
+    flags.DEFINE_integer("process", -1, f"{several}: which this is, from 0.", flag_values=given)
+    flags.DEFINE_bool("plan", False, "Only print memory, disk and time that the run would take.", flag_values=given)
+    flags.DEFINE_integer("plan_devices", 0, "Plan for so many devices, not those here.", flag_values=given)
+    flags.DEFINE_string("plan_device_memory", "", "Plan for devices with so much memory: 80GB.", flag_values=given)
+    flags.DEFINE_float("plan_tokens_per_second", 0, "Speed to reckon with, all devices together.", flag_values=given)
+    flags.DEFINE_string(
+        "plan_throughput", "", "JSON of benchmarks/train_throughput.py to reckon with.", flag_values=given
+    )
+    flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to reckon with, where no speed is known.", flag_values=given)
+    flags.DEFINE_string("plan_peak", "", "Peak of a device: 989TFLOPS; by default that of its name.", flag_values=given)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=given)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # absl's own; grain reads some

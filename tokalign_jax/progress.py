@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+from tokalign_jax import stopping
+
 Log = Callable[[str], None]
 
 
@@ -34,7 +36,12 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def update(self, amount: float = 1, note: str = "") -> None:
-        """Adds `amount`; prints when the last line is older than `every` seconds."""
+        """Adds `amount`; prints when the last line is older than `every` seconds.
+
+        Raises:
+          Stopped: the run was asked to stop.
+        """
+        stopping.check()
         self._count += amount
         now = time.monotonic()
         if now - self._last >= self._every:

@@ -1,0 +1,156 @@
+"""Exit codes, stopping and flags of the command. What a whole run does is in test_pipeline.py."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import tokalign_jax
+from tokalign_jax import main, stopping
+from tokalign_jax.errors import UserError
+from tokalign_jax.progress import Progress
+
+
+def run(monkeypatch, work, *flags: str) -> int:
+    """The command with `work(log)` for a pipeline."""
+    pipeline = SimpleNamespace(run=lambda config, workdir, selected, log: work(log))
+    monkeypatch.setitem(sys.modules, "tokalign_jax.pipeline", pipeline)
+    monkeypatch.setattr(tokalign_jax, "pipeline", pipeline, raising=False)
+    return main.main(["main", "--workdir", "nowhere", *flags])
+
+
+def fail(error: Exception):
+    raise error
+
+
+def test_exit_codes(monkeypatch, capsys):
+    assert run(monkeypatch, lambda log: log("a line")) == 0
+    assert "a line" in capsys.readouterr().out
+    assert run(monkeypatch, lambda log: fail(UserError("no corpus: name one"))) == 2
+    assert "error: no corpus: name one" in capsys.readouterr().err
+    with pytest.raises(KeyError):  # its traceback, and 1 from the interpreter
+        run(monkeypatch, lambda log: fail(KeyError("bug")))
+    assert main.main(["main", "--workdir", "x", "--config.stage1.step=3"]) == 2
+    assert "stage1.steps" in capsys.readouterr().err
+    assert main.main(["main"]) == 2
+    assert main.main(["main", "--help"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+
+    def work(log):
+        progress = Progress(log, "tokens", 100)
+        progress.update()
+        os.kill(os.getpid(), number)
+        assert stopping.asked() and stopping.requested()
+        progress.update()
+        raise AssertionError("went on")
+
+    assert run(monkeypatch, work) == 75
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert run(monkeypatch, lambda log: Progress(log, "tokens", 1).update()) == 0, "asked once, for one run"
+
+
+STUBBORN = """
+import sys, time
+from pathlib import Path
+from tokalign_jax import stopping
+stopping.SAME_REQUEST = 0.05
+with stopping.listening():
+    Path(sys.argv[1]).touch()
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_kills_at_once(tmp_path):
+    ready = tmp_path / "ready"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN, ready], env=environment, stderr=subprocess.PIPE)
+    while not ready.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr and b"asked to stop" in process.stderr.readline() + process.stderr.readline()
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_two_signals_at_once_are_one_request(monkeypatch):
+    def work(log):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stopping.check()
+
+    assert run(monkeypatch, work) == 75
+
+
+def test_half_of_the_flags_of_several_processes_is_refused(monkeypatch, capsys):
+    assert run(monkeypatch, lambda log: None, "--coordinator=host:1", "--processes=2") == 2
+    assert "--process" in capsys.readouterr().err
+
+
+TWO = """
+import sys
+from types import SimpleNamespace
+from tokalign_jax import distributed, main
+from tokalign_jax.errors import UserError
+
+def work(config, workdir, selected, log):
+    log(f"line of {distributed.index()}")
+    distributed.on_first(lambda: None)
+    if distributed.index() == 1 and sys.argv[1] == "fails":
+        raise KeyError("lost")
+    distributed.barrier("done")
+
+sys.modules["tokalign_jax.pipeline"] = SimpleNamespace(run=work)
+sys.exit(main.main(["main", "--workdir", "nowhere", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize(("scene", "code"), [("works", 0), ("fails", 1)])
+def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, code):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, scene, coordinator, "--processes=2", f"--process={i}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ended = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [code, code], ended
+    assert "line of 0" in ended[0][0] and "line of" not in ended[1][0]
+    if code:
+        assert "KeyError" in ended[1][1] and "process 1: " in ended[1][1]
+        assert "process 1 failed: KeyError: 'lost'" in ended[0][1]
+
+
+def test_compiled_programs_are_kept_on_accelerators_only(monkeypatch, tmp_path):
+    import jax
+
+    kept = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    main._keep_compiled()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    main._keep_compiled()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    main._keep_compiled()
+    assert kept == [("jax_compilation_cache_dir", str(tmp_path / "tokalign_jax" / "jax"))]
