@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.helpers import KINDS, SHARED, tokenizer_of_kind
 from tokalign_jax.alignment import methods
 from tokalign_jax.alignment.alignment import Rule
-from tokalign_jax.text import canonical
+from tokalign_jax.text import canonical, tokenizing
 
 LANGUAGES = {
     "ar": "كل الناس يولدون أحراراً ومتساوين في الكرامة والحقوق.",
@@ -197,6 +197,51 @@ def test_what_is_lost_is_named(kind):
         assert "rare characters" in found and "capitals" not in found
     else:
         assert found == lost.get(kind, [])
+
+
+# --- special tokens and chats -------------------------------------------------------------------------------------------
+
+
+def with_special(kind: str, *tokens: str, **settings) -> PreTrainedTokenizerFast:
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer(kind).backend_tokenizer.to_str()), **settings
+    )
+    made.add_special_tokens({"extra_special_tokens": list(tokens)})
+    return made
+
+
+def test_where_rows_of_special_tokens_come_from_is_told():
+    source = with_special("gpt2", "<|eot_id|>", "<|tool|>", "<|fim_prefix|>", eos_token="<|endoftext|>")
+    target = with_special(
+        "mistral", "<end_of_turn>", "<|tool|>", "<|new|>", "<fim_prefix>", eos_token="</s>", bos_token="<s>"
+    )
+    target.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<end_of_turn>{% endfor %}"
+    rows = {row["token"]: row for row in methods.special_rows(source, target)}
+    found = {token: (row["source"], row["why"]) for token, row in rows.items()}
+    assert found == {
+        "</s>": ("<|endoftext|>", "eos of the source"),
+        "<s>": ("<|endoftext|>", "end of text, as the source has no bos"),
+        "<end_of_turn>": ("<|eot_id|>", "same use as <|eot_id|>"),
+        "<|tool|>": ("<|tool|>", "same text"),
+        "<fim_prefix>": ("<|fim_prefix|>", "same use as <|fim_prefix|>"),
+        "<|new|>": ("", "its text"),
+        "<unk>": ("", "its text"),
+    }
+    assert [token for token, row in rows.items() if row["in_chat_template"]] == ["<s>", "<end_of_turn>"]
+    assert json.loads(json.dumps(list(rows.values()))) == list(rows.values())
+    parts, rules = methods.spell(source, target)
+    for row in rows.values():
+        assert (rules[row["id"]] == Rule.SPECIAL) == bool(row["source"])
+        if row["source"]:
+            assert source.convert_ids_to_tokens(parts[row["id"]]) == [row["source"]]
+
+
+def test_what_ends_documents_has_the_end_of_texts_rows_without_a_role():
+    source = with_special("mistral", eos_token="</s>", bos_token="<s>")
+    target = with_special("gpt2", bos_token="<|start|>")  # <|endoftext|> is special, and by its name an end
+    assert tokenizing.end_of_text_id(target) == target.convert_tokens_to_ids("<|endoftext|>")
+    match = methods.special_matches(source, target)[target.convert_tokens_to_ids("<|endoftext|>")]
+    assert (match.source, match.why) == (source.eos_token_id, "ends a document")
 
 
 # --- added tokens -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Rule(IntEnum):
     EXACT = 0
     """The source token with the same bytes."""
     SPECIAL = 1
-    """A special token: the source's of the same role, else of the same text, else its end-of-text."""
+    """A special token: the source's of the same role (else its end-of-text), of the same text, or of the same use."""
     SIMILAR = 2
     """The source tokens found by co-occurrence, by some methods mixed with the pieces of the text."""
     PIECES = 3

@@ -36,7 +36,7 @@ OWN_SPACE = ("lexicon", "tokalign")
 
 SAYS = {
     "EXACT": "the source has a token of the same bytes",
-    "SPECIAL": "the source's special token of the same role or text, else its end-of-text",
+    "SPECIAL": "the source's special token of the same role, text or use, else its end-of-text",
     "SIMILAR": "matched by co-occurrence, by most methods mixed with the pieces of the text",
     "PIECES": "the text as the source tokenizer cuts it",
     "MEAN": "the mean of all source rows, since nothing is known",

@@ -33,6 +33,14 @@ SURE = (Rule.EXACT, Rule.SPECIAL)
 """Rules that leave nothing to be found."""
 ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 """Special tokens with a meaning that models share; a token of several roles takes the first."""
+KIN = (
+    ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
+    ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|start_of_role|>"),
+    ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "<PRE>", "[PREFIX]"),
+    ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "<MID>", "[MIDDLE]"),
+    ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "<SUF>", "[SUFFIX]"),
+)
+"""Special tokens that models use for the same: where a turn of a chat ends and begins, and filling in the middle of a text."""
 FEWEST_SHARED = 32
 """With fewer shared tokens that have vectors nothing can be matched by co-occurrence."""
 
@@ -94,6 +102,14 @@ class Found(NamedTuple):
     """`accuracy_at_1`: the share of judged shared tokens that find themselves; empty where nothing was matched."""
 
 
+class SpecialMatch(NamedTuple):
+    """The source token that a special target token's rows come from."""
+
+    source: int
+    why: str
+    """In words, for a person."""
+
+
 class Spelled(NamedTuple):
     """What can be said of target tokens without a corpus."""
 
@@ -147,6 +163,9 @@ def run(
         measured = found | measured
     alignment.save(made, folder)
     result = {"method": method, **alignment.summary(made, target.counts), **measured}
+    # A file may say otherwise of special tokens, and the published and the random method do not ask for roles.
+    if method not in ("file", "tokalign", "random"):
+        result["special"] = special_rows(source_tokenizer, target_tokenizer)
     lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
     result["bleu_1"] = scoring.score(made.heaviest(), source_tokenizer, target_tokenizer, lines)
     (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n")
@@ -294,7 +313,7 @@ def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTraine
     text = [_text_bytes(target_tokenizer, target_bytes, i) for i in range(len(target_bytes))]
     parts = canonical.PieceCutter(source_tokenizer).cut_all(text)
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
-    for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, special)):
+    for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, {i: match.source for i, match in special.items()})):
         for target, source in found.items():
             parts[target], rules[target] = [source], rule
     return Spelled(parts, rules)
@@ -313,21 +332,59 @@ def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
 
 def special_matches(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
-) -> dict[int, int]:
-    """Target id -> source id for special tokens that have a role, or that the source has under the same text."""
-    end = end_of_text_id(source_tokenizer)
-    found: dict[int, int] = {}
+) -> dict[int, SpecialMatch]:
+    """Target id -> source token for special tokens that have a role, or a counterpart by their name.
+
+    In order: the same role (the source's end-of-text where it has no such role); what ends a document; the same text;
+    the same use in a chat or in filling in (`KIN`).
+    """
+    end, target_end = end_of_text_id(source_tokenizer), end_of_text_id(target_tokenizer)
+    found: dict[int, SpecialMatch] = {}
     for role in ROLES:
         target, source = (getattr(t, f"{role}_token_id", None) for t in (target_tokenizer, source_tokenizer))
         if target is not None:
-            found.setdefault(int(target), end if source is None else int(source))
+            why = f"{role} of the source" if source is not None else f"end of text, as the source has no {role}"
+            found.setdefault(int(target), SpecialMatch(end if source is None else int(source), why))
+    found.setdefault(target_end, SpecialMatch(end, "ends a document"))
     sources, targets = canonical.special_ids(source_tokenizer), canonical.special_ids(target_tokenizer)
-    by_text = {source_tokenizer.convert_ids_to_tokens(i): i for i in sources}
-    for i in targets - set(found):
+    by_text = {source_tokenizer.convert_ids_to_tokens(i): i for i in sorted(sources)}
+    for i in sorted(targets - set(found)):
         text = target_tokenizer.convert_ids_to_tokens(i)
+        kin = next((k for names in KIN if text in names for k in names if k in by_text), None)
         if text in by_text:
-            found[i] = by_text[text]
+            found[i] = SpecialMatch(by_text[text], "same text")
+        elif kin is not None:
+            found[i] = SpecialMatch(by_text[kin], f"same use as {kin}")
     return found
+
+
+def special_rows(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Every special target token and the source token that its rows come from, or `""` where they are made of its text.
+
+    Each with `token`, `id`, `source`, `why`, and `in_chat_template`: whether the chat template writes it.
+    """
+    matches = special_matches(source_tokenizer, target_tokenizer)
+    template = target_tokenizer.chat_template or ""
+    templates = template if isinstance(template, str) else "".join(template.values())
+    # A template may name a role instead of writing its token.
+    named = {getattr(target_tokenizer, f"{role}_token", None) for role in ROLES if f"{role}_token" in templates}
+    rows = []
+    for i in sorted(canonical.special_ids(target_tokenizer) | set(matches)):
+        token = str(target_tokenizer.convert_ids_to_tokens(i))
+        source, why = matches.get(i, (None, "its text"))
+        shown = "" if source is None else str(source_tokenizer.convert_ids_to_tokens(source))
+        rows.append(
+            {
+                "token": token,
+                "id": i,
+                "source": shown,
+                "why": why,
+                "in_chat_template": token in named or token in templates,
+            }
+        )
+    return rows
 
 
 def _text_bytes(tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | None], index: int) -> bytes:
