@@ -206,10 +206,10 @@ def _word_ends(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.BPEDecoder()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size, special_tokens=["<unk>", "<eos>"], end_of_word_suffix="</w>", show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
 
 
 _ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
