@@ -63,7 +63,8 @@ def load_params(folder: Path | str, config: ModelConfig, dtype: DTypeLike | None
     leaves = {}
     with _open(Path(folder)) as files:
         for weight, names in _match(Path(folder), files, config):
-            leaves |= {path: jnp.asarray(leaf) for path, leaf in _read(weight, names, files, dtype).items()}
+            read = _read(weight, names, config.num_layers, files, dtype)
+            leaves |= {path: jnp.asarray(leaf) for path, leaf in read.items()}
         if config.tie_word_embeddings:
             _check_copies_of_embedding(files, config, leaves["embed_tokens/embedding"])
     return paths.unflatten(leaves)
@@ -107,7 +108,7 @@ def _open(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _match(folder: Path, files: Mapping[str, Any], config: ModelConfig) -> list[tuple[Weight, list[str]]]:
-    """Every row of the weight table with the stored names of its tensors, one a layer; none is missing or left over."""
+    """Every row of the weight table with the stored names of its tensors in order; none is missing or left over."""
     module = family(config.model_type)
     matched = [
         (weight, [_stored_name(folder, files, name) for name in names]) for weight, names in _tensor_names(config)
@@ -131,15 +132,9 @@ def _match(folder: Path, files: Mapping[str, Any], config: ModelConfig) -> list[
 
 
 def _tensor_names(config: ModelConfig) -> list[tuple[Weight, list[tuple[str, ...]]]]:
-    """Every row of the weight table with its tensors, one a layer, each as all the names that it may have."""
+    """Every row of the weight table with its tensors in order, each as all the names that it may have."""
     return [
-        (
-            weight,
-            [
-                tuple(name.format(layer=layer) for name in (weight.name, *weight.aliases))
-                for layer in range(config.num_layers if weight.layered else 1)
-            ],
-        )
+        (weight, [weight.names(part) for part in weight.slices(config.num_layers)])
         for weight in family(config.model_type).weights(config)
     ]
 
@@ -173,20 +168,23 @@ def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _tensor_shape(weight: Weight, leaf_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The checkpoint shape of a tensor whose leaves have these shapes: `join` tells, from arrays without content."""
-    shapes = [leaf_shapes[leaf][1:] if weight.layered else leaf_shapes[leaf] for leaf in weight.leaves]
+    shapes = [leaf_shapes[leaf][weight.stacked :] for leaf in weight.leaves]
     return weight.join([np.broadcast_to(np.int8(0), shape) for shape in shapes]).shape
 
 
-def _read(weight: Weight, names: list[str], files: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, np.ndarray]:
-    """The leaves that `weight` fills, from one tensor, or stacked from one a layer."""
+def _read(
+    weight: Weight, names: list[str], num_layers: int, files: Mapping[str, Any], dtype: DTypeLike | None
+) -> dict[str, np.ndarray]:
+    """The leaves that `weight` fills, from one tensor, or stacked from those of all layers."""
     dtype = np.dtype(dtype or np.result_type(*{_FLOATS[files[name].get_slice(name).get_dtype()] for name in names}))
-    stacks: list[np.ndarray] = []
-    for layer, name in enumerate(names):
-        parts = weight.split(files[name].get_tensor(name))
-        stacks = stacks or [np.empty((len(names), *part.shape), dtype) for part in parts]
-        for stack, part in zip(stacks, parts, strict=True):
-            stack[layer] = part
-    return {leaf: stack if weight.layered else stack[0] for leaf, stack in zip(weight.leaves, stacks, strict=True)}
+    stack = (num_layers, weight.count)[: weight.stacked]
+    leaves: dict[str, np.ndarray] = {}
+    for place, name in zip(weight.slices(num_layers), names, strict=True):
+        for leaf, part in zip(weight.leaves, weight.split(files[name].get_tensor(name)), strict=True):
+            if leaf not in leaves:
+                leaves[leaf] = np.empty((*stack, *part.shape), dtype)
+            leaves[leaf][place] = part
+    return leaves
 
 
 def _check_copies_of_embedding(files: Mapping[str, Any], config: ModelConfig, embedding: jax.Array) -> None:
@@ -258,10 +256,10 @@ def _write_weights(
     tensors = []
     for weight, names in _tensor_names(config):
         shape = _tensor_shape(weight, shapes)
-        for layer, (name, *aliases) in enumerate(names):
+        for place, (name, *aliases) in zip(weight.slices(config.num_layers), names, strict=True):
             name = next((n for n in (name, *aliases) if n in stored), name)
             dtype = stored[name] if dtypes == "source" else np.dtype(dtypes)
-            tensors.append(_Tensor(name, weight, layer, dtype, math.prod(shape) * dtype.itemsize))
+            tensors.append(_Tensor(name, weight, place, dtype, math.prod(shape) * dtype.itemsize))
     shards = _shards(tensors, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -280,15 +278,14 @@ class _Tensor:
 
     name: str
     weight: Weight
-    layer: int
+    place: tuple[int, ...]
+    """The slice of its leaves."""
     dtype: np.dtype
     size: int
     """In bytes."""
 
     def value(self, leaves: Mapping[str, jax.Array]) -> np.ndarray:
-        parts = [np.asarray(leaves[path]) for path in self.weight.leaves]
-        if self.weight.layered:
-            parts = [part[self.layer] for part in parts]
+        parts = [np.asarray(leaves[path])[self.place] for path in self.weight.leaves]
         return np.ascontiguousarray(self.weight.join(parts).astype(self.dtype))
 
 

@@ -1,9 +1,11 @@
 """A family's weight table: which tensor of a Hugging Face checkpoint fills which leaves of the parameters, and back.
 
 A table is a list of `Weight`. Layer tensors are named once, with `{layer}` for the number; they fill slice `layer` of
-leaves that are stacked over L. Reading applies `split`, and writing its inverse `join`.
+leaves that are stacked over L. Where a layer has several of one kind (experts, heads), `{index}` is their number, and they
+fill slice `layer, index`. Reading applies `split`, and writing its inverse `join`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,33 +14,65 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor (of each layer)."""
+    """One tensor (of each layer, and there of each index)."""
 
     name: str
     """In the checkpoint, such as `model.layers.{layer}.mlp.up_proj.weight`."""
     leaves: tuple[str, ...]
     """Paths of the leaves it fills."""
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
-    """The tensor -> the leaves."""
+    """The tensor -> the leaves' slices."""
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
-    """The leaves -> the tensor."""
+    """The leaves' slices -> the tensor."""
     aliases: tuple[str, ...] = ()
     """Other names that checkpoints use for it."""
+    count: int = 1
+    """How many there are of `{index}`."""
 
     @property
-    def layered(self) -> bool:
-        return "{layer}" in self.name
+    def stacked(self) -> int:
+        """Leading axes of the leaves that the name numbers: 0, 1 (layer) or 2 (layer, index)."""
+        return ("{layer}" in self.name) + ("{index}" in self.name)
+
+    def slices(self, num_layers: int) -> list[tuple[int, ...]]:
+        """The slice of the leaves that each of its tensors fills; () is the whole."""
+        return list(itertools.product(*(range(n) for n in (num_layers, self.count)[: self.stacked])))
+
+    def names(self, part: tuple[int, ...]) -> tuple[str, ...]:
+        """All names that the tensor of the slice `part` may have, the usual one first."""
+        numbers = dict(zip(("layer", "index"), part))
+        return tuple(name.format(**numbers) for name in (self.name, *self.aliases))
 
 
-def same(name: str, leaf: str, aliases: tuple[str, ...] = ()) -> Weight:
+def same(name: str, leaf: str, aliases: tuple[str, ...] = (), count: int = 1) -> Weight:
     """The tensor is the leaf."""
-    return Weight(name, (leaf,), lambda tensor: (tensor,), lambda leaves: leaves[0], aliases)
+    return Weight(name, (leaf,), lambda tensor: (tensor,), lambda leaves: leaves[0], aliases, count)
 
 
-def linear(name: str, path: str, bias: bool) -> list[Weight]:
+def linear(name: str, path: str, bias: bool, count: int = 1) -> list[Weight]:
     """A PyTorch linear layer: weight [out, in] to kernel [in, out], and perhaps a bias."""
-    kernel = Weight(f"{name}.weight", (f"{path}/kernel",), lambda tensor: (tensor.T,), lambda leaves: leaves[0].T)
-    return [kernel, same(f"{name}.bias", f"{path}/bias")] if bias else [kernel]
+    kernel = Weight(
+        f"{name}.weight", (f"{path}/kernel",), lambda tensor: (tensor.T,), lambda leaves: leaves[0].T, count=count
+    )
+    return [kernel, same(f"{name}.bias", f"{path}/bias", count=count)] if bias else [kernel]
+
+
+def fused(name: str, leaves: Sequence[str], sizes: Sequence[int], outputs: int) -> Weight:
+    """One tensor for several projections, whose outputs (`sizes`) follow each other on its axis `outputs`.
+
+    Ours have the outputs on the last axis, so that the axes of a matrix are swapped when `outputs` is the one before it.
+    """
+    ends = np.cumsum(sizes)[:-1]
+
+    def turn(matrix: np.ndarray) -> np.ndarray:
+        return matrix if outputs == -1 else matrix.swapaxes(-1, -2)
+
+    return Weight(
+        name,
+        tuple(leaves),
+        lambda tensor: [turn(part) for part in np.split(tensor, ends, axis=outputs)],
+        lambda parts: np.concatenate([turn(part) for part in parts], axis=outputs),
+    )
 
 
 def norm(name: str, path: str, bias: bool) -> list[Weight]:

@@ -6,9 +6,24 @@ from typing import Any
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.families import gpt_neox, llama
+from tokalign_jax.models.families import (
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+)
 
-FAMILIES = {name: module for module in (gpt_neox, llama) for name in module.MODEL_TYPES}
+_MODULES = (gemma, gpt2, gpt_neox, granite, llama, mistral, olmo, phi3, qwen, smollm3, stablelm)
+
+FAMILIES = {name: module for module in _MODULES for name in module.MODEL_TYPES}
+"""Module of each model_type."""
 
 
 def family(model_type: str | None) -> ModuleType:

@@ -33,19 +33,21 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 def weights(config: ModelConfig) -> list[Weight]:
     """The weight table, under the names that most families took over; the config says which of them there are."""
-    return [
-        same("model.embed_tokens.weight", "embed_tokens/embedding"),
-        *attention(config),
-        *norms(config),
-        *mlp(config),
-        *norm("model.norm", "final_norm", config.norm == "layer"),
-        *([] if config.tie_word_embeddings else [HEAD]),
-    ]
+    return [*ends(config), *norms(config), *attention(config), *mlp(config)]
 
 
 HEAD = same("lm_head.weight", "lm_head/kernel")
 
 LAYER = "model.layers.{layer}"
+
+
+def ends(config: ModelConfig) -> list[Weight]:
+    """All that is not of a layer."""
+    return [
+        same("model.embed_tokens.weight", "embed_tokens/embedding"),
+        *norm("model.norm", "final_norm", config.norm == "layer"),
+        *([] if config.tie_word_embeddings else [HEAD]),
+    ]
 
 
 def attention(config: ModelConfig) -> list[Weight]:

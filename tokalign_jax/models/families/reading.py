@@ -41,7 +41,6 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
-    "attn_logit_softcap": (),
     "clip_qkv": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),

@@ -1,0 +1,358 @@
+"""Random tiny models, one for each set of features of a family, and how far ours is from PyTorch's on them.
+
+The tests and `benchmarks/parity.py` share the list.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from helpers import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import head_matrix, logits
+
+VOCABULARY = 260
+TOKENIZER = tiny_tokenizer(257, [])
+LENGTHS = (9, 70)
+"""Tokens of the texts that are compared; windows and original lengths are between them."""
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_GPT2_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 80,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    """Its model_type."""
+    features: str
+    """What it switches on."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of its config, beside the sizes."""
+
+    def __str__(self) -> str:
+        return f"{self.family}: {self.features}"
+
+
+def _rope(kind: str, theta: float = 500.0, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
+
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _longrope(pairs: int) -> dict[str, Any]:
+    return {
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
+        "original_max_position_embeddings": 32,
+    }
+
+
+CASES = (
+    Case("llama", "one key-value head, untied", {"num_key_value_heads": 1}),
+    Case(
+        "llama",
+        "biases, LLaMA 3 scaling",
+        {"attention_bias": True, "mlp_bias": True, **_rope("llama3", **_LLAMA3)},
+    ),
+    Case(
+        "llama",
+        "tied, wide heads, linear scaling",
+        {"tie_word_embeddings": True, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh", **_rope("linear", factor=4.0)},
+    ),
+    Case("llama", "all heads have keys, YaRN", {"num_key_value_heads": 4, **_rope("yarn", **_YARN)}),
+    Case(
+        "llama",
+        "YaRN as DeepSeek weighs it, not truncated",
+        _rope("yarn", **_YARN, mscale=1.0, mscale_all_dim=0.5, beta_fast=16, beta_slow=2, truncate=False),
+    ),
+    Case("llama", "dynamic NTK past its length", {"max_position_embeddings": 32, **_rope("dynamic", factor=2.0)}),
+    Case("llama", "LongRoPE, short and long", _rope("longrope", **_longrope(4))),
+    Case("gpt_neox", "parallel, partial rotary", _rope("default", partial_rotary_factor=0.25)),
+    Case(
+        "gpt_neox",
+        "sequential, tied, linear scaling",
+        {
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_new",
+            **_rope("linear", factor=2.0, partial_rotary_factor=0.5),
+        },
+    ),
+    Case(
+        "gpt_neox",
+        "no attention biases, whole rotary, ReLU",
+        {"attention_bias": False, "hidden_act": "relu", **_rope("default", partial_rotary_factor=1.0)},
+    ),
+    Case(
+        "qwen2",
+        "window in the later layers",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    Case("qwen2", "tied, YaRN", {"tie_word_embeddings": True, **_rope("yarn", **_YARN)}),
+    Case("qwen3", "query and key norms, wide heads, tied", {"head_dim": 16, "tie_word_embeddings": True}),
+    Case(
+        "qwen3",
+        "biases, window in the later layers",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "max_window_layers": 1,
+        },
+    ),
+    Case("mistral", "window, wide heads", {"sliding_window": 12, "head_dim": 16}),
+    Case("mistral", "no window, tied", {"sliding_window": None, "tie_word_embeddings": True}),
+    Case(
+        "gemma",
+        "scaled embedding, 1 + w norms",
+        {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    Case(
+        "gemma2",
+        "soft-caps, alternating windows, sandwich norms",
+        {
+            "head_dim": 16,
+            "sliding_window": 12,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "gemma2",
+        "no soft-caps, biases, untied",
+        {
+            "head_dim": 8,
+            "sliding_window": 12,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+        },
+    ),
+    Case(
+        "gemma3_text",
+        "two rotary bases, one scaled, windows, query and key norms",
+        {
+            "head_dim": 16,
+            "sliding_window": 12,
+            "num_hidden_layers": 4,
+            "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING],
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                _FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                _SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    Case(
+        "gemma3_text", "logit soft-cap, untied", {"head_dim": 8, "sliding_window": 12, "final_logit_softcapping": 3.0}
+    ),
+    Case("phi3", "fused projections, window", {"sliding_window": 12}),
+    Case(
+        "phi3",
+        "LongRoPE, partial rotary, tied",
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 32,
+            "tie_word_embeddings": True,
+            **_rope("longrope", **_longrope(6), partial_rotary_factor=0.75),
+        },
+    ),
+    Case("gpt2", "learned positions, tied"),
+    Case(
+        "gpt2",
+        "untied, unscaled attention, own width",
+        {"tie_word_embeddings": False, "scale_attn_weights": False, "n_inner": 40},
+    ),
+    Case(
+        "smollm3", "layers without rotary embedding, tied", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}
+    ),
+    Case(
+        "smollm3",
+        "windows in these, biases",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    Case("olmo2", "norms after, query and key norms over the width"),
+    Case("olmo2", "tied, biases", {"tie_word_embeddings": True, "attention_bias": True}),
+    Case(
+        "olmo3",
+        "windows, YaRN in the other layers",
+        {
+            "sliding_window": 12,
+            "layer_types": [_SLIDING, _FULL],
+            "rope_parameters": {
+                _FULL: {"rope_type": "yarn", "rope_theta": 500.0, **_YARN},
+                _SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    Case(
+        "stablelm",
+        "partial rotary, query and key norms for each head",
+        {
+            "qk_layernorm": True,
+            "use_qkv_bias": True,
+            **_rope("default", partial_rotary_factor=0.5),
+        },
+    ),
+    Case(
+        "stablelm",
+        "parallel with one norm, tied",
+        {
+            "use_parallel_residual": True,
+            "tie_word_embeddings": True,
+            **_rope("default", partial_rotary_factor=0.25),
+        },
+    ),
+    Case(
+        "granite",
+        "multipliers, biases, tied",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 0.7,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+)
+
+
+def of(*families: str) -> list[Case]:
+    return [case for case in CASES if case.family in families]
+
+
+def model(case: Case, seed: int = 0) -> torch.nn.Module:
+    """A random PyTorch model in eval mode, in bfloat16."""
+    sizes = _GPT2_SIZES if case.family == "gpt2" else _SIZES
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.family, **{**sizes, **case.settings})).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():  # biases and norms too, which otherwise start at 0 and 1
+            parameter += 0.1 * torch.randn_like(parameter)
+    return made.bfloat16()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One checkpoint as ours and as PyTorch's in float32, and the folder from which both were read."""
+
+    folder: Path
+    config: ModelConfig
+    raw: dict[str, Any]
+    params: dict[str, Any]
+    reference: torch.nn.Module
+
+
+def pair(case: Case, folder: Path) -> Pair:
+    model(case).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    config, raw = hub.load_config(folder)
+    return Pair(folder, config, raw, huggingface.load_params(folder, config, jnp.float32), reference(folder))
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def tokens(length: int, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(length).integers(0, VOCABULARY, (batch, length), dtype=np.int32)
+
+
+def reference_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens).long()).logits.numpy()
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The largest difference from PyTorch."""
+
+    logits: float
+    """At any length."""
+    embedding: float
+    """Of the gradient, relative to its largest element."""
+    head: float
+    """Likewise."""
+
+
+def errors(pair: Pair) -> Errors:
+    """How far we are from PyTorch, in logits at `LENGTHS` and in gradients of the cross-entropy."""
+    short, long = map(tokens, LENGTHS)
+    expected = reference_logits(pair.reference, short)
+    assert np.abs(expected).max() > 0.5, "the model says nothing"
+    apart = np.abs(jax.jit(logits, static_argnums=0)(pair.config, pair.params, short) - expected).max()
+    (_, ours), gradients = _gradients(pair.config, pair.params, long)
+    theirs = pair.reference(torch.tensor(long).long()).logits
+    apart = max(apart, np.abs(ours - theirs.detach().numpy()).max())
+    targets = torch.tensor(long[:, 1:]).long().flatten()
+    torch.nn.functional.cross_entropy(theirs[:, :-1].flatten(0, 1), targets).backward()
+    return Errors(
+        float(apart),
+        _relative(gradients["embed_tokens"]["embedding"], pair.reference.get_input_embeddings().weight),
+        _relative(head_matrix(gradients), pair.reference.get_output_embeddings().weight),
+    )
+
+
+def _gradients(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray):
+    @jax.jit
+    def loss_and_gradients(params):
+        def loss(params):
+            every = logits(config, params, tokens)
+            probabilities = jax.nn.log_softmax(every[:, :-1])
+            return -jnp.take_along_axis(probabilities, tokens[:, 1:, None], -1).mean(), every
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return loss_and_gradients(params)
+
+
+def _relative(ours: jax.Array, theirs: torch.Tensor) -> float:
+    assert theirs.grad is not None
+    expected = theirs.grad.numpy()
+    assert np.abs(expected).max() > 1e-5, "no gradient"
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())

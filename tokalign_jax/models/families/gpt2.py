@@ -1,0 +1,75 @@
+"""GPT-2: learned positions, and projections that are stored as [in, out], queries, keys and values as one."""
+
+from dataclasses import replace
+
+from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.models.families import reading
+from tokalign_jax.models.families.reading import Raw, required
+from tokalign_jax.models.weights import Weight, fused, norm, same
+
+MODEL_TYPES = ("gpt2",)
+
+BUFFERS = r"attn\.(bias|masked_bias)$"
+"""Tensors in old checkpoints that hold no parameters."""
+
+
+def config_from_hf(raw: Raw) -> ModelConfig:
+    """The constants of a GPT-2 model.
+
+    Files leave `tie_word_embeddings` out where it is on, and `n_inner` where it is 4 n_embd. `scale_attn_weights` is
+    younger than the format: without it attention logits are divided by sqrt(H). `reorder_and_upcast_attn` asks for
+    float32 logits of attention, which they always are.
+
+    Raises:
+      UserError: a constant is missing, or a flag asks for what is not implemented.
+    """
+    reading.check_flags(raw)
+    width, heads = required(raw, "n_embd"), required(raw, "n_head")
+    return reading.decoder(
+        raw,
+        hidden_size=width,
+        num_layers=required(raw, "n_layer"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        intermediate_size=raw.get("n_inner") or 4 * width,
+        activation=reading.activation(raw, "activation_function"),
+        gated_mlp=False,
+        norm="layer",
+        norm_epsilon=required(raw, "layer_norm_epsilon"),
+        attention_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=raw.get("tie_word_embeddings", True),
+        max_positions=required(raw, "n_positions"),
+        learned_positions=True,
+        attention_scale=None if raw.get("scale_attn_weights", True) else 1.0,
+        layer_kinds=(LayerKind(rope=None),) * required(raw, "n_layer"),
+    )
+
+
+def weights(config: ModelConfig) -> list[Weight]:
+    """The weight table; the first checkpoints have the names of the model without its head, which lack `transformer.`."""
+    layer, width = "transformer.h.{layer}", config.hidden_size
+    qkv = [f"layers/attention/{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    table = [
+        same("transformer.wte.weight", "embed_tokens/embedding"),
+        same("transformer.wpe.weight", "embed_positions/embedding"),
+        *norm(f"{layer}.ln_1", "layers/input_norm", bias=True),
+        fused(f"{layer}.attn.c_attn.weight", [f"{path}/kernel" for path in qkv], [width] * 3, outputs=-1),
+        fused(f"{layer}.attn.c_attn.bias", [f"{path}/bias" for path in qkv], [width] * 3, outputs=-1),
+        *_projection(f"{layer}.attn.c_proj", "layers/attention/o_proj"),
+        *norm(f"{layer}.ln_2", "layers/post_attention_norm", bias=True),
+        *_projection(f"{layer}.mlp.c_fc", "layers/mlp/up_proj"),
+        *_projection(f"{layer}.mlp.c_proj", "layers/mlp/down_proj"),
+        *norm("transformer.ln_f", "final_norm", bias=True),
+    ]
+    bare = [replace(weight, aliases=(weight.name.removeprefix("transformer."),)) for weight in table]
+    return bare if config.tie_word_embeddings else [*bare, HEAD]
+
+
+HEAD = same("lm_head.weight", "lm_head/kernel")
+
+
+def _projection(name: str, path: str) -> list[Weight]:
+    return [same(f"{name}.weight", f"{path}/kernel"), same(f"{name}.bias", f"{path}/bias")]

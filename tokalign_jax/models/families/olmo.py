@@ -1,0 +1,45 @@
+"""OLMo 2 and 3: norms after attention and feed-forward only, and on all queries and keys of a token together.
+
+OLMo 3 has layers with a window, whose rotary embedding is never scaled.
+"""
+
+from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.models.families import llama, reading
+from tokalign_jax.models.families.reading import FULL, SLIDING, Raw, required
+
+MODEL_TYPES = ("olmo2", "olmo3")
+
+BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
+
+
+def config_from_hf(raw: Raw) -> ModelConfig:
+    """The constants of an OLMo model.
+
+    Without `layer_types` every fourth layer of OLMo 3 has no window.
+
+    Raises:
+      UserError: a constant is missing, or a flag asks for what is not implemented.
+    """
+    windows = ("layer_types", "sliding_window") if raw["model_type"] == "olmo3" else ()
+    reading.check_flags(raw, ("attention_bias", *windows))
+    bias = raw.get("attention_bias", False)
+    return reading.decoder(
+        raw,
+        layer_kinds=_layer_kinds(raw) if windows else reading.uniform(raw, LayerKind(reading.rope(raw))),
+        attention_bias=bias,
+        attention_out_bias=bias,
+        norm_placement="after",
+        query_key_norm="width",
+    )
+
+
+def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
+    settings = raw.get("rope_parameters") or {}
+    if FULL in settings:
+        full, sliding = (
+            reading.rope({**raw, "rope_parameters": settings[kind], "rope_scaling": None}) for kind in (FULL, SLIDING)
+        )
+    else:
+        full, sliding = reading.rope(raw), reading.rope({**raw, "rope_scaling": None})
+    kinds = {FULL: LayerKind(full), SLIDING: LayerKind(sliding, required(raw, "sliding_window"))}
+    return tuple(kinds[kind] for kind in reading.layer_types(raw, lambda layer: SLIDING if (layer + 1) % 4 else FULL))

@@ -1,0 +1,46 @@
+"""Phi-3, Phi-3.5 and Phi-4 (mini too): LLaMA with fused projections, partial rotary embedding and LongRoPE."""
+
+from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.models.families import llama, reading
+from tokalign_jax.models.families.llama import LAYER
+from tokalign_jax.models.families.reading import Raw
+from tokalign_jax.models.weights import Weight, fused, linear
+
+MODEL_TYPES = ("phi3",)
+
+BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
+
+
+def config_from_hf(raw: Raw) -> ModelConfig:
+    """The constants of a Phi-3 model.
+
+    `partial_rotary_factor` is younger than the format: without it the whole head turns. The first files call LongRoPE
+    `su`.
+
+    Raises:
+      UserError: a constant is missing, or a flag asks for what is not implemented.
+    """
+    reading.check_flags(raw, ("partial_rotary_factor", "sliding_window"))
+    settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    if "su" in (settings.get("rope_type"), settings.get("type")):
+        settings["rope_type"] = "longrope"
+    kind = LayerKind(
+        reading.rope({**raw, "rope_parameters": settings, "rope_scaling": None}, fraction=1.0),
+        reading.nullable(raw, "sliding_window"),
+    )
+    return reading.decoder(raw, layer_kinds=reading.uniform(raw, kind))
+
+
+def weights(config: ModelConfig) -> list[Weight]:
+    """The weight table."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv = [f"layers/attention/{name}/kernel" for name in ("q_proj", "k_proj", "v_proj")]
+    gate_up = [f"layers/mlp/{name}/kernel" for name in ("gate_proj", "up_proj")]
+    return [
+        *llama.ends(config),
+        *llama.norms(config),
+        fused(f"{LAYER}.self_attn.qkv_proj.weight", qkv, (queries, keys, keys), outputs=0),
+        *linear(f"{LAYER}.self_attn.o_proj", "layers/attention/o_proj", bias=False),
+        fused(f"{LAYER}.mlp.gate_up_proj.weight", gate_up, (config.intermediate_size,) * 2, outputs=0),
+        *linear(f"{LAYER}.mlp.down_proj", "layers/mlp/down_proj", bias=False),
+    ]
