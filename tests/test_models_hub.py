@@ -1,30 +1,366 @@
-"""Names to folders, configs and tokenizers: what is found, and what is said where nothing is."""
+"""Names to folders, configs and tokenizers: what is found, what is fetched, and what is said where nothing is."""
 
+import base64
+import json
+import shutil
 import time
+from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
+from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 
+from tests.helpers import KINDS, TEXTS, tiny_tokenizer, tokenizer_of_kind
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
+from tokalign_jax.text import tokenizing
+
+TOKEN = "hf_secretsecretsecret"
 
 
-def test_without_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+def _write(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+    return folder
+
+
+def _edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Hub:
+    """Stands in for huggingface_hub: repositories are folders `NAME@REVISION`."""
+
+    def __init__(self, root: Path, monkeypatch):
+        self.root, self.fetched, self.calls = root, [], []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+
+    def _folder(self, name: str, revision: str | None) -> Path:
+        return self.root / "remote" / f"{name.replace('/', '--')}@{revision or 'main'}"
+
+    def repository(self, name: str, revision: str | None = None, **files: str) -> Path:
+        return _write(self._folder(name, revision), **files)
+
+    def list_repo_files(self, name: str, revision: str | None = None) -> list[str]:
+        folder = self._folder(name, revision)
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    def snapshot_download(self, name, *, revision, allow_patterns, ignore_patterns):
+        wanted = filter_repo_objects(
+            self.list_repo_files(name, revision), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        cached = self.root / "cache" / f"{name.replace('/', '--')}@{revision}"
+        cached.mkdir(parents=True, exist_ok=True)
+        for file in wanted:
+            self.fetched.append(file)
+            shutil.copyfile(self._folder(name, revision) / file, cached / file)
+        return str(cached)
+
+    def create_repo(self, *arguments, **options):
+        self.calls.append(("create_repo", arguments, options))
+
+    def create_branch(self, *arguments, **options):
+        self.calls.append(("create_branch", arguments, options))
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", (), options))
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return Hub(tmp_path, monkeypatch)
+
+
+# --- What is fetched ----------------------------------------------------------------------------------------------------
+
+
+def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
+    index = json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    )
+    data = (
+        "config.json",
+        "tokenizer.json",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "README.md",
+        "LICENSE",
+    )
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    others = (
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "modeling_x.py",
+        "training_args.bin",
+        "x.gguf",
+        "x.msgpack",
+    )
+    folder = fake.repository("me/large", **{name.replace(".", "__"): "x" for name in (*data, *shards, *others)})
+    (folder / hub.INDEX).write_text(index)
+    _write(folder / "original", **{"params__json": "{}", "consolidated__safetensors": "x"})
+    found = hub.resolve("me/large", what="source model")
+    assert {path.name for path in found.iterdir()} == {*data, *shards, hub.INDEX}
+    assert not set(fake.fetched) & {*others, "original/params.json"}
+
+
+def test_a_tokenizer_needs_no_weights(fake):
+    fake.repository("me/small", **{"tokenizer__json": "{}", "model__safetensors": "x"})
+    assert [p.name for p in hub.resolve("me/small", what="tokenizer", weights=False).iterdir()] == ["tokenizer.json"]
+    assert {p.name for p in hub.resolve("me/small", what="source model").iterdir()} == {"tokenizer.json", hub.SINGLE}
+
+
+def test_a_revision_is_pinned_behind_an_at(fake):
+    for revision in (None, "v2", "0123abc"):
+        fake.repository("me/model", revision, config__json=json.dumps({"of": revision}), model__safetensors="x")
+    for name, of in (("me/model", None), ("me/model@v2", "v2"), ("me/model@0123abc", "0123abc")):
+        assert hub.read_json(hub.resolve(name, what="source model") / "config.json") == {"of": of}
+
+
+def test_an_index_cannot_lead_elsewhere(fake):
+    for file in ("../../secret.safetensors", "sub/model.safetensors", "model.bin", "/etc/passwd"):
+        fake.repository("me/odd", **{"config__json": "{}"})
+        (fake._folder("me/odd", None) / hub.INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+        with pytest.raises(UserError, match="no safetensors file beside it"):
+            hub.resolve("me/odd", what="source model")
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("pytorch_model.bin", r"'pytorch_model\.bin'.*can run any code.*AutoModelForCausalLM"),
+        ("consolidated.00.pth", r"'consolidated\.00\.pth'.*can run any code"),
+        ("model-q4.gguf", r"'model-q4\.gguf' \(GGUF format\).*gguf_file='model-q4\.gguf'"),
+        ("tf_model.h5", r"'tf_model\.h5' \(TensorFlow format\)"),
+        ("consolidated.safetensors", r"'consolidated\.safetensors' \(other format\)"),
+        ("adapter_config.json", r"is an adapter.*merge_and_unload"),
+        ("nothing.md", r"has neither model\.safetensors nor"),
+    ],
+)
+def test_other_formats_are_refused_with_the_way_out(file, message, fake, tmp_path):
+    local = _write(tmp_path / "local", **{"config__json": "{}", file.replace(".", "__"): "x"})
+    fake.repository("me/old", "v1", **{"config__json": "{}", file.replace(".", "__"): "x"})
+    for name in (str(local), "me/old@v1"):
+        with pytest.raises(UserError, match=message) as raised:
+            hub.resolve(name, what="source model")
+        if "from_pretrained" in str(raised.value):
+            assert f"from_pretrained('{local}'" in str(raised.value) or "'me/old', revision='v1'" in str(raised.value)
+        hub.resolve(name, what="tokenizer", weights=False)
+
+
+def test_the_command_that_converts_is_a_program():
+    for name in ("/models/x", "me/old@v1"):
+        text = hub._no_safetensors(name, ["pytorch_model.bin"])
+        program = text.split('python -c "')[1].split('"`')[0]
+        compile(program, "command", "exec")
+        assert program.count("-safetensors') ".strip()) == 2 and "/models/x-safetensors" not in program
+
+
+def test_models_with_code_of_their_own_are_refused_by_name(tmp_path):
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    folder = _write(tmp_path, config__json=json.dumps({"model_type": "own", **own}))
+    with pytest.raises(UserError, match=r"model_type 'own', auto_map.*never run.*llama"):
+        hub.load_config(folder)
+    # A family that is known needs no such code; what its config lacks is told as ever.
+    _write(tmp_path, config__json=json.dumps({"model_type": "llama", **own}))
+    with pytest.raises(UserError, match="has no '"):
+        hub.load_config(folder)
+
+
+def _http_error(kind):
+    error = kind.__new__(kind)  # the library makes it of an HTTP response
+    error.args = (f"{kind.__name__} for token {TOKEN}",)
+    return error
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (errors.GatedRepoError, r"accept its terms on https://huggingface\.co/me/model and set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, r"if it is private, set HF_TOKEN"),
+        (errors.RevisionNotFoundError, r"there is no revision 'v9'"),
+    ],
+)
+def test_errors_say_what_to_do_and_never_the_token(kind, message, fake, monkeypatch):
+    def refuse(*arguments, **options):
+        raise _http_error(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=message) as raised:
+        hub.resolve("me/model@v9", what="source model")
+    assert TOKEN not in str(raised.value) and "***" in str(raised.value)
+
+
+def test_offline_is_honoured_and_told(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"source model 'EleutherAI/pythia-1b@main' .*local Hugging Face folder.*embedded"
-    ):
+    offline = (
+        r"HF_HUB_OFFLINE is set.*hf download EleutherAI/pythia-1b --revision main.*local Hugging Face folder.*embedded"
+    )
+    with pytest.raises(UserError, match=rf"source model 'EleutherAI/pythia-1b@main' .*{offline}"):
         hub.resolve("EleutherAI/pythia-1b@main", what="source model")
     with pytest.raises(UserError, match=r"tokenizer 'Qwen/Qwen2-1\.5B'"):
         hub.load_tokenizer("Qwen/Qwen2-1.5B")
     with pytest.raises(UserError, match="there is no such folder"):
         hub.resolve("./nowhere", what="source model")
     assert time.monotonic() - start < 20
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"tokenizer .* cannot be read"):
-        hub.load_tokenizer(tmp_path / "empty")
+    # What the cache has is used: its layout is the hub library's own.
+    snapshot = tmp_path / "models--me--model" / "snapshots" / "abc"
+    _write(snapshot, config__json="{}", model__safetensors="x")
+    _write(tmp_path / "models--me--model" / "refs", main="abc")
+    assert hub.resolve("me/model", what="source model") == snapshot
 
 
 def test_a_local_folder_is_itself(tmp_path):
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / hub.SINGLE)
     assert hub.resolve(str(tmp_path), what="source model") == tmp_path
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------------------------------
+
+
+def _saved(folder: Path, kind: str = "llama3", **settings) -> Path:
+    tokenizer_of_kind(kind, TEXTS).save_pretrained(folder)
+    _edit(folder / "tokenizer_config.json", **settings)
+    return folder
+
+
+def test_tokenizers_with_code_of_their_own_are_read_from_their_data(tmp_path):
+    own = {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    folder = _saved(tmp_path, **own)
+    (folder / "own.py").write_text("raise SystemExit('was run')")
+    tokenizer = hub.load_tokenizer(folder)
+    assert tokenizer.get_vocab() == tokenizer_of_kind("llama3", TEXTS).get_vocab()
+    assert tokenizer.eos_token == "<|end_of_text|>"
+    hub.save_config_and_tokenizer(_write(tmp_path / "out"), {"model_type": "llama", **own}, tokenizer)
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="never run, and has no tokenizer"):
+        hub.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "kind, tokenizer_class",
+    [(kind, None) for kind in KINDS if kind != "gpt1"]
+    + [
+        ("llama3", "LlamaTokenizerFast"),
+        ("llama2", "LlamaTokenizer"),
+        ("gemma", "GemmaTokenizer"),
+        ("qwen", "GPT2Tokenizer"),
+    ],
+)
+def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp_path):
+    """Classes of transformers may make another tokenizer of tokenizer.json than it says; what is written stays as read."""
+    folder = _saved(tmp_path / "in", kind, **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
+    tokenizer = hub.load_tokenizer(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    hub.save_config_and_tokenizer(_write(tmp_path / "out"), {"model_type": "llama"}, tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.special_tokens_map == tokenizer.special_tokens_map
+    assert again.chat_template == tokenizer.chat_template
+    texts = [*TEXTS, "  a  b\n", "<s> x </s>"]
+    assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+
+
+def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0a\x0a\x05<unk>")
+    monkeypatch.setattr(hub, "_is_installed", lambda module: False)
+    with pytest.raises(
+        UserError, match=r"only 'tokenizer\.model'.*sentencepiece and google\.protobuf.*tokalign_jax\[convert\]"
+    ):
+        hub.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(base64.b64encode(b"!") + b" 0\n")
+    with pytest.raises(UserError, match="tiktoken must be installed"):
+        hub.load_tokenizer(tmp_path)
+    assert not hub._is_installed("no_such_package.inside")
+    monkeypatch.setattr(hub, "_is_installed", lambda module: True)
+    with pytest.raises(UserError, match="name its tokenizer_class"):
+        hub.load_tokenizer(tmp_path)
+
+
+def test_other_tokenizer_files_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer .* cannot be read"):
+        hub.load_tokenizer(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(UserError, match="has only tekken"):
+        hub.load_tokenizer(tmp_path)
+
+
+def test_the_end_of_text_can_be_named_or_added(tmp_path):
+    tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
+    before = hub.load_tokenizer(tmp_path)
+    named = hub.load_tokenizer(tmp_path, "a")
+    assert named.eos_token_id == before.get_vocab()["a"] and len(named) == len(before)
+    added = hub.load_tokenizer(tmp_path, "<|done|>")
+    assert tokenizing.end_of_text_id(added) == added.eos_token_id == len(before) == len(added) - 1
+    hub.save_config_and_tokenizer(_write(tmp_path / "out"), {"model_type": "llama"}, added)
+    assert hub.read_json(tmp_path / "out" / "config.json") == {
+        "model_type": "llama", "bos_token_id": 0, "eos_token_id": len(before), "pad_token_id": None,
+    }  # fmt: skip
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == len(before)
+
+
+def test_ids_with_gaps_get_no_new_token(tmp_path):
+    tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    state["model"]["vocab"][last] += 50
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="have gaps"):
+        hub.load_tokenizer(tmp_path, "<|done|>")
+
+
+# --- Out ----------------------------------------------------------------------------------------------------------------
+
+
+def test_terms_go_along(tmp_path):
+    source = _write(tmp_path / "source", LICENSE="l", NOTICE__txt="n", USE_POLICY__md="u", config__json="{}")
+    (tmp_path / "out").mkdir()
+    assert hub.copy_terms(source, tmp_path / "out") == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
+    assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {
+        "LICENSE": "l", "NOTICE.txt": "n", "USE_POLICY.md": "u",
+    }  # fmt: skip
+
+
+def test_a_folder_is_pushed(fake, tmp_path):
+    assert hub.push_to_hub(tmp_path, "me/new") == "https://huggingface.co/me/new"
+    assert [call[0] for call in fake.calls] == ["create_repo", "upload_folder"]
+    assert fake.calls[0][2] == {"private": True, "exist_ok": True}
+    fake.calls.clear()
+    address = hub.push_to_hub(tmp_path, "me/new", private=False, revision="v1")
+    assert address == "https://huggingface.co/me/new/tree/v1"
+    assert [call[0] for call in fake.calls] == ["create_repo", "create_branch", "upload_folder"]
+    assert fake.calls[0][2]["private"] is False and fake.calls[1][2] == {"branch": "v1", "exist_ok": True}
+    sent = fake.calls[2][2]
+    assert (sent["repo_id"], sent["folder_path"], sent["revision"]) == ("me/new", tmp_path, "v1")
+
+
+def test_a_push_that_cannot_be_says_why(fake, tmp_path, monkeypatch):
+    def refuse(**options):
+        raise _http_error(errors.HfHubHTTPError)
+
+    monkeypatch.setattr(fake, "upload_folder", refuse)
+    with pytest.raises(UserError, match=r"hf upload me/new") as raised:
+        hub.push_to_hub(tmp_path, "me/new")
+    assert TOKEN not in str(raised.value)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="set HF_TOKEN"):
+        hub.push_to_hub(tmp_path, "me/new")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        hub.push_to_hub(tmp_path, "me/new")

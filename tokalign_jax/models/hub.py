@@ -1,20 +1,42 @@
-"""Hugging Face folders but for their weights: names to folders, configs and tokenizers in and out."""
+"""Hugging Face folders but for their weights: names to folders, configs and tokenizers in and out, folders to the hub.
 
+Of a repository only what is plain data is ever fetched: safetensors, JSON, text, SentencePiece models, chat templates and
+licences. Pickles are never read, and code that comes with a model is never run.
+"""
+
+import importlib.util
 import json
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.families import config_from_hf
+from tokalign_jax.models.families import FAMILIES, config_from_hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The files of weights: the only one, or what lists them."""
+
+TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "USE-POLICY*")
+"""Files that say what may be done with a model, as patterns."""
+
+_DATA = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", *TERMS)
+
+_CODE = (".py", ".pyc", ".so", ".sh")
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".nemo")
+
+_OTHER_FORMATS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".safetensors": "other"}
+
 _ROLES = ("bos", "eos", "pad")
 
 _OLD_VOCABULARY = (
+    "auto_map",
     "tokenizer_class",
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -27,45 +49,148 @@ _OLD_VOCABULARY = (
     "sequence_bias",
     "suppress_tokens",
 )
-"""Config keys that speak of the source's tokenizer or of its token ids, and mean nothing with another vocabulary."""
+"""Config keys that speak of the source's tokenizer or of its token ids, and mean nothing with another vocabulary; and of code
+that is not carried over."""
 
 
 # --- Names to folders -------------------------------------------------------------------------------------------------
 
 
 def resolve(name: str, *, what: str, weights: bool = True) -> Path:
-    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins one).
+    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins a branch, tag or commit).
+
+    The hub's own settings hold: `HF_TOKEN` for what is private or gated, `HF_HOME` for the cache, and `HF_HUB_OFFLINE=1`
+    to use the cache alone.
 
     Args:
       what: what is being looked for ("source model"), for the error.
       weights: fetch the safetensors too, not only configs and tokenizer files.
 
     Raises:
-      UserError: there is no such folder and the repository cannot be had.
+      UserError: there is no such folder, the repository cannot be had, or has no weights in safetensors.
     """
     if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    elsewhere = (
-        "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships with the package"
-    )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{what} '{name}': there is no such folder; {elsewhere}")
+        folder = Path(name).expanduser()
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{what} '{name}': there is no such folder; {_ELSEWHERE}")
+    else:
+        folder = _fetched(name, _DATA, what)
+        if weights:
+            index = read_json(folder / INDEX)
+            files = sorted(set(index["weight_map"].values())) if index else [SINGLE]
+            if odd := [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
+                raise UserError(
+                    f"{what} '{name}': its {INDEX} lists '{odd[0]}', which is no safetensors file beside it"
+                )
+            folder = _fetched(name, [*_DATA, *files], what)
+    if weights and not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        names = [path.name for path in folder.iterdir()] if folder == Path(name).expanduser() else _listed(name)
+        raise UserError(f"{what} '{name}' {_no_safetensors(name, names)}")
+    return folder
+
+
+_ELSEWHERE = (
+    "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships with the package"
+)
+
+
+def _fetched(name: str, patterns: Sequence[str], what: str) -> Path:
+    """The folder in the cache with the files of a repository's top level that `patterns` name."""
     # Here, since importing it reads HF_HUB_OFFLINE and costs time.
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
-        folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"]
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*", *(f"*{ending}" for ending in (*_CODE, *_PICKLES))],
+            )
         )
-    except Exception as error:  # Whatever stopped it (network, name, gate, disk), what the user can do is the same.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # Whatever stopped it (network, name, gate, disk), it is told with what can be done.
         raise UserError(
-            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub ({reason}): check the "
-            f"name and the network, or {elsewhere}"
+            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub ({_reason(error)}): "
+            f"{_remedy(error, repository, revision)}, or {_ELSEWHERE}"
         ) from error
-    return Path(folder)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the token."""
+    from huggingface_hub import get_token
+
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    token = get_token()
+    return text.replace(token, "***") if token else text
+
+
+def _remedy(error: Exception, repository: str, revision: str) -> str:
+    from huggingface_hub import constants, errors
+
+    download = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"HF_HUB_OFFLINE is set and the cache ({constants.HF_HUB_CACHE}) has no such snapshot; unset it, or run "
+            f"`{download}` where there is a network and take the cache along (HF_HOME)"
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return f"accept its terms on https://huggingface.co/{repository} and set HF_TOKEN to a token of that account"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"there is no revision '{revision}'; see https://huggingface.co/{repository}/commits/main"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "check the name; if it is private, set HF_TOKEN"
+    return "check the name and the network"
+
+
+def _listed(name: str) -> list[str]:
+    """The names of a repository's files; none where they cannot be had."""
+    from huggingface_hub import HfApi
+
+    repository, _, revision = name.partition("@")
+    try:
+        return HfApi().list_repo_files(repository, revision=revision or None)
+    except Exception:  # it only explains an error
+        return []
+
+
+def _no_safetensors(name: str, files: Iterable[str]) -> str:
+    """What there is instead of weights that can be read, and the way out."""
+    files, at = sorted(files), f"'{name}'"
+    if not Path(name).expanduser().is_dir() and "@" in name:
+        at = "'{}', revision='{}'".format(*name.split("@", 1))
+    out = f"{Path(name.partition('@')[0]).name}-safetensors"
+    if "adapter_config.json" in files:
+        code = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({at}).merge_and_unload()"
+        return (
+            f"is an adapter, not a whole model: merge it into its base first "
+            f"(`python -c \"{code}.save_pretrained('{out}')\"`), copy the tokenizer's files there, and give that folder"
+        )
+
+    def convert(options: str = "") -> str:
+        return (
+            '`python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"M.from_pretrained({at}, dtype='auto'{options}).save_pretrained('{out}'); "
+            f"T.from_pretrained({at}{options}).save_pretrained('{out}')\"`"
+        )
+
+    if pickled := [file for file in files if file.endswith(_PICKLES)]:
+        return (
+            f"has its weights in '{pickled[0]}' and not in {SINGLE}: pickles can run any code when they are read, and "
+            f"never are here; if you trust it, convert it where PyTorch is ({convert()}) and give that folder, or name a "
+            f"revision that has safetensors (name@revision)"
+        )
+    for ending, kind in _OTHER_FORMATS.items():
+        if found := [file for file in files if file.endswith(ending)]:
+            way = convert(f", gguf_file='{found[0]}'" if ending == ".gguf" else "")
+            return (
+                f"has its weights in '{found[0]}' ({kind} format) and neither {SINGLE} nor {INDEX}: give the model's "
+                f"original folder; where there is none, transformers may convert it ({way})"
+            )
+    return f"has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other formats with save_pretrained"
+
+
+# --- In ---------------------------------------------------------------------------------------------------------------
 
 
 def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -77,6 +202,12 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
         raise UserError(f"model folder '{folder}' has no config.json: give a folder in Hugging Face format")
+    if "auto_map" in raw and raw.get("model_type") not in FAMILIES:
+        raise UserError(
+            f"model folder '{folder}' brings its own code (config.json: model_type '{raw.get('model_type')}', auto_map), "
+            f"which is never run: choose a source model of one of the families {', '.join(sorted(FAMILIES))}, or one of "
+            f"the same weights that was converted to one of them"
+        )
     return config_from_hf(raw), raw
 
 
@@ -85,22 +216,77 @@ def load_generation_config(folder: Path | str) -> dict[str, Any] | None:
     return read_json(Path(folder) / "generation_config.json")
 
 
-def load_tokenizer(name: Path | str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokenizerBase":
     """The tokenizer of a local folder or hub repository; code that comes with it is never run.
+
+    Args:
+      end_of_text: the token that is to end documents, instead of what the tokenizer says; where it has no such token, it
+        gets it as a special one behind all others. For target tokenizers without an eos.
 
     Raises:
       UserError: it cannot be had or read.
     """
     folder = resolve(str(name), what="tokenizer", weights=False)
-    from transformers import AutoTokenizer  # Slow to import, and not needed by those who only read weights.
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    has_json = (folder / "tokenizer.json").is_file()
+    _check_tokenizer_files(name, folder, settings, has_json)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # Slow to import, and not needed for weights.
 
+    # tokenizer.json says all that code beside it would do.
+    kind = PreTrainedTokenizerFast if has_json and "auto_map" in settings else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything, from OSError to panics of its Rust part.
         raise UserError(
             f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {error}): expected "
             f"tokenizer.json and tokenizer_config.json as save_pretrained writes them"
         ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # that code does not go along
+    if end_of_text:
+        known = tokenizer.get_vocab()
+        tokenizer.add_special_tokens({"eos_token": end_of_text})
+        if tokenizer.eos_token_id != known.get(end_of_text, max(known.values()) + 1):
+            raise UserError(
+                f"tokenizer '{name}' cannot get the token '{end_of_text}': the ids of its tokens have gaps; name one of them"
+            )
+    return tokenizer
+
+
+def _check_tokenizer_files(name: Path | str, folder: Path, settings: Mapping[str, Any], has_json: bool) -> None:
+    """Says what is missing where transformers' own error would not."""
+    if has_json:
+        return
+    if "auto_map" in settings:
+        raise UserError(
+            f"tokenizer '{name}' is code that comes with it (tokenizer_config.json: auto_map), which is never run, and has "
+            f"no tokenizer.json: take one of the same model that was converted to tokenizer.json"
+        )
+    for file in sorted(folder.glob("*.model")):
+        # SentencePiece's files are protocol buffers that begin with this tag; tiktoken's are base64 text.
+        needed = ("sentencepiece", "google.protobuf") if file.read_bytes()[:1] == b"\n" else ("tiktoken",)
+        missing = [module for module in needed if not _is_installed(module)]
+        if missing:
+            raise UserError(
+                f"tokenizer '{name}' has only '{file.name}', and to convert it {' and '.join(missing)} must be installed: "
+                f"pip install 'tokalign_jax[convert]', or give a folder that has tokenizer.json"
+            )
+        if "tokenizer_class" not in settings and not (folder / "config.json").is_file():
+            raise UserError(
+                f"tokenizer '{name}' has only '{file.name}', which does not say all (whether a space is put before a text, "
+                f"say): name its tokenizer_class ('LlamaTokenizer', say) in a tokenizer_config.json beside it"
+            )
+    if (folder / "tekken.json").is_file():
+        raise UserError(
+            f"tokenizer '{name}' has only tekken.json, the form of mistral-common: take it from a repository in "
+            f"transformers' form, which has tokenizer.json"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 # --- Out --------------------------------------------------------------------------------------------------------------
@@ -127,6 +313,52 @@ def save_config_and_tokenizer(
 
 def _adapted(source: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in source.items() if key not in _OLD_VOCABULARY} | dict(new)
+
+
+def copy_terms(source_folder: Path | str, folder: Path) -> list[str]:
+    """Copies the files that say what may be done with the source model; returns their names."""
+    files = sorted({path for pattern in TERMS for path in Path(source_folder).glob(pattern) if path.is_file()})
+    for path in files:
+        shutil.copyfile(path, folder / path.name)  # the content behind the cache's links
+    return [path.name for path in files]
+
+
+def push_to_hub(folder: Path | str, repository: str, private: bool = True, revision: str | None = None) -> str:
+    """Uploads a finished folder to the hub repository `repository`, made if there is none; returns its address.
+
+    Args:
+      private: of a repository that is made; one that exists stays as it is.
+      revision: a branch to push to, made if there is none; else the main one.
+
+    Raises:
+      UserError: there is no token in the environment, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"'{folder}' cannot be pushed to '{repository}': HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise UserError(
+            f"'{folder}' cannot be pushed to '{repository}' without a token: set HF_TOKEN to one with the right to write"
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload the model with its new vocabulary",
+        )
+    except Exception as error:  # as in `_fetched`
+        raise UserError(
+            f"'{folder}' cannot be pushed to '{repository}' ({_reason(error)}): check the name ('user/model'), the network, "
+            f"and that HF_TOKEN may write there; the folder itself is whole, and `hf upload {repository} {folder}` "
+            f"does the same"
+        ) from error
+    return f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
