@@ -1,0 +1,262 @@
+"""The model card of an exported folder: README.md with YAML front matter, from plain facts."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD = "README.md"
+
+_CARRIED = ("license", "license_name", "license_link")
+"""Front matter of the base model's card that holds for the new one as well."""
+
+_MAIN = (
+    "alignment.method",
+    "alignment.vectors",
+    "alignment.file",
+    "initialization.tokens",
+    "initialization.learned",
+    "initialization.calibration",
+    *(
+        f"{stage}.{name}"
+        for stage in ("stage1", "stage2")
+        for name in ("method", "steps", "learning_rate", "batch_size", "sequence_length")
+    ),
+    "compute.dtype",
+    "seed",
+)
+"""What of a config says how a model was made."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells. Whatever is left empty is not mentioned."""
+
+    base_model: str
+    """Hub name (`name@revision`) or folder of the source model."""
+    target_tokenizer: str
+    """The same of the tokenizer."""
+    name: str = "."
+    """Where the model is loaded from, in the example."""
+    base_card: str = ""
+    """Text of the base model's README.md."""
+    terms: Sequence[str] = ()
+    """Names of the base model's licence files that lie beside the card."""
+    model_type: str = ""
+    source_tokens: int = 0
+    """Tokens of the old vocabulary."""
+    target_tokens: int = 0
+    """Tokens of the new one."""
+    rows: int = 0
+    """Of the matrices: at least `target_tokens`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Main config values by their names (`main_settings`)."""
+    rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By rule of the alignment: `rows`, and `frequency`, their share of the text."""
+    corpus: Sequence[str] = ()
+    """Names of what was read."""
+    corpus_bytes: Mapping[str, int] = field(default_factory=dict)
+    """UTF-8 bytes of training text by language."""
+    bits_per_byte: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By state of the model (`source`, `init`, ...): by language."""
+    bytes_per_token: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By side (`source`, `target`): by language."""
+    loses: Sequence[str] = ()
+    """What of a text the tokenizer does not keep (`canonical.losses`)."""
+    special: Sequence[Mapping[str, Any]] = ()
+    """Special tokens and where their rows came from (`methods.special_rows`)."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config (as a nested dict) that say how a model was made, by their dotted names."""
+    found = {}
+    for name in _MAIN:
+        value: Any = config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in (None, ""):
+            found[name] = value
+    return found
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The metadata at the head of a card; {} where there is none that can be read."""
+    match = re.match(r"\A\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", card, re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md: metadata as the hub reads it, then how the model was made, from what, and what it measures."""
+    sections = (
+        _made(facts),
+        _use(facts),
+        _table("Data", ("language", "training text"), _data(facts), _sources(facts)),
+        _figures(facts),
+        _table("Rows of the new vocabulary", ("rule", "rows", "of the text"), _rules(facts)),
+        _special(facts),
+        _table("Settings", ("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in facts.settings.items()]),
+        _terms(facts),
+        _table("Versions", ("package", "version"), list(facts.versions.items())),
+    )
+    metadata = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)
+    return f"---\n{metadata}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+
+def _metadata(facts: CardFacts) -> dict[str, Any]:
+    base = front_matter(facts.base_card)
+    languages = [name for name in facts.corpus_bytes if re.fullmatch(r"[a-z]{2,3}", name) and name != "all"]
+    values = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": _hub_name(facts.base_model),
+        "base_model_relation": "finetune" if _hub_name(facts.base_model) else "",
+        **{key: base.get(key) for key in _CARRIED},
+        "language": languages,
+        "tags": ["tokalign-jax", "vocabulary-transfer", *([facts.model_type] if facts.model_type else [])],
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _hub_name(name: str) -> str:
+    """The repository of a hub name, without its revision; "" for a folder, or what ships with the package."""
+    repository = name.partition("@")[0]
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and not Path(name).expanduser().exists()
+    return repository if is_name else ""
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _made(facts: CardFacts) -> str:
+    base, tokenizer = _link(facts.base_model), _link(facts.target_tokenizer)
+    lines = [f"# {_short(facts.base_model)} with the vocabulary of {_short(facts.target_tokenizer)}", ""]
+    lines += [
+        f"The model {base} with the tokenizer of {tokenizer}: the rows of its embedding and its head were made anew"
+    ]
+    lines += ["for that vocabulary and trained by tokalign_jax."]
+    if facts.source_tokens and facts.target_tokens:
+        lines += [f"The vocabulary went from {facts.source_tokens:,} to {facts.target_tokens:,} tokens."]
+    if facts.rows > facts.target_tokens > 0:
+        lines += [f"The matrices have {facts.rows:,} rows; those past the vocabulary stand for no token."]
+    return "\n".join(lines)
+
+
+def _use(facts: CardFacts) -> str:
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({facts.name!r}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({facts.name!r})
+```"""
+
+
+def _sources(facts: CardFacts) -> str:
+    return f"Read from: {', '.join(f'`{name}`' for name in facts.corpus)}." if facts.corpus else ""
+
+
+def _data(facts: CardFacts) -> list[tuple[str, ...]]:
+    rows = [(language, _size(size)) for language, size in sorted(facts.corpus_bytes.items())]
+    return [*rows, ("together", _size(sum(facts.corpus_bytes.values())))] if len(rows) > 1 else rows
+
+
+def _figures(facts: CardFacts) -> str:
+    def figures(title: str, values: Mapping[str, Mapping[str, float]], text: str) -> str:
+        languages = dict.fromkeys(language for column in values.values() for language in column)
+        rows = [
+            (language, *(f"{column[language]:.3f}" if language in column else "" for column in values.values()))
+            for language in languages
+        ]
+        return _table(title, ("language", *values), rows, text)
+
+    kept = (
+        f" The tokenizer does not keep {', '.join(facts.loses)} of a text; such figures are too low."
+        if facts.loses
+        else ""
+    )
+    measured = figures(
+        "Bits per byte on held-out text",
+        facts.bits_per_byte,
+        f"`source` is the base model with its own tokenizer, on the same text; lower is better.{kept}",
+    )
+    cut = figures("Bytes per token", facts.bytes_per_token, "More bytes in a token are fewer tokens for a text.")
+    return "\n\n".join(section for section in (measured, cut) if section)
+
+
+def _rules(facts: CardFacts) -> list[tuple[str, ...]]:
+    return [
+        (name, f"{int(rule['rows']):,}", f"{rule['frequency']:.2%}")
+        for name, rule in facts.rules.items()
+        if rule["rows"]
+    ]
+
+
+def _special(facts: CardFacts) -> str:
+    rows = [
+        (
+            _code(row["token"]),
+            str(row["id"]),
+            _code(row["source"]),
+            row["why"],
+            "yes" if row["in_chat_template"] else "",
+        )
+        for row in facts.special
+    ]
+    header = ("token", "id", "rows of", "because", "in the chat template")
+    return _table(
+        "Special tokens", header, rows, "Where their rows came from; the rest is made of the pieces of its text."
+    )
+
+
+def _terms(facts: CardFacts) -> str:
+    base = front_matter(facts.base_card)
+    licence = base.get("license_name") or base.get("license")
+    files = f" See {', '.join(f'[{name}]({name})' for name in facts.terms)}." if facts.terms else ""
+    if licence or files:
+        known = f"The licence of the base model, {licence}, holds for this one." if licence else ""
+        return f"## Licence\n\n{known or 'The terms of the base model hold for this one.'}{files}"
+    return "## Licence\n\nThe base model's folder says nothing of its licence; it holds for this model, too."
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], text: str = "") -> str:
+    """A section with a table; "" where there is nothing to tell."""
+    lines = ["| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |" for row in (header, *rows)]
+    if len(lines) == 1:
+        return ""
+    return "\n".join(
+        [f"## {title}", "", *([text, ""] if text else []), lines[0], "|" + "---|" * len(header), *lines[1:]]
+    )
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", r"\|") if text else ""
+
+
+def _link(name: str) -> str:
+    repository, _, revision = name.partition("@")
+    pinned = f" (revision `{revision}`)" if revision else ""
+    return f"[{repository}](https://huggingface.co/{repository}){pinned}" if _hub_name(name) else f"`{_short(name)}`"
+
+
+def _short(name: str) -> str:
+    """A folder's own name: where it lies on somebody's disk is nobody's business."""
+    return name.partition("@")[0] if _hub_name(name) else Path(name).name
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
