@@ -22,14 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from tokalign_jax import sharding
-
-RESIDUALS = "attention_residuals"
-"""Checkpoint name of what a fused kernel's backward pass needs: its output and log-sum-exp."""
+from tokalign_jax.models import remat
 
 QUERY_BLOCK = 256
 """Queries whose logits exist at once in the blocked fallback."""
@@ -78,8 +77,10 @@ def attend(
         return _over_mesh(kernel, q, k, v)
     if length <= LONGEST_WHOLE:
         positions = jnp.arange(length)
-        return _whole(q, k, v, _visible(positions, positions, window), scale, softcap)
-    return _blocked(q, k, v, scale, window, softcap, QUERY_BLOCK)
+        y = _whole(q, k, v, _visible(positions, positions, window), scale, softcap)
+    else:
+        y = _blocked(q, k, v, scale, window, softcap, QUERY_BLOCK)
+    return checkpoint_name(y, remat.ATTENTION)
 
 
 # --- Fused kernels ----------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def _splash(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=RESIDUALS,
+        residual_checkpoint_name=remat.ATTENTION,
         interpret=interpret,
     )
 

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
+from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
@@ -49,10 +51,14 @@ _ACTIVATIONS = {
 class Linear(nnx.Module):
     """y = x W + b, and with adapters + (alpha / rank) dropout(x) A B."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, lora: LoraSpec | None):
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, lora: LoraSpec | None, kept_as: str = rematerialization.PROJECTED
+    ):
+        """`kept_as`: what policies that keep the result for the backward pass call it."""
         self.kernel = _param(inputs, outputs)
         self.bias = _param(outputs) if bias else None
         self.lora = lora
+        self.kept_as = kept_as
         if lora:
             self.lora_a = _param(inputs, lora.rank)
             self.lora_b = _param(lora.rank, outputs)
@@ -64,7 +70,7 @@ class Linear(nnx.Module):
         if self.lora:
             x = _dropout(x, self.lora.dropout, key)
             y += self.lora.scale * (x @ self.lora_a.astype(x.dtype) @ self.lora_b.astype(x.dtype))
-        return y
+        return checkpoint_name(y, self.kept_as)
 
 
 class Norm(nnx.Module):
@@ -103,9 +109,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, config.attention_bias, lora)
-        self.k_proj = Linear(config.hidden_size, keys, config.attention_bias, lora)
-        self.v_proj = Linear(config.hidden_size, keys, config.attention_bias, lora)
+        project = functools.partial(Linear, bias=config.attention_bias, lora=lora, kept_as=rematerialization.ATTENTION)
+        self.q_proj = project(config.hidden_size, queries)
+        self.k_proj = project(config.hidden_size, keys)
+        self.v_proj = project(config.hidden_size, keys)
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
         self.q_norm = self._query_key_norm(config.num_heads)
         self.k_norm = self._query_key_norm(config.num_kv_heads)
@@ -246,7 +253,7 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         key: jax.Array | None,
         dtype: DTypeLike,
-        remat: bool,
+        remat: rematerialization.Policy,
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
         length: Length | None = None,
@@ -266,8 +273,7 @@ class Transformer(nnx.Module):
             x, cache = nnx.merge(definition, weights)(x, Place(positions, by, window), key, cache)
             return sharding.by_sequence(x), cache
 
-        # Inside a scan XLA cannot undo the recomputation, so nothing needs to be held against that.
-        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        body = rematerialization.wrap(layer, remat)
         keys = None if key is None else jax.random.split(key, config.num_layers)
         x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
         x = self._placed(x, positions)
@@ -294,14 +300,14 @@ def forward(
     lora: LoraSpec | None = None,
     dropout_key: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: rematerialization.Policy = "dots",
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in `dtype`.
 
     Args:
       lora: says that `params` hold adapters, and of which kind.
       dropout_key: draws the adapters' dropout; None: no dropout.
-      remat: recompute each layer in the backward pass instead of storing its activations.
+      remat: what each layer keeps for the backward pass; of no effect without one.
 
     Raises:
       ValueError: `params` are not those of `config` and `lora`.
@@ -359,7 +365,7 @@ def _continue(
     empty = jnp.zeros((config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim), dtype)
 
     def advance(tokens, last, cache, start):
-        hidden, cache = model(tokens, None, dtype, False, cache, start, length + steps)
+        hidden, cache = model(tokens, None, dtype, "layer", cache, start, length + steps)
         scores = adjust_logits(config, _project(config, hidden[:, last], params))
         return scores.argmax(-1).astype(prompt.dtype), cache
 
