@@ -89,8 +89,8 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
     stage = StageConfig(
         steps=arguments.steps,
         learning_rate=6.4e-4,
-        per_device_batch=arguments.sequences // jax.device_count(),
-        accumulation=1,
+        batch_size=arguments.sequences,
+        per_device_batch=arguments.sequences,
         sequence_length=arguments.sequence_length,
         start_offset=0,
         log_every=50,

@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
 
     for stage in (config.stage1, config.stage2):
         stage.steps = 2500
+        stage.batch_size = 64
         stage.per_device_batch = 4
-        stage.accumulation = 16
         stage.sequence_length = 2048
         stage.weight_decay = 0.01
         stage.warmup_fraction = 0.03

@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     config.initialization.tokens = 500_000
 
     for stage in (config.stage1, config.stage2):
+        stage.batch_size = 4
         stage.per_device_batch = 4
-        stage.accumulation = 1
         stage.sequence_length = 256
         stage.weight_decay = 0.01
         stage.warmup_fraction = 0.03

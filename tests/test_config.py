@@ -11,10 +11,10 @@ from tokalign_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {
-    # name: (stage 1 rate, stage 2 rate, steps, method, batch, accumulation, length, threshold, offset, budget)
-    "research": (6.4e-4, 5e-5, (2500, 2500), "full", 4, 16, 2048, 0.3, 2_560_000, 5e9),
-    "optimal": (2e-5, 5e-5, (2500, 2500), "lora", 4, 16, 2048, 0.4, 0.2, 5e9),
-    "three_hour_eval": (5e-4, 5e-5, (600, 1400), "lora", 2, 16, 1024, 0.3, 0, 1e9),
+    # name: (stage 1 rate, stage 2 rate, steps, method, sequences, batch, length, threshold, offset, budget)
+    "research": (6.4e-4, 5e-5, (2500, 2500), "full", 1024, 4, 2048, 0.3, 2_560_000, 5e9),
+    "optimal": (2e-5, 5e-5, (2500, 2500), "lora", 64, 4, 2048, 0.4, 0.2, 5e9),
+    "three_hour_eval": (5e-4, 5e-5, (600, 1400), "lora", 32, 2, 1024, 0.3, 0, 1e9),
 }
 
 
@@ -24,7 +24,7 @@ def load(name: str) -> Config:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_hold_what_they_promise(name):
-    rate1, rate2, steps, method, batch, accumulation, length, threshold, offset, budget = RECIPES[name]
+    rate1, rate2, steps, method, sequences, batch, length, threshold, offset, budget = RECIPES[name]
     config = load(name)
     assert (config.stage1.learning_rate, config.stage2.learning_rate) == (rate1, rate2)
     assert (config.stage1.steps, config.stage2.steps) == steps
@@ -32,7 +32,7 @@ def test_recipes_hold_what_they_promise(name):
     assert (config.stage2.start_offset, config.text.budget_bytes) == (offset, budget)
     assert config.alignment.similarity_threshold == threshold
     for stage in (config.stage1, config.stage2):
-        assert (stage.per_device_batch, stage.accumulation, stage.sequence_length) == (batch, accumulation, length)
+        assert (stage.batch_size, stage.per_device_batch, stage.sequence_length) == (sequences, batch, length)
         assert (stage.weight_decay, stage.warmup_fraction) == (0.01, 0.03)
     if method == "lora":
         assert dataclasses.astuple(config.stage2.lora) == (64, 16.0, 0.1)

@@ -67,7 +67,7 @@ def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, 
         small |= {
             f"{stage}.steps": 3,
             f"{stage}.per_device_batch": 2,
-            f"{stage}.accumulation": 2,
+            f"{stage}.batch_size": 4,
             f"{stage}.sequence_length": 32,
             f"{stage}.checkpoint_every": 2,
         }

@@ -8,9 +8,9 @@ from training_toys import STAGE, assert_same, quick_compilation, toy_params  # n
 
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
+from tokalign_jax.sharding import make_mesh, place
 from tokalign_jax.training.checkpoints import Checkpoints, Position, check_resumable
 from tokalign_jax.training.optimizer import make_optimizer, rules_for
-from tokalign_jax.training.sharding import make_mesh, place
 from tokalign_jax.training.step import init_state
 
 POSITION = Position(stream={"next_index": 3}, next_sequence=12, global_batch=4, fingerprint="abc")
@@ -18,7 +18,7 @@ POSITION = Position(stream={"next_index": 3}, next_sequence=12, global_batch=4, 
 
 def state_of(params):
     optimizer = make_optimizer(STAGE, paths.label_tree(rules_for("full"), params))
-    return place(init_state(params, optimizer), make_mesh())
+    return init_state(place(params, make_mesh()), optimizer)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_every_bit_of_the_state_comes_back(tmp_path, state):
         restored = checkpoints.restore(3, state_of(toy_params(seed=1)))
         assert jax.tree.structure(restored) == jax.tree.structure(state)
         assert bits(restored) == bits(state)
-        assert_same(checkpoints.restore_params(3, toy_params(seed=1)), state.params)
+        assert_same(checkpoints.restore_params(3, state_of(toy_params(seed=1)).params), state.params)
         assert checkpoints.position(3) == POSITION
 
 

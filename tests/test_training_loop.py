@@ -26,12 +26,11 @@ from training_toys import (
     train,
 )
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.config import AFTER_PREVIOUS, DataConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.training import sharding
 from tokalign_jax.training.batches import TokenSource, make_stream
-from tokalign_jax.training.loop import load_final, plan_stage
+from tokalign_jax.training.loop import load_final, plan_stage, run_stage
 from tokalign_jax.training.metrics import read
 from tokalign_jax.training.optimizer import make_optimizer, rules_for
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
@@ -42,6 +41,11 @@ POISON = VOCABULARY - 1
 
 def losses(records):
     return [record["loss"] for record in records]
+
+
+def final(folder, stage):
+    """What the stage ended with, from its folder alone."""
+    return sharding.unpadded(load_final(folder, stage, toy_params(), sharding.make_mesh()), VOCABULARY)
 
 
 # --- Resuming -----------------------------------------------------------------------------------------------------------
@@ -89,9 +93,9 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", stage, log=interrupt)
     with pytest.raises(UserError, match="no checkpoint of step 8"):
-        load_final(tmp_path / "parts", stage, toy_params())
+        final(tmp_path / "parts", stage)
     with pytest.raises(UserError, match="4 sequences a step, this run has 8"):
-        train(tmp_path / "parts", replace(stage, accumulation=4))
+        train(tmp_path / "parts", replace(stage, batch_size=8))
     with pytest.raises(UserError, match="other settings"):
         train(tmp_path / "parts", replace(stage, learning_rate=1.0))
 
@@ -100,7 +104,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     assert "resumed at step 3 of 8" in lines[0]
     assert_same(rest.params, whole.params)
     assert losses(rest.history) == losses(whole.history)
-    assert_same(load_final(tmp_path / "parts", stage, toy_params()), whole.params)
+    assert_same(final(tmp_path / "parts", stage), whole.params)
 
     lines.clear()
     again = train(tmp_path / "parts", stage, log=lines.append)
@@ -112,7 +116,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
 def test_the_final_parameters_of_adapters_load(tmp_path):
     stage = replace(STAGE, method="lora", steps=2)
     result = train(tmp_path, stage)
-    assert_same(load_final(tmp_path, stage, toy_params()), result.params)
+    assert_same(final(tmp_path, stage), result.params)
 
 
 # --- Steps that are not finite ------------------------------------------------------------------------------------------
@@ -137,13 +141,13 @@ def poisoned_shards(steps):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     optimizer = make_optimizer(STAGE, paths.label_tree(rules_for("full"), toy_params()))
     mesh = sharding.make_mesh()
-    step = make_train_step(make_loss(LLAMA, CONFIG.compute, None), optimizer, STAGE, mesh)
+    step = make_train_step(make_loss(LLAMA, CONFIG.compute, None), optimizer, STAGE, jnp.float32, mesh)
     source = TokenSource(poisoned_shards([2]), LENGTH)
     stream = make_stream(source, seed=0, epochs=1, offset=0, accumulation=2, micro_batch=2)
     good, bad, better = (jnp.asarray(next(stream)) for _ in range(3))
 
     def after(*batches):
-        state, metrics = init_state(sharding.copy_to(poisoned_params(), mesh), optimizer), {}
+        state, metrics = init_state(sharding.place(poisoned_params(), mesh), optimizer), {}
         for batch in batches:
             state, metrics = step(state, {}, batch, jax.random.key(0))
         return state, metrics
@@ -240,7 +244,7 @@ def test_a_corpus_shorter_than_a_sequence():
 
 def test_no_steps_no_stage(tmp_path):
     params, stage = toy_params(), replace(STAGE, steps=0)
-    result = train(tmp_path, stage, params=params, previous_end=5)
+    result = run_stage("stage", stage, CONFIG, LLAMA, params, toy_shards(), tmp_path, 5, print)
     assert result.params is params and result.next_sequence == 5
-    assert load_final(tmp_path, stage, params) is params
+    assert load_final(tmp_path, stage, params, sharding.make_mesh()) is params
     assert not list(tmp_path.iterdir())

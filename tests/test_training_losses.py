@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokalign_jax.training.losses import cross_entropy, token_nll
+from tokalign_jax.training.losses import Head, cross_entropy, token_nll
 
 B, T, D, V = 3, 7, 16, 37
 
@@ -35,7 +35,7 @@ def test_value_and_gradients_match_numpy(data, chunk):
     hidden, head, labels = data
 
     def loss(hidden, head):
-        total, count = cross_entropy(hidden, head, jnp.asarray(labels), chunk, jnp.float32)
+        total, count = cross_entropy(hidden, head, jnp.asarray(labels), Head(V, chunk, jnp.float32))
         return 3.0 * total, count  # the factor: the backward pass must scale by what comes from above
 
     (total, count), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
@@ -45,13 +45,13 @@ def test_value_and_gradients_match_numpy(data, chunk):
     np.testing.assert_allclose(gradients[0], 3 * hidden_gradient, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradients[1], 3 * head_gradient, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        token_nll(hidden, head, jnp.asarray(labels), chunk, jnp.float32), nll, rtol=1e-5, atol=1e-6
+        token_nll(hidden, head, jnp.asarray(labels), Head(V, chunk, jnp.float32)), nll, rtol=1e-5, atol=1e-6
     )
 
 
 def test_undifferentiated_value_is_the_differentiated_one(data):
     hidden, head, labels = data
-    loss = lambda hidden: cross_entropy(hidden, head, jnp.asarray(labels), 4, jnp.float32)[0]  # noqa: E731
+    loss = lambda hidden: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 4, jnp.float32))[0]  # noqa: E731
     np.testing.assert_allclose(loss(hidden), jax.value_and_grad(loss)(hidden)[0], rtol=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     hidden, head, labels = data
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, head)]
     expected, _, head_gradient, _ = reference(*rounded, labels)
-    loss = lambda head: cross_entropy(hidden, head, jnp.asarray(labels), 5, jnp.bfloat16)[0]  # noqa: E731
+    loss = lambda head: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.bfloat16))[0]  # noqa: E731
     total, gradient = jax.value_and_grad(loss)(head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert gradient.dtype == jnp.float32
@@ -74,6 +74,6 @@ def test_logits_are_never_whole():
     hidden = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
     head = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
     labels = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    loss = lambda hidden, head, labels: cross_entropy(hidden, head, labels, 128, jnp.float32)[0]  # noqa: E731
+    loss = lambda hidden, head, labels: cross_entropy(hidden, head, labels, Head(V, 128, jnp.float32))[0]  # noqa: E731
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 3

@@ -27,9 +27,8 @@ from training_toys import (
     train,
 )
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.training import sharding
 from tokalign_jax.training.batches import TokenSource, make_stream
 from tokalign_jax.training.metrics import read
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
@@ -101,9 +100,9 @@ def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_p
 
 def stepper(stage, optimizer, model=LLAMA):
     mesh = sharding.make_mesh()
-    step = make_train_step(make_loss(model, CONFIG.compute, None), optimizer, stage, mesh)
+    step = make_train_step(make_loss(model, CONFIG.compute, None), optimizer, stage, jnp.float32, mesh)
     return lambda batch: step(
-        init_state(sharding.copy_to(toy_params(model), mesh), optimizer), {}, batch, jax.random.key(0)
+        init_state(sharding.place(toy_params(model), mesh), optimizer), {}, batch, jax.random.key(0)
     )
 
 
@@ -167,9 +166,9 @@ def test_golden_steps_against_pytorch(tmp_path, family):
 
 
 def test_eight_devices_give_what_one_gives(tmp_path):
-    output = finish_program(start_program(tmp_path / "eight", devices=8, per_device_batch=1, steps=4))
+    output = finish_program(start_program(tmp_path / "eight", devices=8, batch_size=8, per_device_batch=1, steps=4))
     assert "on 8 cpu devices" in output
-    one = train(tmp_path / "one", replace(STAGE, per_device_batch=8, steps=4))
+    one = train(tmp_path / "one", replace(STAGE, batch_size=8, per_device_batch=8, steps=4))
     eight = read(tmp_path / "eight" / "metrics.jsonl")
     for name in ("loss", "gradient_norm", "tokens"):
         np.testing.assert_allclose([r[name] for r in eight], [r[name] for r in one.history], rtol=1e-5)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, StageConfig
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.rotary import Rope
@@ -62,8 +62,8 @@ STAGE = StageConfig(
     steps=8,
     learning_rate=3e-3,
     warmup_fraction=0.25,
+    batch_size=4,
     per_device_batch=2,
-    accumulation=2,
     sequence_length=LENGTH,
     checkpoint_every=3,
     log_every=4,
@@ -120,7 +120,8 @@ def train(folder: Path, stage: StageConfig = STAGE, model: ModelConfig = LLAMA, 
         arguments["params"] = toy_params(model)
     if arguments["shards"] is None:
         arguments["shards"] = toy_shards()
-    return run_stage(stage=stage, config=config, model_config=model, folder=folder, **arguments)
+    result = run_stage(stage=stage, config=config, model_config=model, folder=folder, **arguments)
+    return replace(result, params=sharding.unpadded(result.params, model.vocab_size))
 
 
 def assert_same(first: paths.Tree, second: paths.Tree) -> None:

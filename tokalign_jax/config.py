@@ -130,10 +130,10 @@ class StageConfig:
     beta2: float = 0.95
     clip_norm: float = 1.0
     """Global norm to which the gradient of everything that trains is clipped."""
+    batch_size: int = 1024
+    """Sequences a step, over all devices: neither the rate nor the order of the data depends on how many there are."""
     per_device_batch: int = 4
-    """Sequences a device holds at once."""
-    accumulation: int = 16
-    """Micro-batches a step: a step reads per_device_batch x devices x accumulation sequences."""
+    """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes."""
     sequence_length: int = 2048
     """Tokens a sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS
@@ -169,6 +169,19 @@ class ComputeConfig:
     """Recompute each layer in the backward pass instead of storing its activations."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at once in the cross-entropy."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along three axes; their product is the number of devices. 0: chosen, so that a model fits."""
+
+    data: int = 0
+    """Copies of the parameters; the batch is split over them."""
+    fsdp: int = 0
+    """Parts that parameters and optimizer state are split in; the batch is split over them too."""
+    tensor: int = 0
+    """Parts that each layer's matrices, heads and the vocabulary are split in, for the same sequences; at most the devices of one
+    process. 0: 1."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +231,7 @@ class Config:
     stage1: StageConfig = field(default_factory=lambda: StageConfig(method="embedding", start_offset=0))
     stage2: StageConfig = field(default_factory=lambda: StageConfig(method="full", learning_rate=5e-5))
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
@@ -307,8 +321,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "warmup_fraction": (0, 1),
     "weight_decay": (0, math.inf),
     "clip_norm": (1e-12, math.inf),
+    "batch_size": (1, math.inf),
     "per_device_batch": (1, math.inf),
-    "accumulation": (1, math.inf),
     "sequence_length": (1, math.inf),
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),
@@ -334,6 +348,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "bytes_per_language": (1, math.inf),
     "sample_tokens": (1, math.inf),
     "max_shard_bytes": (1_000_000, math.inf),
+    "data": (0, math.inf),
+    "fsdp": (0, math.inf),
+    "tensor": (0, math.inf),
 }
 """Smallest and largest value of fields by name, in whatever group."""
 
@@ -341,7 +358,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 def _check_range(made: Any, prefix: str) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(made, name, None)
-        if value is not None and not low <= value <= high:
+        if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(
                 f"config key '{prefix}{name}' is {value}; it must be at least {low}"
                 + (f" and at most {high}" if high < math.inf else "")

@@ -6,10 +6,11 @@ the first match wins.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 Tree = dict[str, Any]
 """A nested dict whose leaves are anything but dicts."""
+Label = TypeVar("Label")
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def unflatten(leaves: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def label(rules: Sequence[tuple[str, str]], path: str) -> str:
+def label(rules: Sequence[tuple[str, Label]], path: str) -> Label:
     """The label of the first rule whose expression is found in the path.
 
     Raises:
@@ -49,7 +50,7 @@ def label(rules: Sequence[tuple[str, str]], path: str) -> str:
     raise ValueError(f"no rule matches parameter '{path}' (rules: {', '.join(repr(pattern) for pattern, _ in rules)})")
 
 
-def label_tree(rules: Sequence[tuple[str, str]], tree: Mapping[str, Any]) -> Tree:
+def label_tree(rules: Sequence[tuple[str, Any]], tree: Mapping[str, Any]) -> Tree:
     """The tree with each leaf replaced by the label of the first rule whose expression is found in its path.
 
     Raises:

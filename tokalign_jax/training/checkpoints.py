@@ -89,8 +89,7 @@ def check_resumable(position: Position, global_batch: int, fingerprint: str, fol
     if position.global_batch != global_batch:
         raise UserError(
             f"the checkpoint '{folder}' was made with {position.global_batch} sequences a step, this run has "
-            f"{global_batch} (per_device_batch x devices x accumulation): rate and data position would no longer fit; set "
-            f"per_device_batch and accumulation so that the product is {position.global_batch}, or use another workdir"
+            f"{global_batch}: rate and data position would no longer fit; set batch_size={position.global_batch}, or use another workdir"
         )
     if position.fingerprint != fingerprint:
         raise UserError(

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.progress import Log, duration, quantity
-from tokalign_jax.training import metrics, sharding
+from tokalign_jax.training import metrics
 from tokalign_jax.training.batches import Shards, TokenSource, make_stream, resolve_offset
 from tokalign_jax.training.checkpoints import Checkpoints, Position, check_resumable
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for
@@ -31,8 +31,8 @@ _AHEAD = 2
 """Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""
 
 _BOOKKEEPING = (
+    "batch_size",
     "per_device_batch",
-    "accumulation",
     "start_offset",
     "checkpoint_every",
     "keep_checkpoints",
@@ -56,9 +56,20 @@ class StageResult:
     """One record a step, as in `metrics.jsonl`."""
 
 
-def global_batch(stage: StageConfig) -> int:
-    """Sequences of a step."""
-    return stage.per_device_batch * stage.accumulation * jax.device_count()
+def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
+    """Sequences that all devices read at once: as many as `per_device_batch` lets, among those that divide a step.
+
+    Raises:
+      UserError: a step's sequences do not divide among the devices.
+    """
+    devices = sharding.sequences_at_once(mesh)
+    if stage.batch_size % devices:
+        raise UserError(
+            f"{name}.batch_size is {stage.batch_size} sequences, which do not divide among the {devices} devices that read sequences of "
+            f"their own (mesh.data x mesh.fsdp): set --config.{name}.batch_size to a multiple of {devices}, or use fewer devices"
+        )
+    each = stage.batch_size // devices
+    return devices * max(n for n in range(1, min(each, stage.per_device_batch) + 1) if each % n == 0)
 
 
 def lora_spec(stage: StageConfig) -> LoraSpec | None:
@@ -92,10 +103,10 @@ def plan_stage(
             f"sequence: use a larger corpus or a shorter {name}.sequence_length"
         )
     start = resolve_offset(stage.start_offset, sequences, config.data.epochs, previous_end)
-    length, end = sequences * config.data.epochs, start + stage.steps * global_batch(stage)
+    length, end = sequences * config.data.epochs, start + stage.steps * stage.batch_size
     if length and end > length:
         raise UserError(
-            f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of {global_batch(stage):,}), but the stream "
+            f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of {stage.batch_size:,}), but the stream "
             f"ends at {length:,} ({config.data.epochs} passes over {sequences:,}): set data.epochs to "
             f"{-(-end // sequences)} or more (0: as many as needed), or take fewer steps"
         )
@@ -112,6 +123,7 @@ def run_stage(
     folder: Path,
     previous_end: int,
     log: Log,
+    mesh: Mesh | None = None,
 ) -> StageResult:
     """Trains a stage, from the newest checkpoint in its folder if there is one; a finished stage is only loaded.
 
@@ -119,59 +131,56 @@ def run_stage(
 
     Args:
       name: of the stage; names its random numbers too.
-      params: all parameters, without adapters; never changed. Leaves may be on the host.
+      params: all parameters, without adapters; never changed. Leaves may be on the host. What does not train should be in the compute
+        type already, or there will be a copy.
       shards: tokens of the target tokenizer.
       folder: of this stage alone; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
       previous_end: position in the shuffled stream after the last sequence that the stage before read.
       log: takes progress lines.
+      mesh: of the devices to train on; None: all, as `sharding.make_mesh` has them.
 
     Raises:
-      UserError: for input that does not fit (`plan_stage`), a checkpoint of another run, or several steps in a row
+      UserError: for input that does not fit (`plan_stage`, `micro_batch`), a checkpoint of another run, or several steps in a row
         without a finite loss and gradient.
     """
     start, end = plan_stage(name, stage, config, model_config, shards, previous_end)
     if not stage.steps:
         return StageResult(params, end, 0, [])
-    mesh = sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh(config.mesh)
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
-    params = _with_adapters(stage, params, adapter_key)
+    params = sharding.place(_with_adapters(stage, params, adapter_key), mesh)
     trainable, frozen = _split(stage, params)
     fingerprint = _fingerprint(stage, config, model_config, params, shards, start)
 
     labels = paths.label_tree(rules_for(stage.method), trainable)
     optimizer = make_optimizer(stage, labels)
-    # Copies, not the caller's arrays: the step gives its input's memory to its output.
-    state = sharding.place(init_state(sharding.copy_to(_cast(trainable, jnp.float32), mesh), optimizer), mesh)
+    state = _initial_state(trainable, optimizer, mesh)
     with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
         done, position = checkpoints.newest() or 0, None
         if done:
             position = checkpoints.position(done)
-            check_resumable(position, global_batch(stage), fingerprint, checkpoints.path(done))
+            check_resumable(position, stage.batch_size, fingerprint, checkpoints.path(done))
             state = checkpoints.restore(done, state)
             log(f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}")
         first = jax.process_index() == 0
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
-                feed = _Feed(_stream(stage, config, shards, start), position, mesh)
+                feed = _Feed(_stream(stage, config, shards, start, micro_batch(name, stage, mesh)), position, mesh)
                 loss = make_loss(model_config, config.compute, lora_spec(stage))
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
-                state = run(
-                    make_train_step(loss, optimizer, stage, mesh),
-                    state,
-                    sharding.place(_cast(frozen, jnp.dtype(config.compute.dtype)), mesh),
-                    feed,
-                    dropout_key,
-                )
-    tokens = stage.steps * global_batch(stage) * stage.sequence_length
+                dtype = jnp.dtype(config.compute.dtype)
+                train_step = make_train_step(loss, optimizer, stage, dtype, mesh)
+                state = run(train_step, state, _cast(frozen, dtype), feed, dropout_key)
+    tokens = stage.steps * stage.batch_size * stage.sequence_length
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
 
-def load_final(folder: Path, stage: StageConfig, params: paths.Tree) -> paths.Tree:
+def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh) -> paths.Tree:
     """The parameters that a finished stage ended with, as in its `StageResult`.
 
     Args:
       folder: of the stage.
-      params: what the stage began with; gives the leaves that did not train.
+      params: what the stage began with, on `mesh`; gives the leaves that did not train.
 
     Raises:
       UserError: when the folder has no checkpoint of the stage's last step.
@@ -179,14 +188,14 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree) -> paths.Tr
     if not stage.steps:
         return params
     # The adapters' values come from the checkpoint; here they only say which shapes to expect.
-    trainable, frozen = _split(stage, _with_adapters(stage, params, jax.random.key(0)))
+    trainable, frozen = _split(stage, sharding.place(_with_adapters(stage, params, jax.random.key(0)), mesh))
     with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
         if checkpoints.newest() != stage.steps:
             raise UserError(
                 f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest is "
                 f"{checkpoints.newest() or 'none'}): run the stage to its end first"
             )
-        like = sharding.place(_cast(trainable, jnp.float32), sharding.make_mesh())
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
         return paths.merge(checkpoints.restore_params(stage.steps, like), frozen)
 
 
@@ -230,7 +239,7 @@ class _Run:
 
     def _announce(self, state: TrainState, frozen: Any) -> None:
         count = lambda tree: quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))  # noqa: E731
-        batch, length = global_batch(self.stage), self.stage.sequence_length
+        batch, length = self.stage.batch_size, self.stage.sequence_length
         self.log(
             f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, {count(frozen)} are frozen; "
             f"{self.stage.steps:,} steps of {batch:,} x {length:,} = {quantity(batch * length)} tokens on "
@@ -256,7 +265,7 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, feed: "_Feed") -> None:
         self.recorder.flush()  # first the lines, then the checkpoint: none is missing when a run goes on from there
-        batch = global_batch(self.stage)
+        batch = self.stage.batch_size
         position = Position(feed.position, self.start + step * batch, batch, self.fingerprint)
         self.checkpoints.save(step, state, position)
 
@@ -278,17 +287,30 @@ class _Feed:
         return batch
 
 
-def _stream(stage: StageConfig, config: Config, shards: Shards, start: int) -> grain.DatasetIterator:
+def _stream(
+    stage: StageConfig, config: Config, shards: Shards, start: int, micro_batch: int
+) -> grain.DatasetIterator:
     return make_stream(
         TokenSource(shards, stage.sequence_length),
         seed=config.seed,
         epochs=config.data.epochs,
         offset=start,
-        accumulation=stage.accumulation,
-        micro_batch=stage.per_device_batch * jax.device_count(),
+        accumulation=stage.batch_size // micro_batch,
+        micro_batch=micro_batch,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
+
+
+def _initial_state(trainable: paths.Tree, optimizer: Any, mesh: Mesh) -> TrainState:
+    """The state before the first step, made in its place. Copies, not the caller's arrays: the step gives its input's memory to its
+    output."""
+
+    def make(trainable: paths.Tree) -> TrainState:
+        return init_state(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), optimizer)
+
+    out = sharding.shardings(jax.eval_shape(make, trainable), mesh)
+    return jax.jit(make, out_shardings=out)(trainable)
 
 
 def _stage_key(name: str, seed: int) -> jax.Array:

@@ -1,23 +1,46 @@
-"""Cross-entropy over a large vocabulary in little memory.
+"""Cross-entropy over a large vocabulary in little memory, on one device or many.
 
-B batch, T length, D model, V vocabulary, C tokens of a chunk. Logits [B, T, V] never exist: tokens are taken C at a
-time, and because the gradient of a chunk's loss needs nothing but its own logits, both are computed in the same pass
-(three matrix products a chunk, where recomputing the logits in the backward pass takes four).
+B batch, T length, D model, V vocabulary, R rows of the head (V and its padding), C tokens of a chunk. Logits [B, T, V] never exist:
+tokens are taken C at a time, and because the gradient of a chunk's loss needs nothing but its own logits, both are computed in the
+same pass (three matrix products a chunk, where recomputing the logits in the backward pass takes four).
+
+Where a mesh splits the head's rows, each device has the logits of its own rows for the tokens of all devices that hold other rows
+(vocabulary-parallel, as in arXiv 1909.08053, section 3): only hidden states, their gradients and three numbers a token travel, and
+the gradient of the head stays where the rows are.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from tokalign_jax import sharding
+from tokalign_jax.sharding import BATCH, DATA, FSDP, TENSOR, VOCABULARY
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
 
 
+class Head(NamedTuple):
+    """How hidden states become a loss; all that is known when the program is compiled."""
+
+    vocabulary: int
+    """V: rows past it are padding and get no probability."""
+    chunk: int
+    """C: tokens of a device whose logits exist at once; it need not divide B x T."""
+    dtype: DTypeLike
+    """Type in which hidden and head are multiplied; logits and log-sum-exp are float32."""
+    adjust: Callable[[Array], Array] | None = None
+    """What the model does to its logits one by one, such as a soft-cap."""
+
+
 def cross_entropy(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], chunk: int, dtype: DTypeLike
+    hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The negative log-likelihoods of the labels, summed (nats, float32), and how many labels count.
 
@@ -25,68 +48,137 @@ def cross_entropy(
       hidden: what the model gives after its final norm.
       head: the output matrix, with its float32 masters; the gradient for it is summed over the chunks in float32.
       labels: token ids; a negative one counts for nothing.
-      chunk: tokens whose logits exist at once; it need not divide B x T.
-      dtype: type in which hidden and head are multiplied; logits and log-sum-exp are float32.
     """
-    return _total(hidden, head, labels, chunk, dtype), jnp.sum(labels >= 0, dtype=jnp.float32)
+    return _total(hidden, head, labels, how), jnp.sum(labels >= 0, dtype=jnp.float32)
 
 
 def token_nll(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], chunk: int, dtype: DTypeLike
+    hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
 ) -> Float[Array, "B T"]:
     """The negative log-likelihood of each label (nats, float32; 0 where the label is negative), for evaluation."""
-    weight = head.astype(dtype)
 
-    def one_chunk(pieces: tuple[Array, Array]) -> Array:
-        states, targets = pieces
-        return _nll(_logits(states, weight), targets)
+    def local(hidden: Array, head: Array, labels: Array) -> Array:
+        rows = _Rows(head.astype(how.dtype), how)
 
-    nll = jax.lax.map(one_chunk, _chunks(hidden.astype(dtype), labels, chunk))
-    return nll.reshape(-1)[: labels.size].reshape(labels.shape)
+        def one_chunk(pieces: tuple[Array, Array]) -> Array:
+            states, targets = map(_gathered, pieces)
+            nll, _ = rows.nll(rows.logits(states)[0], targets)
+            return _own(nll)
+
+        nll = jax.lax.map(one_chunk, _chunks(hidden.astype(how.dtype), labels, how.chunk))
+        return nll.reshape(-1)[: labels.size].reshape(labels.shape)
+
+    return _by_device(local, P(BATCH))(hidden, head, labels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _total(hidden: Array, head: Array, labels: Array, chunk: int, dtype: DTypeLike) -> Array:
-    return token_nll(hidden, head, labels, chunk, dtype).sum()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _total(hidden: Array, head: Array, labels: Array, how: Head) -> Array:
+    return token_nll(hidden, head, labels, how).sum()
 
 
-def _total_forward(hidden: Array, head: Array, labels: Array, chunk: int, dtype: DTypeLike):
+def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
     """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
-    weight = head.astype(dtype)
 
-    def one_chunk(head_gradient: Array, pieces: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        states, targets = pieces
-        logits = _logits(states, weight)
-        nll, pull = jax.vjp(lambda z: _nll(z, targets).sum(), logits)
-        # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
-        logit_gradient = pull(jnp.ones_like(nll))[0].astype(dtype)
-        head_gradient += jnp.dot(logit_gradient.T, states, preferred_element_type=jnp.float32)
-        return head_gradient, (nll, jnp.dot(logit_gradient, weight))
+    def local(hidden: Array, head: Array, labels: Array) -> tuple[Array, Array, Array]:
+        rows = _Rows(head.astype(how.dtype), how)
 
-    start = jnp.zeros(head.shape, jnp.float32)
-    head_gradient, (nll, gradient) = jax.lax.scan(one_chunk, start, _chunks(hidden.astype(dtype), labels, chunk))
-    gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-    return nll.sum(), (gradient.astype(hidden.dtype), head_gradient.astype(head.dtype))
+        def one_chunk(head_gradient: Array, pieces: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            states, targets = map(_gathered, pieces)
+            logits, pull = rows.logits(states)
+            nll, gradient = rows.nll(logits, targets)
+            # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
+            gradient = pull(gradient).astype(how.dtype)
+            head_gradient += jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
+            return head_gradient, (_own(nll), _summed(jnp.dot(gradient, rows.weight)))
+
+        start = jnp.zeros(head.shape, jnp.float32)
+        chunks = _chunks(hidden.astype(how.dtype), labels, how.chunk)
+        head_gradient, (nll, gradient) = jax.lax.scan(one_chunk, start, chunks)
+        gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
+        return _over(BATCH, nll.sum()), gradient.astype(hidden.dtype), _over(DATA, head_gradient).astype(head.dtype)
+
+    total, *gradients = _by_device(local, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
+    return total, gradients
 
 
-def _total_backward(chunk: int, dtype: DTypeLike, gradients: tuple[Array, Array], upstream: Array):
-    del chunk, dtype
+def _total_backward(how: Head, gradients: tuple[Array, Array], upstream: Array):
+    del how
     return *((upstream * gradient).astype(gradient.dtype) for gradient in gradients), None
 
 
 _total.defvjp(_total_forward, _total_backward)
 
 
-def _logits(states: Float[Array, "C D"], weight: Float[Array, "V D"]) -> Float[Array, "C V"]:
-    return jnp.dot(states, weight.T, preferred_element_type=jnp.float32)
+class _Rows(NamedTuple):
+    """The rows of the head that a device has, r of them; all where it is alone."""
+
+    weight: Float[Array, "r D"]
+    how: Head
+
+    def logits(self, states: Float[Array, "C D"]) -> tuple[Float[Array, "C r"], Callable[[Array], Array]]:
+        """Logits, and what takes a gradient back through the model's adjustment of them."""
+        raw = jnp.dot(states, self.weight.T, preferred_element_type=jnp.float32)
+        if self.how.adjust is None:
+            return raw, lambda gradient: gradient
+        logits, pull = jax.vjp(self.how.adjust, raw)
+        return logits, lambda gradient: pull(gradient)[0]
+
+    def nll(self, logits: Float[Array, "C r"], labels: Int[Array, "C"]) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
+        """The loss of each token, over the rows of all devices, and its gradient for the logits here."""
+        ids = _index() * len(self.weight) + jnp.arange(len(self.weight))
+        logits = jnp.where(ids < self.how.vocabulary, logits, -jnp.inf)
+        # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
+        is_label = labels[:, None] == ids
+        largest = jnp.max(logits, axis=-1)
+        largest = largest if sharding.current() is None else jax.lax.pmax(largest, VOCABULARY)
+        weights = jnp.exp(logits - largest[:, None])
+        total = _over(VOCABULARY, weights.sum(axis=-1))
+        label_logits = _over(VOCABULARY, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
+        counts = labels >= 0
+        nll = jnp.where(counts, jnp.log(total) + largest - label_logits, 0.0)
+        return nll, jnp.where(counts[:, None], weights / total[:, None] - is_label, 0.0)
 
 
-def _nll(logits: Float[Array, "C V"], labels: Int[Array, "C"]) -> Float[Array, "C"]:
-    # The label's logit by a mask, not a gather: its gradient is then a mask as well and fuses, where a gather's would
-    # scatter.
-    is_label = labels[:, None] == jnp.arange(logits.shape[-1])
-    label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    return jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=-1) - label_logits, 0.0)
+# --- Between devices; on one, nothing ---------------------------------------------------------------------------------
+
+
+def _by_device(local: Callable, out: Any) -> Callable:
+    """`local` on each device's part of (hidden, head, labels)."""
+    if sharding.current() is None:
+        return local
+    # Replication is not checked: sums over devices are in the functions themselves, which nothing differentiates.
+    return jax.shard_map(local, in_specs=(P(BATCH), P(VOCABULARY), P(BATCH)), out_specs=out, check_vma=False)
+
+
+def _over(axes: str | tuple[str, ...], x: Array) -> Array:
+    """The sum over the devices along `axes`."""
+    return x if sharding.current() is None else jax.lax.psum(x, axes)
+
+
+def _index() -> Array | int:
+    """Which part of the rows this device has."""
+    return 0 if sharding.current() is None else jax.lax.axis_index(VOCABULARY)
+
+
+def _gathered(x: Array) -> Array:
+    """Tokens of all devices that have other rows for the same copy of the parameters."""
+    return x if sharding.current() is None else jax.lax.all_gather(x, FSDP, axis=0, tiled=True)
+
+
+def _own(x: Array) -> Array:
+    """This device's part of what was `_gathered`."""
+    if sharding.current() is None:
+        return x
+    return jax.lax.dynamic_slice_in_dim(
+        x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part
+    )
+
+
+def _summed(x: Array) -> Array:
+    """This device's part of the sum of what all have for `_gathered` tokens."""
+    if sharding.current() is None:
+        return x
+    return jax.lax.psum_scatter(jax.lax.psum(x, TENSOR), FSDP, scatter_dimension=0, tiled=True)
 
 
 def _chunks(

@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig, StageConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
-from tokalign_jax.training.losses import cross_entropy
+from tokalign_jax.training.losses import Head, cross_entropy
 from tokalign_jax.training.optimizer import make_schedule
-from tokalign_jax.training.sharding import BATCH, DATA, REPLICATED
 
 Loss = Callable[[Any, Any, Array, Array], Float[Array, ""]]
 """(trainable, frozen, tokens [B, T + 1], key) -> mean negative log-likelihood, nats a token."""
@@ -52,55 +52,59 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
     """The language-model loss over parameters that are split in a trainable and a frozen tree."""
     dtype = jnp.dtype(compute.dtype)
+    head = Head(model_config.vocab_size, compute.loss_chunk, dtype)
 
     def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], key: Array) -> Float[Array, ""]:
         params = paths.merge(trainable, frozen)
         hidden = forward(
             model_config, params, tokens[:, :-1], lora=lora, dropout_key=key, dtype=dtype, remat=compute.remat
         )
-        total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], compute.loss_chunk, dtype)
+        total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head)
         return total / count
 
     return loss
 
 
-def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, stage: StageConfig, mesh: Mesh) -> Step:
+def make_train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, stage: StageConfig, dtype: DTypeLike, mesh: Mesh
+) -> Step:
     """The jitted step; it donates the state it is given.
 
-    Gradients are accumulated over the A micro-batches on each device by itself and averaged over the devices once. A
-    step whose loss or gradient norm is not finite leaves everything but the counters as it was, the optimizer's own
-    count included, so the learning rate goes by the steps that did count.
+    Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is not finite leaves
+    everything but the counters as it was, the optimizer's own count included, so the learning rate goes by the steps
+    that did count.
 
     Metrics (scalars): loss (nats a token), gradient_norm (before clipping), learning_rate (of `stage.learning_rate`'s
     parameters), finite, tokens (of the step), skipped, skipped_in_a_row.
+
+    Args:
+      dtype: of activations. Projections are cast to it once a step, before they travel between devices.
     """
     schedule = make_schedule(stage.learning_rate, stage.steps, stage.warmup_fraction)
 
-    def local_gradients(params: Any, frozen: Any, batch: Array, key: Array) -> tuple[Array, Any]:
-        """Mean loss and gradients over all devices; what is in here is one device's."""
-        key = jax.random.fold_in(key, jax.lax.axis_index(DATA))
+    def gradients_of(params: Any, frozen: Any, batch: Array, key: Array) -> tuple[Array, Any]:
+        """Mean loss, and gradients."""
+        params = _cast_projections(params, dtype)
 
-        def micro_batch(sums: Any, item: tuple[Array, Array]) -> tuple[Any, None]:
-            index, tokens = item
-            new = jax.value_and_grad(loss)(params, frozen, tokens, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, sums, new), None
+        def of_micro_batch(index: Any, tokens: Array) -> tuple[Array, Any]:
+            value, gradients = jax.value_and_grad(loss)(params, frozen, tokens, jax.random.fold_in(key, index))
+            return value, _split_as_parameters(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh)
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(micro_batch, zeros, (jnp.arange(len(batch)), batch))
-        return jax.tree.map(lambda x: jax.lax.pmean(x / len(batch), DATA), sums)
+        if len(batch) == 1:  # no sum, and no memory for one
+            return of_micro_batch(0, batch[0])
 
-    gradients_of = jax.shard_map(
-        local_gradients,
-        mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, BATCH, REPLICATED),
-        out_specs=REPLICATED,
-        check_vma=False,  # otherwise every micro-batch would be averaged over the devices on its own
-    )
+        def add(sums: Any, item: tuple[Array, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, of_micro_batch(*item)), None
+
+        zeros = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(len(batch)), batch))
+        return jax.tree.map(lambda x: x / len(batch), sums)
 
     def train_step(
         state: TrainState, frozen: Any, batch: Int32[Array, "A B T+1"], key: Array
     ) -> tuple[TrainState, Metrics]:
-        value, gradients = gradients_of(state.params, frozen, batch, jax.random.fold_in(key, state.step))
+        with sharding.within(mesh):
+            value, gradients = gradients_of(state.params, frozen, batch, jax.random.fold_in(key, state.step))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -125,12 +129,18 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, stage: 
             "skipped": after.skipped,
             "skipped_in_a_row": after.skipped_in_a_row,
         }
-        return after, metrics
+        # What goes out lies as what came in: it is what comes in next, in the same memory.
+        return _split_as_parameters(after, mesh), metrics
 
-    replicated, split = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, BATCH)
-    return jax.jit(
-        train_step,
-        in_shardings=(replicated, replicated, split, replicated),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-    )
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _cast_projections(params: Any, dtype: DTypeLike) -> Any:
+    """Projections in the type that they are multiplied in. All else keeps its own: gradients of embedding and head are
+    summed in float32 where they arise, norms are computed in it."""
+    leaves = paths.flatten(params)
+    return paths.unflatten({path: x.astype(dtype) if "_proj/" in path else x for path, x in leaves.items()})
+
+
+def _split_as_parameters(tree: Any, mesh: Mesh) -> Any:
+    return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, mesh))

@@ -1,0 +1,249 @@
+"""Where arrays live: one mesh of three axes over all devices, and path rules that say how each parameter is split over it.
+
+`data` copies parameters and splits the batch, `fsdp` splits both, `tensor` splits parameters alone. Rows of the vocabulary's matrices are
+split over `fsdp` and `tensor` together and never gathered: who looks up an embedding or multiplies by the head brings its tokens to the
+rows (`look_up` here, `training/losses.py`). All other matrices are split along two of their dimensions and put together by XLA, one layer
+at a time, where they are used.
+
+Model code asks for the mesh in context (`within`) and is ordinary code of one device where there is none.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from tokalign_jax import paths
+from tokalign_jax.config import MeshConfig
+from tokalign_jax.errors import UserError
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = (DATA, FSDP)
+"""Axes over which sequences are split."""
+VOCABULARY = (FSDP, TENSOR)
+"""Axes over which rows of embedding and head are split."""
+REPLICATED = P()
+
+VOCABULARY_LEAVES = r"(^|/)(embed_tokens/embedding|lm_head/kernel)$"
+ROWS = 256
+"""In memory a vocabulary's matrices have a multiple of so many rows (zeros, without effect), so that they divide among devices, the same
+number on any mesh, and fit the tiles of matrix units."""
+
+_INPUTS, _OUTPUTS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
+RULES: tuple[tuple[str, P], ...] = (
+    (VOCABULARY_LEAVES, P(VOCABULARY, None)),
+    (rf"experts/{_INPUTS}/kernel$", P(None, None, FSDP, TENSOR)),
+    (rf"experts/{_OUTPUTS}/kernel$", P(None, None, TENSOR, FSDP)),
+    (rf"{_INPUTS}/kernel$", P(None, FSDP, TENSOR)),
+    (rf"{_OUTPUTS}/kernel$", P(None, TENSOR, FSDP)),
+    (rf"{_INPUTS}/bias$", P(None, TENSOR)),
+    (rf"{_INPUTS}/lora_a$", P(None, FSDP, None)),
+    (rf"{_INPUTS}/lora_b$", P(None, None, TENSOR)),
+    (rf"{_OUTPUTS}/lora_a$", P(None, TENSOR, None)),
+    (rf"{_OUTPUTS}/lora_b$", P(None, None, FSDP)),
+    ("", REPLICATED),
+)
+"""How a leaf is split, by its path; the same for the optimizer's arrays, whose paths end as their parameters' do."""
+
+
+# --- The mesh ---------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(
+    config: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
+    state_bytes: int = 0,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """All devices of all processes (or `devices`) along (data, fsdp, tensor).
+
+    Args:
+      config: sizes of the axes; 0: chosen here.
+      state_bytes: what parameters, gradients and optimizer need in all; `fsdp` is made as large as it takes for their part on a device to
+        leave half of its memory to activations.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    limit = (own[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    shape = axis_sizes(config, len(devices), state_bytes, limit)
+    if len(own) % shape[2]:
+        raise UserError(
+            f"mesh.tensor is {shape[2]}, which does not divide the {len(own)} devices of a process: its devices read the same sequences, so "
+            f"they must be of one process"
+        )
+    if ROWS % (shape[1] * shape[2]):
+        raise UserError(
+            f"mesh.fsdp x mesh.tensor is {shape[1] * shape[2]}, which does not divide {ROWS}, the multiple of rows that a vocabulary's "
+            f"matrices have in memory: use a power of two up to {ROWS}, and mesh.data for the rest of the devices"
+        )
+    return jax.make_mesh(shape, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float) -> tuple[int, int, int]:
+    """The sizes of (data, fsdp, tensor); see `make_mesh`.
+
+    Args:
+      memory: bytes of a device; infinite where that is not known.
+    """
+    tensor = config.tensor or 1
+    given = {name: size for name, size in dataclasses.asdict(config).items() if size}
+    rest, remainder = divmod(devices, math.prod({**given, "tensor": tensor}.values()))
+    both = config.data and config.fsdp
+    if remainder or not rest or (both and rest != 1):
+        raise UserError(
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not fit {devices} devices: "
+            f"their product must be that (0 stands for what is left over)"
+        )
+    if config.fsdp:
+        return (config.data or rest), config.fsdp, tensor
+    if config.data:
+        return config.data, rest, tensor
+    divisors = [size for size in range(1, rest + 1) if rest % size == 0 and ROWS % (size * tensor) == 0]
+    fits = [size for size in divisors if state_bytes / (size * tensor) <= memory / 2]
+    fsdp = fits[0] if fits else divisors[-1]
+    return rest // fsdp, fsdp, tensor
+
+
+def within(mesh: Mesh) -> AbstractContextManager[Any]:
+    """Makes `mesh` the one that model code sees, inside a function that is being traced."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def current() -> AbstractMesh | None:
+    """The mesh in context; None where there is none, or only one of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
+    """Devices that read sequences of their own: a batch must be a multiple of this."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+# --- Placing ----------------------------------------------------------------------------------------------------------
+
+
+def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """By the first rule that the path matches; a dimension that its axes do not divide stays whole."""
+    spec = paths.label(RULES, path)
+    sizes = {axes: math.prod(mesh.shape[a] for a in _tuple(axes)) for axes in spec if axes is not None}
+    return NamedSharding(mesh, P(*(axes if axes and n % sizes[axes] == 0 else None for axes, n in zip(spec, shape))))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The tree of shardings of a tree of arrays (or their shapes): parameters, or a train state."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh), tree
+    )
+
+
+def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
+    """Parameters on the mesh, vocabulary matrices padded (`ROWS`); an array that is there already is not copied."""
+    return paths.unflatten({path: _placed(path, leaf, mesh) for path, leaf in paths.flatten(params).items()})
+
+
+def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:
+    shape = padded_shape(path, leaf.shape)
+    sharding = sharding_of(path, shape, mesh)
+    if isinstance(leaf, jax.Array) and leaf.shape == shape and leaf.is_fully_addressable == sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.zeros(shape, leaf.dtype)
+    host[: len(leaf)] = np.asarray(leaf)
+    return put(host, sharding)
+
+
+def put(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on all processes, as a global one; each process brings the parts of its own devices."""
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def padded_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in memory: as it is, but for the rows of a vocabulary's matrix."""
+    if not re.search(VOCABULARY_LEAVES, path):
+        return tuple(shape)
+    rows, width = shape
+    return -(-rows // ROWS) * ROWS, width
+
+
+def unpadded(params: paths.Tree, vocabulary: int) -> paths.Tree:
+    """Parameters in host memory, without the rows that `place` added."""
+    return paths.unflatten(
+        {
+            path: to_host(leaf)[:vocabulary] if re.search(VOCABULARY_LEAVES, path) else to_host(leaf)
+            for path, leaf in paths.flatten(params).items()
+        }
+    )
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole array in host memory of this process. All processes call this together; no device ever holds all of an array whose
+    parts are on several."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    rows = max(1, _GATHERED_BYTES * len(array) // array.nbytes)
+    parts = [multihost_utils.process_allgather(array[i : i + rows], tiled=True) for i in range(0, len(array), rows)]
+    return np.concatenate(parts)
+
+
+_GATHERED_BYTES = 256 << 20
+"""What `to_host` brings to a device at once."""
+
+
+def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The global array of a step from this process's part of it, [accumulation, sequences of this process, T + 1]."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, BATCH)), local)
+
+
+# --- Inside the model -------------------------------------------------------------------------------------------------
+
+
+def constrain(x: Array, *spec: Any) -> Array:
+    """`x` split as `spec` says over the mesh in context; without one `x` as it is."""
+    return x if current() is None else jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def by_sequence(x: Array) -> Array:
+    """Activations, one sequence after the other along the first dimension."""
+    mesh = current()
+    return x if mesh is None or len(x) % sequences_at_once(mesh) else constrain(x, BATCH)
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """Rows of the input embedding, in `dtype`.
+
+    The cast comes after the look-up: the gradient of the rows then adds up in the table's own type. Where rows are split over devices,
+    each brings those that it holds for the tokens of all; a sum over the devices, of which one alone has the row, is exact.
+    """
+
+    def rows(table: Array, tokens: Array) -> Array:
+        return table[tokens].astype(dtype)
+
+    mesh = current()
+    if mesh is None or len(tokens) % sequences_at_once(mesh):
+        return rows(table, tokens)
+
+    def local(table: Array, tokens: Array) -> Array:
+        tokens = jax.lax.all_gather(tokens, FSDP, axis=0, tiled=True) - jax.lax.axis_index(VOCABULARY) * len(table)
+        here = (tokens >= 0) & (tokens < len(table))
+        found = jnp.where(here[..., None], rows(table, jnp.where(here, tokens, 0)), 0)
+        return jax.lax.psum_scatter(jax.lax.psum(found, TENSOR), FSDP, scatter_dimension=0, tiled=True)
+
+    return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(table, tokens)
+
+
+def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return axes if isinstance(axes, tuple) else (axes,)
