@@ -80,7 +80,7 @@ def make_mesh(
     shape = axis_sizes(config, len(devices), state_bytes, limit)
     if len(own) % shape[2]:
         raise UserError(
-            f"mesh.tensor is {shape[2]}, which does not divide the {len(own)} devices of a process: its devices read the same sequences, so "
+            f"mesh.tensor is {shape[2]}, which does not divide the {len(own)} devices of a process: they read the same sequences, so "
             f"they must be of one process"
         )
     if ROWS % (shape[1] * shape[2]):
@@ -137,9 +137,16 @@ def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
 
 def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """By the first rule that the path matches; a dimension that its axes do not divide stays whole."""
-    spec = paths.label(RULES, path)
-    sizes = {axes: math.prod(mesh.shape[a] for a in _tuple(axes)) for axes in spec if axes is not None}
-    return NamedSharding(mesh, P(*(axes if axes and n % sizes[axes] == 0 else None for axes, n in zip(spec, shape))))
+    return fitting(paths.label(RULES, path), shape, mesh)
+
+
+def fitting(spec: P, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`spec` for an array of this shape, without the axes that do not divide their dimension."""
+
+    def parts(axes: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+    return NamedSharding(mesh, P(*(axes if n % parts(axes) == 0 else None for axes, n in zip(spec, shape))))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -157,7 +164,11 @@ def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
 def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:
     shape = padded_shape(path, leaf.shape)
     sharding = sharding_of(path, shape, mesh)
-    if isinstance(leaf, jax.Array) and leaf.shape == shape and leaf.is_fully_addressable == sharding.is_fully_addressable:
+    if (
+        isinstance(leaf, jax.Array)
+        and leaf.shape == shape
+        and leaf.is_fully_addressable == sharding.is_fully_addressable
+    ):
         return jax.device_put(leaf, sharding)
     host = np.zeros(shape, leaf.dtype)
     host[: len(leaf)] = np.asarray(leaf)
@@ -243,7 +254,3 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeL
         return jax.lax.psum_scatter(jax.lax.psum(found, TENSOR), FSDP, scatter_dimension=0, tiled=True)
 
     return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(table, tokens)
-
-
-def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    return axes if isinstance(axes, tuple) else (axes,)

@@ -4,22 +4,27 @@ They are read and written through the family's weight table (`weights`): every t
 once, every leaf filled, every shape checked.
 """
 
+import functools
+import itertools
+import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from tokalign_jax import paths
+from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
@@ -50,36 +55,123 @@ def check_weights(folder: Path | str, config: ModelConfig) -> None:
     Raises:
       UserError: as `load_params`.
     """
-    with _open(Path(folder)) as files:
-        _match(Path(folder), files, config)
+    _match(Path(folder), _stored(Path(folder)), config)
 
 
-def load_params(folder: Path | str, config: ModelConfig, dtype: DTypeLike | None = None) -> Params:
-    """All parameters, read one tensor at a time; in `dtype`, or each in its stored type.
+def load_params(
+    folder: Path | str,
+    config: ModelConfig,
+    dtype: DTypeLike | Callable[[str], DTypeLike] | None = None,
+    mesh: Mesh | None = None,
+) -> Params:
+    """All parameters, read block by block: in host memory are never more than one block and the file that it is in.
+
+    Args:
+      dtype: of all leaves, or of each by its path; None: as stored.
+      mesh: each leaf goes straight to the parts of it on this mesh (`sharding.RULES`), vocabulary matrices with padding rows. None: on
+        the default device, without padding.
 
     Raises:
       UserError: a file is missing or broken; a weight is missing, fits nowhere, or has an unexpected shape or type.
     """
-    leaves = {}
-    with _open(Path(folder)) as files:
-        for weight, names in _match(Path(folder), files, config):
-            read = _read(weight, names, config.num_layers, files, dtype)
-            leaves |= {path: jnp.asarray(leaf) for path, leaf in read.items()}
-        if config.tie_word_embeddings:
-            _check_copies_of_embedding(files, config, leaves["embed_tokens/embedding"])
-    return paths.unflatten(leaves)
+    folder, stored = Path(folder), _stored(Path(folder))
+    matched = _match(folder, stored, config)
+    shapes = _leaf_shapes(config)
+    leaves: dict[str, _Leaf] = {}
+    for weight, places in matched:
+        own = np.result_type(*{_FLOATS[stored[name].dtype] for _, name in places})
+        for path in weight.leaves:
+            leaves[path] = _Leaf(path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh)
+    # File by file: a mapped file counts as memory until it is closed.
+    by_file = sorted(
+        ((stored[name].file, weight, part, name) for weight, places in matched for part, name in places),
+        key=lambda item: item[0],
+    )
+    for file, items in itertools.groupby(by_file, key=lambda item: item[0]):
+        with _open(file) as tensors:
+            for _, weight, part, name in items:
+                for start, blocks in _blocks(tensors.get_slice(name), weight):
+                    for path, block in zip(weight.leaves, blocks, strict=True):
+                        leaves[path].write(block, (*part, *start))
+    if config.tie_word_embeddings:
+        _check_copies_of_embedding(stored, matched, config)
+    return paths.unflatten({path: leaf.array() for path, leaf in leaves.items()})
 
 
 def stored_dtypes(folder: Path | str) -> dict[str, np.dtype]:
     """The type of every float tensor in the folder's safetensors, by its name there."""
-    with _open(Path(folder)) as files:
-        spelled = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
-    return {name: _FLOATS[s] for name, s in spelled.items() if s in _FLOATS}
+    return {name: _FLOATS[tensor.dtype] for name, tensor in _stored(Path(folder)).items() if tensor.dtype in _FLOATS}
 
 
-@contextmanager
-def _open(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every tensor's name -> the open safetensors file that holds it."""
+class _Stored(NamedTuple):
+    """A tensor of a checkpoint."""
+
+    file: Path
+    dtype: str
+    """As safetensors spells it."""
+    shape: tuple[int, ...]
+
+
+class _Leaf:
+    """A parameter that is being filled, on the host or in its parts on a mesh."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh | None):
+        self._sharding = None
+        if mesh is None:
+            self._array: Any = np.zeros(shape, dtype)
+        else:
+            shape = sharding.padded_shape(path, shape)
+            self._sharding = sharding.sharding_of(path, shape, mesh)
+            self._array = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=self._sharding)()
+
+    def write(self, block: np.ndarray, start: tuple[int, ...]) -> None:
+        """Puts a block where it begins; dimensions in front that it lacks count one."""
+        missing = self._array.ndim - block.ndim
+        start = start + (0,) * (self._array.ndim - len(start))
+        block = block.astype(self._array.dtype).reshape((1,) * missing + block.shape)
+        if self._sharding is None:
+            self._array[tuple(slice(i, i + n) for i, n in zip(start, block.shape))] = block
+            return
+        part = sharding.put(block, sharding.fitting(self._sharding.spec, block.shape, self._sharding.mesh))
+        self._array = _update(self._sharding)(self._array, part, np.array(start, np.int32))
+
+    def array(self) -> jax.Array:
+        array, self._array = self._array, None
+        return jnp.asarray(array)
+
+
+@functools.cache
+def _update(of: NamedSharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """Writes a block into an array, in its memory."""
+
+    def update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(array, block, tuple(start))
+
+    return jax.jit(update, out_shardings=of, donate_argnums=0)
+
+
+def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequence[np.ndarray]]]:
+    """The leaves of a stored tensor, and where they begin: all at once, or a vocabulary's matrix, which is its own leaf, by rows."""
+    rows, *rest = tensor.get_shape()
+    size = math.prod([rows, *rest]) * _FLOATS[tensor.get_dtype()].itemsize
+    if not re.search(sharding.VOCABULARY_LEAVES, weight.leaves[0]) or size <= _BLOCK_BYTES:
+        yield (), weight.split(tensor[:])
+        return
+    step = max(1, rows * _BLOCK_BYTES // size)
+    for first in range(0, rows, step):
+        yield (first,), (tensor[first : first + step],)
+
+
+_BLOCK_BYTES = 64 << 20
+"""What is read of a large matrix at once."""
+
+
+def _dtype_of(path: str, dtype: DTypeLike | Callable[[str], DTypeLike] | None) -> DTypeLike | None:
+    return dtype(path) if isinstance(dtype, types.FunctionType) else dtype
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the folder, by its name there."""
     if (folder / SINGLE).is_file():
         names = [SINGLE]
     elif index := hub.read_json(folder / INDEX):
@@ -89,39 +181,53 @@ def _open(folder: Path) -> Iterator[dict[str, Any]]:
             f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other "
             f"formats with transformers' save_pretrained"
         )
-    with ExitStack() as stack:
-        files = {}
-        for name in names:
-            try:
-                file = stack.enter_context(safe_open(folder / name, framework="numpy"))
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"'{folder / name}', which {INDEX} lists, is missing: copy or download it again"
-                ) from error
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"'{folder / name}' is not a whole safetensors file ({error}): it was cut off or damaged on its "
-                    f"way; copy or download it again"
-                ) from error
-            files |= dict.fromkeys(file.keys(), file)
-        yield files
+    found = {}
+    for name in names:
+        with _open(folder / name) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                tensor = tensors.get_slice(key)
+                found[key] = _Stored(folder / name, tensor.get_dtype(), tuple(tensor.get_shape()))
+    return found
 
 
-def _match(folder: Path, files: Mapping[str, Any], config: ModelConfig) -> list[tuple[Weight, list[str]]]:
-    """Every row of the weight table with the stored names of its tensors in order; none is missing or left over."""
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        tensors = safe_open(file, framework="numpy")
+    except FileNotFoundError as error:
+        raise UserError(f"'{file}', which {INDEX} lists, is missing: copy or download it again") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"'{file}' is not a whole safetensors file ({error}): it was cut off or damaged on its way; copy or "
+            f"download it again"
+        ) from error
+    with tensors:
+        yield tensors
+
+
+_Places = list[tuple[tuple[int, ...], str]]
+"""Slices of the leaves, and the stored names of the tensors that fill them."""
+
+
+def _match(folder: Path, stored: Mapping[str, _Stored], config: ModelConfig) -> list[tuple[Weight, _Places]]:
+    """Every row of the weight table with its stored tensors; none is missing or left over."""
     module = family(config.model_type)
     matched = [
-        (weight, [_stored_name(folder, files, name) for name in names]) for weight, names in _tensor_names(config)
+        (
+            weight,
+            [(part, _stored_name(folder, stored, weight.names(part))) for part in weight.slices(config.num_layers)],
+        )
+        for weight in module.weights(config)
     ]
     shapes = _leaf_shapes(config)
-    for weight, names in matched:
+    for weight, places in matched:
         expected = _tensor_shape(weight, shapes)
-        for name in names:
-            _check_tensor(name, files[name].get_slice(name), expected)
-    used = {name for _, names in matched for name in names}
+        for _, name in places:
+            _check_tensor(name, stored[name], expected)
+    used = {name for _, places in matched for _, name in places}
     if config.tie_word_embeddings:
         used |= {module.HEAD.name, *module.HEAD.aliases}
-    unused = sorted(name for name in files if name not in used and not re.search(module.BUFFERS, name))
+    unused = sorted(name for name in stored if name not in used and not re.search(module.BUFFERS, name))
     if unused:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
@@ -131,17 +237,9 @@ def _match(folder: Path, files: Mapping[str, Any], config: ModelConfig) -> list[
     return matched
 
 
-def _tensor_names(config: ModelConfig) -> list[tuple[Weight, list[tuple[str, ...]]]]:
-    """Every row of the weight table with its tensors in order, each as all the names that it may have."""
-    return [
-        (weight, [weight.names(part) for part in weight.slices(config.num_layers)])
-        for weight in family(config.model_type).weights(config)
-    ]
-
-
-def _stored_name(folder: Path, files: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, ...]) -> str:
     for name in names:
-        if name in files:
+        if name in stored:
             return name
     raise UserError(
         f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes needs: a shard is "
@@ -149,15 +247,15 @@ def _stored_name(folder: Path, files: Mapping[str, Any], names: tuple[str, ...])
     )
 
 
-def _check_tensor(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
-    if tensor.get_dtype() not in _FLOATS:
+def _check_tensor(name: str, tensor: _Stored, expected: tuple[int, ...]) -> None:
+    if tensor.dtype not in _FLOATS:
         raise UserError(
-            f"weight '{name}' is stored as {tensor.get_dtype()}, which is not one of {', '.join(_FLOATS)}: quantized "
+            f"weight '{name}' is stored as {tensor.dtype}, which is not one of {', '.join(_FLOATS)}: quantized "
             f"weights cannot be adapted; use the model's original weights"
         )
-    if tuple(tensor.get_shape()) != expected:
+    if tensor.shape != expected:
         raise UserError(
-            f"weight '{name}' has shape {list(tensor.get_shape())} where config.json asks for {list(expected)}: "
+            f"weight '{name}' has shape {list(tensor.shape)} where config.json asks for {list(expected)}: "
             f"config.json and safetensors are of different models"
         )
 
@@ -172,30 +270,21 @@ def _tensor_shape(weight: Weight, leaf_shapes: Mapping[str, tuple[int, ...]]) ->
     return weight.join([np.broadcast_to(np.int8(0), shape) for shape in shapes]).shape
 
 
-def _read(
-    weight: Weight, names: list[str], num_layers: int, files: Mapping[str, Any], dtype: DTypeLike | None
-) -> dict[str, np.ndarray]:
-    """The leaves that `weight` fills, from one tensor, or stacked from those of all layers."""
-    dtype = np.dtype(dtype or np.result_type(*{_FLOATS[files[name].get_slice(name).get_dtype()] for name in names}))
-    stack = (num_layers, weight.count)[: weight.stacked]
-    leaves: dict[str, np.ndarray] = {}
-    for place, name in zip(weight.slices(num_layers), names, strict=True):
-        for leaf, part in zip(weight.leaves, weight.split(files[name].get_tensor(name)), strict=True):
-            if leaf not in leaves:
-                leaves[leaf] = np.empty((*stack, *part.shape), dtype)
-            leaves[leaf][place] = part
-    return leaves
-
-
-def _check_copies_of_embedding(files: Mapping[str, Any], config: ModelConfig, embedding: jax.Array) -> None:
+def _check_copies_of_embedding(
+    stored: Mapping[str, _Stored], matched: Sequence[tuple[Weight, _Places]], config: ModelConfig
+) -> None:
     """A tied model's checkpoint may store its embedding a second time, as the head, but nothing else there."""
     head = family(config.model_type).HEAD
-    for name in {head.name, *head.aliases} & set(files):
-        if not np.array_equal(files[name].get_tensor(name).astype(embedding.dtype), embedding):
-            raise UserError(
-                f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding: set "
-                f"tie_word_embeddings to false to use both, or remove '{name}'"
-            )
+    embedding = next(places[0][1] for weight, places in matched if weight.leaves == ("embed_tokens/embedding",))
+    for name in {head.name, *head.aliases} & set(stored) - {embedding}:
+        with _open(stored[name].file) as one, _open(stored[embedding].file) as other:
+            pairs = zip(*(_blocks(file.get_slice(key), head) for file, key in ((one, name), (other, embedding))))
+            if all(np.array_equal(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
+                continue
+        raise UserError(
+            f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding: set "
+            f"tie_word_embeddings to false to use both, or remove '{name}'"
+        )
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -211,6 +300,7 @@ def save_checkpoint(
     dtypes: str = "source",
     source_folder: Path | str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    writes: bool = True,
 ) -> None:
     """Writes a new folder that AutoModelForCausalLM and AutoTokenizer load.
 
@@ -218,10 +308,11 @@ def save_checkpoint(
     generation_config.json with the new vocabulary size and the bos, eos and pad ids of `tokenizer`, and the tokenizer.
 
     Args:
-      params: without adapters (`lora.merge_lora`).
+      params: without adapters (`lora.merge_lora`); on any devices, with or without the padding rows of `sharding.place`.
       raw_config: the source's config.json.
       dtypes: the type of all written weights, or `source`: each as `source_folder` stores it.
       source_folder: the source model, for its names of weights, its types and its generation config.
+      writes: False in all but one of several processes. All call this: each brings its parts of the arrays.
 
     Raises:
       UserError: the folder is not empty, or the tokenizer has more tokens than the model has rows.
@@ -230,8 +321,9 @@ def save_checkpoint(
     if dtypes == "source" and source_folder is None:
         raise ValueError("dtypes 'source' needs a source_folder")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    if writes and any(folder.iterdir()):
         raise UserError(f"'{folder}' is not empty: a model is written into a new folder only; move it away")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -240,36 +332,47 @@ def save_checkpoint(
         )
     dtype = {} if dtypes == "source" else {"torch_dtype" if "torch_dtype" in raw_config else "dtype": dtypes}
     new = dtype | {"vocab_size": config.vocab_size}
-    hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
+    if writes:
+        hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
     stored = stored_dtypes(source_folder) if source_folder else {}
-    _write_weights(folder, params, config, dtypes, stored, max_shard_bytes)
+    _write_weights(folder, params, config, dtypes, stored, max_shard_bytes, writes)
 
 
 def _write_weights(
-    folder: Path, params: Params, config: ModelConfig, dtypes: str, stored: Mapping[str, np.dtype], max_shard_bytes: int
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    dtypes: str,
+    stored: Mapping[str, np.dtype],
+    max_shard_bytes: int,
+    writes: bool,
 ) -> None:
     leaves, shapes = paths.flatten(params), _leaf_shapes(config)
-    if {path: leaf.shape for path, leaf in leaves.items()} != shapes:
+    if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes)):
         raise ValueError(
             f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
         )
     tensors = []
-    for weight, names in _tensor_names(config):
+    for weight in family(config.model_type).weights(config):
         shape = _tensor_shape(weight, shapes)
-        for place, (name, *aliases) in zip(weight.slices(config.num_layers), names, strict=True):
-            name = next((n for n in (name, *aliases) if n in stored), name)
+        for part in weight.slices(config.num_layers):
+            usual, *others = weight.names(part)
+            name = next((n for n in (usual, *others) if n in stored), usual)
             dtype = stored[name] if dtypes == "source" else np.dtype(dtypes)
-            tensors.append(_Tensor(name, weight, place, dtype, math.prod(shape) * dtype.itemsize))
+            tensors.append(_Tensor(name, weight, part, dtype, shape))
     shards = _shards(tensors, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
-        save_file({t.name: t.value(leaves) for t in shard}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors lets only the owner read
+        _write_file(folder / file if writes else None, shard, leaves, config.vocab_size)
         weight_map |= {tensor.name: file for tensor in shard}
-    if len(shards) > 1:
+    if len(shards) > 1 and writes:
         total = sum(tensor.size for tensor in tensors)
         hub.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _padded(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {path: sharding.padded_shape(path, shape) for path, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -278,15 +381,47 @@ class _Tensor:
 
     name: str
     weight: Weight
-    place: tuple[int, ...]
-    """The slice of its leaves."""
+    part: tuple[int, ...]
     dtype: np.dtype
-    size: int
-    """In bytes."""
+    shape: tuple[int, ...]
 
-    def value(self, leaves: Mapping[str, jax.Array]) -> np.ndarray:
-        parts = [np.asarray(leaves[path])[self.place] for path in self.weight.leaves]
-        return np.ascontiguousarray(self.weight.join(parts).astype(self.dtype))
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self, leaves: Mapping[str, jax.Array], vocabulary: int) -> Iterator[np.ndarray]:
+        """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at once."""
+        path = self.weight.leaves[0]
+        if not re.search(sharding.VOCABULARY_LEAVES, path):
+            parts = [sharding.to_host(leaves[path][self.part]) for path in self.weight.leaves]
+            yield self.weight.join(parts).astype(self.dtype)
+            return
+        step = max(1, vocabulary * _BLOCK_BYTES // self.size)
+        for first in range(0, vocabulary, step):
+            yield sharding.to_host(leaves[path][first : min(first + step, vocabulary)]).astype(self.dtype)
+
+
+def _write_file(
+    path: Path | None, tensors: Sequence[_Tensor], leaves: Mapping[str, jax.Array], vocabulary: int
+) -> None:
+    """A safetensors file (https://huggingface.co/docs/safetensors), block by block; the library's own writer wants all of it in memory.
+
+    Args:
+      path: None: another process writes; this one only brings its parts of the arrays.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        spelled = next(name for name, dtype in _FLOATS.items() if dtype == tensor.dtype)
+        header[tensor.name] = {"dtype": spelled, "shape": tensor.shape, "data_offsets": [end, end := end + tensor.size]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path or os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for block in tensor.blocks(leaves, vocabulary):
+                file.write(np.ascontiguousarray(block).view(np.uint8).data)
 
 
 def _shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:

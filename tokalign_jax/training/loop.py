@@ -287,9 +287,7 @@ class _Feed:
         return batch
 
 
-def _stream(
-    stage: StageConfig, config: Config, shards: Shards, start: int, micro_batch: int
-) -> grain.DatasetIterator:
+def _stream(stage: StageConfig, config: Config, shards: Shards, start: int, micro_batch: int) -> grain.DatasetIterator:
     return make_stream(
         TokenSource(shards, stage.sequence_length),
         seed=config.seed,

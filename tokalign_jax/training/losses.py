@@ -123,7 +123,9 @@ class _Rows(NamedTuple):
         logits, pull = jax.vjp(self.how.adjust, raw)
         return logits, lambda gradient: pull(gradient)[0]
 
-    def nll(self, logits: Float[Array, "C r"], labels: Int[Array, "C"]) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
+    def nll(
+        self, logits: Float[Array, "C r"], labels: Int[Array, "C"]
+    ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
         """The loss of each token, over the rows of all devices, and its gradient for the logits here."""
         ids = _index() * len(self.weight) + jnp.arange(len(self.weight))
         logits = jnp.where(ids < self.how.vocabulary, logits, -jnp.inf)
@@ -169,9 +171,7 @@ def _own(x: Array) -> Array:
     """This device's part of what was `_gathered`."""
     if sharding.current() is None:
         return x
-    return jax.lax.dynamic_slice_in_dim(
-        x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part
-    )
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part)
 
 
 def _summed(x: Array) -> Array:
