@@ -160,7 +160,9 @@ class _Starts:
         if config.alignment.method == "composed" and config.initialization.tokens:
             target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
             if self._reading is not None:
-                params = initialization.learn(config, self._source, target, aligned, self._reading, print)
+                params = initialization.learn(
+                    config, self._source, target, aligned, self._reading, self.context.mesh, print
+                )
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
 
@@ -182,7 +184,7 @@ class _Starts:
     @cached_property
     def _source_model(self):
         model_config, _ = self.context.source_model
-        return model_config, huggingface.load_params(self.context.source_folder, model_config)
+        return model_config, huggingface.load_params(self.context.source_folder, model_config, mesh=self.context.mesh)
 
     @cached_property
     def _source(self) -> initialization.Side:
@@ -191,7 +193,7 @@ class _Starts:
     @cached_property
     def _reading(self):
         target = initialization.Side(*self._source_model, self.context.target_tokenizer, self._shards[1])
-        return initialization.read(self.context.config, self._source, target, print)
+        return initialization.read(self.context.config, self._source, target, self.context.mesh, print)
 
     @cached_property
     def _inputs(self) -> methods.Inputs:
@@ -225,8 +227,8 @@ def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]
         texts,
         sequence_length=context.config.evaluation.sequence_length,
         batch=16,
-        dtype=context.config.compute.dtype,
-        loss_chunk=context.config.compute.loss_chunk,
+        compute=context.config.compute,
+        mesh=context.mesh,
         log=print,
     )
     groups: dict[str, bits_per_byte.Score] = {}

@@ -8,6 +8,7 @@ import torch
 from helpers import TEXTS, tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import bits_per_byte, report, samples
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.text.canonical import plain_backend
@@ -27,9 +28,10 @@ def test_bits_per_byte_equals_pytorch(model, batch, chunk):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = {"a": [TEXTS[0] * 3, "short"], "b": [TEXTS[2]]}
+    compute = ComputeConfig(dtype="float32", loss_chunk=chunk)
     length = 50  # the first document is longer: it is cut into windows
     scores = bits_per_byte.evaluate(
-        config, params, tokenizer, texts, sequence_length=length, batch=batch, loss_chunk=chunk
+        config, params, tokenizer, texts, sequence_length=length, batch=batch, compute=compute
     )
     for language, documents in texts.items():
         nats, count = 0.0, 0

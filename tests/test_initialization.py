@@ -10,6 +10,7 @@ import pytest
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from transformers import AutoTokenizer
 
+from tokalign_jax import sharding
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import ComputeConfig, Config, InitializationConfig
 from tokalign_jax.initialization import calibration, composition, contexts, initialization
@@ -19,6 +20,7 @@ from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
 DOCUMENTS = [text * times for times in (1, 2, 3) for text in TEXTS]
+MESH = sharding.make_mesh()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_contexts_are_means_of_final_states(model, batch, monkeypatch):
     target = tiny_tokenizer(400, TEXTS)
     places = places_of(tokenizer, target)
     sizes = (canonical.vocabulary_size(tokenizer), canonical.vocabulary_size(target))
-    reading = contexts.read(config, params, places, *sizes, jnp.float32, lambda line: None)
+    reading = contexts.read(config, params, places, *sizes, jnp.float32, MESH, lambda line: None)
 
     states = []
     for start in range(0, len(places.tokens), 32):
@@ -174,7 +176,7 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
     tokenizer, config, params = model
     shards = shards_of(tokenizer, DOCUMENTS * 20)
     monkeypatch.setattr(calibration, "ROUNDS", 12)
-    moves, direction = calibration.head_moves(config, params, shards, jnp.float32, seed=0)
+    moves, direction = calibration.head_moves(config, params, shards, jnp.float32, MESH, seed=0)
     head = np.asarray(params["lm_head"]["kernel"])
     assert moves.shape == (len(shards.counts),) and direction.shape == (config.hidden_size,)
     length = 128
@@ -190,7 +192,8 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
     # exact only as far as one direction is a bias; here it is one of 32 dimensions of a random model
     assert distance(head[: len(frequency)] + moves[:, None] * direction) < 0.6 * distance(head)
     chunks = jnp.asarray(states[: len(states) // 8 * 8].reshape(8, -1, config.hidden_size), jnp.float32)
-    given = calibration.mean_probability(chunks, jnp.asarray(head[: len(frequency)]), jnp.asarray(moves))
+    rows = jnp.asarray(head[: len(frequency)])
+    given = calibration.mean_probability(chunks, rows, jnp.asarray(moves), config=config, mesh=MESH)
     assert 0.99 < float(given.sum()) < 1.01 and abs(np.log(np.asarray(given)) - np.log(frequency)).mean() < 0.2
 
 
@@ -212,9 +215,9 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
             initialization.Side(config, params, source, shards[0]),
             initialization.Side(new_config, new, target, shards[1]),
         )
-        reading = initialization.read(settings, *sides, print)
+        reading = initialization.read(settings, *sides, MESH, print)
         assert reading is not None
-        return initialization.learn(settings, *sides, aligned, reading, print)
+        return initialization.learn(settings, *sides, aligned, reading, MESH, print)
 
     learned, again = learn(settings), learn(settings)
     lengths = lengths_of(source), lengths_of(target)

@@ -55,7 +55,9 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
     config, outside = context.config, context.identities
     models = model_states(config)
     seed = {"seed": config.seed}
-    compute = {"compute": config_to_dict(config.compute)}
+    compute = {
+        "compute": {"dtype": config.compute.dtype}
+    }  # the rest of it, and the mesh, change nothing but speed and rounding
     vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
 
     def training(name: str) -> Stage:
@@ -143,8 +145,8 @@ def model_states(config: Config) -> list[str]:
     return ["init", *(name for name in ("stage1", "stage2") if getattr(config, name).steps > 0)]
 
 
-_WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every")
-"""Fields of a training stage that change nothing in its result."""
+_WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every", "per_device_batch")
+"""Fields of a training stage that change nothing in its result but rounding."""
 
 
 def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log) -> Path:

@@ -140,7 +140,7 @@ def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     return fitting(paths.label(RULES, path), shape, mesh)
 
 
-def fitting(spec: P, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
     """`spec` for an array of this shape, without the axes that do not divide their dimension."""
 
     def parts(axes: str | tuple[str, ...] | None) -> int:

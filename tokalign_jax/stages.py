@@ -1,18 +1,20 @@
 """What each stage of the pipeline reads and writes: the thin layer of I/O around the pure core."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo
+from tokalign_jax import demo, sharding
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
@@ -28,7 +30,7 @@ from tokalign_jax.text import tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 
-FORMAT = 1
+FORMAT = 2
 """Version of the artefacts: a workdir of another version is redone."""
 
 
@@ -60,6 +62,13 @@ class Context:
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
         return hub.load_tokenizer(self.target_folder)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """All devices, with as many parts as it takes for the training state of either stage to fit (`config.mesh`)."""
+        config = dataclasses.replace(self.source_model[0], vocab_size=vocabulary_size(self.target_tokenizer))
+        stages = (self.config.stage1, self.config.stage2)
+        return sharding.make_mesh(self.config.mesh, max(loop.state_bytes(stage, config) for stage in stages))
 
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""
@@ -195,7 +204,7 @@ def align(context: Context) -> Mapping[str, Any]:
 def init(context: Context) -> None:
     """Writes an ordinary Hugging Face folder: the source model with the new vocabulary, not yet trained."""
     config, raw = context.source_model
-    params = huggingface.load_params(context.source_folder, config)
+    params = huggingface.load_params(context.source_folder, config, mesh=context.mesh)
     aligned = alignment.load(
         context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
     )
@@ -205,39 +214,46 @@ def init(context: Context) -> None:
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0])
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
-        reading = initialization.read(settings, source, target, context.log)
+        reading = initialization.read(settings, source, target, context.mesh, context.log)
         if reading is not None:
-            new = initialization.learn(settings, source, target, aligned, reading, context.log)
+            new = initialization.learn(settings, source, target, aligned, reading, context.mesh, context.log)
     _write(context, "init", new_config, new, raw, "float32")
 
 
-def load_state(context: Context, states: Sequence[str]) -> tuple[ModelConfig, dict]:
-    """The model after the last of `states` (`init`, `stage1`, `stage2`), adapters merged in float32.
+def load_state(
+    context: Context, states: Sequence[str], dtype: Callable[[str], Any] | None = None
+) -> tuple[ModelConfig, dict]:
+    """The model after the last of `states` (`init`, `stage1`, `stage2`), on the mesh, adapters merged in float32.
 
     No states: the source model.
+
+    Args:
+      dtype: of each parameter by its path, where no stage has trained it; None: as stored.
     """
     folder = context.folder("init") if states else context.source_folder
     config, _ = hub.load_config(folder)
-    params = huggingface.load_params(folder, config)
+    params = huggingface.load_params(folder, config, dtype, context.mesh)
     for name in states[1:]:
         stage: StageConfig = getattr(context.config, name)
-        params = loop.load_final(context.folder(name), stage, params)
+        params = loop.load_final(context.folder(name), stage, params, context.mesh)
         if spec := loop.lora_spec(stage):
             params = merge_lora(params, spec, jnp.float32)
     return config, params
 
 
 def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
-    config, params = load_state(context, before)
+    stage: StageConfig = getattr(context.config, name)
+    # What does not train is read in the type that it is computed in; float32 of it would be twice the memory, for nothing.
+    frozen = jnp.dtype(context.config.compute.dtype)
+    config, params = load_state(context, before, lambda path: jnp.float32 if loop.trains(stage, path) else frozen)
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
     # All stages are planned before the first one starts: an offset of the second that is past the end is told now.
     end, ends = 0, {}
     for planned in ("stage1", "stage2"):
         ends[planned] = end
         _, end = loop.plan_stage(planned, getattr(context.config, planned), context.config, config, shards, end)
-    stage: StageConfig = getattr(context.config, name)
     result = loop.run_stage(
-        name, stage, context.config, config, params, shards, context.folder(name), ends[name], context.log
+        name, stage, context.config, config, params, shards, context.folder(name), ends[name], context.log, context.mesh
     )
     return {"next_sequence": result.next_sequence, "tokens": result.tokens}
 
@@ -280,8 +296,8 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         texts,
         sequence_length=settings.sequence_length,
         batch=settings.batch,
-        dtype=context.config.compute.dtype,
-        loss_chunk=context.config.compute.loss_chunk,
+        compute=context.config.compute,
+        mesh=context.mesh,
         log=context.log,
         what=f"evaluate {name}",
     )

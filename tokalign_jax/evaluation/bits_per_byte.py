@@ -14,15 +14,19 @@ from dataclasses import asdict, dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerBase
 
+from tokalign_jax import sharding
+from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import end_of_text_id
-from tokalign_jax.training.losses import IGNORED, token_nll
+from tokalign_jax.training.losses import IGNORED, head_of, token_nll
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,13 @@ def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
     return start if isinstance(start, int) else end_of_text_id(tokenizer)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "chunk"))
-def _window_nats(params, inputs, labels, *, config: ModelConfig, dtype: str, chunk: int) -> jax.Array:
-    """Summed -log p of each window's labels, [B]."""
-    hidden = transformer.forward(config, params, inputs, dtype=jnp.dtype(dtype))
-    return token_nll(hidden, transformer.head_matrix(params), labels, chunk, jnp.dtype(dtype)).sum(axis=1)
+@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
+def _window_nats(params, inputs, labels, *, config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> jax.Array:
+    """Summed -log p of each window's labels, [B], on every device."""
+    with sharding.within(mesh):
+        hidden = transformer.forward(config, params, inputs, dtype=jnp.dtype(compute.dtype))
+        nll = token_nll(hidden, transformer.head_matrix(params), labels, head_of(config, compute))
+        return sharding.constrain(nll.sum(axis=1), None)
 
 
 def evaluate(
@@ -90,8 +96,8 @@ def evaluate(
     *,
     sequence_length: int,
     batch: int,
-    dtype: str = "float32",
-    loss_chunk: int = 1024,
+    compute: ComputeConfig = ComputeConfig(dtype="float32"),  # noqa: B008 (frozen)
+    mesh: Mesh | None = None,
     log: Log = lambda line: None,
     what: str = "evaluate",
 ) -> dict[str, Score]:
@@ -101,8 +107,9 @@ def evaluate(
       params: weights of the model, [V, D] matrices at least as long as the tokenizer.
       texts: documents by language.
       sequence_length: tokens of a window; must not exceed the model's positions.
-      batch: windows at once.
-      dtype: type of activations and weights; the log-sum-exp is float32 always.
+      batch: windows that a device reads at once.
+      compute: type of activations and weights; the log-sum-exp is float32 always.
+      mesh: of the devices to run on, where `params` are or go; None: all devices.
 
     Returns:
       Score by language.
@@ -118,7 +125,9 @@ def evaluate(
     # Windows of like length go together, so that short ones are not padded to the longest.
     windows.sort(key=lambda window: len(window[1]))
     progress = Progress(log, what, sum(len(w[1]) for w in windows), "tokens")
-    params = jax.tree.map(jnp.asarray, params)
+    mesh = mesh or sharding.make_mesh()
+    params = sharding.place(params, mesh)
+    batch, split = batch * sharding.sequences_at_once(mesh), NamedSharding(mesh, P(sharding.BATCH))
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
         length = _padded_length(len(group[-1][1]), sequence_length)
@@ -127,9 +136,8 @@ def evaluate(
         for row, (_, window_inputs, window_labels) in enumerate(group):
             inputs[row, : len(window_inputs)] = window_inputs
             labels[row, : len(window_labels)] = window_labels
-        nats = np.asarray(
-            _window_nats(params, inputs, labels, config=config, dtype=dtype, chunk=loss_chunk), np.float64
-        )
+        inputs, labels = (sharding.put(of, split) for of in (inputs, labels))
+        nats = np.asarray(_window_nats(params, inputs, labels, config=config, compute=compute, mesh=mesh), np.float64)
         for row, (language, _, _) in enumerate(group):
             totals[language] += Score(float(nats[row]), 0, 0)
         progress.update(sum(len(w[1]) for w in group))

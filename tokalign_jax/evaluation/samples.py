@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from tokalign_jax import sharding
 from tokalign_jax.evaluation.bits_per_byte import first_context
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
@@ -37,7 +38,9 @@ def continuations(
     for prompt in prompts:
         ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         ids = ids[-max(1, config.max_positions - steps) :]
-        whole = transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype))[0].tolist()
+        whole = sharding.to_host(transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype)))[
+            0
+        ].tolist()
         # Decoded together: some decoders drop the space before the first token of what they are given.
         before, text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, whole))
         found.append({"prompt": prompt, "continuation": text[len(before) :]})

@@ -13,11 +13,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from tokalign_jax import sharding
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, forward, head_matrix
+from tokalign_jax.models.transformer import Params, adjust_logits, forward, head_matrix
 from tokalign_jax.text.tokenizing import TokenShards
 
 PLACES = 32_768
@@ -32,43 +34,59 @@ CHUNK = 2048
 
 
 def head_moves(
-    config: ModelConfig, params: Params, shards: TokenShards, dtype: DTypeLike, seed: int
+    config: ModelConfig, params: Params, shards: TokenShards, dtype: DTypeLike, mesh: Mesh, seed: int
 ) -> tuple[Float[np.ndarray, "V"], Float[np.ndarray, "D"]]:
     """(b in nats, u): head rows + b u give tokens their frequency in the text.
 
     Args:
       params: of the model with the new vocabulary.
+      mesh: where they are, or go.
       shards: text in its tokens; the frequency of a token that it never has counts a half.
     """
     frequency = (shards.counts + 0.5) / (shards.counts + 0.5).sum()
-    params = jax.tree.map(jnp.asarray, params)
-    states = _states(config, params, _windows(shards, config, seed), dtype=jnp.dtype(dtype))
+    params = sharding.place(params, mesh)
+    windows = _windows(shards, config, seed)
+    at_once = sharding.sequences_at_once(mesh)
+    if len(windows) % at_once:  # a few more, of the same text, so that every device has as many
+        windows = np.resize(windows, (-(-len(windows) // at_once) * at_once, windows.shape[1]))
+    states = _states(config, params, windows, dtype=jnp.dtype(dtype), mesh=mesh)
     states = states[: len(states) // CHUNK * CHUNK or len(states)]
-    flat = np.asarray(states, np.float64)
+    flat = sharding.to_host(states).astype(np.float64)
     second = flat.T @ flat / len(flat)
     direction = np.linalg.solve(
         second + RIDGE * np.trace(second) / len(second) * np.eye(len(second)), flat.mean(axis=0)
     )
     chunks = states.reshape(-1, min(CHUNK, len(states)), config.hidden_size).astype(dtype)
-    moves, wanted = jnp.zeros(len(frequency)), jnp.log(jnp.asarray(frequency, jnp.float32))
+    head = head_matrix(params)
+    # Rows that only fill the matrix up have no probability: no move brings them any.
+    filling = np.arange(len(head)) >= len(frequency)
+    moves = np.where(filling, -np.inf, 0.0).astype(np.float32)
+    wanted = np.log(np.pad(frequency, (0, filling.sum()), constant_values=1.0)).astype(np.float32)
     for _ in range(ROUNDS):
-        probability = mean_probability(chunks, head_matrix(params)[: len(frequency)].astype(dtype), moves)
-        moves += jnp.clip(wanted - jnp.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
-    return np.asarray(moves), direction.astype(np.float32)
+        probability = sharding.to_host(mean_probability(chunks, head, moves, config=config, mesh=mesh))
+        moves += np.clip(wanted - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
+    return moves[: len(frequency)], direction.astype(np.float32)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def mean_probability(
-    states: Float[Array, "C c D"], head: Float[Array, "V D"], moves: Float[Array, "V"]
+    states: Float[Array, "C c D"],
+    head: Float[Array, "V D"],
+    moves: Float[Array, "V"],
+    *,
+    config: ModelConfig,
+    mesh: Mesh,
 ) -> Float[Array, "V"]:
     """float32: the probability of each token, on average over all states, with `moves` added to its logit."""
 
     def add(total, chunk):
-        logits = jnp.einsum("cd,vd->cv", chunk, head, preferred_element_type=jnp.float32) + moves
+        logits = jnp.einsum("cd,vd->cv", chunk, head.astype(chunk.dtype), preferred_element_type=jnp.float32)
+        logits = adjust_logits(config, sharding.constrain(logits, None, sharding.VOCABULARY)) + moves
         return total + jax.nn.softmax(logits, axis=-1).sum(axis=0), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(len(head)), states)
-    return total / (states.shape[0] * states.shape[1])
+    with sharding.within(mesh):
+        total, _ = jax.lax.scan(add, jnp.zeros(len(head)), states)
+        return total / (states.shape[0] * states.shape[1])
 
 
 def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndarray, "B T"]:
@@ -79,8 +97,12 @@ def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndar
     return np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _states(config: ModelConfig, params: Params, tokens: Int[Array, "B T"], *, dtype: DTypeLike) -> Float[Array, "N D"]:
-    """Final states, window by window, so that one window's activations exist at once."""
-    states = jax.lax.map(lambda window: forward(config, params, window[None], dtype=dtype)[0], tokens)
-    return states.astype(jnp.float32).reshape(-1, config.hidden_size)
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _states(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], *, dtype: DTypeLike, mesh: Mesh
+) -> Float[Array, "N D"]:
+    """Final states, window by window, so that one window's activations exist at once on a device; all of them on every device."""
+    groups = tokens.reshape(-1, sharding.sequences_at_once(mesh), tokens.shape[1])
+    with sharding.within(mesh):
+        states = jax.lax.map(lambda windows: forward(config, params, windows, dtype=dtype), groups)
+        return sharding.constrain(states.astype(jnp.float32).reshape(-1, config.hidden_size))

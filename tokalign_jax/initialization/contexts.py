@@ -14,9 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from tokalign_jax import sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, forward
 from tokalign_jax.progress import Log, Progress
@@ -28,7 +31,8 @@ WINDOW = 512
 """Tokens that the model sees at once, where it has that many positions."""
 BATCH_TOKENS = {"cpu": 4096}
 OTHER_BATCH_TOKENS = 32_768
-"""Tokens of a batch, by backend."""
+"""Tokens of a batch on a device, by backend."""
+BY_COLUMN = P(None, (*sharding.BATCH, sharding.TENSOR))
 
 
 class Places(NamedTuple):
@@ -65,17 +69,25 @@ class Reading(NamedTuple):
 
 
 def read(
-    config: ModelConfig, params: Params, places: Places, source_size: int, target_size: int, dtype: DTypeLike, log: Log
+    config: ModelConfig,
+    params: Params,
+    places: Places,
+    source_size: int,
+    target_size: int,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    log: Log,
 ) -> Reading:
     """Runs the source model over `places` and averages its states by token.
 
     Args:
-      params: the source model's.
+      params: the source model's, on `mesh`.
       source_size, target_size: V of each tokenizer.
       dtype: of weights and activations; sums are float32. The result does not depend on the order in which threads finish.
     """
     length = min(WINDOW, config.max_positions, len(places.tokens))
     batch = max(1, BATCH_TOKENS.get(jax.default_backend(), OTHER_BATCH_TOKENS) // length)
+    batch *= sharding.sequences_at_once(mesh)
     rows = -(-len(places.tokens) // (length * batch)) * batch
 
     def windows(values: Int[np.ndarray, "N"], padding: int) -> Int[np.ndarray, "steps B T"]:
@@ -86,21 +98,22 @@ def read(
     labels = (places.next_source, places.tokens, places.next_target, places.last_target)
     sizes = (source_size, source_size, target_size, target_size)
     streams = [windows(places.tokens, 0), *(windows(of, NONE) for of in labels)]
-    sums = [jnp.zeros((size, config.hidden_size), jnp.float32) for size in sizes]
-    moments = jnp.zeros(config.hidden_size), jnp.zeros((config.hidden_size,) * 2)
-    params = jax.tree.map(jnp.asarray, params)
+    by_column = sharding.fitting(BY_COLUMN, (1, config.hidden_size), mesh)
+    make = jax.jit(lambda: [jnp.zeros((size, config.hidden_size)) for size in sizes], out_shardings=by_column)
+    sums = make()
     progress = Progress(log, "contexts", len(places.tokens), "tokens")
     total, left = np.zeros(config.hidden_size), len(places.tokens)
     second = np.zeros((config.hidden_size,) * 2)
     for tokens, *of in zip(*streams):
-        sums, moments = _add(sums, params, tokens, of, left, config=config, dtype=jnp.dtype(dtype))
+        tokens = sharding.put(tokens, NamedSharding(mesh, P(sharding.BATCH)))
+        sums, moments = _add(sums, params, tokens, of, left, config=config, dtype=jnp.dtype(dtype), mesh=mesh)
         total, second = total + np.asarray(moments[0], np.float64), second + np.asarray(moments[1], np.float64)
         left -= tokens.size
         progress.update(min(tokens.size, left + tokens.size))
     progress.done(f"{len(places.tokens):,} tokens")
     mean = total / len(places.tokens)
     counts = [np.bincount(of[of != NONE], minlength=size) for of, size in zip(labels, sizes)]
-    means = [np.asarray(of) / np.maximum(n, 1)[:, None].astype(np.float32) for of, n in zip(sums, counts)]
+    means = [sharding.to_host(of) / np.maximum(n, 1)[:, None].astype(np.float32) for of, n in zip(sums, counts)]
     return Reading(
         Contexts(means[0], means[1], np.minimum(counts[0], counts[1])),
         Contexts(means[2], means[3], np.minimum(counts[2], counts[3])),
@@ -168,17 +181,21 @@ def _found(positions: Int[np.ndarray, "m"], tokens: Int[np.ndarray, "m"], wanted
     return np.where(positions[at] == wanted, tokens[at], NONE)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnums=0)
-def _add(sums, params, tokens: Int[Array, "B T"], labels, left, *, config: ModelConfig, dtype: DTypeLike):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"), donate_argnums=0)
+def _add(sums, params, tokens: Int[Array, "B T"], labels, left, *, config: ModelConfig, dtype: DTypeLike, mesh: Mesh):
     """The sums with those of one batch added, and the batch's sum of states and of their outer products.
 
     Args:
       left: places that are real; those behind are padding.
     """
-    states = forward(config, params, tokens, dtype=dtype).astype(jnp.float32).reshape(-1, config.hidden_size)
-    states = jnp.where((jnp.arange(len(states)) < left)[:, None], states, 0.0)
-    sums = [_add_by_label(of, states, label.reshape(-1)) for of, label in zip(sums, labels)]
-    return sums, (states.sum(axis=0), jnp.matmul(states.T, states, precision="highest"))
+    with sharding.within(mesh):
+        states = forward(config, params, tokens, dtype=dtype).astype(jnp.float32).reshape(-1, config.hidden_size)
+        states = jnp.where((jnp.arange(len(states)) < left)[:, None], states, 0.0)
+        moments = states.sum(axis=0), jnp.matmul(states.T, states, precision="highest")
+        # Sorting and adding up go along the places: each device has some columns of all of them.
+        states = sharding.constrain(states, *sharding.fitting(BY_COLUMN, states.shape, mesh).spec)
+        sums = [_add_by_label(of, states, label.reshape(-1)) for of, label in zip(sums, labels)]
+        return sums, tuple(sharding.constrain(of) for of in moments)
 
 
 def _add_by_label(

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
+from tokalign_jax import sharding
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.config import Config
@@ -42,11 +44,11 @@ def initialize(config: ModelConfig, params: dict, aligned: Alignment) -> tuple[M
     Returns:
       The config with the new vocabulary size, and parameters whose vocabulary matrices are [V_target, D], float32.
     """
-    rows = np.asarray(params["embed_tokens"]["embedding"])
+    rows = sharding.to_host(params["embed_tokens"]["embedding"])
     new = dict(params)
     if "lm_head" in params:
         new["embed_tokens"] = {"embedding": alignment.apply(aligned.embedding, rows)}
-        new["lm_head"] = {"kernel": head_rows(np.asarray(params["lm_head"]["kernel"]), aligned)}
+        new["lm_head"] = {"kernel": head_rows(sharding.to_host(params["lm_head"]["kernel"]), aligned)}
     else:  # the head's rule: a row that is wrong there costs more than one that is wrong at the input
         new["embed_tokens"] = {"embedding": head_rows(rows, aligned)}
     return dataclasses.replace(config, vocab_size=aligned.target_size), new
@@ -73,7 +75,7 @@ class Side(NamedTuple):
     shards: TokenShards
 
 
-def read(config: Config, source: Side, target: Side, log: Log) -> contexts.Reading | None:
+def read(config: Config, source: Side, target: Side, mesh: Mesh, log: Log) -> contexts.Reading | None:
     """What the source model makes of the tokens of both vocabularies in text; None where their texts have nothing in common."""
     places = contexts.find_places(
         source.shards,
@@ -87,11 +89,12 @@ def read(config: Config, source: Side, target: Side, log: Log) -> contexts.Readi
         log("contexts: no document has the same bytes in the tokens of both sides; nothing can be learned")
         return None
     sizes = len(source.shards.counts), len(target.shards.counts)
-    return contexts.read(source.config, source.params, places, *sizes, jnp.dtype(config.compute.dtype), log)
+    params = sharding.place(source.params, mesh)
+    return contexts.read(source.config, params, places, *sizes, jnp.dtype(config.compute.dtype), mesh, log)
 
 
 def learn(
-    config: Config, source: Side, target: Side, aligned: Alignment, reading: contexts.Reading, log: Log
+    config: Config, source: Side, target: Side, aligned: Alignment, reading: contexts.Reading, mesh: Mesh, log: Log
 ) -> Params:
     """`target`'s parameters with the rows of composed tokens drawn to what the source model's own tokens teach.
 
@@ -114,14 +117,14 @@ def learn(
         of_wanted = composition.Tokens(wanted, pieces[1], frequency[1], reading.target)
         for group, leaf in MATRICES:
             if group in new:
-                rows = np.asarray(source.params[group][leaf], np.float32)[: aligned.source_size]
+                rows = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
                 learned = composition.learned_rows(rows, of_known, of_wanted, reading)
                 made = np.array(new[group][leaf], np.float32)
                 made[wanted] += config.initialization.learned * (learned - made[wanted])
                 new[group] = {leaf: made}
         log(f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens")
     moves, direction = calibration.head_moves(
-        target.config, new, target.shards, jnp.dtype(config.compute.dtype), config.seed
+        target.config, new, target.shards, jnp.dtype(config.compute.dtype), mesh, config.seed
     )
     group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in new)
     moved = np.asarray(new[group][leaf]) + config.initialization.calibration * moves[:, None] * direction
@@ -137,7 +140,7 @@ def random_rows(config: ModelConfig, params: dict, size: int, key: jax.Array) ->
     """The baseline: `size` rows drawn from a normal distribution with each source column's mean and deviation."""
 
     def draw(rows: np.ndarray, key: jax.Array) -> np.ndarray:
-        rows = np.asarray(rows, np.float32)
+        rows = sharding.to_host(rows)[: config.vocab_size].astype(np.float32)
         noise = np.asarray(jax.random.normal(key, (size, rows.shape[1]), jnp.float32))
         return rows.mean(axis=0) + rows.std(axis=0) * noise
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ _BLOCK_BYTES = 64 << 20
 
 
 def _dtype_of(path: str, dtype: DTypeLike | Callable[[str], DTypeLike] | None) -> DTypeLike | None:
-    return dtype(path) if isinstance(dtype, types.FunctionType) else dtype
+    return dtype(path) if isinstance(dtype, types.FunctionType) else cast(DTypeLike | None, dtype)
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
@@ -410,6 +410,9 @@ def _write_file(
     Args:
       path: None: another process writes; this one only brings its parts of the arrays.
     """
+    tensors = sorted(
+        tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)
+    )  # the order of the library's own
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

@@ -20,6 +20,7 @@ from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
+from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import Log, duration, quantity
 from tokalign_jax.training import metrics
 from tokalign_jax.training.batches import Shards, TokenSource, make_stream, resolve_offset
@@ -75,6 +76,18 @@ def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
 def lora_spec(stage: StageConfig) -> LoraSpec | None:
     """The adapters that the stage trains; None unless its method is `lora`."""
     return LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout) if stage.method == "lora" else None
+
+
+def trains(stage: StageConfig, path: str) -> bool:
+    """Whether the stage changes the parameter of this path."""
+    return paths.label(rules_for(stage.method), path) != FROZEN
+
+
+def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
+    """What parameters, gradients and optimizer of a stage need in all: 16 bytes for each that trains (float32: itself, its gradient,
+    Adam's two moments), 2 for each that is frozen."""
+    leaves = paths.flatten(abstract_params(config, lora_spec(stage)))
+    return sum(leaf.size * (16 if trains(stage, path) else 2) for path, leaf in leaves.items())
 
 
 def plan_stage(
@@ -322,8 +335,7 @@ def _with_adapters(stage: StageConfig, params: paths.Tree, key: jax.Array) -> pa
 
 def _split(stage: StageConfig, params: paths.Tree) -> tuple[paths.Tree, paths.Tree]:
     """What trains in this stage, and what is frozen."""
-    labels = paths.flatten(paths.label_tree(rules_for(stage.method), params))
-    return paths.split(params, lambda path: labels[path] != FROZEN)
+    return paths.split(params, lambda path: trains(stage, path))
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -20,6 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax import sharding
+from tokalign_jax.config import ComputeConfig
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import adjust_logits
 from tokalign_jax.sharding import BATCH, DATA, FSDP, TENSOR, VOCABULARY
 
 IGNORED = -1
@@ -37,6 +40,12 @@ class Head(NamedTuple):
     """Type in which hidden and head are multiplied; logits and log-sum-exp are float32."""
     adjust: Callable[[Array], Array] | None = None
     """What the model does to its logits one by one, such as a soft-cap."""
+
+
+def head_of(config: ModelConfig, compute: ComputeConfig) -> Head:
+    """The head of a model, as `compute` has it."""
+    adjust = functools.partial(adjust_logits, config) if config.logit_softcap else None
+    return Head(config.vocab_size, compute.loss_chunk, jnp.dtype(compute.dtype), adjust)
 
 
 def cross_entropy(

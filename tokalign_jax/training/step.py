@@ -19,7 +19,7 @@ from tokalign_jax.config import ComputeConfig, StageConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
-from tokalign_jax.training.losses import Head, cross_entropy
+from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import make_schedule
 
 Loss = Callable[[Any, Any, Array, Array], Float[Array, ""]]
@@ -52,7 +52,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
     """The language-model loss over parameters that are split in a trainable and a frozen tree."""
     dtype = jnp.dtype(compute.dtype)
-    head = Head(model_config.vocab_size, compute.loss_chunk, dtype)
+    head = head_of(model_config, compute)
 
     def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], key: Array) -> Float[Array, ""]:
         params = paths.merge(trainable, frozen)
