@@ -218,7 +218,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported.*gpt_neox, llama"),
+        ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         ("llama", {"hidden_act": "relu2"}, "'hidden_act' to 'relu2'"),
         ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config'"),
         ("llama", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "'rope_parameters'.*mrope"),

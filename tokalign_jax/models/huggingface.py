@@ -28,7 +28,7 @@ from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.families import family
+from tokalign_jax.models.families import family, text_name, weight_table
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.models.weights import Weight
 
@@ -90,7 +90,7 @@ def load_params(
     for file, items in itertools.groupby(by_file, key=lambda item: item[0]):
         with _open(file) as tensors:
             for _, weight, part, name in items:
-                for start, blocks in _blocks(tensors.get_slice(name), weight):
+                for start, blocks in _blocks(tensors.get_slice(stored[name].key), weight):
                     for path, block in zip(weight.leaves, blocks, strict=True):
                         leaves[path].write(block, (*part, *start))
     if config.tie_word_embeddings:
@@ -107,6 +107,8 @@ class _Stored(NamedTuple):
     """A tensor of a checkpoint."""
 
     file: Path
+    key: str
+    """Its name there; one of a multimodal model goes by the name that it has in the text model alone."""
     dtype: str
     """As safetensors spells it."""
     shape: tuple[int, ...]
@@ -171,7 +173,7 @@ def _dtype_of(path: str, dtype: DTypeLike | Callable[[str], DTypeLike] | None) -
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of the folder, by its name there."""
+    """Every tensor of the folder by its name; of a multimodal model those of its text model."""
     if (folder / SINGLE).is_file():
         names = [SINGLE]
     elif index := hub.read_json(folder / INDEX):
@@ -181,12 +183,14 @@ def _stored(folder: Path) -> dict[str, _Stored]:
             f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other "
             f"formats with transformers' save_pretrained"
         )
+    model_type = (hub.read_json(folder / "config.json") or {}).get("model_type")
     found = {}
-    for name in names:
-        with _open(folder / name) as tensors:
+    for file in names:
+        with _open(folder / file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                tensor = tensors.get_slice(key)
-                found[key] = _Stored(folder / name, tensor.get_dtype(), tuple(tensor.get_shape()))
+                if (name := text_name(model_type, key)) is not None:
+                    tensor = tensors.get_slice(key)
+                    found[name] = _Stored(folder / file, key, tensor.get_dtype(), tuple(tensor.get_shape()))
     return found
 
 
@@ -217,7 +221,7 @@ def _match(folder: Path, stored: Mapping[str, _Stored], config: ModelConfig) -> 
             weight,
             [(part, _stored_name(folder, stored, weight.names(part))) for part in weight.slices(config.num_layers)],
         )
-        for weight in module.weights(config)
+        for weight in weight_table(config, stored)
     ]
     shapes = _leaf_shapes(config)
     for weight, places in matched:
@@ -278,7 +282,9 @@ def _check_copies_of_embedding(
     embedding = next(places[0][1] for weight, places in matched if weight.leaves == ("embed_tokens/embedding",))
     for name in {head.name, *head.aliases} & set(stored) - {embedding}:
         with _open(stored[name].file) as one, _open(stored[embedding].file) as other:
-            pairs = zip(*(_blocks(file.get_slice(key), head) for file, key in ((one, name), (other, embedding))))
+            pairs = zip(
+                *(_blocks(file.get_slice(stored[key].key), head) for file, key in ((one, name), (other, embedding)))
+            )
             if all(np.array_equal(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
                 continue
         raise UserError(
@@ -353,7 +359,7 @@ def _write_weights(
             f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
         )
     tensors = []
-    for weight in family(config.model_type).weights(config):
+    for weight in weight_table(config, stored):
         shape = _tensor_shape(weight, shapes)
         for part in weight.slices(config.num_layers):
             usual, *others = weight.names(part)
