@@ -3,6 +3,8 @@
 The tests and `benchmarks/parity.py` share the list.
 """
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from helpers import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tokalign_jax import paths
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import head_matrix, logits
+from tokalign_jax.models.transformer import abstract_params, head_matrix, logits
 
 VOCABULARY = 260
 TOKENIZER = tiny_tokenizer(257, [])
@@ -77,6 +81,19 @@ def _longrope(pairs: int) -> dict[str, Any]:
         "original_max_position_embeddings": 32,
     }
 
+
+_TEXT_MODELS = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama"}
+"""model_type of the text model in each that sees images too."""
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_MOE = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 CASES = (
     Case("llama", "one key-value head, untied", {"num_key_value_heads": 1}),
@@ -259,6 +276,28 @@ CASES = (
             "tie_word_embeddings": True,
         },
     ),
+    Case(
+        "mixtral",
+        "experts, window",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12, "intermediate_size": 24},
+    ),
+    Case(
+        "qwen3_moe",
+        "experts of normalized weight, tied",
+        {**_QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    Case(
+        "qwen3_moe",
+        "biases, window",
+        {**_QWEN_MOE, "attention_bias": True, "use_sliding_window": True, "sliding_window": 12},
+    ),
+    Case(
+        "gemma3",
+        "text model of images and text",
+        {"head_dim": 16, "sliding_window": 12, "num_hidden_layers": 6, "tie_word_embeddings": True},
+    ),
+    Case("mistral3", "text model of images and text", {"head_dim": 16, "sliding_window": None}),
+    Case("llava", "text model of images and text", {"tie_word_embeddings": True}),
 )
 
 
@@ -268,13 +307,24 @@ def of(*families: str) -> list[Case]:
 
 def model(case: Case, seed: int = 0) -> torch.nn.Module:
     """A random PyTorch model in eval mode, in bfloat16."""
-    sizes = _GPT2_SIZES if case.family == "gpt2" else _SIZES
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.family, **{**sizes, **case.settings})).eval()
+    made = _auto_class(case.family).from_config(AutoConfig.for_model(case.family, **_settings(case))).eval()
     with torch.no_grad():
         for parameter in made.parameters():  # biases and norms too, which otherwise start at 0 and 1
             parameter += 0.1 * torch.randn_like(parameter)
     return made.bfloat16()
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    sizes = _GPT2_SIZES if case.family == "gpt2" else _SIZES
+    if case.family not in _TEXT_MODELS:
+        return {**sizes, **case.settings}
+    text = {"model_type": _TEXT_MODELS[case.family], **_SIZES, **case.settings}
+    return {"text_config": text, "vision_config": _VISION, "tie_word_embeddings": text["tie_word_embeddings"]}
+
+
+def _auto_class(family: str) -> Any:
+    return AutoModelForImageTextToText if family in _TEXT_MODELS else AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -296,7 +346,9 @@ def pair(case: Case, folder: Path) -> Pair:
 
 
 def reference(folder: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    """The PyTorch model of a folder, in float32."""
+    kind = _auto_class(json.loads((folder / "config.json").read_text())["model_type"])
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def tokens(length: int, batch: int = 2) -> np.ndarray:
@@ -308,51 +360,79 @@ def reference_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens).long()).logits.numpy()
 
 
-@dataclass(frozen=True)
-class Errors:
-    """The largest difference from PyTorch."""
+_compile = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiling is nearly all of the time that a tiny model takes; the arithmetic is the same."""
 
-    logits: float
-    """At any length."""
-    embedding: float
-    """Of the gradient, relative to its largest element."""
-    head: float
-    """Likewise."""
+our_logits = _compile(logits, static_argnums=0, static_argnames="lora")
 
 
-def errors(pair: Pair) -> Errors:
-    """How far we are from PyTorch, in logits at `LENGTHS` and in gradients of the cross-entropy."""
-    short, long = map(tokens, LENGTHS)
-    expected = reference_logits(pair.reference, short)
-    assert np.abs(expected).max() > 0.5, "the model says nothing"
-    apart = np.abs(jax.jit(logits, static_argnums=0)(pair.config, pair.params, short) - expected).max()
-    (_, ours), gradients = _gradients(pair.config, pair.params, long)
-    theirs = pair.reference(torch.tensor(long).long()).logits
-    apart = max(apart, np.abs(ours - theirs.detach().numpy()).max())
-    targets = torch.tensor(long[:, 1:]).long().flatten()
-    torch.nn.functional.cross_entropy(theirs[:, :-1].flatten(0, 1), targets).backward()
-    return Errors(
-        float(apart),
-        _relative(gradients["embed_tokens"]["embedding"], pair.reference.get_input_embeddings().weight),
-        _relative(head_matrix(gradients), pair.reference.get_output_embeddings().weight),
+def logit_error(pair: Pair) -> float:
+    """The largest difference from PyTorch's logits at `LENGTHS`."""
+    apart = []
+    for text in map(tokens, LENGTHS):
+        expected = reference_logits(pair.reference, text)
+        assert np.abs(expected).max() > 0.5, "the model says nothing"
+        apart.append(np.abs(our_logits(pair.config, pair.params, text) - expected).max())
+    return float(max(apart))
+
+
+def gradient_error(pair: Pair) -> float:
+    """The largest difference from PyTorch's gradients of embedding and head, relative to the largest element of each."""
+    text = tokens(LENGTHS[1])
+    vocabulary = {name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params}
+    gradients = _gradients(pair.config, vocabulary, pair.params, text)
+    scores = pair.reference(torch.tensor(text).long()).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(scores, torch.tensor(text[:, 1:]).long().flatten()).backward()
+    return max(
+        _relative(gradients["embed_tokens"]["embedding"], pair.reference.get_input_embeddings()),
+        _relative(head_matrix(gradients), pair.reference.get_output_embeddings()),
     )
 
 
-def _gradients(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray):
-    @jax.jit
-    def loss_and_gradients(params):
-        def loss(params):
-            every = logits(config, params, tokens)
-            probabilities = jax.nn.log_softmax(every[:, :-1])
-            return -jnp.take_along_axis(probabilities, tokens[:, 1:, None], -1).mean(), every
+@functools.partial(_compile, static_argnums=0)
+def _gradients(config: ModelConfig, vocabulary: dict[str, Any], params: dict[str, Any], text: jax.Array):
+    def loss(vocabulary):
+        probabilities = jax.nn.log_softmax(logits(config, params | vocabulary, text[:, :-1]))
+        return -jnp.take_along_axis(probabilities, text[:, 1:, None], -1).mean()
 
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    return loss_and_gradients(params)
+    return jax.grad(loss)(vocabulary)
 
 
-def _relative(ours: jax.Array, theirs: torch.Tensor) -> float:
-    assert theirs.grad is not None
-    expected = theirs.grad.numpy()
-    assert np.abs(expected).max() > 1e-5, "no gradient"
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+def _relative(ours: jax.Array, module: torch.nn.Module) -> float:
+    gradient = module.weight.grad
+    assert isinstance(gradient, torch.Tensor)
+    assert gradient.abs().max() > 1e-5, "no gradient"
+    return float(np.abs(ours - gradient.numpy()).max() / gradient.abs().max())
+
+
+def export(pair: Pair, folder: Path) -> Path:
+    """The checkpoint as we write it, in the types in which it was stored."""
+    params = huggingface.load_params(pair.folder, pair.config)
+    huggingface.save_checkpoint(folder, params, pair.config, pair.raw, TOKENIZER, source_folder=pair.folder)
+    return folder
+
+
+def check(case: Case, folder: Path) -> None:
+    """Asserts that ours is the model of PyTorch, and that what we write is the checkpoint that we read.
+
+    Gradients are compared once a family: the cases of one have them through the same code.
+    """
+    both = pair(case, folder / "source")
+    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(abstract_params(both.config)).items()}
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(both.params).items()} == shapes
+    assert logit_error(both) < 1e-4
+    if case == of(case.family)[0]:
+        assert gradient_error(both) < 1e-4
+    written = export(both, folder / "written")
+    if case.family not in _TEXT_MODELS:
+        before, after = stored(both.folder), stored(written)
+        assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+        for name, tensor in before.items():
+            np.testing.assert_array_equal(after[name], tensor)
+    text = tokens(20)
+    np.testing.assert_array_equal(reference_logits(reference(written), text), reference_logits(both.reference, text))
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint."""
+    return load_file(folder / huggingface.SINGLE)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.families import FAMILIES, config_from_hf
+from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ def _no_safetensors(name: str, files: Iterable[str]) -> str:
 
 
 def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's constants, and its config.json as it is.
+    """The model's constants, and its config.json as it is; of a multimodal model that of its text model alone.
 
     Raises:
       UserError: no readable config.json, an unsupported model_type, or a flag that is not implemented.
@@ -202,6 +202,7 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
         raise UserError(f"model folder '{folder}' has no config.json: give a folder in Hugging Face format")
+    raw = text_config(raw)
     if "auto_map" in raw and raw.get("model_type") not in FAMILIES:
         raise UserError(
             f"model folder '{folder}' brings its own code (config.json: model_type '{raw.get('model_type')}', auto_map), "

@@ -1,7 +1,8 @@
 """Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) dropout(x) A B on every projection of every layer.
 
-L layers, r rank. The factors are float32 leaves beside the kernel they adapt: `lora_a` [L, in, r] and `lora_b`
-[L, r, out].
+L layers, E experts, r rank. The factors are float32 leaves beside the kernel they adapt: `lora_a` [L, in, r] and `lora_b`
+[L, r, out], for experts [L, E, in, r] and [L, E, r, out]. A mixture's router keeps to its kernel: which experts a token
+goes to is no matter of the vocabulary, and would jump.
 """
 
 from dataclasses import dataclass
@@ -34,10 +35,10 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
     leaves = paths.flatten(params)
     projections = _projections(leaves, "kernel")
     for name, k in zip(projections, jax.random.split(key, len(projections))):
-        layers, inputs, outputs = leaves[f"{name}/kernel"].shape
+        *stack, inputs, outputs = leaves[f"{name}/kernel"].shape
         bound = inputs**-0.5
-        leaves[f"{name}/lora_a"] = jax.random.uniform(k, (layers, inputs, spec.rank), jnp.float32, -bound, bound)
-        leaves[f"{name}/lora_b"] = jnp.zeros((layers, spec.rank, outputs), jnp.float32)
+        leaves[f"{name}/lora_a"] = jax.random.uniform(k, (*stack, inputs, spec.rank), jnp.float32, -bound, bound)
+        leaves[f"{name}/lora_b"] = jnp.zeros((*stack, spec.rank, outputs), jnp.float32)
     return paths.unflatten(leaves)
 
 
@@ -55,7 +56,8 @@ def merge_lora(params: dict[str, Any], spec: LoraSpec, dtype: DTypeLike | None =
 
 
 def _projections(leaves: dict[str, Any], leaf: str) -> list[str]:
-    """Paths of the layers' linear maps that have such a leaf, always in one order."""
+    """Paths of the layers' projections that have such a leaf, always in one order."""
+    ending = f"_proj/{leaf}"
     return sorted(
-        path.removesuffix(f"/{leaf}") for path in leaves if path.startswith("layers/") and path.endswith(leaf)
+        path.removesuffix(f"/{leaf}") for path in leaves if path.startswith("layers/") and path.endswith(ending)
     )

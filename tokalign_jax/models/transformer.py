@@ -25,7 +25,7 @@ from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
-from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.config import Experts, ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Length, Rotation, rotate, rotation
 
@@ -196,6 +196,66 @@ class MLP(nnx.Module):
         return self.down_proj(y, down_key)
 
 
+class ExpertLinear(nnx.Module):
+    """The linear maps of all experts, with their adapters: y[e] = x[e] W[e], or summed over the experts."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, lora: LoraSpec | None, summed: bool = False):
+        self.kernel = _param(experts, inputs, outputs)
+        self.outputs = "bto" if summed else "ebto"
+        self.lora = lora
+        if lora:
+            self.lora_a = _param(experts, inputs, lora.rank)
+            self.lora_b = _param(experts, lora.rank, outputs)
+
+    def __call__(self, x: Float[Array, "*E B T in"], key: jax.Array | None) -> Float[Array, "*E B T out"]:
+        inputs = "ebti" if x.ndim == 4 else "bti"
+        y = jnp.einsum(f"{inputs},eio->{self.outputs}", x, self.kernel.astype(x.dtype))
+        if self.lora:
+            x = _dropout(x, self.lora.dropout, key)
+            low = jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype))
+            y += self.lora.scale * jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
+        return y
+
+
+class ExpertMLP(nnx.Module):
+    """The gated feed-forward layers of all experts, weighted for each token and summed."""
+
+    def __init__(self, config: ModelConfig, count: int, lora: LoraSpec | None):
+        self.activation = config.activation
+        self.gate_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
+        self.up_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
+        self.down_proj = ExpertLinear(count, config.intermediate_size, config.hidden_size, lora, summed=True)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], key: jax.Array | None
+    ) -> Float[Array, "B T D"]:
+        gate_key, up_key, down_key = _split(key, 3)
+        y = _ACTIVATIONS[self.activation](self.gate_proj(x, gate_key)) * self.up_proj(x, up_key)
+        # Weighted before the last product, so that it sums over experts and [E, B, T, D] never exists.
+        return self.down_proj(y * jnp.moveaxis(weights, -1, 0)[..., None].astype(x.dtype), down_key)
+
+
+class MixtureOfExperts(nnx.Module):
+    """Each token through its few experts (arXiv 1701.06538), weighted by the router's probabilities.
+
+    All experts compute all tokens, and those that a token is not sent to count for nothing: exact, without sorting and
+    without a capacity, at the price of E / per_token times the arithmetic.
+    """
+
+    def __init__(self, config: ModelConfig, experts: Experts, lora: LoraSpec | None):
+        self.settings = experts
+        self.router = Linear(config.hidden_size, experts.count, bias=False, lora=None)
+        self.experts = ExpertMLP(config, experts.count, lora)
+
+    def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
+        probabilities = jax.nn.softmax(self.router(x.astype(jnp.float32), None))
+        chosen, numbers = jax.lax.top_k(probabilities, self.settings.per_token)
+        if self.settings.normalized:
+            chosen /= chosen.sum(-1, keepdims=True)
+        places = jax.nn.one_hot(numbers, self.settings.count, dtype=jnp.float32)
+        return self.experts(x, jnp.einsum("btk,btke->bte", chosen, places), key)
+
+
 class Block(nnx.Module):
     """One layer: attention and feed-forward with their norms, one after the other or side by side."""
 
@@ -207,7 +267,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, lora)
         self.attention_out_norm = norm() if after else None
         self.post_attention_norm = norm() if before and not config.shared_norm else None
-        self.mlp = MLP(config, lora)
+        self.mlp = MixtureOfExperts(config, config.experts, lora) if config.experts else MLP(config, lora)
         self.mlp_out_norm = norm() if after else None
 
     def __call__(

@@ -60,7 +60,7 @@ def linear(name: str, path: str, bias: bool, count: int = 1) -> list[Weight]:
 def fused(name: str, leaves: Sequence[str], sizes: Sequence[int], outputs: int) -> Weight:
     """One tensor for several projections, whose outputs (`sizes`) follow each other on its axis `outputs`.
 
-    Ours have the outputs on the last axis, so that the axes of a matrix are swapped when `outputs` is the one before it.
+    That is -2 for PyTorch's matrices [..., out, in], and -1 for [..., in, out] as ours are, and for biases.
     """
     ends = np.cumsum(sizes)[:-1]
 

@@ -1,6 +1,10 @@
-"""The model families, one file each: how config.json becomes a `ModelConfig`, and the weight table."""
+"""The model families, one file each: how config.json becomes a `ModelConfig`, and the weight table.
 
-from collections.abc import Mapping
+A module has MODEL_TYPES, `config_from_hf`, `weights`, HEAD (the row of the head, which a tied model may store too) and
+BUFFERS (an expression for tensors in old checkpoints that hold no parameters).
+"""
+
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +17,17 @@ from tokalign_jax.models.families import (
     granite,
     llama,
     mistral,
+    mixture,
+    multimodal,
     olmo,
     phi3,
     qwen,
     smollm3,
     stablelm,
 )
+from tokalign_jax.models.weights import Weight
 
-_MODULES = (gemma, gpt2, gpt_neox, granite, llama, mistral, olmo, phi3, qwen, smollm3, stablelm)
+_MODULES = (gemma, gpt2, gpt_neox, granite, llama, mistral, mixture, olmo, phi3, qwen, smollm3, stablelm)
 
 FAMILIES = {name: module for module in _MODULES for name in module.MODEL_TYPES}
 """Module of each model_type."""
@@ -35,7 +42,8 @@ def family(model_type: str | None) -> ModuleType:
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type '{model_type}' is not supported: choose a source model of one of the families "
-            f"{', '.join(sorted(FAMILIES))} (the model_type in its config.json)"
+            f"{', '.join(sorted(FAMILIES))}, or of {', '.join(multimodal.MODEL_TYPES)} for its text model alone (the "
+            f"model_type in its config.json)"
         )
     return FAMILIES[model_type]
 
@@ -47,3 +55,27 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
       UserError: the family is not supported, a constant is missing, or a flag is not implemented.
     """
     return family(raw.get("model_type")).config_from_hf(raw)
+
+
+def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
+    """The weight table of `config`, in the layout of the checkpoint whose tensors are `stored`, or the usual one."""
+    module = family(config.model_type)
+    packed = config.experts is not None and any(name.endswith(".experts.gate_up_proj") for name in stored)
+    return module.packed_weights(config) if packed else module.weights(config)
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw`, or if it is of a multimodal model the config.json of its text model alone.
+
+    Raises:
+      UserError: the text model's family is not supported.
+    """
+    return multimodal.text_config(raw) if raw.get("model_type") in multimodal.MODEL_TYPES else dict(raw)
+
+
+def text_name(model_type: str | None, name: str) -> str | None:
+    """The name of a tensor of a `model_type` checkpoint, or if that is multimodal the one in its text model's own.
+
+    None: it is of no part of the text model.
+    """
+    return multimodal.text_name(name) if model_type in multimodal.MODEL_TYPES else name

@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3 (dense): LLaMA with biases on queries, keys and values, or with norms on queries and keys."""
+"""Qwen 2 and 2.5, LLaMA with biases on queries, keys and values, and Qwen 3, with norms on queries and keys instead."""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading

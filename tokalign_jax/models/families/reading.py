@@ -44,7 +44,6 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
-    "layer_types": (),
     "lm_head_bias": (False,),
     "logit_scale": (1,),
     "logits_scaling": (1,),
@@ -123,6 +122,8 @@ def check_flags(raw: Raw, implemented: Collection[str] = ()) -> None:
     for flag, harmless in _FLAGS.items():
         if flag not in implemented and raw.get(flag) is not None and raw[flag] not in harmless:
             raise refuse(raw, flag, " or ".join(["null", *map(repr, harmless)]))
+    if "layer_types" not in implemented and not set(raw.get("layer_types") or ()) <= {FULL}:
+        raise refuse(raw, "layer_types", f"only '{FULL}'")
 
 
 def activation(raw: Raw, key: str = "hidden_act") -> Any:
