@@ -1,168 +1,85 @@
-"""The decoder against PyTorch transformers: random tiny models of every family and flag, and one that was trained."""
-
-from pathlib import Path
+"""What all families have in common: continuation, causality, precision, parameters; their logits have files of their own."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from helpers import SHARED, tiny_model, tiny_model_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from helpers import SHARED, tiny_model
+from parity_cases import Case, of, our_logits, pair, reference, reference_logits, tokens
 
 from tokalign_jax import paths
+from tokalign_jax.errors import UserError
 from tokalign_jax.models import families, hub, huggingface
-from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import abstract_params, forward, generate, head_matrix, init_params, logits
+from tokalign_jax.models.transformer import (
+    abstract_params,
+    adjust_logits,
+    forward,
+    generate,
+    init_params,
+)
 
-VOCABULARY = 90
-TOKENIZER = tiny_tokenizer(257, [])
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-MODELS = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tied": True}),
-    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
-    "llama-all-kv-heads": ("llama", {"num_key_value_heads": 4}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-wide-heads": ("llama", {"head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
-    "llama-linear-rope": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
-    ),
-    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
-    "neox": ("gpt_neox", {}),
-    "neox-tied": ("gpt_neox", {"tied": True}),
-    "neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
-    "neox-no-attention-bias": ("gpt_neox", {"attention_bias": False, "hidden_act": "relu"}),
-    "neox-full-rotary": (
-        "gpt_neox",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
-    ),
-    "neox-linear-rope": (
-        "gpt_neox",
-        {
-            "rope_parameters": {
-                "rope_type": "linear",
-                "rope_theta": 500.0,
-                "partial_rotary_factor": 0.5,
-                "factor": 2.0,
-            },
-            "hidden_act": "gelu_new",
-        },
-    ),
-}
+LLAMA, NEOX = of("llama")[0], of("gpt_neox")[0]
+WINDOWED, CAPPED = of("smollm3")[1], of("gemma2")[0]
+CONFIG = families.config_from_hf(tiny_model("llama", 90).config.to_dict())
+BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.family)
 
 
-CONFIG = families.config_from_hf(tiny_model("llama", VOCABULARY).config.to_dict())
-BOTH = pytest.mark.parametrize("name", ["llama", "neox"])
-run_logits = jax.jit(logits, static_argnums=0)
-
-
-def _tiny(name: str, tmp_path: Path) -> tuple[ModelConfig, dict, torch.nn.Module]:
-    """A random model as ours (config, params) and as PyTorch's, both read from one folder."""
-    family, settings = MODELS[name]
-    return _pair(tiny_model_folder(tmp_path / "model", family, VOCABULARY, tokenizer=TOKENIZER, **settings))
-
-
-def _pair(folder: Path) -> tuple[ModelConfig, dict, torch.nn.Module]:
-    config, _ = hub.load_config(folder)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    return config, huggingface.load_params(folder, config, jnp.float32), reference
-
-
-def _tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(length).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
-
-
-def _reference_logits(reference: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return reference(torch.tensor(tokens).long()).logits.numpy()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_pytorch(name, tmp_path):
-    config, params, reference = _tiny(name, tmp_path)
-    expected_leaves = {path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(abstract_params(config)).items()}
-    assert {path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(params).items()} == expected_leaves
-    for batch, length in ((3, 1), (1, 128)):
-        tokens = _tokens(config, batch, length)
-        expected = _reference_logits(reference, tokens)
-        assert np.abs(expected).max() > 0.5
-        np.testing.assert_allclose(run_logits(config, params, tokens), expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "neox", "neox-tied"])
-def test_gradients_of_embedding_and_head_are_those_of_pytorch(name, tmp_path):
-    config, params, reference = _tiny(name, tmp_path)
-    tokens = _tokens(config, 2, 17)
-
-    @jax.jit
-    @jax.grad
-    def gradients(params):
-        probabilities = jax.nn.log_softmax(logits(config, params, tokens[:, :-1]))
-        return -jnp.take_along_axis(probabilities, tokens[:, 1:, None], -1).mean()
-
-    ours = gradients(params)
-    output = reference(torch.tensor(tokens[:, :-1]).long()).logits
-    torch.nn.functional.cross_entropy(output.flatten(0, 1), torch.tensor(tokens[:, 1:]).long().flatten()).backward()
-    embedding, head = reference.get_input_embeddings().weight.grad, reference.get_output_embeddings().weight.grad
-    assert embedding.abs().max() > 1e-3
-    np.testing.assert_allclose(ours["embed_tokens"]["embedding"], embedding.numpy(), atol=1e-6, rtol=1e-4)
-    np.testing.assert_allclose(head_matrix(ours), head.numpy(), atol=1e-6, rtol=1e-4)
-
-
-@BOTH
-def test_greedy_continuation_is_that_of_pytorch(name, tmp_path):
-    config, params, reference = _tiny(name, tmp_path)
-    for length in (1, 20):
-        prompt = expected = _tokens(config, 2, length)
+@pytest.mark.parametrize("case", [LLAMA, CAPPED, WINDOWED, of("gpt2")[0]], ids=str)
+def test_greedy_continuation_is_that_of_pytorch(case: Case, tmp_path):
+    both = pair(case, tmp_path)
+    for length in (1, 20):  # and 12 more: past the windows
+        prompt = expected = tokens(length)
         for _ in range(12):
-            expected = np.append(expected, _reference_logits(reference, expected)[:, -1:].argmax(-1), axis=1)
-        np.testing.assert_array_equal(generate(config, params, jnp.asarray(prompt), 12), expected)
-    np.testing.assert_array_equal(generate(config, params, jnp.asarray(prompt), 0), prompt)
+            expected = np.append(expected, reference_logits(both.reference, expected)[:, -1:].argmax(-1), axis=1)
+        np.testing.assert_array_equal(generate(both.config, both.params, jnp.asarray(prompt), 12), expected)
 
 
-@BOTH
-def test_no_position_sees_a_later_one(name, tmp_path):
-    config, params, _ = _tiny(name, tmp_path)
+def test_a_continuation_of_nothing_is_the_prompt():
+    params, prompt = init_params(CONFIG, jax.random.key(0)), tokens(20) % 90
+    np.testing.assert_array_equal(generate(CONFIG, params, jnp.asarray(prompt), 0), prompt)
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused(tmp_path):
+    both = pair(of("gpt2")[0], tmp_path)
+    with pytest.raises(UserError, match=r"81 tokens is too long.*80 positions"):
+        forward(both.config, both.params, tokens(81))
+    with pytest.raises(UserError, match="81 tokens is too long"):
+        generate(both.config, both.params, jnp.asarray(tokens(70)), 11)
+
+
+def test_logits_are_adjusted_where_the_family_does(tmp_path):
+    both = pair(CAPPED, tmp_path)
+    scores = jnp.linspace(-20, 20, 9)
+    np.testing.assert_allclose(adjust_logits(both.config, scores), 3 * np.tanh(scores / 3), rtol=1e-6)
+    assert adjust_logits(CONFIG, scores) is scores
+
+
+@pytest.mark.parametrize("case, reach", [(LLAMA, 9), (of("mistral")[0], 22)], ids=["llama", "mistral"])
+def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path):
+    """Two layers of a window of 12 reach 2 x 11 positions back."""
+    both = pair(case, tmp_path)
     # Every position has a token of its own, so that the row of the table stands for the position.
-    tokens = jnp.arange(10)[None]
+    length = reach + 4
+    text = jnp.arange(length)[None]
 
     @jax.jit
     @jax.jacobian
     def influence(embedding):
-        hidden = forward(config, params | {"embed_tokens": {"embedding": embedding}}, tokens)
+        hidden = forward(both.config, both.params | {"embed_tokens": {"embedding": embedding}}, text)
         return jnp.square(hidden[0]).sum(-1)
 
-    seen = jnp.abs(influence(params["embed_tokens"]["embedding"])).max(-1)[:, :10] > 0
-    np.testing.assert_array_equal(seen, np.tri(10, dtype=bool))
-
-
-def test_recomputation_changes_no_gradient():
-    params = init_params(CONFIG, jax.random.key(0), std=0.2)
-    tokens = _tokens(CONFIG, 2, 16)
-
-    def gradients(remat):
-        return jax.jit(jax.grad(lambda p: jnp.square(forward(CONFIG, p, tokens, remat=remat)).sum()))(params)
-
-    for stored, recomputed in zip(jax.tree.leaves(gradients(False)), jax.tree.leaves(gradients(True))):
-        scale = float(jnp.abs(stored).max())
-        np.testing.assert_allclose(recomputed, stored, atol=1e-5 * scale, rtol=0)
+    seen = jnp.abs(influence(both.params["embed_tokens"]["embedding"])).max(-1)[:, :length] > 0
+    distance = np.arange(length)[:, None] - np.arange(length)
+    window = reach if case is not LLAMA else length
+    np.testing.assert_array_equal(seen, (distance >= 0) & (distance <= window))
 
 
 @BOTH
-def test_bf16_is_close_to_float32(name, tmp_path):
-    config, params, _ = _tiny(name, tmp_path)
-    tokens = _tokens(config, 2, 32)
+def test_bf16_is_close_to_float32(case, tmp_path):
+    both = pair(case, tmp_path)
     hidden, exact = (
-        jax.jit(lambda p, d=d: forward(config, p, tokens, dtype=d))(params) for d in ("bfloat16", "float32")
+        jax.jit(lambda p, d=d: forward(both.config, p, tokens(32), dtype=d))(both.params)
+        for d in ("bfloat16", "float32")
     )
     assert hidden.dtype == jnp.bfloat16
     assert jnp.abs(hidden - exact).mean() < 0.03 * jnp.abs(exact).mean()
@@ -177,6 +94,11 @@ def test_fresh_parameters():
     np.testing.assert_array_equal(params["final_norm/scale"], 1)
 
 
+def test_fresh_norms_are_neutral_where_they_multiply_with_one_more(tmp_path):
+    config = pair(of("gemma")[0], tmp_path).config
+    np.testing.assert_array_equal(init_params(config, jax.random.key(0))["final_norm"]["scale"], 0)
+
+
 def test_parameters_of_another_model_are_refused():
     params = init_params(CONFIG, jax.random.key(0))
     del params["final_norm"]
@@ -184,10 +106,19 @@ def test_parameters_of_another_model_are_refused():
         forward(CONFIG, params, jnp.zeros((1, 4), jnp.int32))
 
 
+def test_an_old_checkpoint_without_the_newest_keys_is_read(tmp_path):
+    both = pair(LLAMA, tmp_path)
+    old = {**both.raw, "rope_theta": 10000.0}
+    for key in ("rope_parameters", "attention_bias", "mlp_bias", "tie_word_embeddings", "head_dim"):
+        old.pop(key, None)
+    assert families.config_from_hf(old) == both.config
+
+
 @pytest.mark.skipif(not (SHARED / "models/llama-en16k").exists(), reason="the shared model is not at hand")
 def test_a_trained_model_gives_the_logits_of_pytorch():
-    config, params, reference = _pair(SHARED / "models/llama-en16k")
-    tokens = _tokens(config, 2, 200)
+    folder = SHARED / "models/llama-en16k"
+    config, _ = hub.load_config(folder)
+    params = huggingface.load_params(folder, config, jnp.float32)
     np.testing.assert_allclose(
-        run_logits(config, params, tokens), _reference_logits(reference, tokens), atol=1e-4, rtol=0
+        our_logits(config, params, tokens(200)), reference_logits(reference(folder), tokens(200)), atol=1e-4, rtol=0
     )
