@@ -3,6 +3,9 @@
 `stages.json` in the workdir holds, for each stage, a fingerprint of its settings and of the stages it needs. A stage whose
 fingerprint no longer fits is done again; what it had left is moved to `outdated/`, never deleted, and moved back when the old
 settings return. Training stages resume from their newest checkpoint; the others start over when they were interrupted.
+
+Of several processes the first decides, keeps the books and does what needs no model; the others join it in stages that do. They share
+the workdir.
 """
 
 import fcntl
@@ -12,13 +15,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax import stages
+from tokalign_jax import stages, stopping
 from tokalign_jax.config import Config, config_to_dict
+from tokalign_jax.distributed import is_first, on_first
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, duration
 
@@ -36,6 +40,7 @@ class Stage:
       settings: the part of the config (and the identity of outside files) that its result depends on.
       run: writes the artefact into `context.folder(name)` and returns a summary for the record.
       resumes: whether an interrupted run continues from what is in its folder.
+      together: whether all processes run it, each on its own devices; else the first alone does.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Stage:
     settings: Mapping[str, Any]
     run: Callable[[stages.Context], Mapping[str, Any] | None]
     resumes: bool = False
+    together: bool = False
 
 
 def graph(context: stages.Context, exported: str) -> list[Stage]:
@@ -72,6 +78,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             {name: stage, "data": config_to_dict(config.data), **compute, **seed},
             lambda c: stages.train(c, name, before),
             resumes=True,
+            together=True,
         )
 
     def evaluation(state: str) -> Stage:
@@ -88,6 +95,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
                 **seed,
             },
             lambda c: stages.evaluate(c, state, states),
+            together=True,
         )
 
     reached = models[: models.index(exported) + 1]
@@ -120,6 +128,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
                 **seed,
             },
             stages.init,
+            together=True,
         ),
         *(training(name) for name in models[1:]),
         Stage(
@@ -128,6 +137,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             tuple(reached),
             {"export": config_to_dict(config.export)},
             lambda c: stages.export(c, reached),
+            together=True,
         ),
         *(evaluation(state) for state in [*baselines, *models]),
         Stage(
@@ -163,21 +173,30 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
       UserError: bad input, before any long work.
     """
     context = stages.Context(config, workdir, log)
-    _refuse_foreign(workdir, _State(workdir), context)
-    context.check()
+
+    def check() -> None:
+        _refuse_foreign(workdir, _State(workdir), context)
+        context.check()
+
+    on_first(check)
     found = {stage.name: stage for stage in graph(context, _exported(model_states(config), selected))}
     wanted = _closure(found, _expand(selected, found))
-    stages.check_disk(context, wanted)
+    on_first(lambda: stages.check_disk(context, wanted))
 
     prints = fingerprints(list(found.values()))
-    with lock(workdir):
+    with lock(workdir) if is_first() else nullcontext():
         state = _State(workdir)
-        state.remember(context.run_identity())
-        (workdir / "config.json").write_text(json.dumps(config_to_dict(config), indent=1) + "\n")
+        on_first(lambda: _begin(context, state))
         for stage in found.values():
             if stage.name in wanted:
                 _bring_up(stage, prints[stage.name], context, state)
     return workdir
+
+
+def _begin(context: stages.Context, state: "_State") -> None:
+    state.remember(context.run_identity())
+    content = json.dumps(config_to_dict(context.config), indent=1)
+    (context.workdir / "config.json").write_text(content + "\n")
 
 
 @contextmanager
@@ -209,17 +228,29 @@ def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
 
 def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_State") -> None:
     """Skips, restores, resumes or runs one stage."""
+    stopping.check()
+    if not on_first(lambda: _is_due(stage, fingerprint, context, state)):
+        return
+    start = time.time()
+    summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
+    seconds = round(time.time() - start, 2)
+    on_first(lambda: state.finish(stage.name, seconds, summary or {}))
+    context.log(f"{stage.name}: done in {duration(seconds)}")
+
+
+def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_State") -> bool:
+    """Whether the stage is to be run; if so its folder is ready, and the books say that it has begun."""
     folder = context.folder(stage.name)
     record = state.current.get(stage.name)
     if record and record["fingerprint"] == fingerprint and record["finished"] and folder.exists():
         context.log(f"{stage.name}: finished, skipped")
-        return
+        return False
     if record and record["fingerprint"] != fingerprint:
         context.log(f"{stage.name}: to be done again, {_what_changed(record, stage)}")
         state.set_aside(stage.name, folder)
     if state.restore(stage.name, fingerprint, folder):
         context.log(f"{stage.name}: done before with these settings, restored from {_OUTDATED}")
-        return
+        return False
     if folder.exists() and not (stage.resumes and stage.name in state.current):
         if stage.name not in state.current:
             raise UserError(
@@ -231,11 +262,7 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
     folder.mkdir(parents=True, exist_ok=True)
     record = {"fingerprint": fingerprint, "settings": stage.settings, "finished": False, "needs": list(stage.needs)}
     state.put(stage.name, record)
-    start = time.time()
-    summary = stage.run(context)
-    seconds = round(time.time() - start, 2)
-    state.put(stage.name, {**record, "finished": True, "seconds": seconds, "summary": summary or {}})
-    context.log(f"{stage.name}: done in {duration(seconds)}")
+    return True
 
 
 def _what_changed(record: Mapping[str, Any], stage: Stage) -> str:
@@ -327,6 +354,9 @@ class _State:
     def put(self, name: str, record: Mapping[str, Any]) -> None:
         self.current[name] = dict(record)
         self._write()
+
+    def finish(self, name: str, seconds: float, summary: Mapping[str, Any]) -> None:
+        self.put(name, {**self.current[name], "finished": True, "seconds": seconds, "summary": summary})
 
     def set_aside(self, name: str, folder: Path) -> None:
         """Moves an artefact that no longer fits to `outdated/NAME-FINGERPRINT`."""

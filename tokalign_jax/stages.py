@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, sharding
+from tokalign_jax import demo, distributed, sharding
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
@@ -278,7 +278,9 @@ def _write(context: Context, name: str, config: ModelConfig, params: dict, raw: 
         dtypes=dtypes,
         source_folder=context.source_folder,
         max_shard_bytes=context.config.export.max_shard_bytes,
+        writes=distributed.is_first(),
     )
+    distributed.barrier(f"{name} is written")
 
 
 def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str, Any]:
@@ -311,8 +313,9 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         "languages": {language: score.summary() for language, score in scores.items()},
         "samples": continued,
     }
-    path = context.folder(f"evaluate/{name}") / "scores.json"
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if distributed.is_first():
+        path = context.folder(f"evaluate/{name}") / "scores.json"
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return {}
 
 

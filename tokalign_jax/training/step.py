@@ -23,7 +23,7 @@ from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import make_schedule
 
 Loss = Callable[[Any, Any, Array, Array], Float[Array, ""]]
-"""(trainable, frozen, tokens [B, T + 1], key) -> mean negative log-likelihood, nats a token."""
+"""(trainable, frozen, tokens [B, T + 1], keys [B]) -> mean negative log-likelihood, nats a token."""
 Metrics = dict[str, Array]
 Step = Callable[["TrainState", Any, Array, Array], tuple["TrainState", Metrics]]
 
@@ -54,10 +54,10 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
     dtype = jnp.dtype(compute.dtype)
     head = head_of(model_config, compute)
 
-    def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], key: Array) -> Float[Array, ""]:
+    def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array) -> Float[Array, ""]:
         params = paths.merge(trainable, frozen)
         hidden = forward(
-            model_config, params, tokens[:, :-1], lora=lora, dropout_key=key, dtype=dtype, remat=compute.remat
+            model_config, params, tokens[:, :-1], lora=lora, dropout_key=keys, dtype=dtype, remat=compute.remat
         )
         total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head)
         return total / count
@@ -87,7 +87,9 @@ def make_train_step(
         params = _cast_projections(params, dtype)
 
         def of_micro_batch(index: Any, tokens: Array) -> tuple[Array, Any]:
-            value, gradients = jax.value_and_grad(loss)(params, frozen, tokens, jax.random.fold_in(key, index))
+            # A key for each sequence of the step, so that dropout too is the same however the step is cut into micro-batches.
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index * len(tokens) + jnp.arange(len(tokens)))
+            value, gradients = jax.value_and_grad(loss)(params, frozen, tokens, keys)
             return value, _split_as_parameters(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh)
 
         if len(batch) == 1:  # no sum, and no memory for one

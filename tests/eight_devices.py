@@ -1,0 +1,200 @@
+"""What eight devices compute, against what one does. Run as a program on eight simulated devices, it prints each check's error, or none."""
+
+import json
+import sys
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import Config, MeshConfig
+from tokalign_jax.evaluation import bits_per_byte
+from tokalign_jax.initialization import calibration, contexts
+from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models.transformer import generate
+from tokalign_jax.text import canonical
+from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.training.loop import load_final, run_stage
+from tokalign_jax.training.losses import Head, cross_entropy, token_nll
+from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_params, toy_shards
+
+SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
+STEP = replace(STAGE, steps=3, batch_size=16, per_device_batch=1, checkpoint_every=3)
+
+
+def mesh_of(shape=(1, 1, 1)):
+    return sharding.make_mesh(MeshConfig(*shape), devices=jax.devices()[: np.prod(shape)])
+
+
+# --- The vocabulary ---------------------------------------------------------------------------------------------------
+
+
+def vocabulary(shape):
+    """Look-up, loss and their gradients, with rows that only fill the matrix up, and with a soft-cap."""
+    rng = np.random.default_rng(0)
+    table = np.zeros((sharding.ROWS, 16), np.float32)
+    table[:VOCABULARY] = rng.normal(size=(VOCABULARY, 16))
+    tokens = rng.integers(0, VOCABULARY, (8, 7))
+    labels = np.where(rng.random((8, 7)) < 0.1, -1, rng.integers(0, VOCABULARY, (8, 7)))
+    for adjust in (None, lambda x: 3 * jnp.tanh(x / 3)):
+        how = Head(VOCABULARY, 5, jnp.float32, adjust)
+
+        def loss(table, head, mesh, how=how):
+            with sharding.within(mesh):
+                hidden = sharding.look_up(table, tokens, jnp.float32) * 0.5
+                total, count = cross_entropy(hidden, head, jnp.asarray(labels), how)
+                each = token_nll(*jax.lax.stop_gradient((hidden, head)), jnp.asarray(labels), how)
+                return 2.0 * total / count, each
+
+        results = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            split = sharding.sharding_of("lm_head/kernel", table.shape, mesh)
+            placed = [sharding.put(x, split) for x in (table, table[:, ::-1])]
+            step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+            results.append(step(*placed, mesh))
+            assert jax.tree.leaves(results[-1])[-1].shape == table.shape
+        close(results[1], results[0], 1e-5)
+        assert not np.asarray(results[1][1][1])[VOCABULARY:].any()  # no gradient for the filling
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+REFERENCES: dict = {}
+
+
+def trained(name, model, method, mesh, folder):
+    stage = replace(STEP, method=method)
+    config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7))
+    arguments = (name, stage, config, model, toy_params(model), toy_shards(), Path(folder), 0, lambda line: None, mesh)
+    return run_stage(*arguments)
+
+
+def training(shape, model, method):
+    key = (model, method)
+    with tempfile.TemporaryDirectory() as folder:
+        if key not in REFERENCES:
+            REFERENCES[key] = trained("stage", model, method, mesh_of(), f"{folder}/one")
+        many, one = trained("stage", model, method, mesh_of(shape), f"{folder}/many"), REFERENCES[key]
+        again = load_final(Path(f"{folder}/many"), replace(STEP, method=method), toy_params(model), mesh_of(shape))
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5)
+    without = "layers/attention/k_proj/bias"  # has no gradient but rounding, which Adam makes as large as any other
+    close(*(paths.split(of.params, lambda path: path != without)[0] for of in (many, one)), 1e-4)
+    close(again, many.params, 0)
+    parts = shape[1] * shape[2]
+    for path, leaf in paths.flatten(many.params).items():
+        by_rule = sharding.sharding_of(path, leaf.shape, mesh_of(shape))
+        assert leaf.sharding.is_equivalent_to(by_rule, leaf.ndim), (path, leaf.sharding, by_rule)
+        if parts > 1 and path.endswith(("embedding", "lm_head/kernel")):
+            assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
+    if parts > 1:
+        assert any("_proj/kernel" in p and not x.sharding.is_fully_replicated for p, x in paths.flatten(many.params).items())
+
+
+# --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
+
+
+def files(shape):
+    """In from safetensors and out again, in several files, on the mesh as on the host."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model_folder(Path(folder) / "model", "llama")
+        config, raw = hub.load_config(model)
+        host, placed = huggingface.load_params(model, config), huggingface.load_params(model, config, mesh=mesh_of(shape))
+        close(sharding.unpadded(placed, config.vocab_size), host, 0)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        for name, params in (("host", host), ("placed", placed)):
+            out = Path(folder) / name
+            huggingface.save_checkpoint(
+                out, params, config, raw, tokenizer, source_folder=model, max_shard_bytes=30_000
+            )
+        written = [sorted((Path(folder) / name).glob("*.safetensors")) for name in ("host", "placed")]
+        assert len(written[0]) > 1 and [f.name for f in written[0]] == [f.name for f in written[1]]
+        assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*written))
+
+
+def reading(shape):
+    """Bits per byte, contexts of tokens, frequencies of head rows, continued texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model_folder(Path(folder), "llama", vocab_size=320)
+        config, _ = hub.load_config(model)
+        source, target = AutoTokenizer.from_pretrained(model), tiny_tokenizer(400, TEXTS)
+        shards = [shards_of(tokenizer) for tokenizer in (source, target)]
+        lengths = [np.array([len(b or b"") for b in canonical.token_bytes(t)]) for t in (source, target)]
+        places = contexts.find_places(*shards, *lengths, 10**6, seed=0)
+        results = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            params = huggingface.load_params(model, config, mesh=mesh)
+            scores = bits_per_byte.evaluate(
+                config, params, source, {"a": TEXTS, "b": TEXTS[:1]}, sequence_length=32, batch=2, mesh=mesh
+            )
+            sizes = [len(s.counts) for s in shards]
+            read = contexts.read(config, params, places, *sizes, jnp.float32, mesh, lambda line: None)
+            moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
+            prompt = jnp.asarray([shards[0].tokens[:9]])
+            results.append(
+                ([s.bits_per_byte for s in scores.values()], read, moves, generate(config, params, prompt, 5))
+            )
+        close(results[1], results[0], 2e-4)
+
+
+def shards_of(tokenizer):
+    end = end_of_text_id(tokenizer)
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS * 4]
+    flat = np.concatenate([np.array(of) for of in ids])
+    counts = np.bincount(flat, minlength=canonical.vocabulary_size(tokenizer))
+    return TokenShards(flat, np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end})
+
+
+def automatic():
+    """The mesh that is chosen: copies while they fit, then parts."""
+    assert sharding.axis_sizes(MeshConfig(), 8, 10, 100) == (8, 1, 1)
+    assert sharding.axis_sizes(MeshConfig(), 8, 150, 100) == (2, 4, 1)
+    assert sharding.axis_sizes(MeshConfig(), 8, 10**6, 100) == (1, 8, 1)
+    assert sharding.axis_sizes(MeshConfig(tensor=2), 8, 150, 100) == (2, 2, 2)
+    assert sharding.axis_sizes(MeshConfig(data=2), 8, 10, 100) == (2, 4, 1)
+    assert sharding.axis_sizes(MeshConfig(fsdp=2), 8, 10, 100) == (4, 2, 1)
+    assert sharding.make_mesh(Config().mesh).shape == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def close(found, expected, tolerance):
+    found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (found, expected))
+    for (path, one), (_, other) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+TIED = replace(NEOX, tie_word_embeddings=True)
+CHECKS = {
+    "automatic": (automatic,),
+    **{f"vocabulary-{name}": (vocabulary, shape) for name, shape in SHAPES.items()},
+    **{f"training-full-{name}": (training, shape, LLAMA, "full") for name, shape in SHAPES.items()},
+    "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
+    "training-lora-all": (training, SHAPES["all"], replace(LLAMA), "lora"),
+    "training-lora-fsdp": (training, SHAPES["fsdp"], replace(LLAMA), "lora"),
+    "training-tied-all": (training, SHAPES["all"], TIED, "full"),
+    "files": (files, SHAPES["all"]),
+    "reading-all": (reading, SHAPES["all"]),
+    "reading-fsdp": (reading, SHAPES["fsdp"]),
+}
+
+
+def main(names):
+    for name, value in QUICK.items():
+        jax.config.update(name, value)
+    for name in names or CHECKS:
+        check, *arguments = CHECKS[name]
+        try:
+            check(*arguments)
+            print(json.dumps([name, ""]), flush=True)
+        except Exception:
+            print(json.dumps([name, traceback.format_exc()]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
