@@ -334,7 +334,7 @@ class Transformer(nnx.Module):
             return sharding.by_sequence(x), cache
 
         body = rematerialization.wrap(layer, remat)
-        keys = None if key is None else jax.random.split(key, config.num_layers)
+        keys = None if key is None else _split(key, config.num_layers)
         x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
         x = self._placed(x, positions)
         x, cache = jax.lax.scan(body, x, (weights, keys, cache, rope_of, window_of))
@@ -366,7 +366,8 @@ def forward(
 
     Args:
       lora: says that `params` hold adapters, and of which kind.
-      dropout_key: draws the adapters' dropout; None: no dropout.
+      dropout_key: draws the adapters' dropout, one key or one a sequence [B] (what is drawn then does not depend on which sequences
+        are computed together); None: no dropout.
       remat: what each layer keeps for the backward pass; of no effect without one.
 
     Raises:
@@ -374,6 +375,8 @@ def forward(
       UserError: the model has no positions for so long a text.
     """
     _check_length(config, tokens.shape[1])
+    if dropout_key is not None and not dropout_key.shape:
+        dropout_key = jax.random.split(dropout_key, len(tokens))
     return _bind(config, lora, params)(tokens, dropout_key, dtype, remat)[0]
 
 
@@ -509,10 +512,13 @@ def _check_length(config: ModelConfig, length: int) -> None:
 
 
 def _split(key: jax.Array | None, count: int):
-    return [None] * count if key is None else jax.random.split(key, count)
+    """`count` times as many keys: [count, B] from [B]."""
+    return [None] * count if key is None else jax.vmap(lambda k: jax.random.split(k, count), out_axes=1)(key)
 
 
-def _dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
+def _dropout(x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None) -> Float[Array, "*E B T D"]:
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    of_sequence = (*x.shape[:-3], *x.shape[-2:])
+    kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, of_sequence), out_axes=-3)(key)
+    return jnp.where(kept, x / (1 - rate), 0)
