@@ -1,0 +1,518 @@
+"""Tokens a second, MFU, memory and compile time of training steps, of this project and of PyTorch on the same work.
+
+    python benchmarks/train_throughput.py --model pythia-1b --vocabulary 151936 --method embedding,full --torch --out runs/throughput
+
+Random weights in a published shape, or in that of any config.json of a supported family; nothing is downloaded. Each
+measurement is a process of its own, so that its peak memory is its own. Of this project it is the step of the
+training loop itself: mixed precision, clipping, AdamW, donated buffers; first over one fixed batch, then with batches
+from shuffled token shards as in training, to see whether input keeps up. `--torch` adds PyTorch + transformers:
+torch.compile, SDPA, fused AdamW, clipping, and only what the method trains requires gradients (LoRA is left out: not
+part of transformers).
+
+MFU is the share of the devices' peak that goes into operations which the mathematics needs: a token takes, for each
+parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it trains, 2 to itself; attention takes 12
+N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `plan.flops_per_token`). `causal MFU` counts
+only the half of the pairs that a causal model needs. Recomputation counts for nothing in either.
+
+Writes `throughput.json` (rows of this project, which `--plan_throughput` of the main program reads),
+`throughput-torch.json` and `throughput.png`.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax.progress import Progress, quantity
+
+_NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": _NEOX | _sizes(64, 256, 2, 4, 1000),
+    "pythia-1b": _NEOX | _sizes(2048, 8192, 16, 8, 50304),
+    "llama-8b": _LLAMA | _sizes(4096, 14336, 32, 32, 128256) | {"num_key_value_heads": 8, "head_dim": 128},
+}
+"""Configs as Hugging Face writes them."""
+
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OutOfMemoryError|out of memory", re.IGNORECASE)
+Row = dict[str, Any]
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.worker:
+        print(json.dumps(measure_torch(arguments) if arguments.worker == "torch" else measure(arguments)))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    methods = arguments.method.split(",")
+    rows = [_apart("jax", method, policy, arguments) for method in methods for policy in arguments.remat.split(",")]
+    torch_rows = []
+    if arguments.torch:
+        policies = ["none", "checkpointing"] if arguments.torch_checkpointing else ["none"]
+        trainable = [method for method in methods if method != "lora"]
+        torch_rows = [_apart("torch", method, policy, arguments) for method in trainable for policy in policies]
+    print(table(rows + torch_rows))
+    # The fastest of each method comes last: that is the one a reader by method keeps.
+    rows.sort(key=lambda row: row.get("tokens_per_second", 0))
+    (arguments.out / "throughput.json").write_text(json.dumps([row for row in rows if "error" not in row], indent=1))
+    (arguments.out / "throughput-torch.json").write_text(json.dumps(torch_rows, indent=1))
+    picture(rows + torch_rows, arguments.out / "throughput.png")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(MODELS)} or the path of a config.json")
+    parser.add_argument("--vocabulary", type=int, default=0, help="rows of embedding and head; 0: the model's own")
+    parser.add_argument("--method", default="embedding,full", help="of embedding, lora, full")
+    parser.add_argument("--batch", type=int, default=8, help="sequences that all devices hold at once")
+    parser.add_argument("--accumulation", type=int, default=1, help="such batches of a step")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--remat", default="dots", help="of dots, attention, layer")
+    parser.add_argument("--mesh", default="0,0,0", help="devices along data, fsdp, tensor; 0: chosen")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--loss-chunk", type=int, default=0, help="tokens whose logits exist at once; 0: the default")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--device", default="", help="platform: cpu, cuda, tpu; empty: the best there is")
+    parser.add_argument("--torch", action="store_true", help="PyTorch too")
+    parser.add_argument("--torch-checkpointing", action="store_true", help="also with gradient checkpointing")
+    parser.add_argument("--torch-masters", default="bfloat16", choices=("bfloat16", "float32"), help="its weights")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of three steps, by kernels of a kind")
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
+    parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _apart(worker: str, method: str, policy: str, arguments: argparse.Namespace) -> Row:
+    """One measurement in a process of its own; what it reports goes to the terminal, its row comes back."""
+    what = {"implementation": worker, "method": method, "remat": policy}
+    own = {"method": method, "remat": policy, "worker": worker, "torch": False, "torch_checkpointing": False}
+    flags = []
+    for name, value in (vars(arguments) | own).items():
+        if value is not None and not isinstance(value, bool):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    environment = dict(os.environ)
+    if worker == "jax" and arguments.device:
+        environment["JAX_PLATFORMS"] = arguments.device
+    _say(f"{worker}, {method}, {policy}")
+    done = subprocess.Popen(
+        [sys.executable, __file__, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    said = []
+    for line in done.stderr or ():
+        said.append(line)
+        if line.startswith("  "):
+            print(line, end="", flush=True)
+    output, _ = done.communicate()
+    if done.returncode == 0:
+        return what | json.loads(output.splitlines()[-1])
+    if OUT_OF_MEMORY.search("".join(said)):
+        return what | {"error": "out of memory"}
+    raise SystemExit(f"{worker}, {method}, {policy} failed:\n{''.join(said[-30:])}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _report(line: str) -> None:
+    """A line of a worker for the terminal."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+# --- This project -----------------------------------------------------------------------------------------------------
+
+
+def measure(arguments: argparse.Namespace) -> Row:
+    """The training step of one method and policy on all devices."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from tokalign_jax import plan, sharding
+    from tokalign_jax.config import ComputeConfig, MeshConfig, StageConfig
+    from tokalign_jax.training.loop import lora_spec, micro_batch
+    from tokalign_jax.training.optimizer import make_optimizer
+    from tokalign_jax.training.step import make_loss, make_train_step
+
+    model, batch, length = _model(arguments), arguments.batch, arguments.length
+    mesh = sharding.make_mesh(MeshConfig(*map(int, arguments.mesh.split(","))))
+    stage = StageConfig(
+        method=arguments.method,
+        batch_size=batch * arguments.accumulation,
+        per_device_batch=batch // sharding.sequences_at_once(mesh),
+        sequence_length=length,
+    )
+    chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
+    compute = ComputeConfig(dtype=arguments.dtype, remat=arguments.remat, **chunk)
+    assert micro_batch("benchmark", stage, mesh) == batch
+    optimizer = make_optimizer(stage, _labels(stage, model))
+    state, frozen = _random_state(stage, model, jnp.dtype(arguments.dtype), optimizer, mesh)
+    step = make_train_step(make_loss(model, compute, lora_spec(stage)), optimizer, stage, compute.dtype, mesh)
+
+    shape = (arguments.accumulation, batch, length + 1)
+    random = np.random.default_rng(0)
+    fixed = sharding.global_batch(random.integers(model.vocab_size, size=shape, dtype=np.int32), mesh)
+    key = jax.random.key(0)
+    began = time.monotonic()
+    compiled: Any = step.lower(state, frozen, fixed, key).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    compile_seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # outputs lie where the state came in
+    _report(f"compiled in {compile_seconds:.1f} s, {planned / 2**30:.2f} GiB a device")
+
+    def run(batches: Iterator[Any], steps: int, what: str) -> float:
+        """Seconds a step; the host stays two steps ahead, as in training."""
+        nonlocal state
+        progress, ahead, began = Progress(_report, what, steps, "steps"), deque(), time.monotonic()
+        for _ in range(steps):
+            state, metrics = compiled(state, frozen, next(batches), key)
+            ahead.append(metrics["loss"])
+            if len(ahead) > 2:
+                ahead.popleft().block_until_ready()
+                progress.update()
+        jax.block_until_ready(state)
+        return (time.monotonic() - began) / steps
+
+    same = iter(lambda: fixed, None)
+    run(same, arguments.warmup, "warm-up")
+    seconds = run(same, arguments.steps, "fixed batch")
+    feed = _feed(stage, model, mesh, (arguments.warmup + arguments.steps) * stage.batch_size)
+    run(feed, arguments.warmup, "warm-up")
+    fed_seconds = run(feed, arguments.steps, "fed")
+    if arguments.profile:
+        _profile(lambda: run(same, 3, "profile"), arguments.profile / f"{arguments.method}-{arguments.remat}")
+
+    device = jax.devices()[0]
+    peak = next((peak for name, peak in plan.PEAKS.items() if name in device.device_kind), None)
+    measured = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": measured or planned}
+    fed = {"fed_tokens_per_second": stage.batch_size * length / fed_seconds}
+    return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed
+
+
+def _model(arguments: argparse.Namespace) -> Any:
+    from tokalign_jax.models import families
+
+    return families.config_from_hf(_hf_config(arguments))
+
+
+def _hf_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    known = MODELS.get(arguments.model)
+    config = known or json.loads(Path(arguments.model).read_text())
+    return config | ({"vocab_size": arguments.vocabulary} if arguments.vocabulary else {})
+
+
+def _labels(stage: Any, model: Any) -> Any:
+    from tokalign_jax import paths, plan
+    from tokalign_jax.training.optimizer import rules_for
+
+    return paths.label_tree(rules_for(stage.method), plan.shapes(model, stage)[0])
+
+
+def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any) -> tuple[Any, Any]:
+    """A train state and frozen parameters, made on their devices: no array is ever whole on one if the rules split it."""
+    import jax
+    import jax.numpy as jnp
+
+    from tokalign_jax import paths, plan, sharding
+    from tokalign_jax.training.step import init_state
+
+    def random(shapes: Any, dtype: Any, seed: int) -> Any:
+        leaves = paths.flatten(shapes)
+        keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
+        return paths.unflatten(
+            {
+                path: 0.02 * jax.random.normal(key, sharding.padded_shape(path, leaf.shape), dtype)
+                for (path, leaf), key in zip(leaves.items(), keys)
+            }
+        )
+
+    trained, frozen = plan.shapes(model, stage)
+    makers: list[Callable[[], Any]] = [
+        lambda: init_state(random(trained, jnp.float32, 0), optimizer),
+        lambda: random(frozen, dtype, 1),
+    ]
+    made = [jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))() for make in makers]
+    return made[0], made[1]
+
+
+def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
+    """Batches on the device as in training, from random tokens in the shards' form."""
+    import numpy as np
+
+    from tokalign_jax import sharding
+    from tokalign_jax.training.batches import make_stream
+
+    class Tokens:
+        """Sequences of shards, as `batches.TokenSource` reads them."""
+
+        tokens = np.random.default_rng(1).integers(
+            model.vocab_size, size=sequences * stage.sequence_length + 1, dtype=np.uint32
+        )
+
+        def __len__(self) -> int:
+            return sequences
+
+        def __getitem__(self, index: int) -> Any:
+            start = int(index) * stage.sequence_length
+            return self.tokens[start : start + stage.sequence_length + 1].astype(np.int32)
+
+    micro = stage.per_device_batch * sharding.sequences_at_once(mesh)
+    accumulation = stage.batch_size // micro
+    stream = make_stream(
+        Tokens(),  # pyright: ignore[reportArgumentType]
+        seed=0,
+        epochs=0,
+        offset=0,
+        accumulation=accumulation,
+        micro_batch=micro,
+    )
+    ready: deque[Any] = deque()
+    while True:
+        while len(ready) < 3:
+            ready.append(sharding.global_batch(next(stream), mesh))
+        yield ready.popleft()
+
+
+def _row(arguments: argparse.Namespace, timing: Row, devices: int, kind: str, peak: float | None) -> Row:
+    from tokalign_jax import plan
+    from tokalign_jax.config import StageConfig
+
+    model = _model(arguments)
+    stage = StageConfig(method=arguments.method, sequence_length=arguments.length)
+    flops = plan.flops_per_token(model, stage)
+    causal = flops - 6 * model.num_layers * model.num_heads * model.head_dim * arguments.length
+    rate = arguments.batch * arguments.accumulation * arguments.length / timing["seconds"]
+    share = (lambda work: work * rate / (devices * peak)) if peak else (lambda work: None)
+    return {
+        "model": arguments.model,
+        "vocabulary": model.vocab_size,
+        "batch": arguments.batch,
+        "accumulation": arguments.accumulation,
+        "length": arguments.length,
+        "devices": devices,
+        "device": kind,
+        "tokens_per_second": rate,
+        "flops_per_token": flops,
+        "mfu": share(flops),
+        "causal_mfu": share(causal),
+        **timing,
+    }
+
+
+# --- A profile --------------------------------------------------------------------------------------------------------
+
+KINDS = (
+    ("attention", r"fmha|flash|cudnn.*(sdpa|attention)|splash"),
+    ("matrix products", r"gemm|cutlass|nvjet|cublas|dot|matmul|convolution"),
+    ("between devices", r"nccl|all-gather|all-reduce|reduce-scatter|collective"),
+    ("copies", r"memcpy|memset|copy|transpose"),
+    ("gather and scatter", r"scatter|gather"),
+    ("the rest", r""),
+)
+"""Kernels by the first expression that is found in their names."""
+
+
+def _profile(work: Callable[[], Any], folder: Path) -> None:
+    """A trace of `work`, and the time of its kernels by kind."""
+    import jax
+
+    with jax.profiler.trace(str(folder)):
+        work()
+    for line in kernel_times(max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)):
+        _report(line)
+    _report(f"trace in {folder}")
+
+
+def kernel_times(file: Path) -> Iterator[str]:
+    """Shares of the device's time by kind, each with its three longest kernels."""
+    import jax
+
+    nanoseconds: Counter[str] = Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            if _has_kernels(plane.name, line.name):
+                for event in line.events:
+                    if not _WRAPPERS.search(event.name):
+                        nanoseconds[event.name] += int(event.duration_ns)
+    total = nanoseconds.total() or 1
+    kinds: dict[str, Counter[str]] = {kind: Counter() for kind, _ in KINDS}
+    for name, time_of in nanoseconds.items():
+        kinds[kind_of(name)][name] = time_of
+    for kind, names in sorted(kinds.items(), key=lambda item: -item[1].total()):
+        if names:
+            longest = ", ".join(f"{name[:40]} {time_of / total:.1%}" for name, time_of in names.most_common(3))
+            yield f"{names.total() / total:6.1%} {kind:18} ({longest})"
+
+
+_WRAPPERS = re.compile(r"^(end: |ThunkExecutor|while|call|conditional)")
+"""What only holds other events."""
+
+
+def kind_of(name: str) -> str:
+    return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
+
+
+def _has_kernels(plane: str, line: str) -> bool:
+    """Of a GPU the streams, of a TPU the line of operations, of a CPU the threads that run compiled code."""
+    if plane.startswith("/device:GPU"):
+        return line.startswith("Stream")
+    return line == "XLA Ops" if plane.startswith("/device:TPU") else "XLA" in line
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def measure_torch(arguments: argparse.Namespace) -> Row:
+    """The same work by PyTorch and transformers on one device: AdamW over what the method trains."""
+    import torch
+    import transformers
+
+    from tokalign_jax import plan
+
+    on = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, arguments.torch_masters if arguments.dtype == "bfloat16" else "float32")
+    hf_config = _hf_config(arguments)
+    config = transformers.AutoConfig.for_model(**hf_config)
+    with torch.device(on):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    if arguments.method == "embedding":
+        model.requires_grad_(False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(True)
+    if arguments.remat == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, betas=(0.9, 0.95), fused=True)
+    compiled = torch.compile(model)
+    shape = (arguments.accumulation, arguments.batch, arguments.length)
+    tokens = torch.randint(config.vocab_size, shape, device=on)
+    mixed = arguments.dtype == "bfloat16" and dtype == torch.float32
+
+    def step() -> None:
+        for micro_batch in tokens:
+            with torch.autocast(on, torch.bfloat16, enabled=mixed):
+                loss = compiled(input_ids=micro_batch, labels=micro_batch).loss / len(tokens)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def run(steps: int, what: str) -> float:
+        progress, began = Progress(_report, what, steps, "steps"), time.monotonic()
+        for _ in range(steps):
+            step()
+            progress.update()
+        if on == "cuda":
+            torch.cuda.synchronize()
+        return (time.monotonic() - began) / steps
+
+    compile_seconds = run(1, "compilation")
+    _report(f"first step, compilation included: {compile_seconds:.1f} s")
+    run(arguments.warmup, "warm-up")
+    seconds = run(arguments.steps, "fixed batch")
+    peak_bytes = torch.cuda.max_memory_allocated() if on == "cuda" else None
+    kind = torch.cuda.get_device_name() if on == "cuda" else on
+    peak = next((peak for name, peak in plan.PEAKS.items() if name in kind), None)
+    timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak_bytes}
+    return _row(arguments, timing, 1, kind, peak) | {"version": torch.__version__}
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| | method | remat | tokens/s | ms a step | MFU | causal MFU | with input feed | memory, GiB | compile, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    share = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
+    for row in rows:
+        head = f"| {row['implementation']} | {row['method']} | {row['remat']} | "
+        if "error" in row:
+            lines.append(f"{head}{row['error']} | | | | | | |")
+            continue
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
+        fed = quantity(row["fed_tokens_per_second"]) if "fed_tokens_per_second" in row else ""
+        cells = [
+            f"{row['tokens_per_second']:,.0f}",
+            f"{1e3 * row['seconds']:.1f}",
+            share(row["mfu"]),
+            share(row["causal_mfu"]),
+            fed,
+            memory,
+            f"{row['compile_seconds']:.1f}",
+        ]
+        lines.append(head + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(rows: Sequence[Row], file: Path) -> None:
+    """Tokens a second and memory as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    good = [row for row in rows if "error" not in row]
+    names = [f"{row['implementation']}, {row['method']}, {row['remat']}" for row in good]
+    colours = ["tab:blue" if row["implementation"] == "jax" else "tab:gray" for row in good]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.4 * len(good)), sharey=True, layout="constrained")
+    left.barh(names, [row["tokens_per_second"] / 1e3 for row in good], color=colours)
+    left.set_xlabel("thousand tokens a second")
+    right.barh(names, [(row["peak_bytes"] or math.nan) / 2**30 for row in good], color=colours)
+    right.set_xlabel("peak memory of a device, GiB")
+    left.invert_yaxis()
+    if good:
+        row = good[0]
+        figure.suptitle(
+            f"{row['model']}, {row['vocabulary']:,} rows, {row['batch']} x {row['length']} on {row['device']}"
+        )
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
