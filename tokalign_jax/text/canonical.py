@@ -45,8 +45,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special tokens and unused ids."""
     backend, spelling = _backend(tokenizer), _spelling(tokenizer)
     special, added = special_ids(tokenizer), tokenizer.added_tokens_decoder
-    # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
-    added = {i: token for i, token in added.items() if backend.model.token_to_id(token.content) != i}
+    if not isinstance(spelling, _ByteLevel):
+        # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
+        added = {i: token for i, token in added.items() if backend.model.token_to_id(token.content) != i}
     result: list[bytes | None] = [None] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         if index not in special:
@@ -70,6 +71,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of tokens that stand for no text: those flagged special, and those with a role (eos, pad, ...)."""
     flagged = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return flagged | set(tokenizer.all_special_ids)
+
+
+def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What SentencePiece's kind of tokenizers writes for a space; "" for others."""
+    spelling = _spelling(tokenizer)
+    return spelling.space if isinstance(spelling, _SentencePiece) else ""
 
 
 def index_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
@@ -210,16 +217,16 @@ class _SentencePiece(_Plain):
     """`▁` for a space and `<0x0A>` for a byte (LLaMA 1 and 2, Mistral, Gemma, T5)."""
 
     def __init__(self, space: str):
-        self._space = space
+        self.space = space
 
     def decode(self, token: str) -> bytes:
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(byte[1], 16)])
-        return super().decode(token.replace(self._space, " "))
+        return super().decode(token.replace(self.space, " "))
 
     def encode(self, content: bytes) -> str | None:
         text = super().encode(content)
-        return None if text is None else text.replace(" ", self._space)
+        return None if text is None else text.replace(" ", self.space)
 
 
 class _Words(_Plain):

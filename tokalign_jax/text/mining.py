@@ -1,0 +1,319 @@
+"""Extending a vocabulary: the source tokenizer with further tokens that are mined from text.
+
+Byte pair encoding goes on where the source stopped. Text is cut by the source tokenizer; of neighbouring tokens the most
+frequent pair becomes a token, again and again (Sennrich et al. 2016, section 3.2), and its merge comes behind all merges that
+there are. So every text is first cut as before, and then some neighbours are joined: no text gets longer, and no old token
+gets another id or another meaning. Characters that a SentencePiece vocabulary spells in bytes, or does not know, may become
+tokens, too (a text of unknown ones may get longer, since several may have been one unknown token).
+"""
+
+import heapq
+import itertools
+import json
+import re
+import tempfile
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.canonical import plain_backend, space_mark, special_ids, vocabulary_size
+
+BATCH_BYTES = 4 << 20
+"""Text that is cut at once."""
+LONGEST_WORD = 256
+"""Tokens of a word; longer ones are counted in parts, so that a line of base64 does not cost its square."""
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Mined(NamedTuple):
+    """New tokens, as the tokenizer spells them, each with how many tokens fewer the text has for it."""
+
+    characters: list[tuple[str, int]]
+    """Characters that were spelled in bytes, the most useful first."""
+    merges: list[tuple[str, str, int]]
+    """Pairs that were joined, in order."""
+
+
+def extended_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    new_tokens: int,
+    *,
+    min_count: int = 10,
+    longest: int = 24,
+    log: Log = lambda line: None,
+) -> PreTrainedTokenizerBase:
+    """`tokenizer` with up to `new_tokens` more tokens, whose ids begin behind its largest one.
+
+    The same texts in the same order give the same tokenizer. A few tens of megabytes of text are enough, and as much as is
+    read in a minute or two.
+
+    Args:
+      texts: what the new tokens are to be frequent in.
+      new_tokens: fewer come where the text has no more pairs of `min_count`.
+      min_count: the fewest times that a new token must stand in the text.
+      longest: characters of a new token as it is spelled (bytes, of byte-level tokenizers).
+
+    Raises:
+      UserError: the tokenizer has no merges to go on with (Unigram, WordPiece).
+    """
+    _check_kind(tokenizer)
+    characters = unknown_characters(tokenizer, texts, min_count)[:new_tokens]
+    cutting = _with_tokens(tokenizer, Mined(characters, []))
+    words = count_words(cutting, texts, log)
+    mined = _best(characters, mine(cutting, words, new_tokens, min_count, longest), new_tokens)
+    log(
+        f"extend: {len(mined.characters):,} characters and {len(mined.merges):,} merges of {len(words):,} different words"
+    )
+    return _with_tokens(tokenizer, mined)
+
+
+def _check_kind(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = plain_backend(tokenizer).model
+    is_bpe = isinstance(model, tokenizers.models.BPE)
+    marked = is_bpe and (model.continuing_subword_prefix or model.end_of_word_suffix)
+    if marked or not is_bpe:
+        kind = "BPE with marks within words" if marked else type(model).__name__
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' is of kind {kind}, whose vocabulary cannot be extended: only byte pair "
+            f"encoding has merges to go on with; give it another vocabulary (target_tokenizer) instead"
+        )
+
+
+# --- the old vocabulary -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What there is, and what may be joined."""
+
+    spelled: list[str]
+    """Every id's token; "" for an id that has none."""
+    mergeable: Bool[np.ndarray, "V"]
+    """Whether a token may be part of a new one: not special, not added, not a byte token."""
+    mark: str
+    """`▁` of SentencePiece's kind, else ""."""
+    digits: int
+    """The longest run of digits in a token: a vocabulary that cuts numbers goes on to do so."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_Vocabulary":
+        mark, spelled = space_mark(tokenizer), [""] * vocabulary_size(tokenizer)
+        for token, index in tokenizer.get_vocab().items():
+            spelled[index] = token
+        others = special_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
+        mergeable = np.array([bool(token) and not (mark and _BYTE_TOKEN.fullmatch(token)) for token in spelled])
+        mergeable[list(others)] = False
+        runs = (run for token, can in zip(spelled, mergeable) if can for run in re.findall(r"\d+", token))
+        return cls(spelled, mergeable, mark, max(map(len, runs), default=0))
+
+    def allows(self, token: str, longest: int) -> bool:
+        """Whether `token`, the text of a pair, is one that this vocabulary might have had.
+
+        SentencePiece's are of one kind of characters (letters, digits, others) behind at most one `▁`, or all `▁`: there is
+        no pre-tokenizer that would see to it.
+        """
+        if len(token) > longest or any(len(run) > self.digits for run in re.findall(r"\d+", token)):
+            return False
+        if not self.mark:
+            return True
+        body = token.removeprefix(self.mark)
+        kinds = {_kind(character) for character in body}
+        return self.mark not in body and len(kinds) <= 1 if body.strip(self.mark) else True
+
+
+def _kind(character: str) -> str:
+    """Letters with their marks, digits, or others."""
+    return {"L": "letter", "M": "letter", "N": "digit"}.get(unicodedata.category(character)[0], "other")
+
+
+def unknown_characters(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_count: int
+) -> list[tuple[str, int]]:
+    """Characters that the vocabulary lacks, with the tokens that they would spare, the most useful first.
+
+    A byte-level vocabulary lacks none. One without bytes gains a known token for an unknown.
+    """
+    if not space_mark(tokenizer):
+        return []
+    backend = plain_backend(tokenizer)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(backend.normalizer.normalize_str(text) if backend.normalizer else text)
+    without_bytes = not getattr(backend.model, "byte_fallback", False)
+    spared = {
+        character: count * max(len(character.encode("utf-8", "replace")) - 1, int(without_bytes))
+        for character, count in counts.items()
+        if count >= min_count
+        and character.isprintable()
+        and backend.token_to_id(character) is None
+        and character != " "
+    }
+    return sorted(((c, n) for c, n in spared.items() if n), key=lambda item: (-item[1], item[0]))
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def count_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], log: Log) -> Counter[bytes]:
+    """How often each run of tokens occurs within which neighbours may be joined, as the bytes of int32 ids; only runs of
+    two tokens and more. They end where the pre-tokenizer cuts, before a `▁`, and at tokens that cannot be joined."""
+    vocabulary, backend = _Vocabulary.of(tokenizer), plain_backend(tokenizer)
+    mark = vocabulary.mark
+    begins = np.array([bool(mark) and token.startswith(mark) for token in vocabulary.spelled])
+    only_mark = np.array([bool(mark) and not token.strip(mark) for token in vocabulary.spelled])
+    progress = Progress(log, "extend", sum(map(len, texts)), "characters")
+    words: Counter[bytes] = Counter()
+    for batch in _batches(texts):
+        for encoding in backend.encode_batch(batch, add_special_tokens=False):
+            ids = np.array(encoding.ids, np.int32)
+            if len(ids) < 2:
+                continue
+            joins = vocabulary.mergeable[ids]
+            cut = np.diff(np.array(encoding.word_ids, np.int64)) != 0
+            cut |= ~joins[1:] | ~joins[:-1] | (begins[ids[1:]] & ~only_mark[ids[:-1]])
+            _add(words, ids, np.flatnonzero(cut) + 1)
+        progress.update(sum(map(len, batch)))
+    progress.done()
+    return words
+
+
+def _add(words: Counter[bytes], ids: np.ndarray, cuts: np.ndarray) -> None:
+    starts, ends = np.append(0, cuts), np.append(cuts, len(ids))
+    several = ends - starts > 1
+    content = ids.tobytes()
+    for start, end in zip(starts[several].tolist(), ends[several].tolist()):
+        for part in range(start, end, LONGEST_WORD):
+            words[content[4 * part : 4 * min(part + LONGEST_WORD, end)]] += 1
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- merges -----------------------------------------------------------------------------------------------------------
+
+
+def mine(
+    tokenizer: PreTrainedTokenizerBase, words: Mapping[bytes, int], new_tokens: int, min_count: int, longest: int
+) -> list[tuple[str, str, int]]:
+    """The next merges, in order: both tokens, and how often they stand side by side in `words` by then.
+
+    Of pairs that are as frequent, the one of the lowest ids comes first. A pair whose text is a token already is left: its
+    merge could set off old ones, and the text would no longer be cut as counted.
+    """
+    vocabulary = _Vocabulary.of(tokenizer)
+    spelled, known = list(vocabulary.spelled), set(vocabulary.spelled)
+    cut = [np.frombuffer(word, np.int32).tolist() for word in words]
+    counts = list(words.values())
+    pairs: Counter[tuple[int, int]] = Counter()
+    where: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (tokens, count) in enumerate(zip(cut, counts)):
+        for pair in itertools.pairwise(tokens):
+            pairs[pair] += count
+            where[pair].append(i)
+
+    def candidate(pair: tuple[int, int]) -> bool:
+        text = spelled[pair[0]] + spelled[pair[1]]
+        return pairs[pair] >= min_count and text not in known and vocabulary.allows(text, longest)
+
+    heap = [(-count, pair) for pair, count in pairs.items() if candidate(pair)]
+    heapq.heapify(heap)
+    merges: list[tuple[str, str, int]] = []
+    while heap and len(merges) < new_tokens:
+        claimed, pair = heapq.heappop(heap)
+        if not candidate(pair):
+            continue
+        if pairs[pair] != -claimed:  # other merges took some of its tokens
+            heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        first, second = (spelled[i] for i in pair)
+        merges.append((first, second, pairs[pair]))
+        new = len(spelled)
+        spelled.append(first + second)
+        known.add(first + second)
+        fresh = set()
+        for i in set(where.pop(pair)):
+            before, after = cut[i], _joined(cut[i], pair, new)
+            for old in itertools.pairwise(before):
+                pairs[old] -= counts[i]
+            for now in itertools.pairwise(after):
+                pairs[now] += counts[i]
+                if new in now:
+                    fresh.add(now)
+                    where[now].append(i)
+            cut[i] = after
+        for now in fresh:
+            if candidate(now):
+                heapq.heappush(heap, (-pairs[now], now))
+    return merges
+
+
+def _joined(tokens: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`tokens` with `new` for every `pair`, from the left."""
+    result, i = [], 0
+    while i < len(tokens):
+        if i + 1 < len(tokens) and (tokens[i], tokens[i + 1]) == pair:
+            result.append(new)
+            i += 2
+        else:
+            result.append(tokens[i])
+            i += 1
+    return result
+
+
+def _best(characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str, int]], count: int) -> Mined:
+    """The `count` tokens that spare the most. A merge spares no more than its characters do, so they are in with it."""
+    ranked = sorted(
+        [(-n, 0, i) for i, (_, n) in enumerate(characters)] + [(-n, 1, i) for i, (*_, n) in enumerate(merges)]
+    )
+    kept = [sum(kind == of for _, kind, _ in ranked[:count]) for of in (0, 1)]
+    return Mined(list(characters[: kept[0]]), list(merges[: kept[1]]))
+
+
+# --- the new tokenizer ------------------------------------------------------------------------------------------------
+
+
+def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrainedTokenizerBase:
+    """A copy of `tokenizer` with the mined tokens."""
+    with tempfile.TemporaryDirectory(prefix="extend_") as folder:
+        tokenizer.save_pretrained(folder)
+        path, settings_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+        state, settings = json.loads(path.read_text("utf-8")), json.loads(settings_path.read_text("utf-8"))
+        vocabulary = state["model"]["vocab"]
+        # Added tokens that the model does not have get their ids when they are read: those behind the model's, so that they
+        # would move. What the model has keeps its id.
+        vocabulary |= {added["content"]: added["id"] for added in state["added_tokens"]}
+        new = [character for character, _ in mined.characters] + [first + second for first, second, _ in mined.merges]
+        vocabulary |= {token: i for i, token in enumerate(new, vocabulary_size(tokenizer))}
+        state["model"]["merges"] += [[first, second] for first, second, _ in mined.merges]
+        path.write_text(json.dumps(state, ensure_ascii=False), "utf-8")
+        # Other classes make a tokenizer of their own from the vocabulary.
+        settings_path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}), "utf-8")
+        result = PreTrainedTokenizerFast.from_pretrained(folder)
+    result.name_or_path = tokenizer.name_or_path
+    found = result.get_vocab()
+    if any(found.get(token) != index for token, index in tokenizer.get_vocab().items()) or len(found) != len(
+        vocabulary
+    ):
+        raise ValueError("an old token's id changed")
+    return result
