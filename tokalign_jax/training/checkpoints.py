@@ -2,19 +2,38 @@
 parts.
 
 A checkpoint `STEP/` has three items: `params` (what trains, float32), `optimizer` (all other arrays of the train state)
-and `position` (JSON: state of the data stream, next sequence, global batch, fingerprint of what shaped the run).
+and `position` (JSON: state of the data stream, next sequence, global batch, fingerprint of what shaped the run; a checksum
+of each array, and a digest of all this). Orbax notices files that are missing or cut when it reads them; what else a disk
+may do to them the checksums notice.
 """
 
+import errno
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 
-from tokalign_jax import paths
+from tokalign_jax import distributed, paths
 from tokalign_jax.errors import UserError
+from tokalign_jax.stopping import Stopped
 from tokalign_jax.training.step import TrainState
+
+T = TypeVar("T")
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be read back as it was written."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,10 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` stay. Use as a context: leaving it waits for the writing."""
+    """The checkpoints in one folder, the newest `keep` stay. Use as a context: leaving it waits for the writing.
+
+    Of several processes all call each method together.
+    """
 
     def __init__(self, folder: Path, keep: int = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -41,11 +63,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Where one of several processes failed the writing may wait for it in vain.
+        if kind is None or issubclass(kind, UserError | Stopped) or distributed.count() == 1:
+            self._manager.close()
 
     def newest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest checkpoint; it may still be being written."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
@@ -54,31 +78,166 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Copies the arrays off the devices now, and writes them while training goes on."""
         params, optimizer = _items(state)
+        content = {**asdict(position), "checksums": checksums({"params": params, **optimizer})}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 optimizer=ocp.args.StandardSave(optimizer),
-                position=ocp.args.JsonSave(asdict(position)),
+                position=ocp.args.JsonSave({**content, "digest": _digest(content)}),
             ),
         )
 
+    def wait(self) -> None:
+        """Until what was saved is whole on disk."""
+        self._manager.wait_until_finished()
+
     def position(self, step: int) -> Position:
-        restored = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
-        return Position(**restored["position"])
+        """
+        Raises:
+          Damaged: it is not what was written.
+        """
+        position, _ = self._position(step)
+        return position
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of that step, bit for bit, with the structure and shardings of `like`."""
-        params, optimizer = (ocp.args.StandardRestore(_abstract(item)) for item in _items(like))
-        restored = self._manager.restore(step, args=ocp.args.Composite(params=params, optimizer=optimizer))
-        arrays = paths.flatten({**restored["optimizer"], "params": restored["params"]})
+        """The state of that step, bit for bit, with the structure and shardings of `like` (arrays, or only their shapes).
+
+        Raises:
+          Damaged: it is not what was written.
+        """
+        params, optimizer = _items(like)
+        restored = {"params": self._arrays(step, "params", params), **self._arrays(step, "optimizer", optimizer)}
+        self._verify(step, restored)
+        arrays = paths.flatten(restored)
         names, structure = _names(like)
         return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """Only what trains: the tree of float32 arrays in that checkpoint, shaped like `like`."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
-        return self._manager.restore(step, args=args)["params"]
+        """Only what trains: the tree of float32 arrays in that checkpoint, shaped like `like`.
+
+        Raises:
+          Damaged: it is not what was written.
+        """
+        params = self._arrays(step, "params", like)
+        self._verify(step, {"params": params})
+        return params
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is none any more but can be looked at; returns its new place."""
+
+        def rename() -> str:
+            names = (f"{step}.damaged{number or ''}" for number in range(1000))
+            aside = next(place for name in names if not (place := self.path(step).with_name(name)).exists())
+            self.path(step).rename(aside)
+            return str(aside)
+
+        aside = distributed.on_first(rename)
+        self._manager.reload()
+        return Path(aside)
+
+    def _position(self, step: int) -> tuple[Position, dict[str, int]]:
+        """And the checksums of the arrays."""
+
+        def read() -> tuple[Position, dict[str, int]]:
+            content = dict(ocp.JsonCheckpointHandler().restore(self._manager.directory / str(step) / "position"))
+            if content.pop("digest") != _digest(content):
+                raise ValueError("the digest of position does not fit")
+            written = content.pop("checksums")
+            return Position(**content), written
+
+        return self._read(step, read)
+
+    def _arrays(self, step: int, item: str, like: Any) -> Any:
+        # Not through the manager: it waits for the other processes after reading, of which one may have failed to.
+        place, args = self._manager.directory / str(step) / item, ocp.args.StandardRestore(_abstract(like))
+        return self._read(step, lambda: ocp.StandardCheckpointHandler().restore(place, args=args))
+
+    def _verify(self, step: int, tree: paths.Tree) -> None:
+        _, written = self._position(step)
+        wrong = [name for name, value in checksums(tree).items() if written.get(name) != value]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+            raise Damaged(self._damage(step, f"the checksum of {wrong[0]}{more} does not fit"))
+
+    def _read(self, step: int, read: Callable[[], T]) -> T:
+        """What `read` returns, in every process or in none."""
+        result, failure = None, None
+        try:
+            result = read()
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # nothing is wrong with the files
+        except Exception as error:
+            failure = Damaged(self._damage(step, f"{type(error).__name__}: {error}"))
+            failure.__cause__ = error
+        try:
+            distributed.agree(failure)
+        except distributed.ProcessFailed as error:
+            raise Damaged(str(error)) from error
+        return result  # type: ignore[return-value]
+
+    def _damage(self, step: int, what: str) -> str:
+        what = " ".join(what.split())
+        return f"the checkpoint '{self.path(step)}' is damaged ({what[:200]}{'...' if len(what) > 200 else ''})"
+
+
+def checksums(tree: paths.Tree) -> dict[str, int]:
+    """A checksum of each array, by path; the same however it is split over devices.
+
+    The sum modulo 2^32 of its words, each times an odd number that goes with its place: no change of one word leaves it as
+    it was, and a change of many does once in 2^32 times.
+    """
+    leaves = paths.flatten(tree)
+    return {path: int(value) for path, value in jax.device_get(_checksums(leaves)).items()}
+
+
+@jax.jit
+def _checksums(leaves: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    return {path: _checksum(leaf) for path, leaf in leaves.items()}
+
+
+def _checksum(leaf: Array) -> UInt32[Array, ""]:
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis in range(leaf.ndim):
+        stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path, needed: int) -> Iterator[None]:
+    """
+    Args:
+      folder: where the body writes.
+      needed: bytes of a checkpoint.
+
+    Raises:
+      UserError: instead of whatever says that a write found no room.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _found_no_room(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"the disk of '{folder}' is full, or its quota is used up: {free / 1e9:.3f} GB are free, and a checkpoint takes up to "
+            f"{needed / 1e9:.3f} GB. What was saved before is whole: free some room (or lower keep_checkpoints) and run the same "
+            "command again, which goes on from the newest checkpoint"
+        ) from error
+
+
+def _found_no_room(error: BaseException | None) -> bool:
+    """Whether it, or what led to it, is the system's word that a disk or quota is full, or a file too large."""
+    if error is None:
+        return False
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # TensorStore raises a ValueError with the code in its text.
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    if (isinstance(error, OSError) and error.errno in codes) or (told and int(told[1]) in codes):
+        return True
+    return _found_no_room(error.__cause__ or error.__context__)
 
 
 def check_resumable(position: Position, global_batch: int, fingerprint: str, folder: Path) -> None:
@@ -113,3 +272,7 @@ def _names(state: TrainState) -> tuple[list[str], Any]:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -6,16 +6,17 @@ import json
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tokalign_jax import paths, sharding
+from tokalign_jax import paths, sharding, stopping
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
@@ -24,7 +25,7 @@ from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import Log, duration, quantity
 from tokalign_jax.training import metrics
 from tokalign_jax.training.batches import Shards, TokenSource, make_stream, resolve_offset
-from tokalign_jax.training.checkpoints import Checkpoints, Position, check_resumable
+from tokalign_jax.training.checkpoints import Checkpoints, Damaged, Position, check_resumable, naming_a_full_disk
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for
 from tokalign_jax.training.step import Step, TrainState, init_state, make_loss, make_train_step
 
@@ -165,16 +166,15 @@ def run_stage(
     trainable, frozen = _split(stage, params)
     fingerprint = _fingerprint(stage, config, model_config, params, shards, start)
 
-    labels = paths.label_tree(rules_for(stage.method), trainable)
-    optimizer = make_optimizer(stage, labels)
-    state = _initial_state(trainable, optimizer, mesh)
-    with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
-        done, position = checkpoints.newest() or 0, None
-        if done:
-            position = checkpoints.position(done)
-            check_resumable(position, stage.batch_size, fingerprint, checkpoints.path(done))
-            state = checkpoints.restore(done, state)
-            log(f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}")
+    optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trainable))
+    make_state, like = _state_maker(trainable, optimizer, mesh)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    with (
+        naming_a_full_disk(folder, size),
+        Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints,
+    ):
+        done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
+        state = make_state(trainable) if state is None else state
         first = jax.process_index() == 0
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
@@ -196,7 +196,8 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh)
       params: what the stage began with, on `mesh`; gives the leaves that did not train.
 
     Raises:
-      UserError: when the folder has no checkpoint of the stage's last step.
+      UserError: when the folder has no whole checkpoint of the stage's last step; a damaged one is set aside, so that the stage is no
+        longer finished (`is_finished`).
     """
     if not stage.steps:
         return params
@@ -209,14 +210,49 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh)
                 f"{checkpoints.newest() or 'none'}): run the stage to its end first"
             )
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
-        return paths.merge(checkpoints.restore_params(stage.steps, like), frozen)
+        try:
+            return paths.merge(checkpoints.restore_params(stage.steps, like), frozen)
+        except Damaged as damage:
+            aside = checkpoints.set_aside(stage.steps)
+            raise UserError(
+                f"{damage}; it was renamed to '{aside.name}': run the same command again, which takes the stage's last steps anew "
+                "from the checkpoint before"
+            ) from damage
+
+
+def is_finished(folder: Path, stage: StageConfig) -> bool:
+    """Whether there is a checkpoint of the stage's last step in its folder (that it is not damaged `load_final` finds out)."""
+    return (Path(folder) / "checkpoints" / str(stage.steps)).is_dir()
+
+
+def _restore(
+    name: str, stage: StageConfig, fingerprint: str, checkpoints: Checkpoints, like: TrainState, log: Log
+) -> tuple[int, Position | None, TrainState | None]:
+    """The newest checkpoint that is whole: its step, where it was in the data, and the state; (0, None, None) without one.
+
+    Those that are damaged are set aside, and the log says so.
+    """
+    while done := checkpoints.newest():
+        try:
+            position = checkpoints.position(done)
+            check_resumable(position, stage.batch_size, fingerprint, checkpoints.path(done))
+            state = checkpoints.restore(done, like)
+        except Damaged as damage:
+            log(f"{name}: warning: {damage}; it was renamed to '{checkpoints.set_aside(done).name}'")
+            if not checkpoints.newest():
+                log(f"{name}: warning: no checkpoint is left that is whole; the stage begins anew")
+        else:
+            log(f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}")
+            return done, position, state
+    return 0, None, None
 
 
 class _Run:
     """The steps of a stage.
 
     The host stays ahead of the device: it hands over steps without waiting for the ones before, and looks at metrics a
-    few steps late. It catches up before each checkpoint, so that nothing is saved that has not been looked at.
+    few steps late. It catches up before each checkpoint, so that nothing is saved that has not been looked at. Asked to
+    stop, it does so after the step that it is at, with a checkpoint of it.
     """
 
     def __init__(
@@ -244,10 +280,13 @@ class _Run:
                 self.recorder.start_clock()
             jax.tree.map(lambda value: value.copy_to_host_async(), values)
             self.pending.append(values)
-            due = step % self.stage.checkpoint_every == 0 or step == self.stage.steps
+            stop = step < self.stage.steps and stopping.requested()
+            due = stop or step % self.stage.checkpoint_every == 0 or step == self.stage.steps
             self._catch_up(0 if due else _AHEAD)
             if due:
                 self._save(step, state, feed)
+            if stop:
+                self._stop(step)
         return state
 
     def _announce(self, state: TrainState, frozen: Any) -> None:
@@ -282,6 +321,12 @@ class _Run:
         position = Position(feed.position, self.start + step * batch, batch, self.fingerprint)
         self.checkpoints.save(step, state, position)
 
+    def _stop(self, step: int) -> NoReturn:
+        self.checkpoints.wait()
+        where = f"at step {step} of {self.stage.steps}"
+        self.log(f"{self.name}: stopped {where}, saved as '{self.checkpoints.path(step)}'")
+        raise stopping.Stopped(f"asked to stop: {self.name} is saved {where}")
+
 
 class _Feed:
     """Batches on the device a few steps before they are needed; `position` is the stream's after the last one taken."""
@@ -313,15 +358,21 @@ def _stream(stage: StageConfig, config: Config, shards: Shards, start: int, micr
     )
 
 
-def _initial_state(trainable: paths.Tree, optimizer: Any, mesh: Mesh) -> TrainState:
-    """The state before the first step, made in its place. Copies, not the caller's arrays: the step gives its input's memory to its
-    output."""
+def _state_maker(
+    trainable: paths.Tree, optimizer: Any, mesh: Mesh
+) -> tuple[Callable[[paths.Tree], TrainState], TrainState]:
+    """Makes the state before the first step of what trains, each array in its place; and the shapes and places of its arrays.
+
+    They are copies, not the caller's arrays: the step gives its input's memory to its output.
+    """
 
     def make(trainable: paths.Tree) -> TrainState:
         return init_state(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), optimizer)
 
-    out = sharding.shardings(jax.eval_shape(make, trainable), mesh)
-    return jax.jit(make, out_shardings=out)(trainable)
+    shapes = jax.eval_shape(make, trainable)
+    places = sharding.shardings(shapes, mesh)
+    like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    return jax.jit(make, out_shardings=places), like
 
 
 def _stage_key(name: str, seed: int) -> jax.Array:

@@ -53,9 +53,7 @@ class Recorder:
         if writes:
             _replace(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = self._path.open("a")
-            from tensorboardX import SummaryWriter  # Slow to import where torch is installed: it looks for it.
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self._board = _Board(folder / "tensorboard", done)
         self.start_clock()
 
     def __enter__(self) -> "Recorder":
@@ -97,14 +95,15 @@ class Recorder:
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
+        if self._board:
+            self._board.flush()
 
     def _write(self, record: Record) -> None:
         if not (self._file and self._board):
             return
         self._file.write(json.dumps(record) + "\n")
-        for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
-            if record[key] is not None:
-                self._board.add_scalar(f"{self._name}/{key}", record[key], record["step"])
+        keys = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
+        self._board.add({f"{self._name}/{key}": record[key] for key in keys if record[key] is not None}, record["step"])
 
     def _report(self, record: Record, finite: bool) -> None:
         step, loss = record["step"], record["loss"]
@@ -126,6 +125,37 @@ class Recorder:
                 f"{self._name}: step {step} of {self._steps}, loss {'not finite' if loss is None else f'{loss:.3f}'}, "
                 f"{quantity(rate)} tokens/s" + (f", {duration(left)} left" if step < self._steps else "")
             )
+
+
+class _Board:
+    """A file of scalars for TensorBoard.
+
+    Written at once: the usual writer of tensorboardX hands what it gets to a thread, which a full disk ends, and then waits
+    for it forever.
+    """
+
+    def __init__(self, folder: Path, done: int):
+        """Later steps than `done`, in files of a run that was killed, are no longer shown."""
+        # Slow to import where torch is installed: it looks for it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{done}")
+        start = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _finite(value: Any) -> float | None:
