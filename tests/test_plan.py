@@ -1,0 +1,257 @@
+"""The plan against reality: trees of parameters, and what XLA says that compiled train steps take.
+
+Run as a program, it compiles the steps of `CASES` for simulated devices and prints their memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from training_toys import LLAMA, NEOX
+
+from tokalign_jax import paths, plan, sharding
+from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.main import main
+from tokalign_jax.models.lora import add_lora
+from tokalign_jax.models.transformer import init_params
+from tokalign_jax.training import loop
+from tokalign_jax.training.optimizer import make_optimizer, rules_for
+from tokalign_jax.training.step import init_state, make_loss, make_train_step
+
+SIZES = {
+    "vocab_size": 4000,  # in memory 4,096
+    "hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 512,
+    "num_layers": 4,
+    "max_positions": 512,
+    "layer_kinds": LLAMA.layer_kinds[:1] * 4,
+}
+MODELS = {"llama": replace(LLAMA, **SIZES), "neox": replace(NEOX, **SIZES)}
+STAGE = StageConfig(
+    method="full", steps=4, batch_size=32, per_device_batch=4, sequence_length=256, lora=LoraConfig(rank=8)
+)
+COMPUTE = ComputeConfig(dtype="float32", remat="layer", loss_chunk=256)
+CASES = [
+    # model, method, mesh, sequences of a step, remat
+    ("llama", "embedding", (1, 1, 1), 4, "layer"),
+    ("neox", "lora", (1, 1, 1), 4, "layer"),
+    ("llama", "full", (1, 1, 1), 8, "dots"),
+    ("neox", "full", (2, 2, 2), 16, "attention"),
+]
+
+
+def settings(model: str, method: str, sequences: int, remat: str):
+    return MODELS[model], replace(STAGE, method=method, batch_size=sequences), replace(COMPUTE, remat=remat)
+
+
+def compiled_memory(name: str, method: str, sizes: plan.MeshSizes, sequences: int, remat: str) -> dict[str, int]:
+    """Bytes on each device of the arguments and of the temporaries of a real step, compiled and not run."""
+    model, stage, compute = settings(name, method, sequences, remat)
+    mesh = sharding.make_mesh(MeshConfig(*sizes), devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
+
+    def placed(tree):
+        in_memory = {
+            p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype) for p, x in paths.flatten(tree).items()
+        }
+        return lying(paths.unflatten(in_memory))
+
+    def lying(tree):
+        where = sharding.shardings(tree, mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+    trained, frozen = map(placed, plan.shapes(model, stage))
+    optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trained))
+    state = lying(jax.eval_shape(lambda params: init_state(params, optimizer), trained))
+    together = loop.micro_batch("stage", stage, mesh)
+    batch = jax.ShapeDtypeStruct(
+        (sequences // together, together, stage.sequence_length + 1),
+        jnp.int32,
+        sharding=jax.NamedSharding(mesh, jax.P(None, sharding.BATCH)),
+    )
+    step = make_train_step(make_loss(model, compute, loop.lora_spec(stage)), optimizer, stage, jnp.float32, mesh)
+    found = step.lower(state, frozen, batch, jax.random.key(0)).compile().memory_analysis()
+    return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, int]]:
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_memory_is_what_compiled_steps_take(compiled, case):
+    name, method, mesh, sequences, remat = CASES[case]
+    model, stage, compute = settings(name, method, sequences, remat)
+    kinds = list(plan.memory("stage", stage, compute, model, mesh, fused_attention=False).values())
+    state, rest = sum(kinds[:3]), sum(kinds[3:])
+    # Besides the state: a batch of token ids, a key and counters.
+    batch = 4 * sequences // (mesh[0] * mesh[1]) * (stage.sequence_length + 1)
+    assert 0 <= compiled[case]["arguments"] - state - batch < 1000
+    assert 0.9 < rest / compiled[case]["temporaries"] < 1.6
+
+
+# --- Parameters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["embedding", "lora", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_real_trees(name, method, tied):
+    model = replace((LLAMA if name == "llama" else NEOX), tie_word_embeddings=tied)
+    stage = replace(STAGE, method=method, lora=LoraConfig(rank=3))
+    params = init_params(model, jax.random.key(0))
+    if spec := loop.lora_spec(stage):
+        params = add_lora(params, spec, jax.random.key(1))
+    trained, frozen = plan.shapes(model, stage)
+    leaves = paths.flatten(params)
+    for tree, trains in ((trained, True), (frozen, False)):
+        real = {path: leaf.shape for path, leaf in leaves.items() if loop.trains(stage, path) == trains}
+        assert {path: leaf.shape for path, leaf in paths.flatten(tree).items()} == real
+        assert plan.parameters(tree) == sum(leaves[path].size for path in real)
+
+
+def test_elements_of_a_device_are_those_of_placed_arrays():
+    params = init_params(LLAMA, jax.random.key(0))
+    placed = jax.tree.leaves(sharding.place(params, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])))
+    assert plan.elements(plan.shapes(LLAMA, STAGE)[0], (1, 1, 1)) == sum(leaf.size for leaf in placed)
+
+
+# --- The whole plan -----------------------------------------------------------------------------------------------------
+
+PYTHIA_1B = replace(
+    NEOX,
+    vocab_size=151_936,
+    hidden_size=2048,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=256,
+    intermediate_size=8192,
+    num_layers=16,
+    max_positions=2048,
+    layer_kinds=NEOX.layer_kinds[:1] * 16,
+)
+CONFIG = Config(
+    stage1=StageConfig(method="embedding", batch_size=64, start_offset=0, steps=100),
+    stage2=StageConfig(method="full", batch_size=64, steps=200),
+    compute=ComputeConfig(remat="dots"),
+)
+
+
+def planned(config=CONFIG, devices=1, memory="80GB", speed=plan.Speed(), disk_free=1e15):  # noqa: B008
+    return plan.plan(config, PYTHIA_1B, plan.Machine.of(devices, memory), speed, 5_000_000_000, 2, disk_free)
+
+
+def test_a_plan_of_a_model_that_fits():
+    found = planned(devices=8)
+    one, two = found.stages
+    # Pythia-1B has 805,736,448 parameters beside its two matrices.
+    assert (one.trained, one.frozen) == (2 * 151_936 * 2048, 805_736_448)
+    assert (two.trained, two.frozen) == (one.trained + one.frozen, 0)
+    assert (one.tokens, two.tokens) == (100 * 64 * 2048, 200 * 64 * 2048)
+    assert found.mesh == (8, 1, 1) and one.accumulation == 2 and not found.warnings
+    assert one.memory["Adam's two moments (float32)"] == 8 * (-(-151_936 // 256) * 256) * 2 * 2048
+    assert found.disk["init"] == 4 * two.trained and found.disk["export"] == 2 * two.trained
+    assert found.disk["stage2"] == 3 * 12 * two.trained, "two checkpoints are kept, and a third is on its way"
+    for words in (
+        "stage1 (embedding): 622M parameters train",
+        "806M are frozen",
+        "13.1M tokens",
+        "time unknown",
+        "disk",
+    ):
+        assert words in found.table(), found.table()
+
+
+def test_what_will_not_fit_is_told_with_what_would():
+    (warning,) = [w for w in planned(memory="24GB").warnings if w.startswith("stage2")]
+    assert "stage2.method=lora together" in warning, "the state alone is too large, and adapters alone do not do"
+    settings = dict(
+        part.split("=") for part in warning.partition("it would with ")[2].split(" together")[0].split(", ")
+    )
+    lean = replace(
+        CONFIG,
+        stage2=replace(CONFIG.stage2, method="lora", per_device_batch=int(settings["stage2.per_device_batch"])),
+        compute=replace(
+            CONFIG.compute, remat=settings["compute.remat"], loss_chunk=int(settings["compute.loss_chunk"])
+        ),
+    )
+    assert not [w for w in planned(lean, memory="24GB").warnings if w.startswith("stage2")]
+    assert "no settings change that" in planned(memory="4GB").table()
+    # More sequences than fit: fewer at once, or less kept of each.
+    crowded = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=64))
+    (warning,) = [w for w in planned(crowded).warnings if w.startswith("stage1")]
+    assert "stage1.per_device_batch=" in warning and "compute.remat=" in warning
+    at_once = int(warning.partition("stage1.per_device_batch=")[2].split()[0])
+    fits = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=at_once))
+    assert not [w for w in planned(fits).warnings if w.startswith("stage1")]
+    copies = replace(CONFIG, mesh=MeshConfig(data=8))
+    assert "mesh.fsdp=" in planned(copies, devices=8, memory="24GB").table()
+    assert planned(devices=8, memory="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
+
+
+def test_the_disk_and_the_batch_are_looked_at():
+    assert "--workdir" in planned(disk_free=1e9).warnings[-1]
+    with pytest.raises(UserError, match=r"stage1.batch_size is 64 .* multiple of 7"):
+        planned(devices=7)
+
+
+def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
+    tokens = 100 * 64 * 2048
+    assert planned(speed=plan.Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(tokens / 1e5)
+    rows = [{"method": "embedding", "tokens_per_second": 4e4, "devices": 2}]
+    (tmp_path / "throughput.json").write_text(json.dumps(rows))
+    measured = planned(devices=4, speed=plan.Speed.of(0, str(tmp_path / "throughput.json"), 0.4, ""))
+    assert measured.stages[0].seconds == pytest.approx(tokens / (4 * 2e4)) and measured.stages[1].seconds is None
+    assumed = planned(speed=plan.Speed.of(0, "", 0.5, "1 PFLOPS")).stages[1]
+    assert assumed.seconds == pytest.approx(assumed.tokens * plan.flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14)
+    assert "assuming 50%" in assumed.speed and "not measured" in assumed.speed
+    with pytest.raises(UserError, match="plan_throughput"):
+        plan.Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
+
+
+def test_operations_are_the_usual_count():
+    """6 for each parameter of a product that trains, 4 for each that does not, 12 L N H T for attention."""
+    matrices = 16 * 12 * 2048**2
+    head, attention = 151_936 * 2048, 12 * 16 * 2048 * 2048
+    full = plan.flops_per_token(PYTHIA_1B, CONFIG.stage2)
+    assert full == 6 * (matrices + head) + attention
+    assert plan.flops_per_token(PYTHIA_1B, CONFIG.stage1) == 4 * matrices + 6 * head + attention
+
+
+@pytest.mark.parametrize("text", ["80", "80GB", "80 gb", "74.5GiB"])
+def test_memory_is_a_number_with_a_unit(text):
+    expected = {"80": 80.0, "74.5GiB": 74.5 * 2**30}.get(text, 80e9)
+    assert plan.Machine.of(8, text).memory == pytest.approx(plan.USABLE * expected)
+
+
+@pytest.mark.parametrize("text", ["much", "80XB", "1.2.3GB"])
+def test_memory_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="plan_device_memory"):
+        plan.Machine.of(8, text)
+
+
+def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
+    flags = ["--plan_devices=4", "--plan_device_memory=16GB", "--plan_tokens_per_second=1e6"]
+    assert main(["main", "--plan", "--workdir", str(tmp_path / "run"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "4 devices, mesh data=4" in printed and "stage2 (lora)" in printed and "warning" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    print(json.dumps([compiled_memory(*case) for case in CASES]))

@@ -1,0 +1,595 @@
+"""What a run will take, before anything runs: parameters, memory of a device by kind, disk and time, from configs and shapes.
+
+B batch, T length, D model, V vocabulary, N heads, H head size, L layers, F intermediate.
+
+`plan` is arithmetic: no weights, no text, no devices. Numbers of parameters, and bytes of what a device holds between steps, are exact.
+What is alive in the middle of a step is estimated from above, kind by kind, as if all kinds were at their largest at the same time.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from tokalign_jax import demo, paths, sharding
+from tokalign_jax.config import ComputeConfig, Config, StageConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.models import hub, remat
+from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.progress import duration, quantity
+from tokalign_jax.text import corpus
+from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.training import loop
+
+STAGES = ("stage1", "stage2")
+MeshSizes = tuple[int, int, int]
+"""Of data, fsdp and tensor."""
+FLOAT = 4
+"""Bytes of a float32."""
+USABLE = 0.92
+"""Share of a device's memory that arrays can have; the rest is the runtime's, and what does not fit between them."""
+BYTES_PER_TOKEN = 4
+"""UTF-8 bytes of a token of ordinary text, to guess how many tokens there will be."""
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bfloat16 FLOP/s of a device, by the start or a word of the name that JAX gives it (the makers' data sheets)."""
+
+
+# --- What is asked ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices that a plan is for."""
+
+    devices: int
+    memory: float
+    """Bytes of a device that arrays can have; infinite where that is not known."""
+    kind: str = ""
+    """What JAX calls them; empty for devices that are not here."""
+    fused_attention: bool = True
+    """Whether attention has a kernel that keeps no logits, as on GPUs and TPUs."""
+
+    @classmethod
+    def of(cls, devices: int = 0, memory: str = "") -> "Machine":
+        """The machine that flags describe (memory as in `80GB`), or the one that is here.
+
+        Raises:
+          UserError: memory that is no number of bytes.
+        """
+        usable = USABLE * _number(memory, "--plan_device_memory", "80GB", _BYTES) if memory else math.inf
+        if devices:
+            return cls(devices, usable)
+        here = jax.devices()
+        limit = (here[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        return cls(len(here), min(usable, limit), here[0].device_kind, here[0].platform != "cpu")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast training is taken to be: the first of these that is known."""
+
+    tokens_per_second: float = 0.0
+    """All devices together, whatever the stage."""
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Tokens a second of one device, by the stage's method."""
+    mfu: float = 0.4
+    """Share of the peak that is reached."""
+    peak: float = 0.0
+    """FLOP/s of a device; 0: by its name, if that is known."""
+
+    @classmethod
+    def of(cls, tokens_per_second: float, measured: str, mfu: float, peak: str) -> "Speed":
+        """From flags; `measured` is a JSON file of benchmarks/train_throughput.py.
+
+        Raises:
+          UserError: a file that is not one, or a peak that is no number.
+        """
+        return cls(
+            tokens_per_second,
+            _measured(Path(measured)) if measured else {},
+            mfu,
+            _number(peak, "--plan_peak", "989TFLOPS", _FLOPS) if peak else 0.0,
+        )
+
+    def seconds(self, tokens: int, flops: float, method: str, machine: Machine) -> tuple[float, str] | None:
+        """How long so many tokens take, and where that is from; None where nothing is known."""
+        if self.tokens_per_second:
+            return tokens / self.tokens_per_second, f"at the {quantity(self.tokens_per_second)} tokens/s given"
+        if rate := self.measured.get(method):
+            return (
+                tokens / rate / machine.devices,
+                f"at the {quantity(rate)} tokens/s measured on one device, times {machine.devices}",
+            )
+        peak = self.peak or next((peak for name, peak in PEAKS.items() if name in machine.kind), 0.0)
+        if not peak:
+            return None
+        rate = self.mfu * peak * machine.devices / (flops / tokens)
+        return tokens / rate, (
+            f"assuming {self.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on each device, {quantity(rate)} tokens/s; not measured"
+        )
+
+
+# --- What is answered ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage."""
+
+    name: str
+    method: str
+    trained: int
+    """Parameters."""
+    frozen: int
+    steps: int
+    sequences: int
+    """Of a step, over all devices."""
+    length: int
+    accumulation: int
+    """Micro-batches of a step."""
+    memory: Mapping[str, int]
+    """Bytes on each device by kind."""
+    seconds: float | None
+    speed: str
+    """What `seconds` come from."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.sequences * self.length
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    machine: Machine
+    mesh: MeshSizes
+    stages: tuple[StagePlan, ...]
+    disk: Mapping[str, int]
+    """Bytes by the folder of the workdir."""
+    disk_free: float
+    warnings: tuple[str, ...]
+
+    def table(self) -> str:
+        """All of it, for the terminal."""
+        lines = [self._devices()]
+        for stage in self.stages:
+            lines += [
+                "",
+                f"{stage.name} ({stage.method}): {quantity(stage.trained)} parameters train, {quantity(stage.frozen)} are frozen",
+                f"  {stage.steps:,} steps of {stage.sequences:,} x {stage.length:,} tokens, each in {stage.accumulation} "
+                f"micro-batch{'es' * (stage.accumulation > 1)}: {quantity(stage.tokens)} tokens",
+                "  time "
+                + ("unknown: give --plan_tokens_per_second" if stage.seconds is None else duration(stage.seconds)),
+                *([f"    {stage.speed}"] if stage.speed else []),
+                *_listed("memory of a device", stage.memory),
+            ]
+        free = "" if self.disk_free == math.inf else f" ({_size(self.disk_free)} free)"
+        lines += ["", *_listed(f"disk{free}", self.disk)]
+        lines += [f"\nwarning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def _devices(self) -> str:
+        machine, (data, fsdp, tensor) = self.machine, self.mesh
+        kind = f" ({machine.kind})" if machine.kind else ""
+        room = "memory unknown" if machine.memory == math.inf else f"{_size(machine.memory)} each for arrays"
+        many = "s" * (machine.devices > 1)
+        return f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor}; {room}"
+
+
+def _listed(what: str, sizes: Mapping[str, int]) -> list[str]:
+    """A sum and what it is made of, as lines."""
+    return [
+        f"  {what:<56} {_size(sum(sizes.values())):>10}",
+        *(f"    {kind:<54} {_size(size):>10}" for kind, size in sizes.items() if size),
+    ]
+
+
+def plan(
+    config: Config,
+    model: ModelConfig,
+    machine: Machine,
+    speed: Speed,
+    text_bytes: int,
+    exported: int,
+    disk_free: float = math.inf,
+) -> Plan:
+    """What a run takes.
+
+    Args:
+      model: with the target vocabulary's rows.
+      text_bytes: UTF-8 bytes of text that are kept.
+      exported: bytes of a parameter in the exported folder.
+      disk_free: bytes.
+
+    Raises:
+      UserError: a mesh or batch that does not fit the devices.
+    """
+    run = {name: stage for name in STAGES if (stage := getattr(config, name)).steps}
+    state = max(loop.state_bytes(getattr(config, name), model) for name in STAGES)
+    mesh = sharding.axis_sizes(config.mesh, machine.devices, state, machine.memory)
+    stages, warnings = [], []
+    for name, stage in run.items():
+        stages.append(_stage(name, stage, config.compute, model, mesh, machine, speed))
+        if stages[-1].total > machine.memory:
+            warnings.append(_too_large(stages[-1], stage, config.compute, model, mesh, machine))
+    disk = disk_bytes(config, model, text_bytes, exported)
+    if sum(disk.values()) > disk_free:
+        warnings.append(
+            f"the disk has {_size(disk_free)} free but the run needs about {_size(sum(disk.values()))}: use another one for "
+            "--workdir, or lower text.budget_bytes, stage1.keep_checkpoints or stage2.keep_checkpoints"
+        )
+    return Plan(machine, mesh, tuple(stages), disk, disk_free, tuple(warnings))
+
+
+def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed) -> Plan:
+    """The plan of a run as configured: reads the model's config, the target tokenizer, and sizes of files."""
+    source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
+    target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
+    model, raw = hub.load_config(source)
+    model = dataclasses.replace(model, vocab_size=vocabulary_size(hub.load_tokenizer(target)))
+    place = (workdir or Path()).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return plan(config, model, machine, speed, text_bytes(config), exported_bytes(config, raw), free)
+
+
+# --- Parameters ---------------------------------------------------------------------------------------------------------
+
+
+def shapes(model: ModelConfig, stage: StageConfig) -> tuple[paths.Tree, paths.Tree]:
+    """Shapes of what trains in a stage and of what is frozen, without the rows that only fill matrices up."""
+    tree = abstract_params(model, loop.lora_spec(stage))
+    return paths.split(tree, lambda path: loop.trains(stage, path))
+
+
+def parameters(tree: paths.Tree) -> int:
+    """How many there are in a tree of shapes."""
+    return sum(math.prod(leaf.shape) for leaf in paths.flatten(tree).values())
+
+
+def elements(tree: paths.Tree, mesh: MeshSizes) -> int:
+    """Of these parameters, elements that one device of the mesh holds, filled up as they are in memory."""
+    abstract, total = _abstract(mesh), 0
+    for path, leaf in paths.flatten(tree).items():
+        shape = sharding.padded_shape(path, leaf.shape)
+        total += math.prod(sharding.sharding_of(path, shape, abstract).shard_shape(shape))
+    return total
+
+
+def _only(pattern: str, tree: paths.Tree) -> paths.Tree:
+    """The part of a tree whose paths the expression is found in."""
+    return paths.split(tree, lambda path: bool(re.search(pattern, path)))[0]
+
+
+def _abstract(mesh: MeshSizes) -> Mesh:
+    """A mesh without devices, which is enough for shapes."""
+    return cast(Mesh, AbstractMesh(mesh, (sharding.DATA, sharding.FSDP, sharding.TENSOR)))
+
+
+# --- Memory -------------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(name: str, stage: StageConfig, mesh: MeshSizes) -> tuple[int, int]:
+    """How often a step runs the model, and how many sequences a device then holds.
+
+    Raises:
+      UserError: the step's sequences cannot be dealt to the devices.
+    """
+    together = loop.micro_batch(name, stage, _abstract(mesh))
+    return stage.batch_size // together, together // (mesh[0] * mesh[1])
+
+
+def memory(
+    name: str, stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes, fused_attention: bool
+) -> dict[str, int]:
+    """Bytes on each device by kind.
+
+    The first three kinds are exact, and there all the time. The rest is there for a part of a step: in float32 on a CPU, 1.0 to 1.3
+    times what XLA then asks for (tests/test_plan.py).
+    """
+    trained, frozen = shapes(model, stage)
+    size = jnp.dtype(compute.dtype).itemsize
+    accumulation, held = micro_batches(name, stage, mesh)
+    tokens = held * stage.sequence_length
+    train = FLOAT * elements(trained, mesh)
+    work = {  # one after the other
+        "one layer": _layer(model, compute, tokens, mesh, stage, fused_attention)
+        + _gathered(model, trained, size, mesh),
+        f"logits of {min(compute.loss_chunk, tokens):,} tokens": _logits(model, compute, tokens, mesh),
+    }
+    most = max(work, key=work.__getitem__)
+    return {
+        "parameters that train (float32)": train,
+        f"frozen parameters ({compute.dtype})": size * elements(frozen, mesh),
+        "Adam's two moments (float32)": 2 * train,
+        f"projections that train, in {compute.dtype}": 0
+        if size == FLOAT
+        else size * elements(_only("_proj/", trained), mesh),
+        "gradients (float32)": train,
+        "gradients summed over micro-batches (float32)": train if accumulation > 1 else 0,
+        f"activations kept (remat={compute.remat})": _kept(model, compute, tokens, mesh),
+        f"largest work at once ({most})": work[most],
+    }
+
+
+def _kept(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
+    """What layers keep; of a layer's inputs every device of `tensor` has a copy, of the rest its share."""
+    inputs = remat.activation_bytes(model, "layer", compute.dtype)
+    rest = remat.activation_bytes(model, compute.remat, compute.dtype) - inputs
+    return tokens * (inputs + rest // mesh[2])
+
+
+def _layer(
+    model: ModelConfig,
+    compute: ComputeConfig,
+    tokens: int,
+    mesh: MeshSizes,
+    stage: StageConfig,
+    fused_attention: bool,
+) -> int:
+    """What the backward pass of a layer works with: everything computed in it, and gradients of the same sizes."""
+    size = jnp.dtype(compute.dtype).itemsize
+    active = model.experts.per_token if model.experts else 1
+    wide = model.num_heads * model.head_dim * 3 + 2 * model.num_kv_heads * model.head_dim
+    wide += (3 if model.gated_mlp else 2) * model.intermediate_size * active
+    narrow = 4 * model.hidden_size
+    per_token = 2 * size * (wide // mesh[2] + narrow) + 3 * FLOAT * model.hidden_size
+    if stage.method == "lora" and stage.lora.dropout:
+        # What each projection reads, with some of it dropped, and the random bits that say which.
+        read = 4 * model.hidden_size + model.num_heads * model.head_dim + model.intermediate_size * active
+        per_token += (2 * size + 2 * FLOAT) * (read + model.hidden_size * model.gated_mlp)
+    if fused_attention:
+        return tokens * per_token
+    # The fallback's logits and their gradients, of one block of queries.
+    queries = stage.sequence_length if stage.sequence_length <= LONGEST_WHOLE else QUERY_BLOCK
+    return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
+
+
+def _gathered(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSizes) -> int:
+    """One layer's matrices put together from the devices of `fsdp`, the next ones' on their way, and one layer's gradients."""
+    if mesh[1] == 1:
+        return 0
+    weights = elements(_only("^layers/", abstract_params(model)), (1, 1, mesh[2])) // model.num_layers
+    gradients = elements(_only("^layers/", trained), (1, 1, mesh[2])) // model.num_layers
+    return 2 * size * weights + FLOAT * gradients
+
+
+def _logits(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
+    """The head in the compute type; a chunk's logits and softmax in float32, and their gradient; hidden states and theirs."""
+    size = jnp.dtype(compute.dtype).itemsize
+    rows = -(-model.vocab_size // sharding.ROWS) * sharding.ROWS // (mesh[1] * mesh[2])
+    head = rows * model.hidden_size * size if size != FLOAT else 0
+    chunk = min(compute.loss_chunk, tokens) * mesh[1]  # of the devices that have other rows
+    return head + chunk * rows * (2 * FLOAT + size) + 2 * tokens * model.hidden_size * size
+
+
+# --- Work ---------------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
+    """Operations that a training step needs for a token, recomputation not counted, attention over all T (PaLM, appendix B).
+
+    2 for each parameter of a matrix product and token forward, 2 backward to its input, 2 to its weights where these train; in attention
+    4 N H T forward and twice that backward.
+    """
+    trained, frozen = shapes(model, stage)
+    active = model.experts.per_token / model.experts.count if model.experts else 1.0
+
+    def products(tree: paths.Tree) -> float:
+        sizes = {
+            path: math.prod(leaf.shape) * (active if "experts/" in path else 1)
+            for path, leaf in paths.flatten(tree).items()
+            if re.search(r"(kernel|lora_[ab])$", path)
+            or (model.tie_word_embeddings and path == "embed_tokens/embedding")
+        }
+        return sum(sizes.values())
+
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
+    return 6 * products(trained) + 4 * products(frozen) + 3 * attention
+
+
+def _stage(
+    name: str,
+    stage: StageConfig,
+    compute: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshSizes,
+    machine: Machine,
+    speed: Speed,
+) -> StagePlan:
+    trained, frozen = shapes(model, stage)
+    tokens = stage.steps * stage.batch_size * stage.sequence_length
+    found = speed.seconds(tokens, tokens * flops_per_token(model, stage), stage.method, machine)
+    return StagePlan(
+        name,
+        stage.method,
+        parameters(trained),
+        parameters(frozen),
+        stage.steps,
+        stage.batch_size,
+        stage.sequence_length,
+        micro_batches(name, stage, mesh)[0],
+        memory(name, stage, compute, model, mesh, machine.fused_attention),
+        *(found or (None, "")),
+    )
+
+
+# --- Disk ---------------------------------------------------------------------------------------------------------------
+
+
+def text_bytes(config: Config) -> int:
+    """UTF-8 bytes of text that a run keeps, as far as sizes of files tell."""
+    files = [Path(name) for name in corpus.names(config)]
+    # Compressed text unfolds to about five times its size; of a hub data set only the budget is known.
+    sizes = [5 * file.stat().st_size if file.exists() else config.text.budget_bytes for file in files]
+    return min(config.text.budget_bytes, sum(sizes))
+
+
+def exported_bytes(config: Config, raw: Mapping[str, Any]) -> int:
+    """Bytes of a parameter in the exported folder, from the source's config.json."""
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return jnp.dtype(dtype if config.export.dtype == "source" else config.export.dtype).itemsize
+
+
+def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> dict[str, int]:
+    """Bytes by folder of the workdir.
+
+    Args: as for `plan`; `text` are its `text_bytes`.
+    """
+    everything = parameters(abstract_params(model))
+    disk = {
+        "corpus": text // 3,  # compressed
+        # Token ids of the source in two bytes or four, of the target by its rows.
+        "tokens": text // BYTES_PER_TOKEN * (FLOAT + (2 if model.vocab_size <= 1 << 16 else FLOAT)),
+        "init": FLOAT * everything,
+    }
+    for name in STAGES:
+        stage: StageConfig = getattr(config, name)
+        # What trains and Adam's two moments; a new one is written before the oldest goes.
+        one = 3 * FLOAT * parameters(shapes(model, stage)[0])
+        disk[name] = one * (stage.keep_checkpoints + 1) if stage.steps else 0
+    return {**disk, "export": exported * everything}
+
+
+# --- What to do ---------------------------------------------------------------------------------------------------------
+
+
+def _too_large(
+    planned: StagePlan,
+    stage: StageConfig,
+    compute: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshSizes,
+    machine: Machine,
+) -> str:
+    """That a stage will not fit, and with which settings it would: each by itself, or else several together."""
+
+    def needed(choice: _Choice) -> int:
+        return sum(memory(planned.name, *choice, machine.fused_attention).values())
+
+    alone: dict[str, str] = {}
+    together, choice = [], (stage, compute, model, mesh)
+    for key, changes in _CHANGES.items():
+        key = key.replace("stage.", f"{planned.name}.")
+        for value, changed in changes(stage, compute, model, mesh):
+            if key not in alone and needed(changed) <= machine.memory:
+                alone[key] = f"{key}={value} ({_size(needed(changed))})"
+        if needed(choice) > machine.memory:
+            for value, changed in list(changes(*choice))[-1:]:
+                together, choice = [*together, f"{key}={value}"], changed
+    if alone:
+        remedy = f"it would with {', or '.join(alone.values())}"
+    elif needed(choice) <= machine.memory:
+        remedy = f"it would with {', '.join(together)} together ({_size(needed(choice))})"
+    else:
+        remedy = "no settings change that: use more or larger devices"
+    return (
+        f"{planned.name} will not fit: it needs about {_size(planned.total)} on each device, which has {_size(machine.memory)} for "
+        f"arrays; {remedy}"
+    )
+
+
+_Choice = tuple[StageConfig, ComputeConfig, ModelConfig, MeshSizes]
+_Changes = Iterator[tuple[Any, _Choice]]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    """Powers of two below a value, the largest first."""
+    return [2**n for n in reversed(range(value.bit_length())) if least <= 2**n < value]
+
+
+def _fewer_sequences(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
+    for batch in _halves(stage.per_device_batch, 1):
+        yield batch, (dataclasses.replace(stage, per_device_batch=batch), compute, model, mesh)
+
+
+def _less_kept(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
+    for policy in remat.POLICIES[remat.POLICIES.index(compute.remat) + 1 :]:
+        yield policy, (stage, dataclasses.replace(compute, remat=policy), model, mesh)
+
+
+def _smaller_chunks(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
+    for chunk in _halves(compute.loss_chunk, 128):
+        yield chunk, (stage, dataclasses.replace(compute, loss_chunk=chunk), model, mesh)
+
+
+def _more_parts(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
+    data, fsdp, tensor = mesh
+    for more in (n for n in range(2, data + 1) if data % n == 0 and sharding.ROWS % (fsdp * n * tensor) == 0):
+        yield fsdp * more, (stage, compute, model, (data // more, fsdp * more, tensor))
+
+
+def _adapters(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
+    if stage.method == "full":
+        yield "lora", (dataclasses.replace(stage, method="lora"), compute, model, mesh)
+
+
+_CHANGES: dict[str, Callable[..., _Changes]] = {
+    "mesh.fsdp": _more_parts,
+    "compute.loss_chunk": _smaller_chunks,
+    "stage.per_device_batch": _fewer_sequences,
+    "compute.remat": _less_kept,
+    "stage.method": _adapters,
+}
+"""What saves memory, with the least change of each first; in order of what it costs, the last also in what is learned."""
+
+
+# --- Small things -------------------------------------------------------------------------------------------------------
+
+_BYTES = {"": 1, "B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}} | {
+    f"{letter}iB": 1024**n for n, letter in enumerate("KMGT", 1)
+}
+_FLOPS = {"": 1, **{f"{letter}FLOPS": 1000**n for n, letter in enumerate(("K", "M", "G", "T", "P"), 1)}}
+
+
+def _number(text: str, flag: str, example: str, units: Mapping[str, float]) -> float:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in units.items()}
+    try:
+        number, unit = match.groups() if match else ("", "")
+        return float(number) * units[unit.lower()]
+    except (ValueError, KeyError):
+        raise UserError(f"{flag}={text}: expected a number and a unit, such as {example}") from None
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 99.5e9 else f"{size / 1e9:.0f} GB"
+
+
+def _measured(file: Path) -> dict[str, float]:
+    """Tokens a second of one device by method, from what benchmarks/train_throughput.py writes.
+
+    Raises:
+      UserError: it does not hold that.
+    """
+    try:
+        rows = json.loads(file.read_text())
+        return {row["method"]: row["tokens_per_second"] / row["devices"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--plan_throughput={file}: expected a JSON list of rows with method, tokens_per_second and devices ({error})"
+        ) from error
