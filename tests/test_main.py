@@ -25,6 +25,15 @@ def run(monkeypatch, work, *flags: str) -> int:
     return main.main(["main", "--workdir", "nowhere", *flags])
 
 
+def test_the_default_config_can_be_overridden(monkeypatch):
+    seen = []
+    pipeline = SimpleNamespace(run=lambda config, *_: seen.append(config.stage1.steps))
+    monkeypatch.setitem(sys.modules, "tokalign_jax.pipeline", pipeline)
+    monkeypatch.setattr(tokalign_jax, "pipeline", pipeline, raising=False)
+    assert main.main(["main", "--config.stage1.steps=7", "--workdir", "nowhere"]) == 0
+    assert seen == [7]
+
+
 def fail(error: Exception):
     raise error
 

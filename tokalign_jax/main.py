@@ -154,8 +154,8 @@ def _with_known_config_path(argv: list[str]) -> list[str]:
     argv = list(argv)
     place = next((i for i, a in enumerate(argv) if a in ("--config", "-config") or a.startswith("--config=")), None)
     if place is None:
-        given, where = DEFAULT_CONFIG, len(argv)
-        argv.append("")
+        given, where = DEFAULT_CONFIG, 1  # before overrides of it
+        argv.insert(where, "")
     elif "=" in argv[place]:
         given, where = argv[place].partition("=")[2], place
     elif place + 1 < len(argv):

@@ -577,7 +577,7 @@ def _number(text: str, flag: str, example: str, units: Mapping[str, float]) -> f
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size < 99.5e9 else f"{size / 1e9:.0f} GB"
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 def _measured(file: Path) -> dict[str, float]:
