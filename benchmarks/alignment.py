@@ -106,7 +106,7 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
         text=text,
         stage1=stage,
         stage2=dataclasses.replace(stage, method="full", learning_rate=5e-5, start_offset="after_previous"),
-        compute=ComputeConfig(dtype=arguments.dtype, remat=False, loss_chunk=8192),
+        compute=ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=8192),
         evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
     )
     config = dataclasses.replace(

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.stage2.start_offset = "after_previous"
 
     config.compute.dtype = "float32"
-    config.compute.remat = False
+    config.compute.remat = "dots"
     config.evaluation.bytes_per_language = 20_000
     config.evaluation.sequence_length = 256
     return config

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_params, toy_shards
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
@@ -23,7 +24,6 @@ from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 from tokalign_jax.training.loop import load_final, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll
-from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_params, toy_shards
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
 STEP = replace(STAGE, steps=3, batch_size=16, per_device_batch=1, checkpoint_every=3)
@@ -95,7 +95,9 @@ def training(shape, model, method):
         if parts > 1 and path.endswith(("embedding", "lm_head/kernel")):
             assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
     if parts > 1:
-        assert any("_proj/kernel" in p and not x.sharding.is_fully_replicated for p, x in paths.flatten(many.params).items())
+        assert any(
+            "_proj/kernel" in p and not x.sharding.is_fully_replicated for p, x in paths.flatten(many.params).items()
+        )
 
 
 # --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
@@ -106,7 +108,10 @@ def files(shape):
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model_folder(Path(folder) / "model", "llama")
         config, raw = hub.load_config(model)
-        host, placed = huggingface.load_params(model, config), huggingface.load_params(model, config, mesh=mesh_of(shape))
+        host, placed = (
+            huggingface.load_params(model, config),
+            huggingface.load_params(model, config, mesh=mesh_of(shape)),
+        )
         close(sharding.unpadded(placed, config.vocab_size), host, 0)
         tokenizer = AutoTokenizer.from_pretrained(model)
         for name, params in (("host", host), ("placed", placed)):

@@ -64,7 +64,7 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"stage1": {"steps": 1.5}}, ("stage1.steps", "1.5")),
         ({"stage2": {"method": "half"}}, ("stage2.method", "half", "lora")),
         ({"stage1": {"learning_rate": "2e-5"}}, ("stage1.learning_rate", "2e-5", "float")),
-        ({"compute": {"remat": 1}}, ("compute.remat", "bool")),
+        ({"compute": {"remat": True}}, ("compute.remat", "layer")),
         ({"stage1": {"steps": -1}}, ("stage1.steps", "-1")),
         ({"stage1": {"per_device_batch": 0}}, ("stage1.per_device_batch", "0")),
         ({"text": {"held_out_fraction": 1.5}}, ("text.held_out_fraction", "1.5")),

@@ -1,7 +1,10 @@
 """The pipeline's bookkeeping, and whole runs of every config on tiny local models."""
 
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax import main, pipeline
+from tokalign_jax.models.model_card import front_matter
 
 REPOSITORY = Path(__file__).parents[1]
 WORDS = "the a model token row text of and in is new old head layer step rate corpus align vector count 数学 день été".split()
@@ -261,6 +265,72 @@ def test_command_line_exit_codes(tmp_path):
     assert code("--help") == 0
     assert code("--config=configs/nothing.py", f"--workdir={tmp_path}/run") == 2
     assert code() == 2
+
+
+def test_two_processes_do_what_one_does(inputs, tmp_path):
+    """Every stage, with parameters split over the devices of both; then the same command has nothing left to do."""
+    overrides = (
+        "--config.compute.dtype=float32",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.initialization.rows_multiple_of=64",
+    )
+    assert main.main(arguments(inputs, "llama", tmp_path / "one", "optimal", *overrides[:1], overrides[-1])) == 0
+    command = [sys.executable, "-m", "tokalign_jax.main"]
+    command += arguments(inputs, "llama", tmp_path / "two", "optimal", *overrides)[1:]
+
+    def run() -> str:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_PLATFORMS": "cpu",
+        }
+        both = [
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=environment | {"JAX_PROCESS_ID": str(i)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=400)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+        assert "stage1" in said[0] and "stage1" not in said[1]  # one speaks for all
+        return said[0]
+
+    assert "on 4 cpu devices" in run()
+    one, two = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and one["model.embed_tokens.weight"].shape[0] % 64 == 0
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+    scores = [
+        json.loads((tmp_path / name / "report" / "report.json").read_text())["languages"]["all"]["bits_per_byte"]
+        for name in ("one", "two")
+    ]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+    assert "report: finished, skipped" in run()
+
+
+def test_the_export_has_a_card_and_the_terms_of_the_source(inputs, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(inputs["llama"], source)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\nA small model.\n")
+    (source / "LICENSE").write_text("the terms")
+    workdir = tmp_path / "run"
+    assert main.main(arguments(inputs | {"llama": source}, "llama", workdir, "ultra_quick_demo")) == 0
+    export = workdir / "export"
+    metadata = front_matter((export / "README.md").read_text())
+    assert metadata["license"] == "apache-2.0" and set(metadata["language"]) == {"en", "fr"}
+    assert (export / "LICENSE").read_text() == "the terms"
+    text = (export / "README.md").read_text()
+    assert "stage1.learning_rate" in text and "initialised" in text and "exact" in text
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the larger models and tokenizers of ../shared")

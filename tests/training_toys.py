@@ -70,7 +70,7 @@ STAGE = StageConfig(
     start_offset=0,
     lora=LoraConfig(rank=3, alpha=6.0, dropout=0.1),
 )
-CONFIG = Config(compute=ComputeConfig(dtype="float32", remat=False, loss_chunk=10))
+CONFIG = Config(compute=ComputeConfig(dtype="float32", remat="dots", loss_chunk=10))
 
 
 @dataclass

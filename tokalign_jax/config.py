@@ -91,8 +91,11 @@ class AlignmentConfig:
 
 @dataclass(frozen=True)
 class InitializationConfig:
-    """What the source model itself teaches about rows that the alignment composes (alignment.method `composed` only)."""
+    """Rows of the new vocabulary; what the source model itself teaches about them with alignment.method `composed` only."""
 
+    rows_multiple_of: int = 1
+    """Embedding and head get a number of rows that is a multiple of this (64 or 128 suits tensor cores of serving engines); rows without a
+    token are the mean of all others."""
     tokens: int = 20_000_000
     """Source tokens of the corpus that the source model reads for it; 0: rows stay the alignment's mixtures."""
     learned: float = 0.5
@@ -165,8 +168,9 @@ class ComputeConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of weights that do not train; what trains has float32 masters."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    remat: Literal["auto", "dots", "attention", "layer"] = "auto"
+    """What a layer keeps for its backward pass: `dots` (results of all matrix products), `attention` (those around attention), `layer`
+    (its input alone; all else is computed again); `auto`: the most that fits in the memory of the devices."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at once in the cross-entropy."""
 
@@ -210,6 +214,8 @@ class ExportConfig:
     """Type of the written weights; `source`: each weight keeps the type it had."""
     max_shard_bytes: int = 5_000_000_000
     """Size past which the weights are split over several files."""
+    push_to_hub: str = ""
+    """Hub repository (`owner/name`) that the folder is uploaded to when it is whole, made private if it is new; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +345,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "pivots": (1, math.inf),
     "top_k": (1, math.inf),
     "tokens": (0, math.inf),
+    "rows_multiple_of": (1, math.inf),
     "learned": (0, 1),
     "calibration": (0, 1),
     "neighbours": (1, math.inf),

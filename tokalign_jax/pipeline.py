@@ -131,6 +131,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             together=True,
         ),
         *(training(name) for name in models[1:]),
+        *(evaluation(state) for state in [*baselines, *models]),
         Stage(
             "export",
             f"write the Hugging Face folder of {exported}",
@@ -139,7 +140,6 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             lambda c: stages.export(c, reached),
             together=True,
         ),
-        *(evaluation(state) for state in [*baselines, *models]),
         Stage(
             "report",
             "tables, JSON and a picture",

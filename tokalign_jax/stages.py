@@ -18,12 +18,13 @@ from tokalign_jax import demo, distributed, sharding
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import bits_per_byte, samples
+from tokalign_jax.evaluation import bits_per_byte, card, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import initialization
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import merge_lora
+from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.progress import Log
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text import tokenizing
@@ -208,8 +209,8 @@ def init(context: Context) -> None:
     aligned = alignment.load(
         context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
     )
-    new_config, new = initialization.initialize(config, params, aligned)
     settings = context.config
+    new_config, new = initialization.initialize(config, params, aligned, settings.initialization.rows_multiple_of)
     if settings.alignment.method == "composed" and not settings.alignment.file and settings.initialization.tokens:
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0])
@@ -263,7 +264,19 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     _, raw = context.source_model
     folder = context.folder("export")
     _write(context, "export", config, params, raw, context.config.export.dtype)
-    return {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())}
+    return distributed.on_first(lambda: _publish(context, states, config, folder))
+
+
+def _publish(context: Context, states: Sequence[str], model: ModelConfig, folder: Path) -> Mapping[str, Any]:
+    """Adds the model card and the source's licence to a written folder, and pushes it where that is asked for."""
+    terms = hub.copy_terms(context.source_folder, folder)
+    facts = card.facts(context.config, context.workdir, states, model, context.source_folder, terms)
+    (folder / CARD).write_text(model_card(facts), encoding="utf-8")
+    done = {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())}
+    if repository := context.config.export.push_to_hub:
+        done["pushed_to"] = hub.push_to_hub(folder, repository)
+        context.log(f"export: pushed to {done['pushed_to']}")
+    return done
 
 
 def _write(context: Context, name: str, config: ModelConfig, params: dict, raw: dict[str, Any], dtypes: str) -> None:

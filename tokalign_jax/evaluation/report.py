@@ -45,7 +45,7 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
     after = next(s for s in states if s != "source")
     languages = {}
     for language in [*scores["source"]["languages"], EVERYTHING]:
-        of = {state: _pooled(scores[state]["languages"], language) for state in states}
+        of = {state: pooled(scores[state]["languages"], language) for state in states}
         languages[language] = {
             "bytes": of["source"]["bytes"],
             "bytes_per_token": {
@@ -67,7 +67,7 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
         "samples": _side_by_side(scores),
         "seconds": {name: record["seconds"] for name, record in records.items() if "seconds" in record},
         "config": config_to_dict(config),
-        "versions": {**{p: _version(p) for p in PACKAGES}, "python": platform.python_version()},
+        "versions": {**{p: version(p) for p in PACKAGES}, "python": platform.python_version()},
         "devices": [str(d.device_kind) for d in jax.devices()],
     }
 
@@ -76,14 +76,14 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed as a package"
 
 
-def _pooled(languages: Mapping[str, Mapping[str, float]], language: str) -> dict[str, float]:
+def pooled(languages: Mapping[str, Mapping[str, float]], language: str) -> dict[str, float]:
     """Sums over one language, or over all of them."""
     chosen = (of for name, of in languages.items() if language in (name, EVERYTHING))
     scores = (Score(of["nats"], int(of["tokens"]), int(of["bytes"])) for of in chosen)

@@ -34,15 +34,16 @@ COMPOSED = (Rule.PIECES, Rule.SIMILAR)
 """Rules of tokens whose rows can be learned: they are spelled with source tokens, and are none of them."""
 
 
-def initialize(config: ModelConfig, params: dict, aligned: Alignment) -> tuple[ModelConfig, dict]:
+def initialize(config: ModelConfig, params: dict, aligned: Alignment, multiple_of: int = 1) -> tuple[ModelConfig, dict]:
     """Rows of the new vocabulary as mixtures of source rows (TokAlign, step 4; the published one has one source row each).
 
     Args:
       params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape [V_source, D].
       aligned: mixtures of V_target rows over V_source tokens.
+      multiple_of: the number of rows is one; those that it takes beyond V_target are the mean of the others.
 
     Returns:
-      The config with the new vocabulary size, and parameters whose vocabulary matrices are [V_target, D], float32.
+      The config with the new number of rows R, and parameters whose vocabulary matrices are [R, D], float32.
     """
     rows = sharding.to_host(params["embed_tokens"]["embedding"])
     new = dict(params)
@@ -51,7 +52,13 @@ def initialize(config: ModelConfig, params: dict, aligned: Alignment) -> tuple[M
         new["lm_head"] = {"kernel": head_rows(sharding.to_host(params["lm_head"]["kernel"]), aligned)}
     else:  # the head's rule: a row that is wrong there costs more than one that is wrong at the input
         new["embed_tokens"] = {"embedding": head_rows(rows, aligned)}
-    return dataclasses.replace(config, vocab_size=aligned.target_size), new
+    size = -(-aligned.target_size // multiple_of) * multiple_of
+    for group, leaf in MATRICES:
+        if group in new and size > aligned.target_size:
+            made = new[group][leaf]
+            more = np.repeat(made.mean(axis=0, keepdims=True), size - len(made), axis=0)
+            new[group] = {leaf: np.concatenate([made, more])}
+    return dataclasses.replace(config, vocab_size=size), new
 
 
 def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.ndarray, "V_t D"]:
@@ -127,8 +134,9 @@ def learn(
         target.config, new, target.shards, jnp.dtype(config.compute.dtype), mesh, config.seed
     )
     group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in new)
-    moved = np.asarray(new[group][leaf]) + config.initialization.calibration * moves[:, None] * direction
-    new[group] = {leaf: moved.astype(np.float32)}
+    moved = np.array(new[group][leaf], np.float32)
+    moved[: len(moves)] += config.initialization.calibration * moves[:, None] * direction
+    new[group] = {leaf: moved}
     return new
 
 

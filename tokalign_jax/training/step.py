@@ -53,12 +53,11 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
     """The language-model loss over parameters that are split in a trainable and a frozen tree."""
     dtype = jnp.dtype(compute.dtype)
     head = head_of(model_config, compute)
+    remat = "dots" if compute.remat == "auto" else compute.remat
 
     def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array) -> Float[Array, ""]:
         params = paths.merge(trainable, frozen)
-        hidden = forward(
-            model_config, params, tokens[:, :-1], lora=lora, dropout_key=keys, dtype=dtype, remat=compute.remat
-        )
+        hidden = forward(model_config, params, tokens[:, :-1], lora=lora, dropout_key=keys, dtype=dtype, remat=remat)
         total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head)
         return total / count
 

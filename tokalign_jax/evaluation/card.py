@@ -1,0 +1,70 @@
+"""The facts of a run for the model card of what it exports: all that its stages have left so far."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax.config import Config, config_to_dict
+from tokalign_jax.evaluation.report import EVERYTHING, PACKAGES, TITLES, pooled, version
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.model_card import CARD, CardFacts, main_settings
+from tokalign_jax.text import corpus
+
+
+def facts(
+    config: Config, workdir: Path, states: Sequence[str], model: ModelConfig, source_folder: Path, terms: Sequence[str]
+) -> CardFacts:
+    """What is known of the run in `workdir`; what no stage has left yet is not told.
+
+    Args:
+      states: of the model, up to the exported one.
+      model: that is exported.
+      source_folder: of the source model, for its own card.
+      terms: names of its licence files that were copied.
+    """
+    scores = {
+        TITLES[s]: _read(workdir / "evaluate" / s / "scores.json").get("languages", {}) for s in ("source", *states)
+    }
+    scores = {title: languages for title, languages in scores.items() if languages}
+    aligned, tokens = _read(workdir / "align" / "summary.json"), workdir / "tokens"
+    indices = {side: _read(tokens / side / "index.json") for side in ("source", "target")}
+    card = source_folder / CARD
+    return CardFacts(
+        base_model=config.source_model,
+        target_tokenizer=config.target_tokenizer,
+        name=config.export.push_to_hub or ".",
+        base_card=card.read_text(encoding="utf-8") if card.is_file() else "",
+        terms=terms,
+        model_type=model.model_type,
+        source_tokens=aligned.get("source_size", 0),
+        target_tokens=aligned.get("target_size", 0),
+        rows=model.vocab_size,
+        settings=main_settings(config_to_dict(config)),
+        rules=aligned.get("rules", {}),
+        corpus=corpus.names(config),
+        corpus_bytes={
+            language: of["train_bytes"]
+            for language, of in _read(workdir / "corpus" / "summary.json").get("languages", {}).items()
+        },
+        bits_per_byte={title: _figures(languages, "bits_per_byte") for title, languages in scores.items()},
+        bytes_per_token={
+            side: _figures(_read(workdir / "evaluate" / state / "scores.json").get("languages", {}), "bytes_per_token")
+            for side, state in (("source", "source"), ("target", states[-1]))
+            if scores
+        },
+        loses=indices["target"].get("loses", ()),
+        special=aligned.get("special", ()),
+        versions={**{package: version(package) for package in PACKAGES}, "python": platform.python_version()},
+    )
+
+
+def _figures(languages: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
+    """By language, and over the bytes of all."""
+    found = {language: of[name] for language, of in languages.items()}
+    return found | ({EVERYTHING: pooled(languages, EVERYTHING)[name]} if len(found) > 1 else {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
