@@ -1,34 +1,31 @@
 """What layers keep and compute again: bytes and products of compiled programs, against what is promised."""
 
-import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_model
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from training_toys import LLAMA, NEOX
 
 from tokalign_jax import paths
-from tokalign_jax.models import attention, families, remat
+from tokalign_jax.models import attention, remat
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import abstract_params, forward
 
 TOKENS = 2, 64
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "max_positions": 64}
 MODELS = {
-    "parallel": ("gpt_neox", {}),
-    "one after the other": ("gpt_neox", {"use_parallel_residual": False}),
-    "gated": ("llama", {"head_dim": 24}),
+    "parallel": replace(NEOX, **SIZES),
+    "one after the other": replace(NEOX, **SIZES, parallel_residual=False),
+    "gated": replace(LLAMA, **SIZES | {"head_dim": 24}),
 }
 EACH_MODEL = pytest.mark.parametrize("model", MODELS)
 
 
-@functools.cache
 def config_of(model: str, layers: int = 4):
-    family, options = MODELS[model]
-    hf_config = tiny_model(family, 20, hidden_size=64, intermediate_size=192, **options).config.to_dict()
-    config = families.config_from_hf(hf_config)
+    config = MODELS[model]
     return replace(config, num_layers=layers, layer_kinds=config.layer_kinds[:1] * layers)
 
 
@@ -118,7 +115,7 @@ def test_no_policy_changes_a_gradient():
     random = np.random.default_rng(0)
     shapes = abstract_params(config, spec)
     params = jax.tree.map(lambda leaf: 0.2 * random.standard_normal(leaf.shape, np.float32), shapes)
-    tokens = random.integers(20, size=(2, 32), dtype=np.int32)
+    tokens = random.integers(config.vocab_size, size=(2, 32), dtype=np.int32)
 
     def gradients(policy):
         def loss(params):
