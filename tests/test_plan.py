@@ -19,6 +19,7 @@ from tokalign_jax import paths, plan, sharding
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.main import main
+from tokalign_jax.models import remat
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import init_params
 from tokalign_jax.training import loop
@@ -92,6 +93,7 @@ def compiled() -> list[dict[str, int]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
 def test_memory_is_what_compiled_steps_take(compiled, case):
     name, method, mesh, sequences, remat = CASES[case]
@@ -113,9 +115,13 @@ def test_memory_is_what_compiled_steps_take(compiled, case):
 def test_parameters_are_those_of_real_trees(name, method, tied):
     model = replace((LLAMA if name == "llama" else NEOX), tie_word_embeddings=tied)
     stage = replace(STAGE, method=method, lora=LoraConfig(rank=3))
-    params = init_params(model, jax.random.key(0))
-    if spec := loop.lora_spec(stage):
-        params = add_lora(params, spec, jax.random.key(1))
+
+    def make(key):
+        params = init_params(model, key)
+        spec = loop.lora_spec(stage)
+        return add_lora(params, spec, key) if spec else params
+
+    params = jax.eval_shape(make, jax.random.key(0))
     trained, frozen = plan.shapes(model, stage)
     leaves = paths.flatten(params)
     for tree, trains in ((trained, True), (frozen, False)):
@@ -203,6 +209,21 @@ def test_what_will_not_fit_is_told_with_what_would():
     assert planned(devices=8, memory="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
 
 
+def test_auto_keeps_the_most_that_fits():
+    auto = replace(CONFIG, compute=ComputeConfig())
+    kept = lambda found: [kind for stage in found.stages for kind in stage.memory if "kept" in kind]  # noqa: E731
+    assert kept(planned(auto)) == ["activations kept (remat=dots)"] * 2
+    crowded = replace(auto, stage1=replace(CONFIG.stage1, per_device_batch=16), stage2=replace(CONFIG.stage2, steps=0))
+    needs = [planned(replace(crowded, compute=ComputeConfig(remat=p))).stages[0].total for p in remat.POLICIES]
+    assert needs[0] > needs[1] > needs[2]
+    for policy, enough in zip(remat.POLICIES, needs):
+        assert kept(planned(crowded, memory=f"{enough / plan.USABLE + 1:.0f}")) == [
+            f"activations kept (remat={policy})"
+        ]
+    found = planned(crowded, memory=f"{needs[2] / 2:.0f}")
+    assert kept(found) == ["activations kept (remat=layer)"] and found.warnings
+
+
 def test_the_disk_and_the_batch_are_looked_at():
     assert "--workdir" in planned(disk_free=1e9).warnings[-1]
     with pytest.raises(UserError, match=r"stage1.batch_size is 64 .* multiple of 7"):
@@ -250,6 +271,8 @@ def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "4 devices, mesh data=4" in printed and "stage2 (lora)" in printed and "warning" not in printed
     assert not list(tmp_path.iterdir())
+    assert main(["main", "--plan", "--plan_devices=1", "--plan_device_memory=5MB"]) == 0
+    assert "warning: stage1 will not fit" in capsys.readouterr().out
 
 
 if __name__ == "__main__":

@@ -232,9 +232,10 @@ def plan(
     mesh = sharding.axis_sizes(config.mesh, machine.devices, state, machine.memory)
     stages, warnings = [], []
     for name, stage in run.items():
-        stages.append(_stage(name, stage, config.compute, model, mesh, machine, speed))
+        compute = resolved(name, stage, config.compute, model, mesh, machine)
+        stages.append(_stage(name, stage, compute, model, mesh, machine, speed))
         if stages[-1].total > machine.memory:
-            warnings.append(_too_large(stages[-1], stage, config.compute, model, mesh, machine))
+            warnings.append(_too_large(stages[-1], stage, compute, model, mesh, machine))
     disk = disk_bytes(config, model, text_bytes, exported)
     if sum(disk.values()) > disk_free:
         warnings.append(
@@ -249,7 +250,9 @@ def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed)
     source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
     target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
     model, raw = hub.load_config(source)
-    model = dataclasses.replace(model, vocab_size=vocabulary_size(hub.load_tokenizer(target)))
+    multiple = config.initialization.rows_multiple_of
+    rows = -(-vocabulary_size(hub.load_tokenizer(target)) // multiple) * multiple
+    model = dataclasses.replace(model, vocab_size=rows)
     place = (workdir or Path()).absolute()
     while not place.exists():
         place = place.parent
@@ -336,10 +339,29 @@ def memory(
     }
 
 
+def resolved(
+    name: str, stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes, machine: Machine
+) -> ComputeConfig:
+    """`compute` with a policy in the place of `remat=auto`: the one that keeps most of those with which the stage fits."""
+    if compute.remat != "auto":
+        return compute
+    choices = [dataclasses.replace(compute, remat=policy) for policy in remat.POLICIES]
+    for choice in choices:
+        if sum(memory(name, stage, choice, model, mesh, machine.fused_attention).values()) <= machine.memory:
+            return choice
+    return choices[-1]
+
+
+def _policy(compute: ComputeConfig) -> remat.Policy:
+    if compute.remat == "auto":
+        raise ValueError("remat=auto is not resolved: see `resolved`")
+    return compute.remat
+
+
 def _kept(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
     """What layers keep; of a layer's inputs every device of `tensor` has a copy, of the rest its share."""
     inputs = remat.activation_bytes(model, "layer", compute.dtype)
-    rest = remat.activation_bytes(model, compute.remat, compute.dtype) - inputs
+    rest = remat.activation_bytes(model, _policy(compute), compute.dtype) - inputs
     return tokens * (inputs + rest // mesh[2])
 
 
@@ -528,7 +550,7 @@ def _fewer_sequences(stage: StageConfig, compute: ComputeConfig, model: ModelCon
 
 
 def _less_kept(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
-    for policy in remat.POLICIES[remat.POLICIES.index(compute.remat) + 1 :]:
+    for policy in remat.POLICIES[remat.POLICIES.index(_policy(compute)) + 1 :]:
         yield policy, (stage, dataclasses.replace(compute, remat=policy), model, mesh)
 
 
