@@ -191,7 +191,7 @@ def pretrain(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Co
       config: `corpus` and `text` are what it reads, `stage1` how it trains, `seed` its rows and the order of the text.
       out: a new folder; an ordinary Hugging Face one, with every 50th line of the metrics beside the weights.
     """
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=False, loss_chunk=16384))
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="dots", loss_chunk=16384))
     with tempfile.TemporaryDirectory(prefix="pretrain_") as folder:
         work = Path(folder)
         corpus.run(config, work / "corpus", print)

@@ -48,8 +48,6 @@ def wrap(body: Callable, policy: Policy) -> Callable:
     Raises:
       ValueError: unknown policy.
     """
-    if isinstance(policy, bool):  # what configs said before they named one
-        policy = "layer" if policy else "dots"
     if policy not in POLICIES:
         raise ValueError(f"unknown remat policy {policy!r}: one of {', '.join(POLICIES)}")
     kept = _KEPT[policy]
