@@ -7,9 +7,10 @@
 
 Exit codes:
     0   success
-    1   a bug, or a process that was lost (with a traceback)
+    1   a bug (with its traceback)
     2   bad input (with a paragraph that says what to do)
     75  asked to stop by SIGTERM or Ctrl-C; what was done is kept, and the same command goes on
+    134 by JAX: another process was lost without a word
 """
 
 import difflib
