@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, distributed, sharding
+from tokalign_jax import demo, distributed, plan, sharding
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
@@ -65,11 +65,15 @@ class Context:
         return hub.load_tokenizer(self.target_folder)
 
     @cached_property
+    def new_model(self) -> ModelConfig:
+        """The source model with rows for the target's tokens."""
+        return dataclasses.replace(self.source_model[0], vocab_size=vocabulary_size(self.target_tokenizer))
+
+    @cached_property
     def mesh(self) -> Mesh:
         """All devices, with as many parts as it takes for the training state of either stage to fit (`config.mesh`)."""
-        config = dataclasses.replace(self.source_model[0], vocab_size=vocabulary_size(self.target_tokenizer))
         stages = (self.config.stage1, self.config.stage2)
-        return sharding.make_mesh(self.config.mesh, max(loop.state_bytes(stage, config) for stage in stages))
+        return sharding.make_mesh(self.config.mesh, max(loop.state_bytes(stage, self.new_model) for stage in stages))
 
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""
@@ -143,26 +147,9 @@ def check_disk(context: Context, wanted: set[str]) -> None:
     Raises:
       UserError: stating the bytes needed by kind and those free.
     """
-    config, (model, _) = context.config, context.source_model
-    files = [Path(name) for name in documents.names(config)]
-    # Compressed text unfolds to about five times its size; of a hub data set only the budget is known.
-    sizes = [5 * f.stat().st_size if f.exists() else config.text.budget_bytes for f in files]
-    text = min(config.text.budget_bytes, sum(sizes))
-    vocabulary = len(context.target_tokenizer)
-    rows = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    weights = sum(f.stat().st_size for f in context.source_folder.glob("*.safetensors")) + 4 * rows
-    # A checkpoint holds float32 values of what trains and Adam's two moments of it.
-    need = {"text (compressed)": text // 3, "tokens": text, "initialised model": 2 * weights, "export": weights}
-    for name in ("stage1", "stage2"):
-        stage: StageConfig = getattr(config, name)
-        trained = 4 * weights // 2 if stage.method == "full" else 4 * rows
-        need[f"{name} checkpoints"] = 3 * trained * (stage.keep_checkpoints + 1) if stage.steps else 0
-    folders = {"text (compressed)": "corpus", "initialised model": "init"}
-    missing = {}
-    for name, size in need.items():
-        stage_name = folders.get(name, name.split()[0])
-        if stage_name in wanted and not context.folder(stage_name).exists():
-            missing[name] = size
+    config, (_, raw) = context.config, context.source_model
+    sizes = plan.disk_bytes(config, context.new_model, plan.text_bytes(config), plan.exported_bytes(config, raw))
+    missing = {name: size for name, size in sizes.items() if name in wanted and not context.folder(name).exists()}
     place = context.workdir
     while not place.exists():
         place = place.parent
@@ -253,8 +240,12 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     for planned in ("stage1", "stage2"):
         ends[planned] = end
         _, end = loop.plan_stage(planned, getattr(context.config, planned), context.config, config, shards, end)
+    mesh = context.mesh
+    sizes = (mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
+    compute = plan.resolved(name, stage, context.config.compute, config, sizes, plan.Machine.of())
+    settings = dataclasses.replace(context.config, compute=compute)
     result = loop.run_stage(
-        name, stage, context.config, config, params, shards, context.folder(name), ends[name], context.log, context.mesh
+        name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh
     )
     return {"next_sequence": result.next_sequence, "tokens": result.tokens}
 
