@@ -171,7 +171,7 @@ class ComputeConfig:
     remat: Literal["auto", "dots", "attention", "layer"] = "auto"
     """What a layer keeps for its backward pass: `dots` (results of all matrix products), `attention` (those around attention), `layer`
     (its input alone; all else is computed again); `auto`: the most that fits in the memory of the devices."""
-    loss_chunk: int = 1024
+    loss_chunk: int = 4096
     """Tokens whose logits exist at once in the cross-entropy."""
 
 
