@@ -188,6 +188,34 @@ def test_keys_that_are_left_out_or_called_otherwise():
     assert _read("gemma2", **old) == _read("gemma2")
 
 
+@pytest.mark.parametrize("family", RAW)
+def test_keys_without_a_meaning_for_the_model_are_let_through(family):
+    keys = {
+        "attention_dropout": 0.1,
+        "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
+        "cache_implementation": "hybrid",
+        "initializer_range": 0.02,
+        "pretraining_tp": 2,
+        "rope_interleaved": False,
+        "router_aux_loss_coef": 0.001,
+        "task_specific_params": {},
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_mrope": False,
+    }
+    absent = {
+        "attention_bias": family == "gpt_neox",
+        "clip_qkv": None,
+        "final_logit_softcapping": None,
+        "layer_types": None,
+        "logit_scale": None,
+        "mlp_only_layers": [],
+        "rope_scaling": None,
+        "use_sliding_window": False,
+    }
+    assert _read(family, **keys, **(absent | RAW[family])) == _read(family)
+
+
 def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
     both = pair(of("gpt2")[0], tmp_path)
     bare = {name.removeprefix("transformer."): tensor for name, tensor in stored(both.folder).items()}

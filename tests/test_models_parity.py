@@ -1,11 +1,13 @@
 """What all families have in common: continuation, causality, precision, parameters; their logits have files of their own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SHARED, tiny_model
-from parity_cases import Case, of, our_logits, pair, reference, reference_logits, tokens
+from parity_cases import Case, compiled, of, our_logits, pair, reference, reference_logits, tokens
 
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
@@ -34,9 +36,9 @@ def test_greedy_continuation_is_that_of_pytorch(case: Case, tmp_path):
         np.testing.assert_array_equal(generate(both.config, both.params, jnp.asarray(prompt), 12), expected)
 
 
-def test_a_continuation_of_nothing_is_the_prompt():
-    params, prompt = init_params(CONFIG, jax.random.key(0)), tokens(20) % 90
-    np.testing.assert_array_equal(generate(CONFIG, params, jnp.asarray(prompt), 0), prompt)
+def test_a_continuation_by_nothing_adds_nothing():
+    shape = jax.eval_shape(lambda params, text: generate(CONFIG, params, text, 0), abstract_params(CONFIG), tokens(20))
+    assert shape.shape == (2, 20)
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused(tmp_path):
@@ -54,6 +56,18 @@ def test_logits_are_adjusted_where_the_family_does(tmp_path):
     assert adjust_logits(CONFIG, scores) is scores
 
 
+def test_the_program_does_not_grow_with_depth(tmp_path):
+    config = pair(of("gemma3_text")[0], tmp_path).config  # of two kinds of layers
+    deep = dataclasses.replace(config, num_layers=24, layer_kinds=config.layer_kinds * 6)
+
+    def lines(config):
+        return (
+            jax.jit(forward, static_argnums=0).lower(config, abstract_params(config), tokens(20)).as_text().count("\n")
+        )
+
+    assert lines(deep) == lines(config)
+
+
 @pytest.mark.parametrize("case, reach", [(LLAMA, 9), (of("mistral")[0], 22)], ids=["llama", "mistral"])
 def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path):
     """Two layers of a window of 12 reach 2 x 11 positions back."""
@@ -62,7 +76,7 @@ def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path
     length = reach + 4
     text = jnp.arange(length)[None]
 
-    @jax.jit
+    @compiled
     @jax.jacobian
     def influence(embedding):
         hidden = forward(both.config, both.params | {"embed_tokens": {"embedding": embedding}}, text)
@@ -78,7 +92,7 @@ def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path
 def test_bf16_is_close_to_float32(case, tmp_path):
     both = pair(case, tmp_path)
     hidden, exact = (
-        jax.jit(lambda p, d=d: forward(both.config, p, tokens(32), dtype=d))(both.params)
+        compiled(lambda p, d=d: forward(both.config, p, tokens(32), dtype=d))(both.params)
         for d in ("bfloat16", "float32")
     )
     assert hidden.dtype == jnp.bfloat16

@@ -57,6 +57,7 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "qk_norm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
+    "rope_interleaved": (False,),
     "rotary_pct": (1,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "sliding_window": (),

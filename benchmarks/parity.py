@@ -1,0 +1,113 @@
+"""How far each family is from PyTorch: random tiny models, one for each set of features, in float32 on the CPU.
+
+    python benchmarks/parity.py            # prints the table and writes it into docs/models.md
+    python benchmarks/parity.py gemma phi3 # prints the rows of these families only
+
+Largest differences: of logits at two lengths; of the gradients of embedding and head, relative to the largest element of
+each; of the logits of the exported folder, loaded by transformers. `effect` is how far the logits move when one of the
+constants that the family does not share with LLaMA 1 is taken away, the least of them all: what an error there would show.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+from parity_cases import (
+    CASES,
+    LENGTHS,
+    Case,
+    export,
+    gradient_error,
+    logit_error,
+    our_logits,
+    pair,
+    reference,
+    reference_logits,
+    tokens,
+)
+from transformers.utils import logging
+
+from tokalign_jax.models.config import LayerKind, ModelConfig
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- parity -->\n", "<!-- end of parity -->"
+
+ABSENT = {
+    "attention_scale": None,
+    "attention_softcap": None,
+    "logit_softcap": None,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "output_scale": 1.0,
+    "norm_plus_one": False,
+}
+"""Constants of some families, with the value that means that there is none."""
+
+HEADER = "| family | features | logits | gradients | exported | effect |\n|---|---|---|---|---|---|"
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    wanted = sys.argv[1:]
+    print(HEADER)
+    rows = []
+    for case in CASES:
+        if not wanted or any(name in case.family for name in wanted):
+            rows.append(row(case))
+            print(rows[-1], flush=True)
+    if not wanted:
+        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        DOCUMENT.write_text(before + BEGIN + "\n".join([HEADER, *rows]) + "\n" + END + after, encoding="utf-8")
+
+
+def row(case: Case) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        both = pair(case, Path(folder) / "source")
+        text = tokens(LENGTHS[1])
+        before = reference_logits(both.reference, text)
+        after = reference_logits(reference(export(both, Path(folder) / "written")), text)
+        figures = (logit_error(both), gradient_error(both), float(np.abs(after - before).max()))
+        ours = our_logits(both.config, both.params, text)
+        effects = [np.abs(our_logits(less, both.params, text) - ours).max() for less in simpler(both.config)]
+        figures = (*figures, *([float(min(effects))] if effects else []))
+    return (
+        f"| `{case.family}` | {case.features} | "
+        + " | ".join(f"{figure:.0e}" for figure in figures)
+        + " |"
+        + " |" * (not effects)
+    )
+
+
+def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
+    """`config` without one of its constants, or with one a little off."""
+
+    def layers(change: Callable[[LayerKind], LayerKind]) -> ModelConfig:
+        return replace(config, layer_kinds=tuple(map(change, config.layer_kinds)))
+
+    ropes = [kind.rope for kind in config.layer_kinds if kind.rope]
+    if any(kind.window for kind in config.layer_kinds):
+        yield layers(lambda kind: replace(kind, window=kind.window and kind.window + 1))
+    if any(rope.scaling for rope in ropes):
+        yield layers(lambda kind: replace(kind, rope=kind.rope and replace(kind.rope, scaling=None)))
+    if len({kind.rope for kind in config.layer_kinds}) > 1:
+        yield layers(lambda kind: replace(kind, rope=ropes[0]))
+    for field, absent in ABSENT.items():
+        if getattr(config, field) != absent:
+            yield replace(config, **{field: absent})
+    if config.experts:
+        yield replace(config, experts=replace(config.experts, normalized=not config.experts.normalized))
+
+
+if __name__ == "__main__":
+    main()
