@@ -255,7 +255,7 @@ def follow(context: stages.Context, start: str, model, trained: Sequence[str], t
         began = time.monotonic()
         result = loop.run_stage(name, getattr(config, name), config, model_config, params, shards, folder, end, print)
         print(f"{start} {name}: {time.monotonic() - began:.0f} s")
-        params, end = result.params, result.next_sequence
+        params, end = result.params, result.stream_end
         rows[name] = measure(context, model_config, params, tokenizer, texts)
         shutil.rmtree(folder)
     return rows

@@ -1,6 +1,5 @@
 """What each method trains, and one step against PyTorch, against other splits of the batch, and over several devices."""
 
-import socket
 from dataclasses import replace
 
 import jax
@@ -17,11 +16,11 @@ from training_toys import (
     NEOX,
     STAGE,
     VOCABULARY,
+    Program,
     assert_same,
-    finish_program,
-    load_program,
+    final_of,
+    finish,
     quick_compilation,  # noqa: F401 (applies to every test here)
-    start_program,
     toy_params,
     toy_shards,
     train,
@@ -166,25 +165,12 @@ def test_golden_steps_against_pytorch(tmp_path, family):
 
 
 def test_eight_devices_give_what_one_gives(tmp_path):
-    output = finish_program(start_program(tmp_path / "eight", devices=8, batch_size=8, per_device_batch=1, steps=4))
-    assert "on 8 cpu devices" in output
+    changes = dict(batch_size=8, per_device_batch=1, steps=4)
+    program = Program(tmp_path / "eight", changes, devices=8)
+    assert "on 8 cpu devices" in finish(program)
     one = train(tmp_path / "one", replace(STAGE, batch_size=8, per_device_batch=8, steps=4))
     eight = read(tmp_path / "eight" / "metrics.jsonl")
     for name in ("loss", "gradient_norm", "tokens"):
         np.testing.assert_allclose([r[name] for r in eight], [r[name] for r in one.history], rtol=1e-5)
-    for path, leaf in load_program(tmp_path / "eight").items():
-        np.testing.assert_allclose(leaf, paths.flatten(one.params)[path], atol=2e-5, err_msg=path)
-
-
-def test_two_processes_give_what_one_gives(tmp_path):
-    """Each reads its own half of every batch; both save the checkpoints, one writes the metrics."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    both = [start_program(tmp_path / "two", process=(port, 2, i), per_device_batch=1, steps=4) for i in range(2)]
-    assert all("on 2 cpu devices" in finish_program(process) for process in both)
-    one = train(tmp_path / "one", replace(STAGE, steps=4))
-    two = read(tmp_path / "two" / "metrics.jsonl")
-    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one.history], rtol=1e-5)
-    for path, leaf in load_program(tmp_path / "two").items():
+    for path, leaf in final_of(program).items():
         np.testing.assert_allclose(leaf, paths.flatten(one.params)[path], atol=2e-5, err_msg=path)

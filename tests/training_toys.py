@@ -1,21 +1,27 @@
-"""Tiny models and corpora for the training tests. Run as a program, it trains one stage."""
+"""Tiny models and corpora for the training tests, and programs: processes that train one stage."""
 
 import atexit
-import json
+import multiprocessing
 import os
+import resource
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+import threading
+import traceback
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from tokalign_jax import paths, sharding
-from tokalign_jax.config import ComputeConfig, Config, LoraConfig, StageConfig
+from tokalign_jax import distributed, paths, sharding, stopping
+from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
+from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import init_params
@@ -78,11 +84,13 @@ class ToyShards:
     tokens: np.ndarray
 
 
-CACHE = tempfile.mkdtemp(prefix="tokalign_jax-test-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+if "TOKALIGN_JAX_TEST_CACHE" not in os.environ:  # the programs share it
+    os.environ["TOKALIGN_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")
+    atexit.register(shutil.rmtree, os.environ["TOKALIGN_JAX_TEST_CACHE"], ignore_errors=True)
+CACHE = os.environ["TOKALIGN_JAX_TEST_CACHE"]
 QUICK = {
     "jax_compilation_cache_dir": CACHE,
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_disable_most_optimizations": True,
 }
 DEFAULTS = {
@@ -110,7 +118,7 @@ def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
 
 
 def toy_params(model: ModelConfig = LLAMA, seed: int = 0) -> paths.Tree:
-    return init_params(model, jax.random.key(seed), std=0.2)
+    return jax.jit(lambda key: init_params(model, key, std=0.2))(jax.random.key(seed))
 
 
 def train(folder: Path, stage: StageConfig = STAGE, model: ModelConfig = LLAMA, config: Config = CONFIG, **given):
@@ -133,37 +141,119 @@ def assert_same(first: paths.Tree, second: paths.Tree) -> None:
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
 
 
-def start_program(folder: Path, devices: int = 1, process: tuple[int, int, int] | None = None, **changes):
-    """A process of its own that trains STAGE with `changes` and leaves `final.npz` in the folder.
+# --- Programs -----------------------------------------------------------------------------------------------------------
 
-    `process`, of several that train together: the port of the first, how many they are, which of them this is.
-    """
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    quick = {name.upper(): str(value) for name, value in QUICK.items()}
-    environment = os.environ | quick | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": flags}
-    command = [sys.executable, __file__, str(folder), json.dumps(changes), *map(str, process or ())]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+_FORKS = multiprocessing.get_context("forkserver")
+# Importing JAX and all else takes longer than to train a toy.
+_FORKS.set_forkserver_preload([__name__, "tensorboardX.event_file_writer"])
+
+DELAY = 0.1
+"""Seconds within which a program is killed after the line of the step at which it was to be."""
 
 
-def finish_program(process: subprocess.Popen) -> str:
-    """Waits for it to succeed; what it said."""
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return output
+@dataclass(frozen=True)
+class Program:
+    """What a program does: it trains STAGE with `changes` and leaves `final.npz` in the folder."""
+
+    folder: Path
+    changes: dict[str, Any] = field(default_factory=dict)
+    devices: int = 1
+    mesh: tuple[int, int, int] = (0, 0, 0)
+    process: tuple[int, int, int] = (0, 1, 0)
+    """Of several that train together: the port of the first, how many there are, which of them this is."""
+    fault: str = ""
+    """What befalls it when it tells of step `fault_step`: `kill` (a moment later), `terminate` (SIGTERM), or `full` (from
+    then on no file can have more than 10 kB)."""
+    fault_step: int = 0
+
+    @property
+    def output(self) -> Path:
+        return self.folder / f"output{self.process[2]}"
+
+    def run(self) -> None:
+        """In a process of its own. Ends as the command does."""
+        with self.output.open("w") as output:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(output.fileno(), stream.fileno())
+        for name, value in {**QUICK, "jax_num_cpu_devices": self.devices}.items():
+            jax.config.update(name, value)
+        distributed.PATIENCE = 5.0
+        port, processes, index = self.process
+        code = 0
+        try:
+            with distributed.running(f"localhost:{port}", processes, index), stopping.listening():
+                self._train()
+        except stopping.Stopped as stopped:
+            code = stopping.EXIT_CODE
+            print(stopped)
+        except Exception as error:
+            code = 2 if isinstance(error, UserError) else 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            traceback.print_exc()
+            if processes > 1:
+                distributed.fail(str(error), code)
+        sys.exit(code)
+
+    def _train(self) -> None:
+        config = replace(CONFIG, mesh=MeshConfig(*self.mesh))
+        stage = replace(STAGE, log_every=1, **self.changes)
+        params = train(self.folder, stage, config=config, log=self._log).params
+        if distributed.is_first():
+            with (self.folder / "final.npz").open("wb") as file:
+                np.savez(file, **paths.flatten(params))
+
+    def _log(self, line: str) -> None:
+        print(line, flush=True)
+        if not (self.fault and f"step {self.fault_step} of" in line):
+            return
+        if self.fault == "kill":
+            delay = np.random.default_rng().random() * DELAY
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif self.fault == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
 
-def load_program(folder: Path) -> dict[str, np.ndarray]:
-    """The parameters that `run_program` left, by path."""
-    return dict(np.load(folder / "final.npz"))
+class Running:
+    """A program that has been started."""
+
+    def __init__(self, program: Program):
+        program.folder.mkdir(exist_ok=True)
+        self._program, self._process = program, _FORKS.Process(target=program.run)
+        self._process.start()
+
+    def end(self, seconds: float = 240.0) -> tuple[int, str]:
+        """Waits for it; its exit code (the negative signal of one that was killed) and what it said."""
+        self._process.join(seconds)
+        code = self._process.exitcode
+        self._process.kill()
+        output = self._program.output.read_text()
+        assert code is not None, f"still running after {seconds} seconds: {output}"
+        return code, output
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if sys.argv[3:]:
-        port, processes, index = map(int, sys.argv[3:])
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, index)
-    result = train(folder, replace(STAGE, **json.loads(sys.argv[2])), log=lambda line: print(line, flush=True))
-    if jax.process_index() == 0:
-        with (folder / "final.npz").open("wb") as file:
-            np.savez(file, **paths.flatten(result.params))
+def run_programs(*programs: Program) -> list[tuple[int, str]]:
+    """Runs them at the same time; the exit code and output of each."""
+    return [running.end() for running in [Running(program) for program in programs]]
+
+
+def finish(*programs: Program) -> str:
+    """Runs them to a good end; what the first said."""
+    ended = run_programs(*programs)
+    for code, output in ended:
+        assert code == 0, output
+    return ended[0][1]
+
+
+def together(program: Program, count: int = 2) -> list[Program]:
+    """The program as several processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [replace(program, process=(port, count, index)) for index in range(count)]
+
+
+def final_of(program: Program) -> dict[str, np.ndarray]:
+    """The parameters that it left, by path."""
+    return dict(np.load(program.folder / "final.npz"))

@@ -41,6 +41,7 @@ class Stage:
       run: writes the artefact into `context.folder(name)` and returns a summary for the record.
       resumes: whether an interrupted run continues from what is in its folder.
       together: whether all processes run it, each on its own devices; else the first alone does.
+      is_whole: whether all that it left when it finished is still there; if not it goes on with what is.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stage:
     run: Callable[[stages.Context], Mapping[str, Any] | None]
     resumes: bool = False
     together: bool = False
+    is_whole: Callable[[stages.Context], bool] = lambda context: True
 
 
 def graph(context: stages.Context, exported: str) -> list[Stage]:
@@ -79,6 +81,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             lambda c: stages.train(c, name, before),
             resumes=True,
             together=True,
+            is_whole=lambda c: stages.is_trained(c, name),
         )
 
     def evaluation(state: str) -> Stage:
@@ -242,7 +245,8 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
     """Whether the stage is to be run; if so its folder is ready, and the books say that it has begun."""
     folder = context.folder(stage.name)
     record = state.current.get(stage.name)
-    if record and record["fingerprint"] == fingerprint and record["finished"] and folder.exists():
+    finished = record and record["fingerprint"] == fingerprint and record["finished"] and folder.exists()
+    if finished and stage.is_whole(context):
         context.log(f"{stage.name}: finished, skipped")
         return False
     if record and record["fingerprint"] != fingerprint:

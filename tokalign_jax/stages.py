@@ -247,7 +247,12 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     result = loop.run_stage(
         name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh
     )
-    return {"next_sequence": result.next_sequence, "tokens": result.tokens}
+    return {"stream_end": result.stream_end, "tokens": result.tokens}
+
+
+def is_trained(context: Context, name: str) -> bool:
+    """Whether the stage's last checkpoint is there."""
+    return loop.is_finished(context.folder(name), getattr(context.config, name))
 
 
 def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ import json
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tokalign_jax import paths, sharding, stopping
+from tokalign_jax import distributed, paths, sharding, stopping
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
@@ -50,8 +51,8 @@ class StageResult:
 
     params: paths.Tree
     """All parameters: what trained in float32 (adapters beside their kernels), the rest the very leaves that came in."""
-    next_sequence: int
-    """Position in the shuffled stream after the last sequence read."""
+    stream_end: int
+    """Tokens into the shuffled stream at which it stopped reading: `previous_end` of the next stage."""
     tokens: int
     """Tokens trained on."""
     history: list[metrics.Record]
@@ -94,37 +95,39 @@ def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
 def plan_stage(
     name: str, stage: StageConfig, config: Config, model_config: ModelConfig, shards: Shards, previous_end: int
 ) -> tuple[int, int]:
-    """Positions in the shuffled stream of the first sequence that the stage reads and of the one after its last.
+    """Where in the shuffled stream the stage reads: the number of its first sequence, and the tokens up to its end.
 
     Args:
-      previous_end: the second of these of the stage before; 0 for the first stage.
+      previous_end: the second of these of the stage before; 0 for the first stage. Each sequence length has an order of its own, so
+        only how much was read can carry over from a stage with another: it is rounded up to a whole sequence.
 
     Raises:
       UserError: for what would stop the stage later: a sequence longer than the model's positions, a corpus shorter than
         a sequence, an offset past the stream's end or a stream that ends too early.
     """
+    length = stage.sequence_length
     if not stage.steps:
-        return previous_end, previous_end
-    if stage.sequence_length > model_config.max_positions:
+        return 0, previous_end
+    if length > model_config.max_positions:
         raise UserError(
-            f"{name}.sequence_length is {stage.sequence_length:,} tokens, but the model has {model_config.max_positions:,} "
+            f"{name}.sequence_length is {length:,} tokens, but the model has {model_config.max_positions:,} "
             f"positions: set --config.{name}.sequence_length={model_config.max_positions} or less"
         )
-    sequences = len(TokenSource(shards, stage.sequence_length))
+    sequences = len(TokenSource(shards, length))
     if not sequences:
         raise UserError(
-            f"the corpus has {len(shards.tokens):,} tokens, fewer than the {stage.sequence_length + 1:,} of one training "
+            f"the corpus has {len(shards.tokens):,} tokens, fewer than the {length + 1:,} of one training "
             f"sequence: use a larger corpus or a shorter {name}.sequence_length"
         )
-    start = resolve_offset(stage.start_offset, sequences, config.data.epochs, previous_end)
-    length, end = sequences * config.data.epochs, start + stage.steps * stage.batch_size
-    if length and end > length:
+    start = resolve_offset(stage.start_offset, sequences, config.data.epochs, -(-previous_end // length))
+    available, end = sequences * config.data.epochs, start + stage.steps * stage.batch_size
+    if available and end > available:
         raise UserError(
             f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of {stage.batch_size:,}), but the stream "
-            f"ends at {length:,} ({config.data.epochs} passes over {sequences:,}): set data.epochs to "
+            f"ends at {available:,} ({config.data.epochs} passes over {sequences:,}): set data.epochs to "
             f"{-(-end // sequences)} or more (0: as many as needed), or take fewer steps"
         )
-    return start, end
+    return start, end * length
 
 
 def run_stage(
@@ -149,7 +152,7 @@ def run_stage(
         type already, or there will be a copy.
       shards: tokens of the target tokenizer.
       folder: of this stage alone; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
-      previous_end: position in the shuffled stream after the last sequence that the stage before read.
+      previous_end: tokens into the shuffled stream at which the stage before stopped reading.
       log: takes progress lines.
       mesh: of the devices to train on; None: all, as `sharding.make_mesh` has them.
 
@@ -175,7 +178,7 @@ def run_stage(
     ):
         done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
         state = make_state(trainable) if state is None else state
-        first = jax.process_index() == 0
+        first = distributed.is_first()
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
                 feed = _Feed(_stream(stage, config, shards, start, micro_batch(name, stage, mesh)), position, mesh)
@@ -183,7 +186,8 @@ def run_stage(
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
                 train_step = make_train_step(loss, optimizer, stage, dtype, mesh)
-                state = run(train_step, state, _cast(frozen, dtype), feed, dropout_key)
+                with _naming_a_lost_process(name):
+                    state = run(train_step, state, _cast(frozen, dtype), feed, dropout_key)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
@@ -245,6 +249,20 @@ def _restore(
             log(f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}")
             return done, position, state
     return 0, None, None
+
+
+@contextmanager
+def _naming_a_lost_process(name: str) -> Iterator[None]:
+    """What devices say of one that no longer answers is hard to read."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if distributed.count() == 1:
+            raise
+        raise distributed.ProcessFailed(
+            f"{name}: process {distributed.index()} could not go on with its step ({str(error).splitlines()[0][:200]}). If another process "
+            "or its machine was lost: the same command goes on from the newest checkpoint"
+        ) from error
 
 
 class _Run:
