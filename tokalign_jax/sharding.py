@@ -44,6 +44,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (VOCABULARY_LEAVES, P(VOCABULARY, None)),
     (rf"experts/{_INPUTS}/kernel$", P(None, None, FSDP, TENSOR)),
     (rf"experts/{_OUTPUTS}/kernel$", P(None, None, TENSOR, FSDP)),
+    (rf"experts/{_INPUTS}/lora_a$", P(None, None, FSDP, None)),
+    (rf"experts/{_INPUTS}/lora_b$", P(None, None, None, TENSOR)),
+    (rf"experts/{_OUTPUTS}/lora_a$", P(None, None, TENSOR, None)),
+    (rf"experts/{_OUTPUTS}/lora_b$", P(None, None, None, FSDP)),
     (rf"{_INPUTS}/kernel$", P(None, FSDP, TENSOR)),
     (rf"{_OUTPUTS}/kernel$", P(None, TENSOR, FSDP)),
     (rf"{_INPUTS}/bias$", P(None, TENSOR)),
@@ -198,20 +202,48 @@ def unpadded(params: paths.Tree, vocabulary: int) -> paths.Tree:
     )
 
 
-def to_host(array: Any) -> np.ndarray:
-    """The whole array in host memory of this process. All processes call this together; no device ever holds all of an array whose
-    parts are on several."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
+def to_host(array: Any, *index: int | slice) -> np.ndarray:
+    """`array[index]` in host memory of this process, put together from the parts that devices have: none ever holds all of it.
+
+    Of several processes all call this together.
+    """
+    if not isinstance(array, jax.Array) or (array.is_fully_replicated and not array.is_fully_addressable):
+        return np.asarray(array)[index]
+    index = index + (slice(None),) * (array.ndim - len(index))
+    wanted = [range(n)[i if isinstance(i, slice) else slice(i, i + 1)] for i, n in zip(index, array.shape)]
+    found = np.zeros([len(along) for along in wanted], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            has = [range(n)[along] for along, n in zip(shard.index, array.shape)]
+            both = [range(max(one.start, other.start), min(one.stop, other.stop)) for one, other in zip(wanted, has)]
+            if all(both):
+                here, there = (
+                    tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, of)) for of in (has, wanted)
+                )
+                found[there] = _part_to_host(shard.data, here)
+    if not array.is_fully_addressable:
+        found = _from_all_processes(found)
+    return found[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
+
+
+def _part_to_host(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of an array of one device; on a CPU, where there is nothing to copy, without a program for it."""
+    return np.asarray(data)[index] if next(iter(data.devices())).platform == "cpu" else np.asarray(data[index])
+
+
+def _from_all_processes(found: np.ndarray) -> np.ndarray:
+    """What each process found of an array, and zeros elsewhere, put together."""
     from jax.experimental import multihost_utils
 
-    rows = max(1, _GATHERED_BYTES * len(array) // array.nbytes)
-    parts = [multihost_utils.process_allgather(array[i : i + rows], tiled=True) for i in range(0, len(array), rows)]
-    return np.concatenate(parts)
+    bits = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
+    step = _EXCHANGED_BYTES // jax.process_count()
+    parts = [multihost_utils.process_allgather(bits[i : i + step]) for i in range(0, len(bits), step)]
+    joined = np.concatenate([np.bitwise_or.reduce(part, axis=0) for part in parts])
+    return joined.view(found.dtype).reshape(found.shape)
 
 
-_GATHERED_BYTES = 256 << 20
-"""What `to_host` brings to a device at once."""
+_EXCHANGED_BYTES = 256 << 20
+"""What is on a device at once while processes exchange parts of an array."""
 
 
 def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:

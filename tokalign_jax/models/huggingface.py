@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
 from tokalign_jax import paths, sharding
@@ -115,41 +116,62 @@ class _Stored(NamedTuple):
 
 
 class _Leaf:
-    """A parameter that is being filled, on the host or in its parts on a mesh."""
+    """A parameter that is being filled: whole on the host, or the parts of it that this process's devices have."""
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh | None):
-        self._sharding = None
+        self._dtype, self._sharding = dtype, None
         if mesh is None:
-            self._array: Any = np.zeros(shape, dtype)
-        else:
-            shape = sharding.padded_shape(path, shape)
-            self._sharding = sharding.sharding_of(path, shape, mesh)
-            self._array = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=self._sharding)()
+            self._host = np.zeros(shape, dtype)
+            return
+        self._shape = sharding.padded_shape(path, shape)
+        self._sharding = sharding.sharding_of(path, self._shape, mesh)
+        # As bits: where there is no bfloat16 arithmetic, XLA would write a block by way of float32 of the whole array.
+        self._bits = np.dtype(f"uint{8 * dtype.itemsize}")
+        self._parts: list[tuple[Any, tuple[range, ...], jax.Array]] = []
+        for device, index in self._sharding.addressable_devices_indices_map(self._shape).items():
+            ranges = tuple(range(*along.indices(size)) for along, size in zip(index or (), self._shape))
+            with jax.default_device(device):
+                self._parts.append((device, ranges, jnp.zeros([len(along) for along in ranges], self._bits)))
 
     def write(self, block: np.ndarray, start: tuple[int, ...]) -> None:
         """Puts a block where it begins; dimensions in front that it lacks count one."""
-        missing = self._array.ndim - block.ndim
-        start = start + (0,) * (self._array.ndim - len(start))
-        block = block.astype(self._array.dtype).reshape((1,) * missing + block.shape)
+        dimensions = len(self._host.shape if self._sharding is None else self._shape)
+        start = start + (0,) * (dimensions - len(start))
+        block = block.reshape((1,) * (dimensions - block.ndim) + block.shape)
         if self._sharding is None:
-            self._array[tuple(slice(i, i + n) for i, n in zip(start, block.shape))] = block
+            self._host[tuple(slice(first, first + size) for first, size in zip(start, block.shape))] = block
             return
-        part = sharding.put(block, sharding.fitting(self._sharding.spec, block.shape, self._sharding.mesh))
-        self._array = _update(self._sharding)(self._array, part, np.array(start, np.int32))
+        for place, (device, ranges, part) in enumerate(self._parts):
+            shared = [
+                range(max(first, along.start), min(first + size, along.stop))
+                for first, size, along in zip(start, block.shape, ranges)
+            ]
+            if all(shared):
+                cut = block[tuple(slice(r.start - first, r.stop - first) for r, first in zip(shared, start))]
+                cut = cut.astype(self._dtype, copy=False).view(self._bits)
+                # A transposed view goes as it lies in memory: the device turns it faster than NumPy does.
+                turned = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
+                there = jax.device_put(np.ascontiguousarray(cut.swapaxes(-1, -2) if turned else cut), device)
+                offset = np.array([r.start - along.start for r, along in zip(shared, ranges)], np.int32)
+                self._parts[place] = device, ranges, _update(part, there, offset, turned)
 
     def array(self) -> jax.Array:
-        array, self._array = self._array, None
-        return jnp.asarray(array)
+        if self._sharding is None:
+            return jnp.asarray(self._host)
+        parts = [_from_bits(part, self._dtype) for _, _, part in self._parts]
+        self._parts = []
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
 
 
-@functools.cache
-def _update(of: NamedSharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
-    """Writes a block into an array, in its memory."""
+@functools.partial(jax.jit, static_argnames="turned", donate_argnums=0)
+def _update(array: jax.Array, block: jax.Array, start: Int[jax.Array, "n"], turned: bool) -> jax.Array:
+    """Writes a block, or its transpose, into an array, in its memory."""
+    return jax.lax.dynamic_update_slice(array, jnp.swapaxes(block, -1, -2) if turned else block, tuple(start))
 
-    def update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(array, block, tuple(start))
 
-    return jax.jit(update, out_shardings=of, donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="dtype", donate_argnums=0)
+def _from_bits(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(array, dtype)
 
 
 def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequence[np.ndarray]]]:
@@ -161,7 +183,7 @@ def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequ
         return
     step = max(1, rows * _BLOCK_BYTES // size)
     for first in range(0, rows, step):
-        yield (first,), (tensor[first : first + step],)
+        yield (first,), (tensor[first : min(first + step, rows)],)
 
 
 _BLOCK_BYTES = 64 << 20
@@ -341,18 +363,19 @@ def save_checkpoint(
     if writes:
         hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
     stored = stored_dtypes(source_folder) if source_folder else {}
-    _write_weights(folder, params, config, dtypes, stored, max_shard_bytes, writes)
+    write_weights(folder, params, config, dtypes, stored, max_shard_bytes, writes)
 
 
-def _write_weights(
+def write_weights(
     folder: Path,
     params: Params,
     config: ModelConfig,
     dtypes: str,
     stored: Mapping[str, np.dtype],
     max_shard_bytes: int,
-    writes: bool,
+    writes: bool = True,
 ) -> None:
+    """The weights alone, and their index where they are several files. Args: as for `save_checkpoint`; `stored` are its source's."""
     leaves, shapes = paths.flatten(params), _leaf_shapes(config)
     if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes)):
         raise ValueError(
@@ -400,12 +423,12 @@ class _Tensor:
         """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at once."""
         path = self.weight.leaves[0]
         if not re.search(sharding.VOCABULARY_LEAVES, path):
-            parts = [sharding.to_host(leaves[path][self.part]) for path in self.weight.leaves]
+            parts = [sharding.to_host(leaves[path], *self.part) for path in self.weight.leaves]
             yield self.weight.join(parts).astype(self.dtype)
             return
         step = max(1, vocabulary * _BLOCK_BYTES // self.size)
         for first in range(0, vocabulary, step):
-            yield sharding.to_host(leaves[path][first : min(first + step, vocabulary)]).astype(self.dtype)
+            yield sharding.to_host(leaves[path], slice(first, min(first + step, vocabulary))).astype(self.dtype)
 
 
 def _write_file(
