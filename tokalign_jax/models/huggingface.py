@@ -130,8 +130,8 @@ class _Leaf:
         self._parts: list[tuple[Any, tuple[range, ...], jax.Array]] = []
         for device, index in self._sharding.addressable_devices_indices_map(self._shape).items():
             ranges = tuple(range(*along.indices(size)) for along, size in zip(index or (), self._shape))
-            with jax.default_device(device):
-                self._parts.append((device, ranges, jnp.zeros([len(along) for along in ranges], self._bits)))
+            zeros = jnp.zeros([len(along) for along in ranges], self._bits, device=device)
+            self._parts.append((device, ranges, zeros))
 
     def write(self, block: np.ndarray, start: tuple[int, ...]) -> None:
         """Puts a block where it begins; dimensions in front that it lacks count one."""
