@@ -165,6 +165,8 @@ def automatic():
     assert sharding.axis_sizes(MeshConfig(tensor=2), 8, 150, 100) == (2, 2, 2)
     assert sharding.axis_sizes(MeshConfig(data=2), 8, 10, 100) == (2, 4, 1)
     assert sharding.axis_sizes(MeshConfig(fsdp=2), 8, 10, 100) == (4, 2, 1)
+    assert [sharding.usable(MeshConfig(), 8, sizes) for sizes in ([4], [64, 32], [6], [1], [])] == [4, 8, 6, 1, 8]
+    assert sharding.usable(MeshConfig(fsdp=2), 8, [4]) == 8
     assert sharding.make_mesh(Config().mesh).shape == {"data": 8, "fsdp": 1, "tensor": 1}
 
 

@@ -229,7 +229,9 @@ def plan(
     """
     run = {name: stage for name in STAGES if (stage := getattr(config, name)).steps}
     state = max(loop.state_bytes(getattr(config, name), model) for name in STAGES)
-    mesh = sharding.axis_sizes(config.mesh, machine.devices, state, machine.memory)
+    devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in run.values()])
+    machine = dataclasses.replace(machine, devices=devices)
+    mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory)
     stages, warnings = [], []
     for name, stage in run.items():
         compute = resolved(name, stage, config.compute, model, mesh, machine)

@@ -120,6 +120,13 @@ def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float
     return rest // fsdp, fsdp, tensor
 
 
+def usable(config: MeshConfig, devices: int, batch_sizes: Sequence[int]) -> int:
+    """The devices that a run takes of those that there are: where the mesh is left to us, as many as divide the sequences of every step."""
+    if any(dataclasses.astuple(config)):
+        return devices
+    return max(n for n in range(1, devices + 1) if all(size % n == 0 for size in batch_sizes))
+
+
 def within(mesh: Mesh) -> AbstractContextManager[Any]:
     """Makes `mesh` the one that model code sees, inside a function that is being traced."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

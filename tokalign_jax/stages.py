@@ -72,8 +72,18 @@ class Context:
     @cached_property
     def mesh(self) -> Mesh:
         """All devices, with as many parts as it takes for the training state of either stage to fit (`config.mesh`)."""
-        stages = (self.config.stage1, self.config.stage2)
-        return sharding.make_mesh(self.config.mesh, max(loop.state_bytes(stage, self.new_model) for stage in stages))
+        stages, devices = (self.config.stage1, self.config.stage2), jax.devices()
+        if distributed.count() == 1:
+            taken = sharding.usable(
+                self.config.mesh, len(devices), [stage.batch_size for stage in stages if stage.steps]
+            )
+            if taken < len(devices):
+                self.log(
+                    f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step (batch_size)"
+                )
+            devices = devices[:taken]
+        needed = max(loop.state_bytes(stage, self.new_model) for stage in stages)
+        return sharding.make_mesh(self.config.mesh, needed, devices)
 
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""

@@ -309,11 +309,11 @@ class _Run:
 
     def _announce(self, state: TrainState, frozen: Any) -> None:
         count = lambda tree: quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))  # noqa: E731
-        batch, length = self.stage.batch_size, self.stage.sequence_length
+        batch, length, devices = self.stage.batch_size, self.stage.sequence_length, state.step.sharding.device_set
         self.log(
             f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, {count(frozen)} are frozen; "
             f"{self.stage.steps:,} steps of {batch:,} x {length:,} = {quantity(batch * length)} tokens on "
-            f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
+            f"{len(devices)} {jax.devices()[0].platform} device{'s' if len(devices) > 1 else ''}"
         )
 
     def _catch_up(self, ahead: int) -> None:
