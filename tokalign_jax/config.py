@@ -20,6 +20,9 @@ from tokalign_jax.errors import UserError
 EMBEDDED = "embedded"
 """Names the source model, target tokenizer or corpus that ships inside the package (`tokalign_jax/demo`)."""
 
+EXTEND = "extend"
+"""As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
+
 AFTER_PREVIOUS = "after_previous"
 """A start offset: the sequence after the last one that the previous training stage read."""
 
@@ -40,6 +43,18 @@ class TextConfig:
     """UTF-8 bytes of text to keep, held-out documents included; reading stops there."""
     held_out_fraction: float = 0.005
     """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results are measured on them."""
+
+
+@dataclass(frozen=True)
+class ExtendConfig:
+    """Tokens that the source model's tokenizer gets, where the target tokenizer is `extend`; they are mined from the corpus."""
+
+    new_tokens: int = 8000
+    """Tokens to add; fewer come where the text has no more that are frequent enough."""
+    min_count: int = 10
+    """The fewest times that a new token must stand in the text that is read for it."""
+    budget_bytes: int = 50_000_000
+    """UTF-8 bytes of training documents that are read for it, drawn at random from all of them; they are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -225,12 +240,16 @@ class Config:
     source_model: str = EMBEDDED
     """Local folder or hub name (`name@revision` pins one) of the model that gets a new vocabulary, or `embedded`."""
     target_tokenizer: str = EMBEDDED
-    """Local folder or hub name of the tokenizer it gets, or `embedded`."""
+    """Local folder or hub name of the tokenizer it gets, or `embedded`; `extend`: its own with further tokens, whose rows alone
+    are made anew (a folder of that name is `./extend`)."""
+    end_of_text: str = ""
+    """Token that ends documents in the target tokenizer, made if there is none; empty: the one that the tokenizer names."""
     corpus: str | tuple[str, ...] = EMBEDDED
     """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`."""
     seed: int = 0
     """The root of every random choice."""
     text: TextConfig = field(default_factory=TextConfig)
+    extend: ExtendConfig = field(default_factory=ExtendConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     initialization: InitializationConfig = field(default_factory=InitializationConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -338,6 +357,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dropout": (0, 0.999),
     "budget_bytes": (1, math.inf),
     "held_out_fraction": (0, 0.5),
+    "new_tokens": (1, math.inf),
     "window": (1, 20),  # past 20 the exact integer weights of co-occurrence overflow
     "min_count": (1, math.inf),
     "vector_size": (1, math.inf),

@@ -20,7 +20,7 @@ import numpy as np
 
 from tokalign_jax import demo, pages
 from tokalign_jax.alignment import alignment, inspection, vectors
-from tokalign_jax.config import AlignmentConfig
+from tokalign_jax.config import EXTEND, AlignmentConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
 from tokalign_jax.text import canonical
@@ -84,10 +84,14 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
       UserError: neither is given, or what is given holds no finished alignment.
     """
     settings: dict[str, Any] = {}
+    end_of_text = ""
     names = {"source_model": given.source_model, "target_tokenizer": given.target_tokenizer}
     if given.workdir:
         run, settings = _workdir(given.workdir)
         names = {role: name or run[role] for role, name in names.items()}
+        end_of_text = json.loads((given.workdir / "config.json").read_text()).get("end_of_text", "")
+        if names["target_tokenizer"] == EXTEND:
+            names["target_tokenizer"] = str(given.workdir / EXTEND)
     elif not (given.alignment and all(names.values())):
         raise UserError(
             "nothing to inspect: give --workdir of a run, or --alignment with --source-model and --target-tokenizer"
@@ -96,7 +100,8 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
         "source": hub.resolve(demo.source_model(names["source_model"]), what="source_model", weights=False),
         "target": hub.resolve(demo.target_tokenizer(names["target_tokenizer"]), what="target_tokenizer", weights=False),
     }
-    tokenizers = {side: hub.load_tokenizer(folder) for side, folder in folders.items()}
+    ends = {"source": "", "target": end_of_text}
+    tokenizers = {side: hub.load_tokenizer(folder, ends[side]) for side, folder in folders.items()}
     path = given.alignment or given.workdir / "align"
     found = alignment.load(path, tokenizers["source"], tokenizers["target"])
     sides = {

@@ -67,6 +67,9 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
         "compute": {"dtype": config.compute.dtype}
     }  # the rest of it, and the mesh, change nothing but speed and rounding
     vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
+    vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
+    extension = [_extension(context)] if context.extends else []
+    target = tuple(stage.name for stage in extension)  # what the target tokenizer comes from
 
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
@@ -89,7 +92,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
         return Stage(
             f"evaluate/{state}",
             f"bits per byte on held-out text: {state}",
-            ("corpus", *states),
+            ("corpus", *(() if state == "source" else target), *states),
             {
                 "evaluation": config_to_dict(config.evaluation),
                 "source_model": outside["source_model"],
@@ -112,11 +115,12 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             {"corpus": outside["corpus"], "text": config_to_dict(config.text)},
             stages.corpus,
         ),
-        Stage("tokens", "cut the documents with both tokenizers", ("corpus",), vocabularies, stages.tokens),
+        *extension,
+        Stage("tokens", "cut the documents with both tokenizers", ("corpus", *target), vocabularies, stages.tokens),
         Stage(
             "align",
             "align target tokens to source tokens",
-            ("corpus", "tokens"),
+            ("corpus", *target, "tokens"),
             {"alignment": {**config_to_dict(config.alignment), "file": outside["alignment"]}, **seed},
             stages.align,
         ),
@@ -151,6 +155,21 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             lambda c: stages.report(c, reported),
         ),
     ]
+
+
+def _extension(context: stages.Context) -> Stage:
+    """The stage that makes the target tokenizer of the source's."""
+    return Stage(
+        "extend",
+        "add tokens of the text to the source tokenizer",
+        ("corpus",),
+        {
+            "extend": config_to_dict(context.config.extend),
+            "source_tokenizer": context.identities["source_tokenizer"],
+            "seed": context.config.seed,
+        },
+        stages.extend,
+    )
 
 
 def model_states(config: Config) -> list[str]:

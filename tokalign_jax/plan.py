@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from tokalign_jax import demo, paths, sharding
-from tokalign_jax.config import ComputeConfig, Config, StageConfig
+from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, remat
 from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import duration, quantity
-from tokalign_jax.text import corpus
+from tokalign_jax.text import corpus, mining
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 
@@ -248,12 +248,16 @@ def plan(
 
 
 def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed) -> Plan:
-    """The plan of a run as configured: reads the model's config, the target tokenizer, and sizes of files."""
+    """The plan of a run as configured: reads the model's config, a tokenizer, and sizes of files."""
     source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
-    target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
+    if config.target_tokenizer == EXTEND:
+        size = mining.largest_size(config, hub.load_tokenizer(source))
+    else:
+        target = demo.target_tokenizer(config.target_tokenizer)
+        size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
     model, raw = hub.load_config(source)
     multiple = config.initialization.rows_multiple_of
-    rows = -(-vocabulary_size(hub.load_tokenizer(target)) // multiple) * multiple
+    rows = -(-size // multiple) * multiple
     model = dataclasses.replace(model, vocab_size=rows)
     place = (workdir or Path()).absolute()
     while not place.exists():

@@ -1,6 +1,7 @@
 """What each stage of the pipeline reads and writes: the thin layer of I/O around the pure core."""
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import demo, distributed, plan, sharding
 from tokalign_jax.alignment import alignment, methods, vectors
-from tokalign_jax.config import Config, StageConfig
+from tokalign_jax.config import EXTEND, Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, card, samples
 from tokalign_jax.evaluation import report as reporting
@@ -27,7 +28,7 @@ from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.progress import Log
 from tokalign_jax.text import corpus as documents
-from tokalign_jax.text import tokenizing
+from tokalign_jax.text import mining, tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 
@@ -48,8 +49,15 @@ class Context:
     def source_folder(self) -> Path:
         return hub.resolve(demo.source_model(self.config.source_model), what="source_model")
 
+    @property
+    def extends(self) -> bool:
+        """Whether the target tokenizer is the source's with more tokens; there is none before the stage `extend` is done."""
+        return self.config.target_tokenizer == EXTEND
+
     @cached_property
     def target_folder(self) -> Path:
+        if self.extends:
+            return self.folder("extend")
         return hub.resolve(demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False)
 
     @cached_property
@@ -62,12 +70,27 @@ class Context:
 
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
-        return hub.load_tokenizer(self.target_folder)
+        tokenizer = hub.load_tokenizer(self.target_folder, self.config.end_of_text)
+        if tokenizer.eos_token_id is None:  # what ends documents in training is to end what the exported model writes
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizing.end_of_text_id(tokenizer))
+        return tokenizer
+
+    @cached_property
+    def target_size(self) -> int:
+        """Ids of the target tokenizer; of one that is yet to be made as many as it may have."""
+        if self.extends:
+            return mining.largest_size(self.config, self.source_tokenizer)
+        return vocabulary_size(self.target_tokenizer)
+
+    @cached_property
+    def kept(self) -> int:
+        """The first rows of the new vocabulary that are the source's: all of these where it is extended."""
+        return vocabulary_size(self.source_tokenizer) if self.extends else 0
 
     @cached_property
     def new_model(self) -> ModelConfig:
-        """The source model with rows for the target's tokens."""
-        return dataclasses.replace(self.source_model[0], vocab_size=vocabulary_size(self.target_tokenizer))
+        """The source model with rows for the target's tokens (`target_size`)."""
+        return dataclasses.replace(self.source_model[0], vocab_size=self.target_size)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -87,21 +110,22 @@ class Context:
 
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""
-        return {"source_model": str(self.source_folder), "target_tokenizer": str(self.target_folder)}
+        return {
+            "source_model": str(self.source_folder),
+            "target_tokenizer": EXTEND if self.extends else str(self.target_folder),
+        }
 
     @cached_property
     def identities(self) -> dict[str, Any]:
         """Digests of the outside files that stages depend on."""
         source = sorted(self.source_folder.iterdir())
-        tokenizer_files = [
-            f for f in source if f.suffix != ".safetensors" and not f.name.startswith(("config", "generation"))
-        ]
         file = self.config.alignment.file
         return {
             "corpus": [_digest([Path(n)]) if Path(n).exists() else n for n in documents.names(self.config)],
             "source_model": _digest([f for f in source if f.suffix in (".json", ".safetensors")]),
-            "source_tokenizer": _digest(tokenizer_files),
-            "target_tokenizer": _digest(sorted(self.target_folder.iterdir())),
+            "source_tokenizer": _digest(_tokenizer_files(self.source_folder)),
+            # One that is extended follows from the stage that does it.
+            "target_tokenizer": EXTEND if self.extends else _digest(_tokenizer_files(self.target_folder)),
             "alignment": _digest([Path(file)]) if file else "",
         }
 
@@ -114,13 +138,17 @@ class Context:
         config = self.config
         model, _ = self.source_model
         huggingface.check_weights(self.source_folder, model)
-        if len(self.source_tokenizer) > model.vocab_size:
+        source_size = vocabulary_size(self.source_tokenizer)
+        if source_size > model.vocab_size:
             raise UserError(
-                f"source_model '{config.source_model}': its tokenizer has {len(self.source_tokenizer)} tokens but its matrices have only "
+                f"source_model '{config.source_model}': its tokenizer has {source_size} tokens but its matrices have only "
                 f"{model.vocab_size} rows; the tokenizer is of another model, or tokens were added without resizing the model"
             )
         tokenizing.end_of_text_id(self.source_tokenizer)
-        tokenizing.end_of_text_id(self.target_tokenizer)
+        if self.extends:
+            mining.check(self.source_tokenizer)
+        else:
+            tokenizing.end_of_text_id(self.target_tokenizer)
         lengths = {f"{s}.sequence_length": getattr(config, s).sequence_length for s in ("stage1", "stage2")}
         for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
             if length > model.max_positions:
@@ -130,10 +158,20 @@ class Context:
                 )
         documents.check(config)
         if config.alignment.file:
-            alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
+            if not self.extends:  # else once there is a target tokenizer
+                alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
         elif config.alignment.method in methods.NEED_VECTORS:
-            sizes = [vocabulary_size(tokenizer) for tokenizer in (self.source_tokenizer, self.target_tokenizer)]
-            vectors.check(config.alignment, *sizes)
+            vectors.check(config.alignment, source_size, self.target_size)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """What a tokenizer is made of, without the model's own files and the licences beside them."""
+    others = (*hub.TERMS, "config*", "generation*", hub.INDEX)
+    return sorted(f for f in folder.iterdir() if _matches(f.name, hub.TOKENIZER) and not _matches(f.name, others))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -176,6 +214,12 @@ def corpus(context: Context) -> Mapping[str, Any]:
     return documents.run(context.config, context.folder("corpus"), context.log)
 
 
+def extend(context: Context) -> Mapping[str, Any]:
+    return mining.run(
+        context.config, context.folder("corpus"), context.source_tokenizer, context.folder("extend"), context.log
+    )
+
+
 def tokens(context: Context) -> Mapping[str, Any]:
     return tokenizing.run(
         context.config,
@@ -207,14 +251,17 @@ def init(context: Context) -> None:
         context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
     )
     settings = context.config
-    new_config, new = initialization.initialize(config, params, aligned, settings.initialization.rows_multiple_of)
+    multiple_of = settings.initialization.rows_multiple_of
+    new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
     if settings.alignment.method == "composed" and not settings.alignment.file and settings.initialization.tokens:
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0])
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
         reading = initialization.read(settings, source, target, context.mesh, context.log)
         if reading is not None:
-            new = initialization.learn(settings, source, target, aligned, reading, context.mesh, context.log)
+            new = initialization.learn(
+                settings, source, target, aligned, reading, context.mesh, context.log, context.kept
+            )
     _write(context, "init", new_config, new, raw, "float32")
 
 
@@ -308,7 +355,8 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
     config, params = load_state(context, states)
     tokenizer = context.source_tokenizer if name == "source" else context.target_tokenizer
     if name == "random":
-        config, params = initialization.random_rows(config, params, len(tokenizer), jax.random.key(context.config.seed))
+        size, key = vocabulary_size(tokenizer), jax.random.key(context.config.seed)
+        config, params = initialization.random_rows(config, params, size, key, context.kept)
     texts = bits_per_byte.choose(documents.held_out(context.folder("corpus")), settings.bytes_per_language)
     scores = bits_per_byte.evaluate(
         config,

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
-from tokalign_jax.config import Config, config_to_dict
+from tokalign_jax.config import EXTEND, Config, config_to_dict
 from tokalign_jax.evaluation.bits_per_byte import Score
 from tokalign_jax.progress import Log, duration, quantity
+from tokalign_jax.text.tokenizing import SIDES
 
 TITLES = {
     "source": "source",
@@ -34,7 +35,7 @@ def run(
     (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     (folder / "report.md").write_text(markdown(content))
     picture(content, folder / "report.png")
-    for line in ("", *table(content), "", *sample_lines(content), ""):
+    for line in ("", *table(content), *warning_lines(content), "", *sample_lines(content), ""):
         log(line)
     return {"bits_per_byte": content["languages"][EVERYTHING]["bits_per_byte"], "folder": str(folder)}
 
@@ -62,6 +63,7 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
         "run": dict(identity),
         "states": list(states),
         "languages": languages,
+        "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},
         "alignment": _read(workdir / "align" / "summary.json"),
         "training": {s: _curve(workdir / s / "metrics.jsonl") for s in trained},
         "samples": _side_by_side(scores),
@@ -138,6 +140,30 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), rule, *(line(row) for row in rows)]
 
 
+def warning_lines(content: Mapping[str, Any]) -> list[str]:
+    """A warning for each side whose tokenizer does not keep all of a text."""
+    states = {"source": "the source model", "target": "the model with the new vocabulary"}
+    return [
+        f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte of {states[side]} are too low "
+        f"to be compared with those of another tokenizer"
+        for side, lost in content["loses"].items()
+        if lost
+    ]
+
+
+def special_lines(special: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Special tokens and what their rows come from, as a Markdown table; nothing where the alignment does not say."""
+    rows = [
+        [_code(of["token"]), str(of["id"]), _code(of["source"]), of["why"], "yes" if of["in_chat_template"] else ""]
+        for of in special
+    ]
+    return _aligned(["token", "id", "rows of", "because", "in the chat template"], rows) if rows else []
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", r"\|") if text else ""
+
+
 def sample_lines(content: Mapping[str, Any]) -> list[str]:
     """The continued texts, one line each."""
     lines = []
@@ -159,10 +185,14 @@ def markdown(content: Mapping[str, Any]) -> str:
     rules = [
         [rule, f"{of['rows']:,}", f"{of['frequency']:.1%}"] for rule, of in alignment["rules"].items() if of["rows"]
     ]
+    extends = run_of["target_tokenizer"] == EXTEND
+    vocabulary = "an extended vocabulary" if extends else f"the vocabulary of {Path(run_of['target_tokenizer']).name}"
+    special = special_lines(alignment.get("special", ()))
     parts = [
-        f"# {Path(run_of['source_model']).name} with the vocabulary of {Path(run_of['target_tokenizer']).name}",
+        f"# {Path(run_of['source_model']).name} with {vocabulary}",
         "Held-out text; bits per byte, lower is better, comparable across vocabularies because every one spells the same bytes.",
         "\n".join(table(content)),
+        "\n\n".join(f"**{line}**" for line in warning_lines(content)),
         "![Loss over tokens, and bits per byte by language and stage](report.png)",
         "## Alignment",
         "\n".join(_aligned(["rule", "rows", "corpus frequency"], rules)),
@@ -171,6 +201,7 @@ def markdown(content: Mapping[str, Any]) -> str:
             for key, value in alignment.items()
             if isinstance(value, int | float)
         ),
+        "\n".join(["### Special tokens", "", *special]) if special else "",
         "## Training",
         "\n".join(
             f"- {TITLES[s]}: {of['steps']} steps, {quantity(of['tokens'][-1] if of['tokens'] else 0)} tokens, "

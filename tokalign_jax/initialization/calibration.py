@@ -34,7 +34,7 @@ CHUNK = 2048
 
 
 def head_moves(
-    config: ModelConfig, params: Params, shards: TokenShards, dtype: DTypeLike, mesh: Mesh, seed: int
+    config: ModelConfig, params: Params, shards: TokenShards, dtype: DTypeLike, mesh: Mesh, seed: int, kept: int = 0
 ) -> tuple[Float[np.ndarray, "V"], Float[np.ndarray, "D"]]:
     """(b in nats, u): head rows + b u give tokens their frequency in the text.
 
@@ -42,6 +42,7 @@ def head_moves(
       params: of the model with the new vocabulary.
       mesh: where they are, or go.
       shards: text in its tokens; the frequency of a token that it never has counts a half.
+      kept: the first tokens, for which b is 0: the others alone get their frequency.
     """
     frequency = (shards.counts + 0.5) / (shards.counts + 0.5).sum()
     params = sharding.place(params, mesh)
@@ -64,7 +65,8 @@ def head_moves(
     wanted = np.log(np.pad(frequency, (0, filling.sum()), constant_values=1.0)).astype(np.float32)
     for _ in range(ROUNDS):
         probability = sharding.to_host(mean_probability(chunks, head, moves, config=config, mesh=mesh))
-        moves += np.clip(wanted - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
+        step = np.clip(wanted - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
+        moves[kept:] += step[kept:]
     return moves[: len(frequency)], direction.astype(np.float32)
 
 

@@ -34,13 +34,16 @@ COMPOSED = (Rule.PIECES, Rule.SIMILAR)
 """Rules of tokens whose rows can be learned: they are spelled with source tokens, and are none of them."""
 
 
-def initialize(config: ModelConfig, params: dict, aligned: Alignment, multiple_of: int = 1) -> tuple[ModelConfig, dict]:
+def initialize(
+    config: ModelConfig, params: dict, aligned: Alignment, multiple_of: int = 1, kept: int = 0
+) -> tuple[ModelConfig, dict]:
     """Rows of the new vocabulary as mixtures of source rows (TokAlign, step 4; the published one has one source row each).
 
     Args:
       params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape [V_source, D].
       aligned: mixtures of V_target rows over V_source tokens.
       multiple_of: the number of rows is one; those that it takes beyond V_target are the mean of the others.
+      kept: the first rows, which stay what they are, whatever `aligned` says: all V_source where the vocabulary is extended.
 
     Returns:
       The config with the new number of rows R, and parameters whose vocabulary matrices are [R, D], float32.
@@ -54,10 +57,12 @@ def initialize(config: ModelConfig, params: dict, aligned: Alignment, multiple_o
         new["embed_tokens"] = {"embedding": head_rows(rows, aligned)}
     size = -(-aligned.target_size // multiple_of) * multiple_of
     for group, leaf in MATRICES:
-        if group in new and size > aligned.target_size:
+        if group in new:
             made = new[group][leaf]
-            more = np.repeat(made.mean(axis=0, keepdims=True), size - len(made), axis=0)
-            new[group] = {leaf: np.concatenate([made, more])}
+            made[:kept] = sharding.to_host(params[group][leaf][:kept])
+            if size > len(made):
+                more = np.repeat(made.mean(axis=0, keepdims=True), size - len(made), axis=0)
+                new[group] = {leaf: np.concatenate([made, more])}
     return dataclasses.replace(config, vocab_size=size), new
 
 
@@ -101,7 +106,14 @@ def read(config: Config, source: Side, target: Side, mesh: Mesh, log: Log) -> co
 
 
 def learn(
-    config: Config, source: Side, target: Side, aligned: Alignment, reading: contexts.Reading, mesh: Mesh, log: Log
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    reading: contexts.Reading,
+    mesh: Mesh,
+    log: Log,
+    kept: int = 0,
 ) -> Params:
     """`target`'s parameters with the rows of composed tokens drawn to what the source model's own tokens teach.
 
@@ -111,9 +123,11 @@ def learn(
     Args:
       target: as `initialize` made it of the source by `aligned`.
       reading: what `read` gave.
+      kept: the first rows, which stay what they are.
     """
     parts = methods.spell(source.tokenizer, target.tokenizer).parts
     composed = np.isin(aligned.rules, COMPOSED) & np.array([bool(of) for of in parts])
+    composed[:kept] = False
     wanted = np.flatnonzero(composed & (reading.target.counts > 0))
     known, known_parts = composition.halves(source.tokenizer, source.shards.counts)
     new = dict(target.params)
@@ -131,7 +145,7 @@ def learn(
                 new[group] = {leaf: made}
         log(f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens")
     moves, direction = calibration.head_moves(
-        target.config, new, target.shards, jnp.dtype(config.compute.dtype), mesh, config.seed
+        target.config, new, target.shards, jnp.dtype(config.compute.dtype), mesh, config.seed, kept
     )
     group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in new)
     moved = np.array(new[group][leaf], np.float32)
@@ -144,13 +158,16 @@ def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.array([len(content or b"") for content in canonical.token_bytes(tokenizer)], np.int64)
 
 
-def random_rows(config: ModelConfig, params: dict, size: int, key: jax.Array) -> tuple[ModelConfig, dict]:
-    """The baseline: `size` rows drawn from a normal distribution with each source column's mean and deviation."""
+def random_rows(
+    config: ModelConfig, params: dict, size: int, key: jax.Array, kept: int = 0
+) -> tuple[ModelConfig, dict]:
+    """The baseline: `size` rows drawn from a normal distribution with each source column's mean and deviation, but for the first
+    `kept`, which stay what they are."""
 
     def draw(rows: np.ndarray, key: jax.Array) -> np.ndarray:
         rows = sharding.to_host(rows)[: config.vocab_size].astype(np.float32)
         noise = np.asarray(jax.random.normal(key, (size, rows.shape[1]), jnp.float32))
-        return rows.mean(axis=0) + rows.std(axis=0) * noise
+        return np.concatenate([rows[:kept], (rows.mean(axis=0) + rows.std(axis=0) * noise)[kept:]])
 
     embed_key, head_key = jax.random.split(key)
     new = dict(params)

@@ -25,7 +25,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "USE-POLICY*")
 """Files that say what may be done with a model, as patterns."""
 
-_DATA = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", *TERMS)
+TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Files that a tokenizer may be made of, as patterns; those of a model's config and index are among them."""
+
+_DATA = (*TOKENIZER, "README.md", *TERMS)
 
 _CODE = (".py", ".pyc", ".so", ".sh")
 

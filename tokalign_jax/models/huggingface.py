@@ -30,13 +30,14 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import family, text_name, weight_table
+from tokalign_jax.models.hub import INDEX, SINGLE
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.models.weights import Weight
+from tokalign_jax.text.canonical import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
 _FLOATS = {
@@ -353,9 +354,9 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
     if writes and any(folder.iterdir()):
         raise UserError(f"'{folder}' is not empty: a model is written into a new folder only; move it away")
-    if len(tokenizer) > config.vocab_size:
+    if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
+            f"the tokenizer has {vocabulary_size(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
             f"tokens would have none; give the model at least as many rows"
         )
     dtype = {} if dtypes == "source" else {"torch_dtype" if "torch_dtype" in raw_config else "dtype": dtypes}

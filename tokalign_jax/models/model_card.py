@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from tokalign_jax.config import EXTEND
+
 CARD = "README.md"
 
 _CARRIED = ("license", "license_name", "license_link")
@@ -38,7 +40,7 @@ class CardFacts:
     base_model: str
     """Hub name (`name@revision`) or folder of the source model."""
     target_tokenizer: str
-    """The same of the tokenizer."""
+    """The same of the tokenizer; `extend`: the base model's own with more tokens."""
     name: str = "."
     """Where the model is loaded from, in the example."""
     base_card: str = ""
@@ -139,12 +141,15 @@ def _hub_name(name: str) -> str:
 
 
 def _made(facts: CardFacts) -> str:
-    base, tokenizer = _link(facts.base_model), _link(facts.target_tokenizer)
-    lines = [f"# {_short(facts.base_model)} with the vocabulary of {_short(facts.target_tokenizer)}", ""]
-    lines += [
-        f"The model {base} with the tokenizer of {tokenizer}: the rows of its embedding and its head were made anew"
-    ]
-    lines += ["for that vocabulary and trained by tokalign_jax."]
+    base, name = _link(facts.base_model), _short(facts.base_model)
+    if facts.target_tokenizer == EXTEND:
+        lines = [f"# {name} with an extended vocabulary", ""]
+        lines += [f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"]
+        lines += ["were made for these, and trained by tokalign_jax."]
+    else:
+        lines = [f"# {name} with the vocabulary of {_short(facts.target_tokenizer)}", ""]
+        lines += [f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"]
+        lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
     if facts.source_tokens and facts.target_tokens:
         lines += [f"The vocabulary went from {facts.source_tokens:,} to {facts.target_tokens:,} tokens."]
     if facts.rows > facts.target_tokens > 0:

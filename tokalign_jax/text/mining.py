@@ -17,15 +17,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from jaxtyping import Bool
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import plain_backend, space_mark, special_ids, vocabulary_size
 
 BATCH_BYTES = 4 << 20
@@ -43,6 +45,39 @@ class Mined(NamedTuple):
     """Characters that were spelled in bytes, the most useful first."""
     merges: list[tuple[str, str, int]]
     """Pairs that were joined, in order."""
+
+
+def run(
+    config: Config, corpus_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, log: Log
+) -> dict[str, Any]:
+    """Writes `tokenizer` with tokens mined from the training documents in `corpus_folder` (`config.extend`) to `folder`.
+
+    Returns: the sizes of both vocabularies, and the bytes that were read.
+    """
+    settings = config.extend
+    texts = sample(corpus_folder, settings.budget_bytes, config.seed)
+    extended = extended_tokenizer(tokenizer, texts, settings.new_tokens, min_count=settings.min_count, log=log)
+    before, after = vocabulary_size(tokenizer), vocabulary_size(extended)
+    log(f"extend: {after - before:,} new tokens behind {before:,}")
+    extended.save_pretrained(str(folder))
+    return {"source_tokens": before, "tokens": after, "bytes": sum(len(text.encode()) for text in texts)}
+
+
+def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
+    """Training documents drawn at random, so that every part of the corpus has its share, of at most so many bytes."""
+    total = json.loads((corpus_folder / "summary.json").read_text())["train_bytes"]
+    random, share = np.random.default_rng(seed), budget_bytes / total
+    texts, left = [], budget_bytes
+    for document in itertools.chain.from_iterable(corpus.train_batches(corpus_folder)):
+        if random.random() < share and document.bytes <= left:
+            texts.append(document.text)
+            left -= document.bytes
+    return texts
+
+
+def largest_size(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that the extended vocabulary needs at most, which is all that is known of it before text is read."""
+    return vocabulary_size(tokenizer) + config.extend.new_tokens + bool(config.end_of_text)
 
 
 def extended_tokenizer(
@@ -68,7 +103,7 @@ def extended_tokenizer(
     Raises:
       UserError: the tokenizer has no merges to go on with (Unigram, WordPiece).
     """
-    _check_kind(tokenizer)
+    check(tokenizer)
     characters = unknown_characters(tokenizer, texts, min_count)[:new_tokens]
     cutting = _with_tokens(tokenizer, Mined(characters, []))
     words = count_words(cutting, texts, log)
@@ -79,7 +114,12 @@ def extended_tokenizer(
     return _with_tokens(tokenizer, mined)
 
 
-def _check_kind(tokenizer: PreTrainedTokenizerBase) -> None:
+def check(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether a vocabulary can be extended.
+
+    Raises:
+      UserError: it has no merges to go on with.
+    """
     model = plain_backend(tokenizer).model
     is_bpe = isinstance(model, tokenizers.models.BPE)
     marked = is_bpe and (model.continuing_subword_prefix or model.end_of_word_suffix)

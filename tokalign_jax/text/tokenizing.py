@@ -122,7 +122,8 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special)[:10])
     raise UserError(
         f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
-        f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'})"
+        f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'}), or, if it "
+        f"is the target's, --config.end_of_text to one of them or to a new one, such as <|endoftext|>"
     )
 
 
