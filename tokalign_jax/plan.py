@@ -253,7 +253,7 @@ def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed)
     if config.target_tokenizer == EXTEND:
         size = mining.largest_size(config, hub.load_tokenizer(source))
     else:
-        target = demo.target_tokenizer(config.target_tokenizer)
+        target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
         size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
     model, raw = hub.load_config(source)
     multiple = config.initialization.rows_multiple_of
