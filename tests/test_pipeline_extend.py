@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tokalign_jax import inspect, main, plan, stages
 from tokalign_jax.config import Config, ExtendConfig
 from tokalign_jax.errors import UserError
+from tokalign_jax.models import huggingface
 from tokalign_jax.text import canonical, mining
 
 NEW = 30
@@ -195,7 +196,7 @@ def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
 
 
 def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
-    """A source whose tokenizer has an id past its matrices, though it has fewer tokens than they have rows."""
+    """A tokenizer that has an id past the matrices, though it has fewer tokens than they have rows."""
     folder = tmp_path / "model"
     shutil.copytree(inputs["llama"], folder)
     state = json.loads((folder / "tokenizer.json").read_text())
@@ -206,3 +207,7 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
     assert len(context.source_tokenizer) <= 320
     with pytest.raises(UserError, match="has 331 tokens but its matrices have only 320 rows"):
         context.check()
+    model, raw = context.source_model
+    params = huggingface.load_params(folder, model)
+    with pytest.raises(UserError, match="has 331 tokens but the model has only 320 rows"):
+        huggingface.save_checkpoint(tmp_path / "out", params, model, raw, context.source_tokenizer, dtypes="float32")
