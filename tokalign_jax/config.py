@@ -155,8 +155,9 @@ class StageConfig:
     sequence_length: int = 2048
     """Tokens a sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS
-    """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one pass over the corpus
-    (float below 1), or `after_previous`."""
+    """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one pass over the corpus (float below 1),
+    or `after_previous`. After a stage of another `sequence_length`, the tokens that it read carry over, rounded up to a whole sequence;
+    each length has an order of its own, so some text may be met again."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint_every: int = 250
     """Steps between checkpoints; a killed run loses at most this many."""
