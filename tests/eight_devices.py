@@ -182,12 +182,10 @@ CHECKS = {
     **{f"vocabulary-{name}": (vocabulary, shape) for name, shape in SHAPES.items()},
     **{f"training-full-{name}": (training, shape, LLAMA, "full") for name, shape in SHAPES.items()},
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
-    "training-lora-all": (training, SHAPES["all"], replace(LLAMA), "lora"),
-    "training-lora-fsdp": (training, SHAPES["fsdp"], replace(LLAMA), "lora"),
+    "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),
     "files": (files, SHAPES["all"]),
     "reading-all": (reading, SHAPES["all"]),
-    "reading-fsdp": (reading, SHAPES["fsdp"]),
 }
 
 

@@ -227,7 +227,7 @@ def test_auto_keeps_the_most_that_fits():
 def test_the_disk_and_the_batch_are_looked_at():
     assert "--workdir" in planned(disk_free=1e9).warnings[-1]
     with pytest.raises(UserError, match=r"stage1.batch_size is 64 .* multiple of 7"):
-        planned(devices=7)
+        planned(replace(CONFIG, mesh=MeshConfig(data=7)), devices=7)
 
 
 def test_time_at_a_given_measured_or_assumed_speed(tmp_path):

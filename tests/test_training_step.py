@@ -16,10 +16,7 @@ from training_toys import (
     NEOX,
     STAGE,
     VOCABULARY,
-    Program,
     assert_same,
-    final_of,
-    finish,
     quick_compilation,  # noqa: F401 (applies to every test here)
     toy_params,
     toy_shards,
@@ -29,7 +26,6 @@ from training_toys import (
 from tokalign_jax import paths, sharding
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.training.batches import TokenSource, make_stream
-from tokalign_jax.training.metrics import read
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
 
 FAMILIES = [replace(model, tie_word_embeddings=tied) for model in (LLAMA, NEOX) for tied in (False, True)]
@@ -162,15 +158,3 @@ def test_golden_steps_against_pytorch(tmp_path, family):
         optimizer.step()
         schedule.step()
     assert history[-1]["loss"] < history[0]["loss"]
-
-
-def test_eight_devices_give_what_one_gives(tmp_path):
-    changes = dict(batch_size=8, per_device_batch=1, steps=4)
-    program = Program(tmp_path / "eight", changes, devices=8)
-    assert "on 8 cpu devices" in finish(program)
-    one = train(tmp_path / "one", replace(STAGE, batch_size=8, per_device_batch=8, steps=4))
-    eight = read(tmp_path / "eight" / "metrics.jsonl")
-    for name in ("loss", "gradient_norm", "tokens"):
-        np.testing.assert_allclose([r[name] for r in eight], [r[name] for r in one.history], rtol=1e-5)
-    for path, leaf in final_of(program).items():
-        np.testing.assert_allclose(leaf, paths.flatten(one.params)[path], atol=2e-5, err_msg=path)

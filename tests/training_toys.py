@@ -192,6 +192,8 @@ class Program:
             traceback.print_exc()
             if processes > 1:
                 distributed.fail(str(error), code)
+        if processes > 1:
+            jax.distributed.shutdown()  # what JAX does when an ordinary program ends; a forked one ends without
         sys.exit(code)
 
     def _train(self) -> None:

@@ -89,7 +89,8 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
     if given.workdir:
         run, settings = _workdir(given.workdir)
         names = {role: name or run[role] for role, name in names.items()}
-        end_of_text = json.loads((given.workdir / "config.json").read_text()).get("end_of_text", "")
+        if (file := given.workdir / "config.json").is_file():
+            end_of_text = json.loads(file.read_text()).get("end_of_text", "")
         if names["target_tokenizer"] == EXTEND:
             names["target_tokenizer"] = str(given.workdir / EXTEND)
     elif not (given.alignment and all(names.values())):

@@ -80,7 +80,7 @@ class Machine:
         if devices:
             return cls(devices, usable)
         here = jax.devices()
-        limit = (here[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
         return cls(len(here), min(usable, limit), here[0].device_kind, here[0].platform != "cpu")
 
 

@@ -56,6 +56,7 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _request.when = None
 
 
 def ask() -> None:
