@@ -517,8 +517,15 @@ def _split(key: jax.Array | None, count: int):
 
 
 def _dropout(x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None) -> Float[Array, "*E B T D"]:
-    if key is None or rate == 0:
+    """Drops a share of `x` that is `rate` to the nearest 256th: a byte of chance an element, a quarter of the work of drawing words."""
+    dropped = round(256 * rate)
+    if key is None or dropped == 0:
         return x
-    of_sequence = (*x.shape[:-3], *x.shape[-2:])
-    kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, of_sequence), out_axes=-3)(key)
-    return jnp.where(kept, x / (1 - rate), 0)
+    *shape, width = (*x.shape[:-3], *x.shape[-2:])
+
+    def draw(key: jax.Array) -> Int[Array, "*E T D"]:
+        words = jax.random.bits(key, (*shape, -(-width // 4)))
+        return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape, -1)[..., :width]
+
+    kept = jax.vmap(draw, out_axes=-3)(key) >= dropped
+    return jnp.where(kept, x * (256 / (256 - dropped)), 0)
