@@ -1,0 +1,170 @@
+"""Token-level distillation: at each position the student learns the teacher's distribution over the tokens that both have.
+
+B batch, T length, D model (of the student; the teacher's may differ), V tokens that both have, R rows of a head (V and its padding),
+r of them on a device, C tokens of a chunk.
+
+    loss = weight T^2 ((1 - reverse) KL(p || q) + reverse KL(q || p)) + (1 - weight) (next-token cross-entropy)
+
+with p = softmax(teacher / T) and q = softmax(student / T) over V, T the temperature (Hinton et al. 2015, arXiv 1503.02531, section 2:
+gradients shrink as 1 / T^2, hence the factor). The forward divergence covers all that the teacher does, the reverse one keeps to what it
+does most (arXiv 2306.08543, section 2).
+
+As in `losses`: logits of both exist for C tokens at once and never whole, and the gradients for the student's states and head are made in
+the same pass, the head's summed in float32; where a mesh splits the heads' rows, each device has the logits of its own rows, and only
+states and a few numbers a token travel. The next-token term comes from the same logits.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from tokalign_jax import sharding
+from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, row_part, summed
+from tokalign_jax.training.losses import Head, _chunks, _Rows
+
+
+class Teaching(NamedTuple):
+    """How states of student and teacher become a loss; all that is known when the program is compiled."""
+
+    student: Head
+    teacher: Head
+    vocabulary: int
+    """V: ids that both have. Others have no part in the divergence; those of the student have one in the next-token term."""
+    reverse: float = 0.0
+    """Share of the reverse divergence, KL(student || teacher); the rest is the forward one, KL(teacher || student)."""
+    temperature: float = 1.0
+    weight: float = 1.0
+    """Share of the divergence in the loss; the rest is next-token cross-entropy."""
+
+
+def distillation(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "R D"],
+    teacher_hidden: Float[Array, "B T D'"],
+    teacher_head: Float[Array, "R D'"],
+    labels: Int[Array, "B T"],
+    how: Teaching,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The loss summed over tokens (nats, float32), and how many count. Differentiable in `hidden` and `head`; the teacher gets no gradient.
+
+    Args:
+      hidden: the student's, after its final norm.
+      head: its output matrix, with its float32 masters; the gradient for it is summed over the chunks in float32.
+      teacher_hidden: of the same tokens.
+      teacher_head: with as many rows as `head`, so that devices have the same ids of both.
+      labels: token ids; at a negative one nothing counts, not the divergence either.
+    """
+    if len(head) != len(teacher_head):
+        raise ValueError(
+            f"the student's head has {len(head)} rows and the teacher's {len(teacher_head)}: `with_rows` makes them equal"
+        )
+    return _total(hidden, head, teacher_hidden, teacher_head, labels, how), jnp.sum(labels >= 0, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _total(hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array, how: Teaching):
+    return _total_forward(hidden, head, teacher_hidden, teacher_head, labels, how)[0]
+
+
+def _total_forward(
+    hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array, how: Teaching
+):
+    """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
+
+    def local(hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array):
+        student = _Rows(head.astype(how.student.dtype), how.student)
+        teacher = _Rows(teacher_head.astype(how.teacher.dtype), how.teacher)
+        ids = row_part() * len(head) + jnp.arange(len(head))
+
+        def one_chunk(
+            sums: tuple[Array, Array], pieces: tuple[Array, Array, Array]
+        ) -> tuple[tuple[Array, Array], Array]:
+            states, teacher_states, targets = map(gathered, pieces)
+            logits, pull = student.logits(states)
+            loss, gradient = _loss(logits, teacher.logits(teacher_states)[0], targets, ids, how)
+            gradient = pull(gradient).astype(how.student.dtype)
+            total, head_gradient = sums
+            head_gradient += jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
+            return (total + loss.sum(), head_gradient), summed(jnp.dot(gradient, student.weight))
+
+        states, targets = _chunks(hidden.astype(how.student.dtype), labels, how.student.chunk)
+        teacher_states, _ = _chunks(teacher_hidden.astype(how.teacher.dtype), labels, how.student.chunk)
+        start = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+        (total, head_gradient), gradient = jax.lax.scan(one_chunk, start, (states, teacher_states, targets))
+        gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
+        # Devices that have other rows have the loss of the same tokens: it is added up over `data` alone.
+        return over(DATA, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
+
+    total, *gradients = _by_device(local)(hidden, head, teacher_hidden, teacher_head, labels)
+    return total, gradients
+
+
+def _total_backward(how: Teaching, gradients: tuple[Array, Array], upstream: Array):
+    del how
+    return *((upstream * gradient).astype(gradient.dtype) for gradient in gradients), None, None, None
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+def _loss(
+    logits: Float[Array, "C r"],
+    teacher_logits: Float[Array, "C r"],
+    labels: Int[Array, "C"],
+    ids: Int[Array, "r"],
+    how: Teaching,
+) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
+    """The loss of each token, over the rows of all devices, and its gradient for the student's logits here."""
+    loss, gradient = _divergence(logits, teacher_logits, ids < how.vocabulary, how)
+    if how.weight < 1:
+        log_q = _log_softmax(logits, ids < how.student.vocabulary)
+        is_label = labels[:, None] == ids
+        nll = -over(VOCABULARY, jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1))
+        loss = how.weight * loss + (1 - how.weight) * nll
+        gradient = how.weight * gradient + (1 - how.weight) * (jnp.exp(log_q) - is_label)
+    counts = labels >= 0
+    return jnp.where(counts, loss, 0.0), jnp.where(counts[:, None], gradient, 0.0)
+
+
+def _divergence(
+    logits: Float[Array, "C r"], teacher_logits: Float[Array, "C r"], known: Bool[Array, "r"], how: Teaching
+) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
+    """T^2 times the divergence of each token over all `known` ids, and its gradient for the student's logits here.
+
+    With q = softmax(s / T) and d = log q - log p: T dKL(p || q) / ds = q - p, and T dKL(q || p) / ds = q (d - KL(q || p)).
+    """
+    log_q, log_p = (_log_softmax(x / how.temperature, known) for x in (logits, teacher_logits))
+    q, p = jnp.exp(log_q), jnp.exp(log_p)
+    d = jnp.where(known, log_q - log_p, 0.0)
+    loss, gradient = jnp.zeros(len(logits)), jnp.zeros(logits.shape)
+    if how.reverse < 1:
+        loss += (1 - how.reverse) * over(VOCABULARY, -jnp.sum(p * d, axis=-1))
+        gradient += (1 - how.reverse) * (q - p)
+    if how.reverse > 0:
+        reverse = over(VOCABULARY, jnp.sum(q * d, axis=-1))
+        loss += how.reverse * reverse
+        gradient += how.reverse * q * (d - reverse[:, None])
+    return how.temperature**2 * loss, how.temperature * gradient
+
+
+def _log_softmax(logits: Float[Array, "C r"], known: Bool[Array, "r"]) -> Float[Array, "C r"]:
+    """Log-probabilities over the `known` ids of all devices; others have none (-inf)."""
+    logits = jnp.where(known, logits, -jnp.inf)
+    largest = jnp.max(logits, axis=-1)
+    largest = largest if sharding.current() is None else jax.lax.pmax(largest, VOCABULARY)
+    total = over(VOCABULARY, jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+    return logits - (largest + jnp.log(total))[:, None]
+
+
+def _by_device(local: Callable[..., Any]) -> Callable[..., Any]:
+    """`local` on each device's part of states, heads and labels."""
+    if sharding.current() is None:
+        return local
+    parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
+    # Replication is not checked: sums over devices are in the function itself, which nothing differentiates.
+    return jax.shard_map(local, in_specs=parts, out_specs=(P(), P(BATCH), P(VOCABULARY)), check_vma=False)
