@@ -3,23 +3,26 @@
     bits per byte = sum of -log2 p(token | tokens before it) / UTF-8 bytes of the text
 
 Each document begins with end-of-text (or the tokenizer's beginning-of-text) as context, as in training. A document longer than
-a window is cut into windows that do not overlap.
+a window is cut into windows that do not overlap. Costs are kept by document, so that intervals can be had (`intervals.py`).
 """
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
+from tokalign_jax.evaluation import intervals
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
@@ -51,6 +54,55 @@ class Score:
     def summary(self) -> dict[str, float]:
         """The sums and what follows from them, for JSON."""
         return {**asdict(self), "bits_per_byte": self.bits_per_byte, "bytes_per_token": self.bytes_per_token}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each of N documents of a group cost."""
+
+    nats: Float[np.ndarray, "N"]
+    """float64"""
+    tokens: Int[np.ndarray, "N"]
+    """int64"""
+    bytes: Int[np.ndarray, "N"]
+    """int64"""
+
+    @property
+    def total(self) -> Score:
+        return Score(float(self.nats.sum()), int(self.tokens.sum()), int(self.bytes.sum()))
+
+
+def summaries(costs: Mapping[str, Costs], seed: int) -> dict[str, dict[str, Any]]:
+    """Each group's `Score.summary`, with its documents and the 95% `interval` of its bits per byte where there are two or more."""
+    return {group: summary([of], seed) for group, of in costs.items()}
+
+
+def summary(groups: Sequence[Costs], seed: int) -> dict[str, Any]:
+    """The sums over `groups` and what follows from them, for JSON; documents are drawn again within each group."""
+    nats, _, size = pooled(groups)
+    counts = [len(of.nats) for of in groups]
+    interval = intervals.of_ratio(nats / math.log(2), size, counts, seed)
+    total = sum((of.total for of in groups), Score(0.0, 0, 0))
+    return {**total.summary(), "documents": sum(counts), **({"interval": list(interval)} if interval else {})}
+
+
+def difference(one: Sequence[Costs], other: Sequence[Costs], seed: int) -> dict[str, Any]:
+    """How many bits per byte `one` needs less `other`, with its 95% `interval`, from the same documents of both.
+
+    Raises:
+      ValueError: the documents are not the same.
+    """
+    (nats, _, size), (others, _, other_size) = pooled(one), pooled(other)
+    if not np.array_equal(size, other_size):
+        raise ValueError("the costs are of different documents")
+    bits = (nats - others) / math.log(2)
+    interval = intervals.of_ratio(bits, size, [len(of.nats) for of in one], seed)
+    return {"difference": float(bits.sum() / size.sum()), **({"interval": list(interval)} if interval else {})}
+
+
+def pooled(groups: Sequence[Costs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nats, tokens and bytes of the documents of all groups, one behind the other."""
+    return tuple(np.concatenate([getattr(of, what) for of in groups]) for what in ("nats", "tokens", "bytes"))  # type: ignore[return-value]
 
 
 def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:
@@ -93,6 +145,19 @@ def evaluate(
     params: dict,
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, list[str]],
+    **options: Any,
+) -> dict[str, Score]:
+    """Scores of the texts of every language; see `evaluate_documents`."""
+    return {
+        language: of.total for language, of in evaluate_documents(config, params, tokenizer, texts, **options).items()
+    }
+
+
+def evaluate_documents(
+    config: ModelConfig,
+    params: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, list[str]],
     *,
     sequence_length: int,
     batch: int,
@@ -100,8 +165,8 @@ def evaluate(
     mesh: Mesh | None = None,
     log: Log = lambda line: None,
     what: str = "evaluate",
-) -> dict[str, Score]:
-    """Scores the texts of every language.
+) -> dict[str, Costs]:
+    """What every document of every language costs.
 
     Args:
       params: weights of the model, [V, D] matrices at least as long as the tokenizer.
@@ -112,38 +177,43 @@ def evaluate(
       mesh: of the devices to run on, where `params` are or go; None: all devices.
 
     Returns:
-      Score by language.
+      Costs by language, documents in the order of `texts`.
     """
     start, backend = first_context(tokenizer), plain_backend(tokenizer)  # as the shards are made
-    windows: list[tuple[str, list[int], list[int]]] = []
-    totals = {}
+    windows: list[tuple[np.ndarray, int, list[int], list[int]]] = []  # where its nats go, inputs, labels
+    costs = {}
     for language, documents in texts.items():
         encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
-        totals[language] = Score(0.0, sum(map(len, encoded)), sum(len(d.encode()) for d in documents))
-        windows += [(language, *window) for tokens in encoded for window in cut(tokens, start, sequence_length)]
+        costs[language] = Costs(
+            np.zeros(len(documents)),
+            np.array([len(ids) for ids in encoded], np.int64),
+            np.array([len(text.encode()) for text in documents], np.int64),
+        )
+        for document, tokens in enumerate(encoded):
+            windows += [(costs[language].nats, document, *w) for w in cut(tokens, start, sequence_length)]
 
     # Windows of like length go together, so that short ones are not padded to the longest.
-    windows.sort(key=lambda window: len(window[1]))
-    progress = Progress(log, what, sum(len(w[1]) for w in windows), "tokens")
+    windows.sort(key=lambda window: len(window[3]))
+    progress = Progress(log, what, sum(len(w[3]) for w in windows), "tokens")
     mesh = mesh or sharding.make_mesh()
     params = sharding.place(params, mesh)
     batch, split = batch * sharding.sequences_at_once(mesh), NamedSharding(mesh, P(sharding.BATCH))
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
-        length = _padded_length(len(group[-1][1]), sequence_length)
+        length = _padded_length(len(group[-1][3]), sequence_length)
         inputs = np.zeros((batch, length), np.int32)
         labels = np.full((batch, length), IGNORED, np.int32)
-        for row, (_, window_inputs, window_labels) in enumerate(group):
+        for row, (_, _, window_inputs, window_labels) in enumerate(group):
             inputs[row, : len(window_inputs)] = window_inputs
             labels[row, : len(window_labels)] = window_labels
         inputs, labels = (sharding.put(of, split) for of in (inputs, labels))
-        nats = np.asarray(_window_nats(params, inputs, labels, config=config, compute=compute, mesh=mesh), np.float64)
-        for row, (language, _, _) in enumerate(group):
-            totals[language] += Score(float(nats[row]), 0, 0)
-        progress.update(sum(len(w[1]) for w in group))
-    average = sum(totals.values(), Score(0.0, 0, 0))
+        found = np.asarray(_window_nats(params, inputs, labels, config=config, compute=compute, mesh=mesh), np.float64)
+        for row, (nats, document, _, _) in enumerate(group):
+            nats[document] += found[row]
+        progress.update(sum(len(w[3]) for w in group))
+    average = sum((of.total for of in costs.values()), Score(0.0, 0, 0))
     progress.done(f"{average.bits_per_byte:.3f} bits per byte")
-    return totals
+    return costs
 
 
 def _padded_length(length: int, longest: int) -> int:
