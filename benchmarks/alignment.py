@@ -253,7 +253,9 @@ def follow(context: stages.Context, start: str, model, trained: Sequence[str], t
         folder = context.workdir / "starts" / start / name
         shutil.rmtree(folder, ignore_errors=True)
         began = time.monotonic()
-        result = loop.run_stage(name, getattr(config, name), config, model_config, params, shards, folder, end, print)
+        result = loop.run_stage(
+            name, getattr(config, name), config, model_config, params, shards, folder, end, print, mesh=context.mesh
+        )
         print(f"{start} {name}: {time.monotonic() - began:.0f} s")
         params, end = result.params, result.stream_end
         rows[name] = measure(context, model_config, params, tokenizer, texts)

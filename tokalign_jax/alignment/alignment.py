@@ -9,12 +9,14 @@ and `alignment.npz` with everything.
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +26,9 @@ from tokalign_jax.text import canonical
 
 HUBS = 10
 """The hub share is that of the rows which point at this many source tokens."""
+BLOCK = 4096
+"""Rows that a thread makes at once."""
+THREADS = 8
 JSON_FILE, FILE = "align_matrix.json", "alignment.npz"
 
 
@@ -141,17 +146,17 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
             f"the source model's matrix has {rows.shape[0]:,} rows, its tokenizer {source_size:,} tokens: they do not belong "
             "together; give the model folder its own tokenizer"
         )
-    rows = np.asarray(rows)
-    mean = rows[:source_size].mean(axis=0, dtype=np.float64).astype(np.float32)
-    result = np.empty((len(mixture.indptr) - 1, rows.shape[1]), np.float32)
-    block = 8192
-    for start in range(0, len(result), block):
-        indptr = mixture.indptr[start : start + block + 1]
-        ids, weights = mixture.ids[indptr[0] : indptr[-1]], mixture.weights[indptr[0] : indptr[-1]]
-        parts = rows[np.where(ids < source_size, ids, 0)].astype(np.float32)
-        parts[ids >= source_size] = mean
-        parts *= weights[:, None]
-        result[start : start + block] = np.add.reduceat(parts, indptr[:-1] - indptr[0], axis=0)
+    mean = rows[:source_size].mean(axis=0, dtype=np.float64)
+    table = np.concatenate([rows[:source_size], mean[None]], dtype=np.float32)
+    size = len(mixture.indptr) - 1
+    matrix = scipy.sparse.csr_array((mixture.weights, mixture.ids, mixture.indptr), shape=(size, source_size + 1))
+    result = np.empty((size, rows.shape[1]), np.float32)
+
+    def make(start: int) -> None:
+        result[start : start + BLOCK] = matrix[start : start + BLOCK] @ table
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+        list(pool.map(make, range(0, size, BLOCK)))
     return result
 
 

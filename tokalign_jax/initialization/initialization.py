@@ -30,6 +30,8 @@ from tokalign_jax.text.tokenizing import TokenShards
 
 MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
 """Where the vocabulary's rows are; a tied model has the first alone."""
+BLOCK = 4096
+"""Rows that are changed at once, so that what is added to them stays small."""
 COMPOSED = (Rule.PIECES, Rule.SIMILAR)
 """Rules of tokens whose rows can be learned: they are spelled with source tokens, and are none of them."""
 
@@ -59,7 +61,7 @@ def initialize(
     for group, leaf in MATRICES:
         if group in new:
             made = new[group][leaf]
-            made[:kept] = sharding.to_host(params[group][leaf][:kept])
+            made[:kept] = sharding.to_host(params[group][leaf], slice(kept))
             if size > len(made):
                 more = np.repeat(made.mean(axis=0, keepdims=True), size - len(made), axis=0)
                 new[group] = {leaf: np.concatenate([made, more])}
@@ -69,13 +71,23 @@ def initialize(
 def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.ndarray, "V_t D"]:
     """float32: rows of the new head from those of the source's, R >= V_source, mixed and corrected for frequency."""
     slope = frequency_slope(rows[: aligned.source_size], aligned.source_log_frequency)
-    return alignment.apply(aligned.head, rows) + aligned.frequency_shift[:, None] * slope
+    made = alignment.apply(aligned.head, rows)
+    move(made, aligned.frequency_shift, slope)
+    return made
+
+
+def move(rows: Float[np.ndarray, "V D"], by: Float[np.ndarray, "V"], direction: Float[np.ndarray, "D"]) -> None:
+    """Adds `by` times `direction` to the rows, in place, block by block."""
+    for start in range(0, len(rows), BLOCK):
+        rows[start : start + BLOCK] += by[start : start + BLOCK, None] * direction
 
 
 def frequency_slope(rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]) -> Float[np.ndarray, "D"]:
     """float32: the least-squares change of a row with its token's log frequency; 0 where all are as frequent."""
     centred = log_frequency.astype(np.float64) - log_frequency.mean(dtype=np.float64)
-    return (centred @ rows.astype(np.float64) / max(centred @ centred, 1e-9)).astype(np.float32)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
+    product = sum(centred[block] @ rows[block].astype(np.float64) for block in blocks)
+    return (product / max(centred @ centred, 1e-9)).astype(np.float32)
 
 
 class Side(NamedTuple):
@@ -139,9 +151,10 @@ def learn(
         for group, leaf in MATRICES:
             if group in new:
                 rows = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
-                learned = composition.learned_rows(rows, of_known, of_wanted, reading)
                 made = np.array(new[group][leaf], np.float32)
-                made[wanted] += config.initialization.learned * (learned - made[wanted])
+                for block, learned in composition.learned_rows(rows, of_known, of_wanted, reading):
+                    ids = wanted[block]
+                    made[ids] += config.initialization.learned * (learned - made[ids])
                 new[group] = {leaf: made}
         log(f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens")
     moves, direction = calibration.head_moves(
@@ -149,7 +162,7 @@ def learn(
     )
     group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in new)
     moved = np.array(new[group][leaf], np.float32)
-    moved[: len(moves)] += config.initialization.calibration * moves[:, None] * direction
+    move(moved[: len(moves)], config.initialization.calibration * moves, direction)
     new[group] = {leaf: moved}
     return new
 
