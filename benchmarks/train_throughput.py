@@ -169,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     from tokalign_jax import plan, sharding
     from tokalign_jax.config import ComputeConfig, MeshConfig, StageConfig
     from tokalign_jax.training.loop import lora_spec, micro_batch
-    from tokalign_jax.training.optimizer import make_optimizer
+    from tokalign_jax.training.optimizer import make_optimizer, schedule_of
     from tokalign_jax.training.step import make_loss, make_train_step
 
     model, batch, length = _model(arguments), arguments.batch, arguments.length
@@ -185,14 +185,14 @@ def measure(arguments: argparse.Namespace) -> Row:
     assert micro_batch("benchmark", stage, mesh) == batch
     optimizer = make_optimizer(stage, _labels(stage, model))
     state, frozen = _random_state(stage, model, jnp.dtype(arguments.dtype), optimizer, mesh)
-    step = make_train_step(make_loss(model, compute, lora_spec(stage)), optimizer, stage, compute.dtype, mesh)
+    step = make_train_step(make_loss(model, compute, lora_spec(stage)), optimizer, compute.dtype, mesh)
 
     shape = (arguments.accumulation, batch, length + 1)
     random = np.random.default_rng(0)
     fixed = sharding.global_batch(random.integers(model.vocab_size, size=shape, dtype=np.int32), mesh)
-    key = jax.random.key(0)
+    key, schedule = jax.random.key(0), schedule_of(stage)
     began = time.monotonic()
-    compiled: Any = step.lower(state, frozen, fixed, key).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    compiled: Any = step.lower(state, frozen, fixed, key, schedule).compile()  # pyright: ignore[reportFunctionMemberAccess]
     compile_seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # outputs lie where the state came in
@@ -203,7 +203,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         nonlocal state
         progress, ahead, began = Progress(_report, what, steps, "steps"), deque(), time.monotonic()
         for _ in range(steps):
-            state, metrics = compiled(state, frozen, next(batches), key)
+            state, metrics = compiled(state, frozen, next(batches), key, schedule)
             ahead.append(metrics["loss"])
             if len(ahead) > 2:
                 ahead.popleft().block_until_ready()

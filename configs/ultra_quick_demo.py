@@ -3,7 +3,7 @@
 python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
 
 Expected, on held-out text of eight languages: half as many tokens (1.8 -> 3.7 bytes a token); bits per byte 1.35 of the source model,
-4.64 with random rows, 2.30 initialised, 2.04 after Stage 1, 1.91 after Stage 2; 3 minutes 22 seconds on two CPU cores.
+4.64 with random rows, 2.30 initialised, 2.04 after Stage 1, 1.91 after Stage 2; about four minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

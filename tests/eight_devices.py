@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_params, toy_shards
+from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_params, toy_shards, unpadded
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
@@ -112,7 +112,7 @@ def files(shape):
             huggingface.load_params(model, config),
             huggingface.load_params(model, config, mesh=mesh_of(shape)),
         )
-        close(sharding.unpadded(placed, config.vocab_size), host, 0)
+        close(unpadded(placed, config.vocab_size), host, 0)
         tokenizer = AutoTokenizer.from_pretrained(model)
         for name, params in (("host", host), ("placed", placed)):
             out = Path(folder) / name

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import free_port
 
 from tokalign_jax import distributed, stopping
 from tokalign_jax.errors import UserError
@@ -19,9 +19,7 @@ CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
 
 
 def start_processes(scene: str, folder: Path, count: int = 2) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",

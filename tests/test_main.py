@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import free_port
 
 import tokalign_jax
 from tokalign_jax import main, stopping
@@ -128,9 +128,7 @@ sys.exit(main.main(["main", "--workdir", "nowhere", *sys.argv[2:]]))
 
 @pytest.mark.parametrize(("scene", "code"), [("works", 0), ("fails", 1)])
 def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, code):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
+    coordinator = f"--coordinator=localhost:{free_port()}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     both = [
         subprocess.Popen(

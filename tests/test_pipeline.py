@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SHARED, tiny_model_folder, tiny_tokenizer
+from processes import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -281,11 +281,8 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
     command += arguments(inputs, "llama", tmp_path / "two", "optimal", *overrides)[1:]
 
     def run() -> str:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
         environment = os.environ | {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
             "JAX_NUM_PROCESSES": "2",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             "JAX_PLATFORMS": "cpu",

@@ -23,7 +23,7 @@ from tokalign_jax.models import remat
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import init_params
 from tokalign_jax.training import loop
-from tokalign_jax.training.optimizer import make_optimizer, rules_for
+from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
 
 SIZES = {
@@ -79,8 +79,8 @@ def compiled_memory(name: str, method: str, sizes: plan.MeshSizes, sequences: in
         jnp.int32,
         sharding=jax.NamedSharding(mesh, jax.P(None, sharding.BATCH)),
     )
-    step = make_train_step(make_loss(model, compute, loop.lora_spec(stage)), optimizer, stage, jnp.float32, mesh)
-    found = step.lower(state, frozen, batch, jax.random.key(0)).compile().memory_analysis()
+    step = make_train_step(make_loss(model, compute, loop.lora_spec(stage)), optimizer, jnp.float32, mesh)
+    found = step.lower(state, frozen, batch, jax.random.key(0), schedule_of(stage)).compile().memory_analysis()
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
 
 

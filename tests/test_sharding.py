@@ -9,7 +9,7 @@ from pathlib import Path
 import eight_devices
 import numpy as np
 import pytest
-from training_toys import QUICK
+from training_toys import QUICK, unpadded
 
 from tokalign_jax import sharding
 from tokalign_jax.config import MeshConfig
@@ -52,4 +52,4 @@ def test_only_a_vocabulary_is_padded():
     assert sharding.padded_shape("params/lm_head/kernel", (512, 8)) == (512, 8)
     assert sharding.padded_shape("layers/mlp/up_proj/kernel", (2, 61, 8)) == (2, 61, 8)
     placed = sharding.place({"embed_tokens": {"embedding": np.ones((61, 8))}}, sharding.make_mesh())
-    assert sharding.unpadded(placed, 61)["embed_tokens"]["embedding"].shape == (61, 8)
+    assert unpadded(placed, 61)["embed_tokens"]["embedding"].shape == (61, 8)

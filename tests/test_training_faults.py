@@ -19,6 +19,7 @@ from training_toys import (
     together,
     toy_params,
     train,
+    unpadded,
 )
 
 from tokalign_jax import sharding
@@ -166,7 +167,7 @@ def test_a_finished_stage_with_a_damaged_end_is_finished_no_more(tmp_path):
     damage(tmp_path / "checkpoints" / "8")
 
     def final():
-        return sharding.unpadded(load_final(tmp_path, STAGE, toy_params(), sharding.make_mesh()), VOCABULARY)
+        return unpadded(load_final(tmp_path, STAGE, toy_params(), sharding.make_mesh()), VOCABULARY)
 
     assert is_finished(tmp_path, STAGE)
     with pytest.raises(UserError, match=r"8' is damaged .* renamed to '8.damaged': run the same command again"):

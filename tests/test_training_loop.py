@@ -18,6 +18,7 @@ from training_toys import (
     toy_params,
     toy_shards,
     train,
+    unpadded,
 )
 
 from tokalign_jax import paths, sharding
@@ -26,7 +27,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.training.batches import TokenSource, make_stream
 from tokalign_jax.training.loop import load_final, plan_stage, run_stage
 from tokalign_jax.training.metrics import read
-from tokalign_jax.training.optimizer import make_optimizer, rules_for
+from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
 
 POISON = VOCABULARY - 1
@@ -39,7 +40,7 @@ def losses(records):
 
 def final(folder, stage):
     """What the stage ended with, from its folder alone."""
-    return sharding.unpadded(load_final(folder, stage, toy_params(), sharding.make_mesh()), VOCABULARY)
+    return unpadded(load_final(folder, stage, toy_params(), sharding.make_mesh()), VOCABULARY)
 
 
 # --- Resuming -----------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def poisoned_shards(steps):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     optimizer = make_optimizer(STAGE, paths.label_tree(rules_for("full"), toy_params()))
     mesh = sharding.make_mesh()
-    step = make_train_step(make_loss(LLAMA, CONFIG.compute, None), optimizer, STAGE, jnp.float32, mesh)
+    step = make_train_step(make_loss(LLAMA, CONFIG.compute, None), optimizer, jnp.float32, mesh)
     source = TokenSource(poisoned_shards([2]), LENGTH)
     stream = make_stream(source, seed=0, epochs=1, offset=0, accumulation=2, micro_batch=2)
     good, bad, better = (jnp.asarray(next(stream)) for _ in range(3))
@@ -115,7 +116,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     def after(*batches):
         state, metrics = init_state(sharding.place(poisoned_params(), mesh), optimizer), {}
         for batch in batches:
-            state, metrics = step(state, {}, batch, jax.random.key(0))
+            state, metrics = step(state, {}, batch, jax.random.key(0), schedule_of(STAGE))
         return state, metrics
 
     skipped, metrics = after(good, bad)

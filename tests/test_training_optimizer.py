@@ -10,7 +10,7 @@ import pytest
 
 from tokalign_jax import paths
 from tokalign_jax.config import StageConfig
-from tokalign_jax.training.optimizer import make_optimizer, make_schedule, rules_for
+from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 
 SHAPES = {
     "embed_tokens/embedding": (11, 4),
@@ -51,12 +51,17 @@ def test_what_each_method_trains():
     assert labels("full") == dict.fromkeys(SHAPES, "body") | vocabulary
 
 
+def rates(**settings):
+    schedule = schedule_of(StageConfig(learning_rate=0.5, **settings))
+    return lambda update: schedule.rates(update)["body"]
+
+
 def test_schedule_rises_to_the_peak_and_falls_to_zero():
-    rate = make_schedule(0.5, 10, 0.2)
+    rate = rates(steps=10, warmup_fraction=0.2)
     np.testing.assert_allclose([rate(u) for u in range(11)], [0.5 * expected_rate(u) for u in range(11)], atol=1e-7)
     assert rate(-1) == 0 and rate(2) == 0.5 and rate(10) == 0 and rate(11) == 0
-    assert make_schedule(0.5, 3, 0.03)(0) == 0.5  # no warm-up: straight to the peak
-    assert make_schedule(0.5, 1, 1.0)(0) == 0.25  # all of it warm-up
+    assert rates(steps=3, warmup_fraction=0.03)(0) == 0.5  # no warm-up: straight to the peak
+    assert rates(steps=1, warmup_fraction=1.0)(0) == 0.25  # all of it warm-up
 
 
 def test_three_steps_match_a_float64_reference():
@@ -71,7 +76,9 @@ def test_three_steps_match_a_float64_reference():
     moments = {k: (np.zeros(s), np.zeros(s)) for k, s in SHAPES.items()}
     for update in range(3):
         gradients = {k: g * (10.0 if update != 1 else 1e-3) for k, g in random_tree(update + 1).items()}
-        updates, state = jax.jit(optimizer.update)(paths.unflatten(gradients), state, tree)
+        updates, state = jax.jit(optimizer.update)(
+            paths.unflatten(gradients), state, tree, rates=schedule_of(STAGE).rates(update)
+        )
         tree = optax.apply_updates(tree, updates)
 
         norm = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
@@ -94,7 +101,9 @@ def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     gradients["final_norm"]["scale"] = np.full(4, 1e9, np.float32)
     optimizer = make_optimizer(stage, labels)
-    updates = paths.flatten(optimizer.update(gradients, optimizer.init(tree), tree)[0])
+    updates = paths.flatten(
+        optimizer.update(gradients, optimizer.init(tree), tree, rates=schedule_of(stage).rates(0))[0]
+    )
     for path, update in updates.items():
         assert np.any(update) == path.startswith(("embed_tokens", "lm_head")), path
     # Adam's first step is sign-like whatever the clipping, as long as the gradient was not crushed towards epsilon.
@@ -107,6 +116,8 @@ def test_embedding_rate_defaults_to_the_stage_rate():
     labels = paths.label_tree(rules_for("lora"), paths.unflatten(SHAPES))
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     optimizer = make_optimizer(stage, labels)
-    updates = paths.flatten(optimizer.update(gradients, optimizer.init(tree), tree)[0])
+    updates = paths.flatten(
+        optimizer.update(gradients, optimizer.init(tree), tree, rates=schedule_of(stage).rates(0))[0]
+    )
     for path in ("embed_tokens/embedding", "layers/attention/q_proj/lora_a"):
         assert np.abs(updates[path]).max() == pytest.approx(0.02, rel=1e-3)

@@ -26,6 +26,7 @@ from training_toys import (
 from tokalign_jax import paths, sharding
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.training.batches import TokenSource, make_stream
+from tokalign_jax.training.optimizer import schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
 
 FAMILIES = [replace(model, tie_word_embeddings=tied) for model in (LLAMA, NEOX) for tied in (False, True)]
@@ -95,9 +96,9 @@ def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_p
 
 def stepper(stage, optimizer, model=LLAMA):
     mesh = sharding.make_mesh()
-    step = make_train_step(make_loss(model, CONFIG.compute, None), optimizer, stage, jnp.float32, mesh)
+    step = make_train_step(make_loss(model, CONFIG.compute, None), optimizer, jnp.float32, mesh)
     return lambda batch: step(
-        init_state(sharding.place(toy_params(model), mesh), optimizer), {}, batch, jax.random.key(0)
+        init_state(sharding.place(toy_params(model), mesh), optimizer), {}, batch, jax.random.key(0), schedule_of(stage)
     )
 
 

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from processes import free_port
 
 from tokalign_jax import distributed, paths, sharding, stopping
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
@@ -129,7 +129,7 @@ def train(folder: Path, stage: StageConfig = STAGE, model: ModelConfig = LLAMA, 
     if arguments["shards"] is None:
         arguments["shards"] = toy_shards()
     result = run_stage(stage=stage, config=config, model_config=model, folder=folder, **arguments)
-    return replace(result, params=sharding.unpadded(result.params, model.vocab_size))
+    return replace(result, params=unpadded(result.params, model.vocab_size))
 
 
 def assert_same(first: paths.Tree, second: paths.Tree) -> None:
@@ -250,10 +250,18 @@ def finish(*programs: Program) -> str:
 
 def together(program: Program, count: int = 2) -> list[Program]:
     """The program as several processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [replace(program, process=(port, count, index)) for index in range(count)]
+
+
+def unpadded(params: paths.Tree, vocabulary: int = VOCABULARY) -> paths.Tree:
+    """Parameters in host memory, without the rows that `sharding.place` added."""
+    return paths.unflatten(
+        {
+            path: sharding.to_host(leaf)[: vocabulary if sharding.is_vocabulary(path) else None]
+            for path, leaf in paths.flatten(params).items()
+        }
+    )
 
 
 def final_of(program: Program) -> dict[str, np.ndarray]:

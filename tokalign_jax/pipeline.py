@@ -63,9 +63,8 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
     config, outside = context.config, context.identities
     models = model_states(config)
     seed = {"seed": config.seed}
-    compute = {
-        "compute": {"dtype": config.compute.dtype}
-    }  # the rest of it, and the mesh, change nothing but speed and rounding
+    # The rest of `compute`, and the mesh, change nothing but speed and rounding.
+    compute = {"compute": {"dtype": config.compute.dtype}}
     vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
     vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
     extension = [_extension(context)] if context.extends else []

@@ -80,8 +80,12 @@ class Machine:
         if devices:
             return cls(devices, usable)
         here = jax.devices()
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-        return cls(len(here), min(usable, limit), here[0].device_kind, here[0].platform != "cpu")
+        return cls(
+            len(here),
+            min(usable, sharding.device_memory(jax.local_devices()[0])),
+            here[0].device_kind,
+            here[0].platform != "cpu",
+        )
 
 
 @dataclass(frozen=True)
@@ -259,11 +263,16 @@ def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed)
     multiple = config.initialization.rows_multiple_of
     rows = -(-size // multiple) * multiple
     model = dataclasses.replace(model, vocab_size=rows)
-    place = (workdir or Path()).absolute()
+    free = free_bytes(workdir or Path())
+    return plan(config, model, machine, speed, text_bytes(config), exported_bytes(config, raw), free)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be on once it is made."""
+    place = folder.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    return plan(config, model, machine, speed, text_bytes(config), exported_bytes(config, raw), free)
+    return shutil.disk_usage(place).free
 
 
 # --- Parameters ---------------------------------------------------------------------------------------------------------
@@ -271,8 +280,7 @@ def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed)
 
 def shapes(model: ModelConfig, stage: StageConfig) -> tuple[paths.Tree, paths.Tree]:
     """Shapes of what trains in a stage and of what is frozen, without the rows that only fill matrices up."""
-    tree = abstract_params(model, loop.lora_spec(stage))
-    return paths.split(tree, lambda path: loop.trains(stage, path))
+    return loop.split(stage, abstract_params(model, loop.lora_spec(stage)))
 
 
 def parameters(tree: paths.Tree) -> int:

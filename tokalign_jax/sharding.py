@@ -80,8 +80,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     own = [device for device in devices if device.process_index == jax.process_index()]
-    limit = (own[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    shape = axis_sizes(config, len(devices), state_bytes, limit)
+    shape = axis_sizes(config, len(devices), state_bytes, device_memory(own[0]))
     if len(own) % shape[2]:
         raise UserError(
             f"mesh.tensor is {shape[2]}, which does not divide the {len(own)} devices of a process: they read the same sequences, so "
@@ -118,6 +117,11 @@ def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float
     fits = [size for size in divisors if state_bytes / (size * tensor) <= memory / 2]
     fsdp = fits[0] if fits else divisors[-1]
     return rest // fsdp, fsdp, tensor
+
+
+def device_memory(device: Any) -> float:
+    """Bytes that JAX may take of a device; infinite where it does not say (a CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def usable(config: MeshConfig, devices: int, batch_sizes: Sequence[int]) -> int:
@@ -191,22 +195,17 @@ def put(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def is_vocabulary(path: str) -> bool:
+    """Whether a parameter is one of the vocabulary's matrices, the input embedding or the head."""
+    return bool(re.search(VOCABULARY_LEAVES, path))
+
+
 def padded_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape in memory: as it is, but for the rows of a vocabulary's matrix."""
-    if not re.search(VOCABULARY_LEAVES, path):
+    if not is_vocabulary(path):
         return tuple(shape)
     rows, width = shape
     return -(-rows // ROWS) * ROWS, width
-
-
-def unpadded(params: paths.Tree, vocabulary: int) -> paths.Tree:
-    """Parameters in host memory, without the rows that `place` added."""
-    return paths.unflatten(
-        {
-            path: to_host(leaf)[:vocabulary] if re.search(VOCABULARY_LEAVES, path) else to_host(leaf)
-            for path, leaf in paths.flatten(params).items()
-        }
-    )
 
 
 def to_host(array: Any, *index: int | slice) -> np.ndarray:
@@ -221,16 +220,19 @@ def to_host(array: Any, *index: int | slice) -> np.ndarray:
     found = np.zeros([len(along) for along in wanted], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            has = [range(n)[along] for along, n in zip(shard.index, array.shape)]
-            both = [range(max(one.start, other.start), min(one.stop, other.stop)) for one, other in zip(wanted, has)]
-            if all(both):
-                here, there = (
-                    tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, of)) for of in (has, wanted)
-                )
+            here, there = overlap([range(n)[along] for along, n in zip(shard.index, array.shape)], wanted)
+            if all(along.start < along.stop for along in here):
                 found[there] = _part_to_host(shard.data, here)
     if not array.is_fully_addressable:
         found = _from_all_processes(found)
     return found[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
+
+
+def overlap(one: Sequence[range], other: Sequence[range]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What two boxes of an array share, as an index into the first and one into the second; empty slices where they share nothing."""
+    both = [range(start := max(a.start, b.start), max(start, min(a.stop, b.stop))) for a, b in zip(one, other)]
+    first, second = (tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, of)) for of in (one, other))
+    return first, second
 
 
 def _part_to_host(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
@@ -287,9 +289,41 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeL
         return rows(table, tokens)
 
     def local(table: Array, tokens: Array) -> Array:
-        tokens = jax.lax.all_gather(tokens, FSDP, axis=0, tiled=True) - jax.lax.axis_index(VOCABULARY) * len(table)
+        tokens = gathered(tokens) - row_part() * len(table)
         here = (tokens >= 0) & (tokens < len(table))
         found = jnp.where(here[..., None], rows(table, jnp.where(here, tokens, 0)), 0)
-        return jax.lax.psum_scatter(jax.lax.psum(found, TENSOR), FSDP, scatter_dimension=0, tiled=True)
+        return summed(found)
 
     return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(table, tokens)
+
+
+# --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing ---------------------------------
+
+
+def over(axes: str | tuple[str, ...], x: Array) -> Array:
+    """The sum over the devices along `axes`."""
+    return x if current() is None else jax.lax.psum(x, axes)
+
+
+def row_part() -> Array | int:
+    """Which part of the rows this device has."""
+    return 0 if current() is None else jax.lax.axis_index(VOCABULARY)
+
+
+def gathered(x: Array) -> Array:
+    """Tokens of all devices that have other rows for the same copy of the parameters."""
+    return x if current() is None else jax.lax.all_gather(x, FSDP, axis=0, tiled=True)
+
+
+def own(x: Array) -> Array:
+    """This device's part of what was `gathered`."""
+    if current() is None:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part)
+
+
+def summed(x: Array) -> Array:
+    """This device's part of the sum of what all have for `gathered` tokens."""
+    if current() is None:
+        return x
+    return jax.lax.psum_scatter(jax.lax.psum(x, TENSOR), FSDP, scatter_dimension=0, tiled=True)

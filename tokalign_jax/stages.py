@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, distributed, plan, sharding
-from tokalign_jax.alignment import alignment, methods, vectors
+from tokalign_jax import demo, distributed, pages, plan, sharding
+from tokalign_jax.alignment import alignment, inspection, methods, vectors
 from tokalign_jax.config import EXTEND, Config, StageConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import bits_per_byte, card, samples
+from tokalign_jax.evaluation import bits_per_byte, card, pieces, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import initialization
 from tokalign_jax.models import hub, huggingface
@@ -27,12 +27,12 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.progress import Log
+from tokalign_jax.text import canonical, mining, tokenizing
 from tokalign_jax.text import corpus as documents
-from tokalign_jax.text import mining, tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 
-FORMAT = 2
+FORMAT = 3
 """Version of the artefacts: a workdir of another version is redone."""
 
 
@@ -198,10 +198,7 @@ def check_disk(context: Context, wanted: set[str]) -> None:
     config, (_, raw) = context.config, context.source_model
     sizes = plan.disk_bytes(config, context.new_model, plan.text_bytes(config), plan.exported_bytes(config, raw))
     missing = {name: size for name, size in sizes.items() if name in wanted and not context.folder(name).exists()}
-    place = context.workdir
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = plan.free_bytes(context.workdir)
     if sum(missing.values()) > free:
         parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
         raise UserError(
@@ -298,8 +295,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
         ends[planned] = end
         _, end = loop.plan_stage(planned, getattr(context.config, planned), context.config, config, shards, end)
     mesh = context.mesh
-    sizes = (mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
-    compute = plan.resolved(name, stage, context.config.compute, config, sizes, plan.Machine.of())
+    compute = plan.resolved(name, stage, context.config.compute, config, mesh.devices.shape, plan.Machine.of())
     settings = dataclasses.replace(context.config, compute=compute)
     result = loop.run_stage(
         name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh
@@ -387,6 +383,22 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
 
 
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
-    return reporting.run(
-        context.config, context.workdir, states, context.run_identity(), context.folder("report"), context.log
+    settings = context.config
+    tokenizers = {"source": context.source_tokenizer, "target": context.target_tokenizer}
+    held_out = documents.held_out(context.folder("corpus"))
+    texts = bits_per_byte.choose(held_out, settings.evaluation.bytes_per_language)
+    shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": _inspected(context)}
+    identity = context.run_identity()
+    return reporting.run(settings, context.workdir, states, identity, context.folder("report"), context.log, shown)
+
+
+def _inspected(context: Context) -> list[dict[str, Any]]:
+    """The alignment's tables, but for the first of them, which says what is aligned."""
+    source, target = context.source_tokenizer, context.target_tokenizer
+    aligned = alignment.load(context.folder("align") / "alignment.npz", source, target)
+    old, new = (
+        inspection.vocabulary(tokenizer, side, np.load(context.folder("tokens") / side / "counts.npy"))
+        for side, tokenizer in (("source", source), ("target", target))
     )
+    subject = inspection.Subject(aligned, old, new, canonical.PieceCutter(source), space=None)
+    return [pages.to_json(section) for section in inspection.report(subject)[1:]]

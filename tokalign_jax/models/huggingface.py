@@ -143,17 +143,14 @@ class _Leaf:
             self._host[tuple(slice(first, first + size) for first, size in zip(start, block.shape))] = block
             return
         for place, (device, ranges, part) in enumerate(self._parts):
-            shared = [
-                range(max(first, along.start), min(first + size, along.stop))
-                for first, size, along in zip(start, block.shape, ranges)
-            ]
-            if all(shared):
-                cut = block[tuple(slice(r.start - first, r.stop - first) for r, first in zip(shared, start))]
-                cut = cut.astype(self._dtype, copy=False).view(self._bits)
+            covers = [range(first, first + size) for first, size in zip(start, block.shape)]
+            here, inside = sharding.overlap(covers, ranges)
+            if all(along.start < along.stop for along in here):
+                cut = block[here].astype(self._dtype, copy=False).view(self._bits)
                 # A transposed view goes as it lies in memory: the device turns it faster than NumPy does.
                 turned = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
                 there = jax.device_put(np.ascontiguousarray(cut.swapaxes(-1, -2) if turned else cut), device)
-                offset = np.array([r.start - along.start for r, along in zip(shared, ranges)], np.int32)
+                offset = np.array([along.start for along in inside], np.int32)
                 self._parts[place] = device, ranges, _update(part, there, offset, turned)
 
     def array(self) -> jax.Array:
@@ -179,7 +176,7 @@ def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequ
     """The leaves of a stored tensor, and where they begin: all at once, or a vocabulary's matrix, which is its own leaf, by rows."""
     rows, *rest = tensor.get_shape()
     size = math.prod([rows, *rest]) * _FLOATS[tensor.get_dtype()].itemsize
-    if not re.search(sharding.VOCABULARY_LEAVES, weight.leaves[0]) or size <= _BLOCK_BYTES:
+    if not sharding.is_vocabulary(weight.leaves[0]) or size <= _BLOCK_BYTES:
         yield (), weight.split(tensor[:])
         return
     step = max(1, rows * _BLOCK_BYTES // size)
@@ -423,7 +420,7 @@ class _Tensor:
     def blocks(self, leaves: Mapping[str, jax.Array], vocabulary: int) -> Iterator[np.ndarray]:
         """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at once."""
         path = self.weight.leaves[0]
-        if not re.search(sharding.VOCABULARY_LEAVES, path):
+        if not sharding.is_vocabulary(path):
             parts = [sharding.to_host(leaves[path], *self.part) for path in self.weight.leaves]
             yield self.weight.join(parts).astype(self.dtype)
             return
@@ -440,9 +437,8 @@ def _write_file(
     Args:
       path: None: another process writes; this one only brings its parts of the arrays.
     """
-    tensors = sorted(
-        tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)
-    )  # the order of the library's own
+    # In the order of the library's own.
+    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

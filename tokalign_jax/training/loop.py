@@ -27,7 +27,7 @@ from tokalign_jax.progress import Log, duration, quantity
 from tokalign_jax.training import metrics
 from tokalign_jax.training.batches import Shards, TokenSource, make_stream, resolve_offset
 from tokalign_jax.training.checkpoints import Checkpoints, Damaged, Position, check_resumable, naming_a_full_disk
-from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for
+from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import Step, TrainState, init_state, make_loss, make_train_step
 
 _AHEAD = 2
@@ -166,7 +166,7 @@ def run_stage(
     mesh = mesh or sharding.make_mesh(config.mesh)
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
     params = sharding.place(_with_adapters(stage, params, adapter_key), mesh)
-    trainable, frozen = _split(stage, params)
+    trainable, frozen = split(stage, params)
     fingerprint = _fingerprint(stage, config, model_config, params, shards, start)
 
     optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trainable))
@@ -185,7 +185,7 @@ def run_stage(
                 loss = make_loss(model_config, config.compute, lora_spec(stage))
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
-                train_step = make_train_step(loss, optimizer, stage, dtype, mesh)
+                train_step = make_train_step(loss, optimizer, dtype, mesh)
                 with _naming_a_lost_process(name):
                     state = run(train_step, state, _cast(frozen, dtype), feed, dropout_key)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
@@ -206,7 +206,7 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh)
     if not stage.steps:
         return params
     # The adapters' values come from the checkpoint; here they only say which shapes to expect.
-    trainable, frozen = _split(stage, sharding.place(_with_adapters(stage, params, jax.random.key(0)), mesh))
+    trainable, frozen = split(stage, sharding.place(_with_adapters(stage, params, jax.random.key(0)), mesh))
     with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
         if checkpoints.newest() != stage.steps:
             raise UserError(
@@ -284,6 +284,7 @@ class _Run:
         log: Log,
     ):
         self.name, self.stage, self.start, self.fingerprint = name, stage, start, fingerprint
+        self.schedule = schedule_of(stage)
         self.checkpoints, self.recorder, self.log = checkpoints, recorder, log
         self.pending: deque[Any] = deque()
 
@@ -292,7 +293,7 @@ class _Run:
         done = self.recorder.step
         for step in range(done + 1, self.stage.steps + 1):
             compiling = time.monotonic()
-            state, values = train_step(state, frozen, feed.take(), key)
+            state, values = train_step(state, frozen, feed.take(), key, self.schedule)
             if step == done + 1:  # compilation is over once the first call returns, the step itself is not
                 self.log(f"{self.name}: compiled in {duration(time.monotonic() - compiling)}")
                 self.recorder.start_clock()
@@ -402,7 +403,7 @@ def _with_adapters(stage: StageConfig, params: paths.Tree, key: jax.Array) -> pa
     return add_lora(params, spec, key) if spec else params
 
 
-def _split(stage: StageConfig, params: paths.Tree) -> tuple[paths.Tree, paths.Tree]:
+def split(stage: StageConfig, params: paths.Tree) -> tuple[paths.Tree, paths.Tree]:
     """What trains in this stage, and what is frozen."""
     return paths.split(params, lambda path: trains(stage, path))
 

@@ -23,7 +23,7 @@ from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
-from tokalign_jax.sharding import BATCH, DATA, FSDP, TENSOR, VOCABULARY
+from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, own, row_part, summed
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
@@ -70,9 +70,9 @@ def token_nll(
         rows = _Rows(head.astype(how.dtype), how)
 
         def one_chunk(pieces: tuple[Array, Array]) -> Array:
-            states, targets = map(_gathered, pieces)
+            states, targets = map(gathered, pieces)
             nll, _ = rows.nll(rows.logits(states)[0], targets)
-            return _own(nll)
+            return own(nll)
 
         nll = jax.lax.map(one_chunk, _chunks(hidden.astype(how.dtype), labels, how.chunk))
         return nll.reshape(-1)[: labels.size].reshape(labels.shape)
@@ -92,19 +92,19 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
         rows = _Rows(head.astype(how.dtype), how)
 
         def one_chunk(head_gradient: Array, pieces: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            states, targets = map(_gathered, pieces)
+            states, targets = map(gathered, pieces)
             logits, pull = rows.logits(states)
             nll, gradient = rows.nll(logits, targets)
             # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
             gradient = pull(gradient).astype(how.dtype)
             head_gradient += jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
-            return head_gradient, (_own(nll), _summed(jnp.dot(gradient, rows.weight)))
+            return head_gradient, (own(nll), summed(jnp.dot(gradient, rows.weight)))
 
         start = jnp.zeros(head.shape, jnp.float32)
         chunks = _chunks(hidden.astype(how.dtype), labels, how.chunk)
         head_gradient, (nll, gradient) = jax.lax.scan(one_chunk, start, chunks)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-        return _over(BATCH, nll.sum()), gradient.astype(hidden.dtype), _over(DATA, head_gradient).astype(head.dtype)
+        return over(BATCH, nll.sum()), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
     total, *gradients = _by_device(local, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
     return total, gradients
@@ -136,21 +136,18 @@ class _Rows(NamedTuple):
         self, logits: Float[Array, "C r"], labels: Int[Array, "C"]
     ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
         """The loss of each token, over the rows of all devices, and its gradient for the logits here."""
-        ids = _index() * len(self.weight) + jnp.arange(len(self.weight))
+        ids = row_part() * len(self.weight) + jnp.arange(len(self.weight))
         logits = jnp.where(ids < self.how.vocabulary, logits, -jnp.inf)
         # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
         is_label = labels[:, None] == ids
         largest = jnp.max(logits, axis=-1)
         largest = largest if sharding.current() is None else jax.lax.pmax(largest, VOCABULARY)
         weights = jnp.exp(logits - largest[:, None])
-        total = _over(VOCABULARY, weights.sum(axis=-1))
-        label_logits = _over(VOCABULARY, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
+        total = over(VOCABULARY, weights.sum(axis=-1))
+        label_logits = over(VOCABULARY, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
         counts = labels >= 0
         nll = jnp.where(counts, jnp.log(total) + largest - label_logits, 0.0)
         return nll, jnp.where(counts[:, None], weights / total[:, None] - is_label, 0.0)
-
-
-# --- Between devices; on one, nothing ---------------------------------------------------------------------------------
 
 
 def _by_device(local: Callable, out: Any) -> Callable:
@@ -159,35 +156,6 @@ def _by_device(local: Callable, out: Any) -> Callable:
         return local
     # Replication is not checked: sums over devices are in the functions themselves, which nothing differentiates.
     return jax.shard_map(local, in_specs=(P(BATCH), P(VOCABULARY), P(BATCH)), out_specs=out, check_vma=False)
-
-
-def _over(axes: str | tuple[str, ...], x: Array) -> Array:
-    """The sum over the devices along `axes`."""
-    return x if sharding.current() is None else jax.lax.psum(x, axes)
-
-
-def _index() -> Array | int:
-    """Which part of the rows this device has."""
-    return 0 if sharding.current() is None else jax.lax.axis_index(VOCABULARY)
-
-
-def _gathered(x: Array) -> Array:
-    """Tokens of all devices that have other rows for the same copy of the parameters."""
-    return x if sharding.current() is None else jax.lax.all_gather(x, FSDP, axis=0, tiled=True)
-
-
-def _own(x: Array) -> Array:
-    """This device's part of what was `_gathered`."""
-    if sharding.current() is None:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part)
-
-
-def _summed(x: Array) -> Array:
-    """This device's part of the sum of what all have for `_gathered` tokens."""
-    if sharding.current() is None:
-        return x
-    return jax.lax.psum_scatter(jax.lax.psum(x, TENSOR), FSDP, scatter_dimension=0, tiled=True)
 
 
 def _chunks(

@@ -1,7 +1,7 @@
 """AdamW with a rate of its own for each kind of parameter that a stage trains."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,42 +27,54 @@ def rules_for(method: str) -> tuple[tuple[str, str], ...]:
     return _RULES[method]
 
 
-def make_schedule(peak: float, steps: int, warmup_fraction: float) -> Callable[[Any], Array]:
-    """Update number (from 0) -> learning rate: a line up to `peak` over the warm-up, then a cosine to 0.
+class Schedule(NamedTuple):
+    """Learning rates over the updates of a stage: a line up to the peak over the warm-up, then a cosine to 0.
 
-    With W warm-up updates of S, update u takes peak (u + 1) / (W + 1) before W, then peak (1 + cos(pi (u - W) / (S -
-    W))) / 2: it is 0 just before the first update and just after the last, and no update is spent at rate 0.
+    With W warm-up updates of S, update u (from 0) takes peak (u + 1) / (W + 1) before W, then peak (1 + cos(pi (u - W) / (S - W))) / 2:
+    the rate is 0 just before the first update and just after the last, and no update is spent at rate 0.
+
+    Its numbers are inputs of the compiled step: one program serves runs that differ in rates or length alone.
     """
-    warmup = round(warmup_fraction * steps)
 
-    def rate(update: Any) -> Array:
+    peaks: Mapping[str, float]
+    """By label of what trains."""
+    steps: float
+    warmup: float
+
+    def rates(self, update: Any) -> dict[str, Array]:
+        """The rate of each label at an update."""
         update = jnp.asarray(update, jnp.float32)
-        rise = (update + 1) / (warmup + 1)
-        progress = jnp.clip((update - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        return peak * jnp.where(update < warmup, rise, 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+        rise = (update + 1) / (self.warmup + 1)
+        progress = jnp.clip((update - self.warmup) / jnp.maximum(self.steps - self.warmup, 1), 0.0, 1.0)
+        factor = jnp.where(update < self.warmup, rise, 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+        return {label: peak * factor for label, peak in self.peaks.items()}
 
-    return rate
+
+def schedule_of(stage: StageConfig) -> Schedule:
+    """The rates that a stage's config asks for."""
+    embedding = stage.learning_rate if stage.embedding_learning_rate is None else stage.embedding_learning_rate
+    peaks = {"embedding": embedding, "lora": stage.learning_rate, "body": stage.learning_rate}
+    return Schedule(peaks, float(stage.steps), float(round(stage.warmup_fraction * stage.steps)))
 
 
-def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.GradientTransformation:
+def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     """Clips the gradient of all that trains by its global norm, then AdamW by label; `frozen` leaves get no update.
+
+    Its `update` takes the rates of this update as `rates`, by label (`Schedule.rates`).
 
     Decay is decoupled, rate x weight_decay x parameter, on matrices (embedding and head among them), not on norms and
     biases.
 
     Args:
-      stage: rates, decay, betas, clipping and the length of the schedule.
+      stage: decay, betas and clipping.
       labels: a tree like the parameters', of `embedding`, `lora`, `body` and `frozen`.
     """
-    embedding_rate = stage.learning_rate if stage.embedding_learning_rate is None else stage.embedding_learning_rate
     trains = jax.tree.map(lambda label: label != FROZEN, labels)
     return optax.chain(
         optax.masked(optax.clip_by_global_norm(stage.clip_norm), trains),
         optax.multi_transform(
             {
-                "embedding": _adamw(stage, embedding_rate),
-                "lora": _adamw(stage, stage.learning_rate),
-                "body": _adamw(stage, stage.learning_rate),
+                **{label: _adamw(stage, label) for label in ("embedding", "lora", "body")},
                 FROZEN: optax.set_to_zero(),
             },
             labels,
@@ -70,9 +82,18 @@ def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.Gradi
     )
 
 
-def _adamw(stage: StageConfig, peak: float) -> optax.GradientTransformation:
-    schedule = make_schedule(peak, stage.steps, stage.warmup_fraction)
-    return optax.adamw(schedule, stage.beta1, stage.beta2, weight_decay=stage.weight_decay, mask=_decays)
+def _adamw(stage: StageConfig, label: str) -> optax.GradientTransformation:
+    """The rate multiplies the decoupled decay too (arXiv 1711.05101, algorithm 2)."""
+
+    def by_rate(updates: Any, state: Any, params: Any = None, **others: Any) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda update: -others["rates"][label] * update, updates), state
+
+    return optax.chain(
+        optax.scale_by_adam(stage.beta1, stage.beta2),
+        optax.add_decayed_weights(stage.weight_decay, mask=_decays),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, by_rate),
+    )
 
 
 def _decays(tree: Any) -> Any:

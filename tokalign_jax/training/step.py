@@ -1,4 +1,4 @@
-"""One optimizer step, pure: (state, frozen parameters, batch, key) -> (state, metrics).
+"""One optimizer step, pure: (state, frozen parameters, batch, key, schedule) -> (state, metrics).
 
 A accumulation (micro-batches), B sequences of a micro-batch over all devices, T tokens of a sequence.
 """
@@ -15,17 +15,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from tokalign_jax import paths, sharding
-from tokalign_jax.config import ComputeConfig, StageConfig
+from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.training.losses import cross_entropy, head_of
-from tokalign_jax.training.optimizer import make_schedule
+from tokalign_jax.training.optimizer import Schedule
 
 Loss = Callable[[Any, Any, Array, Array], Float[Array, ""]]
 """(trainable, frozen, tokens [B, T + 1], keys [B]) -> mean negative log-likelihood, nats a token."""
 Metrics = dict[str, Array]
-Step = Callable[["TrainState", Any, Array, Array], tuple["TrainState", Metrics]]
+Step = Callable[["TrainState", Any, Array, Array, Schedule], tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -64,22 +64,20 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
     return loss
 
 
-def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, stage: StageConfig, dtype: DTypeLike, mesh: Mesh
-) -> Step:
+def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike, mesh: Mesh) -> Step:
     """The jitted step; it donates the state it is given.
 
     Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is not finite leaves
-    everything but the counters as it was, the optimizer's own count included, so the learning rate goes by the steps
+    everything but the counters as it was, the optimizer's own count included, and the learning rate goes by the steps
     that did count.
 
-    Metrics (scalars): loss (nats a token), gradient_norm (before clipping), learning_rate (of `stage.learning_rate`'s
-    parameters), finite, tokens (of the step), skipped, skipped_in_a_row.
+    Metrics (scalars): loss (nats a token), gradient_norm (before clipping), learning_rate (`StageConfig.learning_rate`
+    as the schedule has it), finite, tokens (of the step), skipped, skipped_in_a_row.
 
     Args:
       dtype: of activations. Projections are cast to it once a step, before they travel between devices.
     """
-    schedule = make_schedule(stage.learning_rate, stage.steps, stage.warmup_fraction)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def gradients_of(params: Any, frozen: Any, batch: Array, key: Array) -> tuple[Array, Any]:
         """Mean loss, and gradients."""
@@ -102,13 +100,14 @@ def make_train_step(
         return jax.tree.map(lambda x: x / len(batch), sums)
 
     def train_step(
-        state: TrainState, frozen: Any, batch: Int32[Array, "A B T+1"], key: Array
+        state: TrainState, frozen: Any, batch: Int32[Array, "A B T+1"], key: Array, schedule: Schedule
     ) -> tuple[TrainState, Metrics]:
         with sharding.within(mesh):
             value, gradients = gradients_of(state.params, frozen, batch, jax.random.fold_in(key, state.step))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        rates = schedule.rates(state.step - state.skipped)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, rates=rates)
         changed = optax.apply_updates(state.params, updates), opt_state
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), changed, (state.params, state.opt_state)
@@ -124,7 +123,7 @@ def make_train_step(
         metrics = {
             "loss": value,
             "gradient_norm": norm,
-            "learning_rate": schedule(state.step - state.skipped),
+            "learning_rate": rates["body"],
             "finite": finite,
             "tokens": jnp.asarray(sequences * length, jnp.int32),
             "skipped": after.skipped,
