@@ -19,7 +19,7 @@ from tokalign_jax import demo, distributed, pages, plan, sharding
 from tokalign_jax.alignment import alignment, inspection, methods, vectors
 from tokalign_jax.config import EXTEND, Config, StageConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import bits_per_byte, card, pieces, samples
+from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import initialization
 from tokalign_jax.models import hub, huggingface
@@ -354,7 +354,7 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         size, key = vocabulary_size(tokenizer), jax.random.key(context.config.seed)
         config, params = initialization.random_rows(config, params, size, key, context.kept)
     texts = bits_per_byte.choose(documents.held_out(context.folder("corpus")), settings.bytes_per_language)
-    scores = bits_per_byte.evaluate(
+    costs = bits_per_byte.evaluate_documents(
         config,
         params,
         tokenizer,
@@ -372,14 +372,28 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         continued = samples.continuations(
             config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype
         )
-    content = {
-        "languages": {language: score.summary() for language, score in scores.items()},
+    seed = context.config.seed
+    content: dict[str, Any] = {
+        "languages": bits_per_byte.summaries(costs, seed),
+        "pooled": bits_per_byte.summary([*costs.values()], seed),
         "samples": continued,
     }
     if distributed.is_first():
+        if name == "source":  # the text is the same in all states
+            content["overlap"] = _overlap(context, texts)
         path = context.folder(f"evaluate/{name}") / "scores.json"
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return {}
+
+
+def _overlap(context: Context, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """How much of the held-out texts stands in the training text, with a warning where that is much."""
+    folder = context.folder("corpus")
+    total = json.loads((folder / "summary.json").read_text())["train_bytes"]
+    found = overlap.overlap(texts, documents.train_batches(folder), context.log, total)
+    for line in overlap.warning_lines(found):
+        context.log(line)
+    return found
 
 
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
