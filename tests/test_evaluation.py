@@ -1,6 +1,5 @@
-"""Bits per byte against PyTorch, and what the report says."""
+"""Bits per byte against PyTorch, and continued texts."""
 
-import json
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from helpers import TEXTS, tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax.config import ComputeConfig
-from tokalign_jax.evaluation import bits_per_byte, report, samples
+from tokalign_jax.evaluation import bits_per_byte, samples
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
@@ -99,36 +98,3 @@ def test_passages_come_from_the_middle_of_the_longest_document():
     )
     (passage,) = samples.passages({"en": ["x", text]})
     assert passage == "the second half begins here and goes on for a while, longer"
-
-
-def test_report_pools_by_bytes_and_lines_up():
-    per_language = {
-        "de": {"nats": 2.0 * math.log(2), "tokens": 4, "bytes": 1, "bits_per_byte": 2.0},
-        "en": {"nats": 3.0 * math.log(2), "tokens": 1, "bytes": 3, "bits_per_byte": 1.0},
-    }
-    pooled = report.pooled(per_language, report.EVERYTHING)
-    assert pooled["bits_per_byte"] == pytest.approx(5 / 4) and pooled["bytes"] == 4
-    lines = report._aligned(["language", "x"], [["de", "1.000"], ["all", "10.5"]])
-    assert len({len(line) for line in lines}) == 1 and lines[1].startswith("|:--")
-    assert json.dumps(lines)  # plain text
-
-
-def test_report_warns_of_tokenizers_that_lose_text_and_names_the_sources_of_special_tokens():
-    kept, lossy = {"source": [], "target": []}, {"source": [], "target": ["capitals", "tabs"]}
-    assert report.warning_lines({"loses": kept}) == []
-    (line,) = report.warning_lines({"loses": lossy})
-    assert "the target tokenizer does not keep capitals, tabs" in line and "too low" in line
-    special = [
-        {
-            "token": "<|im_end|>",
-            "id": 7,
-            "source": "<|eot|>",
-            "why": "same use as the eot token",
-            "in_chat_template": True,
-        },
-        {"token": "<think>", "id": 8, "source": "", "why": "its text", "in_chat_template": False},
-    ]
-    header, rule, first, second = report.special_lines(special)
-    assert len({len(line) for line in (header, rule, first, second)}) == 1
-    assert r"`<\|im_end\|>`" in first and "yes" in first and "its text" in second and "yes" not in second
-    assert report.special_lines([]) == []

@@ -1,5 +1,7 @@
 """The model card: metadata that YAML reads back, and what it tells."""
 
+import re
+
 import yaml
 
 from tokalign_jax.models.model_card import CardFacts, front_matter, main_settings, model_card
@@ -75,8 +77,8 @@ def test_it_tells_all_that_is_known():
         "[LICENSE](LICENSE), [NOTICE](NOTICE)",
         "| jax | 0.10.2 |",
     ):
-        assert line in card, line
-    assert "| mean |" not in card
+        assert re.sub(" +", " ", line) in re.sub(" +", " ", card), line
+    assert "| mean" not in card
     # Every row of a table has as many cells as its header.
     body = card.split("---\n", 2)[2]
     for table in "".join(f"{line}\n" if line.startswith("|") else "\f" for line in body.splitlines()).split("\f"):
@@ -106,6 +108,11 @@ def test_front_matter_that_is_none():
 
 
 def test_main_settings_are_those_that_a_config_has():
-    config = {"seed": 0, "alignment": {"method": "composed", "window": 15, "file": ""}, "stage1": {"steps": 5}}
+    config = {
+        "seed": 0,
+        "alignment": {"method": "composed", "window": 15, "file": ""},
+        "stage1": {"steps": 5},
+        "stage3": {"steps": 0},
+    }
     assert main_settings(config) == {"alignment.method": "composed", "stage1.steps": 5, "seed": 0}
     assert yaml.safe_load(yaml.safe_dump(main_settings(config))) == main_settings(config)

@@ -1,16 +1,23 @@
-"""Tables for people: one list of sections, as lines on a terminal or as a single HTML page that needs nothing from outside."""
+"""Tables for people: one list of sections, as lines on a terminal, as Markdown, or as a single HTML page that needs nothing from
+outside."""
 
 import re
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Code(NamedTuple):
     """Text that is shown letter by letter, such as a token."""
+
+    text: str
+
+
+class Soft(NamedTuple):
+    """Text that stands back, such as the interval of a figure."""
 
     text: str
 
@@ -21,25 +28,31 @@ class Bar(NamedTuple):
     share: float
 
 
-Cell = str | Code | Bar | tuple[str | Code, ...]
+Part = str | Code | Soft
+Cell = Part | Bar | tuple[Part, ...]
 """What a table's field holds; a tuple's parts are joined."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and a table; all but the heading may be missing."""
+    """A heading, a sentence or two, and a table; each of them may be missing."""
 
     title: str
     text: str = ""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[Cell]] = ()
+    markup: str = ""
+    """HTML that is ours (see `charts`), between text and table; only a page shows it."""
+    fold: bool = False
+    """On a page, only the title is shown until the reader opens it."""
 
 
 WIDEST = 96
 """Columns of the terminal that one field may take."""
 BAR = 24
 """Columns of a full bar."""
-_NUMBER = re.compile(r"[-+]?[\d.,]+%?|")
+_NUMBER = re.compile(r"|[-+±]?\.?\d[\d.,]*(e[-+]?\d+|[kMG%]|[smh][\dms]*)?( [±\[].*)?|±[\d.]+")
+"""A figure, with its unit, and its spread or interval behind it."""
 
 
 def terminal(sections: Sequence[Section]) -> list[str]:
@@ -52,24 +65,83 @@ def terminal(sections: Sequence[Section]) -> list[str]:
     return lines[1:]
 
 
-def html(title: str, sections: Sequence[Section]) -> str:
+def markdown(sections: Sequence[Section], level: int = 2) -> str:
+    """Headings of `level`, paragraphs and tables; a section that has neither text nor rows is left out."""
+    blocks = []
+    for section in sections:
+        parts = [section.text, "\n".join(markdown_table(section.header, section.rows))]
+        if any(parts):
+            heading = f"{'#' * level} {section.title}" if section.title else ""
+            blocks.append("\n\n".join(part for part in (heading, *parts) if part))
+    return "\n\n".join(blocks)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """Lines of a table that also lines up on a terminal, without columns of bars; none where there are no rows."""
+    if not rows:
+        return []
+    shown = [i for i, column in enumerate(zip(*rows)) if not any(isinstance(cell, Bar) for cell in column)]
+    rows = [[row[i] for i in shown] for row in rows]
+    right = _right_columns(rows)
+    lines = [[_one_line(header[i]) for i in shown], *([_one_line(_written(cell)) for cell in row] for row in rows)]
+    widths = [max(3, *map(_width, column)) for column in zip(*lines)]
+    rule = "|" + "|".join("-" * (w + 1) + ":" if r else ":" + "-" * (w + 1) for w, r in zip(widths, right)) + "|"
+    first, *others = ["| " + " | ".join(map(_pad, line, widths, right)) + " |" for line in lines]
+    return [first, rule, *others]
+
+
+def html(title: str, sections: Sequence[Section], columns: bool = True) -> str:
     """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the reader has it, and fit
-    for paper."""
+    for paper.
+
+    Args:
+      columns: sections in as many columns as there is room for; else one below the other.
+    """
     body = "\n".join(map(_section, sections))
+    layout = ' class="columns"' if columns else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<main>\n"
-        f"{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body{layout}>\n<h1>{escape(title)}</h1>\n"
+        f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
-# --- terminal ---------------------------------------------------------------------------------------------------------
+# --- as JSON ----------------------------------------------------------------------------------------------------------
+
+
+def to_json(section: Section) -> dict[str, Any]:
+    """The section as plain dicts and lists."""
+
+    def cell(of: Cell) -> Any:
+        if isinstance(of, Code | Soft | Bar):
+            return {type(of).__name__.lower(): of[0]}
+        return of if isinstance(of, str) else [cell(part) for part in of]
+
+    rows = [[cell(c) for c in row] for row in section.rows]
+    return {"title": section.title, "text": section.text, "header": list(section.header), "rows": rows}
+
+
+def from_json(content: Mapping[str, Any]) -> Section:
+    """The section that `to_json` made `content` of."""
+    kinds = {"code": Code, "soft": Soft, "bar": Bar}
+
+    def cell(of: Any) -> Any:
+        if isinstance(of, Mapping):
+            ((kind, value),) = of.items()
+            return kinds[kind](value)
+        return of if isinstance(of, str) else tuple(map(cell, of))
+
+    rows = [[cell(c) for c in row] for row in content["rows"]]
+    return Section(content["title"], content["text"], content["header"], rows)
+
+
+# --- terminal and Markdown --------------------------------------------------------------------------------------------
 
 
 def _table(section: Section) -> list[str]:
     rows = [[_cut(_plain(cell)) for cell in row] for row in section.rows]
-    right = _right_columns(section)
+    right = _right_columns(section.rows)
     table = [list(section.header), *rows] if section.header else rows
     widths = [max(map(_width, column)) for column in zip(*table)]
     return [
@@ -82,12 +154,32 @@ def _plain(cell: Cell) -> str:
         return "█" * round(BAR * cell.share) or ("▏" if cell.share > 0 else "")
     if isinstance(cell, Code):
         return f'"{cell.text}"'
+    if isinstance(cell, Soft):
+        return cell.text
     return cell if isinstance(cell, str) else "".join(map(_plain, cell))
 
 
-def _right_columns(section: Section) -> list[bool]:
-    """Columns of nothing but numbers."""
-    return [all(isinstance(c, str) and _NUMBER.fullmatch(c) for c in column) for column in zip(*section.rows)]
+def _written(cell: Cell) -> str:
+    """A cell of a Markdown table."""
+    if isinstance(cell, Code):
+        text = cell.text.replace("|", r"\|")
+        return f"`` {text} ``" if "`" in text else f"`{text}`" if text else ""
+    if isinstance(cell, str | Soft | Bar):
+        return _plain(cell).replace("|", r"\|")
+    return "".join(map(_written, cell))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _right_columns(rows: Sequence[Sequence[Cell]]) -> list[bool]:
+    """Columns of nothing but figures."""
+
+    def is_figure(cell: Cell) -> bool:
+        return not isinstance(cell, Bar | Code) and bool(_NUMBER.fullmatch(_plain(cell)))
+
+    return [all(map(is_figure, column)) for column in zip(*rows)]
 
 
 def _width(text: str) -> int:
@@ -112,19 +204,28 @@ def _pad(text: str, width: int, right: bool) -> str:
 
 
 def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>"]
-    if section.text:
-        parts.append(f"<p>{escape(section.text)}</p>")
+    parts = [f"<p>{escape(section.text)}</p>"] if section.text else []
+    if section.markup:
+        parts.append(section.markup)
     if section.rows:
-        right = _right_columns(section)
-        lines = [f"<tr>{''.join(_field(cell, r) for cell, r in zip(row, right))}</tr>" for row in section.rows]
-        if section.header:
-            names = "".join(
-                f'<th scope="col"{_RIGHT if r else ""}>{escape(name)}</th>' for name, r in zip(section.header, right)
-            )
-            lines = ["<thead>", f"<tr>{names}</tr>", "</thead>", "<tbody>", *lines, "</tbody>"]
-        parts += ["<table>", *lines, "</table>"]
+        parts.append(_html_table(section))
+    title = escape(section.title)
+    if section.fold:
+        parts = ["<details>", f"<summary>{title}</summary>", *parts, "</details>"]
+    elif title:
+        parts = [f"<h2>{title}</h2>", *parts]
     return "\n".join(["<section>", *parts, "</section>"])
+
+
+def _html_table(section: Section) -> str:
+    right = _right_columns(section.rows)
+    lines = [f"<tr>{''.join(_field(cell, r) for cell, r in zip(row, right))}</tr>" for row in section.rows]
+    if section.header:
+        names = "".join(
+            f'<th scope="col"{_RIGHT if r else ""}>{escape(name)}</th>' for name, r in zip(section.header, right)
+        )
+        lines = ["<thead>", f"<tr>{names}</tr>", "</thead>", "<tbody>", *lines, "</tbody>"]
+    return "\n".join(['<div class="wide">', "<table>", *lines, "</table>", "</div>"])
 
 
 _RIGHT = ' class="number"'
@@ -136,43 +237,96 @@ def _field(cell: Cell, right: bool) -> str:
     return f"<td{_RIGHT if right else ''}>{_markup(cell)}</td>"
 
 
-def _markup(cell: str | Code | tuple[str | Code, ...]) -> str:
+def _markup(cell: Part | tuple[Part, ...]) -> str:
     if isinstance(cell, Code):  # bdi: text that runs from right to left must not turn its neighbours round
-        return f"<bdi><code>{escape(cell.text)}</code></bdi>"
+        return f"<bdi><code>{escape(cell.text)}</code></bdi>" if cell.text else ""
+    if isinstance(cell, Soft):
+        return f"<small>{escape(cell.text)}</small>"
     return escape(cell) if isinstance(cell, str) else "".join(map(_markup, cell))
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1d21; --soft: #62656e; --line: #d9dbe0; --paper: #fff; --field: #f0f1f4; --bar: #3d6fb4; }
+:root { color-scheme: light dark; --ink: #1c1d21; --soft: #5d6069; --line: #dcdee3; --paper: #fff; --field: #f1f2f5;
+  --accent: #2f63ad; --tint: #dbe6f5; --tint2: #b9d0ee; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7ea; --soft: #9a9da6; --line: #35373d; --paper: #17181b; --field: #25272c; --bar: #6c9be0; }
+  :root { --ink: #e6e7ea; --soft: #a2a5ae; --line: #35373d; --paper: #17181b; --field: #25272c;
+    --accent: #7eabec; --tint: #24364f; --tint2: #33507a; }
 }
 * { box-sizing: border-box; }
-body { margin: 1.5rem auto; padding: 0 1.25rem; max-width: 92rem; background: var(--paper); color: var(--ink);
-  font: .875rem/1.4 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
-h2 { font-size: 1rem; margin: 0 0 .25rem; }
-h2, p, thead { break-after: avoid; }
-p { margin: 0 0 .4rem; color: var(--soft); max-width: 46rem; }
-main { columns: 2 34rem; column-gap: 2.5rem; }
-section { margin: 0 0 1.4rem; overflow-x: auto; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { margin: 2rem auto; padding: 0 1.25rem; max-width: 56rem; background: var(--paper); color: var(--ink);
+  font: .9375rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .6rem; text-wrap: balance; overflow-wrap: anywhere; }
+h2, summary { font-size: 1.08rem; font-weight: 650; line-height: 1.3; margin: 0 0 .35rem; }
+h3 { font-size: .9375rem; margin: 1rem 0 .25rem; }
+h2, h3, p, thead, summary { break-after: avoid; }
+p { margin: 0 0 .6rem; color: var(--soft); max-width: 46rem; overflow-wrap: anywhere; }
+small { color: var(--soft); font-size: .86em; }
+section { margin: 0 0 2.4rem; }
+summary { cursor: pointer; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); vertical-align: bottom; }
-th, td { padding: .12rem .6rem .12rem 0; border-bottom: 1px solid var(--line); }
+th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
+th:last-child, td:last-child { padding-right: 0; }
 td { vertical-align: top; }
-tr { break-inside: avoid; }
+tr, figure { break-inside: avoid; }
 .number { text-align: right; white-space: nowrap; }
+th.number { white-space: normal; }
 code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93em/1.3 ui-monospace, monospace;
   white-space: pre; display: inline-block; max-width: 16em; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom; }
 .bar { width: 7rem; min-width: 4rem; }
-.bar div { height: .75em; margin-top: .3em; background: var(--bar); min-width: 1px; print-color-adjust: exact; }
+.bar div { height: .75em; margin-top: .4em; background: var(--accent); min-width: 1px; print-color-adjust: exact; }
+.chart { display: block; margin: .4rem 0 1rem; }
+.chart text, .dots text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.chart .name { fill: var(--ink); }
+.chart path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.chart path:hover { stroke-width: 4 !important; stroke-opacity: 1 !important; }
+.grid { stroke: var(--line); }
+.mark { stroke: var(--soft); stroke-dasharray: 2 3; }
+.dots { display: grid; grid-template-columns: fit-content(9rem) 1fr; column-gap: 1rem; align-items: center; padding-right: .5rem; }
+.dots span { overflow: hidden; text-overflow: ellipsis; }
+.dots svg { display: block; }
+.dots .path { stroke: var(--accent); stroke-width: 1.5; }
+.interval { stroke: var(--accent); stroke-width: 7; stroke-opacity: .3; }
+.reference { stroke: var(--ink); stroke-width: 2.5; }
+.dot { fill: var(--accent); stroke: var(--accent); stroke-width: 1.5; paint-order: stroke; }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-bottom: .4rem; color: var(--soft); }
+.keys svg { vertical-align: -1px; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0 0; }
+.figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
+.figures dt { color: var(--soft); max-width: 13rem; line-height: 1.3; }
+.figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.warning { border-left: 4px solid var(--accent); padding: .1rem 0 .1rem .9rem; }
+.warning p { color: var(--ink); font-weight: 600; margin: .3rem 0; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 2rem; margin-bottom: .9rem;
+  break-inside: avoid; }
+.sides h3 { margin: .4rem 0 .2rem; }
+.pieces, .text { color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; max-width: none; }
+.pieces { line-height: 1.75; }
+.pieces span { background: var(--tint); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
+.pieces span:nth-child(even) { background: var(--tint2); }
+.pieces sup { font-size: .65em; line-height: 0; color: var(--soft); }
+q { quotes: none; background: var(--field); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
+pre { background: var(--field); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; margin: 0 0 .8rem;
+  font: .84rem/1.45 ui-monospace, monospace; }
+.columns { margin-top: 1.5rem; max-width: 92rem; font-size: .875rem; line-height: 1.4; }
+.columns main { columns: 2 34rem; column-gap: 2.5rem; }
+.columns section { margin-bottom: 1.4rem; }
+.columns :is(th, td) { padding: .12rem .6rem .12rem 0; }
 @page { margin: 12mm; }
 @media print {
-  :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --field: #f0f0f0; --bar: #3d6fb4; }
-  html { font-size: 7.2pt; }
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --field: #f0f0f0;
+    --accent: #2f63ad; --tint: #dbe6f5; --tint2: #b9d0ee; }
+  html { font-size: 9pt; }
   body { margin: 0; padding: 0; max-width: none; }
+  section { margin-bottom: 1.2rem; }
+  .wide, pre { overflow: visible; }
+  pre { white-space: pre-wrap; }
   .bar { width: 4rem; }
-  main { columns: 2; column-gap: 7mm; }
-  section { overflow: visible; margin-bottom: .8rem; }
+  ::details-content { content-visibility: visible; block-size: auto; }
+  html:has(.columns) { font-size: 7.6pt; }
+  .columns main { columns: 2; column-gap: 7mm; }
+  .columns section { margin-bottom: .8rem; }
 }
 """

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation.report import EVERYTHING, PACKAGES, TITLES, pooled, version
+from tokalign_jax.evaluation.curves import EVERYTHING, titled
+from tokalign_jax.evaluation.report import PACKAGES, pooled, version
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.model_card import CARD, CardFacts, main_settings
 from tokalign_jax.text import corpus
@@ -24,10 +25,8 @@ def facts(
       source_folder: of the source model, for its own card.
       terms: names of its licence files that were copied.
     """
-    scores = {
-        TITLES[s]: _read(workdir / "evaluate" / s / "scores.json").get("languages", {}) for s in ("source", *states)
-    }
-    scores = {title: languages for title, languages in scores.items() if languages}
+    scores = {s: _read(workdir / "evaluate" / s / "scores.json").get("languages", {}) for s in ("source", *states)}
+    sides = {"source": scores["source"], "target": scores[states[-1]]}
     aligned, tokens = _read(workdir / "align" / "summary.json"), workdir / "tokens"
     indices = {side: _read(tokens / side / "index.json") for side in ("source", "target")}
     card = source_folder / CARD
@@ -48,12 +47,8 @@ def facts(
             language: of["train_bytes"]
             for language, of in _read(workdir / "corpus" / "summary.json").get("languages", {}).items()
         },
-        bits_per_byte={title: _figures(languages, "bits_per_byte") for title, languages in scores.items()},
-        bytes_per_token={
-            side: _figures(_read(workdir / "evaluate" / state / "scores.json").get("languages", {}), "bytes_per_token")
-            for side, state in (("source", "source"), ("target", states[-1]))
-            if scores
-        },
+        bits_per_byte={titled(s): _figures(of, "bits_per_byte") for s, of in scores.items() if of},
+        bytes_per_token={side: _figures(of, "bytes_per_token") for side, of in sides.items() if of},
         loses=indices["target"].get("loses", ()),
         special=aligned.get("special", ()),
         versions={**{package: version(package) for package in PACKAGES}, "python": platform.python_version()},

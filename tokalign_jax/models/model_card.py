@@ -1,7 +1,7 @@
 """The model card of an exported folder: README.md with YAML front matter, from plain facts."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tokalign_jax.config import EXTEND
+from tokalign_jax.pages import Bar, Code, Section, markdown
 
 CARD = "README.md"
 
@@ -22,15 +23,12 @@ _MAIN = (
     "initialization.tokens",
     "initialization.learned",
     "initialization.calibration",
-    *(
-        f"{stage}.{name}"
-        for stage in ("stage1", "stage2")
-        for name in ("method", "steps", "learning_rate", "batch_size", "sequence_length")
-    ),
     "compute.dtype",
     "seed",
 )
-"""What of a config says how a model was made."""
+"""What of a config says how a model was made, and of each training stage in it:"""
+
+_OF_STAGE = ("method", "steps", "learning_rate", "batch_size", "sequence_length")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ class CardFacts:
 def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config (as a nested dict) that say how a model was made, by their dotted names."""
     found = {}
-    for name in _MAIN:
+    stages = [group for group in config if re.fullmatch(r"stage\d+", group) and config[group]["steps"]]
+    for name in (*_MAIN, *(f"{stage}.{name}" for stage in stages for name in _OF_STAGE)):
         value: Any = config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -97,19 +96,42 @@ def front_matter(card: str) -> dict[str, Any]:
 
 def model_card(facts: CardFacts) -> str:
     """README.md: metadata as the hub reads it, then how the model was made, from what, and what it measures."""
+    settings = [(Code(name), Code(str(value))) for name, value in facts.settings.items()]
     sections = (
         _made(facts),
         _use(facts),
-        _table("Data", ("language", "training text"), _data(facts), _sources(facts)),
-        _figures(facts),
-        _table("Rows of the new vocabulary", ("rule", "rows", "of the text"), _rules(facts)),
-        _special(facts),
-        _table("Settings", ("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in facts.settings.items()]),
+        markdown([_data(facts), *_figures(facts), rules_section(facts.rules), special_section(facts.special)]),
+        markdown([Section("Settings", "", ("setting", "value"), settings)] if settings else []),
         _terms(facts),
-        _table("Versions", ("package", "version"), list(facts.versions.items())),
+        markdown([Section("Versions", "", ("package", "version"), list(facts.versions.items()))]),
     )
     metadata = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)
     return f"---\n{metadata}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def rules_section(rules: Mapping[str, Mapping[str, float]]) -> Section:
+    """How the rows of the new vocabulary were made, from `CardFacts.rules`."""
+    rows = [
+        (name, f"{int(of['rows']):,}", f"{of['frequency']:.2%}", Bar(of["frequency"]))
+        for name, of in rules.items()
+        if of["rows"]
+    ]
+    return Section("Rows of the new vocabulary", "", ("rule", "rows", "of the text", ""), rows)
+
+
+def special_section(special: Sequence[Mapping[str, Any]]) -> Section:
+    """Special tokens and where their rows came from (`CardFacts.special`)."""
+    rows = [
+        (Code(of["token"]), str(of["id"]), Code(of["source"]), of["why"], "yes" if of["in_chat_template"] else "")
+        for of in special
+    ]
+    text = "Where their rows came from; the rest is made of the pieces of its text." if rows else ""
+    return Section("Special tokens", text, ("token", "id", "rows of", "because", "in the chat template"), rows)
+
+
+def short_name(name: str) -> str:
+    """Of a model or tokenizer for people: a folder's own name, since where it lies on somebody's disk is nobody's business."""
+    return name.partition("@")[0] if _hub_name(name) else Path(name).name
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
@@ -141,13 +163,13 @@ def _hub_name(name: str) -> str:
 
 
 def _made(facts: CardFacts) -> str:
-    base, name = _link(facts.base_model), _short(facts.base_model)
+    base, name = _link(facts.base_model), short_name(facts.base_model)
     if facts.target_tokenizer == EXTEND:
         lines = [f"# {name} with an extended vocabulary", ""]
         lines += [f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"]
         lines += ["were made for these, and trained by tokalign_jax."]
     else:
-        lines = [f"# {name} with the vocabulary of {_short(facts.target_tokenizer)}", ""]
+        lines = [f"# {name} with the vocabulary of {short_name(facts.target_tokenizer)}", ""]
         lines += [f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"]
         lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
     if facts.source_tokens and facts.target_tokens:
@@ -168,61 +190,36 @@ tokenizer = AutoTokenizer.from_pretrained({facts.name!r})
 ```"""
 
 
-def _sources(facts: CardFacts) -> str:
-    return f"Read from: {', '.join(f'`{name}`' for name in facts.corpus)}." if facts.corpus else ""
-
-
-def _data(facts: CardFacts) -> list[tuple[str, ...]]:
+def _data(facts: CardFacts) -> Section:
     rows = [(language, _size(size)) for language, size in sorted(facts.corpus_bytes.items())]
-    return [*rows, ("together", _size(sum(facts.corpus_bytes.values())))] if len(rows) > 1 else rows
+    if len(rows) > 1:
+        rows.append(("together", _size(sum(facts.corpus_bytes.values()))))
+    read = f"Read from: {', '.join(f'`{name}`' for name in facts.corpus)}." if facts.corpus else ""
+    return Section("Data", read if rows else "", ("language", "training text"), rows)
 
 
-def _figures(facts: CardFacts) -> str:
-    def figures(title: str, values: Mapping[str, Mapping[str, float]], text: str) -> str:
+def _figures(facts: CardFacts) -> list[Section]:
+    def figures(title: str, values: Mapping[str, Mapping[str, float]], text: str) -> Section:
         languages = dict.fromkeys(language for column in values.values() for language in column)
         rows = [
             (language, *(f"{column[language]:.3f}" if language in column else "" for column in values.values()))
             for language in languages
         ]
-        return _table(title, ("language", *values), rows, text)
+        return Section(title, text if rows else "", ("language", *values), rows)
 
     kept = (
         f" The tokenizer does not keep {', '.join(facts.loses)} of a text; such figures are too low."
         if facts.loses
         else ""
     )
-    measured = figures(
-        "Bits per byte on held-out text",
-        facts.bits_per_byte,
-        f"`source` is the base model with its own tokenizer, on the same text; lower is better.{kept}",
-    )
-    cut = figures("Bytes per token", facts.bytes_per_token, "More bytes in a token are fewer tokens for a text.")
-    return "\n\n".join(section for section in (measured, cut) if section)
-
-
-def _rules(facts: CardFacts) -> list[tuple[str, ...]]:
     return [
-        (name, f"{int(rule['rows']):,}", f"{rule['frequency']:.2%}")
-        for name, rule in facts.rules.items()
-        if rule["rows"]
+        figures(
+            "Bits per byte on held-out text",
+            facts.bits_per_byte,
+            f"`source` is the base model with its own tokenizer, on the same text; lower is better.{kept}",
+        ),
+        figures("Bytes per token", facts.bytes_per_token, "More bytes in a token are fewer tokens for a text."),
     ]
-
-
-def _special(facts: CardFacts) -> str:
-    rows = [
-        (
-            _code(row["token"]),
-            str(row["id"]),
-            _code(row["source"]),
-            row["why"],
-            "yes" if row["in_chat_template"] else "",
-        )
-        for row in facts.special
-    ]
-    header = ("token", "id", "rows of", "because", "in the chat template")
-    return _table(
-        "Special tokens", header, rows, "Where their rows came from; the rest is made of the pieces of its text."
-    )
 
 
 def _terms(facts: CardFacts) -> str:
@@ -235,32 +232,15 @@ def _terms(facts: CardFacts) -> str:
     return "## Licence\n\nThe base model's folder says nothing of its licence; it holds for this model, too."
 
 
-# --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], text: str = "") -> str:
-    """A section with a table; "" where there is nothing to tell."""
-    lines = ["| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |" for row in (header, *rows)]
-    if len(lines) == 1:
-        return ""
-    return "\n".join(
-        [f"## {title}", "", *([text, ""] if text else []), lines[0], "|" + "---|" * len(header), *lines[1:]]
-    )
-
-
-def _code(text: str) -> str:
-    return f"`{text}`".replace("|", r"\|") if text else ""
+# --- words ---------------------------------------------------------------------------------------------------------
 
 
 def _link(name: str) -> str:
     repository, _, revision = name.partition("@")
     pinned = f" (revision `{revision}`)" if revision else ""
-    return f"[{repository}](https://huggingface.co/{repository}){pinned}" if _hub_name(name) else f"`{_short(name)}`"
-
-
-def _short(name: str) -> str:
-    """A folder's own name: where it lies on somebody's disk is nobody's business."""
-    return name.partition("@")[0] if _hub_name(name) else Path(name).name
+    return (
+        f"[{repository}](https://huggingface.co/{repository}){pinned}" if _hub_name(name) else f"`{short_name(name)}`"
+    )
 
 
 def _size(size: int) -> str:

@@ -1,0 +1,378 @@
+"""The report for people, made of report.json alone: report.html, report.md and the tables of the terminal.
+
+python -m tokalign_jax.evaluation.page runs/demo/report/report.json     # writes the first two beside it, anew
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax import charts, pages
+from tokalign_jax.config import EMBEDDED, EXTEND, Config, config_to_dict
+from tokalign_jax.evaluation import curves
+from tokalign_jax.evaluation.curves import EVERYTHING, titled
+from tokalign_jax.models.model_card import rules_section, short_name, special_section
+from tokalign_jax.pages import Bar, Cell, Section, Soft
+from tokalign_jax.progress import duration, quantity
+
+Content = Mapping[str, Any]
+"""What report.json holds (`report.gather`, and what `stages.report` adds)."""
+
+COMMAND = "python -m tokalign_jax.main --config=config.py --workdir=runs/again"
+
+
+def write(content: Content, folder: Path) -> None:
+    """Writes report.html and report.md into `folder`."""
+    for name, text in (("report.html", html(content)), ("report.md", markdown(content))):
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+
+
+def html(content: Content) -> str:
+    """The whole page."""
+    return pages.html(
+        heading(content),
+        [
+            _opening(content),
+            *_warnings(content),
+            _scores(content),
+            _training(content),
+            _passages(content),
+            _continued(content),
+            *_alignment(content),
+            _time(content),
+            _again(content),
+        ],
+        columns=False,
+    )
+
+
+def markdown(content: Content) -> str:
+    """The same for places that show Markdown, with the picture beside it and without what needs a page."""
+    continued = "\n".join(sample_lines(content))
+    parts = [
+        f"# {heading(content)}",
+        "\n\n".join(sentences(content)),
+        "\n\n".join(f"**{line}**" for line in warning_lines(content)),
+        "\n".join(table(content)),
+        "![Loss over tokens, and bits per byte by language and stage](report.png)",
+        pages.markdown([_training(content), *_alignment(content)]),
+        f"## Continued text\n\n```\n{continued}\n```" if continued else "",
+        pages.markdown([_time(content)]),
+        f"## To make it again\n\n`{COMMAND}` with config.py:\n\n```python\n{config_file(content)}```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# --- what was done ----------------------------------------------------------------------------------------------------
+
+
+def heading(content: Content) -> str:
+    """Which model got which vocabulary."""
+    config = content["config"]
+    name = "The embedded model" if config["source_model"] == EMBEDDED else short_name(config["source_model"])
+    return f"{name} with {_vocabulary(config)}"
+
+
+def _vocabulary(config: Content) -> str:
+    named = {EXTEND: "an extended vocabulary", EMBEDDED: "the embedded vocabulary"}
+    tokenizer = config["target_tokenizer"]
+    return named.get(tokenizer) or f"the vocabulary of {short_name(tokenizer)}"
+
+
+def sentences(content: Content) -> list[str]:
+    """What was done, and what came of it."""
+    config, alignment, of = content["config"], content["alignment"], content["languages"][EVERYTHING]
+    trained = [
+        f"{titled(stage)} ({config[stage]['method']}, {of_stage['steps']:,} steps)"
+        for stage, of_stage in content["training"].items()
+    ]
+    tokens = sum(of_stage["tokens"][-1] for of_stage in content["training"].values() if of_stage["tokens"])
+    sizes = f"{alignment['source_size']:,} tokens became {alignment['target_size']:,}"
+    done = f"The vocabulary of {sizes}; their rows were made by method “{alignment['method']}”"
+    done += f" and trained on {quantity(tokens)} tokens in {' and '.join(trained)}." if trained else "."
+    bits, last = of["bits_per_byte"], content["states"][-1]
+    others = [
+        f"{bits[state]:.3f} {when}"
+        for state, when in (("init", "right after initialisation"), ("random", "with random rows"))
+        if state in bits and state != last
+    ]
+    per_token = of["bytes_per_token"]
+    gained = (
+        f"On held-out text a token now holds {per_token['target']:.2f} bytes instead of {per_token['source']:.2f}, and a byte "
+        f"costs {bits[last]:.3f} bits where it cost the source model {bits['source']:.3f}"
+    )
+    return [done, gained + (f" ({', '.join(others)})." if others else ".")]
+
+
+def _opening(content: Content) -> Section:
+    of, states = content["languages"][EVERYTHING], content["states"]
+    bits, per_token = of["bits_per_byte"], of["bytes_per_token"]
+    figures = [
+        (f"{per_token['source']:.2f} → {per_token['target']:.2f}", "bytes per token, source and new vocabulary"),
+        (f"{bits['source']:.3f} → {bits[states[-1]]:.3f}", f"bits per byte, source and {titled(states[-1])}"),
+        (f"{per_token['source'] / per_token['target'] - 1:+.0%}", "tokens for the same text"),
+        (duration(sum(content["seconds"].values())), f"in all, on {_devices(content)}"),
+    ]
+    items = "".join(f"<div><dt>{escape(says)}</dt><dd>{escape(figure)}</dd></div>" for figure, says in figures)
+    return Section("", " ".join(sentences(content)), markup=f'<dl class="figures">{items}</dl>')
+
+
+def _devices(content: Content) -> str:
+    kinds = content["devices"]
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+
+
+def warning_lines(content: Content) -> list[str]:
+    """A warning for each side whose tokenizer does not keep all of a text, and for steps that were skipped."""
+    states = {"source": "the source model", "target": "the model with the new vocabulary"}
+    lost = [
+        f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte of {states[side]} are too low "
+        f"to be compared with those of another tokenizer"
+        for side, lost in content["loses"].items()
+        if lost
+    ]
+    skipped = [
+        f"warning: {of['skipped']} of {of['steps']} steps of {titled(stage)} were not finite and were skipped"
+        for stage, of in content["training"].items()
+        if of["skipped"]
+    ]
+    return lost + skipped
+
+
+def _warnings(content: Content) -> list[Section]:
+    lines = "".join(f"<p>{escape(line)}</p>" for line in warning_lines(content))
+    return [Section("", markup=f'<div class="warning" role="note">{lines}</div>')] if lines else []
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def score_table(content: Content) -> tuple[list[str], list[list[Cell]]]:
+    """Bytes per token and bits per byte, by language, as header and rows; intervals stand behind their figures."""
+    states = content["states"]
+    columns = [f"bits/byte {titled(s)}" if s == "source" else titled(s) for s in states]
+    rows: list[list[Cell]] = []
+    for language, of in content["languages"].items():
+        per_token, intervals = of["bytes_per_token"], of.get("interval", {})
+        bits = [_with_interval(of["bits_per_byte"][s], intervals.get(s)) for s in states]
+        rows.append([language, f"{per_token['source']:.2f}", f"{per_token['target']:.2f}", *bits])
+    return ["language", "bytes/token source", "target", *columns], rows
+
+
+def _with_interval(value: float, interval: Sequence[float] | None) -> Cell:
+    if not interval:
+        return f"{value:.3f}"
+    low, high = interval
+    return (f"{value:.3f}", Soft(f" [{low:.3f}, {high:.3f}]"))
+
+
+def table(content: Content) -> list[str]:
+    """The main table, as Markdown that is also readable on a terminal."""
+    return pages.markdown_table(*score_table(content))
+
+
+def _scores(content: Content) -> Section:
+    text = (
+        "Held-out text; lower is better. Comparable across vocabularies, because every one spells the same bytes."
+        + (" In brackets: 95% intervals." if any(of.get("interval") for of in content["languages"].values()) else "")
+        + (" Random rows are in the table only." if "random" in content["states"] else "")
+    )
+    rows = {
+        language: [
+            charts.Dot(titled(s), bits, of.get("interval", {}).get(s))
+            for s, bits in of["bits_per_byte"].items()
+            if s != "random"  # so far from the others that these could not be told apart
+        ]
+        for language, of in content["languages"].items()
+    }
+    chart = charts.dots(rows, says="Bits per byte by language and state")
+    return Section("Bits per byte", text, *score_table(content), markup=chart)
+
+
+def _training(content: Content) -> Section:
+    training, config = content["training"], content["config"]
+    rows = [
+        (
+            titled(stage),
+            config[stage]["method"],
+            f"{of['steps']:,}",
+            quantity(of["tokens"][-1] if of["tokens"] else 0),
+            f"{config[stage]['learning_rate']:g}",
+            f"{curves.smooth(of['loss'])[-1]:.3f}" if of["loss"] else "",
+            f"{of['skipped']}",
+            quantity(of["tokens_per_second"]) if "tokens_per_second" in of else "",
+            duration(content["seconds"].get(stage, 0)),
+        )
+        for stage, of in training.items()
+    ]
+    header = ("stage", "trains", "steps", "tokens", "rate", "last loss", "skipped", "tokens/s", "time")
+    text = f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps." if rows else ""
+    return Section("Training" if rows else "", text, header, rows, markup=loss_chart(training))
+
+
+def loss_chart(training: Content) -> str:
+    """Loss over the tokens of all stages; "" where nothing was trained."""
+    raw, smooth = curves.joined(training, smoothed=False), curves.joined(training)
+    faint = "stroke: var(--accent); stroke-width: 1; stroke-opacity: .3"
+    drawn = [charts.Curve(titled(s), *curve, style=faint, counts=False) for s, curve in raw.items()]
+    drawn += [charts.Curve(titled(s), *curve) for s, curve in smooth.items()]
+    starts = [0.0, *(curve.tokens[-1] for curve in smooth.values() if curve.tokens)]
+    last = {titled(s): curve.loss[-1] for s, curve in smooth.items() if curve.loss}
+    says = "Training loss over tokens. At the end of " + ", ".join(f"{s}: {loss:.3f}" for s, loss in last.items())
+    marks = [(start, titled(s)) for start, s in zip(starts, smooth)]
+    return charts.lines(drawn, says=says, x_label="tokens", y_label="nats per token", marks=marks)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _passages(content: Content) -> Section:
+    """The same text cut by either tokenizer."""
+    found = content.get("passages", ())
+    markup = "\n".join(
+        f'<div class="sides">{_cut(of, "source")}\n{_cut(of, "target")}</div>' for of in found if of["source"]
+    )
+    text = (
+        "Held-out passages; a colour ends where a token does. A small figure counts the tokens that share a character."
+    )
+    return Section("The same text in tokens" if markup else "", text if markup else "", markup=markup)
+
+
+def _cut(of: Content, side: str) -> str:
+    count = sum(tokens for _, tokens in of[side])
+    starts = [text[:1] for text, _ in of[side][1:]] + [""]
+    spans = "".join(
+        f"<span>{_text(text, start)}{f'<sup>{tokens}</sup>' if tokens > 1 else ''}</span>"
+        for (text, tokens), start in zip(of[side], starts)
+    )
+    name = {"source": "source tokenizer", "target": "new tokenizer"}[side]
+    return (
+        f"<div><h3>{escape(of['language'])} <small>{name}: {count} tokens</small></h3>"
+        f'<p class="pieces" dir="auto"{_language(of["language"])}>{spans}</p></div>'
+    )
+
+
+def _language(name: str) -> str:
+    """The attribute that tells a browser which letters and hyphens to use, where `name` may be a language."""
+    known = name.isascii() and name.islower() and name.isalpha() and len(name) == 2
+    return f' lang="{name}"' if known else ""
+
+
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+
+
+def _text(text: str, following: str = "") -> str:
+    """`text` with its line ends shown, several as one, and without characters that a page may not hold."""
+    shown = escape(text.translate(_PICTURES).encode("utf-8", "replace").decode())
+    broken = re.sub(r"\n+", lambda ends: "↵" * len(ends[0]) + "<br>", shown)
+    return broken.removesuffix("<br>") if following == "\n" else broken
+
+
+def _continued(content: Content) -> Section:
+    """Each prompt, and how the source model and the last state go on."""
+    blocks = []
+    for sample in content["samples"]:
+        sides = "\n".join(
+            f'<div><h3><small>{escape(titled(state))}</small></h3><p class="text" dir="auto">'
+            f"<q>{_text(sample['prompt'])}</q>{_text(text)}</p></div>"
+            for state, text in sample.items()
+            if state != "prompt"
+        )
+        blocks.append(f'<div class="sides">{sides}</div>')
+    text = "The model goes on from the marked text, each time with the likeliest token."
+    return Section("Continued text" if blocks else "", text if blocks else "", markup="\n".join(blocks))
+
+
+def sample_lines(content: Content) -> list[str]:
+    """The continued texts, one line each."""
+    lines = []
+    for sample in content["samples"]:
+        lines.append(f"prompt        {_one_line(sample['prompt'])}")
+        lines += [f"  {titled(s):<12}{_one_line(text)}" for s, text in sample.items() if s != "prompt"]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- the alignment ----------------------------------------------------------------------------------------------------
+
+
+def _alignment(content: Content) -> Iterator[Section]:
+    """What the rows of the new vocabulary are made of, first in short, then as it was inspected."""
+    alignment = content["alignment"]
+    measured = [
+        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3f}")
+        for key, value in alignment.items()
+        if isinstance(value, int | float)
+    ]
+    inspected = [pages.from_json(section) for section in content.get("inspection", ())]
+    rules = next((section for section in inspected if section.title == "Rules"), None)
+    made = rules_section(alignment["rules"])
+    yield Section(made.title, rules.text if rules else "", made.header, made.rows)
+    yield Section("Measured on the alignment", "", ("", ""), measured)
+    yield special_section(alignment.get("special", ()))
+    for section in inspected:
+        if section is not rules:
+            yield Section(section.title, section.text, section.header, section.rows, fold=True)
+
+
+# --- to make it again -------------------------------------------------------------------------------------------------
+
+
+def _time(content: Content) -> Section:
+    seconds, versions = content["seconds"], content["versions"]
+    longest = max(seconds.values(), default=0) or 1
+    rows = [(name, duration(of), Bar(of / longest)) for name, of in seconds.items()]
+    text = f"On {_devices(content)}" + (f", {content['date']}" if "date" in content else "")
+    text += f"; {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    return Section("Time and versions", text, ("stage", "time", ""), rows)
+
+
+def _again(content: Content) -> Section:
+    text = "Save this as config.py. Every field that is not in it has the default of the version named above."
+    markup = f"<pre>{escape(COMMAND)}</pre>\n<pre>{escape(config_file(content))}</pre>"
+    return Section("To make it again", text, markup=markup)
+
+
+def config_file(content: Content) -> str:
+    """A config file with all that differs from the defaults."""
+    defaults = flat(json.loads(json.dumps(config_to_dict(Config()))))
+    changed = [
+        f"    config.{name} = {tuple(value) if isinstance(value, list) else value!r}\n"
+        for name, value in flat(content["config"]).items()
+        if value != defaults.get(name, ...)
+    ]
+    return (
+        "from tokalign_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+        + "".join(changed)
+        + "    return config\n"
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config by their dotted names."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Makes the pages of each named report.json anew."""
+    for path in map(Path, argv):
+        write(json.loads(path.read_text(encoding="utf-8")), path.parent)
+        print(f"written: {path.parent / 'report.html'}, {path.parent / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
