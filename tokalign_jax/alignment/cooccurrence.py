@@ -393,10 +393,13 @@ def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
 
 def _count_on_device(share: _Share, device: Any) -> list[Sums]:
     """Chunks are sorted and summed to the end of a buffer; a full buffer is too; if it stays half full it is a run."""
-    chunk = min(share.resources.chunk or DEVICE_CHUNK, max(share.stop - share.start, 1))
+    # A power of two of tokens at once, a power of eight of these in the buffer: texts of about a size share their programs.
+    tokens = max(share.stop - share.start, 1)
+    chunk = share.resources.chunk or min(DEVICE_CHUNK, 1 << (tokens - 1).bit_length())
     made = chunk * share.window
     memory = min(share.resources.device_memory, (device.memory_stats() or {}).get("bytes_limit", _EMPTY) * 2 // 3)
-    capacity = made + min(max(memory // DEVICE_ENTRY_BYTES, made), (share.stop - share.start) * share.window)
+    chunks = 8 ** -(-((tokens - 1) // chunk).bit_length() // 3)
+    capacity = made + min(max(memory // DEVICE_ENTRY_BYTES, made), chunks * made)
     runs = share.runs()
 
     def read(start: int, stop: int):
@@ -408,7 +411,7 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
     # Keys are 64 bits wide here, and only here: the setting is this thread's. They are unsigned because XLA has a radix sort
     # for unsigned keys with 64-bit values, and none for signed ones.
     with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
-        keys, sums, used = jnp.full(capacity, _EMPTY, jnp.uint64), jnp.zeros(capacity, jnp.int64), 0
+        (keys, sums), used = _empty(capacity), 0
         for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
             keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
             used += int(more)
@@ -417,11 +420,18 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
                 used = int(count)
                 if 2 * used > capacity - made:
                     runs.add(_fetched(keys, sums, used), used)
-                    keys, used = jnp.full_like(keys, _EMPTY), 0
+                    del keys, sums
+                    (keys, sums), used = _empty(capacity), 0
             share.done(stop - start)
         keys, sums, count = _compacted(keys, sums)
         runs.add(_fetched(keys, sums, int(count)), int(count))
     return runs.all()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _empty(capacity: int):
+    """Keys and sums of a buffer."""
+    return jnp.full(capacity, _EMPTY, jnp.uint64), jnp.zeros(capacity, jnp.int64)
 
 
 @functools.partial(jax.jit, static_argnames="window", donate_argnums=(0, 1))
@@ -468,7 +478,10 @@ def _fetched(keys: jax.Array, sums: jax.Array, used: int) -> Iterator[Sums]:
     for start in range(0, used, size):
         from_ = min(start, len(keys) - size)
         here = slice(start - from_, min(size, used - from_))
-        yield (
-            np.asarray(jax.lax.dynamic_slice_in_dim(keys, from_, size))[here].view(np.int64),
-            np.asarray(jax.lax.dynamic_slice_in_dim(sums, from_, size))[here],
-        )
+        of_keys, of_sums = (np.asarray(of)[here] for of in _block(keys, sums, from_, size=size))
+        yield of_keys.view(np.int64), of_sums
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _block(keys, sums, start, *, size: int):
+    return tuple(jax.lax.dynamic_slice_in_dim(of, start, size) for of in (keys, sums))

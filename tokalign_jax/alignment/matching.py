@@ -78,6 +78,7 @@ def relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Arr
     return unit(vectors @ _inverse_root(anchors.T @ anchors) @ anchors.T)
 
 
+@jax.jit
 def common_space(
     source: Float[Array, "n d"], target: Float[Array, "m e"], pivots: Int[Array, "P 2"]
 ) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
@@ -97,6 +98,7 @@ def common_space(
         return source / jnp.maximum(source_norm, 1e-9), (target @ mapping) / jnp.maximum(target_norm, 1e-9)
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def nearest(
     queries: Float[Array, "Q d"], keys: Float[Array, "K d"], penalty: Float[Array, "K"], k: int
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
@@ -106,10 +108,22 @@ def nearest(
     fitting = max(SCORES // len(keys), 1).bit_length() - 1
     block = min(QUERY_BLOCK, 1 << fitting, _power_of_two(len(queries)))
     blocks = _padded(queries, block).reshape(-1, block, queries.shape[1])
-    values, indices = _nearest(blocks, keys, penalty, k, group)
+
+    def of_block(queries: Float[Array, "b d"]):
+        scores = jnp.matmul(queries, keys.T, precision="highest") - penalty
+        # Group j is keys j, j + groups, j + 2 groups ..: maxima over the first axis of a matrix are fast everywhere.
+        grouped = scores.reshape(len(queries), group, -1)
+        _, groups = jax.lax.top_k(grouped.max(axis=1), k)
+        candidates = jnp.take_along_axis(grouped, groups[:, None, :], axis=2).reshape(len(queries), -1)
+        values, chosen = jax.lax.top_k(candidates, k)
+        member, place = chosen // k, chosen % k
+        return values, member * grouped.shape[2] + jnp.take_along_axis(groups, place, axis=1)
+
+    values, indices = jax.lax.map(of_block, blocks)
     return values.reshape(-1, k)[: len(queries)], indices.reshape(-1, k)[: len(queries)]
 
 
+@functools.partial(jax.jit, static_argnames=("neighbours", "k"))
 def csls(
     queries: Float[Array, "Q d"], keys: Float[Array, "K d"], neighbours: int, k: int = 1
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
@@ -145,8 +159,8 @@ def match(
       pivots, judges: rows (source, target) of shared tokens; no judge may be a pivot.
       neighbours: nearest neighbours over which hubness is averaged.
     """
-    space = common_space(jnp.asarray(source, jnp.float32), jnp.asarray(target, jnp.float32), jnp.asarray(pivots))
-    return retrieve(*space, judges, neighbours, k)
+    keys, queries = common_space(np.asarray(source, np.float32), np.asarray(target, np.float32), pivots)
+    return retrieve(keys, queries, judges, neighbours, k)
 
 
 def retrieve(
@@ -211,21 +225,7 @@ def temperature(found: Matches, judges: Int[np.ndarray, "J 2"]) -> float:
     return TEMPERATURES[int(np.argmax(gains))]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "group"))
-def _nearest(queries: Float[Array, "q b d"], keys: Float[Array, "K d"], penalty: Float[Array, "K"], k: int, group: int):
-    def of_block(queries: Float[Array, "b d"]):
-        scores = jnp.matmul(queries, keys.T, precision="highest") - penalty
-        # Group j is keys j, j + groups, j + 2 groups ..: maxima over the first axis of a matrix are fast everywhere.
-        grouped = scores.reshape(len(queries), group, -1)
-        _, groups = jax.lax.top_k(grouped.max(axis=1), k)
-        candidates = jnp.take_along_axis(grouped, groups[:, None, :], axis=2).reshape(len(queries), -1)
-        values, chosen = jax.lax.top_k(candidates, k)
-        member, place = chosen // k, chosen % k
-        return values, member * grouped.shape[2] + jnp.take_along_axis(groups, place, axis=1)
-
-    return jax.lax.map(of_block, queries)
-
-
+@jax.jit
 def centred(vectors: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """Rows of norm 1, less their mean, of norm 1 again."""
     vectors = unit(vectors)

@@ -14,13 +14,13 @@ p = 0 beats p = 0.5 (0.91 to 0.90, 0.92 to 0.90), so every axis counts the same.
 
 The decomposition is randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) from a seeded start. The
 matrix exists as sparse blocks of rows that are made dense, multiplied and dropped, so that all work is matrix products:
-(4 `SWEEPS` + 2) (n_s + n_t) P (d + `SPARE`) operations. Half a million rows over 8,192 columns at d = 300 are 8 TFLOP, which
+(4 `SWEEPS` + 2) (n_s + n_t) P (d + `SPARE`) operations. These are two programs for all blocks of both sides; what is small is done
+on the host, where nothing is compiled. Half a million rows over 8,192 columns at d = 300 are 8 TFLOP, which
 is below a second on an accelerator; what takes longer there is the logarithms on the host.
 
 Letters: n tokens of a side, E pairs, P columns, R rows of a block, S stored cells of a block, k = d + `SPARE`.
 """
 
-import functools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -49,6 +49,8 @@ THREADS = 8
 """Threads that compute logarithms."""
 CELLS = 1 << 25
 """Cells of a dense block of rows (128 MiB)."""
+AHEAD = 2
+"""Blocks that are made dense before they are asked for."""
 SLICE = 1 << 22
 """Pairs that a thread reads at once."""
 MEMORY = 1 << 30
@@ -97,26 +99,22 @@ def train(
     for side, chosen in zip(sides, columns):
         matrices.append(positive_pmi(side, chosen, rows, folder))
         progress.update(len(side))
-    rng = np.random.default_rng(seed)
-    start = rng.standard_normal((width, min(dimensions + SPARE, width)), np.float32)
-    basis = jnp.linalg.qr(jnp.asarray(start))[0]
+    start = np.random.default_rng(seed).standard_normal((width, min(dimensions + SPARE, width)), np.float32)
+    basis = np.linalg.qr(start)[0]
     for _ in range(SWEEPS):
-        total = jnp.zeros_like(basis)
+        total = np.zeros_like(basis)
         for matrix in matrices:
-            for cells, values in _padded_blocks(matrix):
-                total = _swept(total, basis, cells, values, rows=matrix.rows)
+            for block in _dense_blocks(matrix):
+                total = jax.block_until_ready(_swept(total, block, basis))  # else all blocks would wait in memory
             progress.update(0)
-        basis = jnp.linalg.qr(jax.block_until_ready(total))[0]
+        basis = np.linalg.qr(np.asarray(total))[0]
         progress.update(sum(map(len, sides)))
     projected = [
-        [_product(basis, cells, values, rows=matrix.rows) for cells, values in _padded_blocks(matrix)]
+        np.concatenate([np.asarray(_product(block, basis)) for block in _dense_blocks(matrix)])[: matrix.shape[0]]
         for matrix in matrices
     ]
     turn, strengths = _principal(projected, dimensions)
-    vectors = [
-        np.concatenate([np.asarray(_turned(block, turn)) for block in blocks])[: matrix.shape[0]]
-        for matrix, blocks in zip(matrices, projected)
-    ]
+    vectors = [unit(rows @ turn) for rows in projected]
     progress.update(sum(map(len, sides)))
     progress.done(f"{width:,} contexts; singular values {strengths[0]:.3g} to {strengths[-1]:.3g}")
     return vectors
@@ -204,50 +202,42 @@ def _entries(side: Cooccurrence, place: Int[np.ndarray, "n"], start: int) -> Ent
     )
 
 
-def _padded_blocks(matrix: Blocks) -> Iterator[tuple[Int[np.ndarray, "S"], Float[np.ndarray, "S"]]]:
-    """Each block's cells and values, S a power of two, so that few programs are compiled; padding lies outside."""
-    outside = matrix.rows * matrix.shape[1]
-    for start, end in zip(matrix.starts, matrix.ends):
-        size = max(1 << int(end - start - 1).bit_length(), 1024) if end > start else 1024
-        cells, values = np.full(size, outside, np.int32), np.zeros(size, np.float32)
-        cells[: end - start], values[: end - start] = matrix.cells[start:end], matrix.values[start:end]
-        yield cells, values
+def _dense_blocks(matrix: Blocks) -> Iterator[Float[np.ndarray, "R P"]]:
+    """The blocks, all of one shape so that one program does for all; the next ones are made meanwhile."""
+
+    def dense(start: int, end: int) -> Float[np.ndarray, "R P"]:
+        block = np.zeros(matrix.rows * matrix.shape[1], np.float32)
+        block[matrix.cells[start:end]] = matrix.values[start:end]
+        return block.reshape(matrix.rows, matrix.shape[1])
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for _, block in in_order(pool, AHEAD, dense, list(zip(matrix.starts, matrix.ends))):
+            yield block
 
 
-def _principal(projected: list[list[Array]], dimensions: int) -> tuple[Float[Array, "k d"], Float[np.ndarray, "d"]]:
+def _principal(
+    projected: Sequence[Float[np.ndarray, "n k"]], dimensions: int
+) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "d"]]:
     """What turns M Q [N, k] into its principal axes, largest first, and their singular values."""
-    gram = np.asarray(sum(_gram(block) for blocks in projected for block in blocks), np.float64)
+    gram = sum((rows.T @ rows).astype(np.float64) for rows in projected)
     values, axes = np.linalg.eigh(gram)
     largest = np.argsort(-values)[:dimensions]
     strengths = np.sqrt(np.maximum(values[largest], 0.0))
     # p = 0: every axis counts the same. Axes of nothing but rounding stay nothing.
     scale = np.where(strengths > 1e-4 * strengths[:1], 1 / np.maximum(strengths, 1e-30), 0.0)
-    return jnp.asarray(axes[:, largest] * scale, jnp.float32), strengths
+    return (axes[:, largest] * scale).astype(np.float32), strengths
 
 
-def _dense(cells: Int[Array, "S"], values: Float[Array, "S"], rows: int, width: int) -> Float[Array, "R P"]:
-    flat = jnp.zeros(rows * width, values.dtype).at[cells].set(values, mode="drop", unique_indices=True)
-    return flat.reshape(rows, width)
+def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
-@functools.partial(jax.jit, static_argnames="rows", donate_argnums=0)
-def _swept(total: Float[Array, "P k"], basis: Float[Array, "P k"], cells, values, *, rows: int) -> Float[Array, "P k"]:
+@jax.jit
+def _swept(total: Float[Array, "P k"], block: Float[Array, "R P"], basis: Float[Array, "P k"]) -> Float[Array, "P k"]:
     """total + B' B basis for the block B."""
-    block = _dense(cells, values, rows, len(basis))
     return total + jnp.matmul(block.T, jnp.matmul(block, basis, precision="high"), precision="high")
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _product(basis: Float[Array, "P k"], cells, values, *, rows: int) -> Float[Array, "R k"]:
-    return jnp.matmul(_dense(cells, values, rows, len(basis)), basis, precision="high")
-
-
 @jax.jit
-def _gram(block: Float[Array, "R k"]) -> Float[Array, "k k"]:
-    return jnp.matmul(block.T, block, precision="highest")
-
-
-@jax.jit
-def _turned(block: Float[Array, "R k"], turn: Float[Array, "k d"]) -> Float[Array, "R d"]:
-    rows = jnp.matmul(block, turn, precision="highest")
-    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+def _product(block: Float[Array, "R P"], basis: Float[Array, "P k"]) -> Float[Array, "R k"]:
+    return jnp.matmul(block, basis, precision="high")

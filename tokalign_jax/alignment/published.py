@@ -33,17 +33,20 @@ def match(
       int32 source rows; and how near they are, float32 from 0 to 1: the cosine of the two relative vectors, which the
       published method does not have.
     """
-    of_source, of_target = (
-        _relative(jnp.asarray(vectors, jnp.float32), jnp.asarray(pivots[:, side]))
-        for side, vectors in enumerate((source, target))
-    )
-    products, best = matching.nearest(of_target, of_source, jnp.zeros(len(source)), 1)
-    lengths = jnp.linalg.norm(of_target, axis=1) * jnp.linalg.norm(of_source, axis=1)[best[:, 0]]
-    cosines = jnp.clip(products[:, 0] / jnp.maximum(lengths, 1e-9), 0.0, 1.0)
-    return np.asarray(best[:, 0]), np.asarray(cosines)
+    best, cosines = _best(np.asarray(source, np.float32), np.asarray(target, np.float32), pivots)
+    return np.asarray(best), np.asarray(cosines)
 
 
 @jax.jit
+def _best(
+    source: Float[Array, "n d"], target: Float[Array, "m e"], pivots: Int[Array, "P 2"]
+) -> tuple[Int[Array, "m"], Float[Array, "m"]]:
+    of_source, of_target = (_relative(vectors, pivots[:, side]) for side, vectors in enumerate((source, target)))
+    products, best = matching.nearest(of_target, of_source, jnp.zeros(len(source)), 1)
+    lengths = jnp.linalg.norm(of_target, axis=1) * jnp.linalg.norm(of_source, axis=1)[best[:, 0]]
+    return best[:, 0], jnp.clip(products[:, 0] / jnp.maximum(lengths, 1e-9), 0.0, 1.0)
+
+
 def _relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Array, "n P"]:
     """Cosines of each vector to the pivots."""
     vectors = matching.unit(vectors)
