@@ -170,6 +170,24 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig(StageConfig):
+    """A training stage in which a stronger model with the target tokenizer teaches: at each position the student learns its distribution
+    over the tokens (`training/distillation.py`)."""
+
+    teacher: str = ""
+    """Local folder or hub name (`name@revision` pins one) of a model whose tokenizer has the same tokens as the target tokenizer; empty:
+    no such stage."""
+    divergence: Literal["forward", "reverse", "mixed"] = "forward"
+    """KL(teacher || student), which covers all that the teacher says; KL(student || teacher), which keeps to what it says most; or both."""
+    mixture: float = 0.5
+    """Share of the reverse divergence where they are `mixed`."""
+    temperature: float = 1.0
+    """By which the logits of both are divided; above 1 the less likely tokens have more of a say."""
+    weight: float = 1.0
+    """Share of the divergence in the loss; the rest is the loss of the next token. 0: the teacher is not run."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The stream of training sequences."""
 
@@ -256,10 +274,26 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     stage1: StageConfig = field(default_factory=lambda: StageConfig(method="embedding", start_offset=0))
     stage2: StageConfig = field(default_factory=lambda: StageConfig(method="full", learning_rate=5e-5))
+    stage3: DistillationConfig = field(default_factory=lambda: DistillationConfig(method="full", learning_rate=5e-5))
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+
+TRAINING = ("stage1", "stage2", "stage3")
+"""Names of the training stages, in order."""
+
+
+def training_stages(config: Config) -> dict[str, StageConfig]:
+    """The training stages that a run has, in order: those with steps, the third with a teacher too."""
+    found = {name: getattr(config, name) for name in TRAINING}
+    return {name: stage for name, stage in found.items() if stage.steps and getattr(stage, "teacher", True)}
+
+
+def teacher_of(stage: StageConfig) -> str:
+    """The model that teaches in a stage; "" where none is run."""
+    return stage.teacher if isinstance(stage, DistillationConfig) and stage.weight else ""
 
 
 def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
@@ -307,7 +341,7 @@ def default_config() -> Any:
 
 _OF_SEVERAL_TYPES = (
     ("", "corpus"),
-    *((stage, name) for stage in ("stage1", "stage2") for name in ("start_offset", "embedding_learning_rate")),
+    *((stage, name) for stage in TRAINING for name in ("start_offset", "embedding_learning_rate")),
 )
 
 
@@ -350,6 +384,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "per_device_batch": (1, math.inf),
     "sequence_length": (1, math.inf),
+    "mixture": (0, 1),
+    "temperature": (1e-3, math.inf),
+    "weight": (0, 1),
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),
     "log_every": (1, math.inf),

@@ -14,14 +14,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokalign_jax import stages, stopping
-from tokalign_jax.config import Config, config_to_dict
+from tokalign_jax.config import Config, config_to_dict, training_stages
 from tokalign_jax.distributed import is_first, on_first
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, duration
@@ -58,7 +58,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
     """All stages of a run in order.
 
     Args:
-      exported: the model state (`init`, `stage1` or `stage2`) that is exported and reported as the last one.
+      exported: the model state (`init` or a training stage) that is exported and reported as the last one.
     """
     config, outside = context.config, context.identities
     models = model_states(config)
@@ -72,9 +72,8 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
 
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
-        stage = config_to_dict(getattr(config, name))
-        for harmless in _WITHOUT_EFFECT:
-            del stage[harmless]
+        stage = {k: v for k, v in config_to_dict(getattr(config, name)).items() if k not in _WITHOUT_EFFECT}
+        stage |= {"teacher": outside["teacher"]} if "teacher" in stage else {}
         return Stage(
             name,
             f"train ({getattr(config, name).method})",
@@ -172,8 +171,8 @@ def _extension(context: stages.Context) -> Stage:
 
 
 def model_states(config: Config) -> list[str]:
-    """The states that the model goes through; a training stage of 0 steps does not exist."""
-    return ["init", *(name for name in ("stage1", "stage2") if getattr(config, name).steps > 0)]
+    """The states that the model goes through."""
+    return ["init", *training_stages(config)]
 
 
 _WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every", "per_device_batch")
@@ -212,6 +211,16 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
             if stage.name in wanted:
                 _bring_up(stage, prints[stage.name], context, state)
     return workdir
+
+
+def prints_of(context: stages.Context) -> dict[str, str]:
+    """The fingerprints of all stages of a run, by name."""
+    return fingerprints(graph(context, model_states(context.config)[-1]))
+
+
+def drop(workdir: Path, keep: Set[str]) -> None:
+    """Removes what stands in `outdated/` but for the stages with these fingerprints."""
+    _State(workdir).drop(keep)
 
 
 def _begin(context: stages.Context, state: "_State") -> None:
@@ -405,6 +414,13 @@ class _State:
         record = self._outdated.pop(key)
         self.put(name, record)
         return record["finished"]
+
+    def drop(self, keep: Set[str]) -> None:
+        """Removes artefacts that are aside, but for those with these fingerprints."""
+        for key in [key for key, record in self._outdated.items() if record["fingerprint"] not in keep]:
+            del self._outdated[key]
+            shutil.rmtree(self._workdir / _OUTDATED / key, ignore_errors=True)
+        self._write()
 
     def _write(self) -> None:
         self._workdir.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from tokalign_jax import demo, paths, sharding
-from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig
+from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig, teacher_of, training_stages
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, remat
 from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
@@ -32,7 +32,6 @@ from tokalign_jax.text import corpus, mining
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 
-STAGES = ("stage1", "stage2")
 MeshSizes = tuple[int, int, int]
 """Of data, fsdp and tensor."""
 FLOAT = 4
@@ -219,6 +218,7 @@ def plan(
     text_bytes: int,
     exported: int,
     disk_free: float = math.inf,
+    teacher: ModelConfig | None = None,
 ) -> Plan:
     """What a run takes.
 
@@ -227,26 +227,27 @@ def plan(
       text_bytes: UTF-8 bytes of text that are kept.
       exported: bytes of a parameter in the exported folder.
       disk_free: bytes.
+      teacher: of Stage 3, if there is one.
 
     Raises:
       UserError: a mesh or batch that does not fit the devices.
     """
-    run = {name: stage for name in STAGES if (stage := getattr(config, name)).steps}
-    state = max(loop.state_bytes(getattr(config, name), model) for name in STAGES)
+    run = training_stages(config)
+    state = state_bytes(config, model, teacher)
     devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in run.values()])
     machine = dataclasses.replace(machine, devices=devices)
     mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory)
     stages, warnings = [], []
     for name, stage in run.items():
-        compute = resolved(name, stage, config.compute, model, mesh, machine)
-        stages.append(_stage(name, stage, compute, model, mesh, machine, speed))
+        compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
+        stages.append(_stage(name, stage, compute, model, mesh, machine, speed, teacher))
         if stages[-1].total > machine.memory:
-            warnings.append(_too_large(stages[-1], stage, compute, model, mesh, machine))
+            warnings.append(_too_large(stages[-1], stage, compute, model, mesh, machine, teacher))
     disk = disk_bytes(config, model, text_bytes, exported)
     if sum(disk.values()) > disk_free:
         warnings.append(
             f"the disk has {_size(disk_free)} free but the run needs about {_size(sum(disk.values()))}: use another one for "
-            "--workdir, or lower text.budget_bytes, stage1.keep_checkpoints or stage2.keep_checkpoints"
+            f"--workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in run)])}"
         )
     return Plan(machine, mesh, tuple(stages), disk, disk_free, tuple(warnings))
 
@@ -264,7 +265,10 @@ def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed)
     rows = -(-size // multiple) * multiple
     model = dataclasses.replace(model, vocab_size=rows)
     free = free_bytes(workdir or Path())
-    return plan(config, model, machine, speed, text_bytes(config), exported_bytes(config, raw), free)
+    teacher = None
+    if "stage3" in training_stages(config):
+        teacher, _ = hub.load_config(hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False))
+    return plan(config, model, machine, speed, text_bytes(config), exported_bytes(config, raw), free, teacher)
 
 
 def free_bytes(folder: Path) -> int:
@@ -281,6 +285,13 @@ def free_bytes(folder: Path) -> int:
 def shapes(model: ModelConfig, stage: StageConfig) -> tuple[paths.Tree, paths.Tree]:
     """Shapes of what trains in a stage and of what is frozen, without the rows that only fill matrices up."""
     return loop.split(stage, abstract_params(model, loop.lora_spec(stage)))
+
+
+def state_bytes(config: Config, model: ModelConfig, teacher: ModelConfig | None) -> int:
+    """The most that parameters, gradients and optimizer of a training stage need in all, its teacher included."""
+    stages = training_stages(config).values() or [config.stage1]
+    frozen = 2 * parameters(abstract_params(teacher)) if teacher else 0
+    return max(loop.state_bytes(stage, model) + (frozen if teacher_of(stage) else 0) for stage in stages)
 
 
 def parameters(tree: paths.Tree) -> int:
@@ -321,7 +332,13 @@ def micro_batches(name: str, stage: StageConfig, mesh: MeshSizes) -> tuple[int, 
 
 
 def memory(
-    name: str, stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes, fused_attention: bool
+    name: str,
+    stage: StageConfig,
+    compute: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshSizes,
+    fused_attention: bool,
+    teacher: ModelConfig | None = None,
 ) -> dict[str, int]:
     """Bytes on each device by kind.
 
@@ -333,15 +350,28 @@ def memory(
     accumulation, held = micro_batches(name, stage, mesh)
     tokens = held * stage.sequence_length
     train = FLOAT * elements(trained, mesh)
+    logits = _logits(model, compute, tokens, mesh)
     work = {  # one after the other
         "one layer": _layer(model, compute, tokens, mesh, stage, fused_attention)
         + _gathered(model, trained, size, mesh),
-        f"logits of {min(compute.loss_chunk, tokens):,} tokens": _logits(model, compute, tokens, mesh),
     }
+    taught: dict[str, int] = {}
+    if teacher and teacher_of(stage):
+        teacher = dataclasses.replace(teacher, vocab_size=model.vocab_size)
+        taught = {
+            f"teacher ({compute.dtype})": size * elements(abstract_params(teacher), mesh),
+            f"what the teacher says ({compute.dtype})": size * tokens * teacher.hidden_size,
+        }
+        reads = dataclasses.replace(stage, method="full")
+        work["one layer of the teacher"] = _layer(teacher, compute, tokens, mesh, reads, fused_attention)
+        work["one layer of the teacher"] += _gathered(teacher, {}, size, mesh)
+        logits += _logits(teacher, compute, tokens, mesh)
+    work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
     return {
         "parameters that train (float32)": train,
         f"frozen parameters ({compute.dtype})": size * elements(frozen, mesh),
+        **taught,
         "Adam's two moments (float32)": 2 * train,
         f"projections that train, in {compute.dtype}": 0
         if size == FLOAT
@@ -354,14 +384,20 @@ def memory(
 
 
 def resolved(
-    name: str, stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes, machine: Machine
+    name: str,
+    stage: StageConfig,
+    compute: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshSizes,
+    machine: Machine,
+    teacher: ModelConfig | None = None,
 ) -> ComputeConfig:
     """`compute` with a policy in the place of `remat=auto`: the one that keeps most of those with which the stage fits."""
     if compute.remat != "auto":
         return compute
     choices = [dataclasses.replace(compute, remat=policy) for policy in remat.POLICIES]
     for choice in choices:
-        if sum(memory(name, stage, choice, model, mesh, machine.fused_attention).values()) <= machine.memory:
+        if sum(memory(name, stage, choice, model, mesh, machine.fused_attention, teacher).values()) <= machine.memory:
             return choice
     return choices[-1]
 
@@ -426,16 +462,15 @@ def _logits(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshS
 # --- Work ---------------------------------------------------------------------------------------------------------------
 
 
-def flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
+def flops_per_token(model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None = None) -> float:
     """Operations that a training step needs for a token, recomputation not counted, attention over all T (PaLM, appendix B).
 
     2 for each parameter of a matrix product and token forward, 2 backward to its input, 2 to its weights where these train; in attention
-    4 N H T forward and twice that backward.
+    4 N H T forward and twice that backward. Of a teacher forward alone.
     """
-    trained, frozen = shapes(model, stage)
-    active = model.experts.per_token / model.experts.count if model.experts else 1.0
 
-    def products(tree: paths.Tree) -> float:
+    def products(model: ModelConfig, tree: paths.Tree) -> float:
+        active = model.experts.per_token / model.experts.count if model.experts else 1.0
         sizes = {
             path: math.prod(leaf.shape) * (active if "experts/" in path else 1)
             for path, leaf in paths.flatten(tree).items()
@@ -444,8 +479,14 @@ def flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
         }
         return sum(sizes.values())
 
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
-    return 6 * products(trained) + 4 * products(frozen) + 3 * attention
+    def attention(model: ModelConfig) -> float:
+        return 4 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
+
+    trained, frozen = shapes(model, stage)
+    total = 6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model)
+    if teacher and teacher_of(stage):
+        total += 2 * products(teacher, abstract_params(teacher)) + attention(teacher)
+    return total
 
 
 def _stage(
@@ -456,10 +497,13 @@ def _stage(
     mesh: MeshSizes,
     machine: Machine,
     speed: Speed,
+    teacher: ModelConfig | None,
 ) -> StagePlan:
     trained, frozen = shapes(model, stage)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
-    found = speed.seconds(tokens, tokens * flops_per_token(model, stage), stage.method, machine)
+    # What was measured of a method was measured without a teacher.
+    kind = "distillation" if teacher_of(stage) else stage.method
+    found = speed.seconds(tokens, tokens * flops_per_token(model, stage, teacher), kind, machine)
     return StagePlan(
         name,
         stage.method,
@@ -469,7 +513,7 @@ def _stage(
         stage.batch_size,
         stage.sequence_length,
         micro_batches(name, stage, mesh)[0],
-        memory(name, stage, compute, model, mesh, machine.fused_attention),
+        memory(name, stage, compute, model, mesh, machine.fused_attention, teacher),
         *(found or (None, "")),
     )
 
@@ -503,11 +547,9 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
         "tokens": text // BYTES_PER_TOKEN * (FLOAT + (2 if model.vocab_size <= 1 << 16 else FLOAT)),
         "init": FLOAT * everything,
     }
-    for name in STAGES:
-        stage: StageConfig = getattr(config, name)
+    for name, stage in training_stages(config).items():
         # What trains and Adam's two moments; a new one is written before the oldest goes.
-        one = 3 * FLOAT * parameters(shapes(model, stage)[0])
-        disk[name] = one * (stage.keep_checkpoints + 1) if stage.steps else 0
+        disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * (stage.keep_checkpoints + 1)
     return {**disk, "export": exported * everything}
 
 
@@ -521,11 +563,12 @@ def _too_large(
     model: ModelConfig,
     mesh: MeshSizes,
     machine: Machine,
+    teacher: ModelConfig | None,
 ) -> str:
     """That a stage will not fit, and with which settings it would: each by itself, or else several together."""
 
     def needed(choice: _Choice) -> int:
-        return sum(memory(planned.name, *choice, machine.fused_attention).values())
+        return sum(memory(planned.name, *choice, machine.fused_attention, teacher).values())
 
     alone: dict[str, str] = {}
     together, choice = [], (stage, compute, model, mesh)

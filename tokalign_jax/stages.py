@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import demo, distributed, pages, plan, sharding
 from tokalign_jax.alignment import alignment, inspection, methods, vectors
-from tokalign_jax.config import EXTEND, Config, StageConfig
+from tokalign_jax.config import EXTEND, Config, DistillationConfig, StageConfig, teacher_of, training_stages
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
@@ -30,7 +30,8 @@ from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical, mining, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
-from tokalign_jax.training import loop
+from tokalign_jax.training import distillation, loop
+from tokalign_jax.training.step import Objective
 
 FORMAT = 3
 """Version of the artefacts: a workdir of another version is redone."""
@@ -65,6 +66,17 @@ class Context:
         return hub.load_config(self.source_folder)
 
     @cached_property
+    def teacher_folder(self) -> Path | None:
+        """Of the model that teaches in Stage 3; None without that stage."""
+        if "stage3" not in training_stages(self.config):
+            return None
+        return hub.resolve(self.config.stage3.teacher, what="stage3.teacher")
+
+    @cached_property
+    def teacher_model(self) -> ModelConfig | None:
+        return hub.load_config(self.teacher_folder)[0] if self.teacher_folder else None
+
+    @cached_property
     def source_tokenizer(self) -> PreTrainedTokenizerBase:
         return hub.load_tokenizer(self.source_folder)
 
@@ -94,18 +106,16 @@ class Context:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """All devices, with as many parts as it takes for the training state of either stage to fit (`config.mesh`)."""
-        stages, devices = (self.config.stage1, self.config.stage2), jax.devices()
+        """All devices, with as many parts as it takes for the training state of every stage to fit (`config.mesh`)."""
+        stages, devices = training_stages(self.config).values(), jax.devices()
         if distributed.count() == 1:
-            taken = sharding.usable(
-                self.config.mesh, len(devices), [stage.batch_size for stage in stages if stage.steps]
-            )
+            taken = sharding.usable(self.config.mesh, len(devices), [stage.batch_size for stage in stages])
             if taken < len(devices):
                 self.log(
                     f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step (batch_size)"
                 )
             devices = devices[:taken]
-        needed = max(loop.state_bytes(stage, self.new_model) for stage in stages)
+        needed = plan.state_bytes(self.config, self.new_model, self.teacher_model)
         return sharding.make_mesh(self.config.mesh, needed, devices)
 
     def run_identity(self) -> dict[str, str]:
@@ -118,15 +128,15 @@ class Context:
     @cached_property
     def identities(self) -> dict[str, Any]:
         """Digests of the outside files that stages depend on."""
-        source = sorted(self.source_folder.iterdir())
         file = self.config.alignment.file
         return {
             "corpus": [_digest([Path(n)]) if Path(n).exists() else n for n in documents.names(self.config)],
-            "source_model": _digest([f for f in source if f.suffix in (".json", ".safetensors")]),
+            "source_model": _digest(_model_files(self.source_folder)),
             "source_tokenizer": _digest(_tokenizer_files(self.source_folder)),
             # One that is extended follows from the stage that does it.
             "target_tokenizer": EXTEND if self.extends else _digest(_tokenizer_files(self.target_folder)),
             "alignment": _digest([Path(file)]) if file else "",
+            "teacher": _digest(_model_files(self.teacher_folder)) if self.teacher_folder else "",
         }
 
     def check(self) -> None:
@@ -149,19 +159,64 @@ class Context:
             mining.check(self.source_tokenizer)
         else:
             tokenizing.end_of_text_id(self.target_tokenizer)
-        lengths = {f"{s}.sequence_length": getattr(config, s).sequence_length for s in ("stage1", "stage2")}
+        lengths = {f"{name}.sequence_length": stage.sequence_length for name, stage in training_stages(config).items()}
         for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
             if length > model.max_positions:
                 raise UserError(
                     f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "
                     f"set --config.{name}={model.max_positions} or less"
                 )
+        if self.teacher_folder and self.teacher_model:
+            self._check_teacher(self.teacher_folder, self.teacher_model)
         documents.check(config)
         if config.alignment.file:
             if not self.extends:  # else once there is a target tokenizer
                 alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
         elif config.alignment.method in methods.NEED_VECTORS:
             vectors.check(config.alignment, source_size, self.target_size)
+
+    def _check_teacher(self, folder: Path, model: ModelConfig) -> None:
+        """That the teacher is whole, and can say something about each token and sequence that the student reads."""
+        stage = self.config.stage3
+        who = f"stage3.teacher '{stage.teacher}'"
+        if self.extends:
+            raise UserError(
+                f"{who}: no model has the tokenizer that target_tokenizer=extend is yet to make; run Stage 3 in a run of its own, whose "
+                "source model is this one's export, or leave stage3.teacher empty"
+            )
+        huggingface.check_weights(folder, model)
+        if stage.sequence_length > model.max_positions:
+            raise UserError(
+                f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is {stage.sequence_length:,}; set "
+                f"--config.stage3.sequence_length={model.max_positions} or less"
+            )
+        if differing := _differing(self.target_tokenizer, hub.load_tokenizer(folder, self.config.end_of_text)):
+            first, here, there = differing[0]
+            raise UserError(
+                f"{who} has another tokenizer than target_tokenizer '{self.config.target_tokenizer}': {len(differing):,} of "
+                f"{self.target_size:,} ids are other tokens, the first is {first}, {here!r} here and {there!r} there; take "
+                "target_tokenizer from the teacher's folder, or another teacher"
+            )
+        if model.vocab_size < self.target_size:
+            raise UserError(
+                f"{who} has {model.vocab_size:,} rows for the {self.target_size:,} tokens of the target tokenizer: it says nothing of the "
+                "last ones; take the tokenizer as that model has it (without end_of_text)"
+            )
+
+
+def _differing(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[tuple[int, str, str]]:
+    """Ids of a tokenizer that are another token in the other one, and both tokens; what spells the same bytes is the same."""
+    names, others = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (one, other))
+    contents, theirs = canonical.token_bytes(one), dict(enumerate(canonical.token_bytes(other)))
+    return [
+        (i, names.get(i, ""), others.get(i, ""))
+        for i, content in enumerate(contents)
+        if names.get(i) != others.get(i) and (content is None or content != theirs.get(i))
+    ]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
@@ -265,7 +320,7 @@ def init(context: Context) -> None:
 def load_state(
     context: Context, states: Sequence[str], dtype: Callable[[str], Any] | None = None
 ) -> tuple[ModelConfig, dict]:
-    """The model after the last of `states` (`init`, `stage1`, `stage2`), on the mesh, adapters merged in float32.
+    """The model after the last of `states` (`init` and training stages), on the mesh, adapters merged in float32.
 
     No states: the source model.
 
@@ -291,16 +346,33 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
     # All stages are planned before the first one starts: an offset of the second that is past the end is told now.
     end, ends = 0, {}
-    for planned in ("stage1", "stage2"):
+    for planned, settings in training_stages(context.config).items():
         ends[planned] = end
-        _, end = loop.plan_stage(planned, getattr(context.config, planned), context.config, config, shards, end)
+        _, end = loop.plan_stage(planned, settings, context.config, config, shards, end)
     mesh = context.mesh
-    compute = plan.resolved(name, stage, context.config.compute, config, mesh.devices.shape, plan.Machine.of())
+    compute = plan.resolved(
+        name, stage, context.config.compute, config, mesh.devices.shape, plan.Machine.of(), context.teacher_model
+    )
     settings = dataclasses.replace(context.config, compute=compute)
+    objective = _distillation(context, stage, config)
     result = loop.run_stage(
-        name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh
+        name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh, objective
     )
     return {"stream_end": result.stream_end, "tokens": result.tokens}
+
+
+def _distillation(context: Context, stage: StageConfig, model: ModelConfig) -> Objective | None:
+    """What a stage with a teacher minimises; None for the others."""
+    if not (
+        isinstance(stage, DistillationConfig) and teacher_of(stage) and context.teacher_folder and context.teacher_model
+    ):
+        return None
+    context.log(f"stage3: loads its teacher '{stage.teacher}'")
+    dtype = jnp.dtype(context.config.compute.dtype)
+    params = huggingface.load_params(context.teacher_folder, context.teacher_model, dtype, context.mesh)
+    params = distillation.with_rows(params, model.vocab_size, context.mesh)
+    teacher = distillation.Teacher(context.teacher_model, params, context.target_size, context.identities["teacher"])
+    return distillation.objective(stage, teacher)
 
 
 def is_trained(context: Context, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tokalign_jax.config import EXTEND
+from tokalign_jax.config import EXTEND, TRAINING
 from tokalign_jax.pages import Bar, Code, Section, markdown
 
 CARD = "README.md"
@@ -29,6 +29,7 @@ _MAIN = (
 """What of a config says how a model was made, and of each training stage in it:"""
 
 _OF_STAGE = ("method", "steps", "learning_rate", "batch_size", "sequence_length")
+_OF_STAGE += ("divergence", "mixture", "temperature", "weight")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class CardFacts:
     """Hub name (`name@revision`) or folder of the source model."""
     target_tokenizer: str
     """The same of the tokenizer; `extend`: the base model's own with more tokens."""
+    teacher: str = ""
+    """The same of the model that it learned from in a last stage."""
     name: str = "."
     """Where the model is loaded from, in the example."""
     base_card: str = ""
@@ -74,7 +77,9 @@ class CardFacts:
 def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config (as a nested dict) that say how a model was made, by their dotted names."""
     found = {}
-    stages = [group for group in config if re.fullmatch(r"stage\d+", group) and config[group]["steps"]]
+    # A stage for distillation is none without a teacher.
+    given = {stage: config.get(stage, {}) for stage in TRAINING}
+    stages = [stage for stage, of in given.items() if of.get("steps") and of.get("teacher", True)]
     for name in (*_MAIN, *(f"{stage}.{name}" for stage in stages for name in _OF_STAGE)):
         value: Any = config
         for part in name.split("."):
@@ -172,6 +177,8 @@ def _made(facts: CardFacts) -> str:
         lines = [f"# {name} with the vocabulary of {short_name(facts.target_tokenizer)}", ""]
         lines += [f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"]
         lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
+    if facts.teacher:
+        lines += [f"In a last stage it learned from {_link(facts.teacher)}, which has the same tokens."]
     if facts.source_tokens and facts.target_tokens:
         lines += [f"The vocabulary went from {facts.source_tokens:,} to {facts.target_tokens:,} tokens."]
     if facts.rows > facts.target_tokens > 0:

@@ -7,7 +7,7 @@ offset + s G to offset + (s + 1) G, G the global batch, however many hosts share
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -24,6 +24,14 @@ class Shards(Protocol):
 
     @property
     def tokens(self) -> np.ndarray: ...
+
+
+class Sequences(Protocol):
+    """Random access to training sequences: each an array of token ids, or a dict of arrays."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class TokenSource:
@@ -45,7 +53,7 @@ class TokenSource:
 
 
 def make_stream(
-    source: TokenSource,
+    source: Sequences,
     *,
     seed: int,
     epochs: int,
@@ -55,7 +63,7 @@ def make_stream(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.DatasetIterator:
-    """This host's batches, int32 [accumulation, micro_batch / hosts, T + 1], one a step.
+    """This host's batches, int32 [accumulation, micro_batch / hosts, T + 1], one a step; of sequences that are dicts, dicts of such.
 
     The global array of a step, the hosts' parts side by side on axis 1, is the same for any number of hosts.
     `get_state` and `set_state` save and restore the position exactly; the state does not depend on the number of hosts

@@ -20,12 +20,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-from tokalign_jax import sharding
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import ComputeConfig, DistillationConfig
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.lora import LoraSpec
+from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, row_part, summed
-from tokalign_jax.training.losses import Head, _chunks, _Rows
+from tokalign_jax.training.losses import Head, _chunks, _Rows, head_of
+from tokalign_jax.training.step import Loss, Objective
 
 
 class Teaching(NamedTuple):
@@ -40,6 +46,66 @@ class Teaching(NamedTuple):
     temperature: float = 1.0
     weight: float = 1.0
     """Share of the divergence in the loss; the rest is next-token cross-entropy."""
+
+
+class Teacher(NamedTuple):
+    """A model that teaches: it is frozen, in the compute type, and lies on the mesh as the student does."""
+
+    config: ModelConfig
+    params: paths.Tree
+    """With as many rows of the vocabulary as the student has (`with_rows`)."""
+    vocabulary: int
+    """Ids that teacher and student both have, with the same tokens."""
+    identity: str
+    """Tells its weights from those of another."""
+
+
+def objective(stage: DistillationConfig, teacher: Teacher) -> Objective:
+    """What a stage with a teacher minimises, as its settings have it."""
+    reverse = {"forward": 0.0, "reverse": 1.0, "mixed": stage.mixture}[stage.divergence]
+
+    def make_loss(model: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
+        heads = head_of(model, compute), head_of(teacher.config, compute)
+        how = Teaching(*heads, teacher.vocabulary, reverse, stage.temperature, stage.weight)
+        return make_distillation_loss(model, teacher.config, how, compute, lora)
+
+    facts = {"teacher": teacher.identity, "vocabulary": teacher.vocabulary}
+    return Objective(make_loss, teacher.params, facts)
+
+
+def make_distillation_loss(
+    model: ModelConfig, teacher: ModelConfig, how: Teaching, compute: ComputeConfig, lora: LoraSpec | None
+) -> Loss:
+    """The loss of a micro-batch, whose frozen tree is the pair (frozen parameters of the student, parameters of the teacher)."""
+    dtype = jnp.dtype(compute.dtype)
+    remat = "dots" if compute.remat == "auto" else compute.remat
+
+    def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array) -> Float[Array, ""]:
+        frozen, taught = frozen
+        params, inputs = paths.merge(trainable, frozen), tokens[:, :-1]
+        wanted = jax.lax.stop_gradient(forward(teacher, taught, inputs, dtype=dtype))
+        hidden = forward(model, params, inputs, lora=lora, dropout_key=keys, dtype=dtype, remat=remat)
+        total, count = distillation(hidden, head_matrix(params), wanted, head_matrix(taught), tokens[:, 1:], how)
+        return total / count
+
+    return loss
+
+
+def with_rows(params: paths.Tree, vocabulary: int, mesh: Mesh) -> paths.Tree:
+    """Parameters on the mesh whose vocabulary's matrices have the rows of a model of `vocabulary` tokens, padding included
+    (`sharding.padded_shape`): rows past these are left out, missing ones are zeros."""
+
+    def fitted(path: str, leaf: jax.Array) -> jax.Array:
+        shape = sharding.padded_shape(path, (vocabulary, *leaf.shape[1:]))
+        if not sharding.is_vocabulary(path) or leaf.shape == shape:
+            return leaf
+        more = max(0, shape[0] - len(leaf))
+        resized = jax.jit(
+            lambda x: jnp.pad(x[: shape[0]], ((0, more), (0, 0))), out_shardings=sharding.sharding_of(path, shape, mesh)
+        )
+        return resized(leaf)
+
+    return paths.unflatten({path: fitted(path, leaf) for path, leaf in paths.flatten(params).items()})
 
 
 def distillation(

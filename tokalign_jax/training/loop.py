@@ -6,7 +6,7 @@ import json
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,10 @@ from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import Log, duration, quantity
 from tokalign_jax.training import metrics
-from tokalign_jax.training.batches import Shards, TokenSource, make_stream, resolve_offset
+from tokalign_jax.training.batches import Sequences, Shards, TokenSource, make_stream, resolve_offset
 from tokalign_jax.training.checkpoints import Checkpoints, Damaged, Position, check_resumable, naming_a_full_disk
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
-from tokalign_jax.training.step import Step, TrainState, init_state, make_loss, make_train_step
+from tokalign_jax.training.step import Batch, Objective, Step, TrainState, init_state, make_loss, make_train_step
 
 _AHEAD = 2
 """Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""
@@ -36,6 +36,7 @@ _AHEAD = 2
 _BOOKKEEPING = (
     "batch_size",
     "per_device_batch",
+    "teacher",
     "start_offset",
     "checkpoint_every",
     "keep_checkpoints",
@@ -141,6 +142,7 @@ def run_stage(
     previous_end: int,
     log: Log,
     mesh: Mesh | None = None,
+    objective: Objective | None = None,
 ) -> StageResult:
     """Trains a stage, from the newest checkpoint in its folder if there is one; a finished stage is only loaded.
 
@@ -155,6 +157,7 @@ def run_stage(
       previous_end: tokens into the shuffled stream at which the stage before stopped reading.
       log: takes progress lines.
       mesh: of the devices to train on; None: all, as `sharding.make_mesh` has them.
+      objective: what the stage minimises; None: the loss of the next token.
 
     Raises:
       UserError: for input that does not fit (`plan_stage`, `micro_batch`), a checkpoint of another run, or several steps in a row
@@ -167,7 +170,8 @@ def run_stage(
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
     params = sharding.place(_with_adapters(stage, params, adapter_key), mesh)
     trainable, frozen = split(stage, params)
-    fingerprint = _fingerprint(stage, config, model_config, params, shards, start)
+    facts = objective.facts if objective else {}
+    fingerprint = _fingerprint(stage, config, model_config, params, shards, start, facts)
 
     optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trainable))
     make_state, like = _state_maker(trainable, optimizer, mesh)
@@ -181,13 +185,16 @@ def run_stage(
         first = distributed.is_first()
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
-                feed = _Feed(_stream(stage, config, shards, start, micro_batch(name, stage, mesh)), position, mesh)
-                loss = make_loss(model_config, config.compute, lora_spec(stage))
+                source = (objective.sequences if objective else TokenSource)(shards, stage.sequence_length)
+                feed = _Feed(_stream(stage, config, source, start, micro_batch(name, stage, mesh)), position, mesh)
+                loss = (objective.make_loss if objective else make_loss)(model_config, config.compute, lora_spec(stage))
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
                 train_step = make_train_step(loss, optimizer, dtype, mesh)
+                given = _cast(frozen, dtype)
                 with _naming_a_lost_process(name):
-                    state = run(train_step, state, _cast(frozen, dtype), feed, dropout_key)
+                    run.announce(state, frozen)
+                    state = run(train_step, state, (given, objective.beside) if objective else given, feed, dropout_key)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
@@ -289,7 +296,6 @@ class _Run:
         self.pending: deque[Any] = deque()
 
     def __call__(self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array) -> TrainState:
-        self._announce(state, frozen)
         done = self.recorder.step
         for step in range(done + 1, self.stage.steps + 1):
             compiling = time.monotonic()
@@ -308,7 +314,7 @@ class _Run:
                 self._stop(step)
         return state
 
-    def _announce(self, state: TrainState, frozen: Any) -> None:
+    def announce(self, state: TrainState, frozen: Any) -> None:
         count = lambda tree: quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))  # noqa: E731
         batch, length, devices = self.stage.batch_size, self.stage.sequence_length, state.step.sharding.device_set
         self.log(
@@ -355,18 +361,21 @@ class _Feed:
         if position:
             stream.set_state(position.stream)
         self.position = stream.get_state()
-        self._ready: deque[tuple[jax.Array, dict[str, Any]]] = deque()
+        self._ready: deque[tuple[Batch, dict[str, Any]]] = deque()
 
-    def take(self) -> jax.Array:
+    def take(self) -> Batch:
         while len(self._ready) <= _AHEAD and (batch := next(self._stream, None)) is not None:
-            self._ready.append((sharding.global_batch(batch, self._mesh), self._stream.get_state()))
+            placed = jax.tree.map(lambda x: sharding.global_batch(x, self._mesh), batch)
+            self._ready.append((placed, self._stream.get_state()))
         batch, self.position = self._ready.popleft()
         return batch
 
 
-def _stream(stage: StageConfig, config: Config, shards: Shards, start: int, micro_batch: int) -> grain.DatasetIterator:
+def _stream(
+    stage: StageConfig, config: Config, source: Sequences, start: int, micro_batch: int
+) -> grain.DatasetIterator:
     return make_stream(
-        TokenSource(shards, stage.sequence_length),
+        source,
         seed=config.seed,
         epochs=config.data.epochs,
         offset=start,
@@ -413,7 +422,13 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 
 def _fingerprint(
-    stage: StageConfig, config: Config, model_config: ModelConfig, params: paths.Tree, shards: Shards, start: int
+    stage: StageConfig,
+    config: Config,
+    model_config: ModelConfig,
+    params: paths.Tree,
+    shards: Shards,
+    start: int,
+    objective: Mapping[str, Any],
 ) -> str:
     """A hash of all that changes what a step computes: a checkpoint made under another one is of another run."""
     facts = {
@@ -424,5 +439,6 @@ def _fingerprint(
         "params": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in paths.flatten(params).items()},
         "tokens": len(shards.tokens),
         "start": start,
+        **({"objective": dict(objective)} if objective else {}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

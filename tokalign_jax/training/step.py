@@ -3,7 +3,7 @@
 A accumulation (micro-batches), B sequences of a micro-batch over all devices, T tokens of a sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,37 @@ from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
+from tokalign_jax.training.batches import Sequences, Shards, TokenSource
 from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import Schedule
 
-Loss = Callable[[Any, Any, Array, Array], Float[Array, ""]]
-"""(trainable, frozen, tokens [B, T + 1], keys [B]) -> mean negative log-likelihood, nats a token."""
+Batch = Int32[Array, "A B T+1"] | Mapping[str, Array]
+"""What a step reads: token ids of the target tokenizer, or several arrays [A, B, ...], of which `tokens` are these."""
+Loss = Callable[[Any, Any, Any, Array], Float[Array, ""]]
+"""(trainable, frozen, micro-batch, keys [B]) -> mean over its tokens, in nats: of the negative log-likelihood, or another loss.
+
+The micro-batch is the batch without its first axis. `frozen` is any tree of arrays that never change; the loss alone looks into it.
+"""
 Metrics = dict[str, Array]
-Step = Callable[["TrainState", Any, Array, Array, Schedule], tuple["TrainState", Metrics]]
+Step = Callable[["TrainState", Any, Batch, Array, Schedule], tuple["TrainState", Metrics]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss that needs more than the model and its text, for `loop.run_stage`; see `distillation.objective` for one.
+
+    A further one takes no other step and no other loop. It brings the arrays that only it knows (`beside`: a teacher's parameters, say),
+    and where a sequence has more to it than token ids of the target, what reads these (`sequences`, whose items may be dicts: `Batch`).
+    """
+
+    make_loss: Callable[[ModelConfig, ComputeConfig, LoraSpec | None], Loss]
+    """The loss, whose frozen tree is the pair (the model's frozen parameters, `beside`)."""
+    beside: Any
+    """Arrays on the mesh, in the types that they are computed in."""
+    facts: Mapping[str, Any]
+    """What of it changes what a step computes, ready for JSON: a checkpoint made under other facts is of another run."""
+    sequences: Callable[[Shards, int], Sequences] = TokenSource
+    """(target shards, T) -> what the stream is made of; item i belongs to the same text as that of `TokenSource`."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +95,7 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
     everything but the counters as it was, the optimizer's own count included, and the learning rate goes by the steps
     that did count.
 
-    Metrics (scalars): loss (nats a token), gradient_norm (before clipping), learning_rate (`StageConfig.learning_rate`
+    Metrics (scalars): loss (as `loss` has it), gradient_norm (before clipping), learning_rate (`StageConfig.learning_rate`
     as the schedule has it), finite, tokens (of the step), skipped, skipped_in_a_row.
 
     Args:
@@ -79,28 +103,30 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def gradients_of(params: Any, frozen: Any, batch: Array, key: Array) -> tuple[Array, Any]:
+    def gradients_of(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
         """Mean loss, and gradients."""
         params = _cast_projections(params, dtype)
 
-        def of_micro_batch(index: Any, tokens: Array) -> tuple[Array, Any]:
+        accumulation, sequences = target_tokens(batch).shape[:2]
+
+        def of_micro_batch(index: Any, part: Any) -> tuple[Array, Any]:
             # A key for each sequence of the step, so that dropout too is the same however the step is cut into micro-batches.
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index * len(tokens) + jnp.arange(len(tokens)))
-            value, gradients = jax.value_and_grad(loss)(params, frozen, tokens, keys)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index * sequences + jnp.arange(sequences))
+            value, gradients = jax.value_and_grad(loss)(params, frozen, part, keys)
             return value, _split_as_parameters(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh)
 
-        if len(batch) == 1:  # no sum, and no memory for one
-            return of_micro_batch(0, batch[0])
+        if accumulation == 1:  # no sum, and no memory for one
+            return of_micro_batch(0, jax.tree.map(lambda x: x[0], batch))
 
-        def add(sums: Any, item: tuple[Array, Array]) -> tuple[Any, None]:
+        def add(sums: Any, item: tuple[Array, Any]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, of_micro_batch(*item)), None
 
         zeros = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(len(batch)), batch))
-        return jax.tree.map(lambda x: x / len(batch), sums)
+        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulation), batch))
+        return jax.tree.map(lambda x: x / accumulation, sums)
 
     def train_step(
-        state: TrainState, frozen: Any, batch: Int32[Array, "A B T+1"], key: Array, schedule: Schedule
+        state: TrainState, frozen: Any, batch: Batch, key: Array, schedule: Schedule
     ) -> tuple[TrainState, Metrics]:
         with sharding.within(mesh):
             value, gradients = gradients_of(state.params, frozen, batch, jax.random.fold_in(key, state.step))
@@ -119,13 +145,13 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        sequences, length = batch.shape[0] * batch.shape[1], batch.shape[2] - 1
+        accumulation, sequences, length = target_tokens(batch).shape
         metrics = {
             "loss": value,
             "gradient_norm": norm,
             "learning_rate": rates["body"],
             "finite": finite,
-            "tokens": jnp.asarray(sequences * length, jnp.int32),
+            "tokens": jnp.asarray(accumulation * sequences * (length - 1), jnp.int32),
             "skipped": after.skipped,
             "skipped_in_a_row": after.skipped_in_a_row,
         }
@@ -133,6 +159,11 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
         return _split_as_parameters(after, mesh), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def target_tokens(batch: Any) -> Array:
+    """The token ids of the target tokenizer in a batch or a micro-batch."""
+    return batch["tokens"] if isinstance(batch, Mapping) else batch
 
 
 def _cast_projections(params: Any, dtype: DTypeLike) -> Any:
