@@ -51,6 +51,7 @@ def content(nasty: str = "word", states=STATES, **changes):
         "run": {"source_model": f"/models/{nasty}", "target_tokenizer": f"/models/{nasty}"},
         "states": list(states),
         "languages": languages,
+        "overlap": {"window": 64, "languages": {nasty: {"share": 0.25}}, "warnings": [f"warning: 25% {nasty}"]},
         "loses": {"source": [], "target": ["capitals", nasty]},
         "alignment": {"method": nasty, "source_size": 300, "target_size": 400, "rules": rules, "special": special,
                       "hub_share": 0.125},
@@ -146,7 +147,7 @@ def test_pages_are_made_again_from_the_json_alone(tmp_path, capsys):
     assert (tmp_path / "report.html").read_text() == page.html(json.loads(json.dumps(made)))
     assert "![Loss" in (tmp_path / "report.md").read_text()
     # One of a version before that had no passages, intervals or speeds.
-    for key in ("passages", "inspection"):
+    for key in ("passages", "inspection", "overlap"):
         del made[key]
     for of in made["languages"].values():
         del of["interval"]
@@ -231,23 +232,22 @@ def test_charts_of_nothing_and_of_one_point():
 # --- what stages leave ------------------------------------------------------------------------------------------------
 
 
-def test_languages_are_pooled_by_bytes_and_intervals_kept():
+def test_languages_of_all_states_with_their_intervals():
     def score(nats, tokens, size, **more):
-        return {"nats": nats * math.log(2), "tokens": tokens, "bytes": size, "bits_per_byte": nats / size, **more}
+        return {"bytes": size, "bits_per_byte": nats / size, "bytes_per_token": size / tokens, **more}
 
-    source = {"languages": {"de": score(2, 4, 1), "en": score(3, 1, 3)}, "samples": []}
-    init = {
-        "languages": {"de": score(4, 2, 1, interval=[3, 5]), "en": score(4, 1, 3)},
-        "samples": [],
-        "interval": [1, 3],
-    }
+    source = {"languages": {"de": score(2, 4, 1), "en": score(3, 1, 3)}}
+    source |= {"pooled": score(5, 5, 4)}
+    init = {"languages": {"de": score(4, 2, 1, interval=[3, 5]), "en": score(4, 1, 3)}}
+    init |= {"pooled": score(8, 3, 4, interval=[1, 3])}
     found = report._languages({"source": source, "init": init})
     assert [*found] == ["de", "en", "all"] and found["all"]["bytes"] == 4
     assert found["all"]["bits_per_byte"] == pytest.approx({"source": 5 / 4, "init": 2.0})
     assert found["all"]["bytes_per_token"] == pytest.approx({"source": 4 / 5, "target": 4 / 3})
     assert [of["interval"] for of in found.values()] == [{"init": [3, 5]}, {}, {"init": [1, 3]}]
-    alone = {"languages": {"de": score(4, 2, 1, interval=[3, 5])}}
-    assert report._languages({"source": alone, "init": alone})["all"]["interval"]["init"] == [3, 5]
+    alone = {"languages": {"de": score(4, 2, 1)}, "pooled": score(4, 2, 1, interval=[3, 5])}
+    found = report._languages({"source": alone, "init": alone})
+    assert [*found] == ["all"] and found["all"]["interval"]["init"] == [3, 5]
 
 
 TEXT = "The quick brown fox, été 数学 ここ 😀!\n\n  def add(a):\n\treturn a"

@@ -79,11 +79,11 @@ def lines(
     across = lambda x: f"{width * x / right:.2f}%"  # noqa: E731
     down = lambda y: top + (bottom - top) * (high - y) / (high - low)  # noqa: E731
 
-    parts, levels = [], ticks(low, high)
+    parts, labels, levels = [], [], ticks(low, high)
     for y in levels:
         parts.append(f'<line class="grid" x1="0" x2="{width}%" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
         label = f"{short(y)} {escape(y_label)}" if y == levels[-1] else short(y)
-        parts.append(f'<text x="0" y="{down(y) - 3:.1f}">{label}</text>')
+        labels.append(f'<text x="0" y="{down(y) - 3:.1f}">{label}</text>')
     for x in ticks(0, right)[1:]:
         anchor = "end" if x > 0.93 * right else "middle"
         parts.append(f'<text x="{across(x)}" y="{bottom + 16}" text-anchor="{anchor}">{short(x)}</text>')
@@ -104,7 +104,7 @@ def lines(
     ends = [(down(of[-1][1]), curve) for curve, of in drawn if curve.label and of]
     for y, curve in _apart(ends):
         parts.append(f'<text class="name" x="{width + 0.8}%" y="{y + 4:.1f}">{escape(curve.label)}</text>')
-    inner = "\n".join(parts)
+    inner = "\n".join([*parts, *labels])
     return f'<svg class="chart" role="img" aria-label="{escape(says)}" width="100%" height="{height}">\n{inner}\n</svg>'
 
 

@@ -278,6 +278,7 @@ code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93e
 .bar { width: 7rem; min-width: 4rem; }
 .bar div { height: .75em; margin-top: .4em; background: var(--accent); min-width: 1px; print-color-adjust: exact; }
 .chart { display: block; margin: .4rem 0 1rem; }
+.chart text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
 .chart text, .dots text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .chart .name { fill: var(--ink); }
 .chart path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; }

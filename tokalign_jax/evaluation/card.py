@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation.curves import EVERYTHING, titled
-from tokalign_jax.evaluation.report import PACKAGES, pooled, version
+from tokalign_jax.evaluation.curves import titled
+from tokalign_jax.evaluation.report import PACKAGES, figures, version
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.model_card import CARD, CardFacts, main_settings
 from tokalign_jax.text import corpus
@@ -25,7 +25,7 @@ def facts(
       source_folder: of the source model, for its own card.
       terms: names of its licence files that were copied.
     """
-    scores = {s: _read(workdir / "evaluate" / s / "scores.json").get("languages", {}) for s in ("source", *states)}
+    scores = {s: _read(workdir / "evaluate" / s / "scores.json") for s in ("source", *states)}
     sides = {"source": scores["source"], "target": scores[states[-1]]}
     aligned, tokens = _read(workdir / "align" / "summary.json"), workdir / "tokens"
     indices = {side: _read(tokens / side / "index.json") for side in ("source", "target")}
@@ -33,6 +33,7 @@ def facts(
     return CardFacts(
         base_model=config.source_model,
         target_tokenizer=config.target_tokenizer,
+        teacher=config.stage3.teacher if "stage3" in states else "",
         name=config.export.push_to_hub or ".",
         base_card=card.read_text(encoding="utf-8") if card.is_file() else "",
         terms=terms,
@@ -55,10 +56,10 @@ def facts(
     )
 
 
-def _figures(languages: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
-    """By language, and over the bytes of all."""
-    found = {language: of[name] for language, of in languages.items()}
-    return found | ({EVERYTHING: pooled(languages, EVERYTHING)[name]} if len(found) > 1 else {})
+def _figures(scores: Mapping[str, Any], name: str) -> dict[str, float]:
+    """By language, and over the bytes of all where there are several."""
+    found = {language: of[name] for language, of in figures(scores).items()}
+    return found if len(found) > 2 else {language: found[language] for language in scores["languages"]}
 
 
 def _read(path: Path) -> dict[str, Any]:

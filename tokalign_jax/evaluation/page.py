@@ -39,6 +39,7 @@ def html(content: Content) -> str:
             _opening(content),
             *_warnings(content),
             _scores(content),
+            _overlap(content),
             _training(content),
             _passages(content),
             _continued(content),
@@ -58,6 +59,7 @@ def markdown(content: Content) -> str:
         "\n\n".join(sentences(content)),
         "\n\n".join(f"**{line}**" for line in warning_lines(content)),
         "\n".join(table(content)),
+        pages.markdown([_overlap(content)]),
         "![Loss over tokens, and bits per byte by language and stage](report.png)",
         pages.markdown([_training(content), *_alignment(content)]),
         f"## Continued text\n\n```\n{continued}\n```" if continued else "",
@@ -127,7 +129,7 @@ def _devices(content: Content) -> str:
 
 
 def warning_lines(content: Content) -> list[str]:
-    """A warning for each side whose tokenizer does not keep all of a text, and for steps that were skipped."""
+    """Where tokenizers do not keep all of a text, held-out text was trained on, or steps were skipped."""
     states = {"source": "the source model", "target": "the model with the new vocabulary"}
     lost = [
         f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte of {states[side]} are too low "
@@ -140,7 +142,7 @@ def warning_lines(content: Content) -> list[str]:
         for stage, of in content["training"].items()
         if of["skipped"]
     ]
-    return lost + skipped
+    return [*lost, *content.get("overlap", {}).get("warnings", ()), *skipped]
 
 
 def _warnings(content: Content) -> list[Section]:
@@ -191,6 +193,18 @@ def _scores(content: Content) -> Section:
     }
     chart = charts.dots(rows, says="Bits per byte by language and state")
     return Section("Bits per byte", text, *score_table(content), markup=chart)
+
+
+def _overlap(content: Content) -> Section:
+    """How much of the held-out text stands in the training text."""
+    found = content.get("overlap")
+    if not found:
+        return Section("")
+    text = f"In passages of {found['window']} characters or more."
+    rows = [(language, f"{of['share']:.2%}", Bar(of["share"])) for language, of in found["languages"].items()]
+    return Section(
+        "Held-out text that also stands in the training text", text, ("language", "share", ""), rows, fold=True
+    )
 
 
 def _training(content: Content) -> Section:

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation import curves, page
-from tokalign_jax.evaluation.bits_per_byte import Score
+from tokalign_jax.evaluation import curves, overlap, page
 from tokalign_jax.evaluation.curves import EVERYTHING, titled
 from tokalign_jax.progress import Log
 from tokalign_jax.text.tokenizing import SIDES
@@ -48,12 +47,14 @@ def run(
 def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mapping[str, str]) -> dict[str, Any]:
     """Everything the report says of the stages, as one JSON-ready dict."""
     scores = {state: _read(workdir / "evaluate" / state / "scores.json") for state in states}
+    copied = scores["source"]["overlap"]
     records = _read(workdir / "stages.json")["stages"]
     trained = [s for s in states if (workdir / s / "metrics.jsonl").exists()]
     return {
         "run": dict(identity),
         "states": list(states),
         "languages": _languages(scores),
+        "overlap": {**copied, "warnings": overlap.warning_lines(copied)},
         "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},
         "alignment": _read(workdir / "align" / "summary.json"),
         "training": {s: _curve(workdir / s / "metrics.jsonl") for s in trained},
@@ -81,9 +82,8 @@ def _languages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
     """What was measured of each state, by language and over all of them; intervals where a state has them."""
     after = next(s for s in scores if s != "source")
     found = {}
-    for language in [*scores["source"]["languages"], EVERYTHING]:
-        of = {state: pooled(content["languages"], language) for state, content in scores.items()}
-        intervals = {state: _interval(content, language) for state, content in scores.items()}
+    for language in figures(scores["source"]):
+        of = {state: figures(content)[language] for state, content in scores.items()}
         found[language] = {
             "bytes": of["source"]["bytes"],
             "bytes_per_token": {
@@ -91,25 +91,14 @@ def _languages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
                 "target": of[after]["bytes_per_token"],
             },
             "bits_per_byte": {state: of[state]["bits_per_byte"] for state in scores},
-            "interval": {state: interval for state, interval in intervals.items() if interval},
+            "interval": {state: of[state]["interval"] for state in scores if "interval" in of[state]},
         }
     return {EVERYTHING: found[EVERYTHING]} if len(found) == 2 else found
 
 
-def pooled(languages: Mapping[str, Mapping[str, Any]], language: str) -> dict[str, float]:
-    """Sums over one language, or over all of them."""
-    chosen = (of for name, of in languages.items() if language in (name, EVERYTHING))
-    scores = (Score(of["nats"], int(of["tokens"]), int(of["bytes"])) for of in chosen)
-    return sum(scores, Score(0.0, 0, 0)).summary()
-
-
-def _interval(scores: Mapping[str, Any], language: str) -> list[float] | None:
-    """Of the bits per byte; that of all languages stands beside them, or is the only one's."""
-    languages = scores["languages"]
-    if language == EVERYTHING and language not in languages:
-        (only,) = languages.values() if len(languages) == 1 else (scores,)
-        return only.get("interval")
-    return languages[language].get("interval")
+def figures(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured of a state (its scores.json) by language, and over all of them."""
+    return {**scores["languages"], EVERYTHING: scores["pooled"]}
 
 
 def _curve(path: Path) -> dict[str, Any]:
