@@ -30,7 +30,7 @@ class Dot(NamedTuple):
     interval: tuple[float, float] | None = None
 
 
-LABEL = 14
+LABEL = 12
 """Pixels that labels keep from each other, down."""
 
 
@@ -61,7 +61,7 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     height: int = 280,
 ) -> str:
-    """A chart of curves over a common x that begins at 0; "" where there is nothing to draw.
+    """A chart of curves, the first on top, over a common x that begins at 0; "" where there is nothing to draw.
 
     Args:
       says: what it shows, for those who cannot see it.
@@ -97,7 +97,7 @@ def lines(
     parts.append(
         f'<svg viewBox="0 0 1000 {plot}" width="{width}%" height="{plot}" y="{top}" preserveAspectRatio="none">'
     )
-    for curve, of in drawn:
+    for curve, of in reversed(drawn):
         path = "".join(f"{'L' if i else 'M'}{1000 * x / right:.1f} {down(y) - top:.1f}" for i, (x, y) in enumerate(of))
         parts.append(f'<path d="{path}" style="{curve.style}"><title>{escape(curve.name)}</title></path>')
     parts.append("</svg>")
@@ -109,7 +109,7 @@ def lines(
 
 
 def _apart(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:
-    """Those ends whose labels do not lie on one of an earlier curve."""
+    """Those ends whose labels do not lie on that of an earlier curve."""
     kept: list[tuple[float, Curve]] = []
     for end in ends:
         if all(abs(end[0] - other) >= LABEL for other, _ in kept):
@@ -157,7 +157,7 @@ def _row(of: Sequence[Dot], across) -> str:
         x1, x2 = across(circles[0].value), across(circles[-1].value)
         parts.append(f'<line class="path" x1="{x1}" x2="{x2}" y1="13" y2="13"/>')
     for i, dot in enumerate(of):
-        if dot.interval:
+        if dot.interval and all(map(math.isfinite, dot.interval)):
             x1, x2 = map(across, dot.interval)
             parts.append(f'<line class="interval" x1="{x1}" x2="{x2}" y1="13" y2="13"/>')
         if math.isfinite(dot.value):

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Code(NamedTuple):
@@ -90,20 +90,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
     return [first, rule, *others]
 
 
-def html(title: str, sections: Sequence[Section], columns: bool = True) -> str:
+def html(title: str, sections: Sequence[Section], layout: Literal["columns", "one", "broad"] = "columns") -> str:
     """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the reader has it, and fit
     for paper.
 
     Args:
-      columns: sections in as many columns as there is room for; else one below the other.
+      layout: sections in as many columns as there is room for, or one below the other, as wide as text reads well or broader.
     """
     body = "\n".join(map(_section, sections))
-    layout = ' class="columns"' if columns else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body{layout}>\n<h1>{escape(title)}</h1>\n"
-        f"<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f'<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body class="{layout}">\n'
+        f"<h1>{escape(title)}</h1>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -247,10 +246,14 @@ def _markup(cell: Part | tuple[Part, ...]) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1d21; --soft: #5d6069; --line: #dcdee3; --paper: #fff; --field: #f1f2f5;
-  --accent: #2f63ad; --tint: #dbe6f5; --tint2: #b9d0ee; }
+  --accent: #2f63ad; --tint: #dbe6f5; --tint2: #b9d0ee;
+  --colour1: #2f63ad; --colour2: #c2570c; --colour3: #15803d; --colour4: #a21caf; --colour5: #854d0e; --colour6: #0e7490;
+  --colour7: #be123c; --colour8: #6b7280; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e7ea; --soft: #a2a5ae; --line: #35373d; --paper: #17181b; --field: #25272c;
-    --accent: #7eabec; --tint: #24364f; --tint2: #33507a; }
+    --accent: #7eabec; --tint: #24364f; --tint2: #33507a;
+    --colour1: #7eabec; --colour2: #fb923c; --colour3: #4ade80; --colour4: #e879f9; --colour5: #eab308; --colour6: #22d3ee;
+    --colour7: #fb7185; --colour8: #9ca3af; }
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
@@ -285,8 +288,8 @@ code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93e
 .chart path:hover { stroke-width: 4 !important; stroke-opacity: 1 !important; }
 .grid { stroke: var(--line); }
 .mark { stroke: var(--soft); stroke-dasharray: 2 3; }
-.dots { display: grid; grid-template-columns: fit-content(9rem) 1fr; column-gap: 1rem; align-items: center; padding-right: .5rem; }
-.dots span { overflow: hidden; text-overflow: ellipsis; }
+.dots { display: grid; grid-template-columns: fit-content(45%) 1fr; column-gap: 1rem; align-items: center; padding-right: .5rem; }
+.dots span { overflow-wrap: anywhere; }
 .dots svg { display: block; }
 .dots .path { stroke: var(--accent); stroke-width: 1.5; }
 .interval { stroke: var(--accent); stroke-width: 7; stroke-opacity: .3; }
@@ -294,6 +297,8 @@ code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93e
 .dot { fill: var(--accent); stroke: var(--accent); stroke-width: 1.5; paint-order: stroke; }
 .keys { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-bottom: .4rem; color: var(--soft); }
 .keys svg { vertical-align: -1px; }
+.keys line { stroke-width: 3; }
+figure { margin: 0; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0 0; }
 .figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .figures dt { color: var(--soft); max-width: 13rem; line-height: 1.3; }
@@ -311,6 +316,7 @@ code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93e
 q { quotes: none; background: var(--field); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
 pre { background: var(--field); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; margin: 0 0 .8rem;
   font: .84rem/1.45 ui-monospace, monospace; }
+.broad { max-width: 84rem; }
 .columns { margin-top: 1.5rem; max-width: 92rem; font-size: .875rem; line-height: 1.4; }
 .columns main { columns: 2 34rem; column-gap: 2.5rem; }
 .columns section { margin-bottom: 1.4rem; }

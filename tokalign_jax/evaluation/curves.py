@@ -51,6 +51,12 @@ def joined(training: Mapping[str, Any], smoothed: bool = True, points: int = 600
     return found
 
 
+def starts(joined: Mapping[str, Curve]) -> list[tuple[float, str]]:
+    """Where each stage begins, and what it is called."""
+    ends = [0.0, *(curve.tokens[-1] for curve in joined.values() if curve.tokens)]
+    return list(zip(ends, map(titled, joined)))
+
+
 def thinned(length: int, points: int) -> list[int]:
     """At most `points` places of a list, evenly, the first and the last among them."""
     if length <= points:

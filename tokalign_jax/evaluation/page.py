@@ -47,7 +47,7 @@ def html(content: Content) -> str:
             _time(content),
             _again(content),
         ],
-        columns=False,
+        layout="one",
     )
 
 
@@ -183,9 +183,10 @@ def _scores(content: Content) -> Section:
         + (" In brackets: 95% intervals." if any(of.get("interval") for of in content["languages"].values()) else "")
         + (" Random rows are in the table only." if "random" in content["states"] else "")
     )
+    ends = (content["states"][0], content["states"][-1])  # between them intervals would lie on one another
     rows = {
         language: [
-            charts.Dot(titled(s), bits, of.get("interval", {}).get(s))
+            charts.Dot(titled(s), bits, of.get("interval", {}).get(s) if s in ends else None)
             for s, bits in of["bits_per_byte"].items()
             if s != "random"  # so far from the others that these could not be told apart
         ]
@@ -232,13 +233,11 @@ def loss_chart(training: Content) -> str:
     """Loss over the tokens of all stages; "" where nothing was trained."""
     raw, smooth = curves.joined(training, smoothed=False), curves.joined(training)
     faint = "stroke: var(--accent); stroke-width: 1; stroke-opacity: .3"
-    drawn = [charts.Curve(titled(s), *curve, style=faint, counts=False) for s, curve in raw.items()]
-    drawn += [charts.Curve(titled(s), *curve) for s, curve in smooth.items()]
-    starts = [0.0, *(curve.tokens[-1] for curve in smooth.values() if curve.tokens)]
+    drawn = [charts.Curve(titled(s), *curve) for s, curve in smooth.items()]
+    drawn += [charts.Curve(titled(s), *curve, style=faint, counts=False) for s, curve in raw.items()]
     last = {titled(s): curve.loss[-1] for s, curve in smooth.items() if curve.loss}
     says = "Training loss over tokens. At the end of " + ", ".join(f"{s}: {loss:.3f}" for s, loss in last.items())
-    marks = [(start, titled(s)) for start, s in zip(starts, smooth)]
-    return charts.lines(drawn, says=says, x_label="tokens", y_label="nats per token", marks=marks)
+    return charts.lines(drawn, says=says, x_label="tokens", y_label="nats per token", marks=curves.starts(smooth))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+r"""Several runs side by side: which settings differ, and what came of it.
+
+    python -m tokalign_jax.compare runs/a runs/b runs/c --output=runs/compared
+
+A run is named by its workdir, or by its report.json. The tables are printed; with --output, compare.json, compare.html and compare.png
+are written to that folder. Runs that differ in nothing but the seed are shown as one, with mean and spread.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.evaluation import comparison
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokalign_jax.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir or report.json of a run")
+    parser.add_argument("--output", type=Path, help="folder for compare.json, compare.html and compare.png")
+    given = parser.parse_args(argv)
+    try:
+        print(run(given.runs, given.output))
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+
+
+def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] = ()) -> str:
+    """Compares runs, and writes compare.json, compare.html and compare.png.
+
+    Args:
+      runs: their workdirs, or their report.json.
+      output: folder for the files; None: none are written.
+      names: of the runs; by default their paths.
+
+    Returns:
+      The tables for the terminal.
+
+    Raises:
+      UserError: one of the runs has no report, or the folder cannot be written.
+    """
+    compared = comparison.compare([load(path) for path in runs], names or [str(path) for path in runs])
+    lines = comparison.terminal(compared)
+    if output:
+        write(compared, output)
+        lines += ["", f"written to {output}: compare.html, compare.json, compare.png"]
+    return "\n".join(lines)
+
+
+def load(run: Path) -> dict[str, Any]:
+    """A run's report.
+
+    Args:
+      run: its workdir, the folder of its report, or report.json itself.
+
+    Raises:
+      UserError: there is none, or it is not one.
+    """
+    candidates = [run / "report" / "report.json", run / "report.json"] if run.is_dir() else [run]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: python -m tokalign_jax.main --config ... "
+            f"--workdir {run} --stages=report"
+        )
+    try:
+        content = json.loads(found.read_text(encoding="utf-8"))
+        missing = {"config", "states", "languages", "training"} - set(content)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"'{found}' is no report.json of a run ({error}); name a workdir or its report.json") from error
+    if missing:
+        raise UserError(f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}")
+    return content
+
+
+def write(compared: comparison.Comparison, folder: Path) -> None:
+    """Writes compare.json, compare.html and compare.png.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "compare.json").write_text(
+            json.dumps(compared, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (folder / "compare.html").write_text(comparison.html(compared), encoding="utf-8")
+        comparison.picture(compared, folder / "compare.png")
+    except OSError as error:
+        raise UserError(f"--output '{folder}' cannot be written ({error}); name another folder") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
