@@ -115,6 +115,24 @@ def names(config: Config) -> list[str]:
     return [source.name for source in _sources(config)]
 
 
+def read(config: Config) -> Iterator[Document]:
+    """Every document with text of `config.corpus` as it is, duplicates included; none of it is written anywhere."""
+    return (document for document, _ in _documents(config, Counter()))
+
+
+def in_groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents about `GROUP_BYTES` of text at a time."""
+    group, size = [], 0
+    for document in documents:
+        group.append(document)
+        size += document.bytes
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 def train_batches(folder: Path) -> Iterator[list[Document]]:
     """The training documents in file order, about `GROUP_BYTES` of text at a time."""
     for path in sorted(folder.glob("train-*.parquet")):

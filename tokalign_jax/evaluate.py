@@ -1,0 +1,473 @@
+r"""Models side by side on held-out text: bits per byte, tokens, speed, drafting, alignment, tasks.
+
+    python -m tokalign_jax.evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang --output=out
+    python -m tokalign_jax.evaluate --workdir=runs/demo --output=out          # a run's source model and its export, on its held-out text
+    python -m tokalign_jax.evaluate --workdir=runs/demo --states=init,stage1,export --teacher=/models/large --output=out
+    python -m tokalign_jax.evaluate --workdir=runs/demo --tasks=my_task --task-folder=/tasks --output=out
+
+The first model is the one that others are compared with. Writes `scores.json` and `scores.png` to the output folder.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax import demo, pages, pipeline, sharding, stages
+from tokalign_jax.alignment import alignment, scoring
+from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, TextConfig, config_from_dict
+from tokalign_jax.errors import UserError
+from tokalign_jax.evaluation import (
+    bits_per_byte,
+    downstream,
+    drafting,
+    overlap,
+    samples,
+    side_by_side,
+    similarity,
+    speed,
+)
+from tokalign_jax.evaluation.fertility import fertility, words
+from tokalign_jax.evaluation.report import PACKAGES, version
+from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.progress import Log, duration
+from tokalign_jax.text import canonical
+from tokalign_jax.text import corpus as documents
+
+SCORES, PICTURE = "scores.json", "scores.png"
+EXPORT, SOURCE = "export", "source"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model to be judged."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    load: Callable[[Mesh], dict]
+    folder: Path | None
+    """In Hugging Face format; None for a state that only its checkpoints hold."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is measured on, checked."""
+
+    given: argparse.Namespace
+    context: stages.Context | None
+    """Of the run in `--workdir`."""
+    subjects: Sequence[Subject]
+    texts: Mapping[str, list[str]]
+    """Held-out documents by language."""
+    length: int
+    """Tokens of a window."""
+    teacher: Subject | None
+    aligned: alignment.Alignment | None
+    encoder: similarity.Encoder | None
+    dtype: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    given = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    start = time.monotonic()
+    try:
+        run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))
+        return 0
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokalign_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = lambda text: [name.strip() for name in text.split(",") if name.strip()]  # noqa: E731
+    parser.add_argument("--models", type=names, default=[], help="folders or hub names in Hugging Face format")
+    parser.add_argument("--workdir", type=Path, help="of a run, instead of --models")
+    parser.add_argument(
+        "--states", type=names, default=[SOURCE, EXPORT], help="of the run: source, init, stage1, ..., export"
+    )
+    parser.add_argument(
+        "--text", help="held-out files, as config.corpus; with --workdir the run's own if this is not given"
+    )
+    parser.add_argument("--training-text", help="files to look for the held-out text in; with --workdir the run's own")
+    parser.add_argument("--text-field", default="text", help="field of a record that holds the text")
+    parser.add_argument(
+        "--language-field", default="", help="field that holds its language (none: all text is taken together)"
+    )
+    parser.add_argument("--bytes-per-language", type=int, help="of held-out text (200,000, or what the run has)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a window (1,024, or what the run has)")
+    parser.add_argument(
+        "--alignment", type=Path, help="folder or file of an alignment of the second model's tokenizer to the first's"
+    )
+    parser.add_argument("--lines", type=int, default=1000, help="held-out lines that the alignment is judged on")
+    parser.add_argument(
+        "--encoder", default="", help="folder of a sentence encoder (without one the first model's mean states)"
+    )
+    parser.add_argument("--teacher", default="", help="folder or hub name of the model that drafts are for")
+    parser.add_argument("--gamma", type=int, default=4, help="tokens of a draft")
+    parser.add_argument("--temperature", type=float, default=1.0, help="at which draft and teacher sample")
+    parser.add_argument("--prompts", type=int, default=8, help="a language gives for drafting")
+    parser.add_argument("--steps", type=int, default=64, help="tokens of a continuation, for speed and drafting")
+    parser.add_argument("--repeats", type=int, default=3, help="how often speed is timed on each prompt")
+    parser.add_argument("--tasks", type=names, default=[], help="tasks of lm-eval")
+    parser.add_argument("--task-folder", type=Path, help="with tasks of your own: YAML files and their data")
+    parser.add_argument("--limit", type=int, default=0, help="examples of each task (0: all)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="to compute in (float32 on a CPU, else bfloat16)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="windows that a device reads at once")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstrap draws and of the choice of lines")
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and scores.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation left in --output")
+    return parser
+
+
+def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
+    """Checks everything, measures, writes and prints; returns what `scores.json` says.
+
+    Raises:
+      UserError: bad input, before any long work.
+    """
+    inputs = check(given, log)
+    content = measure(inputs, log)
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / SCORES).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    side_by_side.picture(content, given.output / PICTURE)
+    for line in ("", *pages.terminal(side_by_side.sections(content)), "", *side_by_side.warning_lines(content)):
+        print(line)
+    print(f"written to {given.output / SCORES} and {given.output / PICTURE}")
+    return content
+
+
+# --- What is given ----------------------------------------------------------------------------------------------------
+
+
+def check(given: argparse.Namespace, log: Log) -> Inputs:
+    """Reads all that is small, and finds what would fail later."""
+    if given.output.exists() and (not given.output.is_dir() or (any(given.output.iterdir()) and not given.overwrite)):
+        raise UserError(
+            f"--output '{given.output}' is there already; name a new folder, or give --overwrite to replace its scores"
+        )
+    if bool(given.models) == bool(given.workdir):
+        raise UserError("nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run (not both)")
+    context = _context(given.workdir, log) if given.workdir else None
+    subjects = (
+        [_state(context, name) for name in given.states]
+        if context
+        else [_folder(n, given.models) for n in given.models]
+    )
+    settings = context.config.evaluation if context else EvaluationConfig()
+    length = min(
+        [given.sequence_length or settings.sequence_length, *(subject.config.max_positions for subject in subjects)]
+    )
+    teacher = _folder(given.teacher, [given.teacher]) if given.teacher else None
+    if teacher and all(gaps := [drafting.difference_of_vocabularies(s.tokenizer, teacher.tokenizer) for s in subjects]):
+        raise UserError(
+            f"--teacher '{given.teacher}' has another vocabulary than every model to be judged ({gaps[-1]}): give one with theirs"
+        )
+    if given.encoder and not (given.alignment or context):
+        raise UserError("--encoder is for judging an alignment: give --alignment of --models too, or a --workdir")
+    if given.tasks:
+        downstream.check(given.tasks, given.task_folder)
+    texts = _texts(given, context, settings.bytes_per_language)
+    log(
+        f"{', '.join(s.name for s in subjects)}: {sum(map(len, texts.values()))} held-out documents, {len(texts)} languages"
+    )
+    return Inputs(
+        given,
+        context,
+        subjects,
+        texts,
+        length,
+        teacher,
+        _aligned(given, context, subjects),
+        similarity.sentence_encoder(given.encoder) if given.encoder else None,
+        given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+    )
+
+
+def _context(workdir: Path, log: Log) -> stages.Context:
+    try:
+        content = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir '{workdir}' is no workdir of a run ({error}); for folders give --models") from error
+    return stages.Context(config_from_dict(content), workdir, log)
+
+
+def _state(context: stages.Context, name: str) -> Subject:
+    """A state of the run, or its exported folder."""
+    if name == EXPORT:
+        if not (context.folder(EXPORT) / "config.json").is_file():
+            raise UserError(
+                f"--workdir '{context.workdir}' has no export yet: run its stages to the end, or name other --states"
+            )
+        return dataclasses.replace(_folder(str(context.folder(EXPORT)), []), name=EXPORT)
+    if name == SOURCE:
+        config, _ = context.source_model
+        return Subject(
+            name,
+            config,
+            context.source_tokenizer,
+            lambda mesh: stages.load_state(context, [])[1],
+            context.source_folder,
+        )
+    known = pipeline.model_states(context.config)
+    if name not in known or not context.folder(name).exists():
+        there = [SOURCE, *(n for n in known if context.folder(n).exists()), EXPORT]
+        raise UserError(
+            f"--states names '{name}', which the run in '{context.workdir}' does not have; it has {', '.join(there)}"
+        )
+    states = known[: known.index(name) + 1]
+    config, _ = hub.load_config(context.folder("init"))
+    folder = context.folder(name) if name == "init" else None
+    return Subject(name, config, context.target_tokenizer, lambda mesh: stages.load_state(context, states)[1], folder)
+
+
+def _folder(name: str, others: Sequence[str]) -> Subject:
+    """A model in Hugging Face format, called by its folder's name, with that of the folder above where others are called so too."""
+    folder = hub.resolve(demo.source_model(name), what="model")
+    config, _ = hub.load_config(folder)
+    huggingface.check_weights(folder, config)
+    tokenizer = hub.load_tokenizer(folder)
+    if (size := canonical.vocabulary_size(tokenizer)) > config.vocab_size:
+        raise UserError(
+            f"model '{name}': its tokenizer has {size} tokens but its matrices have only {config.vocab_size} rows"
+        )
+    parts = Path(name).parts
+    alone = [Path(other).name for other in others].count(parts[-1]) < 2
+    called = parts[-1] if alone else "/".join(parts[-2:])
+    return Subject(called, config, tokenizer, lambda mesh: huggingface.load_params(folder, config, mesh=mesh), folder)
+
+
+def _texts(given: argparse.Namespace, context: stages.Context | None, size: int) -> dict[str, list[str]]:
+    """The held-out text: what is named, else the run's."""
+    if given.text:
+        held_out = documents.read(_corpus(given, given.text))
+    elif context:
+        held_out = documents.held_out(context.folder("corpus"))
+    else:
+        raise UserError("--text is missing: name the files of held-out text, such as --text=heldout.jsonl")
+    return bits_per_byte.choose(held_out, given.bytes_per_language or size)
+
+
+def _corpus(given: argparse.Namespace, names: str) -> Config:
+    """`names` as a corpus, looked at."""
+    config = Config(corpus=names, text=TextConfig(text_field=given.text_field, language_field=given.language_field))
+    documents.check(config)
+    return config
+
+
+def _training(inputs: Inputs) -> Iterator[list[documents.Document]] | None:
+    """The training text in batches, where it is known."""
+    given, context = inputs.given, inputs.context
+    if given.training_text:
+        config = _corpus(argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text)
+        return map(list, documents.in_groups(documents.read(config)))
+    return documents.train_batches(context.folder("corpus")) if context else None
+
+
+def _aligned(
+    given: argparse.Namespace, context: stages.Context | None, subjects: Sequence[Subject]
+) -> alignment.Alignment | None:
+    """The alignment of a later subject's tokenizer to the first one's: that which is named, else the run's."""
+    path = given.alignment or (context.folder("align") if context else None)
+    if path is None or (not given.alignment and (len(subjects) < 2 or subjects[0].name != SOURCE)):
+        return None
+    if len(subjects) < 2:
+        raise UserError("--alignment needs two models: the source model, and one with the target tokenizer")
+    return alignment.load(path, subjects[0].tokenizer, subjects[1].tokenizer)
+
+
+# --- What is measured -------------------------------------------------------------------------------------------------
+
+
+def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
+    """Everything, as `scores.json` has it."""
+    given, subjects = inputs.given, inputs.subjects
+    # First, and in a process of its own, while the memory of a GPU is free.
+    tasks = _tasks(inputs, log)
+    training = _training(inputs)
+    overlapping = {"overlap": overlap.overlap(inputs.texts, training, log)} if training else {}
+    everyone = [*subjects, *([inputs.teacher] if inputs.teacher else [])]
+    mesh = inputs.context.mesh if inputs.context else sharding.make_mesh(state_bytes=2 * max(map(_bytes, everyone)))
+    teacher = drafting.Model(inputs.teacher.config, inputs.teacher.load(mesh)) if inputs.teacher else None
+    models, costs, aligned = {}, {}, {}
+    for subject in subjects:
+        model = drafting.Model(subject.config, subject.load(mesh))
+        costs[subject.name] = _costs(inputs, subject, model, mesh, log)
+        models[subject.name] = {
+            "folder": str(subject.folder or ""),
+            "vocabulary": subject.config.vocab_size,
+            "loses": canonical.losses(subject.tokenizer),
+            **_scores(inputs, costs[subject.name]),
+            **tasks.get(subject.name, {}),
+        }
+        models[subject.name]["generation"] = _speed(
+            inputs, subject, model, models[subject.name]["pooled"]["tokens"], log
+        )
+        if teacher and inputs.teacher:
+            models[subject.name]["drafting"] = _drafting(inputs, subject, model, inputs.teacher, teacher, mesh, log)
+        if inputs.aligned is not None and subject is subjects[0]:
+            aligned = {"alignment": _alignment(inputs, inputs.aligned, model, log)}
+        del model
+    first = costs[subjects[0].name]
+    return {
+        "models": models,
+        "differences": {s.name: _difference(costs[s.name], first, given.seed) for s in subjects[1:]},
+        **({"teacher": {"name": inputs.teacher.name, "folder": str(inputs.teacher.folder)}} if inputs.teacher else {}),
+        **aligned,
+        **overlapping,
+        "settings": {
+            **{k: _plain(v) for k, v in vars(given).items()},
+            "sequence_length": inputs.length,
+            "dtype": inputs.dtype,
+        },
+        "versions": {**{p: version(p) for p in PACKAGES}, "python": platform.python_version()},
+        "devices": [str(device.device_kind) for device in jax.devices()],
+    }
+
+
+def _tasks(inputs: Inputs, log: Log) -> dict[str, dict[str, Any]]:
+    """By model; states without a folder have none."""
+    given = inputs.given
+    within = [(s.name, s.folder) for s in inputs.subjects if s.folder] if given.tasks else []
+    if not within:
+        return {}
+    log(f"tasks: {', '.join(given.tasks)} on {', '.join(name for name, _ in within)}, by lm-eval")
+    found = downstream.run_apart([folder for _, folder in within], given.tasks, given.task_folder, given.limit)
+    return {name: {"tasks": of} for (name, _), of in zip(within, found)}
+
+
+def _costs(
+    inputs: Inputs, subject: Subject, model: drafting.Model, mesh: Mesh, log: Log
+) -> dict[str, bits_per_byte.Costs]:
+    return bits_per_byte.evaluate_documents(
+        model.config,
+        model.params,
+        subject.tokenizer,
+        inputs.texts,
+        sequence_length=inputs.length,
+        batch=inputs.given.batch,
+        compute=ComputeConfig(dtype=inputs.dtype),  # type: ignore[arg-type]
+        mesh=mesh,
+        log=log,
+        what=subject.name,
+    )
+
+
+def _scores(inputs: Inputs, costs: Mapping[str, bits_per_byte.Costs]) -> dict[str, Any]:
+    """Bits per byte, bytes per token and fertility, by language and pooled."""
+    seed = inputs.given.seed
+    counted = {language: int(words(of).sum()) for language, of in inputs.texts.items()}
+
+    def with_words(of: dict[str, Any], count: int) -> dict[str, Any]:
+        return {**of, "words": count, "fertility": fertility(of["tokens"], count)}
+
+    by_language = bits_per_byte.summaries(costs, seed)
+    return {
+        "languages": {language: with_words(of, counted[language]) for language, of in by_language.items()},
+        "pooled": with_words(bits_per_byte.summary([*costs.values()], seed), sum(counted.values())),
+    }
+
+
+def _difference(
+    costs: Mapping[str, bits_per_byte.Costs], first: Mapping[str, bits_per_byte.Costs], seed: int
+) -> dict[str, Any]:
+    by_language = {language: bits_per_byte.difference([of], [first[language]], seed) for language, of in costs.items()}
+    return {"languages": by_language, "pooled": bits_per_byte.difference([*costs.values()], [*first.values()], seed)}
+
+
+def _speed(inputs: Inputs, subject: Subject, model: drafting.Model, tokens: int, log: Log) -> dict[str, Any]:
+    given, prompts = inputs.given, samples.passages(inputs.texts, 2)
+    params = jax.tree.map(lambda x: x.astype(inputs.dtype), model.params)
+    found = speed.measure(
+        model.config, params, subject.tokenizer, prompts, steps=given.steps, repeats=given.repeats, dtype=inputs.dtype
+    )
+    of = found.summary([text for group in inputs.texts.values() for text in group], tokens)
+    log(f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} characters/s")
+    return of
+
+
+def _drafting(
+    inputs: Inputs, subject: Subject, model: drafting.Model, big: Subject, teacher: drafting.Model, mesh: Mesh, log: Log
+) -> dict[str, Any]:
+    if gap := drafting.difference_of_vocabularies(subject.tokenizer, big.tokenizer):
+        return {"not_comparable": gap}
+    given = inputs.given
+    return {
+        "languages": drafting.acceptance(
+            model,
+            teacher,
+            big.tokenizer,
+            inputs.texts,
+            gamma=given.gamma,
+            temperature=given.temperature,
+            prompts=given.prompts,
+            steps=given.steps,
+            dtype=inputs.dtype,
+            mesh=mesh,
+            log=log,
+            what=f"{subject.name} drafts",
+        )
+    }
+
+
+def _alignment(inputs: Inputs, found: alignment.Alignment, model: drafting.Model, log: Log) -> dict[str, Any]:
+    """BLEU-1 and similarity of lines drawn at random, by language."""
+    source, target = (subject.tokenizer for subject in inputs.subjects[:2])
+    every = [
+        (language, line)
+        for language, of in inputs.texts.items()
+        for text in of
+        for line in text.splitlines()
+        if line.strip()
+    ]
+    chosen = np.random.default_rng(inputs.given.seed).permutation(len(every))[: inputs.given.lines]
+    lines: dict[str, list[str]] = {}
+    for i in np.sort(chosen):
+        lines.setdefault(every[i][0], []).append(every[i][1])
+    log(f"alignment: {len(chosen)} lines")
+    mapping = found.heaviest()
+    encode = inputs.encoder or similarity.mean_states(model.config, model.params, source, inputs.dtype)
+    by_language = similarity.compare(mapping, source, target, lines, encode)
+    for language, of in by_language.items():
+        of["bleu_1"] = scoring.score(mapping, source, target, lines[language])
+    return {
+        "bleu_1": scoring.score(mapping, source, target, [line for of in lines.values() for line in of]),
+        "embedded_by": Path(inputs.given.encoder).name
+        if inputs.encoder
+        else "the mean final states of the first model",
+        "languages": by_language,
+    }
+
+
+def _bytes(subject: Subject) -> int:
+    return sum(file.stat().st_size for file in subject.folder.glob("*.safetensors")) if subject.folder else 0
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Several models side by side, as `evaluate.py` measures them: tables for the terminal and a picture.
+
+The content is that of its `scores.json` (docs/evaluation.md); the first model is the one that others are compared with.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax.evaluation import overlap
+from tokalign_jax.pages import Cell, Section, Soft
+
+EVERYTHING = "all"
+"""The row that pools the bytes of every language."""
+_NOTHING = "–"
+
+
+def sections(content: Mapping[str, Any]) -> list[Section]:
+    """All that was measured, one table each."""
+    made = [
+        _bits(content),
+        _tokens(content),
+        _speed(content),
+        *_drafting(content),
+        *_alignment(content),
+        *_tasks(content),
+    ]
+    return [*made, *_overlap(content)]
+
+
+def warning_lines(content: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before comparing."""
+    lost = [
+        f"warning: the tokenizer of '{name}' does not keep {', '.join(of['loses'])} of a text: its bits per byte are too low to be compared"
+        for name, of in content["models"].items()
+        if of["loses"]
+    ]
+    return [*lost, *(overlap.warning_lines(content["overlap"]) if "overlap" in content else [])]
+
+
+def _rows(of: Mapping[str, Any]) -> dict[str, Any]:
+    """Languages and, behind them, all together where there are several."""
+    return {**of["languages"], **({EVERYTHING: of["pooled"]} if len(of["languages"]) > 1 else {})}
+
+
+def _bits(content: Mapping[str, Any]) -> Section:
+    by_model = {name: _rows(of) for name, of in content["models"].items()}
+    first, *others = by_model
+    less = {name: _rows(of) for name, of in content["differences"].items()}
+    rows = []
+    for language, of in by_model[first].items():
+        figures = [
+            _with_interval(f"{by_model[name][language]['bits_per_byte']:.3f}", by_model[name][language])
+            for name in by_model
+        ]
+        differences = [
+            _with_interval(f"{less[name][language]['difference']:+.3f}", less[name][language], "+") for name in others
+        ]
+        rows.append([language, str(of["documents"]), *figures, *differences])
+    text = (
+        "Held-out text, lower is better. In brackets 95% intervals over documents; that of a difference is of the same documents for both, "
+        "and without 0 in it tells the two apart. Of few documents intervals are too narrow."
+    )
+    return Section(
+        "Bits per byte", text, ["language", "documents", *by_model, *(f"{name} - {first}" for name in others)], rows
+    )
+
+
+def _tokens(content: Mapping[str, Any]) -> Section:
+    models = content["models"]
+    rows = [
+        [language, *(f"{_rows(of)[language]['bytes_per_token']:.2f}" for of in models.values())]
+        + [_figure(_rows(of)[language]["fertility"], ".2f") for of in models.values()]
+        for language in _rows(next(iter(models.values())))
+    ]
+    text = "Words are runs of letters, marks and digits; in scripts without spaces each character is one."
+    return Section(
+        "Tokens", text, ["language", *(f"bytes/token {n}" for n in models), *(f"tokens/word {n}" for n in models)], rows
+    )
+
+
+def _speed(content: Mapping[str, Any]) -> Section:
+    rows = []
+    for name, of in content["models"].items():
+        speed = of["generation"]
+        spread = Soft(" [{:.1f}, {:.1f}]".format(*speed["slowest_and_fastest"]))
+        rows.append(
+            [
+                name,
+                (f"{speed['steps_per_second']:.1f}", spread),
+                f"{speed['characters_per_token']:.2f}",
+                f"{speed['characters_per_second']:.0f}",
+                f"{speed['bytes_per_second']:.0f}",
+            ]
+        )
+    text = (
+        "Greedy decoding, one sequence at a time: the median of steps per second, in brackets the slowest and the fastest, times the "
+        "characters (bytes) that a token has in the held-out text."
+    )
+    return Section("Speed", text, ["model", "steps/s", "characters/token", "characters/s", "bytes/s"], rows)
+
+
+def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
+    if "teacher" not in content:
+        return
+    for name, of in content["models"].items():
+        title, found = f"{name} as a draft for {content['teacher']['name']}", of["drafting"]
+        if "not_comparable" in found:
+            yield Section(title, f"Not comparable: {found['not_comparable']}.")
+            continue
+        rows: list[list[Cell]] = []
+        for language, by in found["languages"].items():
+            greedy, sampled = (by[how] if by else {} for how in ("greedy", "sampled"))
+            parts = [
+                _figure(of.get(key), form)
+                for of in (greedy, sampled)
+                for key, form in (("rate", ".1%"), ("tokens_per_call", ".2f"))
+            ]
+            rows.append([language, *parts])
+        text = (
+            f"Blocks of {content['settings']['gamma']} drafts. Greedy: how much of the teacher's own continuation is accepted, "
+            "and tokens a call of the teacher, counted out; sampled at temperature "
+            f"{content['settings']['temperature']:g}: the expected acceptance on held-out text, and tokens a call if positions are "
+            "independent."
+        )
+        yield Section(title, text, ["language", "greedy", "tokens/call", "sampled", "tokens/call"], rows)
+
+
+def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
+    if "alignment" not in content:
+        return
+    of = content["alignment"]
+    rows = [
+        [language, str(by["lines"]), f"{by['bleu_1']:.3f}", f"{by['similarity']:.3f}", _figure(by["unrelated"], ".3f")]
+        for language, by in of["languages"].items()
+    ]
+    text = (
+        f"Lines cut by the target tokenizer, each token replaced by the source token that the alignment names, against the line: BLEU-1 of "
+        f"the tokens ({of['bleu_1']:.3f} in all), and the mean cosine of embeddings by {of['embedded_by']}, beside that of unrelated lines."
+    )
+    yield Section("Alignment", text, ["language", "lines", "BLEU-1", "similarity", "unrelated"], rows)
+
+
+def _tasks(content: Mapping[str, Any]) -> Iterator[Section]:
+    models = {name: of["tasks"] for name, of in content["models"].items() if "tasks" in of}
+    if not models:
+        return
+    known = {(task, metric): None for tasks in models.values() for task, metrics in tasks.items() for metric in metrics}
+    rows = []
+    for task, metric in known:
+        found = [tasks.get(task, {}).get(metric) for tasks in models.values()]
+        rows.append([task, metric, *(_with_error(of) if of else _NOTHING for of in found)])
+    yield Section("Tasks", "By lm-eval with PyTorch; ± standard error.", ["task", "metric", *models], rows)
+
+
+def _overlap(content: Mapping[str, Any]) -> Iterator[Section]:
+    if "overlap" not in content:
+        return
+    found = content["overlap"]
+    rows = [[language, f"{of['characters']:,}", f"{of['share']:.1%}"] for language, of in found["languages"].items()]
+    text = f"Held-out characters in passages of {found['window']} or more that also stand in the training text."
+    yield Section("Overlap", text, ["language", "characters", "share"], rows)
+
+
+def _with_interval(figure: str, of: Mapping[str, Any], sign: str = "") -> Cell:
+    if "interval" not in of:
+        return figure
+    low, high = of["interval"]
+    return figure, Soft(f" [{low:{sign}.3f}, {high:{sign}.3f}]")
+
+
+def _with_error(of: Mapping[str, float]) -> Cell:
+    error = of["standard_error"]
+    return f"{of['value']:.3f}" + ("" if error is None else f" ±{error:.3f}")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return _NOTHING if value is None else f"{value:{form}}"
+
+
+def picture(content: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte with their intervals (left) and bytes per token (right), by language and model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = content["models"]
+    languages = list(_rows(next(iter(models.values()))))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    width = 0.8 / len(models)
+    for i, (name, of) in enumerate(models.items()):
+        rows = [_rows(of)[language] for language in languages]
+        places = [x + (i - (len(models) - 1) / 2) * width for x in range(len(languages))]
+        heights = [row["bits_per_byte"] for row in rows]
+        left.bar(places, heights, width, label=name, yerr=_whiskers(rows), error_kw={"elinewidth": 1, "capsize": 2})
+        right.bar(places, [row["bytes_per_token"] for row in rows], width, label=name)
+    left.set(title="Held-out text, 95% intervals", ylabel="bits per byte")
+    right.set(title="Held-out text", ylabel="bytes per token")
+    for axes in (left, right):
+        axes.set(xticks=range(len(languages)), xticklabels=languages)
+        axes.grid(axis="y", alpha=0.3)
+    left.legend(ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _whiskers(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far intervals reach below and above; NaN where there is none."""
+    ends = [row.get("interval", [math.nan, math.nan]) for row in rows]
+    below = [row["bits_per_byte"] - low for row, (low, _) in zip(rows, ends)]
+    above = [high - row["bits_per_byte"] for row, (_, high) in zip(rows, ends)]
+    return [below, above]
