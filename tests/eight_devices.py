@@ -15,13 +15,14 @@ from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_par
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
-from tokalign_jax.config import Config, MeshConfig
+from tokalign_jax.config import Config, DistillationConfig, MeshConfig
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import calibration, contexts
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_final, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll
 
@@ -64,24 +65,56 @@ def vocabulary(shape):
         assert not np.asarray(results[1][1][1])[VOCABULARY:].any()  # no gradient for the filling
 
 
+def divergence(shape):
+    """Distillation and its gradients, with rows that only fill the matrices up, ids that one of both has, and a soft-cap."""
+    rng = np.random.default_rng(0)
+    heads = [np.zeros((sharding.ROWS, width), np.float32) for width in (16, 12)]
+    for head in heads:
+        head[:VOCABULARY] = rng.normal(size=(VOCABULARY, head.shape[1]))
+    states = [rng.normal(size=(8, 7, head.shape[1])).astype(np.float32) for head in heads]
+    labels = np.where(rng.random((8, 7)) < 0.1, -1, rng.integers(0, VOCABULARY, (8, 7)))
+    student = Head(VOCABULARY, 5, jnp.float32, lambda x: 3 * jnp.tanh(x / 3))
+    how = Teaching(student, Head(VOCABULARY - 1, 5, jnp.float32), VOCABULARY - 2, 0.3, 2.0, 0.6)
+
+    def loss(hidden, head, teacher_hidden, teacher_head, mesh):
+        with sharding.within(mesh):
+            total, count = distillation(hidden, head, teacher_hidden, teacher_head, jnp.asarray(labels), how)
+            return 2.0 * total / count
+
+    results = []
+    for mesh in (mesh_of(), mesh_of(shape)):
+        rows = sharding.sharding_of("lm_head/kernel", heads[0].shape, mesh)
+        sequences = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
+        placed = [sharding.put(x, where) for of in zip(states, heads) for x, where in zip(of, (sequences, rows))]
+        results.append(jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)(*placed, mesh))
+    close(results[1], results[0], 1e-5)
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 REFERENCES: dict = {}
 
 
-def trained(name, model, method, mesh, folder):
+def trained(name, model, method, mesh, folder, teacher=None):
     stage = replace(STEP, method=method)
     config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7))
     arguments = (name, stage, config, model, toy_params(model), toy_shards(), Path(folder), 0, lambda line: None, mesh)
-    return run_stage(*arguments)
+    return run_stage(*arguments, teacher and taught_by(teacher, model, mesh))
 
 
-def training(shape, model, method):
-    key = (model, method)
+def taught_by(teacher, model, mesh):
+    """An objective with a teacher whose vocabulary's matrices have more rows than the student's."""
+    params = sharding.place(toy_params(teacher), mesh)
+    params = with_rows(params, model.vocab_size, mesh)
+    return objective(DistillationConfig(divergence="mixed"), Teacher(teacher, params, model.vocab_size, ""))
+
+
+def training(shape, model, method, teacher=None):
+    key = (model, method, teacher)
     with tempfile.TemporaryDirectory() as folder:
         if key not in REFERENCES:
-            REFERENCES[key] = trained("stage", model, method, mesh_of(), f"{folder}/one")
-        many, one = trained("stage", model, method, mesh_of(shape), f"{folder}/many"), REFERENCES[key]
+            REFERENCES[key] = trained("stage", model, method, mesh_of(), f"{folder}/one", teacher)
+        many, one = trained("stage", model, method, mesh_of(shape), f"{folder}/many", teacher), REFERENCES[key]
         again = load_final(Path(f"{folder}/many"), replace(STEP, method=method), toy_params(model), mesh_of(shape))
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose([r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5)
@@ -177,13 +210,16 @@ def close(found, expected, tolerance):
 
 
 TIED = replace(NEOX, tie_word_embeddings=True)
+TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
 CHECKS = {
     "automatic": (automatic,),
     **{f"vocabulary-{name}": (vocabulary, shape) for name, shape in SHAPES.items()},
+    "divergence-all": (divergence, SHAPES["all"]),
     **{f"training-full-{name}": (training, shape, LLAMA, "full") for name, shape in SHAPES.items()},
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),
+    "training-taught-all": (training, SHAPES["all"], LLAMA, "full", TEACHER),
     "files": (files, SHAPES["all"]),
     "reading-all": (reading, SHAPES["all"]),
 }
