@@ -19,7 +19,7 @@ import runpy
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -36,7 +36,7 @@ DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the pipeline; returns the exit code. Of several processes, one that fails ends all with its code."""
     try:
-        given = _parse(list(sys.argv if argv is None else argv))
+        given = parse(list(sys.argv if argv is None else argv))
         if given.help:
             print(__doc__, given.get_help(), sep="\n")
             return 0
@@ -44,18 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.plan:
             _plan(config, given)
             return 0
-        if not given.workdir:
-            raise UserError(
-                "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
-            )
+        workdir = workdir_of(given)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
-    return _run(config, given)
+
+    def work(log: Log) -> None:
+        from tokalign_jax import pipeline
+
+        pipeline.run(config, workdir, given.stages, log)
+
+    return session(given, work)
 
 
-def _run(config: Config, given: flags.FlagValues) -> int:
-    """The pipeline in this process, which may be one of several."""
+def workdir_of(given: flags.FlagValues) -> Path:
+    """The folder that --workdir names.
+
+    Raises:
+      UserError: it is not given.
+    """
+    if not given.workdir:
+        raise UserError(
+            "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
+        )
+    return Path(given.workdir)
+
+
+def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
+    """`work` in this process, which may be one of several; the exit code."""
     start = time.monotonic()
     # transformers would say that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -66,10 +82,7 @@ def _run(config: Config, given: flags.FlagValues) -> int:
     try:
         with distributed.running(given.coordinator, given.processes, given.process), stopping.listening():
             _keep_compiled()
-            from tokalign_jax import pipeline
-
-            log = _logger() if distributed.is_first() else lambda line: None
-            pipeline.run(config, Path(given.workdir), given.stages, log)
+            work(_logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
             print(f"finished in {duration(time.monotonic() - start)}; everything is in {given.workdir}")
         return 0
@@ -116,12 +129,19 @@ def _plan(config: Config, given: flags.FlagValues) -> None:
     print(plan.of_run(config, Path(given.workdir) if given.workdir else None, where, speed).table())
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """The flags, `config` among them with its overrides."""
-    argv = _with_known_config_path(argv)
+def parse(
+    argv: list[str], default: str = DEFAULT_CONFIG, define: Callable[[flags.FlagValues], None] = lambda given: None
+) -> flags.FlagValues:
+    """The flags, `config` among them with its overrides.
+
+    Args:
+      default: config file where none is given.
+      define: adds the flags of a command to those that all have.
+    """
+    argv = _with_known_config_path(argv, default)
     given = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, f"Config file (without: {DEFAULT_CONFIG}).", flag_values=given, sys_argv=argv
+        "config", None, f"Config file (without: {default}).", flag_values=given, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=given)
     flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
@@ -139,6 +159,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to reckon with, where no speed is known.", flag_values=given)
     flags.DEFINE_string("plan_peak", "", "Peak of a device: 989TFLOPS; by default that of its name.", flag_values=given)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=given)
+    define(given)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # absl's own; grain reads some
     try:
@@ -150,12 +171,12 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     return given
 
 
-def _with_known_config_path(argv: list[str]) -> list[str]:
+def _with_known_config_path(argv: list[str], default: str) -> list[str]:
     """Resolves `--config` to a file here or, under the same name, to one of those that ship with the package."""
     argv = list(argv)
     place = next((i for i, a in enumerate(argv) if a in ("--config", "-config") or a.startswith("--config=")), None)
     if place is None:
-        given, where = DEFAULT_CONFIG, 1  # before overrides of it
+        given, where = default, 1  # before overrides of it
         argv.insert(where, "")
     elif "=" in argv[place]:
         given, where = argv[place].partition("=")[2], place

@@ -1,0 +1,88 @@
+"""The A/B that the method's users name: Stage 1 rate x what Stage 2 trains x how the vocabulary starts, over seeds and budgets.
+
+    python -m tokalign_jax.sweep --config configs/recipe.py --workdir runs/recipe --config.source_model=/models/llama \\
+        --config.target_tokenizer=/tokenizers/qwen3 --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang
+
+A run's name says where it stands: `own-6.4e-04-full-60-s0` starts from this project's alignment, trains 60 steps a stage, Stage 1 at
+6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` takes some of them. docs/results/recipe.md has what came of it on an H100.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tokalign_jax.config import default_config
+
+RATES = (2e-5, 5e-5, 1.6e-4, 6.4e-4)
+STARTS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "pieces": {"alignment.method": "pieces"},
+    "published": {"alignment.method": "tokalign"},
+}
+LORA = {"stage2.method": "lora"}
+STAGE2: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA}
+
+
+def get_config() -> ConfigDict:
+    """What all runs have in common."""
+    config = default_config()
+    config.source_model = "embedded"
+    config.target_tokenizer = "embedded"
+    config.corpus = "embedded"
+    config.text.language_field = "language"
+    config.text.budget_bytes = 5_000_000_000
+    config.text.held_out_fraction = 0.01
+    for stage in (config.stage1, config.stage2):
+        stage.batch_size = 32
+        stage.per_device_batch = 32
+        stage.sequence_length = 1024
+        stage.checkpoint_every = 1000
+        stage.keep_checkpoints = 1
+        stage.log_every = 60
+    config.stage1.method = "embedding"
+    config.stage2.method = "full"
+    config.stage2.learning_rate = 5e-5
+    config.stage2.lora.rank = 64
+    config.stage2.lora.alpha = 16.0
+    config.stage2.lora.dropout = 0.1
+    config.evaluation.bytes_per_language = 20_000
+    config.evaluation.random_baseline = False
+    config.evaluation.sample_tokens = 8
+    return config
+
+
+def get_runs() -> dict[str, dict[str, Any]]:
+    """By name: the fields in which a run differs."""
+    runs = {}
+    for seed in range(3):
+        for start, of_start in STARTS.items():
+            for rate in RATES:
+                for trains, of_stage2 in STAGE2.items():
+                    runs |= _run(start, rate, trains, 60, seed, of_start | of_stage2)
+    # Where a rate holds over budgets; and one above those that are named.
+    for steps in (60, 240, 960):
+        for rate in (*RATES, 2.56e-3):
+            runs |= _run("own", rate, "full", steps, 0, {})
+    # One thing changed in the middle of it.
+    for name, fields in {
+        "lora@5e-4": LORA | {"stage2.learning_rate": 5e-4},
+        "full@5e-4": {"stage2.learning_rate": 5e-4},
+        "full-rows@5e-4": {"stage2.embedding_learning_rate": 5e-4},
+        "lora@5e-4-rows@5e-4-nodrop": LORA | {"stage2.learning_rate": 5e-4, "stage2.lora.dropout": 0.0},
+        "offset0": {"stage2.start_offset": 0},
+        "offset0.2": {"stage2.start_offset": 0.2},
+        "threshold0": {"alignment.similarity_threshold": 0.0},
+        "threshold0.6": {"alignment.similarity_threshold": 0.6},
+        "nomatches": {"alignment.similarity_threshold": 1.0},
+        "decay0.1": {"stage1.weight_decay": 0.1, "stage2.weight_decay": 0.1},
+    }.items():
+        for seed in range(2):
+            runs |= _run("own", 6.4e-4, name, 240, seed, fields)
+    return runs
+
+
+def _run(
+    start: str, rate: float, rest: str, steps: int, seed: int, fields: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    common = {"seed": seed, "stage1.learning_rate": rate, "stage1.steps": steps, "stage2.steps": steps}
+    return {f"{start}-{rate:.1e}-{rest}-{steps}-s{seed}": common | fields}
