@@ -34,6 +34,8 @@ def content(nasty: str = "word", states=STATES, **changes):
     config = config_to_dict(Config()) | {
         stage: config_to_dict(StageConfig(method="full", steps=30)) for stage in stages
     }
+    if "stage3" in stages:
+        config["stage3"] |= {"teacher": f"/models/teacher{nasty}", "weight": 1.0}
     rules = {"exact": {"rows": 7, "frequency": 0.75}, "mean": {"rows": 0, "frequency": 0.0}}
     special = [
         {"token": f"<|im_end|>{nasty}", "id": 7, "source": "<|eot|>", "why": nasty, "in_chat_template": True},
@@ -111,7 +113,15 @@ def test_the_page_is_whole_self_contained_and_says_everything():
         assert state in read.text
     for language in ("deword", "en", "all"):
         assert language in read.text
-    for text in ("1.500", "[0.900, 1.125]", "-50%", "warning: 1 of 30 steps of stage 3", "2 x cpu", "Worst rows"):
+    for text in (
+        "1.500",
+        "[0.900, 1.125]",
+        "-50%",
+        "warning: 1 of 30 steps of stage 3",
+        "2 x cpu",
+        "Worst rows",
+        "taught by teacherword",
+    ):
         assert text in read.text, text
     pictures = [of for of in read.tags["svg"] if of.get("role") == "img"]
     assert len(pictures) == 1 + 3 and all(of["aria-label"] for of in pictures)  # the loss, and a row for each language

@@ -83,7 +83,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
     shown = [i for i, column in enumerate(zip(*rows)) if not any(isinstance(cell, Bar) for cell in column)]
     rows = [[row[i] for i in shown] for row in rows]
     right = _right_columns(rows)
-    lines = [[_one_line(header[i]) for i in shown], *([_one_line(_written(cell)) for cell in row] for row in rows)]
+    names = [_one_line(header[i]) if header else "" for i in shown]
+    lines = [names, *([_one_line(_written(cell)) for cell in row] for row in rows)]
     widths = [max(3, *map(_width, column)) for column in zip(*lines)]
     rule = "|" + "|".join("-" * (w + 1) + ":" if r else ":" + "-" * (w + 1) for w, r in zip(widths, right)) + "|"
     first, *others = ["| " + " | ".join(map(_pad, line, widths, right)) + " |" for line in lines]
@@ -173,12 +174,12 @@ def _one_line(text: str) -> str:
 
 
 def _right_columns(rows: Sequence[Sequence[Cell]]) -> list[bool]:
-    """Columns of nothing but figures."""
+    """Columns of figures and nothing else."""
 
     def is_figure(cell: Cell) -> bool:
         return not isinstance(cell, Bar | Code) and bool(_NUMBER.fullmatch(_plain(cell)))
 
-    return [all(map(is_figure, column)) for column in zip(*rows)]
+    return [all(map(is_figure, column)) and any(column) for column in zip(*rows)]
 
 
 def _width(text: str) -> int:
@@ -266,6 +267,8 @@ h2, h3, p, thead, summary { break-after: avoid; }
 p { margin: 0 0 .6rem; color: var(--soft); max-width: 46rem; overflow-wrap: anywhere; }
 small { color: var(--soft); font-size: .86em; }
 section { margin: 0 0 2.4rem; }
+section:has(> details) { margin-bottom: 1rem; }
+section:has(> details) + section:not(:has(> details)) { margin-top: 2.4rem; }
 summary { cursor: pointer; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -299,7 +302,7 @@ code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93e
 .keys svg { vertical-align: -1px; }
 .keys line { stroke-width: 3; }
 figure { margin: 0; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem 1.5rem; margin: 1.2rem 0 0; }
 .figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .figures dt { color: var(--soft); max-width: 13rem; line-height: 1.3; }
 .figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
@@ -312,11 +315,18 @@ figure { margin: 0; }
 .pieces { line-height: 1.75; }
 .pieces span { background: var(--tint); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
 .pieces span:nth-child(even) { background: var(--tint2); }
-.pieces sup { font-size: .65em; line-height: 0; color: var(--soft); }
+.pieces sup { font-size: .65em; line-height: 0; }
 q { quotes: none; background: var(--field); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
 pre { background: var(--field); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; margin: 0 0 .8rem;
   font: .84rem/1.45 ui-monospace, monospace; }
+table:not(:has(thead)) { width: auto; }
+table:not(:has(thead)) td { padding-right: 2rem; }
+.one .number small { display: block; line-height: 1.2; }
+.one td:first-child { white-space: nowrap; }
 .broad { max-width: 84rem; }
+@media (max-width: 44rem) {
+  .wide :is(th, td):first-child { position: sticky; left: 0; background: var(--paper); }
+}
 .columns { margin-top: 1.5rem; max-width: 92rem; font-size: .875rem; line-height: 1.4; }
 .columns main { columns: 2 34rem; column-gap: 2.5rem; }
 .columns section { margin-bottom: 1.4rem; }

@@ -22,6 +22,9 @@ from tokalign_jax.progress import duration, quantity
 Content = Mapping[str, Any]
 """What report.json holds (`report.gather`, and what `stages.report` adds)."""
 
+OPEN = ("Most frequent uncertain rows", "Worst rows")
+"""Of the inspected alignment, what is shown without being asked for."""
+
 COMMAND = "python -m tokalign_jax.main --config=config.py --workdir=runs/again"
 
 
@@ -89,13 +92,12 @@ def sentences(content: Content) -> list[str]:
     """What was done, and what came of it."""
     config, alignment, of = content["config"], content["alignment"], content["languages"][EVERYTHING]
     trained = [
-        f"{titled(stage)} ({config[stage]['method']}, {of_stage['steps']:,} steps)"
+        f"{titled(stage)} ({config[stage]['method']}, {of_stage['steps']:,} steps{_teacher(config[stage])})"
         for stage, of_stage in content["training"].items()
     ]
-    tokens = sum(of_stage["tokens"][-1] for of_stage in content["training"].values() if of_stage["tokens"])
     sizes = f"{alignment['source_size']:,} tokens became {alignment['target_size']:,}"
     done = f"The vocabulary of {sizes}; their rows were made by method “{alignment['method']}”"
-    done += f" and trained on {quantity(tokens)} tokens in {' and '.join(trained)}." if trained else "."
+    done += f" and trained on {quantity(_tokens(content))} tokens in {' and '.join(trained)}." if trained else "."
     bits, last = of["bits_per_byte"], content["states"][-1]
     others = [
         f"{bits[state]:.3f} {when}"
@@ -117,10 +119,21 @@ def _opening(content: Content) -> Section:
         (f"{per_token['source']:.2f} → {per_token['target']:.2f}", "bytes per token, source and new vocabulary"),
         (f"{bits['source']:.3f} → {bits[states[-1]]:.3f}", f"bits per byte, source and {titled(states[-1])}"),
         (f"{per_token['source'] / per_token['target'] - 1:+.0%}", "tokens for the same text"),
-        (duration(sum(content["seconds"].values())), f"in all, on {_devices(content)}"),
+        (quantity(_tokens(content)), "tokens of training text"),
     ]
     items = "".join(f"<div><dt>{escape(says)}</dt><dd>{escape(figure)}</dd></div>" for figure, says in figures)
     return Section("", " ".join(sentences(content)), markup=f'<dl class="figures">{items}</dl>')
+
+
+def _teacher(stage: Content) -> str:
+    """Who teaches in a stage; stages of a version before have no such field."""
+    taught = stage.get("teacher") and stage.get("weight")
+    return f", taught by {short_name(stage['teacher'])}" if taught else ""
+
+
+def _tokens(content: Content) -> int:
+    """That were trained on, in all stages."""
+    return sum(of["tokens"][-1] for of in content["training"].values() if of["tokens"])
 
 
 def _devices(content: Content) -> str:
@@ -328,11 +341,12 @@ def _alignment(content: Content) -> Iterator[Section]:
     rules = next((section for section in inspected if section.title == "Rules"), None)
     made = rules_section(alignment["rules"])
     yield Section(made.title, rules.text if rules else "", made.header, made.rows)
-    yield Section("Measured on the alignment", "", ("", ""), measured)
+    yield Section("Measured on the alignment", rows=measured)
     yield special_section(alignment.get("special", ()))
     for section in inspected:
         if section is not rules:
-            yield Section(section.title, section.text, section.header, section.rows, fold=True)
+            fold = section.title not in OPEN
+            yield Section(section.title, section.text, section.header, section.rows, fold=fold)
 
 
 # --- to make it again -------------------------------------------------------------------------------------------------
@@ -342,8 +356,10 @@ def _time(content: Content) -> Section:
     seconds, versions = content["seconds"], content["versions"]
     longest = max(seconds.values(), default=0) or 1
     rows = [(name, duration(of), Bar(of / longest)) for name, of in seconds.items()]
-    text = f"On {_devices(content)}" + (f", {content['date']}" if "date" in content else "")
-    text += f"; {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    text = f"{duration(sum(seconds.values()))} on {_devices(content)}"
+    text += (
+        f", {content['date']}" if "date" in content else ""
+    ) + f"; {', '.join(f'{name} {version}' for name, version in versions.items())}."
     return Section("Time and versions", text, ("stage", "time", ""), rows)
 
 
