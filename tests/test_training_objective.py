@@ -1,0 +1,53 @@
+"""A stage whose loss reads more than the model and token ids: further arrays in its batches, and arrays that only it knows."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from training_toys import (
+    STAGE,
+    assert_same,
+    quick_compilation,  # noqa: F401 (applies to every test here)
+    train,
+)
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.training.batches import TokenSource
+from tokalign_jax.training.step import Objective, make_loss
+
+
+class WithFirst(TokenSource):
+    """Sequences with their first token beside them."""
+
+    def __getitem__(self, index):
+        tokens = super().__getitem__(index)
+        return {"tokens": tokens, "first": tokens[0]}
+
+
+def next_token_and(beside, facts):
+    """The loss of the next token, and `beside` for each sequence that does not come with its own first token."""
+
+    def make(model, compute, lora):
+        plain = make_loss(model, compute, lora)
+
+        def loss(trainable, frozen, batch, keys):
+            frozen, beside = frozen
+            strange = jnp.sum(batch["first"] != batch["tokens"][:, 0])
+            return plain(trainable, frozen, batch["tokens"], keys) + beside["penalty"] * strange
+
+        return loss
+
+    return Objective(make, {"penalty": jnp.float32(beside)}, facts, WithFirst)
+
+
+def test_an_objective_brings_its_own_arrays_and_sequences(tmp_path):
+    stage = replace(STAGE, method="embedding", steps=4)
+    plain = train(tmp_path / "plain", stage)
+    given = train(tmp_path / "given", stage, objective=next_token_and(100.0, {"penalty": 100}))
+    assert [record["loss"] for record in given.history] == [record["loss"] for record in plain.history]
+    assert [record["tokens"] for record in given.history] == [record["tokens"] for record in plain.history]
+    assert_same(given.params, plain.params)
+    # Its facts are those of the run: a checkpoint made under others is of another.
+    for other in (next_token_and(100.0, {"penalty": 1}), None):
+        with pytest.raises(UserError, match="other settings"):
+            train(tmp_path / "given", stage, objective=other)
