@@ -50,7 +50,7 @@ def by_prefix(source, target):
     """The meaning of a meeting, one prefix at a time."""
     result = []
     for document in range(len(DOCUMENTS)):
-        (start, of_source), (_, of_target) = (prefixes(*side, document) for side in (source, target))
+        (start, of_source), (_, of_target) = (prefixes(shards, of, document) for shards, of in (source, target))
         leads = [len(of[-1]) - len(of[-1].lstrip(b" ")) for of in (of_source, of_target)]
         cut = [lead - min(leads) for lead in leads]
         ends = {of[cut[0] :]: start + i for i, of in enumerate(of_source) if of and len(of) > cut[0]}
