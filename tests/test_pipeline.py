@@ -99,6 +99,8 @@ def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_pat
         assert list(of["bits_per_byte"]) == states and all(np.isfinite(list(of["bits_per_byte"].values())))
     assert (workdir / "report" / "report.md").read_text().count("| all") == 1
     assert (workdir / "report" / "report.png").stat().st_size > 10_000
+    page = (workdir / "report" / "report.html").read_text()
+    assert all(title in page for title in ("stage 2", "The same text in tokens", "Continued text", "Worst rows"))
     assert "| all" in printed and "the model" in printed
 
     # The export is an ordinary Hugging Face folder with the new vocabulary, and says what the last state says.
