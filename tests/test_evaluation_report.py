@@ -133,10 +133,12 @@ def test_any_number_of_stages(states):
     made = content(states=states)
     read = Reader(page.html(made))
     assert [f"stage {i}" in read.text for i in (1, 2, 3)] == [f"stage{i}" in states for i in (1, 2, 3)]
-    assert "nan" not in read.text.lower().split()
+    assert "nan" not in read.text.lower().split() and ("Training" in read.text) == (len(states) > 2)
     header, *_ = page.table(made)
     assert header.count("|") == len(states) + 4
     assert page.markdown(made).startswith("# a")
+    made["alignment"]["special"] = []
+    assert "Special tokens" not in page.html(made) + page.markdown(made)
 
 
 def test_what_comes_from_outside_is_text():

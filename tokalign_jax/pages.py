@@ -46,6 +46,11 @@ class Section:
     fold: bool = False
     """On a page, only the title is shown until the reader opens it."""
 
+    @property
+    def says(self) -> bool:
+        """Whether there is anything under the heading."""
+        return bool(self.text or self.rows or self.markup)
+
 
 WIDEST = 96
 """Columns of the terminal that one field may take."""
@@ -93,12 +98,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
 
 def html(title: str, sections: Sequence[Section], layout: Literal["columns", "one", "broad"] = "columns") -> str:
     """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the reader has it, and fit
-    for paper.
+    for paper. Sections that say nothing are left out.
 
     Args:
       layout: sections in as many columns as there is room for, or one below the other, as wide as text reads well or broader.
     """
-    body = "\n".join(map(_section, sections))
+    body = "\n".join(_section(section) for section in sections if section.says)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -259,17 +259,18 @@ def _runs(comparison: Comparison) -> Section:
 def html(comparison: Comparison) -> str:
     """A page by itself, as a report's."""
     overview, *by_language = sections(comparison)
+    chart = loss_chart(comparison)
     text = f"Mean of {curves.WINDOW} steps, at the end of a curve its place in the table."
     if "target_tokenizer" in comparison["differs"]:
         text += " The tokenizers differ: their nats per token are not comparable."
     found = [
         overview,
         Section("Bits per byte by state", markup=_states_chart(comparison)),
-        Section("Training loss", text, markup=loss_chart(comparison)),
+        Section("Training loss", text if chart else "", markup=chart),
         *by_language,
         _runs(comparison),
     ]
-    return pages.html("Runs side by side", [of for of in found if of.rows or of.markup], layout="broad")
+    return pages.html("Runs side by side", found, layout="broad")
 
 
 def _states_chart(comparison: Comparison) -> str:

@@ -40,7 +40,7 @@ def html(content: Content) -> str:
         heading(content),
         [
             _opening(content),
-            *_warnings(content),
+            _warnings(content),
             _scores(content),
             _overlap(content),
             _training(content),
@@ -158,9 +158,9 @@ def warning_lines(content: Content) -> list[str]:
     return [*lost, *content.get("overlap", {}).get("warnings", ()), *skipped]
 
 
-def _warnings(content: Content) -> list[Section]:
+def _warnings(content: Content) -> Section:
     lines = "".join(f"<p>{escape(line)}</p>" for line in warning_lines(content))
-    return [Section("", markup=f'<div class="warning" role="note">{lines}</div>')] if lines else []
+    return Section("", markup=f'<div class="warning" role="note">{lines}</div>' if lines else "")
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _training(content: Content) -> Section:
     ]
     header = ("stage", "trains", "steps", "tokens", "rate", "last loss", "skipped", "tokens/s", "time")
     text = f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps." if rows else ""
-    return Section("Training" if rows else "", text, header, rows, markup=loss_chart(training))
+    return Section("Training", text, header, rows, markup=loss_chart(training))
 
 
 def loss_chart(training: Content) -> str:
@@ -265,7 +265,7 @@ def _passages(content: Content) -> Section:
     text = (
         "Held-out passages; a colour ends where a token does. A small figure counts the tokens that share a character."
     )
-    return Section("The same text in tokens" if markup else "", text if markup else "", markup=markup)
+    return Section("The same text in tokens", text if markup else "", markup=markup)
 
 
 def _cut(of: Content, side: str) -> str:
@@ -310,7 +310,7 @@ def _continued(content: Content) -> Section:
         )
         blocks.append(f'<div class="sides">{sides}</div>')
     text = "The model goes on from the marked text, each time with the likeliest token."
-    return Section("Continued text" if blocks else "", text if blocks else "", markup="\n".join(blocks))
+    return Section("Continued text", text if blocks else "", markup="\n".join(blocks))
 
 
 def sample_lines(content: Content) -> list[str]:
