@@ -135,7 +135,8 @@ def test_any_number_of_stages(states):
     assert [f"stage {i}" in read.text for i in (1, 2, 3)] == [f"stage{i}" in states for i in (1, 2, 3)]
     assert "nan" not in read.text.lower().split() and ("Training" in read.text) == (len(states) > 2)
     header, *_ = page.table(made)
-    assert header.count("|") == len(states) + 4
+    assert header.count("|") == len(states) + 4 and "[0.900" not in "".join(page.table(made))
+    assert "1.000 [0.900, 1.125] " in page.markdown(made)
     assert page.markdown(made).startswith("# a")
     made["alignment"]["special"] = []
     assert "Special tokens" not in page.html(made) + page.markdown(made)

@@ -307,7 +307,7 @@ code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93e
 .keys svg { vertical-align: -1px; }
 .keys line { stroke-width: 3; }
 figure { margin: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem 1.5rem; margin: 1.2rem 0 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1rem 1.5rem; margin: 1.2rem 0 0; }
 .figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .figures dt { color: var(--soft); max-width: 13rem; line-height: 1.3; }
 .figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }

@@ -16,7 +16,7 @@ from tokalign_jax.config import EMBEDDED, EXTEND, Config, config_to_dict
 from tokalign_jax.evaluation import curves
 from tokalign_jax.evaluation.curves import EVERYTHING, titled
 from tokalign_jax.models.model_card import rules_section, short_name, special_section
-from tokalign_jax.pages import Bar, Cell, Section, Soft
+from tokalign_jax.pages import Bar, Section, Soft
 from tokalign_jax.progress import duration, quantity
 
 Content = Mapping[str, Any]
@@ -24,6 +24,9 @@ Content = Mapping[str, Any]
 
 OPEN = ("Most frequent uncertain rows", "Worst rows")
 """Of the inspected alignment, what is shown without being asked for."""
+
+Figure = str | tuple[str, Soft]
+"""A number, and its interval if it has one."""
 
 COMMAND = "python -m tokalign_jax.main --config=config.py --workdir=runs/again"
 
@@ -61,7 +64,7 @@ def markdown(content: Content) -> str:
         f"# {heading(content)}",
         "\n\n".join(sentences(content)),
         "\n\n".join(f"**{line}**" for line in warning_lines(content)),
-        "\n".join(table(content)),
+        "\n".join(pages.markdown_table(*score_table(content))),
         pages.markdown([_overlap(content)]),
         "![Loss over tokens, and bits per byte by language and stage](report.png)",
         pages.markdown([_training(content), *_alignment(content)]),
@@ -97,7 +100,8 @@ def sentences(content: Content) -> list[str]:
     ]
     sizes = f"{alignment['source_size']:,} tokens became {alignment['target_size']:,}"
     done = f"The vocabulary of {sizes}; their rows were made by method “{alignment['method']}”"
-    done += f" and trained on {quantity(_tokens(content))} tokens in {' and '.join(trained)}." if trained else "."
+    listed = " and ".join(filter(None, [", ".join(trained[:-1]), *trained[-1:]]))
+    done += f" and trained on {quantity(_tokens(content))} tokens in {listed}." if trained else "."
     bits, last = of["bits_per_byte"], content["states"][-1]
     others = [
         f"{bits[state]:.3f} {when}"
@@ -166,11 +170,11 @@ def _warnings(content: Content) -> Section:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def score_table(content: Content) -> tuple[list[str], list[list[Cell]]]:
+def score_table(content: Content) -> tuple[list[str], list[list[Figure]]]:
     """Bytes per token and bits per byte, by language, as header and rows; intervals stand behind their figures."""
     states = content["states"]
     columns = [f"bits/byte {titled(s)}" if s == "source" else titled(s) for s in states]
-    rows: list[list[Cell]] = []
+    rows: list[list[Figure]] = []
     for language, of in content["languages"].items():
         per_token, intervals = of["bytes_per_token"], of.get("interval", {})
         bits = [_with_interval(of["bits_per_byte"][s], intervals.get(s)) for s in states]
@@ -178,7 +182,7 @@ def score_table(content: Content) -> tuple[list[str], list[list[Cell]]]:
     return ["language", "bytes/token source", "target", *columns], rows
 
 
-def _with_interval(value: float, interval: Sequence[float] | None) -> Cell:
+def _with_interval(value: float, interval: Sequence[float] | None) -> Figure:
     if not interval:
         return f"{value:.3f}"
     low, high = interval
@@ -186,8 +190,9 @@ def _with_interval(value: float, interval: Sequence[float] | None) -> Cell:
 
 
 def table(content: Content) -> list[str]:
-    """The main table, as Markdown that is also readable on a terminal."""
-    return pages.markdown_table(*score_table(content))
+    """The main table for a terminal: without intervals, for which that is too narrow."""
+    header, rows = score_table(content)
+    return pages.markdown_table(header, [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows])
 
 
 def _scores(content: Content) -> Section:
