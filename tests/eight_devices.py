@@ -25,6 +25,7 @@ from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_final, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll
+from tokalign_jax.training.step import NEXT_TOKEN
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
 STEP = replace(STAGE, steps=3, batch_size=16, per_device_batch=1, checkpoint_every=3)
@@ -99,7 +100,7 @@ def trained(name, model, method, mesh, folder, teacher=None):
     stage = replace(STEP, method=method)
     config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7))
     arguments = (name, stage, config, model, toy_params(model), toy_shards(), Path(folder), 0, lambda line: None, mesh)
-    return run_stage(*arguments, teacher and taught_by(teacher, model, mesh))
+    return run_stage(*arguments, taught_by(teacher, model, mesh) if teacher else NEXT_TOKEN)
 
 
 def taught_by(teacher, model, mesh):

@@ -13,7 +13,7 @@ from training_toys import (
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.training.batches import TokenSource
-from tokalign_jax.training.step import Objective, make_loss
+from tokalign_jax.training.step import NEXT_TOKEN, Objective, make_loss
 
 
 class WithFirst(TokenSource):
@@ -48,6 +48,6 @@ def test_an_objective_brings_its_own_arrays_and_sequences(tmp_path):
     assert [record["tokens"] for record in given.history] == [record["tokens"] for record in plain.history]
     assert_same(given.params, plain.params)
     # Its facts are those of the run: a checkpoint made under others is of another.
-    for other in (next_token_and(100.0, {"penalty": 1}), None):
+    for other in (next_token_and(100.0, {"penalty": 1}), NEXT_TOKEN):
         with pytest.raises(UserError, match="other settings"):
             train(tmp_path / "given", stage, objective=other)

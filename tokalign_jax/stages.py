@@ -31,7 +31,7 @@ from tokalign_jax.text import canonical, mining, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import distillation, loop
-from tokalign_jax.training.step import Objective
+from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
 FORMAT = 3
 """Version of the artefacts: a workdir of another version is redone."""
@@ -346,32 +346,30 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
     # All stages are planned before the first one starts: an offset of the second that is past the end is told now.
     end, ends = 0, {}
-    for planned, settings in training_stages(context.config).items():
+    for planned, its in training_stages(context.config).items():
         ends[planned] = end
-        _, end = loop.plan_stage(planned, settings, context.config, config, shards, end)
+        _, end = loop.plan_stage(planned, its, context.config, config, shards, end)
     mesh = context.mesh
     compute = plan.resolved(
         name, stage, context.config.compute, config, mesh.devices.shape, plan.Machine.of(), context.teacher_model
     )
     settings = dataclasses.replace(context.config, compute=compute)
-    objective = _distillation(context, stage, config)
+    objective = _objective(context, stage, config)
     result = loop.run_stage(
         name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh, objective
     )
     return {"stream_end": result.stream_end, "tokens": result.tokens}
 
 
-def _distillation(context: Context, stage: StageConfig, model: ModelConfig) -> Objective | None:
-    """What a stage with a teacher minimises; None for the others."""
-    if not (
-        isinstance(stage, DistillationConfig) and teacher_of(stage) and context.teacher_folder and context.teacher_model
-    ):
-        return None
-    context.log(f"stage3: loads its teacher '{stage.teacher}'")
-    dtype = jnp.dtype(context.config.compute.dtype)
-    params = huggingface.load_params(context.teacher_folder, context.teacher_model, dtype, context.mesh)
+def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Objective:
+    """What a stage minimises; its teacher, if there is one, is read for it."""
+    folder, config = context.teacher_folder, context.teacher_model
+    if not (isinstance(stage, DistillationConfig) and teacher_of(stage) and folder and config):
+        return NEXT_TOKEN
+    context.log(f"stage3: reads its teacher '{stage.teacher}'")
+    params = huggingface.load_params(folder, config, jnp.dtype(context.config.compute.dtype), context.mesh)
     params = distillation.with_rows(params, model.vocab_size, context.mesh)
-    teacher = distillation.Teacher(context.teacher_model, params, context.target_size, context.identities["teacher"])
+    teacher = distillation.Teacher(config, params, context.target_size, context.identities["teacher"])
     return distillation.objective(stage, teacher)
 
 

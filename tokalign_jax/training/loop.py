@@ -6,7 +6,7 @@ import json
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,15 @@ from tokalign_jax.training import metrics
 from tokalign_jax.training.batches import Sequences, Shards, TokenSource, make_stream, resolve_offset
 from tokalign_jax.training.checkpoints import Checkpoints, Damaged, Position, check_resumable, naming_a_full_disk
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
-from tokalign_jax.training.step import Batch, Objective, Step, TrainState, init_state, make_loss, make_train_step
+from tokalign_jax.training.step import (
+    NEXT_TOKEN,
+    Batch,
+    Objective,
+    Step,
+    TrainState,
+    init_state,
+    make_train_step,
+)
 
 _AHEAD = 2
 """Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""
@@ -142,7 +150,7 @@ def run_stage(
     previous_end: int,
     log: Log,
     mesh: Mesh | None = None,
-    objective: Objective | None = None,
+    objective: Objective = NEXT_TOKEN,
 ) -> StageResult:
     """Trains a stage, from the newest checkpoint in its folder if there is one; a finished stage is only loaded.
 
@@ -157,7 +165,7 @@ def run_stage(
       previous_end: tokens into the shuffled stream at which the stage before stopped reading.
       log: takes progress lines.
       mesh: of the devices to train on; None: all, as `sharding.make_mesh` has them.
-      objective: what the stage minimises; None: the loss of the next token.
+      objective: what the stage minimises.
 
     Raises:
       UserError: for input that does not fit (`plan_stage`, `micro_batch`), a checkpoint of another run, or several steps in a row
@@ -170,8 +178,7 @@ def run_stage(
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
     params = sharding.place(_with_adapters(stage, params, adapter_key), mesh)
     trainable, frozen = split(stage, params)
-    facts = objective.facts if objective else {}
-    fingerprint = _fingerprint(stage, config, model_config, params, shards, start, facts)
+    fingerprint = _fingerprint(stage, config, model_config, params, shards, start, objective)
 
     optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trainable))
     make_state, like = _state_maker(trainable, optimizer, mesh)
@@ -185,16 +192,17 @@ def run_stage(
         first = distributed.is_first()
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
-                source = (objective.sequences if objective else TokenSource)(shards, stage.sequence_length)
+                source = objective.sequences(shards, stage.sequence_length)
                 feed = _Feed(_stream(stage, config, source, start, micro_batch(name, stage, mesh)), position, mesh)
-                loss = (objective.make_loss if objective else make_loss)(model_config, config.compute, lora_spec(stage))
+                loss = objective.make_loss(model_config, config.compute, lora_spec(stage))
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
                 train_step = make_train_step(loss, optimizer, dtype, mesh)
+                run.announce(state, frozen)
                 given = _cast(frozen, dtype)
+                given = given if objective.beside is None else (given, objective.beside)
                 with _naming_a_lost_process(name):
-                    run.announce(state, frozen)
-                    state = run(train_step, state, (given, objective.beside) if objective else given, feed, dropout_key)
+                    state = run(train_step, state, given, feed, dropout_key)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
@@ -428,7 +436,7 @@ def _fingerprint(
     params: paths.Tree,
     shards: Shards,
     start: int,
-    objective: Mapping[str, Any],
+    objective: Objective,
 ) -> str:
     """A hash of all that changes what a step computes: a checkpoint made under another one is of another run."""
     facts = {
@@ -439,6 +447,6 @@ def _fingerprint(
         "params": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in paths.flatten(params).items()},
         "tokens": len(shards.tokens),
         "start": start,
-        **({"objective": dict(objective)} if objective else {}),
+        "objective": dict(objective.facts),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

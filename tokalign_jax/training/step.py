@@ -4,7 +4,7 @@ A accumulation (micro-batches), B sequences of a micro-batch over all devices, T
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -36,17 +36,18 @@ Step = Callable[["TrainState", Any, Batch, Array, Schedule], tuple["TrainState",
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss that needs more than the model and its text, for `loop.run_stage`; see `distillation.objective` for one.
+    """What a stage minimises (`loop.run_stage`): `NEXT_TOKEN`, or a loss that needs more than the model and its text, as
+    `distillation.objective` does.
 
     A further one takes no other step and no other loop. It brings the arrays that only it knows (`beside`: a teacher's parameters, say),
     and where a sequence has more to it than token ids of the target, what reads these (`sequences`, whose items may be dicts: `Batch`).
     """
 
     make_loss: Callable[[ModelConfig, ComputeConfig, LoraSpec | None], Loss]
-    """The loss, whose frozen tree is the pair (the model's frozen parameters, `beside`)."""
-    beside: Any
+    """The loss, whose frozen tree is the pair (the model's frozen parameters, `beside`); without `beside` the first of these alone."""
+    beside: Any = None
     """Arrays on the mesh, in the types that they are computed in."""
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
     """What of it changes what a step computes, ready for JSON: a checkpoint made under other facts is of another run."""
     sequences: Callable[[Shards, int], Sequences] = TokenSource
     """(target shards, T) -> what the stream is made of; item i belongs to the same text as that of `TokenSource`."""
@@ -86,6 +87,10 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
         return total / count
 
     return loss
+
+
+NEXT_TOKEN = Objective(make_loss)
+"""The loss of the next token."""
 
 
 def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike, mesh: Mesh) -> Step:
