@@ -10,10 +10,11 @@ dimensions, window 15, minimum count 5, x_max 10, alpha 0.75, eta 0.05, 15 passe
 The C programs read a document as one line of ids. Their windows end at a newline, as ours do at the end of a document; they
 drop rare tokens before windows are taken, as we do. So both have the same vocabulary and count the same.
 
-Time is wall time of each phase, without writing the ids as text for C; ours includes compilation, but not the start of
-Python. Memory is the largest resident set of each program, ours in a process of its own. Alignment quality is the share of
-judges (a tenth of the shared tokens, never used) that find themselves by CSLS: with a map from 300 shared tokens, with one
-from all others, and directly where both sides have the same axes.
+Time is wall time of each phase, without writing the ids as text for C; ours includes compilation and the start of the device,
+but not that of Python. With `JAX_ENABLE_COMPILATION_CACHE=false` nothing was compiled before. Memory is the largest resident
+set of each program, ours in a process of its own. Alignment quality is the share of judges (a tenth of the shared tokens, never
+used) that find themselves by CSLS: with a map from 300 shared tokens, with one from all others, and directly where both sides
+have the same axes.
 """
 
 import argparse
@@ -43,6 +44,8 @@ PROGRAMS = ("vocab_count", "cooccur", "shuffle", "glove")
 FLAGS = "-Ofast -march=native -funroll-loops -w"
 WAYS = {"c": "GloVe in C", "glove": "this project's GloVe", "ppmi": "this project's PPMI"}
 SEED = 0
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+"""JAX's name of the event that a program was compiled (or taken from the cache of compiled programs)."""
 
 
 def main() -> None:
@@ -251,7 +254,13 @@ def _peak_memory(process: int | str = "self") -> int:
 
 
 def _run_own(way: str, folders: list[Path], repeat: int, shared: np.ndarray, workdir: Path) -> dict[str, Any]:
-    counts, sides = {}, {}
+    counts, sides, compiled = {}, {}, []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration_secs, **kwargs: compiled.append(duration_secs) if event == COMPILATION else None
+    )
+    start = time.perf_counter()
+    jax.devices()
+    started = time.perf_counter() - start
     for side, folder in zip(SIDES, folders):
         shards = _repeated(folder, repeat)
         start = time.perf_counter()
@@ -277,7 +286,14 @@ def _run_own(way: str, folders: list[Path], repeat: int, shared: np.ndarray, wor
         np.savez(workdir / f"{way}-{side}.npz", ids=of_side.vocabulary, vectors=found)
         sides[side]["memory"] = _peak_memory()
     device = jax.local_devices()[0].memory_stats() or {}
-    return {"sides": sides, "device_memory": device.get("peak_bytes_in_use")}
+    return {
+        "sides": sides,
+        "device_memory": device.get("peak_bytes_in_use"),
+        "start": started,
+        "programs": len(compiled),
+        "compilation": sum(compiled),
+        "processor": time.process_time(),
+    }
 
 
 def _entries(counts: cooccurrence.Cooccurrence) -> int:
@@ -318,7 +334,7 @@ def _read(workdir: Path, way: str, side: str, folder: Path) -> vectors.Vectors:
 
 
 def _total(of_way: dict[str, Any]) -> float:
-    return sum(seconds for side in of_way["sides"].values() for seconds in side["phases"].values())
+    return of_way.get("start", 0.0) + sum(sum(side["phases"].values()) for side in of_way["sides"].values())
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -336,6 +352,11 @@ def _table(report: dict[str, Any]) -> str:
         memory = f"{max(side['memory'] for side in sides) / 1e9:.2f}"
         if of_way.get("device_memory"):
             memory += f", device {of_way['device_memory'] / 1e9:.2f}"
+        if "programs" in of_way:
+            phases += (
+                f", start {of_way['start']:.1f} ({of_way['programs']} programs compiled in {of_way['compilation']:.1f}"
+            )
+            phases += f", processors busy for {of_way['processor']:.0f})"
         loss = ", ".join(f"{side['loss'][-1]:.4f}" for side in sides if "loss" in side)
         accuracy = ", ".join(f"{name} {share:.3f}" for name, share in of_way["accuracy_at_1"].items())
         name, run = WAYS[way], of_way.get("passes_run", CONFIG.iterations)

@@ -411,7 +411,8 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
     # Keys are 64 bits wide here, and only here: the setting is this thread's. They are unsigned because XLA has a radix sort
     # for unsigned keys with 64-bit values, and none for signed ones.
     with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
-        (keys, sums), used = _empty(capacity), 0
+        # Put on the device by name, as the tokens are: or else the first chunk would have a program of its own.
+        (keys, sums), used = jax.device_put(_empty(capacity), device), 0
         for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
             keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
             used += int(more)
@@ -421,7 +422,7 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
                 if 2 * used > capacity - made:
                     runs.add(_fetched(keys, sums, used), used)
                     del keys, sums
-                    (keys, sums), used = _empty(capacity), 0
+                    (keys, sums), used = jax.device_put(_empty(capacity), device), 0
             share.done(stop - start)
         keys, sums, count = _compacted(keys, sums)
         runs.add(_fetched(keys, sums, int(count)), int(count))

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax.alignment.cooccurrence import Cooccurrence
@@ -46,11 +47,9 @@ SWEEPS = 1
 SPARE = 20
 """Dimensions that the iteration carries beside those that are kept."""
 THREADS = 8
-"""Threads that compute logarithms."""
-CELLS = 1 << 25
-"""Cells of a dense block of rows (128 MiB)."""
-AHEAD = 2
-"""Blocks that are made dense before they are asked for."""
+"""Threads that compute logarithms, and that make blocks dense, each ahead by one."""
+CELLS = 1 << 23
+"""Cells of a dense block of rows (32 MiB: larger ones cost a CPU half as much again, in fresh pages of memory)."""
 SLICE = 1 << 22
 """Pairs that a thread reads at once."""
 MEMORY = 1 << 30
@@ -100,14 +99,14 @@ def train(
         matrices.append(positive_pmi(side, chosen, rows, folder))
         progress.update(len(side))
     start = np.random.default_rng(seed).standard_normal((width, min(dimensions + SPARE, width)), np.float32)
-    basis = np.linalg.qr(start)[0]
+    basis = _orthonormal(start)
     for _ in range(SWEEPS):
         total = np.zeros_like(basis)
         for matrix in matrices:
             for block in _dense_blocks(matrix):
                 total = jax.block_until_ready(_swept(total, block, basis))  # else all blocks would wait in memory
             progress.update(0)
-        basis = np.linalg.qr(np.asarray(total))[0]
+        basis = _orthonormal(np.asarray(total))
         progress.update(sum(map(len, sides)))
     projected = [
         np.concatenate([np.asarray(_product(block, basis)) for block in _dense_blocks(matrix)])[: matrix.shape[0]]
@@ -210,9 +209,15 @@ def _dense_blocks(matrix: Blocks) -> Iterator[Float[np.ndarray, "R P"]]:
         block[matrix.cells[start:end]] = matrix.values[start:end]
         return block.reshape(matrix.rows, matrix.shape[1])
 
-    with ThreadPoolExecutor(AHEAD) as pool:
-        for _, block in in_order(pool, AHEAD, dense, list(zip(matrix.starts, matrix.ends))):
+    threads = min(os.cpu_count() or 1, THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        for _, block in in_order(pool, threads, dense, list(zip(matrix.starts, matrix.ends))):
             yield block
+
+
+def _orthonormal(columns: Float[np.ndarray, "P k"]) -> Float[np.ndarray, "P k"]:
+    # NumPy's would be in float64.
+    return np.asarray(scipy.linalg.qr(columns, mode="economic", check_finite=False)[0])
 
 
 def _principal(
