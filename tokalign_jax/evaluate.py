@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gamma", type=int, default=4, help="tokens of a draft")
     parser.add_argument("--temperature", type=float, default=1.0, help="at which draft and teacher sample")
     parser.add_argument("--prompts", type=int, default=8, help="a language gives for drafting")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of each of them")
     parser.add_argument("--steps", type=int, default=64, help="tokens of a continuation, for speed and drafting")
     parser.add_argument("--repeats", type=int, default=3, help="how often speed is timed on each prompt")
     parser.add_argument("--tasks", type=names, default=[], help="tasks of lm-eval")
@@ -207,11 +208,11 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
 
 
 def _context(workdir: Path, log: Log) -> stages.Context:
-    try:
-        content = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--workdir '{workdir}' is no workdir of a run ({error}); for folders give --models") from error
-    return stages.Context(config_from_dict(content), workdir, log)
+    if not (workdir / pipeline.STATE_FILE).is_file():
+        raise UserError(
+            f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for folders give --models"
+        )
+    return stages.Context(config_from_dict(json.loads((workdir / "config.json").read_text())), workdir, log)
 
 
 def _state(context: stages.Context, name: str) -> Subject:
@@ -423,6 +424,7 @@ def _drafting(
             gamma=given.gamma,
             temperature=given.temperature,
             prompts=given.prompts,
+            length=given.prompt_tokens,
             steps=given.steps,
             dtype=inputs.dtype,
             mesh=mesh,

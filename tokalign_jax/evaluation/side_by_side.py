@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from tokalign_jax.evaluation import overlap
 from tokalign_jax.pages import Cell, Section, Soft
 
@@ -206,9 +209,8 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _whiskers(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+def _whiskers(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "2 N"]:
     """How far intervals reach below and above; NaN where there is none."""
     ends = [row.get("interval", [math.nan, math.nan]) for row in rows]
-    below = [row["bits_per_byte"] - low for row, (low, _) in zip(rows, ends)]
-    above = [high - row["bits_per_byte"] for row, (_, high) in zip(rows, ends)]
-    return [below, above]
+    reach = [(row["bits_per_byte"] - low, high - row["bits_per_byte"]) for row, (low, high) in zip(rows, ends)]
+    return np.maximum(np.transpose(reach), 0.0)

@@ -1,0 +1,149 @@
+"""Speed, similarity and tasks: each on a tiny model, against what is known beforehand or PyTorch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.evaluation import downstream, similarity, speed
+from tokalign_jax.models import hub, huggingface
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model"), "llama")
+    config, _ = hub.load_config(folder)
+    return folder, config, huggingface.load_params(folder, config), hub.load_tokenizer(folder)
+
+
+def test_speed_is_the_median_without_the_first_run(model):
+    """Of the first run, which compiles, only the beginning is looked at."""
+    _, config, params, tokenizer = model
+    ticks = [
+        0.0,
+        *(tick for begins, seconds in ((1000, 4), (2000, 1), (3000, 2)) for tick in (begins, begins + seconds)),
+    ]
+    clock = iter(ticks).__next__
+    found = speed.measure(config, params, tokenizer, ["the quick"], steps=8, repeats=3, clock=clock)
+    assert found == speed.Speed(median=4.0, slowest=2.0, fastest=8.0)
+    told = found.summary(["größe", "ab"], tokens=2)
+    assert told["characters_per_token"] == 3.5 and told["characters_per_second"] == 14.0
+    assert told["bytes_per_second"] == 4.0 * 9 / 2 and told["slowest_and_fastest"] == [2.0, 8.0]
+
+
+def test_embeddings_are_pytorchs_mean_states(model, monkeypatch):
+    folder, config, params, tokenizer = model
+    monkeypatch.setattr(similarity, "LONGEST", 40)  # the longest text is cut
+    texts = [TEXTS[0] * 2, "x", TEXTS[2]]
+    found = similarity.mean_states(config, params, tokenizer)(texts)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for text, vector in zip(texts, found):
+        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:40]
+        with torch.no_grad():
+            states = reference.model(torch.tensor([ids])).last_hidden_state[0]
+        np.testing.assert_allclose(vector, states.mean(0).numpy(), rtol=2e-4, atol=2e-5)
+
+
+def letters(texts):
+    """Embeds a text by how often each character is in it."""
+    return np.array([[text.count(chr(c)) for c in range(32, 127)] for text in texts], float) + 1e-9
+
+
+def test_similarity_of_an_alignment():
+    source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(280, TEXTS)
+    lines = {"en": ["the quick brown fox", "lazy dog sleeps"], "one": ["abc"]}
+    known = source.get_vocab()
+    right = np.array(
+        [known[str(target.convert_ids_to_tokens(i))] for i in range(280)]
+    )  # the smaller vocabulary is in the larger
+    found = similarity.compare(right, source, target, lines, letters)
+    assert found["en"]["lines"] == 2 and found["en"]["similarity"] == pytest.approx(1.0)
+    assert 0 < found["en"]["unrelated"] < 0.95 and found["one"]["unrelated"] is None
+    wrong = np.full(280, known["q"])
+    worse = similarity.compare(wrong, source, target, lines, letters)
+    assert worse["en"]["similarity"] < 0.5
+
+
+def test_a_sentence_encoder_that_is_not_there_is_told_with_the_remedy(tmp_path):
+    try:
+        import sentence_transformers  # noqa: F401  # type: ignore[import-not-found]
+    except ImportError:
+        with pytest.raises(UserError, match=r"pip install 'tokalign_jax\[encoder\]'"):
+            similarity.sentence_encoder(str(tmp_path))
+    else:
+        with pytest.raises(UserError, match="no such folder"):
+            similarity.sentence_encoder(str(tmp_path / "nowhere"))
+
+
+TASK = """
+task: copied_word
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: examples.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    (tmp_path / "copied_word.yaml").write_text(TASK)
+    examples = [
+        {"question": "the quick brown", "choices": ["fox", "lazy"], "answer": i % 2} for i in range(4)
+    ]  # whatever the model prefers, it is right in half of them
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    return tmp_path
+
+
+def is_there(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(is_there("lm_eval"), reason="lm-eval is installed")
+def test_tasks_without_lm_eval_are_told_with_the_remedy(task_folder):
+    with pytest.raises(UserError, match=r"--tasks needs lm-eval.*pip install 'tokalign_jax\[lm-eval\]'"):
+        downstream.check(["copied_word"], task_folder)
+
+
+@pytest.mark.skipif(not is_there("lm_eval"), reason="lm-eval is not installed (pip install 'tokalign_jax[lm-eval]')")
+def test_a_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    downstream.check(["copied_word"], task_folder)
+    with pytest.raises(UserError, match=r"'other'.*are copied_word"):
+        downstream.check(["other"], task_folder)
+    found = downstream.run(model[0], ["copied_word"], task_folder)
+    assert found["copied_word"]["acc"]["value"] == 0.5 and found["copied_word"]["acc"]["standard_error"] > 0
+
+
+def test_a_task_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        downstream.check(["x"], tmp_path / "nowhere")
+
+
+def test_metrics_are_told_with_their_errors():
+    result = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "f1,strict": 1,
+        "f1_stderr,strict": "N/A",
+        "sample_len": 4,
+    }
+    assert downstream._metrics(result) == {
+        "acc": {"value": 0.5, "standard_error": 0.1},
+        "f1 (strict)": {"value": 1.0, "standard_error": None},
+    }
