@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="a step")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--rates", default="6.4e-4,5e-5", help="peak learning rates of both stages")
+    parser.add_argument("--method", default="composed", help="`alignment.method` of the start")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="that the source model reads for the new rows")
     parser.add_argument("--budget-bytes", type=int, default=50_000_000)
     parser.add_argument("--bytes-per-language", type=int, default=100_000)
@@ -101,8 +102,11 @@ def _config(arguments: argparse.Namespace) -> Config:
         compute=ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=8192),
         evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
     )
-    read = dataclasses.replace(config.initialization, tokens=arguments.tokens)
-    return dataclasses.replace(config, initialization=read)
+    return dataclasses.replace(
+        config,
+        alignment=dataclasses.replace(config.alignment, method=arguments.method),
+        initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens),
+    )
 
 
 class Trial:
