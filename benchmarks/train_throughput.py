@@ -15,16 +15,19 @@ N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `pla
 only the half of the pairs that a causal model needs. Recomputation counts for nothing in either.
 
 Writes `throughput.json` (rows of this project, which `--plan_throughput` of the main program reads),
-`throughput-torch.json` and `throughput.png`.
+`throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels and its compiled program.
 """
 
 import argparse
+import functools
+import gzip
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -82,12 +85,14 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     methods = arguments.method.split(",")
-    rows = [_apart("jax", method, policy, arguments) for method in methods for policy in arguments.remat.split(",")]
+    measured = _together if arguments.together else functools.partial(_apart, "jax")
+    lists = arguments.remat.split(","), arguments.unroll.split(","), arguments.xla.split(";")
+    rows = [measured(method, arguments, **variant) for method in methods for variant in _variants(*lists)]
     torch_rows = []
     if arguments.torch:
         policies = ["none", "checkpointing"] if arguments.torch_checkpointing else ["none"]
         trainable = [method for method in methods if method != "lora"]
-        torch_rows = [_apart("torch", method, policy, arguments) for method in trainable for policy in policies]
+        torch_rows = [_apart("torch", method, arguments, remat=policy) for method in trainable for policy in policies]
     print(table(rows + torch_rows))
     # The fastest of each method comes last: that is the one a reader by method keeps.
     rows.sort(key=lambda row: row.get("tokens_per_second", 0))
@@ -105,6 +110,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="such batches of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--remat", default="dots", help="of dots, attention, layer")
+    parser.add_argument(
+        "--unroll", default="0", help="layers in one turn of the loop over them; 0: as the model chooses"
+    )
+    parser.add_argument(
+        "--xla", default="", help="options of the compiler, name=value,name=value; several such sets with ; between"
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="all of this project in one process: memory is then what is planned"
+    )
+    parser.add_argument("--no-feed", action="store_true", help="only the fixed batch")
     parser.add_argument("--mesh", default="0,0,0", help="devices along data, fsdp, tensor; 0: chosen")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--loss-chunk", type=int, default=0, help="tokens whose logits exist at once; 0: the default")
@@ -114,24 +129,45 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--torch", action="store_true", help="PyTorch too")
     parser.add_argument("--torch-checkpointing", action="store_true", help="also with gradient checkpointing")
     parser.add_argument("--torch-masters", default="bfloat16", choices=("bfloat16", "float32"), help="its weights")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of three steps, by kernels of a kind")
+    parser.add_argument("--profile", action="store_true", help="also a table of the kernels, beside the results")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _apart(worker: str, method: str, policy: str, arguments: argparse.Namespace) -> Row:
+def _variants(remat: Sequence[str], unroll: Sequence[str], xla: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"remat": policy, "unroll": layers, "xla": options} for policy in remat for layers in unroll for options in xla
+    ]
+
+
+def _together(method: str, arguments: argparse.Namespace, **variant: Any) -> Row:
+    """One measurement in this process."""
+    what = {"implementation": "jax", "method": method, **variant}
+    _say(", ".join(str(value) for value in what.values() if value))
+    try:
+        return what | measure(argparse.Namespace(**vars(arguments) | {"method": method} | variant))
+    except Exception as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            return what | {"error": "out of memory"}
+        raise
+
+
+def _apart(worker: str, method: str, arguments: argparse.Namespace, **variant: Any) -> Row:
     """One measurement in a process of its own; what it reports goes to the terminal, its row comes back."""
-    what = {"implementation": worker, "method": method, "remat": policy}
-    own = {"method": method, "remat": policy, "worker": worker, "torch": False, "torch_checkpointing": False}
+    what = {"implementation": worker, "method": method, **variant}
+    own = {"method": method, "worker": worker, "torch": False, "torch_checkpointing": False, **variant}
     flags = []
     for name, value in (vars(arguments) | own).items():
-        if value is not None and not isinstance(value, bool):
-            flags += [f"--{name.replace('_', '-')}", str(value)]
+        if value is True:
+            flags.append(f"--{name.replace('_', '-')}")
+        elif value is not None and value is not False:
+            flags.append(f"--{name.replace('_', '-')}={value}")
     environment = dict(os.environ)
     if worker == "jax" and arguments.device:
         environment["JAX_PLATFORMS"] = arguments.device
-    _say(f"{worker}, {method}, {policy}")
+    name = ", ".join(str(value) for value in what.values() if value)
+    _say(name)
     done = subprocess.Popen(
         [sys.executable, __file__, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -145,7 +181,7 @@ def _apart(worker: str, method: str, policy: str, arguments: argparse.Namespace)
         return what | json.loads(output.splitlines()[-1])
     if OUT_OF_MEMORY.search("".join(said)):
         return what | {"error": "out of memory"}
-    raise SystemExit(f"{worker}, {method}, {policy} failed:\n{''.join(said[-30:])}")
+    raise SystemExit(f"{name} failed:\n{''.join(said[-30:])}")
 
 
 def _say(line: str) -> None:
@@ -181,7 +217,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         sequence_length=length,
     )
     chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
-    compute = ComputeConfig(dtype=arguments.dtype, remat=arguments.remat, **chunk)
+    compute = ComputeConfig(dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk)
     assert micro_batch("benchmark", stage, mesh) == batch
     optimizer = make_optimizer(stage, _labels(stage, model))
     state, frozen = _random_state(stage, model, jnp.dtype(arguments.dtype), optimizer, mesh)
@@ -192,7 +228,8 @@ def measure(arguments: argparse.Namespace) -> Row:
     fixed = sharding.global_batch(random.integers(model.vocab_size, size=shape, dtype=np.int32), mesh)
     key, schedule = jax.random.key(0), schedule_of(stage)
     began = time.monotonic()
-    compiled: Any = step.lower(state, frozen, fixed, key, schedule).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    lowered: Any = step.lower(state, frozen, fixed, key, schedule)  # pyright: ignore[reportFunctionMemberAccess]
+    compiled = lowered.compile(compiler_options=_options(arguments.xla))
     compile_seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # outputs lie where the state came in
@@ -214,18 +251,34 @@ def measure(arguments: argparse.Namespace) -> Row:
     same = iter(lambda: fixed, None)
     run(same, arguments.warmup, "warm-up")
     seconds = run(same, arguments.steps, "fixed batch")
-    feed = _feed(stage, model, mesh, (arguments.warmup + arguments.steps) * stage.batch_size)
-    run(feed, arguments.warmup, "warm-up")
-    fed_seconds = run(feed, arguments.steps, "fed")
+    _report(f"{1e3 * seconds:.1f} ms a step")
+    fed = {}
+    if not arguments.no_feed:
+        feed = _feed(stage, model, mesh, (arguments.warmup + arguments.steps) * stage.batch_size)
+        run(feed, arguments.warmup, "warm-up")
+        fed["fed_tokens_per_second"] = stage.batch_size * length / run(feed, arguments.steps, "fed")
     if arguments.profile:
-        _profile(lambda: run(same, 3, "profile"), arguments.profile / f"{arguments.method}-{arguments.remat}")
+        _profile(lambda: run(same, 3, "profile"), 3, arguments.out / f"kernels-{_file_name(arguments)}.txt")
+        program = gzip.compress(compiled.as_text().encode())
+        (arguments.out / f"program-{_file_name(arguments)}.txt.gz").write_bytes(program)
 
     device = jax.devices()[0]
     peak = next((peak for name, peak in plan.PEAKS.items() if name in device.device_kind), None)
-    measured = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    measured = None if arguments.together else (device.memory_stats() or {}).get("peak_bytes_in_use")
     timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": measured or planned}
-    fed = {"fed_tokens_per_second": stage.batch_size * length / fed_seconds}
     return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed
+
+
+def _options(text: str) -> dict[str, Any]:
+    """Of the compiler, by name: truth values and numbers as such."""
+    values = (option.split("=", 1) for option in text.split(",") if option)
+    known = {"true": True, "false": False}
+    return {name: known.get(value, int(value) if value.isdigit() else value) for name, value in values}
+
+
+def _file_name(arguments: argparse.Namespace) -> str:
+    parts = arguments.method, arguments.remat, arguments.unroll, arguments.xla
+    return re.sub(r"[^\w-]+", "-", "-".join(part for part in parts if part))
 
 
 def _model(arguments: argparse.Namespace) -> Any:
@@ -351,32 +404,46 @@ KINDS = (
 """Kernels by the first expression that is found in their names."""
 
 
-def _profile(work: Callable[[], Any], folder: Path) -> None:
-    """A trace of `work`, and the time of its kernels by kind."""
+def _profile(work: Callable[[], Any], steps: int, file: Path) -> None:
+    """Writes the times of the kernels of `work`, which is so many steps, and says their shares by kind."""
     import jax
 
-    with jax.profiler.trace(str(folder)):
-        work()
-    for line in kernel_times(max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)):
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            work()
+        times = kernel_times(max(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime))
+    lines = [f"{1e-6 * sum(time for time, _ in times.values()) / steps:.2f} ms a step in kernels", *by_kind(times)]
+    for line in lines:
         _report(line)
-    _report(f"trace in {folder}")
+    longest = sorted(times.items(), key=lambda item: -item[1][0])[:80]
+    lines += [f"{1e-6 * time / steps:8.3f} ms {count / steps:7.1f} x {name}" for name, (time, count) in longest]
+    file.write_text("\n".join(lines) + "\n")
 
 
-def kernel_times(file: Path) -> Iterator[str]:
-    """Shares of the device's time by kind, each with its three longest kernels."""
+Times = dict[str, tuple[float, int]]
+"""By kernel: nanoseconds, and how often it ran."""
+
+
+def kernel_times(file: Path) -> Times:
     import jax
 
-    nanoseconds: Counter[str] = Counter()
+    times: Times = {}
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             if _has_kernels(plane.name, line.name):
                 for event in line.events:
                     if not _WRAPPERS.search(event.name):
-                        nanoseconds[event.name] += int(event.duration_ns)
-    total = nanoseconds.total() or 1
+                        time_before, count = times.get(event.name, (0.0, 0))
+                        times[event.name] = time_before + event.duration_ns, count + 1
+    return times
+
+
+def by_kind(times: Times) -> Iterator[str]:
+    """Shares of the device's time by kind, each with its three longest kernels."""
+    total = sum(time for time, _ in times.values()) or 1
     kinds: dict[str, Counter[str]] = {kind: Counter() for kind, _ in KINDS}
-    for name, time_of in nanoseconds.items():
-        kinds[kind_of(name)][name] = time_of
+    for name, (time_of, _) in times.items():
+        kinds[kind_of(name)][name] = int(time_of)
     for kind, names in sorted(kinds.items(), key=lambda item: -item[1].total()):
         if names:
             longest = ", ".join(f"{name[:40]} {time_of / total:.1%}" for name, time_of in names.most_common(3))
@@ -466,12 +533,12 @@ def measure_torch(arguments: argparse.Namespace) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
-        "| | method | remat | tokens/s | ms a step | MFU | causal MFU | with input feed | memory, GiB | compile, s |",
+        "| | method | variant | tokens/s | ms a step | MFU | causal MFU | with input feed | memory, GiB | compile, s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     share = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
     for row in rows:
-        head = f"| {row['implementation']} | {row['method']} | {row['remat']} | "
+        head = f"| {row['implementation']} | {row['method']} | {_variant(row)} | "
         if "error" in row:
             lines.append(f"{head}{row['error']} | | | | | | |")
             continue
@@ -490,6 +557,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _variant(row: Row) -> str:
+    """What else than the method sets a row apart."""
+    layers = f"unroll={row['unroll']}" if row.get("unroll", "0") != "0" else ""
+    return " ".join(part for part in (row["remat"], layers, row.get("xla", "")) if part)
+
+
 def picture(rows: Sequence[Row], file: Path) -> None:
     """Tokens a second and memory as bars."""
     import matplotlib
@@ -498,7 +571,7 @@ def picture(rows: Sequence[Row], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     good = [row for row in rows if "error" not in row]
-    names = [f"{row['implementation']}, {row['method']}, {row['remat']}" for row in good]
+    names = [f"{row['implementation']}, {row['method']}, {_variant(row)}" for row in good]
     colours = ["tab:blue" if row["implementation"] == "jax" else "tab:gray" for row in good]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.4 * len(good)), sharey=True, layout="constrained")
     left.barh(names, [row["tokens_per_second"] / 1e3 for row in good], color=colours)

@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny_model
 
 from tokalign_jax import paths
-from tokalign_jax.models import families
+from tokalign_jax.models import families, transformer
 from tokalign_jax.models.lora import LoraSpec, add_lora, merge_lora
 from tokalign_jax.models.transformer import abstract_params, forward, init_params
 
@@ -82,6 +82,20 @@ def test_dropout_is_active_with_a_key_only(adapted):
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - still).max() > 0.01
     assert jnp.abs(first - other).max() > 0.01
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_its_share_everywhere(rate):
+    """Of all elements, of each sequence, and of pairs of neighbours; what is left makes up for it."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    dropped = transformer._dropout(jnp.ones((4, 64, 512)), rate, keys)
+    gone = np.asarray(dropped == 0)
+    np.testing.assert_allclose(dropped[dropped > 0], 1 / (1 - rate), rtol=1e-6)
+    deviation = np.sqrt(rate * (1 - rate) / gone[0].size)
+    np.testing.assert_allclose(gone.mean((1, 2)), rate, atol=4 * deviation)
+    for one, other in [(gone[..., 1:], gone[..., :-1]), (gone[:, 1:], gone[:, :-1]), (gone[1:], gone[:-1])]:
+        assert (one & other).mean() == pytest.approx(rate**2, abs=4 * rate * (1 - rate) / np.sqrt(one.size))
+    np.testing.assert_array_equal(transformer._dropout(jnp.ones((2, 64, 512)), rate, keys[2:]), dropped[2:])
 
 
 def test_adapters_without_their_spec_are_refused(adapted):

@@ -130,6 +130,27 @@ def test_no_policy_changes_a_gradient():
             np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=0)
 
 
+def test_layers_without_a_loop_compute_nothing_again_and_the_same():
+    config, spec = config_of("parallel"), LoraSpec(rank=4, alpha=8.0, dropout=0.3)
+    random = np.random.default_rng(0)
+    shapes = abstract_params(config, spec)
+    params = jax.tree.map(lambda leaf: 0.2 * random.standard_normal(leaf.shape, np.float32), shapes)
+    tokens = random.integers(config.vocab_size, size=TOKENS, dtype=np.int32)
+
+    def program(unroll):
+        def loss(params):
+            options = {"lora": spec, "dropout_key": jax.random.key(2), "unroll": unroll}
+            return jnp.square(forward(config, params, tokens, **options)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).compile()
+
+    looped, flat = map(program, (1, 100))
+    for a, b in zip(jax.tree.leaves(looped(params)), jax.tree.leaves(flat(params))):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=0)
+    products = config.num_layers * looped.as_text().count(" dot(")
+    assert 0.9 * products < flat.as_text().count(" dot(") <= products
+
+
 @pytest.mark.parametrize("policy, runs", [("dots", 1), ("attention", 1), ("layer", 2)])
 def test_cudnn_attention_runs_again_only_where_nothing_is_kept(monkeypatch, policy, runs):
     """Traced as for a GPU that need not be here."""

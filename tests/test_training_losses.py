@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokalign_jax.training import losses
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll
 
 B, T, D, V = 3, 7, 16, 37
@@ -77,3 +78,15 @@ def test_logits_are_never_whole():
     loss = lambda hidden, head, labels: cross_entropy(hidden, head, labels, Head(V, 128, jnp.float32))[0]  # noqa: E731
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 3
+
+
+def test_the_largest_and_the_sum_in_one_pass_or_two():
+    """Also where rows of the head are none, first, last or all but one."""
+    logits = np.random.default_rng(0).normal(scale=20, size=(5, 1000)).astype(np.float32)
+    logits[1, :300] = logits[2, 300:] = logits[3, 1:] = losses._LEAST
+    largest = logits.max(-1)
+    expected = np.exp(logits.astype(np.float64) - largest[:, None]).sum(-1)
+    for way in (losses._in_one_pass, losses._in_two_passes):
+        found = jax.jit(way)(logits)
+        np.testing.assert_array_equal(found[0], largest)
+        np.testing.assert_allclose(found[1], expected, rtol=1e-5)

@@ -207,6 +207,9 @@ class ComputeConfig:
     (its input alone; all else is computed again); `auto`: the most that fits in the memory of the devices."""
     loss_chunk: int = 4096
     """Tokens whose logits exist at once in the cross-entropy."""
+    unroll: int = 0
+    """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer to compile. 0: all of them on a single
+    GPU, up to 32; else 1."""
 
 
 @dataclass(frozen=True)
@@ -409,6 +412,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "neighbours": (1, math.inf),
     "epochs": (0, math.inf),
     "loss_chunk": (1, math.inf),
+    "unroll": (0, math.inf),
     "batch": (1, math.inf),
     "bytes_per_language": (1, math.inf),
     "sample_tokens": (1, math.inf),

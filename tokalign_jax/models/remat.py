@@ -42,8 +42,11 @@ _CUDNN = "dot_product_attention_fwd_wrapper"
 """The primitive of cuDNN's attention; its results (the log-sum-exp among them) cannot be named."""
 
 
-def wrap(body: Callable, policy: Policy) -> Callable:
+def wrap(body: Callable, policy: Policy, in_loop: bool = True) -> Callable:
     """`body` of a scan over layers, which keeps for the backward pass what `policy` says.
+
+    Args:
+      in_loop: the scan is compiled to a loop.
 
     Raises:
       ValueError: unknown policy.
@@ -57,8 +60,8 @@ def wrap(body: Callable, policy: Policy) -> Callable:
             params.get("name") in kept if primitive.name == "name" else primitive.name == _CUDNN and ATTENTION in kept
         )
 
-    # Inside a scan XLA cannot undo the recomputation, so nothing needs to be held against that.
-    return jax.checkpoint(body, prevent_cse=False, policy=keeps)
+    # Inside a loop XLA cannot undo the recomputation, so nothing needs to be held against that.
+    return jax.checkpoint(body, prevent_cse=not in_loop, policy=keeps)
 
 
 def activation_bytes(config: ModelConfig, policy: Policy, dtype: DTypeLike) -> int:

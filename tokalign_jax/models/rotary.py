@@ -154,13 +154,28 @@ def rotation(positions: Int[Array, "T"], rope: Rope | None, size: int, length: L
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
 
+@jax.custom_vjp
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x[i], x[i + R/2]), i < R/2, in float32; the result has the type of `x`."""
+    """Turns the pairs (x[i], x[i + R/2]), i < R/2, in float32; the result has the type of `x`. `by` gets no gradient."""
     cosine, sine = (part[:, None, :] for part in by)
     half = cosine.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    first, second = (x[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half)))
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+    # Where only a part turns, the rest stays where it is in memory.
+    return turned if 2 * half == x.shape[-1] else jax.lax.dynamic_update_slice_in_dim(x, turned, 0, axis=-1)
+
+
+def _rotate_forward(x: Float[Array, "B T N H"], by: Rotation):
+    return rotate(x, by), by
+
+
+def _rotate_backward(by: Rotation, gradient: Float[Array, "B T N H"]):
+    """The transpose turns the other way; autodiff would write the whole for it, not the part in its place."""
+    cosine, sine = by
+    return rotate(gradient, (cosine, -sine)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _blend(frequencies: Float[Array, "R/2"], kept: jax.Array, factor: float) -> Float[Array, "R/2"]:

@@ -11,15 +11,17 @@ softmax and routing are computed in float32.
 """
 
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
@@ -35,10 +37,20 @@ Params = dict[str, Any]
 Cache = tuple[Float[Array, "*L B S K H"], Float[Array, "*L B S K H"]]
 """Keys and values of S positions, filled from the left; of all layers, or inside one without L."""
 
+UNROLLED = 32
+"""Layers up to which the loop over them is unrolled by default, where that pays: compilation takes longer by as much."""
+
 _Item = TypeVar("_Item", bound=Hashable)
 
+
+def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x Phi(x), in float32 inside. By erf: erfc, which jax.nn.gelu takes, is several times the arithmetic and no memory less."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 _ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": _gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -52,9 +64,14 @@ class Linear(nnx.Module):
     """y = x W + b, and with adapters + (alpha / rank) dropout(x) A B."""
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool, lora: LoraSpec | None, kept_as: str = rematerialization.PROJECTED
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        lora: LoraSpec | None,
+        kept_as: str | None = rematerialization.PROJECTED,
     ):
-        """`kept_as`: what policies that keep the result for the backward pass call it."""
+        """`kept_as`: what policies that keep the result for the backward pass call it; None: no policy keeps it."""
         self.kernel = _param(inputs, outputs)
         self.bias = _param(outputs) if bias else None
         self.lora = lora
@@ -69,8 +86,9 @@ class Linear(nnx.Module):
             y += self.bias.astype(x.dtype)
         if self.lora:
             x = _dropout(x, self.lora.dropout, key)
-            y += self.lora.scale * (x @ self.lora_a.astype(x.dtype) @ self.lora_b.astype(x.dtype))
-        return checkpoint_name(y, self.kept_as)
+            # The factor where there are few numbers: in the rank.
+            y += (self.lora.scale * (x @ self.lora_a.astype(x.dtype))) @ self.lora_b.astype(x.dtype)
+        return y if self.kept_as is None else checkpoint_name(y, self.kept_as)
 
 
 class Norm(nnx.Module):
@@ -109,10 +127,13 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        project = functools.partial(Linear, bias=config.attention_bias, lora=lora, kept_as=rematerialization.ATTENTION)
-        self.q_proj = project(config.hidden_size, queries)
-        self.k_proj = project(config.hidden_size, keys)
-        self.v_proj = project(config.hidden_size, keys)
+        project = functools.partial(Linear, bias=config.attention_bias, lora=lora)
+        # Queries and keys are kept as attention reads them, turned; but where a norm comes before, as its gradient needs them.
+        self.kept_turned = config.query_key_norm is None
+        projected = None if self.kept_turned else rematerialization.ATTENTION
+        self.q_proj = project(config.hidden_size, queries, kept_as=projected)
+        self.k_proj = project(config.hidden_size, keys, kept_as=projected)
+        self.v_proj = project(config.hidden_size, keys, kept_as=rematerialization.ATTENTION)
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
         self.q_norm = self._query_key_norm(config.num_heads)
         self.k_norm = self._query_key_norm(config.num_kv_heads)
@@ -120,10 +141,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        q_key, k_key, v_key, o_key = _split(key, 4)
-        q = rotate(self._heads(self.q_proj(x, q_key), self.q_norm), place.by)
-        k = rotate(self._heads(self.k_proj(x, k_key), self.k_norm), place.by)
-        v = self._heads(self.v_proj(x, v_key), None)
+        in_key, out_key = _split(key, 2)
+        q = self._turned(self._heads(self.q_proj(x, in_key), self.q_norm), place)
+        k = self._turned(self._heads(self.k_proj(x, in_key), self.k_norm), place)
+        v = self._heads(self.v_proj(x, in_key), None)
         if cache is None:
             y = self._attend(q, k, v, place)
         else:
@@ -131,7 +152,11 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, place.positions[0], axis=1)
             cache = k, v
             y = self._attend_cached(q, k, v, place)
-        return self.o_proj(y.reshape(*x.shape[:2], -1), o_key), cache
+        return self.o_proj(y.reshape(*x.shape[:2], -1), out_key), cache
+
+    def _turned(self, x: Float[Array, "B T N H"], place: Place) -> Float[Array, "B T N H"]:
+        turned = rotate(x, place.by)
+        return checkpoint_name(turned, rematerialization.ATTENTION) if self.kept_turned else turned
 
     def _query_key_norm(self, heads: int) -> Norm | None:
         size = self.config.head_dim
@@ -189,11 +214,11 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, lora)
 
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
-        gate_key, up_key, down_key = _split(key, 3)
+        in_key, out_key = _split(key, 2)
         activation = _ACTIVATIONS[self.activation]
-        y = self.up_proj(x, up_key)
-        y = activation(y) if self.gate_proj is None else activation(self.gate_proj(x, gate_key)) * y
-        return self.down_proj(y, down_key)
+        y = self.up_proj(x, in_key)
+        y = activation(y) if self.gate_proj is None else activation(self.gate_proj(x, in_key)) * y
+        return self.down_proj(y, out_key)
 
 
 class ExpertLinear(nnx.Module):
@@ -212,8 +237,8 @@ class ExpertLinear(nnx.Module):
         y = jnp.einsum(f"{inputs},eio->{self.outputs}", x, self.kernel.astype(x.dtype))
         if self.lora:
             x = _dropout(x, self.lora.dropout, key)
-            low = jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype))
-            y += self.lora.scale * jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
+            low = self.lora.scale * jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype))
+            y += jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
         return y
 
 
@@ -229,10 +254,10 @@ class ExpertMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], key: jax.Array | None
     ) -> Float[Array, "B T D"]:
-        gate_key, up_key, down_key = _split(key, 3)
-        y = _ACTIVATIONS[self.activation](self.gate_proj(x, gate_key)) * self.up_proj(x, up_key)
+        in_key, out_key = _split(key, 2)
+        y = _ACTIVATIONS[self.activation](self.gate_proj(x, in_key)) * self.up_proj(x, in_key)
         # Weighted before the last product, so that it sums over experts and [E, B, T, D] never exists.
-        return self.down_proj(y * jnp.moveaxis(weights, -1, 0)[..., None].astype(x.dtype), down_key)
+        return self.down_proj(y * jnp.moveaxis(weights, -1, 0)[..., None].astype(x.dtype), out_key)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -314,6 +339,7 @@ class Transformer(nnx.Module):
         key: jax.Array | None,
         dtype: DTypeLike,
         remat: rematerialization.Policy,
+        unroll: int = 1,
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
         length: Length | None = None,
@@ -333,11 +359,14 @@ class Transformer(nnx.Module):
             x, cache = nnx.merge(definition, weights)(x, Place(positions, by, window), key, cache)
             return sharding.by_sequence(x), cache
 
-        body = rematerialization.wrap(layer, remat)
+        unroll = _at_once(unroll, config.num_layers)
+        in_loop = unroll < config.num_layers
+        weights = weights if in_loop else _one_gradient(weights)
+        body = rematerialization.wrap(layer, remat, in_loop)
         keys = None if key is None else _split(key, config.num_layers)
         x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
         x = self._placed(x, positions)
-        x, cache = jax.lax.scan(body, x, (weights, keys, cache, rope_of, window_of))
+        x, cache = jax.lax.scan(body, x, (weights, keys, cache, rope_of, window_of), unroll=unroll)
         return self.final_norm(x), cache
 
     def _placed(self, x: Float[Array, "B T D"], positions: Int[Array, "T"]) -> Float[Array, "B T D"]:
@@ -361,6 +390,7 @@ def forward(
     dropout_key: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: rematerialization.Policy = "dots",
+    unroll: int = 1,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in `dtype`.
 
@@ -369,6 +399,9 @@ def forward(
       dropout_key: draws the adapters' dropout, one key or one a sequence [B] (what is drawn then does not depend on which sequences
         are computed together); None: no dropout.
       remat: what each layer keeps for the backward pass; of no effect without one.
+      unroll: layers in one turn of the compiled loop over them, at most all. With all of them there is no loop, and what layers
+        keep for the backward pass is not copied into a stack: faster, for a compilation that grows with depth. 0: all of up to
+        `UNROLLED` on a GPU that is alone, else 1.
 
     Raises:
       ValueError: `params` are not those of `config` and `lora`.
@@ -377,7 +410,7 @@ def forward(
     _check_length(config, tokens.shape[1])
     if dropout_key is not None and not dropout_key.shape:
         dropout_key = jax.random.split(dropout_key, len(tokens))
-    return _bind(config, lora, params)(tokens, dropout_key, dtype, remat)[0]
+    return _bind(config, lora, params)(tokens, dropout_key, dtype, remat, unroll)[0]
 
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
@@ -428,7 +461,7 @@ def _continue(
     empty = jnp.zeros((config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim), dtype)
 
     def advance(tokens, last, cache, start):
-        hidden, cache = model(tokens, None, dtype, "layer", cache, start, length + steps)
+        hidden, cache = model(tokens, None, dtype, "layer", 1, cache, start, length + steps)
         scores = adjust_logits(config, _project(config, hidden[:, last], params))
         return scores.argmax(-1).astype(prompt.dtype), cache
 
@@ -493,6 +526,23 @@ def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params)
     return every[..., : config.vocab_size]  # without rows that only fill the matrix up
 
 
+@jax.custom_vjp
+def _one_gradient(stack: Any) -> Any:
+    """Arrays whose gradients are put together once, from those of all layers, and not again for each of what reads them."""
+    return stack
+
+
+_one_gradient.defvjp(lambda stack: (stack, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+def _at_once(unroll: int, layers: int) -> int:
+    """Layers in one turn of the loop over them."""
+    if unroll:
+        return min(unroll, layers)
+    alone = sharding.current() is None and jax.devices()[0].platform == "gpu"
+    return layers if alone and layers <= UNROLLED else 1
+
+
 def _apply(norm: Norm | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if norm is None else norm(x)
 
@@ -517,15 +567,24 @@ def _split(key: jax.Array | None, count: int):
 
 
 def _dropout(x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None) -> Float[Array, "*E B T D"]:
-    """Drops a share of `x` that is `rate` to the nearest 256th: a byte of chance an element, a quarter of the work of drawing words."""
-    dropped = round(256 * rate)
-    if key is None or dropped == 0:
+    """Drops a share of `x` that is `rate`.
+
+    An element's chance is a hash of its number in its sequence, seeded by the sequence's key: computed where it is used,
+    where bits of a cipher are a program of their own and an array in memory.
+    """
+    if key is None or rate == 0:
         return x
     *shape, width = (*x.shape[:-3], *x.shape[-2:])
+    number = jax.lax.iota(jnp.uint32, math.prod(shape) * width).reshape(*shape, width)
+    chance = jax.vmap(functools.partial(_hash, number), out_axes=-3)(jax.random.key_data(key))
+    return jnp.where(chance >= np.uint32(rate * 2**32), x * (1 / (1 - rate)), 0)
 
-    def draw(key: jax.Array) -> Int[Array, "*E T D"]:
-        words = jax.random.bits(key, (*shape, -(-width // 4)))
-        return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape, -1)[..., :width]
 
-    kept = jax.vmap(draw, out_axes=-3)(key) >= dropped
-    return jnp.where(kept, x * (256 / (256 - dropped)), 0)
+def _hash(x: UInt32[Array, "..."], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
+    """A hash of 32-bit integers: three rounds of shift and product, with the published constants of `triple32`
+    (C. Wellons, Prospecting for hash functions), and half of the seed before each of the first two."""
+    x ^= seed[0]
+    x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB) + seed[1]
+    x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+    return x ^ (x >> 14)

@@ -27,6 +27,8 @@ from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, own, 
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
+_LEAST = jnp.finfo(jnp.float32).min
+"""Logit of a row that is none; finite, so that differences of such are numbers."""
 
 
 class Head(NamedTuple):
@@ -137,17 +139,39 @@ class _Rows(NamedTuple):
     ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
         """The loss of each token, over the rows of all devices, and its gradient for the logits here."""
         ids = row_part() * len(self.weight) + jnp.arange(len(self.weight))
-        logits = jnp.where(ids < self.how.vocabulary, logits, -jnp.inf)
+        logits = jnp.where(ids < self.how.vocabulary, logits, _LEAST)
         # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
         is_label = labels[:, None] == ids
-        largest = jnp.max(logits, axis=-1)
-        largest = largest if sharding.current() is None else jax.lax.pmax(largest, VOCABULARY)
-        weights = jnp.exp(logits - largest[:, None])
-        total = over(VOCABULARY, weights.sum(axis=-1))
+        own_largest, total = _largest_and_sum(logits)
+        largest = own_largest if sharding.current() is None else jax.lax.pmax(own_largest, VOCABULARY)
+        total = over(VOCABULARY, total * jnp.exp(own_largest - largest))
         label_logits = over(VOCABULARY, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
         counts = labels >= 0
         nll = jnp.where(counts, jnp.log(total) + largest - label_logits, 0.0)
-        return nll, jnp.where(counts[:, None], weights / total[:, None] - is_label, 0.0)
+        weights = jnp.exp(logits - largest[:, None]) / total[:, None]
+        return nll, jnp.where(counts[:, None], weights - is_label, 0.0)
+
+
+def _largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+    """m = max_v x_v, and sum_v exp(x_v - m)."""
+    # On a GPU time goes by bytes; on a CPU by arithmetic, and a running sum would lose digits there.
+    return jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=_in_two_passes)
+
+
+def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+    """arXiv 1805.02867, algorithm 3."""
+
+    def join(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        (m, total), (n, rest) = one, other
+        shrink = jnp.exp(-jnp.abs(m - n))
+        return jnp.maximum(m, n), jnp.where(m >= n, total + rest * shrink, rest + total * shrink)
+
+    return jax.lax.reduce((logits, jnp.ones_like(logits)), (_LEAST, jnp.float32(0)), join, (1,))
+
+
+def _in_two_passes(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+    largest = jnp.max(logits, axis=-1)
+    return largest, jnp.exp(logits - largest[:, None]).sum(axis=-1)
 
 
 def _by_device(local: Callable, out: Any) -> Callable:

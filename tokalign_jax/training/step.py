@@ -82,7 +82,16 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
 
     def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array) -> Float[Array, ""]:
         params = paths.merge(trainable, frozen)
-        hidden = forward(model_config, params, tokens[:, :-1], lora=lora, dropout_key=keys, dtype=dtype, remat=remat)
+        hidden = forward(
+            model_config,
+            params,
+            tokens[:, :-1],
+            lora=lora,
+            dropout_key=keys,
+            dtype=dtype,
+            remat=remat,
+            unroll=compute.unroll,
+        )
         total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head)
         return total / count
 
@@ -163,7 +172,13 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
         # What goes out lies as what came in: it is what comes in next, in the same memory.
         return _split_as_parameters(after, mesh), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    return jax.jit(train_step, donate_argnums=0, compiler_options=GPU_OPTIONS if gpu else None)
+
+
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""Of the compiler, on a GPU. Products go to cuBLAS at once, with bias and sum in the same kernel; timed against generated kernels first,
+they lose these, and the compilation takes three times as long."""
 
 
 def target_tokens(batch: Any) -> Array:
