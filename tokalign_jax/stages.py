@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -78,11 +79,11 @@ class Context:
 
     @cached_property
     def source_tokenizer(self) -> PreTrainedTokenizerBase:
-        return hub.load_tokenizer(self.source_folder)
+        return _tokenizer(self.source_folder)
 
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = hub.load_tokenizer(self.target_folder, self.config.end_of_text)
+        tokenizer = _tokenizer(self.target_folder, self.config.end_of_text)
         if tokenizer.eos_token_id is None:  # what ends documents in training is to end what the exported model writes
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizing.end_of_text_id(tokenizer))
         return tokenizer
@@ -217,6 +218,18 @@ def _differing(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
 
 def _model_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+
+
+def _tokenizer(folder: Path, end_of_text: str = "") -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, read again only when its files have changed: the runs of a sweep share it."""
+    stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in _tokenizer_files(folder))
+    return _read_tokenizer(folder, end_of_text, stamps)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_tokenizer(folder: Path, end_of_text: str, stamps: Any) -> PreTrainedTokenizerBase:
+    del stamps
+    return hub.load_tokenizer(folder, end_of_text)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

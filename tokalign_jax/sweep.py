@@ -6,9 +6,9 @@
 The config file has `get_config()`, what all runs have in common, and `get_runs()`: by the name of each run the fields in which it differs,
 as {"stage1.learning_rate": 2e-5, ...}. Overrides on the command line are of the common part.
 
-All runs go through one workdir, `WORKDIR/work`, in turn: what a run shares with another is kept there and taken from there. What each
-leaves, its report, is in `WORKDIR/runs/NAME`, and the comparison of all in `WORKDIR/comparison`. The same command goes on after a stop, and
-does not repeat runs that are finished. Weights that no further run needs are removed, unless --keep.
+All go through one workdir, `WORKDIR/work`, in turn: what a run shares with another is kept there and taken from there. No run is
+exported. What each leaves, its report, is in `WORKDIR/runs/NAME`, and the comparison of all in `WORKDIR/comparison`. The same command goes
+on after a stop, and does not repeat runs that are finished. Weights that no further run needs are removed, unless --keep.
 """
 
 import fnmatch
@@ -122,7 +122,7 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     missing = [name for name in configs if _fingerprint(places[name]) != wanted[name]["report"]]
     for number, name in enumerate(missing, start=1):
         log(f"run {number} of {len(missing)}: {name}")
-        pipeline.run(configs[name], work, None, lambda line, name=name: log(f"{name}: {line}"))
+        pipeline.run(configs[name], work, ["report"], lambda line, name=name: log(f"{name}: {line}"))
         if distributed.is_first():
             _publish(work / "report", places[name], wanted[name]["report"], workdir / "outdated")
             if not keep:

@@ -1,6 +1,7 @@
 """Runs a training stage: everything around the pure step that touches files, devices or the clock."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tokalign_jax import distributed, paths, sharding, stopping
-from tokalign_jax.config import Config, StageConfig
+from tokalign_jax.config import ComputeConfig, Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
@@ -180,8 +181,15 @@ def run_stage(
     trainable, frozen = split(stage, params)
     fingerprint = _fingerprint(stage, config, model_config, params, shards, start, objective)
 
-    optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trainable))
-    make_state, like = _state_maker(trainable, optimizer, mesh)
+    program = _program(
+        objective.make_loss,
+        model_config,
+        config.compute,
+        _without_bookkeeping(stage),
+        tuple(paths.flatten(trainable)),
+        mesh,
+    )
+    make_state, like = program.state_maker(trainable)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     with (
         naming_a_full_disk(folder, size),
@@ -194,15 +202,13 @@ def run_stage(
             if done < stage.steps:
                 source = objective.sequences(shards, stage.sequence_length)
                 feed = _Feed(_stream(stage, config, source, start, micro_batch(name, stage, mesh)), position, mesh)
-                loss = objective.make_loss(model_config, config.compute, lora_spec(stage))
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
-                train_step = make_train_step(loss, optimizer, dtype, mesh)
                 run.announce(state, frozen)
                 given = _cast(frozen, dtype)
                 given = given if objective.beside is None else (given, objective.beside)
                 with _naming_a_lost_process(name):
-                    state = run(train_step, state, given, feed, dropout_key)
+                    state = run(program.step, state, given, feed, dropout_key)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
@@ -394,21 +400,49 @@ def _stream(
     )
 
 
-def _state_maker(
-    trainable: paths.Tree, optimizer: Any, mesh: Mesh
-) -> tuple[Callable[[paths.Tree], TrainState], TrainState]:
-    """Makes the state before the first step of what trains, each array in its place; and the shapes and places of its arrays.
+@dataclass(frozen=True)
+class _Program:
+    """What is compiled for a stage."""
 
-    They are copies, not the caller's arrays: the step gives its input's memory to its output.
-    """
+    step: Step
+    optimizer: Any
+    mesh: Mesh
 
-    def make(trainable: paths.Tree) -> TrainState:
-        return init_state(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), optimizer)
+    def state_maker(self, trainable: paths.Tree) -> tuple[Callable[[paths.Tree], TrainState], TrainState]:
+        """Makes the state before the first step of what trains, each array in its place; and the shapes and places of its arrays.
 
-    shapes = jax.eval_shape(make, trainable)
-    places = sharding.shardings(shapes, mesh)
-    like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
-    return jax.jit(make, out_shardings=places), like
+        They are copies, not the caller's arrays: the step gives its input's memory to its output.
+        """
+
+        def make(trainable: paths.Tree) -> TrainState:
+            copies = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
+            return init_state(copies, self.optimizer)
+
+        shapes = jax.eval_shape(make, trainable)
+        places = sharding.shardings(shapes, self.mesh)
+        like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+        return jax.jit(make, out_shardings=places), like
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+    make_loss: Any, model: ModelConfig, compute: ComputeConfig, stage: StageConfig, trained: tuple[str, ...], mesh: Mesh
+) -> _Program:
+    """Made once for stages that differ in nothing that is compiled, as those of a sweep over rates do: JAX compiles by function."""
+    labels = paths.label_tree(rules_for(stage.method), paths.unflatten(dict.fromkeys(trained, 0)))
+    optimizer = make_optimizer(stage, labels)
+    loss = make_loss(model, compute, lora_spec(stage))
+    return _Program(make_train_step(loss, optimizer, jnp.dtype(compute.dtype), mesh), optimizer, mesh)
+
+
+_INPUTS_OF_A_STEP = ("steps", "learning_rate", "embedding_learning_rate", "warmup_fraction", "sequence_length")
+"""Stage fields that the compiled step takes as numbers, or sees in the shapes of its input."""
+
+
+def _without_bookkeeping(stage: StageConfig) -> StageConfig:
+    """The stage with what is not compiled into its step as it is by default."""
+    harmless = {*_BOOKKEEPING, *_INPUTS_OF_A_STEP}
+    return dataclasses.replace(stage, **{f.name: f.default for f in dataclasses.fields(stage) if f.name in harmless})
 
 
 def _stage_key(name: str, seed: int) -> jax.Array:
