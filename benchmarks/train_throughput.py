@@ -411,8 +411,9 @@ def _profile(work: Callable[[], Any], steps: int, file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             work()
-        times = kernel_times(max(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime))
-    lines = [f"{1e-6 * sum(time for time, _ in times.values()) / steps:.2f} ms a step in kernels", *by_kind(times)]
+        times, idle = kernel_times(max(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime))
+    busy = sum(time for time, _ in times.values())
+    lines = [f"{1e-6 * busy / steps:.2f} ms a step in kernels, {1e-6 * idle / steps:.2f} between them", *by_kind(times)]
     for line in lines:
         _report(line)
     longest = sorted(times.items(), key=lambda item: -item[1][0])[:80]
@@ -424,10 +425,12 @@ Times = dict[str, tuple[float, int]]
 """By kernel: nanoseconds, and how often it ran."""
 
 
-def kernel_times(file: Path) -> Times:
+def kernel_times(file: Path) -> tuple[Times, float]:
+    """And the nanoseconds from the first to the last of them in which none ran."""
     import jax
 
     times: Times = {}
+    spans: list[tuple[float, float]] = []
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             if _has_kernels(plane.name, line.name):
@@ -435,7 +438,11 @@ def kernel_times(file: Path) -> Times:
                     if not _WRAPPERS.search(event.name):
                         time_before, count = times.get(event.name, (0.0, 0))
                         times[event.name] = time_before + event.duration_ns, count + 1
-    return times
+                        spans.append((event.start_ns, event.start_ns + event.duration_ns))
+    idle, until = 0.0, min(spans, default=(0.0, 0.0))[0]
+    for start, end in sorted(spans):
+        idle, until = idle + max(0.0, start - until), max(until, end)
+    return times, idle
 
 
 def by_kind(times: Times) -> Iterator[str]:

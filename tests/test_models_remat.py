@@ -11,7 +11,9 @@ from training_toys import LLAMA, NEOX
 
 from tokalign_jax import paths
 from tokalign_jax.models import attention, remat
+from tokalign_jax.models.config import LayerKind
 from tokalign_jax.models.lora import LoraSpec
+from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import abstract_params, forward
 
 TOKENS = 2, 64
@@ -131,7 +133,10 @@ def test_no_policy_changes_a_gradient():
 
 
 def test_layers_without_a_loop_compute_nothing_again_and_the_same():
-    config, spec = config_of("parallel"), LoraSpec(rank=4, alpha=8.0, dropout=0.3)
+    """Also where layers differ."""
+    kinds = LayerKind(Rope(24, 100.0, None), window=5), LayerKind(None), LayerKind(Rope(24, 1e4, None))
+    config = replace(config_of("gated", layers=3), layer_kinds=kinds)
+    spec = LoraSpec(rank=4, alpha=8.0, dropout=0.3)
     random = np.random.default_rng(0)
     shapes = abstract_params(config, spec)
     params = jax.tree.map(lambda leaf: 0.2 * random.standard_normal(leaf.shape, np.float32), shapes)

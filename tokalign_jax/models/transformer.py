@@ -117,7 +117,7 @@ class Place(NamedTuple):
 
     positions: Int[Array, "T"]
     by: Rotation
-    window: Int[Array, ""]
+    window: Int[Array, ""] | int
     """Number of the layer's window among those of the model."""
 
 
@@ -191,7 +191,9 @@ class Attention(nnx.Module):
         windows, _ = _numbered([kind.window for kind in self.config.layer_kinds])
         # One branch a window, so that each knows its own when it is compiled, as fused kernels must.
         branches = [functools.partial(attend, window=window, **self._logits) for window in windows]
-        return branches[0](q, k, v) if len(branches) == 1 else jax.lax.switch(place.window, branches, q, k, v)
+        if isinstance(place.window, int) or len(branches) == 1:
+            return branches[place.window if isinstance(place.window, int) else 0](q, k, v)
+        return jax.lax.switch(place.window, branches, q, k, v)
 
     def _attend_cached(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], place: Place
@@ -353,21 +355,31 @@ class Transformer(nnx.Module):
         turns = [rotation(positions, rope, size, tokens.shape[1] if length is None else length) for rope in ropes]
         definition, weights = nnx.split(self.layers)
 
-        def layer(x, scanned):
-            weights, key, cache, rope, window = scanned
-            by = turns[0] if len(turns) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts)[rope], *turns)
+        def layer(x, weights, by, window, key, cache):
             x, cache = nnx.merge(definition, weights)(x, Place(positions, by, window), key, cache)
             return sharding.by_sequence(x), cache
 
-        unroll = _at_once(unroll, config.num_layers)
-        in_loop = unroll < config.num_layers
-        weights = weights if in_loop else _one_gradient(weights)
-        body = rematerialization.wrap(layer, remat, in_loop)
+        def turn(x, scanned):
+            weights, key, cache, rope, window = scanned
+            by = turns[0] if len(turns) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts)[rope], *turns)
+            return layer(x, weights, by, window, key, cache)
+
         keys = None if key is None else _split(key, config.num_layers)
         x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
         x = self._placed(x, positions)
-        x, cache = jax.lax.scan(body, x, (weights, keys, cache, rope_of, window_of), unroll=unroll)
-        return self.final_norm(x), cache
+        unroll = _at_once(unroll, config.num_layers)
+        if unroll < config.num_layers:
+            scanned = weights, keys, cache, jnp.array(rope_of), jnp.array(window_of)
+            x, cache = jax.lax.scan(rematerialization.wrap(turn, remat), x, scanned, unroll=unroll)
+            return self.final_norm(x), cache
+        still = jax.lax.stop_gradient(weights)
+        for i, slot in enumerate(_unstacked(weights, config.num_layers)):
+
+            def own(x, slot, key, i=i):
+                return layer(x, _taken(slot, still, i), turns[rope_of[i]], window_of[i], key, None)
+
+            x, _ = rematerialization.wrap(own, remat, in_loop=False)(x, slot, None if keys is None else keys[i])
+        return self.final_norm(x), None
 
     def _placed(self, x: Float[Array, "B T D"], positions: Int[Array, "T"]) -> Float[Array, "B T D"]:
         """The embedding as the first layer reads it."""
@@ -526,13 +538,40 @@ def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params)
     return every[..., : config.vocab_size]  # without rows that only fill the matrix up
 
 
-@jax.custom_vjp
-def _one_gradient(stack: Any) -> Any:
-    """Arrays whose gradients are put together once, from those of all layers, and not again for each of what reads them."""
-    return stack
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _unstacked(stack: Any, layers: int) -> list[Any]:
+    """What each layer has of a stack; the gradients are put together once, and not again for each of what reads them."""
+    return [_layer_of(stack, i) for i in range(layers)]
 
 
-_one_gradient.defvjp(lambda stack: (stack, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+def _unstacked_forward(stack: Any, layers: int):
+    return _unstacked(stack, layers), None
+
+
+def _unstacked_backward(layers: int, _: None, gradients: list[Any]):
+    return (jax.lax.optimization_barrier(jax.tree.map(lambda *parts: jnp.stack(parts), *gradients)),)
+
+
+_unstacked.defvjp(_unstacked_forward, _unstacked_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _taken(slot: Any, stack: Any, layer: int) -> Any:
+    """What a layer has of the stack, whose gradient goes to `slot`.
+
+    So a layer that is computed again takes its weights from the stack again, where a slice would be a copy that lives from the
+    forward to the backward pass; a product that is the only reader of its slice takes it in place.
+    """
+    return _layer_of(stack, layer)
+
+
+_taken.defvjp(
+    lambda slot, stack, layer: (_taken(slot, stack, layer), None), lambda layer, _, gradient: (gradient, None)
+)
+
+
+def _layer_of(stack: Any, layer: int) -> Any:
+    return jax.tree.map(lambda x: x[layer], stack)
 
 
 def _at_once(unroll: int, layers: int) -> int:
@@ -547,10 +586,10 @@ def _apply(norm: Norm | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if norm is None else norm(x)
 
 
-def _numbered(items: Sequence[_Item]) -> tuple[list[_Item], Int[Array, "L"]]:
+def _numbered(items: Sequence[_Item]) -> tuple[list[_Item], list[int]]:
     """The different items, and of each item its number among them."""
     different = list(dict.fromkeys(items))
-    return different, jnp.array([different.index(item) for item in items])
+    return different, [different.index(item) for item in items]
 
 
 def _check_length(config: ModelConfig, length: int) -> None:
