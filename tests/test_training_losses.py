@@ -83,7 +83,7 @@ def test_logits_are_never_whole():
 def test_the_largest_and_the_sum_in_one_pass_or_two():
     """Also where rows of the head are none, first, last or all but one."""
     logits = np.random.default_rng(0).normal(scale=20, size=(5, 1000)).astype(np.float32)
-    logits[1, :300] = logits[2, 300:] = logits[3, 1:] = losses._LEAST
+    logits[1, :300] = logits[2, 300:] = logits[3, 1:] = losses.LEAST
     largest = logits.max(-1)
     expected = np.exp(logits.astype(np.float64) - largest[:, None]).sum(-1)
     for way in (losses._in_one_pass, losses._in_two_passes):

@@ -16,6 +16,7 @@ states and a few numbers a token travel. The next-token term comes from the same
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, row_part, summed
-from tokalign_jax.training.losses import Head, _chunks, _Rows, head_of
+from tokalign_jax.training.losses import LEAST, Head, Rows, chunks, head_of, largest_and_sum
 from tokalign_jax.training.step import Loss, Objective
 
 
@@ -63,14 +64,24 @@ class Teacher(NamedTuple):
 def objective(stage: DistillationConfig, teacher: Teacher) -> Objective:
     """What a stage with a teacher minimises, as its settings have it."""
     reverse = {"forward": 0.0, "reverse": 1.0, "mixed": stage.mixture}[stage.divergence]
+    lessons = Lessons(teacher.config, teacher.vocabulary, reverse, stage.temperature, stage.weight)
+    return Objective(lessons, teacher.params, {"teacher": teacher.identity, "vocabulary": teacher.vocabulary})
 
-    def make_loss(model: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
-        heads = head_of(model, compute), head_of(teacher.config, compute)
-        how = Teaching(*heads, teacher.vocabulary, reverse, stage.temperature, stage.weight)
-        return make_distillation_loss(model, teacher.config, how, compute, lora)
 
-    facts = {"teacher": teacher.identity, "vocabulary": teacher.vocabulary}
-    return Objective(make_loss, teacher.params, facts)
+@dataclass(frozen=True)
+class Lessons:
+    """Makes the loss of a stage with a teacher. It holds no weights, and equal ones make the same program."""
+
+    teacher: ModelConfig
+    vocabulary: int
+    reverse: float
+    temperature: float
+    weight: float
+
+    def __call__(self, model: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
+        heads = head_of(model, compute), head_of(self.teacher, compute)
+        how = Teaching(*heads, self.vocabulary, self.reverse, self.temperature, self.weight)
+        return make_distillation_loss(model, self.teacher, how, compute, lora)
 
 
 def make_distillation_loss(
@@ -84,7 +95,9 @@ def make_distillation_loss(
         frozen, taught = frozen
         params, inputs = paths.merge(trainable, frozen), tokens[:, :-1]
         wanted = jax.lax.stop_gradient(forward(teacher, taught, inputs, dtype=dtype))
-        hidden = forward(model, params, inputs, lora=lora, dropout_key=keys, dtype=dtype, remat=remat)
+        hidden = forward(
+            model, params, inputs, lora=lora, dropout_key=keys, dtype=dtype, remat=remat, unroll=compute.unroll
+        )
         total, count = distillation(hidden, head_matrix(params), wanted, head_matrix(taught), tokens[:, 1:], how)
         return total / count
 
@@ -143,8 +156,8 @@ def _total_forward(
     """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
 
     def local(hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array):
-        student = _Rows(head.astype(how.student.dtype), how.student)
-        teacher = _Rows(teacher_head.astype(how.teacher.dtype), how.teacher)
+        student = Rows(head.astype(how.student.dtype), how.student)
+        teacher = Rows(teacher_head.astype(how.teacher.dtype), how.teacher)
         ids = row_part() * len(head) + jnp.arange(len(head))
 
         def one_chunk(
@@ -158,8 +171,8 @@ def _total_forward(
             head_gradient += jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
             return (total + loss.sum(), head_gradient), summed(jnp.dot(gradient, student.weight))
 
-        states, targets = _chunks(hidden.astype(how.student.dtype), labels, how.student.chunk)
-        teacher_states, _ = _chunks(teacher_hidden.astype(how.teacher.dtype), labels, how.student.chunk)
+        states, targets = chunks(hidden.astype(how.student.dtype), labels, how.student.chunk)
+        teacher_states, _ = chunks(teacher_hidden.astype(how.teacher.dtype), labels, how.student.chunk)
         start = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
         (total, head_gradient), gradient = jax.lax.scan(one_chunk, start, (states, teacher_states, targets))
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
@@ -219,11 +232,9 @@ def _divergence(
 
 
 def _log_softmax(logits: Float[Array, "C r"], known: Bool[Array, "r"]) -> Float[Array, "C r"]:
-    """Log-probabilities over the `known` ids of all devices; others have none (-inf)."""
-    logits = jnp.where(known, logits, -jnp.inf)
-    largest = jnp.max(logits, axis=-1)
-    largest = largest if sharding.current() is None else jax.lax.pmax(largest, VOCABULARY)
-    total = over(VOCABULARY, jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+    """Log-probabilities over the `known` ids of all devices; those of others are so low that nothing is left of them."""
+    logits = jnp.where(known, logits, LEAST)
+    largest, total = largest_and_sum(logits)
     return logits - (largest + jnp.log(total))[:, None]
 
 

@@ -27,7 +27,7 @@ from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, own, 
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
-_LEAST = jnp.finfo(jnp.float32).min
+LEAST = jnp.finfo(jnp.float32).min
 """Logit of a row that is none; finite, so that differences of such are numbers."""
 
 
@@ -69,14 +69,14 @@ def token_nll(
     """The negative log-likelihood of each label (nats, float32; 0 where the label is negative), for evaluation."""
 
     def local(hidden: Array, head: Array, labels: Array) -> Array:
-        rows = _Rows(head.astype(how.dtype), how)
+        rows = Rows(head.astype(how.dtype), how)
 
         def one_chunk(pieces: tuple[Array, Array]) -> Array:
             states, targets = map(gathered, pieces)
             nll, _ = rows.nll(rows.logits(states)[0], targets)
             return own(nll)
 
-        nll = jax.lax.map(one_chunk, _chunks(hidden.astype(how.dtype), labels, how.chunk))
+        nll = jax.lax.map(one_chunk, chunks(hidden.astype(how.dtype), labels, how.chunk))
         return nll.reshape(-1)[: labels.size].reshape(labels.shape)
 
     return _by_device(local, P(BATCH))(hidden, head, labels)
@@ -91,7 +91,7 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
     """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
 
     def local(hidden: Array, head: Array, labels: Array) -> tuple[Array, Array, Array]:
-        rows = _Rows(head.astype(how.dtype), how)
+        rows = Rows(head.astype(how.dtype), how)
 
         def one_chunk(head_gradient: Array, pieces: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             states, targets = map(gathered, pieces)
@@ -103,8 +103,8 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
             return head_gradient, (own(nll), summed(jnp.dot(gradient, rows.weight)))
 
         start = jnp.zeros(head.shape, jnp.float32)
-        chunks = _chunks(hidden.astype(how.dtype), labels, how.chunk)
-        head_gradient, (nll, gradient) = jax.lax.scan(one_chunk, start, chunks)
+        pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
+        head_gradient, (nll, gradient) = jax.lax.scan(one_chunk, start, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return over(BATCH, nll.sum()), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
@@ -120,7 +120,7 @@ def _total_backward(how: Head, gradients: tuple[Array, Array], upstream: Array):
 _total.defvjp(_total_forward, _total_backward)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The rows of the head that a device has, r of them; all where it is alone."""
 
     weight: Float[Array, "r D"]
@@ -139,12 +139,10 @@ class _Rows(NamedTuple):
     ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
         """The loss of each token, over the rows of all devices, and its gradient for the logits here."""
         ids = row_part() * len(self.weight) + jnp.arange(len(self.weight))
-        logits = jnp.where(ids < self.how.vocabulary, logits, _LEAST)
+        logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
         # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
         is_label = labels[:, None] == ids
-        own_largest, total = _largest_and_sum(logits)
-        largest = own_largest if sharding.current() is None else jax.lax.pmax(own_largest, VOCABULARY)
-        total = over(VOCABULARY, total * jnp.exp(own_largest - largest))
+        largest, total = largest_and_sum(logits)
         label_logits = over(VOCABULARY, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
         counts = labels >= 0
         nll = jnp.where(counts, jnp.log(total) + largest - label_logits, 0.0)
@@ -152,10 +150,14 @@ class _Rows(NamedTuple):
         return nll, jnp.where(counts[:, None], weights - is_label, 0.0)
 
 
-def _largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """m = max_v x_v, and sum_v exp(x_v - m)."""
+def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+    """m = max_v x_v, and sum_v exp(x_v - m), over the rows of all devices."""
     # On a GPU time goes by bytes; on a CPU by arithmetic, and a running sum would lose digits there.
-    return jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=_in_two_passes)
+    largest, total = jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=_in_two_passes)
+    if sharding.current() is None:
+        return largest, total
+    largest_of_all = jax.lax.pmax(largest, VOCABULARY)
+    return largest_of_all, over(VOCABULARY, total * jnp.exp(largest - largest_of_all))
 
 
 def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
@@ -166,7 +168,7 @@ def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[
         shrink = jnp.exp(-jnp.abs(m - n))
         return jnp.maximum(m, n), jnp.where(m >= n, total + rest * shrink, rest + total * shrink)
 
-    return jax.lax.reduce((logits, jnp.ones_like(logits)), (_LEAST, jnp.float32(0)), join, (1,))
+    return jax.lax.reduce((logits, jnp.ones_like(logits)), (LEAST, jnp.float32(0)), join, (1,))
 
 
 def _in_two_passes(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
@@ -182,7 +184,7 @@ def _by_device(local: Callable, out: Any) -> Callable:
     return jax.shard_map(local, in_specs=(P(BATCH), P(VOCABULARY), P(BATCH)), out_specs=out, check_vma=False)
 
 
-def _chunks(
+def chunks(
     hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], chunk: int
 ) -> tuple[Float[Array, "N C D"], Int[Array, "N C"]]:
     """Tokens in N chunks of C; the last one is filled up with tokens that count for nothing."""
