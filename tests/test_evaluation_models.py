@@ -5,12 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from helpers import TEXTS, tiny_model_folder, tiny_tokenizer, tokenizer_of_kind
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import downstream, similarity, speed
 from tokalign_jax.models import hub, huggingface
+
+
+def is_there(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +76,33 @@ def test_similarity_of_an_alignment():
     assert worse["en"]["similarity"] < 0.5
 
 
-def test_a_sentence_encoder_that_is_not_there_is_told_with_the_remedy(tmp_path):
-    try:
-        import sentence_transformers  # noqa: F401  # type: ignore[import-not-found]
-    except ImportError:
-        with pytest.raises(UserError, match=r"pip install 'tokalign_jax\[encoder\]'"):
-            similarity.sentence_encoder(str(tmp_path))
-    else:
-        with pytest.raises(UserError, match="no such folder"):
-            similarity.sentence_encoder(str(tmp_path / "nowhere"))
+@pytest.mark.skipif(is_there("sentence_transformers"), reason="sentence-transformers is installed")
+def test_a_sentence_encoder_without_the_library_is_told_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"pip install 'tokalign_jax\[encoder\]'"):
+        similarity.sentence_encoder(str(tmp_path))
+
+
+@pytest.mark.skipif(
+    not is_there("sentence_transformers"),
+    reason="sentence-transformers is not installed (pip install 'tokalign_jax[encoder]')",
+)
+def test_a_sentence_encoder_embeds(tmp_path):
+    """A tiny BERT, whose texts sentence-transformers embeds by their mean states."""
+    tokenizer = tokenizer_of_kind("bert", TEXTS, 200)
+    config = BertConfig(
+        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    vectors = similarity.sentence_encoder(str(tmp_path))([TEXTS[0], TEXTS[0], TEXTS[2]])
+    assert (
+        vectors.shape == (3, 16) and np.array_equal(vectors[0], vectors[1]) and not np.allclose(vectors[0], vectors[2])
+    )
+    with pytest.raises(UserError, match="no such folder"):
+        similarity.sentence_encoder(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be used as a sentence encoder"):
+        similarity.sentence_encoder(str(tmp_path))
 
 
 TASK = """
@@ -103,14 +129,6 @@ def task_folder(tmp_path):
     ]  # whatever the model prefers, it is right in half of them
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
     return tmp_path
-
-
-def is_there(module: str) -> bool:
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(is_there("lm_eval"), reason="lm-eval is installed")

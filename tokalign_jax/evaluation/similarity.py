@@ -109,9 +109,11 @@ def sentence_encoder(folder: str) -> Encoder:
         )
     try:
         model: Any = SentenceTransformer(str(Path(folder).expanduser()), local_files_only=True)
+        model.encode(["a", "a longer text"], show_progress_bar=False)  # now, rather than after an hour
     except Exception as error:  # whatever its many parts raise
         raise UserError(
-            f"--encoder '{folder}' cannot be read as a sentence encoder ({type(error).__name__}: {error})"
+            f"--encoder '{folder}' cannot be used as a sentence encoder ({type(error).__name__}: {error}); give a model that "
+            "sentence-transformers reads"
         ) from error
     return lambda texts: np.asarray(model.encode(list(texts), show_progress_bar=False))
 
