@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from training_toys import LLAMA
 
-from tokalign_jax.training.distillation import Teaching, distillation
+from tokalign_jax.config import DistillationConfig
+from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective
 from tokalign_jax.training.losses import Head, cross_entropy
 
 B, T, D, TEACHER_D = 3, 7, 16, 10
@@ -40,7 +42,8 @@ def teaching(chunk=5, caps=(None, None), dtype=jnp.float32, **settings):
 def reference(hidden, head, teacher_hidden, teacher_head, labels, how, caps=(None, None)):
     """The sum of the loss, and its gradients for `hidden` and `head`, in float64."""
     s, w, t, u = (torch.tensor(x, dtype=torch.float64) for x in (hidden, head, teacher_hidden, teacher_head))
-    s.requires_grad_(), w.requires_grad_()
+    s.requires_grad_()
+    w.requires_grad_()
     logits, teacher_logits = (
         x if soft is None else soft * torch.tanh(x / soft) for x, soft in zip((s @ w.T, t @ u.T), caps)
     )
@@ -129,6 +132,18 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     assert gradient.dtype == np.float32
     # The logits' gradient is rounded to bfloat16 (8 bits) before its product.
     np.testing.assert_allclose(gradient, head_gradient, atol=2**-7 * np.abs(rounded[0]).sum((0, 1)).max())
+
+
+def test_what_is_compiled_knows_the_teacher_and_not_its_weights():
+    """Two teachers of one shape are taught by with one program, which outlives neither's weights."""
+    one, other = (
+        objective(stage, Teacher(LLAMA, {"weights": np.full(3, size)}, V, f"teacher {size}"))
+        for size, stage in enumerate([DistillationConfig(teacher="here"), DistillationConfig(teacher="there")])
+    )
+    assert one.make_loss == other.make_loss and hash(one.make_loss) == hash(other.make_loss)
+    assert one.facts != other.facts and one.beside is not other.beside
+    warm = objective(DistillationConfig(temperature=2.0), Teacher(LLAMA, {}, V, ""))
+    assert warm.make_loss != one.make_loss
 
 
 def test_heads_of_different_rows_are_refused(data):
