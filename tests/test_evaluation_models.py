@@ -89,8 +89,9 @@ def test_a_sentence_encoder_without_the_library_is_told_with_the_remedy(tmp_path
 def test_a_sentence_encoder_embeds(tmp_path):
     """A tiny BERT, whose texts sentence-transformers embeds by their mean states."""
     tokenizer = tokenizer_of_kind("bert", TEXTS, 200)
+    size = len(tokenizer)
     config = BertConfig(
-        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     BertModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
