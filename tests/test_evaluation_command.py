@@ -123,6 +123,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     [
         ({}, "give --models=FOLDER,FOLDER, or --workdir"),
         ({"models": "large"}, "--text is missing"),
+        ({"models": "small,small", "text": "text.jsonl"}, "two models are called 'models.*/small'"),
         ({"models": "nowhere", "text": "text.jsonl"}, "there is no such folder"),
         ({"models": "small", "text": "nowhere.jsonl"}, "does not exist"),
         ({"models": "small", "text": "text.jsonl", "language_field": "tongue"}, "has no field 'tongue'"),

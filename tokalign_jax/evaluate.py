@@ -177,6 +177,10 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         if context
         else [_folder(n, given.models) for n in given.models]
     )
+    if twice := [s.name for i, s in enumerate(subjects) if s.name in [of.name for of in subjects[:i]]]:
+        raise UserError(
+            f"two models are called '{twice[0]}': name each once, and give folders of one name different parents"
+        )
     settings = context.config.evaluation if context else EvaluationConfig()
     length = min(
         [given.sequence_length or settings.sequence_length, *(subject.config.max_positions for subject in subjects)]
