@@ -20,7 +20,8 @@ class LoraSpec:
     rank: int
     alpha: float
     dropout: float
-    """Share of a projection's inputs that the adapter does not see, drawn anew for each input while training: projections that read the same lose the same."""
+    """Share of a projection's inputs that the adapter does not see, drawn anew for each input while training:
+    projections that read the same lose the same."""
 
     @property
     def scale(self) -> float:
