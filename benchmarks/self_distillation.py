@@ -4,7 +4,7 @@
         --held-out mix-valid.jsonl.xz --language-field lang --workdir runs/self_distillation
 
 A variant is `none` (next-token loss alone) or what is taught and its weight (`states:0.5`, `states:0.5+readout:1`: the kinds of
-`training.self_distillation`); with `*1.25` behind it takes that many times the steps, to be compared at equal time; `A>B` is A in
+`teaching`); with `*1.25` behind it takes that many times the steps, to be compared at equal time; `A>B` is A in
 Stage 1 and B in Stage 2. All start with the same model, read the same sequences in the same order, and are measured on the same text.
 Prints a row as soon as it is there: bits per byte, milliseconds a step (compilation left out); writes `self_distillation.json`.
 """
@@ -21,15 +21,17 @@ from typing import Any
 import alignment
 import jax
 import jax.numpy as jnp
+import meetings
 import numpy as np
+import teaching
 
 from tokalign_jax import paths, pipeline, sharding, stages
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.models import huggingface
-from tokalign_jax.text import canonical, corpus, meetings
+from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
-from tokalign_jax.training import batches, loop, self_distillation
+from tokalign_jax.training import batches, loop
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_train_step
 
@@ -125,10 +127,8 @@ class Trial:
         length = arguments.sequence_length
         self.source_config, _ = self.context.source_model
         source = huggingface.load_params(self.context.source_folder, self.source_config, mesh=self.mesh)
-        window = self_distillation.window_length(
-            self.shards[0], self.shards[1], length, self.source_config.max_positions
-        )
-        self.sequences = self_distillation.MetSource(self.shards[1], self.shards[0], met, length, window)
+        window = teaching.window_length(self.shards[0], self.shards[1], length, self.source_config.max_positions)
+        self.sequences = teaching.MetSource(self.shards[1], self.shards[0], met, length, window)
         packed = np.stack(
             [self.sequences[i] for i in range(0, len(self.sequences), max(1, len(self.sequences) // 500))]
         )
@@ -201,7 +201,7 @@ class Trial:
         lowered = {}
         for name, kinds in sorted(wanted):
             stage, weights = getattr(self.config, name), dict.fromkeys(kinds, 1.0)
-            loss = self_distillation.make_loss(
+            loss = teaching.make_loss(
                 self.model_config, self.source_config, self.config.compute, None, stage.sequence_length, kinds
             )
             step = make_train_step(loss, self._optimizer(name), jnp.dtype(self.config.compute.dtype), self.mesh)

@@ -1,6 +1,6 @@
 """Self-distillation across tokenizers: the source model, reading with its own tokenizer, teaches the one with the new vocabulary.
 
-Where tokens of both meet (`text.meetings`) both models have read the same text, and there the source model's state is what the
+Where tokens of both meet (`meetings`) both models have read the same text, and there the source model's state is what the
 adapted model's should be: same body, same bytes read. What is taught there, beside the next token of the text:
 
 - states: the teacher's final state itself.
@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from meetings import NONE
 
 from tokalign_jax import paths
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
-from tokalign_jax.text.meetings import NONE
 from tokalign_jax.training.batches import Shards, TokenSource
 from tokalign_jax.training.losses import Head, cross_entropy, head_of
 from tokalign_jax.training.step import Loss

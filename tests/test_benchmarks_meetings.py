@@ -1,14 +1,19 @@
 """Where tokens of two tokenizers end at the same byte."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import TEXTS, tokenizer_of_kind
 
-from tokalign_jax.text import canonical, meetings
-from tokalign_jax.text.meetings import NONE
+from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import meetings
+from meetings import NONE
 
 DOCUMENTS = [
     *TEXTS,

@@ -1,16 +1,20 @@
 """What the source model teaches at meetings, against float64."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokalign_jax.text.meetings import NONE
-from tokalign_jax.training import self_distillation
 from tokalign_jax.training.losses import Head
-from tokalign_jax.training.self_distillation import MetSource, unpack
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import teaching
+from meetings import NONE
+from teaching import MetSource, unpack
 
 B, T, S, D, V, R = 2, 7, 11, 5, 13, 16
 HOW = Head(V, 4, jnp.float32)
@@ -45,23 +49,23 @@ def test_sequences_come_with_a_window_of_the_source_from_their_first_meeting():
     np.testing.assert_array_equal(
         places, [[NONE, 0, 2, 3, NONE], [0, NONE, NONE, NONE, NONE], [NONE] * 5, [0, 1, NONE, NONE, NONE]]
     )
-    assert self_distillation.window_length(source, target, 64, 999) == 192
-    assert self_distillation.window_length(source, target, 64, 100) == 100
+    assert teaching.window_length(source, target, 64, 999) == 192
+    assert teaching.window_length(source, target, 64, 100) == 100
 
 
 def test_states_are_compared_at_meetings_alone(draw):
     states, source = draw(B, T, D), draw(B, S, D)
-    taught, is_met = self_distillation.at_places(jnp.array(source), jnp.array(PLACES)), PLACES != NONE
+    taught, is_met = teaching.at_places(jnp.array(source), jnp.array(PLACES)), PLACES != NONE
     found = states[is_met].astype(np.float64)
     wanted = np.array([source[b, PLACES[b, t]] for b, t in np.argwhere(is_met)], np.float64)
-    error = self_distillation.state_error(states, taught, is_met)
+    error = teaching.state_error(states, taught, is_met)
     np.testing.assert_allclose(error, np.sum((found - wanted) ** 2) / np.sum((wanted - wanted.mean(0)) ** 2), rtol=1e-5)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-    angle = self_distillation.angle_error(states, taught, is_met)
+    angle = teaching.angle_error(states, taught, is_met)
     np.testing.assert_allclose(angle, np.mean(1 - np.sum(found * wanted, axis=1) / norms), rtol=1e-5)
     nowhere = np.zeros_like(is_met)
-    assert self_distillation.state_error(states, taught, nowhere) == 0
-    assert self_distillation.angle_error(states, taught, nowhere) == 0
+    assert teaching.state_error(states, taught, nowhere) == 0
+    assert teaching.angle_error(states, taught, nowhere) == 0
 
 
 def test_divergence_and_its_gradient(draw):
@@ -69,7 +73,7 @@ def test_divergence_and_its_gradient(draw):
     is_met = PLACES != NONE
 
     def loss(states, own):
-        return self_distillation.divergence((states, own), (taught, other), is_met, HOW)
+        return teaching.divergence((states, own), (taught, other), is_met, HOW)
 
     value, (of_states, of_rows) = jax.jit(jax.value_and_grad(loss, (0, 1)))(states, own)
     expected, found = log_softmax(taught, other), log_softmax(states, own)
@@ -86,7 +90,7 @@ def test_each_likelihood_has_a_gradient_of_its_own(draw):
     labels = np.random.default_rng(1).integers(NONE, V, (B, T))
     given = jnp.array(labels)
     value, gradient = jax.jit(
-        jax.value_and_grad(lambda states: jnp.sum(weights * self_distillation.nll(states, head, given, HOW)))
+        jax.value_and_grad(lambda states: jnp.sum(weights * teaching.nll(states, head, given, HOW)))
     )(states)
     logs = log_softmax(states, head)
     counts, chosen = labels >= 0, np.take_along_axis(logs, np.maximum(labels, 0)[..., None], -1)[..., 0]
@@ -101,12 +105,12 @@ def test_likelihoods_are_of_the_bytes_between_meetings(draw):
     spans = [(0, (1, 2), (1, 2)), (0, (2, 4), (2, 6)), (0, (4, 5), (6, 7)), (1, (0, 3), (0, 10))]
     terms = []
     for row, (begin, end), (first, last) in spans:
-        p = np.exp(-teacher[row, first:last].sum(dtype=np.float64) / self_distillation.TEMPERATURE)
-        q = np.exp(-student[row, begin:end].sum(dtype=np.float64) / self_distillation.TEMPERATURE)
+        p = np.exp(-teacher[row, first:last].sum(dtype=np.float64) / teaching.TEMPERATURE)
+        q = np.exp(-student[row, begin:end].sum(dtype=np.float64) / teaching.TEMPERATURE)
         terms.append(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
-    loss = jax.jit(jax.value_and_grad(self_distillation.likelihood_error))
+    loss = jax.jit(jax.value_and_grad(teaching.likelihood_error))
     value, gradient = loss(student, teacher, PLACES)
-    np.testing.assert_allclose(value, self_distillation.TEMPERATURE * np.mean(terms), rtol=2e-3)
+    np.testing.assert_allclose(value, teaching.TEMPERATURE * np.mean(terms), rtol=2e-3)
     assert np.all(np.isfinite(gradient)) and not np.any(gradient[0, [0, 5, 6]]) and not np.any(gradient[1, 3:])
     alone, slope = loss(student, teacher, np.full((B, T), NONE))
     assert alone == 0 and not np.any(slope)
