@@ -102,9 +102,14 @@ class Norm(nnx.Module):
         self.bias = _param(*shape) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        scale = self.gain * (self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0))
-        bias = None if self.bias is None else self.gain * self.bias.astype(jnp.float32)
-        return _normed(x, scale, bias, self.config.norm == "layer", self.config.norm_epsilon)
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layer":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_epsilon)
+        y *= self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0)
+        if self.bias is not None:
+            y += self.bias.astype(jnp.float32)
+        return (self.gain * y).astype(x.dtype)
 
 
 class Place(NamedTuple):
@@ -531,46 +536,6 @@ def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params)
     head = head_matrix(params).astype(hidden.dtype)
     every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     return every[..., : config.vocab_size]  # without rows that only fill the matrix up
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _normed(
-    x: Float[Array, "..."], scale: Float[Array, "..."], bias: Float[Array, "..."] | None, centred: bool, epsilon: float
-) -> Float[Array, "..."]:
-    """`x` over the root of its mean square, along the last axis, times `scale` plus `bias`; in float32, in the type of `x`."""
-    y = scale * _standard(x, centred, epsilon)[0]
-    return (y if bias is None else y + bias).astype(x.dtype)
-
-
-def _standard(x: Float[Array, "..."], centred: bool, epsilon: float) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """`x` (less its mean, where `centred`) over the root of its mean square, and what it was multiplied with."""
-    y = x.astype(jnp.float32)
-    if centred:
-        y -= y.mean(-1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
-    return y * factor, factor
-
-
-def _normed_forward(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float):
-    return _normed(x, scale, bias, centred, epsilon), (x, scale, bias)
-
-
-def _normed_backward(centred: bool, epsilon: float, kept: tuple[Array, Array, Array | None], gradient: Array):
-    """As autodiff has it, but sums over the tokens have their own reading of `x` and `gradient`: shared with the gradient of
-    `x`, what is between would be an array in float32."""
-    x, scale, bias = kept
-    y, factor = _standard(x, centred, epsilon)
-    inner = scale * gradient.astype(jnp.float32)
-    back = inner - y * (inner * y).mean(-1, keepdims=True)
-    if centred:
-        back -= inner.mean(-1, keepdims=True)
-    x_again, gradient_again = jax.lax.optimization_barrier((x, gradient))
-    wide, tokens = gradient_again.astype(jnp.float32), tuple(range(x.ndim - scale.ndim))
-    scale_back = (wide * _standard(x_again, centred, epsilon)[0]).sum(tokens)
-    return (factor * back).astype(x.dtype), scale_back, None if bias is None else wide.sum(tokens)
-
-
-_normed.defvjp(_normed_forward, _normed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
