@@ -147,7 +147,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
         ),
         Stage(
             "report",
-            "tables, JSON and a picture",
+            "a page, tables, JSON and a picture",
             ("corpus", "tokens", "align", *reached, *(f"evaluate/{state}" for state in reported)),
             {},
             lambda c: stages.report(c, reported),

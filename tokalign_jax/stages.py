@@ -36,6 +36,8 @@ from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
 FORMAT = 3
 """Version of the artefacts: a workdir of another version is redone."""
+INSPECTION = "inspection.json"
+"""In the folder of an alignment: the tables on it that a report shows."""
 
 
 class Context:
@@ -297,7 +299,7 @@ def tokens(context: Context) -> Mapping[str, Any]:
 
 
 def align(context: Context) -> Mapping[str, Any]:
-    return methods.run(
+    summary = methods.run(
         context.config,
         context.folder("corpus"),
         context.folder("tokens"),
@@ -306,6 +308,21 @@ def align(context: Context) -> Mapping[str, Any]:
         context.folder("align"),
         context.log,
     )
+    content = json.dumps(_inspected(context), ensure_ascii=False)
+    (context.folder("align") / INSPECTION).write_text(content + "\n")
+    return summary
+
+
+def _inspected(context: Context) -> list[dict[str, Any]]:
+    """The alignment's tables, but for the first of them, which says what is aligned."""
+    source, target = context.source_tokenizer, context.target_tokenizer
+    aligned = alignment.load(context.folder("align") / "alignment.npz", source, target)
+    old, new = (
+        inspection.vocabulary(tokenizer, side, np.load(context.folder("tokens") / side / "counts.npy"))
+        for side, tokenizer in (("source", source), ("target", target))
+    )
+    subject = inspection.Subject(aligned, old, new, canonical.PieceCutter(source), space=None)
+    return [pages.to_json(section) for section in inspection.report(subject)[1:]]
 
 
 def init(context: Context) -> None:
@@ -484,18 +501,7 @@ def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     tokenizers = {"source": context.source_tokenizer, "target": context.target_tokenizer}
     held_out = documents.held_out(context.folder("corpus"))
     texts = bits_per_byte.choose(held_out, settings.evaluation.bytes_per_language)
-    shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": _inspected(context)}
+    inspected = json.loads((context.folder("align") / INSPECTION).read_text())
+    shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": inspected}
     identity = context.run_identity()
     return reporting.run(settings, context.workdir, states, identity, context.folder("report"), context.log, shown)
-
-
-def _inspected(context: Context) -> list[dict[str, Any]]:
-    """The alignment's tables, but for the first of them, which says what is aligned."""
-    source, target = context.source_tokenizer, context.target_tokenizer
-    aligned = alignment.load(context.folder("align") / "alignment.npz", source, target)
-    old, new = (
-        inspection.vocabulary(tokenizer, side, np.load(context.folder("tokens") / side / "counts.npy"))
-        for side, tokenizer in (("source", source), ("target", target))
-    )
-    subject = inspection.Subject(aligned, old, new, canonical.PieceCutter(source), space=None)
-    return [pages.to_json(section) for section in inspection.report(subject)[1:]]

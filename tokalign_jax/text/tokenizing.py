@@ -114,7 +114,8 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
       UserError: when the tokenizer has none of them.
     """
     special = special_ids(tokenizer)
-    named = (tokenizer.get_vocab().get(name) for name in _ENDS)
+    vocabulary = tokenizer.get_vocab()  # made anew at every call
+    named = (vocabulary.get(name) for name in _ENDS)
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, *(i for i in named if i in special), tokenizer.bos_token_id)
     for index in ends:
         if index is not None:
