@@ -8,13 +8,12 @@ are written to that folder. Runs that differ in nothing but the seed are shown a
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax.errors import UserError
+from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.evaluation import comparison
 
 
@@ -26,16 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir or report.json of a run")
     parser.add_argument("--output", type=Path, help="folder for compare.json, compare.html and compare.png")
     given = parser.parse_args(argv)
-    try:
-        print(run(given.runs, given.output))
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: print(run(given.runs, given.output)))
 
 
 def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] = ()) -> str:

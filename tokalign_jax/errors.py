@@ -1,8 +1,26 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and how a command ends with it."""
+
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """Bad input, told in one paragraph: what offends, what was expected, and what to do about it.
 
-    `main` prints the message without a traceback and exits with code 2. Everything else is a bug and keeps its traceback.
+    Commands print the message without a traceback and exit with code 2. Everything else is a bug and keeps its traceback.
     """
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Runs a command that prints: 0 at its end, 2 for bad input, which is told on the error output."""
+    try:
+        command()
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax import demo, pages, pipeline, sharding, stages
 from tokalign_jax.alignment import alignment, scoring
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, TextConfig, config_from_dict
-from tokalign_jax.errors import UserError
+from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.evaluation import (
     bits_per_byte,
     downstream,
@@ -86,12 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     start = time.monotonic()
-    try:
-        run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))
-        return 0
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 2
+    return exit_code(
+        lambda: run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ import numpy as np
 from tokalign_jax import demo, pages
 from tokalign_jax.alignment import alignment, inspection, vectors
 from tokalign_jax.config import EXTEND, AlignmentConfig
-from tokalign_jax.errors import UserError
+from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.models import hub
 from tokalign_jax.text import canonical
 
@@ -32,16 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        show(given, subject(given))
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: show(given, subject(given)))
 
 
 def _parser() -> argparse.ArgumentParser:
