@@ -11,7 +11,6 @@ The first model is the one that others are compared with. Writes `scores.json` a
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import sys
 import time
@@ -84,7 +83,6 @@ class Inputs:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     start = time.monotonic()
     return exit_code(
         lambda: run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))

@@ -10,7 +10,6 @@ Tokens are named by their text, with \n, \t, \x0a (a byte) and \u00e9 for what i
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ STATE_FILE = "stages.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return exit_code(lambda: show(given, subject(given)))
 
 

@@ -73,8 +73,6 @@ def workdir_of(given: flags.FlagValues) -> Path:
 def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
     """`work` in this process, which may be one of several; the exit code."""
     start = time.monotonic()
-    # transformers would say that PyTorch is missing, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
     from tokalign_jax import distributed
 
