@@ -93,7 +93,7 @@ def test_the_report_compares_both_vocabularies(run):
     assert per_token["target"] > 1.2 * per_token["source"]
     text = (run / "report" / "report.md").read_text()
     assert text.startswith("# gpt_neox with an extended vocabulary")
-    assert "### Special tokens" in text and r"`<\|endoftext\|>`" in text
+    assert "## Special tokens" in text and r"`<\|endoftext\|>`" in text
     assert content["loses"] == {"source": [], "target": []} and "warning" not in text
 
 

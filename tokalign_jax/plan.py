@@ -431,9 +431,9 @@ def _layer(
     narrow = 4 * model.hidden_size
     per_token = 2 * size * (wide // mesh[2] + narrow) + 3 * FLOAT * model.hidden_size
     if stage.method == "lora" and stage.lora.dropout:
-        # What each projection reads, with some of it dropped, and the random bits that say which.
-        read = 4 * model.hidden_size + model.num_heads * model.head_dim + model.intermediate_size * active
-        per_token += (2 * size + 2 * FLOAT) * (read + model.hidden_size * model.gated_mlp)
+        # What projections read, with some of it dropped; those that read the same share it.
+        read = 2 * model.hidden_size + model.num_heads * model.head_dim + model.intermediate_size * active
+        per_token += 2 * size * read
     if fused_attention:
         return tokens * per_token
     # The fallback's logits and their gradients, of one block of queries.

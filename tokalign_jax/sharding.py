@@ -223,7 +223,7 @@ def to_host(array: Any, *index: int | slice) -> np.ndarray:
             here, there = overlap([range(n)[along] for along, n in zip(shard.index, array.shape)], wanted)
             if all(along.start < along.stop for along in here):
                 found[there] = _part_to_host(shard.data, here)
-    if not array.is_fully_addressable:
+    if found.size and not array.is_fully_addressable:
         found = _from_all_processes(found)
     return found[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
 

@@ -193,7 +193,7 @@ class Context:
                 f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is {stage.sequence_length:,}; set "
                 f"--config.stage3.sequence_length={model.max_positions} or less"
             )
-        if differing := _differing(self.target_tokenizer, hub.load_tokenizer(folder, self.config.end_of_text)):
+        if differing := canonical.differing(self.target_tokenizer, hub.load_tokenizer(folder, self.config.end_of_text)):
             first, here, there = differing[0]
             raise UserError(
                 f"{who} has another tokenizer than target_tokenizer '{self.config.target_tokenizer}': {len(differing):,} of "
@@ -205,17 +205,6 @@ class Context:
                 f"{who} has {model.vocab_size:,} rows for the {self.target_size:,} tokens of the target tokenizer: it says nothing of the "
                 "last ones; take the tokenizer as that model has it (without end_of_text)"
             )
-
-
-def _differing(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[tuple[int, str, str]]:
-    """Ids of a tokenizer that are another token in the other one, and both tokens; what spells the same bytes is the same."""
-    names, others = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (one, other))
-    contents, theirs = canonical.token_bytes(one), dict(enumerate(canonical.token_bytes(other)))
-    return [
-        (i, names.get(i, ""), others.get(i, ""))
-        for i, content in enumerate(contents)
-        if names.get(i) != others.get(i) and (content is None or content != theirs.get(i))
-    ]
 
 
 def _model_files(folder: Path) -> list[Path]:

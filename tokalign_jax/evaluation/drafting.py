@@ -30,6 +30,7 @@ from tokalign_jax.evaluation.bits_per_byte import cut, first_context
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text import canonical
 from tokalign_jax.text.canonical import plain_backend, vocabulary_size
 
 CHUNK = 1024
@@ -55,14 +56,15 @@ class Agreement(NamedTuple):
 
 def difference_of_vocabularies(draft: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
     """Why two tokenizers cannot draft for each other, with the tokens each has and the first that differ; empty where they are the same."""
-    spelled = [{i: token for token, i in of.get_vocab().items()} for of in (draft, teacher)]
-    differing = [i for i in sorted({*spelled[0], *spelled[1]}) if spelled[0].get(i) != spelled[1].get(i)]
+    differing = {i: (own, its) for i, own, its in canonical.differing(draft, teacher)}
+    differing |= {i: (own, its) for i, its, own in canonical.differing(teacher, draft)}
     if not differing:
         return ""
-    one, other = (repr(of[differing[0]]) if differing[0] in of else "none" for of in spelled)
+    first = min(differing)
+    one, other = (repr(token) if token else "none" for token in differing[first])
     return (
-        f"the draft's vocabulary has {len(spelled[0]):,} tokens and the teacher's {len(spelled[1]):,}; {len(differing):,} ids differ, "
-        f"the first is {differing[0]}: {one} in the draft's, {other} in the teacher's"
+        f"the draft's vocabulary has {len(draft.get_vocab()):,} tokens and the teacher's {len(teacher.get_vocab()):,}; "
+        f"{len(differing):,} ids differ, the first is {first}: {one} in the draft's, {other} in the teacher's"
     )
 
 

@@ -55,6 +55,17 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     return result
 
 
+def differing(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[tuple[int, str, str]]:
+    """Ids of a tokenizer that are another token in the other one, and both tokens; what spells the same bytes is the same."""
+    names, others = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (one, other))
+    contents, theirs = token_bytes(one), dict(enumerate(token_bytes(other)))
+    return [
+        (i, names.get(i, ""), others.get(i, ""))
+        for i, content in enumerate(contents)
+        if names.get(i) != others.get(i) and (content is None or content != theirs.get(i))
+    ]
+
+
 def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What of a text does not come back from its tokens, by the names of `_PROBES`; a space around the text is no loss.
 
