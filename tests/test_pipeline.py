@@ -86,6 +86,7 @@ def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, 
         ("three_hour_eval", "gpt_neox", ()),
         ("optimal", "llama", ()),
         ("research", "gpt_neox", ("--config.stage2.start_offset=30",)),
+        ("best", "llama", ()),
     ],
 )
 def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_path, capsys):
