@@ -10,32 +10,17 @@ yet measured with 2,500 steps or with models of a billion parameters; where memo
 above 5e-5.
 """
 
-from ml_collections import ConfigDict
+import runpy
+from pathlib import Path
 
-from tokalign_jax.config import default_config
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
-    config.source_model = "EleutherAI/pythia-1b"
-    config.target_tokenizer = "Qwen/Qwen2-1.5B"
-    config.corpus = "monology/pile-uncopyrighted"
-    config.seed = 0
-    config.text.budget_bytes = 5_000_000_000
-
+    """The paper's recipe with steps of a size that one host takes, Stage 2 reading on where Stage 1 stopped."""
+    config = runpy.run_path(str(Path(__file__).with_name("research.py")))["get_config"]()
+    config.data.epochs = 0
     for stage in (config.stage1, config.stage2):
-        stage.steps = 2500
         stage.batch_size = 64
-        stage.per_device_batch = 4
-        stage.sequence_length = 2048
-        stage.weight_decay = 0.01
-        stage.warmup_fraction = 0.03
-    config.stage1.method = "embedding"
-    config.stage1.learning_rate = 6.4e-4
-    config.stage1.start_offset = 0
-    config.stage2.method = "full"
-    config.stage2.learning_rate = 5e-5
     config.stage2.start_offset = "after_previous"
-
-    config.compute.dtype = "bfloat16"
     return config

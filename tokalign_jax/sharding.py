@@ -11,7 +11,7 @@ Model code asks for the mesh in context (`within`) and is ordinary code of one d
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -298,6 +298,16 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeL
 
 
 # --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing ---------------------------------
+
+
+def by_device(local: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`local` on each device's part of its inputs, split as these specs say.
+
+    Replication is not checked: sums over devices are in `local` itself, which nothing differentiates.
+    """
+    if current() is None:
+        return local
+    return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def over(axes: str | tuple[str, ...], x: Array) -> Array:

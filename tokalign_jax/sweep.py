@@ -111,13 +111,12 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     from tokalign_jax import compare, distributed, pipeline, stages
 
     work = workdir / "work"
-    wanted: dict[str, dict[str, str]] = {}
-    for name, config in configs.items():
-        context = stages.Context(config, work, log)
-        distributed.on_first(context.check)
-        wanted[name] = pipeline.prints_of(context)
-    if len({str(stages.Context(config, work, log).run_identity()) for config in configs.values()}) > 1:
+    contexts = {name: stages.Context(config, work, log) for name, config in configs.items()}
+    if len({str(context.run_identity()) for context in contexts.values()}) > 1:
         raise UserError("the runs of a sweep have one source model and one target tokenizer: make a sweep of each pair")
+    for context in contexts.values():
+        distributed.on_first(context.check)
+    wanted = {name: pipeline.prints_of(context) for name, context in contexts.items()}
     places = {name: workdir / "runs" / name for name in configs}
     missing = [name for name in configs if _fingerprint(places[name]) != wanted[name]["report"]]
     for number, name in enumerate(missing, start=1):

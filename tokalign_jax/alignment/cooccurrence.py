@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from tokalign_jax import sharding
 from tokalign_jax.alignment.runs import Runs, Sums, forget, in_order, kept, merged, summed
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
@@ -397,7 +398,7 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
     tokens = max(share.stop - share.start, 1)
     chunk = share.resources.chunk or min(DEVICE_CHUNK, 1 << (tokens - 1).bit_length())
     made = chunk * share.window
-    memory = min(share.resources.device_memory, (device.memory_stats() or {}).get("bytes_limit", _EMPTY) * 2 // 3)
+    memory = int(min(share.resources.device_memory, sharding.device_memory(device) * 2 / 3))
     chunks = 8 ** -(-((tokens - 1) // chunk).bit_length() // 3)
     capacity = made + min(max(memory // DEVICE_ENTRY_BYTES, made), chunks * made)
     runs = share.runs()

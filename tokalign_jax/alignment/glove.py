@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tokalign_jax import sharding
 from tokalign_jax.alignment.cooccurrence import Cooccurrence
 from tokalign_jax.config import AlignmentConfig
 from tokalign_jax.progress import Log, Progress
@@ -360,5 +361,4 @@ class _Strata:
 
 def _fits_device(size: int) -> bool:
     """Whether `size` bytes leave most of the accelerator's memory free; a CPU's memory is the host's."""
-    statistics = jax.devices()[0].memory_stats() or {}
-    return size < statistics.get("bytes_limit", 4 * size + 4) / 4
+    return size < sharding.device_memory(jax.devices()[0]) / 4

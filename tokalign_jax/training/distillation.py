@@ -15,7 +15,6 @@ states and a few numbers a token travel. The next-token term comes from the same
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from tokalign_jax.config import ComputeConfig, DistillationConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
-from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, row_part, summed
+from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, row_part, summed
 from tokalign_jax.training.losses import LEAST, Head, Rows, chunks, head_of, largest_and_sum
 from tokalign_jax.training.step import Loss, Objective
 
@@ -179,7 +178,10 @@ def _total_forward(
         # Devices that have other rows have the loss of the same tokens: it is added up over `data` alone.
         return over(DATA, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
-    total, *gradients = _by_device(local)(hidden, head, teacher_hidden, teacher_head, labels)
+    parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
+    total, *gradients = by_device(local, parts, (P(), P(BATCH), P(VOCABULARY)))(
+        hidden, head, teacher_hidden, teacher_head, labels
+    )
     return total, gradients
 
 
@@ -236,12 +238,3 @@ def _log_softmax(logits: Float[Array, "C r"], known: Bool[Array, "r"]) -> Float[
     logits = jnp.where(known, logits, LEAST)
     largest, total = largest_and_sum(logits)
     return logits - (largest + jnp.log(total))[:, None]
-
-
-def _by_device(local: Callable[..., Any]) -> Callable[..., Any]:
-    """`local` on each device's part of states, heads and labels."""
-    if sharding.current() is None:
-        return local
-    parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
-    # Replication is not checked: sums over devices are in the function itself, which nothing differentiates.
-    return jax.shard_map(local, in_specs=parts, out_specs=(P(), P(BATCH), P(VOCABULARY)), check_vma=False)

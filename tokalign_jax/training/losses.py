@@ -11,7 +11,7 @@ the gradient of the head stays where the rows are.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,16 @@ from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
-from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, gathered, over, own, row_part, summed
+from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, own, row_part, summed
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
 LEAST = jnp.finfo(jnp.float32).min
 """Logit of a row that is none; finite, so that differences of such are numbers."""
+
+
+_PARTS = (P(BATCH), P(VOCABULARY), P(BATCH))
+"""How hidden states, head and labels are split."""
 
 
 class Head(NamedTuple):
@@ -79,7 +83,7 @@ def token_nll(
         nll = jax.lax.map(one_chunk, chunks(hidden.astype(how.dtype), labels, how.chunk))
         return nll.reshape(-1)[: labels.size].reshape(labels.shape)
 
-    return _by_device(local, P(BATCH))(hidden, head, labels)
+    return by_device(local, _PARTS, P(BATCH))(hidden, head, labels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -108,7 +112,7 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return over(BATCH, nll.sum()), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
-    total, *gradients = _by_device(local, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
+    total, *gradients = by_device(local, _PARTS, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
     return total, gradients
 
 
@@ -174,14 +178,6 @@ def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[
 def _in_two_passes(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
     largest = jnp.max(logits, axis=-1)
     return largest, jnp.exp(logits - largest[:, None]).sum(axis=-1)
-
-
-def _by_device(local: Callable, out: Any) -> Callable:
-    """`local` on each device's part of (hidden, head, labels)."""
-    if sharding.current() is None:
-        return local
-    # Replication is not checked: sums over devices are in the functions themselves, which nothing differentiates.
-    return jax.shard_map(local, in_specs=(P(BATCH), P(VOCABULARY), P(BATCH)), out_specs=out, check_vma=False)
 
 
 def chunks(
