@@ -89,7 +89,11 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
     else:
         assert ended[who][0] == -signal.SIGKILL, ended
         code, output = ended[1 - who]
-        assert code not in (0, 75) and "If another process or its machine was lost: the same command goes on" in output
+        # With the first process goes the coordination service, and JAX may abort before the failed step is told.
+        aborted = who == 0 and code == -signal.SIGABRT and "coordination service" in output
+        told = code == 1 and "If another process or its machine was lost: the same command goes on" in output
+        assert aborted or told, ended
+        assert f"process {1 - who} of 2: joined. If one is lost" in output
     output = finish(*together(program))
     assert "on 2 cpu devices" in output and f"resumed at step {saved} of 16" in output
     np.testing.assert_allclose(losses(program.folder), losses(unbroken[1].folder), rtol=1e-5)

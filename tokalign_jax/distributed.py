@@ -68,6 +68,13 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
     if count() == 1:
         yield
         return
+    # Said beforehand: when the first process is lost, JAX aborts the others without a word of ours.
+    print(
+        f"process {index()} of {count()}: joined. If one is lost, JAX ends all; the same command then goes on from the "
+        "newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
     watch = _Watch()
     stopping.join(watch.reached)
     watch.start()
