@@ -290,6 +290,16 @@ def test_a_token_of_the_model_that_is_listed_as_added_is_what_the_model_spells()
     assert b"".join(canonical.token_bytes(made)[i] for i in ids) == b"a  b"
 
 
+def test_extra_tokens_that_are_not_flagged_special_are_text():
+    """transformers calls what a SentencePiece model has as its user's symbols (Gemma's line ends) extra special tokens."""
+    made = with_added("gemma", AddedToken("\n", special=False, normalized=False))
+    made.extra_special_tokens = ["\n"]
+    line_end = made.convert_tokens_to_ids("\n")
+    assert line_end in made.all_special_ids and line_end in canonical.plain_backend(made).encode("a\nb").ids
+    assert canonical.token_bytes(made)[line_end] == b"\n"
+    assert canonical.losses(made) == []
+
+
 def test_a_normaliser_may_spell_bytes():
     backend = Tokenizer(models.BPE({"a": 0, "Ġ": 1, "Ġa": 2}, [("Ġ", "a")]))
     backend.normalizer, backend.decoder = normalizers.ByteLevel(), decoders.Fuse()

@@ -79,9 +79,14 @@ def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens that stand for no text: those flagged special, and those with a role (eos, pad, ...)."""
+    """Ids of tokens that stand for no text: those flagged special, and those with a role (eos, pad, ...).
+
+    Not all that the tokenizer calls special: of a converted SentencePiece model that is also what its author wanted whole,
+    such as line ends and runs of spaces, which text is cut into.
+    """
     flagged = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return flagged | set(tokenizer.all_special_ids)
+    roles = (getattr(tokenizer, f"{role}_id") for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
+    return flagged | {index for index in roles if isinstance(index, int)}
 
 
 def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
