@@ -269,11 +269,11 @@ TEXT = "The quick brown fox, été 数学 ここ 😀!\n\n  def add(a):\n\tretur
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 def test_pieces_make_up_the_text_and_count_its_tokens(kind):
     tokenizer = tiny_tokenizer(300 if kind == "byte_level" else 330, TEXTS, kind)
-    found = pieces.pieces(tokenizer, TEXT)
+    found, nothing = pieces.pieces(tokenizer, [TEXT, ""])
     assert "".join(text for text, _ in found) == TEXT
     assert sum(count for _, count in found) == len(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     assert ("😀", 4) in found or (" 😀", 4) in found or (" 😀", 5) in found
-    assert pieces.pieces(tokenizer, "") == []
+    assert nothing == []
 
 
 def test_passages_come_by_language_and_side():

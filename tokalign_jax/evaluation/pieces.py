@@ -21,20 +21,27 @@ def of_passages(
       tokenizers: by side.
       texts: documents by language.
     """
-    found = []
-    for language in list(texts)[:PASSAGES]:
-        (passage,) = passages({language: texts[language]}, 1, LENGTH)
-        found.append({"language": language} | {side: pieces(of, passage) for side, of in tokenizers.items()})
-    return found
+    languages = list(texts)[:PASSAGES]
+    shown = [passages({language: texts[language]}, 1, LENGTH)[0] for language in languages]
+    cut = {side: pieces(tokenizer, shown) for side, tokenizer in tokenizers.items()}
+    return [
+        {"language": language} | {side: of[number] for side, of in cut.items()}
+        for number, language in enumerate(languages)
+    ]
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, int]]:
-    """`text` in pieces, each with the tokens that it is cut into: more than one where they share a character.
+def pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[str, int]]]:
+    """Each text in pieces, each with the tokens that it is cut into: more than one where they share a character.
 
     The pieces joined are the text. What no token covers (a space that the tokenizer trims off) goes with the token behind it.
     """
+    encodings = plain_backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+    return [_pieces(text, [stop for _, stop in encoding.offsets]) for text, encoding in zip(texts, encodings)]
+
+
+def _pieces(text: str, stops: Sequence[int]) -> list[tuple[str, int]]:
     found, end = [], 0
-    for _, stop in plain_backend(tokenizer).encode(text, add_special_tokens=False).offsets:
+    for stop in stops:
         if stop > end:
             found.append((text[end:stop], 1))
             end = stop
