@@ -200,12 +200,15 @@ def test_exact_and_random_differ_only_in_what_they_know(tokenizers):
 
 
 def test_mixing():
-    embedding, head = methods.mix([5, 6, 7], None, 0.0, 100)
-    assert embedding == pytest.approx({5: 1 / 7, 6: 2 / 7, 7: 4 / 7})
-    assert head == pytest.approx({5: 1 / 3, 6: 1 / 3, 7: 1 / 3})
-    embedding, head = methods.mix([5, 5], 9, 0.8, 100)
+    parts = [[5, 6, 7], [5, 5], [5, 6], [], []]
+    matches, similarity = np.array([-1, 9, 6, 9, -1]), np.array([0.0, 0.8, 0.5, 0.5, 0.0], np.float32)
+    embedding, head = methods.mix(parts, matches, similarity, 100)
+    assert row(embedding, 0) == pytest.approx({5: 1 / 7, 6: 2 / 7, 7: 4 / 7})
+    assert row(head, 0) == pytest.approx({5: 1 / 3, 6: 1 / 3, 7: 1 / 3})
     share = methods.MATCH_WEIGHT_EMBEDDING * 0.8
-    assert embedding == pytest.approx({5: 1 - share, 9: share})
-    assert sum(methods.mix([5, 6], 6, 0.5, 100)[1].values()) == pytest.approx(1)
-    assert methods.mix([], 9, 0.5, 100) == ({9: 1.0}, {9: 1.0})
-    assert methods.mix([], None, 0.0, 100) == ({100: 1.0}, {100: 1.0})
+    assert row(embedding, 1) == pytest.approx({5: 1 - share, 9: share})
+    share = methods.MATCH_WEIGHT_HEAD * 0.5  # of a match that is a piece, too
+    assert row(head, 2) == pytest.approx({5: (1 - share) / 2, 6: (1 + share) / 2})
+    assert row(embedding, 3) == row(head, 3) == {9: 1.0}
+    assert row(embedding, 4) == row(head, 4) == {100: 1.0}
+    assert embedding.ids.tolist()[:3] == [5, 6, 7]  # in the order of the text

@@ -8,7 +8,7 @@ and `alignment.npz` with everything.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -113,11 +113,25 @@ class Alignment:
 # --- making -----------------------------------------------------------------------------------------------------------
 
 
-def mixture_of(rows: Sequence[Mapping[int, float]], source_size: int) -> Mixture:
-    """The mixture of V_t rows, each of source ids (V_s: the mean of all rows) and positive weights of any sum."""
-    indptr = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    ids = np.fromiter((i for row in rows for i in row), np.int32, int(indptr[-1]))
-    weights = np.fromiter((w for row in rows for w in row.values()), np.float64, int(indptr[-1]))
+def mixture_of(
+    rows: Int[np.ndarray, "E"],
+    ids: Int[np.ndarray, "E"],
+    weights: Float[np.ndarray, "E"],
+    size: int,
+    source_size: int,
+) -> Mixture:
+    """The mixture of V_t = `size` rows that these entries make: target token, source token (V_s: the mean of all rows), weight >= 0.
+
+    A row keeps the order of its entries, of which one or more have a weight; those of the same source token are added up. Its weights may
+    have any sum.
+    """
+    rows, ids, weights = (of[weights > 0] for of in (rows, ids, weights))
+    keys = rows.astype(np.int64) * (source_size + 1) + ids
+    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+    weights = np.bincount(place, weights)  # in the order of the entries
+    order = np.lexsort((first, rows[first]))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[first], minlength=size))])
+    ids, weights = ids[first[order]].astype(np.int32), weights[order]
     sums = np.add.reduceat(weights, indptr[:-1])
     return Mixture(indptr, ids, (weights / np.repeat(sums, np.diff(indptr))).astype(np.float32), source_size)
 

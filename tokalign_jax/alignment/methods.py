@@ -5,8 +5,8 @@ source token with the same bytes, the special token of the same role. The method
 """
 
 import dataclasses
+import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -187,11 +187,7 @@ def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     parts, rules = inputs.spelled
     found = similar_matches(inputs)
     similar = ~np.isin(rules, SURE) & (found.matches >= 0) & (found.scores >= inputs.config.similarity_threshold)
-    rows = [
-        mix(pieces, int(match) if use else None, float(score), inputs.source_size)
-        for pieces, match, use, score in zip(parts, found.matches, similar, found.scores)
-    ]
-    embedding, head = (alignment.mixture_of(side, inputs.source_size) for side in zip(*rows))
+    embedding, head = mix(parts, np.where(similar, found.matches, -1), found.scores, inputs.source_size)
     made = _assembled(inputs, embedding, head, np.where(similar, np.uint8(Rule.SIMILAR), rules), found)
     return shifted(inputs, made), found.measured
 
@@ -234,44 +230,37 @@ def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
         found = found_by(inputs, best)
         inputs.log(f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; {_accuracy(best, judges)}")
     similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
-    rows = [
-        {int(match): 1.0} if use else Counter(parts or [inputs.source_size])
-        for match, use, parts in zip(found.matches, similar, inputs.spelled.parts)
-    ]
-    mixture = alignment.mixture_of(rows, inputs.source_size)
-    return _assembled(
-        inputs, mixture, mixture, np.where(similar, Rule.SIMILAR, inputs.spelled.rules), found
-    ), found.measured
+    matched = np.flatnonzero(similar)
+    mixture = else_pieces(inputs, matched, found.matches[matched], np.ones(len(matched)))
+    rules = np.where(similar, Rule.SIMILAR, inputs.spelled.rules)
+    return _assembled(inputs, mixture, mixture, rules, found), found.measured
 
 
 def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """Mixtures of the `top_k` source tokens nearest by CSLS, weighted by a softmax whose temperature the judges choose; below
     the threshold of similarity the mean of the pieces. Corrected for frequency."""
-    found, near, weights = _nothing(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
+    found, near, shares = _nothing(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
     if split := split_shared(inputs):
         pivots, judges = split
         config, k = inputs.config, min(inputs.config.top_k, len(inputs.source.ids))
         best = matching.match(inputs.source.vectors, inputs.target.vectors, pivots, judges, config.neighbours, k)
         temperature = matching.temperature(best, judges)
-        near, weights = inputs.source.ids[best.source], matching.softmax_weights(best.scores, temperature)
+        near, shares = inputs.source.ids[best.source], matching.softmax_weights(best.scores, temperature)
         found = found_by(inputs, best)
         found.measured["temperature"] = temperature
         inputs.log(f"top {k}: temperature {temperature:.3g}; {_accuracy(best, judges)}")
     similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
     similar &= found.scores >= inputs.config.similarity_threshold
-    rows: list[Mapping[int, float]] = [Counter(parts or [inputs.source_size]) for parts in inputs.spelled.parts]
-    for target, ids, shares in zip(inputs.target.ids.tolist(), near.tolist(), weights.tolist()):
-        if similar[target]:
-            rows[target] = {source: share for source, share in zip(ids, shares) if share > LEAST_SHARE}
-    mixture = alignment.mixture_of(rows, inputs.source_size)
+    row, place = np.nonzero(similar[inputs.target.ids[: len(near)], None] & (shares > LEAST_SHARE))
+    mixture = else_pieces(inputs, inputs.target.ids[row], near[row, place], shares[row, place])
     rules = np.where(similar, Rule.SIMILAR, inputs.spelled.rules)
     return shifted(inputs, _assembled(inputs, mixture, mixture, rules, found)), found.measured
 
 
 def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """The rival that needs no corpus: exact matches, roles, and else the plain mean of the pieces for both matrices."""
-    rows = [Counter(pieces or [inputs.source_size]) for pieces in inputs.spelled.parts]
-    mixture = alignment.mixture_of(rows, inputs.source_size)
+    none = np.zeros(0, np.int64)
+    mixture = else_pieces(inputs, none, none, np.zeros(0))
     return _assembled(inputs, mixture, mixture, inputs.spelled.rules, _nothing(inputs)), {}
 
 
@@ -442,28 +431,48 @@ def _nothing(inputs: Inputs) -> Found:
 
 
 def mix(
-    pieces: Sequence[int], match: int | None, similarity: float, source_size: int
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Weights of source tokens in a target token's embedding row and in its head row.
+    parts: Sequence[Sequence[int]],
+    matches: Int[np.ndarray, "V_t"],
+    similarity: Float[np.ndarray, "V_t"],
+    source_size: int,
+) -> tuple[Mixture, Mixture]:
+    """What target tokens' embedding rows and head rows are made of.
 
     Args:
-      pieces: the source tokens that spell it, in order; none where they cannot.
-      match: the source token found by co-occurrence, with its calibrated similarity, or None.
+      parts: the source tokens that spell each, in order; none where they cannot.
+      matches: the source token found by co-occurrence; -1 for none.
+      similarity: of the matches, calibrated.
     """
-    if not pieces:
-        row = {source_size if match is None else match: 1.0}
-        return row, row
-    to_the_last = PIECE_DECAY ** np.arange(len(pieces))[::-1]
-    uniform = np.ones(len(pieces))
-    result = []
-    for weights, match_weight in ((to_the_last, MATCH_WEIGHT_EMBEDDING), (uniform, MATCH_WEIGHT_HEAD)):
-        share = 0.0 if match is None else match_weight * similarity
-        entries = [*zip(pieces, (1.0 - share) * weights / weights.sum()), *([(match, share)] if share > 0 else [])]
-        row: dict[int, float] = {}
-        for source, weight in entries:  # a token may be a piece twice
-            row[source] = row.get(source, 0.0) + float(weight)
-        result.append(row)
-    return result[0], result[1]
+    (rows, ids, behind), size = _pieces(parts, source_size), len(parts)
+    matched, unknown = matches >= 0, np.array([not of for of in parts])
+    targets, sources = np.append(rows, np.arange(size)), np.append(ids, np.where(matched, matches, source_size))
+    made = []
+    for decay, most in ((PIECE_DECAY, MATCH_WEIGHT_EMBEDDING), (1.0, MATCH_WEIGHT_HEAD)):
+        share = np.where(matched, np.where(unknown, 1.0, most * similarity.astype(np.float64)), 0.0)
+        weights = decay**behind
+        weights = (1.0 - share)[rows] * weights / np.bincount(rows, weights)[rows]
+        made.append(alignment.mixture_of(targets, sources, np.append(weights, share), size, source_size))
+    return made[0], made[1]
+
+
+def else_pieces(
+    inputs: Inputs, targets: Int[np.ndarray, "E"], sources: Int[np.ndarray, "E"], weights: Float[np.ndarray, "E"]
+) -> Mixture:
+    """The mixture of these entries; a target token that has none is the plain mean of its pieces."""
+    rows, ids, _ = _pieces(inputs.spelled.parts, inputs.source_size)
+    left = ~np.isin(rows, targets)
+    entries = np.append(targets, rows[left]), np.append(sources, ids[left]), np.append(weights, np.ones(left.sum()))
+    return alignment.mixture_of(*entries, inputs.target_size, inputs.source_size)
+
+
+def _pieces(
+    parts: Sequence[Sequence[int]], source_size: int
+) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
+    """All pieces of V_t target tokens: whose each is, the source token (V_s where nothing spells it), how many are behind it."""
+    known = [of or (source_size,) for of in parts]
+    sizes = np.fromiter(map(len, known), np.int64, len(known))
+    ids = np.fromiter(itertools.chain.from_iterable(known), np.int64, int(sizes.sum()))
+    return np.repeat(np.arange(len(known)), sizes), ids, np.repeat(np.cumsum(sizes), sizes) - np.arange(len(ids)) - 1
 
 
 def shifted(inputs: Inputs, made: Alignment) -> Alignment:
