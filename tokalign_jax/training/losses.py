@@ -11,7 +11,7 @@ the gradient of the head stays where the rows are.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,20 +97,19 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
     def local(hidden: Array, head: Array, labels: Array) -> tuple[Array, Array, Array]:
         rows = Rows(head.astype(how.dtype), how)
 
-        def one_chunk(head_gradient: Array, pieces: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        def one_chunk(pieces: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
             states, targets = map(gathered, pieces)
             logits, pull = rows.logits(states)
             nll, gradient = rows.nll(logits, targets)
             # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
             gradient = pull(gradient).astype(how.dtype)
-            head_gradient += jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
-            return head_gradient, (own(nll), summed(jnp.dot(gradient, rows.weight)))
+            head_gradient = jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
+            return (own(nll).sum(), head_gradient), summed(jnp.dot(gradient, rows.weight))
 
-        start = jnp.zeros(head.shape, jnp.float32)
         pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
-        head_gradient, (nll, gradient) = jax.lax.scan(one_chunk, start, pieces)
+        (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-        return over(BATCH, nll.sum()), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
+        return over(BATCH, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
     total, *gradients = by_device(local, _PARTS, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
     return total, gradients
@@ -190,3 +189,18 @@ def chunks(
     states = jnp.pad(hidden.reshape(tokens, -1), ((0, filling), (0, 0)))
     targets = jnp.pad(labels.reshape(tokens), (0, filling), constant_values=IGNORED)
     return states.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)
+
+
+def over_chunks(one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
+    """`one` of each chunk: its first result added up, its second in a row. `pieces` are arrays [N, ...] as `chunks` makes them.
+
+    The first chunk starts the sums: zeros would be written and read for nothing, and the head's gradient is large.
+    """
+
+    def add(sums: Any, piece: Any) -> tuple[Any, Any]:
+        more, result = one(piece)
+        return jax.tree.map(jnp.add, sums, more), result
+
+    sums, first = one(jax.tree.map(lambda x: x[0], pieces))
+    sums, others = jax.lax.scan(add, sums, jax.tree.map(lambda x: x[1:], pieces))
+    return sums, jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
