@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tokalign_jax import inspect, main, plan, stages
 from tokalign_jax.config import Config, ExtendConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.models import huggingface
+from tokalign_jax.models import hub, huggingface
 from tokalign_jax.text import canonical, mining
 
 NEW = 30
@@ -204,10 +204,37 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
     state["model"]["vocab"][last] = 330
     (folder / "tokenizer.json").write_text(json.dumps(state))
     context = stages.Context(Config(source_model=str(folder), corpus=str(inputs["corpus"])), tmp_path / "run", print)
-    assert len(context.source_tokenizer) <= 320
+    tokenizer = hub.load_tokenizer(folder)
+    assert len(tokenizer) <= 320
     with pytest.raises(UserError, match="has 331 tokens but its matrices have only 320 rows"):
         context.check()
     model, raw = context.source_model
     params = huggingface.load_params(folder, model)
     with pytest.raises(UserError, match="has 331 tokens but the model has only 320 rows"):
-        huggingface.save_checkpoint(tmp_path / "out", params, model, raw, context.source_tokenizer, dtypes="float32")
+        huggingface.save_checkpoint(tmp_path / "out", params, model, raw, tokenizer, dtypes="float32")
+
+
+def test_added_tokens_that_the_source_has_no_rows_for_are_left_out(inputs, tmp_path):
+    """As in Gemma 3 1B, whose tokenizer has one for images behind its last row, and in fine-tuned models with a late pad token."""
+    folder = tmp_path / "model"
+    shutil.copytree(inputs["llama"], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    fillers = [f"<unused{i}>" for i in range(320 - len(tokenizer))]
+    tokenizer.add_tokens(fillers)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "extra_special_tokens": ["<image>", fillers[0]]})
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "image_token": "<image>"}))
+    logged = []
+    config = Config(source_model=str(folder), target_tokenizer="extend", corpus=str(inputs["corpus"]))
+    context = stages.Context(config, tmp_path / "run", logged.append)
+    known = context.source_tokenizer
+    assert any("no rows for 2 tokens" in line and "<image>, <pad>" in line for line in logged)
+    assert canonical.vocabulary_size(known) == 320 == context.kept
+    assert known.pad_token is None and known.extra_special_tokens == [fillers[0]] and known.chat_template
+    whole = AutoTokenizer.from_pretrained(folder)
+    assert len(whole) == 322
+    assert known.get_vocab() == {token: i for token, i in whole.get_vocab().items() if i < 320}
+    extended = mining.extended_tokenizer(known, ["abcd " * 50], 3, min_count=2)
+    assert extended.convert_ids_to_tokens(319) == fillers[-1] and canonical.vocabulary_size(extended) > 320

@@ -45,6 +45,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, duration
 from tokalign_jax.text import canonical
 from tokalign_jax.text import corpus as documents
+from tokalign_jax.text.editing import within_rows
 
 SCORES, PICTURE = "scores.json", "scores.png"
 EXPORT, SOURCE = "export", "source"
@@ -248,11 +249,7 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
     folder = hub.resolve(demo.source_model(name), what="model")
     config, _ = hub.load_config(folder)
     huggingface.check_weights(folder, config)
-    tokenizer = hub.load_tokenizer(folder)
-    if (size := canonical.vocabulary_size(tokenizer)) > config.vocab_size:
-        raise UserError(
-            f"model '{name}': its tokenizer has {size} tokens but its matrices have only {config.vocab_size} rows"
-        )
+    tokenizer = within_rows(hub.load_tokenizer(folder), config.vocab_size, f"model '{name}'")
     parts = Path(name).parts
     alone = [Path(other).name for other in others].count(parts[-1]) < 2
     called = parts[-1] if alone else "/".join(parts[-2:])

@@ -23,6 +23,7 @@ from tokalign_jax.config import EXTEND, AlignmentConfig
 from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.models import hub
 from tokalign_jax.text import canonical
+from tokalign_jax.text.editing import within_rows
 
 STATE_FILE = "stages.json"
 
@@ -92,6 +93,9 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
     }
     ends = {"source": "", "target": end_of_text}
     tokenizers = {side: hub.load_tokenizer(folder, ends[side]) for side, folder in folders.items()}
+    if (folders["source"] / "config.json").is_file():
+        rows = hub.load_config(folders["source"])[0].vocab_size
+        tokenizers["source"] = within_rows(tokenizers["source"], rows, names["source_model"])
     path = given.alignment or given.workdir / "align"
     found = alignment.load(path, tokenizers["source"], tokenizers["target"])
     sides = {

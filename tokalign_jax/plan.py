@@ -30,6 +30,7 @@ from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import duration, quantity
 from tokalign_jax.text import corpus, mining
 from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import loop
 
 MeshSizes = tuple[int, int, int]
@@ -255,12 +256,13 @@ def plan(
 def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed) -> Plan:
     """The plan of a run as configured: reads the model's config, a tokenizer, and sizes of files."""
     source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
+    model, raw = hub.load_config(source)
     if config.target_tokenizer == EXTEND:
-        size = mining.largest_size(config, hub.load_tokenizer(source))
+        old = within_rows(hub.load_tokenizer(source), model.vocab_size, f"source_model '{config.source_model}'")
+        size = mining.largest_size(config, old)
     else:
         target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
         size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
-    model, raw = hub.load_config(source)
     multiple = config.initialization.rows_multiple_of
     rows = -(-size // multiple) * multiple
     model = dataclasses.replace(model, vocab_size=rows)

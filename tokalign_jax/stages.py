@@ -31,6 +31,7 @@ from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical, mining, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import distillation, loop
 from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
@@ -81,7 +82,14 @@ class Context:
 
     @cached_property
     def source_tokenizer(self) -> PreTrainedTokenizerBase:
-        return _tokenizer(self.source_folder)
+        """Without the tokens that the model has no rows for."""
+        whole, rows = _tokenizer(self.source_folder), self.source_model[0].vocab_size
+        known = within_rows(whole, rows, f"source_model '{self.config.source_model}'")
+        if gone := set(whole.get_vocab()) - set(known.get_vocab()):
+            self.log(
+                f"source_model: it has no rows for {len(gone)} tokens, which are left out: {', '.join(sorted(gone)[:5])}"
+            )
+        return known
 
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,11 +160,6 @@ class Context:
         model, _ = self.source_model
         huggingface.check_weights(self.source_folder, model)
         source_size = vocabulary_size(self.source_tokenizer)
-        if source_size > model.vocab_size:
-            raise UserError(
-                f"source_model '{config.source_model}': its tokenizer has {source_size} tokens but its matrices have only "
-                f"{model.vocab_size} rows; the tokenizer is of another model, or tokens were added without resizing the model"
-            )
         tokenizing.end_of_text_id(self.source_tokenizer)
         if self.extends:
             mining.check(self.source_tokenizer)

@@ -11,7 +11,6 @@ import heapq
 import itertools
 import json
 import re
-import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from jaxtyping import Bool
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import plain_backend, space_mark, special_ids, vocabulary_size
+from tokalign_jax.text.editing import edited
 
 BATCH_BYTES = 4 << 20
 """Text that is cut at once."""
@@ -335,25 +335,17 @@ def _best(characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str
 
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrainedTokenizerBase:
     """A copy of `tokenizer` with the mined tokens."""
-    with tempfile.TemporaryDirectory(prefix="extend_") as folder:
-        tokenizer.save_pretrained(folder)
-        path, settings_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
-        state, settings = json.loads(path.read_text("utf-8")), json.loads(settings_path.read_text("utf-8"))
-        vocabulary = state["model"]["vocab"]
+    new = [character for character, _ in mined.characters] + [first + second for first, second, _ in mined.merges]
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+
+    def extend(state: dict[str, Any], settings: dict[str, Any]) -> None:
         # Added tokens that the model does not have get their ids when they are read: those behind the model's, so that they
         # would move. What the model has keeps its id.
-        vocabulary |= {added["content"]: added["id"] for added in state["added_tokens"]}
-        new = [character for character, _ in mined.characters] + [first + second for first, second, _ in mined.merges]
-        vocabulary |= {token: i for i, token in enumerate(new, vocabulary_size(tokenizer))}
+        state["model"]["vocab"] |= added | {token: i for i, token in enumerate(new, vocabulary_size(tokenizer))}
         state["model"]["merges"] += [[first, second] for first, second, _ in mined.merges]
-        path.write_text(json.dumps(state, ensure_ascii=False), "utf-8")
-        # Other classes make a tokenizer of their own from the vocabulary.
-        settings_path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}), "utf-8")
-        result = PreTrainedTokenizerFast.from_pretrained(folder)
-    result.name_or_path = tokenizer.name_or_path
-    found = result.get_vocab()
-    if any(found.get(token) != index for token, index in tokenizer.get_vocab().items()) or len(found) != len(
-        vocabulary
-    ):
+
+    result = edited(tokenizer, extend)
+    before, after = tokenizer.get_vocab(), result.get_vocab()
+    if any(after.get(token) != index for token, index in before.items()) or after.keys() != {*before, *new}:
         raise ValueError("an old token's id changed")
     return result

@@ -1,0 +1,69 @@
+"""Tokenizers changed by way of their files, which all of them have in common."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.text.canonical import vocabulary_size
+
+
+def edited(
+    tokenizer: PreTrainedTokenizerBase, edit: Callable[[dict[str, Any], dict[str, Any]], None]
+) -> PreTrainedTokenizerBase:
+    """`tokenizer` with the contents of its tokenizer.json and tokenizer_config.json as `edit` leaves them."""
+    with tempfile.TemporaryDirectory(prefix="tokenizer_") as folder:
+        tokenizer.save_pretrained(folder)
+        files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        state, settings = (json.loads(file.read_text("utf-8")) for file in files)
+        edit(state, settings)
+        # Other classes make a tokenizer of their own from the vocabulary.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for file, content in zip(files, (state, settings)):
+            file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        result = PreTrainedTokenizerFast.from_pretrained(folder)
+    result.name_or_path = tokenizer.name_or_path
+    return result
+
+
+def within_rows(tokenizer: PreTrainedTokenizerBase, rows: int, whose: str) -> PreTrainedTokenizerBase:
+    """`tokenizer` without the added tokens that a model of `rows` rows has none for.
+
+    Some models are published so: Gemma 3 1B with a token for images, CodeLLaMA 34B with those for filling in. What the model
+    never met, text is to be cut without.
+
+    Args:
+      whose: the model, for the error.
+
+    Raises:
+      UserError: other tokens than added ones have no rows.
+    """
+    if vocabulary_size(tokenizer) <= rows:
+        return tokenizer
+    gone = [token.content for index, token in tokenizer.added_tokens_decoder.items() if index >= rows]
+    if any(index >= rows and token not in gone for token, index in tokenizer.get_vocab().items()):
+        raise UserError(
+            f"{whose}: its tokenizer has {vocabulary_size(tokenizer):,} tokens but its matrices have only {rows:,} rows; the "
+            f"tokenizer is of another model: put the right tokenizer's files beside the weights"
+        )
+
+    def leave_out(state: dict[str, Any], settings: dict[str, Any]) -> None:
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+        kept = _without(settings, gone)
+        settings.clear()
+        settings.update(kept)
+
+    return edited(tokenizer, leave_out)
+
+
+def _without(content: Any, gone: Sequence[str]) -> Any:
+    """JSON `content` without the strings in `gone`, whatever list or object they are in."""
+    if isinstance(content, dict):
+        return {key: _without(value, gone) for key, value in content.items() if value not in gone}
+    if isinstance(content, list):
+        return [_without(value, gone) for value in content if value not in gone]
+    return content
