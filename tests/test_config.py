@@ -69,6 +69,13 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"stage1": {"per_device_batch": 0}}, ("stage1.per_device_batch", "0")),
         ({"text": {"held_out_fraction": 1.5}}, ("text.held_out_fraction", "1.5")),
         ({"stage2": {"lora": {"dropout": 1.0}}}, ("stage2.lora.dropout", "1.0")),
+        ({"stage1": {"learning_rate": float("inf")}}, ("stage1.learning_rate", "inf", "finite")),
+        ({"stage2": {"embedding_learning_rate": -1.0}}, ("stage2.embedding_learning_rate", "-1.0")),
+        ({"stage1": {"beta2": 1.0}}, ("stage1.beta2", "1.0")),
+        ({"stage1": {"start_offset": -1}}, ("stage1.start_offset", "-1", "number of sequences")),
+        ({"stage1": {"start_offset": 1.5}}, ("stage1.start_offset", "1.5", "below 1.0")),
+        ({"stage2": {"start_offset": "after_prevous"}}, ("stage2.start_offset", "after_prevous", AFTER_PREVIOUS)),
+        ({"seed": -1}, ("'seed'", "-1")),
     ],
 )
 def test_bad_values_are_named(values, words):

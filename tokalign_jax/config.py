@@ -371,18 +371,23 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         raise UserError(f"config key '{name}' is {value!r}; it must be of type {hint}")
     if isinstance(value, int) and int not in kinds and float in kinds:
         return float(value)
-    if not isinstance(value, tuple(kinds)):
+    if not isinstance(value, tuple(kinds)) or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(
             f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}"
+            + (", and finite" if isinstance(value, float) else "")
         )
     return value
 
 
 _RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
     "steps": (0, math.inf),
     "learning_rate": (0, math.inf),
+    "embedding_learning_rate": (0, math.inf),
     "warmup_fraction": (0, 1),
     "weight_decay": (0, math.inf),
+    "beta1": (0, 0.99999),
+    "beta2": (0, 0.99999),
     "clip_norm": (1e-12, math.inf),
     "batch_size": (1, math.inf),
     "per_device_batch": (1, math.inf),
@@ -395,6 +400,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "log_every": (1, math.inf),
     "max_skipped_in_a_row": (1, math.inf),
     "rank": (1, math.inf),
+    "alpha": (0, math.inf),
     "dropout": (0, 0.999),
     "budget_bytes": (1, math.inf),
     "held_out_fraction": (0, 0.5),
@@ -403,6 +409,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_count": (1, math.inf),
     "vector_size": (1, math.inf),
     "iterations": (1, math.inf),
+    "glove_learning_rate": (0, math.inf),
+    "x_max": (1e-3, math.inf),
+    "weight_power": (0, math.inf),
+    "bleu_lines": (1, math.inf),
     "pivots": (1, math.inf),
     "top_k": (1, math.inf),
     "tokens": (0, math.inf),
@@ -432,6 +442,17 @@ def _check_range(made: Any, prefix: str) -> None:
                 f"config key '{prefix}{name}' is {value}; it must be at least {low}"
                 + (f" and at most {high}" if high < math.inf else "")
             )
+    if not _is_offset(offset := getattr(made, "start_offset", 0)):
+        raise UserError(
+            f"config key '{prefix}start_offset' is {offset!r}; it must be a number of sequences (without a decimal point), a "
+            f"fraction of one pass (at least 0.0 and below 1.0) or '{AFTER_PREVIOUS}'"
+        )
+
+
+def _is_offset(value: float | str) -> bool:
+    if isinstance(value, str):
+        return value == AFTER_PREVIOUS
+    return 0 <= value < (1 if isinstance(value, float) else math.inf)
 
 
 def _type_name(hint: Any) -> str:

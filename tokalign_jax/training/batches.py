@@ -13,7 +13,6 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from tokalign_jax.config import AFTER_PREVIOUS
 from tokalign_jax.errors import UserError
 
 _THREADS, _READY_BATCHES = 2, 8
@@ -99,26 +98,16 @@ def resolve_offset(start_offset: int | float | str, sequences_per_pass: int, epo
       previous_end: the position after the last sequence that the stage before read.
 
     Raises:
-      UserError: for an offset that is past the stream's end, naming the length, or is none of the three kinds.
+      UserError: for an offset that is past the stream's end, naming the length.
     """
     if isinstance(start_offset, str):
-        if start_offset != AFTER_PREVIOUS:
-            raise UserError(
-                f"start_offset is '{start_offset}'; it must be a number of sequences (int), a fraction of one pass "
-                f"(float below 1) or '{AFTER_PREVIOUS}'"
-            )
         position, unbounded = previous_end, not epochs
     elif isinstance(start_offset, float):
-        if not 0 <= start_offset < 1:
-            raise UserError(
-                f"start_offset is {start_offset}; as a fraction of one pass it must be at least 0 and below 1 "
-                "(write a number of sequences without a decimal point)"
-            )
         position, unbounded = int(start_offset * sequences_per_pass), False
     else:
         position, unbounded = start_offset, False
     length = sequences_per_pass * max(epochs, 1)
-    if position < 0 or (position >= length and not unbounded):
+    if position >= length and not unbounded:
         passes = "one pass" if epochs <= 1 else f"{epochs} passes"
         raise UserError(
             f"start_offset {start_offset!r} is sequence {position:,}, but the stream has {length:,} sequences "
