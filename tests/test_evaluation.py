@@ -67,6 +67,13 @@ def test_every_token_is_a_label_once():
         assert max(len(labels) for _, labels in windows) <= length
 
 
+def test_what_stands_before_every_text_begins_every_window():
+    tokens = list(range(100, 112))
+    windows = bits_per_byte.cut(tokens, 7, 5, each=True)
+    assert [inputs for inputs, _ in windows] == [[7, *tokens[:4]], [7, *tokens[5:9]], [7, tokens[10]]]
+    assert [t for _, labels in windows for t in labels] == tokens
+
+
 def test_choice_keeps_to_the_budget_and_to_whole_characters():
     documents = [
         Document("é" * 10, "fr", 20),

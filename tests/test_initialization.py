@@ -83,8 +83,8 @@ def test_a_document_whose_bytes_differ_is_passed_over(model):
     assert len(places.tokens) == len(shards_of(model[0], ["one"]).tokens)
 
 
-@pytest.mark.parametrize("batch, flushed", [(64, 5), (4096, 32)])
-def test_contexts_are_means_of_final_states(model, batch, flushed, monkeypatch):
+@pytest.mark.parametrize("batch, flushed, opening", [(64, 5, None), (4096, 32, 3)])
+def test_contexts_are_means_of_final_states(model, batch, flushed, opening, monkeypatch):
     tokenizer, config, params = model
     monkeypatch.setitem(contexts.BATCH_TOKENS, "cpu", batch)
     monkeypatch.setattr(contexts, "FLUSHED", flushed)
@@ -92,11 +92,15 @@ def test_contexts_are_means_of_final_states(model, batch, flushed, monkeypatch):
     target = tiny_tokenizer(400, TEXTS)
     places = places_of(tokenizer, target)
     sizes = (canonical.vocabulary_size(tokenizer), canonical.vocabulary_size(target))
-    reading = contexts.read(config, params, places, *sizes, jnp.float32, MESH, lambda line: None)
+    reading = contexts.read(config, params, places, *sizes, jnp.float32, MESH, lambda line: None, opening)
 
+    read = places.tokens.copy()
+    if opening is not None:  # in the first place of every window, which is no token's then
+        places = contexts.Places._make(np.where(np.arange(len(read)) % 32, of, contexts.NONE) for of in places)
+        read[::32] = opening
     states = []
     for start in range(0, len(places.tokens), 32):
-        window = jnp.asarray(places.tokens[start : start + 32])[None]
+        window = jnp.asarray(read[start : start + 32])[None]
         states.append(np.asarray(forward(config, params, window)[0], np.float64))
     states = np.concatenate(states)
     np.testing.assert_allclose(reading.mean, states.mean(axis=0), atol=2e-6)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import tiny_tokenizer, tokenizer_of_kind
@@ -123,3 +123,28 @@ def test_missing_or_cut_shards_are_told(made, tmp_path):
     (tmp_path / "tokens.bin").write_bytes((tmp_path / "tokens.bin").read_bytes()[:-20])
     with pytest.raises(UserError, match="not whole"):
         tokenizing.TokenShards.open(tmp_path)
+
+
+def opened(kind: str, opening: str, **roles: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts `opening` before, and `</s>` behind, every text, and pads on the left."""
+    made = tokenizer_of_kind(kind, WORDS, 700)
+    made.add_special_tokens({"extra_special_tokens": [opening, "</s>"]})
+    backend = made.backend_tokenizer
+    ends = [(token, backend.token_to_id(token)) for token in (opening, "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=f"{opening} $A </s>", special_tokens=ends)
+    backend.enable_padding(direction="left", length=8)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
+def test_what_the_tokenizer_puts_before_every_text_is_found_and_kept(made, tmp_path):
+    folder, tokenizers, _, index = made
+    assert tokenizing.opening_id(tokenizers["source"]) is None and index["source"]["opening"] is None
+    assert tokenizing.TokenShards.open(folder / "tokens" / "source").opening is None
+    # LLaMA 3 and Gemma have a bos there; what BERT has is none by its role.
+    for tokenizer in (opened("llama3", "<s>", bos_token="<s>", eos_token="</s>"), opened("bert", "[CLS]")):
+        opening = tokenizing.opening_id(tokenizer)
+        assert tokenizer.convert_ids_to_tokens(opening) in ("<s>", "[CLS]")
+    index = tokenizing.run(Config(), folder / "corpus", tokenizer, tokenizers["target"], tmp_path, lambda line: None)
+    shards = tokenizing.TokenShards.open(tmp_path / "source")
+    assert shards.opening == index["source"]["opening"] == opening
+    assert opening not in shards.tokens

@@ -1,17 +1,17 @@
 """The stream: a permutation of all sequences a pass, exact offsets and states, the same steps for any hosts."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from training_toys import ToyShards
 
 from tokalign_jax.config import AFTER_PREVIOUS
 from tokalign_jax.errors import UserError
 from tokalign_jax.training.batches import TokenSource, make_stream, resolve_offset
 
 T, N = 4, 50
-SOURCE = TokenSource(SimpleNamespace(tokens=np.arange(N * T + 3, dtype=np.uint16)), T)
+SOURCE = TokenSource(ToyShards(np.arange(N * T + 3, dtype=np.uint16)), T)
 
 
 def stream(seed=0, epochs=2, offset=0, accumulation=1, micro_batch=1, **hosts):
@@ -29,8 +29,13 @@ def test_a_sequence_is_t_plus_one_tokens():
     assert len(SOURCE) == N
     np.testing.assert_array_equal(SOURCE[3], [12, 13, 14, 15, 16])
     assert SOURCE[3].dtype == np.int32
-    assert len(TokenSource(SimpleNamespace(tokens=np.arange(2 * T)), T)) == 1  # the second lacks its last label
-    assert len(TokenSource(SimpleNamespace(tokens=np.arange(0)), T)) == 0
+    assert len(TokenSource(ToyShards(np.arange(2 * T)), T)) == 1  # the second lacks its last label
+    assert len(TokenSource(ToyShards(np.arange(0)), T)) == 0
+
+
+def test_what_stands_before_every_text_begins_every_sequence():
+    opened = TokenSource(ToyShards(np.arange(N * T + 3, dtype=np.uint16), opening=7), T)
+    np.testing.assert_array_equal(opened[3], [7, 13, 14, 15, 16])
 
 
 def test_every_pass_is_another_permutation_of_all_sequences():

@@ -82,6 +82,7 @@ CONFIG = Config(compute=ComputeConfig(dtype="float32", remat="dots", loss_chunk=
 @dataclass
 class ToyShards:
     tokens: np.ndarray
+    opening: int | None = None
 
 
 if "TOKALIGN_JAX_TEST_CACHE" not in os.environ:  # the programs share it

@@ -3,7 +3,8 @@
     bits per byte = sum of -log2 p(token | tokens before it) / UTF-8 bytes of the text
 
 Each document begins with end-of-text (or the tokenizer's beginning-of-text) as context, as in training. A document longer than
-a window is cut into windows that do not overlap. Costs are kept by document, so that intervals can be had (`intervals.py`).
+a window is cut into windows that do not overlap; a token that the tokenizer puts before every text begins each of them. Costs are
+kept by document, so that intervals can be had (`intervals.py`).
 """
 
 import functools
@@ -28,7 +29,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
-from tokalign_jax.text.tokenizing import end_of_text_id
+from tokalign_jax.text.tokenizing import end_of_text_id, opening_id
 from tokalign_jax.training.losses import IGNORED, head_of, token_nll
 
 
@@ -119,16 +120,22 @@ def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, 
     return chosen
 
 
-def cut(tokens: list[int], start: int, length: int) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) windows of at most `length` tokens; every token of the document is a label exactly once."""
+def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[tuple[list[int], list[int]]]:
+    """(inputs, labels) windows of at most `length` tokens; every token of the document is a label exactly once.
+
+    Args:
+      start: the token before the document's first.
+      each: it begins every window, in the place of the token before.
+    """
     context = [start, *tokens[:-1]]
-    return [(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
+    windows = [(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
+    return [([start, *inputs[1:]], labels) for inputs, labels in windows] if each else windows
 
 
 def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token before a document's first: beginning-of-text, else end-of-text."""
-    start = tokenizer.bos_token_id
-    return start if isinstance(start, int) else end_of_text_id(tokenizer)
+    """The token before a document's first: what the tokenizer puts there, else beginning-of-text, else end-of-text."""
+    starts = (opening_id(tokenizer), tokenizer.bos_token_id)
+    return next((start for start in starts if isinstance(start, int)), end_of_text_id(tokenizer))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
@@ -179,7 +186,8 @@ def evaluate_documents(
     Returns:
       Costs by language, documents in the order of `texts`.
     """
-    start, backend = first_context(tokenizer), plain_backend(tokenizer)  # as the shards are made
+    start, each = first_context(tokenizer), opening_id(tokenizer) is not None
+    backend = plain_backend(tokenizer)  # as the shards are made
     windows: list[tuple[np.ndarray, int, list[int], list[int]]] = []  # where its nats go, inputs, labels
     costs = {}
     for language, documents in texts.items():
@@ -190,7 +198,7 @@ def evaluate_documents(
             np.array([len(text.encode()) for text in documents], np.int64),
         )
         for document, tokens in enumerate(encoded):
-            windows += [(costs[language].nats, document, *w) for w in cut(tokens, start, sequence_length)]
+            windows += [(costs[language].nats, document, *w) for w in cut(tokens, start, sequence_length, each)]
 
     # Windows of like length go together, so that short ones are not padded to the longest.
     windows.sort(key=lambda window: len(window[3]))

@@ -32,6 +32,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text import canonical
 from tokalign_jax.text.canonical import plain_backend, vocabulary_size
+from tokalign_jax.text.tokenizing import opening_id
 
 CHUNK = 1024
 """C"""
@@ -97,14 +98,14 @@ def acceptance(
       For JSON, by language, None where the text has no window of `length` tokens: `prompts`, `greedy` with the `rate` of agreement and the
       `tokens_per_call`, `sampled` with `rate` and `tokens_per_call`, and `agreement` of the most likely tokens on the text itself.
     """
-    start, backend = first_context(tokenizer), plain_backend(tokenizer)
+    start, each, backend = first_context(tokenizer), opening_id(tokenizer) is not None, plain_backend(tokenizer)
     mesh = mesh or sharding.make_mesh()
     vocabulary = vocabulary_size(tokenizer)
     progress = Progress(log, what, len(texts), "languages")
     found: dict[str, dict[str, Any] | None] = {}
     for language, documents in texts.items():
         encoded = (e.ids for e in backend.encode_batch_fast(list(documents), add_special_tokens=False))
-        windows = [inputs for ids in encoded for inputs, _ in cut(ids, start, length) if len(inputs) == length]
+        windows = [inputs for ids in encoded for inputs, _ in cut(ids, start, length, each) if len(inputs) == length]
         found[language] = None
         if windows:
             places = np.linspace(0, len(windows) - 1, prompts).round().astype(int)

@@ -96,7 +96,10 @@ def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndar
     length = min(1024, config.max_positions, len(shards))
     windows = len(shards) // length
     chosen = np.sort(np.random.default_rng(seed).permutation(windows)[: max(1, PLACES // length)])
-    return np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(np.int32)
+    found = np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(np.int32)
+    if shards.opening is not None:
+        found[:, 0] = shards.opening
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))

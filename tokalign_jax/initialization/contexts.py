@@ -81,6 +81,7 @@ def read(
     dtype: DTypeLike,
     mesh: Mesh,
     log: Log,
+    opening: int | None = None,
 ) -> Reading:
     """Runs the source model over `places` and averages its states by token.
 
@@ -88,6 +89,8 @@ def read(
       params: the source model's, on `mesh`.
       source_size, target_size: V of each tokenizer.
       dtype: of weights and activations; sums are float32. The result does not depend on the order in which threads finish.
+      opening: the token that the model has met before every text, if there is one: it takes the first place of each window, which then
+        is no token's.
     """
     length = min(WINDOW, config.max_positions, len(places.tokens))
     batch = max(1, BATCH_TOKENS.get(jax.default_backend(), OTHER_BATCH_TOKENS) // length)
@@ -99,9 +102,12 @@ def read(
         padded[: len(values)] = values
         return padded.reshape(-1, batch, length)
 
-    labels = (places.next_source, places.tokens, places.next_target, places.last_target)
+    tokens, labels = places.tokens, (places.next_source, places.tokens, places.next_target, places.last_target)
+    if opening is not None:
+        first = np.arange(len(tokens)) % length == 0
+        tokens, labels = np.where(first, opening, tokens), [np.where(first, NONE, of) for of in labels]
     sizes = (source_size, source_size, target_size, target_size)
-    streams = [windows(places.tokens, 0), *(windows(of, NONE) for of in labels)]
+    streams = [windows(tokens, 0), *(windows(of, NONE) for of in labels)]
     width, everywhere = config.hidden_size, NamedSharding(mesh, sharding.REPLICATED)
     by_column = sharding.fitting(BY_COLUMN, (1, width), mesh)
     sums = jax.jit(lambda: [jnp.zeros((size, width)) for size in sizes], out_shardings=by_column)()

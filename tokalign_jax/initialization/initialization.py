@@ -114,7 +114,8 @@ def read(config: Config, source: Side, target: Side, mesh: Mesh, log: Log) -> co
         return None
     sizes = len(source.shards.counts), len(target.shards.counts)
     params = sharding.place(source.params, mesh)
-    return contexts.read(source.config, params, places, *sizes, jnp.dtype(config.compute.dtype), mesh, log)
+    dtype, opening = jnp.dtype(config.compute.dtype), source.shards.opening
+    return contexts.read(source.config, params, places, *sizes, dtype, mesh, log, opening)
 
 
 def learn(

@@ -52,6 +52,11 @@ class TokenShards:
     index: dict[str, Any]
     """`index.json`."""
 
+    @property
+    def opening(self) -> int | None:
+        """`opening_id` of the tokenizer: what a sequence that begins anywhere in the text is to begin with."""
+        return self.index.get("opening")
+
     @classmethod
     def open(cls, folder: Path) -> "TokenShards":
         """Opens what `run` wrote to `folder/source` or `folder/target`.
@@ -128,6 +133,15 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def opening_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer itself puts before every text (LLaMA's, Gemma's, BERT's); None where there is none.
+
+    Such a model has never read anything without it, and some (Gemma) make little of a text that lacks it.
+    """
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return whole[0] if whole[0] != bare[0] and whole[0] in special_ids(tokenizer) else None
+
+
 _COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
 
 
@@ -139,7 +153,7 @@ class _Writer:
         (folder / "index.json").unlink(missing_ok=True)  # written last: shards without it are not whole
         self._folder = folder
         self._backend = plain_backend(tokenizer)
-        self._end = end_of_text_id(tokenizer)
+        self._end, self._opening = end_of_text_id(tokenizer), opening_id(tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._losses = losses(tokenizer)
         self._counts = np.zeros(vocabulary_size(tokenizer), np.int64)
@@ -175,6 +189,7 @@ class _Writer:
             "tokens": self._tokens,
             "vocabulary": len(self._counts),
             "end_of_text": self._end,
+            "opening": self._opening,
             "loses": self._losses,
             **totals,
             "languages": languages,

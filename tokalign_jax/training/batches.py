@@ -1,7 +1,8 @@
 """The stream of training sequences: a seeded global shuffle of fixed-length windows over the token shards, by grain.
 
 Sequence i holds tokens i T to i T + T, its last token being the next one's first, so that every token is predicted
-once. Position p of the stream is a sequence: pass p // N of the corpus, and within it the p % N-th of that pass's own
+once. A token that the tokenizer puts before every text takes each sequence's first place, which predicts only.
+Position p of the stream is a sequence: pass p // N of the corpus, and within it the p % N-th of that pass's own
 order (N sequences a pass). Steps read the stream in order: step s of a stage that starts at `offset` reads positions
 offset + s G to offset + (s + 1) G, G the global batch, however many hosts share the work.
 """
@@ -19,10 +20,13 @@ _THREADS, _READY_BATCHES = 2, 8
 
 
 class Shards(Protocol):
-    """What is needed of `text.tokenizing.TokenShards`: one long array of token ids."""
+    """What is needed of `text.tokenizing.TokenShards`: one long array of token ids, and what sequences begin with."""
 
     @property
     def tokens(self) -> np.ndarray: ...
+
+    @property
+    def opening(self) -> int | None: ...
 
 
 class Sequences(Protocol):
@@ -37,14 +41,17 @@ class TokenSource:
     """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one further, labels."""
 
     def __init__(self, shards: Shards, sequence_length: int):
-        self._tokens, self._length = shards.tokens, sequence_length
+        self._tokens, self._opening, self._length = shards.tokens, shards.opening, sequence_length
 
     def __len__(self) -> int:
         return max(0, (len(self._tokens) - 1) // self._length)
 
     def __getitem__(self, index: int) -> Int32[np.ndarray, "T+1"]:
         start = int(index) * self._length
-        return np.asarray(self._tokens[start : start + self._length + 1]).astype(np.int32)
+        sequence = np.asarray(self._tokens[start : start + self._length + 1]).astype(np.int32)
+        if self._opening is not None:
+            sequence[0] = self._opening
+        return sequence
 
     def _getitems(self, indices: Sequence[int]) -> list[np.ndarray]:
         """grain's name for reading many at once; it spares its own work by item."""
