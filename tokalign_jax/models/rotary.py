@@ -172,7 +172,8 @@ def _rotate_forward(x: Float[Array, "B T N H"], by: Rotation):
 def _rotate_backward(by: Rotation, gradient: Float[Array, "B T N H"]):
     """The transpose turns the other way; autodiff would write the whole for it, not the part in its place."""
     cosine, sine = by
-    return rotate(gradient, (cosine, -sine)), None
+    # Held, so that the bias's gradient is a sum of this and not of what was here before it.
+    return jax.lax.optimization_barrier(rotate(gradient, (cosine, -sine))), None
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -71,7 +71,11 @@ class Linear(nnx.Module):
         lora: LoraSpec | None,
         kept_as: str | None = rematerialization.PROJECTED,
     ):
-        """`kept_as`: what policies that keep the result for the backward pass call it; None: no policy keeps it."""
+        """`kept_as`: what policies that keep x W for the backward pass call it; None: no policy keeps it.
+
+        It is kept before the bias is added: the product is then free of it, and on a GPU one without a bias takes its weights
+        from the stack of all layers where they are, while one with it needs a copy of them.
+        """
         self.kernel = _param(inputs, outputs)
         self.bias = _param(outputs) if bias else None
         self.lora = lora
@@ -82,13 +86,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T in"], key: jax.Array | None) -> Float[Array, "B T out"]:
         y = x @ self.kernel.astype(x.dtype)
-        if self.bias is not None:
-            y += self.bias.astype(x.dtype)
         if self.lora:
-            x = _dropout(x, self.lora.dropout, key)
+            dropped = _dropout(x, self.lora.dropout, key)
             # The factor where there are few numbers: in the rank.
-            y += (self.lora.scale * (x @ self.lora_a.astype(x.dtype))) @ self.lora_b.astype(x.dtype)
-        return y if self.kept_as is None else checkpoint_name(y, self.kept_as)
+            y += (self.lora.scale * (dropped @ self.lora_a.astype(x.dtype))) @ self.lora_b.astype(x.dtype)
+        y = y if self.kept_as is None else checkpoint_name(y, self.kept_as)
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
 class Norm(nnx.Module):
@@ -102,14 +105,9 @@ class Norm(nnx.Module):
         self.bias = _param(*shape) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = x.astype(jnp.float32)
-        if self.config.norm == "layer":
-            y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_epsilon)
-        y *= self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0)
-        if self.bias is not None:
-            y += self.bias.astype(jnp.float32)
-        return (self.gain * y).astype(x.dtype)
+        scale = self.gain * (self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0))
+        bias = None if self.bias is None else self.gain * self.bias.astype(jnp.float32)
+        return _normed(x, scale, bias, self.config.norm == "layer", self.config.norm_epsilon)
 
 
 class Place(NamedTuple):
@@ -133,7 +131,7 @@ class Attention(nnx.Module):
         projected = None if self.kept_turned else rematerialization.ATTENTION
         self.q_proj = project(config.hidden_size, queries, kept_as=projected)
         self.k_proj = project(config.hidden_size, keys, kept_as=projected)
-        self.v_proj = project(config.hidden_size, keys, kept_as=rematerialization.ATTENTION)
+        self.v_proj = project(config.hidden_size, keys, kept_as=None)
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
         self.q_norm = self._query_key_norm(config.num_heads)
         self.k_norm = self._query_key_norm(config.num_kv_heads)
@@ -142,9 +140,11 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         in_key, out_key = _split(key, 2)
-        q = self._turned(self._heads(self.q_proj(x, in_key), self.q_norm), place)
-        k = self._turned(self._heads(self.k_proj(x, in_key), self.k_norm), place)
-        v = self._heads(self.v_proj(x, in_key), None)
+        readers: Any = _each(x, 3)
+        for_q, for_k, for_v = readers
+        q = self._turned(self._heads(self.q_proj(for_q, in_key), self.q_norm), place)
+        k = self._turned(self._heads(self.k_proj(for_k, in_key), self.k_norm), place)
+        v = checkpoint_name(self._heads(self.v_proj(for_v, in_key), None), rematerialization.ATTENTION)
         if cache is None:
             y = self._attend(q, k, v, place)
         else:
@@ -306,7 +306,8 @@ class Block(nnx.Module):
         y = x + self.config.residual_scale * _apply(self.attention_out_norm, attended)
         if not self.config.shared_norm:
             normed = _apply(self.post_attention_norm, x if self.config.parallel_residual else y)
-        return y + self.config.residual_scale * _apply(self.mlp_out_norm, self.mlp(normed, mlp_key)), cache
+        # The product comes first: so the compiler adds to it what was before, in the product's kernel.
+        return self.config.residual_scale * _apply(self.mlp_out_norm, self.mlp(normed, mlp_key)) + y, cache
 
 
 class Embed(nnx.Module):
@@ -536,6 +537,62 @@ def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params)
     head = head_matrix(params).astype(hidden.dtype)
     every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     return every[..., : config.vocab_size]  # without rows that only fill the matrix up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normed(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float) -> Array:
+    """`x`, less its mean where `centred`, over the root of its mean square along the last axis, times `scale`, plus `bias`; all
+    in float32, the result in the type of `x`."""
+    return _norm(x, scale, bias, centred, epsilon)
+
+
+def _norm(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float) -> Array:
+    mean, factor = _moments(x, centred, epsilon)
+    y = (x.astype(jnp.float32) - mean) * factor * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _moments(x: Array, centred: bool, epsilon: float) -> tuple[Array, Array]:
+    """What a norm takes off, and what it then multiplies with."""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True) if centred else jnp.zeros_like(wide[..., :1])
+    return mean, jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
+
+
+def _normed_forward(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float):
+    return _norm(x, scale, bias, centred, epsilon), (x, scale, bias)
+
+
+def _normed_backward(centred: bool, epsilon: float, kept: tuple[Array, Array, Array | None], gradient: Array):
+    """As autodiff has it, but sums over tokens begin at `x` again, with moments of their own: the normed tokens, shared with the
+    gradient of `x`, would be an array in float32."""
+    x, scale, bias = kept
+    (x_gradient,) = jax.vjp(lambda x: _norm(x, scale, bias, centred, epsilon), x)[1](gradient)
+    wide, tokens = gradient.astype(jnp.float32), tuple(range(x.ndim - scale.ndim))
+    mean, factor = jax.lax.optimization_barrier(_moments(x, centred, epsilon))
+    scale_gradient = (wide * ((x.astype(jnp.float32) - mean) * factor)).sum(tokens)
+    return x_gradient, scale_gradient, None if bias is None else wide.sum(tokens)
+
+
+_normed.defvjp(_normed_forward, _normed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _each(x: Float[Array, "..."], times: int) -> list[Any]:
+    """`x` for each of the products that read it. What comes back from the later is added to what came from the earlier, in this
+    order: so the compiler does it in the kernel of the product, where autodiff's order takes a pass of its own."""
+    return [x] * times
+
+
+def _each_forward(x: Array, times: int):
+    return _each(x, times), None
+
+
+def _each_backward(times: int, _: None, gradients: list[Array]):
+    return (functools.reduce(lambda total, one: one + total, gradients),)
+
+
+_each.defvjp(_each_forward, _each_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
