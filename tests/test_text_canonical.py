@@ -166,3 +166,15 @@ def test_greedy_takes_the_longest_and_admits_defeat():
     cutter._longest = 2
     assert cutter._greedy(b"aabc") == [1, 2, 3]
     assert cutter._greedy(b"ad") == []
+
+
+def test_a_vocabulary_is_listed_anew_when_tokens_or_roles_are_added():
+    tokenizer = tokenizers("byte_level")
+    size, before = canonical.vocabulary_size(tokenizer), canonical.fingerprint(tokenizer)
+    canonical.token_bytes(tokenizer)[0] = b"changed"  # what a caller does with its list is its own matter
+    assert canonical.token_bytes(tokenizer)[0] != b"changed" and canonical.spelled(tokenizer)[0]
+    tokenizer.add_tokens(["<new>"])
+    assert canonical.vocabulary_size(tokenizer) == size + 1
+    assert canonical.token_bytes(tokenizer)[size] == b"<new>" and canonical.spelled(tokenizer)[size] == "<new>"
+    tokenizer.pad_token = "<new>"
+    assert canonical.token_bytes(tokenizer)[size] is None and canonical.fingerprint(tokenizer) != before

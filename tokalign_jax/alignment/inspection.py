@@ -131,11 +131,7 @@ class Vocabulary:
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, counts: Int[np.ndarray, "V"] | None) -> Vocabulary:
     """The tokens of `tokenizer`, with their counts if there are any."""
-    contents = canonical.token_bytes(tokenizer)
-    spelled = [""] * len(contents)
-    for token, index in tokenizer.get_vocab().items():
-        spelled[index] = token
-    return Vocabulary(name, spelled, contents, counts)
+    return Vocabulary(name, canonical.spelled(tokenizer), canonical.token_bytes(tokenizer), counts)
 
 
 def find(target: Vocabulary, text: str) -> list[int]:

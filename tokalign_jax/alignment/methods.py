@@ -299,7 +299,8 @@ def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTraine
     target_bytes = canonical.token_bytes(target_tokenizer)
     exact = exact_matches(source_tokenizer, target_bytes)
     special = special_matches(source_tokenizer, target_tokenizer)
-    text = [_text_bytes(target_tokenizer, target_bytes, i) for i in range(len(target_bytes))]
+    known = exact.keys() | special.keys()  # their pieces are not asked for
+    text = [b"" if i in known else _text_bytes(target_tokenizer, target_bytes, i) for i in range(len(target_bytes))]
     parts = canonical.PieceCutter(source_tokenizer).cut_all(text)
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
     for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, {i: match.source for i, match in special.items()})):

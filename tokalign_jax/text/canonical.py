@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import tokenizers
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -38,31 +39,62 @@ _PROBES = {
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that an embedding for `tokenizer` needs: its largest id and one (ids may have gaps)."""
-    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    return len(_listed(tokenizer).contents)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special tokens and unused ids."""
-    backend, spelling = _backend(tokenizer), _spelling(tokenizer)
-    special, added = special_ids(tokenizer), tokenizer.added_tokens_decoder
-    if not isinstance(spelling, _ByteLevel):
-        # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
-        added = {i: token for i, token in added.items() if backend.model.token_to_id(token.content) != i}
-    result: list[bytes | None] = [None] * vocabulary_size(tokenizer)
-    for token, index in tokenizer.get_vocab().items():
-        if index not in special:
-            result[index] = _added_bytes(backend, added[index]) if index in added else spelling.decode(token)
-    return result
+    return list(_listed(tokenizer).contents)
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Every id as the tokenizer writes it; "" for unused ids."""
+    return list(_listed(tokenizer).spelled)
+
+
+class _Listed(NamedTuple):
+    """All tokens of a tokenizer."""
+
+    stamp: tuple[Any, ...]
+    """What is another one when the tokenizer has been changed."""
+    spelled: list[str]
+    contents: list[bytes | None]
+
+
+_LISTED: WeakKeyDictionary[PreTrainedTokenizerBase, _Listed] = WeakKeyDictionary()
+
+
+def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
+    """Listed once: the library makes its vocabulary anew whenever it is asked, and an alignment asks often (150,000 tokens: 0.2 s, with
+    their bytes 0.4 s). Tokens and roles may be added; but not a normaliser, say, changed in place."""
+    backend, special, added = _backend(tokenizer), special_ids(tokenizer), tokenizer.added_tokens_decoder
+    stamp = backend, len(tokenizer), special, added
+    known = _LISTED.get(tokenizer)
+    if known is None or known.stamp != stamp:
+        vocabulary = tokenizer.get_vocab()
+        size = max(len(tokenizer), 1 + max(vocabulary.values()))
+        known = _LISTED[tokenizer] = _Listed(stamp, [""] * size, [None] * size)
+        spelling = _spelling(tokenizer)
+        if not isinstance(spelling, _ByteLevel):
+            # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
+            added = {i: token for i, token in added.items() if backend.model.token_to_id(token.content) != i}
+        for token, index in vocabulary.items():
+            known.spelled[index] = token
+            if index not in special:
+                content = _added_bytes(backend, added[index]) if index in added else spelling.decode(token)
+                known.contents[index] = content
+    return known
 
 
 def differing(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[tuple[int, str, str]]:
     """Ids of a tokenizer that are another token in the other one, and both tokens; what spells the same bytes is the same."""
-    names, others = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (one, other))
-    contents, theirs = token_bytes(one), dict(enumerate(token_bytes(other)))
+    (_, names, contents), (_, others, theirs) = _listed(one), _listed(other)
+    others = others + [""] * (len(names) - len(others))
+    theirs = theirs + [None] * (len(names) - len(theirs))
     return [
-        (i, names.get(i, ""), others.get(i, ""))
-        for i, content in enumerate(contents)
-        if names.get(i) != others.get(i) and (content is None or content != theirs.get(i))
+        (i, name, others[i])
+        for i, (name, content) in enumerate(zip(names, contents))
+        if name != others[i] and (content is None or content != theirs[i])
     ]
 
 
@@ -97,10 +129,10 @@ def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def index_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
     """The id for each canonical byte string; where several share one, the one that is no `<0x41>`, then the lowest."""
-    spelled = {index: token for token, index in tokenizer.get_vocab().items()}
+    _, names, contents = _listed(tokenizer)
     index: dict[bytes, int] = {}
-    for i, content in enumerate(token_bytes(tokenizer)):
-        if content and (content not in index or _BYTE_TOKEN.fullmatch(spelled[index[content]])):
+    for i, content in enumerate(contents):
+        if content and (content not in index or _BYTE_TOKEN.fullmatch(names[index[content]])):
             index[content] = i
     return index
 
@@ -108,9 +140,9 @@ def index_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary: every id's canonical bytes, of special tokens their text."""
     digest = hashlib.sha256()
-    spelled = {index: token for token, index in tokenizer.get_vocab().items()}
-    for index, content in enumerate(token_bytes(tokenizer)):
-        kind, shown = (b"t", content) if content is not None else (b"s", spelled.get(index, "").encode())
+    _, names, contents = _listed(tokenizer)
+    for name, content in zip(names, contents):
+        kind, shown = (b"t", content) if content is not None else (b"s", name.encode())
         digest.update(kind + len(shown).to_bytes(4, "big") + shown)
     return digest.hexdigest()
 

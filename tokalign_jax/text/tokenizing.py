@@ -119,9 +119,9 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
       UserError: when the tokenizer has none of them.
     """
     special = special_ids(tokenizer)
-    vocabulary = tokenizer.get_vocab()  # made anew at every call
-    named = (vocabulary.get(name) for name in _ENDS)
-    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, *(i for i in named if i in special), tokenizer.bos_token_id)
+    by_name = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(special)}
+    named = (by_name.get(name) for name in _ENDS)
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, *named, tokenizer.bos_token_id)
     for index in ends:
         if index is not None:
             return int(index)  # type: ignore[arg-type]
