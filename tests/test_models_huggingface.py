@@ -97,7 +97,27 @@ def test_old_checkpoints_may_hold_buffers_and_a_copy_of_a_tied_embedding(tmp_pat
     _, _, after = _load(folder)
     jax.tree.map(np.testing.assert_array_equal, before, after)
     save_file({**weights, "embed_out.weight": copy["embed_out.weight"] + 1}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"embed_out\.weight.*differs"):
+    config, _ = hub.load_config(folder)
+    for read in (huggingface.check_weights, huggingface.load_params):
+        with pytest.raises(UserError, match=r"embed_out\.weight.*differs"):
+            read(folder, config)
+
+
+def test_checkpoints_of_a_model_without_its_head_lack_the_first_part_of_names(tmp_path):
+    for family, first in (("llama", "model."), ("gpt_neox", "gpt_neox.")):
+        folder = _folder(tmp_path / family, family, tied=True)
+        weights, (_, _, before) = _weights(folder), _load(folder)
+        bare = {name.removeprefix(first): tensor for name, tensor in weights.items()}
+        assert not set(bare) & set(weights)
+        save_file(bare, folder / "model.safetensors")
+        _, _, after = _load(folder)
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
+    folder = _folder(tmp_path, tied=True)
+    _edit_json(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match='lacks "tie_word_embeddings": true'):
         _load(folder)
 
 

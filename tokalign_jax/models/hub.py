@@ -242,8 +242,9 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything, from OSError to panics of its Rust part.
         raise UserError(
-            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {error}): expected "
-            f"tokenizer.json and tokenizer_config.json as save_pretrained writes them"
+            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {_reason(error)}): expected "
+            f"tokenizer.json and tokenizer_config.json as save_pretrained writes them; the folder holds "
+            f"{', '.join(sorted(file.name for file in folder.iterdir())) or 'nothing'}"
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # that code does not go along
     if end_of_text:

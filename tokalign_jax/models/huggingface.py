@@ -52,12 +52,14 @@ _FLOATS = {
 
 
 def check_weights(folder: Path | str, config: ModelConfig) -> None:
-    """Compares names, types and shapes of the stored weights with what `config` needs; reads no weights.
+    """Compares names, types and shapes of the stored weights with what `config` needs; reads none, but for a second copy of a tied
+    embedding.
 
     Raises:
       UserError: as `load_params`.
     """
-    _match(Path(folder), _stored(Path(folder)), config)
+    stored = _stored(Path(folder))
+    _check_copies_of_embedding(stored, _match(Path(folder), stored, config), config)
 
 
 def load_params(
@@ -95,8 +97,7 @@ def load_params(
                 for start, blocks in _blocks(tensors.get_slice(stored[name].key), weight):
                     for path, block in zip(weight.leaves, blocks, strict=True):
                         leaves[path].write(block, (*part, *start))
-    if config.tie_word_embeddings:
-        _check_copies_of_embedding(stored, matched, config)
+    _check_copies_of_embedding(stored, matched, config)
     return paths.unflatten({path: leaf.array() for path, leaf in leaves.items()})
 
 
@@ -265,9 +266,11 @@ def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, 
     for name in names:
         if name in stored:
             return name
+    is_head = names[0] in ("lm_head.weight", "embed_out.weight")
     raise UserError(
         f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes needs: a shard is "
         f"missing, or config.json is of another model"
+        + (', or lacks "tie_word_embeddings": true, if the head is the input embedding' if is_head else "")
     )
 
 
@@ -298,6 +301,8 @@ def _check_copies_of_embedding(
     stored: Mapping[str, _Stored], matched: Sequence[tuple[Weight, _Places]], config: ModelConfig
 ) -> None:
     """A tied model's checkpoint may store its embedding a second time, as the head, but nothing else there."""
+    if not config.tie_word_embeddings:
+        return
     head = family(config.model_type).HEAD
     embedding = next(places[0][1] for weight, places in matched if weight.leaves == ("embed_tokens/embedding",))
     for name in {head.name, *head.aliases} & set(stored) - {embedding}:

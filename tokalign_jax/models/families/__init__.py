@@ -4,7 +4,9 @@ A module has MODEL_TYPES, `config_from_hf`, `weights`, HEAD (the row of the head
 BUFFERS (an expression for tensors in old checkpoints that hold no parameters).
 """
 
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -58,10 +60,18 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
-    """The weight table of `config`, in the layout of the checkpoint whose tensors are `stored`, or the usual one."""
+    """The weight table of `config`, in the layout of the checkpoint whose tensors are `stored`, or the usual one.
+
+    Checkpoints of the model without its head, as the first of GPT-2 and embedding models are, lack the first part of names.
+    """
     module = family(config.model_type)
     packed = config.experts is not None and any(name.endswith(".experts.gate_up_proj") for name in stored)
-    return module.packed_weights(config) if packed else module.weights(config)
+    table = module.packed_weights(config) if packed else module.weights(config)
+    return [replace(weight, aliases=(*weight.aliases, _BASE.sub("", weight.name))) for weight in table]
+
+
+_BASE = re.compile(r"^(model|gpt_neox|transformer)\.")
+"""What is before the names of all weights but the head's."""
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """GPT-2: learned positions, and projections that are stored as [in, out], queries, keys and values as one."""
 
-from dataclasses import replace
-
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
 from tokalign_jax.models.families.reading import Raw, required
@@ -49,10 +47,10 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table; the first checkpoints have the names of the model without its head, which lack `transformer.`."""
+    """The weight table."""
     layer, width = "transformer.h.{layer}", config.hidden_size
     qkv = [f"layers/attention/{name}" for name in ("q_proj", "k_proj", "v_proj")]
-    table = [
+    return [
         same("transformer.wte.weight", "embed_tokens/embedding"),
         same("transformer.wpe.weight", "embed_positions/embedding"),
         *norm(f"{layer}.ln_1", "layers/input_norm", bias=True),
@@ -63,9 +61,8 @@ def weights(config: ModelConfig) -> list[Weight]:
         *_projection(f"{layer}.mlp.c_fc", "layers/mlp/up_proj"),
         *_projection(f"{layer}.mlp.c_proj", "layers/mlp/down_proj"),
         *norm("transformer.ln_f", "final_norm", bias=True),
+        *([] if config.tie_word_embeddings else [HEAD]),
     ]
-    bare = [replace(weight, aliases=(weight.name.removeprefix("transformer."),)) for weight in table]
-    return bare if config.tie_word_embeddings else [*bare, HEAD]
 
 
 HEAD = same("lm_head.weight", "lm_head/kernel")
