@@ -277,6 +277,25 @@ def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
+def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path):
+    """A chat model's turns end with another token than its documents; without it generation would not stop."""
+    source, target = (tokenizer_of_kind(kind, TEXTS) for kind in ("llama3", "qwen"))
+    source.add_special_tokens({"extra_special_tokens": ["<|gone|>", "<|eot_id|>"]})
+    target.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
+    source.save_pretrained(tmp_path)
+    ends = [source.eos_token_id, *source.convert_tokens_to_ids(["<|gone|>", "<|eot_id|>"])]
+    hub.write_json(tmp_path / "generation_config.json", {"eos_token_id": ends, "top_p": 0.9})
+    config = {"model_type": "llama", "eos_token_id": ends[0]}
+    for tokenizer, expected in (
+        (source, ends),
+        (target, [target.eos_token_id, target.convert_tokens_to_ids("<|eot_id|>")]),
+    ):
+        out = _write(tmp_path / type(tokenizer).__name__ / str(len(tokenizer)))
+        hub.save_config_and_tokenizer(out, config, tokenizer, tmp_path)
+        assert (hub.read_json(out / "generation_config.json") or {})["eos_token_id"] == expected
+        assert (hub.read_json(out / "config.json") or {})["eos_token_id"] == tokenizer.eos_token_id
+
+
 def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0a\x0a\x05<unk>")
     monkeypatch.setattr(hub, "_is_installed", lambda module: False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
+from tokalign_jax.text.canonical import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -305,19 +306,31 @@ def save_config_and_tokenizer(
 ) -> None:
     """Writes config.json, generation_config.json and the files of `tokenizer`, whose bos, eos and pad ids both configs get.
 
+    Where the source's have several tokens that end a text (chat models' do), those that the new vocabulary has too stay among them.
+
     Args:
       config: the source's config.json with the new vocabulary size.
       source_folder: the source model, for its generation config.
     """
     generation_config = load_generation_config(source_folder) if source_folder else None
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
-    write_json(folder / "config.json", _adapted(config, ids))
-    write_json(folder / "generation_config.json", _adapted(generation_config or {"_from_model_config": True}, ids))
+    files = {"config.json": config, "generation_config.json": generation_config or {"_from_model_config": True}}
+    for name, source in files.items():
+        kept = {key: value for key, value in source.items() if key not in _OLD_VOCABULARY}
+        more = _other_ends(source.get("eos_token_id"), source_folder, tokenizer)
+        ends = {"eos_token_id": [ids["eos_token_id"], *more]} if more else {}
+        write_json(folder / name, kept | ids | ends)
     tokenizer.save_pretrained(str(folder))
 
 
-def _adapted(source: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in _OLD_VOCABULARY} | dict(new)
+def _other_ends(old: Any, source_folder: Path | str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids of the special tokens that `old`, a list of the source's ids, stands for, but for the eos."""
+    if not (isinstance(old, list) and source_folder):
+        return []
+    names = load_tokenizer(source_folder).convert_ids_to_tokens(old)
+    known = tokenizer.get_vocab()
+    found = [known[name] for name in names if name in known]
+    return [i for i in dict.fromkeys(found) if i in special_ids(tokenizer) and i != tokenizer.eos_token_id]
 
 
 def copy_terms(source_folder: Path | str, folder: Path) -> list[str]:
