@@ -66,6 +66,15 @@ def test_glove_is_measured_by_its_loss():
     assert [len(losses) for losses in measured["glove_loss"].values()] == [2, 2]
 
 
+@pytest.mark.parametrize("kind", ["ppmi", "glove"])
+def test_a_text_too_short_for_any_token_to_count_gives_none_a_vector(kind):
+    source, target, _ = two_sides()
+    few = shards_of([[1, 2, 3]], len(target.counts))
+    config = dataclasses.replace(CONFIG, vectors=kind, min_count=5)
+    of_source, of_target, _ = vectors.make(config, source, few, 0, silent)
+    assert len(of_target.ids) == len(of_target.vectors) == 0 < len(of_source.ids) == len(of_source.vectors)
+
+
 def test_own_vectors_are_taken_from_npz_and_from_glove_text(tmp_path):
     source, target, _ = two_sides()
     ids = np.array([5, 3, 70])

@@ -56,7 +56,12 @@ def make(
         side: cooccurrence.count(shards, config.window, config.min_count, log, f"{side} co-occurrence", resources)
         for side, shards in (("source", source), ("target", target))
     }
-    if config.vectors == "ppmi":
+    if not all(len(side.vocabulary) for side in counts.values()):
+        log(
+            f"vectors: no token stands min_count={config.min_count} times in the text; nothing can be matched by co-occurrence"
+        )
+        found, measured = [np.zeros((len(side.vocabulary), 1), np.float32) for side in counts.values()], {}
+    elif config.vectors == "ppmi":
         found, measured = _by_ppmi(config, list(counts.values()), shared, seed, log, folder)
     else:
         trained = [
