@@ -34,6 +34,37 @@ def test_the_default_config_can_be_overridden(monkeypatch):
     assert seen == [7]
 
 
+def test_the_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    pipeline = SimpleNamespace(run=lambda config, workdir, *_: seen.append(workdir))
+    monkeypatch.setitem(sys.modules, "tokalign_jax.pipeline", pipeline)
+    monkeypatch.setattr(tokalign_jax, "pipeline", pipeline, raising=False)
+    assert main.main(["main", "--workdir=~/run"]) == 0
+    assert seen == [tmp_path / "run"] and f"everything is in {tmp_path}/run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("def get_config(:", "line 1"),
+        ("seed = 1", "get_config"),
+        ("def get_config():\n    import nothing_like_it", "line 2: ModuleNotFoundError"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(content, says, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"'{file}'.*{says}"):
+        main._load(str(file))
+
+
+def test_a_config_file_that_fails_is_bad_input(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("import nothing_like_it")
+    assert main.main(["main", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"]) == 2
+    assert "mine.py' cannot be used (line 1: ModuleNotFoundError" in capsys.readouterr().err
+
+
 def fail(error: Exception):
     raise error
 

@@ -198,6 +198,7 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
     assert "128 positions" in refused("--config.stage1.sequence_length=129")
     assert "128 positions" in refused("--config.evaluation.sequence_length=500")
     assert "'alignn'" in (said := refused("--stages=alignn")) and "align" in said
+    assert "--stages names none" in refused("--stages=")
     said = refused("--config.source_model=nobody/nothing")
     assert "nobody/nothing" in said and "local" in said and "embedded" in said
     assert "nobody/words" in refused("--config.target_tokenizer=nobody/words")

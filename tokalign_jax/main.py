@@ -35,26 +35,50 @@ DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the pipeline; returns the exit code. Of several processes, one that fails ends all with its code."""
+    return command(argv, __doc__, _work, define=_flags)
+
+
+def command(
+    argv: Sequence[str] | None,
+    says: str | None,
+    prepare: Callable[[flags.FlagValues], Callable[[Log], None] | None],
+    default: str = DEFAULT_CONFIG,
+    define: Callable[[flags.FlagValues], None] = lambda given: None,
+) -> int:
+    """A command that takes a config and a workdir; its exit code.
+
+    Args:
+      argv: its name and arguments; None: those of this process.
+      says: what `--help` says before the flags.
+      prepare: looks at the flags, and returns what is to be done in the workdir, or None if that is all.
+      default: config file where none is given.
+      define: adds the command's own flags to those that all have.
+    """
     try:
-        given = parse(list(sys.argv if argv is None else argv))
+        given = parse(list(sys.argv if argv is None else argv), default, define)
         if given.help:
-            print(__doc__, given.get_help(), sep="\n")
+            print(says, given.get_help(), sep="\n")
             return 0
-        config = config_from_dict(given.config)
-        if given.plan:
-            _plan(config, given)
-            return 0
-        workdir = workdir_of(given)
+        work = prepare(given)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
+    return session(given, work) if work else 0
+
+
+def _work(given: flags.FlagValues) -> Callable[[Log], None] | None:
+    """The run that the flags ask for; None when they ask for its plan, which is printed."""
+    config = config_from_dict(given.config)
+    if given.plan:
+        return _plan(config, given)
+    workdir = workdir_of(given)
 
     def work(log: Log) -> None:
         from tokalign_jax import pipeline
 
         pipeline.run(config, workdir, given.stages, log)
 
-    return session(given, work)
+    return work
 
 
 def workdir_of(given: flags.FlagValues) -> Path:
@@ -67,7 +91,7 @@ def workdir_of(given: flags.FlagValues) -> Path:
         raise UserError(
             "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
         )
-    return Path(given.workdir)
+    return Path(given.workdir).expanduser()
 
 
 def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
@@ -82,7 +106,7 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
             _keep_compiled()
             work(_logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
-            print(f"finished in {duration(time.monotonic() - start)}; everything is in {given.workdir}")
+            print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir_of(given)}")
         return 0
     except stopping.Stopped as stopped:
         print(f"\n{who()}{stopped}: the same command goes on from here", file=sys.stderr)
@@ -124,29 +148,11 @@ def _plan(config: Config, given: flags.FlagValues) -> None:
 
     where = plan.Machine.of(given.plan_devices, given.plan_device_memory)
     speed = plan.Speed.of(given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak)
-    print(plan.of_run(config, Path(given.workdir) if given.workdir else None, where, speed).table())
+    print(plan.of_run(config, workdir_of(given) if given.workdir else None, where, speed).table())
 
 
-def parse(
-    argv: list[str], default: str = DEFAULT_CONFIG, define: Callable[[flags.FlagValues], None] = lambda given: None
-) -> flags.FlagValues:
-    """The flags, `config` among them with its overrides.
-
-    Args:
-      default: config file where none is given.
-      define: adds the flags of a command to those that all have.
-    """
-    argv = _with_known_config_path(argv, default)
-    given = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, f"Config file (without: {default}).", flag_values=given, sys_argv=argv
-    )
-    flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=given)
+def _flags(given: flags.FlagValues) -> None:
     flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
-    several = "Of several processes, where neither Slurm nor a TPU slice says so"
-    flags.DEFINE_string("coordinator", "", f"{several}: HOST:PORT of the first.", flag_values=given)
-    flags.DEFINE_integer("processes", 0, f"{several}: how many.", flag_values=given)
-    flags.DEFINE_integer("process", -1, f"{several}: which this is, from 0.", flag_values=given)
     flags.DEFINE_bool("plan", False, "Only print memory, disk and time that the run would take.", flag_values=given)
     flags.DEFINE_integer("plan_devices", 0, "Plan for so many devices, not those here.", flag_values=given)
     flags.DEFINE_string("plan_device_memory", "", "Plan for devices with so much memory: 80GB.", flag_values=given)
@@ -156,13 +162,31 @@ def parse(
     )
     flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to reckon with, where no speed is known.", flag_values=given)
     flags.DEFINE_string("plan_peak", "", "Peak of a device: 989TFLOPS; by default that of its name.", flag_values=given)
+
+
+def parse(argv: list[str], default: str, define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
+    """The flags, `config` among them with its overrides.
+
+    Raises:
+      UserError: an unknown flag, a value that it cannot have, or a config file that is none.
+    """
+    argv = _with_known_config_path(argv, default)
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, f"Config file (without: {default}).", flag_values=given, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "Folder for everything the run leaves.", flag_values=given)
+    several = "Of several processes, where neither Slurm nor a TPU slice says so"
+    flags.DEFINE_string("coordinator", "", f"{several}: HOST:PORT of the first.", flag_values=given)
+    flags.DEFINE_integer("processes", 0, f"{several}: how many.", flag_values=given)
+    flags.DEFINE_integer("process", -1, f"{several}: which this is, from 0.", flag_values=given)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=given)
     define(given)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # absl's own; grain reads some
     try:
         rest = given(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # of the flags, or whatever the config file does
         raise UserError(_about_flags(argv, error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
@@ -209,8 +233,21 @@ def _about_flags(argv: Sequence[str], error: Exception) -> str:
 
 
 def _load(path: str) -> config_dict.ConfigDict:
-    """The ConfigDict that a config file returns."""
-    return runpy.run_path(path.partition(":")[0])["get_config"]()
+    """The ConfigDict that a config file returns.
+
+    Raises:
+      UserError: the file is no such thing, or fails.
+    """
+    file = path.partition(":")[0]
+    try:
+        return runpy.run_path(file)["get_config"]()
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise UserError(
+            f"config file '{file}' cannot be used ({where}{type(error).__name__}: {error}): it must be Python with a function get_config() "
+            "that returns a ConfigDict, as configs/optimal.py has"
+        ) from error
 
 
 def _flat_keys(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:

@@ -329,6 +329,8 @@ def _expand(selected: Sequence[str] | None, found: Mapping[str, Stage]) -> list[
             raise UserError(
                 f"--stages names '{name}', which is no stage of this run; the stages are {', '.join(known)}"
             )
+    if not names:
+        raise UserError(f"--stages names none; the stages are {', '.join(found)}, or leave it out to run them all")
     return names
 
 

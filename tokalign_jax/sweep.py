@@ -15,7 +15,7 @@ import fnmatch
 import runpy
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,13 @@ DONE = "fingerprint.txt"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep; returns the exit code, as `main.main`."""
-    argv = list(sys.argv if argv is None else argv)
-    try:
-        given = command.parse(argv, DEFAULT_CONFIG, _flags)
-        if given.help:
-            print(__doc__, given.get_help(), sep="\n")
-            return 0
-        workdir = command.workdir_of(given)
-        configs = configs_of(given.config, runs_of(config_flags.get_config_filename(given["config"])), given.only)
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 2
-    return command.session(given, lambda log: run(configs, workdir, given.keep, log))
+    return command.command(argv, __doc__, _work, DEFAULT_CONFIG, _flags)
+
+
+def _work(given: flags.FlagValues) -> Callable[[Log], None]:
+    workdir = command.workdir_of(given)
+    configs = configs_of(given.config, runs_of(config_flags.get_config_filename(given["config"])), given.only)
+    return lambda log: run(configs, workdir, given.keep, log)
 
 
 def _flags(given: flags.FlagValues) -> None:
