@@ -145,5 +145,13 @@ def test_what_a_user_can_mend(text, says, tmp_path, capsys):
     assert compare.main([str(tmp_path)]) == 2
     assert says in capsys.readouterr().err
     (tmp_path / "report.json").write_text(json.dumps(content()))
-    assert compare.main([str(tmp_path), f"--output={tmp_path / 'report.json'}"]) == 2
+    assert compare.main([str(tmp_path), f"--output={tmp_path / 'report.json'}", "--overwrite"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_is_there_already_is_left_alone(tmp_path, capsys):
+    (tmp_path / "report.json").write_text(json.dumps(content()))
+    assert compare.main([str(tmp_path), f"--output={tmp_path}"]) == 2
+    assert "is there already" in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
+    assert compare.main([str(tmp_path), f"--output={tmp_path}", "--overwrite"]) == 0
+    assert (tmp_path / "compare.json").is_file()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokalign_jax import arguments
 from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.evaluation import comparison
 
@@ -22,10 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tokalign_jax.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir or report.json of a run")
-    parser.add_argument("--output", type=Path, help="folder for compare.json, compare.html and compare.png")
+    parser.add_argument("runs", nargs="+", type=arguments.path, metavar="RUN", help="workdir or report.json of a run")
+    parser.add_argument("--output", type=arguments.path, help="folder for compare.json, compare.html and compare.png")
+    arguments.add_overwrite(parser, "--output")
     given = parser.parse_args(argv)
-    return exit_code(lambda: print(run(given.runs, given.output)))
+
+    def command() -> None:
+        if given.output:
+            arguments.refuse_existing("--output", given.output, given.overwrite)
+        print(run(given.runs, given.output))
+
+    return exit_code(command)
 
 
 def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] = ()) -> str:

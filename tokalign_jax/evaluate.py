@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, pages, pipeline, sharding, stages
+from tokalign_jax import arguments, demo, pages, pipeline, sharding, stages
 from tokalign_jax.alignment import alignment, scoring
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, TextConfig, config_from_dict
 from tokalign_jax.errors import UserError, exit_code
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()]  # noqa: E731
     parser.add_argument("--models", type=names, default=[], help="folders or hub names in Hugging Face format")
-    parser.add_argument("--workdir", type=Path, help="of a run, instead of --models")
+    parser.add_argument("--workdir", type=arguments.path, help="of a run, instead of --models")
     parser.add_argument(
         "--states", type=names, default=[SOURCE, EXPORT], help="of the run: source, init, stage1, ..., export"
     )
@@ -110,32 +110,46 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--language-field", default="", help="field that holds its language (none: all text is taken together)"
     )
-    parser.add_argument("--bytes-per-language", type=int, help="of held-out text (200,000, or what the run has)")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a window (1,024, or what the run has)")
     parser.add_argument(
-        "--alignment", type=Path, help="folder or file of an alignment of the second model's tokenizer to the first's"
+        "--bytes-per-language", type=arguments.at_least(1), help="of held-out text (200,000, or what the run has)"
     )
-    parser.add_argument("--lines", type=int, default=1000, help="held-out lines that the alignment is judged on")
+    parser.add_argument(
+        "--sequence-length", type=arguments.at_least(1), help="tokens of a window (1,024, or what the run has)"
+    )
+    parser.add_argument(
+        "--alignment",
+        type=arguments.path,
+        help="folder or file of an alignment of the second model's tokenizer to the first's",
+    )
+    parser.add_argument(
+        "--lines", type=arguments.at_least(1), default=1000, help="held-out lines that the alignment is judged on"
+    )
     parser.add_argument(
         "--encoder", default="", help="folder of a sentence encoder (without one the first model's mean states)"
     )
     parser.add_argument("--teacher", default="", help="folder or hub name of the model that drafts are for")
-    parser.add_argument("--gamma", type=int, default=4, help="tokens of a draft")
+    parser.add_argument("--gamma", type=arguments.at_least(1), default=4, help="tokens of a draft")
     parser.add_argument("--temperature", type=float, default=1.0, help="at which draft and teacher sample")
-    parser.add_argument("--prompts", type=int, default=8, help="a language gives for drafting")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="of each of them")
-    parser.add_argument("--steps", type=int, default=64, help="tokens of a continuation, for speed and drafting")
-    parser.add_argument("--repeats", type=int, default=3, help="how often speed is timed on each prompt")
+    parser.add_argument("--prompts", type=arguments.at_least(1), default=8, help="a language gives for drafting")
+    parser.add_argument("--prompt-tokens", type=arguments.at_least(1), default=64, help="of each of them")
+    parser.add_argument(
+        "--steps", type=arguments.at_least(1), default=64, help="tokens of a continuation, for speed and drafting"
+    )
+    parser.add_argument(
+        "--repeats", type=arguments.at_least(1), default=3, help="how often speed is timed on each prompt"
+    )
     parser.add_argument("--tasks", type=names, default=[], help="tasks of lm-eval")
-    parser.add_argument("--task-folder", type=Path, help="with tasks of your own: YAML files and their data")
-    parser.add_argument("--limit", type=int, default=0, help="examples of each task (0: all)")
+    parser.add_argument("--task-folder", type=arguments.path, help="with tasks of your own: YAML files and their data")
+    parser.add_argument("--limit", type=arguments.at_least(0), default=0, help="examples of each task (0: all)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="to compute in (float32 on a CPU, else bfloat16)"
     )
-    parser.add_argument("--batch", type=int, default=8, help="windows that a device reads at once")
-    parser.add_argument("--seed", type=int, default=0, help="of bootstrap draws and of the choice of lines")
-    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and scores.png")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation left in --output")
+    parser.add_argument("--batch", type=arguments.at_least(1), default=8, help="windows that a device reads at once")
+    parser.add_argument(
+        "--seed", type=arguments.at_least(0), default=0, help="of bootstrap draws and of the choice of lines"
+    )
+    parser.add_argument("--output", type=arguments.path, required=True, help="folder for scores.json and scores.png")
+    arguments.add_overwrite(parser, "--output")
     return parser
 
 
@@ -161,12 +175,11 @@ def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
 
 def check(given: argparse.Namespace, log: Log) -> Inputs:
     """Reads all that is small, and finds what would fail later."""
-    if given.output.exists() and (not given.output.is_dir() or (any(given.output.iterdir()) and not given.overwrite)):
+    arguments.refuse_existing("--output", given.output, given.overwrite and given.output.is_dir())
+    if bool(given.models) == bool(given.workdir) or not given.states:
         raise UserError(
-            f"--output '{given.output}' is there already; name a new folder, or give --overwrite to replace its scores"
+            "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with --states (not both)"
         )
-    if bool(given.models) == bool(given.workdir):
-        raise UserError("nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run (not both)")
     context = _context(given.workdir, log) if given.workdir else None
     subjects = (
         [_state(context, name) for name in given.states]
@@ -186,6 +199,8 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         raise UserError(
             f"--teacher '{given.teacher}' has another vocabulary than every model to be judged ({gaps[-1]}): give one with theirs"
         )
+    if given.temperature <= 0:
+        raise UserError(f"--temperature is {given.temperature}; it must be above 0")
     if given.encoder and not (given.alignment or context):
         raise UserError("--encoder is for judging an alignment: give --alignment of --models too, or a --workdir")
     if given.tasks:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tokalign_jax import demo, pages
+from tokalign_jax import arguments, demo, pages
 from tokalign_jax.alignment import alignment, inspection, vectors
 from tokalign_jax.config import EXTEND, AlignmentConfig
 from tokalign_jax.errors import UserError, exit_code
@@ -31,21 +31,30 @@ STATE_FILE = "stages.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
-    return exit_code(lambda: show(given, subject(given)))
+
+    def command() -> None:
+        if given.html:
+            arguments.refuse_existing("--html", given.html, given.overwrite)
+        show(given, subject(given))
+
+    return exit_code(command)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tokalign_jax.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, help="of a run whose align stage is finished")
-    parser.add_argument("--alignment", type=Path, help="folder or file of an alignment, instead of a workdir")
+    parser.add_argument("--workdir", type=arguments.path, help="of a run whose align stage is finished")
+    parser.add_argument("--alignment", type=arguments.path, help="folder or file of an alignment, instead of a workdir")
     parser.add_argument("--source-model", help="folder or hub name; with --alignment, or where the workdir's has moved")
     parser.add_argument("--target-tokenizer", help="the same of the target tokenizer")
     parser.add_argument("--token", action="append", default=[], help="a target token's text (may be repeated)")
     parser.add_argument("--id", action="append", default=[], type=int, help="a target token's id (may be repeated)")
-    parser.add_argument("--html", type=Path, help="write the report and the named tokens to this page")
-    parser.add_argument("--neighbours", type=int, default=10, help="source tokens to list by co-occurrence")
+    parser.add_argument("--html", type=arguments.path, help="write the report and the named tokens to this page")
+    parser.add_argument(
+        "--neighbours", type=arguments.at_least(1), default=10, help="source tokens to list by co-occurrence"
+    )
+    arguments.add_overwrite(parser, "--html")
     return parser
 
 

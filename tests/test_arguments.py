@@ -1,0 +1,35 @@
+"""What command lines take and leave alone."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from tokalign_jax import arguments, evaluate
+from tokalign_jax.errors import UserError
+
+
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = evaluate._parser().parse_args(["--workdir=~/run", "--output=out"])
+    assert (given.workdir, given.output) == (Path("/home/me/run"), Path("out"))
+
+
+@pytest.mark.parametrize("wrong", ["--batch=0", "--repeats=0", "--bytes-per-language=-5", "--seed=-1", "--steps=many"])
+def test_numbers_have_a_least_value(wrong, capsys):
+    with pytest.raises(SystemExit):
+        evaluate._parser().parse_args([wrong, "--output=out"])
+    assert wrong.partition("=")[0] in (told := capsys.readouterr().err) and (
+        "at least" in told or "invalid int" in told
+    )
+
+
+def test_what_is_there_is_left_alone(tmp_path):
+    parser = argparse.ArgumentParser()
+    arguments.add_overwrite(parser, "--html")
+    arguments.refuse_existing("--html", tmp_path, parser.parse_args([]).overwrite)  # an empty folder
+    (tmp_path / "page.html").touch()
+    for place in (tmp_path, tmp_path / "page.html"):
+        with pytest.raises(UserError, match=r"--html .* is there already.*--overwrite"):
+            arguments.refuse_existing("--html", place, parser.parse_args([]).overwrite)
+        arguments.refuse_existing("--html", place, parser.parse_args(["--overwrite"]).overwrite)
