@@ -299,14 +299,23 @@ def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTraine
     target_bytes = canonical.token_bytes(target_tokenizer)
     exact = exact_matches(source_tokenizer, target_bytes)
     special = special_matches(source_tokenizer, target_tokenizer)
-    known = exact.keys() | special.keys()  # their pieces are not asked for
-    text = [b"" if i in known else _text_bytes(target_tokenizer, target_bytes, i) for i in range(len(target_bytes))]
-    parts = canonical.PieceCutter(source_tokenizer).cut_all(text)
+    parts: list[list[int]] = [[] for _ in target_bytes]
+    left = [i for i in range(len(parts)) if i not in exact and i not in special]
+    for i, pieces in zip(left, cut(source_tokenizer, target_tokenizer, left)):
+        parts[i] = pieces
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
     for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, {i: match.source for i, match in special.items()})):
         for target, source in found.items():
             parts[target], rules[target] = [source], rule
     return Spelled(parts, rules)
+
+
+def cut(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> list[list[int]]:
+    """The source tokens that spell each of these target tokens, in order; none where they cannot."""
+    contents = canonical.token_bytes(target_tokenizer)
+    return canonical.PieceCutter(source_tokenizer).cut_all([_text_bytes(target_tokenizer, contents, i) for i in ids])
 
 
 def exact_matches(source_tokenizer: PreTrainedTokenizerBase, target_bytes: Sequence[bytes | None]) -> dict[int, int]:

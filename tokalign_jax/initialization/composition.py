@@ -51,7 +51,8 @@ class Pieces(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[Sequence[int]]) -> "Pieces":
-        return cls(np.cumsum([0, *map(len, parts)]), np.concatenate([np.asarray(p, np.int64) for p in parts]))
+        indptr = np.cumsum([0, *map(len, parts)])
+        return cls(indptr, np.fromiter(itertools.chain.from_iterable(parts), np.int64, int(indptr[-1])))
 
 
 class Tokens(NamedTuple):

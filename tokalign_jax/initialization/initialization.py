@@ -138,15 +138,16 @@ def learn(
       reading: what `read` gave.
       kept: the first rows, which stay what they are.
     """
-    parts = methods.spell(source.tokenizer, target.tokenizer).parts
-    composed = np.isin(aligned.rules, COMPOSED) & np.array([bool(of) for of in parts])
+    composed = np.isin(aligned.rules, COMPOSED)
     composed[:kept] = False
     wanted = np.flatnonzero(composed & (reading.target.counts > 0))
+    parts = methods.cut(source.tokenizer, target.tokenizer, wanted.tolist())
+    wanted, parts = wanted[[bool(of) for of in parts]], [of for of in parts if of]
     known, known_parts = composition.halves(source.tokenizer, source.shards.counts)
     new = dict(target.params)
     if len(wanted) and len(known):
         frequency = [methods.log_frequency(side.shards.counts) for side in (source, target)]
-        pieces = [composition.Pieces.of(of) for of in (known_parts, [parts[i] for i in wanted])]
+        pieces = [composition.Pieces.of(of) for of in (known_parts, parts)]
         of_known = composition.Tokens(known, pieces[0], frequency[0], reading.source)
         of_wanted = composition.Tokens(wanted, pieces[1], frequency[1], reading.target)
         for group, leaf in MATRICES:
