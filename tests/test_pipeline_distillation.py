@@ -16,6 +16,7 @@ from helpers import tiny_model_folder, tiny_tokenizer
 from safetensors.numpy import load_file
 from test_pipeline import write_corpus
 from training_toys import DEFAULTS, LLAMA, NEOX, QUICK
+from transformers import AutoTokenizer
 
 from tokalign_jax import paths, pipeline, plan, sharding, stages
 from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig, StageConfig, config_from_dict
@@ -189,6 +190,27 @@ def test_a_wrong_teacher_is_refused_before_any_work(inputs, tmp_path):
     whole = (few / "model.safetensors").read_bytes()
     (few / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "model.safetensors" in refused(teacher=str(few))
+
+
+def test_a_teacher_needs_no_rows_for_special_tokens_that_no_text_has(inputs, tmp_path):
+    """Gemma 3 1B has none for its tokenizer's last one, which is for images."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs["target"])
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    folder = str(tiny_model_folder(tmp_path / "teacher", "llama", rows, tokenizer=tokenizer))
+
+    def context(**changes: Any) -> stages.Context:
+        return stages.Context(
+            config_of(inputs, {"target_tokenizer": folder, **changes}, teacher=folder), tmp_path / "run", print
+        )
+
+    taught = context()
+    taught.check()
+    assert taught.target_size == rows + 1
+    objective = stages._objective(taught, taught.config.stage3, taught.new_model)
+    assert objective.facts["vocabulary"] == rows
+    with pytest.raises(UserError, match=f"{rows} rows"):
+        context(end_of_text="<image>").check()
 
 
 # --- The plan -----------------------------------------------------------------------------------------------------------

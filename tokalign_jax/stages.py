@@ -203,7 +203,8 @@ class Context:
                 f"{self.target_size:,} ids are other tokens, the first is {first}, {here!r} here and {there!r} there; take "
                 "target_tokenizer from the teacher's folder, or another teacher"
             )
-        if model.vocab_size < self.target_size:
+        met = {tokenizing.end_of_text_id(self.target_tokenizer), tokenizing.opening_id(self.target_tokenizer)}
+        if set(range(model.vocab_size, self.target_size)) - (canonical.special_ids(self.target_tokenizer) - met):
             raise UserError(
                 f"{who} has {model.vocab_size:,} rows for the {self.target_size:,} tokens of the target tokenizer: it says nothing of the "
                 "last ones; take the tokenizer as that model has it (without end_of_text)"
@@ -391,7 +392,10 @@ def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Obje
     context.log(f"stage3: reads its teacher '{stage.teacher}'")
     params = huggingface.load_params(folder, config, jnp.dtype(context.config.compute.dtype), context.mesh)
     params = distillation.with_rows(params, model.vocab_size, context.mesh)
-    teacher = distillation.Teacher(config, params, context.target_size, context.identities["teacher"])
+    both = min(
+        config.vocab_size, context.target_size
+    )  # special tokens that no text has may be without rows (Gemma 3 1B)
+    teacher = distillation.Teacher(config, params, both, context.identities["teacher"])
     return distillation.objective(stage, teacher)
 
 
