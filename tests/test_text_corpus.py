@@ -8,6 +8,7 @@ import json
 import lzma
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,6 +84,19 @@ def test_files_by_glob_comma_folder_and_tuple(tmp_path):
         config = dataclasses.replace(config_for(""), corpus=given)
         _, train, held = run(config, tmp_path / "out")
         assert sorted(d.text for d in train + held) == sorted(TEXTS)
+
+
+def test_a_folder_of_the_library_datasets(tmp_path):
+    rows = [{"text": text, "lang": "de", "id": i} for i, text in enumerate(TEXTS)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / ".cache").mkdir()
+    write(tmp_path / "saved" / ".cache" / "other.jsonl", json_lines(["not meant"]))
+    config = config_for(tmp_path / "saved", language_field="lang")
+    corpus.check(config)
+    _, train, held = run(config, tmp_path / "out")
+    assert sorted(d.text for d in train + held) == sorted(TEXTS) and {d.language for d in train} == {"de"}
+    with pytest.raises(UserError, match=r"no field 'body'; it has \['id', 'lang', 'text'\]"):
+        corpus.check(config_for(tmp_path / "saved", text_field="body"))
 
 
 def test_other_fields_may_change_their_type_from_line_to_line(tmp_path):

@@ -38,7 +38,9 @@ UNKNOWN = "unknown"
 """The language of a document whose language field is empty."""
 
 _COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
-_SUPPORTED = ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), or .parquet"
+_SUPPORTED = ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Beside the data in folders of the library datasets."""
 _SCHEMA = pa.schema({"text": pa.string(), "language": pa.string(), "bytes": pa.int64()})
 
 
@@ -171,9 +173,9 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     if not found:
         return f"{corpus} is empty: it has no document with text in the field '{config.text.text_field}'"
     return (
-        f"{corpus} gave {summary['train_documents']} documents to train on and {summary['held_out_documents']} to hold "
-        f"out; at least one of each is needed: give more documents, or another text.held_out_fraction than "
-        f"{config.text.held_out_fraction}"
+        f"{corpus} gave {summary['train_documents']} documents to train on and {summary['held_out_documents']} to hold out; at "
+        "least one of each is needed: give more documents (those of a .txt file end at blank lines), or another "
+        f"text.held_out_fraction than {config.text.held_out_fraction}"
     )
 
 
@@ -335,7 +337,7 @@ def _sources(config: Config) -> list[_Source]:
 def _sources_of(name: str, config: TextConfig) -> list[_Source]:
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) and _is_data(p.relative_to(path)))
         if not files:
             raise UserError(f"the corpus folder '{name}' holds no file ending in {_SUPPORTED}")
         return [_file(p, config) for p in files]
@@ -354,6 +356,11 @@ def _sources_of(name: str, config: TextConfig) -> list[_Source]:
     return [_Source(name, lambda: _hub_records(name, config))]
 
 
+def _is_data(path: Path) -> bool:
+    """Whether a file in a folder is text that is meant, not hidden, a cache, or what the library datasets says of its own."""
+    return not (any(part.startswith(".") for part in path.parts) or path.name in _DESCRIPTIONS)
+
+
 def _file(path: Path, config: TextConfig) -> _Source:
     reader = _kind(path)
     if reader is None:
@@ -366,8 +373,8 @@ def _kind(path: Path) -> Callable[[Path, TextConfig], Iterator[dict[str, Any]]] 
     suffixes = [s.lower() for s in path.suffixes] or [""]
     if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
-    readers = {".json": _json_records, ".jsonl": _json_records, ".ndjson": _json_records, ".txt": _text_records}
-    return _parquet_records if suffixes[-1] == ".parquet" else readers.get(suffixes[-1])
+    readers = dict.fromkeys((".json", ".jsonl", ".ndjson"), _json_records) | {".txt": _text_records}
+    return (readers | {".parquet": _parquet_records, ".arrow": _arrow_records}).get(suffixes[-1])
 
 
 def _guarded(name: str, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -444,6 +451,15 @@ def _parquet_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]
         "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, columns=wanted
     )
     yield from stream
+
+
+def _arrow_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]:
+    """What `save_to_disk` of the library datasets writes: Arrow's stream format."""
+    wanted = [field for field in (config.text_field, config.language_field) if field]
+    with pa.memory_map(str(path)) as file:
+        for batch in pa.ipc.open_stream(file):
+            # Where one is missing the caller says so, and what is there instead.
+            yield from (batch.select(wanted) if {*wanted} <= {*batch.schema.names} else batch).to_pylist()
 
 
 def _hub_records(name: str, config: TextConfig) -> Iterator[dict[str, Any]]:
