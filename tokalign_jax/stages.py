@@ -196,7 +196,7 @@ class Context:
                 f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is {stage.sequence_length:,}; set "
                 f"--config.stage3.sequence_length={model.max_positions} or less"
             )
-        if differing := canonical.differing(self.target_tokenizer, hub.load_tokenizer(folder, self.config.end_of_text)):
+        if differing := canonical.differing(self.target_tokenizer, _tokenizer(folder, self.config.end_of_text)):
             first, here, there = differing[0]
             raise UserError(
                 f"{who} has another tokenizer than target_tokenizer '{self.config.target_tokenizer}': {len(differing):,} of "
