@@ -9,7 +9,7 @@ B batch, T queries, S keys, N query heads, K key-value heads (query head n reads
 
 `jax.nn.dot_product_attention` on XLA is the same einsum and softmax (products with float32 sums, float32 softmax), but
 it has no soft-cap and keeps float32 logits of all T x S pairs for the backward pass. tokamax has fused kernels with a
-soft-cap for recent GPUs too, but pins old releases of what it needs and is before its 0.1: not worth a dependency for
+soft-cap for recent GPUs too, but needs a profiler among others and is before its 0.1: not worth a dependency for
 one family of models.
 
 The kernels are opaque to the partitioner, so under a mesh they run in a shard_map: B over (data, fsdp), heads over
