@@ -144,6 +144,8 @@ def test_what_the_tokenizer_puts_before_every_text_is_found_and_kept(made, tmp_p
     for tokenizer in (opened("llama3", "<s>", bos_token="<s>", eos_token="</s>"), opened("bert", "[CLS]")):
         opening = tokenizing.opening_id(tokenizer)
         assert tokenizer.convert_ids_to_tokens(opening) in ("<s>", "[CLS]")
+        assert tokenizing.closing_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
+    assert tokenizing.closing_id(tokenizers["source"]) is None
     index = tokenizing.run(Config(), folder / "corpus", tokenizer, tokenizers["target"], tmp_path, lambda line: None)
     shards = tokenizing.TokenShards.open(tmp_path / "source")
     assert shards.opening == index["source"]["opening"] == opening

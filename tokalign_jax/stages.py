@@ -165,6 +165,11 @@ class Context:
             mining.check(self.source_tokenizer)
         else:
             tokenizing.end_of_text_id(self.target_tokenizer)
+            if (closing := tokenizing.closing_id(self.target_tokenizer)) is not None:
+                self.log(
+                    f"warning: the target tokenizer puts '{self.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "
+                    "give the exported model its prompts with add_special_tokens=False, or it goes on from an end"
+                )
         lengths = {f"{name}.sequence_length": stage.sequence_length for name, stage in training_stages(config).items()}
         for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
             if length > model.max_positions:

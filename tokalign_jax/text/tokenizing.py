@@ -138,8 +138,17 @@ def opening_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Such a model has never read anything without it, and some (Gemma) make little of a text that lacks it.
     """
+    return _added_to_text(tokenizer, 0)
+
+
+def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer itself puts behind every text (T5's eos, BERT's `[SEP]`); None where there is none."""
+    return _added_to_text(tokenizer, -1)
+
+
+def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None:
     whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    return whole[0] if whole[0] != bare[0] and whole[0] in special_ids(tokenizer) else None
+    return whole[place] if whole[place] != bare[place] and whole[place] in special_ids(tokenizer) else None
 
 
 _COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
