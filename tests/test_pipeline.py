@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from processes import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokalign_jax import main, pipeline
+from tokalign_jax import main, pipeline, stages
+from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.models.model_card import front_matter
 
 REPOSITORY = Path(__file__).parents[1]
@@ -257,8 +259,23 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path):
 def test_offset_past_the_end_states_the_length(inputs, tmp_path, capsys):
     overrides = ("--config.stage2.start_offset=2560000", "--stages=stage2")
     assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", *overrides)) == 2
-    said = capsys.readouterr().err
-    assert "2,560,000" in said and "sequences" in said
+    printed = capsys.readouterr()
+    assert "2,560,000" in printed.err and "sequences" in printed.err
+    assert "tokens: done" in printed.out and "align:" not in printed.out  # before the work that takes long
+
+
+def test_many_passes_over_a_small_text_are_told(inputs, tmp_path):
+    said = []
+    stage = StageConfig(steps=1000, batch_size=8, sequence_length=32)
+    names = {"source_model": inputs["llama"], "target_tokenizer": inputs["target"], "corpus": inputs["corpus"]}
+    config = Config(**{key: str(name) for key, name in names.items()}, stage1=stage, stage2=replace(stage, steps=1))
+    context = stages.Context(config, tmp_path, said.append)
+    for name in ("corpus", "tokens"):
+        (tmp_path / name).mkdir()
+        getattr(stages, name)(context)
+    stages.check_stream(context)
+    (warning,) = [line for line in said if line.startswith("warning: stage")]
+    assert warning.startswith("warning: stage1 reads the") and "times over" in warning
 
 
 def test_command_line_exit_codes(tmp_path):

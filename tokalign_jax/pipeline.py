@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax import stages, stopping
-from tokalign_jax.config import Config, config_to_dict, training_stages
+from tokalign_jax.config import TRAINING, Config, config_to_dict, training_stages
 from tokalign_jax.distributed import is_first, on_first
 from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, duration
@@ -210,6 +210,8 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
         for stage in found.values():
             if stage.name in wanted:
                 _bring_up(stage, prints[stage.name], context, state)
+                if stage.name == "tokens" and wanted & {*TRAINING}:
+                    on_first(lambda: stages.check_stream(context))
     return workdir
 
 

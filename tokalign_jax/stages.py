@@ -366,17 +366,47 @@ def load_state(
     return config, params
 
 
+MANY_PASSES = 4
+"""Passes over the text from which on it teaches little that is new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+
+
+def stream_starts(context: Context, shards: tokenizing.TokenShards) -> dict[str, int]:
+    """How many tokens into the shuffled stream each training stage starts, all of them planned before the first begins.
+
+    Raises:
+      UserError: the text is too short for a stage (`loop.plan_stage`).
+    """
+    end, starts = 0, {}
+    for name, stage in training_stages(context.config).items():
+        starts[name] = end
+        _, end = loop.plan_stage(name, stage, context.config, context.new_model, shards, end)
+    return starts
+
+
+def check_stream(context: Context) -> None:
+    """What can be told of the training stages once the text is cut: told now, not after the alignment.
+
+    Raises:
+      UserError: as `stream_starts`.
+    """
+    shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
+    stream_starts(context, shards)
+    size = len(shards.tokens)
+    for name, stage in training_stages(context.config).items():
+        passes = stage.steps * stage.batch_size * stage.sequence_length / size
+        if passes > MANY_PASSES:
+            context.log(
+                f"warning: {name} reads the {size:,} tokens of the text {passes:.0f} times over: take fewer steps, or give more text"
+            )
+
+
 def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
     stage: StageConfig = getattr(context.config, name)
     # What does not train is read in the type that it is computed in; float32 of it would be twice the memory, for nothing.
     frozen = jnp.dtype(context.config.compute.dtype)
     config, params = load_state(context, before, lambda path: jnp.float32 if loop.trains(stage, path) else frozen)
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
-    # All stages are planned before the first one starts: an offset of the second that is past the end is told now.
-    end, ends = 0, {}
-    for planned, its in training_stages(context.config).items():
-        ends[planned] = end
-        _, end = loop.plan_stage(planned, its, context.config, config, shards, end)
+    starts = stream_starts(context, shards)
     mesh = context.mesh
     compute = plan.resolved(
         name, stage, context.config.compute, config, mesh.devices.shape, plan.Machine.of(), context.teacher_model
@@ -384,7 +414,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     settings = dataclasses.replace(context.config, compute=compute)
     objective = _objective(context, stage, config)
     result = loop.run_stage(
-        name, stage, settings, config, params, shards, context.folder(name), ends[name], context.log, mesh, objective
+        name, stage, settings, config, params, shards, context.folder(name), starts[name], context.log, mesh, objective
     )
     return {"stream_end": result.stream_end, "tokens": result.tokens}
 
