@@ -95,6 +95,16 @@ def repeated(shards: TokenShards, tokens: int, noise: float, seed: int, folder: 
     return TokenShards(np.memmap(folder / "tokens.bin", shards.tokens.dtype, "r"), documents, counts, shards.index)
 
 
+def write_repeated(source: Path, tokens: int, noise: float, folder: Path, seed: int = 0) -> int:
+    """Makes `folder` one of token shards, those of `source` repeated; returns how many tokens it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = repeated(TokenShards.open(source), tokens, noise, seed, folder)
+    np.save(folder / "documents.npy", made.documents)
+    np.save(folder / "counts.npy", made.counts)
+    (folder / "index.json").write_text(json.dumps({**made.index, "tokens": len(made)}))
+    return len(made)
+
+
 def measure(shards: TokenShards, arguments: argparse.Namespace, resources: Resources) -> dict[str, Any]:
     """Counts once and says how it went."""
     peaks: dict[str, int] = {}

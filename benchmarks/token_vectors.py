@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cooccurrence as counting
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,10 @@ def main() -> None:
     parser.add_argument("--c-iterations", type=int, default=CONFIG.iterations, help="fewer are extrapolated linearly")
     parser.add_argument("--c-memory", type=float, default=4.0, help="GB that cooccur and shuffle may fill")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the C program")
-    parser.add_argument("--repeat", type=int, default=1, help="all documents so many times: tokens grow, pairs do not")
+    parser.add_argument(
+        "--tokens", type=float, help="of each side: documents are repeated, with a share of the tokens swapped"
+    )
+    parser.add_argument("--noise", type=float, default=0.2, help="that share")
     parser.add_argument("--ways", default=",".join(WAYS), help="which to run, of " + ", ".join(WAYS))
     parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
@@ -70,14 +74,19 @@ def main() -> None:
 
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     tokenizers = [hub.load_tokenizer(name) for name in (arguments.source_tokenizer, arguments.target_tokenizer)]
-    folders = _token_folders(arguments, *tokenizers)
+    folders = token_folders(arguments, *tokenizers)
+    if arguments.tokens:
+        longer = [arguments.workdir / f"tokens-{int(arguments.tokens)}" / side for side in SIDES]
+        for folder, made in zip(folders, longer):
+            counting.write_repeated(folder, int(arguments.tokens), arguments.noise, made)
+        folders = longer
     shared = _shared(*tokenizers)
     results: dict[str, Any] = {}
     for way in arguments.ways.split(","):
         if way == "c":
             results[way] = _run_c(arguments, folders)
         else:  # in a process of its own, so that its memory is its own; this one must not hold the accelerator meanwhile
-            results[way] = _in_process(_run_own, way, folders, arguments.repeat, shared, arguments.workdir)
+            results[way] = _in_process(_run_own, way, folders, shared, arguments.workdir)
         print(f"{WAYS[way]}: done in {_total(results[way]):.0f} s", flush=True)
     for way, of_way in results.items():
         of_way["accuracy_at_1"] = _accuracy(arguments.workdir, way, folders, shared)
@@ -85,7 +94,7 @@ def main() -> None:
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
         "device": str(jax.devices()[0].device_kind),
         "cores": os.cpu_count(),
-        "tokens": {side: len(TokenShards.open(folder)) * arguments.repeat for side, folder in zip(SIDES, folders)},
+        "tokens": {side: len(TokenShards.open(folder)) for side, folder in zip(SIDES, folders)},
         "ways": results,
     }
     (arguments.workdir / "token_vectors.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -95,8 +104,9 @@ def main() -> None:
 # --- what goes in -----------------------------------------------------------------------------------------------------
 
 
-def _token_folders(arguments: argparse.Namespace, source_tokenizer, target_tokenizer) -> list[Path]:
-    if arguments.tokens_source:
+def token_folders(arguments: argparse.Namespace, source_tokenizer, target_tokenizer) -> list[Path]:
+    """Folders of both sides' token shards, in `arguments.workdir` if they are not given; made if they are not there."""
+    if getattr(arguments, "tokens_source", None):
         return [arguments.tokens_source, arguments.tokens_target]
     config = Config(
         source_model=arguments.source_tokenizer,
@@ -118,24 +128,14 @@ def _shared(source_tokenizer, target_tokenizer) -> np.ndarray:
     return np.array([(source[content], i) for i, content in enumerate(target) if content in source], np.int32)
 
 
-def _repeated(folder: Path, repeat: int) -> TokenShards:
-    shards = TokenShards.open(folder)
-    if repeat == 1:
-        return shards
-    ends = (shards.documents + len(shards) * np.arange(repeat)[:, None]).reshape(-1)
-    return TokenShards(np.tile(shards.tokens, repeat), ends, shards.counts * repeat, shards.index)
-
-
-def _write_lines(folder: Path, repeat: int, path: Path) -> None:
+def _write_lines(folder: Path, path: Path) -> None:
     """Ids separated by spaces, one document a line, without the end-of-text."""
-    shards = TokenShards.open(folder)
+    shards, start = TokenShards.open(folder), 0
     with path.open("w") as file:
-        for _ in range(repeat):
-            start = 0
-            for end in shards.documents.tolist():
-                if end - start > 1:
-                    file.write(" ".join(map(str, shards.tokens[start : end - 1].tolist())) + "\n")
-                start = end
+        for end in shards.documents.tolist():
+            if end - start > 1:
+                file.write(" ".join(map(str, shards.tokens[start : end - 1].tolist())) + "\n")
+            start = end
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _run_c(arguments: argparse.Namespace, folders: list[Path]) -> dict[str, Any]
         subprocess.run(command, check=True)
     sides = {}
     for side, folder in zip(SIDES, folders):
-        _write_lines(folder, arguments.repeat, work / "corpus.txt")
+        _write_lines(folder, work / "corpus.txt")
         sides[side] = _run_c_side(arguments, work)
         (work / "vectors.txt").rename(arguments.workdir / f"c-{side}.txt")
         for leftover in ("corpus.txt", "cooccurrence.bin", "shuffled.bin"):
@@ -253,7 +253,7 @@ def _peak_memory(process: int | str = "self") -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def _run_own(way: str, folders: list[Path], repeat: int, shared: np.ndarray, workdir: Path) -> dict[str, Any]:
+def _run_own(way: str, folders: list[Path], shared: np.ndarray, workdir: Path) -> dict[str, Any]:
     counts, sides, compiled = {}, {}, []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration_secs, **kwargs: compiled.append(duration_secs) if event == COMPILATION else None
@@ -262,7 +262,7 @@ def _run_own(way: str, folders: list[Path], repeat: int, shared: np.ndarray, wor
     jax.devices()
     started = time.perf_counter() - start
     for side, folder in zip(SIDES, folders):
-        shards = _repeated(folder, repeat)
+        shards = TokenShards.open(folder)
         start = time.perf_counter()
         counts[side] = cooccurrence.count(shards, CONFIG.window, CONFIG.min_count, print, f"{side} co-occurrence")
         sides[side] = {"phases": {"count": time.perf_counter() - start}, "pairs": _entries(counts[side])}
