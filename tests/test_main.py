@@ -65,6 +65,20 @@ def test_a_config_file_that_fails_is_bad_input(tmp_path, capsys):
     assert "mine.py' cannot be used (line 1: ModuleNotFoundError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--plan_devices=-2", "plan_devices"),
+        ("--plan_mfu=0", "plan_mfu"),
+        ("--plan_tokens_per_second=-3", "plan_tokens_per_second"),
+        ("--config.stage1.sequence_length=4096", "stage1.sequence_length is 4096"),
+    ],
+)
+def test_a_plan_of_what_cannot_be_is_refused(flag, says, capsys):
+    assert main.main(["main", "--plan", flag]) == 2
+    assert says in capsys.readouterr().err
+
+
 def fail(error: Exception):
     raise error
 

@@ -154,13 +154,15 @@ def _plan(config: Config, given: flags.FlagValues) -> None:
 def _flags(given: flags.FlagValues) -> None:
     flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
     flags.DEFINE_bool("plan", False, "Only print memory, disk and time that the run would take.", flag_values=given)
-    flags.DEFINE_integer("plan_devices", 0, "Plan for so many devices, not those here.", flag_values=given)
+    flags.DEFINE_integer("plan_devices", 0, "Plan for so many devices, not those here.", 0, flag_values=given)
     flags.DEFINE_string("plan_device_memory", "", "Plan for devices with so much memory: 80GB.", flag_values=given)
-    flags.DEFINE_float("plan_tokens_per_second", 0, "Speed to reckon with, all devices together.", flag_values=given)
+    flags.DEFINE_float("plan_tokens_per_second", 0, "Speed to reckon with, all devices together.", 0, flag_values=given)
     flags.DEFINE_string(
         "plan_throughput", "", "JSON of benchmarks/train_throughput.py to reckon with.", flag_values=given
     )
-    flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to reckon with, where no speed is known.", flag_values=given)
+    flags.DEFINE_float(
+        "plan_mfu", 0.4, "Share of the peak to reckon with, where no speed is known.", 0.001, 1, flag_values=given
+    )
     flags.DEFINE_string("plan_peak", "", "Peak of a device: 989TFLOPS; by default that of its name.", flag_values=given)
 
 

@@ -253,10 +253,29 @@ def plan(
     return Plan(machine, mesh, tuple(stages), disk, disk_free, tuple(warnings))
 
 
+def check_lengths(config: Config, model: ModelConfig) -> None:
+    """
+    Raises:
+      UserError: a sequence is longer than the source model's positions.
+    """
+    lengths = {f"{name}.sequence_length": stage.sequence_length for name, stage in training_stages(config).items()}
+    for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
+        if length > model.max_positions:
+            raise UserError(
+                f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "
+                f"set --config.{name}={model.max_positions} or less"
+            )
+
+
 def of_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed) -> Plan:
-    """The plan of a run as configured: reads the model's config, a tokenizer, and sizes of files."""
+    """The plan of a run as configured: reads the model's config, a tokenizer, and sizes of files.
+
+    Raises:
+      UserError: as `plan`, and of a model, tokenizer or sequence length that the run would refuse.
+    """
     source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
     model, raw = hub.load_config(source)
+    check_lengths(config, model)
     if config.target_tokenizer == EXTEND:
         old = within_rows(hub.load_tokenizer(source), model.vocab_size, f"source_model '{config.source_model}'")
         size = mining.largest_size(config, old)

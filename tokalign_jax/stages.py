@@ -170,13 +170,7 @@ class Context:
                     f"warning: the target tokenizer puts '{self.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "
                     "give the exported model its prompts with add_special_tokens=False, or it goes on from an end"
                 )
-        lengths = {f"{name}.sequence_length": stage.sequence_length for name, stage in training_stages(config).items()}
-        for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
-            if length > model.max_positions:
-                raise UserError(
-                    f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "
-                    f"set --config.{name}={model.max_positions} or less"
-                )
+        plan.check_lengths(config, model)
         if self.teacher_folder and self.teacher_model:
             self._check_teacher(self.teacher_folder, self.teacher_model)
         documents.check(config)
