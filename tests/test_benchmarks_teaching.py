@@ -24,6 +24,7 @@ PLACES = np.array([[NONE, 1, 2, NONE, 6, 7, NONE], [0, NONE, NONE, 10, NONE, NON
 @dataclass(frozen=True)
 class Tokens:
     tokens: np.ndarray
+    opening: int | None = None
 
 
 @pytest.fixture
