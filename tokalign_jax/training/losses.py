@@ -192,15 +192,23 @@ def chunks(
 
 
 def over_chunks(one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
-    """`one` of each chunk: its first result added up, its second in a row. `pieces` are arrays [N, ...] as `chunks` makes them.
+    """`one` of each chunk: its first result added up, its second in a row. `pieces` are arrays [N, ...] as `chunks` makes them."""
+    if jax.default_backend() == "gpu":
+        return _from_the_first(one, pieces)
+    like, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
+    return _added_to(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), one, pieces)
 
-    The first chunk starts the sums: zeros would be written and read for nothing, and the head's gradient is large.
-    """
 
+def _from_the_first(one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
+    """Writes and reads no zeros of the sums: the head's gradient is large. A CPU would keep this chunk's logits beside the others'."""
+    sums, first = one(jax.tree.map(lambda x: x[0], pieces))
+    sums, others = _added_to(sums, one, jax.tree.map(lambda x: x[1:], pieces))
+    return sums, jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
+
+
+def _added_to(sums: Any, one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
     def add(sums: Any, piece: Any) -> tuple[Any, Any]:
         more, result = one(piece)
         return jax.tree.map(jnp.add, sums, more), result
 
-    sums, first = one(jax.tree.map(lambda x: x[0], pieces))
-    sums, others = jax.lax.scan(add, sums, jax.tree.map(lambda x: x[1:], pieces))
-    return sums, jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
+    return jax.lax.scan(add, sums, pieces)
