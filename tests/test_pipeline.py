@@ -256,6 +256,13 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path):
         pass
 
 
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file" / "run"  # as in a folder of somebody else's, which root could write to
+    with pytest.raises(pipeline.UserError, match=f"'{workdir}' cannot be written to"), pipeline.lock(workdir):
+        pass
+
+
 def test_offset_past_the_end_states_the_length(inputs, tmp_path, capsys):
     overrides = ("--config.stage2.start_offset=2560000", "--stages=stage2")
     assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", *overrides)) == 2

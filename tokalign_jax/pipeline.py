@@ -236,10 +236,16 @@ def lock(workdir: Path) -> Iterator[None]:
     """Keeps a second process out of a workdir; the lock goes with the process, however it ends.
 
     Raises:
-      UserError: another process has it.
+      UserError: another process has it, or it cannot be written to.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        opened = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"--workdir '{workdir}' cannot be written to ({error.strerror}); name a folder that you may write to"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
