@@ -12,7 +12,7 @@ from test_pipeline import arguments, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tokalign_jax import inspect, main, plan, stages
-from tokalign_jax.config import Config, ExtendConfig
+from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.text import canonical, mining
@@ -143,6 +143,9 @@ def test_an_extension_is_planned_before_it_is_made(inputs):
         target_tokenizer="extend",
         corpus=str(inputs["corpus"]),
         extend=ExtendConfig(100),
+        stage1=StageConfig(sequence_length=64),
+        stage2=StageConfig(sequence_length=64),
+        evaluation=EvaluationConfig(sequence_length=64),
     )
     planned = plan.of_run(config, None, plan.Machine(1, 1e12), plan.Speed(1000.0))
     size = canonical.vocabulary_size(AutoTokenizer.from_pretrained(inputs["llama"]))
