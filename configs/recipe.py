@@ -68,9 +68,9 @@ def get_runs() -> dict[str, dict[str, Any]]:
         for rate in (1.6e-4, 5e-4):
             of_stage2 = {"stage2.learning_rate": rate}
             runs |= _run("own", 6.4e-4, f"full@{rate:.1e}", 60, seed, of_stage2)
-            runs |= {f"own-none-full@{rate:.1e}-120-s{seed}": _alone(120, seed) | of_stage2}
+            runs |= _alone(f"full@{rate:.1e}", 120, seed, of_stage2)
         rows = {"stage2.learning_rate": 5e-4, "stage2.embedding_learning_rate": 1.6e-4}
-        runs |= {f"own-none-full@5.0e-04-rows@1.6e-04-120-s{seed}": _alone(120, seed) | rows}
+        runs |= _alone("full@5.0e-04-rows@1.6e-04", 120, seed, rows)
     # One thing changed in the middle of it.
     for name, fields in {
         "lora@5e-4": LORA | {"stage2.learning_rate": 5e-4},
@@ -96,6 +96,7 @@ def _run(
     return {f"{start}-{rate:.1e}-{rest}-{steps}-s{seed}": common | fields}
 
 
-def _alone(steps: int, seed: int) -> dict[str, Any]:
-    """Stage 2 without Stage 1."""
-    return {"seed": seed, "stage1.steps": 0, "stage2.steps": steps}
+def _alone(rest: str, steps: int, seed: int, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stage 2 without Stage 1, from this project's own start."""
+    common = {"seed": seed, "stage1.steps": 0, "stage2.steps": steps}
+    return {f"own-none-{rest}-{steps}-s{seed}": common | fields}

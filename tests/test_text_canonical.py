@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.helpers import SHARED, tiny_tokenizer
+from tokalign_jax.errors import UserError
 from tokalign_jax.text import canonical
 
 TEXTS = (
@@ -178,3 +179,15 @@ def test_a_vocabulary_is_listed_anew_when_tokens_or_roles_are_added():
     assert canonical.token_bytes(tokenizer)[size] == b"<new>" and canonical.spelled(tokenizer)[size] == "<new>"
     tokenizer.pad_token = "<new>"
     assert canonical.token_bytes(tokenizer)[size] is None and canonical.fingerprint(tokenizer) != before
+
+
+def test_a_listing_that_failed_is_not_kept(monkeypatch):
+    tokenizer = tiny_tokenizer(300, TEXTS)
+
+    def fails(of):
+        raise UserError("no such spelling")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(canonical, "_spelling", fails)
+        canonical.token_bytes(tokenizer)
+    assert any(canonical.token_bytes(tokenizer))

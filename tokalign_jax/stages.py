@@ -85,7 +85,8 @@ class Context:
         """Without the tokens that the model has no rows for."""
         whole, rows = _tokenizer(self.source_folder), self.source_model[0].vocab_size
         known = within_rows(whole, rows, f"source_model '{self.config.source_model}'")
-        if gone := set(whole.get_vocab()) - set(known.get_vocab()):
+        if known is not whole:
+            gone = set(whole.get_vocab()) - set(known.get_vocab())
             self.log(
                 f"source_model: it has no rows for {len(gone)} tokens, which are left out: {', '.join(sorted(gone)[:5])}"
             )
@@ -421,9 +422,8 @@ def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Obje
     context.log(f"stage3: reads its teacher '{stage.teacher}'")
     params = huggingface.load_params(folder, config, jnp.dtype(context.config.compute.dtype), context.mesh)
     params = distillation.with_rows(params, model.vocab_size, context.mesh)
-    both = min(
-        config.vocab_size, context.target_size
-    )  # special tokens that no text has may be without rows (Gemma 3 1B)
+    # The teacher may lack rows for special tokens that no text has (Gemma 3 1B).
+    both = min(config.vocab_size, context.target_size)
     teacher = distillation.Teacher(config, params, both, context.identities["teacher"])
     return distillation.objective(stage, teacher)
 

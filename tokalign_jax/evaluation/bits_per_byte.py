@@ -134,8 +134,10 @@ def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[
 
 def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token before a document's first: what the tokenizer puts there, else beginning-of-text, else end-of-text."""
-    starts = (opening_id(tokenizer), tokenizer.bos_token_id)
-    return next((start for start in starts if isinstance(start, int)), end_of_text_id(tokenizer))
+    for start in (opening_id(tokenizer), tokenizer.bos_token_id):
+        if isinstance(start, int):
+            return start
+    return end_of_text_id(tokenizer)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))

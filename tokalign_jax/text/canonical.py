@@ -73,7 +73,7 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
     if known is None or known.stamp != stamp:
         vocabulary = tokenizer.get_vocab()
         size = max(len(tokenizer), 1 + max(vocabulary.values()))
-        known = _LISTED[tokenizer] = _Listed(stamp, [""] * size, [None] * size)
+        known = _Listed(stamp, [""] * size, [None] * size)
         spelling = _spelling(tokenizer)
         if not isinstance(spelling, _ByteLevel):
             # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
@@ -83,6 +83,7 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
             if index not in special:
                 content = _added_bytes(backend, added[index]) if index in added else spelling.decode(token)
                 known.contents[index] = content
+        _LISTED[tokenizer] = known
     return known
 
 
