@@ -71,6 +71,11 @@ def get_runs() -> dict[str, dict[str, Any]]:
             runs |= _alone(f"full@{rate:.1e}", 120, seed, of_stage2)
         rows = {"stage2.learning_rate": 5e-4, "stage2.embedding_learning_rate": 1.6e-4}
         runs |= _alone("full@5.0e-04-rows@1.6e-04", 120, seed, rows)
+    # Whether Stage 1 earns its tokens at larger budgets.
+    for steps in (240, 960):
+        of_stage2 = {"stage2.learning_rate": 1.6e-4}
+        runs |= _run("own", 6.4e-4, "full@1.6e-04", steps, 0, of_stage2)
+        runs |= _alone("full@1.6e-04", 2 * steps, 0, of_stage2)
     # One thing changed in the middle of it.
     for name, fields in {
         "lora@5e-4": LORA | {"stage2.learning_rate": 5e-4},
