@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -249,6 +250,29 @@ def test_a_full_disk_is_foreseen(inputs, tmp_path, capsys, monkeypatch):
     assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo")) == 2
     said = capsys.readouterr().err
     assert "GB free" in said and "stage2" in said and not (tmp_path / "run").exists()
+
+
+def test_a_full_device_is_foreseen_and_told_with_what_would_fit(inputs, tmp_path, capsys, monkeypatch):
+    # A device of one megabyte: enough for Stage 1 of this model, as far as the plan can say, not for Stage 2.
+    monkeypatch.setattr("tokalign_jax.sharding.device_memory", lambda device: 1e6)
+
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 14.92GiB.\nand more"
+        )
+
+    monkeypatch.setattr("tokalign_jax.training.loop.run_stage", full)
+    given = arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", "--stages=stage1,stage2")
+    assert main.main(given) == 2
+    said = capsys.readouterr()
+    before, after = said.out.split("corpus: read", 1)
+    assert "warning: stage2 will not fit: it needs about" in before and "warning: stage1" not in before
+    assert (
+        "stage1: a device's memory is full (RESOURCE_EXHAUSTED: Out of memory while" in said.err
+        and "and more" not in said.err
+    )
+    assert "lower --config.stage1.per_device_batch" in said.err and "the same command goes on from there" in said.err
+    assert "init: done" in after
 
 
 def test_two_runs_in_one_workdir_are_refused(tmp_path):

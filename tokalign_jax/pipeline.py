@@ -202,6 +202,7 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     found = {stage.name: stage for stage in graph(context, _exported(model_states(config), selected))}
     wanted = _closure(found, _expand(selected, found))
     on_first(lambda: stages.check_disk(context, wanted))
+    on_first(lambda: stages.warn_of_memory(context, wanted))
 
     prints = fingerprints(list(found.values()))
     with lock(workdir) if is_first() else nullcontext():
@@ -270,7 +271,8 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
     if not on_first(lambda: _is_due(stage, fingerprint, context, state)):
         return
     start = time.time()
-    summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
+    with stages.naming_full_memory(context, stage.name):
+        summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
     seconds = round(time.time() - start, 2)
     on_first(lambda: state.finish(stage.name, seconds, summary or {}))
     context.log(f"{stage.name}: done in {duration(seconds)}")

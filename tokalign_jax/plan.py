@@ -238,12 +238,11 @@ def plan(
     devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in run.values()])
     machine = dataclasses.replace(machine, devices=devices)
     mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory)
-    stages, warnings = [], []
+    stages = []
     for name, stage in run.items():
         compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
         stages.append(_stage(name, stage, compute, model, mesh, machine, speed, teacher))
-        if stages[-1].total > machine.memory:
-            warnings.append(_too_large(stages[-1], stage, compute, model, mesh, machine, teacher))
+    warnings = [*too_large(config, model, mesh, machine, teacher).values()]
     disk = disk_bytes(config, model, text_bytes, exported)
     if sum(disk.values()) > disk_free:
         warnings.append(
@@ -251,6 +250,19 @@ def plan(
             f"--workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in run)])}"
         )
     return Plan(machine, mesh, tuple(stages), disk, disk_free, tuple(warnings))
+
+
+def too_large(
+    config: Config, model: ModelConfig, mesh: MeshSizes, machine: Machine, teacher: ModelConfig | None = None
+) -> dict[str, str]:
+    """Of the training stages that do not fit a device of the machine, by name: what they need, and with which settings they would fit."""
+    found = {}
+    for name, stage in training_stages(config).items():
+        compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
+        needed = sum(memory(name, stage, compute, model, mesh, machine.fused_attention, teacher).values())
+        if needed > machine.memory:
+            found[name] = _too_large(name, needed, stage, compute, model, mesh, machine, teacher)
+    return found
 
 
 def check_lengths(config: Config, model: ModelConfig) -> None:
@@ -578,7 +590,8 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
 
 
 def _too_large(
-    planned: StagePlan,
+    name: str,
+    total: int,
     stage: StageConfig,
     compute: ComputeConfig,
     model: ModelConfig,
@@ -589,12 +602,12 @@ def _too_large(
     """That a stage will not fit, and with which settings it would: each by itself, or else several together."""
 
     def needed(choice: _Choice) -> int:
-        return sum(memory(planned.name, *choice, machine.fused_attention, teacher).values())
+        return sum(memory(name, *choice, machine.fused_attention, teacher).values())
 
     alone: dict[str, str] = {}
     together, choice = [], (stage, compute, model, mesh)
     for key, changes in _CHANGES.items():
-        key = key.replace("stage.", f"{planned.name}.")
+        key = key.replace("stage.", f"{name}.")
         for value, changed in changes(stage, compute, model, mesh):
             if key not in alone and needed(changed) <= machine.memory:
                 alone[key] = f"{key}={value} ({_size(needed(changed))})"
@@ -608,7 +621,7 @@ def _too_large(
     else:
         remedy = "no settings change that: use more or larger devices"
     return (
-        f"{planned.name} will not fit: it needs about {_size(planned.total)} on each device, which has {_size(machine.memory)} for "
+        f"{name} will not fit: it needs about {_size(total)} on each device, which has {_size(machine.memory)} for "
         f"arrays; {remedy}"
     )
 

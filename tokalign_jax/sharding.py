@@ -124,6 +124,11 @@ def device_memory(device: Any) -> float:
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a program, or an array, found no room on its device."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def usable(config: MeshConfig, devices: int, batch_sizes: Sequence[int]) -> int:
     """The devices that a run takes of those that there are: where the mesh is left to us, as many as divide the sequences of every step."""
     if any(dataclasses.astuple(config)):

@@ -5,7 +5,8 @@ import fnmatch
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,39 @@ def check_disk(context: Context, wanted: set[str]) -> None:
             f"the disk of --workdir '{context.workdir}' has {free / 1e9:.2f} GB free but the run needs about "
             f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or lower text.budget_bytes or keep_checkpoints"
         )
+
+
+def warn_of_memory(context: Context, wanted: set[str]) -> None:
+    """Says of training stages to come that they are not expected to fit a device: hours before they begin."""
+    for name, text in _too_large(context).items():
+        if name in wanted:
+            context.log(f"warning: {text}")
+
+
+@contextmanager
+def naming_full_memory(context: Context, name: str) -> Iterator[None]:
+    """
+    Raises:
+      UserError: a device had no room left for a stage's arrays: with what would fit.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not sharding.is_out_of_memory(error):
+            raise
+        fewer = f"lower --config.{name}.per_device_batch or --config.compute.loss_chunk, or set --config.compute.remat=layer"
+        remedy = _too_large(context).get(name) or (
+            fewer if name in training_stages(context.config) else "use a larger one"
+        )
+        raise UserError(
+            f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); {remedy}. Other programs on the "
+            "device leave it less. What is finished or saved is kept: the same command goes on from there"
+        ) from error
+
+
+def _too_large(context: Context) -> dict[str, str]:
+    shape, machine = context.mesh.devices.shape, plan.Machine.of()
+    return plan.too_large(context.config, context.new_model, shape, machine, context.teacher_model)
 
 
 def corpus(context: Context) -> Mapping[str, Any]:

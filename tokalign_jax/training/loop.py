@@ -278,7 +278,7 @@ def _naming_a_lost_process(name: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if distributed.count() == 1:
+        if distributed.count() == 1 or sharding.is_out_of_memory(error):
             raise
         raise distributed.ProcessFailed(
             f"{name}: process {distributed.index()} could not go on with its step ({str(error).splitlines()[0][:200]}). If another process "
