@@ -30,6 +30,8 @@ import jax.numpy as jnp
 from tokalign_jax.models import attention
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+WARM = 0.3
+"""Seconds of calls before the clock starts."""
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--kinds", default="", help=f"of {', '.join(_kernels(64))}; empty: all")
-    parser.add_argument("--steps", type=int, default=20, help="calls that are timed")
+    parser.add_argument("--steps", type=int, default=100, help="calls that are timed")
     return parser.parse_args()
 
 
@@ -79,6 +81,9 @@ def _measured(run: Callable, inputs: tuple, expected: tuple, flops: float, steps
         compiled = jax.jit(run).lower(*inputs).compile()
         results = jax.block_until_ready(compiled(*inputs))
         errors = [_error(*pair) for pair in zip(jax.tree.leaves(results), expected)]
+        began = time.perf_counter()
+        while time.perf_counter() - began < WARM:  # clocks fall while a program is compiled
+            jax.block_until_ready(compiled(*inputs))
         began = time.perf_counter()
         jax.block_until_ready([compiled(*inputs) for _ in range(steps)][-1])
         seconds = (time.perf_counter() - began) / steps

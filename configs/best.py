@@ -3,10 +3,11 @@
     python -m tokalign_jax.main --config configs/best.py --workdir runs/best \\
         --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer --config.corpus='/data/*.jsonl.xz'
 
-Evidence (docs/results/recipe.md; models of 5M and 19M parameters, steps of 1,024 tokens): at equal tokens a run without Stage 1 ends 0.08
-to 0.11 bits per byte below one that spends half of them on the rows alone, on both pairs, at 120 and at 480 steps; 1.6e-4 ends below 5e-5.
-Not yet measured with 5,000 steps, with models of a billion parameters, or over seeds. Where memory does not allow full training, LoRA wants
-a higher rate and one of its own for the rows: stage2.method="lora", learning_rate=4e-3, embedding_learning_rate=6.4e-4.
+Evidence (docs/results/recipe.md; models of 5M and 19M parameters, steps of 1,024 tokens): at equal tokens a run without Stage 1 ends 0.07
+to 0.11 bits per byte below one that spends half of them on the rows alone, on both pairs, at 120 and at 480 steps, on the smaller pair over
+three seeds; 1.6e-4 ends below 5e-5. Not yet measured with 5,000 steps, larger steps, or models of a billion parameters. Where memory does
+not allow full training, LoRA wants a higher rate and one of its own for the rows: stage2.method="lora", learning_rate=4e-3,
+embedding_learning_rate=6.4e-4.
 """
 
 import runpy
