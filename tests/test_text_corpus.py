@@ -99,6 +99,17 @@ def test_a_folder_of_the_library_datasets(tmp_path):
         corpus.check(config_for(tmp_path / "saved", text_field="body"))
 
 
+def test_of_a_folder_of_several_splits_one_is_read(tmp_path):
+    splits = {"train": TEXTS[:30], "test": TEXTS[30:]}
+    made = {name: datasets.Dataset.from_list([{"text": text} for text in texts]) for name, texts in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
+    for name, texts in splits.items():
+        _, train, held = run(config_for(tmp_path / "saved", hub_split=name), tmp_path / name)
+        assert sorted(d.text for d in train + held) == sorted(texts)
+    with pytest.raises(UserError, match=r"no split 'dev': name one of train, test with --config.text.hub_split"):
+        corpus.check(config_for(tmp_path / "saved", hub_split="dev"))
+
+
 def test_other_fields_may_change_their_type_from_line_to_line(tmp_path):
     odd = [1, "two", None, [3], {"four": 4}, {"four": "4"}, 5.5, True]
     lines = [json.dumps({"meta": odd[i % len(odd)], "text": text}) for i, text in enumerate(TEXTS)]

@@ -141,7 +141,7 @@ def test_golden_steps_against_pytorch(tmp_path, family):
     optimizer = torch.optim.AdamW(
         [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
         betas=(stage.beta1, stage.beta2),
-        eps=1e-8,
+        eps=stage.epsilon,
     )
     factors = [1 / 3, 2 / 3, 1.0, *(0.5 + 0.5 * np.cos(np.pi * k / 4) for k in (1, 2, 3))]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 5)])

@@ -38,7 +38,7 @@ class TextConfig:
     hub_config: str = ""
     """Config name when `corpus` is a hub dataset."""
     hub_split: str = "train"
-    """Split when `corpus` is a hub dataset."""
+    """Split when `corpus` is a hub dataset, or a folder that the library datasets saved several in."""
     budget_bytes: int = 5_000_000_000
     """UTF-8 bytes of text to keep, held-out documents included; reading stops there."""
     held_out_fraction: float = 0.005
@@ -146,6 +146,8 @@ class StageConfig:
     """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
     beta1: float = 0.9
     beta2: float = 0.95
+    epsilon: float = 1e-8
+    """AdamW's, beside the root of the second moment: a larger one holds back rows that hardly any gradient reaches."""
     clip_norm: float = 1.0
     """Global norm to which the gradient of everything that trains is clipped."""
     batch_size: int = 1024
@@ -388,6 +390,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0, math.inf),
     "beta1": (0, 0.99999),
     "beta2": (0, 0.99999),
+    "epsilon": (1e-15, 1),
     "clip_norm": (1e-12, math.inf),
     "batch_size": (1, math.inf),
     "per_device_batch": (1, math.inf),

@@ -337,6 +337,7 @@ def _sources(config: Config) -> list[_Source]:
 def _sources_of(name: str, config: TextConfig) -> list[_Source]:
     path = Path(name).expanduser()
     if path.is_dir():
+        path = _split_folder(path, config.hub_split)
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) and _is_data(p.relative_to(path)))
         if not files:
             raise UserError(f"the corpus folder '{name}' holds no file ending in {_SUPPORTED}")
@@ -354,6 +355,19 @@ def _sources_of(name: str, config: TextConfig) -> list[_Source]:
     if looks_local:
         raise UserError(f"the corpus file '{name}' does not exist (looked from {Path.cwd()}): {_what_there_is(path)}")
     return [_Source(name, lambda: _hub_records(name, config))]
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """Where a split's files are: below the folder if `DatasetDict.save_to_disk` made it, else in it."""
+    listed = folder / "dataset_dict.json"
+    if not listed.is_file():
+        return folder
+    splits = json.loads(listed.read_text())["splits"]
+    if split not in splits:
+        raise UserError(
+            f"the corpus folder '{folder}' has no split '{split}': name one of {', '.join(splits)} with --config.text.hub_split"
+        )
+    return folder / split
 
 
 def _is_data(path: Path) -> bool:

@@ -66,7 +66,7 @@ def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.Gradi
     biases.
 
     Args:
-      stage: decay, betas and clipping.
+      stage: decay, betas, epsilon and clipping.
       labels: a tree like the parameters', of `embedding`, `lora`, `body` and `frozen`.
     """
     trains = jax.tree.map(lambda label: label != FROZEN, labels)
@@ -90,7 +90,7 @@ def _adamw(stage: StageConfig, label: str) -> optax.GradientTransformation:
         return jax.tree.map(lambda update: -others["rates"][label] * update, updates), state
 
     return optax.chain(
-        optax.scale_by_adam(stage.beta1, stage.beta2),
+        optax.scale_by_adam(stage.beta1, stage.beta2, stage.epsilon),
         optax.add_decayed_weights(stage.weight_decay, mask=_decays),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, by_rate),
     )
