@@ -309,6 +309,23 @@ def test_many_passes_over_a_small_text_are_told(inputs, tmp_path):
     assert warning.startswith("warning: stage1 reads the") and "times over" in warning
 
 
+@pytest.mark.parametrize("flags", [["--help"], ["--plan"], ["--stages=corpus"]])
+def test_a_run_does_not_end_with_the_reader_of_its_output(flags, inputs, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", *flags)
+    run = subprocess.run(
+        [sys.executable, "-m", "tokalign_jax.main", *command[1:]],
+        cwd=REPOSITORY,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    assert run.returncode == 0 and b"Error" not in run.stderr, run.stderr.decode()
+    assert flags != ["--stages=corpus"] or (tmp_path / "run" / "corpus").is_dir()
+
+
 def test_command_line_exit_codes(tmp_path):
     def code(*flags: str) -> int:
         command = [sys.executable, "-m", "tokalign_jax.main", *flags]

@@ -12,14 +12,19 @@ class UserError(Exception):
     """
 
 
+def unread() -> None:
+    """Sends what is still printed nowhere: its reader, such as `head`, has seen enough or is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def exit_code(command: Callable[[], object]) -> int:
     """Runs a command that prints: 0 at its end, 2 for bad input, which is told on the error output."""
     try:
         command()
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        unread()
         return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ from ml_collections import config_dict, config_flags
 
 from tokalign_jax import stopping
 from tokalign_jax.config import Config, config_from_dict
-from tokalign_jax.errors import UserError
+from tokalign_jax.errors import UserError, unread
 from tokalign_jax.progress import Log, duration
 
 DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
@@ -57,9 +57,13 @@ def command(
     try:
         given = parse(list(sys.argv if argv is None else argv), default, define)
         if given.help:
-            print(says, given.get_help(), sep="\n")
+            print(says, given.get_help(), sep="\n", flush=True)
             return 0
         work = prepare(given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        unread()
+        return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
@@ -265,7 +269,10 @@ def _logger() -> Log:
     start = time.monotonic()
 
     def log(line: str) -> None:
-        print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True)
+        try:
+            print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True)
+        except BrokenPipeError:  # a run does not end with the reader of its log: what it finds is in its workdir
+            unread()
 
     return log
 
