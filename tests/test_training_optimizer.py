@@ -25,7 +25,7 @@ SHAPES = {
 MATRICES = {path for path in SHAPES if not path.endswith(("scale", "bias"))}
 STAGE = StageConfig(
     method="full", steps=10, warmup_fraction=0.2, learning_rate=0.01, embedding_learning_rate=0.03, weight_decay=0.1,
-    clip_norm=0.5, beta1=0.8, beta2=0.9, epsilon=1e-3,
+    clip_norm=0.5, beta1=0.8, beta2=0.9, epsilon=1e-3, row_damping=0.3,
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_schedule_rises_to_the_peak_and_falls_to_zero():
 
 
 def test_three_steps_match_a_float64_reference():
-    """Clipping over everything, moments, bias correction, schedule, a rate by group, decay of matrices only."""
+    """Clipping over everything, moments, bias correction, damping of rows, schedule, a rate by group, decay of matrices only."""
     params, expected = random_tree(0), {k: v.astype(np.float64) for k, v in random_tree(0).items()}
     labels = paths.label_tree(
         [("^(embed_tokens|lm_head)", "embedding"), ("lora_", "lora"), ("", "body")], paths.unflatten(SHAPES)
@@ -87,8 +87,11 @@ def test_three_steps_match_a_float64_reference():
             first = 0.8 * moments[path][0] + 0.2 * gradient
             second = 0.9 * moments[path][1] + 0.1 * gradient**2
             moments[path] = first, second
-            adam = (first / (1 - 0.8 ** (update + 1))) / (np.sqrt(second / (1 - 0.9 ** (update + 1))) + STAGE.epsilon)
-            rate = (0.03 if path.startswith(("embed", "lm_head")) else 0.01) * expected_rate(update)
+            vocabulary = path.startswith(("embed", "lm_head"))
+            corrected = second / (1 - 0.9 ** (update + 1))
+            floor = STAGE.epsilon + (0.3 * np.sqrt(corrected.mean()) if vocabulary else 0.0)
+            adam = (first / (1 - 0.8 ** (update + 1))) / (np.sqrt(corrected) + floor)
+            rate = (0.03 if vocabulary else 0.01) * expected_rate(update)
             decay = 0.1 if path in MATRICES else 0.0
             expected[path] -= rate * (adam + decay * expected[path])
     for path, leaf in paths.flatten(tree).items():

@@ -147,7 +147,10 @@ class StageConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
-    """AdamW's, beside the root of the second moment: a larger one holds back rows that hardly any gradient reaches."""
+    """AdamW's, beside the root of the second moment."""
+    row_damping: float = 0.0
+    """Of embedding and head also this many times the root of the whole matrix's mean second moment stands there: rows of rare tokens, whose
+    few gradients say little, move by less than AdamW would have them; 0: AdamW."""
     clip_norm: float = 1.0
     """Global norm to which the gradient of everything that trains is clipped."""
     batch_size: int = 1024
@@ -391,6 +394,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "beta1": (0, 0.99999),
     "beta2": (0, 0.99999),
     "epsilon": (1e-15, 1),
+    "row_damping": (0, math.inf),
     "clip_norm": (1e-12, math.inf),
     "batch_size": (1, math.inf),
     "per_device_batch": (1, math.inf),

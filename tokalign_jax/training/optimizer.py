@@ -66,7 +66,7 @@ def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.Gradi
     biases.
 
     Args:
-      stage: decay, betas, epsilon and clipping.
+      stage: decay, betas, epsilon, damping and clipping.
       labels: a tree like the parameters', of `embedding`, `lora`, `body` and `frozen`.
     """
     trains = jax.tree.map(lambda label: label != FROZEN, labels)
@@ -90,10 +90,30 @@ def _adamw(stage: StageConfig, label: str) -> optax.GradientTransformation:
         return jax.tree.map(lambda update: -others["rates"][label] * update, updates), state
 
     return optax.chain(
-        optax.scale_by_adam(stage.beta1, stage.beta2, stage.epsilon),
+        _scale_by_adam(stage, stage.row_damping if label == "embedding" else 0.0),
         optax.add_decayed_weights(stage.weight_decay, mask=_decays),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, by_rate),
     )
+
+
+def _scale_by_adam(stage: StageConfig, damping: float) -> optax.GradientTransformation:
+    """First moment over sqrt(second moment) + damping x sqrt(mean second moment of the leaf) + epsilon."""
+    adam = optax.scale_by_adam(stage.beta1, stage.beta2, stage.epsilon)
+    if not damping:
+        return adam
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = adam.update(updates, state, params)
+        count = state.count.astype(jnp.float32)
+        first, second = 1 - stage.beta1**count, 1 - stage.beta2**count
+
+        def scaled(mu: Array, nu: Array) -> Array:
+            floor = damping * jnp.sqrt(nu.mean() / second) + stage.epsilon
+            return mu / first / (jnp.sqrt(nu / second) + floor)
+
+        return jax.tree.map(scaled, state.mu, state.nu), state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _decays(tree: Any) -> Any:
