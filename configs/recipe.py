@@ -71,6 +71,20 @@ def get_runs() -> dict[str, dict[str, Any]]:
             runs |= _alone(f"full@{rate:.1e}", 120, seed, of_stage2)
         rows = {"stage2.learning_rate": 5e-4, "stage2.embedding_learning_rate": 1.6e-4}
         runs |= _alone("full@5.0e-04-rows@1.6e-04", 120, seed, rows)
+        damped = {"stage2.learning_rate": 5e-4, "stage2.row_damping": 0.3}
+        runs |= _alone("full@5.0e-04-damped0.3", 120, seed, damped)
+        runs |= _alone("full@1.6e-04-damped0.3", 120, seed, damped | {"stage2.learning_rate": 1.6e-4})
+    # What AdamW does with rows of rare tokens.
+    for field, values in {"epsilon": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "row_damping": (0.1, 1.0)}.items():
+        for value in values:
+            fields = {"stage2.learning_rate": 5e-4, f"stage2.{field}": value}
+            runs |= _alone(f"full@5.0e-04-{field}{value:g}", 120, 0, fields)
+    for name, fields in {
+        "": {},
+        "-epsilon1e-05": {"stage2.epsilon": 1e-5},
+        "-damped0.3": {"stage2.row_damping": 0.3},
+    }.items():
+        runs |= _alone(f"full@5.0e-04{name}", 480, 0, {"stage2.learning_rate": 5e-4} | fields)
     # Whether Stage 1 earns its tokens at larger budgets.
     for steps in (240, 960):
         of_stage2 = {"stage2.learning_rate": 1.6e-4}

@@ -28,7 +28,7 @@ from tokalign_jax.training.losses import Head, cross_entropy, token_nll
 from tokalign_jax.training.step import NEXT_TOKEN
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
-STEP = replace(STAGE, steps=3, batch_size=16, per_device_batch=1, checkpoint_every=3)
+STEP = replace(STAGE, steps=3, batch_size=16, per_device_batch=1, checkpoint_every=3, row_damping=0.3)
 
 
 def mesh_of(shape=(1, 1, 1)):
