@@ -122,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-feed", action="store_true", help="only the fixed batch")
     parser.add_argument("--mesh", default="0,0,0", help="devices along data, fsdp, tensor; 0: chosen")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--row-damping", type=float, default=0.0, help="of the optimizer, as StageConfig has it")
     parser.add_argument("--loss-chunk", type=int, default=0, help="tokens whose logits exist at once; 0: the default")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
@@ -215,6 +216,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         batch_size=batch * arguments.accumulation,
         per_device_batch=batch // sharding.sequences_at_once(mesh),
         sequence_length=length,
+        row_damping=arguments.row_damping,
     )
     chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
     compute = ComputeConfig(dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk)

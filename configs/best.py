@@ -5,9 +5,9 @@
 
 Evidence (docs/results/recipe.md; models of 5M and 19M parameters, steps of 1,024 tokens): at equal tokens a run without Stage 1 ends 0.07
 to 0.11 bits per byte below one that spends half of them on the rows alone, on both pairs, at 120 and at 480 steps, on the smaller pair over
-three seeds; 1.6e-4 ends below 5e-5. With damped rows a run ends another 0.03 to 0.04 lower there, 0.016 on the larger pair. Not yet measured with 5,000 steps, larger
-steps, or models of a billion parameters. Where memory does not allow full training, LoRA wants a higher rate and one of its own for the
-rows: stage2.method="lora", learning_rate=4e-3, embedding_learning_rate=6.4e-4.
+three seeds; 1.6e-4 ends below 5e-5. With damped rows a run ends another 0.03 to 0.04 lower there, 0.016 on the larger pair. Not yet
+measured with 5,000 steps, larger steps, or models of a billion parameters. Where memory does not allow full training, LoRA wants a higher
+rate and one of its own for the rows: stage2.method="lora", learning_rate=4e-3, embedding_learning_rate=6.4e-4.
 """
 
 import runpy

@@ -191,18 +191,3 @@ def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, c
     if code:
         assert "KeyError" in ended[1][1] and "process 1: " in ended[1][1]
         assert "process 1 failed: KeyError: 'lost'" in ended[0][1]
-
-
-def test_compiled_programs_are_kept_on_accelerators_only(monkeypatch, tmp_path):
-    import jax
-
-    kept = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    main._keep_compiled()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    main._keep_compiled()
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    main._keep_compiled()
-    assert kept == [("jax_compilation_cache_dir", str(tmp_path / "tokalign_jax" / "jax"))]

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import arguments, demo, pages, pipeline, sharding, stages
+from tokalign_jax import arguments, compiling, demo, pages, pipeline, sharding, stages
 from tokalign_jax.alignment import alignment, scoring
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, TextConfig, config_from_dict
 from tokalign_jax.errors import UserError, exit_code
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
     start = time.monotonic()
+    compiling.prepare()
     return exit_code(
         lambda: run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))
     )

@@ -14,7 +14,6 @@ Exit codes:
 """
 
 import difflib
-import os
 import runpy
 import sys
 import time
@@ -102,12 +101,12 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
     """`work` in this process, which may be one of several; the exit code."""
     start = time.monotonic()
     # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
-    from tokalign_jax import distributed
+    from tokalign_jax import compiling, distributed
 
     who = lambda: f"process {distributed.index()}: " if distributed.count() > 1 else ""  # noqa: E731
     try:
         with distributed.running(given.coordinator, given.processes, given.process), stopping.listening():
-            _keep_compiled()
+            compiling.prepare()
             work(_logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
             print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir_of(given)}")
@@ -132,18 +131,6 @@ def _end_all(text: str, code: int) -> int:
     if distributed.count() > 1:
         distributed.fail(text, code)
     return code
-
-
-def _keep_compiled() -> None:
-    """Keeps compiled programs from run to run, unless JAX's own variables say where, or that they are not to be kept.
-
-    On accelerators only: programs for a CPU fit the very machine that compiled them, and home folders travel.
-    """
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))  # JAX makes it when it first writes
 
 
 def _plan(config: Config, given: flags.FlagValues) -> None:

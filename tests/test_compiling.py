@@ -1,0 +1,54 @@
+import os
+
+import jax
+import pytest
+
+from tokalign_jax import compiling
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    settings = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: settings.append((name, value)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    return settings
+
+
+def test_compiled_programs_are_kept_on_accelerators_only(monkeypatch, tmp_path, kept):
+    compiling.prepare()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    compiling.prepare()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    compiling.prepare()
+    assert kept == [("jax_compilation_cache_dir", str(tmp_path / "tokalign_jax" / "jax"))]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "given", "then"),
+    [
+        ("", "", ""),
+        ("xla_cuda12", "", "--xla_gpu_enable_triton_gemm=false"),
+        ("xla_cuda13", "--xla_a=1", "--xla_a=1 --xla_gpu_enable_triton_gemm=false"),
+        ("xla_cuda12", "--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+        ("xla_rocm60", "", ""),
+    ],
+)
+def test_products_by_cublas_where_cuda_is_and_nothing_else_was_asked_for(
+    monkeypatch, tmp_path, kept, plugin, given, then
+):
+    package = tmp_path / "site" / "jax_plugins"
+    package.mkdir(parents=True)
+    if plugin:
+        (package / plugin).mkdir()
+        (package / plugin / "__init__.py").touch()
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: _Found(package))
+    compiling.prepare()
+    assert os.environ["XLA_FLAGS"] == then
+
+
+class _Found:
+    def __init__(self, package):
+        self.submodule_search_locations = [str(package)]

@@ -1,0 +1,33 @@
+"""How XLA compiles in a command's process: set once, before JAX is used for anything."""
+
+import importlib.util
+import os
+import pkgutil
+from pathlib import Path
+
+import jax
+
+NO_TRITON_GEMM = "--xla_gpu_enable_triton_gemm=false"
+"""Products go to cuBLAS at once, with bias and sum in the same kernel; timed against generated kernels first, they lose these, and the
+compilation takes several times as long."""
+
+
+def prepare() -> None:
+    """Products by cuBLAS on a GPU, and compiled programs kept from run to run on accelerators.
+
+    What XLA_FLAGS and JAX's own variables say of either stays as it is. Programs for a CPU are not kept: they fit the very machine
+    that compiled them, and home folders travel. Starts JAX's backend.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if _has_cuda() and NO_TRITON_GEMM.split("=")[0] not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {NO_TRITON_GEMM}".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))  # JAX makes it when it first writes
+
+
+def _has_cuda() -> bool:
+    """Whether JAX's plugin for CUDA is installed: known without starting it, and XLA reads its flags when that starts."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = list(plugins.submodule_search_locations or ()) if plugins else []
+    return any("cuda" in module.name for module in pkgutil.iter_modules(places))
