@@ -65,15 +65,17 @@ def get_runs() -> dict[str, dict[str, Any]]:
             runs |= _run("own", rate, "full", steps, 0, {})
     # What Stage 2 may do at a higher rate, and all steps in it: the same tokens without Stage 1.
     for seed in range(3):
-        for rate in (1.6e-4, 5e-4):
+        for rate in (1.6e-4, 5e-4, 1e-3):
             of_stage2 = {"stage2.learning_rate": rate}
             runs |= _run("own", 6.4e-4, f"full@{rate:.1e}", 60, seed, of_stage2)
             runs |= _alone(f"full@{rate:.1e}", 120, seed, of_stage2)
+        for start in ("pieces", "published"):
+            runs |= _alone("full@5.0e-04", 120, seed, {"stage2.learning_rate": 5e-4} | STARTS[start], start)
         rows = {"stage2.learning_rate": 5e-4, "stage2.embedding_learning_rate": 1.6e-4}
         runs |= _alone("full@5.0e-04-rows@1.6e-04", 120, seed, rows)
-        damped = {"stage2.learning_rate": 5e-4, "stage2.row_damping": 0.3}
-        runs |= _alone("full@5.0e-04-damped0.3", 120, seed, damped)
-        runs |= _alone("full@1.6e-04-damped0.3", 120, seed, damped | {"stage2.learning_rate": 1.6e-4})
+        for rate in (1.6e-4, 5e-4, 1e-3):
+            damped = {"stage2.learning_rate": rate, "stage2.row_damping": 0.3}
+            runs |= _alone(f"full@{rate:.1e}-damped0.3", 120, seed, damped)
     # What AdamW does with rows of rare tokens.
     for field, values in {"epsilon": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "row_damping": (0.1, 1.0)}.items():
         for value in values:
@@ -90,21 +92,20 @@ def get_runs() -> dict[str, dict[str, Any]]:
         of_stage2 = {"stage2.learning_rate": 1.6e-4}
         runs |= _run("own", 6.4e-4, "full@1.6e-04", steps, 0, of_stage2)
         runs |= _alone("full@1.6e-04", 2 * steps, 0, of_stage2)
-    # One thing changed in the middle of it.
+    # One thing changed, Stage 1 at 6.4e-4 and Stage 2 at 5e-4.
     for name, fields in {
-        "lora@5e-4": LORA | {"stage2.learning_rate": 5e-4},
-        "full@5e-4": {"stage2.learning_rate": 5e-4},
-        "full-rows@5e-4": {"stage2.embedding_learning_rate": 5e-4},
-        "lora@5e-4-rows@5e-4-nodrop": LORA | {"stage2.learning_rate": 5e-4, "stage2.lora.dropout": 0.0},
         "offset0": {"stage2.start_offset": 0},
         "offset0.2": {"stage2.start_offset": 0.2},
+        "decay0.1": {"stage1.weight_decay": 0.1, "stage2.weight_decay": 0.1},
+        "rows@1.6e-04": {"stage2.embedding_learning_rate": 1.6e-4},
+        "lora@5.0e-04": LORA,
+        "lora@4.0e-03-rows@6.4e-04": LORA | {"stage2.learning_rate": 4e-3, "stage2.embedding_learning_rate": 6.4e-4},
         "threshold0": {"alignment.similarity_threshold": 0.0},
         "threshold0.6": {"alignment.similarity_threshold": 0.6},
         "nomatches": {"alignment.similarity_threshold": 1.0},
-        "decay0.1": {"stage1.weight_decay": 0.1, "stage2.weight_decay": 0.1},
     }.items():
-        for seed in range(2):
-            runs |= _run("own", 6.4e-4, name, 240, seed, fields)
+        for seed in range(3):
+            runs |= _run("own", 6.4e-4, name, 60, seed, {"stage2.learning_rate": 5e-4} | fields)
     return runs
 
 
@@ -115,7 +116,9 @@ def _run(
     return {f"{start}-{rate:.1e}-{rest}-{steps}-s{seed}": common | fields}
 
 
-def _alone(rest: str, steps: int, seed: int, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stage 2 without Stage 1, from this project's own start."""
+def _alone(
+    rest: str, steps: int, seed: int, fields: dict[str, Any], start: str = "own"
+) -> dict[str, dict[str, Any]]:
+    """Stage 2 without Stage 1."""
     common = {"seed": seed, "stage1.steps": 0, "stage2.steps": steps}
-    return {f"own-none-{rest}-{steps}-s{seed}": common | fields}
+    return {f"{start}-none-{rest}-{steps}-s{seed}": common | fields}
