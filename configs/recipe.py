@@ -116,9 +116,7 @@ def _run(
     return {f"{start}-{rate:.1e}-{rest}-{steps}-s{seed}": common | fields}
 
 
-def _alone(
-    rest: str, steps: int, seed: int, fields: dict[str, Any], start: str = "own"
-) -> dict[str, dict[str, Any]]:
+def _alone(rest: str, steps: int, seed: int, fields: dict[str, Any], start: str = "own") -> dict[str, dict[str, Any]]:
     """Stage 2 without Stage 1."""
     common = {"seed": seed, "stage1.steps": 0, "stage2.steps": steps}
     return {f"{start}-none-{rest}-{steps}-s{seed}": common | fields}
