@@ -149,6 +149,13 @@ def test_what_a_user_can_mend(text, says, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_run_is_not_laid_beside_itself(tmp_path, capsys):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(content()))
+    assert compare.main([str(tmp_path), str(tmp_path / "report" / "report.json")]) == 2
+    assert "is named twice" in capsys.readouterr().err
+
+
 def test_what_is_there_already_is_left_alone(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(content()))
     assert compare.main([str(tmp_path), f"--output={tmp_path}"]) == 2

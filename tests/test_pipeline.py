@@ -229,6 +229,8 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
     other = tmp_path / "align_matrix.json"
     other.write_text(json.dumps({str(i): 0 for i in range(7)}))
     assert "7" in refused(f"--config.alignment.file={other}")
+    said = refused("--config.alignment.method=pieces", "--config.alignment.source_vectors=mine.npz")
+    assert "'pieces' makes no use of alignment.source_vectors" in said and "composed" in said
 
     mine = tmp_path / "mine"
     mine.mkdir()

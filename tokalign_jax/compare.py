@@ -48,8 +48,11 @@ def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] =
       The tables for the terminal.
 
     Raises:
-      UserError: one of the runs has no report, or the folder cannot be written.
+      UserError: one of the runs has no report or is named twice, or the folder cannot be written.
     """
+    reports = [_report_of(path).resolve() for path in runs]
+    if twice := next((path for i, path in enumerate(runs) if reports[i] in reports[:i]), None):
+        raise UserError(f"run '{twice}' is named twice: name each run once")
     compared = comparison.compare([load(path) for path in runs], names or [str(path) for path in runs])
     lines = comparison.terminal(compared)
     if output:
@@ -67,13 +70,7 @@ def load(run: Path) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is not one.
     """
-    candidates = [run / "report" / "report.json", run / "report.json"] if run.is_dir() else [run]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: python -m tokalign_jax.main --config ... "
-            f"--workdir {run} --stages=report"
-        )
+    found = _report_of(run)
     try:
         content = json.loads(found.read_text(encoding="utf-8"))
         missing = {"config", "states", "languages", "training"} - set(content)
@@ -82,6 +79,17 @@ def load(run: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}")
     return content
+
+
+def _report_of(run: Path) -> Path:
+    candidates = [run / "report" / "report.json", run / "report.json"] if run.is_dir() else [run]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: python -m tokalign_jax.main --config ... "
+            f"--workdir {run} --stages=report"
+        )
+    return found
 
 
 def write(compared: comparison.Comparison, folder: Path) -> None:

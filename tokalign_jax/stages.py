@@ -176,6 +176,14 @@ class Context:
         if self.teacher_folder and self.teacher_model:
             self._check_teacher(self.teacher_folder, self.teacher_model)
         documents.check(config)
+        taken = f"alignment.file '{config.alignment.file}'" if config.alignment.file else ""
+        if not taken and config.alignment.method not in methods.NEED_VECTORS:
+            taken = f"alignment.method '{config.alignment.method}'"
+        if taken and (config.alignment.source_vectors or config.alignment.target_vectors):
+            raise UserError(
+                f"{taken} makes no use of alignment.source_vectors and target_vectors: leave them out, or take "
+                f"{', '.join(sorted(methods.NEED_VECTORS))} as the method and no file"
+            )
         if config.alignment.file:
             if not self.extends:  # else once there is a target tokenizer
                 alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
