@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     config.extend.min_count = 10
     # Rows that are the source's own want smaller steps than rows that are new.
     config.stage1.learning_rate = 5e-4
-    config.stage2.learning_rate = 1e-3
+    config.stage2.learning_rate = 2e-4
     config.stage2.embedding_learning_rate = 5e-4
     return config

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
         stage.checkpoint_every = 1000
         stage.keep_checkpoints = 1
         stage.log_every = 60
+        stage.row_damping = 0.0  # AdamW, where a run's name does not say otherwise
     config.stage1.method = "embedding"
     config.stage2.method = "full"
     config.stage2.learning_rate = 5e-5

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
         stage.per_device_batch = 4
         stage.sequence_length = 2048
         stage.weight_decay = 0.01
+        stage.row_damping = 0.0  # AdamW
         stage.warmup_fraction = 0.03
     config.stage1.method = "embedding"
     config.stage1.learning_rate = 6.4e-4

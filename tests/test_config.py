@@ -43,7 +43,7 @@ def test_recipes_hold_what_they_promise(name):
 def test_demo_needs_nothing_from_outside():
     config = load("ultra_quick_demo")
     assert (config.source_model, config.target_tokenizer, config.corpus) == ("embedded",) * 3
-    assert (config.compute.dtype, config.stage2.method) == ("float32", "lora")
+    assert (config.compute.dtype, config.stage2.method) == ("float32", "full")
     assert config.stage2.start_offset == AFTER_PREVIOUS
 
 

@@ -100,7 +100,7 @@ def test_three_steps_match_a_float64_reference():
 
 def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
     labels = paths.label_tree(rules_for("embedding"), paths.unflatten(SHAPES))
-    stage = StageConfig(steps=10, warmup_fraction=0.0, learning_rate=0.01, weight_decay=0.1)
+    stage = StageConfig(row_damping=0.0, steps=10, warmup_fraction=0.0, learning_rate=0.01, weight_decay=0.1)
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     gradients["final_norm"]["scale"] = np.full(4, 1e9, np.float32)
     optimizer = make_optimizer(stage, labels)
@@ -115,7 +115,9 @@ def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
 
 
 def test_embedding_rate_defaults_to_the_stage_rate():
-    stage = StageConfig(method="lora", steps=10, warmup_fraction=0.0, learning_rate=0.02, weight_decay=0.0)
+    stage = StageConfig(
+        row_damping=0.0, method="lora", steps=10, warmup_fraction=0.0, learning_rate=0.02, weight_decay=0.0
+    )
     labels = paths.label_tree(rules_for("lora"), paths.unflatten(SHAPES))
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     optimizer = make_optimizer(stage, labels)

@@ -72,6 +72,7 @@ def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_p
         weight_decay=0.0,
         learning_rate=0.002,
         embedding_learning_rate=0.05,
+        row_damping=0.0,
     )
     first = paths.flatten(train(tmp_path / "one", stage).params)
     vocabulary = {"embed_tokens/embedding", "lm_head/kernel"}
@@ -128,6 +129,7 @@ def test_golden_steps_against_pytorch(tmp_path, family):
         steps=6,
         learning_rate=1e-2,
         embedding_learning_rate=3e-2,
+        row_damping=0.0,
         weight_decay=0.1,
         clip_norm=0.7,
         warmup_fraction=1 / 3,

@@ -148,9 +148,9 @@ class StageConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     """AdamW's, beside the root of the second moment."""
-    row_damping: float = 0.0
+    row_damping: float = 0.3
     """Of embedding and head also this many times the root of the whole matrix's mean second moment stands there: rows of rare tokens, whose
-    few gradients say little, move by less than AdamW would have them; 0: AdamW."""
+    few gradients say little, move by less than AdamW would have them (docs/results/recipe.md); 0: AdamW."""
     clip_norm: float = 1.0
     """Global norm to which the gradient of everything that trains is clipped."""
     batch_size: int = 1024
