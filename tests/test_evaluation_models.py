@@ -1,6 +1,9 @@
 """Speed, similarity and tasks: each on a tiny model, against what is known beforehand or PyTorch."""
 
 import json
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +149,24 @@ def test_a_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
         downstream.check(["other"], task_folder)
     found = downstream.run(model[0], ["copied_word"], task_folder)
     assert found["copied_word"]["acc"]["value"] == 0.5 and found["copied_word"]["acc"]["standard_error"] > 0
+
+
+def test_the_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_path):
+    """Tasks are run in their own folder, since paths of their data are relative to it."""
+    seen = []
+
+    def simple_evaluate(model_args, tasks, **others):
+        seen.append((model_args["pretrained"], Path.cwd()))
+        return {"results": {task: {"acc,none": 0.5} for task in tasks}}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setattr(downstream, "_manager", lambda tasks, folder: None)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    found = downstream.run(Path("runs/export"), ["x"], task_folder)
+    assert seen == [(str(elsewhere / "runs" / "export"), task_folder)] and Path.cwd() == elsewhere
+    assert found == {"x": {"acc": {"value": 0.5, "standard_error": None}}}
 
 
 def test_a_task_folder_that_is_not_there(tmp_path):

@@ -57,13 +57,14 @@ def run(folder: Path, tasks: Sequence[str], task_folder: Path | None = None, lim
       For JSON: by task, each metric by its name (as "acc", "acc_norm") with `value` and `standard_error` (None where there is none).
     """
     manager = _manager(tasks, task_folder)
+    model = str(Path(folder).absolute())  # before the change of folder, which tasks with data of their own need
     import torch
     from lm_eval import simple_evaluate  # type: ignore[import-not-found]
 
     with contextlib.chdir(task_folder or Path.cwd()):
         found: Any = simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(Path(folder).absolute()), "trust_remote_code": False},
+            model_args={"pretrained": model, "trust_remote_code": False},
             tasks=list(tasks),
             task_manager=manager,
             device="cuda" if torch.cuda.is_available() else "cpu",
