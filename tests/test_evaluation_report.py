@@ -190,6 +190,13 @@ def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_rate_of_the_rows_is_told_where_it_is_another_one():
+    made = content()
+    assert "rows 0.003" not in page.html(made)
+    made["config"]["stage2"]["embedding_learning_rate"] = 3e-3
+    assert "0.00064, rows 0.003" in page.html(made)
+
+
 def test_tables_line_up_in_markdown():
     rows = [("de", "1.000", Code("a|b"), Bar(0.5)), ("all", ("10.5", Soft(" [9, 12]")), Code("`"), Bar(1))]
     lines = pages.markdown_table(["language", "x", "token", ""], rows)

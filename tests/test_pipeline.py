@@ -131,7 +131,7 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
     assert all(f"{stage}: finished, skipped" in again for stage in stages)
 
     changed = run("--config.stage2.learning_rate=4e-3")
-    assert "stage2: to be done again, stage2.learning_rate changed from 0.003 to 0.004" in changed
+    assert "stage2: to be done again, stage2.learning_rate changed from 0.0005 to 0.004" in changed
     for kept in ("corpus", "tokens", "align", "init", "stage1", "evaluate/source", "evaluate/stage1"):
         assert f"{kept}: finished, skipped" in changed
     for redone in ("export", "evaluate/stage2", "report"):

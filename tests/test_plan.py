@@ -269,7 +269,7 @@ def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
     flags = ["--plan_devices=4", "--plan_device_memory=16GB", "--plan_tokens_per_second=1e6"]
     assert main(["main", "--plan", "--workdir", str(tmp_path / "run"), *flags]) == 0
     printed = capsys.readouterr().out
-    assert "4 devices, mesh data=4" in printed and "stage2 (lora)" in printed and "warning" not in printed
+    assert "4 devices, mesh data=4" in printed and "stage2 (full)" in printed and "warning" not in printed
     assert not list(tmp_path.iterdir())
     assert main(["main", "--plan", "--plan_devices=1", "--plan_device_memory=5MB"]) == 0
     assert "warning: stage1 will not fit" in capsys.readouterr().out

@@ -234,7 +234,7 @@ def _training(content: Content) -> Section:
             config[stage]["method"],
             f"{of['steps']:,}",
             quantity(of["tokens"][-1] if of["tokens"] else 0),
-            f"{config[stage]['learning_rate']:g}",
+            _rate(config[stage]),
             f"{curves.smooth(of['loss'])[-1]:.3f}" if of["loss"] else "",
             f"{of['skipped']}",
             quantity(of["tokens_per_second"]) if "tokens_per_second" in of else "",
@@ -245,6 +245,12 @@ def _training(content: Content) -> Section:
     header = ("stage", "trains", "steps", "tokens", "rate", "last loss", "skipped", "tokens/s", "time")
     text = f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps." if rows else ""
     return Section("Training", text, header, rows, markup=loss_chart(training))
+
+
+def _rate(stage: Content) -> str:
+    """The peak rate, and that of embedding and head where it is another one."""
+    rows = stage["embedding_learning_rate"]
+    return f"{stage['learning_rate']:g}" + ("" if rows is None else f", rows {rows:g}")
 
 
 def loss_chart(training: Content) -> str:
