@@ -47,6 +47,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "composed: 0.7 learned": ({}, {"learned": 0.7}),
     "composed: not calibrated": ({}, {"calibration": 0.0}),
     "composed: fully calibrated": ({}, {"calibration": 1.0}),
+    "composed: not tuned": ({}, {"tuning": 0}),
 }
 """What each start changes in the alignment's and in the initialisation's config."""
 RANDOM_ROWS = "random rows"
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="that the source model reads")
+    parser.add_argument("--tuning", type=int, default=2_000_000, help="tokens that rows are tuned on")
     parser.add_argument("--budget-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--bytes-per-language", type=int, default=100_000)
     parser.add_argument("--dtype", default="bfloat16")
@@ -111,7 +113,8 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
         evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
     )
     config = dataclasses.replace(
-        config, initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens)
+        config,
+        initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens, tuning=arguments.tuning),
     )
     workdir = arguments.workdir / f"{Path(source).name}-{Path(target).name}"
     pipeline.run(config, workdir, ["tokens"], print)
@@ -161,9 +164,9 @@ class _Starts:
         if config.alignment.method == "composed" and config.initialization.tokens:
             target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
             if self._reading is not None:
-                params = initialization.learn(
-                    config, self._source, target, aligned, self._reading, self.context.mesh, print
-                )
+                made = aligned, self._reading, self.context.mesh, print
+                target = target._replace(params=initialization.learn(config, self._source, target, *made))
+                params = initialization.tune(config, self._source, target, *made)
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
 

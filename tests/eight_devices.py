@@ -15,9 +15,9 @@ from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_par
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
-from tokalign_jax.config import Config, DistillationConfig, MeshConfig
+from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
 from tokalign_jax.evaluation import bits_per_byte
-from tokalign_jax.initialization import calibration, contexts
+from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.text import canonical
@@ -177,8 +177,28 @@ def reading(shape):
             read = contexts.read(config, params, places, *sizes, jnp.float32, mesh, lambda line: None)
             moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
             prompt = jnp.asarray([shards[0].tokens[:9]])
+            rows = {
+                path: sharding.to_host(of) for path, of in paths.flatten(params).items() if sharding.is_vocabulary(path)
+            }
+            ids = np.arange(sizes[0])
+            tokens = composition.Tokens(ids, composition.Pieces.of([[i] for i in ids]), shards[0].counts, read.source)
+            # The same sequences, however many a device reads at once.
+            tuning.MICRO_BATCH_TOKENS["cpu"] = 8 * 32 // sharding.sequences_at_once(mesh)
+            tuning.LENGTH = 32
+            compute, log = ComputeConfig(dtype="float32"), lambda line: None
+            tuned = tuning.tune(config, params, rows, tokens, ids % 2 == 0, shards[0], 1000, compute, mesh, log, seed=0)
             results.append(
-                ([s.bits_per_byte for s in scores.values()], read, moves, generate(config, params, prompt, 5))
+                (
+                    [s.bits_per_byte for s in scores.values()],
+                    read,
+                    moves,
+                    generate(config, params, prompt, 5),
+                    [
+                        sharding.to_host(of, slice(sizes[0]))
+                        for path, of in paths.flatten(tuned).items()
+                        if path in rows
+                    ],
+                )
             )
         close(results[1], results[0], 2e-4)
 

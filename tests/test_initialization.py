@@ -10,10 +10,11 @@ import pytest
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from tokalign_jax import sharding
+from tokalign_jax import paths, sharding
 from tokalign_jax.alignment import methods
+from tokalign_jax.alignment.alignment import Rule
 from tokalign_jax.config import ComputeConfig, Config, InitializationConfig
-from tokalign_jax.initialization import calibration, composition, contexts, initialization
+from tokalign_jax.initialization import calibration, composition, contexts, initialization, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import forward
 from tokalign_jax.text import canonical
@@ -247,6 +248,129 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
     moved = learn(dataclasses.replace(settings, initialization=InitializationConfig(tokens=10**6, learned=0.0)))
     group, leaf = ("embed_tokens", "embedding") if tied else ("lm_head", "kernel")
     assert np.linalg.matrix_rank(np.asarray(moved[group][leaf]) - np.asarray(new[group][leaf]), tol=1e-3) == 1
+
+
+# --- Tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tuned(folder, tied, kept=0, budget=40_000, target=None, **settings):
+    """A tiny model with a new vocabulary, and its parameters before and after tuning on the text of these tests."""
+    folder = tiny_model_folder(folder, "llama", vocab_size=320, tied=tied)
+    config, _ = hub.load_config(folder)
+    params, source = huggingface.load_params(folder, config), AutoTokenizer.from_pretrained(folder)
+    target = target or source
+    documents = DOCUMENTS * 20
+    shards = [shards_of(tokenizer, documents) for tokenizer in (source, target)]
+    aligned = methods.from_pieces(source, target)
+    new_config, new = initialization.initialize(config, params, aligned)
+    made = InitializationConfig(tokens=10**6, tuning=budget, **settings)
+    config = Config(compute=ComputeConfig(dtype="float32"), initialization=made)
+    sides = (
+        initialization.Side(hub.load_config(folder)[0], params, source, shards[0]),
+        initialization.Side(new_config, new, target, shards[1]),
+    )
+    reading = initialization.read(config, *sides, MESH, print)
+    assert reading is not None
+    lines = []
+    after = initialization.tune(config, *sides, aligned, reading, MESH, lines.append, kept)
+    return aligned, sides[1], after, lines
+
+
+OTHER = [*TEXTS, "Completely other words of another text, completely."]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tuned_rows_read_the_text_better(tmp_path, tied):
+    aligned, side, after, lines = tuned(tmp_path, tied, target=tiny_tokenizer(420, OTHER))
+    before, again = side.params, tuned(tmp_path / "again", tied, target=tiny_tokenizer(420, OTHER))[2]
+    tokens = np.asarray(side.shards.tokens[:4096]).reshape(-1, 64)
+
+    def nats(params):
+        states = np.asarray(forward(side.config, params, jnp.asarray(tokens)), np.float64)[:, :-1]
+        head = params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+        logits = states @ np.asarray(head, np.float64)[: side.config.vocab_size].T
+        logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        return -np.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
+
+    assert nats(after) < nats(before) - 0.03  # a model of random weights has little to gain
+    assert "nats a token on text left out" in lines[-1]
+    moves = np.isin(aligned.rules, (Rule.EXACT, *initialization.COMPOSED))
+    for path, rows in paths.flatten(after).items():
+        old = paths.flatten(before)[path]
+        if not sharding.is_vocabulary(path):
+            assert rows is old
+            continue
+        np.testing.assert_array_equal(rows, paths.flatten(again)[path])
+        changed = (np.asarray(rows) != np.asarray(old)).any(axis=1)
+        np.testing.assert_array_equal(changed, moves)  # special tokens have no part in it
+
+
+def test_rows_that_are_kept_are_not_tuned(tmp_path):
+    _, side, after, _ = tuned(tmp_path, True, kept=300, target=tiny_tokenizer(420, OTHER))
+    changed = (np.asarray(after["embed_tokens"]["embedding"]) != side.params["embed_tokens"]["embedding"]).any(axis=1)
+    assert not changed[:300].any() and changed[300:].any()
+
+
+def test_the_same_vocabulary_is_not_tuned(tmp_path):
+    _, side, after, lines = tuned(tmp_path, False)
+    assert after is side.params and not lines
+
+
+def test_rows_that_gain_nothing_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "RATE", 50.0)
+    _, side, after, lines = tuned(tmp_path, True, target=tiny_tokenizer(420, OTHER))
+    assert after is side.params and "left as it was" in lines[-1]
+
+
+def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
+    """One step at the peak rate: B against the formula in NumPy float64, and how far rows moved."""
+    monkeypatch.setattr(tuning, "STEPS", 1)
+    monkeypatch.setattr(tuning, "COMPONENTS", 5)
+    kept = {}
+    of_features = tuning._features
+    monkeypatch.setattr(
+        tuning, "_features", lambda *args: kept.setdefault("features", of_features(*args)).astype(np.float32)
+    )
+    _, side, after, _ = tuned(tmp_path, True, budget=1, target=tiny_tokenizer(420, OTHER))
+    features = kept["features"].astype(np.float64)
+    moved = (features != 0).any(axis=1)
+    size = len(features)
+    (batch, *_), _ = tuning._batches(side.shards, side.config, 1, MESH, seed=0)
+
+    def loss(table):
+        params = {**side.params, "embed_tokens": {"embedding": table}}
+        total = 0.0
+        for tokens in batch:
+            logits = forward(side.config, params, jnp.asarray(tokens[:, :-1])) @ table[:size].T
+            nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+            total += nll.mean()
+        return total
+
+    before = np.asarray(side.params["embed_tokens"]["embedding"], np.float64)
+    gradient = features.T @ np.asarray(jax.grad(loss)(jnp.asarray(before, jnp.float32)), np.float64)[:size]
+    gradient /= max(1.0, np.linalg.norm(gradient))
+    direction = gradient / (np.abs(gradient) + 1e-8)  # Adam's first
+    step = features @ direction
+    source = np.asarray(huggingface.load_params(tmp_path, hub.load_config(tmp_path)[0])["embed_tokens"]["embedding"])
+    deviation = np.sqrt(source[:320].astype(np.float64).var(axis=0).mean())
+    step *= tuning.RATE * deviation / np.sqrt((step[moved] ** 2).mean())
+    found = np.asarray(after["embed_tokens"]["embedding"], np.float64) - before
+    np.testing.assert_allclose(found[:size], -step, atol=2e-4 * deviation)
+
+
+def test_components_are_the_principal_ones():
+    rng = np.random.default_rng(0)
+    known = (
+        rng.normal(size=(500, 12)) * np.r_[8, 4, 2, 1, np.full(8, 0.05)] @ np.linalg.qr(rng.normal(size=(12, 12)))[0]
+        + 3.0
+    )
+    centre, basis = tuning._principal(jnp.asarray(known, jnp.float32), jax.random.key(0), 4)
+    found = (known - np.asarray(centre)) @ np.asarray(basis, np.float64)
+    left, sizes, _ = np.linalg.svd(known - known.mean(axis=0), full_matrices=False)
+    expected = left[:, :4] * sizes[:4]
+    expected /= np.sqrt((expected**2).mean())
+    order = np.argsort(-np.abs(found).std(axis=0))
+    np.testing.assert_allclose(np.abs(found[:, order]), np.abs(expected), atol=0.02)
 
 
 def test_initialisation_mixes_rows_and_leaves_the_rest_alone(model):

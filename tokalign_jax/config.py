@@ -117,6 +117,8 @@ class InitializationConfig:
     """Share of a composed row that is learned; the rest is the alignment's mixture."""
     calibration: float = 0.5
     """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1 all the way."""
+    tuning: int = 2_000_000
+    """Target tokens of the corpus on which rows are then moved together, by a rule that all of them share; 0: they are not."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +428,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rows_multiple_of": (1, math.inf),
     "learned": (0, 1),
     "calibration": (0, 1),
+    "tuning": (0, math.inf),
     "neighbours": (1, math.inf),
     "epochs": (0, math.inf),
     "loss_chunk": (1, math.inf),

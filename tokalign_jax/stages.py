@@ -379,6 +379,10 @@ def init(context: Context) -> None:
             new = initialization.learn(
                 settings, source, target, aligned, reading, context.mesh, context.log, context.kept
             )
+            target = target._replace(params=new)
+            new = initialization.tune(
+                settings, source, target, aligned, reading, context.mesh, context.log, context.kept
+            )
     _write(context, "init", new_config, new, raw, "float32")
 
 

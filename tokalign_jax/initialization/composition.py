@@ -114,7 +114,7 @@ def learned_rows(
         if len(inside):
             seen = np.float32(np.exp(np.log(counts[inside]).mean()))
             rule = _rule(gram, cross, covariance, seen, np.float32(RIDGE))
-            for block, columns in _columns(rows, wanted, inside):
+            for block, columns in column_blocks(rows, wanted, inside):
                 yield block, np.asarray(_apply(columns, mean, rule))[: len(block)]
 
 
@@ -129,14 +129,14 @@ def _normal_equations(
     weights = (weights / weights.sum()).astype(np.float32)
     width = rows.shape[1]
     gram, cross = jnp.zeros((5 * width + 2,) * 2), jnp.zeros((5 * width + 2, width))
-    for block, columns in _columns(rows, known, np.flatnonzero(weights)):
+    for block, columns in column_blocks(rows, known, np.flatnonzero(weights)):
         own = rows[_filled(known.ids[block])]
         of_block = np.pad(weights[block], (0, BLOCK - len(block)))
         gram, cross = _add(gram, cross, columns, mean, own, of_block)
     return gram, cross
 
 
-def _columns(
+def column_blocks(
     rows: Float[np.ndarray, "V_s D"], tokens: Tokens, chosen: Int[np.ndarray, "m"]
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Columns]]:
     """Blocks of the `chosen` places in `tokens`, and what is known of these, filled up to `BLOCK`: one program for all."""

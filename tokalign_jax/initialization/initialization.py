@@ -21,7 +21,7 @@ from tokalign_jax import sharding
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.config import Config
-from tokalign_jax.initialization import calibration, composition, contexts
+from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.progress import Log
@@ -167,6 +167,44 @@ def learn(
     move(moved[: len(moves)], config.initialization.calibration * moves, direction)
     new[group] = {leaf: moved}
     return new
+
+
+def tune(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    reading: contexts.Reading,
+    mesh: Mesh,
+    log: Log,
+    kept: int = 0,
+) -> Params:
+    """`target`'s parameters with all rows but those of special tokens moved by a rule that they share (`tuning.py`).
+
+    Where the source has every token there is nothing to tune, and the rows stay the source's.
+
+    Args:
+      target: as `learn` made it.
+      kept: the first rows, which stay what they are.
+    """
+    if not config.initialization.tuning or not np.isin(aligned.rules[kept:], COMPOSED).any():
+        return target.params
+    ids = np.flatnonzero(np.isin(aligned.rules, (Rule.EXACT, *COMPOSED)))
+    ids = ids[ids >= kept]
+    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist())
+    ids, parts = ids[[bool(of) for of in parts]], [of for of in parts if of]
+    frequency = methods.log_frequency(target.shards.counts)
+    tokens = composition.Tokens(ids, composition.Pieces.of(parts), frequency, reading.target)
+    rows = {
+        f"{group}/{leaf}": sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
+        for group, leaf in MATRICES
+        if group in source.params
+    }
+    composed = np.isin(aligned.rules[ids], COMPOSED)
+    budget, compute = config.initialization.tuning, config.compute
+    return tuning.tune(
+        target.config, target.params, rows, tokens, composed, target.shards, budget, compute, mesh, log, config.seed
+    )
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -23,6 +23,7 @@ _MAIN = (
     "initialization.tokens",
     "initialization.learned",
     "initialization.calibration",
+    "initialization.tuning",
     "compute.dtype",
     "seed",
 )

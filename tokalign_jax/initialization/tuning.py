@@ -1,0 +1,298 @@
+"""Rows that the model itself corrects, all at once: tokens that are alike move alike.
+
+Rows that are right one by one need not be right together: they compete for probability, and a model reads them in sequences that the
+source's tokens never made. A few steps of training would show it, but move no row of a token that they do not meet. So what trains
+here is not rows but a rule that all of them share,
+
+    row_v <- row_v + x_v B,
+
+x_v being what is known of token v (`composition.py`: mean states before and after it, mean, first and last of its pieces' rows, log
+frequency) in its K principal components, and one. B, [K + 1, D], is all that trains, once for tokens whose rows were composed and
+once for those that the source has. It is so small that some ten thousand tokens of text settle it. The model's layers stay as they are.
+
+Adam's direction for B is scaled so that the rows of one step move by a share of their own deviation, whatever the model's width, its
+rows' size or the loss.
+
+Letters: D model, V vocabulary, R rows in memory, n tokens that move, F features, K components, A micro-batches, B sequences, T length.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import ComputeConfig
+from tokalign_jax.initialization import composition
+from tokalign_jax.initialization.composition import Columns, Tokens
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import Params, forward, head_matrix
+from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.training.batches import TokenSource
+from tokalign_jax.training.losses import cross_entropy, head_of
+from tokalign_jax.training.optimizer import Schedule
+
+COMPONENTS = 256
+"""K"""
+SAMPLE = 8192
+"""Tokens from which the components are found."""
+STEPS = 60
+"""As many where the text allows micro-batches for them; more text makes larger steps."""
+RATE = 0.014
+"""How far rows move in a step at the peak: root mean square, in units of the deviation of the source's rows."""
+WARMUP = 0.05
+LENGTH = 512
+"""T, where the model has that many positions."""
+MICRO_BATCH_TOKENS = {"cpu": 1024}
+OTHER_MICRO_BATCH_TOKENS = 8192
+"""Tokens that a device reads at once, by backend."""
+JUDGED = 4
+"""Micro-batches that are left out, on which the rows before and after are judged."""
+
+
+class Scales(NamedTuple):
+    """What features are brought to mean 0 and deviation 1 by, each of `Columns` as a whole; float32."""
+
+    offsets: Columns
+    factors: Columns
+
+
+class _State(NamedTuple):
+    rule: dict[str, Float[Array, "G D"]]
+    """B of both kinds of tokens, one below the other (G = 2 (K + 1)), by path of the matrix."""
+    moments: optax.OptState
+    step: Int[Array, ""]
+
+
+def tune(
+    config: ModelConfig,
+    params: Params,
+    rows: Mapping[str, Float[np.ndarray, "V_s D"]],
+    tokens: Tokens,
+    composed: Bool[np.ndarray, "n"],
+    shards: TokenShards,
+    budget: int,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    log: Log,
+    seed: int,
+) -> Params:
+    """`params` with the rows of `tokens` moved by the rule that predicts the text best; as they are where that gains nothing.
+
+    Args:
+      config, params: the model with the new vocabulary.
+      rows: float32, the source model's matrices by the paths that they have in `params`.
+      tokens: target tokens whose rows move, with their pieces in the source.
+      composed: which of them have rows that were composed.
+      shards: text in the new vocabulary's tokens.
+      budget: how many of its tokens are read at most; those of one micro-batch at least.
+      compute: type of activations, and tokens whose logits exist at once.
+    """
+    size = len(shards.counts)
+    features = {path: _features(of, tokens, composed, size, seed) for path, of in rows.items()}
+    deviations = {path: np.float32(np.sqrt(np.var(of, axis=0).mean())) for path, of in rows.items()}
+    second = {path: (of.T @ of / len(tokens.ids)).astype(np.float32) for path, of in features.items()}
+    leaves = paths.flatten(params)
+    features = {path: _on_rows(path, of, len(leaves[path]), mesh) for path, of in features.items()}
+    width = config.hidden_size
+    rule = {path: jnp.zeros((of.shape[1], width)) for path, of in features.items()}
+    rule = jax.device_put(rule, NamedSharding(mesh, sharding.REPLICATED))
+    batches, judged = _batches(shards, config, budget, mesh, seed)
+    placed = sharding.place(params, mesh)
+    how = {"config": config, "compute": dataclasses.replace(compute, remat="layer", unroll=1), "mesh": mesh}
+    split = NamedSharding(mesh, P(None, sharding.BATCH))
+
+    def judge(rule: dict[str, Array]) -> float:
+        return float(
+            np.mean([_judge(rule, placed, features, sharding.put(of[None], split)[0], **how) for of in judged])
+        )
+
+    before = judge(rule)
+    state = _State(rule, _ADAM.init(rule), jnp.zeros((), jnp.int32))
+    schedule = Schedule({"rule": RATE}, float(len(batches)), float(round(WARMUP * len(batches))))
+    progress = Progress(log, "tuning", batches.size, "tokens")
+    for batch in batches:
+        state = _step(state, placed, features, second, deviations, sharding.put(batch, split), schedule, **how)
+        state.step.block_until_ready()  # or what is printed runs ahead
+        progress.update(batch.size)
+    after = judge(state.rule)
+    progress.done(
+        f"{before:.3f} to {after:.3f} nats a token on text left out" + ("" if after < before else ": left as it was")
+    )
+    if not after < before:
+        return params
+    made = jax.jit(_tables)(state.rule, placed, features)
+    for path, table in made.items():
+        moved = np.array(leaves[path], np.float32)
+        moved[:size] = sharding.to_host(table, slice(size))
+        leaves[path] = moved
+    return paths.unflatten(leaves)
+
+
+_ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"), donate_argnums=0)
+def _step(
+    state: _State,
+    params: Params,
+    features: dict[str, Array],
+    second: dict[str, Array],
+    deviations: dict[str, Array],
+    batch: Int[Array, "A B T+1"],
+    schedule: Schedule,
+    *,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    mesh: Mesh,
+) -> _State:
+    with sharding.within(mesh):
+        tables = _tables(state.rule, params, features)
+
+        def add(sums: Any, tokens: Array) -> tuple[Any, None]:
+            gradients = jax.grad(_loss)(tables, params, tokens, config, compute)
+            return jax.tree.map(jnp.add, sums, gradients), None
+
+        sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, tables), batch)
+        gradients = {path: jnp.matmul(of.T, sums[path], precision="highest") for path, of in features.items()}
+        directions, moments = _ADAM.update(gradients, state.moments)
+        rate = schedule.rates(state.step)["rule"]
+
+        def moved(path: str) -> Array:
+            along = directions[path]
+            size = jnp.sqrt(jnp.sum(along * (second[path] @ along)) / along.shape[1])
+            return state.rule[path] - rate * deviations[path] / jnp.maximum(size, 1e-30) * along
+
+        return _State({path: moved(path) for path in state.rule}, moments, state.step + 1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
+def _judge(rule, params, features, tokens: Int[Array, "B T+1"], *, config, compute, mesh) -> Float[Array, ""]:
+    with sharding.within(mesh):
+        return _loss(_tables(rule, params, features), params, tokens, config, compute)
+
+
+def _tables(rule: dict[str, Array], params: Params, features: dict[str, Array]) -> dict[str, Float[Array, "R D"]]:
+    """Both matrices of the vocabulary, or the one, with their rows moved."""
+    leaves = paths.flatten(params)
+    return {path: leaves[path] + jnp.matmul(of, rule[path], precision="highest") for path, of in features.items()}
+
+
+def _loss(
+    tables: dict[str, Array], params: Params, tokens: Int[Array, "B T+1"], config: ModelConfig, compute: ComputeConfig
+):
+    """Mean negative log-likelihood of a token, nats."""
+    params = paths.unflatten(paths.flatten(params) | tables)
+    hidden = forward(config, params, tokens[:, :-1], dtype=jnp.dtype(compute.dtype), remat="layer", unroll=1)
+    total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head_of(config, compute))
+    return total / count
+
+
+def _batches(
+    shards: TokenShards, config: ModelConfig, budget: int, mesh: Mesh, seed: int
+) -> tuple[Int[np.ndarray, "S A B T+1"], Int[np.ndarray, "j B T+1"]]:
+    """Sequences drawn at random without overlap: those of all steps, and those that rows are judged on."""
+    length = min(LENGTH, config.max_positions, len(shards) - 1)
+    source = TokenSource(shards, length)
+    at_once = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS)
+    sequences = max(1, at_once // length) * sharding.sequences_at_once(mesh)
+    # None is read twice, but where the text has too few: then they are judged on what they were tuned on.
+    budget = min(budget // length, len(source) - JUDGED * sequences)
+    steps = min(STEPS, max(1, budget // sequences))
+    rounds = max(1, budget // (steps * sequences))
+    order = np.random.default_rng(seed).permutation(len(source))
+    chosen = np.resize(order, (steps * rounds + JUDGED) * sequences)
+    found = np.stack([source[i] for i in chosen]).reshape(-1, sequences, length + 1)
+    return found[JUDGED:].reshape(steps, rounds, sequences, length + 1), found[:JUDGED]
+
+
+# --- What is known of tokens --------------------------------------------------------------------------------------------
+
+
+def _features(
+    rows: Float[np.ndarray, "V_s D"], tokens: Tokens, composed: Bool[np.ndarray, "n"], size: int, seed: int
+) -> Float[np.ndarray, "V G"]:
+    """float32: x_v and 1 in the columns of the token's kind, 0 in those of the other; only zeros for tokens that do not move."""
+    random = np.random.default_rng(seed)
+    parts = []
+    for kind in (composed, ~composed):
+        if not kind.any():
+            continue
+        chosen = np.flatnonzero(kind)
+        sample = np.sort(random.permutation(chosen)[:SAMPLE])
+        scales = _scales(Columns(*map(np.concatenate, zip(*_blocks(rows, tokens, sample)))))
+        known = jnp.concatenate([_described(Columns(*of), scales) for of in _blocks(rows, tokens, sample)])
+        centre, basis = _principal(known, jax.random.key(seed), min(COMPONENTS, *known.shape))
+        part = np.zeros((size, basis.shape[1] + 1), np.float32)
+        start = 0
+        for of in _blocks(rows, tokens, chosen):
+            found = np.asarray((_described(of, scales) - centre) @ basis)
+            ids = tokens.ids[chosen[start : start + len(found)]]
+            part[ids, :-1], part[ids, -1] = found, 1.0
+            start += len(found)
+        parts.append(part)
+    return np.concatenate(parts, axis=1)
+
+
+def _blocks(rows: Float[np.ndarray, "V_s D"], tokens: Tokens, chosen: Int[np.ndarray, "m"]):
+    """What is known of the `chosen` ones, block by block."""
+    for block, columns in composition.column_blocks(rows, tokens, chosen):
+        yield Columns(*(of[: len(block)] for of in columns))
+
+
+def _scales(columns: Columns) -> Scales:
+    offsets, factors = [], []
+    for values in columns:
+        known = values[_seen(values)] if values.ndim > 1 else values
+        offsets.append(known.mean(axis=0) if len(known) else np.zeros(values.shape[1:], np.float32))
+        factors.append(np.float32(1 / (known.std() + 1e-6) if len(known) else 0.0))
+    return Scales(Columns(*offsets), Columns(*factors))
+
+
+def _seen(values: Float[np.ndarray, "n D"]) -> Bool[np.ndarray, "n"]:
+    """Of mean states: those of tokens that were seen in text."""
+    return (values != 0).any(axis=1)
+
+
+@jax.jit
+def _described(columns: Columns, scales: Scales) -> Float[Array, "n F"]:
+    found = []
+    for values, offset, factor in zip(columns, *scales):
+        values = jnp.asarray(values)
+        scaled = (values - offset) * factor
+        found.append(
+            jnp.where((values != 0).any(axis=1, keepdims=True), scaled, 0.0) if values.ndim > 1 else scaled[:, None]
+        )
+    return jnp.concatenate(found, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _principal(known: Float[Array, "n F"], key: Array, count: int) -> tuple[Float[Array, "F"], Float[Array, "F K"]]:
+    """(mean, basis) of the first `count` principal components by subspace iteration (arXiv 0909.4061, algorithm 4.4).
+
+    The basis is scaled so that a component has a mean square of 1, on average over them; among themselves they keep their sizes.
+    """
+    centre = known.mean(axis=0)
+    known = known - centre
+    product = functools.partial(jnp.matmul, precision="highest")
+    basis = jax.random.normal(key, (known.shape[1], count))
+    for _ in range(3):
+        basis, _ = jnp.linalg.qr(product(known.T, product(known, basis)))
+    seen = product(known, basis)
+    values, vectors = jnp.linalg.eigh(product(seen.T, seen) / len(known))
+    return centre, product(basis, vectors) * jnp.sqrt(count / jnp.maximum(values.sum(), 1e-30))
+
+
+def _on_rows(path: str, of: Float[np.ndarray, "V G"], rows: int, mesh: Mesh) -> Float[Array, "R G"]:
+    """Split over the mesh as the rows that they belong to."""
+    shape = sharding.padded_shape(path, (rows, of.shape[1]))
+    return sharding.put(np.pad(of, ((0, shape[0] - len(of)), (0, 0))), sharding.sharding_of(path, shape, mesh))
