@@ -109,7 +109,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             language_field=arguments.language_field, budget_bytes=arguments.budget_bytes, held_out_fraction=0.02
         ),
         alignment=AlignmentConfig(),
-        initialization=InitializationConfig(tokens=arguments.tokens),
+        initialization=InitializationConfig(tokens=arguments.tokens, tuning=0),  # as docs/ has it
         stage1=stage,
         stage2=StageConfig(**after),
         stage3=DistillationConfig(**{**after, "steps": arguments.steps}, teacher=arguments.teacher),

@@ -108,7 +108,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     return dataclasses.replace(
         config,
         alignment=dataclasses.replace(config.alignment, method=arguments.method),
-        initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens),
+        initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens, tuning=0),
     )
 
 

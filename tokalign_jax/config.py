@@ -62,8 +62,8 @@ class AlignmentConfig:
     """Token vectors and how target tokens are made of source tokens."""
 
     method: Literal["composed", "tokalign", "lexicon", "topk", "pieces", "exact", "random"] = "composed"
-    """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency and by what the source model's own
-    tokens teach, see `InitializationConfig`), `tokalign` (exactly as
+    """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency, by what the source model's own
+    tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign` (exactly as
     published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
     source tokens); and the baselines `pieces` (mean of the pieces), `exact` (else random source tokens), `random`."""
     vectors: Literal["ppmi", "glove"] = "ppmi"

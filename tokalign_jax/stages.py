@@ -298,8 +298,9 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
         if not sharding.is_out_of_memory(error):
             raise
         fewer = f"lower --config.{name}.per_device_batch or --config.compute.loss_chunk, or set --config.compute.remat=layer"
+        others = {"init": "use a larger one, or leave out tuning with --config.initialization.tuning=0"}
         remedy = _too_large(context).get(name) or (
-            fewer if name in training_stages(context.config) else "use a larger one"
+            fewer if name in training_stages(context.config) else others.get(name, "use a larger one")
         )
         raise UserError(
             f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); {remedy}. Other programs on the "

@@ -16,7 +16,6 @@ rows' size or the loss.
 Letters: D model, V vocabulary, R rows in memory, n tokens that move, F features, K components, A micro-batches, B sequences, T length.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -103,21 +102,19 @@ def tune(
     second = {path: (of.T @ of / len(tokens.ids)).astype(np.float32) for path, of in features.items()}
     leaves = paths.flatten(params)
     features = {path: _on_rows(path, of, len(leaves[path]), mesh) for path, of in features.items()}
-    width = config.hidden_size
-    rule = {path: jnp.zeros((of.shape[1], width)) for path, of in features.items()}
-    rule = jax.device_put(rule, NamedSharding(mesh, sharding.REPLICATED))
+    state = jax.jit(
+        lambda: _start({path: (of.shape[1], config.hidden_size) for path, of in features.items()}),
+        out_shardings=NamedSharding(mesh, sharding.REPLICATED),
+    )()
     batches, judged = _batches(shards, config, budget, mesh, seed)
     placed = sharding.place(params, mesh)
-    how = {"config": config, "compute": dataclasses.replace(compute, remat="layer", unroll=1), "mesh": mesh}
-    split = NamedSharding(mesh, P(None, sharding.BATCH))
+    how = {"config": config, "compute": compute, "mesh": mesh}
+    whole, split = (NamedSharding(mesh, P(*axes, sharding.BATCH)) for axes in ((), (None,)))
 
     def judge(rule: dict[str, Array]) -> float:
-        return float(
-            np.mean([_judge(rule, placed, features, sharding.put(of[None], split)[0], **how) for of in judged])
-        )
+        return float(np.mean([_judge(rule, placed, features, sharding.put(of, whole), **how) for of in judged]))
 
-    before = judge(rule)
-    state = _State(rule, _ADAM.init(rule), jnp.zeros((), jnp.int32))
+    before = judge(state.rule)
     schedule = Schedule({"rule": RATE}, float(len(batches)), float(round(WARMUP * len(batches))))
     progress = Progress(log, "tuning", batches.size, "tokens")
     for batch in batches:
@@ -139,6 +136,11 @@ def tune(
 
 
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95))
+
+
+def _start(shapes: Mapping[str, tuple[int, int]]) -> _State:
+    rule = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+    return _State(rule, _ADAM.init(rule), jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"), donate_argnums=0)
