@@ -169,12 +169,12 @@ def _step(
         directions, moments = _ADAM.update(gradients, state.moments)
         rate = schedule.rates(state.step)["rule"]
 
-        def moved(path: str) -> Array:
-            along = directions[path]
-            size = jnp.sqrt(jnp.sum(along * (second[path] @ along)) / along.shape[1])
-            return state.rule[path] - rate * deviations[path] / jnp.maximum(size, 1e-30) * along
+        def moved(rule: Array, along: Array, second: Array, deviation: Array) -> Array:
+            size = jnp.sqrt(jnp.sum(along * (second @ along)) / along.shape[1])
+            return rule - rate * deviation / jnp.maximum(size, 1e-30) * along
 
-        return _State({path: moved(path) for path in state.rule}, moments, state.step + 1)
+        rule = jax.tree.map(moved, state.rule, directions, second, deviations)
+        return _State(rule, moments, state.step + 1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
@@ -213,7 +213,7 @@ def _batches(
     rounds = max(1, budget // (steps * sequences))
     order = np.random.default_rng(seed).permutation(len(source))
     chosen = np.resize(order, (steps * rounds + JUDGED) * sequences)
-    found = np.stack([source[i] for i in chosen]).reshape(-1, sequences, length + 1)
+    found = np.stack([source[i] for i in chosen.tolist()]).reshape(-1, sequences, length + 1)
     return found[JUDGED:].reshape(steps, rounds, sequences, length + 1), found[:JUDGED]
 
 
