@@ -166,7 +166,7 @@ class _Starts:
             if self._reading is not None:
                 made = aligned, self._reading, self.context.mesh, print
                 target = target._replace(params=initialization.learn(config, self._source, target, *made))
-                params = initialization.tune(config, self._source, target, *made)
+                params, _ = initialization.tune(config, self._source, target, *made)
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
 

@@ -186,7 +186,9 @@ def reading(shape):
             tuning.MICRO_BATCH_TOKENS["cpu"] = 8 * 32 // sharding.sequences_at_once(mesh)
             tuning.LENGTH = 32
             compute, log = ComputeConfig(dtype="float32"), lambda line: None
-            tuned = tuning.tune(config, params, rows, tokens, ids % 2 == 0, shards[0], 1000, compute, mesh, log, seed=0)
+            tuned, _ = tuning.tune(
+                config, params, rows, tokens, ids % 2 == 0, shards[0], 1000, compute, mesh, log, seed=0
+            )
             results.append(
                 (
                     [s.bits_per_byte for s in scores.values()],

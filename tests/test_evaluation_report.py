@@ -57,6 +57,7 @@ def content(nasty: str = "word", states=STATES, **changes):
         "loses": {"source": [], "target": ["capitals", nasty]},
         "alignment": {"method": nasty, "source_size": 300, "target_size": 400, "rules": rules, "special": special,
                       "hub_share": 0.125},
+        "tuned": {},
         "training": training,
         "samples": [{"prompt": f"{nasty}\x00", "source": nasty, states[-1]: f"{nasty}\ud800"}],
         "passages": [{"language": f"de{nasty}", "source": [[nasty, 1], ["é", 2]], "target": [[f"{nasty}é", 1]]}],
@@ -188,6 +189,13 @@ def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_to_tune_rows_is_told():
+    made = content()
+    assert "tuned together" not in page.html(made)
+    made["tuned"] = {"tokens": 61_440, "nats_before": 3.8, "nats_after": 3.4}
+    assert "tuned together on 61.4k tokens and trained on" in page.html(made)
 
 
 def test_the_rate_of_the_rows_is_told_where_it_is_another_one():

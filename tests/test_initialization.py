@@ -272,7 +272,8 @@ def tuned(folder, tied, kept=0, budget=40_000, target=None, **settings):
     reading = initialization.read(config, *sides, MESH, print)
     assert reading is not None
     lines = []
-    after = initialization.tune(config, *sides, aligned, reading, MESH, lines.append, kept)
+    after, facts = initialization.tune(config, *sides, aligned, reading, MESH, lines.append, kept)
+    assert bool(facts) == bool(lines)
     return aligned, sides[1], after, lines
 
 

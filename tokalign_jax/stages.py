@@ -361,14 +361,14 @@ def _inspected(context: Context) -> list[dict[str, Any]]:
     return [pages.to_json(section) for section in inspection.report(subject)[1:]]
 
 
-def init(context: Context) -> None:
+def init(context: Context) -> Mapping[str, Any]:
     """Writes an ordinary Hugging Face folder: the source model with the new vocabulary, not yet trained."""
     config, raw = context.source_model
     params = huggingface.load_params(context.source_folder, config, mesh=context.mesh)
     aligned = alignment.load(
         context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
     )
-    settings = context.config
+    settings, tuned = context.config, {}
     multiple_of = settings.initialization.rows_multiple_of
     new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
     if settings.alignment.method == "composed" and not settings.alignment.file and settings.initialization.tokens:
@@ -381,10 +381,11 @@ def init(context: Context) -> None:
                 settings, source, target, aligned, reading, context.mesh, context.log, context.kept
             )
             target = target._replace(params=new)
-            new = initialization.tune(
+            new, tuned = initialization.tune(
                 settings, source, target, aligned, reading, context.mesh, context.log, context.kept
             )
     _write(context, "init", new_config, new, raw, "float32")
+    return {"tuned": dict(tuned)}
 
 
 def load_state(

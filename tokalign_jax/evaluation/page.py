@@ -100,6 +100,8 @@ def sentences(content: Content) -> list[str]:
     ]
     sizes = f"{alignment['source_size']:,} tokens became {alignment['target_size']:,}"
     done = f"The vocabulary of {sizes}; their rows were made by method “{alignment['method']}”"
+    if tokens := content["tuned"].get("tokens"):
+        done += f", tuned together on {quantity(tokens)} tokens"
     listed = " and ".join(filter(None, [", ".join(trained[:-1]), *trained[-1:]]))
     done += f" and trained on {quantity(_tokens(content))} tokens in {listed}." if trained else "."
     bits, last = of["bits_per_byte"], content["states"][-1]

@@ -57,6 +57,7 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
         "overlap": {**copied, "warnings": overlap.warning_lines(copied)},
         "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},
         "alignment": _read(workdir / "align" / "summary.json"),
+        "tuned": records["init"].get("summary", {}).get("tuned", {}),
         "training": {s: _curve(workdir / s / "metrics.jsonl") for s in trained},
         "samples": _side_by_side(scores),
         "seconds": {name: record["seconds"] for name, record in records.items() if "seconds" in record},

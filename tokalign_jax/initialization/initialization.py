@@ -178,8 +178,8 @@ def tune(
     mesh: Mesh,
     log: Log,
     kept: int = 0,
-) -> Params:
-    """`target`'s parameters with all rows but those of special tokens moved by a rule that they share (`tuning.py`).
+) -> tuning.Tuned:
+    """`target`'s parameters, with all rows but those of special tokens moved by a rule that they share (`tuning.py`).
 
     Where the source has every token there is nothing to tune, and the rows stay the source's.
 
@@ -188,7 +188,7 @@ def tune(
       kept: the first rows, which stay what they are.
     """
     if not config.initialization.tuning or not np.isin(aligned.rules[kept:], COMPOSED).any():
-        return target.params
+        return tuning.Tuned(target.params, {})
     ids = np.flatnonzero(np.isin(aligned.rules, (Rule.EXACT, *COMPOSED)))
     ids = ids[ids >= kept]
     parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist())
