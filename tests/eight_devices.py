@@ -182,9 +182,6 @@ def reading(shape):
             }
             ids = np.arange(sizes[0])
             tokens = composition.Tokens(ids, composition.Pieces.of([[i] for i in ids]), shards[0].counts, read.source)
-            # The same sequences, however many a device reads at once.
-            tuning.MICRO_BATCH_TOKENS["cpu"] = 8 * 32 // sharding.sequences_at_once(mesh)
-            tuning.LENGTH = 32
             compute, log = ComputeConfig(dtype="float32"), lambda line: None
             tuned, _ = tuning.tune(
                 config, params, rows, tokens, ids % 2 == 0, shards[0], 1000, compute, mesh, log, seed=0

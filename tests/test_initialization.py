@@ -337,6 +337,7 @@ def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
     moved = (features != 0).any(axis=1)
     size = len(features)
     (batch, *_), _ = tuning._batches(side.shards, side.config, 1, MESH, seed=0)
+    assert (batch != tuning.NONE).all()
 
     def loss(table):
         params = {**side.params, "embed_tokens": {"embedding": table}}

@@ -45,7 +45,8 @@ COMPONENTS = 256
 SAMPLE = 8192
 """Tokens from which the components are found."""
 STEPS = 60
-"""As many where the text allows micro-batches for them; more text makes larger steps."""
+LEAST_TOKENS = 1024
+"""Of a step: a text too short for that has fewer steps, a longer one larger steps."""
 RATE = 0.014
 """How far rows move in a step at the peak: root mean square, in units of the deviation of the source's rows."""
 WARMUP = 0.05
@@ -54,8 +55,10 @@ LENGTH = 512
 MICRO_BATCH_TOKENS = {"cpu": 1024}
 OTHER_MICRO_BATCH_TOKENS = 8192
 """Tokens that a device reads at once, by backend."""
-JUDGED = 4
-"""Micro-batches that are left out, on which the rows before and after are judged."""
+JUDGED = 8
+"""Sequences that are left out, on which the rows before and after are judged."""
+NONE = -1
+"""Fills sequences up to what all devices read at once: it counts for nothing."""
 
 
 class Scales(NamedTuple):
@@ -115,23 +118,24 @@ def tune(
     batches, judged = _batches(shards, config, budget, mesh, seed)
     placed = sharding.place(params, mesh)
     how = {"config": config, "compute": compute, "mesh": mesh}
-    whole, split = (NamedSharding(mesh, P(*axes, sharding.BATCH)) for axes in ((), (None,)))
+    split = NamedSharding(mesh, P(None, sharding.BATCH))
 
     def judge(rule: dict[str, Array]) -> float:
-        return float(np.mean([_judge(rule, placed, features, sharding.put(of, whole), **how) for of in judged]))
+        return float(_judge(rule, placed, features, sharding.put(judged, split), **how))
 
     before = judge(state.rule)
     schedule = Schedule({"rule": RATE}, float(len(batches)), float(round(WARMUP * len(batches))))
-    progress = Progress(log, "tuning", batches.size, "tokens")
+    tokens_read = int((batches[..., 1:] != NONE).sum())
+    progress = Progress(log, "tuning", tokens_read, "tokens")
     for batch in batches:
         state = _step(state, placed, features, second, deviations, sharding.put(batch, split), schedule, **how)
         state.step.block_until_ready()  # or what is printed runs ahead
-        progress.update(batch.size)
+        progress.update(tokens_read / len(batches))
     after = judge(state.rule)
     progress.done(
         f"{before:.3f} to {after:.3f} nats a token on text left out" + ("" if after < before else ": left as it was")
     )
-    facts = {"tokens": batches.size, "nats_before": before, "nats_after": after}
+    facts = {"tokens": tokens_read, "nats_before": before, "nats_after": after}
     if not after < before:
         return Tuned(params, facts)
     made = jax.jit(_tables)(state.rule, placed, features)
@@ -168,11 +172,12 @@ def _step(
         tables = _tables(state.rule, params, features)
 
         def add(sums: Any, tokens: Array) -> tuple[Any, None]:
-            gradients = jax.grad(_loss)(tables, params, tokens, config, compute)
+            gradients = jax.grad(lambda *of: _loss(*of)[0])(tables, params, tokens, config, compute)
             return jax.tree.map(jnp.add, sums, gradients), None
 
         sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, tables), batch)
-        gradients = {path: jnp.matmul(of.T, sums[path], precision="highest") for path, of in features.items()}
+        count = jnp.sum(batch[..., 1:] != NONE)
+        gradients = {path: jnp.matmul(of.T, sums[path] / count, precision="highest") for path, of in features.items()}
         directions, moments = _ADAM.update(gradients, state.moments)
         rate = schedule.rates(state.step)["rule"]
 
@@ -185,9 +190,12 @@ def _step(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def _judge(rule, params, features, tokens: Int[Array, "B T+1"], *, config, compute, mesh) -> Float[Array, ""]:
+def _judge(rule, params, features, batch: Int[Array, "A B T+1"], *, config, compute, mesh) -> Float[Array, ""]:
+    """Mean negative log-likelihood of a token, nats."""
     with sharding.within(mesh):
-        return _loss(_tables(rule, params, features), params, tokens, config, compute)
+        tables = _tables(rule, params, features)
+        totals, counts = jax.lax.map(lambda tokens: _loss(tables, params, tokens, config, compute), batch)
+        return totals.sum() / counts.sum()
 
 
 def _tables(rule: dict[str, Array], params: Params, features: dict[str, Array]) -> dict[str, Float[Array, "R D"]]:
@@ -198,30 +206,40 @@ def _tables(rule: dict[str, Array], params: Params, features: dict[str, Array]) 
 
 def _loss(
     tables: dict[str, Array], params: Params, tokens: Int[Array, "B T+1"], config: ModelConfig, compute: ComputeConfig
-):
-    """Mean negative log-likelihood of a token, nats."""
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Negative log-likelihoods of the tokens, summed (nats), and how many they are."""
     params = paths.unflatten(paths.flatten(params) | tables)
-    hidden = forward(config, params, tokens[:, :-1], dtype=jnp.dtype(compute.dtype), remat="layer", unroll=1)
-    total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head_of(config, compute))
-    return total / count
+    inputs = jnp.maximum(tokens[:, :-1], 0)
+    hidden = forward(config, params, inputs, dtype=jnp.dtype(compute.dtype), remat="layer", unroll=1)
+    return cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head_of(config, compute))
 
 
 def _batches(
     shards: TokenShards, config: ModelConfig, budget: int, mesh: Mesh, seed: int
 ) -> tuple[Int[np.ndarray, "S A B T+1"], Int[np.ndarray, "j B T+1"]]:
-    """Sequences drawn at random without overlap: those of all steps, and those that rows are judged on."""
+    """Sequences drawn at random without overlap: those of all steps, and those that rows are judged on.
+
+    Which they are does not depend on the devices, only how many are read at once.
+    """
     length = min(LENGTH, config.max_positions, len(shards) - 1)
     source = TokenSource(shards, length)
-    at_once = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS)
-    sequences = max(1, at_once // length) * sharding.sequences_at_once(mesh)
     # None is read twice, but where the text has too few: then they are judged on what they were tuned on.
-    budget = min(budget // length, len(source) - JUDGED * sequences)
-    steps = min(STEPS, max(1, budget // sequences))
-    rounds = max(1, budget // (steps * sequences))
+    budget = min(budget // length, len(source) - JUDGED)
+    steps = min(STEPS, max(1, budget // max(1, LEAST_TOKENS // length)))
+    each = max(1, budget // steps)
     order = np.random.default_rng(seed).permutation(len(source))
-    chosen = np.resize(order, (steps * rounds + JUDGED) * sequences)
-    found = np.stack([source[i] for i in chosen.tolist()]).reshape(-1, sequences, length + 1)
-    return found[JUDGED:].reshape(steps, rounds, sequences, length + 1), found[:JUDGED]
+    found = np.stack([source[i] for i in np.resize(order, steps * each + JUDGED).tolist()])
+    batches = [_rounds(of, mesh) for of in np.split(found[JUDGED:], steps)]
+    return np.stack(batches), _rounds(found[:JUDGED], mesh)
+
+
+def _rounds(sequences: Int[np.ndarray, "n T+1"], mesh: Mesh) -> Int[np.ndarray, "A B T+1"]:
+    """As many at once as the devices read, filled up with sequences that count for nothing."""
+    devices, size = sharding.sequences_at_once(mesh), sequences.shape[1]
+    micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
+    at_once = devices * min(max(1, micro), -(-len(sequences) // devices))
+    filling = -len(sequences) % at_once
+    return np.pad(sequences, ((0, filling), (0, 0)), constant_values=NONE).reshape(-1, at_once, size)
 
 
 # --- What is known of tokens --------------------------------------------------------------------------------------------
@@ -298,7 +316,7 @@ def _principal(known: Float[Array, "n F"], key: Array, count: int) -> tuple[Floa
         basis, _ = jnp.linalg.qr(product(known.T, product(known, basis)))
     seen = product(known, basis)
     values, vectors = jnp.linalg.eigh(product(seen.T, seen) / len(known))
-    return centre, product(basis, vectors) * jnp.sqrt(count / jnp.maximum(values.sum(), 1e-30))
+    return centre, product(basis, vectors) * jnp.sqrt(count / jnp.maximum(values.sum(), 1e-3))
 
 
 def _on_rows(path: str, of: Float[np.ndarray, "V G"], rows: int, mesh: Mesh) -> Float[Array, "R G"]:
