@@ -253,20 +253,20 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
 # --- Tuning -----------------------------------------------------------------------------------------------------------
 
 
-def tuned(folder, tied, kept=0, budget=40_000, target=None, **settings):
+def tuned(folder, tied, kept=0, budget=40_000, target=None):
     """A tiny model with a new vocabulary, and its parameters before and after tuning on the text of these tests."""
     folder = tiny_model_folder(folder, "llama", vocab_size=320, tied=tied)
-    config, _ = hub.load_config(folder)
-    params, source = huggingface.load_params(folder, config), AutoTokenizer.from_pretrained(folder)
+    model, _ = hub.load_config(folder)
+    params, source = huggingface.load_params(folder, model), AutoTokenizer.from_pretrained(folder)
     target = target or source
     documents = DOCUMENTS * 20
     shards = [shards_of(tokenizer, documents) for tokenizer in (source, target)]
     aligned = methods.from_pieces(source, target)
-    new_config, new = initialization.initialize(config, params, aligned)
-    made = InitializationConfig(tokens=10**6, tuning=budget, **settings)
+    new_config, new = initialization.initialize(model, params, aligned)
+    made = InitializationConfig(tokens=10**6, tuning=budget)
     config = Config(compute=ComputeConfig(dtype="float32"), initialization=made)
     sides = (
-        initialization.Side(hub.load_config(folder)[0], params, source, shards[0]),
+        initialization.Side(model, params, source, shards[0]),
         initialization.Side(new_config, new, target, shards[1]),
     )
     reading = initialization.read(config, *sides, MESH, print)

@@ -102,7 +102,7 @@ def tune(
       tokens: target tokens whose rows move, with their pieces in the source.
       composed: which of them have rows that were composed.
       shards: text in the new vocabulary's tokens.
-      budget: how many of its tokens are read at most; those of one micro-batch at least.
+      budget: how many of its tokens are read at most; one sequence at least.
       compute: type of activations, and tokens whose logits exist at once.
     """
     size = len(shards.counts)
@@ -256,8 +256,9 @@ def _features(
             continue
         chosen = np.flatnonzero(kind)
         sample = np.sort(random.permutation(chosen)[:SAMPLE])
-        scales = _scales(Columns(*map(np.concatenate, zip(*_blocks(rows, tokens, sample)))))
-        known = jnp.concatenate([_described(Columns(*of), scales) for of in _blocks(rows, tokens, sample)])
+        sampled = Columns(*map(np.concatenate, zip(*_blocks(rows, tokens, sample))))
+        scales = _scales(sampled)
+        known = _described(sampled, scales)
         centre, basis = _principal(known, jax.random.key(seed), min(COMPONENTS, *known.shape))
         part = np.zeros((size, basis.shape[1] + 1), np.float32)
         start = 0
@@ -285,8 +286,8 @@ def _scales(columns: Columns) -> Scales:
     return Scales(Columns(*offsets), Columns(*factors))
 
 
-def _seen(values: Float[np.ndarray, "n D"]) -> Bool[np.ndarray, "n"]:
-    """Of mean states: those of tokens that were seen in text."""
+def _seen(values: Any) -> Any:
+    """[n] of mean states [n, D]: those of tokens that were seen in text."""
     return (values != 0).any(axis=1)
 
 
@@ -294,11 +295,8 @@ def _seen(values: Float[np.ndarray, "n D"]) -> Bool[np.ndarray, "n"]:
 def _described(columns: Columns, scales: Scales) -> Float[Array, "n F"]:
     found = []
     for values, offset, factor in zip(columns, *scales):
-        values = jnp.asarray(values)
         scaled = (values - offset) * factor
-        found.append(
-            jnp.where((values != 0).any(axis=1, keepdims=True), scaled, 0.0) if values.ndim > 1 else scaled[:, None]
-        )
+        found.append(jnp.where(_seen(values)[:, None], scaled, 0.0) if values.ndim > 1 else scaled[:, None])
     return jnp.concatenate(found, axis=1)
 
 
