@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="that the source model reads")
-    parser.add_argument("--tuning", type=int, default=2_000_000, help="tokens that rows are tuned on")
+    parser.add_argument("--tuning", type=int, default=4_000_000, help="tokens that rows are tuned on")
     parser.add_argument("--budget-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--bytes-per-language", type=int, default=100_000)
     parser.add_argument("--dtype", default="bfloat16")

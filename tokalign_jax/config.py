@@ -117,7 +117,7 @@ class InitializationConfig:
     """Share of a composed row that is learned; the rest is the alignment's mixture."""
     calibration: float = 0.5
     """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1 all the way."""
-    tuning: int = 2_000_000
+    tuning: int = 4_000_000
     """Target tokens of the corpus on which rows are then moved together, by a rule that all of them share; 0: they are not."""
 
 

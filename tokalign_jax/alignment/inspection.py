@@ -319,9 +319,16 @@ def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
 
 def _after(subject: Subject, index: int) -> str:
     """What initialization does to a row beyond its mixture."""
-    if subject.method != "composed" or subject.alignment.rules[index] not in (Rule.SIMILAR, Rule.PIECES):
+    rule = Rule(int(subject.alignment.rules[index]))
+    if subject.method != "composed" or rule not in (Rule.EXACT, Rule.SIMILAR, Rule.PIECES):
         return ""
-    return "From this mixture initialization draws the row to what the source model makes of the token in text."
+    unless = "unless initialization.tokens or initialization.tuning is 0"
+    if rule == Rule.EXACT:
+        return f"Initialization tunes the row together with all others, {unless} or the vocabulary is extended."
+    return (
+        "From this mixture initialization draws the row to what the source model makes of the token in text, "
+        f"and tunes it together with all others, {unless}."
+    )
 
 
 def _neighbour_section(subject: Subject, index: int, match: int, count: int) -> Section:

@@ -40,11 +40,11 @@ from tokalign_jax.training.batches import TokenSource
 from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import Schedule
 
-COMPONENTS = 256
+COMPONENTS = 640
 """K"""
 SAMPLE = 8192
 """Tokens from which the components are found."""
-STEPS = 60
+STEPS = 120
 LEAST_TOKENS = 1024
 """Of a step: a text too short for that has fewer steps, a longer one larger steps."""
 RATE = 0.014
@@ -281,8 +281,10 @@ def _scales(columns: Columns) -> Scales:
     offsets, factors = [], []
     for values in columns:
         known = values[_seen(values)] if values.ndim > 1 else values
-        offsets.append(known.mean(axis=0) if len(known) else np.zeros(values.shape[1:], np.float32))
-        factors.append(np.float32(1 / (known.std() + 1e-6) if len(known) else 0.0))
+        offset = known.mean(axis=0) if len(known) else np.zeros(values.shape[1:], np.float32)
+        offsets.append(offset)
+        # Of what is left: final states of large models have columns that are large and nearly the same for every token.
+        factors.append(np.float32(1 / ((known - offset).std() + 1e-6) if len(known) else 0.0))
     return Scales(Columns(*offsets), Columns(*factors))
 
 
