@@ -23,7 +23,7 @@ import numpy as np
 
 from tokalign_jax import pipeline, stages
 from tokalign_jax.alignment import methods, vectors
-from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
+from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig, reads_source
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import initialization
 from tokalign_jax.models import huggingface
@@ -161,7 +161,7 @@ class _Starts:
         began = time.monotonic()
         aligned, measured = methods.make(inputs)
         model_config, params = initialization.initialize(*self._source_model, aligned)
-        if config.alignment.method == "composed" and config.initialization.tokens:
+        if reads_source(config):
             target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
             if self._reading is not None:
                 made = aligned, self._reading, self.context.mesh, print

@@ -16,7 +16,15 @@ import pytest
 from training_toys import LLAMA, NEOX
 
 from tokalign_jax import paths, plan, sharding
-from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    InitializationConfig,
+    LoraConfig,
+    MeshConfig,
+    StageConfig,
+)
 from tokalign_jax.errors import UserError
 from tokalign_jax.main import main
 from tokalign_jax.models import remat
@@ -242,6 +250,23 @@ def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
     assert "assuming 50%" in assumed.speed and "not measured" in assumed.speed
     with pytest.raises(UserError, match="plan_throughput"):
         plan.Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
+
+
+def test_what_the_start_takes():
+    """4 for each parameter of a layer and 6 for each of the head where rows are tuned; 2 where text is only read, without the head."""
+    layers, head, attention = 16 * 12 * 2048**2, 151_936 * 2048, 4 * 16 * 2048 * 512
+    found = planned(speed=plan.Speed.of(0, "", 0.5, "1 PFLOPS")).init
+    assert found and (found.read, found.tuned) == (20_000_000, 4_000_000)
+    operations = 4e6 * (4 * layers + 6 * head + 3 * attention) + 20e6 * (2 * layers + attention)
+    assert found.seconds == pytest.approx(operations / 5e14)
+    short = replace(CONFIG, initialization=InitializationConfig(tokens=5_000, tuning=0))
+    assert planned(short).init == (5_000, 0, None, "")
+    assert "reads 5000 tokens" in planned(short).table() and "time unknown" in planned(short).table()
+    for without in (
+        replace(CONFIG, initialization=InitializationConfig(tokens=0)),
+        replace(CONFIG, alignment=AlignmentConfig(method="pieces")),
+    ):
+        assert planned(without).init is None and "init:" not in planned(without).table()
 
 
 def test_operations_are_the_usual_count():

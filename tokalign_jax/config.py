@@ -301,6 +301,11 @@ def training_stages(config: Config) -> dict[str, StageConfig]:
     return {name: stage for name, stage in found.items() if stage.steps and getattr(stage, "teacher", True)}
 
 
+def reads_source(config: Config) -> bool:
+    """Whether the source model reads text for the rows of the start: method `composed` alone has any that it can teach."""
+    return config.alignment.method == "composed" and not config.alignment.file and config.initialization.tokens > 0
+
+
 def teacher_of(stage: StageConfig) -> str:
     """The model that teaches in a stage; "" where none is run."""
     return stage.teacher if isinstance(stage, DistillationConfig) and stage.weight else ""

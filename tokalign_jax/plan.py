@@ -14,15 +14,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from tokalign_jax import demo, paths, sharding
-from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig, teacher_of, training_stages
+from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig, reads_source, teacher_of, training_stages
 from tokalign_jax.errors import UserError
+from tokalign_jax.initialization import tuning
 from tokalign_jax.models import hub, remat
 from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
@@ -166,10 +167,31 @@ class StagePlan:
         return sum(self.memory.values())
 
 
+class InitPlan(NamedTuple):
+    """What the source model does for the rows of the start, at most."""
+
+    read: int
+    """Tokens that it reads."""
+    tuned: int
+    """Tokens on which rows are tuned."""
+    seconds: float | None
+    speed: str
+    """What `seconds` come from."""
+
+    def table(self) -> list[str]:
+        return [
+            "",
+            f"init: the source model reads {quantity(self.read)} tokens at most; rows are tuned on {quantity(self.tuned)}",
+            *_time(self.seconds, self.speed),
+        ]
+
+
 @dataclass(frozen=True)
 class Plan:
     machine: Machine
     mesh: MeshSizes
+    init: InitPlan | None
+    """None where rows are the alignment's mixtures."""
     stages: tuple[StagePlan, ...]
     disk: Mapping[str, int]
     """Bytes by the folder of the workdir."""
@@ -178,16 +200,14 @@ class Plan:
 
     def table(self) -> str:
         """All of it, for the terminal."""
-        lines = [self._devices()]
+        lines = [self._devices(), *(self.init.table() if self.init else [])]
         for stage in self.stages:
             lines += [
                 "",
                 f"{stage.name} ({stage.method}): {quantity(stage.trained)} parameters train, {quantity(stage.frozen)} are frozen",
                 f"  {stage.steps:,} steps of {stage.sequences:,} x {stage.length:,} tokens, each in {stage.accumulation} "
                 f"micro-batch{'es' * (stage.accumulation > 1)}: {quantity(stage.tokens)} tokens",
-                "  time "
-                + ("unknown: give --plan_tokens_per_second" if stage.seconds is None else duration(stage.seconds)),
-                *([f"    {stage.speed}"] if stage.speed else []),
+                *_time(stage.seconds, stage.speed),
                 *_listed("memory of a device", stage.memory),
             ]
         free = "" if self.disk_free == math.inf else f" ({_size(self.disk_free)} free)"
@@ -201,6 +221,11 @@ class Plan:
         room = "memory unknown" if machine.memory == math.inf else f"{_size(machine.memory)} each for arrays"
         many = "s" * (machine.devices > 1)
         return f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor}; {room}"
+
+
+def _time(seconds: float | None, speed: str) -> list[str]:
+    known = "unknown: give --plan_tokens_per_second" if seconds is None else duration(seconds)
+    return [f"  time {known}", *([f"    {speed}"] if speed else [])]
 
 
 def _listed(what: str, sizes: Mapping[str, int]) -> list[str]:
@@ -249,7 +274,8 @@ def plan(
             f"the disk has {_size(disk_free)} free but the run needs about {_size(sum(disk.values()))}: use another one for "
             f"--workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in run)])}"
         )
-    return Plan(machine, mesh, tuple(stages), disk, disk_free, tuple(warnings))
+    init = _init(config, model, machine, speed, text_bytes)
+    return Plan(machine, mesh, init, tuple(stages), disk, disk_free, tuple(warnings))
 
 
 def too_large(
@@ -502,24 +528,45 @@ def flops_per_token(model: ModelConfig, stage: StageConfig, teacher: ModelConfig
     4 N H T forward and twice that backward. Of a teacher forward alone.
     """
 
-    def products(model: ModelConfig, tree: paths.Tree) -> float:
-        active = model.experts.per_token / model.experts.count if model.experts else 1.0
-        sizes = {
-            path: math.prod(leaf.shape) * (active if "experts/" in path else 1)
-            for path, leaf in paths.flatten(tree).items()
-            if re.search(r"(kernel|lora_[ab])$", path)
-            or (model.tie_word_embeddings and path == "embed_tokens/embedding")
-        }
-        return sum(sizes.values())
-
-    def attention(model: ModelConfig) -> float:
-        return 4 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
-
     trained, frozen = shapes(model, stage)
-    total = 6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model)
+    total = 6 * _products(model, trained) + 4 * _products(model, frozen) + 3 * _attention(model, stage.sequence_length)
     if teacher and teacher_of(stage):
-        total += 2 * products(teacher, abstract_params(teacher)) + attention(teacher)
+        total += 2 * _products(teacher, abstract_params(teacher)) + _attention(teacher, stage.sequence_length)
     return total
+
+
+def _products(model: ModelConfig, tree: paths.Tree) -> float:
+    """Parameters of matrix products that a token meets."""
+    active = model.experts.per_token / model.experts.count if model.experts else 1.0
+    sizes = {
+        path: math.prod(leaf.shape) * (active if "experts/" in path else 1)
+        for path, leaf in paths.flatten(tree).items()
+        if re.search(r"(kernel|lora_[ab])$", path) or (model.tie_word_embeddings and path == "embed_tokens/embedding")
+    }
+    return sum(sizes.values())
+
+
+def _attention(model: ModelConfig, length: int) -> float:
+    """Operations forward, a token."""
+    return 4 * model.num_layers * model.num_heads * model.head_dim * length
+
+
+def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, text_bytes: int) -> InitPlan | None:
+    settings = config.initialization
+    if not reads_source(config):
+        return None
+    # Tuning is a step of Stage 1 at its own length; to read is to go forward through the layers, without the head.
+    stage = dataclasses.replace(
+        config.stage1, method="embedding", sequence_length=min(tuning.LENGTH, model.max_positions)
+    )
+    _, layers = shapes(model, stage)
+    each = flops_per_token(model, stage)
+    forward = 2 * _products(model, layers) + _attention(model, stage.sequence_length)
+    there = text_bytes // BYTES_PER_TOKEN
+    read, tuned = min(settings.tokens, there), min(settings.tuning, there)
+    tokens = tuned + round(read * forward / each)
+    known = speed.seconds(tokens, tokens * each, stage.method, machine) if tokens else (0.0, "")
+    return InitPlan(read, tuned, *(known or (None, "")))
 
 
 def _stage(

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import demo, distributed, pages, plan, sharding
 from tokalign_jax.alignment import alignment, inspection, methods, vectors
-from tokalign_jax.config import EXTEND, Config, DistillationConfig, StageConfig, teacher_of, training_stages
+from tokalign_jax.config import (
+    EXTEND,
+    Config,
+    DistillationConfig,
+    StageConfig,
+    reads_source,
+    teacher_of,
+    training_stages,
+)
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
@@ -371,7 +379,7 @@ def init(context: Context) -> Mapping[str, Any]:
     settings, tuned = context.config, {}
     multiple_of = settings.initialization.rows_multiple_of
     new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
-    if settings.alignment.method == "composed" and not settings.alignment.file and settings.initialization.tokens:
+    if reads_source(settings):
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0])
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
