@@ -4,7 +4,8 @@
 
 The model has one layer: what it reads is not measured here, but what is made of that. `mixtures`: the rows that an alignment makes of the
 source's, for embedding and head. `learned rows`: the regression for one of the two and what it says of the composed tokens. `frequencies`:
-how far head rows are moved, three rounds over 32,768 places. Each is run twice, the first time with its compilation. Memory is the
+how far head rows are moved, three rounds over 32,768 places. `tuning`: the rule of all rows, in as many steps as a run has, of 2,048
+tokens each. Each is run twice, the first time with its compilation. Memory is the
 largest resident set of the process so far; the source's rows and contexts of both vocabularies are in it.
 """
 
@@ -20,7 +21,8 @@ import numpy as np
 
 from tokalign_jax import sharding
 from tokalign_jax.alignment import alignment
-from tokalign_jax.initialization import calibration, composition, contexts, initialization
+from tokalign_jax.config import ComputeConfig
+from tokalign_jax.initialization import calibration, composition, contexts, initialization, tuning
 from tokalign_jax.models import families
 from tokalign_jax.models.transformer import init_params
 from tokalign_jax.text.tokenizing import TokenShards
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="of the model, D")
     parser.add_argument("--source", type=int, default=50_304, help="source tokens")
     parser.add_argument("--target", type=int, default=151_669, help="target tokens")
-    parser.add_argument("--steps", default="mixtures,learned rows,frequencies")
+    parser.add_argument("--steps", default="mixtures,learned rows,frequencies,tuning")
     parser.add_argument("--once", action="store_true", help="the first run of each step alone")
     arguments = parser.parse_args()
     width, sizes = arguments.width, (arguments.source, arguments.target)
@@ -93,7 +95,22 @@ def frequencies(width: int, source: int, target: int) -> Callable[[], object]:
     return lambda: calibration.head_moves(config, params, shards, jnp.bfloat16, mesh, seed=0)
 
 
-STEPS = {"mixtures": mixtures, "learned rows": learned_rows, "frequencies": frequencies}
+def tuned_rows(width: int, source: int, target: int) -> Callable[[], object]:
+    config, budget = _config(width, target), 2048 * tuning.STEPS
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    params = jax.device_get(init_params(config, jax.random.key(0)))
+    rows = {"embed_tokens/embedding": _rows(source, width), "lm_head/kernel": _rows(source, width)}
+    tokens = _tokens(np.arange(target), 3, source, _contexts(target, width))
+    composed = RNG.random(target) < LEARNED
+    text = RNG.integers(target, size=2 * budget).astype(np.uint32)
+    shards = TokenShards(text, np.array([len(text)]), np.bincount(text, minlength=target), {"end_of_text": 0})
+    compute = ComputeConfig(dtype="bfloat16")
+    return lambda: tuning.tune(
+        config, params, rows, tokens, composed, shards, budget, compute, mesh, lambda line: None, seed=0
+    )
+
+
+STEPS = {"mixtures": mixtures, "learned rows": learned_rows, "frequencies": frequencies, "tuning": tuned_rows}
 
 
 def _rows(count: int, width: int) -> np.ndarray:
