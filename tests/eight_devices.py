@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from training_toys import CONFIG, LLAMA, NEOX, QUICK, STAGE, VOCABULARY, toy_params, toy_shards, unpadded
+from training_toys import CONFIG, LLAMA, NEOX, STAGE, VOCABULARY, toy_params, toy_shards, unpadded
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
@@ -246,8 +246,6 @@ CHECKS = {
 
 
 def main(names):
-    for name, value in QUICK.items():
-        jax.config.update(name, value)
     for name in names or CHECKS:
         check, *arguments = CHECKS[name]
         try:

@@ -162,7 +162,7 @@ count_part(shards, 5, 3, resources=Resources(device=device, chunk=100), part=(k,
 def test_two_processes_one_of_them_with_two_devices_count_what_one_does(tmp_path):
     shards = shards_of(random_documents(seed=5, documents=40), 25)
     save_shards(shards, tmp_path / "shards")
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     root = Path(__file__).parents[1]
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(k), kind], env=env, cwd=root)

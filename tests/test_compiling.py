@@ -8,6 +8,7 @@ from tokalign_jax import compiling
 
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
+    jax.devices()  # which reads XLA's flags, before they are others
     settings = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: settings.append((name, value)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -18,10 +19,12 @@ def kept(monkeypatch, tmp_path):
 
 def test_compiled_programs_are_kept_on_accelerators_only(monkeypatch, tmp_path, kept):
     compiling.prepare()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    started = []
+    monkeypatch.setattr(jax, "default_backend", lambda: started.append(True) or "gpu")
     compiling.prepare()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     compiling.prepare()
+    assert len(started) == 2  # each time, or processes would wait for each other later
     assert kept == [("jax_compilation_cache_dir", str(tmp_path / "tokalign_jax" / "jax"))]
 
 

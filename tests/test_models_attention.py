@@ -198,7 +198,7 @@ def test_eight_devices_give_what_one_gives():
     """Of the fallback, and of a kernel that sees only its own sequences and heads: in a process that has eight."""
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUM_CPU_DEVICES": "8",
     }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

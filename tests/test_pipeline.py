@@ -151,7 +151,8 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
     )
     assert main.main(whole) == 0
     command = [sys.executable, "-m", "tokalign_jax.main", *broken[1:]]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # as on a CPU without these tests' settings
+    with subprocess.Popen(command, cwd=REPOSITORY, env=alone, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
             if "stage1: step 3" in line:  # the newest checkpoint is of step 2
@@ -163,6 +164,30 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
     assert main.main(broken) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "broken/export" / name).read_bytes() == (tmp_path / "whole/export" / name).read_bytes()
+
+
+def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tmp_path):
+    """With XLA's optimizations, which conftest.py spares."""
+    more = ("--config.compute.dtype=float32", "--config.evaluation.random_baseline=False")
+    quick, usual = (arguments(inputs, "llama", tmp_path / of, "ultra_quick_demo", *more) for of in ("quick", "usual"))
+    assert main.main(quick) == 0
+    spared = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in spared}
+    command = [sys.executable, "-m", "tokalign_jax.main", *usual[1:]]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(tmp_path / of / "export" / "model.safetensors") for of in ("quick", "usual"))
+    assert one.keys() == other.keys()
+    for (
+        name,
+        tensor,
+    ) in one.items():  # each as a whole: Adam makes of a gradient that is but rounding what it makes of any
+        assert (other[name] - tensor).norm() < 1e-3 * tensor.norm(), name
+    scores, expected = (
+        json.loads((tmp_path / of / "report" / "report.json").read_text())["languages"]["all"]["bits_per_byte"]
+        for of in ("usual", "quick")
+    )
+    assert scores == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
@@ -355,7 +380,7 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
         environment = os.environ | {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
             "JAX_NUM_PROCESSES": "2",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_NUM_CPU_DEVICES": "2",
             "JAX_PLATFORMS": "cpu",
         }
         both = [

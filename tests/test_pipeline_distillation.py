@@ -15,7 +15,7 @@ import pytest
 from helpers import tiny_model_folder, tiny_tokenizer
 from safetensors.numpy import load_file
 from test_pipeline import write_corpus
-from training_toys import DEFAULTS, LLAMA, NEOX, QUICK
+from training_toys import LLAMA, NEOX
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, pipeline, plan, sharding, stages
@@ -29,16 +29,6 @@ from tokalign_jax.training.step import init_state, make_train_step
 
 TOKENIZER = tiny_tokenizer(300, ["a"])
 """Of models that get another one's files."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """As for the training tests, for the run that the tests share too."""
-    for settings in (QUICK, DEFAULTS):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        if settings is QUICK:
-            yield
 
 
 @pytest.fixture(scope="module")

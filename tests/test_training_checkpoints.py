@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_toys import STAGE, assert_same, quick_compilation, toy_params  # noqa: F401 (the fixture applies to every test here)
+from training_toys import STAGE, assert_same, toy_params
 
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError

@@ -14,7 +14,6 @@ from training_toys import (
     assert_same,
     final_of,
     finish,
-    quick_compilation,  # noqa: F401 (applies to every test here)
     run_programs,
     together,
     toy_params,

@@ -14,7 +14,6 @@ from training_toys import (
     VOCABULARY,
     ToyShards,
     assert_same,
-    quick_compilation,  # noqa: F401 (applies to every test here)
     toy_params,
     toy_shards,
     train,

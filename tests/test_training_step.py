@@ -17,7 +17,6 @@ from training_toys import (
     STAGE,
     VOCABULARY,
     assert_same,
-    quick_compilation,  # noqa: F401 (applies to every test here)
     toy_params,
     toy_shards,
     train,

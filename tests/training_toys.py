@@ -1,13 +1,10 @@
 """Tiny models and corpora for the training tests, and programs: processes that train one stage."""
 
-import atexit
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from dataclasses import dataclass, field, replace
@@ -16,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytest
 from processes import free_port
 
 from tokalign_jax import distributed, paths, sharding, stopping
@@ -85,32 +81,6 @@ class ToyShards:
     opening: int | None = None
 
 
-if "TOKALIGN_JAX_TEST_CACHE" not in os.environ:  # the programs share it
-    os.environ["TOKALIGN_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")
-    atexit.register(shutil.rmtree, os.environ["TOKALIGN_JAX_TEST_CACHE"], ignore_errors=True)
-CACHE = os.environ["TOKALIGN_JAX_TEST_CACHE"]
-QUICK = {
-    "jax_compilation_cache_dir": CACHE,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_disable_most_optimizations": True,
-}
-DEFAULTS = {
-    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
-    "jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs,
-    "jax_disable_most_optimizations": False,
-}
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """The training tests run few programs, each many times and in several processes, on next to no data."""
-    for name, value in QUICK.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in DEFAULTS.items():
-        jax.config.update(name, value)
-
-
 def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
     """A walk in which each token limits the next to a few: there is something to learn."""
     rng = np.random.default_rng(seed)
@@ -176,8 +146,7 @@ class Program:
         with self.output.open("w") as output:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(output.fileno(), stream.fileno())
-        for name, value in {**QUICK, "jax_num_cpu_devices": self.devices}.items():
-            jax.config.update(name, value)
+        jax.config.update("jax_num_cpu_devices", self.devices)
         distributed.PATIENCE = 5.0
         port, processes, index = self.process
         code = 0

@@ -21,7 +21,8 @@ def prepare() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if _has_cuda() and NO_TRITON_GEMM.split("=")[0] not in given:
         os.environ["XLA_FLAGS"] = f"{given} {NO_TRITON_GEMM}".strip()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
+    # The backend first, whatever the variable says: where there are several processes, it starts in all of them at once or in none.
+    if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))  # JAX makes it when it first writes
 
