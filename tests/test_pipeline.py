@@ -178,16 +178,14 @@ def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tm
     assert done.returncode == 0, done.stderr
     one, other = (load_file(tmp_path / of / "export" / "model.safetensors") for of in ("quick", "usual"))
     assert one.keys() == other.keys()
-    for (
-        name,
-        tensor,
-    ) in one.items():  # each as a whole: Adam makes of a gradient that is but rounding what it makes of any
+    for name, tensor in one.items():
+        # Each as a whole: Adam makes of a gradient that is but rounding what it makes of any.
         assert (other[name] - tensor).norm() < 1e-3 * tensor.norm(), name
     scores, expected = (
         json.loads((tmp_path / of / "report" / "report.json").read_text())["languages"]["all"]["bits_per_byte"]
         for of in ("usual", "quick")
     )
-    assert scores == pytest.approx(expected, rel=1e-4)
+    assert scores == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
