@@ -108,13 +108,12 @@ def tune(
     size = len(shards.counts)
     features = {path: _features(of, tokens, composed, size, seed) for path, of in rows.items()}
     deviations = {path: np.float32(np.sqrt(np.var(of, axis=0).mean())) for path, of in rows.items()}
-    second = {path: (of.T @ of / len(tokens.ids)).astype(np.float32) for path, of in features.items()}
     leaves = paths.flatten(params)
     features = {path: _on_rows(path, of, len(leaves[path]), mesh) for path, of in features.items()}
-    state = jax.jit(
-        lambda: _start({path: (of.shape[1], config.hidden_size) for path, of in features.items()}),
-        out_shardings=NamedSharding(mesh, sharding.REPLICATED),
-    )()
+    whole = NamedSharding(mesh, sharding.REPLICATED)
+    second = jax.jit(_second, out_shardings=whole)(features, len(tokens.ids))
+    shapes = {path: (of.shape[1], config.hidden_size) for path, of in features.items()}
+    state = jax.jit(lambda: _start(shapes), out_shardings=whole)()
     batches, judged = _batches(shards, config, budget, mesh, seed)
     placed = sharding.place(params, mesh)
     how = {"config": config, "compute": compute, "mesh": mesh}
@@ -144,6 +143,11 @@ def tune(
         moved[:size] = sharding.to_host(table, slice(size))
         leaves[path] = moved
     return Tuned(paths.unflatten(leaves), facts)
+
+
+def _second(features: dict[str, Float[Array, "R G"]], count: Int[Array, ""]) -> dict[str, Float[Array, "G G"]]:
+    """Mean products of the features of tokens that move."""
+    return {path: jnp.matmul(of.T, of, precision="highest") / count for path, of in features.items()}
 
 
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95))
