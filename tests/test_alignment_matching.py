@@ -68,13 +68,16 @@ def test_blocked_retrieval_is_retrieval_from_the_whole_matrix(monkeypatch, queri
     np.testing.assert_allclose(values, np.take_along_axis(scores, expected, axis=1), rtol=1e-4, atol=1e-4)
 
 
-def test_csls_is_the_published_score():
-    """The ranking is; and the score but for r_q, the mean cosine with the best keys instead of the nearest."""
+@pytest.mark.parametrize(("queries", "around"), [(80, 2**16), (90, 30)])
+def test_csls_is_the_published_score(monkeypatch, queries, around):
+    """The ranking is, with hubness against the most frequent queries; and the score but for r_q, the mean cosine with the best keys
+    instead of the nearest."""
+    monkeypatch.setattr(matching, "AROUND", around)
     rng = np.random.default_rng(0)
-    queries, keys = unit(rng.normal(size=(80, 12))), unit(rng.normal(size=(120, 12)))
+    queries, keys = unit(rng.normal(size=(queries, 12))), unit(rng.normal(size=(120, 12)))
     found, scores = matching.csls(jnp.float32(queries), jnp.float32(keys), neighbours=5, k=3)
     cosines = queries @ keys.T
-    around_keys = np.sort(cosines, axis=0)[-5:].mean(axis=0)
+    around_keys = np.sort(cosines[:around], axis=0)[-5:].mean(axis=0)
     best = np.argsort(-(2 * cosines - around_keys), axis=1)
     around_queries = np.take_along_axis(cosines, best[:, :5], axis=1).mean(axis=1)
     published = 2 * cosines - around_queries[:, None] - around_keys

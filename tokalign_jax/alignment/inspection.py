@@ -210,7 +210,8 @@ def neighbours(space: Space, target: int, count: int, around: int, also: Iterabl
     kept = np.flatnonzero(np.isin(space.source_ids, list(also)))
     rows = np.union1d(np.asarray(nearest[0]), kept)
     keys = space.source[rows]
-    around_keys = matching.nearest(keys, space.target, jnp.zeros(m), min(around, m))[0].mean(axis=1)
+    frequent = space.target[: matching.AROUND]
+    around_keys = matching.nearest(keys, frequent, jnp.zeros(len(frequent)), min(around, m))[0].mean(axis=1)
     cosine = jnp.matmul(keys, query[0], precision="highest")
     csls = np.asarray(cosine - (around_keys + cosines[0, : min(around, n)].mean()) / 2)
     order = np.argsort(-csls, kind="stable")

@@ -27,6 +27,12 @@ from jaxtyping import Array, Float, Int
 QUERY_BLOCK = 1024
 SCORES = 2**25
 """At most so many queries, and so many scores (128 MiB), exist at once."""
+AROUND = 2**16
+"""Hubness is measured against this many of the most frequent tokens of the other side; all of them would cost a pass over all products.
+
+Measured (llama-en16k to Qwen3's vocabulary, 15 MB of text, 42,242 target tokens with vectors, three splits of the judges): with all of them
+92.4 to 93.0% find themselves, with half 92.0 to 92.7, with a quarter 92.1 to 92.4.
+"""
 GROUP = 16
 """Keys whose largest score is found first: the k best keys are in the k best groups, and sorting these is cheap."""
 MAX_JUDGES = 2000
@@ -129,15 +135,17 @@ def csls(
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
     """For each query the k keys with the largest cos(q, key) - (r_q + r_key) / 2, falling, and these scores.
 
-    r_key is the mean cosine of a key with its `neighbours` nearest queries: what is near to everything has much of it. r_q,
+    r_key is the mean cosine of a key with its `neighbours` nearest of the first `AROUND` queries: what is near to
+    everything has much of it. r_q,
     which ranks nothing but tells good matches from bad ones, is the mean cosine with the query's best keys (published: with
     its nearest, which would take another pass over all products, and calibrates no better. Measured on 488 judges of llama-en16k
     and Qwen3's vocabulary: log-loss of the calibrated similarity 0.364 with the best, 0.375 with the nearest).
 
     Args:
-      queries, keys: of norm 1.
+      queries, keys: of norm 1, by falling frequency of their tokens.
     """
-    around_keys = nearest(keys, queries, jnp.zeros(len(queries)), min(neighbours, len(queries)))[0].mean(axis=1)
+    frequent = queries[:AROUND]
+    around_keys = nearest(keys, frequent, jnp.zeros(len(frequent)), min(neighbours, len(frequent)))[0].mean(axis=1)
     scores, indices = nearest(queries, keys, around_keys / 2, min(max(k, neighbours), len(keys)))
     cosines = scores + around_keys[indices] / 2
     around_queries = cosines[:, :neighbours].mean(axis=1, keepdims=True)
