@@ -1,7 +1,7 @@
 """Settings for all tests: CPU, no network, deterministic, and little time for compiling.
 
 Nearly all of the time went into compiling programs for next to no data. So XLA makes the same operations of them, but writes these
-down the short way: without LLVM's optimizations, without MLIR, which costs most of what is left, and in one part each. What one process has
+down the short way: without LLVM's optimizations, and without MLIR, which costs most of what is left. What one process has
 compiled is there for all. These are variables, so that the processes that tests start have them too.
 """
 
@@ -30,9 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-if "XLA_FLAGS" not in os.environ:
-    flags = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
-    os.environ["XLA_FLAGS"] = " ".join(f"--{name}={value}" for name, value in flags.items() if _known(name))
+if _known("xla_cpu_use_fusion_emitters"):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")
