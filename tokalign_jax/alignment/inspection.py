@@ -205,13 +205,12 @@ def neighbours(space: Space, target: int, count: int, around: int, also: Iterabl
     found = np.flatnonzero(space.target_ids == target)
     if not len(found):
         return None
-    query, n, m = space.target[found[:1]], len(space.source), len(space.target)
+    query, n = space.target[found[:1]], len(space.source)
     cosines, nearest = matching.nearest(query, space.source, jnp.zeros(n), min(max(POOL, around, count), n))
     kept = np.flatnonzero(np.isin(space.source_ids, list(also)))
     rows = np.union1d(np.asarray(nearest[0]), kept)
     keys = space.source[rows]
-    frequent = space.target[: matching.AROUND]
-    around_keys = matching.nearest(keys, frequent, jnp.zeros(len(frequent)), min(around, m))[0].mean(axis=1)
+    around_keys = matching.hubness(keys, space.target, around)
     cosine = jnp.matmul(keys, query[0], precision="highest")
     csls = np.asarray(cosine - (around_keys + cosines[0, : min(around, n)].mean()) / 2)
     order = np.argsort(-csls, kind="stable")
