@@ -96,9 +96,9 @@ def divergence(shape):
 REFERENCES: dict = {}
 
 
-def trained(name, model, method, mesh, folder, teacher=None):
+def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
     stage = replace(STEP, method=method)
-    config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7))
+    config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7, unroll=unroll))
     arguments = (name, stage, config, model, toy_params(model), toy_shards(), Path(folder), 0, lambda line: None, mesh)
     return run_stage(*arguments, taught_by(teacher, model, mesh) if teacher else NEXT_TOKEN)
 
@@ -110,12 +110,13 @@ def taught_by(teacher, model, mesh):
     return objective(DistillationConfig(divergence="mixed"), Teacher(teacher, params, model.vocab_size, ""))
 
 
-def training(shape, model, method, teacher=None):
+def training(shape, model, method, teacher=None, unroll=0):
     key = (model, method, teacher)
     with tempfile.TemporaryDirectory() as folder:
         if key not in REFERENCES:
             REFERENCES[key] = trained("stage", model, method, mesh_of(), f"{folder}/one", teacher)
-        many, one = trained("stage", model, method, mesh_of(shape), f"{folder}/many", teacher), REFERENCES[key]
+        one = REFERENCES[key]  # with a loop over layers
+        many = trained("stage", model, method, mesh_of(shape), f"{folder}/many", teacher, unroll)
         again = load_final(Path(f"{folder}/many"), replace(STEP, method=method), toy_params(model), mesh_of(shape))
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose([r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5)
@@ -239,6 +240,7 @@ CHECKS = {
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),
+    "training-unrolled-all": (training, SHAPES["all"], LLAMA, "full", None, LLAMA.num_layers),
     "training-taught-all": (training, SHAPES["all"], LLAMA, "full", TEACHER),
     "files": (files, SHAPES["all"]),
     "reading-all": (reading, SHAPES["all"]),

@@ -83,6 +83,7 @@ def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, 
     return ["main", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "family", "more"),
     [
@@ -119,6 +120,7 @@ def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_pat
     assert sorted(map(int, matrix)) == list(range(len(tokenizer)))
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs, tmp_path, capsys):
     workdir = tmp_path / "run"
 
@@ -145,6 +147,7 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
     assert "to be done again" not in run("--config.stage2.log_every=1", "--config.stage2.keep_checkpoints=3")
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
     steps = ("--config.stage1.steps=6", "--config.stage1.log_every=1", "--config.evaluation.random_baseline=False")
     whole, broken = (
@@ -167,6 +170,7 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
         assert (tmp_path / "broken/export" / name).read_bytes() == (tmp_path / "whole/export" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tmp_path):
     """With XLA's optimizations, which conftest.py spares."""
     more = ("--config.compute.dtype=float32", "--config.evaluation.random_baseline=False")
@@ -189,6 +193,7 @@ def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tm
     assert scores == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
     """A bfloat16 source through Stage 1 alone, computed in bfloat16: same names, types and bits, but for the vocabulary's rows."""
     source = AutoTokenizer.from_pretrained(inputs["gpt_neox"])
@@ -335,6 +340,7 @@ def test_many_passes_over_a_small_text_are_told(inputs, tmp_path):
     assert warning.startswith("warning: stage1 reads the") and "times over" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--help"], ["--plan"], ["--stages=corpus"]])
 def test_a_run_does_not_end_with_the_reader_of_its_output(flags, inputs, tmp_path):
     reader, writer = os.pipe()
@@ -362,6 +368,7 @@ def test_command_line_exit_codes(tmp_path):
     assert code() == 2
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(inputs, tmp_path):
     """Every stage, with parameters split over the devices of both; then the same command has nothing left to do."""
     overrides = (
@@ -426,6 +433,7 @@ def test_the_export_has_a_card_and_the_terms_of_the_source(inputs, tmp_path):
     assert "stage1.learning_rate" in text and "initialised" in text and "exact" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the larger models and tokenizers of ../shared")
 def test_a_real_model_and_tokenizer_are_taken(tmp_path, capsys):
     overrides = [

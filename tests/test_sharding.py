@@ -31,6 +31,7 @@ def results():
     return found | {"": f"exit code {done.returncode}\n{done.stderr[-3000:]}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", eight_devices.CHECKS)
 def test_eight_devices_give_what_one_gives(results, check):
     error = results.get(check, results[""])

@@ -27,6 +27,7 @@ def get_runs():
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "sweep.py"
     file.write_text(CONFIG)

@@ -120,6 +120,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken):
 # --- Disks --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_what_was_saved_goes_on(tmp_path, unbroken):
     program = Program(tmp_path / "full", LORA)
     [(code, output)] = run_programs(replace(program, fault="full", fault_step=16))

@@ -215,8 +215,8 @@ class ComputeConfig:
     loss_chunk: int = 4096
     """Tokens whose logits exist at once in the cross-entropy."""
     unroll: int = 0
-    """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer to compile. 0: all of them on a single
-    GPU, up to 32; else 1."""
+    """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer to compile. 0: all of up to 32 on GPUs,
+    unless `remat` is `layer`, where that gains nothing; else 1."""
 
 
 @dataclass(frozen=True)
