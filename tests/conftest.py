@@ -6,6 +6,7 @@ compiled is there for all. These are variables, so that the processes that tests
 """
 
 import atexit
+import gc
 import importlib.util
 import mmap
 import os
@@ -39,6 +40,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# Tracing makes objects by the million and hardly any garbage: looking for it took a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
