@@ -3,7 +3,7 @@
 python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
 
 Expected, on held-out text of eight languages: half as many tokens (1.8 -> 3.7 bytes a token); bits per byte 1.35 of the source model,
-4.64 with random rows, 1.96 initialised, 1.93 after Stage 1, 1.68 after Stage 2; four to eight minutes on two CPU cores.
+4.64 with random rows, 1.95 initialised, 1.92 after Stage 1, 1.67 after Stage 2; five to ten minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
