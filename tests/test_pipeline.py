@@ -173,7 +173,7 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
 @pytest.mark.slow
 def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tmp_path):
     """With XLA's optimizations, which conftest.py spares."""
-    more = ("--config.compute.dtype=float32", "--stages=stage2,export")
+    more = ("--config.compute.dtype=float32", "--config.evaluation.random_baseline=False")
     quick, usual = (arguments(inputs, "llama", tmp_path / of, "ultra_quick_demo", *more) for of in ("quick", "usual"))
     assert main.main(quick) == 0
     spared = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
@@ -186,6 +186,11 @@ def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tm
     for name, tensor in one.items():
         # Each as a whole: Adam makes of a gradient that is but rounding what it makes of any.
         assert (other[name] - tensor).norm() < 1e-3 * tensor.norm(), name
+    scores, expected = (
+        json.loads((tmp_path / of / "report" / "report.json").read_text())["languages"]["all"]["bits_per_byte"]
+        for of in ("usual", "quick")
+    )
+    assert scores == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -27,12 +27,15 @@ from tokalign_jax.config import (
 )
 from tokalign_jax.errors import UserError
 from tokalign_jax.main import main
-from tokalign_jax.models import remat
+from tokalign_jax.models import families, remat
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import init_params
 from tokalign_jax.training import loop
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import train_throughput
 
 SIZES = {
     "vocab_size": 4000,  # in memory 4,096
@@ -145,18 +148,13 @@ def test_elements_of_a_device_are_those_of_placed_arrays():
 
 # --- The whole plan -----------------------------------------------------------------------------------------------------
 
-PYTHIA_1B = replace(
-    NEOX,
-    vocab_size=151_936,
-    hidden_size=2048,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=256,
-    intermediate_size=8192,
-    num_layers=16,
-    max_positions=2048,
-    layer_kinds=NEOX.layer_kinds[:1] * 16,
-)
+
+def model_of(name, rows):
+    """A shape that the benchmark measures, with a vocabulary of so many rows."""
+    return families.config_from_hf(train_throughput.MODELS[name] | {"vocab_size": rows})
+
+
+PYTHIA_1B = model_of("pythia-1b", 151_936)
 CONFIG = Config(
     stage1=StageConfig(method="embedding", batch_size=64, start_offset=0, steps=100),
     stage2=StageConfig(method="full", batch_size=64, steps=200),
@@ -168,31 +166,20 @@ def planned(config=CONFIG, devices=1, memory="80GB", speed=plan.Speed(), disk_fr
     return plan.plan(config, PYTHIA_1B, plan.Machine.of(devices, memory), speed, 5_000_000_000, 2, disk_free)
 
 
-LLAMA_8B = replace(
-    LLAMA,
-    vocab_size=151_936,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=14_336,
-    num_layers=32,
-    layer_kinds=LLAMA.layer_kinds[:1] * 32,
-)
 ON_GPUS = [
     # model, rows, method, mesh, sequences of 2,048 tokens, remat, GiB at most in use on an H200 (docs/results/throughput.md)
-    (PYTHIA_1B, 151_936, "embedding", (1, 1, 1), 8, "dots", 24.07),
-    (PYTHIA_1B, 151_936, "full", (1, 1, 1), 8, "dots", 33.09),
-    (PYTHIA_1B, 151_936, "full", (1, 1, 1), 8, "layer", 25.01),
-    (PYTHIA_1B, 262_144, "full", (1, 1, 1), 32, "dots", 70.52),
-    (PYTHIA_1B, 151_936, "embedding", (1, 2, 1), 16, "dots", 20.74),
-    (PYTHIA_1B, 151_936, "full", (1, 2, 1), 16, "dots", 24.87),
-    (PYTHIA_1B, 151_936, "full", (1, 2, 1), 8, "dots", 20.29),
-    (PYTHIA_1B, 151_936, "full", (2, 1, 1), 16, "dots", 35.91),
-    (PYTHIA_1B, 151_936, "full", (1, 1, 2), 16, "dots", 21.98),
-    (PYTHIA_1B, 151_936, "full", (1, 2, 1), 16, "attention", 20.87),
-    (PYTHIA_1B, 151_936, "full", (1, 2, 1), 16, "layer", 17.18),
-    (LLAMA_8B, 151_936, "full", (1, 2, 1), 8, "layer", 65.69),
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 8, "dots", 24.07),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "dots", 33.09),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "layer", 25.01),
+    ("pythia-1b", 262_144, "full", (1, 1, 1), 32, "dots", 70.52),
+    ("pythia-1b", 151_936, "embedding", (1, 2, 1), 16, "dots", 20.74),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "dots", 24.87),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 8, "dots", 20.29),
+    ("pythia-1b", 151_936, "full", (2, 1, 1), 16, "dots", 35.91),
+    ("pythia-1b", 151_936, "full", (1, 1, 2), 16, "dots", 21.98),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "attention", 20.87),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "layer", 17.18),
+    ("llama-8b", 151_936, "full", (1, 2, 1), 8, "layer", 65.69),
 ]
 
 
@@ -200,7 +187,7 @@ ON_GPUS = [
 def test_memory_is_what_gpus_took(model, rows, method, mesh, sequences, remat, found):
     held = sequences // (mesh[0] * mesh[1])
     stage = StageConfig(method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048)
-    kinds = plan.memory("stage", stage, ComputeConfig(remat=remat), replace(model, vocab_size=rows), mesh, True)
+    kinds = plan.memory("stage", stage, ComputeConfig(remat=remat), model_of(model, rows), mesh, True)
     assert 0.98 < sum(kinds.values()) / 2**30 / found < 1.25
 
 
