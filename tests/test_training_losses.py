@@ -19,15 +19,18 @@ def data():
     return rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32), labels
 
 
-def reference(hidden, head, labels):
-    """Summed loss, its gradients and the loss by token, in float64, logits whole."""
+def reference(hidden, head, labels, cap=np.inf):
+    """Summed loss, its gradients and the loss by token, in float64, logits whole and soft-capped."""
     hidden, head = hidden.astype(np.float64), head.astype(np.float64)
-    logits = hidden @ head.T
+    logits, slope = hidden @ head.T, 1.0
+    if cap < np.inf:
+        logits = cap * np.tanh(logits / cap)
+        slope = 1 - (logits / cap) ** 2
     top = logits.max(-1, keepdims=True)
     log_total = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
     counts = (labels >= 0)[..., None]
     nll = ((log_total - np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)) * counts)[..., 0]
-    delta = (np.exp(logits - log_total) - np.eye(V)[labels]) * counts
+    delta = (np.exp(logits - log_total) - np.eye(V)[labels]) * counts * slope
     return nll.sum(), delta @ head, np.einsum("btv,btd->vd", delta, hidden), nll
 
 
@@ -70,6 +73,49 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     assert gradient.dtype == jnp.float32
     # The logits' gradient is rounded to bfloat16 (8 bits) before its product.
     np.testing.assert_allclose(gradient, head_gradient, atol=2**-8 * np.abs(rounded[0]).sum((0, 1)).max())
+
+
+@pytest.mark.parametrize(
+    "cap, scale, worst", [(5.0, 1, 5), (np.inf, 4, 50), (30.0, 4, 30)], ids=["capped", "far apart", "both"]
+)
+def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
+    """The soft-cap's slope is in the gradients of label and others; with logits far apart some labels lose more than 50 nats."""
+    hidden, head, labels = data
+    hidden = scale * hidden
+    expected, hidden_gradient, head_gradient, nll = reference(hidden, head, labels, cap)
+    assert worst < nll.max() < losses.MOST
+    adjust = None if cap == np.inf else lambda x: cap * jnp.tanh(x / cap)
+    loss = lambda hidden, head: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.float32, adjust))[0]  # noqa: E731
+    total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], hidden_gradient, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(gradients[1], head_gradient, rtol=1e-5, atol=2e-5 * scale)
+
+
+def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
+    """What is left of its label's row and state, 1e-3 of either, is less than bfloat16 rounds away from what cancels."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, 1, D)).astype(jnp.bfloat16)
+    head = np.stack([np.zeros(D), hidden[0, 0].astype(np.float64)]).astype(jnp.bfloat16)
+    head[1] = (head[1].astype(np.float32) * 7 / (hidden.astype(np.float32) ** 2).sum()).astype(jnp.bfloat16)
+    wide = [np.asarray(x, np.float64) for x in (hidden, head)]
+    probability = 1 / (1 + np.exp(-wide[0][0, 0] @ wide[1][1]))
+    assert 1e-4 < 1 - probability < 2e-3
+    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(2, 1, jnp.bfloat16))[0]  # noqa: E731
+    gradients = jax.grad(loss, (0, 1))(hidden.astype(np.float32), head.astype(np.float32))
+    np.testing.assert_allclose(gradients[0][0, 0], (probability - 1) * wide[1][1], rtol=2**-8)
+    np.testing.assert_allclose(gradients[1][1], (probability - 1) * wide[0][0, 0], rtol=1e-3)
+
+
+def test_a_logit_counts_as_at_most_so_far_above_the_labels():
+    """A loss and a gradient that are no numbers would cost the whole step."""
+    hidden, head = np.full((1, 1, 1), 100, np.float32), np.array([[10.0], [1.0], [2.0]], np.float32)
+    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(3, 1, jnp.float32))[0]  # noqa: E731
+    total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
+    np.testing.assert_allclose(total, losses.MOST + np.log(2), rtol=1e-6)  # both others lie farther above
+    np.testing.assert_allclose(gradients[1][:, 0], [50, -100, 50], rtol=1e-5)
+    np.testing.assert_allclose(gradients[0][0, 0, 0], 10 / 2 + 2 / 2 - 1, rtol=1e-5)
+    assert float(token_nll(hidden, head, jnp.array([[1]]), Head(3, 1, jnp.float32))[0, 0]) == pytest.approx(900)
 
 
 def test_logits_are_never_whole():

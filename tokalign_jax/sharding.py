@@ -294,10 +294,7 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeL
         return rows(table, tokens)
 
     def local(table: Array, tokens: Array) -> Array:
-        tokens = gathered(tokens) - row_part() * len(table)
-        here = (tokens >= 0) & (tokens < len(table))
-        found = jnp.where(here[..., None], rows(table, jnp.where(here, tokens, 0)), 0)
-        return summed(found)
+        return summed(rows_of(table, gathered(tokens))[0].astype(dtype))
 
     return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(table, tokens)
 
@@ -323,6 +320,16 @@ def over(axes: str | tuple[str, ...], x: Array) -> Array:
 def row_part() -> Array | int:
     """Which part of the rows this device has."""
     return 0 if current() is None else jax.lax.axis_index(VOCABULARY)
+
+
+def rows_of(table: Float[Array, "r D"], tokens: Int[Array, "..."]) -> tuple[Float[Array, "... D"], Int[Array, "..."]]:
+    """The rows of tokens that this device has, zeros for others and for negative ids, and where in its table they are: for
+    others past its end."""
+    places = tokens - row_part() * len(table)
+    here = (tokens >= 0) & (places >= 0) & (places < len(table))
+    return jnp.where(here[..., None], jnp.take(table, jnp.where(here, places, 0), axis=0), 0), jnp.where(
+        here, places, len(table)
+    )
 
 
 def gathered(x: Array) -> Array:

@@ -23,12 +23,14 @@ from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
-from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, own, row_part, summed
+from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, own, row_part, rows_of, summed
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
 LEAST = jnp.finfo(jnp.float32).min
 """Logit of a row that is none; finite, so that differences of such are numbers."""
+MOST = 70.0
+"""How far a logit counts above the label's in a loss that trains: a million rows' exponentials of it still have a sum in float32."""
 
 
 _PARTS = (P(BATCH), P(VOCABULARY), P(BATCH))
@@ -77,8 +79,7 @@ def token_nll(
 
         def one_chunk(pieces: tuple[Array, Array]) -> Array:
             states, targets = map(gathered, pieces)
-            nll, _ = rows.nll(rows.logits(states)[0], targets)
-            return own(nll)
+            return own(rows.nll(rows.logits(states)[0], targets))
 
         nll = jax.lax.map(one_chunk, chunks(hidden.astype(how.dtype), labels, how.chunk))
         return nll.reshape(-1)[: labels.size].reshape(labels.shape)
@@ -97,14 +98,10 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
     def local(hidden: Array, head: Array, labels: Array) -> tuple[Array, Array, Array]:
         rows = Rows(head.astype(how.dtype), how)
 
-        def one_chunk(pieces: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        def one_chunk(sums: Any, pieces: tuple[Array, Array]) -> tuple[Any, Array]:
             states, targets = map(gathered, pieces)
-            logits, pull = rows.logits(states)
-            nll, gradient = rows.nll(logits, targets)
-            # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
-            gradient = pull(gradient).astype(how.dtype)
-            head_gradient = jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
-            return (own(nll).sum(), head_gradient), summed(jnp.dot(gradient, rows.weight))
+            nll, gradient, head_gradient = rows.gradients(states, targets, None if sums is None else sums[1])
+            return (plus(sums and sums[0], own(nll).sum()), head_gradient), summed(gradient)
 
         pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
         (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
@@ -131,26 +128,58 @@ class Rows(NamedTuple):
 
     def logits(self, states: Float[Array, "C D"]) -> tuple[Float[Array, "C r"], Callable[[Array], Array]]:
         """Logits, and what takes a gradient back through the model's adjustment of them."""
-        raw = jnp.dot(states, self.weight.T, preferred_element_type=jnp.float32)
+        return self._adjusted(jnp.dot(states, self.weight.T, preferred_element_type=jnp.float32))
+
+    def nll(self, logits: Float[Array, "C r"], labels: Int[Array, "C"]) -> Float[Array, "C"]:
+        """The loss of each token, over the rows of all devices."""
+        ids = self._ids
+        logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
+        # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
+        label_logits = over(VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1))
+        largest, total = largest_and_sum(logits)
+        return jnp.where(labels >= 0, jnp.log(total) + largest - label_logits, 0.0)
+
+    def gradients(
+        self, states: Float[Array, "C D"], labels: Int[Array, "C"], head_gradient: Float[Array, "r D"] | None
+    ) -> tuple[Float[Array, "C"], Float[Array, "C D"], Float[Array, "r D"]]:
+        """The loss of each token over the rows of all devices, and what the rows here give to its gradient for the states, and to that
+        for themselves, which is added to `head_gradient`.
+
+        Logits are read once. With z_v = exp(x_v - x_label), sum_v z_v is exp(loss) and z_v over it the probability of v: the products
+        take z as it is, and the sum divides what has no V left, the states' gradient and the states. So no largest logit is sought first.
+        What the label itself adds is no product: its row from the states' gradient, its state from the row's. A sum is at least 1, and
+        it is finite because a logit counts as at most `MOST` above the label's: beyond that, the loss is no longer the whole one.
+        """
+        dtype, counts = self.how.dtype, labels >= 0
+        logits, pull = self.logits(states)
+        label_rows, places = rows_of(self.weight, labels)
+        wide, label_rows = states.astype(jnp.float32), label_rows.astype(jnp.float32)
+        label_logits, pull_label = self._adjusted(over(VOCABULARY, jnp.sum(wide * label_rows, axis=-1)))
+        known = self._ids < self.how.vocabulary
+        z = jnp.exp(jnp.minimum(jnp.where(known, logits, LEAST) - label_logits[:, None], MOST))
+        total = over(VOCABULARY, z.sum(-1))
+        share = jnp.where(counts, 1 / total, 0.0)[:, None]
+        slope = pull_label(counts.astype(jnp.float32))[:, None]
+
+        # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
+        z = pull(z).astype(dtype)
+        gradient = share * jnp.dot(z, self.weight, preferred_element_type=jnp.float32) - slope * label_rows
+        shared = (share * wide).astype(dtype)
+        own_gradient = plus(head_gradient, jnp.dot(z.T, shared, preferred_element_type=jnp.float32))
+        # For the label z is 1. Where it is all but certain, little is left of the two: the product's rounding is taken back.
+        rounding = share * wide * slope - shared.astype(jnp.float32) * slope.astype(dtype).astype(jnp.float32)
+        own_gradient = own_gradient.at[places].add(rounding - slope * wide, mode="drop")
+        return jnp.where(counts, jnp.log(total), 0.0), gradient.astype(dtype), own_gradient
+
+    @property
+    def _ids(self) -> Int[Array, "r"]:
+        return row_part() * len(self.weight) + jnp.arange(len(self.weight))
+
+    def _adjusted(self, raw: Float[Array, "..."]) -> tuple[Float[Array, "..."], Callable[[Array], Array]]:
         if self.how.adjust is None:
             return raw, lambda gradient: gradient
         logits, pull = jax.vjp(self.how.adjust, raw)
         return logits, lambda gradient: pull(gradient)[0]
-
-    def nll(
-        self, logits: Float[Array, "C r"], labels: Int[Array, "C"]
-    ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
-        """The loss of each token, over the rows of all devices, and its gradient for the logits here."""
-        ids = row_part() * len(self.weight) + jnp.arange(len(self.weight))
-        logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
-        # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
-        is_label = labels[:, None] == ids
-        largest, total = largest_and_sum(logits)
-        label_logits = over(VOCABULARY, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
-        counts = labels >= 0
-        nll = jnp.where(counts, jnp.log(total) + largest - label_logits, 0.0)
-        weights = jnp.exp(logits - largest[:, None]) / total[:, None]
-        return nll, jnp.where(counts[:, None], weights - is_label, 0.0)
 
 
 def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
@@ -191,24 +220,24 @@ def chunks(
     return states.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)
 
 
-def over_chunks(one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
-    """`one` of each chunk: its first result added up, its second in a row. `pieces` are arrays [N, ...] as `chunks` makes them."""
+def over_chunks(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
+    """`one(sums, chunk) -> (sums, result)` of each chunk: the sums after the last, and all results in a row.
+
+    `pieces` are arrays [N, ...] as `chunks` makes them. Sums begin as None; `plus` adds to them.
+    """
     if jax.default_backend() == "gpu":
         return _from_the_first(one, pieces)
-    like, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
-    return _added_to(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), one, pieces)
+    like, _ = jax.eval_shape(functools.partial(one, None), jax.tree.map(lambda x: x[0], pieces))
+    return jax.lax.scan(one, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), pieces)
 
 
-def _from_the_first(one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
+def _from_the_first(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
     """Writes and reads no zeros of the sums: the head's gradient is large. A CPU would keep this chunk's logits beside the others'."""
-    sums, first = one(jax.tree.map(lambda x: x[0], pieces))
-    sums, others = _added_to(sums, one, jax.tree.map(lambda x: x[1:], pieces))
+    sums, first = one(None, jax.tree.map(lambda x: x[0], pieces))
+    sums, others = jax.lax.scan(one, sums, jax.tree.map(lambda x: x[1:], pieces))
     return sums, jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
 
 
-def _added_to(sums: Any, one: Callable[[Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
-    def add(sums: Any, piece: Any) -> tuple[Any, Any]:
-        more, result = one(piece)
-        return jax.tree.map(jnp.add, sums, more), result
-
-    return jax.lax.scan(add, sums, pieces)
+def plus(sums: Any, more: Any) -> Any:
+    """`more` added to `sums`, which may be None."""
+    return more if sums is None else jax.tree.map(jnp.add, sums, more)
