@@ -14,6 +14,9 @@ def kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "")
+    for name in compiling._MEMORY_NAMES:
+        monkeypatch.setenv(name, "")  # so that it is as it was in the end, whatever comes
+        monkeypatch.delenv(name)
     return settings
 
 
@@ -41,15 +44,37 @@ def test_compiled_programs_are_kept_on_accelerators_only(monkeypatch, tmp_path, 
 def test_products_by_cublas_where_cuda_is_and_nothing_else_was_asked_for(
     monkeypatch, tmp_path, kept, plugin, given, then
 ):
+    _install(plugin, tmp_path, monkeypatch)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    compiling.prepare()
+    assert os.environ["XLA_FLAGS"] == then
+
+
+@pytest.mark.parametrize(
+    ("plugin", "given", "then"),
+    [
+        ("", {}, (None, None)),
+        ("xla_cuda13", {}, ("0.92", None)),
+        ("xla_cuda13", {"XLA_CLIENT_MEM_FRACTION": "0.5"}, ("0.5", None)),
+        ("xla_cuda12", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, (None, "0.5")),  # with both JAX would refuse
+    ],
+)
+def test_most_of_the_memory_of_a_gpu_unless_told_otherwise(monkeypatch, tmp_path, kept, plugin, given, then):
+    _install(plugin, tmp_path, monkeypatch)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    compiling.prepare()
+    assert tuple(map(os.environ.get, compiling._MEMORY_NAMES)) == then
+
+
+def _install(plugin, tmp_path, monkeypatch):
+    """What JAX's plugin leaves in a fresh environment; without a name, no plugin."""
     package = tmp_path / "site" / "jax_plugins"
     package.mkdir(parents=True)
     if plugin:
         (package / plugin).mkdir()
         (package / plugin / "__init__.py").touch()
-    monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: _Found(package))
-    compiling.prepare()
-    assert os.environ["XLA_FLAGS"] == then
 
 
 class _Found:

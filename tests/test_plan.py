@@ -168,7 +168,7 @@ def planned(config=CONFIG, devices=1, memory="80GB", speed=plan.Speed(), disk_fr
 
 ON_GPUS = [
     # model, rows, method, mesh, sequences of 2,048 tokens, remat, GiB at most in use on an H200 (docs/results/throughput.md)
-    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 8, "dots", 24.07),
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 8, "dots", 22.99),
     ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "dots", 33.09),
     ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "layer", 25.01),
     ("pythia-1b", 262_144, "full", (1, 1, 1), 32, "dots", 70.52),
@@ -180,6 +180,12 @@ ON_GPUS = [
     ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "attention", 20.87),
     ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "layer", 17.18),
     ("llama-8b", 151_936, "full", (1, 2, 1), 8, "layer", 65.69),
+    ("pythia-1b", 151_936, "embedding", (1, 4, 1), 32, "dots", 18.54),
+    ("pythia-1b", 151_936, "full", (1, 4, 1), 32, "dots", 20.58),
+    ("pythia-1b", 151_936, "full", (4, 1, 1), 32, "dots", 35.92),
+    ("pythia-1b", 151_936, "lora", (1, 1, 1), 8, "dots", 24.64),
+    ("llama-8b", 128_256, "full", (1, 4, 1), 16, "layer", 36.49),
+    ("llama-8b", 128_256, "lora", (1, 4, 1), 16, "dots", 38.18),
 ]
 
 
@@ -321,6 +327,15 @@ def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     assert main(["main", "--plan", "--plan_devices=1", "--plan_device_memory=5MB"]) == 0
     assert "warning: stage1 will not fit" in capsys.readouterr().out
+
+
+def test_the_devices_here_are_planned_with_as_they_are_in_a_run(monkeypatch, capsys):
+    """Of which a command takes more memory than JAX would; of others nothing is started."""
+    prepared = []
+    monkeypatch.setattr(plan.compiling, "prepare", lambda: prepared.append(True))
+    assert main(["main", "--plan", "--plan_devices=1"]) == 0 and not prepared
+    assert main(["main", "--plan"]) == 0 and prepared
+    assert "1 device" in capsys.readouterr().out
 
 
 if __name__ == "__main__":

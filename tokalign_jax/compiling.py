@@ -1,4 +1,4 @@
-"""How XLA compiles in a command's process: set once, before JAX is used for anything."""
+"""How XLA compiles in a command's process, and how much of a GPU it takes: set once, before JAX is used for anything."""
 
 import importlib.util
 import os
@@ -11,16 +11,25 @@ NO_TRITON_GEMM = "--xla_gpu_enable_triton_gemm=false"
 """Products go to cuBLAS at once, with bias and sum in the same kernel; timed against generated kernels first, they lose these, and the
 compilation takes several times as long."""
 
+MEMORY = 0.92
+"""Share of a GPU's memory that JAX takes when it starts. Its own is 0.75, and a quarter of the card would lie idle: a command has it to
+itself, and what is outside (CUDA's context, libraries, NCCL) needs a GB or so."""
+_MEMORY_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""The variable that says so, and its old name, which must not be set beside it."""
+
 
 def prepare() -> None:
-    """Products by cuBLAS on a GPU, and compiled programs kept from run to run on accelerators.
+    """Products by cuBLAS and most of the memory on a GPU, and compiled programs kept from run to run on accelerators.
 
-    What XLA_FLAGS and JAX's own variables say of either stays as it is. Programs for a CPU are not kept: they fit the very machine
+    What XLA_FLAGS and JAX's own variables say of these stays as it is. Programs for a CPU are not kept: they fit the very machine
     that compiled them, and home folders travel. Starts JAX's backend.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    if _has_cuda() and NO_TRITON_GEMM.split("=")[0] not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {NO_TRITON_GEMM}".strip()
+    if _has_cuda():
+        if NO_TRITON_GEMM.split("=")[0] not in given:
+            os.environ["XLA_FLAGS"] = f"{given} {NO_TRITON_GEMM}".strip()
+        if not any(name in os.environ for name in _MEMORY_NAMES):
+            os.environ[_MEMORY_NAMES[0]] = str(MEMORY)
     # The backend first, whatever the variable says: where there are several processes, it starts in all of them at once or in none.
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"

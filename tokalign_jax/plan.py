@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from tokalign_jax import demo, paths, sharding
+from tokalign_jax import compiling, demo, paths, sharding
 from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig, reads_source, teacher_of, training_stages
 from tokalign_jax.errors import UserError
 from tokalign_jax.initialization import tuning
@@ -38,8 +38,8 @@ MeshSizes = tuple[int, int, int]
 """Of data, fsdp and tensor."""
 FLOAT = 4
 """Bytes of a float32."""
-USABLE = 0.92
-"""Share of a device's memory that arrays can have; the rest is the runtime's, and what does not fit between them."""
+USABLE = compiling.MEMORY
+"""Share of a device's memory that arrays can have; the rest is the runtime's."""
 BYTES_PER_TOKEN = 4
 """UTF-8 bytes of a token of ordinary text, to guess how many tokens there will be."""
 PEAKS = {
@@ -403,7 +403,7 @@ def memory(
     """Bytes on each device by kind.
 
     The first three kinds are exact, and there all the time. The rest is there for a part of a step: in float32 on a CPU, 1.0 to 1.3
-    times what XLA then asks for; in bfloat16 on one and two GPUs, all kinds are 0.99 to 1.21 times what was in use (tests/test_plan.py).
+    times what XLA then asks for; in bfloat16 on one, two and four GPUs, all kinds are 0.99 to 1.22 times what was in use (tests/test_plan.py).
     """
     trained, frozen = shapes(model, stage)
     size = jnp.dtype(compute.dtype).itemsize
@@ -511,12 +511,14 @@ def _gathered(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSize
 
 
 def _logits(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
-    """The head in the compute type; a chunk's logits and softmax in float32, and their gradient; hidden states and theirs."""
+    """The head in the compute type; a chunk's logits and softmax in float32, and their gradient; hidden states and theirs; and
+    what a chunk has in float32 beside its states, their labels' rows and both gradients."""
     size = jnp.dtype(compute.dtype).itemsize
     rows = -(-model.vocab_size // sharding.ROWS) * sharding.ROWS // (mesh[1] * mesh[2])
     head = rows * model.hidden_size * size if size != FLOAT else 0
     chunk = min(compute.loss_chunk, tokens) * mesh[1]  # of the devices that have other rows
-    return head + chunk * rows * (2 * FLOAT + size) + 2 * tokens * model.hidden_size * size
+    beside = chunk * model.hidden_size * (4 * FLOAT + 2 * size)
+    return head + chunk * rows * (2 * FLOAT + size) + 2 * tokens * model.hidden_size * size + beside
 
 
 # --- Work ---------------------------------------------------------------------------------------------------------------
