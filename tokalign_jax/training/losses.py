@@ -5,7 +5,7 @@ tokens are taken C at a time, and because the gradient of a chunk's loss needs n
 same pass (three matrix products a chunk, where recomputing the logits in the backward pass takes four).
 
 Where a mesh splits the head's rows, each device has the logits of its own rows for the tokens of all devices that hold other rows
-(vocabulary-parallel, as in arXiv 1909.08053, section 3): only hidden states, their gradients and three numbers a token travel, and
+(vocabulary-parallel, as in arXiv 1909.08053, section 3): only hidden states, their gradients and a few numbers a token travel, and
 the gradient of the head stays where the rows are.
 """
 
