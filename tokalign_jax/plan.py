@@ -403,7 +403,8 @@ def memory(
     """Bytes on each device by kind.
 
     The first three kinds are exact, and there all the time. The rest is there for a part of a step: in float32 on a CPU, 1.0 to 1.3
-    times what XLA then asks for; in bfloat16 on one, two and four GPUs, all kinds are 0.99 to 1.22 times what was in use (tests/test_plan.py).
+    times what XLA then asks for; in bfloat16 on one, two and four GPUs, all kinds are 0.99 to 1.22 times what was in use
+    (tests/test_plan.py).
     """
     trained, frozen = shapes(model, stage)
     size = jnp.dtype(compute.dtype).itemsize
