@@ -63,6 +63,8 @@ def test_most_of_the_memory_of_a_gpu_unless_told_otherwise(monkeypatch, tmp_path
     _install(plugin, tmp_path, monkeypatch)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+    compiling.prepare(alone=False)
+    assert tuple(map(os.environ.get, compiling._MEMORY_NAMES)) == tuple(map(given.get, compiling._MEMORY_NAMES))
     compiling.prepare()
     assert tuple(map(os.environ.get, compiling._MEMORY_NAMES)) == then
 

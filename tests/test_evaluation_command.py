@@ -147,6 +147,14 @@ def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("beside", [[], ["--tasks=some"], ["--encoder=some"]])
+def test_a_gpu_is_shared_with_what_pytorch_computes(tmp_path, monkeypatch, beside):
+    prepared = []
+    monkeypatch.setattr(evaluate.compiling, "prepare", lambda alone: prepared.append(alone))
+    assert evaluate.main([f"--models={tmp_path / 'none'}", f"--output={tmp_path / 'out'}", *beside]) == 2
+    assert prepared == [not beside]
+
+
 def test_the_table_of_one_model_and_one_language():
     """No pooled row, no differences, no intervals of a single document."""
     row = {"bits_per_byte": 1.25, "bytes_per_token": 4.0, "documents": 1, "fertility": None}

@@ -18,17 +18,20 @@ _MEMORY_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """The variable that says so, and its old name, which must not be set beside it."""
 
 
-def prepare() -> None:
+def prepare(alone: bool = True) -> None:
     """Products by cuBLAS and most of the memory on a GPU, and compiled programs kept from run to run on accelerators.
 
     What XLA_FLAGS and JAX's own variables say of these stays as it is. Programs for a CPU are not kept: they fit the very machine
     that compiled them, and home folders travel. Starts JAX's backend.
+
+    Args:
+      alone: nothing but JAX uses the GPU during the command; else it takes the share that is its own default.
     """
     given = os.environ.get("XLA_FLAGS", "")
     if _has_cuda():
         if NO_TRITON_GEMM.split("=")[0] not in given:
             os.environ["XLA_FLAGS"] = f"{given} {NO_TRITON_GEMM}".strip()
-        if not any(name in os.environ for name in _MEMORY_NAMES):
+        if alone and not any(name in os.environ for name in _MEMORY_NAMES):
             os.environ[_MEMORY_NAMES[0]] = str(MEMORY)
     # The backend first, whatever the variable says: where there are several processes, it starts in all of them at once or in none.
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
     start = time.monotonic()
-    compiling.prepare()
+    compiling.prepare(alone=not (given.tasks or given.encoder))  # which PyTorch computes on the same GPU
     return exit_code(
         lambda: run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))
     )
