@@ -326,10 +326,8 @@ def rows_of(table: Float[Array, "r D"], tokens: Int[Array, "..."]) -> tuple[Floa
     """The rows of tokens that this device has, zeros for others and for negative ids, and where in its table they are: for
     others past its end."""
     places = tokens - row_part() * len(table)
-    here = (tokens >= 0) & (places >= 0) & (places < len(table))
-    return jnp.where(here[..., None], jnp.take(table, jnp.where(here, places, 0), axis=0), 0), jnp.where(
-        here, places, len(table)
-    )
+    places = jnp.where((tokens >= 0) & (places >= 0) & (places < len(table)), places, len(table))
+    return jnp.take(table, places, axis=0, mode="fill", fill_value=0), places
 
 
 def gathered(x: Array) -> Array:

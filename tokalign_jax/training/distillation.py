@@ -29,7 +29,7 @@ from tokalign_jax.config import ComputeConfig, DistillationConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
-from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, row_part, summed
+from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, summed
 from tokalign_jax.training.losses import LEAST, Head, Rows, chunks, head_of, largest_and_sum, over_chunks, plus
 from tokalign_jax.training.step import Loss, Objective
 
@@ -157,12 +157,11 @@ def _total_forward(
     def local(hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array):
         student = Rows(head.astype(how.student.dtype), how.student)
         teacher = Rows(teacher_head.astype(how.teacher.dtype), how.teacher)
-        ids = row_part() * len(head) + jnp.arange(len(head))
 
         def one_chunk(sums: Any, pieces: tuple[Array, Array, Array]) -> tuple[Any, Array]:
             states, teacher_states, targets = map(gathered, pieces)
             logits, pull = student.logits(states)
-            loss, gradient = _loss(logits, teacher.logits(teacher_states)[0], targets, ids, how)
+            loss, gradient = _loss(logits, teacher.logits(teacher_states)[0], targets, student.ids, how)
             gradient = pull(gradient).astype(how.student.dtype)
             head_gradient = jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
             return plus(sums, (loss.sum(), head_gradient)), summed(jnp.dot(gradient, student.weight))

@@ -99,9 +99,10 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
         rows = Rows(head.astype(how.dtype), how)
 
         def one_chunk(sums: Any, pieces: tuple[Array, Array]) -> tuple[Any, Array]:
+            total, head_gradient = sums or (None, None)
             states, targets = map(gathered, pieces)
-            nll, gradient, head_gradient = rows.gradients(states, targets, None if sums is None else sums[1])
-            return (plus(sums and sums[0], own(nll).sum()), head_gradient), summed(gradient)
+            nll, gradient, head_gradient = rows.gradients(states, targets, head_gradient)
+            return (plus(total, own(nll).sum()), head_gradient), summed(gradient)
 
         pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
         (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
@@ -132,7 +133,7 @@ class Rows(NamedTuple):
 
     def nll(self, logits: Float[Array, "C r"], labels: Int[Array, "C"]) -> Float[Array, "C"]:
         """The loss of each token, over the rows of all devices."""
-        ids = self._ids
+        ids = self.ids
         logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
         # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
         label_logits = over(VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1))
@@ -155,7 +156,7 @@ class Rows(NamedTuple):
         label_rows, places = rows_of(self.weight, labels)
         wide, label_rows = states.astype(jnp.float32), label_rows.astype(jnp.float32)
         label_logits, pull_label = self._adjusted(over(VOCABULARY, jnp.sum(wide * label_rows, axis=-1)))
-        known = self._ids < self.how.vocabulary
+        known = self.ids < self.how.vocabulary
         z = jnp.exp(jnp.minimum(jnp.where(known, logits, LEAST) - label_logits[:, None], MOST))
         total = over(VOCABULARY, z.sum(-1))
         share = jnp.where(counts, 1 / total, 0.0)[:, None]
@@ -172,7 +173,8 @@ class Rows(NamedTuple):
         return jnp.where(counts, jnp.log(total), 0.0), gradient.astype(dtype), own_gradient
 
     @property
-    def _ids(self) -> Int[Array, "r"]:
+    def ids(self) -> Int[Array, "r"]:
+        """Their token ids."""
         return row_part() * len(self.weight) + jnp.arange(len(self.weight))
 
     def _adjusted(self, raw: Float[Array, "..."]) -> tuple[Float[Array, "..."], Callable[[Array], Array]]:
