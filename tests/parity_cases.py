@@ -308,14 +308,14 @@ def of(*families: str) -> list[Case]:
 def model(case: Case, seed: int = 0) -> torch.nn.Module:
     """A random PyTorch model in eval mode, in bfloat16."""
     torch.manual_seed(seed)
-    made = _auto_class(case.family).from_config(AutoConfig.for_model(case.family, **_settings(case))).eval()
+    made = _auto_class(case.family).from_config(AutoConfig.for_model(case.family, **settings(case))).eval()
     with torch.no_grad():
         for parameter in made.parameters():  # biases and norms too, which otherwise start at 0 and 1
             parameter += 0.1 * torch.randn_like(parameter)
     return made.bfloat16()
 
 
-def _settings(case: Case) -> dict[str, Any]:
+def settings(case: Case) -> dict[str, Any]:
     sizes = _GPT2_SIZES if case.family == "gpt2" else _SIZES
     if case.family not in _TEXT_MODELS:
         return {**sizes, **case.settings}

@@ -91,7 +91,35 @@ class Linear(nnx.Module):
             # The factor where there are few numbers: in the rank.
             y += (self.lora.scale * (dropped @ self.lora_a.astype(x.dtype))) @ self.lora_b.astype(x.dtype)
         y = y if self.kept_as is None else checkpoint_name(y, self.kept_as)
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
+        return y if self.bias is None else _plus(y, self.bias)
+
+
+@jax.custom_vjp
+def _plus(x: Float[Array, "*B N"], added: Float[Array, "*A N"]) -> Float[Array, "*B N"]:
+    """x + a in the type of x; the gradient of a, which has the last axes of x, is summed over the others in float32.
+
+    Autodiff sums it in the type of x, and one after the other a sum in bfloat16 grows no more once it is some hundred times its
+    terms. XLA for NVIDIA sums in a tree, with a relative error of 5e-3 over 16,384 tokens, on its way through what comes before:
+    left so, as a sum in float32 would be a pass of its own over memory.
+    """
+    return x + added.astype(x.dtype)
+
+
+def _plus_forward(x: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _plus(x, added), added
+
+
+def _plus_backward(added: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes, wide = tuple(range(gradient.ndim - added.ndim)), jnp.promote_types(gradient.dtype, jnp.float32)
+    summed = jax.lax.platform_dependent(
+        gradient,
+        cuda=lambda gradient: jax.lax.reduce_sum(gradient, axes).astype(wide),
+        default=lambda gradient: gradient.sum(axes, dtype=wide),
+    )
+    return gradient, summed.astype(added.dtype)
+
+
+_plus.defvjp(_plus_forward, _plus_backward)
 
 
 class Norm(nnx.Module):
@@ -259,7 +287,9 @@ class ExpertMLP(nnx.Module):
         in_key, out_key = _split(key, 2)
         y = _ACTIVATIONS[self.activation](self.gate_proj(x, in_key)) * self.up_proj(x, in_key)
         # Weighted before the last product, so that it sums over experts and [E, B, T, D] never exists.
-        return self.down_proj(y * jnp.moveaxis(weights, -1, 0)[..., None].astype(x.dtype), out_key)
+        # In the type of the weights, in which their gradient is then summed over the width.
+        weighted = y * jnp.moveaxis(weights, -1, 0)[..., None]
+        return self.down_proj(weighted.astype(x.dtype), out_key)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -387,7 +417,7 @@ class Transformer(nnx.Module):
         if self.config.embedding_scale != 1:
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.embed_positions is not None:
-            x += self.embed_positions.embedding[positions].astype(x.dtype)
+            x = _plus(x, self.embed_positions.embedding[positions])
         return x
 
 
