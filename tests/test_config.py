@@ -67,6 +67,7 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"compute": {"remat": True}}, ("compute.remat", "layer")),
         ({"stage1": {"steps": -1}}, ("stage1.steps", "-1")),
         ({"stage1": {"per_device_batch": 0}}, ("stage1.per_device_batch", "0")),
+        ({"stage1": {"per_device_batch": "most"}}, ("stage1.per_device_batch", "most", "auto")),
         ({"text": {"held_out_fraction": 1.5}}, ("text.held_out_fraction", "1.5")),
         ({"stage2": {"lora": {"dropout": 1.0}}}, ("stage2.lora.dropout", "1.0")),
         ({"stage1": {"learning_rate": float("inf")}}, ("stage1.learning_rate", "inf", "finite")),

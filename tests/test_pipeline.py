@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tokalign_jax import main, pipeline, stages
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.models.model_card import front_matter
+from tokalign_jax.training import loop
 
 REPOSITORY = Path(__file__).parents[1]
 WORDS = "the a model token row text of and in is new old head layer step rate corpus align vector count 数学 день été".split()
@@ -83,6 +84,10 @@ def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, 
     return ["main", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags, *more]
 
 
+def bytes_of(arrays) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(arrays))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "family", "more"),
@@ -91,13 +96,22 @@ def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, 
         ("three_hour_eval", "gpt_neox", ()),
         ("optimal", "llama", ()),
         ("research", "gpt_neox", ("--config.stage2.start_offset=30",)),
-        ("best", "llama", ()),
+        ("best", "llama", ("--config.stage2.per_device_batch=auto",)),
     ],
 )
-def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_path, capsys):
+def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
+    others, beside, announce = bytes_of(jax.live_arrays()), [], loop._Run.announce
+
+    def looked_at(run, state, frozen):
+        beside.append(bytes_of(jax.live_arrays()) - others - bytes_of((state, frozen)))
+        announce(run, state, frozen)
+
+    monkeypatch.setattr(loop._Run, "announce", looked_at)
     assert main.main(arguments(inputs, family, workdir, config, *more)) == 0
+    assert max(beside) < 1000, "on the devices is what trains, its moments and what is frozen"
     printed = capsys.readouterr().out
+    assert ("stage2: per_device_batch=auto: at most 4 sequences at once" in printed) == (config == "best")
     report = json.loads((workdir / "report" / "report.json").read_text())
     assert set(report["languages"]) == {"en", "fr", "all"}
     states = ["source", "random", "init", "stage1", "stage2"]

@@ -4,6 +4,7 @@ Run as a program, it compiles the steps of `CASES` for simulated devices and pri
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -156,8 +157,8 @@ def model_of(name, rows):
 
 PYTHIA_1B = model_of("pythia-1b", 151_936)
 CONFIG = Config(
-    stage1=StageConfig(method="embedding", batch_size=64, start_offset=0, steps=100),
-    stage2=StageConfig(method="full", batch_size=64, steps=200),
+    stage1=StageConfig(method="embedding", batch_size=64, per_device_batch=4, start_offset=0, steps=100),
+    stage2=StageConfig(method="full", batch_size=64, per_device_batch=4, steps=200),
     compute=ComputeConfig(remat="dots"),
 )
 
@@ -172,6 +173,10 @@ ON_GPUS = [
     ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "dots", 33.09),
     ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "layer", 25.01),
     ("pythia-1b", 262_144, "full", (1, 1, 1), 32, "dots", 70.52),
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 32, "dots", 50.72),
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 64, "dots", 88.23),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 16, "dots", 42.35),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 32, "dots", 60.86),
     ("pythia-1b", 151_936, "embedding", (1, 2, 1), 16, "dots", 20.74),
     ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "dots", 24.87),
     ("pythia-1b", 151_936, "full", (1, 2, 1), 8, "dots", 20.29),
@@ -258,6 +263,46 @@ def test_auto_keeps_the_most_that_fits():
         ]
     found = planned(crowded, memory=f"{needs[2] / 2:.0f}")
     assert kept(found) == ["activations kept (remat=layer)"] and found.warnings
+
+
+def chosen(memory, method="full", sequences=64, length=2048, remat="auto", fused=True):
+    """Sequences at once and policy, and whether so much fits by the estimate."""
+    stage = StageConfig(method=method, batch_size=sequences, sequence_length=length)
+    machine = plan.Machine(1, memory, fused_attention=fused)
+    stage, compute = plan.resolved("stage", stage, ComputeConfig(remat=remat), PYTHIA_1B, (1, 1, 1), machine)
+    return stage.per_device_batch, compute.remat, needed(stage, compute) <= memory
+
+
+def needed(stage, compute):
+    return sum(plan.memory("stage", stage, compute, PYTHIA_1B, (1, 1, 1), True).values())
+
+
+@pytest.mark.parametrize("method", ["embedding", "lora", "full"])
+def test_auto_holds_as_many_sequences_as_fit_and_are_faster_together(method):
+    assert chosen(130e9, method) == (32, "dots", True), "65,536 tokens: more are no faster"
+    assert chosen(130e9, method, sequences=48)[0] == 24, "rounds of as many make a step"
+    assert chosen(130e9, method, sequences=2, length=131_072)[0] == 1, "one sequence is the least"
+    assert chosen(math.inf, method, fused=False)[0] == 2, "4,096 tokens on a CPU"
+    assert chosen(10e9, method) == (1, "layer", False), "the least there is, of which the plan then warns"
+    for memory in (45e9, 60e9, 74e9):
+        n, policy, fits = chosen(memory, method)
+        more = StageConfig(method=method, batch_size=64, per_device_batch=2 * n)
+        assert (fits and needed(more, ComputeConfig(remat=policy)) > plan.CERTAIN * memory) or n == 32
+
+
+def test_sequences_are_fewer_before_more_is_computed_again_while_they_fill_the_device():
+    choices = [chosen(memory * 1e9)[:2] for memory in (40, 45, 60, 74, 130)]
+    assert choices == [(1, "dots"), (4, "attention"), (8, "dots"), (16, "dots"), (32, "dots")]
+    assert plan.FILLED == 4 * 2048
+
+
+def test_auto_leaves_what_is_given():
+    assert chosen(130e9, remat="layer")[:2] == (32, "layer")
+    stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")
+    of = PYTHIA_1B, (1, 1, 1), plan.Machine(1, 130e9)
+    assert plan.resolved("stage1", stage, compute, *of) == (stage, compute)
+    with pytest.raises(ValueError, match="per_device_batch=auto is not resolved"):
+        plan.memory("stage1", StageConfig(), compute, *of[:2], True)
 
 
 def test_the_disk_and_the_batch_are_looked_at():

@@ -1,5 +1,6 @@
 """The loop: resuming steps that are not finite, offsets, and input that cannot work."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -24,7 +25,7 @@ from tokalign_jax import paths, sharding
 from tokalign_jax.config import AFTER_PREVIOUS, DataConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.training.batches import TokenSource, make_stream
-from tokalign_jax.training.loop import load_final, plan_stage, run_stage
+from tokalign_jax.training.loop import load_final, plan_stage, run_stage, split
 from tokalign_jax.training.metrics import read
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
@@ -102,6 +103,29 @@ def poisoned_shards(steps):
     for step in steps:
         tokens[batches[step - 1][0, 0, 3]] = POISON
     return ToyShards(tokens)
+
+
+@pytest.mark.parametrize("method", ["embedding", "full"])
+def test_what_trains_is_not_also_held_as_it_was_when_the_stage_began(tmp_path, method):
+    """On the devices there are float32s of it and of two moments, and what is frozen."""
+    stage, sizes = replace(STAGE, method=method), []
+
+    def held():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def log(line):
+        if "parameters train" in line:
+            sizes.append(held())
+
+    start = [sharding.place(toy_params(), sharding.make_mesh(CONFIG.mesh))]
+    trained, frozen = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in split(stage, start[0]))
+    others = held() - trained - frozen
+    for _ in range(2):  # anew, and from a checkpoint
+        start = start or [sharding.place(toy_params(), sharding.make_mesh(CONFIG.mesh))]
+        run_stage("stage", stage, CONFIG, LLAMA, start.pop(), toy_shards(), tmp_path, 0, log)
+        shutil.rmtree(tmp_path / "checkpoints" / str(stage.steps))
+    assert len(sizes) == 2
+    assert all(size - others - frozen < 3.1 * trained for size in sizes)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():

@@ -24,6 +24,7 @@ EXTEND = "extend"
 """As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
 
 AFTER_PREVIOUS = "after_previous"
+AUTO = "auto"
 """A start offset: the sequence after the last one that the previous training stage read."""
 
 
@@ -157,8 +158,9 @@ class StageConfig:
     """Global norm to which the gradient of everything that trains is clipped."""
     batch_size: int = 1024
     """Sequences a step, over all devices: neither the rate nor the order of the data depends on how many there are."""
-    per_device_batch: int = 4
-    """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes."""
+    per_device_batch: int | str = AUTO
+    """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes. `auto`: as
+    many as fit in its memory and are faster together (`plan.resolved`)."""
     sequence_length: int = 2048
     """Tokens a sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS
@@ -356,7 +358,7 @@ def default_config() -> Any:
 
 _OF_SEVERAL_TYPES = (
     ("", "corpus"),
-    *((stage, name) for stage in TRAINING for name in ("start_offset", "embedding_learning_rate")),
+    *((stage, name) for stage in TRAINING for name in ("start_offset", "embedding_learning_rate", "per_device_batch")),
 )
 
 
@@ -457,6 +459,10 @@ def _check_range(made: Any, prefix: str) -> None:
                 f"config key '{prefix}{name}' is {value}; it must be at least {low}"
                 + (f" and at most {high}" if high < math.inf else "")
             )
+    if isinstance(batch := getattr(made, "per_device_batch", 1), str) and batch != AUTO:
+        raise UserError(
+            f"config key '{prefix}per_device_batch' is {batch!r}; it must be a number of sequences or '{AUTO}'"
+        )
     if not _is_offset(offset := getattr(made, "start_offset", 0)):
         raise UserError(
             f"config key '{prefix}start_offset' is {offset!r}; it must be a number of sequences (without a decimal point), a "

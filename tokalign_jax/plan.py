@@ -21,7 +21,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from tokalign_jax import compiling, demo, paths, sharding
-from tokalign_jax.config import EXTEND, ComputeConfig, Config, StageConfig, reads_source, teacher_of, training_stages
+from tokalign_jax.config import (
+    AUTO,
+    EXTEND,
+    ComputeConfig,
+    Config,
+    StageConfig,
+    reads_source,
+    teacher_of,
+    training_stages,
+)
 from tokalign_jax.errors import UserError
 from tokalign_jax.initialization import tuning
 from tokalign_jax.models import hub, remat
@@ -40,6 +49,14 @@ FLOAT = 4
 """Bytes of a float32."""
 USABLE = compiling.MEMORY
 """Share of a device's memory that arrays can have; the rest is the runtime's."""
+CERTAIN = 0.9
+"""Share of that memory which a number of sequences chosen here may fill: estimates of what a step works with may be too low."""
+FILLED = 8_192
+"""Tokens held at once from which on an accelerator is busy enough that recomputation costs more than their number."""
+LARGEST_MICRO_BATCH = 65_536
+"""Tokens held at once beyond which more of them are not faster (docs/results/throughput.md)."""
+LARGEST_ON_CPU = 4_096
+"""The same on a CPU, which nothing fills."""
 BYTES_PER_TOKEN = 4
 """UTF-8 bytes of a token of ordinary text, to guess how many tokens there will be."""
 PEAKS = {
@@ -266,7 +283,7 @@ def plan(
     mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory)
     stages = []
     for name, stage in run.items():
-        compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
+        stage, compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
         stages.append(_stage(name, stage, compute, model, mesh, machine, speed, teacher))
     warnings = [*too_large(config, model, mesh, machine, teacher).values()]
     disk = disk_bytes(config, model, text_bytes, exported)
@@ -285,7 +302,7 @@ def too_large(
     """Of the training stages that do not fit a device of the machine, by name: what they need, and with which settings they would fit."""
     found = {}
     for name, stage in training_stages(config).items():
-        compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
+        stage, compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
         needed = sum(memory(name, stage, compute, model, mesh, machine.fused_attention, teacher).values())
         if needed > machine.memory:
             found[name] = _too_large(name, needed, stage, compute, model, mesh, machine, teacher)
@@ -452,15 +469,29 @@ def resolved(
     mesh: MeshSizes,
     machine: Machine,
     teacher: ModelConfig | None = None,
-) -> ComputeConfig:
-    """`compute` with a policy in the place of `remat=auto`: the one that keeps most of those with which the stage fits."""
-    if compute.remat != "auto":
-        return compute
-    choices = [dataclasses.replace(compute, remat=policy) for policy in remat.POLICIES]
-    for choice in choices:
-        if sum(memory(name, stage, choice, model, mesh, machine.fused_attention, teacher).values()) <= machine.memory:
+) -> tuple[StageConfig, ComputeConfig]:
+    """Both with a choice in the place of `auto`: of those with which the stage fits a device, the one expected to be fastest.
+
+    While the sequences held at once fill the device it keeps as much as it can for the backward pass, since fewer sequences cost less
+    than to compute again; with so much kept, it holds as many as fit, up to where more are no faster. Where nothing fits: the least.
+
+    Raises:
+      UserError: the step's sequences cannot be dealt to the devices.
+    """
+    policies = remat.POLICIES if compute.remat == "auto" else (compute.remat,)
+    batches, room = [stage.per_device_batch], machine.memory
+    if stage.per_device_batch == AUTO:
+        most = (LARGEST_MICRO_BATCH if machine.fused_attention else LARGEST_ON_CPU) // stage.sequence_length
+        batches = [n for n in loop.held_at_once(name, stage, _abstract(mesh)) if n <= max(1, most)][::-1]
+        room *= CERTAIN
+    filling = [n for n in batches if int(n) * stage.sequence_length >= FILLED]
+    order = [(n, policy) for policy in policies for n in filling]
+    order += [(n, policy) for n in batches if n not in filling for policy in policies]
+    for n, policy in order:
+        choice = dataclasses.replace(stage, per_device_batch=n), dataclasses.replace(compute, remat=policy)
+        if sum(memory(name, *choice, model, mesh, machine.fused_attention, teacher).values()) <= room:
             return choice
-    return choices[-1]
+    return dataclasses.replace(stage, per_device_batch=batches[-1]), dataclasses.replace(compute, remat=policies[-1])
 
 
 def _policy(compute: ComputeConfig) -> remat.Policy:
@@ -687,7 +718,7 @@ def _halves(value: int, least: int) -> list[int]:
 
 
 def _fewer_sequences(stage: StageConfig, compute: ComputeConfig, model: ModelConfig, mesh: MeshSizes) -> _Changes:
-    for batch in _halves(stage.per_device_batch, 1):
+    for batch in _halves(int(stage.per_device_batch), 1):
         yield batch, (dataclasses.replace(stage, per_device_batch=batch), compute, model, mesh)
 
 

@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax import demo, distributed, pages, plan, sharding
 from tokalign_jax.alignment import alignment, inspection, methods, vectors
 from tokalign_jax.config import (
+    AUTO,
     EXTEND,
+    ComputeConfig,
     Config,
     DistillationConfig,
     StageConfig,
@@ -305,15 +307,23 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not sharding.is_out_of_memory(error):
             raise
-        fewer = f"lower --config.{name}.per_device_batch or --config.compute.loss_chunk, or set --config.compute.remat=layer"
         others = {"init": "use a larger one, or leave out tuning with --config.initialization.tuning=0"}
-        remedy = _too_large(context).get(name) or (
-            fewer if name in training_stages(context.config) else others.get(name, "use a larger one")
-        )
+        remedy = others.get(name, "use a larger one")
+        if name in training_stages(context.config):
+            held = _resolved(context, name)[0].per_device_batch
+            fewer = f"lower --config.{name}.per_device_batch (it is {held}) or --config.compute.loss_chunk"
+            remedy = _too_large(context).get(name, f"{fewer}, or set --config.compute.remat=layer")
         raise UserError(
             f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); {remedy}. Other programs on the "
             "device leave it less. What is finished or saved is kept: the same command goes on from there"
         ) from error
+
+
+def _resolved(context: Context, name: str) -> tuple[StageConfig, ComputeConfig]:
+    """A training stage's settings on these devices."""
+    stage: StageConfig = getattr(context.config, name)
+    of = context.config.compute, context.new_model, context.mesh.devices.shape, plan.Machine.of(), context.teacher_model
+    return plan.resolved(name, stage, *of)
 
 
 def _too_large(context: Context) -> dict[str, str]:
@@ -452,20 +462,30 @@ def check_stream(context: Context) -> None:
 
 
 def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
-    stage: StageConfig = getattr(context.config, name)
+    stage, compute = _resolved(context, name)
+    if getattr(context.config, name).per_device_batch == AUTO:
+        context.log(
+            f"{name}: per_device_batch=auto: at most {stage.per_device_batch} sequences at once on a device, remat={compute.remat}"
+        )
     # What does not train is read in the type that it is computed in; float32 of it would be twice the memory, for nothing.
     frozen = jnp.dtype(context.config.compute.dtype)
-    config, params = load_state(context, before, lambda path: jnp.float32 if loop.trains(stage, path) else frozen)
+    config, *begun_with = load_state(context, before, lambda path: jnp.float32 if loop.trains(stage, path) else frozen)
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
     starts = stream_starts(context, shards)
-    mesh = context.mesh
-    compute = plan.resolved(
-        name, stage, context.config.compute, config, mesh.devices.shape, plan.Machine.of(), context.teacher_model
-    )
     settings = dataclasses.replace(context.config, compute=compute)
     objective = _objective(context, stage, config)
     result = loop.run_stage(
-        name, stage, settings, config, params, shards, context.folder(name), starts[name], context.log, mesh, objective
+        name,
+        stage,
+        settings,
+        config,
+        begun_with.pop(),  # no reference stays here: the stage has its own copy of what trains
+        shards,
+        context.folder(name),
+        starts[name],
+        context.log,
+        context.mesh,
+        objective,
     )
     return {"stream_end": result.stream_end, "tokens": result.tokens}
 

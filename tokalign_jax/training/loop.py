@@ -75,6 +75,18 @@ def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
     Raises:
       UserError: a step's sequences do not divide among the devices.
     """
+    if isinstance(stage.per_device_batch, str):
+        raise ValueError(f"per_device_batch={stage.per_device_batch} is not resolved: see `plan.resolved`")
+    lets = [n for n in held_at_once(name, stage, mesh) if n <= stage.per_device_batch]
+    return sharding.sequences_at_once(mesh) * max(lets)
+
+
+def held_at_once(name: str, stage: StageConfig, mesh: Mesh) -> list[int]:
+    """How many sequences a device can hold at once so that rounds of as many make a step, in increasing order.
+
+    Raises:
+      UserError: a step's sequences do not divide among the devices.
+    """
     devices = sharding.sequences_at_once(mesh)
     if stage.batch_size % devices:
         raise UserError(
@@ -82,7 +94,7 @@ def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
             f"their own (mesh.data x mesh.fsdp): set --config.{name}.batch_size to a multiple of {devices}, or use fewer devices"
         )
     each = stage.batch_size // devices
-    return devices * max(n for n in range(1, min(each, stage.per_device_batch) + 1) if each % n == 0)
+    return [n for n in range(1, each + 1) if each % n == 0]
 
 
 def lora_spec(stage: StageConfig) -> LoraSpec | None:
@@ -160,7 +172,7 @@ def run_stage(
     Args:
       name: of the stage; names its random numbers too.
       params: all parameters, without adapters; never changed. Leaves may be on the host. What does not train should be in the compute
-        type already, or there will be a copy.
+        type already, or there will be a copy. What trains is copied: who keeps no reference to it saves a float32 of each on the devices.
       shards: tokens of the target tokenizer.
       folder: of this stage alone; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
       previous_end: tokens into the shuffled stream at which the stage before stopped reading.
@@ -197,6 +209,8 @@ def run_stage(
     ):
         done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
         state = make_state(trainable) if state is None else state
+        # Of what trains the state has copies. Where the caller keeps no reference, what it began with takes no memory any more.
+        del params, trainable
         first = distributed.is_first()
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
