@@ -296,6 +296,26 @@ def test_sequences_are_fewer_before_more_is_computed_again_while_they_fill_the_d
     assert plan.FILLED == 4 * 2048
 
 
+def test_models_without_a_kernel_for_attention_hold_its_logits():
+    capped = replace(PYTHIA_1B, attention_softcap=50.0)
+    here = plan.Machine(1, 80e9, "NVIDIA H100 80GB HBM3")
+    with pytest.MonkeyPatch.context() as patch:
+        for capability, fuses in (("9.0", True), ("8.0", False)):  # heads of 256
+            hopper = type("Device", (), {"platform": "gpu", "compute_capability": capability})
+            patch.setattr(jax, "devices", lambda device=hopper: [device])
+            assert here.fuses(PYTHIA_1B, ComputeConfig()) == fuses
+            assert not here.fuses(capped, ComputeConfig()) and not here.fuses(PYTHIA_1B, ComputeConfig(dtype="float32"))
+    there = plan.Machine(1, 100e9)
+    assert there.fuses(PYTHIA_1B, ComputeConfig()) and not there.fuses(capped, ComputeConfig())
+    many = replace(PYTHIA_1B, num_heads=64, num_kv_heads=64, head_dim=32)
+    stage, compute, shape = StageConfig(method="full"), ComputeConfig(), (1, 1, 1)
+    held = [
+        plan.resolved("stage", stage, compute, model, shape, there)[0].per_device_batch
+        for model in (many, replace(many, attention_softcap=50.0))
+    ]
+    assert held == [32, 16]
+
+
 def test_auto_leaves_what_is_given():
     assert chosen(130e9, remat="layer")[:2] == (32, "layer")
     stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")

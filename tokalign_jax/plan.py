@@ -34,7 +34,7 @@ from tokalign_jax.config import (
 from tokalign_jax.errors import UserError
 from tokalign_jax.initialization import tuning
 from tokalign_jax.models import hub, remat
-from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
+from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK, has_kernel
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import duration, quantity
@@ -85,7 +85,7 @@ class Machine:
     kind: str = ""
     """What JAX calls them; empty for devices that are not here."""
     fused_attention: bool = True
-    """Whether attention has a kernel that keeps no logits, as on GPUs and TPUs."""
+    """Whether they may have a kernel for attention that keeps no logits, as GPUs and TPUs do."""
 
     @classmethod
     def of(cls, devices: int = 0, memory: str = "") -> "Machine":
@@ -104,6 +104,11 @@ class Machine:
             here[0].device_kind,
             here[0].platform != "cpu",
         )
+
+    def fuses(self, model: ModelConfig, compute: ComputeConfig) -> bool:
+        """Whether they have one for this model: not for each size of heads, type or soft-cap (`models/attention.py`)."""
+        device = jax.devices()[0] if self.kind else None
+        return self.fused_attention and has_kernel(model.head_dim, compute.dtype, model.attention_softcap, device)
 
 
 @dataclass(frozen=True)
@@ -303,7 +308,7 @@ def too_large(
     found = {}
     for name, stage in training_stages(config).items():
         stage, compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
-        needed = sum(memory(name, stage, compute, model, mesh, machine.fused_attention, teacher).values())
+        needed = sum(memory(name, stage, compute, model, mesh, machine.fuses(model, compute), teacher).values())
         if needed > machine.memory:
             found[name] = _too_large(name, needed, stage, compute, model, mesh, machine, teacher)
     return found
@@ -441,7 +446,8 @@ def memory(
             f"what the teacher says ({compute.dtype})": size * tokens * teacher.hidden_size,
         }
         reads = dataclasses.replace(stage, method="full")
-        work["one layer of the teacher"] = _layer(teacher, compute, tokens, mesh, reads, fused_attention)
+        fused = fused_attention and has_kernel(teacher.head_dim, compute.dtype, teacher.attention_softcap)
+        work["one layer of the teacher"] = _layer(teacher, compute, tokens, mesh, reads, fused)
         work["one layer of the teacher"] += _gathered(teacher, {}, size, mesh)
         logits += _logits(teacher, compute, tokens, mesh)
     work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
@@ -478,7 +484,7 @@ def resolved(
     Raises:
       UserError: the step's sequences cannot be dealt to the devices.
     """
-    policies = remat.POLICIES if compute.remat == "auto" else (compute.remat,)
+    fused, policies = machine.fuses(model, compute), remat.POLICIES if compute.remat == "auto" else (compute.remat,)
     batches, room = [stage.per_device_batch], machine.memory
     if stage.per_device_batch == AUTO:
         most = (LARGEST_MICRO_BATCH if machine.fused_attention else LARGEST_ON_CPU) // stage.sequence_length
@@ -489,7 +495,7 @@ def resolved(
     order += [(n, policy) for n in batches if n not in filling for policy in policies]
     for n, policy in order:
         choice = dataclasses.replace(stage, per_device_batch=n), dataclasses.replace(compute, remat=policy)
-        if sum(memory(name, *choice, model, mesh, machine.fused_attention, teacher).values()) <= room:
+        if sum(memory(name, *choice, model, mesh, fused, teacher).values()) <= room:
             return choice
     return dataclasses.replace(stage, per_device_batch=batches[-1]), dataclasses.replace(compute, remat=policies[-1])
 
@@ -628,7 +634,7 @@ def _stage(
         stage.batch_size,
         stage.sequence_length,
         micro_batches(name, stage, mesh)[0],
-        memory(name, stage, compute, model, mesh, machine.fused_attention, teacher),
+        memory(name, stage, compute, model, mesh, machine.fuses(model, compute), teacher),
         *(found or (None, "")),
     )
 
@@ -684,7 +690,7 @@ def _too_large(
     """That a stage will not fit, and with which settings it would: each by itself, or else several together."""
 
     def needed(choice: _Choice) -> int:
-        return sum(memory(name, *choice, machine.fused_attention, teacher).values())
+        return sum(memory(name, *choice, machine.fuses(model, compute), teacher).values())
 
     alone: dict[str, str] = {}
     together, choice = [], (stage, compute, model, mesh)

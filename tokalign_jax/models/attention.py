@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from tokalign_jax import sharding
@@ -89,16 +90,24 @@ def attend(
 def _fused(q: Float[Array, "B T N H"], scale: float, window: int | None, softcap: float | None) -> _Kernel | None:
     """The device's own kernel for causal attention, if it has one for this."""
     device = jax.devices()[0]
+    if not has_kernel(q.shape[-1], q.dtype, softcap, device):
+        return None
     if device.platform == "tpu":
         return functools.partial(_splash, scale=scale, window=window, softcap=softcap)
-    if softcap is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= _largest_head(device):
-        return functools.partial(_cudnn, scale=scale, window=window) if q.shape[-1] % 8 == 0 else None
-    return None
+    return functools.partial(_cudnn, scale=scale, window=window)
+
+
+def has_kernel(head_dim: int, dtype: DTypeLike, softcap: float | None, device: Any = None) -> bool:
+    """Whether the device has a kernel of its own for heads of this size, which keeps no logits. No device: an NVIDIA one since Hopper."""
+    if device is not None and device.platform == "tpu":
+        return True
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return softcap is None and half and head_dim % 8 == 0 and head_dim <= _largest_head(device)
 
 
 def _largest_head(device: Any) -> int:
     """The largest head size of cuDNN's flash attention on this device: 0 if it is not NVIDIA's or too old."""
-    capability = str(getattr(device, "compute_capability", ""))
+    capability = "9.0" if device is None else str(getattr(device, "compute_capability", ""))
     if not capability.replace(".", "").isdigit() or float(capability) < 8:
         return 0
     return 256 if float(capability) >= 9 else 128
