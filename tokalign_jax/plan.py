@@ -308,9 +308,9 @@ def too_large(
     found = {}
     for name, stage in training_stages(config).items():
         stage, compute = resolved(name, stage, config.compute, model, mesh, machine, teacher)
-        needed = sum(memory(name, stage, compute, model, mesh, machine.fuses(model, compute), teacher).values())
-        if needed > machine.memory:
-            found[name] = _too_large(name, needed, stage, compute, model, mesh, machine, teacher)
+        total = needed(name, stage, compute, model, mesh, machine, teacher)
+        if total > machine.memory:
+            found[name] = _too_large(name, total, stage, compute, model, mesh, machine, teacher)
     return found
 
 
@@ -467,6 +467,19 @@ def memory(
     }
 
 
+def needed(
+    name: str,
+    stage: StageConfig,
+    compute: ComputeConfig,
+    model: ModelConfig,
+    mesh: MeshSizes,
+    machine: Machine,
+    teacher: ModelConfig | None = None,
+) -> int:
+    """Bytes on each device of the machine, all kinds of `memory` together."""
+    return sum(memory(name, stage, compute, model, mesh, machine.fuses(model, compute), teacher).values())
+
+
 def resolved(
     name: str,
     stage: StageConfig,
@@ -484,7 +497,7 @@ def resolved(
     Raises:
       UserError: the step's sequences cannot be dealt to the devices.
     """
-    fused, policies = machine.fuses(model, compute), remat.POLICIES if compute.remat == "auto" else (compute.remat,)
+    policies = remat.POLICIES if compute.remat == "auto" else (compute.remat,)
     batches, room = [stage.per_device_batch], machine.memory
     if stage.per_device_batch == AUTO:
         most = (LARGEST_MICRO_BATCH if machine.fused_attention else LARGEST_ON_CPU) // stage.sequence_length
@@ -495,7 +508,7 @@ def resolved(
     order += [(n, policy) for n in batches if n not in filling for policy in policies]
     for n, policy in order:
         choice = dataclasses.replace(stage, per_device_batch=n), dataclasses.replace(compute, remat=policy)
-        if sum(memory(name, *choice, model, mesh, fused, teacher).values()) <= room:
+        if needed(name, *choice, model, mesh, machine, teacher) <= room:
             return choice
     return dataclasses.replace(stage, per_device_batch=batches[-1]), dataclasses.replace(compute, remat=policies[-1])
 
@@ -689,23 +702,23 @@ def _too_large(
 ) -> str:
     """That a stage will not fit, and with which settings it would: each by itself, or else several together."""
 
-    def needed(choice: _Choice) -> int:
-        return sum(memory(name, *choice, machine.fuses(model, compute), teacher).values())
+    def needs(choice: _Choice) -> int:
+        return needed(name, *choice, machine, teacher)
 
     alone: dict[str, str] = {}
     together, choice = [], (stage, compute, model, mesh)
     for key, changes in _CHANGES.items():
         key = key.replace("stage.", f"{name}.")
         for value, changed in changes(stage, compute, model, mesh):
-            if key not in alone and needed(changed) <= machine.memory:
-                alone[key] = f"{key}={value} ({_size(needed(changed))})"
-        if needed(choice) > machine.memory:
+            if key not in alone and needs(changed) <= machine.memory:
+                alone[key] = f"{key}={value} ({_size(needs(changed))})"
+        if needs(choice) > machine.memory:
             for value, changed in list(changes(*choice))[-1:]:
                 together, choice = [*together, f"{key}={value}"], changed
     if alone:
         remedy = f"it would with {', or '.join(alone.values())}"
-    elif needed(choice) <= machine.memory:
-        remedy = f"it would with {', '.join(together)} together ({_size(needed(choice))})"
+    elif needs(choice) <= machine.memory:
+        remedy = f"it would with {', '.join(together)} together ({_size(needs(choice))})"
     else:
         remedy = "no settings change that: use more or larger devices"
     return (

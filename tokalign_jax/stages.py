@@ -321,14 +321,16 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
 
 def _resolved(context: Context, name: str) -> tuple[StageConfig, ComputeConfig]:
     """A training stage's settings on these devices."""
-    stage: StageConfig = getattr(context.config, name)
-    of = context.config.compute, context.new_model, context.mesh.devices.shape, plan.Machine.of(), context.teacher_model
-    return plan.resolved(name, stage, *of)
+    return plan.resolved(name, getattr(context.config, name), context.config.compute, *_planned(context))
 
 
 def _too_large(context: Context) -> dict[str, str]:
-    shape, machine = context.mesh.devices.shape, plan.Machine.of()
-    return plan.too_large(context.config, context.new_model, shape, machine, context.teacher_model)
+    return plan.too_large(context.config, *_planned(context))
+
+
+def _planned(context: Context) -> tuple[ModelConfig, plan.MeshSizes, plan.Machine, ModelConfig | None]:
+    """What a plan of the run is made of beside its config: the model, the mesh, these devices and the teacher."""
+    return context.new_model, context.mesh.devices.shape, plan.Machine.of(), context.teacher_model
 
 
 def corpus(context: Context) -> Mapping[str, Any]:
