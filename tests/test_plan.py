@@ -163,8 +163,8 @@ CONFIG = Config(
 )
 
 
-def planned(config=CONFIG, devices=1, memory="80GB", speed=plan.Speed(), disk_free=1e15):  # noqa: B008
-    return plan.plan(config, PYTHIA_1B, plan.Machine.of(devices, memory), speed, 5_000_000_000, 2, disk_free)
+def planned(config=CONFIG, devices=1, memory="80GB", speed=plan.Speed(), disk_free=1e15, text=5_000_000_000):  # noqa: B008
+    return plan.plan(config, PYTHIA_1B, plan.Machine.of(devices, memory), speed, text, 2, disk_free)
 
 
 ON_GPUS = [
@@ -352,6 +352,9 @@ def test_what_the_start_takes():
     assert found and (found.read, found.tuned) == (20_000_000, 4_000_000)
     operations = 4e6 * (4 * layers + 6 * head + 3 * attention) + 20e6 * (2 * layers + attention)
     assert found.seconds == pytest.approx(operations / 5e14)
+    # Text of another language than the source's may be a token a byte to it: what it reads is said as the most.
+    little = planned(text=8_000_000).init
+    assert little and (little.read, little.tuned) == (8_000_000, 2_000_000)
     short = replace(CONFIG, initialization=InitializationConfig(tokens=5_000, tuning=0))
     assert planned(short).init == (5_000, 0, None, "")
     table = planned(short).table()

@@ -616,8 +616,8 @@ def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, te
     _, layers = shapes(model, stage)
     each = flops_per_token(model, stage)
     forward = 2 * _products(model, layers) + _attention(model, stage.sequence_length)
-    there = text_bytes // BYTES_PER_TOKEN
-    read, tuned = min(settings.tokens, there), min(settings.tuning, there)
+    # A source that was not made for the text may take a token a byte.
+    read, tuned = min(settings.tokens, text_bytes), min(settings.tuning, text_bytes // BYTES_PER_TOKEN)
     tokens = tuned + round(read * forward / each)
     known = speed.seconds(tokens, tokens * each, stage.method, machine) if tokens else (0.0, "")
     return InitPlan(read, tuned, *(known or (None, "")))
