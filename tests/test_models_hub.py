@@ -320,6 +320,23 @@ def test_other_tokenizer_files_are_told(tmp_path):
         hub.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "kind", ["GemmaTokenizer", "BertTokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "T5Tokenizer"]
+)
+def test_a_vocabulary_that_was_not_copied_is_missed(kind, tmp_path):
+    """transformers makes a tokenizer of special tokens alone."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(UserError, match=r"has no vocabulary.*the folder holds tokenizer_config.json: copy them"):
+        hub.load_tokenizer(tmp_path)
+
+
+def test_an_empty_vocabulary_is_missed(tmp_path):
+    tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
+    _edit(tmp_path / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
+    with pytest.raises(UserError, match="has not one token"):
+        hub.load_tokenizer(tmp_path)
+
+
 def test_the_end_of_text_can_be_named_or_added(tmp_path):
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
     before = hub.load_tokenizer(tmp_path)

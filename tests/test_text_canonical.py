@@ -191,3 +191,63 @@ def test_a_listing_that_failed_is_not_kept(monkeypatch):
         patch.setattr(canonical, "_spelling", fails)
         canonical.token_bytes(tokenizer)
     assert any(canonical.token_bytes(tokenizer))
+
+
+def test_a_role_takes_no_token_away_from_text():
+    """Some tokenizers pad with `!`."""
+    tokenizer = tiny_tokenizer(400, TEXTS[:2])
+    mark = tokenizer.convert_tokens_to_ids("!")
+    tokenizer.add_special_tokens({"pad_token": "!"})
+    assert tokenizer.pad_token_id == mark and mark not in canonical.special_ids(tokenizer)
+    assert canonical.token_bytes(tokenizer)[mark] == b"!"
+    assert canonical.special_ids(tokenizer) == {tokenizer.eos_token_id}
+    assert "capitals" not in canonical.losses(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["</s>", "<s>", "<pad>"])
+def test_a_unigram_model_does_not_read_a_special_tokens_name_as_the_token(name):
+    pieces = [("<pad>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -3.0) for c in "</>▁spadxy")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=3))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    plain, content = canonical.plain_backend(tokenizer), canonical.token_bytes(tokenizer)
+    text = f"x{name}y {name}"
+    ids = plain.encode(text, add_special_tokens=False).ids
+    assert not set(ids) & canonical.special_ids(tokenizer)
+    assert b"".join(content[i] for i in ids) == f" {text}".encode()
+    assert plain.encode("x?", add_special_tokens=False).ids[-1] == 3  # the unknown one goes on being it
+    assert backend.encode(text).ids != ids and canonical.vocabulary_size(tokenizer) == len(pieces)
+
+
+def test_dropout_is_off():
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<e>": 3}, [("a", "b")], dropout=0.9))
+    plain = canonical.plain_backend(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"))
+    assert {tuple(plain.encode("abab").ids) for _ in range(20)} == {(2, 2)}
+
+
+@pytest.mark.parametrize("model", [models.WordPiece, models.WordLevel])
+def test_a_vocabulary_that_fails_at_a_text_is_refused(model):
+    backend = Tokenizer(model({"a": 0, "<e>": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match=r"cannot read every text .*unk_token"):
+        canonical.losses(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"))
+
+
+def test_characters_as_words_keep_their_spaces():
+    letters = {letter: i for i, letter in enumerate([*"a fox!", "<e>"])}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="<e>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    content = canonical.token_bytes(tokenizer)
+    assert b"".join(content[i] for i in canonical.plain_backend(tokenizer).encode("a fox!").ids) == b"a fox!"
+
+
+def test_pieces_of_words_with_a_mark_before_them():
+    """BPE may have WordPiece's `##` too."""
+    vocabulary = {"p": 0, "##l": 1, "##a": 2, "pl": 3, "<e>": 4}
+    backend = Tokenizer(models.BPE(vocabulary, [("p", "##l")], continuing_subword_prefix="##"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    assert canonical.token_bytes(tokenizer)[:4] == [b" p", b"l", b"a", b" pl"]

@@ -248,3 +248,19 @@ def test_a_single_document_cannot_be_split(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(["alone", "alone"]))
     with pytest.raises(UserError, match="1 documents to train on and 0 to hold out"):
         corpus.run(config_for(path), tmp_path / "out", print)
+
+
+def test_a_parquet_file_may_have_no_rows(tmp_path):
+    """Of a folder that Spark wrote, say."""
+    table = pa.table({"text": pa.array(TEXTS, pa.large_string())})
+    pq.write_table(table, tmp_path / "part-1.parquet", row_group_size=7)
+    pq.write_table(table.slice(0, 0), tmp_path / "part-2.parquet")
+    _, train, held = run(config_for(tmp_path), tmp_path / "out")
+    assert {document.text for document in train + held} == set(TEXTS)
+
+
+def test_any_language_is_a_name(tmp_path):
+    lines = [{"text": text, "lang": lang} for text, lang in zip(TEXTS, ["\ud800x", 0, None, ""] * 10)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    _, train, held = run(config_for(path, language_field="lang"), tmp_path / "out")
+    assert {document.language for document in train + held} == {"?x", "0", corpus.UNKNOWN}

@@ -13,8 +13,9 @@ from tests.helpers import SHARED, tokenizer_of_kind
 from tests.test_text_kinds import CODE, LANGUAGES, TEXTS
 from tokalign_jax.alignment import methods
 from tokalign_jax.alignment.alignment import Rule
+from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
-from tokalign_jax.text import canonical, mining
+from tokalign_jax.text import canonical, corpus, mining
 from tokalign_jax.text.mining import extended_tokenizer
 
 DOMAIN = [
@@ -186,3 +187,16 @@ def test_a_real_tokenizer_gains_on_other_text_of_the_domain():
     assert {token: found[token] for token in old.get_vocab()} == old.get_vocab()
     before, after = (sum(map(len, canonical.plain_backend(t).encode_batch_fast(texts[1::2]))) for t in (old, new))
     assert after < 0.97 * before
+
+
+def test_documents_larger_than_the_budget_are_read_from_their_beginning(tmp_path):
+    texts = [f"{name} größer " * 20_000 for name in ("eins", "zwei", "drei")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "klein"]))
+    corpus.run(Config(corpus=str(tmp_path / "a.jsonl")), tmp_path / "corpus", lambda line: None)
+    for seed in range(8):  # with few documents chance may draw none
+        drawn = mining.sample(tmp_path / "corpus", 100_000, seed)
+        size = sum(len(text.encode()) for text in drawn)
+        assert 50_000 <= size <= 100_000 and all(
+            any(whole.startswith(text) for whole in texts) for text in drawn if text != "klein"
+        )
+    assert mining.sample(tmp_path / "corpus", 100_000, 0) == mining.sample(tmp_path / "corpus", 100_000, 0)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import tiny_tokenizer, tokenizer_of_kind
@@ -146,6 +146,11 @@ def test_what_the_tokenizer_puts_before_every_text_is_found_and_kept(made, tmp_p
         assert tokenizer.convert_ids_to_tokens(opening) in ("<s>", "[CLS]")
         assert tokenizing.closing_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
     assert tokenizing.closing_id(tokenizers["source"]) is None
+    bases = {base: i for i, base in enumerate([*"CGT", "<s>", "</s>"])}
+    backend = Tokenizer(models.BPE(bases, []))  # knows no "a"
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    bases_alone = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizing.opening_id(bases_alone) == 3 and tokenizing.closing_id(bases_alone) is None
     index = tokenizing.run(Config(), folder / "corpus", tokenizer, tokenizers["target"], tmp_path, lambda line: None)
     shards = tokenizing.TokenShards.open(tmp_path / "source")
     assert shards.opening == index["source"]["opening"] == opening

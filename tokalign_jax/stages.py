@@ -172,11 +172,11 @@ class Context:
         model, _ = self.source_model
         huggingface.check_weights(self.source_folder, model)
         source_size = vocabulary_size(self.source_tokenizer)
-        tokenizing.end_of_text_id(self.source_tokenizer)
+        tokenizing.check(self.source_tokenizer)
         if self.extends:
             mining.check(self.source_tokenizer)
         else:
-            tokenizing.end_of_text_id(self.target_tokenizer)
+            tokenizing.check(self.target_tokenizer)
             if (closing := tokenizing.closing_id(self.target_tokenizer)) is not None:
                 self.log(
                     f"warning: the target tokenizer puts '{self.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "

@@ -47,7 +47,7 @@ class Score:
 
     @property
     def bytes_per_token(self) -> float:
-        return self.bytes / self.tokens
+        return self.bytes / max(self.tokens, 1)  # a vocabulary without bytes may have no token for a text
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)

@@ -9,6 +9,7 @@ Letters: D model, V vocabulary, N places, B batch, T length.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -139,19 +140,21 @@ def read(
 def find_places(
     source: TokenShards,
     target: TokenShards,
-    source_lengths: Int[np.ndarray, "V_s"],
-    target_lengths: Int[np.ndarray, "V_t"],
+    source_bytes: Sequence[bytes | None],
+    target_bytes: Sequence[bytes | None],
     budget: int,
     seed: int,
 ) -> Places:
     """Places of documents drawn at random until they have `budget` source tokens.
 
     Args:
-      source_lengths, target_lengths: bytes of each token.
+      source_bytes, target_bytes: what each token stands for, as `canonical.token_bytes` has it.
 
     Both sides are counted from the end of a document, since a tokenizer may put a space before its beginning. A document whose
-    bytes do not come out the same on both sides (a normaliser changes them) is passed over.
+    text does not come out alike on both sides (a normaliser changes it) is passed over.
     """
+    contents = [[content or b"" for content in side] for side in (source_bytes, target_bytes)]
+    source_lengths, target_lengths = (np.array([len(content) for content in side]) for side in contents)
     chosen: list[tuple[np.ndarray, ...]] = []
     taken = 0
     for document in np.random.default_rng(seed).permutation(len(source.documents)):
@@ -159,9 +162,11 @@ def find_places(
             break
         tokens, ends = _ends(source, document, source_lengths)
         target_tokens, target_ends = _ends(target, document, target_lengths)
-        target_starts = target_ends - _lengths(target, target_tokens, target_lengths)
-        if abs((ends[0] - source_lengths[tokens[0]]) - target_starts[0]) > 1:
+        if not _alike(
+            _text(tokens[:-1], contents[0]), _text(target_tokens[:-1], contents[1])
+        ):  # both end with end-of-text
             continue
+        target_starts = target_ends - _lengths(target, target_tokens, target_lengths)
         chosen.append(
             (
                 tokens,
@@ -174,6 +179,19 @@ def find_places(
     if not chosen:
         return Places._make(np.zeros((4, 0), np.int32))
     return Places._make(np.concatenate(column).astype(np.int32) for column in zip(*chosen))
+
+
+_ONE_OF_A_KIND = bytes.maketrans(b"\t\n\v\f\r" + bytes(range(65, 91)), b" " * 5 + bytes(range(97, 123)))
+"""Capitals as small letters and all white space as spaces: what normalisers do that leaves every place where it was."""
+
+
+def _text(tokens: Int[np.ndarray, "n"], contents: Sequence[bytes]) -> bytes:
+    return b"".join([contents[i] for i in tokens.tolist()]).translate(_ONE_OF_A_KIND)
+
+
+def _alike(one: bytes, other: bytes) -> bool:
+    """Whether two texts are the same, but for a space that a tokenizer puts before them."""
+    return one == other or one == b" " + other or b" " + one == other
 
 
 def _ends(shards: TokenShards, document: int, lengths: Int[np.ndarray, "V"]) -> tuple[np.ndarray, np.ndarray]:

@@ -104,8 +104,8 @@ def read(config: Config, source: Side, target: Side, mesh: Mesh, log: Log) -> co
     places = contexts.find_places(
         source.shards,
         target.shards,
-        _byte_lengths(source.tokenizer),
-        _byte_lengths(target.tokenizer),
+        canonical.token_bytes(source.tokenizer),
+        canonical.token_bytes(target.tokenizer),
         config.initialization.tokens,
         config.seed,
     )
@@ -205,10 +205,6 @@ def tune(
     return tuning.tune(
         target.config, target.params, rows, tokens, composed, target.shards, budget, compute, mesh, log, config.seed
     )
-
-
-def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    return np.array([len(content or b"") for content in canonical.token_bytes(tokenizer)], np.int64)
 
 
 def random_rows(

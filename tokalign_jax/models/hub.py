@@ -245,8 +245,11 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
         raise UserError(
             f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {_reason(error)}): expected "
             f"tokenizer.json and tokenizer_config.json as save_pretrained writes them; the folder holds "
-            f"{', '.join(sorted(file.name for file in folder.iterdir())) or 'nothing'}"
+            f"{_listing(folder)}"
         ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and not backend.get_vocab_size(with_added_tokens=False):
+        raise UserError(f"tokenizer '{name}' has not one token in '{folder}': copy or download it again")
     tokenizer.init_kwargs.pop("auto_map", None)  # that code does not go along
     if end_of_text:
         known = tokenizer.get_vocab()
@@ -258,10 +261,20 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
     return tokenizer
 
 
+_VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*vocab*", "*.bpe", "tekken.json")
+"""Files, one of which a tokenizer without tokenizer.json has its tokens in."""
+
+
 def _check_tokenizer_files(name: Path | str, folder: Path, settings: Mapping[str, Any], has_json: bool) -> None:
-    """Says what is missing where transformers' own error would not."""
+    """Says what is missing where transformers' own error would not, or where it would make a tokenizer of nothing but special tokens."""
     if has_json:
         return
+    if "auto_map" not in settings and not any(file for kind in _VOCABULARIES for file in folder.glob(kind)):
+        raise UserError(
+            f"tokenizer '{name}' cannot be read, as it has no vocabulary: there is neither tokenizer.json in '{folder}' nor a file that it "
+            f"is made from (tokenizer.model, vocab.json, vocab.txt); the folder holds {_listing(folder)}: copy them there, or give the "
+            "folder that has them"
+        )
     if "auto_map" in settings:
         raise UserError(
             f"tokenizer '{name}' is code that comes with it (tokenizer_config.json: auto_map), which is never run, and has "
@@ -286,6 +299,10 @@ def _check_tokenizer_files(name: Path | str, folder: Path, settings: Mapping[str
             f"tokenizer '{name}' has only tekken.json, the form of mistral-common: take it from a repository in "
             f"transformers' form, which has tokenizer.json"
         )
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
 
 
 def _is_installed(module: str) -> bool:

@@ -105,8 +105,8 @@ def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Bits per byte of a tokenizer that drops part of the text are too low to be compared.
     """
     content = token_bytes(tokenizer)
-    encodings = plain_backend(tokenizer).encode_batch_fast(list(_PROBES.values()), add_special_tokens=False)
-    found = [b"".join(content[i] or b"" for i in encoding.ids) for encoding in encodings]
+    cut = _cut(tokenizer, plain_backend(tokenizer), list(_PROBES.values()))
+    found = [b"".join(content[i] or b"" for i in ids) for ids in cut]
     kept = [back.strip(b" ") == text.encode() for back, text in zip(found, _PROBES.values())]
     return [name for name, is_kept in zip(_PROBES, kept) if not is_kept]
 
@@ -117,9 +117,35 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     Not all that the tokenizer calls special: of a converted SentencePiece model that is also what its author wanted whole,
     such as line ends and runs of spaces, which text is cut into.
     """
-    flagged = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     roles = (getattr(tokenizer, f"{role}_id") for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
-    return flagged | {index for index in roles if isinstance(index, int)}
+    special |= {index for index in roles if isinstance(index, int)}
+    backend = _backend(tokenizer)
+    known = _ALSO_TEXT.get(tokenizer)
+    if known is None or known[:2] != (backend, special):
+        known = _ALSO_TEXT[tokenizer] = backend, special, _also_text(tokenizer, special)
+    return special - known[2]
+
+
+_ALSO_TEXT: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tokenizers.Tokenizer, set[int], set[int]]] = (
+    WeakKeyDictionary()
+)
+
+
+def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int]:
+    """Which of these tokens text is cut into, all the same: some tokenizers pad with `!`, and their texts have exclamation marks.
+
+    Not the unknown token; nor those of Unigram models, which read the name of a special token as the token until they are told not to
+    (`plain_backend`).
+    """
+    backend = _backend(tokenizer)
+    if isinstance(backend.model, tokenizers.models.Unigram):
+        return set()
+    names = {i: name for i in special if (name := backend.id_to_token(i)) and backend.model.token_to_id(name) == i}
+    names.pop(tokenizer.unk_token_id, None)  # type: ignore[call-overload]
+    plain = _reading_all_as_text(backend)
+    texts = [f"x{backend.decode([i], skip_special_tokens=False)}x" for i in names]
+    return {i for i, cut in zip(names, _cut(tokenizer, plain, texts)) if i in cut}
 
 
 def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -155,11 +181,47 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     Raises:
       UserError: for a tokenizer without one (a "slow" tokenizer).
     """
-    backend = tokenizers.Tokenizer.from_str(_backend(tokenizer).to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
+    backend = _backend(tokenizer)
+    if isinstance(backend.model, tokenizers.models.Unigram):
+        return _reading_all_as_text(backend, special_ids(tokenizer) - {tokenizer.unk_token_id})
+    return _reading_all_as_text(backend)
+
+
+def _reading_all_as_text(backend: tokenizers.Tokenizer, hidden: Iterable[int] = ()) -> tokenizers.Tokenizer:
+    """A copy for which the text in a document that spells a special token is that text; which cuts the same text the same way each time.
+
+    Args:
+      hidden: ids of a Unigram model's vocabulary that no text may be cut into: for it a special token's name is a piece like all others.
+    """
+    written = backend.to_str()
+    if hidden := set(hidden):
+        state = json.loads(written)
+        for i in hidden & set(range(len(state["model"]["vocab"]))):
+            state["model"]["vocab"][i][0] = f"\uffff{i}"  # the ids of the others stay
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in hidden]
+        written = json.dumps(state)
+    plain = tokenizers.Tokenizer.from_str(written)
+    if getattr(plain.model, "dropout", None):
+        plain.model.dropout = None  # type: ignore[attr-defined]
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, plain: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text.
+
+    Raises:
+      UserError: the vocabulary cannot spell one of them and has no token for what is unknown.
+    """
+    try:
+        return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' cannot read every text ({error}): give its tokenizer.json a token for what it "
+            f"does not know (model.unk_token), or take another one"
+        ) from error
 
 
 class PieceCutter:
@@ -317,19 +379,30 @@ class _WordEnds(_Plain):
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
     """How a tokenizer spells bytes, from its own description of its normaliser, pre-tokenizer, decoder and model."""
     backend = _backend(tokenizer)
-    if isinstance(backend.model, tokenizers.models.WordPiece | tokenizers.models.WordLevel):
-        return _Words(getattr(backend.model, "continuing_subword_prefix", ""))
     parts = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer), *_parts(backend.decoder)]
     spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
     spaces += [part["pattern"]["String"] for part in _parts(backend.decoder) if _makes_space(part)]
     if any(part["type"] == "ByteLevel" for part in parts):
         spelling: _Plain = _ByteLevel()
+    elif _is_of_words(backend):
+        spelling = _Words(getattr(backend.model, "continuing_subword_prefix", None) or "")
     elif spaces or getattr(backend.model, "byte_fallback", False):
         spelling = _SentencePiece(spaces[0] if spaces else "▁")
     else:
         spelling = _Plain()
     mark = getattr(backend.model, "end_of_word_suffix", None)
     return _WordEnds(mark, spelling) if mark else spelling
+
+
+def _is_of_words(backend: tokenizers.Tokenizer) -> bool:
+    """Whether tokens are words and their later pieces, and the white space between words is none of them."""
+    model = backend.model
+    by_words = isinstance(model, tokenizers.models.WordPiece | tokenizers.models.WordLevel)
+    if not (by_words or getattr(model, "continuing_subword_prefix", None)):
+        return False
+    if backend.pre_tokenizer is None:
+        return isinstance(model, tokenizers.models.WordPiece)
+    return [text for text, _ in backend.pre_tokenizer.pre_tokenize_str("a b")] == ["a", "b"]
 
 
 def _makes_space(part: dict[str, Any]) -> bool:

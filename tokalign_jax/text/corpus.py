@@ -319,7 +319,8 @@ def _text_and_language(record: Any, config: TextConfig, where: str) -> tuple[str
             f"holds the text with --config.text.text_field=... (there are {sorted(record)})"
         )
     language = record[config.language_field] if config.language_field else ALL
-    return text or "", str(language or UNKNOWN)
+    named = UNKNOWN if language is None or language == "" else str(language)
+    return text or "", named.encode("utf-8", errors="replace").decode()
 
 
 def _sources(config: Config) -> list[_Source]:
@@ -461,10 +462,9 @@ def _parquet_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]
     if not set(wanted) <= set(there):
         yield dict.fromkeys(there)  # the caller says what is missing, and what is there instead
         return
-    stream = datasets.load_dataset(
-        "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, columns=wanted
-    )
-    yield from stream
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=256, columns=wanted):
+            yield from batch.to_pylist()
 
 
 def _arrow_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.progress import Log, Progress, quantity
 from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import plain_backend, space_mark, special_ids, vocabulary_size
 from tokalign_jax.text.editing import edited
@@ -59,19 +59,34 @@ def run(
     extended = extended_tokenizer(tokenizer, texts, settings.new_tokens, min_count=settings.min_count, log=log)
     before, after = vocabulary_size(tokenizer), vocabulary_size(extended)
     log(f"extend: {after - before:,} new tokens behind {before:,}")
+    if after == before:
+        log(
+            f"extend: warning: nothing stands {settings.min_count} times in the {quantity(sum(map(len, texts)))} characters that were "
+            "read and is not a token yet: lower extend.min_count, or give more text"
+        )
     extended.save_pretrained(str(folder))
     return {"source_tokens": before, "tokens": after, "bytes": sum(len(text.encode()) for text in texts)}
 
 
 def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
-    """Training documents drawn at random, so that every part of the corpus has its share, of at most so many bytes."""
+    """Training documents drawn at random, so that every part of the corpus has its share, of at most so many bytes: of one that is
+    larger than what is left, the beginning. Where chance, since there are few, draws less than half of that, those that come first."""
     total = json.loads((corpus_folder / "summary.json").read_text())["train_bytes"]
-    random, share = np.random.default_rng(seed), budget_bytes / total
+    random = np.random.default_rng(seed)
+    texts = _drawn(corpus_folder, budget_bytes, lambda: random.random() < budget_bytes / total)
+    if 2 * sum(len(text.encode()) for text in texts) < min(budget_bytes, total):
+        texts = _drawn(corpus_folder, budget_bytes, lambda: True)
+    return texts
+
+
+def _drawn(corpus_folder: Path, budget_bytes: int, wanted: Callable[[], bool]) -> list[str]:
     texts, left = [], budget_bytes
     for document in itertools.chain.from_iterable(corpus.train_batches(corpus_folder)):
-        if random.random() < share and document.bytes <= left:
-            texts.append(document.text)
-            left -= document.bytes
+        if wanted() and left > 0:
+            whole = document.bytes <= left
+            text = document.text if whole else document.text.encode()[:left].decode(errors="ignore")
+            texts.append(text)
+            left -= document.bytes if whole else left
     return texts
 
 

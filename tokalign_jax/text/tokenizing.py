@@ -6,6 +6,7 @@ and `index.json` (type, sizes, what of a text the tokenizer does not keep, and d
 them and bytes per token by language).
 """
 
+import itertools
 import json
 from array import array
 from collections import Counter
@@ -112,6 +113,15 @@ def run(
     return indices
 
 
+def check(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+      UserError: nothing can end a document (`end_of_text_id`), or there is text that the tokenizer fails at.
+    """
+    end_of_text_id(tokenizer)
+    losses(tokenizer)
+
+
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends a document: eos, else sep, else a special token named like one, else bos.
 
@@ -147,8 +157,12 @@ def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None:
-    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    return whole[place] if whole[place] != bare[place] and whole[place] in special_ids(tokenizer) else None
+    # Some vocabularies (of one script, of capitals) do not know an "a": then with the first token that they do know.
+    for text in itertools.chain("a", tokenizer.get_vocab()):
+        whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+        if bare and not set(bare) & special_ids(tokenizer):
+            return whole[place] if whole[place] != bare[place] and whole[place] in special_ids(tokenizer) else None
+    return None
 
 
 _COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
@@ -174,10 +188,11 @@ class _Writer:
 
     def add(self, documents: Sequence[corpus.Document]) -> None:
         encodings = self._backend.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
-        for document, encoding in zip(documents, encodings):
-            ids = np.array([*encoding.ids, self._end], self._dtype)
+        written = [np.array([*encoding.ids, self._end], self._dtype) for encoding in encodings]
+        if written:  # counted together: each count goes through the whole vocabulary
+            self._counts += np.bincount(np.concatenate(written), minlength=len(self._counts))
+        for document, ids in zip(documents, written):
             self._file.write(ids.tobytes())
-            self._counts += np.bincount(ids, minlength=len(self._counts))
             self._tokens += len(ids)
             self._ends.append(self._tokens)
             unknown = 0 if self._unknown is None else int(np.count_nonzero(ids[:-1] == self._unknown))
