@@ -202,6 +202,11 @@ CASES = (
     Case("phi3", "fused projections, window", {"sliding_window": 12}),
     Case(
         "phi3",
+        "one key-value head, partial rotary",
+        {"num_key_value_heads": 1, **_rope("default", partial_rotary_factor=0.5)},
+    ),
+    Case(
+        "phi3",
         "LongRoPE, partial rotary, tied",
         {
             "hidden_size": 64,
@@ -253,6 +258,11 @@ CASES = (
             "use_qkv_bias": True,
             **_rope("default", partial_rotary_factor=0.5),
         },
+    ),
+    Case(
+        "stablelm",
+        "one key-value head, query and key norms",
+        {"num_key_value_heads": 1, "qk_layernorm": True, **_rope("default", partial_rotary_factor=0.5)},
     ),
     Case(
         "stablelm",

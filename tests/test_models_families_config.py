@@ -182,7 +182,8 @@ def test_keys_that_are_left_out_or_called_otherwise():
         raw = {key: value for key, value in _raw(family).items() if key != "tie_word_embeddings"}
         assert families.config_from_hf(raw).tie_word_embeddings
     renamed = {("num_local_experts" if key == "num_experts" else key): v for key, v in _raw("qwen3_moe").items()}
-    assert families.config_from_hf(renamed) == _read("qwen3_moe")
+    assert families.config_from_hf(renamed) == _read("qwen3_moe", num_local_experts=8) == _read("qwen3_moe")
+    assert _read("gpt2", activation_function="gelu_python").activation == "gelu"
     assert _read("phi3", partial_rotary_factor=0.5).layer_kinds[0].rope.size == 8
     old = {"hidden_activation": None, "hidden_act": "gelu_pytorch_tanh"}
     assert _read("gemma2", **old) == _read("gemma2")
@@ -240,6 +241,10 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         ("llama", {"clip_qkv": 8.0}, "'clip_qkv' to 8.0"),
         ("llama", {"num_local_experts": 8}, "'num_local_experts' to 8"),
         ("llama", {"logits_scaling": 8.0}, "'logits_scaling'"),
+        ("llama", {"is_causal": False}, "'is_causal' to False"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_parameters'.*each kind of layer"),
+        ("olmo3", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_parameters'.*each kind of layer"),
+        ("qwen3_moe", {"num_local_experts": 4}, "'num_local_experts' to 4"),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' to 0.5"),
         (
             "llama",

@@ -101,6 +101,9 @@ def test_what_a_nested_config_leaves_out_is_the_default_of_its_class(tmp_path):
     assert (kinds[0].window, kinds[0].rope.theta, kinds[0].rope.scaling) == (1024, 10000.0, None)
     assert (kinds[5].rope.theta, kinds[5].rope.scaling.factor) == (1e6, 8.0)
     assert raw["num_attention_heads"] == 8
+    _write(tmp_path, {"model_type": "llava", "torch_dtype": "float16", "text_config": {"model_type": "llama"}})
+    raw = hub.text_config(hub.read_json(tmp_path / "config.json") or {})
+    assert raw["torch_dtype"] == "float16" and "dtype" not in raw  # one type, not the text model's default beside it
     _write(tmp_path, {"model_type": "llava", "text_config": {"model_type": "mamba"}})
     with pytest.raises(UserError, match=r"text model of this 'llava' model is of model_type 'mamba'.*qwen3"):
         hub.load_config(tmp_path)

@@ -159,6 +159,12 @@ def test_other_formats_are_refused_with_the_way_out(file, message, fake, tmp_pat
         hub.resolve(name, what="tokenizer", weights=False)
 
 
+def test_an_adapter_beside_the_weights_is_not_left_out_without_a_word(tmp_path):
+    folder = _write(tmp_path / "local", config__json="{}", model__safetensors="x", adapter_config__json="{}")
+    with pytest.raises(UserError, match=r"has an adapter beside its weights.*merge it"):
+        hub.resolve(str(folder), what="source model")
+
+
 def test_the_command_that_converts_is_a_program():
     for name in ("/models/x", "me/old@v1"):
         text = hub._no_safetensors(name, ["pytorch_model.bin"])
@@ -286,6 +292,14 @@ def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path)
     ends = [source.eos_token_id, *source.convert_tokens_to_ids(["<|gone|>", "<|eot_id|>"])]
     hub.write_json(tmp_path / "generation_config.json", {"eos_token_id": ends, "top_p": 0.9})
     config = {"model_type": "llama", "eos_token_id": ends[0]}
+    single = _write(tmp_path / "single")
+    source.save_pretrained(single)
+    hub.write_json(single / "generation_config.json", {"eos_token_id": ends[2]})
+    out = _write(tmp_path / "of_single")
+    hub.save_config_and_tokenizer(out, config, target, single)
+    expected = [target.eos_token_id, target.convert_tokens_to_ids("<|eot_id|>")]
+    assert (hub.read_json(out / "generation_config.json") or {})["eos_token_id"] == expected
+    assert (hub.read_json(out / "config.json") or {})["eos_token_id"] == target.eos_token_id
     for tokenizer, expected in (
         (source, ends),
         (target, [target.eos_token_id, target.convert_tokens_to_ids("<|eot_id|>")]),

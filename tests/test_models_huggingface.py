@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.transformer import logits
@@ -83,6 +85,25 @@ def test_older_spellings_of_the_config_mean_the_same(tmp_path):
         assert families.config_from_hf(without | old) == expected
 
 
+@pytest.mark.parametrize("mesh", [None, sharding.make_mesh()], ids=["host", "mesh"])
+def test_tensors_of_several_types_and_wide_ones_are_read_as_float32(mesh, tmp_path):
+    """Float64 is rounded: there is no other place on an accelerator."""
+    folder = _folder(tmp_path)
+    config, _, before = _load(folder)
+    weights, rounded = _weights(folder), {"0": jnp.bfloat16, "1": np.float16}
+    weights = {
+        k: v.astype(rounded[n[1]] if (n := re.search(r"layers\.(\d)\.mlp", k)) else np.float64)
+        for k, v in weights.items()
+    }
+    save_file(weights, folder / "model.safetensors")
+    after = paths.flatten(huggingface.load_params(folder, config, mesh=mesh))
+    assert {leaf.dtype for leaf in after.values()} == {jnp.dtype(jnp.float32)}
+    for path, leaf in paths.flatten(before).items():
+        if "/mlp/" in path:
+            leaf = jnp.stack([leaf[0].astype(jnp.bfloat16), leaf[1].astype(np.float16)], dtype=jnp.float32)
+        np.testing.assert_array_equal(np.asarray(after[path])[: len(leaf)], leaf)
+
+
 def test_old_checkpoints_may_hold_buffers_and_a_copy_of_a_tied_embedding(tmp_path):
     folder = _folder(tmp_path, "gpt_neox", tied=True)
     weights = _weights(folder)
@@ -112,6 +133,19 @@ def test_checkpoints_of_a_model_without_its_head_lack_the_first_part_of_names(tm
         save_file(bare, folder / "model.safetensors")
         _, _, after = _load(folder)
         jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@BOTH
+def test_a_tied_model_may_be_stored_by_its_heads_name(family, tmp_path):
+    folder = _folder(tmp_path, family, tied=True)
+    weights, (_, _, before) = _weights(folder), _load(folder)
+    names = {"model.embed_tokens.weight": "lm_head.weight", "gpt_neox.embed_in.weight": "embed_out.weight"}
+    save_file({names.get(name, name): tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    config, raw, after = _load(folder)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    huggingface.save_checkpoint(tmp_path / "out", after, config, raw, TOKENIZER, source_folder=folder)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight
+    np.testing.assert_array_equal(loaded.detach().numpy(), np.asarray(before["embed_tokens"]["embedding"]))
 
 
 def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
@@ -179,6 +213,9 @@ def test_the_written_type_can_be_chosen(tmp_path):
     huggingface.save_checkpoint(tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16")
     assert {weight.dtype for weight in _weights(tmp_path / "target").values()} == {np.dtype(jnp.bfloat16)}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == torch.bfloat16
+    both = {**raw, "dtype": "float32", "torch_dtype": "float16"}  # as older files of a multimodal model end up
+    huggingface.save_checkpoint(tmp_path / "old", params, config, both, TOKENIZER, dtypes="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype="auto").dtype == torch.bfloat16
     with pytest.raises(UserError, match="not empty"):
         huggingface.save_checkpoint(tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16")
     with pytest.raises(UserError, match=r"280 tokens.*270 rows"):

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -17,6 +18,12 @@ def unread() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def complain(text: str) -> None:
+    """Says it on the error output, if anybody listens there."""
+    with suppress(OSError):
+        print(f"\n{text}", file=sys.stderr, flush=True)
+
+
 def exit_code(command: Callable[[], object]) -> int:
     """Runs a command that prints: 0 at its end, 2 for bad input, which is told on the error output."""
     try:
@@ -27,5 +34,5 @@ def exit_code(command: Callable[[], object]) -> int:
         unread()
         return 0
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2

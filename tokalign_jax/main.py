@@ -26,7 +26,7 @@ from ml_collections import config_dict, config_flags
 
 from tokalign_jax import stopping
 from tokalign_jax.config import Config, config_from_dict
-from tokalign_jax.errors import UserError, unread
+from tokalign_jax.errors import UserError, complain, unread
 from tokalign_jax.progress import Log, duration
 
 DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
@@ -64,7 +64,7 @@ def command(
         unread()
         return 0
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     return session(given, work) if work else 0
 
@@ -109,18 +109,18 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
             compiling.prepare()
             work(_logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
-            print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir_of(given)}")
+            _print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir_of(given)}")
         return 0
     except stopping.Stopped as stopped:
-        print(f"\n{who()}{stopped}: the same command goes on from here", file=sys.stderr)
+        complain(f"{who()}{stopped}: the same command goes on from here")
         return stopping.EXIT_CODE
     except UserError as error:
-        print(f"\n{who()}error: {error}", file=sys.stderr)
+        complain(f"{who()}error: {error}")
         return _end_all(str(error), 2)
     except Exception as error:
         if distributed.count() == 1:
             raise
-        print(f"\n{who()}{traceback.format_exc()}", file=sys.stderr)
+        complain(f"{who()}{traceback.format_exc()}")
         return _end_all(f"{type(error).__name__}: {error}", 1)
 
 
@@ -257,13 +257,15 @@ def _flat_keys(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
 def _logger() -> Log:
     start = time.monotonic()
 
-    def log(line: str) -> None:
-        try:
-            print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True)
-        except BrokenPipeError:  # a run does not end with the reader of its log: what it finds is in its workdir
-            unread()
+    return lambda line: _print(f"[{duration(time.monotonic() - start):>6}] {line}")
 
-    return log
+
+def _print(line: str) -> None:
+    """A run does not end with the reader of its log, nor with the disk that its log is on: what it finds is in its workdir."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        unread()
 
 
 if __name__ == "__main__":

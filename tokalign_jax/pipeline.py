@@ -24,7 +24,9 @@ from tokalign_jax import stages, stopping
 from tokalign_jax.config import TRAINING, Config, config_to_dict, training_stages
 from tokalign_jax.distributed import is_first, on_first
 from tokalign_jax.errors import UserError
+from tokalign_jax.files import partial_of, unused, write_whole
 from tokalign_jax.progress import Log, duration
+from tokalign_jax.training.checkpoints import naming_a_full_disk
 
 STATE_FILE = "stages.json"
 
@@ -73,6 +75,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
         stage = {k: v for k, v in config_to_dict(getattr(config, name)).items() if k not in _WITHOUT_EFFECT}
+        stage |= {k: getattr(type(getattr(config, name)), k) for k in _AS_BY_DEFAULT}
         stage |= {"teacher": outside["teacher"]} if "teacher" in stage else {}
         return Stage(
             name,
@@ -114,7 +117,14 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             stages.corpus,
         ),
         *extension,
-        Stage("tokens", "cut the documents with both tokenizers", ("corpus", *target), vocabularies, stages.tokens),
+        Stage(
+            "tokens",
+            "cut the documents with both tokenizers",
+            ("corpus", *target),
+            vocabularies,
+            stages.tokens,
+            is_whole=stages.has_tokens,
+        ),
         Stage(
             "align",
             "align target tokens to source tokens",
@@ -134,6 +144,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             },
             stages.init,
             together=True,
+            is_whole=lambda c: stages.has_model(c, "init"),
         ),
         *(training(name) for name in models[1:]),
         *(evaluation(state) for state in [*baselines, *models]),
@@ -144,6 +155,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             {"export": config_to_dict(config.export)},
             lambda c: stages.export(c, reached),
             together=True,
+            is_whole=lambda c: stages.has_model(c, "export"),
         ),
         Stage(
             "report",
@@ -177,6 +189,8 @@ def model_states(config: Config) -> list[str]:
 
 _WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every", "per_device_batch")
 """Fields of a training stage that change nothing in its result but rounding."""
+_AS_BY_DEFAULT = ("max_skipped_in_a_row",)
+"""Such fields that a fingerprint has as if they were not set: it was made with them once, and finished runs are to stay so."""
 
 
 def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log) -> Path:
@@ -249,9 +263,14 @@ def lock(workdir: Path) -> Iterator[None]:
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another process runs in --workdir '{workdir}'; wait for it, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"--workdir '{workdir}' is on a file system that cannot lock files ({error.strerror}), so that a second run could write "
+                "over this one: mount it with locks (Lustre: -o flock), or choose another --workdir"
             ) from error
         yield
 
@@ -271,7 +290,7 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
     if not on_first(lambda: _is_due(stage, fingerprint, context, state)):
         return
     start = time.time()
-    with stages.naming_full_memory(context, stage.name):
+    with stages.naming_full_memory(context, stage.name), naming_a_full_disk(context.workdir):
         summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
     seconds = round(time.time() - start, 2)
     on_first(lambda: state.finish(stage.name, seconds, summary or {}))
@@ -286,6 +305,10 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
     if finished and stage.is_whole(context):
         context.log(f"{stage.name}: finished, skipped")
         return False
+    if finished and not stage.resumes:
+        damaged = unused(folder.with_name(f"{folder.name}.damaged"))
+        folder.rename(damaged)
+        context.log(f"{stage.name}: warning: what it left is not whole any more; it was renamed to '{damaged}'")
     if record and record["fingerprint"] != fingerprint:
         context.log(f"{stage.name}: to be done again, {_what_changed(record, stage)}")
         state.set_aside(stage.name, folder)
@@ -298,11 +321,11 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
                 f"'{folder}' exists and is not of this run ({STATE_FILE} does not know it); move it away or choose another "
                 "--workdir"
             )
-        shutil.rmtree(folder)  # our own, and unfinished
+        shutil.rmtree(folder.resolve())  # our own, and unfinished
     context.log(f"{stage.name}: {stage.says}")
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"fingerprint": fingerprint, "settings": stage.settings, "finished": False, "needs": list(stage.needs)}
     state.put(stage.name, record)
+    folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to another disk
     return True
 
 
@@ -357,10 +380,17 @@ def _closure(found: Mapping[str, Stage], names: Sequence[str]) -> set[str]:
 
 def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> None:
     """A workdir is a run's own: empty, or begun with the same source model and target tokenizer."""
+    if marks := set(str(workdir.absolute())) & set("[]*?\\"):
+        # Orbax looks for its files by patterns, and would find none of them.
+        raise UserError(
+            f"--workdir '{workdir}' has {' '.join(sorted(marks))} in its path, where checkpoints could not be read again: name a folder "
+            "whose path has none of [ ] * ? \\"
+        )
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir '{workdir}' is a file; name a folder")
     if not state.exists:
-        if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
+        ours = {".lock", partial_of(workdir / STATE_FILE).name}
+        if workdir.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
                 f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no {STATE_FILE}); nothing there is touched: "
                 "choose an empty or a new folder"
@@ -380,12 +410,22 @@ _OUTDATED = "outdated"
 
 
 class _State:
-    """`stages.json`: written whole and renamed, so that a killed run leaves the old or the new one."""
+    """`stages.json`: the books of a workdir.
+
+    Whatever moment a run ends at, they know of all that is there: of what is to be moved they have both places beforehand, and one of
+    them afterwards.
+    """
 
     def __init__(self, workdir: Path):
         self._workdir, self._path = workdir, workdir / STATE_FILE
         self.exists = self._path.exists()
-        content = json.loads(self._path.read_text()) if self.exists else {}
+        try:
+            content = json.loads(self._path.read_text()) if self.exists else {}
+        except ValueError as error:
+            raise UserError(
+                f"'{self._path}' is damaged ({error}), and without it nobody knows which stages of the run are done: bring back a copy, or "
+                "choose another --workdir (checkpoints and export in this one are not touched)"
+            ) from error
         self.identity: dict[str, str] = content.get("run", {})
         self.current: dict[str, dict] = content.get("stages", {})
         self._outdated: dict[str, dict] = content.get(_OUTDATED, {})
@@ -407,11 +447,12 @@ class _State:
         if folder.exists():
             key = f"{name.replace('/', '-')}-{record['fingerprint'][:12]}"
             place = self._workdir / _OUTDATED / key
-            place.parent.mkdir(exist_ok=True)
-            if place.exists():
-                shutil.rmtree(place)  # the same stage with the same settings, aside since before
-            os.replace(folder, place)
+            place.parent.resolve().mkdir(exist_ok=True)
+            if place.exists():  # the same stage with the same settings, aside since before
+                os.replace(place, unused(place.with_name(f"{key}.before")))
             self._outdated[key] = record
+            self._write()
+            shutil.move(folder, place)  # perhaps to another disk
         del self.current[name]
         self._write()
 
@@ -422,9 +463,11 @@ class _State:
         if key not in self._outdated or not place.exists() or folder.exists():
             return False
         folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(place, folder)
-        record = self._outdated.pop(key)
+        record = self._outdated[key]
         self.put(name, record)
+        shutil.move(place, folder)
+        del self._outdated[key]
+        self._write()
         return record["finished"]
 
     def drop(self, keep: Set[str]) -> None:
@@ -435,8 +478,5 @@ class _State:
         self._write()
 
     def _write(self) -> None:
-        self._workdir.mkdir(parents=True, exist_ok=True)
         content = {"run": self.identity, "stages": self.current, _OUTDATED: self._outdated}
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-        os.replace(partial, self._path)
+        write_whole(self._path, json.dumps(content, indent=1, default=str) + "\n")

@@ -506,6 +506,26 @@ def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Obje
     return distillation.objective(stage, teacher)
 
 
+def has_tokens(context: Context) -> bool:
+    """Whether the shards of both sides are whole."""
+    try:
+        for side in tokenizing.SIDES:
+            tokenizing.TokenShards.open(context.folder("tokens") / side)
+    except UserError:
+        return False
+    return True
+
+
+def has_model(context: Context, name: str) -> bool:
+    """Whether the folder holds a whole model, as far as sizes tell."""
+    try:
+        config, _ = hub.load_config(context.folder(name))
+        huggingface.check_weights(context.folder(name), config)
+    except UserError:
+        return False
+    return True
+
+
 def is_trained(context: Context, name: str) -> bool:
     """Whether the stage's last checkpoint is there."""
     return loop.is_finished(context.folder(name), getattr(context.config, name))

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 EXIT_CODE = 75
@@ -47,7 +47,8 @@ def listening() -> Iterator[None]:
             os.kill(os.getpid(), number)
         elif _request.when is None:
             ask()
-            os.write(2, b"\nasked to stop: at the next good moment (once more kills at once)\n")
+            with suppress(OSError):  # the reader of what is said may have got the signal too, and be gone
+                os.write(2, b"\nasked to stop: at the next good moment (once more kills at once)\n")
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -87,10 +87,19 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
                     f"{what} '{name}': its {INDEX} lists '{odd[0]}', which is no safetensors file beside it"
                 )
             folder = _fetched(name, [*_DATA, *files], what)
-    if weights and not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+    if weights and (folder / "adapter_config.json").is_file() and _has_weights(folder):
+        raise UserError(
+            f"{what} '{name}' has an adapter beside its weights (adapter_config.json), which would be left out: merge it into them first "
+            "(peft's merge_and_unload), or take adapter_config.json away if they are what is meant"
+        )
+    if weights and not _has_weights(folder):
         names = [path.name for path in folder.iterdir()] if folder == Path(name).expanduser() else _listed(name)
         raise UserError(f"{what} '{name}' {_no_safetensors(name, names)}")
     return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 _ELSEWHERE = (
@@ -334,15 +343,19 @@ def save_config_and_tokenizer(
     files = {"config.json": config, "generation_config.json": generation_config or {"_from_model_config": True}}
     for name, source in files.items():
         kept = {key: value for key, value in source.items() if key not in _OLD_VOCABULARY}
-        more = _other_ends(source.get("eos_token_id"), source_folder, tokenizer)
+        old = source.get("eos_token_id")
+        if not isinstance(old, list):
+            # What ends a chat's turns may be in generation_config.json alone.
+            old = [] if old in (None, config.get("eos_token_id")) else [old]
+        more = _other_ends(old, source_folder, tokenizer)
         ends = {"eos_token_id": [ids["eos_token_id"], *more]} if more else {}
         write_json(folder / name, kept | ids | ends)
     tokenizer.save_pretrained(str(folder))
 
 
-def _other_ends(old: Any, source_folder: Path | str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _other_ends(old: list[int], source_folder: Path | str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids of the special tokens that `old`, a list of the source's ids, stands for, but for the eos."""
-    if not (isinstance(old, list) and source_folder):
+    if not (old and source_folder):
         return []
     names = load_tokenizer(source_folder).convert_ids_to_tokens(old)
     known = tokenizer.get_vocab()

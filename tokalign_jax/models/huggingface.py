@@ -83,7 +83,7 @@ def load_params(
     shapes = _leaf_shapes(config)
     leaves: dict[str, _Leaf] = {}
     for weight, places in matched:
-        own = np.result_type(*{_FLOATS[stored[name].dtype] for _, name in places})
+        own = _type_of_all({_FLOATS[stored[name].dtype] for _, name in places})
         for path in weight.leaves:
             leaves[path] = _Leaf(path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh)
     # File by file: a mapped file counts as memory until it is closed.
@@ -99,6 +99,12 @@ def load_params(
                         leaves[path].write(block, (*part, *start))
     _check_copies_of_embedding(stored, matched, config)
     return paths.unflatten({path: leaf.array() for path, leaf in leaves.items()})
+
+
+def _type_of_all(dtypes: set[np.dtype]) -> np.dtype:
+    """What holds a leaf whose tensors are stored in these: float32, which is exact but for float64, unless all are of one narrower type."""
+    (first, *others) = dtypes
+    return first if not others and first.itemsize < 4 else np.dtype(np.float32)
 
 
 def stored_dtypes(folder: Path | str) -> dict[str, np.dtype]:
@@ -240,7 +246,10 @@ def _match(folder: Path, stored: Mapping[str, _Stored], config: ModelConfig) -> 
     matched = [
         (
             weight,
-            [(part, _stored_name(folder, stored, weight.names(part))) for part in weight.slices(config.num_layers)],
+            [
+                (part, _stored_name(folder, stored, weight.names(part) + _tied(weight, config)))
+                for part in weight.slices(config.num_layers)
+            ],
         )
         for weight in weight_table(config, stored)
     ]
@@ -260,6 +269,13 @@ def _match(folder: Path, stored: Mapping[str, _Stored], config: ModelConfig) -> 
             f"{', '.join(unused[:5])}{more}; either config.json is of another model, or parts of it are not implemented"
         )
     return matched
+
+
+def _tied(weight: Weight, config: ModelConfig) -> tuple[str, ...]:
+    """Names under which a tied model's embedding may be stored instead: those of the head that it is."""
+    if not (config.tie_word_embeddings and weight.leaves == ("embed_tokens/embedding",)):
+        return ()
+    return family(config.model_type).HEAD.names(())
 
 
 def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, ...]) -> str:
@@ -361,8 +377,11 @@ def save_checkpoint(
             f"the tokenizer has {vocabulary_size(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
             f"tokens would have none; give the model at least as many rows"
         )
-    dtype = {} if dtypes == "source" else {"torch_dtype" if "torch_dtype" in raw_config else "dtype": dtypes}
-    new = dtype | {"vocab_size": config.vocab_size}
+    new: dict[str, Any] = {"vocab_size": config.vocab_size}
+    if dtypes != "source":  # one key, the one that is there: readers prefer the one or the other
+        name = "torch_dtype" if "torch_dtype" in raw_config else "dtype"
+        raw_config = {key: value for key, value in raw_config.items() if key not in ("dtype", "torch_dtype")}
+        new[name] = dtypes
     if writes:
         hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
     stored = stored_dtypes(source_folder) if source_folder else {}
@@ -388,7 +407,7 @@ def write_weights(
     for weight in weight_table(config, stored):
         shape = _tensor_shape(weight, shapes)
         for part in weight.slices(config.num_layers):
-            usual, *others = weight.names(part)
+            usual, *others = weight.names(part) + _tied(weight, config)
             name = next((n for n in (usual, *others) if n in stored), usual)
             dtype = stored[name] if dtypes == "source" else np.dtype(dtypes)
             tensors.append(_Tensor(name, weight, part, dtype, shape))

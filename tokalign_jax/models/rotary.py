@@ -161,8 +161,21 @@ def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     half = cosine.shape[-1]
     first, second = (x[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half)))
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
-    # Where only a part turns, the rest stays where it is in memory.
-    return turned if 2 * half == x.shape[-1] else jax.lax.dynamic_update_slice_in_dim(x, turned, 0, axis=-1)
+    if 2 * half == x.shape[-1]:
+        return turned
+    if x.shape[-2] == 1:
+        return _beside(x, turned)
+    return jax.lax.platform_dependent(x, turned, cuda=_in_place, default=_beside)
+
+
+def _in_place(x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]) -> Float[Array, "B T N H"]:
+    """Where only a part turns, the rest stays where it is in memory: that saves a GPU a pass over it."""
+    return jax.lax.dynamic_update_slice_in_dim(x, turned, 0, axis=-1)
+
+
+def _beside(x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]) -> Float[Array, "B T N H"]:
+    """The same, written anew. XLA for CPUs would turn `x` within itself, and of one head read what it has overwritten (jaxlib 0.10.2)."""
+    return jnp.concatenate([turned, x[..., turned.shape[-1] :]], axis=-1)
 
 
 def _rotate_forward(x: Float[Array, "B T N H"], by: Rotation):

@@ -26,6 +26,7 @@ from jaxtyping import Array, UInt32
 
 from tokalign_jax import distributed, paths
 from tokalign_jax.errors import UserError
+from tokalign_jax.files import unused
 from tokalign_jax.stopping import Stopped
 from tokalign_jax.training.step import TrainState
 
@@ -127,8 +128,7 @@ class Checkpoints:
         """Renames a damaged checkpoint, so that it is none any more but can be looked at; returns its new place."""
 
         def rename() -> str:
-            names = (f"{step}.damaged{number or ''}" for number in range(1000))
-            aside = next(place for name in names if not (place := self.path(step).with_name(name)).exists())
+            aside = unused(self.path(step).with_name(f"{step}.damaged"))
             self.path(step).rename(aside)
             return str(aside)
 
@@ -165,9 +165,16 @@ class Checkpoints:
         result, failure = None, None
         try:
             result = read()
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # nothing is wrong with the files
         except Exception as error:
+            if (code := _system_code(error)) in _OF_THE_STORAGE:
+                told = f"the checkpoint '{self.path(step)}' could not be read ({' '.join(str(error).split())[:200]})"
+                if code in (errno.EPERM, errno.EACCES):
+                    raise UserError(
+                        f"{told}: see that this user may read it, and run the same command again"
+                    ) from error
+                raise Stopped(f"{told}, which is no fault of the checkpoint's") from error
             failure = Damaged(self._damage(step, f"{type(error).__name__}: {error}"))
             failure.__cause__ = error
         try:
@@ -206,11 +213,11 @@ def _checksum(leaf: Array) -> UInt32[Array, ""]:
 
 
 @contextmanager
-def naming_a_full_disk(folder: Path, needed: int) -> Iterator[None]:
+def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
     """
     Args:
       folder: where the body writes.
-      needed: bytes of a checkpoint.
+      needed: bytes of a checkpoint, where it writes some.
 
     Raises:
       UserError: instead of whatever says that a write found no room.
@@ -221,10 +228,14 @@ def naming_a_full_disk(folder: Path, needed: int) -> Iterator[None]:
         if not _found_no_room(error):
             raise
         free = shutil.disk_usage(folder).free
+        told = f"the disk of '{folder}' is full, or its quota is used up: {free / 1e9:.3f} GB are free"
+        if not needed:
+            raise UserError(
+                f"{told}. What was finished before is whole: free some room and run the same command again"
+            ) from error
         raise UserError(
-            f"the disk of '{folder}' is full, or its quota is used up: {free / 1e9:.3f} GB are free, and a checkpoint takes up to "
-            f"{needed / 1e9:.3f} GB. What was saved before is whole: free some room (or lower keep_checkpoints) and run the same "
-            "command again, which goes on from the newest checkpoint"
+            f"{told}, and a checkpoint takes up to {needed / 1e9:.3f} GB. What was saved before is whole: free some room (or lower "
+            "keep_checkpoints) and run the same command again, which goes on from the newest checkpoint"
         ) from error
 
 
@@ -232,12 +243,38 @@ def _found_no_room(error: BaseException | None) -> bool:
     """Whether it, or what led to it, is the system's word that a disk or quota is full, or a file too large."""
     if error is None:
         return False
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # TensorStore raises a ValueError with the code in its text.
-    told = re.search(r"os_error_code='(\d+)'", str(error))
-    if (isinstance(error, OSError) and error.errno in codes) or (told and int(told[1]) in codes):
+    if _system_code(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return _found_no_room(error.__cause__ or error.__context__)
+
+
+_OF_THE_STORAGE = {
+    getattr(errno, name)
+    for name in (
+        *("EPERM", "EACCES", "EIO", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        *(
+            "ECONNRESET",
+            "ECONNABORTED",
+            "ECONNREFUSED",
+            "ENOTCONN",
+            "EMFILE",
+            "ENFILE",
+            "ENOMEM",
+            "EAGAIN",
+            "EREMOTEIO",
+        ),
+    )
+    if hasattr(errno, name)
+}
+"""What the system says when the storage, a network or a limit is to blame, not what stands in a file."""
+
+
+def _system_code(error: BaseException) -> int | None:
+    """The system's number for what went wrong; TensorStore has it in the text of a ValueError."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(told[1]) if told else None
 
 
 def check_resumable(position: Position, global_batch: int, fingerprint: str, folder: Path) -> None:

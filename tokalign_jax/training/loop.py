@@ -253,9 +253,8 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh)
             return paths.merge(checkpoints.restore_params(stage.steps, like), frozen)
         except Damaged as damage:
             aside = checkpoints.set_aside(stage.steps)
-            raise UserError(
-                f"{damage}; it was renamed to '{aside.name}': run the same command again, which takes the stage's last steps anew "
-                "from the checkpoint before"
+            raise stopping.Stopped(
+                f"{damage}; it was renamed to '{aside.name}'; the stage's last steps are taken anew from the checkpoint before"
             ) from damage
 
 

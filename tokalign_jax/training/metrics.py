@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokalign_jax.files import write_whole
 from tokalign_jax.progress import Log, duration, quantity
 
 Record = dict[str, Any]
@@ -34,8 +35,16 @@ def read(path: Path) -> list[Record]:
     """The whole lines of a metrics file; what a killed run left of its last line is not one."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]  # a whole line ends in a newline
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(errors="replace").split("\n")[:-1]  # a whole line ends in a newline
+    return [record for line in lines if (record := _record(line))]
+
+
+def _record(line: str) -> Record | None:
+    """None of a line that a power cut, say, left full of zeros."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 class Recorder:
@@ -51,7 +60,7 @@ class Recorder:
         self._recent: deque[float] = deque((loss for loss in losses if loss is not None), _WINDOW)
         self._file = self._board = None
         if writes:
-            _replace(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
+            write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = self._path.open("a")
             self._board = _Board(folder / "tensorboard", done)
         self.start_clock()
@@ -160,14 +169,3 @@ class _Board:
 
 def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -92,9 +92,8 @@ def _sandwiched(raw: Raw) -> dict[str, Any]:
 
 def _rope(raw: Raw, kind: str):
     """Gemma 3's rotary embedding of one kind of layer; older files scale that of layers without a window only."""
-    settings = raw.get("rope_parameters") or {}
-    if kind in settings:
-        return reading.rope({**raw, "rope_parameters": settings[kind], "rope_scaling": None})
+    if rope := reading.rope_of_kind(raw, kind):
+        return rope
     if kind == FULL:
         return reading.rope(raw)
     return reading.rope({**raw, "rope_scaling": None, "rope_theta": required(raw, "rope_local_base_freq")})

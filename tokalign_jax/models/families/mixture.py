@@ -80,7 +80,9 @@ def _mixtral(raw: Raw) -> dict[str, Any]:
 
 def _qwen3(raw: Raw) -> dict[str, Any]:
     count = "num_experts" if "num_experts" in raw else "num_local_experts"
-    reading.check_flags(raw, ("attention_bias", "sliding_window", "use_sliding_window", count))
+    known = ("attention_bias", "sliding_window", "use_sliding_window", count)
+    same = raw.get("num_local_experts") == required(raw, count)  # some files have both
+    reading.check_flags(raw, (*known, "num_local_experts") if same else known)
     if raw.get("decoder_sparse_step", 1) != 1:
         raise reading.refuse(raw, "decoder_sparse_step", "1: experts in every layer")
     window = required(raw, "sliding_window") if raw.get("use_sliding_window") else None

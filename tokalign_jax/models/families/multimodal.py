@@ -56,6 +56,8 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     above = {
         key: raw[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config") if key in raw
     }
+    if {"dtype", "torch_dtype"} & set(above):
+        whole = {key: value for key, value in whole.items() if key not in ("dtype", "torch_dtype")}
     return whole | above | {"architectures": [ARCHITECTURES[text["model_type"]]]}
 
 

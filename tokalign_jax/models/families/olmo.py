@@ -34,12 +34,7 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
-    settings = raw.get("rope_parameters") or {}
-    if FULL in settings:
-        full, sliding = (
-            reading.rope({**raw, "rope_parameters": settings[kind], "rope_scaling": None}) for kind in (FULL, SLIDING)
-        )
-    else:
-        full, sliding = reading.rope(raw), reading.rope({**raw, "rope_scaling": None})
+    full = reading.rope_of_kind(raw, FULL) or reading.rope(raw)
+    sliding = reading.rope_of_kind(raw, SLIDING) or reading.rope({**raw, "rope_scaling": None})
     kinds = {FULL: LayerKind(full), SLIDING: LayerKind(sliding, required(raw, "sliding_window"))}
     return tuple(kinds[kind] for kind in reading.layer_types(raw, lambda layer: SLIDING if (layer + 1) % 4 else FULL))

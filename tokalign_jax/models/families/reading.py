@@ -26,6 +26,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
@@ -44,6 +45,7 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
+    "is_causal": (True,),
     "lm_head_bias": (False,),
     "logit_scale": (1,),
     "logits_scaling": (1,),
@@ -165,6 +167,20 @@ def rope(raw: Raw, *, theta: float | None = None, fraction: float | None = None)
         settings["rope_theta"] = theta
     share = settings.get("partial_rotary_factor") or fraction or 1.0
     return Rope(int(head_dim(raw) * share), float(required(settings, "rope_theta")), _rope_scaling(raw, settings))
+
+
+def rope_of_kind(raw: Raw, kind: str) -> Rope | None:
+    """The rotary embedding of one kind of layers, in files that tell it by kind; None in older ones.
+
+    Raises:
+      UserError: `rope_parameters` does not say of which kind it is.
+    """
+    settings = raw.get("rope_parameters")
+    if not settings:
+        return None
+    if kind not in settings:
+        raise refuse(raw, "rope_parameters", f"an object for each kind of layer, '{kind}' among them")
+    return rope({**raw, "rope_parameters": settings[kind], "rope_scaling": None})
 
 
 def head_dim(raw: Raw) -> int:
