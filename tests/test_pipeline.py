@@ -372,6 +372,33 @@ def test_a_run_does_not_end_with_the_reader_of_its_output(flags, inputs, tmp_pat
     assert flags != ["--stages=corpus"] or (tmp_path / "run" / "corpus").is_dir()
 
 
+LISTENERS = """
+import os, signal, sys
+from tokalign_jax import errors, main, stopping
+log = main._logger()
+log("one")
+with stopping.listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.requested()
+    errors.complain("stopped")
+    log("two")
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("where", ["a closed pipe", "a full disk"])
+def test_a_request_is_one_also_where_nobody_listens_any_more(where):
+    """Ctrl-C reaches `tee` too, and a log may be on another disk than the run."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    if where == "a full disk":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run([sys.executable, "-c", LISTENERS], cwd=REPOSITORY, stdout=writer, stderr=writer, timeout=60)
+    os.close(writer)
+    assert done.returncode == 75
+
+
 def test_command_line_exit_codes(tmp_path):
     def code(*flags: str) -> int:
         command = [sys.executable, "-m", "tokalign_jax.main", *flags]

@@ -285,10 +285,10 @@ def test_a_killed_job_is_told_from_one_that_never_was(world):
 # --- Seeing a run through -----------------------------------------------------------------------------------------------
 
 
-def watch(world: World, expect: int = 0) -> subprocess.CompletedProcess:
+def watch(world: World, expect: int = 0, **settings: str) -> subprocess.CompletedProcess:
     # The stand-in for `sleep` does not sleep, so a job of the tests has time to end between two looks only by this.
     (world.bin / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
-    return world.run("watch.sh", "--", "--workdir", "w", expect=expect)
+    return world.run("watch.sh", "--", "--workdir", "w", expect=expect, **settings)
 
 
 def test_watch_runs_again_until_the_run_is_done(world):
@@ -330,6 +330,28 @@ def test_watch_stops_at_bad_input_and_reports_other_failures(world):
     world.codes("1")
     assert "failed (exit codes: 1" in watch(world, expect=1).stderr
     assert len(world.runs()) == 2
+
+
+def test_watch_does_not_take_another_runs_end_for_this_ones(world):
+    """The job of before ended well; this one cannot be set up at first."""
+    world.run("setup.sh")
+    world.run("run.sh", "--", "--workdir", "yesterday")
+    world.finish()
+    gcloud = world.bin / "gcloud"
+    whole = gcloud.read_text()
+    once = "if verb == 'scp' and not (world / 'broken').exists():\n    (world / 'broken').touch()\n    sys.exit(1)\n"
+    gcloud.write_text(whole.replace('if verb == "describe":', f'{once}if verb == "describe":'))
+    assert "is not up" in watch(world).stderr
+    assert [run[1][-1] for run in world.runs()] == ["yesterday", "w"]
+
+
+def test_watch_goes_on_after_a_killed_worker_but_not_for_ever(world):
+    world.codes("137", "75", "0")
+    assert "was killed (exit codes: 137" in watch(world).stderr
+    assert len(world.runs()) == 3
+    world.codes("139")
+    assert "failed (exit codes: 139" in watch(world, expect=1, MAX_FAILURES="2").stderr
+    assert len(world.runs()) == 6, "twice more, and then no more"
 
 
 def test_watch_gives_up_on_a_request_that_keeps_failing(world):

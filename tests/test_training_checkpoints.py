@@ -13,6 +13,7 @@ from training_toys import STAGE, assert_same, toy_params
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
 from tokalign_jax.sharding import make_mesh, place
+from tokalign_jax.stopping import Stopped
 from tokalign_jax.training.checkpoints import (
     Checkpoints,
     Damaged,
@@ -151,6 +152,25 @@ def test_what_is_not_the_files_fault_does_not_set_them_aside(two, monkeypatch):
     monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", out_of_memory)
     folder, states = two
     with Checkpoints(folder, keep=2) as checkpoints, pytest.raises(MemoryError):
+        checkpoints.restore(1, states[1])
+
+
+@pytest.mark.parametrize(
+    "error, end",
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), Stopped),
+        (OSError(errno.EMFILE, "Too many open files"), Stopped),
+        (ValueError("UNAVAILABLE: Failed to read [os_error_code='110']"), Stopped),
+        (PermissionError(errno.EACCES, "Permission denied"), UserError),
+    ],
+)
+def test_storage_that_does_not_answer_is_no_damage(error, end, two, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", fail)
+    folder, states = two
+    with Checkpoints(folder, keep=2) as checkpoints, pytest.raises(end, match=r"checkpoint '.*1' could not be read"):
         checkpoints.restore(1, states[1])
 
 

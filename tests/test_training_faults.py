@@ -23,6 +23,7 @@ from training_toys import (
 
 from tokalign_jax import sharding
 from tokalign_jax.errors import UserError
+from tokalign_jax.stopping import Stopped
 from tokalign_jax.training.loop import is_finished, load_final
 from tokalign_jax.training.metrics import read
 
@@ -174,7 +175,9 @@ def test_a_finished_stage_with_a_damaged_end_is_finished_no_more(tmp_path):
         return unpadded(load_final(tmp_path, STAGE, toy_params(), sharding.make_mesh()), VOCABULARY)
 
     assert is_finished(tmp_path, STAGE)
-    with pytest.raises(UserError, match=r"8' is damaged .* renamed to '8.damaged': run the same command again"):
+    with pytest.raises(
+        Stopped, match=r"8' is damaged .* renamed to '8.damaged'; the stage's last steps are taken anew"
+    ):
         final()
     assert not is_finished(tmp_path, STAGE)
     with pytest.raises(UserError, match="no checkpoint of step 8"):

@@ -17,7 +17,11 @@ step() { # one of the other scripts
   shift
   "$TPU_DIR/$script" ${flags[@]+"${flags[@]}"} "$@"
 }
-bring_up() { step create.sh && step setup.sh && step run.sh -- "${ARGS[@]}"; }
+up=0 # whether this command runs, or ran: what a job's exit codes say before that is of another run
+bring_up() {
+  up=0
+  step create.sh && step setup.sh && step run.sh -- "${ARGS[@]}" && up=1
+}
 
 # How the job is, over all workers: `running`, `absent` (not set up, not started, or not on all of them), or their exit codes.
 job_state() {
@@ -36,7 +40,7 @@ if [[ $DRY_RUN == 1 ]]; then
   exit 0
 fi
 
-failures=0
+failures=0 kills=0 ran=0
 bring_up || say "$NAME is not up; looking why"
 while true; do
   now=$(state ACTIVE) || now=UNKNOWN # gcloud could not be reached: ask again later
@@ -54,9 +58,10 @@ while true; do
       bring_up || say "$NAME is not up; trying again in ${POLL}s"
       ;;
     ACTIVE)
-      codes=$(job_state)
+      codes=absent
+      if ((up)); then codes=$(job_state); fi
       if [[ $codes == running ]]; then
-        failures=0
+        failures=0 ran=$((ran + 1))
       elif [[ $codes == absent ]]; then
         bring_up || say "$NAME is not up; trying again in ${POLL}s"
       elif ! grep -qv '^0$' <<<"$codes"; then
@@ -72,8 +77,15 @@ while true; do
         # A preempted slice may kill the workers before it says that it is suspended.
         sleep "$POLL"
         if [[ $(state ACTIVE) == ACTIVE ]]; then
-          say "error: the run failed (exit codes: $(tr '\n' ' ' <<<"$codes")); tpu/logs.sh shows why"
-          exit 1
+          if ((ran > MAX_FAILURES)); then kills=0; fi
+          if ((kills >= MAX_FAILURES)) || ! grep -qE '^(12[89]|1[3-9].|2..)$' <<<"$codes"; then
+            say "error: the run failed (exit codes: $(tr '\n' ' ' <<<"$codes")); tpu/logs.sh shows why"
+            exit 1
+          fi
+          # A worker was killed or started anew under it.
+          say "a process of the run was killed (exit codes: $(tr '\n' ' ' <<<"$codes")): going on"
+          kills=$((kills + 1)) ran=0
+          bring_up || say "$NAME is not up; trying again in ${POLL}s"
         fi
       fi
       ;;

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import tokenizers
@@ -183,7 +183,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     """
     backend = _backend(tokenizer)
     if isinstance(backend.model, tokenizers.models.Unigram):
-        return _reading_all_as_text(backend, special_ids(tokenizer) - {tokenizer.unk_token_id})
+        return _reading_all_as_text(backend, special_ids(tokenizer) - {cast(int, tokenizer.unk_token_id)})
     return _reading_all_as_text(backend)
 
 

@@ -235,8 +235,8 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh)
       params: what the stage began with, on `mesh`; gives the leaves that did not train.
 
     Raises:
-      UserError: when the folder has no whole checkpoint of the stage's last step; a damaged one is set aside, so that the stage is no
-        longer finished (`is_finished`).
+      UserError: when the folder has no checkpoint of the stage's last step.
+      Stopped: when that one is damaged: it is set aside, so that the stage is no longer finished (`is_finished`).
     """
     if not stage.steps:
         return params

@@ -1,0 +1,166 @@
+"""What the pipeline keeps in a workdir, and what is left of it whenever a run ends."""
+
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from tokalign_jax import pipeline
+from tokalign_jax.errors import UserError
+from tokalign_jax.training import metrics
+
+
+class Context:
+    """As much of a run's context as the books need."""
+
+    def __init__(self, workdir: Path):
+        self.workdir, self.said = workdir, []
+        self.log = self.said.append
+
+    def folder(self, name: str) -> Path:
+        return self.workdir / name
+
+    def run_identity(self) -> dict[str, str]:
+        return {"source_model": "a", "target_tokenizer": "b"}
+
+
+def bring_up(workdir: Path, rate: float, **more) -> Context:
+    """A run of one stage, which writes its rate, in a process that knows what is in the workdir and no more."""
+
+    def work(context):
+        (context.folder("train") / "rate").write_text(str(rate))
+
+    context, stage = Context(workdir), pipeline.Stage("train", "train", (), {"rate": rate}, work, **more)
+    state = pipeline._State(workdir)
+    pipeline._refuse_foreign(workdir, state, context)  # type: ignore[arg-type]
+    state.remember(context.run_identity())
+    pipeline._bring_up(stage, pipeline.fingerprints([stage])["train"], context, state)  # type: ignore[arg-type]
+    assert (context.folder("train") / "rate").read_text() == str(rate)
+    return context
+
+
+class Killed(Exception):
+    pass
+
+
+def ending_at(moment: int, monkeypatch) -> None:
+    """The process ends before its `moment`-th change of a name on disk."""
+    calls = itertools.count()
+
+    def guarded(change):
+        def changed(*args, **kwargs):
+            if next(calls) >= moment:
+                raise Killed
+            return change(*args, **kwargs)
+
+        return changed
+
+    for owner, name in ((os, "replace"), (os, "rename"), (Path, "mkdir"), (pipeline.shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("again", [1.0, 2.0], ids=["as before", "as when it ended"])
+@pytest.mark.parametrize("before", [[1.0], [1.0, 2.0]], ids=["put aside", "put aside and brought back"])
+def test_whenever_a_run_ends_finished_work_is_found_again(before, again, tmp_path):
+    for moment in range(30):
+        workdir = tmp_path / str(moment)
+        for rate in before:
+            bring_up(workdir, rate)
+        wanted = 2.0 if before == [1.0] else 1.0
+        with pytest.MonkeyPatch.context() as patch:
+            ending_at(moment, patch)
+            try:
+                bring_up(workdir, wanted)
+            except Killed:
+                ended = True
+            else:
+                ended = False
+        said = bring_up(workdir, again).said
+        finished = {*before, *(() if ended else (wanted,))}
+        assert again not in finished or "train: train" not in said, (moment, said)
+        for rate in finished:  # and all others are there still
+            assert "train: train" not in bring_up(workdir, rate).said, (moment, rate)
+        if not ended:
+            break
+    assert 3 < moment < 29  # there were moments to end at, and all of them were met
+
+
+def test_what_is_aside_already_is_not_deleted(tmp_path):
+    bring_up(tmp_path, 1.0)
+    bring_up(tmp_path, 2.0)
+    (aside,) = (tmp_path / "outdated").iterdir()
+    state = pipeline._State(tmp_path)
+    record = {**state.current["train"], "fingerprint": state._outdated[aside.name]["fingerprint"]}
+    state.put("train", record)
+    state.set_aside("train", tmp_path / "train")
+    assert sorted(place.name for place in (tmp_path / "outdated").iterdir()) == [aside.name, f"{aside.name}.before"]
+    assert (tmp_path / "outdated" / f"{aside.name}.before" / "rate").read_text() == "1.0"
+
+
+def test_what_is_not_whole_any_more_is_kept_and_made_again(tmp_path):
+    def is_whole(context):
+        return (context.folder("train") / "rate").stat().st_size > 0
+
+    bring_up(tmp_path, 1.0, is_whole=is_whole)
+    assert bring_up(tmp_path, 1.0, is_whole=is_whole).said == ["train: finished, skipped"]
+    (tmp_path / "train" / "rate").write_text("")
+    said = bring_up(tmp_path, 1.0, is_whole=is_whole).said
+    assert "not whole any more" in said[0] and "train.damaged" in said[0] and said[1] == "train: train"
+    assert (tmp_path / "train.damaged" / "rate").exists()
+
+
+def test_a_stages_folder_may_be_a_link_to_another_disk(tmp_path):
+    workdir, disk = tmp_path / "run", tmp_path / "disk"
+    for place in (workdir, disk / "train", disk / "outdated"):
+        place.mkdir(parents=True)
+    bring_up(workdir, 1.0)
+    (workdir / "train" / "rate").rename(disk / "train" / "rate")
+    (workdir / "train").rmdir()
+    (workdir / "train").symlink_to(disk / "train")
+    (workdir / "outdated").symlink_to(disk / "outdated")
+    assert bring_up(workdir, 1.0).said == ["train: finished, skipped"]
+    state = pipeline._State(workdir)
+    state.put("train", {**state.current["train"], "finished": False})
+    assert "train: train" in bring_up(workdir, 1.0).said and (workdir / "train").is_symlink()
+    assert "train: train" in bring_up(workdir, 2.0).said
+    assert "restored" in bring_up(workdir, 1.0).said[-1]
+
+
+def test_damaged_books_are_named_and_unfinished_ones_are_no_strangers(tmp_path):
+    (tmp_path / "stages.json.partial").write_text("{")
+    bring_up(tmp_path, 1.0)
+    (tmp_path / "stages.json").write_text("")
+    with pytest.raises(UserError, match=r"stages\.json' is damaged"):
+        bring_up(tmp_path, 1.0)
+
+
+def test_a_stage_that_finds_no_room_says_so(tmp_path):
+    def work(context):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage, context = pipeline.Stage("train", "train", (), {}, work), Context(tmp_path)
+    with pytest.raises(UserError, match=r"is full.* free some room and run the same command again"):
+        pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lr[1e-4]", "what?", "all*", "back\\slash"])
+def test_a_path_that_checkpoints_would_not_be_found_in_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"none of \[ \] \* \? "):
+        bring_up(tmp_path / name / "run", 1.0)
+
+
+@pytest.mark.parametrize("code, said", [(errno.EAGAIN, "another process runs"), (errno.ENOSYS, "cannot lock files")])
+def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pipeline.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=said), pipeline.lock(tmp_path):
+        pass
+
+
+def test_a_damaged_line_of_metrics_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00\x00\n\xff\n{"step": 2}\n{"step":')
+    assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
