@@ -73,6 +73,21 @@ def test_runs_of_other_stages_languages_and_versions():
     Reader(comparison.html(found))
 
 
+def test_other_text_of_the_same_size_is_noticed():
+    one, other = made(), made(seed=1)
+    one["held_out"], other["held_out"] = "a", "b"
+    assert "held-out text is not the same" in comparison.compare([one, other])["warnings"][0]
+    del other["held_out"]  # an older one
+    assert comparison.compare([one, other])["warnings"] == []
+
+
+def test_copies_of_a_run_are_no_seeds():
+    lines = comparison.terminal(comparison.compare([made(), made()]))
+    header = next(line for line in lines if line.lstrip().startswith("#") and "seeds" in line)
+    row = lines[lines.index(header) + 1]
+    assert row[header.index("seeds") :].split()[0] == "1"
+
+
 def test_a_run_that_diverged_comes_last():
     diverged, fine = made(6.4e-4), made()
     diverged["languages"]["all"]["bits_per_byte"]["stage3"] = math.nan

@@ -77,6 +77,10 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"stage1": {"start_offset": 1.5}}, ("stage1.start_offset", "1.5", "below 1.0")),
         ({"stage2": {"start_offset": "after_prevous"}}, ("stage2.start_offset", "after_prevous", AFTER_PREVIOUS)),
         ({"seed": -1}, ("'seed'", "-1")),
+        ({"evaluation": {"prompts": [["a"]]}}, ("evaluation.prompts", "string")),
+        ({"corpus": (3, None)}, ("'corpus'", "string")),
+        ({"stage1": {"learning_rate": 10**400}}, ("stage1.learning_rate", "finite")),
+        ({"alignment": {"similarity_threshold": 7.0}}, ("alignment.similarity_threshold", "7.0")),
     ],
 )
 def test_bad_values_are_named(values, words):

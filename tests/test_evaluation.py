@@ -1,7 +1,10 @@
 """Bits per byte against PyTorch, and continued texts."""
 
+import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 from helpers import TEXTS, tiny_model_folder
@@ -9,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import bits_per_byte, samples
-from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models import hub, huggingface, rotary, transformer
+from tokalign_jax.models.config import LayerKind
+from tokalign_jax.models.transformer import logits
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
 
@@ -46,6 +51,29 @@ def test_bits_per_byte_equals_pytorch(model, batch, chunk):
         size = sum(len(d.encode()) for d in documents)
         assert scores[language].tokens == count and scores[language].bytes == size
         assert scores[language].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_a_short_text_is_not_read_as_a_long_one(model):
+    """LongRoPE takes other factors past its first length, which padding is not to reach."""
+    folder, config, _ = model
+    scaling = rotary.LongRopeScaling((1.0,) * 4, (3.0, 5.0, 7.0, 9.0), 1.2, 32)
+    rope = rotary.Rope(8, 500.0, scaling)
+    config = dataclasses.replace(config, layer_kinds=tuple(LayerKind(rope) for _ in config.layer_kinds))
+    assert config.head_dim == 8
+    params, tokenizer = transformer.init_params(config, jax.random.key(0), 0.3), AutoTokenizer.from_pretrained(folder)
+    long, short = TEXTS[0] * 3, tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][:28])
+
+    def nats(length, *documents):
+        of = bits_per_byte.evaluate_documents(
+            config, params, tokenizer, {"a": [*documents]}, sequence_length=length, batch=4
+        )
+        return of["a"].nats
+
+    alone = nats(32, short)[0]
+    assert nats(40, short)[0] == pytest.approx(alone, rel=1e-5) == nats(40, long, short, long)[1]
+    whole = logits(config, params, jnp.asarray([[tokenizer.eos_token_id, *tokenizer(short)["input_ids"]]]))[0]
+    own = -jax.nn.log_softmax(whole[:-1])[jnp.arange(len(whole) - 1), jnp.asarray(tokenizer(short)["input_ids"])]
+    assert float(own.sum()) == pytest.approx(alone, rel=1e-4)
 
 
 def test_text_is_cut_into_tokens_as_for_training(model):
@@ -95,6 +123,13 @@ def test_continuations_are_pytorchs(model):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False
     )
     assert sample["continuation"] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_continuation_keeps_to_the_models_positions(model):
+    folder, config, params = model
+    few = dataclasses.replace(config, max_positions=8)
+    (sample,) = samples.continuations(few, params, AutoTokenizer.from_pretrained(folder), ["the quick"], 40, "float32")
+    assert sample["continuation"]
 
 
 def test_passages_come_from_the_middle_of_the_longest_document():

@@ -116,6 +116,14 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     assert len(training) + len(held_out) == 4
     with pytest.raises(UserError, match=r"'stage1', which the run .* does not have; it has source, export"):
         evaluate.check(arguments(workdir=tmp_path, states="source,stage1", output=tmp_path / "out"), silent)
+    # What a later command with other settings left behind, or has not finished, is not judged beside the rest.
+    for record, told in (
+        ({"fingerprint": "of before", "finished": True}, "export was made with other settings"),
+        ({"fingerprint": "of before", "finished": False}, "export is not finished"),
+    ):
+        (tmp_path / "stages.json").write_text(json.dumps({"stages": {"export": record}}))
+        with pytest.raises(UserError, match=told):
+            evaluate.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +143,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         ({"models": "small,large", "text": "text.jsonl", "alignment": "align_matrix.json"}, "align_matrix.json"),
         ({"workdir": "large"}, "is no workdir of a run"),
         ({"models": "small", "text": "text.jsonl", "encoder": "large"}, "--encoder is for judging an alignment"),
+        ({"models": "small", "text": "text.jsonl", "training_text": "nowhere.jsonl"}, "does not exist"),
     ],
 )
 def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):

@@ -196,6 +196,8 @@ def test_what_was_read_to_tune_rows_is_told():
     assert "tuned together" not in page.html(made)
     made["tuned"] = {"tokens": 61_440, "nats_before": 3.8, "nats_after": 3.4}
     assert "tuned together on 61.4k tokens and trained on" in page.html(made)
+    made["tuned"]["nats_after"] = 3.9  # nothing was gained, so rows stayed as they were
+    assert "tuned together" not in page.html(made)
 
 
 def test_the_rate_of_the_rows_is_told_where_it_is_another_one():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tokalign_jax.evaluation import fertility, intervals, overlap
+from tokalign_jax.evaluation import bits_per_byte, fertility, intervals, overlap
 from tokalign_jax.evaluation.bits_per_byte import Costs, difference, summaries, summary
 from tokalign_jax.text.corpus import Document
 
@@ -121,6 +121,23 @@ def test_a_passage_does_not_run_over_two_documents():
     batches = [[Document(part, "x", 0) for part in parts]]
     for joined in ("".join(parts), " ".join(parts), "\n".join(parts)):
         assert overlap.overlap({"a": [joined]}, batches)["languages"]["a"]["share"] == 0.0
+
+
+def test_what_parts_documents_is_not_copied():
+    short = [c * 63 for c in "数学文"]
+    batches = [[Document(text, "x", 0) for text in reversed(short)]]
+    assert overlap.overlap({"a": short}, batches)["languages"]["a"]["seen"] == 0  # none is as long as a passage
+    long = ["".join(chr(0x4E00 + 7 * i + j) for j in range(71)) for i in range(40)]
+    found = overlap.overlap({"a": long}, [[Document(text, "x", 0) for text in long]])["languages"]["a"]
+    assert found["share"] == 1.0 and found["seen"] == found["characters"]
+
+
+def test_a_document_is_not_cut_to_nothing():
+    chosen = bits_per_byte.choose(
+        [Document("a" * 10, "en", 10), Document("日本", "en", 6), Document("日本", "ja", 6)], 11
+    )
+    assert chosen == {"en": ["a" * 10], "ja": ["日本"]}
+    assert bits_per_byte.choose([Document("日本", "ja", 6)], 2) == {"ja": ["日"]}
 
 
 def test_overlap_warns_by_language():

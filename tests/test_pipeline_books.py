@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,19 @@ def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
 def test_a_damaged_line_of_metrics_is_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00\x00\n\xff\n{"step": 2}\n{"step":')
     assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_time_is_of_all_runs_that_a_stage_took(tmp_path):
+    def work(context):
+        if not (context.folder("train") / "begun").exists():
+            (context.folder("train") / "begun").touch()
+            time.sleep(0.3)
+            raise Killed
+        (context.folder("train") / "done").touch()
+
+    stage, context = pipeline.Stage("train", "train", (), {}, work, resumes=True), Context(tmp_path)
+    with pytest.raises(Killed):
+        pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
+    pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
+    record = pipeline._State(tmp_path).current["train"]
+    assert record["finished"] and record["seconds"] >= 0.3

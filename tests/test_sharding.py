@@ -43,6 +43,9 @@ def test_axes_that_do_not_fit_are_refused():
         sharding.axis_sizes(MeshConfig(data=3), 8, 0, 1)
     with pytest.raises(UserError, match="do not fit 8 devices"):
         sharding.axis_sizes(MeshConfig(data=2, fsdp=2), 8, 0, 1)
+    for config in (MeshConfig(tensor=3), MeshConfig(fsdp=3), MeshConfig(data=2)):
+        with pytest.raises(UserError, match="is 3, which does not divide 256"):
+            sharding.axis_sizes(config, 6, 0, 1)
     with pytest.raises(UserError, match="do not fit 1 devices"):
         sharding.make_mesh(MeshConfig(data=2))
 

@@ -384,12 +384,14 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if isinstance(value, bool) and bool not in kinds:
         raise UserError(f"config key '{name}' is {value!r}; it must be of type {hint}")
     if isinstance(value, int) and int not in kinds and float in kinds:
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, tuple(kinds)) or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(
             f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}"
             + (", and finite" if isinstance(value, float) else "")
         )
+    if isinstance(value, tuple) and not all(isinstance(element, str) for element in value):
+        raise UserError(f"config key '{name}' is {value!r}; each of its elements must be a string")
     return value
 
 
@@ -409,7 +411,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "per_device_batch": (1, math.inf),
     "sequence_length": (1, math.inf),
     "mixture": (0, 1),
-    "temperature": (1e-3, math.inf),
+    "similarity_threshold": (0, 1),
+    "temperature": (1e-3, 1e3),
     "weight": (0, 1),
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),

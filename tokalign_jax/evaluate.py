@@ -11,6 +11,7 @@ The first model is the one that others are compared with. Writes `scores.json` a
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import sys
 import time
@@ -43,6 +44,7 @@ from tokalign_jax.evaluation.report import PACKAGES, version
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, duration
+from tokalign_jax.stopping import Stopped
 from tokalign_jax.text import canonical
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.editing import within_rows
@@ -162,7 +164,6 @@ def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
     """
     inputs = check(given, log)
     content = measure(inputs, log)
-    given.output.mkdir(parents=True, exist_ok=True)
     (given.output / SCORES).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     side_by_side.picture(content, given.output / PICTURE)
     for line in ("", *pages.terminal(side_by_side.sections(content)), "", *side_by_side.warning_lines(content)):
@@ -182,6 +183,8 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
             "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with --states (not both)"
         )
     context = _context(given.workdir, log) if given.workdir else None
+    if context:
+        _refuse_stale(context, given.states)
     subjects = (
         [_state(context, name) for name in given.states]
         if context
@@ -200,17 +203,26 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         raise UserError(
             f"--teacher '{given.teacher}' has another vocabulary than every model to be judged ({gaps[-1]}): give one with theirs"
         )
-    if given.temperature <= 0:
+    if not 0 < given.temperature < math.inf:
         raise UserError(f"--temperature is {given.temperature}; it must be above 0")
     if given.encoder and not (given.alignment or context):
         raise UserError("--encoder is for judging an alignment: give --alignment of --models too, or a --workdir")
     if given.tasks:
         downstream.check(given.tasks, given.task_folder)
     texts = _texts(given, context, settings.bytes_per_language)
+    if given.training_text:
+        _training_corpus(given)
+    if teacher:
+        needed = given.prompt_tokens + given.steps
+        for who, config in (("the teacher", teacher.config), *((f"'{s.name}'", s.config) for s in subjects)):
+            if needed > config.max_positions:
+                raise UserError(
+                    f"--prompt-tokens and --steps are {needed} tokens together, but {who} has {config.max_positions} positions: lower them"
+                )
     log(
         f"{', '.join(s.name for s in subjects)}: {sum(map(len, texts.values()))} held-out documents, {len(texts)} languages"
     )
-    return Inputs(
+    inputs = Inputs(
         given,
         context,
         subjects,
@@ -221,6 +233,11 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         similarity.sentence_encoder(given.encoder) if given.encoder else None,
         given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     )
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output '{given.output}' cannot be made ({error.strerror}): name another folder") from error
+    return inputs
 
 
 def _context(workdir: Path, log: Log) -> stages.Context:
@@ -228,7 +245,31 @@ def _context(workdir: Path, log: Log) -> stages.Context:
         raise UserError(
             f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for folders give --models"
         )
-    return stages.Context(config_from_dict(json.loads((workdir / "config.json").read_text())), workdir, log)
+    try:
+        written = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--workdir '{workdir}' has no whole config.json ({error}): run its command again, which writes it"
+        ) from error
+    return stages.Context(config_from_dict(written), workdir, log)
+
+
+def _refuse_stale(context: stages.Context, names: Sequence[str]) -> None:
+    """States are of one run: what a later command with other settings has left behind is not judged beside what it made."""
+    models = pipeline.model_states(context.config)
+    try:
+        graphs = [pipeline.graph(context, model) for model in models]
+        prints = [pipeline.fingerprints(stages_of) for stages_of in graphs]
+    except UserError:
+        return  # what the run was made of is not there any more
+    books = pipeline.books(context.workdir)
+    for name in ("corpus", *(name for name in names if name in prints[0])):
+        record = books.get(name)
+        if record and not (record["finished"] and record["fingerprint"] in {of[name] for of in prints}):
+            why = "was made with other settings than the last command's" if record["finished"] else "is not finished"
+            raise UserError(
+                f"--workdir '{context.workdir}': {name} {why}; run that command's stages to their end first, or name other --states"
+            )
 
 
 def _state(context: stages.Context, name: str) -> Subject:
@@ -250,14 +291,22 @@ def _state(context: stages.Context, name: str) -> Subject:
         )
     known = pipeline.model_states(context.config)
     if name not in known or not context.folder(name).exists():
-        there = [SOURCE, *(n for n in known if context.folder(n).exists()), EXPORT]
+        there = [SOURCE, *(n for n in [*known, EXPORT] if context.folder(n).exists())]
         raise UserError(
             f"--states names '{name}', which the run in '{context.workdir}' does not have; it has {', '.join(there)}"
         )
     states = known[: known.index(name) + 1]
     config, _ = hub.load_config(context.folder("init"))
     folder = context.folder(name) if name == "init" else None
-    return Subject(name, config, context.target_tokenizer, lambda mesh: stages.load_state(context, states)[1], folder)
+    return Subject(name, config, context.target_tokenizer, lambda mesh: _loaded(context, states, mesh), folder)
+
+
+def _loaded(context: stages.Context, states: Sequence[str], mesh: Mesh) -> Any:
+    del mesh  # it is the context's
+    try:
+        return stages.load_state(context, states)[1]
+    except Stopped as stopped:
+        raise UserError(f"{stopped}: run the command that the workdir is of once more") from stopped
 
 
 def _folder(name: str, others: Sequence[str]) -> Subject:
@@ -266,8 +315,10 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
     config, _ = hub.load_config(folder)
     huggingface.check_weights(folder, config)
     tokenizer = within_rows(hub.load_tokenizer(folder), config.vocab_size, f"model '{name}'")
-    parts = Path(name).parts
-    alone = [Path(other).name for other in others].count(parts[-1]) < 2
+    parts = (Path(name).resolve() if Path(name).is_dir() else Path(name)).parts
+    alone = [(Path(other).resolve() if Path(other).is_dir() else Path(other)).name for other in others].count(
+        parts[-1]
+    ) < 2
     called = parts[-1] if alone else "/".join(parts[-2:])
     return Subject(called, config, tokenizer, lambda mesh: huggingface.load_params(folder, config, mesh=mesh), folder)
 
@@ -290,12 +341,15 @@ def _corpus(given: argparse.Namespace, names: str) -> Config:
     return config
 
 
+def _training_corpus(given: argparse.Namespace) -> Config:
+    return _corpus(argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text)
+
+
 def _training(inputs: Inputs) -> Iterator[list[documents.Document]] | None:
     """The training text in batches, where it is known."""
     given, context = inputs.given, inputs.context
     if given.training_text:
-        config = _corpus(argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text)
-        return map(list, documents.in_groups(documents.read(config)))
+        return map(list, documents.in_groups(documents.read(_training_corpus(given))))
     return documents.train_batches(context.folder("corpus")) if context else None
 
 

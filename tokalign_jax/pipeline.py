@@ -235,6 +235,11 @@ def prints_of(context: stages.Context) -> dict[str, str]:
     return fingerprints(graph(context, model_states(context.config)[-1]))
 
 
+def books(workdir: Path) -> Mapping[str, Mapping[str, Any]]:
+    """What is known of each stage: fingerprint, settings, whether it is finished, its time and summary."""
+    return _State(workdir).current
+
+
 def drop(workdir: Path, keep: Set[str]) -> None:
     """Removes what stands in `outdated/` but for the stages with these fingerprints."""
     _State(workdir).drop(keep)
@@ -290,8 +295,13 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
     if not on_first(lambda: _is_due(stage, fingerprint, context, state)):
         return
     start = time.time()
-    with stages.naming_full_memory(context, stage.name), naming_a_full_disk(context.workdir):
-        summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
+    try:
+        with stages.naming_full_memory(context, stage.name), naming_a_full_disk(context.workdir):
+            summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
+    except BaseException:
+        if stage.resumes and is_first():
+            state.count(stage.name, time.time() - start)
+        raise
     seconds = round(time.time() - start, 2)
     on_first(lambda: state.finish(stage.name, seconds, summary or {}))
     context.log(f"{stage.name}: done in {duration(seconds)}")
@@ -324,6 +334,8 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
         shutil.rmtree(folder.resolve())  # our own, and unfinished
     context.log(f"{stage.name}: {stage.says}")
     record = {"fingerprint": fingerprint, "settings": stage.settings, "finished": False, "needs": list(stage.needs)}
+    if stage.resumes and (before := state.current.get(stage.name, {}).get("seconds")):
+        record["seconds"] = before
     state.put(stage.name, record)
     folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to another disk
     return True
@@ -439,7 +451,13 @@ class _State:
         self._write()
 
     def finish(self, name: str, seconds: float, summary: Mapping[str, Any]) -> None:
-        self.put(name, {**self.current[name], "finished": True, "seconds": seconds, "summary": summary})
+        self.count(name, seconds)
+        self.put(name, {**self.current[name], "finished": True, "summary": summary})
+
+    def count(self, name: str, seconds: float) -> None:
+        """Adds to the time that a stage took, which may be over several runs of the command."""
+        record = self.current[name]
+        self.put(name, {**record, "seconds": round(record.get("seconds", 0) + seconds, 2)})
 
     def set_aside(self, name: str, folder: Path) -> None:
         """Moves an artefact that no longer fits to `outdated/NAME-FINGERPRINT`."""

@@ -86,11 +86,6 @@ def make_mesh(
             f"mesh.tensor is {shape[2]}, which does not divide the {len(own)} devices of a process: they read the same sequences, so "
             f"they must be of one process"
         )
-    if ROWS % (shape[1] * shape[2]):
-        raise UserError(
-            f"mesh.fsdp x mesh.tensor is {shape[1] * shape[2]}, which does not divide {ROWS}, the multiple of rows that a vocabulary's "
-            f"matrices have in memory: use a power of two up to {ROWS}, and mesh.data for the rest of the devices"
-        )
     return jax.make_mesh(shape, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -99,6 +94,9 @@ def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float
 
     Args:
       memory: bytes of a device; infinite where that is not known.
+
+    Raises:
+      UserError: they do not multiply to the number of devices, or rows do not divide among them.
     """
     tensor = config.tensor or 1
     given = {name: size for name, size in dataclasses.asdict(config).items() if size}
@@ -109,10 +107,14 @@ def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not fit {devices} devices: "
             f"their product must be that (0 stands for what is left over)"
         )
-    if config.fsdp:
-        return (config.data or rest), config.fsdp, tensor
-    if config.data:
-        return config.data, rest, tensor
+    fsdp = config.fsdp or (rest if config.data else 1)
+    if ROWS % (fsdp * tensor):
+        raise UserError(
+            f"mesh.fsdp x mesh.tensor is {fsdp * tensor}, which does not divide {ROWS}, the multiple of rows that a vocabulary's matrices "
+            f"have in memory: use a power of two up to {ROWS}, and mesh.data for the rest of the devices"
+        )
+    if config.fsdp or config.data:
+        return (config.data or rest), fsdp, tensor
     divisors = [size for size in range(1, rest + 1) if rest % size == 0 and ROWS % (size * tensor) == 0]
     fits = [size for size in divisors if state_bytes / (size * tensor) <= memory / 2]
     fsdp = fits[0] if fits else divisors[-1]

@@ -625,6 +625,7 @@ def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     held_out = documents.held_out(context.folder("corpus"))
     texts = bits_per_byte.choose(held_out, settings.evaluation.bytes_per_language)
     inspected = json.loads((context.folder("align") / INSPECTION).read_text())
-    shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": inspected}
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+    shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": inspected, "held_out": digest}
     identity = context.run_identity()
     return reporting.run(settings, context.workdir, states, identity, context.folder("report"), context.log, shown)

@@ -295,7 +295,10 @@ def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
     facts: list[tuple[str, Cell]] = [
         ("rule", f"{rule.name.lower()}: {SAYS.get(rule.name, '')}"),
         ("score", f"{alignment.scores[index]:.3f}" + ("" if rule in CERTAIN or match >= 0 else " (it has no match)")),
-        ("spelled", (Code(target.spelled[index]), f" ({target.kind(index)})")),
+        (
+            "spelled",
+            (Code(readable(target.spelled[index].encode("utf-8", "surrogateescape"))), f" ({target.kind(index)})"),
+        ),
         ("bytes", (target.contents[index] or b"").hex(" ") or "none"),
         ("corpus", _frequency(subject, index)),
         ("frequency shift", f"{shift:+.3f}: " + (_shift(shift) if shift else "the head row is not moved")),

@@ -7,9 +7,10 @@ a window is cut into windows that do not overlap; a token that the tokenizer put
 kept by document, so that intervals can be had (`intervals.py`).
 """
 
+import bisect
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import intervals
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.rotary import LongRopeScaling
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
@@ -113,9 +115,11 @@ def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, 
     for text, language, size in documents:
         left = room.get(language, bytes_per_language)
         if left > 0:
-            chosen.setdefault(language, []).append(
-                text if size <= left else text.encode()[:left].decode(errors="ignore")
-            )
+            cut_off = text if size <= left else text.encode()[:left].decode(errors="ignore")
+            if not (cut_off or chosen.get(language)):
+                cut_off = text[:1]  # no language is left without text
+            if cut_off:
+                chosen.setdefault(language, []).append(cut_off)
             room[language] = left - size
     return chosen
 
@@ -208,9 +212,8 @@ def evaluate_documents(
     mesh = mesh or sharding.make_mesh()
     params = sharding.place(params, mesh)
     batch, split = batch * sharding.sequences_at_once(mesh), NamedSharding(mesh, P(sharding.BATCH))
-    for first in range(0, len(windows), batch):
-        group = windows[first : first + batch]
-        length = _padded_length(len(group[-1][3]), sequence_length)
+    for group, longest in _batches(windows, batch, sequence_length, config):
+        length = _padded_length(len(group[-1][3]), longest)
         inputs = np.zeros((batch, length), np.int32)
         labels = np.full((batch, length), IGNORED, np.int32)
         for row, (_, _, window_inputs, window_labels) in enumerate(group):
@@ -224,6 +227,22 @@ def evaluate_documents(
     average = sum((of.total for of in costs.values()), Score(0.0, 0, 0))
     progress.done(f"{average.bits_per_byte:.3f} bits per byte")
     return costs
+
+
+def _batches(
+    windows: Sequence[Any], batch: int, sequence_length: int, config: ModelConfig
+) -> Iterator[tuple[Sequence[Any], int]]:
+    """`windows` in groups of `batch`, in their order, and how long they may be padded to.
+
+    LongRoPE turns otherwise in texts of more tokens than a model's first length: what is no longer than that is not padded past it.
+    """
+    scalings = [kind.rope.scaling for kind in config.layer_kinds if kind.rope]
+    bound = min((s.original_positions for s in scalings if isinstance(s, LongRopeScaling)), default=sequence_length)
+    bound = min(bound, sequence_length)
+    longer = bisect.bisect_right(windows, bound, key=lambda window: len(window[3]))
+    for part, longest in ((windows[:longer], bound), (windows[longer:], sequence_length)):
+        for first in range(0, len(part), batch):
+            yield part[first : first + batch], longest
 
 
 def _padded_length(length: int, longest: int) -> int:

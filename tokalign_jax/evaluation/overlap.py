@@ -89,7 +89,10 @@ def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
         return np.zeros(0, np.int64)
     here, before = content[: last + 1], np.concatenate([np.array([0], np.uint16), content[:last]])
     is_second_half = (here & 0xFC00) == 0xDC00
-    return np.flatnonzero(((before <= 0x20) | (before == _BETWEEN) | (here >= _WITHOUT_SPACES)) & ~is_second_half)
+    is_start = ((before <= 0x20) | (before == _BETWEEN) | (here >= _WITHOUT_SPACES)) & ~is_second_half
+    # None goes on into another document.
+    ended = np.concatenate([np.array([0]), np.cumsum(content == _BETWEEN)])
+    return np.flatnonzero(is_start & (ended[WINDOW:] == ended[: last + 1]))
 
 
 def hashes(content: UInt16[np.ndarray, "N"], starts: Int[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:

@@ -100,8 +100,9 @@ def sentences(content: Content) -> list[str]:
     ]
     sizes = f"{alignment['source_size']:,} tokens became {alignment['target_size']:,}"
     done = f"The vocabulary of {sizes}; their rows were made by method “{alignment['method']}”"
-    if tokens := content["tuned"].get("tokens"):
-        done += f", tuned together on {quantity(tokens)} tokens"
+    tuned = content.get("tuned", {})
+    if tuned.get("nats_after", 0) < tuned.get("nats_before", 0):  # else they stayed as they were
+        done += f", tuned together on {quantity(tuned['tokens'])} tokens"
     listed = " and ".join(filter(None, [", ".join(trained[:-1]), *trained[-1:]]))
     done += f" and trained on {quantity(_tokens(content))} tokens in {listed}." if trained else "."
     bits, last = of["bits_per_byte"], content["states"][-1]

@@ -33,7 +33,7 @@ def continuations(
     dtype: str,
 ) -> list[dict[str, str]]:
     """Each prompt with `steps` tokens that the model adds, as {"prompt", "continuation"}."""
-    start = first_context(tokenizer)
+    start, steps = first_context(tokenizer), min(steps, config.max_positions - 1)
     found = []
     for prompt in prompts:
         ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

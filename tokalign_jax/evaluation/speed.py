@@ -64,11 +64,12 @@ def measure(
       clock: seconds.
     """
     start, backend = first_context(tokenizer), plain_backend(tokenizer)
-    steps = min(steps, config.max_positions - PROMPT)
+    most = min(PROMPT, config.max_positions // 2)
+    steps = min(steps, config.max_positions - most)
     rates = []
     for repeat in range(1 + repeats):
         for prompt in prompts:
-            ids = [start, *backend.encode(prompt, add_special_tokens=False).ids][:PROMPT]
+            ids = [start, *backend.encode(prompt, add_special_tokens=False).ids][:most]
             given = jnp.asarray([ids], jnp.int32)
             began = clock()
             jax.block_until_ready(transformer.generate(config, params, given, steps, jnp.dtype(dtype)))
