@@ -137,11 +137,16 @@ def test_damaged_books_are_named_and_unfinished_ones_are_no_strangers(tmp_path):
         bring_up(tmp_path, 1.0)
 
 
-def test_a_stage_that_finds_no_room_says_so(tmp_path):
-    def work(context):
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_stage_that_finds_no_room_says_so(resumes, tmp_path, monkeypatch):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    stage, context = pipeline.Stage("train", "train", (), {}, work), Context(tmp_path)
+    def work(context):
+        monkeypatch.setattr(pipeline, "write_whole", full)  # the books find none either
+        full()
+
+    stage, context = pipeline.Stage("train", "train", (), {}, work, resumes=resumes), Context(tmp_path)
     with pytest.raises(UserError, match=r"is full.* free some room and run the same command again"):
         pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -300,7 +300,8 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: "_
             summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
     except BaseException:
         if stage.resumes and is_first():
-            state.count(stage.name, time.time() - start)
+            with suppress(OSError):  # a full disk is told by what found it first
+                state.count(stage.name, time.time() - start)
         raise
     seconds = round(time.time() - start, 2)
     on_first(lambda: state.finish(stage.name, seconds, summary or {}))
