@@ -90,9 +90,9 @@ def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
     here, before = content[: last + 1], np.concatenate([np.array([0], np.uint16), content[:last]])
     is_second_half = (here & 0xFC00) == 0xDC00
     is_start = ((before <= 0x20) | (before == _BETWEEN) | (here >= _WITHOUT_SPACES)) & ~is_second_half
-    # None goes on into another document.
-    ended = np.concatenate([np.array([0]), np.cumsum(content == _BETWEEN)])
-    return np.flatnonzero(is_start & (ended[WINDOW:] == ended[: last + 1]))
+    for between in np.flatnonzero(content == _BETWEEN):  # none goes on into another document
+        is_start[max(0, between - WINDOW + 1) : between + 1] = False
+    return np.flatnonzero(is_start)
 
 
 def hashes(content: UInt16[np.ndarray, "N"], starts: Int[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
