@@ -258,8 +258,7 @@ def _refuse_stale(context: stages.Context, names: Sequence[str]) -> None:
     """States are of one run: what a later command with other settings has left behind is not judged beside what it made."""
     models = pipeline.model_states(context.config)
     try:
-        graphs = [pipeline.graph(context, model) for model in models]
-        prints = [pipeline.fingerprints(stages_of) for stages_of in graphs]
+        prints = [pipeline.prints_of(context, exported) for exported in models]
     except UserError:
         return  # what the run was made of is not there any more
     books = pipeline.books(context.workdir)
@@ -298,11 +297,10 @@ def _state(context: stages.Context, name: str) -> Subject:
     states = known[: known.index(name) + 1]
     config, _ = hub.load_config(context.folder("init"))
     folder = context.folder(name) if name == "init" else None
-    return Subject(name, config, context.target_tokenizer, lambda mesh: _loaded(context, states, mesh), folder)
+    return Subject(name, config, context.target_tokenizer, lambda mesh: _loaded(context, states), folder)
 
 
-def _loaded(context: stages.Context, states: Sequence[str], mesh: Mesh) -> Any:
-    del mesh  # it is the context's
+def _loaded(context: stages.Context, states: Sequence[str]) -> Any:
     try:
         return stages.load_state(context, states)[1]
     except Stopped as stopped:
@@ -315,10 +313,9 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
     config, _ = hub.load_config(folder)
     huggingface.check_weights(folder, config)
     tokenizer = within_rows(hub.load_tokenizer(folder), config.vocab_size, f"model '{name}'")
-    parts = (Path(name).resolve() if Path(name).is_dir() else Path(name)).parts
-    alone = [(Path(other).resolve() if Path(other).is_dir() else Path(other)).name for other in others].count(
-        parts[-1]
-    ) < 2
+    whole = lambda name: Path(name).resolve() if Path(name).is_dir() else Path(name)  # noqa: E731
+    parts = whole(name).parts
+    alone = [whole(other).name for other in others].count(parts[-1]) < 2
     called = parts[-1] if alone else "/".join(parts[-2:])
     return Subject(called, config, tokenizer, lambda mesh: huggingface.load_params(folder, config, mesh=mesh), folder)
 

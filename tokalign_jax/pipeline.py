@@ -230,9 +230,9 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     return workdir
 
 
-def prints_of(context: stages.Context) -> dict[str, str]:
-    """The fingerprints of all stages of a run, by name."""
-    return fingerprints(graph(context, model_states(context.config)[-1]))
+def prints_of(context: stages.Context, exported: str = "") -> dict[str, str]:
+    """The fingerprints of all stages of a run that exports this state of the model, or its last one, by name."""
+    return fingerprints(graph(context, exported or model_states(context.config)[-1]))
 
 
 def books(workdir: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -452,13 +452,12 @@ class _State:
         self._write()
 
     def finish(self, name: str, seconds: float, summary: Mapping[str, Any]) -> None:
-        self.count(name, seconds)
-        self.put(name, {**self.current[name], "finished": True, "summary": summary})
+        self.count(name, seconds, finished=True, summary=summary)
 
-    def count(self, name: str, seconds: float) -> None:
-        """Adds to the time that a stage took, which may be over several runs of the command."""
+    def count(self, name: str, seconds: float, **more: Any) -> None:
+        """Adds to the time that a stage took, which may be over several runs of the command, and writes `more` beside it."""
         record = self.current[name]
-        self.put(name, {**record, "seconds": round(record.get("seconds", 0) + seconds, 2)})
+        self.put(name, {**record, "seconds": round(record.get("seconds", 0) + seconds, 2), **more})
 
     def set_aside(self, name: str, folder: Path) -> None:
         """Moves an artefact that no longer fits to `outdated/NAME-FINGERPRINT`."""

@@ -278,16 +278,16 @@ def _check_tokenizer_files(name: Path | str, folder: Path, settings: Mapping[str
     """Says what is missing where transformers' own error would not, or where it would make a tokenizer of nothing but special tokens."""
     if has_json:
         return
-    if "auto_map" not in settings and not any(file for kind in _VOCABULARIES for file in folder.glob(kind)):
-        raise UserError(
-            f"tokenizer '{name}' cannot be read, as it has no vocabulary: there is neither tokenizer.json in '{folder}' nor a file that it "
-            f"is made from (tokenizer.model, vocab.json, vocab.txt); the folder holds {_listing(folder)}: copy them there, or give the "
-            "folder that has them"
-        )
     if "auto_map" in settings:
         raise UserError(
             f"tokenizer '{name}' is code that comes with it (tokenizer_config.json: auto_map), which is never run, and has "
             f"no tokenizer.json: take one of the same model that was converted to tokenizer.json"
+        )
+    if not any(file for kind in _VOCABULARIES for file in folder.glob(kind)):
+        raise UserError(
+            f"tokenizer '{name}' cannot be read, as it has no vocabulary: there is neither tokenizer.json in '{folder}' nor a file that it "
+            f"is made from (tokenizer.model, vocab.json, vocab.txt); the folder holds {_listing(folder)}: copy them there, or give the "
+            "folder that has them"
         )
     for file in sorted(folder.glob("*.model")):
         # SentencePiece's files are protocol buffers that begin with this tag; tiktoken's are base64 text.

@@ -143,6 +143,8 @@ def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int
         return set()
     names = {i: name for i in special if (name := backend.id_to_token(i)) and backend.model.token_to_id(name) == i}
     names.pop(tokenizer.unk_token_id, None)  # type: ignore[call-overload]
+    if not names:
+        return set()
     plain = _reading_all_as_text(backend)
     texts = [f"x{backend.decode([i], skip_special_tokens=False)}x" for i in names]
     return {i for i, cut in zip(names, _cut(tokenizer, plain, texts)) if i in cut}

@@ -83,10 +83,8 @@ def _drawn(corpus_folder: Path, budget_bytes: int, wanted: Callable[[], bool]) -
     texts, left = [], budget_bytes
     for document in itertools.chain.from_iterable(corpus.train_batches(corpus_folder)):
         if wanted() and left > 0:
-            whole = document.bytes <= left
-            text = document.text if whole else document.text.encode()[:left].decode(errors="ignore")
-            texts.append(text)
-            left -= document.bytes if whole else left
+            texts.append(document.text.encode()[:left].decode(errors="ignore"))
+            left -= document.bytes
     return texts
 
 

@@ -251,19 +251,9 @@ def _found_no_room(error: BaseException | None) -> bool:
 _OF_THE_STORAGE = {
     getattr(errno, name)
     for name in (
-        *("EPERM", "EACCES", "EIO", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
-        *(
-            "ECONNRESET",
-            "ECONNABORTED",
-            "ECONNREFUSED",
-            "ENOTCONN",
-            "EMFILE",
-            "ENFILE",
-            "ENOMEM",
-            "EAGAIN",
-            "EREMOTEIO",
-        ),
-    )
+        "EPERM EACCES EIO EREMOTEIO ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
+        "ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EMFILE ENFILE ENOMEM EAGAIN"
+    ).split()
     if hasattr(errno, name)
 }
 """What the system says when the storage, a network or a limit is to blame, not what stands in a file."""
