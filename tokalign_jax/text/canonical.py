@@ -207,6 +207,7 @@ def _reading_all_as_text(backend: tokenizers.Tokenizer, hidden: Iterable[int] = 
         plain.model.dropout = None  # type: ignore[attr-defined]
     plain.no_truncation()
     plain.no_padding()
+    plain.post_processor = None  # type: ignore[assignment]  # it would trim the spaces of tokens off their offsets
     plain.encode_special_tokens = True
     return plain
 
