@@ -11,7 +11,7 @@ part of transformers).
 
 MFU is the share of the devices' peak that goes into operations which the mathematics needs: a token takes, for each
 parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it trains, 2 to itself; attention takes 12
-N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `plan.flops_per_token`). `causal MFU` counts
+N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `planning.flops`). `causal MFU` counts
 only the half of the pairs that a causal model needs. Recomputation counts for nothing in either.
 
 Writes `throughput.json` (rows of this project, which `--plan_throughput` of the main program reads),
@@ -203,8 +203,9 @@ def measure(arguments: argparse.Namespace) -> Row:
     import jax.numpy as jnp
     import numpy as np
 
-    from tokalign_jax import plan, sharding
+    from tokalign_jax import sharding
     from tokalign_jax.config import ComputeConfig, MeshConfig, StageConfig
+    from tokalign_jax.planning.machine import PEAKS
     from tokalign_jax.training.loop import lora_spec, micro_batch
     from tokalign_jax.training.optimizer import make_optimizer, schedule_of
     from tokalign_jax.training.step import make_loss, make_train_step
@@ -265,7 +266,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         (arguments.out / f"program-{_file_name(arguments)}.txt.gz").write_bytes(program)
 
     device = jax.devices()[0]
-    peak = next((peak for name, peak in plan.PEAKS.items() if name in device.device_kind), None)
+    peak = next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
     measured = None if arguments.together else (device.memory_stats() or {}).get("peak_bytes_in_use")
     timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": measured or planned}
     return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed
@@ -296,10 +297,11 @@ def _hf_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _labels(stage: Any, model: Any) -> Any:
-    from tokalign_jax import paths, plan
+    from tokalign_jax import paths
+    from tokalign_jax.planning.memory import shapes
     from tokalign_jax.training.optimizer import rules_for
 
-    return paths.label_tree(rules_for(stage.method), plan.shapes(model, stage)[0])
+    return paths.label_tree(rules_for(stage.method), shapes(model, stage)[0])
 
 
 def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any) -> tuple[Any, Any]:
@@ -307,11 +309,12 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
     import jax
     import jax.numpy as jnp
 
-    from tokalign_jax import paths, plan, sharding
+    from tokalign_jax import paths, sharding
+    from tokalign_jax.planning.memory import shapes
     from tokalign_jax.training.step import init_state
 
-    def random(shapes: Any, dtype: Any, seed: int) -> Any:
-        leaves = paths.flatten(shapes)
+    def random(tree: Any, dtype: Any, seed: int) -> Any:
+        leaves = paths.flatten(tree)
         keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
         return paths.unflatten(
             {
@@ -320,7 +323,7 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
             }
         )
 
-    trained, frozen = plan.shapes(model, stage)
+    trained, frozen = shapes(model, stage)
     makers: list[Callable[[], Any]] = [
         lambda: init_state(random(trained, jnp.float32, 0), optimizer),
         lambda: random(frozen, dtype, 1),
@@ -368,12 +371,12 @@ def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
 
 
 def _row(arguments: argparse.Namespace, timing: Row, devices: int, kind: str, peak: float | None) -> Row:
-    from tokalign_jax import plan
     from tokalign_jax.config import StageConfig
+    from tokalign_jax.planning.flops import flops_per_token
 
     model = _model(arguments)
     stage = StageConfig(method=arguments.method, sequence_length=arguments.length)
-    flops = plan.flops_per_token(model, stage)
+    flops = flops_per_token(model, stage)
     causal = flops - 6 * model.num_layers * model.num_heads * model.head_dim * arguments.length
     rate = arguments.batch * arguments.accumulation * arguments.length / timing["seconds"]
     share = (lambda work: work * rate / (devices * peak)) if peak else (lambda work: None)
@@ -482,7 +485,7 @@ def measure_torch(arguments: argparse.Namespace) -> Row:
     import torch
     import transformers
 
-    from tokalign_jax import plan
+    from tokalign_jax.planning.machine import PEAKS
 
     on = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -531,7 +534,7 @@ def measure_torch(arguments: argparse.Namespace) -> Row:
     seconds = run(arguments.steps, "fixed batch")
     peak_bytes = torch.cuda.max_memory_allocated() if on == "cuda" else None
     kind = torch.cuda.get_device_name() if on == "cuda" else on
-    peak = next((peak for name, peak in plan.PEAKS.items() if name in kind), None)
+    peak = next((peak for name, peak in PEAKS.items() if name in kind), None)
     timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak_bytes}
     return _row(arguments, timing, 1, kind, peak) | {"version": torch.__version__}
 

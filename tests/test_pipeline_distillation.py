@@ -1,6 +1,7 @@
 """Stage 3: whole runs with a teacher on tiny local models, and teachers that are refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +19,14 @@ from test_pipeline import write_corpus
 from training_toys import LLAMA, NEOX
 from transformers import AutoTokenizer
 
-from tokalign_jax import paths, pipeline, plan, sharding, stages
+from tokalign_jax import paths, pipeline, sharding, stages
 from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig, StageConfig, config_from_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.model_card import front_matter
+from tokalign_jax.planning import memory
+from tokalign_jax.planning.flops import flops_per_token
+from tokalign_jax.planning.machine import Machine, Speed
+from tokalign_jax.planning.report import make_plan
 from tokalign_jax.training import distillation
 from tokalign_jax.training.losses import head_of
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
@@ -222,8 +227,8 @@ def compiled_memory() -> tuple[int, int]:
         leaves = paths.flatten(tree).items()
         return paths.unflatten({p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype) for p, x in leaves})
 
-    trained, frozen = map(in_memory, plan.shapes(STUDENT, STAGE))
-    taught, _ = map(in_memory, plan.shapes(TEACHER, StageConfig(method="full")))
+    trained, frozen = map(in_memory, memory.shapes(STUDENT, STAGE))
+    taught, _ = map(in_memory, memory.shapes(TEACHER, StageConfig(method="full")))
     optimizer = make_optimizer(STAGE, paths.label_tree(rules_for("full"), trained))
     how = distillation.Teaching(head_of(STUDENT, COMPUTE), head_of(TEACHER, COMPUTE), 4000, weight=0.5)
     loss = distillation.make_distillation_loss(STUDENT, TEACHER, how, COMPUTE, None)
@@ -231,26 +236,26 @@ def compiled_memory() -> tuple[int, int]:
     state = jax.eval_shape(lambda params: init_state(params, optimizer), trained)
     batch = jax.ShapeDtypeStruct((1, 4, 129), jnp.int32)
     found = step.lower(state, (frozen, taught), batch, jax.random.key(0), schedule_of(STAGE)).compile()
-    memory = found.memory_analysis()
-    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    sizes = found.memory_analysis()
+    return sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
 
 
 def test_the_plan_counts_the_teacher():
-    kinds = plan.memory("stage3", STAGE, COMPUTE, STUDENT, (1, 1, 1), False, TEACHER)
+    machine = Machine(1, math.inf, fused_attention=False)
+    setup = memory.Setup("stage3", STAGE, COMPUTE, STUDENT, (1, 1, 1), machine, TEACHER)
+    kinds = memory.stage_memory(setup)
     arguments, temporaries = compiled_memory()
     held = sum(size for kind, size in kinds.items() if kind.startswith(("parameters", "teacher", "Adam")))
     assert 0 <= arguments - held - 4 * 4 * 129 < 1000
     assert 0.9 < (sum(kinds.values()) - held) / temporaries < 1.7
 
     config = Config(stage1=STAGE, stage2=STAGE, stage3=STAGE, compute=COMPUTE)
-    found = plan.plan(config, STUDENT, plan.Machine.of(1, "1GB"), plan.Speed(peak=1e12), 10**6, 2, 1e12, TEACHER)
+    found = make_plan(config, STUDENT, Machine.of(1, "1GB"), Speed(peak=1e12), 10**6, 2, 1e12, TEACHER)
     assert [stage.name for stage in found.stages] == ["stage1", "stage2", "stage3"] and "stage3" in found.disk
     assert "teacher (float32)" in found.table()
     alone = replace(STAGE, weight=0.0)
-    more = plan.flops_per_token(STUDENT, STAGE, TEACHER) - plan.flops_per_token(STUDENT, alone, TEACHER)
+    more = flops_per_token(STUDENT, STAGE, TEACHER) - flops_per_token(STUDENT, alone, TEACHER)
     products = 2 * (4 * 96**2 + 2 * 96 * 128) + 4096 * 96
     assert more == 2 * products + 2 * 4 * 96 * 128, "a forward pass of it"
-    without = plan.plan(
-        replace(config, stage3=replace(STAGE, teacher="")), STUDENT, found.machine, plan.Speed(), 10**6, 2
-    )
+    without = make_plan(replace(config, stage3=replace(STAGE, teacher="")), STUDENT, found.machine, Speed(), 10**6, 2)
     assert [stage.name for stage in without.stages] == ["stage1", "stage2"] and "stage3" not in without.disk

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from test_pipeline import arguments, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tokalign_jax import inspect, main, plan, stages
+from tokalign_jax import inspect, main, stages
 from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.planning.machine import Machine, Speed
+from tokalign_jax.planning.report import plan_run
 from tokalign_jax.text import canonical, mining
 
 NEW = 30
@@ -147,7 +149,7 @@ def test_an_extension_is_planned_before_it_is_made(inputs):
         stage2=StageConfig(sequence_length=64),
         evaluation=EvaluationConfig(sequence_length=64),
     )
-    planned = plan.of_run(config, None, plan.Machine(1, 1e12), plan.Speed(1000.0))
+    planned = plan_run(config, None, Machine(1, 1e12), Speed(1000.0))
     size = canonical.vocabulary_size(AutoTokenizer.from_pretrained(inputs["llama"]))
     assert planned.stages[0].trained == 32 * (size + 100)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from training_toys import LLAMA, NEOX
 
-from tokalign_jax import paths, plan, sharding
+from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.config import (
     AlignmentConfig,
     ComputeConfig,
@@ -31,6 +31,10 @@ from tokalign_jax.main import main
 from tokalign_jax.models import families, remat
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import init_params
+from tokalign_jax.planning import machine, memory, resolve
+from tokalign_jax.planning.flops import flops_per_token
+from tokalign_jax.planning.machine import Machine, MeshSizes, Speed
+from tokalign_jax.planning.report import make_plan
 from tokalign_jax.training import loop
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
@@ -67,7 +71,7 @@ def settings(model: str, method: str, sequences: int, remat: str):
     return MODELS[model], replace(STAGE, method=method, batch_size=sequences), replace(COMPUTE, remat=remat)
 
 
-def compiled_memory(name: str, method: str, sizes: plan.MeshSizes, sequences: int, remat: str) -> dict[str, int]:
+def compiled_memory(name: str, method: str, sizes: MeshSizes, sequences: int, remat: str) -> dict[str, int]:
     """Bytes on each device of the arguments and of the temporaries of a real step, compiled and not run."""
     model, stage, compute = settings(name, method, sequences, remat)
     mesh = sharding.make_mesh(MeshConfig(*sizes), devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
@@ -82,7 +86,7 @@ def compiled_memory(name: str, method: str, sizes: plan.MeshSizes, sequences: in
         where = sharding.shardings(tree, mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
 
-    trained, frozen = map(placed, plan.shapes(model, stage))
+    trained, frozen = map(placed, memory.shapes(model, stage))
     optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trained))
     state = lying(jax.eval_shape(lambda params: init_state(params, optimizer), trained))
     together = loop.micro_batch("stage", stage, mesh)
@@ -109,7 +113,7 @@ def compiled() -> list[dict[str, int]]:
 def test_memory_is_what_compiled_steps_take(compiled, case):
     name, method, mesh, sequences, remat = CASES[case]
     model, stage, compute = settings(name, method, sequences, remat)
-    kinds = list(plan.memory("stage", stage, compute, model, mesh, fused_attention=False).values())
+    kinds = list(memory.stage_memory(setup_of(stage, compute, model, mesh, fused=False)).values())
     state, rest = sum(kinds[:3]), sum(kinds[3:])
     # Besides the state: a batch of token ids, a key and counters.
     batch = 4 * sequences // (mesh[0] * mesh[1]) * (stage.sequence_length + 1)
@@ -133,18 +137,18 @@ def test_parameters_are_those_of_real_trees(name, method, tied):
         return add_lora(params, spec, key) if spec else params
 
     params = jax.eval_shape(make, jax.random.key(0))
-    trained, frozen = plan.shapes(model, stage)
+    trained, frozen = memory.shapes(model, stage)
     leaves = paths.flatten(params)
     for tree, trains in ((trained, True), (frozen, False)):
         real = {path: leaf.shape for path, leaf in leaves.items() if loop.trains(stage, path) == trains}
         assert {path: leaf.shape for path, leaf in paths.flatten(tree).items()} == real
-        assert plan.parameters(tree) == sum(leaves[path].size for path in real)
+        assert memory.parameters(tree) == sum(leaves[path].size for path in real)
 
 
 def test_elements_of_a_device_are_those_of_placed_arrays():
     params = init_params(LLAMA, jax.random.key(0))
     placed = jax.tree.leaves(sharding.place(params, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])))
-    assert plan.elements(plan.shapes(LLAMA, STAGE)[0], (1, 1, 1)) == sum(leaf.size for leaf in placed)
+    assert memory.elements(memory.shapes(LLAMA, STAGE)[0], (1, 1, 1)) == sum(leaf.size for leaf in placed)
 
 
 # --- The whole plan -----------------------------------------------------------------------------------------------------
@@ -163,8 +167,12 @@ CONFIG = Config(
 )
 
 
-def planned(config=CONFIG, devices=1, memory="80GB", speed=plan.Speed(), disk_free=1e15, text=5_000_000_000):  # noqa: B008
-    return plan.plan(config, PYTHIA_1B, plan.Machine.of(devices, memory), speed, text, 2, disk_free)
+def planned(config=CONFIG, devices=1, room="80GB", speed=Speed(), disk_free=1e15, text=5_000_000_000):  # noqa: B008
+    return make_plan(config, PYTHIA_1B, Machine.of(devices, room), speed, text, 2, disk_free)
+
+
+def setup_of(stage, compute, model=PYTHIA_1B, mesh=(1, 1, 1), room=math.inf, fused=True):
+    return memory.Setup("stage", stage, compute, model, mesh, Machine(1, room, fused_attention=fused))
 
 
 ON_GPUS = [
@@ -198,7 +206,7 @@ ON_GPUS = [
 def test_memory_is_what_gpus_took(model, rows, method, mesh, sequences, remat, found):
     held = sequences // (mesh[0] * mesh[1])
     stage = StageConfig(method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048)
-    kinds = plan.memory("stage", stage, ComputeConfig(remat=remat), model_of(model, rows), mesh, True)
+    kinds = memory.stage_memory(setup_of(stage, ComputeConfig(remat=remat), model_of(model, rows), mesh))
     assert 0.98 < sum(kinds.values()) / 2**30 / found < 1.25
 
 
@@ -224,7 +232,7 @@ def test_a_plan_of_a_model_that_fits():
 
 
 def test_what_will_not_fit_is_told_with_what_would():
-    (warning,) = [w for w in planned(memory="24GB").warnings if w.startswith("stage2")]
+    (warning,) = [w for w in planned(room="24GB").warnings if w.startswith("stage2")]
     assert "stage2.method=lora together" in warning, "the state alone is too large, and adapters alone do not do"
     settings = dict(
         part.split("=") for part in warning.partition("it would with ")[2].split(" together")[0].split(", ")
@@ -236,8 +244,8 @@ def test_what_will_not_fit_is_told_with_what_would():
             CONFIG.compute, remat=settings["compute.remat"], loss_chunk=int(settings["compute.loss_chunk"])
         ),
     )
-    assert not [w for w in planned(lean, memory="24GB").warnings if w.startswith("stage2")]
-    assert "no settings change that" in planned(memory="4GB").table()
+    assert not [w for w in planned(lean, room="24GB").warnings if w.startswith("stage2")]
+    assert "no settings change that" in planned(room="4GB").table()
     # More sequences than fit: fewer at once, or less kept of each.
     crowded = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=64))
     (warning,) = [w for w in planned(crowded).warnings if w.startswith("stage1")]
@@ -246,8 +254,8 @@ def test_what_will_not_fit_is_told_with_what_would():
     fits = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=at_once))
     assert not [w for w in planned(fits).warnings if w.startswith("stage1")]
     copies = replace(CONFIG, mesh=MeshConfig(data=8))
-    assert "mesh.fsdp=" in planned(copies, devices=8, memory="24GB").table()
-    assert planned(devices=8, memory="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
+    assert "mesh.fsdp=" in planned(copies, devices=8, room="24GB").table()
+    assert planned(devices=8, room="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
 
 
 def test_auto_keeps_the_most_that_fits():
@@ -258,23 +266,22 @@ def test_auto_keeps_the_most_that_fits():
     needs = [planned(replace(crowded, compute=ComputeConfig(remat=p))).stages[0].total for p in remat.POLICIES]
     assert needs[0] > needs[1] > needs[2]
     for policy, enough in zip(remat.POLICIES, needs):
-        assert kept(planned(crowded, memory=f"{enough / plan.USABLE + 1:.0f}")) == [
+        assert kept(planned(crowded, room=f"{enough / machine.USABLE + 1:.0f}")) == [
             f"activations kept (remat={policy})"
         ]
-    found = planned(crowded, memory=f"{needs[2] / 2:.0f}")
+    found = planned(crowded, room=f"{needs[2] / 2:.0f}")
     assert kept(found) == ["activations kept (remat=layer)"] and found.warnings
 
 
-def chosen(memory, method="full", sequences=64, length=2048, remat="auto", fused=True):
+def chosen(room, method="full", sequences=64, length=2048, remat="auto", fused=True):
     """Sequences at once and policy, and whether so much fits by the estimate."""
     stage = StageConfig(method=method, batch_size=sequences, sequence_length=length)
-    machine = plan.Machine(1, memory, fused_attention=fused)
-    stage, compute = plan.resolved("stage", stage, ComputeConfig(remat=remat), PYTHIA_1B, (1, 1, 1), machine)
-    return stage.per_device_batch, compute.remat, needed(stage, compute) <= memory
+    setup = resolve.resolve(setup_of(stage, ComputeConfig(remat=remat), room=room, fused=fused))
+    return setup.stage.per_device_batch, setup.compute.remat, needed(setup.stage, setup.compute) <= room
 
 
 def needed(stage, compute):
-    return sum(plan.memory("stage", stage, compute, PYTHIA_1B, (1, 1, 1), True).values())
+    return memory.needed(setup_of(stage, compute))
 
 
 @pytest.mark.parametrize("method", ["embedding", "lora", "full"])
@@ -284,45 +291,45 @@ def test_auto_holds_as_many_sequences_as_fit_and_are_faster_together(method):
     assert chosen(130e9, method, sequences=2, length=131_072)[0] == 1, "one sequence is the least"
     assert chosen(math.inf, method, fused=False)[0] == 2, "4,096 tokens on a CPU"
     assert chosen(10e9, method) == (1, "layer", False), "the least there is, of which the plan then warns"
-    for memory in (45e9, 60e9, 74e9):
-        n, policy, fits = chosen(memory, method)
+    for room in (45e9, 60e9, 74e9):
+        n, policy, fits = chosen(room, method)
         more = StageConfig(method=method, batch_size=64, per_device_batch=2 * n)
-        assert (fits and needed(more, ComputeConfig(remat=policy)) > plan.CERTAIN * memory) or n == 32
+        assert (fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * room) or n == 32
 
 
 def test_sequences_are_fewer_before_more_is_computed_again_while_they_fill_the_device():
-    choices = [chosen(memory * 1e9)[:2] for memory in (40, 45, 60, 74, 130)]
+    choices = [chosen(room * 1e9)[:2] for room in (40, 45, 60, 74, 130)]
     assert choices == [(1, "dots"), (4, "attention"), (8, "dots"), (16, "dots"), (32, "dots")]
-    assert plan.FILLED == 4 * 2048
+    assert resolve.SATURATING_TOKENS == 4 * 2048
 
 
 def test_models_without_a_kernel_for_attention_hold_its_logits():
     capped = replace(PYTHIA_1B, attention_softcap=50.0)
-    here = plan.Machine(1, 80e9, "NVIDIA H100 80GB HBM3")
+    here = Machine(1, 80e9, "NVIDIA H100 80GB HBM3")
     with pytest.MonkeyPatch.context() as patch:
         for capability, fuses in (("9.0", True), ("8.0", False)):  # heads of 256
             hopper = type("Device", (), {"platform": "gpu", "compute_capability": capability})
             patch.setattr(jax, "devices", lambda device=hopper: [device])
             assert here.fuses(PYTHIA_1B, ComputeConfig()) == fuses
             assert not here.fuses(capped, ComputeConfig()) and not here.fuses(PYTHIA_1B, ComputeConfig(dtype="float32"))
-    there = plan.Machine(1, 100e9)
+    there = Machine(1, 100e9)
     assert there.fuses(PYTHIA_1B, ComputeConfig()) and not there.fuses(capped, ComputeConfig())
     many = replace(PYTHIA_1B, num_heads=64, num_kv_heads=64, head_dim=32)
-    stage, compute, shape = StageConfig(method="full"), ComputeConfig(), (1, 1, 1)
-    held = [
-        plan.resolved("stage", stage, compute, model, shape, there)[0].per_device_batch
+    setups = [
+        setup_of(StageConfig(method="full"), ComputeConfig(), model, room=100e9)
         for model in (many, replace(many, attention_softcap=50.0))
     ]
+    held = [resolve.resolve(setup).stage.per_device_batch for setup in setups]
     assert held == [32, 16]
 
 
 def test_auto_leaves_what_is_given():
     assert chosen(130e9, remat="layer")[:2] == (32, "layer")
     stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")
-    of = PYTHIA_1B, (1, 1, 1), plan.Machine(1, 130e9)
-    assert plan.resolved("stage1", stage, compute, *of) == (stage, compute)
+    setup = setup_of(stage, compute, room=130e9)
+    assert resolve.resolve(setup) == setup
     with pytest.raises(ValueError, match="per_device_batch=auto is not resolved"):
-        plan.memory("stage1", StageConfig(), compute, *of[:2], True)
+        memory.stage_memory(setup_of(StageConfig(), compute))
 
 
 def test_the_disk_and_the_batch_are_looked_at():
@@ -333,22 +340,22 @@ def test_the_disk_and_the_batch_are_looked_at():
 
 def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
     tokens = 100 * 64 * 2048
-    assert planned(speed=plan.Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(tokens / 1e5)
+    assert planned(speed=Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(tokens / 1e5)
     rows = [{"method": "embedding", "tokens_per_second": 4e4, "devices": 2}]
     (tmp_path / "throughput.json").write_text(json.dumps(rows))
-    measured = planned(devices=4, speed=plan.Speed.of(0, str(tmp_path / "throughput.json"), 0.4, ""))
+    measured = planned(devices=4, speed=Speed.of(0, str(tmp_path / "throughput.json"), 0.4, ""))
     assert measured.stages[0].seconds == pytest.approx(tokens / (4 * 2e4)) and measured.stages[1].seconds is None
-    assumed = planned(speed=plan.Speed.of(0, "", 0.5, "1 PFLOPS")).stages[1]
-    assert assumed.seconds == pytest.approx(assumed.tokens * plan.flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14)
+    assumed = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).stages[1]
+    assert assumed.seconds == pytest.approx(assumed.tokens * flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14)
     assert "assuming 50%" in assumed.speed and "not measured" in assumed.speed
     with pytest.raises(UserError, match="plan_throughput"):
-        plan.Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
+        Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
 
 
 def test_what_the_start_takes():
     """4 for each parameter of a layer and 6 for each of the head where rows are tuned; 2 where text is only read, without the head."""
     layers, head, attention = 16 * 12 * 2048**2, 151_936 * 2048, 4 * 16 * 2048 * 512
-    found = planned(speed=plan.Speed.of(0, "", 0.5, "1 PFLOPS")).init
+    found = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).init
     assert found and (found.read, found.tuned) == (20_000_000, 4_000_000)
     operations = 4e6 * (4 * layers + 6 * head + 3 * attention) + 20e6 * (2 * layers + attention)
     assert found.seconds == pytest.approx(operations / 5e14)
@@ -370,21 +377,21 @@ def test_operations_are_the_usual_count():
     """6 for each parameter of a product that trains, 4 for each that does not, 12 L N H T for attention."""
     matrices = 16 * 12 * 2048**2
     head, attention = 151_936 * 2048, 12 * 16 * 2048 * 2048
-    full = plan.flops_per_token(PYTHIA_1B, CONFIG.stage2)
+    full = flops_per_token(PYTHIA_1B, CONFIG.stage2)
     assert full == 6 * (matrices + head) + attention
-    assert plan.flops_per_token(PYTHIA_1B, CONFIG.stage1) == 4 * matrices + 6 * head + attention
+    assert flops_per_token(PYTHIA_1B, CONFIG.stage1) == 4 * matrices + 6 * head + attention
 
 
 @pytest.mark.parametrize("text", ["80", "80GB", "80 gb", "74.5GiB"])
 def test_memory_is_a_number_with_a_unit(text):
     expected = {"80": 80.0, "74.5GiB": 74.5 * 2**30}.get(text, 80e9)
-    assert plan.Machine.of(8, text).memory == pytest.approx(plan.USABLE * expected)
+    assert Machine.of(8, text).memory == pytest.approx(machine.USABLE * expected)
 
 
 @pytest.mark.parametrize("text", ["much", "80XB", "1.2.3GB"])
 def test_memory_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="plan_device_memory"):
-        plan.Machine.of(8, text)
+        Machine.of(8, text)
 
 
 def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
@@ -400,7 +407,7 @@ def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
 def test_the_devices_here_are_planned_with_as_they_are_in_a_run(monkeypatch, capsys):
     """Of which a command takes more memory than JAX would; of others nothing is started."""
     prepared = []
-    monkeypatch.setattr(plan.compiling, "prepare", lambda: prepared.append(True))
+    monkeypatch.setattr(compiling, "prepare", lambda: prepared.append(True))
     assert main(["main", "--plan", "--plan_devices=1"]) == 0 and not prepared
     assert main(["main", "--plan"]) == 0 and prepared
     assert "1 device" in capsys.readouterr().out

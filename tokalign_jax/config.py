@@ -160,7 +160,7 @@ class StageConfig:
     """Sequences a step, over all devices: neither the rate nor the order of the data depends on how many there are."""
     per_device_batch: int | str = AUTO
     """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes. `auto`: as
-    many as fit in its memory and are faster together (`plan.resolved`)."""
+    many as fit in its memory and are faster together (`planning.resolve`)."""
     sequence_length: int = 2048
     """Tokens a sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS

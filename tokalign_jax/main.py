@@ -135,13 +135,15 @@ def _end_all(text: str, code: int) -> int:
 
 def _plan(config: Config, given: flags.FlagValues) -> None:
     """Prints what a run would need; reads configs and tokenizers, no weights and no text."""
-    from tokalign_jax import compiling, plan
+    from tokalign_jax import compiling
+    from tokalign_jax.planning.machine import Machine, Speed
+    from tokalign_jax.planning.report import plan_run
 
     if not given.plan_devices:
         compiling.prepare()  # of the devices here the run gets as much memory
-    where = plan.Machine.of(given.plan_devices, given.plan_device_memory)
-    speed = plan.Speed.of(given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak)
-    print(plan.of_run(config, workdir_of(given) if given.workdir else None, where, speed).table())
+    machine = Machine.of(given.plan_devices, given.plan_device_memory)
+    speed = Speed.of(given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak)
+    print(plan_run(config, workdir_of(given) if given.workdir else None, machine, speed).table())
 
 
 def _flags(given: flags.FlagValues) -> None:

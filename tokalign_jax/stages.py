@@ -17,12 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, distributed, pages, plan, sharding
+from tokalign_jax import demo, distributed, pages, sharding
 from tokalign_jax.alignment import alignment, inspection, methods, vectors
 from tokalign_jax.config import (
     AUTO,
     EXTEND,
-    ComputeConfig,
     Config,
     DistillationConfig,
     StageConfig,
@@ -38,6 +37,9 @@ from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.models.model_card import CARD, model_card
+from tokalign_jax.planning import advice, disk, memory, resolve
+from tokalign_jax.planning.machine import Machine
+from tokalign_jax.planning.memory import Setup
 from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical, mining, tokenizing
 from tokalign_jax.text import corpus as documents
@@ -138,7 +140,7 @@ class Context:
                     f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step (batch_size)"
                 )
             devices = devices[:taken]
-        needed = plan.state_bytes(self.config, self.new_model, self.teacher_model)
+        needed = memory.state_bytes(self.config, self.new_model, self.teacher_model)
         return sharding.make_mesh(self.config.mesh, needed, devices)
 
     def run_identity(self) -> dict[str, str]:
@@ -182,7 +184,7 @@ class Context:
                     f"warning: the target tokenizer puts '{self.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "
                     "give the exported model its prompts with add_special_tokens=False, or it goes on from an end"
                 )
-        plan.check_lengths(config, model)
+        resolve.check_lengths(config, model)
         if self.teacher_folder and self.teacher_model:
             self._check_teacher(self.teacher_folder, self.teacher_model)
         documents.check(config)
@@ -278,9 +280,10 @@ def check_disk(context: Context, wanted: set[str]) -> None:
       UserError: stating the bytes needed by kind and those free.
     """
     config, (_, raw) = context.config, context.source_model
-    sizes = plan.disk_bytes(config, context.new_model, plan.text_bytes(config), plan.exported_bytes(config, raw))
+    text, exported = disk.text_bytes(config), disk.exported_bytes(config, raw)
+    sizes = disk.disk_bytes(config, context.new_model, text, exported)
     missing = {name: size for name, size in sizes.items() if name in wanted and not context.folder(name).exists()}
-    free = plan.free_bytes(context.workdir)
+    free = disk.free_bytes(context.workdir)
     if sum(missing.values()) > free:
         parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
         raise UserError(
@@ -291,7 +294,7 @@ def check_disk(context: Context, wanted: set[str]) -> None:
 
 def warn_of_memory(context: Context, wanted: set[str]) -> None:
     """Says of training stages to come that they are not expected to fit a device: hours before they begin."""
-    for name, text in _too_large(context).items():
+    for name, text in advice.too_large(_setups(context)).items():
         if name in wanted:
             context.log(f"warning: {text}")
 
@@ -310,27 +313,20 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
         others = {"init": "use a larger one, or leave out tuning with --config.initialization.tuning=0"}
         remedy = others.get(name, "use a larger one")
         if name in training_stages(context.config):
-            held = _resolved(context, name)[0].per_device_batch
+            setups = _setups(context)
+            held = setups[name].stage.per_device_batch
             fewer = f"lower --config.{name}.per_device_batch (it is {held}) or --config.compute.loss_chunk"
-            remedy = _too_large(context).get(name, f"{fewer}, or set --config.compute.remat=layer")
+            remedy = advice.too_large(setups).get(name, f"{fewer}, or set --config.compute.remat=layer")
         raise UserError(
             f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); {remedy}. Other programs on the "
             "device leave it less. What is finished or saved is kept: the same command goes on from there"
         ) from error
 
 
-def _resolved(context: Context, name: str) -> tuple[StageConfig, ComputeConfig]:
-    """A training stage's settings on these devices."""
-    return plan.resolved(name, getattr(context.config, name), context.config.compute, *_planned(context))
-
-
-def _too_large(context: Context) -> dict[str, str]:
-    return plan.too_large(context.config, *_planned(context))
-
-
-def _planned(context: Context) -> tuple[ModelConfig, plan.MeshSizes, plan.Machine, ModelConfig | None]:
-    """What a plan of the run is made of beside its config: the model, the mesh, these devices and the teacher."""
-    return context.new_model, context.mesh.devices.shape, plan.Machine.of(), context.teacher_model
+def _setups(context: Context) -> dict[str, Setup]:
+    """The training stages on these devices, without `auto`."""
+    mesh, machine = context.mesh.devices.shape, Machine.of()
+    return resolve.resolved_stages(context.config, context.new_model, mesh, machine, context.teacher_model)
 
 
 def corpus(context: Context) -> Mapping[str, Any]:
@@ -464,7 +460,8 @@ def check_stream(context: Context) -> None:
 
 
 def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
-    stage, compute = _resolved(context, name)
+    setup = _setups(context)[name]
+    stage, compute = setup.stage, setup.compute
     if getattr(context.config, name).per_device_batch == AUTO:
         context.log(
             f"{name}: per_device_batch=auto: at most {stage.per_device_batch} sequences at once on a device, remat={compute.remat}"

@@ -76,7 +76,7 @@ def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
       UserError: a step's sequences do not divide among the devices.
     """
     if isinstance(stage.per_device_batch, str):
-        raise ValueError(f"per_device_batch={stage.per_device_batch} is not resolved: see `plan.resolved`")
+        raise ValueError(f"per_device_batch={stage.per_device_batch} is not resolved: see `planning.resolve`")
     lets = [n for n in held_at_once(name, stage, mesh) if n <= stage.per_device_batch]
     return sharding.sequences_at_once(mesh) * max(lets)
 

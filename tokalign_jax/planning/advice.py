@@ -1,0 +1,91 @@
+"""Which settings would make a training stage fit its devices."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tokalign_jax import sharding
+from tokalign_jax.models import remat
+from tokalign_jax.planning.machine import format_bytes
+from tokalign_jax.planning.memory import Setup, needed, policy
+
+
+def too_large(setups: Mapping[str, Setup]) -> dict[str, str]:
+    """For each training stage that does not fit a device: what it needs, and with which settings it would fit."""
+    return {name: what_would_fit(setup) for name, setup in setups.items() if needed(setup) > setup.machine.memory}
+
+
+def what_would_fit(setup: Setup) -> str:
+    """That a training stage does not fit a device, and settings with which it would.
+
+    Each setting by itself where one is enough, otherwise several together.
+
+    Args:
+      setup: without `auto`.
+    """
+    room = setup.machine.memory
+    alone: dict[str, str] = {}
+    together, combined = [], setup
+    for key, changes in _CHANGES.items():
+        key = key.replace("stage.", f"{setup.name}.")
+        for value, changed in changes(setup):
+            if key not in alone and needed(changed) <= room:
+                alone[key] = f"{key}={value} ({format_bytes(needed(changed))})"
+        if needed(combined) > room:
+            for value, changed in list(changes(combined))[-1:]:
+                together, combined = [*together, f"{key}={value}"], changed
+    if alone:
+        remedy = f"it would with {', or '.join(alone.values())}"
+    elif needed(combined) <= room:
+        remedy = f"it would with {', '.join(together)} together ({format_bytes(needed(combined))})"
+    else:
+        remedy = "no settings change that: use more or larger devices"
+    return (
+        f"{setup.name} will not fit: it needs about {format_bytes(needed(setup))} on each device, which has "
+        f"{format_bytes(room)} for arrays; {remedy}"
+    )
+
+
+_Changes = Iterator[tuple[Any, Setup]]
+
+
+def _powers_of_two(below: int, least: int) -> list[int]:
+    """Powers of two in [least, below), the largest first."""
+    return [2**n for n in reversed(range(below.bit_length())) if least <= 2**n < below]
+
+
+def _fewer_sequences(setup: Setup) -> _Changes:
+    for batch in _powers_of_two(int(setup.stage.per_device_batch), 1):
+        yield batch, setup.with_stage(per_device_batch=batch)
+
+
+def _less_kept(setup: Setup) -> _Changes:
+    for cheaper in remat.POLICIES[remat.POLICIES.index(policy(setup.compute)) + 1 :]:
+        yield cheaper, setup.with_compute(remat=cheaper)
+
+
+def _smaller_chunks(setup: Setup) -> _Changes:
+    for chunk in _powers_of_two(setup.compute.loss_chunk, 128):
+        yield chunk, setup.with_compute(loss_chunk=chunk)
+
+
+def _more_parts(setup: Setup) -> _Changes:
+    data, fsdp, tensor = setup.mesh
+    for more in (n for n in range(2, data + 1) if data % n == 0 and sharding.ROWS % (fsdp * n * tensor) == 0):
+        yield fsdp * more, dataclasses.replace(setup, mesh=(data // more, fsdp * more, tensor))
+
+
+def _adapters(setup: Setup) -> _Changes:
+    if setup.stage.method == "full":
+        yield "lora", setup.with_stage(method="lora")
+
+
+_CHANGES: dict[str, Callable[[Setup], _Changes]] = {
+    "mesh.fsdp": _more_parts,
+    "compute.loss_chunk": _smaller_chunks,
+    "stage.per_device_batch": _fewer_sequences,
+    "compute.remat": _less_kept,
+    "stage.method": _adapters,
+}
+"""Settings that save memory, the least change of each first; in order of what they cost. The last
+also changes what is learned."""

@@ -1,0 +1,41 @@
+"""Floating-point operations of training steps."""
+
+import math
+import re
+
+from tokalign_jax import paths
+from tokalign_jax.config import StageConfig, teacher_of
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.planning.memory import shapes
+
+
+def flops_per_token(model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None = None) -> float:
+    """FLOPs of a training step for each token, without recomputation, attention over all T.
+
+    For each parameter of a matrix product (PaLM, appendix B): 2 forward, 2 backward to its input,
+    2 to its weights if these train. Attention: 4 N H T forward and twice that backward. A teacher
+    only runs forward.
+    """
+    trained, frozen = shapes(model, stage)
+    length = stage.sequence_length
+    total = 6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model, length)
+    if teacher and teacher_of(stage):
+        total += 2 * products(teacher, abstract_params(teacher)) + attention(teacher, length)
+    return total
+
+
+def products(model: ModelConfig, tree: paths.Tree) -> float:
+    """Parameters of matrix products that are used for a token."""
+    active = model.experts.per_token / model.experts.count if model.experts else 1.0
+    sizes = {
+        path: math.prod(leaf.shape) * (active if "experts/" in path else 1)
+        for path, leaf in paths.flatten(tree).items()
+        if re.search(r"(kernel|lora_[ab])$", path) or (model.tie_word_embeddings and path == "embed_tokens/embedding")
+    }
+    return sum(sizes.values())
+
+
+def attention(model: ModelConfig, length: int) -> float:
+    """FLOPs of attention in the forward pass for each token."""
+    return 4 * model.num_layers * model.num_heads * model.head_dim * length

@@ -1,0 +1,156 @@
+"""The devices a plan is for, how fast they train, and numbers with units as users write them."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from tokalign_jax import compiling, sharding
+from tokalign_jax.config import ComputeConfig
+from tokalign_jax.errors import UserError
+from tokalign_jax.models.attention import has_kernel
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.progress import quantity
+
+MeshSizes = tuple[int, int, int]
+"""Sizes of the mesh axes data, fsdp and tensor."""
+USABLE = compiling.MEMORY
+"""Share of a device's memory that arrays can have; the rest is the runtime's."""
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bfloat16 FLOP/s of a device, by the start or a word of the name that JAX gives it (the makers' data sheets)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices that a plan is for."""
+
+    devices: int
+    memory: float
+    """Bytes of a device that arrays can have; infinite if unknown."""
+    kind: str = ""
+    """`device_kind` of the devices; empty if they are not attached to this process."""
+    fused_attention: bool = True
+    """Whether the devices can have a fused attention kernel (GPUs and TPUs)."""
+
+    @classmethod
+    def of(cls, devices: int = 0, memory: str = "") -> "Machine":
+        """The machine that flags describe (memory as in `80GB`), or the attached one.
+
+        Raises:
+          UserError: `memory` is not a number of bytes.
+        """
+        usable = USABLE * parse_number(memory, "--plan_device_memory", "80GB", _BYTES) if memory else math.inf
+        if devices:
+            return cls(devices, usable)
+        attached = jax.devices()
+        return cls(
+            len(attached),
+            min(usable, sharding.device_memory(jax.local_devices()[0])),
+            attached[0].device_kind,
+            attached[0].platform != "cpu",
+        )
+
+    def fuses(self, model: ModelConfig, compute: ComputeConfig) -> bool:
+        """Whether there is a fused attention kernel for this model's head size, type and soft-cap."""
+        device = jax.devices()[0] if self.kind else None
+        return self.fused_attention and has_kernel(model.head_dim, compute.dtype, model.attention_softcap, device)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training speed, from the first of these that is known."""
+
+    tokens_per_second: float = 0.0
+    """Of all devices together, for every stage."""
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Tokens a second of one device, by the stage's method."""
+    mfu: float = 0.4
+    """Model FLOPs utilization: the share of the peak that is reached."""
+    peak: float = 0.0
+    """FLOP/s of a device; 0: looked up by the device's name (`PEAKS`)."""
+
+    @classmethod
+    def of(cls, tokens_per_second: float, measured: str, mfu: float, peak: str) -> "Speed":
+        """From flags; `measured` is a JSON file of benchmarks/train_throughput.py.
+
+        Raises:
+          UserError: `measured` is not such a file, or `peak` is not a number.
+        """
+        return cls(
+            tokens_per_second,
+            _measured(Path(measured)) if measured else {},
+            mfu,
+            parse_number(peak, "--plan_peak", "989TFLOPS", _FLOPS) if peak else 0.0,
+        )
+
+    def seconds(self, tokens: int, flops: float, method: str, machine: Machine) -> tuple[float, str] | None:
+        """How long training on `tokens` takes, and the source of that figure; None if unknown."""
+        if self.tokens_per_second:
+            return tokens / self.tokens_per_second, f"at the {quantity(self.tokens_per_second)} tokens/s given"
+        if rate := self.measured.get(method):
+            return (
+                tokens / rate / machine.devices,
+                f"at the {quantity(rate)} tokens/s measured on one device, times {machine.devices}",
+            )
+        peak = self.peak or next((peak for name, peak in PEAKS.items() if name in machine.kind), 0.0)
+        if not peak:
+            return None
+        rate = self.mfu * peak * machine.devices / (flops / tokens)
+        return tokens / rate, (
+            f"assuming {self.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on each device, {quantity(rate)} tokens/s; not measured"
+        )
+
+
+_BYTES = {"": 1, "B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}} | {
+    f"{letter}iB": 1024**n for n, letter in enumerate("KMGT", 1)
+}
+_FLOPS = {"": 1, **{f"{letter}FLOPS": 1000**n for n, letter in enumerate(("K", "M", "G", "T", "P"), 1)}}
+
+
+def parse_number(text: str, flag: str, example: str, units: Mapping[str, float]) -> float:
+    """A flag's number with a unit, such as `80GB`.
+
+    Raises:
+      UserError: `text` is not a number with one of `units`.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in units.items()}
+    try:
+        number, unit = match.groups() if match else ("", "")
+        return float(number) * units[unit.lower()]
+    except (ValueError, KeyError):
+        raise UserError(f"{flag}={text}: expected a number and a unit, such as {example}") from None
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes for people: `15.3 MB`, `2.07 GB`."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def _measured(file: Path) -> dict[str, float]:
+    """Tokens a second of one device by method, from the output of benchmarks/train_throughput.py.
+
+    Raises:
+      UserError: the file does not hold that.
+    """
+    try:
+        rows = json.loads(file.read_text())
+        return {row["method"]: row["tokens_per_second"] / row["devices"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--plan_throughput={file}: expected a JSON list of rows with method, tokens_per_second and devices ({error})"
+        ) from error

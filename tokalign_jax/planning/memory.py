@@ -1,0 +1,208 @@
+"""Memory of a device in each stage, from configs and shapes alone.
+
+Numbers of parameters, and bytes of what a device holds between steps, are exact. What is alive in
+the middle of a step is an upper estimate, as if every kind were at its largest at the same time.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import ComputeConfig, Config, StageConfig, teacher_of, training_stages
+from tokalign_jax.models import remat
+from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.planning.machine import Machine, MeshSizes
+from tokalign_jax.training import loop
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training stage, its model and the devices that it runs on."""
+
+    name: str
+    stage: StageConfig
+    compute: ComputeConfig
+    model: ModelConfig
+    """With the target vocabulary's rows."""
+    mesh: MeshSizes
+    machine: Machine
+    teacher: ModelConfig | None = None
+
+    def with_stage(self, **fields: Any) -> "Setup":
+        return dataclasses.replace(self, stage=dataclasses.replace(self.stage, **fields))
+
+    def with_compute(self, **fields: Any) -> "Setup":
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, **fields))
+
+
+# --- Parameters ---------------------------------------------------------------------------------
+
+
+def shapes(model: ModelConfig, stage: StageConfig) -> tuple[paths.Tree, paths.Tree]:
+    """Shapes of a stage's trainable and frozen parameters, without padding rows."""
+    return loop.split(stage, abstract_params(model, loop.lora_spec(stage)))
+
+
+def state_bytes(config: Config, model: ModelConfig, teacher: ModelConfig | None) -> int:
+    """The most that parameters, gradients and optimizer state of a training stage need in all, its
+    teacher included."""
+    stages = training_stages(config).values() or [config.stage1]
+    frozen = 2 * parameters(abstract_params(teacher)) if teacher else 0
+    return max(loop.state_bytes(stage, model) + (frozen if teacher_of(stage) else 0) for stage in stages)
+
+
+def parameters(tree: paths.Tree) -> int:
+    """Number of parameters in a tree of shapes."""
+    return sum(math.prod(leaf.shape) for leaf in paths.flatten(tree).values())
+
+
+def elements(tree: paths.Tree, mesh: MeshSizes) -> int:
+    """Elements of these parameters that one device of the mesh holds, padding rows included."""
+    abstract, total = abstract_mesh(mesh), 0
+    for path, leaf in paths.flatten(tree).items():
+        shape = sharding.padded_shape(path, leaf.shape)
+        total += math.prod(sharding.sharding_of(path, shape, abstract).shard_shape(shape))
+    return total
+
+
+def _only(pattern: str, tree: paths.Tree) -> paths.Tree:
+    """The part of a tree whose paths match the expression."""
+    return paths.split(tree, lambda path: bool(re.search(pattern, path)))[0]
+
+
+def abstract_mesh(mesh: MeshSizes) -> Mesh:
+    """A mesh without devices, which is enough for shapes."""
+    return cast(Mesh, AbstractMesh(mesh, (sharding.DATA, sharding.FSDP, sharding.TENSOR)))
+
+
+# --- Training stages ----------------------------------------------------------------------------
+
+
+def micro_batches(setup: Setup) -> tuple[int, int]:
+    """Micro-batches of a step, and sequences that a device holds in each.
+
+    Raises:
+      UserError: the step's sequences cannot be divided among the devices.
+    """
+    together = loop.micro_batch(setup.name, setup.stage, abstract_mesh(setup.mesh))
+    return setup.stage.batch_size // together, together // (setup.mesh[0] * setup.mesh[1])
+
+
+def needed(setup: Setup) -> int:
+    """Bytes on each device, all kinds of `stage_memory` together."""
+    return sum(stage_memory(setup).values())
+
+
+def stage_memory(setup: Setup) -> dict[str, int]:
+    """Bytes on each device by kind, of a training stage without `auto`.
+
+    The first three kinds are exact and held all the time. The rest is held during a part of a step:
+    in float32 on a CPU, 1.0 to 1.3 times what XLA then allocates; in bfloat16 on one, two and four
+    GPUs, the sum of all kinds is 0.99 to 1.22 times what was in use (tests/test_plan.py).
+    """
+    stage, compute, model, mesh = setup.stage, setup.compute, setup.model, setup.mesh
+    trained, frozen = shapes(model, stage)
+    size = jnp.dtype(compute.dtype).itemsize
+    accumulation, held = micro_batches(setup)
+    tokens = held * stage.sequence_length
+    train = FLOAT * elements(trained, mesh)
+    logits = _logits(model, compute, tokens, mesh)
+    work = {  # one after the other
+        "one layer": _layer(setup, tokens) + _gathered(model, trained, size, mesh),
+    }
+    teaching: dict[str, int] = {}
+    if setup.teacher and teacher_of(stage):
+        teacher = dataclasses.replace(setup.teacher, vocab_size=model.vocab_size)
+        teaching = {
+            f"teacher ({compute.dtype})": size * elements(abstract_params(teacher), mesh),
+            f"what the teacher says ({compute.dtype})": size * tokens * teacher.hidden_size,
+        }
+        forward = dataclasses.replace(setup, model=teacher).with_stage(method="full")
+        work["one layer of the teacher"] = _layer(forward, tokens) + _gathered(teacher, {}, size, mesh)
+        logits += _logits(teacher, compute, tokens, mesh)
+    work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
+    most = max(work, key=work.__getitem__)
+    cast_projections = 0 if size == FLOAT else size * elements(_only("_proj/", trained), mesh)
+    return {
+        "parameters that train (float32)": train,
+        f"frozen parameters ({compute.dtype})": size * elements(frozen, mesh),
+        **teaching,
+        "Adam's two moments (float32)": 2 * train,
+        f"projections that train, in {compute.dtype}": cast_projections,
+        "gradients (float32)": train,
+        "gradients summed over micro-batches (float32)": train if accumulation > 1 else 0,
+        f"activations kept (remat={compute.remat})": _kept(model, compute, tokens, mesh),
+        f"largest work at once ({most})": work[most],
+    }
+
+
+def policy(compute: ComputeConfig) -> remat.Policy:
+    """What layers keep for the backward pass; `auto` must have been resolved."""
+    if compute.remat == "auto":
+        raise ValueError("remat=auto is not resolved: see `planning.resolve`")
+    return compute.remat
+
+
+def _kept(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
+    """Activations kept by the layers; each device of `tensor` has a copy of the layers' inputs and
+    its share of the rest."""
+    inputs = remat.activation_bytes(model, "layer", compute.dtype)
+    rest = remat.activation_bytes(model, policy(compute), compute.dtype) - inputs
+    return tokens * (inputs + rest // mesh[2])
+
+
+def _layer(setup: Setup, tokens: int) -> int:
+    """Working memory of a layer's backward pass: all of its activations, and gradients of the same
+    sizes."""
+    model, compute, stage, mesh = setup.model, setup.compute, setup.stage, setup.mesh
+    size = jnp.dtype(compute.dtype).itemsize
+    active = model.experts.per_token if model.experts else 1
+    wide = model.num_heads * model.head_dim * 3 + 2 * model.num_kv_heads * model.head_dim
+    wide += (3 if model.gated_mlp else 2) * model.intermediate_size * active
+    narrow = 4 * model.hidden_size
+    per_token = 2 * size * (wide // mesh[2] + narrow) + 3 * FLOAT * model.hidden_size
+    if stage.method == "lora" and stage.lora.dropout:
+        # Dropped-out inputs of the projections; those that read the same input share it.
+        read = 2 * model.hidden_size + model.num_heads * model.head_dim + model.intermediate_size * active
+        per_token += 2 * size * read
+    if setup.machine.fuses(model, compute):
+        return tokens * per_token
+    # Attention logits without a fused kernel, and their gradients, for one block of queries.
+    queries = stage.sequence_length if stage.sequence_length <= LONGEST_WHOLE else QUERY_BLOCK
+    return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
+
+
+def _gathered(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSizes) -> int:
+    """One layer's matrices gathered over `fsdp`, the next layer's on their way, and one layer's
+    gradients."""
+    if mesh[1] == 1:
+        return 0
+    weights = elements(_only("^layers/", abstract_params(model)), (1, 1, mesh[2])) // model.num_layers
+    gradients = elements(_only("^layers/", trained), (1, 1, mesh[2])) // model.num_layers
+    return 2 * size * weights + FLOAT * gradients
+
+
+def _logits(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
+    """Working memory of the loss.
+
+    The head in the compute type; a chunk's logits and softmax in float32, and their gradient;
+    hidden states and their gradient; and a chunk's float32 hidden states, label rows and gradients
+    of both.
+    """
+    size = jnp.dtype(compute.dtype).itemsize
+    rows = -(-model.vocab_size // sharding.ROWS) * sharding.ROWS // (mesh[1] * mesh[2])
+    head = rows * model.hidden_size * size if size != FLOAT else 0
+    chunk = min(compute.loss_chunk, tokens) * mesh[1]  # gathered from the devices that hold other rows
+    beside = chunk * model.hidden_size * (4 * FLOAT + 2 * size)
+    return head + chunk * rows * (2 * FLOAT + size) + 2 * tokens * model.hidden_size * size + beside

@@ -1,0 +1,228 @@
+"""The whole plan of a run, and its table for `--plan`. Reads no weights and no text."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tokalign_jax import demo, sharding
+from tokalign_jax.config import EXTEND, Config, reads_source, teacher_of, training_stages
+from tokalign_jax.initialization import tuning
+from tokalign_jax.models import hub
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.planning import advice, disk, flops, memory
+from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes
+from tokalign_jax.planning.memory import Setup
+from tokalign_jax.planning.resolve import check_lengths, resolved_stages
+from tokalign_jax.progress import duration, quantity
+from tokalign_jax.text import mining
+from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.text.editing import within_rows
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage."""
+
+    name: str
+    method: str
+    trained: int
+    """Parameters that train."""
+    frozen: int
+    """Parameters that do not."""
+    steps: int
+    sequences: int
+    """Sequences of a step, over all devices."""
+    length: int
+    accumulation: int
+    """Micro-batches of a step."""
+    memory: Mapping[str, int]
+    """Bytes on each device by kind."""
+    seconds: float | None
+    speed: str
+    """Source of `seconds`."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.sequences * self.length
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+
+class InitPlan(NamedTuple):
+    """Upper bounds on what the source model does for the initial rows."""
+
+    read: int
+    """Tokens that it reads."""
+    tuned: int
+    """Tokens on which rows are tuned."""
+    seconds: float | None
+    speed: str
+    """Source of `seconds`."""
+
+    def table(self) -> list[str]:
+        tuned = f"; rows are tuned on {quantity(self.tuned)}" if self.tuned else ""
+        return [
+            "",
+            f"init: the source model reads {quantity(self.read)} tokens at most{tuned}",
+            *_time(self.seconds, self.speed),
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    machine: Machine
+    mesh: MeshSizes
+    init: InitPlan | None
+    """None if rows are the alignment's mixtures alone."""
+    stages: tuple[StagePlan, ...]
+    disk: Mapping[str, int]
+    """Bytes by the folder of the workdir."""
+    disk_free: float
+    warnings: tuple[str, ...]
+
+    def table(self) -> str:
+        """The plan as text for the terminal."""
+        lines = [self._devices(), *(self.init.table() if self.init else [])]
+        for stage in self.stages:
+            lines += [
+                "",
+                f"{stage.name} ({stage.method}): {quantity(stage.trained)} parameters train, {quantity(stage.frozen)} are frozen",
+                f"  {stage.steps:,} steps of {stage.sequences:,} x {stage.length:,} tokens, each in {stage.accumulation} "
+                f"micro-batch{'es' * (stage.accumulation > 1)}: {quantity(stage.tokens)} tokens",
+                *_time(stage.seconds, stage.speed),
+                *_listed("memory of a device", stage.memory),
+            ]
+        free = "" if self.disk_free == math.inf else f" ({format_bytes(self.disk_free)} free)"
+        lines += ["", *_listed(f"disk{free}", self.disk)]
+        lines += [f"\nwarning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def _devices(self) -> str:
+        machine, (data, fsdp, tensor) = self.machine, self.mesh
+        kind = f" ({machine.kind})" if machine.kind else ""
+        room = "memory unknown" if machine.memory == math.inf else f"{format_bytes(machine.memory)} each for arrays"
+        many = "s" * (machine.devices > 1)
+        return f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor}; {room}"
+
+
+def _time(seconds: float | None, speed: str) -> list[str]:
+    known = "unknown: give --plan_tokens_per_second" if seconds is None else duration(seconds)
+    return [f"  time {known}", *([f"    {speed}"] if speed else [])]
+
+
+def _listed(what: str, sizes: Mapping[str, int]) -> list[str]:
+    """Lines with a sum and its terms."""
+    return [
+        f"  {what:<56} {format_bytes(sum(sizes.values())):>10}",
+        *(f"    {kind:<54} {format_bytes(size):>10}" for kind, size in sizes.items() if size),
+    ]
+
+
+def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Speed) -> Plan:
+    """The plan of a run as configured: reads the model's config, a tokenizer, and sizes of files.
+
+    Raises:
+      UserError: as `make_plan`, and for a model, tokenizer or sequence length that the run would refuse.
+    """
+    source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
+    model, raw = hub.load_config(source)
+    check_lengths(config, model)
+    if config.target_tokenizer == EXTEND:
+        old = within_rows(hub.load_tokenizer(source), model.vocab_size, f"source_model '{config.source_model}'")
+        size = mining.largest_size(config, old)
+    else:
+        target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
+        size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
+    multiple = config.initialization.rows_multiple_of
+    rows = -(-size // multiple) * multiple
+    model = dataclasses.replace(model, vocab_size=rows)
+    free = disk.free_bytes(workdir or Path())
+    teacher = None
+    if "stage3" in training_stages(config):
+        teacher, _ = hub.load_config(hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False))
+    exported = disk.exported_bytes(config, raw)
+    return make_plan(config, model, machine, speed, disk.text_bytes(config), exported, free, teacher)
+
+
+def make_plan(
+    config: Config,
+    model: ModelConfig,
+    machine: Machine,
+    speed: Speed,
+    text_bytes: int,
+    exported: int,
+    disk_free: float = math.inf,
+    teacher: ModelConfig | None = None,
+) -> Plan:
+    """The plan of a run from shapes and sizes alone.
+
+    Args:
+      model: with the target vocabulary's rows.
+      text_bytes: UTF-8 bytes of text that are kept.
+      exported: bytes of a parameter in the exported folder.
+      disk_free: bytes.
+      teacher: of Stage 3, if there is one.
+
+    Raises:
+      UserError: a mesh or batch that does not fit the devices.
+    """
+    run = training_stages(config)
+    state = memory.state_bytes(config, model, teacher)
+    devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in run.values()])
+    machine = dataclasses.replace(machine, devices=devices)
+    mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory)
+    setups = resolved_stages(config, model, mesh, machine, teacher)
+    stages = tuple(_stage(setup, speed) for setup in setups.values())
+    warnings = [*advice.too_large(setups).values()]
+    sizes = disk.disk_bytes(config, model, text_bytes, exported)
+    if sum(sizes.values()) > disk_free:
+        warnings.append(
+            f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
+            f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in run)])}"
+        )
+    init = _init(config, model, machine, speed, text_bytes)
+    return Plan(machine, mesh, init, stages, sizes, disk_free, tuple(warnings))
+
+
+def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, text_bytes: int) -> InitPlan | None:
+    settings = config.initialization
+    if not reads_source(config):
+        return None
+    # Tuning is a step of Stage 1 at a length of its own; reading is a forward pass without the head.
+    length = min(tuning.LENGTH, model.max_positions)
+    stage = dataclasses.replace(config.stage1, method="embedding", sequence_length=length)
+    _, layers = memory.shapes(model, stage)
+    each = flops.flops_per_token(model, stage)
+    forward = 2 * flops.products(model, layers) + flops.attention(model, length)
+    # A source that was not made for the text may need a token for each byte.
+    read, tuned = min(settings.tokens, text_bytes), min(settings.tuning, text_bytes // disk.BYTES_PER_TOKEN)
+    tokens = tuned + round(read * forward / each)
+    known = speed.seconds(tokens, tokens * each, stage.method, machine) if tokens else (0.0, "")
+    return InitPlan(read, tuned, *(known or (None, "")))
+
+
+def _stage(setup: Setup, speed: Speed) -> StagePlan:
+    stage, model = setup.stage, setup.model
+    trained, frozen = memory.shapes(model, stage)
+    tokens = stage.steps * stage.batch_size * stage.sequence_length
+    # Measured speeds of a method are without a teacher.
+    kind = "distillation" if teacher_of(stage) else stage.method
+    each = flops.flops_per_token(model, stage, setup.teacher)
+    known = speed.seconds(tokens, tokens * each, kind, setup.machine)
+    return StagePlan(
+        setup.name,
+        stage.method,
+        memory.parameters(trained),
+        memory.parameters(frozen),
+        stage.steps,
+        stage.batch_size,
+        stage.sequence_length,
+        memory.micro_batches(setup)[0],
+        memory.stage_memory(setup),
+        *(known or (None, "")),
+    )

@@ -1,0 +1,71 @@
+"""Replaces `auto` in the settings of training stages by what fits the devices and is fastest."""
+
+from tokalign_jax.config import AUTO, Config, training_stages
+from tokalign_jax.errors import UserError
+from tokalign_jax.models import remat
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.planning.machine import Machine, MeshSizes
+from tokalign_jax.planning.memory import Setup, abstract_mesh, needed
+from tokalign_jax.training import loop
+
+AUTO_MEMORY = 0.9
+"""Share of a device's usable memory that an automatic choice may fill: the estimates of working
+memory may be too low."""
+SATURATING_TOKENS = 8_192
+"""Tokens held at once from which on an accelerator is saturated: recomputation then costs more
+than fewer tokens do."""
+MAX_TOKENS = 65_536
+"""Tokens held at once beyond which more are not faster (docs/results/throughput.md)."""
+MAX_TOKENS_ON_CPU = 4_096
+"""The same on a CPU, which is always saturated."""
+
+
+def resolve(setup: Setup) -> Setup:
+    """`setup` with a choice for `auto`: among those that fit a device the one expected to be fastest.
+
+    While the sequences held at once saturate the device, as much as possible is kept for the
+    backward pass, since fewer sequences cost less than recomputation; then as many sequences as fit
+    are held, up to where more are not faster. If nothing fits: the choice that needs the least.
+
+    Raises:
+      UserError: the step's sequences cannot be divided among the devices.
+    """
+    stage, machine = setup.stage, setup.machine
+    policies = remat.POLICIES if setup.compute.remat == "auto" else (setup.compute.remat,)
+    batches, room = [stage.per_device_batch], machine.memory
+    if stage.per_device_batch == AUTO:
+        most = (MAX_TOKENS if machine.fused_attention else MAX_TOKENS_ON_CPU) // stage.sequence_length
+        fitting = loop.held_at_once(setup.name, stage, abstract_mesh(setup.mesh))
+        batches = [n for n in fitting if n <= max(1, most)][::-1]
+        room *= AUTO_MEMORY
+    saturating = [n for n in batches if int(n) * stage.sequence_length >= SATURATING_TOKENS]
+    order = [(n, policy) for policy in policies for n in saturating]
+    order += [(n, policy) for n in batches if n not in saturating for policy in policies]
+    choices = [setup.with_stage(per_device_batch=n).with_compute(remat=policy) for n, policy in order]
+    least = setup.with_stage(per_device_batch=batches[-1]).with_compute(remat=policies[-1])
+    return next((choice for choice in choices if needed(choice) <= room), least)
+
+
+def resolved_stages(
+    config: Config, model: ModelConfig, mesh: MeshSizes, machine: Machine, teacher: ModelConfig | None = None
+) -> dict[str, Setup]:
+    """The training stages of a run by name, without `auto`."""
+    return {
+        name: resolve(Setup(name, stage, config.compute, model, mesh, machine, teacher))
+        for name, stage in training_stages(config).items()
+    }
+
+
+def check_lengths(config: Config, model: ModelConfig) -> None:
+    """Checks sequence lengths against the positions of the source model.
+
+    Raises:
+      UserError: a sequence is longer than that.
+    """
+    lengths = {f"{name}.sequence_length": stage.sequence_length for name, stage in training_stages(config).items()}
+    for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
+        if length > model.max_positions:
+            raise UserError(
+                f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "
+                f"set --config.{name}={model.max_positions} or less"
+            )
