@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
-from tokalign_jax.evaluation import bits_per_byte
+from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import generate
@@ -24,7 +24,7 @@ from tokalign_jax.text import canonical
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_final, run_stage
-from tokalign_jax.training.losses import Head, cross_entropy, token_nll
+from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
 from tokalign_jax.training.step import NEXT_TOKEN
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
@@ -52,7 +52,7 @@ def vocabulary(shape):
             with sharding.within(mesh):
                 hidden = sharding.look_up(table, tokens, jnp.float32) * 0.5
                 total, count = cross_entropy(hidden, head, jnp.asarray(labels), how)
-                each = token_nll(*jax.lax.stop_gradient((hidden, head)), jnp.asarray(labels), how)
+                each = token_nll_and_likeliest(*jax.lax.stop_gradient((hidden, head)), jnp.asarray(labels), how)
                 return 2.0 * total / count, each
 
         results = []
@@ -160,7 +160,7 @@ def files(shape):
 
 
 def reading(shape):
-    """Bits per byte, contexts of tokens, frequencies of head rows, continued texts."""
+    """Bits per byte, abilities, contexts of tokens, frequencies of head rows, continued texts."""
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model_folder(Path(folder), "llama", vocab_size=320)
         config, _ = hub.load_config(model)
@@ -174,6 +174,8 @@ def reading(shape):
             scores = bits_per_byte.evaluate(
                 config, params, source, {"a": TEXTS, "b": TEXTS[:1]}, sequence_length=32, batch=2, mesh=mesh
             )
+            questions = abilities.sums(5)
+            answered = abilities.score(config, params, source, questions, shards[0].index["end_of_text"], mesh=mesh)
             sizes = [len(s.counts) for s in shards]
             read = contexts.read(config, params, places, *sizes, jnp.float32, mesh, lambda line: None)
             moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
@@ -190,6 +192,7 @@ def reading(shape):
             results.append(
                 (
                     [s.bits_per_byte for s in scores.values()],
+                    answered,
                     read,
                     moves,
                     generate(config, params, prompt, 5),

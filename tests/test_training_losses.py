@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokalign_jax.training import losses
-from tokalign_jax.training.losses import Head, cross_entropy, token_nll
+from tokalign_jax.training.losses import Head, cross_entropy, token_nll, token_nll_and_likeliest
 
 B, T, D, V = 3, 7, 16, 37
 
@@ -54,6 +54,17 @@ def test_value_and_gradients_match_numpy(data, chunk, gpu, monkeypatch):
     np.testing.assert_allclose(
         token_nll(hidden, head, jnp.asarray(labels), Head(V, chunk, jnp.float32)), nll, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_likeliest_token_is_that_of_the_largest_logit(data, chunk):
+    hidden, head, labels = data
+    padded = np.concatenate([head, np.zeros((3, D), np.float32)])  # rows that only fill the matrix up
+    hidden[0, 0] = -10 * head.sum(axis=0)  # all logits may be negative: the filling must not win
+    how = Head(V, chunk, jnp.float32)
+    nll, likeliest = token_nll_and_likeliest(hidden, padded, jnp.asarray(labels), how)
+    np.testing.assert_array_equal(likeliest, (hidden @ head.T).argmax(-1))
+    np.testing.assert_array_equal(nll, token_nll(hidden, padded, jnp.asarray(labels), how))
 
 
 def test_undifferentiated_value_is_the_differentiated_one(data):

@@ -7,32 +7,24 @@ a window is cut into windows that do not overlap; a token that the tokenizer put
 kept by document, so that intervals can be had (`intervals.py`).
 """
 
-import bisect
-import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import intervals
-from tokalign_jax.models import transformer
+from tokalign_jax.evaluation.token_costs import Window, token_costs
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.rotary import LongRopeScaling
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import end_of_text_id, opening_id
-from tokalign_jax.training.losses import IGNORED, head_of, token_nll
 
 
 @dataclass(frozen=True)
@@ -124,16 +116,16 @@ def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, 
     return chosen
 
 
-def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) windows of at most `length` tokens; every token of the document is a label exactly once.
+def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[Window]:
+    """Windows of at most `length` tokens; every token of the document is a label exactly once.
 
     Args:
       start: the token before the document's first.
       each: it begins every window, in the place of the token before.
     """
     context = [start, *tokens[:-1]]
-    windows = [(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
-    return [([start, *inputs[1:]], labels) for inputs, labels in windows] if each else windows
+    windows = [Window(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
+    return [Window([start, *w.inputs[1:]], w.labels) for w in windows] if each else windows
 
 
 def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -142,15 +134,6 @@ def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(start, int):
             return start
     return end_of_text_id(tokenizer)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def _window_nats(params, inputs, labels, *, config: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> jax.Array:
-    """Summed -log p of each window's labels, [B], on every device."""
-    with sharding.within(mesh):
-        hidden = transformer.forward(config, params, inputs, dtype=jnp.dtype(compute.dtype))
-        nll = token_nll(hidden, transformer.head_matrix(params), labels, head_of(config, compute))
-        return sharding.constrain(nll.sum(axis=1), None)
 
 
 def evaluate(
@@ -194,7 +177,8 @@ def evaluate_documents(
     """
     start, each = first_context(tokenizer), opening_id(tokenizer) is not None
     backend = plain_backend(tokenizer)  # as the shards are made
-    windows: list[tuple[np.ndarray, int, list[int], list[int]]] = []  # where its nats go, inputs, labels
+    windows: list[Window] = []
+    places: list[tuple[np.ndarray, int]] = []  # where each window's nats are added
     costs = {}
     for language, documents in texts.items():
         encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
@@ -204,50 +188,23 @@ def evaluate_documents(
             np.array([len(text.encode()) for text in documents], np.int64),
         )
         for document, tokens in enumerate(encoded):
-            windows += [(costs[language].nats, document, *w) for w in cut(tokens, start, sequence_length, each)]
+            cut_up = cut(tokens, start, sequence_length, each)
+            windows += cut_up
+            places += [(costs[language].nats, document)] * len(cut_up)
 
-    # Windows of like length go together, so that short ones are not padded to the longest.
-    windows.sort(key=lambda window: len(window[3]))
-    progress = Progress(log, what, sum(len(w[3]) for w in windows), "tokens")
-    mesh = mesh or sharding.make_mesh()
-    params = sharding.place(params, mesh)
-    batch, split = batch * sharding.sequences_at_once(mesh), NamedSharding(mesh, P(sharding.BATCH))
-    for group, longest in _batches(windows, batch, sequence_length, config):
-        length = _padded_length(len(group[-1][3]), longest)
-        inputs = np.zeros((batch, length), np.int32)
-        labels = np.full((batch, length), IGNORED, np.int32)
-        for row, (_, _, window_inputs, window_labels) in enumerate(group):
-            inputs[row, : len(window_inputs)] = window_inputs
-            labels[row, : len(window_labels)] = window_labels
-        inputs, labels = (sharding.put(of, split) for of in (inputs, labels))
-        found = np.asarray(_window_nats(params, inputs, labels, config=config, compute=compute, mesh=mesh), np.float64)
-        for row, (nats, document, _, _) in enumerate(group):
-            nats[document] += found[row]
-        progress.update(sum(len(w[3]) for w in group))
+    progress = Progress(log, what, sum(len(w.labels) for w in windows), "tokens")
+    found = token_costs(
+        config,
+        params,
+        windows,
+        longest=sequence_length,
+        batch=batch,
+        compute=compute,
+        mesh=mesh,
+        progress=progress,
+    )
+    for (nats, document), of_window in zip(places, found, strict=True):
+        nats[document] += of_window.nats.sum(dtype=np.float64)
     average = sum((of.total for of in costs.values()), Score(0.0, 0, 0))
     progress.done(f"{average.bits_per_byte:.3f} bits per byte")
     return costs
-
-
-def _batches(
-    windows: Sequence[Any], batch: int, sequence_length: int, config: ModelConfig
-) -> Iterator[tuple[Sequence[Any], int]]:
-    """`windows` in groups of `batch`, in their order, and how long they may be padded to.
-
-    LongRoPE turns otherwise in texts of more tokens than a model's first length: what is no longer than that is not padded past it.
-    """
-    scalings = [kind.rope.scaling for kind in config.layer_kinds if kind.rope]
-    bound = min((s.original_positions for s in scalings if isinstance(s, LongRopeScaling)), default=sequence_length)
-    bound = min(bound, sequence_length)
-    longer = bisect.bisect_right(windows, bound, key=lambda window: len(window[3]))
-    for part, longest in ((windows[:longer], bound), (windows[longer:], sequence_length)):
-        for first in range(0, len(part), batch):
-            yield part[first : first + batch], longest
-
-
-def _padded_length(length: int, longest: int) -> int:
-    """The longest window halved as often as `length` allows, so that few programs are compiled."""
-    size = longest
-    while size // 2 >= max(length, 32):
-        size //= 2
-    return size

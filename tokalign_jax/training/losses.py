@@ -74,15 +74,32 @@ def token_nll(
 ) -> Float[Array, "B T"]:
     """The negative log-likelihood of each label (nats, float32; 0 where the label is negative), for evaluation."""
 
-    def local(hidden: Array, head: Array, labels: Array) -> Array:
+    def of_chunk(rows: Rows, states: Array, targets: Array) -> Array:
+        return own(rows.nll(rows.logits(states)[0], targets))
+
+    return _by_chunk(of_chunk, hidden, head, labels, how)
+
+
+def token_nll_and_likeliest(
+    hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """`token_nll`, and the id of the largest logit at each position (the lowest id where several are equal)."""
+
+    def of_chunk(rows: Rows, states: Array, targets: Array) -> tuple[Array, Array]:
+        logits, _ = rows.logits(states)
+        return own(rows.nll(logits, targets)), own(rows.likeliest(logits))
+
+    return _by_chunk(of_chunk, hidden, head, labels, how)
+
+
+def _by_chunk(of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: Array, how: Head) -> Any:
+    """Arrays [B, T] of what `of_chunk(rows, states [C, D], labels [C])` gives for each token of a chunk."""
+
+    def local(hidden: Array, head: Array, labels: Array) -> Any:
         rows = Rows(head.astype(how.dtype), how)
-
-        def one_chunk(pieces: tuple[Array, Array]) -> Array:
-            states, targets = map(gathered, pieces)
-            return own(rows.nll(rows.logits(states)[0], targets))
-
-        nll = jax.lax.map(one_chunk, chunks(hidden.astype(how.dtype), labels, how.chunk))
-        return nll.reshape(-1)[: labels.size].reshape(labels.shape)
+        pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
+        results = jax.lax.map(lambda piece: of_chunk(rows, *map(gathered, piece)), pieces)
+        return jax.tree.map(lambda x: x.reshape(-1)[: labels.size].reshape(labels.shape), results)
 
     return by_device(local, _PARTS, P(BATCH))(hidden, head, labels)
 
@@ -139,6 +156,15 @@ class Rows(NamedTuple):
         label_logits = over(VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1))
         largest, total = largest_and_sum(logits)
         return jnp.where(labels >= 0, jnp.log(total) + largest - label_logits, 0.0)
+
+    def likeliest(self, logits: Float[Array, "C r"]) -> Int[Array, "C"]:
+        """The id of the largest logit over the rows of all devices; the lowest of equals."""
+        logits = jnp.where(self.ids < self.how.vocabulary, logits, LEAST)
+        best, largest = jnp.argmax(logits, axis=-1) + row_part() * len(self.weight), jnp.max(logits, axis=-1)
+        if sharding.current() is None:
+            return best
+        is_largest = largest == jax.lax.pmax(largest, VOCABULARY)
+        return jax.lax.pmin(jnp.where(is_largest, best, jnp.iinfo(best.dtype).max), VOCABULARY)
 
     def gradients(
         self, states: Float[Array, "C D"], labels: Int[Array, "C"], head_gradient: Float[Array, "r D"] | None
