@@ -25,7 +25,7 @@ from tokalign_jax import pipeline, stages
 from tokalign_jax.alignment import methods, vectors
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig, reads_source
 from tokalign_jax.evaluation import bits_per_byte
-from tokalign_jax.initialization import initialization
+from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import huggingface
 from tokalign_jax.text import corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
@@ -197,7 +197,10 @@ class _Starts:
     @cached_property
     def _reading(self):
         target = initialization.Side(*self._source_model, self.context.target_tokenizer, self._shards[1])
-        return initialization.read(self.context.config, self._source, target, self.context.mesh, print)
+        config = self.context.config
+        drawn = contexts.draw(self._shards[0], config.initialization.tokens, config.seed)
+        texts = corpus.at(self.context.folder("corpus"), drawn)
+        return initialization.read(config, self._source, target, texts, self.context.mesh, print)
 
     @cached_property
     def _inputs(self) -> methods.Inputs:

@@ -20,7 +20,7 @@ from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import generate
-from tokalign_jax.text import canonical
+from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_final, run_stage
@@ -166,8 +166,8 @@ def reading(shape):
         config, _ = hub.load_config(model)
         source, target = AutoTokenizer.from_pretrained(model), tiny_tokenizer(400, TEXTS)
         shards = [shards_of(tokenizer) for tokenizer in (source, target)]
-        contents = [canonical.token_bytes(tokenizer) for tokenizer in (source, target)]
-        places = contexts.find_places(*shards, *contents, 10**6, seed=0)
+        documents = [corpus.Document(text, "all", len(text.encode())) for text in TEXTS]
+        places = contexts.find_places(documents, source, target, 10**6)
         results = []
         for mesh in (mesh_of(), mesh_of(shape)):
             params = huggingface.load_params(model, config, mesh=mesh)

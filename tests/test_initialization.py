@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from helpers import KINDS, TEXTS, tiny_model_folder, tiny_tokenizer, tokenizer_of_kind
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
@@ -18,6 +19,7 @@ from tokalign_jax.initialization import calibration, composition, contexts, init
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import forward
 from tokalign_jax.text import canonical
+from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
 DOCUMENTS = [text * times for times in (1, 2, 3) for text in TEXTS]
@@ -43,9 +45,12 @@ def spelled(tokenizer) -> list[bytes]:
     return [content or b"" for content in canonical.token_bytes(tokenizer)]
 
 
-def places_of(source, target, budget=10**9):
-    shards = shards_of(source, DOCUMENTS), shards_of(target, DOCUMENTS)
-    return contexts.find_places(*shards, spelled(source), spelled(target), budget, seed=0)
+def as_documents(texts, language="all") -> list[Document]:
+    return [Document(text, language, len(text.encode())) for text in texts]
+
+
+def places_of(source, target, budget=10**9, texts=DOCUMENTS, log=lambda line: None):
+    return contexts.find_places(as_documents(texts), source, target, budget, log)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
@@ -73,22 +78,41 @@ def test_places_are_where_both_vocabularies_meet(model, kind):
     assert seen > 100
 
 
-@pytest.mark.parametrize(
-    "source_text, target_text, alike",
-    [
-        ("two", "longer", False),
-        ("one two", "one  two", False),  # a byte more: places before it are others
-        ("one two", "one txo", False),
-        ("one two", " one two", True),  # a space that a tokenizer puts before every text
-        ("  one", " one", True),
-        ("One\ttwo\nthree", "one two three", True),  # a normaliser that leaves every place where it was
-    ],
-)
-def test_a_document_whose_text_differs_is_passed_over(model, source_text, target_text, alike):
-    target = tiny_tokenizer(300, TEXTS)
-    shards = shards_of(model[0], ["one", source_text]), shards_of(target, ["one", target_text])
-    places = contexts.find_places(*shards, spelled(model[0]), spelled(target), 100, seed=0)
-    assert len(places.tokens) == len(shards_of(model[0], ["one", source_text][: 1 + alike]).tokens)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_has_places(model, kind):
+    places = places_of(model[0], tokenizer_of_kind(kind, DOCUMENTS, 600))
+    assert len(places.tokens) == len(shards_of(model[0], DOCUMENTS).tokens)
+    for labels in (places.next_target, places.last_target):
+        assert (labels != contexts.NONE).mean() > 0.2
+
+
+@pytest.mark.parametrize("character", ["\u095c", "e\u0301", "\ua66e"])  # decomposed by NFC, composed by NFC, unknown
+@pytest.mark.parametrize("kind", ["qwen", "bpe_without_bytes"])
+def test_a_character_that_differs_costs_no_more_than_itself(model, kind, character):
+    target = tokenizer_of_kind(kind, DOCUMENTS, 600)
+    before, after = TEXTS[0] * 20, " " + TEXTS[0] * 20
+    whole, first, second = (
+        np.count_nonzero(places_of(model[0], target, texts=[text]).last_target != contexts.NONE)
+        for text in (before + character + after, before, after)
+    )
+    assert whole >= first + second - 3
+
+
+def test_the_last_document_is_cut_at_the_budget(model):
+    assert len(places_of(model[0], model[0], budget=100, texts=[TEXTS[0] * 50]).tokens) == 100
+    shards = shards_of(model[0], DOCUMENTS)
+    drawn = contexts.draw(shards, 150, seed=0)
+    lengths = np.diff(shards.documents, prepend=0)
+    assert lengths[drawn].sum() >= 150 and len(drawn) < len(DOCUMENTS) and (np.diff(drawn) > 0).all()
+    assert contexts.draw(shards, 10**9, seed=0).tolist() == [*range(len(DOCUMENTS))]
+
+
+def test_the_log_says_in_which_languages_places_are_shared(model):
+    lines = []
+    documents = as_documents(TEXTS[:1], "en") + as_documents(["\ua66e\ua66e\ua66e"], "xx")
+    target = tokenizer_of_kind("bpe_without_bytes", TEXTS[:1], 300)
+    contexts.find_places(documents, model[0], target, 10**6, lines.append)
+    assert len(lines) == 1 and re.search(r"xx \d+%, en \d+%", lines[0])
 
 
 @pytest.mark.parametrize("batch, flushed, opening", [(64, 5, None), (4096, 32, 3)])
@@ -235,12 +259,12 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
             initialization.Side(config, params, source, shards[0]),
             initialization.Side(new_config, new, target, shards[1]),
         )
-        reading = initialization.read(settings, *sides, MESH, print)
+        reading = initialization.read(settings, *sides, as_documents(DOCUMENTS), MESH, print)
         assert reading is not None
         return initialization.learn(settings, *sides, aligned, reading, MESH, print)
 
     learned, again = learn(settings), learn(settings)
-    places = contexts.find_places(*shards, spelled(source), spelled(target), 10**6, seed=0)
+    places = places_of(source, target)
     ids = np.arange(aligned.target_size)
     composed = np.isin(aligned.rules, initialization.COMPOSED)
     composed &= np.isin(ids, places.next_target) & np.isin(ids, places.last_target)  # those seen in context
@@ -275,7 +299,7 @@ def tuned(folder, tied, kept=0, budget=40_000, target=None):
         initialization.Side(model, params, source, shards[0]),
         initialization.Side(new_config, new, target, shards[1]),
     )
-    reading = initialization.read(config, *sides, MESH, print)
+    reading = initialization.read(config, *sides, as_documents(documents), MESH, print)
     assert reading is not None
     lines = []
     after, facts = initialization.tune(config, *sides, aligned, reading, MESH, lines.append, kept)

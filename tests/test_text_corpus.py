@@ -9,6 +9,7 @@ import lzma
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -264,3 +265,12 @@ def test_any_language_is_a_name(tmp_path):
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     _, train, held = run(config_for(path, language_field="lang"), tmp_path / "out")
     assert {document.language for document in train + held} == {"?x", "0", corpus.UNKNOWN}
+
+
+def test_documents_are_read_by_their_positions(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "GROUP_BYTES", 200)
+    monkeypatch.setattr(corpus, "FILE_BYTES", 500)
+    _, train, _ = run(config_for(write(tmp_path / "a.jsonl", json_lines(TEXTS))), tmp_path / "out")
+    assert len([*(tmp_path / "out").glob("train-*.parquet")]) > 2
+    for positions in ([], [0], [3, 4, 17, len(train) - 1], range(len(train))):
+        assert [*corpus.at(tmp_path / "out", np.array(positions, np.int64))] == [train[i] for i in positions]

@@ -32,7 +32,7 @@ from tokalign_jax.config import (
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
-from tokalign_jax.initialization import initialization
+from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import merge_lora
@@ -391,7 +391,9 @@ def init(context: Context) -> Mapping[str, Any]:
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0])
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
-        reading = initialization.read(settings, source, target, context.mesh, context.log)
+        drawn = contexts.draw(source.shards, settings.initialization.tokens, settings.seed)
+        texts = documents.at(context.folder("corpus"), drawn)
+        reading = initialization.read(settings, source, target, texts, context.mesh, context.log)
         if reading is not None:
             new = initialization.learn(
                 settings, source, target, aligned, reading, context.mesh, context.log, context.kept

@@ -1,7 +1,7 @@
 """What the source model makes of tokens in text: its mean final state before and after each.
 
-The source model reads text in its own tokens. Each of its states stands at a place in the bytes of a document, and there tokens of
-the target vocabulary begin and end too. So the tokens of both vocabularies get mean states in one and the same space, with nothing
+The source model reads text in its own tokens. Each of its states stands at a place in the text of a document, and there tokens of
+the target vocabulary begin and end too (`text/boundaries.py`). So the tokens of both vocabularies get mean states in one and the same space, with nothing
 to align: the state before a token is what it is predicted from (its head row has to do with that), the state after it is what the
 model makes of having read it (its embedding row has). Final states after the last norm, float32 sums.
 
@@ -9,7 +9,8 @@ Letters: D model, V vocabulary, N places, B batch, T length.
 """
 
 import functools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,12 +20,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, forward
 from tokalign_jax.progress import Log, Progress
-from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.text.boundaries import Boundaries, shared_boundaries, token_boundaries
+from tokalign_jax.text.canonical import plain_backend
+from tokalign_jax.text.corpus import Document, in_groups
+from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
 NONE = -1
 """Label of a place where no token of the vocabulary begins or ends."""
@@ -37,6 +42,8 @@ FLUSHED = 32
 """Batches whose moments are added up in float32 on the devices before they join the host's float64 sums: a [D, D] matrix goes there that
 much less often. Each addition rounds by 6e-8 of the sum at most, all of them by 2e-6, and by some 2e-7 as they fall: no more than the
 float32 product over the places of one batch rounds anyway."""
+LOWEST_SHOWN = 8
+"""Languages that a line of the log names."""
 BY_COLUMN = P(None, (*sharding.BATCH, sharding.TENSOR))
 
 
@@ -137,80 +144,86 @@ def read(
     )
 
 
+def draw(shards: TokenShards, budget: int, seed: int) -> Int[np.ndarray, "d"]:
+    """The documents, drawn at random and then sorted, of which `find_places` needs to read text: together `budget` tokens or more,
+    if there are so many."""
+    lengths = np.diff(shards.documents, prepend=0)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    needed = np.searchsorted(np.cumsum(lengths[order]), budget) + 1
+    return np.sort(order[:needed])
+
+
 def find_places(
-    source: TokenShards,
-    target: TokenShards,
-    source_bytes: Sequence[bytes | None],
-    target_bytes: Sequence[bytes | None],
+    documents: Iterable[Document],
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
     budget: int,
-    seed: int,
+    log: Log = lambda line: None,
 ) -> Places:
-    """Places of documents drawn at random until they have `budget` source tokens.
+    """Every source token of the documents, `budget` of them at most, and the target tokens that begin and end where it ends.
 
-    Args:
-      source_bytes, target_bytes: what each token stands for, as `canonical.token_bytes` has it.
-
-    Both sides are counted from the end of a document, since a tokenizer may put a space before its beginning. A document whose
-    text does not come out alike on both sides (a normaliser changes it) is passed over.
+    Where only one side ends a token there is a place without target tokens. That covers stretches in which both sides stand for
+    different text (a normaliser changed it, a token is unknown): the places before and after them are as good as any.
     """
-    contents = [[content or b"" for content in side] for side in (source_bytes, target_bytes)]
-    source_lengths, target_lengths = (np.array([len(content) for content in side]) for side in contents)
+    backends = [plain_backend(tokenizer) for tokenizer in (source, target)]
+    ends_of_text = [end_of_text_id(tokenizer) for tokenizer in (source, target)]
     chosen: list[tuple[np.ndarray, ...]] = []
-    taken = 0
-    for document in np.random.default_rng(seed).permutation(len(source.documents)):
+    taken, coverage = 0, _Coverage()
+    for group in in_groups(documents):
+        texts = [document.text for document in group]
+        sides = [token_boundaries(backend, texts) for backend in backends]
+        for document, of_source, of_target in zip(group, *sides):
+            places = _places_of(of_source, of_target, len(document.text), ends_of_text)
+            chosen.append(tuple(column[: budget - taken] for column in places))
+            coverage.add(document.language, chosen[-1])
+            taken += len(chosen[-1][0])
+            if taken >= budget:
+                break
         if taken >= budget:
             break
-        tokens, ends = _ends(source, document, source_lengths)
-        target_tokens, target_ends = _ends(target, document, target_lengths)
-        if not _alike(
-            _text(tokens[:-1], contents[0]), _text(target_tokens[:-1], contents[1])
-        ):  # both end with end-of-text
-            continue
-        target_starts = target_ends - _lengths(target, target_tokens, target_lengths)
-        chosen.append(
-            (
-                tokens,
-                np.append(tokens[1:], NONE),
-                _found(target_starts, target_tokens, ends),
-                _found(target_ends, target_tokens, ends),
-            )
-        )
-        taken += len(tokens)
+    coverage.report(log)
     if not chosen:
         return Places._make(np.zeros((4, 0), np.int32))
     return Places._make(np.concatenate(column).astype(np.int32) for column in zip(*chosen))
 
 
-_ONE_OF_A_KIND = bytes.maketrans(b"\t\n\v\f\r" + bytes(range(65, 91)), b" " * 5 + bytes(range(97, 123)))
-"""Capitals as small letters and all white space as spaces: what normalisers do that leaves every place where it was."""
+def _places_of(source: Boundaries, target: Boundaries, length: int, ends_of_text: Sequence[int]) -> Places:
+    """The places of one document; both sides get their end-of-text behind it, which ends at a place of its own."""
+    (tokens, ends), (target_tokens, target_ends) = (
+        (np.append(side.ids, end_of_text), np.append(side.ends, length + 1))
+        for side, end_of_text in zip((source, target), ends_of_text)
+    )
+    here, there = shared_boundaries(ends, target_ends)
+    next_target, last_target = np.full((2, len(tokens)), NONE)
+    last_target[here] = target_tokens[there]
+    next_target[here] = np.append(target_tokens[1:], NONE)[there]
+    return Places(tokens, np.append(tokens[1:], NONE), next_target, last_target)
 
 
-def _text(tokens: Int[np.ndarray, "n"], contents: Sequence[bytes]) -> bytes:
-    return b"".join([contents[i] for i in tokens.tolist()]).translate(_ONE_OF_A_KIND)
+class _Coverage:
+    """How many places have a target token, by language."""
 
+    def __init__(self):
+        self._counts: Counter[tuple[str, str]] = Counter()
 
-def _alike(one: bytes, other: bytes) -> bool:
-    """Whether two texts are the same, but for a space that a tokenizer puts before them."""
-    return one == other or one == b" " + other or b" " + one == other
+    def add(self, language: str, places: Sequence[np.ndarray]) -> None:
+        self._counts[language, "places"] += len(places[0])
+        self._counts[language, "shared"] += int(np.count_nonzero(places[3] != NONE))
 
-
-def _ends(shards: TokenShards, document: int, lengths: Int[np.ndarray, "V"]) -> tuple[np.ndarray, np.ndarray]:
-    """A document's tokens, and where each ends, in bytes from the end of the document (so 0 is the last)."""
-    start = shards.documents[document - 1] if document else 0
-    tokens = np.asarray(shards.tokens[start : shards.documents[document]]).astype(np.int64)
-    ends = np.cumsum(_lengths(shards, tokens, lengths))
-    return tokens, ends - ends[-1]
-
-
-def _lengths(shards: TokenShards, tokens: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "V"]) -> np.ndarray:
-    """Bytes of each token. The end-of-text, which has none, counts one: its place is not that of the token before it."""
-    return np.where(tokens == shards.index["end_of_text"], 1, lengths[tokens])
-
-
-def _found(positions: Int[np.ndarray, "m"], tokens: Int[np.ndarray, "m"], wanted: Int[np.ndarray, "n"]) -> np.ndarray:
-    """The token at each of the `wanted` positions; `NONE` where there is none."""
-    at = np.minimum(np.searchsorted(positions, wanted), len(positions) - 1)
-    return np.where(positions[at] == wanted, tokens[at], NONE)
+    def report(self, log: Log) -> None:
+        """One line, with the languages in which least text is used."""
+        shares = {
+            language: self._counts[language, "shared"] / max(count, 1)
+            for (language, kind), count in self._counts.items()
+            if kind == "places"
+        }
+        lowest = sorted(shares, key=lambda language: shares[language])[:LOWEST_SHOWN]
+        if shares:
+            log(
+                "contexts: share of source tokens that end where a target token ends: "
+                + ", ".join(f"{language} {shares[language]:.0%}" for language in lowest)
+                + (f" (the lowest of {len(shares)} languages)" if len(shares) > len(lowest) else "")
+            )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"), donate_argnums=(0, 1))

@@ -8,6 +8,7 @@ and mean of pieces, counts from 5.4M tokens; bits per byte at the start, en / co
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from tokalign_jax.initialization import calibration, composition, contexts, tuni
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.progress import Log
-from tokalign_jax.text import canonical
+from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import TokenShards
 
 MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
@@ -99,18 +100,17 @@ class Side(NamedTuple):
     shards: TokenShards
 
 
-def read(config: Config, source: Side, target: Side, mesh: Mesh, log: Log) -> contexts.Reading | None:
-    """What the source model makes of the tokens of both vocabularies in text; None where their texts have nothing in common."""
-    places = contexts.find_places(
-        source.shards,
-        target.shards,
-        canonical.token_bytes(source.tokenizer),
-        canonical.token_bytes(target.tokenizer),
-        config.initialization.tokens,
-        config.seed,
-    )
-    if not len(places.tokens):
-        log("contexts: no document has the same bytes in the tokens of both sides; nothing can be learned")
+def read(
+    config: Config, source: Side, target: Side, documents: Iterable[Document], mesh: Mesh, log: Log
+) -> contexts.Reading | None:
+    """What the source model makes of the tokens of both vocabularies in text; None where they never end at the same place.
+
+    Args:
+      documents: as `contexts.draw` chooses them of the training text; `initialization.tokens` source tokens are read of them.
+    """
+    places = contexts.find_places(documents, source.tokenizer, target.tokenizer, config.initialization.tokens, log)
+    if not (places.last_target != contexts.NONE).any():
+        log("contexts: no token of the target ends where one of the source ends; nothing can be learned")
         return None
     sizes = len(source.shards.counts), len(target.shards.counts)
     params = sharding.place(source.params, mesh)

@@ -5,6 +5,7 @@ come from the offsets that the tokenizer itself keeps, so they survive normalise
 prefixed spaces, unknown tokens and characters that are spelled in several tokens.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ def shared_boundaries(
 def _ends(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n"]:
     if not offsets:
         return np.zeros(0, np.int64)
-    starts, ends = np.array(offsets, np.int64).T
+    flat = itertools.chain.from_iterable(offsets)
+    starts, ends = np.fromiter(flat, np.int64, 2 * len(offsets)).reshape(-1, 2).T
     # Where the next text begins: that of any later token, since pieces of one character all have that character's offsets.
     following = np.minimum.accumulate(np.append(starts[1:], len(text))[::-1])[::-1]
     # A character that composition joined to the one before it (a combining mark, a Hangul vowel) is in no token's offsets.

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
 from tokalign_jax import demo
 from tokalign_jax.config import EMBEDDED, Config, TextConfig
@@ -139,6 +141,20 @@ def train_batches(folder: Path) -> Iterator[list[Document]]:
     """The training documents in file order, about `GROUP_BYTES` of text at a time."""
     for path in sorted(folder.glob("train-*.parquet")):
         yield from _batches(path)
+
+
+def at(folder: Path, positions: Int[np.ndarray, "n"]) -> Iterator[Document]:
+    """The training documents at these positions (sorted, in file order); parts of files that hold none of them are not read."""
+    first = 0
+    for path in sorted(folder.glob("train-*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                wanted = positions[np.searchsorted(positions, first) : np.searchsorted(positions, first + rows)] - first
+                if len(wanted):
+                    columns = file.read_row_group(group, columns=_SCHEMA.names).take(wanted).to_pydict()
+                    yield from (Document(*row) for row in zip(*columns.values()))
+                first += rows
 
 
 def held_out(folder: Path) -> Iterator[Document]:
