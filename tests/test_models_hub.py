@@ -297,13 +297,12 @@ def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path)
     hub.write_json(single / "generation_config.json", {"eos_token_id": ends[2]})
     out = _write(tmp_path / "of_single")
     hub.save_config_and_tokenizer(out, config, target, single)
-    expected = [target.eos_token_id, target.convert_tokens_to_ids("<|eot_id|>")]
-    assert (hub.read_json(out / "generation_config.json") or {})["eos_token_id"] == expected
+    turn, separator = target.convert_tokens_to_ids(["<|eot_id|>", "<|endoftext|>"])
+    assert (hub.read_json(out / "generation_config.json") or {})["eos_token_id"] == [
+        target.eos_token_id, turn, separator,
+    ]  # fmt: skip
     assert (hub.read_json(out / "config.json") or {})["eos_token_id"] == target.eos_token_id
-    for tokenizer, expected in (
-        (source, ends),
-        (target, [target.eos_token_id, target.convert_tokens_to_ids("<|eot_id|>")]),
-    ):
+    for tokenizer, expected in ((source, ends), (target, [target.eos_token_id, turn, separator])):
         out = _write(tmp_path / type(tokenizer).__name__ / str(len(tokenizer)))
         hub.save_config_and_tokenizer(out, config, tokenizer, tmp_path)
         assert (hub.read_json(out / "generation_config.json") or {})["eos_token_id"] == expected

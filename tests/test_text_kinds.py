@@ -225,7 +225,7 @@ def test_where_rows_of_special_tokens_come_from_is_told():
     rows = {row["token"]: row for row in methods.special_rows(source, target)}
     found = {token: (row["source"], row["why"]) for token, row in rows.items()}
     assert found == {
-        "</s>": ("<|endoftext|>", "eos of the source"),
+        "</s>": ("<|endoftext|>", "ends a document"),
         "<s>": ("<|endoftext|>", "end of text, as the source has no bos"),
         "<end_of_turn>": ("<|eot_id|>", "same use as <|eot_id|>"),
         "<|tool|>": ("<|tool|>", "same text"),
@@ -247,7 +247,7 @@ def test_what_ends_documents_has_the_end_of_texts_rows_without_a_role():
     target = with_special("gpt2", bos_token="<|start|>")  # <|endoftext|> is special, and by its name an end
     assert tokenizing.end_of_text_id(target) == target.convert_tokens_to_ids("<|endoftext|>")
     match = methods.special_matches(source, target)[target.convert_tokens_to_ids("<|endoftext|>")]
-    assert (match.source, match.why) == (source.eos_token_id, "ends a document")
+    assert match == (source.eos_token_id, "ends a document")
 
 
 # --- added tokens -------------------------------------------------------------------------------------------------------

@@ -274,7 +274,8 @@ class Config:
     """Local folder or hub name of the tokenizer it gets, or `embedded`; `extend`: its own with further tokens, whose rows alone
     are made anew (a folder of that name is `./extend`)."""
     end_of_text: str = ""
-    """Token that ends documents in the target tokenizer, made if there is none; empty: the one that the tokenizer names."""
+    """Token that separates documents in the target tokenizer, added if it has none such; empty:
+    chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn."""
     corpus: str | tuple[str, ...] = EMBEDDED
     """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`."""
     seed: int = 0

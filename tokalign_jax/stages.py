@@ -48,7 +48,7 @@ from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import distillation, loop
 from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
-FORMAT = 3
+FORMAT = 4
 """Version of the artefacts: a workdir of another version is redone."""
 INSPECTION = "inspection.json"
 """In the folder of an alignment: the tables on it that a report shows."""

@@ -22,7 +22,8 @@ from tokalign_jax.alignment.alignment import Alignment, Mixture, Rule
 from tokalign_jax.alignment.vectors import Vectors
 from tokalign_jax.config import AlignmentConfig, Config
 from tokalign_jax.progress import Log
-from tokalign_jax.text import canonical
+from tokalign_jax.text import canonical, special_tokens
+from tokalign_jax.text.special_tokens import Counterpart
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
 SUMMARY_FILE = "summary.json"
@@ -33,14 +34,6 @@ SURE = (Rule.EXACT, Rule.SPECIAL)
 """Rules that leave nothing to be found."""
 ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 """Special tokens with a meaning that models share; a token of several roles takes the first."""
-KIN = (
-    ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
-    ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|start_of_role|>"),
-    ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "<PRE>", "[PREFIX]"),
-    ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "<MID>", "[MIDDLE]"),
-    ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "<SUF>", "[SUFFIX]"),
-)
-"""Special tokens that models use for the same: where a turn of a chat ends and begins, and filling in the middle of a text."""
 FEWEST_SHARED = 32
 """With fewer shared tokens that have vectors nothing can be matched by co-occurrence."""
 
@@ -100,14 +93,6 @@ class Found(NamedTuple):
     """float32: its calibrated similarity, from 0 to 1."""
     measured: dict[str, float]
     """`accuracy_at_1`: the share of judged shared tokens that find themselves; empty where nothing was matched."""
-
-
-class SpecialMatch(NamedTuple):
-    """The source token that a special target token's rows come from."""
-
-    source: int
-    why: str
-    """In words, for a person."""
 
 
 class Spelled(NamedTuple):
@@ -304,7 +289,7 @@ def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTraine
     for i, pieces in zip(left, cut(source_tokenizer, target_tokenizer, left)):
         parts[i] = pieces
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
-    for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, {i: match.source for i, match in special.items()})):
+    for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, {i: match.token for i, match in special.items()})):
         for target, source in found.items():
             parts[target], rules[target] = [source], rule
     return Spelled(parts, rules)
@@ -331,30 +316,37 @@ def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
 
 def special_matches(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
-) -> dict[int, SpecialMatch]:
-    """Target id -> source token for special tokens that have a role, or a counterpart by their name.
+) -> dict[int, Counterpart]:
+    """Target id -> source token for the special tokens of the target that have a counterpart.
 
-    In order: the same role (the source's end-of-text where it has no such role); what ends a document; the same text;
-    the same use in a chat or in filling in (`KIN`).
+    First by name (`special_tokens.counterpart`), so that `<|endoftext|>` takes the rows of
+    `<|endoftext|>` whatever roles both have; then by role.
     """
-    end, target_end = end_of_text_id(source_tokenizer), end_of_text_id(target_tokenizer)
-    found: dict[int, SpecialMatch] = {}
-    for role in ROLES:
-        target, source = (getattr(t, f"{role}_token_id", None) for t in (target_tokenizer, source_tokenizer))
-        if target is not None:
-            why = f"{role} of the source" if source is not None else f"end of text, as the source has no {role}"
-            found.setdefault(int(target), SpecialMatch(end if source is None else int(source), why))
-    found.setdefault(target_end, SpecialMatch(end, "ends a document"))
-    sources, targets = canonical.special_ids(source_tokenizer), canonical.special_ids(target_tokenizer)
-    by_text = {source_tokenizer.convert_ids_to_tokens(i): i for i in sorted(sources)}
-    for i in sorted(targets - set(found)):
-        text = target_tokenizer.convert_ids_to_tokens(i)
-        kin = next((k for names in KIN if text in names for k in names if k in by_text), None)
-        if text in by_text:
-            found[i] = SpecialMatch(by_text[text], "same text")
-        elif kin is not None:
-            found[i] = SpecialMatch(by_text[kin], f"same use as {kin}")
-    return found
+    targets = canonical.special_ids(target_tokenizer) | {end_of_text_id(target_tokenizer)}
+    found = {
+        i: special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
+        or _same_role(i, source_tokenizer, target_tokenizer)
+        for i in sorted(targets)
+    }
+    return {i: match for i, match in found.items() if match is not None}
+
+
+def _same_role(
+    index: int, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> Counterpart | None:
+    """The source token of the target token's first role, or the source's end of text without one.
+
+    A source token that starts or ends turns stands for eos alone (SmolLM2's bos is `<|im_start|>`).
+    """
+    role = next((role for role in ROLES if getattr(target_tokenizer, f"{role}_token_id", None) == index), None)
+    if role is None:
+        return None
+    source = getattr(source_tokenizer, f"{role}_token_id", None)
+    if role != "eos" and special_tokens.is_of_chat(source_tokenizer, source):
+        source = None
+    if source is None:
+        return Counterpart(end_of_text_id(source_tokenizer), f"end of text, as the source has no {role}")
+    return Counterpart(int(source), f"{role} of the source")
 
 
 def special_rows(
@@ -365,10 +357,6 @@ def special_rows(
     Each with `token`, `id`, `source`, `why`, and `in_chat_template`: whether the chat template writes it.
     """
     matches = special_matches(source_tokenizer, target_tokenizer)
-    template = target_tokenizer.chat_template or ""
-    templates = template if isinstance(template, str) else "".join(template.values())
-    # A template may name a role instead of writing its token.
-    named = {getattr(target_tokenizer, f"{role}_token", None) for role in ROLES if f"{role}_token" in templates}
     rows = []
     for i in sorted(canonical.special_ids(target_tokenizer) | set(matches)):
         token = str(target_tokenizer.convert_ids_to_tokens(i))
@@ -380,7 +368,7 @@ def special_rows(
                 "id": i,
                 "source": shown,
                 "why": why,
-                "in_chat_template": token in named or token in templates,
+                "in_chat_template": special_tokens.in_chat_template(target_tokenizer, token),
             }
         )
     return rows

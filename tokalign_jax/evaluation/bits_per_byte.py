@@ -24,7 +24,8 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
-from tokalign_jax.text.tokenizing import end_of_text_id, opening_id
+from tokalign_jax.text.special_tokens import end_of_text_id, is_of_chat
+from tokalign_jax.text.tokenizing import opening_id
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,12 @@ def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[
 
 
 def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token before a document's first: what the tokenizer puts there, else beginning-of-text, else end-of-text."""
-    for start in (opening_id(tokenizer), tokenizer.bos_token_id):
+    """The token before a document's first: the one that the tokenizer adds, else bos, else the separator.
+
+    A bos that begins turns (SmolLM2's `<|im_start|>`) is passed over: no document began behind it.
+    """
+    bos = None if is_of_chat(tokenizer, tokenizer.bos_token_id) else tokenizer.bos_token_id
+    for start in (opening_id(tokenizer), bos):
         if isinstance(start, int):
             return start
     return end_of_text_id(tokenizer)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
-from tokalign_jax.text.canonical import special_ids
+from tokalign_jax.text.special_tokens import SEPARATOR, counterpart, end_of_text_id, ends_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,8 +234,8 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
     """The tokenizer of a local folder or hub repository; code that comes with it is never run.
 
     Args:
-      end_of_text: the token that is to end documents, instead of what the tokenizer says; where it has no such token, it
-        gets it as a special one behind all others. For target tokenizers without an eos.
+      end_of_text: the token that separates documents, instead of the one chosen by
+        `special_tokens.end_of_text_id`; added behind all others where it does not exist.
 
     Raises:
       UserError: it cannot be had or read.
@@ -261,13 +261,26 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
         raise UserError(f"tokenizer '{name}' has not one token in '{folder}': copy or download it again")
     tokenizer.init_kwargs.pop("auto_map", None)  # that code does not go along
     if end_of_text:
-        known = tokenizer.get_vocab()
-        tokenizer.add_special_tokens({"eos_token": end_of_text})
-        if tokenizer.eos_token_id != known.get(end_of_text, max(known.values()) + 1):
-            raise UserError(
-                f"tokenizer '{name}' cannot get the token '{end_of_text}': the ids of its tokens have gaps; name one of them"
-            )
+        _set_document_separator(name, tokenizer, end_of_text)
     return tokenizer
+
+
+def _set_document_separator(name: Path | str, tokenizer: "PreTrainedTokenizerBase", end_of_text: str) -> None:
+    """Makes `end_of_text` the document separator, and the eos unless that ends turns of a chat.
+
+    Raises:
+      UserError: the token is new and would not get the id behind all others.
+    """
+    known = tokenizer.get_vocab()
+    if ends_turn(tokenizer, tokenizer.eos_token_id):
+        tokenizer.add_tokens(end_of_text, special_tokens=True)
+    else:
+        tokenizer.add_special_tokens({"eos_token": end_of_text})
+    tokenizer.init_kwargs[SEPARATOR] = end_of_text
+    if end_of_text_id(tokenizer) != known.get(end_of_text, max(known.values()) + 1):
+        raise UserError(
+            f"tokenizer '{name}' cannot get the token '{end_of_text}': the ids of its tokens have gaps; name one of them"
+        )
 
 
 _VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*vocab*", "*.bpe", "tekken.json")
@@ -330,37 +343,45 @@ def save_config_and_tokenizer(
     tokenizer: "PreTrainedTokenizerBase",
     source_folder: Path | str | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and the files of `tokenizer`, whose bos, eos and pad ids both configs get.
+    """Writes config.json, generation_config.json and the tokenizer; both configs get its bos, eos, pad.
 
-    Where the source's have several tokens that end a text (chat models' do), those that the new vocabulary has too stay among them.
+    The generation config's eos ids are the tokenizer's eos, the counterparts of the source's eos ids
+    and the document separator. config.json has a list where the source's has one.
 
     Args:
       config: the source's config.json with the new vocabulary size.
-      source_folder: the source model, for its generation config.
+      source_folder: the source model, for its generation config and its tokenizer.
     """
-    generation_config = load_generation_config(source_folder) if source_folder else None
+    generation_config = (load_generation_config(source_folder) if source_folder else None) or {
+        "_from_model_config": True
+    }
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
-    files = {"config.json": config, "generation_config.json": generation_config or {"_from_model_config": True}}
-    for name, source in files.items():
+    old = [*_as_list(generation_config.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
+    ends = _all_ends(old, load_tokenizer(source_folder) if source_folder else None, tokenizer)
+    listed = {"eos_token_id": ends} if len(ends) > 1 else {}
+    for name, source in {"config.json": config, "generation_config.json": generation_config}.items():
         kept = {key: value for key, value in source.items() if key not in _OLD_VOCABULARY}
-        old = source.get("eos_token_id")
-        if not isinstance(old, list):
-            # What ends a chat's turns may be in generation_config.json alone.
-            old = [] if old in (None, config.get("eos_token_id")) else [old]
-        more = _other_ends(old, source_folder, tokenizer)
-        ends = {"eos_token_id": [ids["eos_token_id"], *more]} if more else {}
-        write_json(folder / name, kept | ids | ends)
+        is_list = source is generation_config or isinstance(source.get("eos_token_id"), list)
+        write_json(folder / name, kept | ids | (listed if is_list else {}))
     tokenizer.save_pretrained(str(folder))
 
 
-def _other_ends(old: list[int], source_folder: Path | str | None, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids of the special tokens that `old`, a list of the source's ids, stands for, but for the eos."""
-    if not (old and source_folder):
-        return []
-    names = load_tokenizer(source_folder).convert_ids_to_tokens(old)
-    known = tokenizer.get_vocab()
-    found = [known[name] for name in names if name in known]
-    return [i for i in dict.fromkeys(found) if i in special_ids(tokenizer) and i != tokenizer.eos_token_id]
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def _all_ends(
+    old: list[int], source_tokenizer: "PreTrainedTokenizerBase | None", tokenizer: "PreTrainedTokenizerBase"
+) -> list[int]:
+    """The eos of `tokenizer`, the counterparts of the source's eos ids `old`, and its separator."""
+    found = [tokenizer.eos_token_id]
+    if source_tokenizer is not None:
+        # The source's separator has the new one as its counterpart, whatever its text.
+        known = set(source_tokenizer.get_vocab().values()) - {end_of_text_id(source_tokenizer)}
+        matches = [counterpart(i, source_tokenizer, tokenizer) for i in old if i in known]
+        found += [match.token for match in matches if match is not None]
+    found.append(end_of_text_id(tokenizer))
+    return [i for i in dict.fromkeys(found) if i is not None]
 
 
 def copy_terms(source_folder: Path | str, folder: Path) -> list[str]:

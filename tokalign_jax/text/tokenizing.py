@@ -24,20 +24,9 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import losses, plain_backend, special_ids, vocabulary_size
+from tokalign_jax.text.special_tokens import end_of_text_id, ends_turn
 
 SIDES = ("source", "target")
-
-_ENDS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<EOS>",
-    "[EOS]",
-    "<|eos|>",
-    "<｜end▁of▁sentence｜>",
-)
-"""Special tokens that end a text by their name, where no role says so."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +88,8 @@ def run(
     writers = [
         _Writer(folder / side, tokenizer) for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer))
     ]
+    for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer)):
+        log(f"tokens: {_separator_line(side, tokenizer)}")
     total = json.loads((corpus_folder / "summary.json").read_text())["train_bytes"]
     progress = Progress(log, "tokens", total, "bytes")
     with ThreadPoolExecutor(len(writers)) as pool:
@@ -122,25 +113,18 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
     losses(tokenizer)
 
 
-def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a document: eos, else sep, else a special token named like one, else bos.
-
-    Raises:
-      UserError: when the tokenizer has none of them.
-    """
-    special = special_ids(tokenizer)
-    by_name = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(special)}
-    named = (by_name.get(name) for name in _ENDS)
-    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, *named, tokenizer.bos_token_id)
-    for index in ends:
-        if index is not None:
-            return int(index)  # type: ignore[arg-type]
-    shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special)[:10])
-    raise UserError(
-        f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
-        f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'}), or, if it "
-        f"is the target's, --config.end_of_text to one of them or to a new one, such as <|endoftext|>"
-    )
+def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Which token separates documents, and whether that is wise."""
+    end = end_of_text_id(tokenizer)
+    line = f"{tokenizer.convert_ids_to_tokens(end)!r} separates documents in the {side} tokenizer"
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos != end:
+        line += f"; its eos, {tokenizer.eos_token!r}, ends turns of a chat"
+    elif ends_turn(tokenizer, end):
+        line = f"warning: {line}, although it ends turns of a chat: the tokenizer has no other end of text"
+        line += ", so the model learns that any text may end a turn; name one with --config.end_of_text"
+        line += "" if side == "target" else " if it is the target's"
+    return line
 
 
 def opening_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

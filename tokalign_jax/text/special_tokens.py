@@ -1,0 +1,136 @@
+"""Special tokens by their purpose: what separates documents, what ends and begins a turn of a chat.
+
+In a chat model's tokenizer the eos role belongs to the end of a turn, while its pre-training
+documents were separated by another token (`<|endoftext|>` in Qwen and SmolLM, `<|end_of_text|>` in
+LLaMA 3). Names tell them apart; roles do not.
+"""
+
+import re
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.text.canonical import special_ids
+
+SEPARATOR = "document_separator"
+"""Key of tokenizer_config.json that names the token between documents, if it is not to be guessed."""
+
+_TEXT_ENDS = ("endoftext", "endofsentence", "endofdocument", "endofdoc", "eod", "eos", "eostoken", "/s")
+"""Names of tokens that end a text, best first; all names here are as `_plain_name` gives them."""
+
+_TURN_ENDS = ("imend", "eotid", "endofturn", "end", "endofturntoken", "eot", "return", "endofmessage", "eomid", "eom")
+
+_TURN_STARTS = ("imstart", "startheaderid", "startofturn", "startofrole", "startofturntoken", "headerstart", "start")
+
+_SAME_USE = (
+    _TURN_ENDS,
+    _TURN_STARTS,
+    ("fimprefix", "pre", "prefix", "fimbegin"),
+    ("fimmiddle", "mid", "middle", "fimend"),
+    ("fimsuffix", "suf", "suffix", "fimhole"),
+)
+"""Special tokens of the same use: the end and the start of a turn; filling in the middle of a text."""
+
+
+class Counterpart(NamedTuple):
+    """The token of one tokenizer that stands for a special token of another one."""
+
+    token: int
+    why: str
+    """In words, for a person."""
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that separates documents.
+
+    The eos, unless that ends a turn of a chat and another special token is named as the end of a
+    text. Without an eos: sep, else a token so named, else bos. `SEPARATOR` in tokenizer_config.json
+    overrides all of these.
+
+    Raises:
+      UserError: when the tokenizer has none of them.
+    """
+    if chosen := tokenizer.init_kwargs.get(SEPARATOR):
+        return _id_of(tokenizer, chosen)
+    named = _text_ends(tokenizer)
+    if named and ends_turn(tokenizer, tokenizer.eos_token_id):
+        return named[0]
+    for index in (tokenizer.eos_token_id, tokenizer.sep_token_id, *named, tokenizer.bos_token_id):
+        if isinstance(index, int):
+            return index
+    shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special_ids(tokenizer))[:10])
+    raise UserError(
+        f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
+        f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'}), "
+        f"or, if it is the target's, --config.end_of_text to one of them or to a new one, such as <|endoftext|>"
+    )
+
+
+def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
+    """Whether the token `index` ends turns of a chat: by its name, or as the chat template writes it.
+
+    A token named as the end of a text does not, although LLaMA 2's template ends answers with `</s>`.
+    """
+    if not isinstance(index, int):
+        return False
+    token = str(tokenizer.convert_ids_to_tokens(index))
+    name = _plain_name(token)
+    return name in _TURN_ENDS or (name not in _TEXT_ENDS and in_chat_template(tokenizer, token))
+
+
+def is_of_chat(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
+    """Whether the token `index` is named as the start or the end of a turn."""
+    return isinstance(index, int) and _plain_name(str(tokenizer.convert_ids_to_tokens(index))) in (
+        *_TURN_STARTS,
+        *_TURN_ENDS,
+    )
+
+
+def in_chat_template(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether a chat template writes `token`, by its text or by the name of its role."""
+    template = tokenizer.chat_template or ""
+    templates = template if isinstance(template, str) else "".join(template.values())
+    roles = (role for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if getattr(tokenizer, role, None) == token)
+    return bool(token) and (token in templates or any(role in templates for role in roles))
+
+
+def counterpart(index: int, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Counterpart | None:
+    """The special token of `other` for the special token `index` of `tokenizer`, by name, or None.
+
+    In order: the token of the same text; the document separator for a document separator, and for a
+    token that is named like one; the token of the same use in chats or in filling in (`<|im_end|>`
+    and `<end_of_turn>`).
+    """
+    text = str(tokenizer.convert_ids_to_tokens(index))
+    others = {str(other.convert_ids_to_tokens(i)): i for i in sorted(special_ids(other), reverse=True)}
+    if text in others:
+        return Counterpart(others[text], "same text")
+    if index == end_of_text_id(tokenizer) or _plain_name(text) in _TEXT_ENDS:
+        return Counterpart(end_of_text_id(other), "ends a document")
+    by_name = {_plain_name(name): name for name in others}
+    uses = next((use for use in _SAME_USE if _plain_name(text) in use), ())
+    if same := next((by_name[name] for name in uses if name in by_name), None):
+        return Counterpart(others[same], f"same use as {same}")
+    return None
+
+
+def _text_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that are named as the end of a text, best first."""
+    names = {i: _plain_name(str(tokenizer.convert_ids_to_tokens(i))) for i in sorted(special_ids(tokenizer))}
+    return sorted((i for i, name in names.items() if name in _TEXT_ENDS), key=lambda i: _TEXT_ENDS.index(names[i]))
+
+
+def _plain_name(token: str) -> str:
+    """A bracketed name without case and separators: `<｜end▁of▁text｜>` is `endoftext`; else ""."""
+    return re.sub(r"[^a-z0-9/]", "", token.casefold()) if re.fullmatch(r"<.*>|\[.*\]", token) else ""
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    index = tokenizer.get_vocab().get(token)
+    if index is None:
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no token {token!r}, which {SEPARATOR} in its "
+            f"tokenizer_config.json names as the end of documents: name one of its tokens, or take that line away"
+        )
+    return index
