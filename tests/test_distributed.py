@@ -1,30 +1,35 @@
 """Several processes on loopback: agreeing, ending together, stopping at the same step. Run as a program, it is one of them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from processes import free_port
 
-from tokalign_jax import distributed, stopping
+from tokalign_jax import distributed, sharding, stopping
 from tokalign_jax.errors import UserError
 
 CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
 
 
-def start_processes(scene: str, folder: Path, count: int = 2) -> list[subprocess.Popen]:
+def start_processes(scene: str, folder: Path, count: int = 2, devices: int = 1) -> list[subprocess.Popen]:
     port = free_port()
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     return [
         subprocess.Popen(
@@ -114,6 +119,20 @@ def first_works_alone(folder: Path) -> None:
     distributed.on_first(work)
 
 
+def batches(folder: Path) -> None:
+    """Global batches on a mesh whose tensor groups are of one process each, and on one where they are not."""
+    devices = np.array(jax.devices())
+    local = (100 * distributed.index() + np.arange(2))[None, :, None].repeat(3, 2)
+    said = []
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+        try:
+            batch = sharding.global_batch(local, Mesh(devices[order].reshape(2, 1, 2), sharding.AXES))
+            said.append([batch.shape[1], np.asarray(batch.addressable_shards[0].data)[0, :, 0].tolist()])
+        except ValueError as error:
+            said.append(type(error).__name__)
+    print(json.dumps(said))
+
+
 def fails(error: Exception):
     def function():
         raise error
@@ -145,6 +164,13 @@ def test_three_processes_wait_for_the_first(tmp_path):
     assert [(code, output) for code, output, _ in ended] == [(0, '"worth waiting for"')] * 3
 
 
+def test_a_batch_is_of_all_processes_or_refused(tmp_path):
+    ended = finish(start_processes("batches", tmp_path, devices=2))
+    assert [output for _, output, _ in ended] == [
+        f'[[4, {part}], "ValueError"]' for part in ("[0, 1]", "[100, 101]")
+    ], ended
+
+
 @pytest.mark.parametrize(("scene", "who"), [("second_fails_alone", 1), ("first_fails_alone", 0)])
 def test_an_error_in_one_ends_both_with_its_message_and_code(tmp_path, scene, who):
     ended = finish(start_processes(scene, tmp_path))
@@ -163,6 +189,131 @@ def test_a_signal_to_one_stops_both(tmp_path, scene, asked):
     assert [code for code, _, _ in ended] == [75, 75], ended
     if scene == "steps":
         assert ended[0][1] == ended[1][1] != "", "at the same step"
+
+
+# --- A store that fails -------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """A key-value store in memory; `failing` calls fail first."""
+
+    def __init__(self, failing: float = 0):
+        self.values, self.failing = {}, failing
+
+    def _answer(self):
+        if self.failing > 0:
+            self.failing -= 1
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
+
+    def key_value_set(self, key, value):
+        self._answer()
+        if key in self.values:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.values[key] = value
+        self._answer()
+
+    def key_value_dir_get(self, folder):
+        self._answer()
+        return [(key, value) for key, value in list(self.values.items()) if key.startswith(f"{folder}/")]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        self._answer()
+        time.sleep(milliseconds / 1000)
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.values[key]
+
+
+class Watch(distributed._Watch):
+    """That of process `number`, in a thread of this one; it looks at requests `late` seconds late."""
+
+    def __init__(self, number, late=0.0):
+        super().__init__()
+        self.number, self.late = number, late
+
+    def _agree_to_stop(self):
+        time.sleep(self.late)
+        super()._agree_to_stop()
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Starts watches over a store; both poll fast and have little patience."""
+    started = []
+
+    def start(store, *all_of_them):
+        monkeypatch.setattr(distributed, "_store", lambda: store)
+        monkeypatch.setattr(distributed, "count", lambda: len(all_of_them))
+        monkeypatch.setattr(distributed, "index", lambda: getattr(threading.current_thread(), "number", 0))
+        monkeypatch.setattr(distributed, "POLL", 0.01)
+        monkeypatch.setattr(distributed, "PATIENCE", 0.3)
+        started.extend(all_of_them)
+        for watch in all_of_them:
+            watch.start()
+
+    yield start
+    for watch in started:
+        watch.close()
+    stopping._request.when = None
+
+
+def stops_of(watches):
+    """The step at which each stops, from threads that take steps at their own pace."""
+    found = [0] * len(watches)
+
+    def steps(number, pause):
+        while not watches[number].reached() and found[number] < 1000:
+            found[number] += 1
+            time.sleep(pause)
+
+    threads = [threading.Thread(target=steps, args=(i, 0.002 * (i + 1))) for i in range(len(watches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+@pytest.mark.parametrize(("failing", "late"), [(0, 0.0), (0, 0.6), (7, 0.0)])
+def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_a_while(watches, capsys, failing, late):
+    store = Store()
+    both = Watch(0), Watch(1, late)
+    watches(store, *both)
+    asking = threading.Timer(0.1, lambda: (setattr(store, "failing", failing), stopping.ask()))
+    asking.start()
+    first, second = stops_of(both)
+    assert first == second and 0 < first < 1000
+    assert ("does not answer, trying again" in capsys.readouterr().err) == bool(failing)
+
+
+def test_a_store_that_fails_for_longer_than_patience_is_asked_again(watches):
+    store = Store(failing=math.inf)
+    both = Watch(0), Watch(1)
+    watches(store, *both)
+    time.sleep(0.5)
+    assert all(watch.is_alive() for watch in both)
+    store.failing = 0
+    stopping.ask()
+    first, second = stops_of(both)
+    assert first == second
+
+
+def test_a_process_that_cannot_hear_where_the_others_stop_ends(watches, monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(distributed, "_leave", lambda code: left.append(code))
+    store = Store()
+    watch = Watch(0)
+    watches(store, watch, Watch(1, late=0.1))
+    monkeypatch.setattr(
+        watch, "_wait", lambda key: (setattr(store, "failing", math.inf), super(Watch, watch)._wait(key))
+    )
+    stopping.ask()
+    until = time.monotonic() + 10
+    while not left and time.monotonic() < until:
+        time.sleep(0.01)
+    assert left[0] == 75
+    assert "ended without a checkpoint: the key-value store of process 0 has not answered" in capsys.readouterr().err
 
 
 # --- Who is of several --------------------------------------------------------------------------------------------------

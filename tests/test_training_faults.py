@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from processes import why_not_hosts
 from training_toys import (
     STAGE,
     VOCABULARY,
@@ -96,6 +97,25 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
         assert f"process {1 - who} of 2: joined. If one is lost" in output
     output = finish(*together(program))
     assert "on 2 cpu devices" in output and f"resumed at step {saved} of 16" in output
+    np.testing.assert_allclose(losses(program.folder), losses(unbroken[1].folder), rtol=1e-5)
+    for path, leaf in final_of(unbroken[1]).items():
+        np.testing.assert_allclose(final_of(program)[path], leaf, atol=2e-5, err_msg=path)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_together_and_go_on_after_one_is_lost(tmp_path, unbroken):
+    if reason := why_not_hosts(tmp_path):
+        pytest.skip(reason)
+    changes = FULL | dict(per_device_batch=1, checkpoint_every=3)
+    program = Program(tmp_path / "both", changes, devices=2, mesh=(2, 2, 1), own_host=True)
+    both = together(program)
+    # The first host is lost, which JAX notices at once: by its heartbeat only after 99 seconds.
+    ended = run_programs(replace(both[0], fault="kill", fault_step=7), both[1])
+    assert ended[0][0] == -signal.SIGKILL and ended[1][0] in (1, -signal.SIGABRT), ended
+    saved = newest(program.folder)
+    assert saved >= 3
+    output = finish(*together(program))
+    assert "on 4 cpu devices" in output and f"resumed at step {saved} of 16" in output
     np.testing.assert_allclose(losses(program.folder), losses(unbroken[1].folder), rtol=1e-5)
     for path, leaf in final_of(unbroken[1]).items():
         np.testing.assert_allclose(final_of(program)[path], leaf, atol=2e-5, err_msg=path)

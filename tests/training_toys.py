@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from processes import free_port
+from processes import become_host, free_port
 
 from tokalign_jax import distributed, paths, sharding, stopping
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
@@ -132,6 +132,8 @@ class Program:
     mesh: tuple[int, int, int] = (0, 0, 0)
     process: tuple[int, int, int] = (0, 1, 0)
     """Of several that train together: the port of the first, how many there are, which of them this is."""
+    own_host: bool = False
+    """Whether it pretends to be on a host of its own (`processes.become_host`)."""
     fault: str = ""
     """What befalls it when it tells of step `fault_step`: `kill` (a moment later), `terminate` (SIGTERM), or `full` (from
     then on no file can have more than 10 kB)."""
@@ -149,6 +151,8 @@ class Program:
         jax.config.update("jax_num_cpu_devices", self.devices)
         distributed.PATIENCE = 5.0
         port, processes, index = self.process
+        if self.own_host:
+            become_host(index, self.folder)
         code = 0
         try:
             with distributed.running(f"localhost:{port}", processes, index), stopping.listening():

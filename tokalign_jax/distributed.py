@@ -7,13 +7,14 @@ signals in while it waits.
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -29,7 +30,7 @@ POLL = 0.5
 GRACE = 3.0
 """Seconds that a process gets to end by itself after another one failed."""
 PATIENCE = 60.0
-"""Seconds after which processes no longer wait for each other in order to stop or to fail."""
+"""Seconds that processes wait for each other in order to stop or to fail, and for a key-value store that fails."""
 
 T = TypeVar("T")
 
@@ -242,9 +243,9 @@ def _exchange(where: str, error: BaseException | None, value: Any) -> Any:
     if is_first():
         others = [_Outcome(**json.loads(_wait(f"{place}/{other}"))) for other in range(1, count())]
         told = json.dumps(asdict(_verdict([mine, *others])))
-        _tell(f"{place}/all", told)
+        _retried(lambda: _tell(f"{place}/all", told))
     else:
-        _tell(f"{place}/{index()}", json.dumps(asdict(mine)))
+        _retried(lambda: _tell(f"{place}/{index()}", json.dumps(asdict(mine))))
         told = _wait(f"{place}/all")
     verdict = _Outcome(**json.loads(told))
     if not verdict.kind:
@@ -283,7 +284,11 @@ def _store() -> Any:
 
 
 def _tell(key: str, value: str) -> None:
-    _store().key_value_set(key, value)
+    try:
+        _store().key_value_set(key, value)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):  # by an earlier attempt whose answer was lost
+            raise
 
 
 def _told(folder: str) -> list[str]:
@@ -291,46 +296,81 @@ def _told(folder: str) -> list[str]:
     return [value for _, value in sorted(_store().key_value_dir_get(folder))]
 
 
-def _wait(key: str, seconds: float = float("inf")) -> str:
-    """The value of a key, as soon as some process sets it.
+def _get(key: str) -> str | None:
+    """The value of a key as soon as some process sets it; None after `POLL` seconds."""
+    try:
+        return _store().blocking_key_value_get(key, int(1000 * POLL))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise
+
+
+def _retried(call: Callable[[], T], patience: float | None = None, sleep: Callable[[float], Any] = time.sleep) -> T:
+    """What `call` returns, called again every `POLL` seconds while the store fails; the first failure is a warning.
+
+    Args:
+      patience: seconds after which it gives up; None: `PATIENCE`.
 
     Raises:
-      TimeoutError: none did in that time.
+      ProcessFailed: the store failed for longer than that.
     """
-    start = time.monotonic()
-    while time.monotonic() - start < seconds:
+    start, failed = time.monotonic(), False
+    while True:
         try:
-            return _store().blocking_key_value_get(key, int(1000 * POLL))
+            return call()
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-    raise TimeoutError(f"no process said '{key}' within {seconds:.0f} seconds")
+            waited = time.monotonic() - start
+            if waited > (PATIENCE if patience is None else patience):
+                text = f"the key-value store of process 0 has not answered for {waited:.0f} seconds: {error}"
+                raise ProcessFailed(text) from error
+            if not failed:
+                failed = True
+                text = f"warning: the key-value store of process 0 does not answer, trying again: {error}"
+                print(f"\nprocess {index()}: {text}", file=sys.stderr, flush=True)
+            sleep(POLL)
+
+
+def _wait(key: str) -> str:
+    """The value of a key, as soon as some process sets it."""
+    while (value := _retried(lambda: _get(key))) is None:
+        pass
+    return value
 
 
 # --- Ending together ----------------------------------------------------------------------------------------------------
 
 _FAILED, _STOP, _LEFT = "tokalign_jax/failed", "tokalign_jax/stop", "tokalign_jax/left"
-"""Folders of the store with one key for each process that has it to say."""
+"""Folders of the store."""
 
 
 def fail(text: str, code: int) -> NoReturn:
     """Ends this process, and all others with the same message and exit code, wherever they are. Never returns."""
     if count() > 1 and _store():
-        _tell(f"{_FAILED}/{index()}", json.dumps({"process": index(), "text": text, "code": code}))
+        with suppress(jax.errors.JaxRuntimeError):
+            _tell(f"{_FAILED}/{index()}", json.dumps({"process": index(), "text": text, "code": code}))
     _leave(code)
 
 
-class _Watch(threading.Thread):
-    """Looks out for what other processes have to say while this one may be busy or stuck.
+class _Closed(Exception):
+    """The watch was closed while it waited."""
 
-    A failure elsewhere ends this process: it would wait in a collective forever. A request to stop becomes an agreement:
-    every process tells how many steps it has begun, and all stop after the largest of these numbers and one more.
+
+class _Watch(threading.Thread):
+    """Listens to other processes while this one may be busy or stuck.
+
+    A failure elsewhere ends this process: it would wait in a collective forever. A request to
+    stop is agreed on: every process holds its next step back and tells how many it has begun; the
+    first publishes the largest of these numbers and one more, and all stop at that step.
+
+    A store that does not answer is asked again for as long as that takes. Only a process that has
+    held its steps back for `PATIENCE` ends itself: it cannot know at which step the others stop.
     """
 
     def __init__(self):
         super().__init__(daemon=True, name="watch of other processes")
         self._lock, self._closed = threading.Lock(), threading.Event()
-        self._steps, self._last = 0, None
+        self._steps, self._last, self._holding = 0, None, False
 
     def reached(self) -> bool:
         """Counts a step begun, the same ones in all processes; whether all stop here. Blocks while they agree."""
@@ -343,33 +383,58 @@ class _Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        told = False
-        while not self._closed.wait(POLL):
-            try:
-                if failures := _told(_FAILED):
-                    self._follow(json.loads(failures[0]))
-                if stopping.asked() and not told:
-                    _tell(f"{_STOP}/{index()}", "")
-                if not told and _told(_STOP):
-                    told = True
-                    if not stopping.asked():
-                        stopping.ask()
+        with suppress(_Closed):
+            while True:
+                self._sleep(POLL)
+                self._follow_failures()
+                if self._last is None and self._is_asked():
                     self._agree_to_stop()
-            except jax.errors.JaxRuntimeError:
-                return  # the first process is gone; JAX ends the others itself
+
+    def _sleep(self, seconds: float) -> None:
+        if self._closed.wait(seconds):
+            raise _Closed
+
+    def _is_asked(self) -> bool:
+        """Whether any process was asked to stop; then all are."""
+        folder = f"{_STOP}/asked"
+        if not stopping.asked():
+            if not self._ask(lambda: _told(folder)):
+                return False
+            stopping.ask()
+        self._ask(lambda: _tell(f"{folder}/{index()}", ""))
+        return True
 
     def _agree_to_stop(self) -> None:
         with self._lock:
-            _tell(f"tokalign_jax/steps/{index()}", str(self._steps))
+            self._holding = True
             try:
-                steps = [int(_wait(f"tokalign_jax/steps/{i}", PATIENCE)) for i in range(count())]
-            except TimeoutError:
-                return  # one of them is past its last step
-            self._last = max(steps) + 1
+                self._ask(lambda: _tell(f"{_STOP}/steps/{index()}", str(self._steps)))
+                if is_first():
+                    steps = [int(self._wait(f"{_STOP}/steps/{i}")) for i in range(count())]
+                    self._ask(lambda: _tell(f"{_STOP}/last", str(max(steps) + 1)))
+                self._last = int(self._wait(f"{_STOP}/last"))
+            except ProcessFailed as error:
+                print(f"\nprocess {index()}: asked to stop, and ended without a checkpoint: {error}", file=sys.stderr)
+                _leave(stopping.EXIT_CODE)
+            self._holding = False
 
-    def _follow(self, failure: dict[str, Any]) -> None:
-        if failure["process"] == index() or self._closed.wait(GRACE):
+    def _wait(self, key: str) -> str:
+        """The value of a key, as soon as some process sets it."""
+        while (value := self._ask(lambda: _get(key))) is None:
+            self._follow_failures()
+            self._sleep(0)
+        return value
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """What the store answers, however long it takes, unless steps wait for it."""
+        return _retried(call, PATIENCE if self._holding else math.inf, self._sleep)
+
+    def _follow_failures(self) -> None:
+        """Ends this process if another one failed and this one does not end by itself."""
+        failures = self._ask(lambda: _told(_FAILED))
+        if not failures or (failure := json.loads(failures[0]))["process"] == index():
             return
+        self._sleep(GRACE)
         print(
             f"\nprocess {index()}: ended, since process {failure['process']} failed: {failure['text']}", file=sys.stderr
         )
@@ -381,8 +446,9 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if count() > 1 and _store():
-        _tell(f"{_LEFT}/{index()}", "")
-        start = time.monotonic()
-        while is_first() and len(_told(_LEFT)) < count() and time.monotonic() - start < PATIENCE:
-            time.sleep(POLL)
+        with suppress(jax.errors.JaxRuntimeError):
+            _tell(f"{_LEFT}/{index()}", "")
+            start = time.monotonic()
+            while is_first() and len(_told(_LEFT)) < count() and time.monotonic() - start < PATIENCE:
+                time.sleep(POLL)
     os._exit(code)

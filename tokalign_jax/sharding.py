@@ -9,8 +9,10 @@ Model code asks for the mesh in context (`within`) and is ordinary code of one d
 """
 
 import dataclasses
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -27,7 +30,7 @@ from tokalign_jax import paths
 from tokalign_jax.config import MeshConfig
 from tokalign_jax.errors import UserError
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+DATA, FSDP, TENSOR = AXES = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
 """Axes over which sequences are split."""
 VOCABULARY = (FSDP, TENSOR)
@@ -68,25 +71,87 @@ def make_mesh(
     state_bytes: int = 0,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """All devices of all processes (or `devices`) along (data, fsdp, tensor).
+    """Arranges all devices of all processes (or `devices`) along (data, fsdp, tensor).
 
     Args:
       config: sizes of the axes; 0: chosen here.
-      state_bytes: what parameters, gradients and optimizer need in all; `fsdp` is made as large as it takes for their part on a device to
-        leave half of its memory to activations.
+      state_bytes: bytes of parameters, gradients and optimizer state in all; `fsdp` is made as
+        large as it takes for a device's part of them to leave half of its memory to activations.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, processes have unequal numbers
+        of devices, or a tensor group does not fit into a process.
     """
     devices = jax.devices() if devices is None else devices
     own = [device for device in devices if device.process_index == jax.process_index()]
     shape = axis_sizes(config, len(devices), state_bytes, device_memory(own[0]))
-    if len(own) % shape[2]:
+    return Mesh(arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arranged(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """The devices as an array of this shape, (data, fsdp, tensor); neighbours along the last axes
+    have the fastest connections.
+
+    Hosts of GPUs and slices of TPUs (`slice_index`) are split along `data` first. Within a TPU
+    slice, axes follow the physical torus, whose axes may be split among several of the mesh
+    (`jax.make_mesh` allows that on v5e only, and refuses devices of several slices or hosts).
+
+    Raises:
+      UserError: see `make_mesh`.
+    """
+    counts = Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
         raise UserError(
-            f"mesh.tensor is {shape[2]}, which does not divide the {len(own)} devices of a process: they read the same sequences, so "
-            f"they must be of one process"
+            f"the processes have unequal numbers of devices ({', '.join(map(str, counts.values()))}): give each as "
+            f"many, for example by CUDA_VISIBLE_DEVICES"
         )
-    return jax.make_mesh(shape, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    tensor = shape[2]
+    per_process = len(devices) // len(counts)
+    if per_process % tensor:
+        raise UserError(
+            f"mesh.tensor={tensor} does not divide the {per_process} devices of a process. The devices of a tensor "
+            f"group read the same sequences, so they must belong to one process: use a divisor of {per_process}, and "
+            f"mesh.fsdp to split parameters further"
+        )
+    in_order = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
+    slices = [list(group) for _, group in itertools.groupby(in_order, _slice)]
+    if all(map(_is_torus, slices)) and len(set(map(len, slices))) == 1:
+        grid = _on_tori(slices, shape)
+        if all(len({device.process_index for device in group}) == 1 for group in grid.reshape(-1, tensor)):
+            return grid
+    # Also for TPUs where the torus would put a tensor group on several hosts: in the order of
+    # processes no group can be, since `tensor` divides the devices of each.
+    return np.array(in_order, dtype=object).reshape(shape)
+
+
+def _on_tori(slices: Sequence[Sequence[Any]], shape: tuple[int, int, int]) -> np.ndarray:
+    """TPU slices along `data`, or along `fsdp` too where `data` is not a multiple of them; within
+    each, axes follow its torus."""
+    along_data = math.gcd(shape[0], len(slices))
+    along_fsdp = len(slices) // along_data
+    inner = (shape[0] // along_data, shape[1] // along_fsdp, shape[2])
+    grids = [mesh_utils.create_device_mesh(inner, one, allow_split_physical_axes=True) for one in slices]
+    return np.block([[[grids[i * along_fsdp + j]] for j in range(along_fsdp)] for i in range(along_data)])
+
+
+def _slice(device: Any) -> int:
+    """The number of the device's TPU slice, or of its host for other kinds."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _is_torus(devices: Sequence[Any]) -> bool:
+    """Whether these are TPU devices that fill a cuboid of coordinates."""
+    if devices[0].platform != "tpu":
+        return False
+    places = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    return len(devices) == np.prod(np.ptp(places, axis=0) + 1)
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """This process's place among the processes of the mesh in the order of the batch they read, and
+    how many they are."""
+    order = list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
+    return order.index(jax.process_index()), len(order)
 
 
 def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float) -> tuple[int, int, int]:
@@ -263,8 +328,14 @@ _EXCHANGED_BYTES = 256 << 20
 
 
 def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global array of a step from this process's part of it, [accumulation, sequences of this process, T + 1]."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, BATCH)), local)
+    """The global array of a step from this process's part of it.
+
+    Args:
+      local: [accumulation, sequences of this process, ...]; all processes have as many sequences.
+    """
+    accumulation, sequences, *rest = local.shape
+    shape = (accumulation, sequences * reader(mesh)[1], *rest)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, BATCH)), local, shape)
 
 
 # --- Inside the model -------------------------------------------------------------------------------------------------

@@ -215,7 +215,9 @@ def run_stage(
         with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
             if done < stage.steps:
                 source = objective.sequences(shards, stage.sequence_length)
-                feed = _Feed(_stream(stage, config, source, start, micro_batch(name, stage, mesh)), position, mesh)
+                feed = _Feed(
+                    _stream(stage, config, source, start, micro_batch(name, stage, mesh), mesh), position, mesh
+                )
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
                 run.announce(state, frozen)
@@ -399,8 +401,9 @@ class _Feed:
 
 
 def _stream(
-    stage: StageConfig, config: Config, source: Sequences, start: int, micro_batch: int
+    stage: StageConfig, config: Config, source: Sequences, start: int, micro_batch: int, mesh: Mesh
 ) -> grain.DatasetIterator:
+    host, hosts = sharding.reader(mesh)
     return make_stream(
         source,
         seed=config.seed,
@@ -408,8 +411,8 @@ def _stream(
         offset=start,
         accumulation=stage.batch_size // micro_batch,
         micro_batch=micro_batch,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=host,
+        hosts=hosts,
     )
 
 
