@@ -1,5 +1,7 @@
 """Matching: relative representations, blocked retrieval and CSLS against NumPy, calibration at both ends."""
 
+from fractions import Fraction
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -168,6 +170,15 @@ def test_pivots_and_judges_are_apart_and_pivots_frequent():
     assert np.array_equal(pivots, again) and not np.array_equal(pivots, other)
     everything, judges = matching.choose_pivots(ranks, np.arange(5000), 10**6, seed=0)
     assert sorted([*everything, *judges]) == list(range(5000))
+
+
+@pytest.mark.parametrize("share", ["1/10", "3/20", "1/3"])
+def test_the_share_of_judges_is_rounded_up(monkeypatch, share):
+    monkeypatch.setattr(matching, "JUDGE_SHARE", Fraction(share))
+    numerator, denominator = map(int, share.split("/"))
+    for shared in range(1, 100):
+        _, judges = matching.choose_pivots(np.arange(shared), np.arange(shared), 5, seed=0)
+        assert len(judges) == -(-shared * numerator // denominator)
 
 
 def test_the_temperature_is_the_one_that_judges_think_likeliest():

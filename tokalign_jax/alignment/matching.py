@@ -17,6 +17,8 @@ Letters: Q queries, K keys, P pivots, d (source) and e (target) dimensions, k ne
 """
 
 import functools
+import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -36,7 +38,7 @@ Measured (llama-en16k to Qwen3's vocabulary, 15 MB of text, 42,242 target tokens
 GROUP = 16
 """Keys whose largest score is found first: the k best keys are in the k best groups, and sorting these is cheap."""
 MAX_JUDGES = 2000
-JUDGE_SHARE = 0.1
+JUDGE_SHARE = Fraction(1, 10)
 """Shared tokens that are kept from being pivots, to judge matches by: this share of them, at most that many."""
 PIVOT_POOL = 10
 """Pivots are drawn from this many times as many of the most frequent shared tokens."""
@@ -71,7 +73,7 @@ def choose_pivots(
     """
     rng = np.random.default_rng(seed)
     shared = len(source_rank)
-    judges = np.sort(rng.permutation(shared)[: min(MAX_JUDGES, -(-int(shared * JUDGE_SHARE * 10) // 10))])
+    judges = np.sort(rng.permutation(shared)[: min(MAX_JUDGES, math.ceil(shared * JUDGE_SHARE))])
     by_frequency = np.argsort(np.maximum(source_rank, target_rank), kind="stable")
     pool = by_frequency[~np.isin(by_frequency, judges)][: pivots * PIVOT_POOL]
     return np.sort(rng.permutation(pool)[:pivots]), judges
