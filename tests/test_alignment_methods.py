@@ -186,7 +186,7 @@ def test_without_vectors_nothing_is_matched(tokenizers, method):
     assert measured == {} and "shared tokens have vectors" in said[0]
     assert_whole(made, *tokenizers)
     others = {Rule.RANDOM} if method == "tokalign" else {Rule.PIECES}
-    assert set(made.rules) <= {Rule.EXACT, Rule.SPECIAL} | others
+    assert set(made.rules) <= {*methods.SURE} | others
 
 
 def test_exact_and_random_differ_only_in_what_they_know(tokenizers):

@@ -10,8 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.helpers import KINDS, TEXTS, tokenizer_of_kind
 from tests.test_alignment_alignment import row
-from tokalign_jax.alignment import methods
+from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.alignment.methods import Inputs
 from tokalign_jax.alignment.vectors import Vectors
@@ -118,10 +119,60 @@ def test_a_character_beats_the_byte_token_of_its_byte():
     byte, piece = byte_level(), sentence_piece("A")
     assert_exact(piece, byte, "A")
     assert piece.convert_ids_to_tokens(token(piece, "A")) == "A"
-    made = aligned(byte, piece)  # both go to the only source token there is
-    for spelled in ("A", "<0x41>"):
-        i = piece.convert_tokens_to_ids(spelled)
-        assert made.rules[i] == Rule.EXACT and row(made.head, i) == {token(byte, "A"): 1.0}
+    assert_exact(byte, piece, "A")
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"tokalign", "random"}))
+def test_a_byte_token_beside_its_character_takes_none_of_its_probability(method):
+    """With the same head row both would get half of it, though no text is cut into `<0x41>` where there is an `A`."""
+    byte, piece = byte_level(), sentence_piece("A")
+    double = piece.convert_tokens_to_ids("<0x41>")
+    assert canonical.unwritten_ids(piece) == {double, piece.convert_tokens_to_ids("<0x20>")}
+    made = aligned(byte, piece, method)
+    assert made.rules[double] == Rule.UNWRITTEN
+    assert row(made.embedding, double) == {token(byte, "A"): 1.0}
+    assert row(made.head, double) == {made.source_size: 1.0}
+    rows = np.random.default_rng(0).normal(size=(made.source_size, 8)).astype(np.float32)
+    logits = rows @ rows[token(byte, "A")]
+    shares = np.exp(alignment.apply(made.head, rows) @ rows[token(byte, "A")]) / np.exp(logits).sum()
+    assert shares[double] <= 1 / made.source_size < shares[token(piece, "A")]
+
+
+def test_runs_of_spaces_that_a_tokenizer_has_twice():
+    """GPT-NeoX's: the added tokens are written, those of its model never are."""
+    twice, once = byte_level("  ", " " * 4), byte_level("  ")
+    twice.add_tokens([AddedToken("  ", normalized=True), AddedToken(" " * 4, normalized=True)])
+    merged = twice.convert_tokens_to_ids(["ĠĠ", "ĠĠĠĠ"])
+    assert canonical.unwritten_ids(twice) == set(merged)
+    made = aligned(once, twice)
+    for i, embedding in zip(merged, ({token(once, "  "): 1.0}, {token(once, "  "): 1.0})):
+        assert made.rules[i] == Rule.UNWRITTEN and row(made.embedding, i) == embedding
+        assert row(made.head, i) == {made.source_size: 1.0}
+    assert_exact(once, twice, "  ")
+    assert_pieces(once, twice, " " * 4, "  ", "  ")
+    # As the source, it gives the rows of the tokens that it writes: the others were never trained.
+    assert row(aligned(twice, once).head, token(once, "  ")) == {twice.convert_tokens_to_ids("  "): 1.0}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_tokens_of_the_same_tokenizer_are_themselves(kind):
+    tokenizer = tokenizer_of_kind(kind, TEXTS)
+    made = aligned(tokenizer, tokenizer)
+    assert set(made.rules) <= {Rule.EXACT, Rule.SPECIAL}
+    np.testing.assert_array_equal(made.heaviest(), np.arange(made.target_size))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_tokens_that_text_has_are_not_called_unwritten(kind):
+    tokenizer = tokenizer_of_kind(kind, TEXTS)
+    plain = canonical.plain_backend(tokenizer)
+    used = {i for text in TEXTS for i in plain.encode(text, add_special_tokens=False).ids}
+    content = canonical.token_bytes(tokenizer)
+    unwritten = canonical.unwritten_ids(tokenizer)
+    assert not used & unwritten
+    assert {content[i] for i in unwritten} <= {content[i] for i in range(len(content)) if i not in unwritten}
+    if kind in ("llama2", "gemma", "mistral", "unigram_with_bytes", "unigram_first"):
+        assert tokenizer.convert_tokens_to_ids("<0x61>") in unwritten
 
 
 def test_numbers_that_are_cut_differently_are_their_digits():

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.helpers import SHARED, tiny_tokenizer
+from tests.helpers import SHARED, tiny_tokenizer, tokenizer_of_kind
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import canonical
 
@@ -202,6 +202,19 @@ def test_a_role_takes_no_token_away_from_text():
     assert canonical.token_bytes(tokenizer)[mark] == b"!"
     assert canonical.special_ids(tokenizer) == {tokenizer.eos_token_id}
     assert "capitals" not in canonical.losses(tokenizer)
+
+
+@pytest.mark.parametrize("role", ["pad_token", "unk_token", "bos_token", "eos_token", "sep_token", "mask_token"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "gemma", "bert", "t5", "unigram_with_bytes"])
+def test_no_role_takes_a_token_away_from_text(kind, role):
+    tokenizer = tokenizer_of_kind(kind, [*TEXTS, "Stop! Go! Now!"])
+    mark = tokenizer.convert_tokens_to_ids("!")
+    setattr(tokenizer, role, "!")
+    assert getattr(tokenizer, f"{role}_id") == mark and mark not in canonical.special_ids(tokenizer)
+    content = canonical.token_bytes(tokenizer)
+    assert content[mark] == b"!"
+    ids = canonical.plain_backend(tokenizer).encode("Go!", add_special_tokens=False).ids
+    assert b"".join(content[i] or b"" for i in ids).strip().lower() == b"go!"
 
 
 @pytest.mark.parametrize("name", ["</s>", "<s>", "<pad>"])

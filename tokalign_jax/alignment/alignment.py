@@ -49,6 +49,15 @@ class Rule(IntEnum):
     """The source token that an alignment file names."""
     RANDOM = 6
     """A source token drawn at random: only in the methods that others are measured against."""
+    UNWRITTEN = 7
+    """A token that no text is cut into, since another one has the same bytes (`<0x2C>` beside `,`), where the source has no
+    such second token. Its embedding row is that of its bytes; its head row is the mean of all source rows, because with
+    the row of its bytes it would take half of the other token's probability. By Jensen's inequality it gets at most
+    1 / V_s of the source tokens' summed exponentials."""
+
+
+SURE = (Rule.EXACT, Rule.SPECIAL, Rule.UNWRITTEN)
+"""Rules that leave nothing to be found by co-occurrence."""
 
 
 class Mixture(NamedTuple):
@@ -73,7 +82,7 @@ class Alignment:
     rules: UInt8[np.ndarray, "V_t"]
     """`Rule` of each target token."""
     scores: Float[np.ndarray, "V_t"]
-    """float32: 1 for EXACT, SPECIAL and GIVEN; else the similarity of the best match (calibrated, but in `tokalign`), 0 where
+    """float32: 1 for EXACT, SPECIAL, UNWRITTEN and GIVEN; else the similarity of the best match (calibrated, but in `tokalign`), 0 where
     there is none."""
     matches: Int[np.ndarray, "V_t"]
     """int32: the best match by co-occurrence, whether used or not; -1 for exact and special tokens, or without a vector."""
@@ -136,6 +145,15 @@ def mixture_of(
     return Mixture(indptr, ids, (weights / np.repeat(sums, np.diff(indptr))).astype(np.float32), source_size)
 
 
+def with_mean(mixture: Mixture, targets: Int[np.ndarray, "n"]) -> Mixture:
+    """`mixture` with the mean of all source rows for these target tokens."""
+    rows = np.repeat(np.arange(len(mixture.indptr) - 1), np.diff(mixture.indptr))
+    left = ~np.isin(rows, targets)
+    rows, ids = np.append(rows[left], targets), np.append(mixture.ids[left], np.full(len(targets), mixture.source_size))
+    weights = np.append(mixture.weights[left], np.ones(len(targets)))
+    return mixture_of(rows, ids, weights, len(mixture.indptr) - 1, mixture.source_size)
+
+
 def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
     """The mixture in which each target token is one source token."""
     n = len(source_ids)
@@ -177,8 +195,8 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
 def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict[str, Any]:
     """Rows, and the share of the target corpus, by rule; and how many unmatched rows crowd at few source tokens.
 
-    `hub_share` is of the tokens matched by co-occurrence and over the threshold; `hub_share_file` of all rows without an
-    exact or special match, as `align_matrix.json` has them.
+    `hub_share` is of the tokens matched by co-occurrence and over the threshold; `hub_share_file` of all rows that no
+    rule of `SURE` made, as `align_matrix.json` has them.
     """
     total = max(int(target_counts.sum()), 1)
     by_rule = {
@@ -188,7 +206,7 @@ def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict
         }
         for rule in Rule
     }
-    unmatched = ~np.isin(alignment.rules, (Rule.EXACT, Rule.SPECIAL))
+    unmatched = ~np.isin(alignment.rules, SURE)
     return {
         "target_size": alignment.target_size,
         "source_size": alignment.source_size,
@@ -205,7 +223,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     ]
     for name, part in result["rules"].items():
         if part["rows"]:
-            lines.append(f"  {name:8} {part['rows']:9,} rows  {part['frequency']:7.2%} of the corpus")
+            lines.append(f"  {name:9} {part['rows']:9,} rows  {part['frequency']:7.2%} of the corpus")
     lines.append(
         f"  hub share {result['hub_share']:.1%} of similar, {result['hub_share_file']:.1%} of all unmatched rows"
     )

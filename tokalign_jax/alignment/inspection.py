@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import matching, scoring
-from tokalign_jax.alignment.alignment import HUBS, Alignment, Mixture, Rule
+from tokalign_jax.alignment.alignment import HUBS, SURE, Alignment, Mixture, Rule
 from tokalign_jax.errors import UserError
 from tokalign_jax.pages import Bar, Cell, Code, Section
 from tokalign_jax.text import canonical
 
-CERTAIN = (Rule.EXACT, Rule.SPECIAL, Rule.GIVEN)
+CERTAIN = (*SURE, Rule.GIVEN)
 POOL = 256
 """Neighbours by CSLS are looked for among this many source tokens with the largest cosines."""
 FEWEST_SHARED = 32
@@ -42,6 +42,7 @@ SAYS = {
     "MEAN": "the mean of all source rows, since nothing is known",
     "GIVEN": "named by an alignment file",
     "RANDOM": "a source token drawn at random",
+    "UNWRITTEN": "no text is cut into it, since another token has the same bytes; its head row is the mean of all",
 }
 
 

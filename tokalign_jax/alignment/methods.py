@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import alignment, matching, published, scoring, vectors
 from tokalign_jax.alignment import lexicon as induction
-from tokalign_jax.alignment.alignment import Alignment, Mixture, Rule
+from tokalign_jax.alignment.alignment import SURE, Alignment, Mixture, Rule
 from tokalign_jax.alignment.vectors import Vectors
 from tokalign_jax.config import AlignmentConfig, Config
 from tokalign_jax.progress import Log
@@ -30,8 +30,6 @@ SUMMARY_FILE = "summary.json"
 NEED_VECTORS = frozenset({"composed", "tokalign", "lexicon", "topk"})
 """Methods that read token vectors; for the others none are computed."""
 NO_VECTORS = Vectors(np.zeros(0, np.int32), np.zeros((0, 1), np.float32))
-SURE = (Rule.EXACT, Rule.SPECIAL)
-"""Rules that leave nothing to be found."""
 ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 """Special tokens with a meaning that models share; a token of several roles takes the first."""
 FEWEST_SHARED = 32
@@ -101,7 +99,7 @@ class Spelled(NamedTuple):
     parts: list[list[int]]
     """The source tokens that each is spelled with, in order: one where it is exact or special, none where they cannot."""
     rules: UInt8[np.ndarray, "V_t"]
-    """EXACT, SPECIAL, PIECES or MEAN."""
+    """EXACT, SPECIAL, UNWRITTEN, PIECES or MEAN."""
 
     @property
     def exact(self) -> dict[int, int]:
@@ -251,11 +249,12 @@ def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 def exact(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """A baseline: exact matches and roles, else a random source token."""
-    parts, rules = inputs.spelled
     ids = np.random.default_rng(inputs.seed).integers(inputs.source_size, size=inputs.target_size)
-    sure = np.isin(rules, SURE)
-    ids[sure] = [parts[i][0] for i in np.flatnonzero(sure)]
-    return _one_to_one(inputs, ids, np.where(sure, rules, Rule.RANDOM), _nothing(inputs)), {}
+    drawn = np.flatnonzero(~np.isin(inputs.spelled.rules, SURE))
+    mixture = else_pieces(inputs, drawn, ids[drawn], np.ones(len(drawn)))
+    rules = inputs.spelled.rules.copy()
+    rules[drawn] = Rule.RANDOM
+    return _assembled(inputs, mixture, mixture, rules, _nothing(inputs)), {}
 
 
 def random(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
@@ -281,17 +280,18 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
 
 def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Spelled:
     """Exact matches, special tokens by role, and the pieces of the rest as the source tokenizer cuts them."""
-    target_bytes = canonical.token_bytes(target_tokenizer)
-    exact = exact_matches(source_tokenizer, target_bytes)
+    exact = exact_matches(source_tokenizer, target_tokenizer)
     special = special_matches(source_tokenizer, target_tokenizer)
-    parts: list[list[int]] = [[] for _ in target_bytes]
-    left = [i for i in range(len(parts)) if i not in exact and i not in special]
+    sure = exact | {i: match.token for i, match in special.items()}
+    size = canonical.vocabulary_size(target_tokenizer)
+    parts = [[sure[i]] if i in sure else [] for i in range(size)]
+    left = [i for i in range(size) if i not in sure]
     for i, pieces in zip(left, cut(source_tokenizer, target_tokenizer, left)):
         parts[i] = pieces
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
-    for rule, found in ((Rule.EXACT, exact), (Rule.SPECIAL, {i: match.token for i, match in special.items()})):
-        for target, source in found.items():
-            parts[target], rules[target] = [source], rule
+    unwritten = canonical.unwritten_ids(target_tokenizer) - set(sure)
+    for rule, ids in ((Rule.EXACT, exact), (Rule.SPECIAL, special), (Rule.UNWRITTEN, unwritten)):
+        rules[list(ids)] = rule
     return Spelled(parts, rules)
 
 
@@ -303,10 +303,24 @@ def cut(
     return canonical.PieceCutter(source_tokenizer).cut_all([_text_bytes(target_tokenizer, contents, i) for i in ids])
 
 
-def exact_matches(source_tokenizer: PreTrainedTokenizerBase, target_bytes: Sequence[bytes | None]) -> dict[int, int]:
-    """Target id -> source id where the canonical bytes are the same."""
-    source = canonical.index_by_bytes(source_tokenizer)
-    return {i: source[content] for i, content in enumerate(target_bytes) if content in source}
+def exact_matches(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> dict[int, int]:
+    """Target id -> source id where the canonical bytes are the same.
+
+    Where a tokenizer has several tokens of the same bytes, those that it writes are matched with each other, and those
+    that it does not write (`canonical.unwritten_ids`) with each other; among them the same name comes first.
+    """
+    sources = canonical.ids_by_bytes(source_tokenizer)
+    unwritten_sources = canonical.unwritten_ids(source_tokenizer)
+    unwritten_targets = canonical.unwritten_ids(target_tokenizer)
+    source_names, target_names = canonical.spelled(source_tokenizer), canonical.spelled(target_tokenizer)
+    found = {}
+    for i, content in enumerate(canonical.token_bytes(target_tokenizer)):
+        alike = [j for j in sources.get(content or b"", ()) if (j in unwritten_sources) == (i in unwritten_targets)]
+        if alike:
+            found[i] = min(alike, key=lambda j: source_names[j] != target_names[i])
+    return found
 
 
 def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
@@ -477,7 +491,8 @@ def shifted(inputs: Inputs, made: Alignment) -> Alignment:
     """`made`, with what is to be known to correct its head rows for frequency."""
     source, target = log_frequency(inputs.source_counts), log_frequency(inputs.target_counts)
     mixed = alignment.apply(made.head, source[:, None])[:, 0]
-    shift = np.where(np.isin(made.rules, SURE), 0.0, target - mixed).astype(np.float32)
+    kept = np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL))
+    shift = np.where(kept, 0.0, target - mixed).astype(np.float32)
     return dataclasses.replace(made, frequency_shift=shift, source_log_frequency=source)
 
 
@@ -495,7 +510,9 @@ def _assembled(
     inputs: Inputs, embedding: Mixture, head: Mixture, rules: Int[np.ndarray, "V_t"], found: Found
 ) -> Alignment:
     """The alignment of these mixtures, without a shift of frequency."""
-    sure = np.isin(rules, SURE)
+    sure, unwritten = np.isin(rules, SURE), np.flatnonzero(rules == Rule.UNWRITTEN)
+    if len(unwritten):
+        head = alignment.with_mean(head, unwritten)
     return Alignment(
         embedding=embedding,
         head=head,

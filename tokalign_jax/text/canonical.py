@@ -6,8 +6,10 @@ word. Two tokens are the same when their bytes are. A string comparison misses m
 """
 
 import hashlib
+import itertools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -133,16 +135,17 @@ _ALSO_TEXT: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tokenizers.Tokenize
 
 
 def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int]:
-    """Which of these tokens text is cut into, all the same: some tokenizers pad with `!`, and their texts have exclamation marks.
+    """Those of these tokens that text is cut into as well: some tokenizers pad with `!`, and texts have exclamation marks.
 
-    Not the unknown token; nor those of Unigram models, which read the name of a special token as the token until they are told not to
-    (`plain_backend`).
+    A Unigram model reads the name of a special token as that token until told not to (`plain_backend`), so there the
+    scores tell: special tokens have none. The model's own unknown token is never text.
     """
     backend = _backend(tokenizer)
-    if isinstance(backend.model, tokenizers.models.Unigram):
-        return set()
     names = {i: name for i in special if (name := backend.id_to_token(i)) and backend.model.token_to_id(name) == i}
-    names.pop(tokenizer.unk_token_id, None)  # type: ignore[call-overload]
+    if isinstance(backend.model, tokenizers.models.Unigram):
+        model = json.loads(backend.to_str())["model"] if names else {}
+        return {i for i in names if i != model["unk_id"] and model["vocab"][i][1] < 0}
+    names = {i: name for i, name in names.items() if name != getattr(backend.model, "unk_token", None)}
     if not names:
         return set()
     plain = _reading_all_as_text(backend)
@@ -157,13 +160,62 @@ def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def index_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
-    """The id for each canonical byte string; where several share one, the one that is no `<0x41>`, then the lowest."""
-    _, names, contents = _listed(tokenizer)
-    index: dict[bytes, int] = {}
-    for i, content in enumerate(contents):
-        if content and (content not in index or _BYTE_TOKEN.fullmatch(names[index[content]])):
-            index[content] = i
-    return index
+    """The id for each canonical byte string; where several share one, the first that `ids_by_bytes` lists."""
+    return {content: ids[0] for content, ids in ids_by_bytes(tokenizer).items()}
+
+
+def ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
+    """All ids of each canonical byte string.
+
+    Those that the tokenizer writes come first, a `<0x41>` behind the others, then in order.
+    """
+    unwritten = unwritten_ids(tokenizer)
+    names = _listed(tokenizer).spelled
+    groups = _ids_by_bytes(_listed(tokenizer))
+    return {
+        content: sorted(ids, key=lambda i: (i in unwritten, bool(_BYTE_TOKEN.fullmatch(names[i])), i))
+        for content, ids in groups.items()
+    }
+
+
+def unwritten_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that no text is ever cut into, because another token has the same bytes.
+
+    Such are `<0x2C>` beside `,` in SentencePiece vocabularies, and GPT-NeoX's runs of spaces, which it has once in its
+    model and once as added tokens.
+    """
+    listed = _listed(tokenizer)
+    known = _UNWRITTEN.get(tokenizer)
+    if known is None or known[0] is not listed:
+        known = _UNWRITTEN[tokenizer] = listed, _find_unwritten(tokenizer, listed)
+    return known[1]
+
+
+_UNWRITTEN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Listed, frozenset[int]]] = WeakKeyDictionary()
+
+_SURROUNDINGS = ("{0}", "x{0}", "{0}x", "x{0}x", " {0} ", "\n{0}\n", "1{0}1", ".{0}.", "か{0}か", "{0}{0}")
+"""What a token's text is put into to see whether it is written: at the ends of words, within them, between words."""
+
+
+def _find_unwritten(tokenizer: PreTrainedTokenizerBase, listed: _Listed) -> frozenset[int]:
+    shared = {content: ids for content, ids in _ids_by_bytes(listed).items() if len(ids) > 1}
+    texts = [content.decode("utf-8", errors="replace") for content in shared]
+    around = [surrounding.format(text) for text in texts for surrounding in _SURROUNDINGS]
+    written = set(itertools.chain(*_cut(tokenizer, plain_backend(tokenizer), around))) if around else set()
+    unwritten: set[int] = set()
+    for ids in shared.values():
+        # Where none is met, a byte token is taken to be the one that is not written.
+        kept = written & set(ids) or [min(ids, key=lambda i: (bool(_BYTE_TOKEN.fullmatch(listed.spelled[i])), i))]
+        unwritten |= set(ids) - set(kept)
+    return frozenset(unwritten)
+
+
+def _ids_by_bytes(listed: _Listed) -> dict[bytes, list[int]]:
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for i, content in enumerate(listed.contents):
+        if content:
+            groups[content].append(i)
+    return groups
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
