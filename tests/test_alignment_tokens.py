@@ -237,6 +237,32 @@ def test_special_tokens_take_their_role_whatever_their_text():
         assert row(made.embedding, i) == row(made.head, i) == {source.convert_tokens_to_ids(of_source): 1.0}
 
 
+@pytest.mark.parametrize("role", [role for role in methods.ROLES if role != "eos"])
+@pytest.mark.parametrize("method", ["pieces", "composed", "exact"])
+def test_a_role_takes_nothing_away_from_text(method, role):
+    """`!` as the padding token, say, of the target or of the source."""
+    names = {"eos_token": "<|endoftext|>"}
+    plain, marked = sentence_piece("!"), byte_level("ab", **names, **{f"{role}_token": "!"})
+    mark = marked.convert_tokens_to_ids("!")
+    made = aligned(plain, marked, method)
+    assert made.rules[mark] == Rule.EXACT
+    assert row(made.embedding, mark) == row(made.head, mark) == {token(plain, "!"): 1.0}
+    target = byte_level(first=["<|endoftext|>", "<?>"], **names, **{f"{role}_token": "<?>"})
+    made, special = aligned(marked, target, method), target.convert_tokens_to_ids("<?>")
+    assert made.rules[special] == Rule.SPECIAL
+    assert row(made.head, special) == {marked.eos_token_id: 1.0}  # not the row of `!`
+    assert row(made.head, token(target, "!")) == {mark: 1.0}
+
+
+def test_an_end_of_text_that_is_text_stays_text():
+    lines = byte_level(first=["<other>"], eos_token="\u010a")  # byte-level for a line break
+    plain = byte_level("ab")
+    made, i = aligned(plain, lines), token(lines, "\n")
+    assert lines.eos_token_id == i and made.rules[i] == Rule.EXACT
+    assert row(made.head, i) == {token(plain, "\n"): 1.0}
+    assert row(aligned(lines, plain).head, plain.eos_token_id) == {i: 1.0}  # what ends the source's texts
+
+
 def test_the_end_of_a_turn_is_the_end_of_text_where_it_is_the_eos():
     """As Qwen3 has it: `<|im_end|>` ends, `<|endoftext|>` pads; the source has the second, as its end, and no chat."""
     target = byte_level(

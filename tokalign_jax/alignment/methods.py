@@ -334,13 +334,13 @@ def special_matches(
     """Target id -> source token for the special tokens of the target that have a counterpart.
 
     First by name (`special_tokens.counterpart`), so that `<|endoftext|>` takes the rows of
-    `<|endoftext|>` whatever roles both have; then by role.
+    `<|endoftext|>` whatever roles both have; then by role. A role whose token is also text
+    (`!` as pad) makes nothing special, in the source or in the target.
     """
-    targets = canonical.special_ids(target_tokenizer) | {end_of_text_id(target_tokenizer)}
     found = {
         i: special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
         or _same_role(i, source_tokenizer, target_tokenizer)
-        for i in sorted(targets)
+        for i in sorted(canonical.special_ids(target_tokenizer))
     }
     return {i: match for i, match in found.items() if match is not None}
 
@@ -356,9 +356,8 @@ def _same_role(
     if role is None:
         return None
     source = getattr(source_tokenizer, f"{role}_token_id", None)
-    if role != "eos" and special_tokens.is_of_chat(source_tokenizer, source):
-        source = None
-    if source is None:
+    of_chat = role != "eos" and special_tokens.is_of_chat(source_tokenizer, source)
+    if of_chat or source not in canonical.special_ids(source_tokenizer):
         return Counterpart(end_of_text_id(source_tokenizer), f"end of text, as the source has no {role}")
     return Counterpart(int(source), f"{role} of the source")
 

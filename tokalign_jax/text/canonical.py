@@ -77,9 +77,14 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
         size = max(len(tokenizer), 1 + max(vocabulary.values()))
         known = _Listed(stamp, [""] * size, [None] * size)
         spelling = _spelling(tokenizer)
-        if not isinstance(spelling, _ByteLevel):
-            # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
-            added = {i: token for i, token in added.items() if backend.model.token_to_id(token.content) != i}
+        # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
+        # In a byte-level one it is the library that finds such a token, unless that is special (`Ċ` as eos).
+        by_model = {
+            i
+            for i, token in added.items()
+            if backend.model.token_to_id(token.content) == i and (token.special or not isinstance(spelling, _ByteLevel))
+        }
+        added = {i: token for i, token in added.items() if i not in by_model}
         for token, index in vocabulary.items():
             known.spelled[index] = token
             if index not in special:
@@ -148,9 +153,12 @@ def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int
     names = {i: name for i, name in names.items() if name != getattr(backend.model, "unk_token", None)}
     if not names:
         return set()
-    plain = _reading_all_as_text(backend)
-    texts = [f"x{backend.decode([i], skip_special_tokens=False)}x" for i in names]
-    return {i for i, cut in zip(names, _cut(tokenizer, plain, texts)) if i in cut}
+    plain, spelling = _reading_all_as_text(backend), _spelling(tokenizer)
+    # What the decoder makes of the token is its name where it is an added one, even of byte-level's `Ċ`, a line break.
+    shown = [backend.decode([i], skip_special_tokens=False) for i in names]
+    bare = [spelling.decode(name).decode(errors="replace") for name in names.values()]
+    cut = _cut(tokenizer, plain, [f"x{text}x" for text in (*shown, *bare)])
+    return {i for i, *ids in zip(names, cut, cut[len(names) :]) if i in itertools.chain(*ids)}
 
 
 def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
