@@ -6,6 +6,9 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -17,7 +20,7 @@ import zstandard
 
 from tokalign_jax.config import Config, TextConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.text import corpus
+from tokalign_jax.text import corpus, reading
 
 TEXTS = [f"Document {i}: größer, 数学 and def f(x):\n    return {i}\n" for i in range(40)]
 
@@ -67,10 +70,10 @@ def test_plain_text_is_parted_by_blank_lines(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt.gz", "one\ntwo\n\n \nthree\n\nfour\u2028still four")
     _, train, held = run(config_for(path), tmp_path / "out")
     assert sorted(d.text for d in train + held) == ["four\u2028still four", "one\ntwo\n", "three\n"]
-    monkeypatch.setattr(corpus, "PASSAGE_BYTES", 5)
+    monkeypatch.setattr(reading, "PASSAGE_BYTES", 5)
     _, train, held = run(config_for(path), tmp_path / "out")
     assert sorted(d.text for d in train + held) == ["four\u2028still four", "one\ntwo\n", "three\n"]
-    monkeypatch.setattr(corpus, "PASSAGE_BYTES", 4)
+    monkeypatch.setattr(reading, "PASSAGE_BYTES", 4)
     _, train, held = run(config_for(path), tmp_path / "out")
     assert sorted(d.text for d in train + held) == ["four\u2028still four", "one\n", "three\n", "two\n"]
 
@@ -274,3 +277,295 @@ def test_documents_are_read_by_their_positions(tmp_path, monkeypatch):
     assert len([*(tmp_path / "out").glob("train-*.parquet")]) > 2
     for positions in ([], [0], [3, 4, 17, len(train) - 1], range(len(train))):
         assert [*corpus.at(tmp_path / "out", np.array(positions, np.int64))] == [train[i] for i in positions]
+
+
+# --- the budget -------------------------------------------------------------------------------------------------------
+
+
+def inputs(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def by_language(config: Config, folder: Path) -> dict[str, int]:
+    languages = run(config, folder)[0]["languages"]
+    return {name: of["train_bytes"] + of["held_out_bytes"] for name, of in languages.items()}
+
+
+def letters(language: str, documents: int, size: int = 100) -> str:
+    return json_lines([f"{i:05d} {language}".ljust(size, "x") for i in range(documents)], lang=language)
+
+
+@pytest.mark.parametrize("budget", [3_000, 20_000, 77_777])
+def test_the_budget_is_drawn_from_all_files_by_their_size(tmp_path, budget):
+    folder = inputs(tmp_path)
+    for name, documents in {"a": 100, "b": 300, "c": 600}.items():
+        write(folder / f"{name}.jsonl", letters(name, documents))
+    found = by_language(config_for(folder, language_field="lang", budget_bytes=budget), tmp_path / "out")
+    for name, share in {"a": 0.1, "b": 0.3, "c": 0.6}.items():
+        assert found[name] == pytest.approx(share * budget, abs=250)
+    assert budget - 100 < sum(found.values()) <= budget
+    again = by_language(config_for(folder, language_field="lang", budget_bytes=budget), tmp_path / "again")
+    assert again == found
+
+
+def test_what_short_files_leave_of_the_budget_is_read_from_the_others(tmp_path, monkeypatch):
+    folder = inputs(tmp_path)
+    monkeypatch.setattr(corpus, "OPEN_FILES", 1)
+    write(folder / "a.jsonl", json_lines(["short"], lang="a", other="o" * 50_000))
+    write(folder / "b.jsonl.gz", letters("b", 400))  # compressed to a fraction of its text
+    write(folder / "c.jsonl", letters("c", 400))
+    config = config_for(folder, language_field="lang", budget_bytes=70_000)
+    found = by_language(config, tmp_path / "out")
+    assert sum(found.values()) > 69_800 and found["b"] + found["c"] > 69_800
+    everything = dataclasses.replace(config, text=dataclasses.replace(config.text, budget_bytes=10**9))
+    summary, train, held = run(everything, tmp_path / "all")
+    assert len(train) + len(held) == 801 and not summary["stopped_at_budget"]
+    assert summary["not_read"]["files"] == summary["not_read"]["bytes"] == 0
+
+
+def test_of_many_small_files_some_are_read_whole(tmp_path):
+    folder = inputs(tmp_path)
+    for i in range(100):
+        write(folder / f"{i:03d}.txt", f"{i:05d}".ljust(100, "x"))
+    config = config_for(folder, budget_bytes=5_000)
+    _, train, held = run(config, tmp_path / "out")
+    numbers = sorted(int(document.text[:5]) for document in train + held)
+    assert len(numbers) == 50 and np.diff(numbers).max() <= 3  # from the whole folder, not its beginning
+
+
+def test_what_was_not_read_is_said(tmp_path):
+    folder = inputs(tmp_path)
+    for name in "ab":
+        write(folder / f"{name}.jsonl", letters(name, 2000))
+    lines = []
+    config = config_for(folder, budget_bytes=40_000)
+    summary = corpus.run(config, tmp_path / "out", lines.append)
+    size = 2 * (folder / "a.jsonl").stat().st_size
+    assert summary["not_read"]["files"] == 2 and summary["not_read"]["of_bytes"] == size
+    assert 0.5 * size < summary["not_read"]["bytes"] < 0.95 * size
+    assert any("in 2 of 2 files, were not read" in line and "budget_bytes=40,000" in line for line in lines)
+
+
+# --- what is wrong with records and files -----------------------------------------------------------------------------
+
+BROKEN = {
+    "not JSON": '{"text": "cut o',
+    "no field": '{"other": 1}',
+    "another type": '{"text": ["a", "list"]}',
+    "no object": "[1, 2]",
+    "another encoding": '{"text": "Gr\udcf6\udcdfe"}',  # Latin-1
+    "nested too deep": '{"text": ' + "[" * 100_000,
+    "a huge number": '{"text": "x", "n": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("place", [0, 7])
+def test_a_broken_line_is_skipped_and_reported(tmp_path, kind, place):
+    rows = json_lines(TEXTS).splitlines()
+    rows.insert(place, BROKEN[kind])
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\n".join(rows).encode("utf-8", errors="surrogateescape"))
+    lines = []
+    corpus.check(config_for(path))
+    summary = corpus.run(config_for(path), tmp_path / "out", lines.append)
+    assert summary["train_documents"] + summary["held_out_documents"] == len(TEXTS)
+    assert summary["broken"]["records"] == 1 and f"{path}, line {place + 1} " in summary["broken"]["first"]
+    assert any(f"line {place + 1} " in line and "1 of 41 records" in line for line in lines)
+    with pytest.raises(UserError, match=rf"a\.jsonl, line {place + 1} "):
+        corpus.run(config_for(path, max_broken_share=0.0), tmp_path / "strict", print)
+
+
+def test_more_broken_lines_than_allowed_are_refused_with_the_first(tmp_path):
+    rows = json_lines(TEXTS * 100).splitlines()
+    rows[50:60] = ["broken"] * 10
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    assert run(config_for(path), tmp_path / "out")[0]["broken"]["records"] == 10
+    rows[200:203] = ["broken"] * 3
+    path.write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"11 of the first 201 records.*max_broken_share=0.001.*line 51 is not JSON"):
+        run(config_for(path), tmp_path / "out")
+    assert run(config_for(path, max_broken_share=0.02), tmp_path / "out")[0]["broken"]["records"] == 13
+
+
+def test_a_file_whose_first_records_are_all_wrong_is_refused_at_once(tmp_path):
+    write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    other = write(tmp_path / "b.jsonl", json_lines(TEXTS).replace('"text"', '"content"'))
+    with pytest.raises(UserError, match=r"first 5 records.*b\.jsonl, line 1 has no field 'text'; it has \['content'\]"):
+        corpus.check(config_for(tmp_path))
+    other.write_text('{"content": 1}\n{"content": 2}\n')
+    with pytest.raises(UserError, match=r"b\.jsonl, line 1 has no field"):
+        corpus.check(config_for(tmp_path))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.txt"])
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.999])
+def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path, name, ending, left):
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("abcdefgh \n"), 300)) for _ in range(200)]
+    content = json.dumps([{"text": text} for text in texts]) if "array" in name else json_lines(texts)
+    path = write(tmp_path / f"{name}{ending}", content)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left * len(whole))])
+    with pytest.raises(UserError, match=rf"{name}{ending}' is cut off"):
+        corpus.check(config_for(path))
+        corpus.run(config_for(path), tmp_path / "out", print)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_compressed_file_may_have_several_parts(tmp_path, ending):
+    paths = [write(tmp_path / f"{i}.jsonl{ending}", json_lines(TEXTS[10 * i : 10 * i + 10])) for i in range(4)]
+    (tmp_path / "in").mkdir()
+    joined = tmp_path / "in" / f"all.jsonl{ending}"
+    joined.write_bytes(b"".join(path.read_bytes() for path in paths))
+    _, train, held = run(config_for(joined), tmp_path / "out")
+    assert sorted(document.text for document in train + held) == sorted(TEXTS)
+
+
+def test_caches_beside_a_saved_dataset_are_not_read(tmp_path):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    loaded = datasets.load_from_disk(tmp_path / "saved")
+    loaded.map(lambda row: {"text": row["text"].upper()})
+    loaded.filter(lambda row: "1" in row["text"])
+    assert [*(tmp_path / "saved").glob("cache-*.arrow")]
+    for given in (tmp_path / "saved", tmp_path / "saved" / "*.arrow"):
+        corpus.check(config_for(given))
+        _, train, held = run(config_for(given), tmp_path / "out")
+        assert sorted(document.text for document in train + held) == sorted(TEXTS)
+    next((tmp_path / "saved").glob("data-*.arrow")).unlink()
+    with pytest.raises(UserError, match=r"lacks 'data-00000.*state\.json"):
+        corpus.check(config_for(tmp_path / "saved"))
+
+
+def test_arrow_files_of_both_formats_are_read(tmp_path):
+    table = pa.table({"text": TEXTS})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    _, train, held = run(config_for(tmp_path / "a.arrow"), tmp_path / "out")
+    assert sorted(document.text for document in train + held) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_text_of_any_string_or_binary_type_is_read(tmp_path, kind, ending):
+    plain = pa.array(TEXTS)
+    column = plain.cast(kind.value_type).dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
+    table = pa.table({"text": column.cast(kind), "lang": column.cast(kind)})
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    config = config_for(path, language_field="lang")
+    corpus.check(config)
+    _, train, held = run(config, tmp_path / "out")
+    assert sorted(document.text for document in train + held) == sorted(TEXTS)
+    assert {document.language for document in train + held} == set(TEXTS)
+
+
+def test_a_column_of_no_text_is_named_with_its_type(tmp_path):
+    pq.write_table(pa.table({"text": [[1], [2]], "body": TEXTS[:2]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet' has type list<.*int64> in its column 'text'.*body.*cast it"):
+        corpus.check(config_for(tmp_path / "a.parquet"))
+
+
+def test_bytes_that_are_no_text_are_broken_records(tmp_path):
+    rows = [text.encode() for text in TEXTS] + [b"Gr\xf6\xdfe"]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    summary, train, held = run(config_for(tmp_path / "a.parquet"), tmp_path / "out")
+    assert len(train) + len(held) == len(TEXTS)
+    assert "record 41 is not UTF-8 in its field 'text'" in summary["broken"]["first"]
+
+
+def documents_of(tmp_path: Path, content: bytes, name: str = "a.txt") -> list[str]:
+    (tmp_path / name).write_bytes(content)
+    return [document.text for document in corpus.read(config_for(tmp_path / name))]
+
+
+def test_plain_text_stays_as_it_is(tmp_path):
+    mark = "\ufeff".encode()
+    assert documents_of(tmp_path, mark + b"a\rb\r\rc\n\nd") == ["a\rb\r\rc\n", "d"]
+    assert documents_of(tmp_path, b"a\r\nb\r\n\r\nc\r\n") == ["a\r\nb\r\n", "c\r\n"]
+    assert documents_of(tmp_path, mark + b"\n\na\n") == ["a\n"]
+    assert documents_of(tmp_path, mark) == []
+    assert documents_of(tmp_path, b"\n\n" + mark + b"a\n") == ["\ufeffa\n"]  # no mark of the file's
+    assert documents_of(tmp_path, mark + json_lines(TEXTS[:2]).encode(), "a.jsonl") == TEXTS[:2]
+    assert documents_of(tmp_path, mark + json.dumps([{"text": "x"}]).encode(), "a.json") == ["x"]
+    for encoding in ("utf-16", "utf-16-be"):
+        with pytest.raises(UserError, match=r"a\.txt' is in UTF-16"):
+            documents_of(tmp_path, "\ufeffone\n".encode(encoding))
+
+
+def test_text_without_line_ends_is_cut_at_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LINE_BYTES", 16)
+    monkeypatch.setattr(reading, "PASSAGE_BYTES", 16)
+    text = "größer 数学 \U0001f642 день " * 20
+    found = documents_of(tmp_path, text.encode())
+    assert "".join(found) == text and max(len(part.encode()) for part in found) < 20 and len(found) > 20
+
+
+def test_a_passage_of_another_encoding_is_skipped(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\n\n".join(TEXTS).encode() + b"\n\nGr\xf6\xdfe\nmore\n\nlast")
+    summary, train, held = run(config_for(tmp_path / "a.txt"), tmp_path / "out")
+    assert summary["broken"]["records"] == 1 and "not UTF-8" in summary["broken"]["first"]
+    assert "last" in {document.text for document in train + held}
+
+
+def test_a_comma_separated_list_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"part-{i:03d}-of-the-corpus.jsonl" for i in range(40)]
+    for name, text in zip(names, TEXTS):
+        write(tmp_path / name, json_lines([text]))
+    _, train, held = run(config_for(",".join(names)), tmp_path / "out")
+    assert sorted(document.text for document in train + held) == sorted(TEXTS)
+    with pytest.raises(UserError, match="does not exist"):
+        corpus.check(config_for("x" * 300 + ".jsonl"))
+
+
+def test_local_files_need_no_cache_of_the_hub(tmp_path):
+    """Where HF_HOME cannot be made."""
+    (tmp_path / "file").write_text("")
+    path = write(tmp_path / "a.jsonl.zst", json_lines(TEXTS))
+    code = (
+        "import sys; from tokalign_jax.config import Config; from tokalign_jax.text import corpus\n"
+        "print(len([*corpus.read(Config(corpus=sys.argv[1]))]))"
+    )
+    env = {**os.environ, "HF_HOME": str(tmp_path / "file" / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "file" / "x")}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(len(TEXTS)), done.stderr
+
+
+def test_languages_past_the_most_are_pooled_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MOST_LANGUAGES", 5)
+    rows = "".join(json_lines([text], url=f"https://example.org/{i}") for i, text in enumerate(TEXTS))
+    lines = []
+    config = config_for(write(tmp_path / "a.jsonl", rows), language_field="url")
+    summary = corpus.run(config, tmp_path / "out", lines.append)
+    assert len(summary["languages"]) == 6
+    other = summary["languages"][corpus.OTHER]
+    assert other["train_documents"] + other["held_out_documents"] == 35
+    warnings = [line for line in lines if "warning" in line]
+    assert len(warnings) == 1 and "language_field 'url' has more than 5 values" in warnings[0]
+
+
+def test_a_language_called_all_is_told_from_all_languages(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines(TEXTS[:20], lang="all") + json_lines(TEXTS[20:], lang="en"))
+    summary, _, _ = run(config_for(path, language_field="lang"), tmp_path / "out")
+    assert [*summary["languages"]] == ["'all'", "en"]

@@ -41,7 +41,11 @@ class TextConfig:
     hub_split: str = "train"
     """Split when `corpus` is a hub dataset, or a folder that the library datasets saved several in."""
     budget_bytes: int = 5_000_000_000
-    """UTF-8 bytes of text to keep, held-out documents included; reading stops there."""
+    """UTF-8 bytes of text to keep, held-out documents included; where there is more, each file is read in proportion to its size."""
+    max_broken_share: float = 0.001
+    """Share of records (lines of JSON, rows, documents of plain text) that may be broken: not JSON, not UTF-8, without the text field, or
+    with something else than text in it. They are skipped and counted, 10 beside that share in any corpus; more of them are an error.
+    0: none may be."""
     held_out_fraction: float = 0.005
     """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results are measured on them."""
 
@@ -424,6 +428,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dropout": (0, 0.999),
     "budget_bytes": (1, math.inf),
     "held_out_fraction": (0, 0.5),
+    "max_broken_share": (0, 1),
     "new_tokens": (1, math.inf),
     "window": (1, 20),  # past 20 the exact integer weights of co-occurrence overflow
     "min_count": (1, math.inf),

@@ -209,7 +209,7 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         raise UserError("--encoder is for judging an alignment: give --alignment of --models too, or a --workdir")
     if given.tasks:
         downstream.check(given.tasks, given.task_folder)
-    texts = _texts(given, context, settings.bytes_per_language)
+    texts = _texts(given, context, settings.bytes_per_language, log)
     if given.training_text:
         _training_corpus(given)
     if teacher:
@@ -320,10 +320,10 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
     return Subject(called, config, tokenizer, lambda mesh: huggingface.load_params(folder, config, mesh=mesh), folder)
 
 
-def _texts(given: argparse.Namespace, context: stages.Context | None, size: int) -> dict[str, list[str]]:
+def _texts(given: argparse.Namespace, context: stages.Context | None, size: int, log: Log) -> dict[str, list[str]]:
     """The held-out text: what is named, else the run's."""
     if given.text:
-        held_out = documents.read(_corpus(given, given.text))
+        held_out = documents.read(_corpus(given, given.text), log)
     elif context:
         held_out = documents.held_out(context.folder("corpus"))
     else:
@@ -342,11 +342,11 @@ def _training_corpus(given: argparse.Namespace) -> Config:
     return _corpus(argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text)
 
 
-def _training(inputs: Inputs) -> Iterator[list[documents.Document]] | None:
+def _training(inputs: Inputs, log: Log) -> Iterator[list[documents.Document]] | None:
     """The training text in batches, where it is known."""
     given, context = inputs.given, inputs.context
     if given.training_text:
-        return map(list, documents.in_groups(documents.read(_training_corpus(given))))
+        return map(list, documents.in_groups(documents.read(_training_corpus(given), log)))
     return documents.train_batches(context.folder("corpus")) if context else None
 
 
@@ -370,7 +370,7 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     given, subjects = inputs.given, inputs.subjects
     # First, and in a process of its own, while the memory of a GPU is free.
     tasks = _tasks(inputs, log)
-    training = _training(inputs)
+    training = _training(inputs, log)
     overlapping = {"overlap": overlap.overlap(inputs.texts, training, log)} if training else {}
     everyone = [*subjects, *([inputs.teacher] if inputs.teacher else [])]
     mesh = inputs.context.mesh if inputs.context else sharding.make_mesh(state_bytes=2 * max(map(_bytes, everyone)))

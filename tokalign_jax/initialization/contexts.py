@@ -1,9 +1,11 @@
 """What the source model makes of tokens in text: its mean final state before and after each.
 
-The source model reads text in its own tokens. Each of its states stands at a place in the text of a document, and there tokens of
-the target vocabulary begin and end too (`text/boundaries.py`). So the tokens of both vocabularies get mean states in one and the same space, with nothing
-to align: the state before a token is what it is predicted from (its head row has to do with that), the state after it is what the
-model makes of having read it (its embedding row has). Final states after the last norm, float32 sums.
+The source model reads text in its own tokens. Each of its states stands at a place in the text of a
+document, and there tokens of the target vocabulary begin and end too (`text/boundaries.py`). So the
+tokens of both vocabularies get mean states in one and the same space, with nothing to align: the state
+before a token is what it is predicted from (its head row has to do with that), the state after it is
+what the model makes of having read it (its embedding row has). Final states after the last norm,
+float32 sums.
 
 Letters: D model, V vocabulary, N places, B batch, T length.
 """

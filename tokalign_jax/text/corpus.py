@@ -1,4 +1,4 @@
-"""Documents: read, de-duplicated, cut at a byte budget, and split into training and held-out text.
+"""Documents: read, de-duplicated, drawn within a byte budget, and split into training and held-out text.
 
 The artefact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`, `language`, `bytes`) and
 `summary.json`. Memory does not grow with the corpus: text is streamed, and the hashes that find duplicates live in a
@@ -6,43 +6,48 @@ SQLite file that exists only while reading.
 """
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
-import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from tokalign_jax import demo
-from tokalign_jax.config import EMBEDDED, Config, TextConfig
+from tokalign_jax.config import Config, TextConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.progress import Log, Progress, quantity
+from tokalign_jax.text import reading
+from tokalign_jax.text.reading import Position, Record, Source
 
 FILE_BYTES = 32 << 20
 """Text per training file."""
 GROUP_BYTES = 4 << 20
 """Text per Parquet row group, the unit in which it is read back."""
-PASSAGE_BYTES = 1 << 20
-"""A plain-text document ends at a blank line, or at the first line end past this size."""
 ALL = "all"
-"""The language of every document when no language field is named."""
+"""The language of every document when no language field is named, and the row of results over all languages."""
 UNKNOWN = "unknown"
 """The language of a document whose language field is empty."""
+OTHER = "other"
+"""The language of documents past `MOST_LANGUAGES`."""
+MOST_LANGUAGES = 1000
+"""Languages that are told apart; each keeps a document in memory until the end, and has a row in the results."""
+SPARED = 10
+"""Unusable records that are skipped in any corpus, beside the share that `text.max_broken_share` allows."""
+FIRST_RECORDS = 5
+"""A file whose first records are all unusable, so many of them, is refused at once."""
+CHECKED = 32
+"""Files whose first records are looked at before any long work."""
+OPEN_FILES = 32
+"""Files that stay open while others are read; what is closed is read again from its beginning if there is room for more of it."""
 
-_COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
-_SUPPORTED = ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Beside the data in folders of the library datasets."""
 _SCHEMA = pa.schema({"text": pa.string(), "language": pa.string(), "bytes": pa.int64()})
 
 
@@ -70,17 +75,21 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob("*.parquet"), folder / "seen.sqlite"):
         leftover.unlink(missing_ok=True)
-    counts: Counter[tuple[str, str]] = Counter()  # (language, what is counted)
+    ledger = _Ledger(config.text, log)
+    streams = _streams(config, ledger)
     train, held_out = _Writer(folder, "train-{:05d}", FILE_BYTES), _Writer(folder, "held_out", None)
-    split = _Split(config.text.held_out_fraction, train.add, held_out.add, counts)
-    progress = Progress(log, "corpus", _expected_bytes(config), "bytes")
-    kept, stopped = 0, False
+    split = _Split(config.text.held_out_fraction, train.add, held_out.add, ledger.counts)
+    progress = Progress(log, "corpus", _expected_bytes(config, streams), "bytes")
+    budget, kept, stopped = config.text.budget_bytes, 0, False
     with _Seen(folder / "seen.sqlite") as seen:
-        for document, digest in _documents(config, counts):
-            if not seen.is_new(digest):
-                counts[document.language, "duplicates"] += 1
-                continue
-            if kept + document.bytes > config.text.budget_bytes:
+
+        def is_new(document: Document, digest: bytes) -> bool:
+            found = seen.is_new(digest)
+            ledger.counts[document.language, "duplicates"] += not found
+            return found
+
+        for document, digest in _drawn(streams, budget, is_new):
+            if kept + document.bytes > budget:
                 stopped = True
                 break
             kept += document.bytes
@@ -90,10 +99,14 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     train.close()
     held_out.close()
     progress.done()
-    summary = _summary(counts, stopped)
+    summary = _summary(ledger, streams, stopped)
     if not (summary["train_documents"] and summary["held_out_documents"]):
         raise UserError(_too_small(config, summary, stopped))
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    ledger.report()
+    if stopped:
+        log(_unread(summary["not_read"], len(streams), budget))
+    content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    (folder / "summary.json").write_text(content, encoding="utf-8")
     return summary
 
 
@@ -101,27 +114,36 @@ def check(config: Config) -> None:
     """Looks, before any long work, whether the corpus is there, readable, not empty, and has the fields named.
 
     Raises:
-      UserError: naming the file (or data set) at fault, what it holds instead, and the remedy.
+      UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
     """
-    sources = _sources(config)
-    for source in sources[:32]:
-        first = next(iter(source.records()), None)
-        if first is not None:
-            _text_and_language(first, config.text, f"{source.name}, record 1")
-    if next(_documents(config, Counter()), None) is None:
+    ledger = _Ledger(config.text, lambda line: None)
+    streams, has_text = _streams(config, ledger), False
+    for number, stream in enumerate(streams):
+        if number >= CHECKED and has_text:
+            break
+        has_text |= stream.peek() is not None
+        stream.close()
+    if not has_text:
         raise UserError(
-            f"the corpus '{_named(config.corpus)}' is empty: no document with text in {_named(s.name for s in sources)}"
+            ledger.first
+            or f"the corpus '{_named(config.corpus)}' is empty: no document with text in "
+            f"{_named(stream.source.name for stream in streams)}"
         )
 
 
 def names(config: Config) -> list[str]:
-    """What the corpus is read from, in order: paths of local files, or names of hub data sets."""
+    """What the corpus is read from, in order: paths of local files, or names of hub datasets."""
     return [source.name for source in _sources(config)]
 
 
-def read(config: Config) -> Iterator[Document]:
+def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
     """Every document with text of `config.corpus` as it is, duplicates included; none of it is written anywhere."""
-    return (document for document, _ in _documents(config, Counter()))
+    ledger = _Ledger(config.text, log)
+    for stream in _streams(config, ledger):
+        while found := stream.peek():
+            stream.take()
+            yield found[0]
+    ledger.report()
 
 
 def in_groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -169,29 +191,53 @@ def _batches(path: Path) -> Iterator[list[Document]]:
             yield [Document(*row) for row in zip(*columns.values())]
 
 
-def _summary(counts: Counter[tuple[str, str]], stopped: bool) -> dict[str, Any]:
-    """Totals, and the same by language."""
+def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> dict[str, Any]:
+    """Totals, and the same by language; what was not read, and what could not be used."""
+    counts = ledger.counts
     names = [f"{part}_{unit}" for part in ("train", "held_out") for unit in ("documents", "bytes")]
     names += ["duplicates", "without_text"]
     languages = {}
     for language in sorted({language for language, _ in counts}):
         languages[language] = {name: counts[language, name] for name in names}
     totals = {name: sum(language[name] for language in languages.values()) for name in names}
-    return {**totals, "stopped_at_budget": stopped, "languages": languages}
+    unread = [stream for stream in streams if not stream.has_ended]
+    return {
+        **totals,
+        "stopped_at_budget": stopped,
+        "not_read": {
+            "files": len(unread),
+            "bytes": sum(max((stream.source.size or 0) - stream.position.bytes, 0) for stream in unread),
+            "of_bytes": sum(stream.source.size or 0 for stream in streams),
+        },
+        "broken": {"records": ledger.broken, "first": ledger.first},
+        "languages": languages,
+    }
+
+
+def _unread(not_read: dict[str, Any], files: int, budget: int) -> str:
+    share = "; each was read in proportion to its size" if files > 1 else ""
+    return (
+        f"corpus: text.budget_bytes={budget:,} is spent: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} bytes, in "
+        f"{not_read['files']} of {files} files, were not read{share}"
+    )
 
 
 def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     found = summary["train_documents"] + summary["held_out_documents"]
     corpus = f"the corpus '{_named(config.corpus)}'"
+    broken = summary["broken"]
+    skipped = (
+        f"; {broken['records']} records cannot be used, the first of them: {broken['first']}" if broken["first"] else ""
+    )
     if stopped:
         budget = config.text.budget_bytes
         return f"{corpus} gave {found} documents within text.budget_bytes={budget:,}; two or more are needed: raise it"
     if not found:
-        return f"{corpus} is empty: it has no document with text in the field '{config.text.text_field}'"
+        return f"{corpus} is empty: it has no document with text in the field '{config.text.text_field}'{skipped}"
     return (
         f"{corpus} gave {summary['train_documents']} documents to train on and {summary['held_out_documents']} to hold out; at "
         "least one of each is needed: give more documents (those of a .txt file end at blank lines), or another "
-        f"text.held_out_fraction than {config.text.held_out_fraction}"
+        f"text.held_out_fraction than {config.text.held_out_fraction}{skipped}"
     )
 
 
@@ -298,238 +344,229 @@ class _Seen(contextlib.AbstractContextManager):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Source(NamedTuple):
-    """A file or hub data set, and the function that streams its records."""
+class _Ledger:
+    """What the streams of a corpus count together."""
 
-    name: str
-    records: Callable[[], Iterator[dict[str, Any]]]
+    def __init__(self, config: TextConfig, log: Log):
+        self.config, self._log = config, log
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """By language and by what is counted."""
+        self.records = self.broken = self._pooled = 0
+        self.first = ""
+        """The first record that could not be used: where it stands, and why."""
+        self._languages: set[str] = set()
 
-
-def _documents(config: Config, counts: Counter[tuple[str, str]]) -> Iterator[tuple[Document, bytes]]:
-    """Every document with text, duplicates included, and the SHA-256 of its UTF-8."""
-    for source in _sources(config):
-        for number, record in enumerate(source.records(), start=1):
-            text, language = _text_and_language(record, config.text, f"{source.name}, record {number}")
-            if not text.strip():
-                counts[language, "without_text"] += 1
-                continue
-            # JSON may hold half a surrogate pair, which no UTF-8 can.
-            encoded = text.encode("utf-8", errors="replace")
-            yield Document(encoded.decode(), language, len(encoded)), hashlib.sha256(encoded).digest()
-
-
-def _text_and_language(record: Any, config: TextConfig, where: str) -> tuple[str, str]:
-    """The two fields that matter; a null text is an empty one, a field that is not there an error."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object with fields, found {_brief(record)}")
-    wanted = {"text.text_field": config.text_field, "text.language_field": config.language_field}
-    for key, field in wanted.items():
-        if field and field not in record:
+    def add_broken(self, what: str) -> None:
+        """
+        Raises:
+          UserError: there are more than `text.max_broken_share` allows.
+        """
+        self.broken += 1
+        self.first = self.first or what
+        share = self.config.max_broken_share
+        if self.broken > (SPARED + share * self.records if share else 0):
             raise UserError(
-                f"{where} has no field '{field}'; it has {sorted(record)}: name the right one with --config.{key}=..."
+                f"{self.broken:,} of the first {self.records:,} records of the corpus cannot be used, more than "
+                f"text.max_broken_share={share:g} allows (beside {SPARED}); the first of them: {self.first}"
             )
-    text = record[config.text_field]
+
+    def language(self, name: str) -> str:
+        """`name`, or `OTHER` where there are too many languages already."""
+        if name not in self._languages:
+            if len(self._languages) >= MOST_LANGUAGES:
+                self._warn_of_languages()
+                self._pooled += 1
+                return OTHER
+            self._languages.add(name)
+        return name
+
+    def _warn_of_languages(self) -> None:
+        if not self._pooled:
+            self._log(
+                f"corpus: warning: text.language_field '{self.config.language_field}' has more than {MOST_LANGUAGES:,} values; "
+                f"documents of all further ones count as '{OTHER}': name a field that has fewer, or leave it empty"
+            )
+
+    def report(self) -> None:
+        if self.broken:
+            self._log(
+                f"corpus: warning: {self.broken:,} of {self.records:,} records could not be used and were skipped "
+                f"(text.max_broken_share); the first: {self.first}"
+            )
+        if self._pooled:
+            self._log(
+                f"corpus: {self._pooled:,} documents are of languages past the first {MOST_LANGUAGES:,}: '{OTHER}'"
+            )
+
+
+class _Unusable(Exception):
+    """What is wrong with a record."""
+
+
+class _Stream:
+    """The documents of a source, one by one. `peek` and `take` go on where they were after `close`."""
+
+    def __init__(self, source: Source, ledger: _Ledger):
+        self.source, self.position, self.has_ended = source, Position(), False
+        self.waiting = 0
+        """Bytes of the document that comes next; 0 where it was not looked at."""
+        self._ledger = ledger
+        self._read, self._usable, self._first = 0, 0, ""
+        self._records: Iterator[Record] | None = None
+        self._next: tuple[Document, bytes] | None = None
+
+    def peek(self) -> tuple[Document, bytes] | None:
+        """The next document with text, and the SHA-256 of its UTF-8; None where there is none.
+
+        Raises:
+          UserError: the source cannot be read, or too many of its records cannot be used.
+        """
+        while self._next is None and not self.has_ended:
+            if self._records is None:
+                self._records = itertools.islice(self.source.records(self.position), self._read, None)
+            record = next(self._records, None)
+            if record is None:
+                self.has_ended = True
+                self._refuse_if_all_unusable(2)
+            else:
+                self._read += 1
+                self._ledger.records += 1
+                self._next = self._document(record)
+        self.waiting = self._next[0].bytes if self._next else 0
+        return self._next
+
+    def take(self) -> None:
+        """Goes on behind the document that `peek` gave."""
+        self._next, self.waiting = None, 0
+
+    def close(self) -> None:
+        """Closes the file. What `peek` gave is not held in memory."""
+        if self._next:
+            self._next = None
+            self._read -= 1
+            self._ledger.records -= 1
+        self._records = None
+
+    def _document(self, record: Record) -> tuple[Document, bytes] | None:
+        try:
+            text, language = _text_and_language(record, self._ledger.config)
+        except _Unusable as problem:
+            what = f"{self.source.name}, {record.place} {problem}"
+            self._first = self._first or what
+            self._refuse_if_all_unusable(FIRST_RECORDS)
+            self._ledger.add_broken(what)
+            return None
+        self._usable += 1
+        language = self._ledger.language(language)
+        if not text.strip():
+            self._ledger.counts[language, "without_text"] += 1
+            return None
+        # JSON may hold half a surrogate pair, which no UTF-8 can.
+        encoded = text.encode("utf-8", errors="replace")
+        return Document(encoded.decode(), language, len(encoded)), hashlib.sha256(encoded).digest()
+
+    def _refuse_if_all_unusable(self, count: int) -> None:
+        if self._first and not self._usable and self._read >= count:
+            raise UserError(f"none of the first {self._read} records of a corpus file can be used: {self._first}")
+
+
+def _drawn(
+    streams: Sequence[_Stream], planned: int, is_new: Callable[[Document, bytes], bool]
+) -> Iterator[tuple[Document, bytes]]:
+    """New documents of all streams, of each stream as many bytes as its size makes it due, until all have ended.
+
+    The streams are read one after the other up to their share of `planned`. What a stream leaves of its share because its next
+    document is larger goes to the one after it, so that of many small files some are read whole. What streams leave because they
+    ended is shared by the others in another round.
+    """
+    suspended: list[_Stream] = []
+    amount = float(planned)
+    while going_on := [stream for stream in streams if not stream.has_ended]:
+        sizes = _sizes(going_on)
+        total = sum(sizes)
+        due, spare, progressed = 0.0, 0.0, False
+        for stream, size in zip(going_on, sizes):
+            due += amount * size / total
+            while stream.waiting <= due and (found := stream.peek()) and found[0].bytes <= due:
+                stream.take()
+                progressed = True
+                if is_new(*found):
+                    due -= found[0].bytes
+                    yield found
+            if stream.has_ended:
+                spare, due, progressed = spare + due, 0.0, True
+            if stream in suspended:
+                suspended.remove(stream)
+            suspended.append(stream)
+            if len(suspended) > OPEN_FILES:
+                suspended.pop(0).close()
+        amount = max(spare + due, 1.0) if progressed else 2 * amount
+
+
+def _sizes(streams: Sequence[_Stream]) -> list[float]:
+    """Bytes of each source, at least one; of a hub dataset, where nobody knows, as many as the others have on average."""
+    known = [stream.source.size for stream in streams if stream.source.size is not None]
+    usual = sum(known) / len(known) if known else 1
+    return [max(usual if stream.source.size is None else stream.source.size, 1) for stream in streams]
+
+
+def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
+    """The two fields that matter; a null text is an empty one.
+
+    Raises:
+      _Unusable: the record is broken, lacks a field, or its text is none.
+    """
+    if record.problem:
+        raise _Unusable(record.problem)
+    fields = record.value
+    if not isinstance(fields, dict):
+        raise _Unusable(f"is of another kind: expected an object with fields, found {reading.brief(fields)}")
+    for key, field in {"text_field": config.text_field, "language_field": config.language_field}.items():
+        if field and field not in fields:
+            raise _Unusable(reading.no_field(field, key, fields))
+    text = fields[config.text_field]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Unusable(f"is not UTF-8 in its field '{config.text_field}' ({error.reason})") from error
     if not isinstance(text, str | None):
-        raise UserError(
-            f"{where}: the field '{config.text_field}' holds {_brief(text)} instead of a string: name the field that "
-            f"holds the text with --config.text.text_field=... (there are {sorted(record)})"
+        raise _Unusable(
+            f"is of another kind: the field '{config.text_field}' holds {reading.brief(text)} instead of a string: name the field that "
+            f"holds the text with --config.text.text_field=... (there are {sorted(fields)})"
         )
-    language = record[config.language_field] if config.language_field else ALL
-    named = UNKNOWN if language is None or language == "" else str(language)
-    return text or "", named.encode("utf-8", errors="replace").decode()
+    return text or "", _language(fields[config.language_field]) if config.language_field else ALL
 
 
-def _sources(config: Config) -> list[_Source]:
-    """The files behind `config.corpus`, in the order given (those of a glob or folder by name), or the hub data set."""
+def _language(value: Any) -> str:
+    """A language's name; one that is called like the row of all languages is quoted, so that they stay apart."""
+    if value is None or value in ("", b""):
+        return UNKNOWN
+    name = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+    return f"'{name}'" if name == ALL else name.encode("utf-8", errors="replace").decode()
+
+
+def _streams(config: Config, ledger: _Ledger) -> list[_Stream]:
+    return [_Stream(source, ledger) for source in _sources(config)]
+
+
+def _sources(config: Config) -> list[Source]:
+    """The files or hub datasets behind `config.corpus`, in the order given."""
     corpus = demo.corpus(config.corpus)
     given = [corpus] if isinstance(corpus, str) else list(corpus)
-    names = []
-    for name in given:
-        names += [name] if Path(name).exists() else [part.strip() for part in name.split(",") if part.strip()]
-    if not names:
-        raise UserError("the corpus is an empty name: give files (path or glob), a hub data set, or 'embedded'")
-    return [source for name in names for source in _sources_of(name, config.text)]
+    found = [source for name in given for source in reading.sources(name, config.text)]
+    if not found:
+        raise UserError("the corpus is an empty name: give files (path or glob), a hub dataset, or 'embedded'")
+    return found
 
 
-def _sources_of(name: str, config: TextConfig) -> list[_Source]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = _split_folder(path, config.hub_split)
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) and _is_data(p.relative_to(path)))
-        if not files:
-            raise UserError(f"the corpus folder '{name}' holds no file ending in {_SUPPORTED}")
-        return [_file(p, config) for p in files]
-    if path.exists():
-        return [_file(path, config)]
-    if re.search(r"[*?\[]", name):
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not files:
-            raise UserError(f"no file matches the corpus pattern '{name}' (looked from {Path.cwd()})")
-        return [_file(p, config) for p in files]
-    looks_local = (
-        _kind(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name)
-    )
-    if looks_local:
-        raise UserError(f"the corpus file '{name}' does not exist (looked from {Path.cwd()}): {_what_there_is(path)}")
-    return [_Source(name, lambda: _hub_records(name, config))]
-
-
-def _split_folder(folder: Path, split: str) -> Path:
-    """Where a split's files are: below the folder if `DatasetDict.save_to_disk` made it, else in it."""
-    listed = folder / "dataset_dict.json"
-    if not listed.is_file():
-        return folder
-    splits = json.loads(listed.read_text())["splits"]
-    if split not in splits:
-        raise UserError(
-            f"the corpus folder '{folder}' has no split '{split}': name one of {', '.join(splits)} with --config.text.hub_split"
-        )
-    return folder / split
-
-
-def _is_data(path: Path) -> bool:
-    """Whether a file in a folder is text that is meant, not hidden, a cache, or what the library datasets says of its own."""
-    return not (any(part.startswith(".") for part in path.parts) or path.name in _DESCRIPTIONS)
-
-
-def _file(path: Path, config: TextConfig) -> _Source:
-    reader = _kind(path)
-    if reader is None:
-        raise UserError(f"the corpus file '{path}' has an unknown ending: it must be {_SUPPORTED}")
-    return _Source(str(path), lambda: _guarded(str(path), reader(path, config)))
-
-
-def _kind(path: Path) -> Callable[[Path, TextConfig], Iterator[dict[str, Any]]] | None:
-    """The reader for a file name, or None."""
-    suffixes = [s.lower() for s in path.suffixes] or [""]
-    if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    readers = dict.fromkeys((".json", ".jsonl", ".ndjson"), _json_records) | {".txt": _text_records}
-    return (readers | {".parquet": _parquet_records, ".arrow": _arrow_records}).get(suffixes[-1])
-
-
-def _guarded(name: str, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`records`, with whatever goes wrong in a decoder told as trouble of the file `name`."""
-    try:
-        yield from records
-    except (UserError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"the corpus file '{name}' cannot be read: {type(error).__name__}: {_brief(error)}. It must be UTF-8 text, "
-            f"whole, and of the kind its ending says ({_SUPPORTED})"
-        ) from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, plain or compressed, line ends kept."""
-    stream = datasets.load_dataset(
-        "text",
-        data_files=glob.escape(str(path)),
-        split="train",
-        streaming=True,
-        keep_linebreaks=True,
-        chunksize=1 << 20,
-    )
-    for batch in stream.iter(batch_size=64):
-        yield from batch["text"]
-
-
-def _json_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]:
-    """JSON Lines, or one array of objects (which is held in memory).
-
-    Records are parsed one by one, not as a table: fields that are not asked for may change their type at will.
-    """
-    lines = _lines(path)
-    first = next((line for line in lines if line.strip("\ufeff \t\r\n")), "").lstrip("\ufeff \t")
-    if first.startswith("["):
-        yield from json.loads(first + "".join(lines))
-        return
-    for number, line in enumerate(itertools.chain([first], lines), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number} is not JSON ({error}): {_brief(line)}; the file must hold one object a "
-                    f"line, or one array of objects"
-                ) from error
-
-
-def _text_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]:
-    """Plain text: blank lines part the documents. There are no fields, so any name fits."""
-    passage: list[str] = []
-    size = 0
-    for line in itertools.chain(_lines(path), [""]):
-        if line.strip():
-            passage.append(line)
-            size += len(line)
-        if passage and (not line.strip() or size >= PASSAGE_BYTES):
-            yield {
-                config.text_field: "".join(passage),
-                **({config.language_field: None} if config.language_field else {}),
-            }
-            passage, size = [], 0
-
-
-def _parquet_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]:
-    there = pq.read_schema(path).names
-    wanted = [field for field in (config.text_field, config.language_field) if field]
-    if not set(wanted) <= set(there):
-        yield dict.fromkeys(there)  # the caller says what is missing, and what is there instead
-        return
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256, columns=wanted):
-            yield from batch.to_pylist()
-
-
-def _arrow_records(path: Path, config: TextConfig) -> Iterator[dict[str, Any]]:
-    """What `save_to_disk` of the library datasets writes: Arrow's stream format."""
-    wanted = [field for field in (config.text_field, config.language_field) if field]
-    with pa.memory_map(str(path)) as file:
-        for batch in pa.ipc.open_stream(file):
-            # Where one is missing the caller says so, and what is there instead.
-            yield from (batch.select(wanted) if {*wanted} <= {*batch.schema.names} else batch).to_pylist()
-
-
-def _hub_records(name: str, config: TextConfig) -> Iterator[dict[str, Any]]:
-    repository, _, revision = name.partition("@")
-    try:
-        yield from datasets.load_dataset(
-            repository, config.hub_config or None, split=config.hub_split, revision=revision or None, streaming=True
-        )
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"the corpus '{name}' is no local file, and could not be had as a hub data set (config "
-            f"'{config.hub_config}', split '{config.hub_split}'): {type(error).__name__}: {_brief(error)}. Without a "
-            f"network, point --config.corpus to local files ({_SUPPORTED}) or run with --config.corpus={EMBEDDED}"
-        ) from error
-
-
-def _expected_bytes(config: Config) -> int:
+def _expected_bytes(config: Config, streams: Sequence[_Stream]) -> int:
     """Bytes of text to come, where that can be told beforehand; else 0."""
-    sizes = [
-        Path(s.name).stat().st_size if Path(s.name).suffix in (".jsonl", ".json", ".txt") else 0
-        for s in _sources(config)
-    ]
-    return min(sum(sizes), config.text.budget_bytes) if all(sizes) else 0
-
-
-def _what_there_is(path: Path) -> str:
-    """What a mistyped path might have meant."""
-    nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
-    names = sorted(p.name for p in itertools.islice(nearest.iterdir(), 1000))
-    return f"{nearest} holds {', '.join(names[:10]) or 'nothing'}{', ...' if len(names) > 10 else ''}"
+    sources = [stream.source for stream in streams]
+    is_plain = all(Path(source.name).suffix in (".jsonl", ".json", ".txt") for source in sources)
+    return min(sum(source.size or 0 for source in sources), config.text.budget_bytes) if is_plain else 0
 
 
 def _named(corpus: str | Iterable[str]) -> str:
     names = [corpus] if isinstance(corpus, str) else list(corpus)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _brief(thing: object) -> str:
-    text = str(thing) if isinstance(thing, Exception) else repr(thing)
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else f"{text[:157]}..."
