@@ -31,7 +31,8 @@ from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.boundaries import Boundaries, shared_boundaries, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document, in_groups
-from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.text.special_tokens import end_of_text_id
+from tokalign_jax.text.tokenizing import TokenShards
 
 NONE = -1
 """Label of a place where no token of the vocabulary begins or ends."""
