@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokalign_jax import paths
+from tokalign_jax.models import lora
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Larger models and tokenizers, where they are at hand; no test needs them."""
@@ -248,3 +252,12 @@ KINDS: dict[str, Any] = {
     "gpt1": _word_ends,
 }
 """Kinds of tokenizers, by a model that has such a one."""
+
+
+def merge_adapters(params: dict[str, Any], spec: lora.LoraSpec) -> dict[str, Any]:
+    """`params` with all adapters merged into their kernels."""
+    leaves = paths.flatten(params)
+    for name in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
+        adapter = lora.Adapter(spec, leaves.pop(f"{name}/lora_a"), leaves.pop(f"{name}/lora_b"))
+        leaves[f"{name}/kernel"] = lora.merge_into(jnp.array(leaves[f"{name}/kernel"]), [adapter])
+    return paths.unflatten(leaves)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers import merge_adapters
 from parity_cases import Case, check, export, model, of, our_logits, pair, stored, tokens
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tokalign_jax import paths
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.models.lora import LoraSpec, add_lora, merge_lora
+from tokalign_jax.models.lora import LoraSpec, add_lora
 
 MIXTURES = pytest.mark.parametrize("case", [of("mixtral")[0], of("qwen3_moe")[1]], ids=lambda case: case.family)
 
@@ -56,7 +57,7 @@ def test_adapters_are_on_every_expert_and_merge(tmp_path):
     params, text = paths.unflatten(leaves), tokens(12)
     ours = our_logits(both.config, params, text, lora=spec)
     assert np.abs(ours - our_logits(both.config, both.params, text)).max() > 0.01
-    np.testing.assert_allclose(our_logits(both.config, merge_lora(params, spec), text), ours, atol=1e-4)
+    np.testing.assert_allclose(our_logits(both.config, merge_adapters(params, spec), text), ours, atol=1e-4)
 
 
 def test_the_text_model_of_newer_names_and_its_config(tmp_path):

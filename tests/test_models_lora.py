@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_model
+from helpers import merge_adapters, tiny_model
 
 from tokalign_jax import paths
 from tokalign_jax.models import families, transformer
-from tokalign_jax.models.lora import LoraSpec, add_lora, merge_lora
+from tokalign_jax.models.lora import Adapter, LoraSpec, add_lora, merged
 from tokalign_jax.models.transformer import abstract_params, forward, init_params
 
 SPEC = LoraSpec(rank=3, alpha=6.0, dropout=0.5)
@@ -50,11 +50,11 @@ def test_fresh_adapters_are_on_every_projection_and_change_nothing(model):
 
 def test_merged_equals_unmerged(adapted):
     config, params = adapted
-    merged = merge_lora(params, SPEC)
-    assert jax.tree.structure(merged) == jax.tree.structure(abstract_params(config))
+    together = merge_adapters(params, SPEC)
+    assert jax.tree.structure(together) == jax.tree.structure(abstract_params(config))
     unmerged = run(config, params, TOKENS, lora=SPEC)
     assert jnp.abs(unmerged - run(config, _without(params), TOKENS)).max() > 0.1
-    np.testing.assert_allclose(run(config, merged, TOKENS), unmerged, atol=1e-4)
+    np.testing.assert_allclose(run(config, together, TOKENS), unmerged, atol=1e-4)
 
 
 def test_the_merge_is_in_float32(adapted):
@@ -67,10 +67,11 @@ def test_the_merge_is_in_float32(adapted):
         np.asarray(paths.flatten(params)[f"{name}/{x}"], np.float64) for x in ("kernel", "lora_a", "lora_b")
     )
     expected = kernel + SPEC.alpha / SPEC.rank * (a @ b)
-    full = paths.flatten(merge_lora(params, SPEC, jnp.float32))[f"{name}/kernel"]
-    assert full.dtype == jnp.float32
+    stack, *factors = (paths.flatten(params)[f"{name}/{x}"] for x in ("kernel", "lora_a", "lora_b"))
+    full = jnp.stack([merged(layer, [Adapter(SPEC, *factors)], (i,)) for i, layer in enumerate(stack)])
+    assert stack.dtype == jnp.bfloat16 and full.dtype == jnp.float32
     np.testing.assert_allclose(full, expected, rtol=1e-5, atol=1e-6)
-    own = paths.flatten(merge_lora(params, SPEC))[f"{name}/kernel"]
+    own = paths.flatten(merge_adapters(params, SPEC))[f"{name}/kernel"]
     np.testing.assert_array_equal(own, full.astype(jnp.bfloat16))
 
 

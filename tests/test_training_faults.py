@@ -10,22 +10,20 @@ import pytest
 from processes import why_not_hosts
 from training_toys import (
     STAGE,
-    VOCABULARY,
     Program,
     assert_same,
     final_of,
+    final_params,
     finish,
     run_programs,
     together,
     toy_params,
     train,
-    unpadded,
 )
 
-from tokalign_jax import sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.stopping import Stopped
-from tokalign_jax.training.loop import is_finished, load_final
+from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
 
 LORA = dict(method="lora", steps=40, checkpoint_every=7)
@@ -192,7 +190,7 @@ def test_a_finished_stage_with_a_damaged_end_is_finished_no_more(tmp_path):
     damage(tmp_path / "checkpoints" / "8")
 
     def final():
-        return unpadded(load_final(tmp_path, STAGE, toy_params(), sharding.make_mesh()), VOCABULARY)
+        return final_params(tmp_path, STAGE, toy_params())
 
     assert is_finished(tmp_path, STAGE)
     with pytest.raises(

@@ -15,17 +15,17 @@ from training_toys import (
     VOCABULARY,
     ToyShards,
     assert_same,
+    final_params,
     toy_params,
     toy_shards,
     train,
-    unpadded,
 )
 
 from tokalign_jax import paths, sharding
 from tokalign_jax.config import AFTER_PREVIOUS, DataConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.training.batches import TokenSource, make_stream
-from tokalign_jax.training.loop import load_final, plan_stage, run_stage, split
+from tokalign_jax.training.loop import load_trained, plan_stage, run_stage, split
 from tokalign_jax.training.metrics import read
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
@@ -40,7 +40,7 @@ def losses(records):
 
 def final(folder, stage):
     """What the stage ended with, from its folder alone."""
-    return unpadded(load_final(folder, stage, toy_params(), sharding.make_mesh()), VOCABULARY)
+    return final_params(folder, stage, toy_params())
 
 
 # --- Resuming -----------------------------------------------------------------------------------------------------------
@@ -242,5 +242,5 @@ def test_no_steps_no_stage(tmp_path):
     params, stage = toy_params(), replace(STAGE, steps=0)
     result = run_stage("stage", stage, CONFIG, LLAMA, params, toy_shards(), tmp_path, 5, print)
     assert result.params is params and result.stream_end == 5
-    assert load_final(tmp_path, stage, params, sharding.make_mesh()) is params
+    assert load_trained(tmp_path, stage, LLAMA, sharding.make_mesh()) == {}
     assert not list(tmp_path.iterdir())

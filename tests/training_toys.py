@@ -21,7 +21,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import init_params
-from tokalign_jax.training.loop import run_stage
+from tokalign_jax.training.loop import load_trained, run_stage
 
 VOCABULARY, LENGTH = 61, 12
 
@@ -236,6 +236,12 @@ def unpadded(params: paths.Tree, vocabulary: int = VOCABULARY) -> paths.Tree:
             for path, leaf in paths.flatten(params).items()
         }
     )
+
+
+def final_params(folder: Path, stage: StageConfig, params: paths.Tree, model: ModelConfig = LLAMA) -> paths.Tree:
+    """What a finished stage ended with: its last checkpoint, and what was frozen of the `params` it began with."""
+    trained = unpadded(load_trained(folder, stage, model, sharding.make_mesh()), model.vocab_size)
+    return paths.unflatten(paths.flatten(params) | paths.flatten(trained))
 
 
 def final_of(program: Program) -> dict[str, np.ndarray]:

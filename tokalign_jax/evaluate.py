@@ -48,6 +48,7 @@ from tokalign_jax.stopping import Stopped
 from tokalign_jax.text import canonical
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.editing import within_rows
+from tokalign_jax.training.states import DtypeOf, inference_dtype
 
 SCORES, PICTURE = "scores.json", "scores.png"
 EXPORT, SOURCE = "export", "source"
@@ -60,7 +61,8 @@ class Subject:
     name: str
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
-    load: Callable[[Mesh], dict]
+    load: Callable[[Mesh, DtypeOf], dict]
+    """Its parameters on a mesh."""
     folder: Path | None
     """In Hugging Face format; None for a state that only its checkpoints hold."""
 
@@ -285,7 +287,7 @@ def _state(context: stages.Context, name: str) -> Subject:
             name,
             config,
             context.source_tokenizer,
-            lambda mesh: stages.load_state(context, [])[1],
+            lambda mesh, dtype: stages.load_state(context, [], dtype)[1],
             context.source_folder,
         )
     known = pipeline.model_states(context.config)
@@ -297,12 +299,12 @@ def _state(context: stages.Context, name: str) -> Subject:
     states = known[: known.index(name) + 1]
     config, _ = hub.load_config(context.folder("init"))
     folder = context.folder(name) if name == "init" else None
-    return Subject(name, config, context.target_tokenizer, lambda mesh: _loaded(context, states), folder)
+    return Subject(name, config, context.target_tokenizer, lambda mesh, dtype: _loaded(context, states, dtype), folder)
 
 
-def _loaded(context: stages.Context, states: Sequence[str]) -> Any:
+def _loaded(context: stages.Context, states: Sequence[str], dtype: DtypeOf) -> Any:
     try:
-        return stages.load_state(context, states)[1]
+        return stages.load_state(context, states, dtype)[1]
     except Stopped as stopped:
         raise UserError(f"{stopped}: run the command that the workdir is of once more") from stopped
 
@@ -317,7 +319,9 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
     parts = whole(name).parts
     alone = [whole(other).name for other in others].count(parts[-1]) < 2
     called = parts[-1] if alone else "/".join(parts[-2:])
-    return Subject(called, config, tokenizer, lambda mesh: huggingface.load_params(folder, config, mesh=mesh), folder)
+    return Subject(
+        called, config, tokenizer, lambda mesh, dtype: huggingface.load_params(folder, config, dtype, mesh), folder
+    )
 
 
 def _texts(given: argparse.Namespace, context: stages.Context | None, size: int, log: Log) -> dict[str, list[str]]:
@@ -374,10 +378,11 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     overlapping = {"overlap": overlap.overlap(inputs.texts, training, log)} if training else {}
     everyone = [*subjects, *([inputs.teacher] if inputs.teacher else [])]
     mesh = inputs.context.mesh if inputs.context else sharding.make_mesh(state_bytes=2 * max(map(_bytes, everyone)))
-    teacher = drafting.Model(inputs.teacher.config, inputs.teacher.load(mesh)) if inputs.teacher else None
+    dtype = inference_dtype(inputs.dtype)
+    teacher = drafting.Model(inputs.teacher.config, inputs.teacher.load(mesh, dtype)) if inputs.teacher else None
     models, costs, aligned = {}, {}, {}
     for subject in subjects:
-        model = drafting.Model(subject.config, subject.load(mesh))
+        model = drafting.Model(subject.config, subject.load(mesh, dtype))
         costs[subject.name] = _costs(inputs, subject, model, mesh, log)
         models[subject.name] = {
             "folder": str(subject.folder or ""),

@@ -5,7 +5,7 @@ import fnmatch
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,6 @@ from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.lora import merge_lora
 from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.planning import advice, disk, memory, resolve
 from tokalign_jax.planning.machine import Machine
@@ -46,6 +45,7 @@ from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import distillation, loop
+from tokalign_jax.training import states as training_states
 from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
 FORMAT = 4
@@ -407,24 +407,25 @@ def init(context: Context) -> Mapping[str, Any]:
 
 
 def load_state(
-    context: Context, states: Sequence[str], dtype: Callable[[str], Any] | None = None
+    context: Context, states: Sequence[str], dtype: training_states.DtypeOf = lambda path: None
 ) -> tuple[ModelConfig, dict]:
-    """The model after the last of `states` (`init` and training stages), on the mesh, adapters merged in float32.
+    """The model after the last of `states` (`init` and training stages), on the mesh, adapters merged.
 
     No states: the source model.
 
     Args:
-      dtype: of each parameter by its path, where no stage has trained it; None: as stored.
+      dtype: of each parameter by its path.
     """
+    folder, config, changes = _state(context, states)
+    return config, training_states.assemble(folder, config, changes, dtype, context.mesh)
+
+
+def _state(context: Context, states: Sequence[str]) -> tuple[Path, ModelConfig, training_states.Changes]:
+    """The folder of a state's stored weights, its model, and what the training stages have changed."""
     folder = context.folder("init") if states else context.source_folder
     config, _ = hub.load_config(folder)
-    params = huggingface.load_params(folder, config, dtype, context.mesh)
-    for name in states[1:]:
-        stage: StageConfig = getattr(context.config, name)
-        params = loop.load_final(context.folder(name), stage, params, context.mesh)
-        if spec := loop.lora_spec(stage):
-            params = merge_lora(params, spec, jnp.float32)
-    return config, params
+    trained = [(context.folder(name), getattr(context.config, name)) for name in states[1:]]
+    return folder, config, training_states.load_changes(config, trained, context.mesh)
 
 
 MANY_PASSES = 4
@@ -468,9 +469,8 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
         context.log(
             f"{name}: per_device_batch=auto: at most {stage.per_device_batch} sequences at once on a device, remat={compute.remat}"
         )
-    # What does not train is read in the type that it is computed in; float32 of it would be twice the memory, for nothing.
-    frozen = jnp.dtype(context.config.compute.dtype)
-    config, *begun_with = load_state(context, before, lambda path: jnp.float32 if loop.trains(stage, path) else frozen)
+    dtype = training_states.training_dtype(stage, jnp.dtype(context.config.compute.dtype))
+    config, *begun_with = load_state(context, before, dtype)
     shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
     starts = stream_starts(context, shards)
     settings = dataclasses.replace(context.config, compute=compute)
@@ -531,10 +531,11 @@ def is_trained(context: Context, name: str) -> bool:
 
 
 def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
-    config, params = load_state(context, states)
+    base, config, changes = _state(context, states)
     _, raw = context.source_model
     folder = context.folder("export")
-    _write(context, "export", config, params, raw, context.config.export.dtype)
+    read = training_states.reader(base, config, changes)
+    _write(context, "export", config, read, raw, context.config.export.dtype)
     return distributed.on_first(lambda: _publish(context, states, config, folder))
 
 
@@ -550,7 +551,14 @@ def _publish(context: Context, states: Sequence[str], model: ModelConfig, folder
     return done
 
 
-def _write(context: Context, name: str, config: ModelConfig, params: dict, raw: dict[str, Any], dtypes: str) -> None:
+def _write(
+    context: Context,
+    name: str,
+    config: ModelConfig,
+    params: dict | huggingface.Reader,
+    raw: dict[str, Any],
+    dtypes: str,
+) -> None:
     """Writes a Hugging Face folder with the target tokenizer."""
     folder = context.folder(name)
     huggingface.save_checkpoint(
@@ -570,11 +578,13 @@ def _write(context: Context, name: str, config: ModelConfig, params: dict, raw: 
 def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str, Any]:
     """Scores one state of the model by language and lets it continue the prompts; writes `scores.json`."""
     settings = context.config.evaluation
-    config, params = load_state(context, states)
+    compute = context.config.compute
+    config, params = load_state(context, states, training_states.inference_dtype(jnp.dtype(compute.dtype)))
     tokenizer = context.source_tokenizer if name == "source" else context.target_tokenizer
     if name == "random":
         size, key = vocabulary_size(tokenizer), jax.random.key(context.config.seed)
         config, params = initialization.random_rows(config, params, size, key, context.kept)
+        params = jax.tree.map(lambda x: x.astype(compute.dtype) if isinstance(x, np.ndarray) else x, params)
     texts = bits_per_byte.choose(documents.held_out(context.folder("corpus")), settings.bytes_per_language)
     costs = bits_per_byte.evaluate_documents(
         config,
@@ -583,7 +593,7 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         texts,
         sequence_length=settings.sequence_length,
         batch=settings.batch,
-        compute=context.config.compute,
+        compute=compute,
         mesh=context.mesh,
         log=context.log,
         what=f"evaluate {name}",
@@ -591,9 +601,7 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
     continued = []
     if name != "random":
         prompts = settings.prompts or samples.passages(texts)
-        continued = samples.continuations(
-            config, params, tokenizer, prompts, settings.sample_tokens, context.config.compute.dtype
-        )
+        continued = samples.continuations(config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype)
     seed = context.config.seed
     content: dict[str, Any] = {
         "languages": bits_per_byte.summaries(costs, seed),

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +67,13 @@ def load_params(
     config: ModelConfig,
     dtype: DTypeLike | Callable[[str], DTypeLike] | None = None,
     mesh: Mesh | None = None,
+    skip: Collection[str] = (),
 ) -> Params:
     """All parameters, read block by block: in host memory are never more than one block and the file that it is in.
 
     Args:
       dtype: of all leaves, or of each by its path; None: as stored.
+      skip: paths of leaves that are left out.
       mesh: each leaf goes straight to the parts of it on this mesh (`sharding.RULES`), vocabulary matrices with padding rows. None: on
         the default device, without padding.
 
@@ -85,10 +87,16 @@ def load_params(
     for weight, places in matched:
         own = _type_of_all({_FLOATS[stored[name].dtype] for _, name in places})
         for path in weight.leaves:
-            leaves[path] = _Leaf(path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh)
+            if path not in skip:
+                leaves[path] = _Leaf(path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh)
     # File by file: a mapped file counts as memory until it is closed.
     by_file = sorted(
-        ((stored[name].file, weight, part, name) for weight, places in matched for part, name in places),
+        (
+            (stored[name].file, weight, part, name)
+            for weight, places in matched
+            if not leaves.keys().isdisjoint(weight.leaves)
+            for part, name in places
+        ),
         key=lambda item: item[0],
     )
     for file, items in itertools.groupby(by_file, key=lambda item: item[0]):
@@ -96,9 +104,43 @@ def load_params(
             for _, weight, part, name in items:
                 for start, blocks in _blocks(tensors.get_slice(stored[name].key), weight):
                     for path, block in zip(weight.leaves, blocks, strict=True):
-                        leaves[path].write(block, (*part, *start))
+                        if path in leaves:
+                            leaves[path].write(block, (*part, *start))
     _check_copies_of_embedding(stored, matched, config)
     return paths.unflatten({path: leaf.array() for path, leaf in leaves.items()})
+
+
+Reader = Callable[..., np.ndarray]
+"""`read(path, *index)`: a parameter, indexed, in host memory."""
+
+
+def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
+    """Reads parameters of a folder tensor by tensor; nothing stays in memory.
+
+    A reader takes the index of one stored tensor: its layer (and expert or head), or a slice of the
+    rows of a vocabulary's matrix.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    folder, stored = Path(folder), _stored(Path(folder))
+    places = {
+        path: (weight, number, {part: stored[name] for part, name in parts})
+        for weight, parts in _match(folder, stored, config)
+        for number, path in enumerate(weight.leaves)
+    }
+
+    def read(path: str, *index: Any) -> np.ndarray:
+        weight, number, tensors = places[path]
+        part, rest = index[: weight.stacked], index[weight.stacked :]
+        tensor = tensors[part]
+        with _open(tensor.file) as file:
+            block = file.get_slice(tensor.key)
+            if sharding.is_vocabulary(path):  # it is its own leaf: no more of it is read than asked for
+                return block[rest or slice(None)]
+            return weight.split(block[:])[number][rest]
+
+    return read
 
 
 def _type_of_all(dtypes: set[np.dtype]) -> np.dtype:
@@ -339,7 +381,7 @@ def _check_copies_of_embedding(
 
 def save_checkpoint(
     folder: Path | str,
-    params: Params,
+    params: Params | Reader,
     config: ModelConfig,
     raw_config: Mapping[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
@@ -355,7 +397,7 @@ def save_checkpoint(
     generation_config.json with the new vocabulary size and the bos, eos and pad ids of `tokenizer`, and the tokenizer.
 
     Args:
-      params: without adapters (`lora.merge_lora`); on any devices, with or without the padding rows of `sharding.place`.
+      params: without adapters; on any devices, with or without the padding rows of `sharding.place`. Or what reads them part by part.
       raw_config: the source's config.json.
       dtypes: the type of all written weights, or `source`: each as `source_folder` stores it.
       source_folder: the source model, for its names of weights, its types and its generation config.
@@ -390,7 +432,7 @@ def save_checkpoint(
 
 def write_weights(
     folder: Path,
-    params: Params,
+    params: Params | Reader,
     config: ModelConfig,
     dtypes: str,
     stored: Mapping[str, np.dtype],
@@ -398,11 +440,8 @@ def write_weights(
     writes: bool = True,
 ) -> None:
     """The weights alone, and their index where they are several files. Args: as for `save_checkpoint`; `stored` are its source's."""
-    leaves, shapes = paths.flatten(params), _leaf_shapes(config)
-    if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes)):
-        raise ValueError(
-            f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
-        )
+    shapes = _leaf_shapes(config)
+    read = params if callable(params) else _reader(params, shapes)
     tensors = []
     for weight in weight_table(config, stored):
         shape = _tensor_shape(weight, shapes)
@@ -415,11 +454,25 @@ def write_weights(
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
-        _write_file(folder / file if writes else None, shard, leaves, config.vocab_size)
+        _write_file(folder / file if writes else None, shard, read, config.vocab_size)
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1 and writes:
         total = sum(tensor.size for tensor in tensors)
         hub.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _reader(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
+    """Reads parameters that are in memory.
+
+    Raises:
+      ValueError: they do not have these shapes, with or without padding rows.
+    """
+    leaves = paths.flatten(params)
+    if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes)):
+        raise ValueError(
+            f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
+        )
+    return lambda path, *index: sharding.to_host(leaves[path], *index)
 
 
 def _padded(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -441,25 +494,24 @@ class _Tensor:
         """In bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self, leaves: Mapping[str, jax.Array], vocabulary: int) -> Iterator[np.ndarray]:
+    def blocks(self, read: Reader, vocabulary: int) -> Iterator[np.ndarray]:
         """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at once."""
         path = self.weight.leaves[0]
         if not sharding.is_vocabulary(path):
-            parts = [sharding.to_host(leaves[path], *self.part) for path in self.weight.leaves]
+            parts = [read(path, *self.part) for path in self.weight.leaves]
             yield self.weight.join(parts).astype(self.dtype)
             return
         step = max(1, vocabulary * _BLOCK_BYTES // self.size)
         for first in range(0, vocabulary, step):
-            yield sharding.to_host(leaves[path], slice(first, min(first + step, vocabulary))).astype(self.dtype)
+            yield read(path, slice(first, min(first + step, vocabulary))).astype(self.dtype)
 
 
-def _write_file(
-    path: Path | None, tensors: Sequence[_Tensor], leaves: Mapping[str, jax.Array], vocabulary: int
-) -> None:
+def _write_file(path: Path | None, tensors: Sequence[_Tensor], read: Reader, vocabulary: int) -> None:
     """A safetensors file (https://huggingface.co/docs/safetensors), block by block; the library's own writer wants all of it in memory.
 
     Args:
       path: None: another process writes; this one only brings its parts of the arrays.
+      read: reads the parameters.
     """
     # In the order of the library's own.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
@@ -473,7 +525,7 @@ def _write_file(
     with open(path or os.devnull, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            for block in tensor.blocks(leaves, vocabulary):
+            for block in tensor.blocks(read, vocabulary):
                 file.write(np.ascontiguousarray(block).view(np.uint8).data)
 
 

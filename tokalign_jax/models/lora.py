@@ -5,12 +5,15 @@ L layers, E experts, r rank. The factors are float32 leaves beside the kernel th
 goes to is no matter of the vocabulary, and would jump.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from tokalign_jax import paths
 
@@ -34,7 +37,7 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
     A is uniform in +-1/sqrt(in), B zero.
     """
     leaves = paths.flatten(params)
-    projections = _projections(leaves, "kernel")
+    projections = _projections(leaves)
     for name, k in zip(projections, jax.random.split(key, len(projections))):
         *stack, inputs, outputs = leaves[f"{name}/kernel"].shape
         bound = inputs**-0.5
@@ -43,22 +46,57 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
     return paths.unflatten(leaves)
 
 
-def merge_lora(params: dict[str, Any], spec: LoraSpec, dtype: DTypeLike | None = None) -> dict[str, Any]:
-    """`params` without adapters, each added to its kernel in float32.
+class Adapter(NamedTuple):
+    """The trained adapter of one stacked kernel [*S, in, out], S the layers (and experts)."""
 
-    The adapted kernels then have the type that they had, or `dtype` (float32 keeps every digit of the sum).
+    spec: LoraSpec
+    a: Float[Array, "*S in r"]
+    b: Float[Array, "*S r out"]
+
+
+def merged(kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]) -> Float[Array, "in out"]:
+    """One layer's kernel with its adapters added, in float32.
+
+    Not compiled as one program: XLA would contract product and sum into fused multiply-adds, and
+    the digits of an exported model would depend on how it was merged.
+
+    Args:
+      kernel: [in, out], of any float type.
+      index: of the layer (and expert) in the adapters.
     """
-    leaves = paths.flatten(params)
-    for name in _projections(leaves, "lora_a"):
-        kernel, a, b = leaves[f"{name}/kernel"], leaves.pop(f"{name}/lora_a"), leaves.pop(f"{name}/lora_b")
-        update = spec.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        leaves[f"{name}/kernel"] = (kernel.astype(jnp.float32) + update).astype(dtype or kernel.dtype)
-    return paths.unflatten(leaves)
+    place, total = np.array(index, np.int32), jnp.asarray(kernel).astype(jnp.float32)
+    for spec, a, b in adapters:
+        update = jnp.matmul(_take(a, place), _take(b, place), precision=jax.lax.Precision.HIGHEST)
+        total = total + spec.scale * update
+    return total
 
 
-def _projections(leaves: dict[str, Any], leaf: str) -> list[str]:
-    """Paths of the layers' projections that have such a leaf, always in one order."""
-    ending = f"_proj/{leaf}"
+def merge_into(kernel: Float[Array, "*S in out"], adapters: Sequence[Adapter]) -> Float[Array, "*S in out"]:
+    """The stacked kernel, in its own type, with its adapters added one layer at a time, in place.
+
+    `kernel` is donated: beside it and the adapters only a few float32 matrices of one layer exist.
+    """
+    for index in np.ndindex(kernel.shape[:-2]):
+        place = np.array(index, np.int32)
+        kernel = _put(kernel, merged(_take(kernel, place), adapters, index), place)
+    return kernel
+
+
+@jax.jit
+def _take(stack: Float[Array, "*S in out"], index: Int[Array, "s"]) -> Float[Array, "in out"]:
+    size = (1,) * len(index) + stack.shape[-2:]
+    return jax.lax.dynamic_slice(stack, (*index, 0, 0), size).reshape(stack.shape[-2:])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Float[Array, "*S in out"], matrix: Float[Array, "in out"], index: Int[Array, "s"]) -> Array:
+    matrix = matrix.astype(stack.dtype).reshape((1,) * len(index) + matrix.shape)
+    return jax.lax.dynamic_update_slice(stack, matrix, (*index, 0, 0))
+
+
+def _projections(leaves: dict[str, Any]) -> list[str]:
+    """Paths of the layers' projections, always in one order."""
+    ending = "_proj/kernel"
     return sorted(
-        path.removesuffix(f"/{leaf}") for path in leaves if path.startswith("layers/") and path.endswith(ending)
+        path.removesuffix("/kernel") for path in leaves if path.startswith("layers/") and path.endswith(ending)
     )

@@ -229,30 +229,31 @@ def run_stage(
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
 
-def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh) -> paths.Tree:
-    """The parameters that a finished stage ended with, as in its `StageResult`.
+def load_trained(folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mesh) -> dict[str, jax.Array]:
+    """What a finished stage trained, adapters included, from its last checkpoint: float32, by path.
 
     Args:
       folder: of the stage.
-      params: what the stage began with, on `mesh`; gives the leaves that did not train.
+      model: that it trained.
+      mesh: of the devices that get the arrays, in the shapes and places of `sharding.place`.
 
     Raises:
-      UserError: when the folder has no checkpoint of the stage's last step.
-      Stopped: when that one is damaged: it is set aside, so that the stage is no longer finished (`is_finished`).
+      UserError: the folder has no checkpoint of the stage's last step.
+      Stopped: that checkpoint is damaged. It is set aside, so that the stage is no longer finished
+        (`is_finished`).
     """
     if not stage.steps:
-        return params
-    # The adapters' values come from the checkpoint; here they only say which shapes to expect.
-    trainable, frozen = split(stage, sharding.place(_with_adapters(stage, params, jax.random.key(0)), mesh))
+        return {}
+    like, _ = split(stage, abstract_params(model, lora_spec(stage)))
+    like = paths.unflatten({path: _abstract(path, leaf.shape, mesh) for path, leaf in paths.flatten(like).items()})
     with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
         if checkpoints.newest() != stage.steps:
             raise UserError(
                 f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest is "
                 f"{checkpoints.newest() or 'none'}): run the stage to its end first"
             )
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
         try:
-            return paths.merge(checkpoints.restore_params(stage.steps, like), frozen)
+            return paths.flatten(checkpoints.restore_params(stage.steps, like))
         except Damaged as damage:
             aside = checkpoints.set_aside(stage.steps)
             raise stopping.Stopped(
@@ -260,8 +261,14 @@ def load_final(folder: Path, stage: StageConfig, params: paths.Tree, mesh: Mesh)
             ) from damage
 
 
+def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape and place of a float32 parameter on the mesh."""
+    shape = sharding.padded_shape(path, shape)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh))
+
+
 def is_finished(folder: Path, stage: StageConfig) -> bool:
-    """Whether there is a checkpoint of the stage's last step in its folder (that it is not damaged `load_final` finds out)."""
+    """Whether there is a checkpoint of the stage's last step in its folder (`load_trained` notices a damaged one)."""
     return (Path(folder) / "checkpoints" / str(stage.steps)).is_dir()
 
 

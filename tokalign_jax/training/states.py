@@ -1,0 +1,134 @@
+"""The model after a training stage: stored weights, what the stages since have trained, adapters.
+
+Never more in memory than asked for: `assemble` puts a state on the devices in the types that the
+caller computes with, `reader` reads one tensor at a time for an export.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import StageConfig
+from tokalign_jax.models import huggingface, lora
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import Params, abstract_params
+from tokalign_jax.training import loop
+
+DtypeOf = Callable[[str], DTypeLike | None]
+"""The type of a parameter by its path; None: as stored, float32 where a stage has trained it."""
+
+
+class Changes(NamedTuple):
+    """How a state differs from the stored weights."""
+
+    leaves: dict[str, jax.Array]
+    """float32 by path; of several stages that trained a parameter, the last one's."""
+    adapters: dict[str, list[lora.Adapter]]
+    """By path of the kernel, in the order of the stages."""
+
+
+def load_changes(model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]], mesh: Mesh) -> Changes:
+    """What these finished stages have trained, from their checkpoints.
+
+    A stage all of whose parameters were trained again later is not read.
+
+    Args:
+      stages: their folders and settings, in order.
+
+    Raises:
+      UserError, Stopped: as `loop.load_trained`.
+    """
+    leaves: dict[str, jax.Array] = {}
+    adapters: dict[str, list[lora.Adapter]] = defaultdict(list)
+    replaced: set[str] = set()  # by a later stage
+    for folder, stage in reversed(stages):
+        trained = _trained(model, stage)
+        if {_parameter(path) for path in trained} <= replaced:
+            continue
+        found = loop.load_trained(folder, stage, model, mesh)
+        for path in [path for path in trained if _parameter(path) not in replaced]:
+            if path.endswith("/lora_a"):
+                spec, other = loop.lora_spec(stage), path.removesuffix("a") + "b"
+                assert spec, path
+                adapters[_parameter(path)].insert(0, lora.Adapter(spec, found[path], found[other]))
+            elif not path.endswith("/lora_b"):
+                leaves[path] = found[path]
+        replaced |= {path for path in trained if path == _parameter(path)}
+    return Changes(leaves, dict(adapters))
+
+
+def _trained(model: ModelConfig, stage: StageConfig) -> list[str]:
+    """Paths of what a stage trains."""
+    shapes = paths.flatten(abstract_params(model, loop.lora_spec(stage)))
+    return [path for path in shapes if loop.trains(stage, path)] if stage.steps else []
+
+
+def _parameter(path: str) -> str:
+    """The path of the parameter that a leaf belongs to: an adapter's is its kernel."""
+    return re.sub(r"/lora_[ab]$", "/kernel", path)
+
+
+def assemble(folder: Path, model: ModelConfig, changes: Changes, dtype: DtypeOf, mesh: Mesh) -> Params:
+    """A state on the mesh, adapters merged in float32 one layer at a time.
+
+    `changes` are consumed: each array is freed once it is cast or merged.
+
+    Args:
+      folder: of the stored weights.
+    """
+    leaves: dict[str, Any] = {}
+    for path in list(changes.leaves):
+        leaves[path] = changes.leaves.pop(path).astype(dtype(path) or jnp.float32)
+    leaves |= paths.flatten(huggingface.load_params(folder, model, dtype, mesh, skip=leaves))
+    for path in list(changes.adapters):
+        leaves[path] = lora.merge_into(leaves.pop(path), changes.adapters.pop(path))
+    return paths.unflatten(leaves)
+
+
+def reader(folder: Path, model: ModelConfig, changes: Changes) -> huggingface.Reader:
+    """Reads a state tensor by tensor, in float32 where a stage has changed it, else as stored.
+
+    Of several processes all must read the same in the same order.
+
+    Args:
+      folder: of the stored weights.
+    """
+    stored = huggingface.stored_reader(folder, model)
+
+    def read(path: str, *index: Any) -> np.ndarray:
+        if path in changes.leaves:
+            value = sharding.to_host(changes.leaves[path], *index)
+        else:
+            value = stored(path, *index)
+        if path not in changes.adapters:
+            return value
+        own = [
+            lora.Adapter(spec, *(sharding.to_host(factor, *index) for factor in factors))
+            for spec, *factors in changes.adapters[path]
+        ]
+        return np.asarray(lora.merged(value, own, ()))
+
+    return read
+
+
+def inference_dtype(dtype: DTypeLike) -> DtypeOf:
+    """Types for forward passes in `dtype`.
+
+    Matrices and biases have `dtype`, to which each layer casts them anyway, so that results are
+    the same. Norms and routers compute in float32 and stay as stored; they are small.
+    """
+    return lambda path: None if re.search(r"norm/|/router/", path) else dtype
+
+
+def training_dtype(stage: StageConfig, dtype: DTypeLike) -> DtypeOf:
+    """Types of what a stage begins with: float32 for what trains, `dtype` for what is frozen."""
+    return lambda path: jnp.float32 if loop.trains(stage, path) else dtype
