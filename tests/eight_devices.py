@@ -1,5 +1,6 @@
 """What eight devices compute, against what one does. Run as a program on eight simulated devices, it prints each check's error, or none."""
 
+import functools
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.training import states
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_trained, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
@@ -160,6 +162,32 @@ def files(shape):
         assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*written))
 
 
+def after_training(shape):
+    """A state with adapters, loaded in the compute type and exported, is the same on the mesh as on one device."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, stage = Path(name), replace(STEP, method="lora")
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        exact = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), toy_params(LLAMA))
+        huggingface.write_weights(folder, exact, LLAMA, "float32", {}, 10**9)
+        trained("stage", LLAMA, "lora", mesh_of(shape), folder / "stage")
+        loaded = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            load = functools.partial(states.load_changes, LLAMA, [(folder / "stage", stage)], mesh)
+            out = folder / f"export-{mesh.size}"
+            out.mkdir()
+            read = states.reader(folder, LLAMA, load())
+            huggingface.write_weights(out, read, LLAMA, "bfloat16", {}, 10**9)
+            dtype = states.inference_dtype("bfloat16")
+            params = states.assemble(folder, LLAMA, load(), dtype, mesh)
+            loaded.append((unpadded(params, LLAMA.vocab_size), (out / "model.safetensors").read_bytes()))
+        (one, written), (many, written_by_many) = loaded
+        close(many, one, 0)
+        assert written == written_by_many
+        stored = paths.flatten(huggingface.load_params(folder / "export-1", LLAMA, "float32"))
+        for path, leaf in paths.flatten(one).items():
+            np.testing.assert_array_equal(stored[path], leaf.astype("bfloat16").astype("float32"), path)
+
+
 def reading(shape):
     """Bits per byte, abilities, contexts of tokens, frequencies of head rows, continued texts."""
     with tempfile.TemporaryDirectory() as folder:
@@ -247,6 +275,7 @@ CHECKS = {
     "training-unrolled-all": (training, SHAPES["all"], LLAMA, "full", None, LLAMA.num_layers),
     "training-taught-all": (training, SHAPES["all"], LLAMA, "full", TEACHER),
     "files": (files, SHAPES["all"]),
+    "after-training-all": (after_training, SHAPES["all"]),
     "reading-all": (reading, SHAPES["all"]),
 }
 
