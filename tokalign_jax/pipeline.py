@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax import stages, stopping
+from tokalign_jax import digests, stages, stopping
 from tokalign_jax.config import TRAINING, Config, config_to_dict, training_stages
 from tokalign_jax.distributed import is_first, on_first
 from tokalign_jax.errors import UserError
@@ -402,7 +402,7 @@ def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> 
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir '{workdir}' is a file; name a folder")
     if not state.exists:
-        ours = {".lock", partial_of(workdir / STATE_FILE).name}
+        ours = {".lock", partial_of(workdir / STATE_FILE).name, digests.CACHE, partial_of(workdir / digests.CACHE).name}
         if workdir.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
                 f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no {STATE_FILE}); nothing there is touched: "

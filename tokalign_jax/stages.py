@@ -29,6 +29,7 @@ from tokalign_jax.config import (
     teacher_of,
     training_stages,
 )
+from tokalign_jax.digests import Digests
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
@@ -152,16 +153,21 @@ class Context:
 
     @cached_property
     def identities(self) -> dict[str, Any]:
-        """Digests of the outside files that stages depend on."""
-        file = self.config.alignment.file
+        """Digests of the outside files that stages depend on; the first process alone reads them."""
+        return distributed.on_first(self._identities)
+
+    def _identities(self) -> dict[str, Any]:
+        digests, file = Digests(self.workdir, self.log), self.config.alignment.file
+        names = documents.names(self.config)
         return {
-            "corpus": [_digest([Path(n)]) if Path(n).exists() else n for n in documents.names(self.config)],
-            "source_model": _digest(_model_files(self.source_folder)),
-            "source_tokenizer": _digest(_tokenizer_files(self.source_folder)),
+            # Of a hub dataset the name is all that is known.
+            "corpus": [digest or name for name, digest in zip(names, digests.each([Path(name) for name in names]))],
+            "source_model": digests.of(_model_files(self.source_folder)),
+            "source_tokenizer": digests.of(_tokenizer_files(self.source_folder)),
             # One that is extended follows from the stage that does it.
-            "target_tokenizer": EXTEND if self.extends else _digest(_tokenizer_files(self.target_folder)),
-            "alignment": _digest([Path(file)]) if file else "",
-            "teacher": _digest(_model_files(self.teacher_folder)) if self.teacher_folder else "",
+            "target_tokenizer": EXTEND if self.extends else digests.of(_tokenizer_files(self.target_folder)),
+            "alignment": digests.of([Path(file)]) if file else "",
+            "teacher": digests.of(_model_files(self.teacher_folder)) if self.teacher_folder else "",
         }
 
     def check(self) -> None:
@@ -256,21 +262,6 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """SHA-256 over names, sizes and both ends (1 MiB each) of files: cheap for any size, and the same for a copy."""
-    sha = hashlib.sha256()
-    for path in files:
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        sha.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            sha.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            sha.update(file.read(1 << 20))
-    return sha.hexdigest()[:16]
 
 
 def check_disk(context: Context, wanted: set[str]) -> None:

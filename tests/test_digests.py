@@ -1,0 +1,102 @@
+"""Digests of outside files: an edit of any byte is noticed, and what did not change is not read again."""
+
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from tokalign_jax import demo, digests, stages
+from tokalign_jax.config import Config
+from tokalign_jax.digests import Digests
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "BLOCK", 1000)
+    monkeypatch.setattr(digests, "PIECE", 64)
+    (tmp_path / "in").mkdir()
+    for number, size in enumerate((0, 1, 999, 1000, 1001, 5500)):
+        (tmp_path / "in" / f"{number}.bin").write_bytes(np.random.default_rng(number).bytes(size))
+    return tmp_path
+
+
+def files_of(folder):
+    return sorted((folder / "in").iterdir())
+
+
+def quiet(line):
+    del line
+
+
+@pytest.mark.parametrize("place", [0, 1, 63, 64, 999, 1000, 2750, 4999, 5000, 5499])
+def test_an_edit_of_any_byte_is_noticed(folder, place):
+    before = Digests(folder, quiet).of(files_of(folder))
+    with files_of(folder)[-1].open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
+    assert Digests(folder, quiet).of(files_of(folder)) != before
+
+
+def test_names_order_and_ends_of_files_count_and_a_copy_is_the_same(folder):
+    found = Digests(folder, quiet)
+    before = found.of(files_of(folder))
+    shutil.copytree(folder / "in", folder / "copy")
+    assert found.of(sorted((folder / "copy").iterdir())) == before
+    (folder / "copy" / "5.bin").rename(folder / "copy" / "6.bin")
+    assert found.of(sorted((folder / "copy").iterdir())) != before
+    (folder / "in" / "5.bin").write_bytes((folder / "in" / "5.bin").read_bytes()[:-1])
+    assert found.of(files_of(folder)) != before
+    assert found.each([folder / "nowhere", folder / "in"]) == ["", ""]
+
+
+def test_what_did_not_change_is_not_read_again(folder, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED", 0.05)
+    time.sleep(0.1)
+    before = Digests(folder, quiet).each(files_of(folder))
+    assert (folder / digests.CACHE).exists()
+    hashed = []
+    block = digests._block
+    monkeypatch.setattr(digests, "_block", lambda path, start: hashed.append(path) or block(path, start))
+    assert Digests(folder, quiet).each(files_of(folder)) == before and not hashed
+    changed = files_of(folder)[2]
+    stat = changed.stat()
+    changed.write_bytes(b"x" * stat.st_size)
+    os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync and cp -p do
+    assert Digests(folder, quiet).each(files_of(folder))[2] != before[2] and hashed == [changed]
+
+
+def test_a_file_that_was_just_written_is_not_taken_for_known(folder):
+    first = Digests(folder, quiet)
+    first.each(files_of(folder))
+    assert not first._known
+
+
+def test_without_a_place_for_what_is_known_everything_is_hashed(folder):
+    (folder / digests.CACHE).mkdir()
+    assert Digests(folder, quiet).of(files_of(folder)) == Digests(folder / "none", quiet).of(files_of(folder))
+    (folder / "none" / digests.CACHE).write_text('{"a": 3, "b": []}')
+    Digests(folder / "none", quiet).of(files_of(folder))
+
+
+def test_a_corpus_or_model_that_changed_in_its_middle_changes_the_run(tmp_path):
+    texts = [f"document number {i} ".ljust(400, "x") for i in range(10_000)]
+    path, model = tmp_path / "a.txt", tmp_path / "model"
+    path.write_text("\n\n".join(texts))
+    shutil.copytree(demo.SOURCE_MODEL, model)
+    weights = model / "model.safetensors"
+
+    def identities():
+        return stages.Context(Config(corpus=str(path), source_model=str(model)), tmp_path / "run", quiet).identities
+
+    before = identities()
+    for changed, key in ((path, "corpus"), (weights, "source_model")):
+        with changed.open("r+b") as file:
+            file.seek(changed.stat().st_size // 2)
+            file.write(b"0")
+        after = identities()
+        assert [name for name in after if after[name] != before[name]] == [key]
+        before = after
