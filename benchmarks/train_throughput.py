@@ -222,7 +222,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
     compute = ComputeConfig(dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk)
     assert micro_batch("benchmark", stage, mesh) == batch
-    optimizer = make_optimizer(stage, _labels(stage, model))
+    optimizer = make_optimizer(stage, _labels(stage, model), model.vocab_size)
     state, frozen = _random_state(stage, model, jnp.dtype(arguments.dtype), optimizer, mesh)
     step = make_train_step(make_loss(model, compute, lora_spec(stage)), optimizer, compute.dtype, mesh)
 
@@ -318,7 +318,7 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
         keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
         return paths.unflatten(
             {
-                path: 0.02 * jax.random.normal(key, sharding.padded_shape(path, leaf.shape), dtype)
+                path: 0.02 * jax.random.normal(key, sharding.padded_shape(path, leaf.shape, mesh), dtype)
                 for (path, leaf), key in zip(leaves.items(), keys)
             }
         )

@@ -20,6 +20,7 @@ from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshC
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models.config import Experts
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
@@ -30,7 +31,7 @@ from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_like
 from tokalign_jax.training.step import NEXT_TOKEN
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
-STEP = replace(STAGE, steps=3, batch_size=16, per_device_batch=1, checkpoint_every=3, row_damping=0.3)
+STEP = replace(STAGE, steps=3, batch_size=24, per_device_batch=1, checkpoint_every=3, row_damping=0.3)
 
 
 def mesh_of(shape=(1, 1, 1)):
@@ -43,10 +44,12 @@ def mesh_of(shape=(1, 1, 1)):
 def vocabulary(shape):
     """Look-up, loss and their gradients, with rows that only fill the matrix up, and with a soft-cap."""
     rng = np.random.default_rng(0)
-    table = np.zeros((sharding.ROWS, 16), np.float32)
+    rows, _ = sharding.padded_shape("lm_head/kernel", (VOCABULARY, 16), mesh_of(shape))
+    table = np.zeros((rows, 16), np.float32)
     table[:VOCABULARY] = rng.normal(size=(VOCABULARY, 16))
-    tokens = rng.integers(0, VOCABULARY, (8, 7))
-    labels = np.where(rng.random((8, 7)) < 0.1, -1, rng.integers(0, VOCABULARY, (8, 7)))
+    batch = (24, 7)
+    tokens = rng.integers(0, VOCABULARY, batch)
+    labels = np.where(rng.random(batch) < 0.1, -1, rng.integers(0, VOCABULARY, batch))
     for adjust in (None, lambda x: 3 * jnp.tanh(x / 3)):
         how = Head(VOCABULARY, 5, jnp.float32, adjust)
 
@@ -123,7 +126,8 @@ def training(shape, model, method, teacher=None, unroll=0):
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose([r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5)
     without = "layers/attention/k_proj/bias"  # has no gradient but rounding, which Adam makes as large as any other
-    close(*(paths.split(of.params, lambda path: path != without)[0] for of in (many, one)), 1e-4)
+    trees = (unpadded(of.params, model.vocab_size) for of in (many, one))
+    close(*(paths.split(tree, lambda path: path != without)[0] for tree in trees), 1e-4)
     ended_with = paths.flatten(many.params)
     close(paths.unflatten(again), paths.unflatten({path: ended_with[path] for path in again}), 0)
     parts = shape[1] * shape[2]
@@ -136,6 +140,15 @@ def training(shape, model, method, teacher=None, unroll=0):
         assert any(
             "_proj/kernel" in p and not x.sharding.is_fully_replicated for p, x in paths.flatten(many.params).items()
         )
+
+
+def checkpoints():
+    """A checkpoint is the same on every mesh, however many rows of padding there are."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = trained("stage", LLAMA, "full", mesh_of((1, 3, 1)), folder)
+        for shape in ((1, 1, 1), (2, 2, 2), (1, 5, 1)):
+            read = load_final(Path(folder), replace(STEP, method="full"), toy_params(LLAMA), mesh_of(shape))
+            close(unpadded(read), unpadded(written.params), 0)
 
 
 # --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
@@ -262,13 +275,20 @@ def close(found, expected, tolerance):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
+MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
 TIED = replace(NEOX, tie_word_embeddings=True)
 TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
 CHECKS = {
     "automatic": (automatic,),
     **{f"vocabulary-{name}": (vocabulary, shape) for name, shape in SHAPES.items()},
+    "vocabulary-three": (vocabulary, (1, 3, 1)),
+    "vocabulary-six": (vocabulary, (1, 2, 3)),
     "divergence-all": (divergence, SHAPES["all"]),
     **{f"training-full-{name}": (training, shape, LLAMA, "full") for name, shape in SHAPES.items()},
+    "training-full-three": (training, (1, 3, 1), LLAMA, "full"),
+    "training-one-key-all": (training, SHAPES["all"], replace(LLAMA, num_kv_heads=1), "full"),
+    "training-mixture-all": (training, SHAPES["all"], MIXTURE, "lora"),
+    "checkpoints": (checkpoints,),
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import eight_devices
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from training_toys import unpadded
 
 from tokalign_jax import sharding
@@ -139,16 +141,49 @@ def test_axes_that_do_not_fit_are_refused():
         sharding.axis_sizes(MeshConfig(data=3), 8, 0, 1)
     with pytest.raises(UserError, match="do not fit 8 devices"):
         sharding.axis_sizes(MeshConfig(data=2, fsdp=2), 8, 0, 1)
-    for config in (MeshConfig(tensor=3), MeshConfig(fsdp=3), MeshConfig(data=2)):
-        with pytest.raises(UserError, match="is 3, which does not divide 256"):
-            sharding.axis_sizes(config, 6, 0, 1)
     with pytest.raises(UserError, match="do not fit 1 devices"):
         sharding.make_mesh(MeshConfig(data=2))
+
+
+def abstract(*sizes):
+    return jax.sharding.AbstractMesh(sizes, sharding.AXES)
+
+
+def test_the_axes_need_not_be_powers_of_two():
+    for devices in (3, 5, 6, 7, 12):
+        for config in (MeshConfig(fsdp=devices), MeshConfig(tensor=devices), MeshConfig(data=1)):
+            assert math.prod(sharding.axis_sizes(config, devices, 0, 1)) == devices
+        assert sharding.axis_sizes(MeshConfig(), devices, 10**6, 1) == (1, devices, 1)
+
+
+def test_the_automatic_mesh_goes_by_what_can_be_split():
+    def share(sizes):
+        return 1 / sizes[1] if sizes[1] <= 2 else 0.7  # what six parts split is little
+
+    assert sharding.axis_sizes(MeshConfig(), 6, 10, 100, share) == (6, 1, 1)
+    assert sharding.axis_sizes(MeshConfig(), 6, 90, 100, share) == (3, 2, 1)
+    assert sharding.axis_sizes(MeshConfig(), 6, 10**6, 100, share) == (3, 2, 1)
+
+
+def test_an_axis_that_does_not_divide_its_dimension_splits_another():
+    spec = P(None, "fsdp", "tensor")
+    for sizes, shape, expected in (
+        ((1, 2, 2), (3, 4, 6), P(None, "fsdp", "tensor")),
+        ((1, 3, 1), (3, 4, 6), P(None, None, ("tensor", "fsdp"))),
+        ((1, 3, 2), (3, 4, 6), P(None, None, ("tensor", "fsdp"))),
+        ((1, 2, 3), (3, 12, 4), P(None, ("fsdp", "tensor"), None)),
+        ((1, 5, 3), (3, 4, 6), P(None, None, "tensor")),
+        ((1, 5, 7), (35, 4, 6), P(None, None, None)),
+    ):
+        assert sharding.fitting(spec, shape, abstract(*sizes)).spec == expected, (sizes, shape)
 
 
 def test_only_a_vocabulary_is_padded():
     assert sharding.padded_shape("embed_tokens/embedding", (61, 8)) == (256, 8)
     assert sharding.padded_shape("params/lm_head/kernel", (512, 8)) == (512, 8)
     assert sharding.padded_shape("layers/mlp/up_proj/kernel", (2, 61, 8)) == (2, 61, 8)
+    for parts, rows in ((3, 768), (5, 1280), (6, 768), (7, 1792), (8, 256), (12, 768)):
+        assert sharding.padded_shape("lm_head/kernel", (61, 8), abstract(1, parts, 1)) == (rows, 8)
+        assert sharding.padded_shape("lm_head/kernel", (61, 8), abstract(2, 1, parts)) == (rows, 8)
     placed = sharding.place({"embed_tokens": {"embedding": np.ones((61, 8))}}, sharding.make_mesh())
     assert unpadded(placed, 61)["embed_tokens"]["embedding"].shape == (61, 8)

@@ -125,7 +125,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken):
     [(code, output)] = run_programs(replace(program, fault="terminate", fault_step=5))
     assert code == 75, output
     others = []
-    for name, devices, mesh in (("four", 4, (2, 2, 1)), ("eight", 8, (2, 2, 2))):
+    for name, devices, mesh in (("four", 4, (2, 2, 1)), ("eight", 8, (2, 2, 2)), ("six", 6, (2, 1, 3))):
         shutil.copytree(program.folder, tmp_path / name)
         others.append(replace(program, folder=tmp_path / name, devices=devices, mesh=mesh))
     for other, (code, output) in zip(others, run_programs(*others)):

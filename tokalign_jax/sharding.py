@@ -31,6 +31,8 @@ from tokalign_jax.config import MeshConfig
 from tokalign_jax.errors import UserError
 
 DATA, FSDP, TENSOR = AXES = "data", "fsdp", "tensor"
+Sizes = tuple[int, int, int]
+"""Of the axes, in this order."""
 BATCH = (DATA, FSDP)
 """Axes over which sequences are split."""
 VOCABULARY = (FSDP, TENSOR)
@@ -39,8 +41,9 @@ REPLICATED = P()
 
 VOCABULARY_LEAVES = r"(^|/)(embed_tokens/embedding|lm_head/kernel)$"
 ROWS = 256
-"""In memory a vocabulary's matrices have a multiple of so many rows (zeros, without effect), so that they divide among devices, the same
-number on any mesh, and fit the tiles of matrix units."""
+"""In memory, a vocabulary's matrices have a multiple of so many rows, which fits the tiles of matrix
+units, or of this and the devices that they are split over (`padded_shape`). Rows past the
+vocabulary are zeros without effect."""
 
 _INPUTS, _OUTPUTS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
 RULES: tuple[tuple[str, P], ...] = (
@@ -68,15 +71,13 @@ RULES: tuple[tuple[str, P], ...] = (
 
 def make_mesh(
     config: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
-    state_bytes: int = 0,
+    state_bytes: float = 0,
     devices: Sequence[Any] | None = None,
+    share: Callable[[Sizes], float] | None = None,
 ) -> Mesh:
     """Arranges all devices of all processes (or `devices`) along (data, fsdp, tensor).
 
-    Args:
-      config: sizes of the axes; 0: chosen here.
-      state_bytes: bytes of parameters, gradients and optimizer state in all; `fsdp` is made as
-        large as it takes for a device's part of them to leave half of its memory to activations.
+    Args: as for `axis_sizes`.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, processes have unequal numbers
@@ -84,11 +85,11 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     own = [device for device in devices if device.process_index == jax.process_index()]
-    shape = axis_sizes(config, len(devices), state_bytes, device_memory(own[0]))
+    shape = axis_sizes(config, len(devices), state_bytes, device_memory(own[0]), share)
     return Mesh(arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def arranged(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+def arranged(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
     """The devices as an array of this shape, (data, fsdp, tensor); neighbours along the last axes
     have the fastest connections.
 
@@ -124,7 +125,7 @@ def arranged(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
     return np.array(in_order, dtype=object).reshape(shape)
 
 
-def _on_tori(slices: Sequence[Sequence[Any]], shape: tuple[int, int, int]) -> np.ndarray:
+def _on_tori(slices: Sequence[Sequence[Any]], shape: Sizes) -> np.ndarray:
     """TPU slices along `data`, or along `fsdp` too where `data` is not a multiple of them; within
     each, axes follow its torus."""
     along_data = math.gcd(shape[0], len(slices))
@@ -154,14 +155,24 @@ def reader(mesh: Mesh) -> tuple[int, int]:
     return order.index(jax.process_index()), len(order)
 
 
-def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float) -> tuple[int, int, int]:
-    """The sizes of (data, fsdp, tensor); see `make_mesh`.
+def axis_sizes(
+    config: MeshConfig,
+    devices: int,
+    state_bytes: float,
+    memory: float,
+    share: Callable[[Sizes], float] | None = None,
+) -> Sizes:
+    """The sizes of (data, fsdp, tensor).
 
     Args:
+      config: sizes of the axes; 0: chosen here.
+      state_bytes: bytes of parameters, gradients and optimizer state in all; `fsdp` is made as
+        large as it takes for a device's part of them to leave half of its memory to activations.
       memory: bytes of a device; infinite where that is not known.
+      share: the share of `state_bytes` that each device of a mesh holds; None: all of it is split.
 
     Raises:
-      UserError: they do not multiply to the number of devices, or rows do not divide among them.
+      UserError: the axes do not multiply to the number of devices.
     """
     tensor = config.tensor or 1
     given = {name: size for name, size in dataclasses.asdict(config).items() if size}
@@ -172,18 +183,14 @@ def axis_sizes(config: MeshConfig, devices: int, state_bytes: int, memory: float
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not fit {devices} devices: "
             f"their product must be that (0 stands for what is left over)"
         )
-    fsdp = config.fsdp or (rest if config.data else 1)
-    if ROWS % (fsdp * tensor):
-        raise UserError(
-            f"mesh.fsdp x mesh.tensor is {fsdp * tensor}, which does not divide {ROWS}, the multiple of rows that a vocabulary's matrices "
-            f"have in memory: use a power of two up to {ROWS}, and mesh.data for the rest of the devices"
-        )
-    if config.fsdp or config.data:
-        return (config.data or rest), fsdp, tensor
-    divisors = [size for size in range(1, rest + 1) if rest % size == 0 and ROWS % (size * tensor) == 0]
-    fits = [size for size in divisors if state_bytes / (size * tensor) <= memory / 2]
-    fsdp = fits[0] if fits else divisors[-1]
-    return rest // fsdp, fsdp, tensor
+    if config.fsdp:
+        return (config.data or rest), config.fsdp, tensor
+    if config.data:
+        return config.data, rest, tensor
+    choices = [(rest // fsdp, fsdp, tensor) for fsdp in range(1, rest + 1) if rest % fsdp == 0]
+    held = {sizes: state_bytes * (share(sizes) if share else 1 / math.prod(sizes[1:])) for sizes in choices}
+    fits = [sizes for sizes in choices if held[sizes] <= memory / 2]
+    return fits[0] if fits else min(choices, key=held.__getitem__)
 
 
 def device_memory(device: Any) -> float:
@@ -228,12 +235,22 @@ def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
-    """`spec` for an array of this shape, without the axes that do not divide their dimension."""
+    """`spec` for an array of this shape. An axis that does not divide its dimension splits another
+    one of those that `spec` splits, or else none."""
+    axes = [list((names,) if isinstance(names, str) else names or ()) for names in (*spec, *[None] * len(shape))]
+    axes = axes[: len(shape)]
 
-    def parts(axes: str | tuple[str, ...] | None) -> int:
-        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    def divides(dimension: int, names: Sequence[str]) -> bool:
+        return shape[dimension] % math.prod(mesh.shape[name] for name in names) == 0
 
-    return NamedSharding(mesh, P(*(axes if n % parts(axes) == 0 else None for axes, n in zip(spec, shape))))
+    split = [dimension for dimension, names in enumerate(axes) if names]
+    for dimension in split:
+        if not divides(dimension, axes[dimension]):
+            moved, axes[dimension] = axes[dimension], []
+            other = next((n for n in split if n != dimension and divides(n, [*axes[n], *moved])), None)
+            if other is not None:
+                axes[other] += moved
+    return NamedSharding(mesh, P(*(tuple(names) if len(names) > 1 else names[0] if names else None for names in axes)))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -249,7 +266,7 @@ def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
 
 
 def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:
-    shape = padded_shape(path, leaf.shape)
+    shape = padded_shape(path, leaf.shape, mesh)
     sharding = sharding_of(path, shape, mesh)
     if (
         isinstance(leaf, jax.Array)
@@ -272,12 +289,13 @@ def is_vocabulary(path: str) -> bool:
     return bool(re.search(VOCABULARY_LEAVES, path))
 
 
-def padded_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape in memory: as it is, but for the rows of a vocabulary's matrix."""
+def padded_shape(path: str, shape: Sequence[int], mesh: Mesh | None = None) -> tuple[int, ...]:
+    """The shape in memory on a mesh (None: of one device): as it is, but for the rows of a vocabulary's matrix."""
     if not is_vocabulary(path):
         return tuple(shape)
     rows, width = shape
-    return -(-rows // ROWS) * ROWS, width
+    multiple = math.lcm(ROWS, math.prod(mesh.shape[axis] for axis in VOCABULARY) if mesh else 1)
+    return -(-rows // multiple) * multiple, width
 
 
 def to_host(array: Any, *index: int | slice) -> np.ndarray:

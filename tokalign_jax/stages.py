@@ -142,7 +142,11 @@ class Context:
                 )
             devices = devices[:taken]
         needed = memory.state_bytes(self.config, self.new_model, self.teacher_model)
-        return sharding.make_mesh(self.config.mesh, needed, devices)
+        share = functools.partial(memory.share, self.new_model)
+        mesh = sharding.make_mesh(self.config.mesh, needed, devices, share)
+        for warning in advice.not_split(self.new_model, mesh.devices.shape):
+            self.log(f"warning: {warning}")
+        return mesh
 
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""

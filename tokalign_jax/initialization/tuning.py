@@ -325,5 +325,5 @@ def _principal(known: Float[Array, "n F"], key: Array, count: int) -> tuple[Floa
 
 def _on_rows(path: str, of: Float[np.ndarray, "V G"], rows: int, mesh: Mesh) -> Float[Array, "R G"]:
     """Split over the mesh as the rows that they belong to."""
-    shape = sharding.padded_shape(path, (rows, of.shape[1]))
+    shape = sharding.padded_shape(path, (rows, of.shape[1]), mesh)
     return sharding.put(np.pad(of, ((0, shape[0] - len(of)), (0, 0))), sharding.sharding_of(path, shape, mesh))

@@ -173,7 +173,7 @@ class _Leaf:
         if mesh is None:
             self._host = np.zeros(shape, dtype)
             return
-        self._shape = sharding.padded_shape(path, shape)
+        self._shape = sharding.padded_shape(path, shape, mesh)
         self._sharding = sharding.sharding_of(path, self._shape, mesh)
         # As bits: where there is no bfloat16 arithmetic, XLA would write a block by way of float32 of the whole array.
         self._bits = np.dtype(f"uint{8 * dtype.itemsize}")

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tokalign_jax import sharding
 from tokalign_jax.models import remat
-from tokalign_jax.planning.machine import format_bytes
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.planning import memory
+from tokalign_jax.planning.machine import MeshSizes, format_bytes
 from tokalign_jax.planning.memory import Setup, needed, policy
 
 
@@ -46,6 +47,18 @@ def what_would_fit(setup: Setup) -> str:
     )
 
 
+def not_split(model: ModelConfig, mesh: MeshSizes) -> list[str]:
+    """A warning if much of a model is whole on each device although the mesh splits parameters."""
+    parts, held = mesh[1] * mesh[2], memory.share(model, mesh)
+    if held <= 1.2 / parts:
+        return []
+    sizes = f"{model.hidden_size:,} and {model.intermediate_size:,}"
+    return [
+        f"mesh.fsdp x mesh.tensor splits parameters in {parts}, but each device holds {held:.0%} of them: matrices of layers whose "
+        f"sizes ({sizes}) are no multiples of that stay whole; other numbers of parts save more memory"
+    ]
+
+
 _Changes = Iterator[tuple[Any, Setup]]
 
 
@@ -71,7 +84,7 @@ def _smaller_chunks(setup: Setup) -> _Changes:
 
 def _more_parts(setup: Setup) -> _Changes:
     data, fsdp, tensor = setup.mesh
-    for more in (n for n in range(2, data + 1) if data % n == 0 and sharding.ROWS % (fsdp * n * tensor) == 0):
+    for more in (n for n in range(2, data + 1) if data % n == 0):
         yield fsdp * more, dataclasses.replace(setup, mesh=(data // more, fsdp * more, tensor))
 
 

@@ -71,9 +71,15 @@ def elements(tree: paths.Tree, mesh: MeshSizes) -> int:
     """Elements of these parameters that one device of the mesh holds, padding rows included."""
     abstract, total = abstract_mesh(mesh), 0
     for path, leaf in paths.flatten(tree).items():
-        shape = sharding.padded_shape(path, leaf.shape)
+        shape = sharding.padded_shape(path, leaf.shape, abstract)
         total += math.prod(sharding.sharding_of(path, shape, abstract).shard_shape(shape))
     return total
+
+
+def share(model: ModelConfig, mesh: MeshSizes) -> float:
+    """The share of a model's parameters that one device of the mesh holds."""
+    tree = abstract_params(model)
+    return elements(tree, mesh) / elements(tree, (1, 1, 1))
 
 
 def _only(pattern: str, tree: paths.Tree) -> paths.Tree:
@@ -201,7 +207,8 @@ def _logits(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshS
     of both.
     """
     size = jnp.dtype(compute.dtype).itemsize
-    rows = -(-model.vocab_size // sharding.ROWS) * sharding.ROWS // (mesh[1] * mesh[2])
+    head_shape = (model.vocab_size, model.hidden_size)
+    rows = sharding.padded_shape("lm_head/kernel", head_shape, abstract_mesh(mesh))[0] // (mesh[1] * mesh[2])
     head = rows * model.hidden_size * size if size != FLOAT else 0
     chunk = min(compute.loss_chunk, tokens) * mesh[1]  # gathered from the devices that hold other rows
     beside = chunk * model.hidden_size * (4 * FLOAT + 2 * size)

@@ -1,6 +1,7 @@
 """The whole plan of a run, and its table for `--plan`. Reads no weights and no text."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,10 +176,10 @@ def make_plan(
     state = memory.state_bytes(config, model, teacher)
     devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in run.values()])
     machine = dataclasses.replace(machine, devices=devices)
-    mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory)
+    mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory, functools.partial(memory.share, model))
     setups = resolved_stages(config, model, mesh, machine, teacher)
     stages = tuple(_stage(setup, speed) for setup in setups.values())
-    warnings = [*advice.too_large(setups).values()]
+    warnings = [*advice.too_large(setups).values(), *advice.not_split(model, mesh)]
     sizes = disk.disk_bytes(config, model, text_bytes, exported)
     if sum(sizes.values()) > disk_free:
         warnings.append(

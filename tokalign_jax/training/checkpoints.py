@@ -150,7 +150,9 @@ class Checkpoints:
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
         # Not through the manager: it waits for the other processes after reading, of which one may have failed to.
-        place, args = self._manager.directory / str(step) / item, ocp.args.StandardRestore(_abstract(like))
+        # Not strict: a vocabulary's matrices have as many rows of padding, all zeros, as the mesh asks for.
+        args = ocp.args.StandardRestore(_abstract(like), strict=False)
+        place = self._manager.directory / str(step) / item
         return self._read(step, lambda: ocp.StandardCheckpointHandler().restore(place, args=args))
 
     def _verify(self, step: int, tree: paths.Tree) -> None:

@@ -108,7 +108,7 @@ def with_rows(params: paths.Tree, vocabulary: int, mesh: Mesh) -> paths.Tree:
     (`sharding.padded_shape`): rows past these are left out, missing ones are zeros."""
 
     def fitted(path: str, leaf: jax.Array) -> jax.Array:
-        shape = sharding.padded_shape(path, (vocabulary, *leaf.shape[1:]))
+        shape = sharding.padded_shape(path, (vocabulary, *leaf.shape[1:]), mesh)
         if not sharding.is_vocabulary(path) or leaf.shape == shape:
             return leaf
         more = max(0, shape[0] - len(leaf))

@@ -453,7 +453,7 @@ def _program(
 ) -> _Program:
     """Made once for stages that differ in nothing that is compiled, as those of a sweep over rates do: JAX compiles by function."""
     labels = paths.label_tree(rules_for(stage.method), paths.unflatten(dict.fromkeys(trained, 0)))
-    optimizer = make_optimizer(stage, labels)
+    optimizer = make_optimizer(stage, labels, model.vocab_size)
     loss = make_loss(model, compute, lora_spec(stage))
     return _Program(make_train_step(loss, optimizer, jnp.dtype(compute.dtype), mesh), optimizer, mesh)
 

@@ -57,7 +57,9 @@ def schedule_of(stage: StageConfig) -> Schedule:
     return Schedule(peaks, float(stage.steps), float(round(stage.warmup_fraction * stage.steps)))
 
 
-def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    stage: StageConfig, labels: Mapping[str, Any], vocabulary: int | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Clips the gradient of all that trains by its global norm, then AdamW by label; `frozen` leaves get no update.
 
     Its `update` takes the rates of this update as `rates`, by label (`Schedule.rates`).
@@ -68,13 +70,14 @@ def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.Gradi
     Args:
       stage: decay, betas, epsilon, damping and clipping.
       labels: a tree like the parameters', of `embedding`, `lora`, `body` and `frozen`.
+      vocabulary: rows of embedding and head that are not padding; None: all.
     """
     trains = jax.tree.map(lambda label: label != FROZEN, labels)
     return optax.chain(
         optax.masked(optax.clip_by_global_norm(stage.clip_norm), trains),
         optax.multi_transform(
             {
-                **{label: _adamw(stage, label) for label in ("embedding", "lora", "body")},
+                **{label: _adamw(stage, label, vocabulary) for label in ("embedding", "lora", "body")},
                 FROZEN: optax.set_to_zero(),
             },
             labels,
@@ -82,7 +85,7 @@ def make_optimizer(stage: StageConfig, labels: Mapping[str, Any]) -> optax.Gradi
     )
 
 
-def _adamw(stage: StageConfig, label: str) -> optax.GradientTransformation:
+def _adamw(stage: StageConfig, label: str, vocabulary: int | None) -> optax.GradientTransformation:
     """The rate multiplies the decoupled decay too (arXiv 1711.05101, algorithm 2)."""
 
     def by_rate(updates: Any, state: Any, params: Any = None, **others: Any) -> tuple[Any, Any]:
@@ -90,14 +93,17 @@ def _adamw(stage: StageConfig, label: str) -> optax.GradientTransformation:
         return jax.tree.map(lambda update: -others["rates"][label] * update, updates), state
 
     return optax.chain(
-        _scale_by_adam(stage, stage.row_damping if label == "embedding" else 0.0),
+        _scale_by_adam(stage, stage.row_damping if label == "embedding" else 0.0, vocabulary),
         optax.add_decayed_weights(stage.weight_decay, mask=_decays),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, by_rate),
     )
 
 
-def _scale_by_adam(stage: StageConfig, damping: float) -> optax.GradientTransformation:
-    """First moment over sqrt(second moment) + damping x sqrt(mean second moment of the leaf) + epsilon."""
+def _scale_by_adam(stage: StageConfig, damping: float, vocabulary: int | None) -> optax.GradientTransformation:
+    """First moment over sqrt(second moment) + damping x sqrt(mean second moment of the leaf) + epsilon.
+
+    The mean is over the `vocabulary` rows: how many rows of padding there are depends on the mesh.
+    """
     adam = optax.scale_by_adam(stage.beta1, stage.beta2, stage.epsilon)
     if not damping:
         return adam
@@ -108,7 +114,8 @@ def _scale_by_adam(stage: StageConfig, damping: float) -> optax.GradientTransfor
         first, second = 1 - stage.beta1**count, 1 - stage.beta2**count
 
         def scaled(mu: Array, nu: Array) -> Array:
-            floor = damping * jnp.sqrt(nu.mean() / second) + stage.epsilon
+            mean = nu.sum() / nu[:vocabulary].size
+            floor = damping * jnp.sqrt(mean / second) + stage.epsilon
             return mu / first / (jnp.sqrt(nu / second) + floor)
 
         return jax.tree.map(scaled, state.mu, state.nu), state
