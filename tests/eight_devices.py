@@ -147,8 +147,8 @@ def checkpoints():
     with tempfile.TemporaryDirectory() as folder:
         written = trained("stage", LLAMA, "full", mesh_of((1, 3, 1)), folder)
         for shape in ((1, 1, 1), (2, 2, 2), (1, 5, 1)):
-            read = load_final(Path(folder), replace(STEP, method="full"), toy_params(LLAMA), mesh_of(shape))
-            close(unpadded(read), unpadded(written.params), 0)
+            read = load_trained(Path(folder), replace(STEP, method="full"), LLAMA, mesh_of(shape))
+            close(unpadded(paths.unflatten(read)), unpadded(written.params), 0)
 
 
 # --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
@@ -296,6 +296,7 @@ CHECKS = {
     "training-taught-all": (training, SHAPES["all"], LLAMA, "full", TEACHER),
     "files": (files, SHAPES["all"]),
     "after-training-all": (after_training, SHAPES["all"]),
+    "files-six": (files, (1, 2, 3)),
     "reading-all": (reading, SHAPES["all"]),
 }
 

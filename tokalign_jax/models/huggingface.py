@@ -468,15 +468,20 @@ def _reader(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
       ValueError: they do not have these shapes, with or without padding rows.
     """
     leaves = paths.flatten(params)
-    if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes)):
+    if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes, leaves)):
         raise ValueError(
             f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
         )
     return lambda path, *index: sharding.to_host(leaves[path], *index)
 
 
-def _padded(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {path: sharding.padded_shape(path, shape) for path, shape in shapes.items()}
+def _padded(shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes with the rows of padding that the meshes of these leaves ask for."""
+
+    def mesh(path: str) -> Mesh | None:
+        return getattr(getattr(leaves.get(path), "sharding", None), "mesh", None)
+
+    return {path: sharding.padded_shape(path, shape, mesh(path)) for path, shape in shapes.items()}
 
 
 @dataclass(frozen=True)

@@ -496,12 +496,18 @@ def _fingerprint(
     objective: Objective,
 ) -> str:
     """A hash of all that changes what a step computes: a checkpoint made under another one is of another run."""
+
+    def shape(path: str, leaf: Any) -> list[int]:
+        """That of one device, since rows of padding depend on the mesh."""
+        rows = model_config.vocab_size if sharding.is_vocabulary(path) else len(leaf)
+        return list(sharding.padded_shape(path, (rows, *leaf.shape[1:])))
+
     facts = {
         "stage": {k: v for k, v in dataclasses.asdict(stage).items() if k not in _BOOKKEEPING},
         "seed": config.seed,
         "dtype": config.compute.dtype,
         "model": dataclasses.asdict(model_config),
-        "params": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in paths.flatten(params).items()},
+        "params": {path: [shape(path, leaf), str(leaf.dtype)] for path, leaf in paths.flatten(params).items()},
         "tokens": len(shards.tokens),
         "start": start,
         "objective": dict(objective.facts),
