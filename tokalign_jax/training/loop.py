@@ -263,7 +263,7 @@ def load_trained(folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mes
 
 def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Shape and place of a float32 parameter on the mesh."""
-    shape = sharding.padded_shape(path, shape)
+    shape = sharding.padded_shape(path, shape, mesh)
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh))
 
 
