@@ -34,8 +34,9 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import contexts, initialization
-from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models import hub, huggingface, opening
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.families import qwen
 from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.planning import advice, disk, memory, resolve
 from tokalign_jax.planning.machine import Machine
@@ -174,6 +175,35 @@ class Context:
             "teacher": digests.of(_model_files(self.teacher_folder)) if self.teacher_folder else "",
         }
 
+    @cached_property
+    def exports_as_llama(self) -> bool:
+        """Whether the export is written with model_type `llama` (`qwen.as_llama`).
+
+        So a Qwen 2 model is where transformers would open the target tokenizer as Qwen's.
+
+        Raises:
+          UserError: it would be opened otherwise, and there is no such way out.
+        """
+        model, raw = self.source_model
+        told = opening.difference_by_type(raw, self.target_tokenizer)
+        if not told:
+            return False
+        problem = f"transformers opens the exported tokenizer, beside model_type '{raw['model_type']}', as {told}"
+        if qwen.is_llama(model):
+            self.log(f"warning: {problem}; so the export is written as the same model of model_type 'llama'")
+            return True
+        raise UserError(
+            f"{problem}: the exported model would read other tokens than it was trained with; take another target tokenizer, or "
+            "a source model of another family"
+        )
+
+    def _check_two_readings(self) -> None:
+        folders = {f"source_model '{self.config.source_model}'": self.source_folder}
+        folders |= {} if self.extends else {f"target_tokenizer '{self.config.target_tokenizer}'": self.target_folder}
+        for whose, folder in folders.items():
+            if told := opening.two_readings(folder, _tokenizer(folder)):
+                self.log(f"warning: the files of {whose} give two tokenizations: {told}")
+
     def check(self) -> None:
         """Finds what would fail later, before any long work.
 
@@ -185,10 +215,12 @@ class Context:
         huggingface.check_weights(self.source_folder, model)
         source_size = vocabulary_size(self.source_tokenizer)
         tokenizing.check(self.source_tokenizer)
+        self._check_two_readings()
         if self.extends:
             mining.check(self.source_tokenizer)
         else:
             tokenizing.check(self.target_tokenizer)
+            _ = self.exports_as_llama
             if (closing := tokenizing.closing_id(self.target_tokenizer)) is not None:
                 self.log(
                     f"warning: the target tokenizer puts '{self.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "
@@ -530,12 +562,19 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     _, raw = context.source_model
     folder = context.folder("export")
     read = training_states.reader(base, config, changes)
+    if context.exports_as_llama:
+        config, read, raw = qwen.as_llama(config, read, raw)
     _write(context, "export", config, read, raw, context.config.export.dtype)
     return distributed.on_first(lambda: _publish(context, states, config, folder))
 
 
 def _publish(context: Context, states: Sequence[str], model: ModelConfig, folder: Path) -> Mapping[str, Any]:
-    """Adds the model card and the source's licence to a written folder, and pushes it where that is asked for."""
+    """Opens a written folder as users do, adds model card and licence, and pushes it if asked to.
+
+    Raises:
+      UserError: AutoTokenizer does not open it, or not as the tokenizer that the model was trained with.
+    """
+    opening.check_export(folder, context.target_tokenizer)
     terms = hub.copy_terms(context.source_folder, folder)
     facts = card.facts(context.config, context.workdir, states, model, context.source_folder, terms)
     (folder / CARD).write_text(model_card(facts), encoding="utf-8")

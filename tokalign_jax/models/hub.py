@@ -363,7 +363,33 @@ def save_config_and_tokenizer(
         kept = {key: value for key, value in source.items() if key not in _OLD_VOCABULARY}
         is_list = source is generation_config or isinstance(source.get("eos_token_id"), list)
         write_json(folder / name, kept | ids | (listed if is_list else {}))
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Writes a tokenizer so that transformers 4 and 5 open it as tokenizer.json says.
+
+    The class is `PreTrainedTokenizerFast`, which both have and which rebuilds nothing. The remaining
+    settings are those in which version 4 would differ by its defaults.
+    """
     tokenizer.save_pretrained(str(folder))
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    kept = {key: value for key, value in settings.items() if key not in _OF_THIS_PROCESS}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    kept["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces)
+    # Version 4 adds token_type_ids by default, which decoders refuse.
+    kept["model_input_names"] = ["input_ids", "attention_mask"]
+    # Version 4 rewrites a pre-tokenizer that says otherwise.
+    first = (read_json(folder / "tokenizer.json") or {}).get("pre_tokenizer") or {}
+    kept["add_prefix_space"] = first.get("add_prefix_space", False)
+    # Version 4 has no list under the key of version 5, which reads the old one as well.
+    if isinstance(kept.get("extra_special_tokens"), list):
+        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", kept)
+
+
+_OF_THIS_PROCESS = ("backend", "is_local", "local_files_only")
+"""Keys that transformers 5 writes into tokenizer_config.json, about how it was read here."""
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -448,7 +448,9 @@ def write_weights(
         for part in weight.slices(config.num_layers):
             usual, *others = weight.names(part) + _tied(weight, config)
             name = next((n for n in (usual, *others) if n in stored), usual)
-            dtype = stored[name] if dtypes == "source" else np.dtype(dtypes)
+            # A bias that the source does not have (`qwen.as_llama`) is stored as its weight is.
+            alike = name if name in stored else re.sub(r"\.bias$", ".weight", name)
+            dtype = stored[alike] if dtypes == "source" else np.dtype(dtypes)
             tensors.append(_Tensor(name, weight, part, dtype, shape))
     shards = _shards(tensors, max_shard_bytes)
     weight_map = {}

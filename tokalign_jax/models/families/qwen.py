@@ -1,10 +1,19 @@
 """Qwen 2 and 2.5, LLaMA with biases on queries, keys and values, and Qwen 3, with norms on queries and keys instead."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.reading import FULL, SLIDING, Raw, required
 
 MODEL_TYPES = ("qwen2", "qwen3")
+
+Read = Callable[..., np.ndarray]
+"""(path, *index) -> that slice of a parameter, in host memory."""
 
 BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
@@ -46,3 +55,31 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
         return SLIDING if layer >= required(raw, "max_window_layers") else FULL
 
     return tuple(LayerKind(rope, window if kind == SLIDING else None) for kind in reading.layer_types(raw, default))
+
+
+def is_llama(config: ModelConfig) -> bool:
+    """Whether `as_llama` can rewrite the model: Qwen 2 without a sliding window."""
+    return config.model_type == "qwen2" and all(kind.window is None for kind in config.layer_kinds)
+
+
+def as_llama(config: ModelConfig, read: Read, raw: Raw) -> tuple[ModelConfig, Read, dict[str, Any]]:
+    """A Qwen 2 model (`is_llama`) as the same function of model_type `llama`.
+
+    LLaMA with `attention_bias` has the biases of Qwen 2 and one on o_proj, which here is zero.
+
+    Args:
+      read: its parameters, as `huggingface.write_weights` reads them.
+      raw: its config.json.
+    """
+    bias = np.zeros((config.num_layers, config.hidden_size), np.float32)
+
+    def read_with_bias(path: str, *index: int | slice) -> np.ndarray:
+        return bias[index] if path == "layers/attention/o_proj/bias" else read(path, *index)
+
+    kept = {key: value for key, value in raw.items() if key not in _WINDOW_KEYS}
+    new = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+    llama_config = dataclasses.replace(config, model_type="llama", attention_out_bias=True)
+    return llama_config, read_with_bias, {**kept, **new, "head_dim": config.head_dim}
+
+
+_WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
