@@ -1,12 +1,15 @@
 """BLEU-1 by hand and by brute force; hubs."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from tests.helpers import tiny_tokenizer
 from tokalign_jax.alignment import scoring
+from tokalign_jax.config import Config, TextConfig
+from tokalign_jax.text import corpus
 
 
 def test_bleu_1_by_hand():
@@ -53,3 +56,20 @@ def test_hub_share():
     assert scoring.hub_share(np.array([1, 1, 1, 2, 2, 3]), 2) == pytest.approx(5 / 6)
     assert scoring.hub_share(np.arange(100), 10) == pytest.approx(0.1)
     assert scoring.hub_share(np.zeros(0, int), 10) == 0.0
+
+
+def test_held_out_lines_are_drawn_without_holding_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "GROUP_BYTES", 50_000)
+    texts = ["\n".join(f"line {i}.{k} ".ljust(1000, "x") for k in range(40)) + "\n \n" for i in range(100)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(texts))
+    corpus.run(Config(corpus=str(path), text=TextConfig(held_out_fraction=0.5)), tmp_path / "corpus", lambda line: None)
+    lines = [line for document in corpus.held_out(tmp_path / "corpus") for line in document.text.splitlines()]
+    expected = [lines[i] for i in sorted(np.random.default_rng(3).permutation(len(lines))[:20])]
+    assert scoring.held_out_lines(tmp_path / "corpus", 20, seed=3) == expected
+    assert scoring.held_out_lines(tmp_path / "corpus", 10**6, seed=3) == lines
+    tracemalloc.start()
+    scoring.held_out_lines(tmp_path / "corpus", 20, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sum(map(len, lines)) / 3

@@ -200,3 +200,14 @@ def test_documents_larger_than_the_budget_are_read_from_their_beginning(tmp_path
             any(whole.startswith(text) for whole in texts) for text in drawn if text != "klein"
         )
     assert mining.sample(tmp_path / "corpus", 100_000, 0) == mining.sample(tmp_path / "corpus", 100_000, 0)
+
+
+def test_reading_stops_where_the_budget_is_spent(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "GROUP_BYTES", 1000)
+    texts = [f"document {i} ".ljust(500, "x") for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus.run(Config(corpus=str(tmp_path / "a.jsonl")), tmp_path / "corpus", lambda line: None)
+    read, batches = [], corpus.train_batches
+    monkeypatch.setattr(corpus, "train_batches", lambda folder: (read.append(b) or b for b in batches(folder)))
+    mining._drawn(tmp_path / "corpus", 5000, lambda: True)
+    assert 4 < len(read) < 8

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,15 @@ def bleu_1(candidates: Iterable[Sequence[int]], references: Iterable[Sequence[in
 
 def held_out_lines(corpus_folder: Path, lines: int, seed: int) -> list[str]:
     """`lines` lines with text from the held-out documents, drawn at random (all where there are fewer)."""
-    found = [line for document in corpus.held_out(corpus_folder) for line in document.text.splitlines() if line.strip()]
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:lines])
-    return [found[i] for i in chosen]
+    count = sum(1 for _ in _lines(corpus_folder))
+    chosen = set(np.random.default_rng(seed).permutation(count)[:lines].tolist())
+    return [line for number, line in enumerate(_lines(corpus_folder)) if number in chosen]
+
+
+def _lines(corpus_folder: Path) -> Iterator[str]:
+    """Read twice rather than held: of a large corpus they are hundreds of megabytes."""
+    for document in corpus.held_out(corpus_folder):
+        yield from (line for line in document.text.splitlines() if line.strip())
 
 
 def hub_share(pointed_at: Int[np.ndarray, "n"], hubs: int) -> float:

@@ -82,9 +82,11 @@ def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
 def _drawn(corpus_folder: Path, budget_bytes: int, wanted: Callable[[], bool]) -> list[str]:
     texts, left = [], budget_bytes
     for document in itertools.chain.from_iterable(corpus.train_batches(corpus_folder)):
-        if wanted() and left > 0:
+        if wanted():
             texts.append(document.text.encode()[:left].decode(errors="ignore"))
             left -= document.bytes
+        if left <= 0:
+            break
     return texts
 
 
