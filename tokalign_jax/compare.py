@@ -101,9 +101,9 @@ def write(compared: comparison.Comparison, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(
-            json.dumps(compared, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(compared, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace"
         )
-        (folder / "compare.html").write_text(comparison.html(compared), encoding="utf-8")
+        (folder / "compare.html").write_text(comparison.html(compared), encoding="utf-8", errors="replace")
         comparison.picture(compared, folder / "compare.png")
     except OSError as error:
         raise UserError(f"--output '{folder}' cannot be written ({error}); name another folder") from error

@@ -1,5 +1,6 @@
 """The one exception for what a user can mend, and how a command ends with it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,13 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with code 2. Everything else is a bug and keeps its traceback.
     """
+
+
+def degrade_output() -> None:
+    """Has characters that the terminal's encoding lacks printed as escapes (`\\u4e2d`) from now on, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def unread() -> None:
@@ -26,6 +34,7 @@ def complain(text: str) -> None:
 
 def exit_code(command: Callable[[], object]) -> int:
     """Runs a command that prints: 0 at its end, 2 for bad input, which is told on the error output."""
+    degrade_output()
     try:
         command()
         sys.stdout.flush()

@@ -166,7 +166,7 @@ def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
     """
     inputs = check(given, log)
     content = measure(inputs, log)
-    (given.output / SCORES).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    (given.output / SCORES).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     side_by_side.picture(content, given.output / PICTURE)
     for line in ("", *pages.terminal(side_by_side.sections(content)), "", *side_by_side.warning_lines(content)):
         print(line)
@@ -248,7 +248,7 @@ def _context(workdir: Path, log: Log) -> stages.Context:
             f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for folders give --models"
         )
     try:
-        written = json.loads((workdir / "config.json").read_text())
+        written = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--workdir '{workdir}' has no whole config.json ({error}): run its command again, which writes it"

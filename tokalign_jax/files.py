@@ -8,7 +8,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file, so that whoever reads it finds the old or the new text, and none cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # else the name may reach the disk before the text

@@ -89,7 +89,7 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
         run, settings = _workdir(given.workdir)
         names = {role: name or run[role] for role, name in names.items()}
         if (file := given.workdir / "config.json").is_file():
-            end_of_text = json.loads(file.read_text()).get("end_of_text", "")
+            end_of_text = json.loads(file.read_text(encoding="utf-8")).get("end_of_text", "")
         if names["target_tokenizer"] == EXTEND:
             names["target_tokenizer"] = str(given.workdir / EXTEND)
     elif not (given.alignment and all(names.values())):
@@ -122,7 +122,7 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
 def _workdir(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Where a run's model and tokenizer are, and the settings of its align stage."""
     try:
-        state = json.loads((workdir / STATE_FILE).read_text())
+        state = json.loads((workdir / STATE_FILE).read_text(encoding="utf-8"))
         run, record = state["run"], state["stages"].get("align", {})
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -150,7 +150,7 @@ def _beside(path: Path, name: str) -> Path:
 def _method(path: Path) -> str:
     """How an alignment was made, where its summary says so."""
     file = _beside(path, "summary.json")
-    return json.loads(file.read_text()).get("method", "unknown") if file.exists() else "unknown"
+    return json.loads(file.read_text(encoding="utf-8")).get("method", "unknown") if file.exists() else "unknown"
 
 
 def _space(found: alignment.Alignment, path: Path, seed: int, method: str) -> tuple[inspection.Space | None, str]:

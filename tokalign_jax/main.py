@@ -26,7 +26,7 @@ from ml_collections import config_dict, config_flags
 
 from tokalign_jax import stopping
 from tokalign_jax.config import Config, config_from_dict
-from tokalign_jax.errors import UserError, complain, unread
+from tokalign_jax.errors import UserError, complain, degrade_output, unread
 from tokalign_jax.progress import Log, duration
 
 DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
@@ -53,6 +53,7 @@ def command(
       default: config file where none is given.
       define: adds the command's own flags to those that all have.
     """
+    degrade_output()
     try:
         given = parse(list(sys.argv if argv is None else argv), default, define)
         if given.help:

@@ -248,7 +248,7 @@ def drop(workdir: Path, keep: Set[str]) -> None:
 def _begin(context: stages.Context, state: "_State") -> None:
     state.remember(context.run_identity())
     content = json.dumps(config_to_dict(context.config), indent=1)
-    (context.workdir / "config.json").write_text(content + "\n")
+    (context.workdir / "config.json").write_text(content + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -260,7 +260,7 @@ def lock(workdir: Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        opened = (workdir / ".lock").open("w")
+        opened = (workdir / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"--workdir '{workdir}' cannot be written to ({error.strerror}); name a folder that you may write to"
@@ -433,7 +433,7 @@ class _State:
         self._workdir, self._path = workdir, workdir / STATE_FILE
         self.exists = self._path.exists()
         try:
-            content = json.loads(self._path.read_text()) if self.exists else {}
+            content = json.loads(self._path.read_text(encoding="utf-8")) if self.exists else {}
         except ValueError as error:
             raise UserError(
                 f"'{self._path}' is damaged ({error}), and without it nobody knows which stages of the run are done: bring back a copy, or "

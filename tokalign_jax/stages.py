@@ -388,7 +388,7 @@ def align(context: Context) -> Mapping[str, Any]:
         context.log,
     )
     content = json.dumps(_inspected(context), ensure_ascii=False)
-    (context.folder("align") / INSPECTION).write_text(content + "\n")
+    (context.folder("align") / INSPECTION).write_text(content + "\n", encoding="utf-8")
     return summary
 
 
@@ -577,7 +577,7 @@ def _publish(context: Context, states: Sequence[str], model: ModelConfig, folder
     opening.check_export(folder, context.target_tokenizer)
     terms = hub.copy_terms(context.source_folder, folder)
     facts = card.facts(context.config, context.workdir, states, model, context.source_folder, terms)
-    (folder / CARD).write_text(model_card(facts), encoding="utf-8")
+    (folder / CARD).write_text(model_card(facts), encoding="utf-8", errors="replace")
     done = {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())}
     if repository := context.config.export.push_to_hub:
         done["pushed_to"] = hub.push_to_hub(folder, repository)
@@ -646,14 +646,14 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         if name == "source":  # the text is the same in all states
             content["overlap"] = _overlap(context, texts)
         path = context.folder(f"evaluate/{name}") / "scores.json"
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return {}
 
 
 def _overlap(context: Context, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """How much of the held-out texts stands in the training text, with a warning where that is much."""
     folder = context.folder("corpus")
-    total = json.loads((folder / "summary.json").read_text())["train_bytes"]
+    total = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
     found = overlap.overlap(texts, documents.train_batches(folder), context.log, total)
     for line in overlap.warning_lines(found):
         context.log(line)
@@ -665,7 +665,7 @@ def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     tokenizers = {"source": context.source_tokenizer, "target": context.target_tokenizer}
     held_out = documents.held_out(context.folder("corpus"))
     texts = bits_per_byte.choose(held_out, settings.evaluation.bytes_per_language)
-    inspected = json.loads((context.folder("align") / INSPECTION).read_text())
+    inspected = json.loads((context.folder("align") / INSPECTION).read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
     shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": inspected, "held_out": digest}
     identity = context.run_identity()

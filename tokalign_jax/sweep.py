@@ -133,11 +133,11 @@ def _publish(report: Path, place: Path, fingerprint: str, outdated: Path) -> Non
         aside.parent.mkdir(parents=True, exist_ok=True)
         place.rename(aside)
     shutil.copytree(report, place)
-    (place / DONE).write_text(fingerprint + "\n")
+    (place / DONE).write_text(fingerprint + "\n", encoding="utf-8")
 
 
 def _fingerprint(place: Path) -> str:
-    return (place / DONE).read_text().strip() if (place / DONE).is_file() else ""
+    return (place / DONE).read_text(encoding="utf-8").strip() if (place / DONE).is_file() else ""
 
 
 if __name__ == "__main__":

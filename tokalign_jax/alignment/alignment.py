@@ -243,7 +243,7 @@ def save(alignment: Alignment, folder: Path) -> None:
         arrays |= {f"{side}_{name}": array for name, array in getattr(alignment, side)._asdict().items()}
     _write(folder / FILE, lambda path: np.savez_compressed(path, **arrays))
     published = {str(target): int(source) for target, source in enumerate(alignment.heaviest())}
-    _write(folder / JSON_FILE, lambda path: path.write_text(json.dumps(published)))
+    _write(folder / JSON_FILE, lambda path: path.write_text(json.dumps(published), encoding="utf-8"))
 
 
 def load(path: Path, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:
@@ -296,7 +296,7 @@ def _read_npz(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
 
 
 def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
-    entries = {int(target): int(source) for target, source in json.loads(path.read_text()).items()}
+    entries = {int(target): int(source) for target, source in json.loads(path.read_text(encoding="utf-8")).items()}
     source_size, target_size = (canonical.vocabulary_size(t) for t in (source_tokenizer, target_tokenizer))
     if sorted(entries) != list(range(target_size)):
         raise UserError(_other_vocabulary(path, "target", target_tokenizer, f"has {len(entries):,} rows"))

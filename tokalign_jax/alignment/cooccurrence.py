@@ -122,7 +122,7 @@ class Part:
                 keys.write(block[0].data)
                 sums.write(block[1].data)
                 entries += len(block[0])
-        (folder / "part.json").write_text(json.dumps({"window": self.window, "entries": entries}))
+        (folder / "part.json").write_text(json.dumps({"window": self.window, "entries": entries}), encoding="utf-8")
 
     @classmethod
     def open(cls, folder: Path) -> "Part":
@@ -132,7 +132,7 @@ class Part:
           UserError: when the folder holds no whole part.
         """
         try:
-            index = json.loads((folder / "part.json").read_text())
+            index = json.loads((folder / "part.json").read_text(encoding="utf-8"))
             vocabulary = np.load(folder / "vocabulary.npy")
             files = [folder / "keys.bin", folder / "sums.bin"]
             keys, sums = (np.memmap(f, np.int64, "r") if index["entries"] else np.zeros(0, np.int64) for f in files)

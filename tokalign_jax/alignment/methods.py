@@ -151,7 +151,7 @@ def run(
         result["special"] = special_rows(source_tokenizer, target_tokenizer)
     lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
     result["bleu_1"] = scoring.score(made.heaviest(), source_tokenizer, target_tokenizer, lines)
-    (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n")
+    (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in alignment.describe(result):
         log(line)
     return result

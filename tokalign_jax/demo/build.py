@@ -201,8 +201,8 @@ def pretrain(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Co
         params = transformer.init_params(model, jax.random.key(config.seed))
         result = loop.run_stage("pretrain", config.stage1, config, model, params, shards, work / "pretrain", 0, print)
         huggingface.save_checkpoint(out, result.params, model, raw, tokenizer, dtypes="bfloat16")
-        lines = (work / "pretrain" / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (out / "pretraining.jsonl").write_text("".join(lines[49::50]))
+        lines = (work / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (out / "pretraining.jsonl").write_text("".join(lines[49::50]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -63,4 +63,4 @@ def _figures(scores: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

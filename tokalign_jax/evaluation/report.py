@@ -104,7 +104,7 @@ def figures(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _curve(path: Path) -> dict[str, Any]:
     """Loss over tokens from a metrics file, and its totals; tokens per second are the median step's."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {
         "tokens": [row["tokens"] for row in rows],
         "loss": [row["loss"] for row in rows],

@@ -148,7 +148,7 @@ def _measured(file: Path) -> dict[str, float]:
       UserError: the file does not hold that.
     """
     try:
-        rows = json.loads(file.read_text())
+        rows = json.loads(file.read_text(encoding="utf-8"))
         return {row["method"]: row["tokens_per_second"] / row["devices"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -106,7 +106,8 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     if stopped:
         log(_unread(summary["not_read"], len(streams), budget))
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    (folder / "summary.json").write_text(content, encoding="utf-8")
+    # A path need not be UTF-8, and comes into this file with a record that is broken.
+    (folder / "summary.json").write_text(content, encoding="utf-8", errors="replace")
     return summary
 
 

@@ -71,7 +71,7 @@ def run(
 def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
     """Training documents drawn at random, so that every part of the corpus has its share, of at most so many bytes: of one that is
     larger than what is left, the beginning. Where chance, since there are few, draws less than half of that, those that come first."""
-    total = json.loads((corpus_folder / "summary.json").read_text())["train_bytes"]
+    total = json.loads((corpus_folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
     random = np.random.default_rng(seed)
     texts = _drawn(corpus_folder, budget_bytes, lambda: random.random() < budget_bytes / total)
     if 2 * sum(len(text.encode()) for text in texts) < min(budget_bytes, total):

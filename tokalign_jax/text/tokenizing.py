@@ -56,7 +56,7 @@ class TokenShards:
         """
         folder = Path(folder)
         try:
-            index = json.loads((folder / "index.json").read_text())
+            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             # An empty file cannot be mapped, but there is none: every document has its end-of-text.
             tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r")
             documents, counts = np.load(folder / "documents.npy"), np.load(folder / "counts.npy")
@@ -90,7 +90,7 @@ def run(
     ]
     for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer)):
         log(f"tokens: {_separator_line(side, tokenizer)}")
-    total = json.loads((corpus_folder / "summary.json").read_text())["train_bytes"]
+    total = json.loads((corpus_folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
     progress = Progress(log, "tokens", total, "bytes")
     with ThreadPoolExecutor(len(writers)) as pool:
         for documents in corpus.train_batches(corpus_folder):
@@ -202,7 +202,9 @@ class _Writer:
             **totals,
             "languages": languages,
         }
-        (self._folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        (self._folder / "index.json").write_text(
+            json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         return index
 
 

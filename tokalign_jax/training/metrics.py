@@ -35,7 +35,7 @@ def read(path: Path) -> list[Record]:
     """The whole lines of a metrics file; what a killed run left of its last line is not one."""
     if not path.exists():
         return []
-    lines = path.read_text(errors="replace").split("\n")[:-1]  # a whole line ends in a newline
+    lines = path.read_text(errors="replace", encoding="utf-8").split("\n")[:-1]  # a whole line ends in a newline
     return [record for line in lines if (record := _record(line))]
 
 
@@ -61,7 +61,7 @@ class Recorder:
         self._file = self._board = None
         if writes:
             write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
-            self._file = self._path.open("a")
+            self._file = self._path.open("a", encoding="utf-8")
             self._board = _Board(folder / "tensorboard", done)
         self.start_clock()
 
