@@ -125,7 +125,7 @@ def test_stages_that_were_trained_over_are_not_read(tmp_path):
         load = loop.load_trained
         patch.setattr(loop, "load_trained", lambda folder, *rest: (read.append(folder.name), load(folder, *rest))[1])
         changes = states.load_changes(model, folders, MESH)
-    assert read == ["stage3", "stage2"]
+    assert read == ["stage2", "stage3"]
     np.testing.assert_array_equal(changes.leaves["lm_head/kernel"][: model.vocab_size], trained[3]["lm_head/kernel"])
     path = "layers/attention/q_proj/kernel"
     np.testing.assert_array_equal(changes.leaves[path], trained[2][path])

@@ -142,7 +142,7 @@ def _plan(config: Config, given: flags.FlagValues) -> None:
 
     if not given.plan_devices:
         compiling.prepare()  # of the devices here the run gets as much memory
-    machine = Machine.of(given.plan_devices, given.plan_device_memory)
+    machine = Machine.of(given.plan_devices, given.plan_device_memory, given.plan_host_memory)
     speed = Speed.of(given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak)
     print(plan_run(config, workdir_of(given) if given.workdir else None, machine, speed).table())
 
@@ -152,6 +152,7 @@ def _flags(given: flags.FlagValues) -> None:
     flags.DEFINE_bool("plan", False, "Only print memory, disk and time that the run would take.", flag_values=given)
     flags.DEFINE_integer("plan_devices", 0, "Plan for so many devices, not those here.", 0, flag_values=given)
     flags.DEFINE_string("plan_device_memory", "", "Plan for devices with so much memory: 80GB.", flag_values=given)
+    flags.DEFINE_string("plan_host_memory", "", "Plan for a host with so much memory: 256GB.", flag_values=given)
     flags.DEFINE_float("plan_tokens_per_second", 0, "Speed to reckon with, all devices together.", 0, flag_values=given)
     flags.DEFINE_string(
         "plan_throughput", "", "JSON of benchmarks/train_throughput.py to reckon with.", flag_values=given

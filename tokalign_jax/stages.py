@@ -39,6 +39,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
 from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.planning import advice, disk, memory, resolve
+from tokalign_jax.planning.inference import Run, Source
 from tokalign_jax.planning.machine import Machine
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.progress import Log
@@ -320,9 +321,10 @@ def check_disk(context: Context, wanted: set[str]) -> None:
 
 
 def warn_of_memory(context: Context, wanted: set[str]) -> None:
-    """Says of training stages to come that they are not expected to fit a device: hours before they begin."""
-    for name, text in advice.too_large(_setups(context)).items():
-        if name in wanted:
+    """Warns of stages to come that are not expected to fit a device or host memory, hours before they begin."""
+    names = {name.partition("/")[0] for name in wanted}
+    for name, text in {**advice.too_large(_setups(context)), **advice.too_large_untrained(_run(context))}.items():
+        if name in names:
             context.log(f"warning: {text}")
 
 
@@ -337,8 +339,12 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not sharding.is_out_of_memory(error):
             raise
-        others = {"init": "use a larger one, or leave out tuning with --config.initialization.tuning=0"}
-        remedy = others.get(name, "use a larger one")
+        kind = name.partition("/")[0]
+        others = {
+            "init": "use a larger one, or leave out tuning with --config.initialization.tuning=0",
+            "evaluate": f"lower --config.evaluation.batch (it is {context.config.evaluation.batch}), or use a larger one",
+        }
+        remedy = advice.too_large_untrained(_run(context)).get(kind, others.get(kind, "use a larger one"))
         if name in training_stages(context.config):
             setups = _setups(context)
             held = setups[name].stage.per_device_batch
@@ -354,6 +360,14 @@ def _setups(context: Context) -> dict[str, Setup]:
     """The training stages on these devices, without `auto`."""
     mesh, machine = context.mesh.devices.shape, Machine.of()
     return resolve.resolved_stages(context.config, context.new_model, mesh, machine, context.teacher_model)
+
+
+def _run(context: Context) -> Run:
+    """The run on these devices, for the memory of stages that do not train."""
+    model, raw = context.source_model
+    source, mesh = Source(model.vocab_size, disk.stored_bytes(raw)), context.mesh.devices.shape
+    machine = dataclasses.replace(Machine.of(), devices=len(context.mesh.local_devices))
+    return Run(context.config, source, context.new_model, mesh, machine)
 
 
 def corpus(context: Context) -> Mapping[str, Any]:

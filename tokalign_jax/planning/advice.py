@@ -1,4 +1,4 @@
-"""Which settings would make a training stage fit its devices."""
+"""Which settings would make a stage fit its devices and host."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 from tokalign_jax.models import remat
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import memory
+from tokalign_jax.planning.inference import Run, needs
 from tokalign_jax.planning.machine import MeshSizes, format_bytes
 from tokalign_jax.planning.memory import Setup, needed, policy
 
@@ -102,3 +103,58 @@ _CHANGES: dict[str, Callable[[Setup], _Changes]] = {
 }
 """Settings that save memory, the least change of each first; in order of what they cost. The last
 also changes what is learned."""
+
+
+# --- Stages that do not train -------------------------------------------------------------------
+
+
+def too_large_untrained(run: Run) -> dict[str, str]:
+    """For `init`, `evaluate` and `export`, those that do not fit a device or host memory: settings
+    with which they would."""
+    warnings = {}
+    for name, stage in needs(run).items():
+        device, host = sum(stage.device.values()), stage.on_host(run.machine)
+        short = []
+        if device > run.machine.memory:
+            room = format_bytes(run.machine.memory)
+            short.append(f"{format_bytes(device)} on each device, which has {room} for arrays")
+        if host > run.machine.host_memory:
+            short.append(
+                f"{format_bytes(host)} of host memory, of which {format_bytes(run.machine.host_memory)} are free"
+            )
+        if short:
+            warnings[name] = f"{name} will not fit: it needs about {' and '.join(short)}; {_remedy(name, run)}"
+    return warnings
+
+
+def _remedy(name: str, run: Run) -> str:
+    """The settings that would each be enough, the one that costs least of every kind."""
+    found: dict[str, str] = {}
+    for key, value, changed in _untrained_changes(name, run):
+        stage = needs(changed)[name]
+        fits = sum(stage.device.values()) <= run.machine.memory
+        if key not in found and fits and stage.on_host(run.machine) <= run.machine.host_memory:
+            found[key] = f"{key}={value}"
+    if found:
+        return f"it would with {', or '.join(found.values())}"
+    return "no settings change that: use devices or a host with more memory"
+
+
+def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
+    data, fsdp, tensor = run.mesh
+    for more in (n for n in range(2, data + 1) if data % n == 0):
+        yield "mesh.fsdp", fsdp * more, dataclasses.replace(run, mesh=(data // more, fsdp * more, tensor))
+    if name == "evaluate":
+        for batch in _powers_of_two(run.config.evaluation.batch, 1):
+            yield "evaluation.batch", batch, _with(run, "evaluation", batch=batch)
+        for chunk in _powers_of_two(run.config.compute.loss_chunk, 128):
+            yield "compute.loss_chunk", chunk, _with(run, "compute", loss_chunk=chunk)
+        yield "evaluation.random_baseline", False, _with(run, "evaluation", random_baseline=False)
+    if name == "init":
+        for key in ("tuning", "tokens"):
+            yield f"initialization.{key}", 0, _with(run, "initialization", **{key: 0})
+
+
+def _with(run: Run, group: str, **fields: Any) -> Run:
+    changed = dataclasses.replace(getattr(run.config, group), **fields)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, **{group: changed}))

@@ -33,10 +33,18 @@ def text_bytes(config: Config) -> int:
     return min(config.text.budget_bytes, sum(sizes))
 
 
+def stored_bytes(raw: Mapping[str, Any]) -> int:
+    """Bytes of a parameter in the source's folder, from its config.json."""
+    return jnp.dtype(_dtype(raw)).itemsize
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    return raw.get("dtype") or raw.get("torch_dtype") or "float32"
+
+
 def exported_bytes(config: Config, raw: Mapping[str, Any]) -> int:
     """Bytes of a parameter in the exported folder, from the source's config.json (`raw`)."""
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return jnp.dtype(dtype if config.export.dtype == "source" else config.export.dtype).itemsize
+    return jnp.dtype(_dtype(raw) if config.export.dtype == "source" else config.export.dtype).itemsize
 
 
 def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> dict[str, int]:

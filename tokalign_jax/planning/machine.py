@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -45,24 +46,33 @@ class Machine:
     """`device_kind` of the devices; empty if they are not attached to this process."""
     fused_attention: bool = True
     """Whether the devices can have a fused attention kernel (GPUs and TPUs)."""
+    host_memory: float = math.inf
+    """Bytes of host memory for a process; infinite if unknown."""
 
     @classmethod
-    def of(cls, devices: int = 0, memory: str = "") -> "Machine":
+    def of(cls, devices: int = 0, memory: str = "", host_memory: str = "") -> "Machine":
         """The machine that flags describe (memory as in `80GB`), or the attached one.
 
         Raises:
-          UserError: `memory` is not a number of bytes.
+          UserError: `memory` or `host_memory` is not a number of bytes.
         """
         usable = USABLE * parse_number(memory, "--plan_device_memory", "80GB", _BYTES) if memory else math.inf
+        host = parse_number(host_memory, "--plan_host_memory", "256GB", _BYTES) if host_memory else math.inf
         if devices:
-            return cls(devices, usable)
+            return cls(devices, usable, host_memory=host)
         attached = jax.devices()
         return cls(
             len(attached),
             min(usable, sharding.device_memory(jax.local_devices()[0])),
             attached[0].device_kind,
             attached[0].platform != "cpu",
+            min(host, available_host_memory()),
         )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether arrays of the devices are in host memory."""
+        return self.kind == "cpu"
 
     def fuses(self, model: ModelConfig, compute: ComputeConfig) -> bool:
         """Whether there is a fused attention kernel for this model's head size, type and soft-cap."""
@@ -113,6 +123,56 @@ class Speed:
         return tokens / rate, (
             f"assuming {self.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on each device, {quantity(rate)} tokens/s; not measured"
         )
+
+
+class _CgroupFiles(NamedTuple):
+    """Where a version of Linux control groups keeps its memory figures."""
+
+    mount: str
+    controller: str
+    """In /proc/self/cgroup."""
+    limit: str
+    usage: str
+    cache: str
+    """Of memory.stat: file pages, which the system can take back."""
+
+
+_CGROUPS = (
+    _CgroupFiles("sys/fs/cgroup", "", "memory.max", "memory.current", "file"),
+    _CgroupFiles("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+)
+
+
+def available_host_memory(root: Path = Path("/")) -> float:
+    """Bytes that this process can still allocate: MemAvailable, or less where a control group (a container,
+    a batch system) has a limit; infinite where the system does not say."""
+    sizes = [math.inf]
+    if found := re.search(r"MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo")):
+        sizes.append(1024 * int(found[1]))
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        for files in _CGROUPS:
+            if files.controller in controllers.split(","):
+                group = root / files.mount / name.lstrip("/")
+                # In a container the group may be mounted as the root.
+                sizes += [_left_in_group(folder, files) for folder in (group, *group.parents)]
+    return min(sizes)
+
+
+def _left_in_group(folder: Path, files: _CgroupFiles) -> float:
+    limit, usage = _read(folder / files.limit).strip(), _read(folder / files.usage).strip()
+    if not (limit.isdigit() and usage.isdigit()):
+        return math.inf
+    cache = re.search(rf"^{files.cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return int(limit) - max(0, int(usage) - (int(cache[1]) if cache else 0))
+
+
+def _read(file: Path) -> str:
+    """A file's text; empty where it cannot be read."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 _BYTES = {"": 1, "B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}} | {

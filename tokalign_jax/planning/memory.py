@@ -1,4 +1,4 @@
-"""Memory of a device in each stage, from configs and shapes alone.
+"""Memory of a device in each training stage, from configs and shapes alone.
 
 Numbers of parameters, and bytes of what a device holds between steps, are exact. What is alive in
 the middle of a step is an upper estimate, as if every kind were at its largest at the same time.
@@ -123,9 +123,9 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     accumulation, held = micro_batches(setup)
     tokens = held * stage.sequence_length
     train = FLOAT * elements(trained, mesh)
-    logits = _logits(model, compute, tokens, mesh)
+    logits = logits_bytes(model, compute, tokens, mesh)
     work = {  # one after the other
-        "one layer": _layer(setup, tokens) + _gathered(model, trained, size, mesh),
+        "one layer": layer_bytes(setup, tokens) + gathered_bytes(model, trained, size, mesh),
     }
     teaching: dict[str, int] = {}
     if setup.teacher and teacher_of(stage):
@@ -135,8 +135,8 @@ def stage_memory(setup: Setup) -> dict[str, int]:
             f"what the teacher says ({compute.dtype})": size * tokens * teacher.hidden_size,
         }
         forward = dataclasses.replace(setup, model=teacher).with_stage(method="full")
-        work["one layer of the teacher"] = _layer(forward, tokens) + _gathered(teacher, {}, size, mesh)
-        logits += _logits(teacher, compute, tokens, mesh)
+        work["one layer of the teacher"] = layer_bytes(forward, tokens) + gathered_bytes(teacher, {}, size, mesh)
+        logits += logits_bytes(teacher, compute, tokens, mesh)
     work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
     cast_projections = 0 if size == FLOAT else size * elements(_only("_proj/", trained), mesh)
@@ -148,7 +148,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
         f"projections that train, in {compute.dtype}": cast_projections,
         "gradients (float32)": train,
         "gradients summed over micro-batches (float32)": train if accumulation > 1 else 0,
-        f"activations kept (remat={compute.remat})": _kept(model, compute, tokens, mesh),
+        f"activations kept (remat={compute.remat})": kept_bytes(model, compute, tokens, mesh),
         f"largest work at once ({most})": work[most],
     }
 
@@ -160,7 +160,7 @@ def policy(compute: ComputeConfig) -> remat.Policy:
     return compute.remat
 
 
-def _kept(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
+def kept_bytes(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
     """Activations kept by the layers; each device of `tensor` has a copy of the layers' inputs and
     its share of the rest."""
     inputs = remat.activation_bytes(model, "layer", compute.dtype)
@@ -168,7 +168,7 @@ def _kept(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSiz
     return tokens * (inputs + rest // mesh[2])
 
 
-def _layer(setup: Setup, tokens: int) -> int:
+def layer_bytes(setup: Setup, tokens: int) -> int:
     """Working memory of a layer's backward pass: all of its activations, and gradients of the same
     sizes."""
     model, compute, stage, mesh = setup.model, setup.compute, setup.stage, setup.mesh
@@ -189,7 +189,7 @@ def _layer(setup: Setup, tokens: int) -> int:
     return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
 
 
-def _gathered(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSizes) -> int:
+def gathered_bytes(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSizes) -> int:
     """One layer's matrices gathered over `fsdp`, the next layer's on their way, and one layer's
     gradients."""
     if mesh[1] == 1:
@@ -199,7 +199,7 @@ def _gathered(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSize
     return 2 * size * weights + FLOAT * gradients
 
 
-def _logits(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
+def logits_bytes(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
     """Working memory of the loss.
 
     The head in the compute type; a chunk's logits and softmax in float32, and their gradient;

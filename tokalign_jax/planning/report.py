@@ -14,6 +14,7 @@ from tokalign_jax.initialization import tuning
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import advice, disk, flops, memory
+from tokalign_jax.planning.inference import Needs, Run, Source, needs
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
@@ -81,6 +82,8 @@ class Plan:
     init: InitPlan | None
     """None if rows are the alignment's mixtures alone."""
     stages: tuple[StagePlan, ...]
+    untrained: Mapping[str, Needs]
+    """Memory of `init`, `evaluate` and `export`."""
     disk: Mapping[str, int]
     """Bytes by the folder of the workdir."""
     disk_free: float
@@ -88,7 +91,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text for the terminal."""
-        lines = [self._devices(), *(self.init.table() if self.init else [])]
+        lines = [self._devices(), *(self.init.table() if self.init else ["", "init"]), *self._untrained("init")]
         for stage in self.stages:
             lines += [
                 "",
@@ -98,10 +101,18 @@ class Plan:
                 *_time(stage.seconds, stage.speed),
                 *_listed("memory of a device", stage.memory),
             ]
+        for name in ("evaluate", "export"):
+            lines += ["", name, *self._untrained(name)]
         free = "" if self.disk_free == math.inf else f" ({format_bytes(self.disk_free)} free)"
         lines += ["", *_listed(f"disk{free}", self.disk)]
         lines += [f"\nwarning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _untrained(self, name: str) -> list[str]:
+        return [
+            *_listed("memory of a device", self.untrained[name].device),
+            *_listed("host memory", self.untrained[name].host),
+        ]
 
     def _devices(self) -> str:
         machine, (data, fsdp, tensor) = self.machine, self.mesh
@@ -140,14 +151,15 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
         target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
         size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
     multiple = config.initialization.rows_multiple_of
-    rows = -(-size // multiple) * multiple
+    source_rows, rows = model.vocab_size, -(-size // multiple) * multiple
     model = dataclasses.replace(model, vocab_size=rows)
     free = disk.free_bytes(workdir or Path())
     teacher = None
     if "stage3" in training_stages(config):
         teacher, _ = hub.load_config(hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False))
+    stored = Source(source_rows, disk.stored_bytes(raw))
     exported = disk.exported_bytes(config, raw)
-    return make_plan(config, model, machine, speed, disk.text_bytes(config), exported, free, teacher)
+    return make_plan(config, model, machine, speed, disk.text_bytes(config), exported, free, teacher, stored)
 
 
 def make_plan(
@@ -159,6 +171,7 @@ def make_plan(
     exported: int,
     disk_free: float = math.inf,
     teacher: ModelConfig | None = None,
+    source: Source | None = None,
 ) -> Plan:
     """The plan of a run from shapes and sizes alone.
 
@@ -168,26 +181,29 @@ def make_plan(
       exported: bytes of a parameter in the exported folder.
       disk_free: bytes.
       teacher: of Stage 3, if there is one.
+      source: None: of as many rows, in the exported type.
 
     Raises:
       UserError: a mesh or batch that does not fit the devices.
     """
-    run = training_stages(config)
+    training = training_stages(config)
     state = memory.state_bytes(config, model, teacher)
-    devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in run.values()])
+    devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in training.values()])
     machine = dataclasses.replace(machine, devices=devices)
     mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory, functools.partial(memory.share, model))
     setups = resolved_stages(config, model, mesh, machine, teacher)
     stages = tuple(_stage(setup, speed) for setup in setups.values())
-    warnings = [*advice.too_large(setups).values(), *advice.not_split(model, mesh)]
+    run = Run(config, source or Source(model.vocab_size, exported), model, mesh, machine)
+    warnings = [*advice.too_large(setups).values(), *advice.too_large_untrained(run).values()]
+    warnings += advice.not_split(model, mesh)
     sizes = disk.disk_bytes(config, model, text_bytes, exported)
     if sum(sizes.values()) > disk_free:
         warnings.append(
             f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
-            f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in run)])}"
+            f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in training)])}"
         )
     init = _init(config, model, machine, speed, text_bytes)
-    return Plan(machine, mesh, init, stages, sizes, disk_free, tuple(warnings))
+    return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings))
 
 
 def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, text_bytes: int) -> InitPlan | None:

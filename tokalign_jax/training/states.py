@@ -49,27 +49,30 @@ def load_changes(model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]],
     """
     leaves: dict[str, jax.Array] = {}
     adapters: dict[str, list[lora.Adapter]] = defaultdict(list)
-    replaced: set[str] = set()  # by a later stage
-    for folder, stage in reversed(stages):
-        trained = _trained(model, stage)
-        if {_parameter(path) for path in trained} <= replaced:
-            continue
-        found = loop.load_trained(folder, stage, model, mesh)
-        for path in [path for path in trained if _parameter(path) not in replaced]:
-            if path.endswith("/lora_a"):
-                spec, other = loop.lora_spec(stage), path.removesuffix("a") + "b"
-                assert spec, path
-                adapters[_parameter(path)].insert(0, lora.Adapter(spec, found[path], found[other]))
-            elif not path.endswith("/lora_b"):
-                leaves[path] = found[path]
-        replaced |= {path for path in trained if path == _parameter(path)}
+    for number, stage, trained in surviving(model, [stage for _, stage in stages]):
+        found, spec = loop.load_trained(stages[number][0], stage, model, mesh), loop.lora_spec(stage)
+        leaves |= {path: found[path] for path in trained if path == _parameter(path)}
+        for path in (path for path in trained if path.endswith("/lora_a")):
+            assert spec, path
+            adapter = lora.Adapter(spec, found[path], found[path.removesuffix("a") + "b"])
+            adapters[_parameter(path)].append(adapter)
     return Changes(leaves, dict(adapters))
 
 
-def _trained(model: ModelConfig, stage: StageConfig) -> list[str]:
-    """Paths of what a stage trains."""
-    shapes = paths.flatten(abstract_params(model, loop.lora_spec(stage)))
-    return [path for path in shapes if loop.trains(stage, path)] if stage.steps else []
+def surviving(model: ModelConfig, stages: Sequence[StageConfig]) -> list[tuple[int, StageConfig, list[str]]]:
+    """The stages of which something is left after the last one, with their numbers and the paths of what is left.
+
+    A parameter that was trained again later is not, nor is an adapter of one.
+    """
+    found: list[tuple[int, StageConfig, list[str]]] = []
+    replaced: set[str] = set()
+    for number, stage in reversed(list(enumerate(stages))):
+        shapes = paths.flatten(abstract_params(model, loop.lora_spec(stage)))
+        trained = [path for path in shapes if loop.trains(stage, path)] if stage.steps else []
+        if left := [path for path in trained if _parameter(path) not in replaced]:
+            found.append((number, stage, left))
+        replaced |= {path for path in trained if path == _parameter(path)}
+    return found[::-1]
 
 
 def _parameter(path: str) -> str:

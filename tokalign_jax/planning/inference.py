@@ -1,0 +1,238 @@
+"""Memory of the stages that read or write the model without training it: init, evaluate, export.
+
+Upper estimates, on each device and in host memory: every kind at its largest at the same time.
+What is only mapped from files does not count, since the system can take it back.
+
+m vocabulary matrices (2, or 1 where they are tied), V and S rows of the target and of the source.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import Config, StageConfig, reads_source, training_stages
+from tokalign_jax.initialization import calibration, composition, contexts, tuning
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.planning import memory
+from tokalign_jax.planning.machine import Machine, MeshSizes
+from tokalign_jax.planning.memory import FLOAT, Setup, elements
+from tokalign_jax.training import states
+
+BLOCK = 64 << 20
+"""Bytes of a large matrix that are read or written at once."""
+PLACE = 80
+"""Bytes of host memory for each token that the source model reads in `init`."""
+RULES = 5
+"""Matrices [F, F] of the regression on the device at once."""
+MERGING = 4
+"""float32 matrices of one layer on the device while its adapters are merged."""
+
+
+class Source(NamedTuple):
+    """The source model's rows, and the bytes of a parameter in its folder."""
+
+    rows: int
+    itemsize: int
+
+
+class Needs(NamedTuple):
+    """Bytes by kind."""
+
+    device: Mapping[str, int]
+    """On each device."""
+    host: Mapping[str, int]
+
+    def on_host(self, machine: Machine) -> int:
+        """Host memory in all; the arrays of CPU devices are in it too."""
+        devices = machine.devices if machine.on_cpu else 0
+        return sum(self.host.values()) + devices * sum(self.device.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, its models and the devices that it runs on."""
+
+    config: Config
+    source: Source
+    model: ModelConfig
+    """With the target vocabulary's rows."""
+    mesh: MeshSizes
+    machine: Machine
+
+    @property
+    def source_model(self) -> ModelConfig:
+        return dataclasses.replace(self.model, vocab_size=self.source.rows)
+
+    @property
+    def matrices(self) -> int:
+        return 1 if self.model.tie_word_embeddings else 2
+
+    @property
+    def row(self) -> int:
+        """Bytes of a float32 row."""
+        return FLOAT * self.model.hidden_size
+
+
+def needs(run: Run) -> dict[str, Needs]:
+    """Memory of each stage by name; `evaluate` stands for the evaluation that takes most."""
+    return {
+        "init": Needs(_init_on_device(run), _init_on_host(run)),
+        "evaluate": Needs(_evaluation_on_device(run), _evaluation_on_host(run)),
+        "export": Needs(_export_on_device(run), {"one tensor": max(MERGING * _largest_matrix(run), 3 * BLOCK)}),
+    }
+
+
+# --- init ---------------------------------------------------------------------------------------
+
+
+def _init_on_device(run: Run) -> dict[str, int]:
+    kinds = {"source model as stored": run.source.itemsize * elements(abstract_params(run.source_model), run.mesh)}
+    if not reads_source(run.config):
+        return kinds
+    model, compute, width = run.model, run.config.compute, run.model.hidden_size
+    size, (_, fsdp, tensor) = jnp.dtype(compute.dtype).itemsize, run.mesh
+    new_rows = FLOAT * elements(_vocabulary(model), run.mesh)
+    devices = math.prod(run.mesh)
+    sums = 2 * (run.source.rows + model.vocab_size) * run.row // (devices if width % devices == 0 else 1)
+    on_cpu = not run.machine.fused_attention
+    tokens = contexts.BATCH_TOKENS["cpu"] if on_cpu else contexts.OTHER_BATCH_TOKENS
+    # States of a batch, sorted, and the levels of the scan that adds them up.
+    reading = _forward(run, run.source_model, tokens, contexts.WINDOW) + 5 * tokens * run.row
+    features = 5 * width + 2
+    calibrating = calibration.PLACES * width * (FLOAT + size)
+    calibrating += 3 * FLOAT * calibration.CHUNK * model.vocab_size // (fsdp * tensor)
+    work = {
+        "mean states": sums + reading,
+        "learned rows": RULES * FLOAT * features**2 + 2 * FLOAT * composition.BLOCK * features,
+        "calibration": new_rows + calibrating,
+    }
+    if run.config.initialization.tuning:
+        tokens = tuning.MICRO_BATCH_TOKENS["cpu"] if on_cpu else tuning.OTHER_MICRO_BATCH_TOKENS
+        # The rows, as they were and moved, their gradients and the sum of these over micro-batches.
+        work["tuning"] = 4 * new_rows + _features(run) // (fsdp * tensor) + _step(run, tokens)
+    return kinds | _largest(work)
+
+
+def _init_on_host(run: Run) -> dict[str, int]:
+    rows, source_rows = run.model.vocab_size * run.row, run.source.rows * run.row
+    stored = source_rows * run.source.itemsize // FLOAT
+    new_rows = run.matrices * rows
+    if not reads_source(run.config):
+        return {"new rows (float32)": new_rows, "source rows": stored + source_rows}
+    # What threads have put together ahead of the device, and what they work with.
+    blocks = 3 * composition.THREADS * composition.BLOCK * 5 * run.row
+    work = {
+        "source rows": stored + source_rows,
+        "mean states": PLACE * run.config.initialization.tokens + rows,
+        "learned rows": new_rows + stored + source_rows + blocks,
+    }
+    if run.config.initialization.tuning:
+        # The source's rows; features, once more while rows are added to them; the rows once moved.
+        work["tuning"] = run.matrices * (stored + source_rows) + max(2 * _features(run) + blocks, new_rows)
+    states_of_tokens = 2 * (rows + source_rows)
+    return {"new rows (float32)": new_rows, "mean states of tokens (float32)": states_of_tokens} | _largest(work)
+
+
+def _features(run: Run) -> int:
+    """Bytes of what is known of every token: components and one, side by side for both kinds of tokens."""
+    return FLOAT * run.matrices * run.model.vocab_size * 2 * (tuning.COMPONENTS + 1)
+
+
+def _step(run: Run, tokens: int) -> int:
+    """Activations and working memory of a training step on the vocabulary's rows."""
+    length = min(tuning.LENGTH, run.model.max_positions)
+    setup = _setup(run, run.model, length).with_compute(remat="layer")
+    work = max(memory.layer_bytes(setup, tokens), memory.logits_bytes(run.model, setup.compute, tokens, run.mesh))
+    return memory.kept_bytes(run.model, setup.compute, tokens, run.mesh) + work
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+
+
+def _evaluation_on_device(run: Run) -> dict[str, int]:
+    """The model in the compute type, and either a batch of windows or what loading a state takes."""
+    compute, settings = run.config.compute, run.config.evaluation
+    size = jnp.dtype(compute.dtype).itemsize
+    model = max((run.model, run.source_model), key=lambda model: model.vocab_size)
+    weights = size * elements(abstract_params(model), run.mesh)
+    tokens = settings.batch * settings.sequence_length
+    work = {f"{settings.batch} windows": _forward(run, model, tokens, settings.sequence_length)}
+    trained = list(training_stages(run.config).values())
+    for count in range(1, len(trained) + 1):
+        leaves, adapters = _changed(run, trained[:count])
+        largest = max((elements({path: leaf}, run.mesh) for path, leaf in leaves.items()), default=0)
+        casting = FLOAT * elements({**leaves, **adapters}, run.mesh) + size * largest
+        merging = FLOAT * elements(adapters, run.mesh) + (MERGING * _largest_matrix(run) if adapters else 0)
+        kind = "loading what was trained"
+        work[kind] = max(work.get(kind, 0), casting - weights, merging)
+    return {f"model ({compute.dtype})": weights} | _largest(work)
+
+
+def _evaluation_on_host(run: Run) -> dict[str, int]:
+    if not run.config.evaluation.random_baseline:
+        return {"one block": 2 * BLOCK}
+    rows = run.model.vocab_size * run.row
+    return {"random rows (float32)": (run.matrices + 2) * rows + run.source.rows * run.row}
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+def _export_on_device(run: Run) -> dict[str, int]:
+    leaves, adapters = _changed(run, list(training_stages(run.config).values()))
+    return {
+        "what was trained (float32)": FLOAT * elements({**leaves, **adapters}, run.mesh),
+        "one matrix with its adapter (float32)": MERGING * _largest_matrix(run) if adapters else 0,
+    }
+
+
+# --- Shared -------------------------------------------------------------------------------------
+
+
+def _changed(run: Run, stages: Sequence[StageConfig]) -> tuple[paths.Tree, paths.Tree]:
+    """Shapes by path of what these stages leave trained: parameters, and adapters."""
+    leaves: paths.Tree = {}
+    adapters: paths.Tree = {}
+    for number, stage, trained in states.surviving(run.model, stages):
+        shapes = paths.flatten(memory.shapes(run.model, stage)[0])
+        leaves |= {path: shapes[path] for path in trained if "/lora_" not in path}
+        # Each stage has adapters of its own; the path only decides how they are split.
+        adapters |= {f"{number}/{path}": shapes[path] for path in trained if "/lora_" in path}
+    return leaves, adapters
+
+
+def _forward(run: Run, model: ModelConfig, tokens: int, length: int) -> int:
+    """Working memory of a forward pass over so many tokens of a device, and of their logits."""
+    setup = _setup(run, model, min(length, model.max_positions))
+    size = jnp.dtype(setup.compute.dtype).itemsize
+    gathered = memory.gathered_bytes(model, {}, size, run.mesh)
+    layer = memory.layer_bytes(setup, tokens) // 2 + gathered + tokens * model.hidden_size * size
+    return max(layer, memory.logits_bytes(model, setup.compute, tokens, run.mesh))
+
+
+def _setup(run: Run, model: ModelConfig, length: int) -> Setup:
+    stage = StageConfig(method="embedding", sequence_length=length)
+    return Setup("", stage, run.config.compute, model, run.mesh, run.machine)
+
+
+def _vocabulary(model: ModelConfig) -> paths.Tree:
+    leaves = paths.flatten(abstract_params(model))
+    return {path: leaf for path, leaf in leaves.items() if sharding.is_vocabulary(path)}
+
+
+def _largest_matrix(run: Run) -> int:
+    """Bytes of the largest matrix of one layer (and expert) in float32."""
+    leaves = paths.flatten(abstract_params(run.model))
+    return FLOAT * max(math.prod(leaf.shape[-2:]) for path, leaf in leaves.items() if "_proj/kernel" in path)
+
+
+def _largest(work: Mapping[str, int]) -> dict[str, int]:
+    """The largest of what is there one after the other."""
+    most = max(work, key=work.__getitem__)
+    return {f"largest work at once ({most})": work[most]}
