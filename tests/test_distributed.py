@@ -378,6 +378,37 @@ def test_slurm(environment, expected):
     assert distributed._slurm(environment) == expected
 
 
+def slurm(tasks_per_node, **others):
+    return {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, **others}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "expected"),
+    [
+        # Whole nodes without --gpus: nothing is set, and a task sees all.
+        (8, slurm("1(x8)"), list(range(8))),
+        (8, slurm("2(x4)", SLURM_LOCALID="1"), [4, 5, 6, 7]),
+        (8, slurm("8", SLURM_LOCALID="3"), None),  # the one of its number, as JAX has it
+        (6, slurm("2(x2),4", SLURM_LOCALID="1", SLURM_NODEID="1"), [3, 4, 5]),
+        (6, slurm("2(x2),1(x4)", SLURM_LOCALID="0", SLURM_NODEID="3"), list(range(6))),
+        (0, slurm("2(x4)", SLURM_LOCALID="1"), None),
+        # Several tasks that see the same GPUs, or each its own.
+        (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3"), [2, 3]),
+        (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_GPUS_ON_NODE="4"), [2, 3]),
+        (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="2,3", SLURM_GPUS_ON_NODE="4"), [0, 1]),
+    ],
+)
+def test_the_tasks_of_a_slurm_node_share_all_its_gpus(monkeypatch, gpus, environment, expected):
+    monkeypatch.setattr(distributed, "_gpus_here", lambda: gpus)
+    assert (distributed._slurm(environment) or {}).get("local_device_ids") == expected
+
+
+def test_slurm_tasks_that_cannot_share_the_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "_gpus_here", lambda: 8)
+    with pytest.raises(UserError, match=r"8 GPUs of a node do not divide among its 3 .*--ntasks-per-node=1"):
+        distributed._slurm(slurm("3(x2)"))
+
+
 def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     asked = []

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -140,14 +142,42 @@ def _given(coordinator: str, processes: int, process: int, environment: Mapping[
 
 
 def _slurm(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The tasks of a Slurm step (`srun`). JAX finds them by itself, but gives each task the one GPU of its local number."""
+    """The tasks of a Slurm step (`srun`). JAX finds them by itself, but gives each task one GPU, the one of its local
+    number; here the tasks of a node share all GPUs of it.
+
+    Raises:
+      UserError: they cannot each have as many.
+    """
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None  # also a batch script outside of srun, whose SLURM_NTASKS are not running
-    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    alone_on_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
-    if gpus and (alone_on_node or len(gpus) == 1):
-        return {"local_device_ids": list(range(len(gpus)))}  # all that Slurm lets this task see
-    return {}
+    bound = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus, tasks = len(bound) or _gpus_here(), _tasks_on_node(environment)
+    if not gpus or not tasks:
+        return {}
+    # Bound to this task by Slurm: fewer than the job has here, or one alone.
+    if tasks == 1 or len(bound) == 1 or gpus < int(environment.get("SLURM_GPUS_ON_NODE") or 0):
+        return {"local_device_ids": list(range(gpus))}
+    if gpus % tasks:
+        raise UserError(
+            f"the {gpus} GPUs of a node do not divide among its {tasks} Slurm tasks: use --ntasks-per-node=1, or {gpus}"
+        )
+    each = gpus // tasks
+    first = each * int(environment.get("SLURM_LOCALID", 0))
+    return {"local_device_ids": list(range(first, first + each))} if each > 1 else {}
+
+
+def _tasks_on_node(environment: Mapping[str, str]) -> int:
+    """Tasks of the Slurm step on this task's node; 0 if it does not say."""
+    # As in `4(x2),3`: two nodes with four, and one with three.
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    nodes = [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
+    node = int(environment.get("SLURM_NODEID", 0))
+    return nodes[node] if node < len(nodes) else 0
+
+
+def _gpus_here() -> int:
+    """NVIDIA GPUs that this process may open, counted without starting a backend."""
+    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").iterdir())
 
 
 def _tpu(environment: Mapping[str, str]) -> dict[str, Any] | None:
