@@ -205,7 +205,7 @@ def measure(arguments: argparse.Namespace) -> Row:
 
     from tokalign_jax import sharding
     from tokalign_jax.config import ComputeConfig, MeshConfig, StageConfig
-    from tokalign_jax.planning.machine import PEAKS
+    from tokalign_jax.planning.machine import peak_flops
     from tokalign_jax.training.loop import lora_spec, micro_batch
     from tokalign_jax.training.optimizer import make_optimizer, schedule_of
     from tokalign_jax.training.step import make_loss, make_train_step
@@ -266,7 +266,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         (arguments.out / f"program-{_file_name(arguments)}.txt.gz").write_bytes(program)
 
     device = jax.devices()[0]
-    peak = next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
+    peak = peak_flops(device.device_kind)
     measured = None if arguments.together else (device.memory_stats() or {}).get("peak_bytes_in_use")
     timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": measured or planned}
     return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed

@@ -1,11 +1,15 @@
-"""How XLA compiles in a command's process, and how much of a GPU it takes: set once, before JAX is used for anything."""
+"""How XLA compiles: options of a command's process, set before JAX is used for anything, and the precision of products."""
 
 import importlib.util
 import os
 import pkgutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 NO_TRITON_GEMM = "--xla_gpu_enable_triton_gemm=false"
 """Products go to cuBLAS at once, with bias and sum in the same kernel; timed against generated kernels first, they lose these, and the
@@ -37,6 +41,15 @@ def prepare(alone: bool = True) -> None:
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))  # JAX makes it when it first writes
+
+
+def products(dtype: DTypeLike) -> AbstractContextManager[Any]:
+    """Within it, products of float32 arrays are float32 ones if `dtype`, that of activations, is float32. By themselves
+    accelerators take TensorFloat-32 or a pass in bfloat16 for them.
+
+    Products of narrower types are as they ever are: kernels may refuse to be asked for more.
+    """
+    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
 
 
 def _has_cuda() -> bool:

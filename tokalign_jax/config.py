@@ -24,8 +24,10 @@ EXTEND = "extend"
 """As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
 
 AFTER_PREVIOUS = "after_previous"
-AUTO = "auto"
 """A start offset: the sequence after the last one that the previous training stage read."""
+
+AUTO = "auto"
+"""A number of sequences a device holds at once, or what layers keep: chosen by what fits (`planning.resolve`)."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ class ComputeConfig:
     """Precision and memory."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and of weights that do not train; what trains has float32 masters."""
+    """Type of activations and of weights that do not train; what trains has float32 masters. With `float32`, products are float32 ones on
+    every device; GPUs and TPUs would take TensorFloat-32 or bfloat16 passes for them, which are faster."""
     remat: Literal["auto", "dots", "attention", "layer"] = "auto"
     """What a layer keeps for its backward pass: `dots` (results of all matrix products), `attention` (those around attention), `layer`
     (its input alone; all else is computed again); `auto`: the most that fits in the memory of the devices."""

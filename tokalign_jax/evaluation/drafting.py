@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import sharding
+from tokalign_jax import compiling, sharding
 from tokalign_jax.evaluation.bits_per_byte import cut, first_context
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
@@ -205,7 +205,8 @@ def agreement(draft: tuple, teacher: tuple, *, vocabulary: int, temperature: flo
 
     def logits(states: Float[Array, "C D"], side: tuple) -> Float[Array, "C R"]:
         _, head, adjust = side
-        every = adjust(jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32))
+        with compiling.products(states.dtype):
+            every = adjust(jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32))
         return jnp.where(jnp.arange(len(head)) < vocabulary, every, -jnp.inf)[:, : _rows(draft, teacher)]
 
     def one_chunk(states: tuple[Array, Array]) -> Agreement:

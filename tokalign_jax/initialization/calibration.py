@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import sharding
+from tokalign_jax import compiling, sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, adjust_logits, forward, head_matrix
 from tokalign_jax.text.tokenizing import TokenShards
@@ -82,7 +82,8 @@ def mean_probability(
     """float32: the probability of each token, on average over all states, with `moves` added to its logit."""
 
     def add(total, chunk):
-        logits = jnp.einsum("cd,vd->cv", chunk, head.astype(chunk.dtype), preferred_element_type=jnp.float32)
+        with compiling.products(chunk.dtype):
+            logits = jnp.einsum("cd,vd->cv", chunk, head.astype(chunk.dtype), preferred_element_type=jnp.float32)
         logits = adjust_logits(config, sharding.constrain(logits, None, sharding.VOCABULARY)) + moves
         return total + jax.nn.softmax(logits, axis=-1).sum(axis=0), None
 

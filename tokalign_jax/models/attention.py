@@ -153,7 +153,7 @@ def _splash(
     def heads_first(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    y = jax.vmap(kernel)(heads_first((q * scale).astype(q.dtype)), heads_first(k), heads_first(v))
+    y = jax.vmap(kernel)(heads_first((q.astype(jnp.float32) * scale).astype(q.dtype)), heads_first(k), heads_first(v))
     return y.swapaxes(1, 2)[:, :length]
 
 

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from tokalign_jax import paths, sharding
+from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
@@ -89,7 +89,8 @@ class Linear(nnx.Module):
         if self.lora:
             dropped = _dropout(x, self.lora.dropout, key)
             # The factor where there are few numbers: in the rank.
-            y += (self.lora.scale * (dropped @ self.lora_a.astype(x.dtype))) @ self.lora_b.astype(x.dtype)
+            low = _scaled(dropped @ self.lora_a.astype(x.dtype), self.lora.scale)
+            y += low @ self.lora_b.astype(x.dtype)
         y = y if self.kept_as is None else checkpoint_name(y, self.kept_as)
         return y if self.bias is None else _plus(y, self.bias)
 
@@ -267,7 +268,7 @@ class ExpertLinear(nnx.Module):
         y = jnp.einsum(f"{inputs},eio->{self.outputs}", x, self.kernel.astype(x.dtype))
         if self.lora:
             x = _dropout(x, self.lora.dropout, key)
-            low = self.lora.scale * jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype))
+            low = _scaled(jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype)), self.lora.scale)
             y += jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
         return y
 
@@ -333,11 +334,12 @@ class Block(nnx.Module):
         attention_key, mlp_key = _split(key, 2)
         normed = _apply(self.input_norm, x)
         attended, cache = self.attention(normed, place, attention_key, cache)
-        y = x + self.config.residual_scale * _apply(self.attention_out_norm, attended)
+        scale = self.config.residual_scale
+        y = x + _scaled(_apply(self.attention_out_norm, attended), scale)
         if not self.config.shared_norm:
             normed = _apply(self.post_attention_norm, x if self.config.parallel_residual else y)
         # The product comes first: so the compiler adds to it what was before, in the product's kernel.
-        return self.config.residual_scale * _apply(self.mlp_out_norm, self.mlp(normed, mlp_key)) + y, cache
+        return _scaled(_apply(self.mlp_out_norm, self.mlp(normed, mlp_key)), scale) + y, cache
 
 
 class Embed(nnx.Module):
@@ -453,7 +455,8 @@ def forward(
     _check_length(config, tokens.shape[1])
     if dropout_key is not None and not dropout_key.shape:
         dropout_key = jax.random.split(dropout_key, len(tokens))
-    return _bind(config, lora, params)(tokens, dropout_key, dtype, remat, unroll)[0]
+    with compiling.products(dtype):
+        return _bind(config, lora, params)(tokens, dropout_key, dtype, remat, unroll)[0]
 
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
@@ -504,7 +507,8 @@ def _continue(
     empty = jnp.zeros((config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim), dtype)
 
     def advance(tokens, last, cache, start):
-        hidden, cache = model(tokens, None, dtype, "layer", 1, cache, start, length + steps)
+        with compiling.products(dtype):
+            hidden, cache = model(tokens, None, dtype, "layer", 1, cache, start, length + steps)
         scores = adjust_logits(config, _project(config, hidden[:, last], params))
         return scores.argmax(-1).astype(prompt.dtype), cache
 
@@ -565,7 +569,8 @@ def _param(*shape: int) -> nnx.Param:
 
 def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
     head = head_matrix(params).astype(hidden.dtype)
-    every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    with compiling.products(hidden.dtype):
+        every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     return every[..., : config.vocab_size]  # without rows that only fill the matrix up
 
 
@@ -693,6 +698,11 @@ def _split(key: jax.Array | None, count: int):
     return [None] * count if key is None else jax.vmap(lambda k: jax.random.split(k, count), out_axes=1)(key)
 
 
+def _scaled(x: Array, factor: float) -> Array:
+    """`x` times a number, in the type of `x`; multiplied in float32, since a half-precision factor is off by up to 0.4%."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def _dropout(x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None) -> Float[Array, "*E B T D"]:
     """Drops a share of `x` that is `rate`.
 
@@ -704,7 +714,7 @@ def _dropout(x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None) ->
     *shape, width = (*x.shape[:-3], *x.shape[-2:])
     number = jax.lax.iota(jnp.uint32, math.prod(shape) * width).reshape(*shape, width)
     chance = jax.vmap(functools.partial(_hash, number), out_axes=-3)(jax.random.key_data(key))
-    return jnp.where(chance >= np.uint32(rate * 2**32), x * (1 / (1 - rate)), 0)
+    return jnp.where(chance >= np.uint32(rate * 2**32), _scaled(x, 1 / (1 - rate)), 0)
 
 
 def _hash(x: UInt32[Array, "..."], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:

@@ -23,16 +23,36 @@ MeshSizes = tuple[int, int, int]
 USABLE = compiling.MEMORY
 """Share of a device's memory that arrays can have; the rest is the runtime's."""
 PEAKS = {
-    "H100": 989e12,
-    "H200": 989e12,
+    "A10": 125e12,
     "A100": 312e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
     "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
+    "TPU v4 lite": 138e12,
     "TPU v5": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
 }
-"""Dense bfloat16 FLOP/s of a device, by the start or a word of the name that JAX gives it (the makers' data sheets)."""
+"""Dense bfloat16 FLOP/s of a device by name (the makers' data sheets). A chip of TPU7x is two devices."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The entry of `PEAKS` that has the most words of the device's name, from its first on; None if there is none."""
+    words = re.split(r"[\s-]+", device_kind.removeprefix("NVIDIA "))
+    names = (" ".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((PEAKS[name] for name in names if name in PEAKS), None)
 
 
 @dataclass(frozen=True)
@@ -116,7 +136,7 @@ class Speed:
                 tokens / rate / machine.devices,
                 f"at the {quantity(rate)} tokens/s measured on one device, times {machine.devices}",
             )
-        peak = self.peak or next((peak for name, peak in PEAKS.items() if name in machine.kind), 0.0)
+        peak = self.peak or peak_flops(machine.kind)
         if not peak:
             return None
         rate = self.mfu * peak * machine.devices / (flops / tokens)

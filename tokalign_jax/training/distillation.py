@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from tokalign_jax import paths, sharding
+from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.config import ComputeConfig, DistillationConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
@@ -174,9 +174,10 @@ def _total_forward(
         return over(DATA, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
     parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
-    total, *gradients = by_device(local, parts, (P(), P(BATCH), P(VOCABULARY)))(
-        hidden, head, teacher_hidden, teacher_head, labels
-    )
+    with compiling.products(how.student.dtype):
+        total, *gradients = by_device(local, parts, (P(), P(BATCH), P(VOCABULARY)))(
+            hidden, head, teacher_hidden, teacher_head, labels
+        )
     return total, gradients
 
 

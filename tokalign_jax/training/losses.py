@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import sharding
+from tokalign_jax import compiling, sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
@@ -101,7 +101,8 @@ def _by_chunk(of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: 
         results = jax.lax.map(lambda piece: of_chunk(rows, *map(gathered, piece)), pieces)
         return jax.tree.map(lambda x: x.reshape(-1)[: labels.size].reshape(labels.shape), results)
 
-    return by_device(local, _PARTS, P(BATCH))(hidden, head, labels)
+    with compiling.products(how.dtype):
+        return by_device(local, _PARTS, P(BATCH))(hidden, head, labels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -126,7 +127,8 @@ def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return over(BATCH, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
-    total, *gradients = by_device(local, _PARTS, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
+    with compiling.products(how.dtype):
+        total, *gradients = by_device(local, _PARTS, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
     return total, gradients
 
 
