@@ -155,3 +155,49 @@ def test_what_the_tokenizer_puts_before_every_text_is_found_and_kept(made, tmp_p
     shards = tokenizing.TokenShards.open(tmp_path / "source")
     assert shards.opening == index["source"]["opening"] == opening
     assert opening not in shards.tokens
+
+
+def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=single, special_tokens=list(ids))
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "told"),
+    [
+        (
+            added("<s> $A", ("<s>", 128_000)),
+            r"adds '<s>' to texts as the id 128000, which is no token.*write its id, 0",
+        ),
+        (added("$A </s>", ("</s>", 128_000)), "adds '</s>' to texts as the id 128000, which is no token.*its id, 1"),
+        (added("<s> $A", ("<s>", 5)), "as the id 5, which is the token .*: its model has no such row, or that of"),
+        (added("$A </s>", ("</s>", 0)), "adds '</s>' to texts as the id 0, which is the token '<s>'"),
+        (added("<gone> $A", ("<gone>", 0)), "adds '<gone>' to texts as the id 0, .*under post_processor, take it out"),
+        (processors.BertProcessing(("</s>", 1), ("<s>", 9)), "adds '<s>' to texts as the id 9"),
+        (processors.RobertaProcessing(("</s>", 700), ("<s>", 0)), "adds '</s>' to texts as the id 700"),
+        (processors.Sequence([processors.ByteLevel(), added("<s> $A", ("<s>", 1))]), "adds '<s>' to texts as the id 1"),
+        (added("<s> $A </s>", ("<s>", 0), ("</s>", 1)), None),
+        (added("$A", ("<s>", 128_000)), None),  # named, but never added
+        (processors.BertProcessing(("</s>", 1), ("<s>", 0)), None),
+    ],
+)
+def test_a_post_processor_adds_the_tokens_that_it_names(post_processor, told):
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *"abcdef"])}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = post_processor
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    if told is None:
+        tokenizing.check_added_tokens(tokenizer)
+    else:
+        with pytest.raises(UserError, match=told):
+            tokenizing.check(tokenizer)
+
+
+def test_an_ordinary_token_that_is_added_opens_texts_as_well():
+    """What the exported tokenizer adds, training has to add, whether or not the token is special."""
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", *"abcdef"])}, []))
+    backend.post_processor = added("b $A a a", ("b", 2), ("a", 1))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert (tokenizing.opening_id(tokenizer), tokenizing.closing_id(tokenizer)) == (2, 1)
+    backend.post_processor = added("$A a", ("a", 1))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert (tokenizing.opening_id(tokenizer), tokenizing.closing_id(tokenizer)) == (None, 1)

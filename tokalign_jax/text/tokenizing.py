@@ -10,7 +10,7 @@ import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +107,11 @@ def run(
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Raises:
-      UserError: nothing can end a document (`end_of_text_id`), or there is text that the tokenizer fails at.
+      UserError: nothing can end a document (`end_of_text_id`), the tokenizer adds tokens to texts that
+        are not what it calls them (`check_added_tokens`), or there is text that it fails at.
     """
     end_of_text_id(tokenizer)
+    check_added_tokens(tokenizer)
     losses(tokenizer)
 
 
@@ -145,8 +147,51 @@ def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None
     for text in itertools.chain("a", tokenizer.get_vocab()):
         whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
         if bare and not set(bare) & special_ids(tokenizer):
-            return whole[place] if whole[place] != bare[place] and whole[place] in special_ids(tokenizer) else None
+            return _beside(whole, bare, place)
     return None
+
+
+def _beside(whole: list[int], bare: list[int], place: int) -> int | None:
+    """The first (`place` 0) or last (-1) of `whole`, unless `bare`, a part of it, begins or ends there."""
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    if not starts:
+        return None
+    before, behind = starts[0], len(whole) - len(bare) - starts[0]
+    return whole[place] if (before if place == 0 else behind) else None
+
+
+def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+      UserError: the post-processor adds an id to texts that belongs to another token than it says, or
+        to none. A tokenizer that was retrained from another one may have kept that one's ids.
+    """
+    post_processor = tokenizer.backend_tokenizer.post_processor
+    vocabulary = tokenizer.get_vocab()
+    for token, index in _added_by(json.loads(post_processor.__getstate__())) if post_processor else ():
+        if vocabulary.get(token) == index:
+            continue
+        known = vocabulary.get(token)
+        other = tokenizer.convert_ids_to_tokens(index) if index in vocabulary.values() else None
+        means = "no token" if other is None else f"the token {other!r}"
+        remedy = "take it out" if known is None else f"write its id, {known}"
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' adds {token!r} to texts as the id {index}, which is {means}: its model has no "
+            f"such row, or that of something else; in its tokenizer.json, under post_processor, {remedy}"
+        )
+
+
+def _added_by(post_processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(token, id) of all that a post-processor adds, from its part of tokenizer.json."""
+    for part in post_processor.get("processors", ()):
+        yield from _added_by(part)
+    for key in ("cls", "sep"):  # BERT's and RoBERTa's
+        if key in post_processor:
+            yield tuple(post_processor[key])
+    named = post_processor.get("special_tokens", {})
+    template = [*post_processor.get("single", ()), *post_processor.get("pair", ())]
+    for name in dict.fromkeys(item["SpecialToken"]["id"] for item in template if "SpecialToken" in item):
+        yield from zip(named[name]["tokens"], named[name]["ids"], strict=True)
 
 
 _COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
