@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from tests.helpers import KINDS, TEXTS, tiny_tokenizer, tokenizer_of_kind
 from tokalign_jax.errors import UserError
@@ -307,6 +307,37 @@ def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path)
         hub.save_config_and_tokenizer(out, config, tokenizer, tmp_path)
         assert (hub.read_json(out / "generation_config.json") or {})["eos_token_id"] == expected
         assert (hub.read_json(out / "config.json") or {})["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_values_out_of_range_are_named_and_left_out(tmp_path):
+    tokenizer = tiny_tokenizer(300, TEXTS)
+    source = _write(tmp_path / "source")
+    tokenizer.save_pretrained(source)
+    good = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0, "max_new_tokens": 100, "num_beams": 1}
+    bad = {"temperature": 0.0, "top_p": 1.5, "top_k": -1, "max_new_tokens": 0, "num_beams": True, "max_length": "20",
+           "repetition_penalty": -1, "min_p": None, "early_stopping": "always"}  # fmt: skip
+    ids = {"eos_token_id": [0, 99_999, "2", None, -1], "pad_token_id": -1, "bos_token_id": [[0]]}
+    config = {"model_type": "llama", "eos_token_id": -1, "pad_token_id": 2.0, "vocab_size": 300}
+    hub.write_json(source / "generation_config.json", good | bad | ids | {"mask_token_id": 7, "image_token_index": 8})
+    lines: list[str] = []
+    hub.warn_of_values_left_out(source, config, 300, lines.append)
+    assert len(lines) == 1 and lines[0].startswith("warning: the export leaves out values of the source model")
+    for key, value in (bad | ids).items():
+        assert (f"{key}={value!r} (generation_config.json)" in lines[0]) == (value is not None)
+    assert "eos_token_id=-1 (config.json), pad_token_id=2.0 (config.json)" in lines[0] and "do_sample" not in lines[0]
+    out = _write(tmp_path / "out")
+    hub.save_config_and_tokenizer(out, config, tokenizer, source)
+    own = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    assert hub.read_json(out / "generation_config.json") == {"do_sample": True, "min_p": None, **own}
+    assert hub.read_json(out / "config.json") == {"model_type": "llama", "vocab_size": 300, **own}
+    GenerationConfig.from_pretrained(out).validate(strict=True)
+    hub.write_json(source / "generation_config.json", good)
+    lines.clear()
+    hub.warn_of_values_left_out(source, {"eos_token_id": [0, 299]}, 300, lines.append)
+    assert not lines
+    (source / "generation_config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"generation_config\.json' holds no JSON object but list"):
+        hub.warn_of_values_left_out(source, {}, 300, lines.append)
 
 
 def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):

@@ -138,12 +138,15 @@ def test_a_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
     corpus = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     parity_cases.pair(case_of("qwen2"), tmp_path / "source")
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     target = tokenizer_of_kind("llama2", texts, 500)
     target.save_pretrained(tmp_path / "target")
     inputs = {"corpus": corpus, "target": tmp_path / "target", "qwen2": tmp_path / "source"}
     more = ("--config.alignment.method=pieces", "--stages=init,export")
     assert main.main(arguments(inputs, "qwen2", tmp_path / "run", "ultra_quick_demo", *more)) == 0
-    assert "opens the exported tokenizer, beside model_type 'qwen2', as Qwen2Tokenizer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "opens the exported tokenizer, beside model_type 'qwen2', as Qwen2Tokenizer" in printed
+    assert "has a chat template and the target tokenizer has none, so the exported model has none" in printed
     opened = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
     assert opened(texts[:5])["input_ids"] == target(texts[:5])["input_ids"]
     ids = torch.tensor(opened(texts[:1])["input_ids"])

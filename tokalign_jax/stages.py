@@ -217,11 +217,17 @@ class Context:
         source_size = vocabulary_size(self.source_tokenizer)
         tokenizing.check(self.source_tokenizer)
         self._check_two_readings()
+        hub.warn_of_values_left_out(self.source_folder, self.source_model[1], model.vocab_size, self.log)
         if self.extends:
             mining.check(self.source_tokenizer)
         else:
             tokenizing.check(self.target_tokenizer)
             _ = self.exports_as_llama
+            if self.source_tokenizer.chat_template and not self.target_tokenizer.chat_template:
+                self.log(
+                    "warning: the source model has a chat template and the target tokenizer has none, so the exported model has "
+                    "none: put a chat_template.jinja that writes the target's special tokens beside its tokenizer.json"
+                )
             if (closing := tokenizing.closing_id(self.target_tokenizer)) is not None:
                 self.log(
                     f"warning: the target tokenizer puts '{self.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "

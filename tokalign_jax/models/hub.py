@@ -6,9 +6,10 @@ licences. Pickles are never read, and code that comes with a model is never run.
 
 import importlib.util
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,17 +45,17 @@ _OLD_VOCABULARY = (
     "tokenizer_class",
     "bad_words_ids",
     "begin_suppress_tokens",
-    "decoder_start_token_id",
     "force_words_ids",
-    "forced_bos_token_id",
     "forced_decoder_ids",
-    "forced_eos_token_id",
-    "sep_token_id",
     "sequence_bias",
     "suppress_tokens",
 )
-"""Config keys that speak of the source's tokenizer or of its token ids, and mean nothing with another vocabulary; and of code
-that is not carried over."""
+"""Config keys about the source's tokenizer or its token ids, like all keys that end in `_token_id`,
+which mean nothing with another vocabulary; and about code that is not carried over."""
+
+
+def _is_of_old_vocabulary(key: str) -> bool:
+    return key in _OLD_VOCABULARY or re.search(r"_token_(ids?|index)$", key) is not None
 
 
 # --- Names to folders -------------------------------------------------------------------------------------------------
@@ -230,6 +231,45 @@ def load_generation_config(folder: Path | str) -> dict[str, Any] | None:
     return read_json(Path(folder) / "generation_config.json")
 
 
+_AT_LEAST_ONE = ("max_length", "max_new_tokens", "num_beams", "num_return_sequences")
+_WHOLE = ("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k")
+_POSITIVE = ("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time")
+_SHARE = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str, Any]:
+    """The values of a config.json or generation_config.json that loading or generation would fail at.
+
+    Args:
+      rows: of the model: what token ids must be below.
+    """
+
+    def is_valid(key: str, value: Any) -> bool:
+        if key in _TOKEN_IDS:
+            return all(type(i) is int and 0 <= i < rows for i in _as_list(value))
+        if key == "early_stopping":
+            return value in (True, False, "never")
+        is_number = type(value) in (int, float)
+        if key in (*_AT_LEAST_ONE, *_WHOLE):
+            return type(value) is int and value >= (key in _AT_LEAST_ONE)
+        if key in _POSITIVE:
+            return is_number and 0 < value < math.inf
+        return is_number and 0 <= value <= 1 if key in _SHARE else True
+
+    return {key: value for key, value in config.items() if value is not None and not is_valid(key, value)}
+
+
+def warn_of_values_left_out(
+    folder: Path | str, config: Mapping[str, Any], rows: int, log: Callable[[str], None]
+) -> None:
+    """Names the values of the source's configs that an export leaves out (`out_of_range`)."""
+    files = {"config.json": config, "generation_config.json": load_generation_config(folder) or {}}
+    found = [f"{key}={value!r} ({name})" for name, of in files.items() for key, value in out_of_range(of, rows).items()]
+    if found:
+        log(f"warning: the export leaves out values of the source model that are out of range: {', '.join(found)}")
+
+
 def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokenizerBase":
     """The tokenizer of a local folder or hub repository; code that comes with it is never run.
 
@@ -360,7 +400,8 @@ def save_config_and_tokenizer(
     ends = _all_ends(old, load_tokenizer(source_folder) if source_folder else None, tokenizer)
     listed = {"eos_token_id": ends} if len(ends) > 1 else {}
     for name, source in {"config.json": config, "generation_config.json": generation_config}.items():
-        kept = {key: value for key, value in source.items() if key not in _OLD_VOCABULARY}
+        invalid = out_of_range(source)
+        kept = {key: of for key, of in source.items() if key not in invalid and not _is_of_old_vocabulary(key)}
         is_list = source is generation_config or isinstance(source.get("eos_token_id"), list)
         write_json(folder / name, kept | ids | (listed if is_list else {}))
     save_tokenizer(tokenizer, folder)
@@ -392,19 +433,19 @@ _OF_THIS_PROCESS = ("backend", "is_local", "local_files_only")
 """Keys that transformers 5 writes into tokenizer_config.json, about how it was read here."""
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
+def _as_list(ids: Any) -> list[Any]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def _all_ends(
-    old: list[int], source_tokenizer: "PreTrainedTokenizerBase | None", tokenizer: "PreTrainedTokenizerBase"
+    old: Sequence[Any], source_tokenizer: "PreTrainedTokenizerBase | None", tokenizer: "PreTrainedTokenizerBase"
 ) -> list[int]:
     """The eos of `tokenizer`, the counterparts of the source's eos ids `old`, and its separator."""
     found = [tokenizer.eos_token_id]
     if source_tokenizer is not None:
         # The source's separator has the new one as its counterpart, whatever its text.
         known = set(source_tokenizer.get_vocab().values()) - {end_of_text_id(source_tokenizer)}
-        matches = [counterpart(i, source_tokenizer, tokenizer) for i in old if i in known]
+        matches = [counterpart(i, source_tokenizer, tokenizer) for i in old if type(i) is int and i in known]
         found += [match.token for match in matches if match is not None]
     found.append(end_of_text_id(tokenizer))
     return [i for i in dict.fromkeys(found) if i is not None]
@@ -462,11 +503,14 @@ def push_to_hub(folder: Path | str, repository: str, private: bool = True, revis
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`; None when there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds no JSON object but {type(content).__name__}: copy it again")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
