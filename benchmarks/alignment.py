@@ -163,10 +163,11 @@ class _Starts:
         model_config, params = initialization.initialize(*self._source_model, aligned)
         if reads_source(config):
             target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
-            if self._reading is not None:
-                made = aligned, self._reading, self.context.mesh, print
-                target = target._replace(params=initialization.learn(config, self._source, target, *made))
-                params, _ = initialization.tune(config, self._source, target, *made)
+            made = aligned, self._reading, self.context.mesh, print
+            target = target._replace(params=initialization.learn(config, self._source, target, *made))
+            placed = aligned, self.context.mesh, print
+            target = target._replace(params=initialization.calibrate(config, self._source, target, *placed))
+            params, _ = initialization.tune(config, self._source, target, *made)
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
 

@@ -11,10 +11,11 @@ import pytest
 from helpers import KINDS, TEXTS, tiny_model_folder, tiny_tokenizer, tokenizer_of_kind
 from transformers import AutoTokenizer
 
+from tests.test_alignment_methods import renumbered
 from tokalign_jax import paths, sharding
-from tokalign_jax.alignment import methods
+from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Rule
-from tokalign_jax.config import ComputeConfig, Config, InitializationConfig
+from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, InitializationConfig
 from tokalign_jax.initialization import calibration, composition, contexts, initialization, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import forward
@@ -22,6 +23,7 @@ from tokalign_jax.text import canonical
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
+OTHER = [*TEXTS, "Completely other words of another text, completely."]
 DOCUMENTS = [text * times for times in (1, 2, 3) for text in TEXTS]
 MESH = sharding.make_mesh()
 
@@ -226,7 +228,7 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
     length = 128
     windows = shards.tokens[: len(shards.tokens) // length * length].reshape(-1, length)
     states = np.asarray(forward(config, params, jnp.asarray(windows)), np.float64).reshape(-1, config.hidden_size)
-    frequency = (shards.counts + 0.5) / (shards.counts + 0.5).sum()
+    frequency = calibration.estimated_frequencies(shards.counts)
 
     def distance(rows):
         logits = states @ rows[: len(frequency)].T
@@ -260,7 +262,6 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
             initialization.Side(new_config, new, target, shards[1]),
         )
         reading = initialization.read(settings, *sides, as_documents(DOCUMENTS), MESH, print)
-        assert reading is not None
         return initialization.learn(settings, *sides, aligned, reading, MESH, print)
 
     learned, again = learn(settings), learn(settings)
@@ -275,9 +276,116 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
         np.testing.assert_array_equal(after[~composed], before[~composed])
         assert (after[composed] != before[composed]).any(axis=1).all() and np.isfinite(after).all()
     assert learned["layers"] is new["layers"]
-    moved = learn(dataclasses.replace(settings, initialization=InitializationConfig(tokens=10**6, learned=0.0)))
-    group, leaf = ("embed_tokens", "embedding") if tied else ("lm_head", "kernel")
-    assert np.linalg.matrix_rank(np.asarray(moved[group][leaf]) - np.asarray(new[group][leaf]), tol=1e-3) == 1
+
+
+# --- Which rows a start moves -----------------------------------------------------------------------------------------
+
+
+def start(model, source, target, documents=DOCUMENTS, method="composed", kept=0, unusable=frozenset(), **settings):
+    """A new vocabulary's start, as the stage `init` makes it: alignment, parameters mixed and at the end, counts."""
+    config, params = model
+    shards = [shards_of(tokenizer, documents) for tokenizer in (source, target)]
+    given = AlignmentConfig(method=method), source, target, *(side.counts for side in shards)
+    aligned, _ = methods.make(methods.Inputs(*given, seed=0, log=print))
+    if unusable:
+        aligned = methods.without(aligned, unusable, source, target, shards[1].counts)
+    new_config, mixed = initialization.initialize(config, params, aligned, kept=kept)
+    if method != "composed":
+        return aligned, mixed, mixed, shards[1].counts
+    run = Config(
+        compute=ComputeConfig(dtype="float32"),
+        initialization=InitializationConfig(**{"tokens": 10**6, "tuning": 10_000, **settings}),
+    )
+    one = initialization.Side(config, params, source, shards[0], unusable)
+    other = initialization.Side(new_config, mixed, target, shards[1])
+    reading = initialization.read(run, one, other, as_documents(documents), MESH, print)
+    how = MESH, print, kept
+    other = other._replace(params=initialization.learn(run, one, other, aligned, reading, *how))
+    other = other._replace(params=initialization.calibrate(run, one, other, aligned, *how))
+    return aligned, mixed, initialization.tune(run, one, other, aligned, reading, *how).params, shards[1].counts
+
+
+def matrices(params) -> dict[str, np.ndarray]:
+    return {path: np.asarray(rows) for path, rows in paths.flatten(params).items() if sharding.is_vocabulary(path)}
+
+
+def loaded(folder, tied=False, tokenizer=None, **settings):
+    folder = tiny_model_folder(folder, "llama", 320, tied, tokenizer, **settings)
+    config, _ = hub.load_config(folder)
+    return (config, huggingface.load_params(folder, config)), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("calibrated", [0.5, 1.0])
+def test_special_and_unseen_tokens_of_the_source_stay(tmp_path, tied, calibrated):
+    """Neither the tokens of a chat nor an added token that plain text never has may become less likely."""
+    roles = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
+    source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(420, OTHER)
+    for tokenizer in (source, target):
+        tokenizer.add_special_tokens({"additional_special_tokens": roles})
+        tokenizer.add_tokens(["</think>"])
+    model, source = loaded(tmp_path, tied, source)
+    aligned, before, after, counts = start(model, source, target, calibration=calibrated)
+    thought = target.convert_tokens_to_ids("</think>")
+    assert aligned.rules[thought] == Rule.EXACT and counts[thought] == 0
+    still = (aligned.rules == Rule.SPECIAL) | ((aligned.rules == Rule.EXACT) & (counts == 0))
+    assert still.sum() > len(roles) + 50 and counts[target.eos_token_id]
+    for path, rows in matrices(after).items():
+        np.testing.assert_array_equal(rows[still], matrices(before)[path][still])
+        assert (rows != matrices(before)[path]).any(axis=1).sum() > 50
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"random"}))
+@pytest.mark.parametrize("target", ["itself", "renumbered", "fewer", "more", "other roles"])
+def test_tokens_that_the_source_has_are_the_sources(tmp_path, method, target):
+    """One vocabulary within the other: every shared row is the source's, bit for bit, whatever the method."""
+    source = tiny_tokenizer(300 if target == "more" else 320, TEXTS, "metaspace")
+    made = {
+        "itself": lambda: source,
+        "renumbered": lambda: renumbered(source, np.random.default_rng(0).permutation(len(source))),
+        "fewer": lambda: tiny_tokenizer(300, TEXTS, "metaspace"),
+        "more": lambda: tiny_tokenizer(420, TEXTS, "metaspace"),
+        "other roles": lambda: tiny_tokenizer(320, TEXTS, "metaspace"),
+    }[target]()
+    if target == "other roles":
+        made.pad_token, made.eos_token = "</s>", "<s>"
+    (config, params), source = loaded(tmp_path, False, source)
+    _, _, after, _ = start((config, params), source, made, method=method)
+    theirs = {name: i for name, i in made.get_vocab().items() if name in source.get_vocab()}
+    assert len(theirs) >= 300
+    ids = np.array([(i, source.get_vocab()[name]) for name, i in theirs.items()])
+    for path, rows in matrices(after).items():
+        np.testing.assert_array_equal(rows[ids[:, 0]], matrices(params)[path][ids[:, 1]])
+
+
+def test_without_places_all_but_the_learned_rows_is_done(tmp_path, monkeypatch):
+    model, source = loaded(tmp_path)
+    target = tiny_tokenizer(420, OTHER)
+    find_places = contexts.find_places
+
+    def nowhere(*args):
+        places = find_places(*args)
+        none = np.full_like(places.tokens, contexts.NONE)
+        return places._replace(next_target=none, last_target=none)
+
+    monkeypatch.setattr(contexts, "find_places", nowhere)
+    _, mixed, calibrated, _ = start(model, source, target, tuning=0)
+    _, _, tuned, _ = start(model, source, target)
+    mixed, calibrated, tuned = map(matrices, (mixed, calibrated, tuned))
+    assert (calibrated["lm_head/kernel"] != mixed["lm_head/kernel"]).any()
+    for path, rows in tuned.items():
+        assert (rows != calibrated[path]).any() and np.isfinite(rows).all()
+
+
+def test_unseen_tokens_are_as_probable_as_good_and_turing_say():
+    counts = np.array([0] * 1000 + [1] * 20 + [2] * 30 + [500, 1000])
+    estimated = calibration.estimated_frequencies(counts)
+    assert estimated.sum() == pytest.approx(1)
+    assert estimated[counts == 0].sum() == pytest.approx(20 / counts.sum(), rel=0.05)
+    np.testing.assert_allclose(estimated[counts > 0] / estimated[-1], counts[counts > 0] / 1000)
+    for few in (np.array([0, 0, 1, 1, 1, 1, 1, 1]), np.array([0, 5, 7]), np.array([3, 4])):
+        estimated = calibration.estimated_frequencies(few)
+        assert (estimated > 0).all() and (np.argsort(estimated, kind="stable") == np.arange(len(few))).all()
 
 
 # --- Tuning -----------------------------------------------------------------------------------------------------------
@@ -300,14 +408,10 @@ def tuned(folder, tied, kept=0, budget=40_000, target=None):
         initialization.Side(new_config, new, target, shards[1]),
     )
     reading = initialization.read(config, *sides, as_documents(documents), MESH, print)
-    assert reading is not None
     lines = []
     after, facts = initialization.tune(config, *sides, aligned, reading, MESH, lines.append, kept)
     assert bool(facts) == bool(lines)
     return aligned, sides[1], after, lines
-
-
-OTHER = [*TEXTS, "Completely other words of another text, completely."]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -325,7 +429,8 @@ def test_tuned_rows_read_the_text_better(tmp_path, tied):
 
     assert nats(after) < nats(before) - 0.03  # a model of random weights has little to gain
     assert "nats a token on text left out" in lines[-1]
-    moves = np.isin(aligned.rules, (Rule.EXACT, *initialization.COMPOSED))
+    seen = (aligned.rules == Rule.EXACT) & (side.shards.counts > 0)
+    moves = seen | np.isin(aligned.rules, initialization.COMPOSED)
     for path, rows in paths.flatten(after).items():
         old = paths.flatten(before)[path]
         if not sharding.is_vocabulary(path):
@@ -436,3 +541,97 @@ def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
     fitted = np.polynomial.polynomial.polyfit(log_frequency.astype(np.float64), head[: len(tokenizer)], 1)[1]
     expected = head[: len(tokenizer)] + np.arange(len(tokenizer))[:, None] * fitted
     np.testing.assert_allclose(new["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Rows that are not finite -----------------------------------------------------------------------------------------
+
+
+def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), columns=slice(None)):
+    """`params` in which these rows hold `value`."""
+    new = dict(params)
+    for group in set(groups) & set(params):
+        (leaf,) = params[group]
+        rows = np.array(params[group][leaf], np.float32)
+        rows[np.array(ids)[:, None], np.arange(rows.shape[1])[columns]] = value
+        new[group] = {leaf: jnp.asarray(rows)}
+    return new
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize(
+    ("tied", "groups"), [(True, ("embed_tokens",)), (False, ("lm_head",)), (False, ("embed_tokens",))]
+)
+def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
+    """Whatever the rows of unused tokens hold, and whether these are special, text or padding rows, it leaves no trace."""
+    source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(420, OTHER)
+    for tokenizer in (source, target):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
+    (config, params), source = loaded(tmp_path, tied, source)
+    unseen = np.flatnonzero(shards_of(source, DOCUMENTS).counts == 0)
+    unused = [source.convert_tokens_to_ids("<|unused|>"), int(unseen[5]), 310]  # special, a byte, padding
+    assert len(unseen) > 20 and len(source) < 310
+    found = []
+    for value, columns in ((np.nan, slice(3, 4)), (np.inf, slice(None)), (-np.inf, slice(2))):
+        bad = broken(params, unused, value, groups, columns)
+        whole, unusable = initialization.usable(bad, len(source))
+        assert unusable == set(unused[:2])
+        aligned, *_, after, _ = start((config, whole), source, target, method=method, unusable=unusable)
+        mixtures = (aligned.embedding.ids, aligned.head.ids)
+        assert not any(np.isin(ids, unused).any() for ids in mixtures)
+        direct = initialization.initialize(config, bad, aligned)[1]
+        drawn = initialization.random_rows(config, bad, 50, jax.random.key(0), kept=3)[1]
+        found.append(matrices(after) | {f"direct {k}": v for k, v in matrices(direct).items()})
+        found[-1] |= {f"drawn {k}": v for k, v in matrices(drawn).items()}
+    for path, rows in found[0].items():
+        assert np.isfinite(rows).all(), path
+        for other in found[1:]:
+            np.testing.assert_array_equal(rows, other[path])
+
+
+def test_what_would_be_made_of_a_broken_row_follows_the_next_rule():
+    source, target = tiny_tokenizer(320, TEXTS), tiny_tokenizer(420, OTHER)
+    for tokenizer in (source, target):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>", "additional_special_tokens": ["<|unused|>"]})
+    counts = np.full(len(target), 10)
+    before = methods.from_pieces(source, target)
+    of_target = canonical.token_bytes(target)
+    word = next(i for i, c in enumerate(of_target) if before.rules[i] == Rule.EXACT and c and len(c) > 3)
+    pad, unused = target.convert_tokens_to_ids(["<|pad|>", "<|unused|>"])
+    byte = next(i for i, c in enumerate(of_target) if before.rules[i] == Rule.EXACT and c and len(c) == 1)
+    bad = {int(before.heaviest()[i]) for i in (word, pad, unused, byte)}
+    after = methods.without(before, bad, source, target, counts)
+    assert not np.isin(after.embedding.ids, list(bad)).any() and not np.isin(after.head.ids, list(bad)).any()
+    of_source = canonical.token_bytes(source)
+    assert after.rules[word] == Rule.PIECES
+    assert b"".join(of_source[i] for i in row_ids(after.embedding, word)) == of_target[word]
+    assert after.rules[pad] == Rule.SPECIAL and row_ids(after.head, pad) == [source.eos_token_id]
+    assert after.rules[unused] == Rule.PIECES and after.scores[unused] == 0
+    assert after.rules[byte] == Rule.MEAN and row_ids(after.head, byte) == [after.source_size]
+    untouched = np.setdiff1d(np.arange(len(target)), [word, pad, unused, byte])
+    used = np.array([not set(row_ids(before.head, i)) & bad for i in untouched])
+    np.testing.assert_array_equal(before.rules[untouched[used]], after.rules[untouched[used]])
+
+
+def row_ids(mixture, i):
+    return mixture.ids[mixture.indptr[i] : mixture.indptr[i + 1]].tolist()
+
+
+def test_kept_rows_that_are_broken_are_made_anew(tmp_path):
+    (config, params), source = loaded(tmp_path, False)
+    aligned = methods.without(methods.from_pieces(source, source), {7, 280}, source, source, np.ones(len(source)))
+    _, made = initialization.initialize(config, broken(params, [7, 280]), aligned, kept=len(source))
+    for path, rows in matrices(made).items():
+        assert np.isfinite(rows).all()
+        still = np.setdiff1d(np.arange(len(source)), [7, 280])
+        np.testing.assert_array_equal(rows[still], matrices(params)[path][still])
+
+
+def test_rows_of_the_source_keep_every_bit():
+    """-0.0 too, which a product with a weight of 1 would lose."""
+    rows = np.array([[-0.0, 1.5], [2.0, -0.0], [-0.0, -0.0]], np.float32)
+    one = alignment.one_to_one(np.array([2, 0, 1, 0]), 3)
+    np.testing.assert_array_equal(alignment.apply(one, rows).view(np.uint32), rows[[2, 0, 1, 0]].view(np.uint32))
+    moved = rows.copy()
+    initialization.move(moved, np.array([0.0, 2.0, 0.0]), np.array([np.float32(-0.5), 0.25]))
+    np.testing.assert_array_equal(moved[[0, 2]].view(np.uint32), rows[[0, 2]].view(np.uint32))
+    np.testing.assert_array_equal(moved[1], [1.0, 0.5])

@@ -291,3 +291,49 @@ def test_what_is_not_implemented_is_named(family, changes, message, tmp_path):
     _edit_json(folder / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         hub.load_config(folder)
+
+
+# --- Weights that are not finite ----------------------------------------------------------------------------------------
+
+
+def _spoil(folder: Path, name: str, index, value: float) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name][index] = value
+            save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_found(tmp_path, monkeypatch, dtype, value):
+    monkeypatch.setattr(huggingface, "_BLOCK_BYTES", 5000)
+    folder = _folder(tmp_path, dtype=dtype, max_shard_size="30KB")
+    config, _ = hub.load_config(folder)
+    assert all(not len(rows) for rows in huggingface.non_finite_rows(folder, config).values())
+    _spoil(folder, "model.embed_tokens.weight", (269, 3), value)
+    _spoil(folder, "lm_head.weight", (slice(7, 9), slice(None)), value)
+    found = huggingface.non_finite_rows(folder, config)
+    assert {path: rows.tolist() for path, rows in found.items()} == {
+        "embed_tokens/embedding": [269],
+        "lm_head/kernel": [7, 8],
+    }
+    _spoil(folder, "model.layers.1.mlp.up_proj.weight", (2, 2), value)
+    _spoil(folder, "model.norm.weight", 0, value)
+    with pytest.raises(
+        UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*model\.norm\.weight|model\.norm.*up_proj"
+    ):
+        huggingface.non_finite_rows(folder, config)
+
+
+def test_a_tied_model_may_store_a_row_that_is_not_finite_twice(tmp_path):
+    folder = _folder(tmp_path, tied=True)
+    _spoil(folder, "model.embed_tokens.weight", 5, np.nan)
+    tensors = load_file(folder / "model.safetensors")
+    copy = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors | {"lm_head.weight": copy}, folder / "model.safetensors", {"format": "pt"})
+    _load(folder)
+    copy[6] = 0
+    save_file(tensors | {"lm_head.weight": copy}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="differs from the input embedding"):
+        _load(folder)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import SHARED, tiny_model_folder, tiny_tokenizer
 from processes import free_port
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax import main, pipeline, stages
@@ -279,6 +279,39 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")
     assert "thesis" not in refused(workdir=mine) and (mine / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_source_model_with_broken_rows(inputs, tmp_path, capsys, tied):
+    """Rows of a few unused tokens are left out, and named; more of them, or broken layers, are refused beforehand."""
+    source = tiny_tokenizer(300, [" ".join(WORDS)])
+    source.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
+    folder = tiny_model_folder(tmp_path / "source", "llama", 320, tied, source)
+    bad = [source.convert_tokens_to_ids("<|unused|>"), 315]  # the last one is padding
+
+    def spoil(rows, name="model.embed_tokens.weight"):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][rows] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    given = {**inputs, "llama": folder}
+    spoil(bad)
+    only = ["--stages=export,evaluate", "--config.initialization.tokens=2000"]
+    none = ["--config.stage1.steps=0", "--config.stage2.steps=0"]
+    assert main.main(arguments(given, "llama", tmp_path / "run", "best", *only, *none)) == 0
+    assert "rows of 1 token hold NaN or infinity ('<|unused|>')" in capsys.readouterr().out
+    for name, tensor in load_file(tmp_path / "run" / "export" / "model.safetensors").items():
+        assert torch.isfinite(tensor).all(), name
+    for state in ("source", "random", "init"):
+        scores = json.loads((tmp_path / "run" / "evaluate" / state / "scores.json").read_text())
+        assert np.isfinite(scores["pooled"]["bits_per_byte"])
+    spoil(slice(20, 60))
+    assert main.main(arguments(given, "llama", tmp_path / "many", "best", *only, *none)) == 2
+    assert "rows of 41 tokens hold NaN" in capsys.readouterr().err
+    spoil(0, "model.layers.0.self_attn.q_proj.weight")
+    assert main.main(arguments(given, "llama", tmp_path / "layers", "best", *only, *none)) == 2
+    assert "model.layers.0.self_attn.q_proj.weight" in capsys.readouterr().err
+    assert not (tmp_path / "layers" / "corpus").exists()
 
 
 def test_the_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):

@@ -5,7 +5,7 @@ import fnmatch
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -237,6 +237,8 @@ class Context:
         if self.teacher_folder and self.teacher_model:
             self._check_teacher(self.teacher_folder, self.teacher_model)
         documents.check(config)
+        if not self.folder("init").exists():
+            check_finite(self)
         taken = f"alignment.file '{config.alignment.file}'" if config.alignment.file else ""
         if not taken and config.alignment.method not in methods.NEED_VECTORS:
             taken = f"alignment.method '{config.alignment.method}'"
@@ -431,26 +433,57 @@ def init(context: Context) -> Mapping[str, Any]:
     aligned = alignment.load(
         context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
     )
+    params, unusable = initialization.usable(params, aligned.source_size)
+    if unusable:
+        context.log(f"init: warning: {_named(unusable, context.source_tokenizer)}: nothing is made of them")
+        tokenizers = context.source_tokenizer, context.target_tokenizer
+        counts = np.load(context.folder("tokens") / "target" / "counts.npy")
+        aligned = methods.without(aligned, unusable, *tokenizers, counts)
     settings, tuned = context.config, {}
     multiple_of = settings.initialization.rows_multiple_of
     new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
     if reads_source(settings):
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
-        source = initialization.Side(config, params, context.source_tokenizer, shards[0])
+        source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
         drawn = contexts.draw(source.shards, settings.initialization.tokens, settings.seed)
         texts = documents.at(context.folder("corpus"), drawn)
         reading = initialization.read(settings, source, target, texts, context.mesh, context.log)
-        if reading is not None:
-            new = initialization.learn(
-                settings, source, target, aligned, reading, context.mesh, context.log, context.kept
-            )
-            target = target._replace(params=new)
-            new, tuned = initialization.tune(
-                settings, source, target, aligned, reading, context.mesh, context.log, context.kept
-            )
+        how = context.mesh, context.log, context.kept
+        target = target._replace(params=initialization.learn(settings, source, target, aligned, reading, *how))
+        target = target._replace(params=initialization.calibrate(settings, source, target, aligned, *how))
+        new, tuned = initialization.tune(settings, source, target, aligned, reading, *how)
     _write(context, "init", new_config, new, raw, "float32")
     return {"tuned": dict(tuned)}
+
+
+def _named(tokens: Set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Says that the source model's rows of these tokens are not finite, with the names of the first ones."""
+    names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(tokens)[:10])
+    more = f" and {len(tokens) - 10:,} more" if len(tokens) > 10 else ""
+    count = f"{len(tokens):,} token{'s' if len(tokens) > 1 else ''}"
+    return f"the source model's rows of {count} hold NaN or infinity ({names}{more})"
+
+
+MOST_UNUSABLE = 0.05
+"""Share of the source tokens whose rows may be not finite: reserved ones that were never trained. With more the model is broken."""
+
+
+def check_finite(context: Context) -> None:
+    """Reads all weights of the source model, before the work that a broken one would waste.
+
+    Raises:
+      UserError: a weight of its layers, or the rows of many tokens, hold NaN or infinity.
+    """
+    config, _ = context.source_model
+    rows = huggingface.non_finite_rows(context.source_folder, config)
+    size = vocabulary_size(context.source_tokenizer)
+    unusable = {i for found in rows.values() for i in found.tolist() if i < size}
+    if len(unusable) > MOST_UNUSABLE * size:
+        raise UserError(
+            f"source_model '{context.config.source_model}': {_named(unusable, context.source_tokenizer)}, of {size:,}: its "
+            "training diverged, or its files were damaged or badly converted; take another checkpoint of it"
+        )
 
 
 def load_state(
@@ -458,13 +491,16 @@ def load_state(
 ) -> tuple[ModelConfig, dict]:
     """The model after the last of `states` (`init` and training stages), on the mesh, adapters merged.
 
-    No states: the source model.
+    No states: the source model, its rows that are not finite replaced (`initialization.usable`).
 
     Args:
       dtype: of each parameter by its path.
     """
     folder, config, changes = _state(context, states)
-    return config, training_states.assemble(folder, config, changes, dtype, context.mesh)
+    params = training_states.assemble(folder, config, changes, dtype, context.mesh)
+    if not states:
+        params, _ = initialization.usable(params, vocabulary_size(context.source_tokenizer))
+    return config, params
 
 
 def _state(context: Context, states: Sequence[str]) -> tuple[Path, ModelConfig, training_states.Changes]:

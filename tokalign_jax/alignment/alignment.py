@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import scoring
@@ -166,6 +166,9 @@ def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
 def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "V_t D"]:
     """float32: the rows that a mixture makes of the source model's `rows` (any float type; added up in float32).
 
+    A target token that is one source token has its row bit for bit. Source rows that hold NaN or infinity reach no other
+    row: they have no part in the mean, and stand for it.
+
     Args:
       rows: R >= V_s; a source matrix may be padded, and only its first V_s rows count for the mean.
 
@@ -178,18 +181,31 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
             f"the source model's matrix has {rows.shape[0]:,} rows, its tokenizer {source_size:,} tokens: they do not belong "
             "together; give the model folder its own tokenizer"
         )
-    mean = rows[:source_size].mean(axis=0, dtype=np.float64)
-    table = np.concatenate([rows[:source_size], mean[None]], dtype=np.float32)
+    rows = rows[:source_size]
+    finite = finite_rows(rows)
+    mean = (rows if finite.all() else rows[finite]).mean(axis=0, dtype=np.float64)
+    table = np.concatenate([rows, mean[None]], dtype=np.float32)
+    table[:-1][~finite] = mean
     size = len(mixture.indptr) - 1
     matrix = scipy.sparse.csr_array((mixture.weights, mixture.ids, mixture.indptr), shape=(size, source_size + 1))
+    single = np.diff(mixture.indptr) == 1
     result = np.empty((size, rows.shape[1]), np.float32)
 
     def make(start: int) -> None:
-        result[start : start + BLOCK] = matrix[start : start + BLOCK] @ table
+        block = result[start : start + BLOCK]
+        block[:] = matrix[start : start + BLOCK] @ table
+        alone = np.flatnonzero(single[start : start + BLOCK])
+        block[alone] = table[mixture.ids[mixture.indptr[start + alone]]]  # a product turns -0.0 into 0.0
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
         list(pool.map(make, range(0, size, BLOCK)))
     return result
+
+
+def finite_rows(rows: Float[np.ndarray, "R D"]) -> Bool[np.ndarray, "R"]:
+    """Which rows hold neither NaN nor infinity."""
+    blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    return np.concatenate([np.isfinite(block.astype(np.float32)).all(axis=1) for block in blocks] or [np.ones(0, bool)])
 
 
 def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict[str, Any]:

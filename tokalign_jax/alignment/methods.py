@@ -7,7 +7,7 @@ source token with the same bytes, the special token of the same role. The method
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,15 +278,23 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
 # --- what text says ---------------------------------------------------------------------------------------------------
 
 
-def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Spelled:
-    """Exact matches, special tokens by role, and the pieces of the rest as the source tokenizer cuts them."""
-    exact = exact_matches(source_tokenizer, target_tokenizer)
-    special = special_matches(source_tokenizer, target_tokenizer)
+def spell(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    avoid: Set[int] = frozenset(),
+) -> Spelled:
+    """Exact matches, special tokens by role, and the pieces of the rest as the source tokenizer cuts them.
+
+    Args:
+      avoid: source tokens of which nothing is made.
+    """
+    exact = exact_matches(source_tokenizer, target_tokenizer, avoid)
+    special = special_matches(source_tokenizer, target_tokenizer, avoid)
     sure = exact | {i: match.token for i, match in special.items()}
     size = canonical.vocabulary_size(target_tokenizer)
     parts = [[sure[i]] if i in sure else [] for i in range(size)]
     left = [i for i in range(size) if i not in sure]
-    for i, pieces in zip(left, cut(source_tokenizer, target_tokenizer, left)):
+    for i, pieces in zip(left, cut(source_tokenizer, target_tokenizer, left, avoid)):
         parts[i] = pieces
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
     unwritten = canonical.unwritten_ids(target_tokenizer) - set(sure)
@@ -296,22 +304,28 @@ def spell(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTraine
 
 
 def cut(
-    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    avoid: Set[int] = frozenset(),
 ) -> list[list[int]]:
-    """The source tokens that spell each of these target tokens, in order; none where they cannot."""
+    """The source tokens, but for those to `avoid`, that spell each of these target tokens, in order; none where they cannot."""
     contents = canonical.token_bytes(target_tokenizer)
-    return canonical.PieceCutter(source_tokenizer).cut_all([_text_bytes(target_tokenizer, contents, i) for i in ids])
+    cutter = canonical.PieceCutter(source_tokenizer, avoid)
+    return cutter.cut_all([_text_bytes(target_tokenizer, contents, i) for i in ids])
 
 
 def exact_matches(
-    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    avoid: Set[int] = frozenset(),
 ) -> dict[int, int]:
     """Target id -> source id where the canonical bytes are the same.
 
     Where a tokenizer has several tokens of the same bytes, those that it writes are matched with each other, and those
     that it does not write (`canonical.unwritten_ids`) with each other; among them the same name comes first.
     """
-    sources = canonical.ids_by_bytes(source_tokenizer)
+    sources = {c: [j for j in ids if j not in avoid] for c, ids in canonical.ids_by_bytes(source_tokenizer).items()}
     unwritten_sources = canonical.unwritten_ids(source_tokenizer)
     unwritten_targets = canonical.unwritten_ids(target_tokenizer)
     source_names, target_names = canonical.spelled(source_tokenizer), canonical.spelled(target_tokenizer)
@@ -329,7 +343,9 @@ def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
 
 
 def special_matches(
-    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    avoid: Set[int] = frozenset(),
 ) -> dict[int, Counterpart]:
     """Target id -> source token for the special tokens of the target that have a counterpart.
 
@@ -337,29 +353,31 @@ def special_matches(
     `<|endoftext|>` whatever roles both have; then by role. A role whose token is also text
     (`!` as pad) makes nothing special, in the source or in the target.
     """
-    found = {
-        i: special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
-        or _same_role(i, source_tokenizer, target_tokenizer)
-        for i in sorted(canonical.special_ids(target_tokenizer))
-    }
-    return {i: match for i, match in found.items() if match is not None}
+    found = {}
+    for i in sorted(canonical.special_ids(target_tokenizer)):
+        by_name = special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
+        for match in (by_name, *_same_role(i, source_tokenizer, target_tokenizer)):
+            if match is not None and match.token not in avoid:
+                found.setdefault(i, match)
+    return found
 
 
 def _same_role(
     index: int, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
-) -> Counterpart | None:
-    """The source token of the target token's first role, or the source's end of text without one.
+) -> list[Counterpart]:
+    """The source token of the target token's first role, if there is one, then the source's end of text.
 
     A source token that starts or ends turns stands for eos alone (SmolLM2's bos is `<|im_start|>`).
     """
     role = next((role for role in ROLES if getattr(target_tokenizer, f"{role}_token_id", None) == index), None)
     if role is None:
-        return None
+        return []
     source = getattr(source_tokenizer, f"{role}_token_id", None)
+    end = Counterpart(end_of_text_id(source_tokenizer), f"end of text, as the source has no {role}")
     of_chat = role != "eos" and special_tokens.is_of_chat(source_tokenizer, source)
     if of_chat or source not in canonical.special_ids(source_tokenizer):
-        return Counterpart(end_of_text_id(source_tokenizer), f"end of text, as the source has no {role}")
-    return Counterpart(int(source), f"{role} of the source")
+        return [end]
+    return [Counterpart(int(source), f"{role} of the source"), end]
 
 
 def special_rows(
@@ -489,10 +507,16 @@ def _pieces(
 def shifted(inputs: Inputs, made: Alignment) -> Alignment:
     """`made`, with what is to be known to correct its head rows for frequency."""
     source, target = log_frequency(inputs.source_counts), log_frequency(inputs.target_counts)
-    mixed = alignment.apply(made.head, source[:, None])[:, 0]
-    kept = np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL))
-    shift = np.where(kept, 0.0, target - mixed).astype(np.float32)
+    shift = frequency_shift(made, source, target)
     return dataclasses.replace(made, frequency_shift=shift, source_log_frequency=source)
+
+
+def frequency_shift(
+    made: Alignment, source: Float[np.ndarray, "V_s"], target: Float[np.ndarray, "V_t"]
+) -> Float[np.ndarray, "V_t"]:
+    """float32: log frequency of each target token, less that of what its head row is mixed from; 0 for tokens of the source."""
+    mixed = alignment.apply(made.head, source[:, None])[:, 0]
+    return np.where(np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL)), 0.0, target - mixed).astype(np.float32)
 
 
 def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
@@ -523,6 +547,49 @@ def _assembled(
         source_fingerprint=canonical.fingerprint(inputs.source_tokenizer),
         target_fingerprint=canonical.fingerprint(inputs.target_tokenizer),
     )
+
+
+def without(
+    aligned: Alignment,
+    unusable: Set[int],
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    target_counts: Int[np.ndarray, "V_t"],
+) -> Alignment:
+    """`aligned` with nothing made of the source tokens `unusable`.
+
+    Mixtures lose them. Where nothing would be left, or the match is one of them, the next rule takes over: another exact or
+    special match, the pieces of the text without them, else the mean of all rows.
+    """
+    avoided, size = np.array(sorted(unusable), np.int64), aligned.target_size
+    parts, rules = spell(source_tokenizer, target_tokenizer, unusable)
+    spelled_rows, spelled_ids, _ = _pieces(parts, aligned.source_size)
+    lost = (aligned.matches >= 0) & np.isin(aligned.matches, avoided) & (aligned.rules == Rule.SIMILAR)
+    entries = {}
+    for side in ("embedding", "head"):
+        mixture: Mixture = getattr(aligned, side)
+        rows, usable = np.repeat(np.arange(size), np.diff(mixture.indptr)), ~np.isin(mixture.ids, avoided)
+        entries[side] = rows[usable], mixture.ids[usable], mixture.weights[usable]
+        lost |= np.bincount(rows[usable], minlength=size) == 0
+    again = lost[spelled_rows]
+    mixtures = {}
+    for side, (rows, ids, weights) in entries.items():
+        left = ~lost[rows]
+        targets, sources = np.append(rows[left], spelled_rows[again]), np.append(ids[left], spelled_ids[again])
+        weights = np.append(weights[left], np.ones(again.sum()))
+        mixtures[side] = alignment.mixture_of(targets, sources, weights, size, aligned.source_size)
+    mixtures["head"] = alignment.with_mean(mixtures["head"], np.flatnonzero(lost & (rules == Rule.UNWRITTEN)))
+    made = dataclasses.replace(
+        aligned,
+        **mixtures,
+        rules=np.where(lost, rules, aligned.rules).astype(np.uint8),
+        scores=np.where(lost, np.isin(rules, SURE), aligned.scores).astype(np.float32),
+        matches=np.where(np.isin(aligned.matches, avoided), -1, aligned.matches).astype(np.int32),
+    )
+    if not aligned.frequency_shift.any():
+        return made
+    shift = frequency_shift(made, aligned.source_log_frequency, log_frequency(target_counts))
+    return dataclasses.replace(made, frequency_shift=np.where(lost, shift, aligned.frequency_shift))
 
 
 def from_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokalign_jax import compiling, sharding
 from tokalign_jax.models.config import ModelConfig
@@ -34,17 +34,23 @@ CHUNK = 2048
 
 
 def head_moves(
-    config: ModelConfig, params: Params, shards: TokenShards, dtype: DTypeLike, mesh: Mesh, seed: int, kept: int = 0
+    config: ModelConfig,
+    params: Params,
+    shards: TokenShards,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    seed: int,
+    fixed: Bool[np.ndarray, "V"] | None = None,
 ) -> tuple[Float[np.ndarray, "V"], Float[np.ndarray, "D"]]:
     """(b in nats, u): head rows + b u give tokens their frequency in the text.
 
     Args:
       params: of the model with the new vocabulary.
       mesh: where they are, or go.
-      shards: text in its tokens; the frequency of a token that it never has counts a half.
-      kept: the first tokens, for which b is 0: the others alone get their frequency.
+      shards: text in its tokens.
+      fixed: tokens for which b is 0: the others alone get their frequency. None: there are no such tokens.
     """
-    frequency = (shards.counts + 0.5) / (shards.counts + 0.5).sum()
+    frequency = estimated_frequencies(shards.counts)
     params = sharding.place(params, mesh)
     windows = _windows(shards, config, seed)
     at_once = sharding.sequences_at_once(mesh)
@@ -63,11 +69,24 @@ def head_moves(
     filling = np.arange(len(head)) >= len(frequency)
     moves = np.where(filling, -np.inf, 0.0).astype(np.float32)
     wanted = np.log(np.pad(frequency, (0, filling.sum()), constant_values=1.0)).astype(np.float32)
+    free = np.arange(len(frequency)) if fixed is None else np.flatnonzero(~fixed)
     for _ in range(ROUNDS):
         probability = sharding.to_host(mean_probability(chunks, head, moves, config=config, mesh=mesh))
         step = np.clip(wanted - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
-        moves[kept:] += step[kept:]
+        moves[free] += step[free]
     return moves[: len(frequency)], direction.astype(np.float32)
+
+
+def estimated_frequencies(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
+    """float64: each token's probability, summing to 1, also of those that the text never has.
+
+    By Good and Turing all unseen tokens together are as probable as those seen once are frequent; each of them is taken to be
+    less probable than a token that was seen.
+    """
+    unseen = counts == 0
+    share = (np.sum(counts == 1) + 0.5) / max(int(unseen.sum()), 1)
+    counted = np.where(unseen, min(share, 0.5), counts)
+    return counted / counted.sum()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

@@ -14,7 +14,7 @@ Letters: D model, V vocabulary, n tokens, P pieces, F = 5 D + 2 features.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -75,12 +75,17 @@ class Columns(NamedTuple):
     log_frequency: Float[np.ndarray, "n"]
 
 
-def halves(tokenizer: PreTrainedTokenizerBase, counts: Int[np.ndarray, "V"]) -> tuple[np.ndarray, list[list[int]]]:
+def halves(
+    tokenizer: PreTrainedTokenizerBase, counts: Int[np.ndarray, "V"], avoid: Set[int] = frozenset()
+) -> tuple[np.ndarray, list[list[int]]]:
     """Tokens that are two others joined, and these two; of several such pairs the one whose rarer token is most frequent.
 
     It goes by bytes, so that it works for any kind of tokenizer.
+
+    Args:
+      avoid: tokens that are left out, as a whole and as a half.
     """
-    index = canonical.index_by_bytes(tokenizer)
+    index = {content: i for content, i in canonical.index_by_bytes(tokenizer).items() if i not in avoid}
     ids, parts = [], []
     for content, token in index.items():
         cuts = [(index.get(content[:k]), index.get(content[k:])) for k in range(1, len(content))]

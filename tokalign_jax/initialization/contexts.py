@@ -83,6 +83,15 @@ class Reading(NamedTuple):
     """float64"""
 
 
+def nothing(source_size: int, target_size: int, width: int) -> Reading:
+    """A reading in which no token was seen."""
+    sides = [
+        Contexts(np.zeros((size, width), np.float32), np.zeros((size, width), np.float32), np.zeros(size, np.int64))
+        for size in (source_size, target_size)
+    ]
+    return Reading(*sides, np.zeros(width), np.zeros((width, width)))
+
+
 def read(
     config: ModelConfig,
     params: Params,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import sharding
@@ -26,6 +26,7 @@ from tokalign_jax.initialization import calibration, composition, contexts, tuni
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.progress import Log
+from tokalign_jax.text import canonical
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import TokenShards
 
@@ -46,7 +47,8 @@ def initialize(
       params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape [V_source, D].
       aligned: mixtures of V_target rows over V_source tokens.
       multiple_of: the number of rows is one; those that it takes beyond V_target are the mean of the others.
-      kept: the first rows, which stay what they are, whatever `aligned` says: all V_source where the vocabulary is extended.
+      kept: the first rows, which stay what they are where they are finite, whatever `aligned` says: all V_source where the
+        vocabulary is extended.
 
     Returns:
       The config with the new number of rows R, and parameters whose vocabulary matrices are [R, D], float32.
@@ -61,8 +63,9 @@ def initialize(
     size = -(-aligned.target_size // multiple_of) * multiple_of
     for group, leaf in MATRICES:
         if group in new:
-            made = new[group][leaf]
-            made[:kept] = sharding.to_host(params[group][leaf], slice(kept))
+            made, old = new[group][leaf], sharding.to_host(params[group][leaf], slice(kept))
+            usable = np.flatnonzero(alignment.finite_rows(old))
+            made[usable] = old[usable]
             if size > len(made):
                 more = np.repeat(made.mean(axis=0, keepdims=True), size - len(made), axis=0)
                 new[group] = {leaf: np.concatenate([made, more])}
@@ -78,13 +81,20 @@ def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.nd
 
 
 def move(rows: Float[np.ndarray, "V D"], by: Float[np.ndarray, "V"], direction: Float[np.ndarray, "D"]) -> None:
-    """Adds `by` times `direction` to the rows, in place, block by block."""
-    for start in range(0, len(rows), BLOCK):
-        rows[start : start + BLOCK] += by[start : start + BLOCK, None] * direction
+    """Adds `by` times `direction` to the rows, in place, block by block; where `by` is 0 rows keep every bit."""
+    moving = np.flatnonzero(by)
+    for block in (moving[start : start + BLOCK] for start in range(0, len(moving), BLOCK)):
+        rows[block] += by[block, None] * direction
 
 
 def frequency_slope(rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]) -> Float[np.ndarray, "D"]:
-    """float32: the least-squares change of a row with its token's log frequency; 0 where all are as frequent."""
+    """float32: the least-squares change of a row with its token's log frequency; 0 where all are as frequent.
+
+    Rows that hold NaN or infinity are left out.
+    """
+    finite = alignment.finite_rows(rows)
+    if not finite.all():
+        rows, log_frequency = rows[finite], log_frequency[finite]
     centred = log_frequency.astype(np.float64) - log_frequency.mean(dtype=np.float64)
     blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
     product = sum(centred[block] @ rows[block].astype(np.float64) for block in blocks)
@@ -98,21 +108,57 @@ class Side(NamedTuple):
     params: Params
     tokenizer: PreTrainedTokenizerBase
     shards: TokenShards
+    unusable: frozenset[int] = frozenset()
+    """Tokens whose rows are not those of the model, as `usable` found them: nothing is learned from them."""
+
+
+def usable(params: Params, size: int) -> tuple[Params, frozenset[int]]:
+    """(parameters whose vocabulary matrices are finite, tokens of which a row was not).
+
+    Some checkpoints have NaN in the rows of tokens that no text has. Such rows become the mean of the others.
+
+    Args:
+      size: tokens of the model's tokenizer; rows beyond them count for nothing, but may hold NaN as well.
+    """
+    new, unusable = dict(params), frozenset()
+    for group, leaf in MATRICES:
+        if group in params:
+            rows = jnp.asarray(params[group][leaf])
+            finite = sharding.to_host(jax.jit(_finite)(rows))
+            if not finite.all():
+                new[group] = {leaf: jax.jit(_with_mean, static_argnames="size")(rows, size=size)}
+                unusable |= frozenset(np.flatnonzero(~finite[:size]).tolist())
+    return new, unusable
+
+
+def _finite(rows: Float[Array, "R D"]) -> Bool[Array, "R"]:
+    return jnp.isfinite(rows).all(axis=1)
+
+
+def _with_mean(rows: Float[Array, "R D"], size: int) -> Float[Array, "R D"]:
+    """`rows`, those that are not finite replaced by the mean of the finite ones among the first `size`."""
+    finite = _finite(rows)
+    counted = (finite & (jnp.arange(len(rows)) < size))[:, None]
+    total = jnp.where(counted, rows, 0).sum(axis=0, dtype=jnp.float32)
+    return jnp.where(finite[:, None], rows, (total / counted.sum()).astype(rows.dtype))
 
 
 def read(
     config: Config, source: Side, target: Side, documents: Iterable[Document], mesh: Mesh, log: Log
-) -> contexts.Reading | None:
-    """What the source model makes of the tokens of both vocabularies in text; None where they never end at the same place.
+) -> contexts.Reading:
+    """What the source model makes of the tokens of both vocabularies in text: nothing where they never end at the same place.
 
     Args:
       documents: as `contexts.draw` chooses them of the training text; `initialization.tokens` source tokens are read of them.
     """
     places = contexts.find_places(documents, source.tokenizer, target.tokenizer, config.initialization.tokens, log)
-    if not (places.last_target != contexts.NONE).any():
-        log("contexts: no token of the target ends where one of the source ends; nothing can be learned")
-        return None
     sizes = len(source.shards.counts), len(target.shards.counts)
+    if not (places.last_target != contexts.NONE).any():
+        log(
+            "contexts: warning: no token of the target ends where one of the source ends, so that no row is learned from "
+            "the source model's states"
+        )
+        return contexts.nothing(*sizes, source.config.hidden_size)
     params = sharding.place(source.params, mesh)
     dtype, opening = jnp.dtype(config.compute.dtype), source.shards.opening
     return contexts.read(source.config, params, places, *sizes, dtype, mesh, log, opening)
@@ -141,9 +187,9 @@ def learn(
     composed = np.isin(aligned.rules, COMPOSED)
     composed[:kept] = False
     wanted = np.flatnonzero(composed & (reading.target.counts > 0))
-    parts = methods.cut(source.tokenizer, target.tokenizer, wanted.tolist())
+    parts = methods.cut(source.tokenizer, target.tokenizer, wanted.tolist(), source.unusable)
     wanted, parts = wanted[[bool(of) for of in parts]], [of for of in parts if of]
-    known, known_parts = composition.halves(source.tokenizer, source.shards.counts)
+    known, known_parts = composition.halves(source.tokenizer, source.shards.counts, source.unusable)
     new = dict(target.params)
     if len(wanted) and len(known):
         frequency = [methods.log_frequency(side.shards.counts) for side in (source, target)]
@@ -159,14 +205,55 @@ def learn(
                     made[ids] += config.initialization.learned * (learned - made[ids])
                 new[group] = {leaf: made}
         log(f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens")
-    moves, direction = calibration.head_moves(
-        target.config, new, target.shards, jnp.dtype(config.compute.dtype), mesh, config.seed, kept
-    )
-    group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in new)
-    moved = np.array(new[group][leaf], np.float32)
-    move(moved[: len(moves)], config.initialization.calibration * moves, direction)
-    new[group] = {leaf: moved}
     return new
+
+
+def movable(
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    aligned: Alignment,
+    counts: Int[np.ndarray, "V_t"],
+    kept: int = 0,
+) -> Bool[np.ndarray, "V_t"]:
+    """Which rows a start may move once they are mixed: composed ones, and those of the source that text uses anew.
+
+    Special tokens, tokens that text never has, and the first `kept` rows stay what they are. So do all rows of the source
+    where one vocabulary has all tokens of the other: what they mean has not changed.
+
+    Args:
+      counts: how often the text has each target token.
+    """
+    exact = (aligned.rules == Rule.EXACT) & (counts > 0) & (not _contains(source, target))
+    moving = exact | np.isin(aligned.rules, (*COMPOSED, Rule.MEAN))
+    moving[:kept] = False
+    return moving
+
+
+def _contains(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether one of the vocabularies has every token of the other, special ones aside."""
+    texts, others = canonical.index_by_bytes(one).keys(), canonical.index_by_bytes(other).keys()
+    return texts <= others or others <= texts
+
+
+def calibrate(
+    config: Config, source: Side, target: Side, aligned: Alignment, mesh: Mesh, log: Log, kept: int = 0
+) -> Params:
+    """`target`'s parameters with head rows moved towards the probability that the text gives their tokens.
+
+    Args:
+      kept: the first rows, which stay what they are.
+    """
+    moving = movable(source.tokenizer, target.tokenizer, aligned, target.shards.counts, kept)
+    if not config.initialization.calibration or not moving.any():
+        return target.params
+    dtype = jnp.dtype(config.compute.dtype)
+    moves, direction = calibration.head_moves(
+        target.config, target.params, target.shards, dtype, mesh, config.seed, ~moving
+    )
+    group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in target.params)
+    moved = np.array(target.params[group][leaf], np.float32)
+    move(moved[: len(moves)], config.initialization.calibration * moves, direction)
+    return {**target.params, group: {leaf: moved}}
 
 
 def tune(
@@ -179,7 +266,7 @@ def tune(
     log: Log,
     kept: int = 0,
 ) -> tuning.Tuned:
-    """`target`'s parameters, with all rows but those of special tokens moved by a rule that they share (`tuning.py`).
+    """`target`'s parameters, with the rows that are `movable` moved by a rule that they share (`tuning.py`).
 
     Where the source has every token there is nothing to tune, and the rows stay the source's.
 
@@ -189,9 +276,9 @@ def tune(
     """
     if not config.initialization.tuning or not np.isin(aligned.rules[kept:], COMPOSED).any():
         return tuning.Tuned(target.params, {})
-    ids = np.flatnonzero(np.isin(aligned.rules, (Rule.EXACT, *COMPOSED)))
-    ids = ids[ids >= kept]
-    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist())
+    moving = movable(source.tokenizer, target.tokenizer, aligned, target.shards.counts, kept)
+    ids = np.flatnonzero(moving & (aligned.rules != Rule.MEAN))
+    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
     ids, parts = ids[[bool(of) for of in parts]], [of for of in parts if of]
     frequency = methods.log_frequency(target.shards.counts)
     tokens = composition.Tokens(ids, composition.Pieces.of(parts), frequency, reading.target)
@@ -215,8 +302,12 @@ def random_rows(
 
     def draw(rows: np.ndarray, key: jax.Array) -> np.ndarray:
         rows = sharding.to_host(rows)[: config.vocab_size].astype(np.float32)
+        old, rows = rows[:kept], rows[alignment.finite_rows(rows)]
         noise = np.asarray(jax.random.normal(key, (size, rows.shape[1]), jnp.float32))
-        return np.concatenate([rows[:kept], (rows.mean(axis=0) + rows.std(axis=0) * noise)[kept:]])
+        drawn = rows.mean(axis=0) + rows.std(axis=0) * noise
+        kept_rows = np.flatnonzero(alignment.finite_rows(old))
+        drawn[kept_rows] = old[kept_rows]
+        return drawn
 
     embed_key, head_key = jax.random.split(key)
     new = dict(params)

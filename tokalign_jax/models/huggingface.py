@@ -143,6 +143,48 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
     return read
 
 
+def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np.ndarray, "n"]]:
+    """Rows of the vocabulary's matrices that hold NaN or infinity, by the path of the matrix; reads every weight.
+
+    Raises:
+      UserError: another weight holds NaN or infinity, or as `load_params`.
+    """
+    folder, stored = Path(folder), _stored(Path(folder))
+    matched = _match(folder, stored, config)
+    by_file = sorted(
+        ((stored[name].file, weight, name) for weight, places in matched for _, name in places),
+        key=lambda item: item[0],
+    )
+    rows: dict[str, np.ndarray] = {}
+    broken: list[str] = []
+    for file, items in itertools.groupby(by_file, key=lambda item: item[0]):
+        with _open(file) as tensors:
+            for _, weight, name in items:
+                tensor, leaf = tensors.get_slice(stored[name].key), weight.leaves[0]
+                if sharding.is_vocabulary(leaf):
+                    blocks = _blocks(tensor, weight)
+                    rows[leaf] = np.concatenate([sum(start) + _non_finite(block) for start, (block,) in blocks])
+                elif len(_non_finite(np.atleast_1d(tensor[:]))):
+                    broken.append(name)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(
+            f"weights of '{folder}' hold NaN or infinity: {', '.join(broken[:5])}{more}; its training diverged, or its files were "
+            "damaged or badly converted: take another checkpoint of it"
+        )
+    return rows
+
+
+def _non_finite(tensor: np.ndarray) -> Int[np.ndarray, "n"]:
+    """Indices along the first axis at which something is NaN or infinite."""
+    if tensor.dtype.itemsize == 2:  # all bits of the exponent: faster than arithmetic that the host does not have
+        exponent = 0x7C00 if tensor.dtype == np.float16 else 0x7F80
+        finite = (tensor.view(np.uint16) & exponent) != exponent
+    else:
+        finite = np.isfinite(tensor)
+    return np.flatnonzero(~finite.reshape(len(tensor), -1).all(axis=1))
+
+
 def _type_of_all(dtypes: set[np.dtype]) -> np.dtype:
     """What holds a leaf whose tensors are stored in these: float32, which is exact but for float64, unless all are of one narrower type."""
     (first, *others) = dtypes
@@ -368,12 +410,17 @@ def _check_copies_of_embedding(
             pairs = zip(
                 *(_blocks(file.get_slice(stored[key].key), head) for file, key in ((one, name), (other, embedding)))
             )
-            if all(np.array_equal(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
+            if all(_same(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
                 continue
         raise UserError(
             f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding: set "
             f"tie_word_embeddings to false to use both, or remove '{name}'"
         )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays hold the same numbers, NaN being the same as NaN."""
+    return one.shape == other.shape and bool(np.all((one == other) | ((one != one) & (other != other))))
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -294,11 +294,15 @@ class PieceCutter:
     UTF-8, or a normaliser or a prefixed space changes them) its bare model, without normaliser and pre-tokenizer; then
     the longest matching tokens from left to right. A tokenizer that cannot spell a text (without capitals, say) gives
     the tokens in which its model would read that text, if they are all known.
+
+    Args:
+      avoid: ids that are never given.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._bytes = token_bytes(tokenizer)
-        self._index = index_by_bytes(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, avoid: Set[int] = frozenset()):
+        self._bytes = [None if i in avoid else content for i, content in enumerate(token_bytes(tokenizer))]
+        usable = {content: [i for i in ids if i not in avoid] for content, ids in ids_by_bytes(tokenizer).items()}
+        self._index = {content: ids[0] for content, ids in usable.items() if ids}
         self._longest = max(map(len, self._index), default=0)
         self._backend = plain_backend(tokenizer)
         self._spelling = _spelling(tokenizer)
