@@ -177,3 +177,44 @@ def test_what_is_there_already_is_left_alone(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
     assert compare.main([str(tmp_path), f"--output={tmp_path}", "--overwrite"]) == 0
     assert (tmp_path / "compare.json").is_file()
+
+
+@pytest.mark.parametrize("lacking", [["devices"], ["seconds"], ["versions"], ["devices", "seconds", "versions"]])
+def test_reports_without_what_is_beside_the_figures_are_compared(lacking, tmp_path, capsys):
+    whole, bare = made(), made(6.4e-4)
+    for key in lacking:
+        del bare[key]
+    for name, report in (("whole", whole), ("bare", bare)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    assert compare.main([str(tmp_path / "whole"), str(tmp_path / "bare"), f"--output={tmp_path / 'out'}"]) == 0
+    assert "differ" not in capsys.readouterr().out.replace("What differs", "")
+
+
+def broken(change) -> str:
+    report = made()
+    change(report)
+    return json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        broken(lambda report: report.update(states=[], languages={})),
+        broken(lambda report: report.update(languages=[])),
+        broken(lambda report: report["languages"].update(en=3)),
+        broken(lambda report: report["training"]["stage1"].pop("loss")),
+        broken(lambda report: report.update(seconds=[1, 2])),
+        broken(lambda report: report.update(config=None)),
+    ],
+)
+def test_a_report_that_is_not_whole_is_named(text, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "b.json").write_text(json.dumps(made()))
+    assert compare.main([str(tmp_path / "b.json"), str(tmp_path / "a.json")]) == 2
+    assert "a.json' is no whole report.json" in capsys.readouterr().err
+
+
+def test_a_name_that_no_file_system_takes_is_told(tmp_path, capsys):
+    assert compare.main([str(tmp_path / ("x" * 300))]) == 2
+    assert "its longest name has 300 bytes" in capsys.readouterr().err

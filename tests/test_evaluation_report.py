@@ -299,3 +299,18 @@ def test_passages_come_by_language_and_side():
     found = pieces.of_passages({"source": tokenizer, "target": tokenizer}, texts)
     assert len(found) == pieces.PASSAGES and [*found[0]] == ["language", "source", "target"]
     assert 0 < len("".join(text for text, _ in found[0]["source"])) <= pieces.LENGTH
+
+
+def test_names_are_no_markup_in_markdown():
+    """Against a reader of CommonMark: of what a name may hold nothing becomes a tag, link, emphasis or another column."""
+    markdown_it = pytest.importorskip("markdown_it")
+    names = [NASTY, "a*b*c", "_x_", "zh_Hant", "[l](http://x)", "~~s~~", "``", "a\\|b", "&lt;b&gt;", "![i](j)", "C:\\d"]
+    reader = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    for name in names:
+        rows = [(name, Code(name), "1.0"), ("en", Code("x"), "2.0")]
+        lines = pages.markdown_table([name, "token", "bits"], rows)
+        read = Reader(reader.render("\n".join(lines)))
+        assert {*read.tags} <= {"table", "thead", "tbody", "tr", "th", "td", "code"}, name
+        assert len(read.tags["td"]) == 6 and len(read.tags["th"]) == 3
+        assert read.text.count(name) == 3, (name, read.text)
+    assert "zh_Hant" in pages.markdown_table(["language"], [("zh_Hant",)])[2]

@@ -191,3 +191,15 @@ def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, c
     if code:
         assert "KeyError" in ended[1][1] and "process 1: " in ended[1][1]
         assert "process 1 failed: KeyError: 'lost'" in ended[0][1]
+
+
+@pytest.mark.parametrize(
+    "field", ["workdir", "config.corpus", "config.source_model", "config.target_tokenizer", "config.alignment.file"]
+)
+def test_a_name_that_no_file_system_takes_is_told(field, tmp_path, capsys):
+    long = f"{tmp_path}/{'x' * 300}"
+    given = {"workdir": f"{tmp_path}/run", field: long}
+    assert main.main(["main", *(f"--{name}={value}" for name, value in given.items())]) == 2
+    said = capsys.readouterr().err
+    assert "xxxxx" in said and ("is too long" in said or "does not exist" in said) and "Traceback" not in said
+    assert not (tmp_path / "run" / "stages.json").exists()

@@ -8,6 +8,7 @@ are written to that folder. Runs that differ in nothing but the seed are shown a
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,13 @@ def load(run: Path) -> dict[str, Any]:
         raise UserError(f"'{found}' is no report.json of a run ({error}); name a workdir or its report.json") from error
     if missing:
         raise UserError(f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}")
+    try:  # alone, so that the error names the one that is at fault
+        comparison.html(comparison.compare([content]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, statistics.StatisticsError) as error:
+        raise UserError(
+            f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make it again: "
+            "python -m tokalign_jax.main --config ... --workdir ... --stages=report"
+        ) from error
     return content
 
 

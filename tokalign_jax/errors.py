@@ -1,10 +1,11 @@
 """The one exception for what a user can mend, and how a command ends with it."""
 
+import errno
 import io
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -32,11 +33,31 @@ def complain(text: str) -> None:
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def naming_long_paths() -> Iterator[None]:
+    """
+    Raises:
+      UserError: a path, from wherever it was given, is longer than a file system takes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        path = str(error.filename)
+        longest = max(len(os.fsencode(name)) for name in path.split(os.sep))
+        raise UserError(
+            f"the path '{path[:80]}...' is too long: its longest name has {longest:,} bytes, the whole {len(os.fsencode(path)):,}; "
+            "file systems take 255 and about 4,000: choose a shorter one"
+        ) from error
+
+
 def exit_code(command: Callable[[], object]) -> int:
     """Runs a command that prints: 0 at its end, 2 for bad input, which is told on the error output."""
     degrade_output()
     try:
-        command()
+        with naming_long_paths():
+            command()
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

@@ -26,7 +26,7 @@ from ml_collections import config_dict, config_flags
 
 from tokalign_jax import stopping
 from tokalign_jax.config import Config, config_from_dict
-from tokalign_jax.errors import UserError, complain, degrade_output, unread
+from tokalign_jax.errors import UserError, complain, degrade_output, naming_long_paths, unread
 from tokalign_jax.progress import Log, duration
 
 DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
@@ -59,7 +59,8 @@ def command(
         if given.help:
             print(says, given.get_help(), sep="\n", flush=True)
             return 0
-        work = prepare(given)
+        with naming_long_paths():
+            work = prepare(given)
         sys.stdout.flush()
     except BrokenPipeError:
         unread()
@@ -106,7 +107,11 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
 
     who = lambda: f"process {distributed.index()}: " if distributed.count() > 1 else ""  # noqa: E731
     try:
-        with distributed.running(given.coordinator, given.processes, given.process), stopping.listening():
+        with (
+            distributed.running(given.coordinator, given.processes, given.process),
+            stopping.listening(),
+            naming_long_paths(),
+        ):
             compiling.prepare()
             work(_logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():

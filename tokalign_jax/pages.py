@@ -76,7 +76,7 @@ def markdown(sections: Sequence[Section], level: int = 2) -> str:
     for section in sections:
         parts = [section.text, "\n".join(markdown_table(section.header, section.rows))]
         if any(parts):
-            heading = f"{'#' * level} {section.title}" if section.title else ""
+            heading = f"{'#' * level} {literal(section.title)}" if section.title else ""
             blocks.append("\n\n".join(part for part in (heading, *parts) if part))
     return "\n\n".join(blocks)
 
@@ -88,7 +88,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
     shown = [i for i, column in enumerate(zip(*rows)) if not any(isinstance(cell, Bar) for cell in column)]
     rows = [[row[i] for i in shown] for row in rows]
     right = _right_columns(rows)
-    names = [_one_line(header[i]) if header else "" for i in shown]
+    names = [_one_line(literal(header[i])) if header else "" for i in shown]
     lines = [names, *([_one_line(_written(cell)) for cell in row] for row in rows)]
     widths = [max(3, *map(_width, column)) for column in zip(*lines)]
     rule = "|" + "|".join("-" * (w + 1) + ":" if r else ":" + "-" * (w + 1) for w, r in zip(widths, right)) + "|"
@@ -167,11 +167,26 @@ def _plain(cell: Cell) -> str:
 def _written(cell: Cell) -> str:
     """A cell of a Markdown table."""
     if isinstance(cell, Code):
-        text = cell.text.replace("|", r"\|")
-        return f"`` {text} ``" if "`" in text else f"`{text}`" if text else ""
+        return code(cell.text).replace("|", r"\|") if cell.text else ""
     if isinstance(cell, str | Soft | Bar):
-        return _plain(cell).replace("|", r"\|")
+        return literal(_plain(cell))
     return "".join(map(_written, cell))
+
+
+_MARKUP = re.compile(r"[\\|<*`]|~(?=~)|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+"""Characters that Markdown takes for markup; an underscore within a word is none."""
+
+
+def literal(text: str) -> str:
+    """`text` such that Markdown shows it letter by letter, as one field of a table."""
+    return _MARKUP.sub(r"\\\g<0>", text)
+
+
+def code(text: str) -> str:
+    """`text` as a span of code in Markdown: between more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " * bool(longest)
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _one_line(text: str) -> str:

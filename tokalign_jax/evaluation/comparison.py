@@ -43,7 +43,7 @@ def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, 
         `name`: the fields that differ, with their values; `values`: the same by field; `runs`, `seeds`;
         `bits_per_byte`: by state and language `mean`, `spread` (standard deviation; None of a single run) and `values`;
         `bytes_per_token`: of the new vocabulary, by language;
-        `seconds`: of the whole run, and `tokens_per_second` by training stage, as means;
+        `seconds`: of the whole run (None where no report has it), and `tokens_per_second` by training stage, as means;
         `training`: by stage `tokens` and smoothed `loss`, the mean of the runs that are that far.
     """
     settings = [_settings(report) for report in reports]
@@ -111,14 +111,17 @@ def _group(reports: Sequence[Content], states: Sequence[str], languages: Sequenc
         stage: [of["tokens_per_second"] for of in runs if "tokens_per_second" in of] for stage, runs in trained.items()
     }
     per_token = [
-        {name: of["bytes_per_token"]["target"] for name, of in report["languages"].items()} for report in reports
+        {name: of["bytes_per_token"]["target"] for name, of in report["languages"].items() if "bytes_per_token" in of}
+        for report in reports
     ]
+    # Reports of other versions, or made by other tools, may lack what is only told beside the figures.
+    times = [sum(report["seconds"].values()) for report in reports if report.get("seconds")]
     return {
         "bits_per_byte": {state: found for state in states if (found := measured(state))},
         "bytes_per_token": {
-            name: statistics.fmean(of[name] for of in per_token if name in of) for name in per_token[0]
+            name: statistics.fmean(of[name] for of in per_token if name in of) for name in _ordered(per_token)
         },
-        "seconds": statistics.fmean(sum(report["seconds"].values()) for report in reports),
+        "seconds": statistics.fmean(times) if times else None,
         "tokens_per_second": {stage: statistics.fmean(of) for stage, of in speeds.items() if of},
         "training": {stage: _mean_curve(runs) for stage, runs in trained.items()},
     }
@@ -153,12 +156,12 @@ def _score(group: Mapping[str, Any]) -> float:
 
 def _unlike(reports: Sequence[Content]) -> list[str]:
     """Why figures of these runs may not be comparable."""
-    text = {json.dumps({name: of["bytes"] for name, of in report["languages"].items()}) for report in reports}
+    text = {json.dumps({name: of.get("bytes") for name, of in report["languages"].items()}) for report in reports}
     # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart. Older reports do not have it.
     digests = {digest for report in reports if (digest := report.get("held_out"))}
-    devices = {", ".join(report["devices"]) for report in reports}
-    packages = dict.fromkeys(name for report in reports for name in report["versions"])
-    versions = {name: {report["versions"].get(name) for report in reports} for name in packages}
+    devices = {", ".join(report["devices"]) for report in reports if report.get("devices")}
+    known = [report["versions"] for report in reports if report.get("versions")]
+    versions = {name: {of.get(name) for of in known} for name in dict.fromkeys(name for of in known for name in of)}
     several = [f"{name} ({', '.join(sorted(map(str, of)))})" for name, of in versions.items() if len(of) > 1]
     return [
         *(
@@ -204,9 +207,9 @@ def _overview(comparison: Comparison, warnings: str) -> Section:
         row: list[Cell] = [f"{rank}", *(_value(group["values"][field]) for field in differs)]
         row += [f"{len(set(group['seeds']))}"] if several else []
         row += [_figure(group["bits_per_byte"].get(s, {}).get(EVERYTHING)) for s in states]
-        row.append(f"{group['bytes_per_token'][EVERYTHING]:.2f}")
+        row.append(f"{group['bytes_per_token'][EVERYTHING]:.2f}" if EVERYTHING in group["bytes_per_token"] else "")
         row += [quantity(group["tokens_per_second"][s]) if s in group["tokens_per_second"] else "" for s in stages]
-        rows.append([*row, duration(group["seconds"])])
+        rows.append([*row, "" if group["seconds"] is None else duration(group["seconds"])])
     count = sum(len(group["runs"]) for group in groups)
     text = f"{count} runs, best first by the last state; bits per byte of all held-out text, lower is better."
     text += " Of several seeds: mean ± standard deviation." if several else ""

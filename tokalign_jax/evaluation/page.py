@@ -61,9 +61,9 @@ def markdown(content: Content) -> str:
     """The same for places that show Markdown, with the picture beside it and without what needs a page."""
     continued = "\n".join(sample_lines(content))
     parts = [
-        f"# {heading(content)}",
-        "\n\n".join(sentences(content)),
-        "\n\n".join(f"**{line}**" for line in warning_lines(content)),
+        f"# {pages.literal(heading(content))}",
+        "\n\n".join(map(pages.literal, sentences(content))),
+        "\n\n".join(f"**{pages.literal(line)}**" for line in warning_lines(content)),
         "\n".join(pages.markdown_table(*score_table(content))),
         pages.markdown([_overlap(content)]),
         "![Loss over tokens, and bits per byte by language and stage](report.png)",

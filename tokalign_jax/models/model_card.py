@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tokalign_jax.config import EXTEND, TRAINING
-from tokalign_jax.pages import Bar, Code, Section, markdown
+from tokalign_jax.pages import Bar, Code, Section, code, literal, markdown
 
 CARD = "README.md"
 
@@ -171,11 +171,11 @@ def _hub_name(name: str) -> str:
 def _made(facts: CardFacts) -> str:
     base, name = _link(facts.base_model), short_name(facts.base_model)
     if facts.target_tokenizer == EXTEND:
-        lines = [f"# {name} with an extended vocabulary", ""]
+        lines = [f"# {literal(name)} with an extended vocabulary", ""]
         lines += [f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"]
         lines += ["were made for these, and trained by tokalign_jax."]
     else:
-        lines = [f"# {name} with the vocabulary of {short_name(facts.target_tokenizer)}", ""]
+        lines = [f"# {literal(name)} with the vocabulary of {literal(short_name(facts.target_tokenizer))}", ""]
         lines += [f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"]
         lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
     if facts.teacher:
@@ -202,7 +202,7 @@ def _data(facts: CardFacts) -> Section:
     rows = [(language, _size(size)) for language, size in sorted(facts.corpus_bytes.items())]
     if len(rows) > 1:
         rows.append(("together", _size(sum(facts.corpus_bytes.values()))))
-    read = f"Read from: {', '.join(f'`{name}`' for name in facts.corpus)}." if facts.corpus else ""
+    read = f"Read from: {', '.join(map(code, facts.corpus))}." if facts.corpus else ""
     return Section("Data", read if rows else "", ("language", "training text"), rows)
 
 
@@ -246,9 +246,7 @@ def _terms(facts: CardFacts) -> str:
 def _link(name: str) -> str:
     repository, _, revision = name.partition("@")
     pinned = f" (revision `{revision}`)" if revision else ""
-    return (
-        f"[{repository}](https://huggingface.co/{repository}){pinned}" if _hub_name(name) else f"`{short_name(name)}`"
-    )
+    return f"[{repository}](https://huggingface.co/{repository}){pinned}" if _hub_name(name) else code(short_name(name))
 
 
 def _size(size: int) -> str:

@@ -544,7 +544,10 @@ def _language(value: Any) -> str:
     if value is None or value in ("", b""):
         return UNKNOWN
     name = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-    return f"'{name}'" if name == ALL else name.encode("utf-8", errors="replace").decode()
+    name = name.encode("utf-8", errors="replace").decode()
+    # It stands in tables and lines of the log, where a line end or control character would do harm.
+    name = "".join(c if c.isprintable() else "?" for c in " ".join(name.split())) or UNKNOWN
+    return f"'{name}'" if name == ALL else name
 
 
 def _streams(config: Config, ledger: _Ledger) -> list[_Stream]:
