@@ -8,8 +8,9 @@ A model answers with the choice for which the text `question + choice`, cut into
 and read after the token that separates documents, has the highest likelihood. N questions, C choices.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -17,14 +18,16 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.errors import UserError
+from tokalign_jax.evaluation import intervals
 from tokalign_jax.evaluation.token_costs import Window, token_costs
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
 from tokalign_jax.text.canonical import index_by_bytes, plain_backend, token_bytes
 from tokalign_jax.text.tokenizing import end_of_text_id, opening_id
 
@@ -211,10 +214,10 @@ def score(
         mesh=mesh,
         progress=progress,
     )
-    found = np.full((len(questions), max((len(q.choices) for q in questions), default=0)), -np.inf)
+    found = np.full((len(questions), max((len(q.choices) for q in questions), default=2)), -np.inf)
     filled = np.arange(found.shape[1]) < np.array([[len(q.choices)] for q in questions])
     found[filled] = [-of.nats.sum(dtype=np.float64) for of in costs]
-    progress.done(f"{np.mean(found.argmax(1) == 0):.1%} of {len(questions):,} questions right")
+    progress.done(f"{is_right(found).mean():.1%} of {len(questions):,} questions right")
     return found
 
 
@@ -228,37 +231,132 @@ def kinds_of_cut(
 ) -> list[str]:
     """For each question the key in `KINDS_OF_CUT` of how both tokenizers cut it with its right answer.
 
-    Tokens are compared by their canonical bytes. A token with bytes of the question and of the answer is the answer's.
+    Two cuts are alike where tokens end at the same places of the text and the source vocabulary has all target tokens (by their
+    canonical bytes). A token with a part of the question and a part of the answer is the answer's.
     """
-    shared = set(index_by_bytes(source_tokenizer))
-    cuts = [_cuts(tokenizer, questions) for tokenizer in (source_tokenizer, target_tokenizer)]
-    return [_kind(source, target, shared) for source, target in zip(*cuts)]
-
-
-_Cut = tuple[list[bytes | None], list[bytes | None]]
-"""The canonical bytes of the tokens of a question and of its answer."""
-
-
-def _cuts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[_Cut]:
-    content = token_bytes(tokenizer)
+    known, content = set(index_by_bytes(source_tokenizer)), token_bytes(target_tokenizer)
     texts = [question.texts[0] for question in questions]
-    encoded = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-    return [
-        _split([content[i] for i in encoding.ids], len(question.choices[0].encode()))
-        for encoding, question in zip(encoded, questions)
-    ]
+    source, target = (token_boundaries(plain_backend(t), texts) for t in (source_tokenizer, target_tokenizer))
+    return [_kind(question, one, other, content, known) for question, one, other in zip(questions, source, target)]
 
 
-def _split(tokens: list[bytes | None], answer_bytes: int) -> _Cut:
-    """Tokens before, and of, the last `answer_bytes` bytes."""
-    at = len(tokens)
-    while at and answer_bytes > 0:
-        at -= 1
-        answer_bytes -= len(tokens[at] or b"")
-    return tokens[:at], tokens[at:]
+def _kind(
+    question: Question, source: Boundaries, target: Boundaries, content: Sequence[bytes | None], known: set[bytes]
+) -> str:
+    (source_question, source_answer), (target_question, target_answer) = (
+        np.split(of.ends, [_answer_start(of, len(question.text))]) for of in (source, target)
+    )
+    shared = [content[i] in known for i in target.ids.tolist()]
+    if not all(shared[len(target_question) :]):
+        return COMPOSED
+    if not np.array_equal(source_answer, target_answer):
+        return RECUT
+    alike = np.array_equal(source_question, target_question) and all(shared)
+    return ALIKE if alike else QUESTION_ONLY
 
 
-def _kind(source: _Cut, target: _Cut, shared: set[bytes]) -> str:
-    if source[1] == target[1]:
-        return ALIKE if source[0] == target[0] else QUESTION_ONLY
-    return RECUT if shared.issuperset(target[1]) else COMPOSED
+def _answer_start(cut: Boundaries, question_length: int) -> int:
+    """How many tokens come before the answer's first."""
+    within = np.flatnonzero((cut.ends != NONE) & (cut.ends <= question_length))
+    return int(within[-1]) + 1 if len(within) else 0
+
+
+# --- What came of it --------------------------------------------------------------------------------------------------
+
+
+def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]:
+    """Whether the first choice is the likeliest one of each question.
+
+    A tie is no answer: a tokenizer that has only unknown tokens for the choices makes them all equally likely.
+    """
+    return log_likelihoods[:, 0] > log_likelihoods[:, 1:].max(axis=1)
+
+
+def summary(questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: int) -> dict[str, Any]:
+    """Accuracy by suite and its mean over suites, with 95% intervals over questions, for JSON.
+
+    `right` has the answers of each suite as a text of 0 and 1, for paired differences (`difference`).
+    """
+    suites = _rows_of_suites(questions)
+    return {
+        "digest": digest(questions),
+        "mean": {"accuracy": _mean_over_suites(right, suites), **_mean_interval(right, suites, seed)},
+        "suites": {suite: _accuracy(right[rows], seed) for suite, rows in suites.items()},
+        "right": {suite: "".join("01"[answer] for answer in right[rows].tolist()) for suite, rows in suites.items()},
+    }
+
+
+def difference(
+    questions: Sequence[Question],
+    right: Bool[np.ndarray, "N"],
+    source_right: Bool[np.ndarray, "N"],
+    kinds: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """How a model answers less how the source does, with 95% intervals over the same questions for both, for JSON.
+
+    Returns:
+      `difference` (of the `mean` over suites and of each of the `suites`), and `by_cut`: by kind of cut its questions, the
+      accuracy of the model and of the source on them, and their difference; questions of all suites count alike there.
+    """
+    suites, less = _rows_of_suites(questions), right.astype(float) - source_right
+    by_cut = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in KINDS_OF_CUT}
+    return {
+        "difference": {
+            "mean": {"difference": _mean_over_suites(less, suites), **_mean_interval(less, suites, seed)},
+            "suites": {suite: _difference(less[rows], seed) for suite, rows in suites.items()},
+        },
+        "by_cut": {
+            kind: {
+                **_accuracy(right[rows], seed),
+                "source": float(source_right[rows].mean()),
+                "difference": _difference(less[rows], seed),
+            }
+            for kind, rows in by_cut.items()
+            if len(rows)
+        },
+    }
+
+
+def right_of(summary: Mapping[str, Any]) -> Bool[np.ndarray, "N"]:
+    """The answers that `summary` was made of, one suite behind the other."""
+    return np.array([answer == "1" for of in summary["right"].values() for answer in of])
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """Tells sets of questions apart."""
+    content = json.dumps([(q.suite, q.text, q.choices) for q in questions])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _rows_of_suites(questions: Sequence[Question]) -> dict[str, Int[np.ndarray, "n"]]:
+    names = np.array([question.suite for question in questions])
+    return {suite: np.flatnonzero(names == suite) for suite in dict.fromkeys(names.tolist())}
+
+
+def _mean_over_suites(values: np.ndarray, suites: Mapping[str, np.ndarray]) -> float:
+    return float(np.mean([values[rows].mean() for rows in suites.values()]))
+
+
+def _mean_interval(values: np.ndarray, suites: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """Questions are drawn again within each suite, and each suite counts alike: a question of n others weighs 1 / n."""
+    sizes = [len(rows) for rows in suites.values()]
+    weights = np.repeat(1 / np.array(sizes), sizes)
+    return _interval(np.concatenate([values[rows] for rows in suites.values()]) * weights, weights, sizes, seed)
+
+
+def _accuracy(right: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"accuracy": float(right.mean()), "questions": len(right), **_plain_interval(right, seed)}
+
+
+def _difference(less: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"difference": float(less.mean()), **_plain_interval(less, seed)}
+
+
+def _plain_interval(values: np.ndarray, seed: int) -> dict[str, Any]:
+    return _interval(values, np.ones(len(values)), [len(values)], seed)
+
+
+def _interval(values: np.ndarray, weights: np.ndarray, sizes: Sequence[int], seed: int) -> dict[str, Any]:
+    interval = intervals.of_ratio(values, weights, sizes, seed)
+    return {"interval": list(interval)} if interval else {}

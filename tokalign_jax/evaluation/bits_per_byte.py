@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import intervals
-from tokalign_jax.evaluation.token_costs import Window, token_costs
+from tokalign_jax.evaluation.token_costs import TokenCosts, Window, token_costs
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
@@ -62,6 +62,8 @@ class Costs:
     """int64"""
     bytes: Int[np.ndarray, "N"]
     """int64"""
+    beginnings: Sequence[TokenCosts] = ()
+    """What each document's first window cost, token by token, with the likeliest tokens; only where asked for."""
 
     @property
     def total(self) -> Score:
@@ -166,6 +168,7 @@ def evaluate_documents(
     mesh: Mesh | None = None,
     log: Log = lambda line: None,
     what: str = "evaluate",
+    beginnings: bool = False,
 ) -> dict[str, Costs]:
     """What every document of every language costs.
 
@@ -176,6 +179,7 @@ def evaluate_documents(
       batch: windows that a device reads at once.
       compute: type of activations and weights; the log-sum-exp is float32 always.
       mesh: of the devices to run on, where `params` are or go; None: all devices.
+      beginnings: also keep each token's cost and the likeliest token in each document's first window.
 
     Returns:
       Costs by language, documents in the order of `texts`.
@@ -183,7 +187,7 @@ def evaluate_documents(
     start, each = first_context(tokenizer), opening_id(tokenizer) is not None
     backend = plain_backend(tokenizer)  # as the shards are made
     windows: list[Window] = []
-    places: list[tuple[np.ndarray, int]] = []  # where each window's nats are added
+    owners: list[tuple[str, int]] = []  # the document that each window is of
     costs = {}
     for language, documents in texts.items():
         encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
@@ -191,11 +195,12 @@ def evaluate_documents(
             np.zeros(len(documents)),
             np.array([len(ids) for ids in encoded], np.int64),
             np.array([len(text.encode()) for text in documents], np.int64),
+            [_NOTHING] * len(documents) if beginnings else (),
         )
         for document, tokens in enumerate(encoded):
             cut_up = cut(tokens, start, sequence_length, each)
             windows += cut_up
-            places += [(costs[language].nats, document)] * len(cut_up)
+            owners += [(language, document)] * len(cut_up)
 
     progress = Progress(log, what, sum(len(w.labels) for w in windows), "tokens")
     found = token_costs(
@@ -207,9 +212,17 @@ def evaluate_documents(
         compute=compute,
         mesh=mesh,
         progress=progress,
+        likeliest=beginnings,
     )
-    for (nats, document), of_window in zip(places, found, strict=True):
-        nats[document] += of_window.nats.sum(dtype=np.float64)
+    for (language, document), of_window in zip(owners, found, strict=True):
+        of = costs[language]
+        of.nats[document] += of_window.nats.sum(dtype=np.float64)
+        if beginnings and of.beginnings[document] is _NOTHING:
+            of.beginnings[document] = of_window  # type: ignore[index]
     average = sum((of.total for of in costs.values()), Score(0.0, 0, 0))
     progress.done(f"{average.bits_per_byte:.3f} bits per byte")
     return costs
+
+
+_NOTHING = TokenCosts(np.zeros(0, np.float32), np.zeros(0, np.int32))
+"""The first window of a document without a token."""
