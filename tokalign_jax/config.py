@@ -257,6 +257,13 @@ class EvaluationConfig:
     """Texts that the source and the adapted model continue, greedily; empty: passages of held-out documents."""
     sample_tokens: int = 48
     """Tokens of each continuation."""
+    abilities: str = ""
+    """Multiple-choice questions that every state answers: a file of JSON lines, a folder with such files or a glob (several separated by
+    commas), or `embedded`; a suite of sums is added. Empty: none."""
+    max_questions: int = 0
+    """Questions of each suite, the first ones; 0: all."""
+    other_text: str | tuple[str, ...] = ""
+    """Text of another kind than the corpus, in the same forms and with the same fields; it is measured and never trained on. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +373,7 @@ def default_config() -> Any:
 
 _OF_SEVERAL_TYPES = (
     ("", "corpus"),
+    ("evaluation", "other_text"),
     *((stage, name) for stage in TRAINING for name in ("start_offset", "embedding_learning_rate", "per_device_batch")),
 )
 
@@ -455,6 +463,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch": (1, math.inf),
     "bytes_per_language": (1, math.inf),
     "sample_tokens": (1, math.inf),
+    "max_questions": (0, math.inf),
     "max_shard_bytes": (1_000_000, math.inf),
     "data": (0, math.inf),
     "fsdp": (0, math.inf),

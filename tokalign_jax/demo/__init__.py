@@ -12,6 +12,7 @@ _HERE = Path(__file__).parent
 SOURCE_MODEL = _HERE / "source_model"
 TARGET_TOKENIZER = _HERE / "target_tokenizer"
 TEXT = _HERE / "text" / "sample.jsonl.xz"
+ABILITIES = _HERE / "abilities"
 
 
 def source_model(name: str) -> str:
@@ -27,3 +28,8 @@ def target_tokenizer(name: str) -> str:
 def corpus(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """`name`, or the embedded text where the name is `embedded`."""
     return str(TEXT) if name == EMBEDDED else name
+
+
+def abilities(names: str) -> str:
+    """`names`, or the folder of the embedded questions where that is `embedded`."""
+    return str(ABILITIES) if names == EMBEDDED else names

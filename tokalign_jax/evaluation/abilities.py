@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
+from tokalign_jax import demo
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import intervals
@@ -90,7 +91,8 @@ def by_suite(questions: Sequence[Question]) -> dict[str, list[Question]]:
 
 def _files(names: str) -> list[Path]:
     files: list[Path] = []
-    for name in filter(None, map(str.strip, names.split(","))):
+    whole = Path(demo.abilities(names)).expanduser()
+    for name in [str(whole)] if whole.exists() else filter(None, map(str.strip, names.split(","))):
         path = Path(name).expanduser()
         pattern = path / "*.jsonl" if path.is_dir() else path
         found = [path] if path.is_file() else sorted(map(Path, glob(str(pattern))))
@@ -151,14 +153,19 @@ SUMS = "sums"
 
 def sums(count: int = 60) -> list[Question]:
     """Additions of two numbers of two digits, always the same: whether digits still mean what they did."""
-    # Strides without a factor in common with 90 go through all numbers from 10 to 99.
-    pairs = [(10 + 37 * i % 90, 10 + (53 * i + 11) % 90) for i in range(count)]
-    return [Question(SUMS, f"{a} + {b} =", tuple(f" {n}" for n in _near(a + b))) for a, b in pairs]
+    # Steps through 90 and 89 numbers that have no factor in common with these, so that neither repeats soon nor their sum.
+    pairs = [(10 + 37 * i % 90, 10 + 61 * i % 89) for i in range(count)]
+    choices = [[a + b, *_near(a + b, i % 5)] for i, (a, b) in enumerate(pairs)]
+    return [Question(SUMS, f"{a} + {b} =", tuple(f" {number}" for number in of)) for (a, b), of in zip(pairs, choices)]
 
 
-def _near(right: int) -> list[int]:
-    """A number, and wrong ones of a like size, such as mistakes with one digit or a carry give."""
-    return [right, right + 10, right - 10, right + 1, right - 2, right + 11]
+def _near(right: int, smaller: int) -> list[int]:
+    """Four wrong numbers, as mistakes in one digit or a carry give them, so many of which are smaller.
+
+    A model that only prefers small, or large, numbers is right by chance if their number varies.
+    """
+    mistakes = (10, 1, 11, 2)
+    return [right - of for of in mistakes[:smaller]] + [right + of for of in mistakes[: 4 - smaller]]
 
 
 # --- Scoring ----------------------------------------------------------------------------------------------------------
@@ -193,16 +200,8 @@ def score(
     Raises:
       UserError: a question is longer than the model's positions.
     """
-    texts = [text for question in questions for text in question.texts]
-    tokens = [e.ids for e in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
-    longest = max(map(len, tokens), default=1)
-    if longest > config.max_positions:
-        text = texts[[len(ids) for ids in tokens].index(longest)]
-        raise UserError(
-            f"abilities: {text[:80]!r}... has {longest:,} tokens, but the model reads {config.max_positions:,} at most: "
-            "shorten the question"
-        )
-    longest = min(1 << (longest - 1).bit_length(), config.max_positions)
+    tokens = _tokens(tokenizer, questions, config.max_positions)
+    longest = min(1 << (max(map(len, tokens), default=1) - 1).bit_length(), config.max_positions)
     progress = Progress(log, what, sum(map(len, tokens)), "tokens")
     costs = token_costs(
         config,
@@ -219,6 +218,27 @@ def score(
     found[filled] = [-of.nats.sum(dtype=np.float64) for of in costs]
     progress.done(f"{is_right(found).mean():.1%} of {len(questions):,} questions right")
     return found
+
+
+def check_lengths(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int) -> None:
+    """
+    Raises:
+      UserError: a question has more tokens than a model of so many positions reads.
+    """
+    _tokens(tokenizer, questions, positions)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int) -> list[list[int]]:
+    """The tokens of each text that `score` reads."""
+    texts = [text for question in questions for text in question.texts]
+    tokens = [e.ids for e in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+    for text, ids in zip(texts, tokens):
+        if len(ids) > positions:
+            raise UserError(
+                f"abilities: {text[:80]!r}... has {len(ids):,} tokens, but the model reads {positions:,} at most: "
+                "shorten the question, or leave it out"
+            )
+    return tokens
 
 
 # --- How two tokenizers cut a question --------------------------------------------------------------------------------
@@ -280,6 +300,7 @@ def summary(questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: i
     suites = _rows_of_suites(questions)
     return {
         "digest": digest(questions),
+        "chance": _mean_over_suites(np.array([1 / len(q.choices) for q in questions]), suites),
         "mean": {"accuracy": _mean_over_suites(right, suites), **_mean_interval(right, suites, seed)},
         "suites": {suite: _accuracy(right[rows], seed) for suite, rows in suites.items()},
         "right": {suite: "".join("01"[answer] for answer in right[rows].tolist()) for suite, rows in suites.items()},
@@ -316,6 +337,14 @@ def difference(
             if len(rows)
         },
     }
+
+
+def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The difference of the mean over suites between two `summary` of the same questions, with its 95% interval."""
+    ends = np.cumsum([0, *(len(right) for right in before["right"].values())])
+    suites = {suite: np.arange(*ends[i : i + 2]) for i, suite in enumerate(before["right"])}
+    less = right_of(after).astype(float) - right_of(before)
+    return {"difference": _mean_over_suites(less, suites), **_mean_interval(less, suites, seed)}
 
 
 def right_of(summary: Mapping[str, Any]) -> Bool[np.ndarray, "N"]:

@@ -1,0 +1,223 @@
+"""What a model keeps of its source: abilities, fidelity and bits per byte of each state, as tables and warnings.
+
+A state (or a model) is described by what its scores.json holds of it (docs/evaluation.md): `pooled`, and where they were
+measured `abilities`, `fidelity` and `other_text`. The first state is the source that the others are compared with.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tokalign_jax.evaluation import abilities
+from tokalign_jax.pages import Cell, Section, Soft
+
+States = Mapping[str, Mapping[str, Any]]
+
+TITLE = "What the model keeps"
+_MEASURES = ("abilities", "fidelity", "other_text")
+_NOTHING = "–"
+_EVERYTHING = "all"
+_CUTS = {
+    abilities.ALIKE: "cut alike",
+    abilities.QUESTION_ONLY: "question cut anew",
+    abilities.COMPOSED: "answer of new tokens",
+    abilities.RECUT: "answer cut anew",
+}
+"""Columns of the kinds of cut."""
+
+
+def gathered(scores: States) -> dict[str, dict[str, Any]]:
+    """What the tables are made of, from each state's scores.json."""
+    return {state: {name: of[name] for name in ("pooled", *_MEASURES) if of.get(name)} for state, of in scores.items()}
+
+
+def sections(states: States, titled: Callable[[str], str] = str) -> list[Section]:
+    """One table of everything, then abilities by suite, fidelity and other text by language.
+
+    Args:
+      titled: what a state is called in tables.
+    """
+    if not any(name in of for of in states.values() for name in _MEASURES):
+        return []
+    return [
+        _overview(states, titled),
+        *_suites(states, titled),
+        *_fidelity(states, titled),
+        *_other_text(states, titled),
+    ]
+
+
+def warning_lines(states: States, trained: Sequence[str], seed: int, titled: Callable[[str], str] = str) -> list[str]:
+    """Where a state reads the corpus better than the one before it, but other text worse, or answers fewer questions.
+
+    Args:
+      trained: the states that a run goes through, in order.
+      seed: of the intervals' draws.
+    """
+    lines = []
+    for before, after in zip(trained, trained[1:]):
+        step = f"warning: from {titled(before)} to {titled(after)}"
+        (bits, new_bits), (other, new_other) = (
+            [round(of, 3) for of in pair]
+            for pair in (_bits(states, before, after), _bits(states, before, after, "other_text"))
+        )
+        if new_bits < bits and new_other > other:
+            lines.append(
+                f"{step} bits per byte of held-out text fall from {bits:.3f} to {new_bits:.3f}, but those of other text rise from "
+                f"{other:.3f} to {new_other:.3f}: the model adapts to the corpus and forgets the rest"
+            )
+        one, another = (states[state].get("abilities") for state in (before, after))
+        if one and another and one["digest"] == another["digest"]:
+            change = abilities.change(one, another, seed)
+            if "interval" in change and change["interval"][1] < 0:
+                low, high = change["interval"]
+                lines.append(
+                    f"{step} abilities fall from {one['mean']['accuracy']:.3f} to {another['mean']['accuracy']:.3f} "
+                    f"(95% interval of the difference: {low:+.3f} to {high:+.3f})"
+                )
+    return lines
+
+
+def _bits(states: States, before: str, after: str, kind: str = "") -> list[float]:
+    """Bits per byte of two states; 0 where they were not measured."""
+    found = [states[state].get(kind, {}) if kind else states[state] for state in (before, after)]
+    return [of["pooled"]["bits_per_byte"] if of else 0.0 for of in found]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _overview(states: States, titled: Callable[[str], str]) -> Section:
+    has = {name: any(name in of for of in states.values()) for name in _MEASURES}
+    source, *_ = states
+    questions = _questions_by_cut(states)
+    header = ["state"]
+    if has["abilities"]:
+        header += ["ability", f"less {titled(source)}'s"]
+        header += [f"{_CUTS[kind]} ({count})" for kind, count in questions.items()]
+    header += ["agreement", "divergence", "gap"] if has["fidelity"] else []
+    header += ["bits/byte", *(["other text"] if has["other_text"] else [])]
+    rows: list[list[Cell]] = []
+    for state, of in states.items():
+        row: list[Cell] = [titled(state)]
+        if has["abilities"]:
+            row += [*_mean(of), *(_by_cut(states, state, kind) for kind in questions)]
+        if has["fidelity"]:
+            row += _fidelity_cells(of.get("fidelity", {}).get("pooled"))
+        row.append(f"{of['pooled']['bits_per_byte']:.3f}")
+        if has["other_text"]:
+            row.append(_figure(of.get("other_text", {}).get("pooled", {}).get("bits_per_byte")))
+        rows.append(row)
+    return Section(TITLE, _explanation(states, has), header, rows)
+
+
+def _explanation(states: States, has: Mapping[str, bool]) -> str:
+    parts = []
+    if has["abilities"]:
+        chance = next(of["abilities"]["chance"] for of in states.values() if "abilities" in of)
+        parts.append(
+            f"Ability: share of multiple-choice questions answered right, mean over suites (by chance {chance:.3f}), and the "
+            "difference on the same questions; then by how both tokenizers cut question and right answer, with the number of questions."
+        )
+    if has["fidelity"]:
+        parts.append(
+            "Agreement: at how many shared boundaries of tokens the likeliest continuation is the source's. Divergence (nats a chunk) and "
+            "gap (bits a byte) between both models' likelihoods of the text between such boundaries: lower is better."
+        )
+    parts.append("In brackets 95% intervals.")
+    return " ".join(parts)
+
+
+def _mean(of: Mapping[str, Any]) -> list[Cell]:
+    found = of.get("abilities")
+    if not found:
+        return [_NOTHING, _NOTHING]
+    less = found.get("difference", {}).get("mean")
+    return [f"{found['mean']['accuracy']:.3f}", _signed(less) if less else _NOTHING]
+
+
+def _questions_by_cut(states: States) -> dict[str, int | str]:
+    """Questions of each kind, in order; of models whose tokenizers differ the numbers of all of them."""
+    found: dict[str, list[int]] = {}
+    for of in states.values():
+        for kind, by in of.get("abilities", {}).get("by_cut", {}).items():
+            found.setdefault(kind, []).append(by["questions"])
+    counts = {kind: list(dict.fromkeys(found[kind])) for kind in _CUTS if kind in found}
+    return {kind: of[0] if len(of) == 1 else "/".join(map(str, of)) for kind, of in counts.items()}
+
+
+def _by_cut(states: States, state: str, kind: str) -> Cell:
+    """Accuracy on questions of a kind; the source's where all others were cut alike."""
+    own = states[state].get("abilities", {})
+    if "by_cut" in own:
+        return _figure(own["by_cut"].get(kind, {}).get("accuracy"))
+    others = {of["abilities"]["by_cut"].get(kind, {}).get("source") for of in _compared(states)}
+    return _figure(others.pop()) if own and len(others) == 1 else _NOTHING
+
+
+def _compared(states: States) -> Iterator[Mapping[str, Any]]:
+    return (of for of in states.values() if "by_cut" in of.get("abilities", {}))
+
+
+def _fidelity_cells(of: Mapping[str, Any] | None) -> list[Cell]:
+    names = ("agreement", "divergence", "gap")
+    return [_figure(of[name]["value"]) for name in names] if of else [_NOTHING] * len(names)
+
+
+def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
+    answered = {state: of["abilities"] for state, of in states.items() if "abilities" in of}
+    if not answered:
+        return
+    last, final = [*answered.items()][-1]
+    first = next(iter(answered.values()))
+    rows: list[list[Cell]] = []
+    for suite, of in first["suites"].items():
+        row: list[Cell] = [suite, f"{of['questions']:,}"]
+        row += [f"{found['suites'][suite]['accuracy']:.3f}" for found in answered.values()]
+        rows.append([*row, *([_signed(final["difference"]["suites"][suite])] if "difference" in final else [])])
+    header = ["suite", "questions", *map(titled, answered)]
+    header += [f"{titled(last)} - {titled(next(iter(answered)))}"] if "difference" in final else []
+    yield Section("Abilities by suite", "Share of questions answered right.", header, rows, fold=True)
+
+
+def _fidelity(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
+    measured = {state: of["fidelity"]["languages"] for state, of in states.items() if "fidelity" in of}
+    if not measured or len(next(iter(measured.values()))) < 2:
+        return
+    last, final = [*measured.items()][-1]
+    rows: list[list[Cell]] = []
+    for language, of in final.items():
+        row: list[Cell] = [language, f"{of['chunks']:,}"]
+        row += [_figure(found.get(language, {}).get("agreement", {}).get("value")) for found in measured.values()]
+        rows.append([*row, *(_with_interval(of[name]) for name in ("divergence", "gap"))])
+    header = ["language", "chunks", *(f"agreement {titled(state)}" for state in measured)]
+    header += [f"{name} {titled(last)}" for name in ("divergence", "gap")]
+    yield Section("Fidelity by language", "On held-out text.", header, rows, fold=True)
+
+
+def _other_text(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
+    measured = {state: of["other_text"] for state, of in states.items() if "other_text" in of}
+    if not measured:
+        return
+    by_state = {state: {**of["languages"], _EVERYTHING: of["pooled"]} for state, of in measured.items()}
+    rows: list[list[Cell]] = [
+        [language, f"{of['bytes']:,}", *(f"{found[language]['bits_per_byte']:.3f}" for found in by_state.values())]
+        for language, of in next(iter(by_state.values())).items()
+    ]
+    text = "Bits per byte of text of another kind, which nothing was trained on."
+    yield Section("Other text", text, ["language", "bytes", *map(titled, by_state)], rows, fold=True)
+
+
+def _signed(of: Mapping[str, Any]) -> Cell:
+    return _with_interval({**of, "value": of["difference"]}, "+")
+
+
+def _with_interval(of: Mapping[str, Any], sign: str = "") -> Cell:
+    figure = _figure(of["value"], sign)
+    if "interval" not in of:
+        return figure
+    low, high = of["interval"]
+    return figure, Soft(f" [{low:{sign}.3f}, {high:{sign}.3f}]")
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    return _NOTHING if value is None else f"{value:{sign}.3f}"
