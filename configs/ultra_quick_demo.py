@@ -49,4 +49,6 @@ def get_config() -> ConfigDict:
     config.compute.remat = "dots"
     config.evaluation.bytes_per_language = 20_000
     config.evaluation.sequence_length = 256
+    config.evaluation.abilities = "embedded"
+    config.evaluation.max_questions = 20
     return config

@@ -263,7 +263,7 @@ class EvaluationConfig:
     max_questions: int = 0
     """Questions of each suite, the first ones; 0: all."""
     other_text: str | tuple[str, ...] = ""
-    """Text of another kind than the corpus, in the same forms and with the same fields; it is measured and never trained on. Empty: none."""
+    """Text of another kind than the corpus, in the same forms and with the same fields: measured, never trained on. Empty: none."""
 
 
 @dataclass(frozen=True)

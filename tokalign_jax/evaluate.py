@@ -1,4 +1,4 @@
-r"""Models side by side on held-out text: bits per byte, tokens, speed, drafting, alignment, tasks.
+r"""Models side by side: bits per byte, what they keep of the first, tokens, speed, drafting, alignment, tasks.
 
     python -m tokalign_jax.evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang --output=out
     python -m tokalign_jax.evaluate --workdir=runs/demo --output=out          # a run's source model and its export, on its held-out text
@@ -30,9 +30,11 @@ from tokalign_jax.alignment import alignment, scoring
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, TextConfig, config_from_dict
 from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.evaluation import (
+    abilities,
     bits_per_byte,
     downstream,
     drafting,
+    measures,
     overlap,
     samples,
     side_by_side,
@@ -75,10 +77,8 @@ class Inputs:
     context: stages.Context | None
     """Of the run in `--workdir`."""
     subjects: Sequence[Subject]
-    texts: Mapping[str, list[str]]
-    """Held-out documents by language."""
-    length: int
-    """Tokens of a window."""
+    material: measures.Material
+    """Texts and questions."""
     teacher: Subject | None
     aligned: alignment.Alignment | None
     encoder: similarity.Encoder | None
@@ -142,6 +142,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--repeats", type=arguments.at_least(1), default=3, help="how often speed is timed on each prompt"
+    )
+    parser.add_argument(
+        "--abilities",
+        help="multiple-choice questions, as config.evaluation.abilities; with --workdir the run's own if this is not given",
+    )
+    parser.add_argument(
+        "--max-questions", type=arguments.at_least(0), help="of each suite (0: all; with --workdir as the run has it)"
+    )
+    parser.add_argument(
+        "--other-text", help="files of another kind of text; with --workdir the run's own if this is not given"
     )
     parser.add_argument("--tasks", type=names, default=[], help="tasks of lm-eval")
     parser.add_argument("--task-folder", type=arguments.path, help="with tasks of your own: YAML files and their data")
@@ -211,7 +221,19 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         raise UserError("--encoder is for judging an alignment: give --alignment of --models too, or a --workdir")
     if given.tasks:
         downstream.check(given.tasks, given.task_folder)
+    dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     texts = _texts(given, context, settings.bytes_per_language, log)
+    material = measures.Material(
+        texts,
+        _other_texts(given, context, settings, log),
+        _questions(given, settings),
+        length,
+        given.batch,
+        ComputeConfig(dtype=dtype),
+        given.seed,
+    )
+    for subject in subjects:
+        abilities.check_lengths(subject.tokenizer, material.questions, subject.config.max_positions)
     if given.training_text:
         _training_corpus(given)
     if teacher:
@@ -228,12 +250,11 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         given,
         context,
         subjects,
-        texts,
-        length,
+        material,
         teacher,
         _aligned(given, context, subjects),
         similarity.sentence_encoder(given.encoder) if given.encoder else None,
-        given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype,
     )
     try:
         given.output.mkdir(parents=True, exist_ok=True)
@@ -335,6 +356,25 @@ def _texts(given: argparse.Namespace, context: stages.Context | None, size: int,
     return bits_per_byte.choose(held_out, given.bytes_per_language or size)
 
 
+def _other_texts(
+    given: argparse.Namespace, context: stages.Context | None, settings: EvaluationConfig, log: Log
+) -> dict[str, list[str]]:
+    """The text of another kind: what is named, else the run's."""
+    if given.other_text is None:
+        return context.other_texts if context else {}
+    if not given.other_text:
+        return {}
+    read = documents.read(_corpus(given, given.other_text), log)
+    return bits_per_byte.choose(read, given.bytes_per_language or settings.bytes_per_language)
+
+
+def _questions(given: argparse.Namespace, settings: EvaluationConfig) -> list[abilities.Question]:
+    """The questions that are named, else the run's."""
+    names = settings.abilities if given.abilities is None else given.abilities
+    most = settings.max_questions if given.max_questions is None else given.max_questions
+    return abilities.read(names, most) if names else []
+
+
 def _corpus(given: argparse.Namespace, names: str) -> Config:
     """`names` as a corpus, looked at."""
     config = Config(corpus=names, text=TextConfig(text_field=given.text_field, language_field=given.language_field))
@@ -375,19 +415,23 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     # First, and in a process of its own, while the memory of a GPU is free.
     tasks = _tasks(inputs, log)
     training = _training(inputs, log)
-    overlapping = {"overlap": overlap.overlap(inputs.texts, training, log)} if training else {}
+    overlapping = {"overlap": overlap.overlap(inputs.material.texts, training, log)} if training else {}
     everyone = [*subjects, *([inputs.teacher] if inputs.teacher else [])]
     mesh = inputs.context.mesh if inputs.context else sharding.make_mesh(state_bytes=2 * max(map(_bytes, everyone)))
     dtype = inference_dtype(inputs.dtype)
     teacher = drafting.Model(inputs.teacher.config, inputs.teacher.load(mesh, dtype)) if inputs.teacher else None
     models, costs, aligned = {}, {}, {}
+    reference: measures.Reference | None = None
     for subject in subjects:
         model = drafting.Model(subject.config, subject.load(mesh, dtype))
-        costs[subject.name] = _costs(inputs, subject, model, mesh, log)
+        arguments = model.config, model.params, subject.tokenizer, inputs.material, mesh, log
+        measured = measures.measure(subject.name, *arguments)
+        costs[subject.name] = measured.costs
         models[subject.name] = {
             "folder": str(subject.folder or ""),
             "vocabulary": subject.config.vocab_size,
             "loses": canonical.losses(subject.tokenizer),
+            **measures.summary(measured, reference, inputs.material),
             **_scores(inputs, costs[subject.name]),
             **tasks.get(subject.name, {}),
         }
@@ -398,17 +442,18 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
             models[subject.name]["drafting"] = _drafting(inputs, subject, model, inputs.teacher, teacher, mesh, log)
         if inputs.aligned is not None and subject is subjects[0]:
             aligned = {"alignment": _alignment(inputs, inputs.aligned, model, log)}
+        reference = reference or measured.reference
         del model
-    first = costs[subjects[0].name]
+    others = subjects[1:]
     return {
         "models": models,
-        "differences": {s.name: _difference(costs[s.name], first, given.seed) for s in subjects[1:]},
+        "differences": {s.name: _difference(costs[s.name], costs[subjects[0].name], given.seed) for s in others},
         **({"teacher": {"name": inputs.teacher.name, "folder": str(inputs.teacher.folder)}} if inputs.teacher else {}),
         **aligned,
         **overlapping,
         "settings": {
             **{k: _plain(v) for k, v in vars(given).items()},
-            "sequence_length": inputs.length,
+            "sequence_length": inputs.material.sequence_length,
             "dtype": inputs.dtype,
         },
         "versions": {**{p: version(p) for p in PACKAGES}, "python": platform.python_version()},
@@ -427,27 +472,10 @@ def _tasks(inputs: Inputs, log: Log) -> dict[str, dict[str, Any]]:
     return {name: {"tasks": of} for (name, _), of in zip(within, found)}
 
 
-def _costs(
-    inputs: Inputs, subject: Subject, model: drafting.Model, mesh: Mesh, log: Log
-) -> dict[str, bits_per_byte.Costs]:
-    return bits_per_byte.evaluate_documents(
-        model.config,
-        model.params,
-        subject.tokenizer,
-        inputs.texts,
-        sequence_length=inputs.length,
-        batch=inputs.given.batch,
-        compute=ComputeConfig(dtype=inputs.dtype),  # type: ignore[arg-type]
-        mesh=mesh,
-        log=log,
-        what=subject.name,
-    )
-
-
 def _scores(inputs: Inputs, costs: Mapping[str, bits_per_byte.Costs]) -> dict[str, Any]:
     """Bits per byte, bytes per token and fertility, by language and pooled."""
     seed = inputs.given.seed
-    counted = {language: int(words(of).sum()) for language, of in inputs.texts.items()}
+    counted = {language: int(words(of).sum()) for language, of in inputs.material.texts.items()}
 
     def with_words(of: dict[str, Any], count: int) -> dict[str, Any]:
         return {**of, "words": count, "fertility": fertility(of["tokens"], count)}
@@ -467,12 +495,12 @@ def _difference(
 
 
 def _speed(inputs: Inputs, subject: Subject, model: drafting.Model, tokens: int, log: Log) -> dict[str, Any]:
-    given, prompts = inputs.given, samples.passages(inputs.texts, 2)
+    given, prompts = inputs.given, samples.passages(inputs.material.texts, 2)
     params = jax.tree.map(lambda x: x.astype(inputs.dtype), model.params)
     found = speed.measure(
         model.config, params, subject.tokenizer, prompts, steps=given.steps, repeats=given.repeats, dtype=inputs.dtype
     )
-    of = found.summary([text for group in inputs.texts.values() for text in group], tokens)
+    of = found.summary([text for group in inputs.material.texts.values() for text in group], tokens)
     log(f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} characters/s")
     return of
 
@@ -488,7 +516,7 @@ def _drafting(
             model,
             teacher,
             big.tokenizer,
-            inputs.texts,
+            inputs.material.texts,
             gamma=given.gamma,
             temperature=given.temperature,
             prompts=given.prompts,
@@ -507,7 +535,7 @@ def _alignment(inputs: Inputs, found: alignment.Alignment, model: drafting.Model
     source, target = (subject.tokenizer for subject in inputs.subjects[:2])
     every = [
         (language, line)
-        for language, of in inputs.texts.items()
+        for language, of in inputs.material.texts.items()
         for text in of
         for line in text.splitlines()
         if line.strip()

@@ -92,10 +92,11 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
         states = tuple(models[: models.index(state) + 1]) if state in models else ()
         return Stage(
             f"evaluate/{state}",
-            f"bits per byte on held-out text: {state}",
-            ("corpus", *(() if state == "source" else target), *states),
+            f"measure {state}",
+            ("corpus", *(() if state == "source" else (*target, "evaluate/source")), *states),
             {
-                "evaluation": config_to_dict(config.evaluation),
+                "evaluation": config_to_dict(config.evaluation)
+                | {"abilities": outside["questions"], "other_text": outside["other_text"]},
                 "source_model": outside["source_model"],
                 **vocabularies,
                 **compute,

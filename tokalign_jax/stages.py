@@ -31,7 +31,7 @@ from tokalign_jax.config import (
 )
 from tokalign_jax.digests import Digests
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import bits_per_byte, card, overlap, pieces, samples
+from tokalign_jax.evaluation import abilities, bits_per_byte, card, measures, overlap, pieces, samples
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import hub, huggingface, opening
@@ -43,7 +43,7 @@ from tokalign_jax.planning.inference import Run, Source
 from tokalign_jax.planning.machine import Machine
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.progress import Log
-from tokalign_jax.text import canonical, mining, tokenizing
+from tokalign_jax.text import canonical, mining, numbers, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.editing import within_rows
@@ -150,6 +150,42 @@ class Context:
             self.log(f"warning: {warning}")
         return mesh
 
+    @cached_property
+    def questions(self) -> list[abilities.Question]:
+        """What every state is asked (`evaluation.abilities`); empty: nothing."""
+        settings = self.config.evaluation
+        return abilities.read(settings.abilities, settings.max_questions) if settings.abilities else []
+
+    @cached_property
+    def other_config(self) -> Config | None:
+        """This config with `evaluation.other_text` for a corpus; None where there is no such text."""
+        names = self.config.evaluation.other_text
+        return dataclasses.replace(self.config, corpus=names) if names else None
+
+    @cached_property
+    def material(self) -> measures.Material:
+        """What every state is measured on; known once there is a corpus."""
+        settings = self.config.evaluation
+        held_out = documents.held_out(self.folder("corpus"))
+        return measures.Material(
+            bits_per_byte.choose(held_out, settings.bytes_per_language),
+            self.other_texts,
+            self.questions,
+            settings.sequence_length,
+            settings.batch,
+            self.config.compute,
+            self.config.seed,
+        )
+
+    @cached_property
+    def other_texts(self) -> dict[str, list[str]]:
+        """The documents of another kind that states are measured on, by language."""
+        if self.other_config is None:
+            return {}
+        return bits_per_byte.choose(
+            documents.read(self.other_config, self.log), self.config.evaluation.bytes_per_language
+        )
+
     def run_identity(self) -> dict[str, str]:
         """What makes this another run than the one of a workdir with other values."""
         return {
@@ -164,15 +200,21 @@ class Context:
 
     def _identities(self) -> dict[str, Any]:
         digests, file = Digests(self.workdir, self.log), self.config.alignment.file
-        names = documents.names(self.config)
+
+        def texts_of(config: Config) -> list[str]:
+            """By file; of a hub dataset the name is all that is known."""
+            names = documents.names(config)
+            return [digest or name for name, digest in zip(names, digests.each([Path(name) for name in names]))]
+
         return {
-            # Of a hub dataset the name is all that is known.
-            "corpus": [digest or name for name, digest in zip(names, digests.each([Path(name) for name in names]))],
+            "corpus": texts_of(self.config),
             "source_model": digests.of(_model_files(self.source_folder)),
             "source_tokenizer": digests.of(_tokenizer_files(self.source_folder)),
             # One that is extended follows from the stage that does it.
             "target_tokenizer": EXTEND if self.extends else digests.of(_tokenizer_files(self.target_folder)),
             "alignment": digests.of([Path(file)]) if file else "",
+            "questions": abilities.digest(self.questions) if self.questions else "",
+            "other_text": texts_of(self.other_config) if self.other_config else "",
             "teacher": digests.of(_model_files(self.teacher_folder)) if self.teacher_folder else "",
         }
 
@@ -239,6 +281,7 @@ class Context:
         documents.check(config)
         if not self.folder("init").exists():
             check_finite(self)
+        self._check_measures()
         taken = f"alignment.file '{config.alignment.file}'" if config.alignment.file else ""
         if not taken and config.alignment.method not in methods.NEED_VECTORS:
             taken = f"alignment.method '{config.alignment.method}'"
@@ -252,6 +295,20 @@ class Context:
                 alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
         elif config.alignment.method in methods.NEED_VECTORS:
             vectors.check(config.alignment, source_size, self.target_size)
+
+    def _check_measures(self) -> None:
+        """Whether questions and other text can be measured, and what is to be known of numbers."""
+        tokenizers = [self.source_tokenizer, *([] if self.extends else [self.target_tokenizer])]
+        for tokenizer in tokenizers:
+            abilities.check_lengths(tokenizer, self.questions, self.source_model[0].max_positions)
+        if self.other_config is not None:
+            if same := set(documents.names(self.config)) & set(documents.names(self.other_config)):
+                raise UserError(
+                    f"evaluation.other_text names '{min(same)}', which is in the corpus too: name text that is not trained on"
+                )
+            documents.check(self.other_config)
+        if not self.extends and (line := numbers.warning_line(*tokenizers)):
+            self.log(line)
 
     def _check_teacher(self, folder: Path, model: ModelConfig) -> None:
         """That the teacher is whole, and can say something about each token and sequence that the student reads."""
@@ -666,7 +723,10 @@ def _write(
 
 
 def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str, Any]:
-    """Scores one state of the model by language and lets it continue the prompts; writes `scores.json`."""
+    """Measures one state of the model and lets it continue the prompts; writes `scores.json`.
+
+    The evaluation of the source also keeps its likelihoods, token by token, for the fidelity of later states.
+    """
     settings = context.config.evaluation
     compute = context.config.compute
     config, params = load_state(context, states, training_states.inference_dtype(jnp.dtype(compute.dtype)))
@@ -675,34 +735,24 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
         size, key = vocabulary_size(tokenizer), jax.random.key(context.config.seed)
         config, params = initialization.random_rows(config, params, size, key, context.kept)
         params = jax.tree.map(lambda x: x.astype(compute.dtype) if isinstance(x, np.ndarray) else x, params)
-    texts = bits_per_byte.choose(documents.held_out(context.folder("corpus")), settings.bytes_per_language)
-    costs = bits_per_byte.evaluate_documents(
-        config,
-        params,
-        tokenizer,
-        texts,
-        sequence_length=settings.sequence_length,
-        batch=settings.batch,
-        compute=compute,
-        mesh=context.mesh,
-        log=context.log,
-        what=f"evaluate {name}",
+    material, folder = context.material, context.folder("evaluate/source")
+    asks = name != "random"
+    measured = measures.measure(name, config, params, tokenizer, material, context.mesh, context.log, asks)
+    prompts = settings.prompts or samples.passages(material.texts)
+    continued = (
+        samples.continuations(config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype) if asks else []
     )
-    continued = []
-    if name != "random":
-        prompts = settings.prompts or samples.passages(texts)
-        continued = samples.continuations(config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype)
-    seed = context.config.seed
-    content: dict[str, Any] = {
-        "languages": bits_per_byte.summaries(costs, seed),
-        "pooled": bits_per_byte.summary([*costs.values()], seed),
-        "samples": continued,
-    }
     if distributed.is_first():
         if name == "source":  # the text is the same in all states
-            content["overlap"] = _overlap(context, texts)
-        path = context.folder(f"evaluate/{name}") / "scores.json"
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            measured.reference.save(folder)
+            content = measures.summary(measured, None, material)
+            content["overlap"] = _overlap(context, material.texts)
+        else:
+            reference = measures.Reference.load(folder, context.source_tokenizer, material)
+            content = measures.summary(measured, reference, material)
+        path = context.folder(f"evaluate/{name}") / measures.SCORES
+        text = json.dumps({**content, "samples": continued}, indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
     return {}
 
 
@@ -719,10 +769,10 @@ def _overlap(context: Context, texts: Mapping[str, Sequence[str]]) -> dict[str, 
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     settings = context.config
     tokenizers = {"source": context.source_tokenizer, "target": context.target_tokenizer}
-    held_out = documents.held_out(context.folder("corpus"))
-    texts = bits_per_byte.choose(held_out, settings.evaluation.bytes_per_language)
+    texts = context.material.texts
     inspected = json.loads((context.folder("align") / INSPECTION).read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
     shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": inspected, "held_out": digest}
+    shown["numbers"] = numbers.warning_line(*tokenizers.values())
     identity = context.run_identity()
     return reporting.run(settings, context.workdir, states, identity, context.folder("report"), context.log, shown)

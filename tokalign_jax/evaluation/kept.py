@@ -4,6 +4,7 @@ A state (or a model) is described by what its scores.json holds of it (docs/eval
 measured `abilities`, `fidelity` and `other_text`. The first state is the source that the others are compared with.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ States = Mapping[str, Mapping[str, Any]]
 
 TITLE = "What the model keeps"
 _MEASURES = ("abilities", "fidelity", "other_text")
-_NOTHING = "–"
+_NOTHING = ""
 _EVERYTHING = "all"
 _CUTS = {
     abilities.ALIKE: "cut alike",
-    abilities.QUESTION_ONLY: "question cut anew",
-    abilities.COMPOSED: "answer of new tokens",
-    abilities.RECUT: "answer cut anew",
+    abilities.QUESTION_ONLY: "question",
+    abilities.COMPOSED: "new tokens",
+    abilities.RECUT: "recut",
 }
 """Columns of the kinds of cut."""
 
@@ -54,7 +55,7 @@ def warning_lines(states: States, trained: Sequence[str], seed: int, titled: Cal
       seed: of the intervals' draws.
     """
     lines = []
-    for before, after in zip(trained, trained[1:]):
+    for before, after in itertools.pairwise(trained):
         step = f"warning: from {titled(before)} to {titled(after)}"
         (bits, new_bits), (other, new_other) = (
             [round(of, 3) for of in pair]
@@ -116,7 +117,8 @@ def _explanation(states: States, has: Mapping[str, bool]) -> str:
         chance = next(of["abilities"]["chance"] for of in states.values() if "abilities" in of)
         parts.append(
             f"Ability: share of multiple-choice questions answered right, mean over suites (by chance {chance:.3f}), and the "
-            "difference on the same questions; then by how both tokenizers cut question and right answer, with the number of questions."
+            "difference on the same questions; then by how the two tokenizers cut question and right answer (number of questions): alike, "
+            "only the question otherwise, the answer with tokens that the source lacks, or the answer of shared tokens cut otherwise."
         )
     if has["fidelity"]:
         parts.append(

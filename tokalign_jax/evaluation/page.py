@@ -3,6 +3,7 @@
 python -m tokalign_jax.evaluation.page runs/demo/report/report.json     # writes the first two beside it, anew
 """
 
+import itertools
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from tokalign_jax import charts, pages
 from tokalign_jax.config import EMBEDDED, EXTEND, Config, config_to_dict
-from tokalign_jax.evaluation import curves
+from tokalign_jax.evaluation import curves, kept
 from tokalign_jax.evaluation.curves import EVERYTHING, titled
 from tokalign_jax.models.model_card import rules_section, short_name, special_section
 from tokalign_jax.pages import Bar, Section, Soft
@@ -45,6 +46,7 @@ def html(content: Content) -> str:
             _opening(content),
             _warnings(content),
             _scores(content),
+            *_kept(content),
             _overlap(content),
             _training(content),
             _passages(content),
@@ -65,7 +67,7 @@ def markdown(content: Content) -> str:
         "\n\n".join(map(pages.literal, sentences(content))),
         "\n\n".join(f"**{pages.literal(line)}**" for line in warning_lines(content)),
         "\n".join(pages.markdown_table(*score_table(content))),
-        pages.markdown([_overlap(content)]),
+        pages.markdown([*_kept(content), _overlap(content)]),
         "![Loss over tokens, and bits per byte by language and stage](report.png)",
         pages.markdown([_training(content), *_alignment(content)]),
         f"## Continued text\n\n```\n{continued}\n```" if continued else "",
@@ -149,7 +151,7 @@ def _devices(content: Content) -> str:
 
 
 def warning_lines(content: Content) -> list[str]:
-    """Where tokenizers do not keep all of a text, held-out text was trained on, or steps were skipped."""
+    """What a reader must know: of lost text, numbers, text that was trained on, what states lose, and skipped steps."""
     states = {"source": "the source model", "target": "the model with the new vocabulary"}
     lost = [
         f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte of {states[side]} are too low "
@@ -162,7 +164,8 @@ def warning_lines(content: Content) -> list[str]:
         for stage, of in content["training"].items()
         if of["skipped"]
     ]
-    return [*lost, *content.get("overlap", {}).get("warnings", ()), *skipped]
+    found = [content.get(part, {}).get("warnings", ()) for part in ("overlap", "kept")]
+    return [*lost, *filter(None, [content.get("numbers")]), *itertools.chain(*found), *skipped]
 
 
 def _warnings(content: Content) -> Section:
@@ -215,6 +218,17 @@ def _scores(content: Content) -> Section:
     }
     chart = charts.dots(rows, says="Bits per byte by language and state")
     return Section("Bits per byte", text, *score_table(content), markup=chart)
+
+
+def _kept(content: Content) -> list[Section]:
+    """What each state keeps of its source; reports of a version before do not have it."""
+    return kept.sections(content["kept"]["states"], titled) if "kept" in content else []
+
+
+def kept_lines(content: Content) -> list[str]:
+    """The same for a terminal, without what a page folds."""
+    shown = [section for section in _kept(content) if not section.fold]
+    return [*pages.terminal(shown), ""] if shown else []
 
 
 def _overlap(content: Content) -> Section:

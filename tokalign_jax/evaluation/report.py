@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation import curves, overlap, page
+from tokalign_jax.evaluation import curves, kept, overlap, page
 from tokalign_jax.evaluation.curves import EVERYTHING, titled
 from tokalign_jax.progress import Log
 from tokalign_jax.text.tokenizing import SIDES
@@ -39,7 +39,8 @@ def run(
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
     page.write(json.loads(text), folder)
     picture(content, folder / "report.png")
-    for line in ("", *page.table(content), *page.warning_lines(content), "", *page.sample_lines(content), ""):
+    lines = [*page.table(content), "", *page.kept_lines(content), *page.warning_lines(content)]
+    for line in ("", *lines, "", *page.sample_lines(content), ""):
         log(line)
     return {"bits_per_byte": content["languages"][EVERYTHING]["bits_per_byte"], "folder": str(folder)}
 
@@ -49,11 +50,13 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
     scores = {state: _read(workdir / "evaluate" / state / "scores.json") for state in states}
     copied = scores["source"]["overlap"]
     records = _read(workdir / "stages.json")["stages"]
+    found, models = kept.gathered(scores), [s for s in states if s not in ("source", "random")]
     trained = [s for s in states if (workdir / s / "metrics.jsonl").exists()]
     return {
         "run": dict(identity),
         "states": list(states),
         "languages": _languages(scores),
+        "kept": {"states": found, "warnings": kept.warning_lines(found, models, config.seed, titled)},
         "overlap": {**copied, "warnings": overlap.warning_lines(copied)},
         "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},
         "alignment": _read(workdir / "align" / "summary.json"),

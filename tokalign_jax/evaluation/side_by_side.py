@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tokalign_jax.evaluation import overlap
+from tokalign_jax.evaluation import kept, overlap
 from tokalign_jax.pages import Cell, Section, Soft
 
 EVERYTHING = "all"
@@ -23,6 +23,7 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
     """All that was measured, one table each."""
     made = [
         _bits(content),
+        *kept.sections(content["models"]),
         _tokens(content),
         _speed(content),
         *_drafting(content),
