@@ -7,14 +7,14 @@ Runs that differ in nothing but the seed are one group, with mean and spread. `c
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tokalign_jax import charts, pages
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation import curves
+from tokalign_jax.evaluation import curves, kept
 from tokalign_jax.evaluation.curves import EVERYTHING, titled
 from tokalign_jax.evaluation.page import Content, flat
 from tokalign_jax.pages import Cell, Section, Soft
@@ -42,6 +42,7 @@ def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, 
       run; `warnings`: why the runs may not be comparable; `groups`, best first by the last state's bits per byte, each with
         `name`: the fields that differ, with their values; `values`: the same by field; `runs`, `seeds`;
         `bits_per_byte`: by state and language `mean`, `spread` (standard deviation; None of a single run) and `values`;
+        `kept`: by state `mean`, `spread` and `values` of abilities, fidelity and other text, where they were measured;
         `bytes_per_token`: of the new vocabulary, by language;
         `seconds`: of the whole run (None where no report has it), and `tokens_per_second` by training stage, as means;
         `training`: by stage `tokens` and smoothed `loss`, the mean of the runs that are that far.
@@ -118,6 +119,7 @@ def _group(reports: Sequence[Content], states: Sequence[str], languages: Sequenc
     times = [sum(report["seconds"].values()) for report in reports if report.get("seconds")]
     return {
         "bits_per_byte": {state: found for state in states if (found := measured(state))},
+        "kept": {state: found for state in states if (found := _kept(reports, state))},
         "bytes_per_token": {
             name: statistics.fmean(of[name] for of in per_token if name in of) for name in _ordered(per_token)
         },
@@ -125,6 +127,13 @@ def _group(reports: Sequence[Content], states: Sequence[str], languages: Sequenc
         "tokens_per_second": {stage: statistics.fmean(of) for stage, of in speeds.items() if of},
         "training": {stage: _mean_curve(runs) for stage, runs in trained.items()},
     }
+
+
+def _kept(reports: Sequence[Content], state: str) -> dict[str, dict[str, Any]]:
+    """What a state keeps, by the columns of the reports' tables; reports of a version before do not have it."""
+    found = [kept.figures(report.get("kept", {}).get("states", {}).get(state, {})) for report in reports]
+    names = _ordered(found)
+    return {name: _statistics([of[name] for of in found if name in of]) for name in names}
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -154,11 +163,16 @@ def _score(group: Mapping[str, Any]) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
+def _states(report: Content) -> Iterable[Mapping[str, Any]]:
+    return report.get("kept", {}).get("states", {}).values()
+
+
 def _unlike(reports: Sequence[Content]) -> list[str]:
     """Why figures of these runs may not be comparable."""
     text = {json.dumps({name: of.get("bytes") for name, of in report["languages"].items()}) for report in reports}
     # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart. Older reports do not have it.
     digests = {digest for report in reports if (digest := report.get("held_out"))}
+    answers = [of["abilities"]["digest"] for report in reports for of in _states(report) if "abilities" in of]
     devices = {", ".join(report["devices"]) for report in reports if report.get("devices")}
     known = [report["versions"] for report in reports if report.get("versions")]
     versions = {name: {of.get(name) for of in known} for name in dict.fromkeys(name for of in known for name in of)}
@@ -169,6 +183,7 @@ def _unlike(reports: Sequence[Content]) -> list[str]:
             if max(len(text), len(digests)) > 1
             else []
         ),
+        *(["the questions are not the same: abilities are not comparable"] if len(set(answers)) > 1 else []),
         *([f"devices differ ({'; '.join(sorted(devices))}): so may times and rounding"] if len(devices) > 1 else []),
         *([f"versions differ: {', '.join(several)}"] if several else []),
     ]
@@ -182,7 +197,7 @@ def sections(comparison: Comparison) -> list[Section]:
     groups, states = comparison["groups"], comparison["states"]
     languages = [name for name in comparison["languages"] if name != EVERYTHING]
     warnings = " ".join(f"Warning: {line}." for line in comparison["warnings"])
-    made = [_overview(comparison, warnings)]
+    made = [_overview(comparison, warnings), *_kept_section(comparison)]
     for state in reversed(states if languages else []):
         of_state = [(rank, group) for rank, group in enumerate(groups, 1) if state in group["bits_per_byte"]]
         rows = [
@@ -215,6 +230,16 @@ def _overview(comparison: Comparison, warnings: str) -> Section:
     text += " Of several seeds: mean ± standard deviation." if several else ""
     text += f" In all of them: {', '.join(f'{titled(s)} {bits:.3f}' for s, bits in same.items())}." if same else ""
     return Section("What differs, and what came of it", f"{text} {warnings}".strip(), header, rows)
+
+
+def _kept_section(comparison: Comparison) -> Iterator[Section]:
+    """What the last state of each group keeps of its source."""
+    found = [group["kept"].get(last_state(group), {}) for group in comparison["groups"]]
+    columns = _ordered(found)
+    if columns:
+        rows = [[f"{rank}", *(_figure(of.get(name)) for name in columns)] for rank, of in enumerate(found, 1)]
+        text = "Of the last state, as in the runs' reports: abilities and agreement higher is better, all else lower is better."
+        yield Section(kept.TITLE, text, ["#", *columns], rows)
 
 
 def _same(comparison: Comparison) -> dict[str, float]:
@@ -267,7 +292,7 @@ def _runs(comparison: Comparison) -> Section:
 
 def html(comparison: Comparison) -> str:
     """A page by itself, as a report's."""
-    overview, *by_language = sections(comparison)
+    overview, *others = sections(comparison)
     chart = loss_chart(comparison)
     text = f"Mean of {curves.WINDOW} steps, at the end of a curve its place in the table."
     if "target_tokenizer" in comparison["differs"]:
@@ -276,7 +301,7 @@ def html(comparison: Comparison) -> str:
         overview,
         Section("Bits per byte by state", markup=_states_chart(comparison)),
         Section("Training loss", text if chart else "", markup=chart),
-        *by_language,
+        *others,
         _runs(comparison),
     ]
     return pages.html("Runs side by side", found, layout="broad")

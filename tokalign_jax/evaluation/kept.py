@@ -15,6 +15,7 @@ States = Mapping[str, Mapping[str, Any]]
 
 TITLE = "What the model keeps"
 _MEASURES = ("abilities", "fidelity", "other_text")
+_FIDELITY = ("agreement", "divergence", "gap")
 _NOTHING = ""
 _EVERYTHING = "all"
 _CUTS = {
@@ -29,6 +30,15 @@ _CUTS = {
 def gathered(scores: States) -> dict[str, dict[str, Any]]:
     """What the tables are made of, from each state's scores.json."""
     return {state: {name: of[name] for name in ("pooled", *_MEASURES) if of.get(name)} for state, of in scores.items()}
+
+
+def figures(of: Mapping[str, Any]) -> dict[str, float]:
+    """What one state keeps in single figures, by the columns of the table."""
+    answers, faithful = of.get("abilities", {}), of.get("fidelity", {}).get("pooled") or {}
+    found = {"ability": answers["mean"]["accuracy"]} if answers else {}
+    found |= {_CUTS[kind]: answers["by_cut"][kind]["accuracy"] for kind in _CUTS if kind in answers.get("by_cut", {})}
+    found |= {name: faithful[name]["value"] for name in _FIDELITY if faithful and faithful[name]["value"] is not None}
+    return found | ({"other text": of["other_text"]["pooled"]["bits_per_byte"]} if "other_text" in of else {})
 
 
 def sections(states: States, titled: Callable[[str], str] = str) -> list[Section]:
@@ -95,7 +105,7 @@ def _overview(states: States, titled: Callable[[str], str]) -> Section:
     if has["abilities"]:
         header += ["ability", f"less {titled(source)}'s"]
         header += [f"{_CUTS[kind]} ({count})" for kind, count in questions.items()]
-    header += ["agreement", "divergence", "gap"] if has["fidelity"] else []
+    header += _FIDELITY if has["fidelity"] else []
     header += ["bits/byte", *(["other text"] if has["other_text"] else [])]
     rows: list[list[Cell]] = []
     for state, of in states.items():
@@ -161,8 +171,7 @@ def _compared(states: States) -> Iterator[Mapping[str, Any]]:
 
 
 def _fidelity_cells(of: Mapping[str, Any] | None) -> list[Cell]:
-    names = ("agreement", "divergence", "gap")
-    return [_figure(of[name]["value"]) for name in names] if of else [_NOTHING] * len(names)
+    return [_figure(of[name]["value"]) if of else _NOTHING for name in _FIDELITY]
 
 
 def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
