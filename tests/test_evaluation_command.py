@@ -9,7 +9,7 @@ from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from tokalign_jax import evaluate
 from tokalign_jax.config import Config, TextConfig, config_to_dict
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import bits_per_byte, side_by_side
+from tokalign_jax.evaluation import abilities, bits_per_byte, side_by_side
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.pages import terminal
 from tokalign_jax.text import corpus
@@ -30,6 +30,10 @@ def folders(tmp_path_factory):
     (folder / "align_matrix.json").write_text(json.dumps(alignment))
     records = [{"text": text, "lang": lang} for lang, of in LANGUAGES.items() for text in of]
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
+    questions = [{"task": "words", "question": "The quick brown", "choices": [" fox", " dog"]}] * 3
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (folder / "bad.jsonl").write_text(json.dumps({**questions[0], "choices": [" fox"]}))
+    (folder / "other.jsonl").write_text(json.dumps({"text": TEXTS[1], "lang": "code"}))
     (folder / "train.jsonl").write_text(json.dumps({"text": f"before {TEXTS[0]} and behind"}))
     return folder
 
@@ -60,6 +64,9 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
         training_text=folders / "train.jsonl",
         alignment=folders / "align_matrix.json",
         teacher=folders / "teacher",
+        abilities=folders / "questions.jsonl",
+        max_questions=2,
+        other_text=folders / "other.jsonl",
         output=out,
     )
     content = evaluate.run(given, silent)
@@ -73,6 +80,17 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
     assert {k: of["bits_per_byte"] for k, of in small["languages"].items()} == {
         k: pytest.approx(of.bits_per_byte) for k, of in expected.items()
     }
+    # What is kept of the first model.
+    questions = abilities.read(str(folders / "questions.jsonl"), 2)
+    answers = abilities.score(config, params, tokenizer, questions, tokenizer.eos_token_id)
+    right = "".join("01"[of] for of in abilities.is_right(answers).tolist())
+    assert "".join(small["abilities"]["right"].values()) == right and len(right) == 2 + 2  # with the sums
+    assert sum(of["questions"] for of in small["abilities"]["by_cut"].values()) == 4
+    assert "by_cut" not in large["abilities"] and "fidelity" not in large
+    assert [*small["fidelity"]["languages"]] == ["en", "xx"] and small["fidelity"]["pooled"]["divergence"]["value"] > 0
+    other = bits_per_byte.evaluate(config, params, tokenizer, {"code": [TEXTS[1]]}, sequence_length=32, batch=4)
+    assert small["other_text"]["pooled"]["bits_per_byte"] == pytest.approx(other["code"].bits_per_byte)
+    assert small["other_text"]["fidelity"]["pooled"]["chunks"] > 0
     for language, of in content["differences"]["small"]["languages"].items():
         less = small["languages"][language]["bits_per_byte"] - large["languages"][language]["bits_per_byte"]
         assert of["difference"] == pytest.approx(less) and of["interval"][0] <= less <= of["interval"][1]
@@ -91,6 +109,7 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
     )
 
     shown = capsys.readouterr().out
+    assert "What the model keeps" in shown and "Abilities by suite" in shown
     assert shown.count("Not comparable") == 1 and "warning: 50.0% of the held-out text of 'en'" in shown
     with pytest.raises(UserError, match="is there already"):
         evaluate.check(given, silent)
@@ -111,7 +130,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     inputs = evaluate.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
     assert [s.name for s in inputs.subjects] == ["source", "export"] and inputs.aligned is not None
     held_out = [document.text for document in corpus.held_out(tmp_path / "corpus")]
-    assert sorted(text for of in inputs.texts.values() for text in of) == sorted(held_out)
+    assert sorted(text for of in inputs.material.texts.values() for text in of) == sorted(held_out)
     training = [document for group in evaluate._training(inputs) or () for document in group]
     assert len(training) + len(held_out) == 4
     with pytest.raises(UserError, match=r"'stage1', which the run .* does not have; it has source, export"):
@@ -144,6 +163,12 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         ({"workdir": "large"}, "is no workdir of a run"),
         ({"models": "small", "text": "text.jsonl", "encoder": "large"}, "--encoder is for judging an alignment"),
         ({"models": "small", "text": "text.jsonl", "training_text": "nowhere.jsonl"}, "does not exist"),
+        ({"models": "small", "text": "text.jsonl", "abilities": "nowhere.jsonl"}, "nowhere.jsonl' names no file"),
+        (
+            {"models": "small", "text": "text.jsonl", "abilities": "bad.jsonl"},
+            r"bad.jsonl', line 1: 'choices' is \[' fox'\]",
+        ),
+        ({"models": "small", "text": "text.jsonl", "other_text": "nowhere.jsonl"}, "does not exist"),
     ],
 )
 def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):

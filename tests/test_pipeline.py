@@ -108,6 +108,8 @@ def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_pat
         announce(run, state, frozen)
 
     monkeypatch.setattr(loop._Run, "announce", looked_at)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "quite another text\n" * 9, "lang": "en"}))
+    more = (*more, f"--config.evaluation.other_text={tmp_path}/other.jsonl")
     assert main.main(arguments(inputs, family, workdir, config, *more)) == 0
     assert max(beside) < 1000, "on the devices is what trains, its moments and what is frozen"
     printed = capsys.readouterr().out
@@ -117,7 +119,13 @@ def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_pat
     states = ["source", "random", "init", "stage1", "stage2"]
     for of in report["languages"].values():
         assert list(of["bits_per_byte"]) == states and all(np.isfinite(list(of["bits_per_byte"].values())))
-    assert (workdir / "report" / "report.md").read_text().count("| all") == 1
+    kept = report["kept"]["states"]
+    assert list(kept) == states and all(of["other_text"]["pooled"]["bytes"] == 171 for of in kept.values())
+    assert ["fidelity" in of for of in kept.values()] == [False, True, True, True, True]
+    asked = [True, False, True, True, True] if config == "ultra_quick_demo" else [False] * 5
+    assert ["abilities" in of for of in kept.values()] == asked
+    assert ("Abilities by suite" in (workdir / "report" / "report.md").read_text()) == asked[0]
+    assert (workdir / "report" / "report.md").read_text().count("| all") == 2  # held-out and other text
     assert (workdir / "report" / "report.png").stat().st_size > 10_000
     page = (workdir / "report" / "report.html").read_text()
     assert all(title in page for title in ("stage 2", "The same text in tokens", "Continued text", "Worst rows"))
@@ -312,6 +320,23 @@ def test_a_source_model_with_broken_rows(inputs, tmp_path, capsys, tied):
     assert main.main(arguments(given, "llama", tmp_path / "layers", "best", *only, *none)) == 2
     assert "model.layers.0.self_attn.q_proj.weight" in capsys.readouterr().err
     assert not (tmp_path / "layers" / "corpus").exists()
+
+
+def test_bad_questions_and_other_text_are_told_before_any_work(inputs, tmp_path, capsys):
+    def refused(name: str, value: object) -> str:
+        flag = f"--config.evaluation.{name}={value}"
+        assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", flag)) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    empty, long = tmp_path / "empty.jsonl", tmp_path / "long.jsonl"
+    empty.write_text("")
+    long.write_text(json.dumps({"task": "a", "question": "xyz" * 100, "choices": ["b", "c"]}))
+    assert "empty.jsonl' has no questions" in refused("abilities", empty)
+    assert "empty.jsonl" in refused("other_text", empty)
+    assert "in the corpus too" in refused("other_text", inputs["corpus"])
+    assert "the model reads 128 at most" in refused("abilities", long)
+    assert "it must be at least 0" in refused("max_questions", -1)
 
 
 def test_the_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
