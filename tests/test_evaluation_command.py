@@ -131,7 +131,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     assert [s.name for s in inputs.subjects] == ["source", "export"] and inputs.aligned is not None
     held_out = [document.text for document in corpus.held_out(tmp_path / "corpus")]
     assert sorted(text for of in inputs.material.texts.values() for text in of) == sorted(held_out)
-    training = [document for group in evaluate._training(inputs) or () for document in group]
+    training = [document for group in evaluate._training(inputs, silent) or () for document in group]
     assert len(training) + len(held_out) == 4
     with pytest.raises(UserError, match=r"'stage1', which the run .* does not have; it has source, export"):
         evaluate.check(arguments(workdir=tmp_path, states="source,stage1", output=tmp_path / "out"), silent)
