@@ -126,7 +126,8 @@ def _init_on_host(run: Run) -> dict[str, int]:
     if not reads_source(run.config):
         return {"new rows (float32)": new_rows, "source rows": stored + source_rows}
     # What threads have put together ahead of the device, and what they work with.
-    blocks = 3 * composition.THREADS * composition.BLOCK * 5 * run.row
+    count = min(3 * composition.THREADS, 1 + -(-run.model.vocab_size // composition.BLOCK))
+    blocks = count * composition.BLOCK * 5 * run.row
     work = {
         "source rows": stored + source_rows,
         "mean states": PLACE * run.config.initialization.tokens + rows,
