@@ -58,8 +58,9 @@ def merged_at_once(params, stages, trained):
 
 
 def source(family, folder):
-    if family == "qwen3_moe":
-        parity_cases.model(parity_cases.of(family)[0]).save_pretrained(folder)
+    if family.startswith("qwen3_moe"):
+        apart = family != "qwen3_moe, packed"
+        parity_cases.model(parity_cases.of("qwen3_moe")[0]).save_pretrained(folder, save_original_format=apart)
         parity_cases.TOKENIZER.save_pretrained(folder)
         return folder, parity_cases.TOKENIZER
     tokenizer = tiny_tokenizer(300, TEXTS)
@@ -74,10 +75,10 @@ SEQUENCES = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe", "qwen3_moe, packed"])
 @pytest.mark.parametrize("stages", SEQUENCES.values(), ids=SEQUENCES)
 def test_an_export_has_the_bits_of_a_float32_merge(family, stages, tmp_path):
-    """One tensor of each layer, fused projections, and experts."""
+    """One tensor of each layer, fused projections, experts one by one and all in one tensor."""
     original, tokenizer = source(family, tmp_path / "source")
     model, raw = hub.load_config(original)
     base = tmp_path / "init"

@@ -117,13 +117,12 @@ Reader = Callable[..., np.ndarray]
 def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
     """Reads parameters of a folder tensor by tensor; nothing stays in memory.
 
-    A reader takes the index of one stored tensor: its layer (and expert or head), or a slice of the
-    rows of a vocabulary's matrix.
+    It takes the index of a layer (and expert or head), or a slice of the rows of a vocabulary's matrix.
 
     Raises:
       UserError: as `load_params`.
     """
-    folder, stored = Path(folder), _stored(Path(folder))
+    folder, stored, shapes = Path(folder), _stored(Path(folder)), _leaf_shapes(config)
     places = {
         path: (weight, number, {part: stored[name] for part, name in parts})
         for weight, parts in _match(folder, stored, config)
@@ -132,6 +131,8 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
 
     def read(path: str, *index: Any) -> np.ndarray:
         weight, number, tensors = places[path]
+        if len(index) < weight.stacked:  # asked for in one tensor, stored in several
+            return np.stack([read(path, *index, i) for i in range(shapes[path][len(index)])])
         part, rest = index[: weight.stacked], index[weight.stacked :]
         tensor = tensors[part]
         with _open(tensor.file) as file:

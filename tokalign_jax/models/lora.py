@@ -54,14 +54,14 @@ class Adapter(NamedTuple):
     b: Float[Array, "*S r out"]
 
 
-def merged(kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]) -> Float[Array, "in out"]:
+def merged(kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]) -> Float[Array, "*E in out"]:
     """One layer's kernel with its adapters added, in float32.
 
     Not compiled as one program: XLA would contract product and sum into fused multiply-adds, and
     the digits of an exported model would depend on how it was merged.
 
     Args:
-      kernel: [in, out], of any float type.
+      kernel: [in, out] of one layer or expert, or [E, in, out] of all experts of a layer; of any float type.
       index: of the layer (and expert) in the adapters.
     """
     place, total = np.array(index, np.int32), jnp.asarray(kernel).astype(jnp.float32)
@@ -83,9 +83,11 @@ def merge_into(kernel: Float[Array, "*S in out"], adapters: Sequence[Adapter]) -
 
 
 @jax.jit
-def _take(stack: Float[Array, "*S in out"], index: Int[Array, "s"]) -> Float[Array, "in out"]:
-    size = (1,) * len(index) + stack.shape[-2:]
-    return jax.lax.dynamic_slice(stack, (*index, 0, 0), size).reshape(stack.shape[-2:])
+def _take(stack: Float[Array, "*S in out"], index: Int[Array, "s"]) -> Float[Array, "*E in out"]:
+    """`stack[index]`, by one program for all indices."""
+    rest = stack.shape[len(index) :]
+    start = (*index, *(0 for _ in rest))
+    return jax.lax.dynamic_slice(stack, start, (1,) * len(index) + rest).reshape(rest)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
