@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import merge_adapters
-from parity_cases import Case, check, export, model, of, our_logits, pair, stored, tokens
+from parity_cases import TOKENIZER, Case, check, export, model, of, our_logits, pair, stored, tokens
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +30,7 @@ def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
 def test_experts_may_be_stored_in_one_tensor(case, tmp_path):
     both = pair(case, tmp_path / "apart")
     model(case).save_pretrained(tmp_path / "packed", save_original_format=False)
+    TOKENIZER.save_pretrained(tmp_path / "packed")
     packed = stored(tmp_path / "packed")
     assert "model.layers.1.mlp.experts.gate_up_proj" in packed
     params = huggingface.load_params(tmp_path / "packed", both.config, jnp.float32)
