@@ -55,9 +55,12 @@ class Digests:
             settled = [name for name in hashed if now - max(stamps[name][1:3]) > SETTLED * 1e9]
             self._known |= {name: [*stamps[name], hashed[name]] for name in settled}
             found |= hashed
-            with suppress(OSError):  # a workdir that can only be read is looked at all the same
-                write_whole(self._cache, json.dumps(self._known, indent=0) + "\n")
         return [found.get(str(path.absolute()), "") for path in files]
+
+    def save(self) -> None:
+        """Remembers what is known, if the folder can be written to."""
+        with suppress(OSError):
+            write_whole(self._cache, json.dumps(self._known, indent=0) + "\n")
 
     def _hash(self, paths: Sequence[Path], sizes: Sequence[int]) -> list[str]:
         progress = Progress(self._log, "looking for changed files", sum(sizes), "bytes")

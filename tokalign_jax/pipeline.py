@@ -248,6 +248,7 @@ def drop(workdir: Path, keep: Set[str]) -> None:
 
 def _begin(context: stages.Context, state: "_State") -> None:
     state.remember(context.run_identity())
+    context.digests.save()
     content = json.dumps(config_to_dict(context.config), indent=1)
     (context.workdir / "config.json").write_text(content + "\n", encoding="utf-8")
 

@@ -60,8 +60,9 @@ INSPECTION = "inspection.json"
 class Context:
     """A run's config, folders and outside inputs, each loaded when first asked for."""
 
-    def __init__(self, config: Config, workdir: Path, log: Log):
+    def __init__(self, config: Config, workdir: Path, log: Log, digests: Digests | None = None):
         self.config, self.workdir, self.log = config, workdir, log
+        self.digests = digests or Digests(workdir, log)
 
     def folder(self, stage: str) -> Path:
         return self.workdir / stage
@@ -199,7 +200,7 @@ class Context:
         return distributed.on_first(self._identities)
 
     def _identities(self) -> dict[str, Any]:
-        digests, file = Digests(self.workdir, self.log), self.config.alignment.file
+        digests, file = self.digests, self.config.alignment.file
 
         def texts_of(config: Config) -> list[str]:
             """By file; of a hub dataset the name is all that is known."""

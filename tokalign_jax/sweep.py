@@ -103,15 +103,18 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     Raises:
       UserError: bad input of any of the runs, before the first begins.
     """
-    from tokalign_jax import compare, distributed, pipeline, stages
+    from tokalign_jax import compare, digests, distributed, pipeline, stages
 
     work = workdir / "work"
-    contexts = {name: stages.Context(config, work, log) for name, config in configs.items()}
+    known = digests.Digests(work, log)
+    contexts = {name: stages.Context(config, work, log, known) for name, config in configs.items()}
     if len({str(context.run_identity()) for context in contexts.values()}) > 1:
         raise UserError("the runs of a sweep have one source model and one target tokenizer: make a sweep of each pair")
     for context in contexts.values():
         distributed.on_first(context.check)
     wanted = {name: pipeline.prints_of(context) for name, context in contexts.items()}
+    if distributed.is_first():
+        known.save()
     places = {name: workdir / "runs" / name for name in configs}
     missing = [name for name in configs if _fingerprint(places[name]) != wanted[name]["report"]]
     for number, name in enumerate(missing, start=1):

@@ -190,7 +190,7 @@ def _left_in_group(folder: Path, files: _CgroupFiles) -> float:
 def _read(file: Path) -> str:
     """A file's text; empty where it cannot be read."""
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except OSError:
         return ""
 
