@@ -68,17 +68,18 @@ def row(mixture: alignment.Mixture, i: int) -> dict[int, float]:
     return dict(zip(mixture.ids[here].tolist(), mixture.weights[here].tolist()))
 
 
-def assert_whole(found: alignment.Alignment, source, target):
+def assert_whole(found: alignment.Alignment, source, target, convex=True):
+    """`convex`: whether weights are positive and sum to 1."""
     assert len(found.rules) == len(found.scores) == found.target_size == canonical.vocabulary_size(target)
     assert found.source_size == canonical.vocabulary_size(source)
     assert np.all((found.scores >= 0) & (found.scores <= 1))
     for mixture in (found.embedding, found.head):
         assert len(mixture.indptr) == found.target_size + 1
         assert np.all(np.diff(mixture.indptr) > 0)  # no row is empty
-        assert np.all(mixture.weights > 0)
+        assert np.all(mixture.weights > 0) or not convex
         assert mixture.ids.min() >= 0 and mixture.ids.max() <= found.source_size
         sums = np.add.reduceat(mixture.weights, mixture.indptr[:-1])
-        np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
+        np.testing.assert_allclose(sums if convex else 1.0, 1.0, rtol=1e-6)
         for i in range(found.target_size):
             assert len(row(mixture, i)) == np.diff(mixture.indptr)[i]  # no token stands twice in a row
 
@@ -159,7 +160,7 @@ def test_files_come_back_as_they_were(made, tokenizers, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"align_matrix.json", "alignment.npz"}
 
 
-@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - methods.NEED_VECTORS))
+@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - methods.NEED_VECTORS - {"omp"}))
 def test_methods_without_vectors_compute_none(made, tokenizers, tmp_path, monkeypatch, method):
     config, folder, by_default, _ = made
     assert by_default["method"] == "composed"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tests.test_alignment_alignment import assert_whole, row, tokenizer_pair
-from tokalign_jax.alignment import methods
+from tests.test_alignment_combinations import pursuit
+from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.alignment.methods import Inputs
 from tokalign_jax.alignment.vectors import Vectors
@@ -56,10 +58,16 @@ def inputs(source, target, method="composed", seed=0, d=24, noise=0.3, **config)
         np.array(texts(target), np.int32),
         np.float32([(of_name[target_bytes[i]] + noise_of_name[target_bytes[i]]) @ rotation for i in texts(target)]),
     )
-    settings = AlignmentConfig(method=method, **{"pivots": 200, "similarity_threshold": 0.1, **config})
-    return Inputs(
-        settings, source, target, counts(source), counts(target), seed, lambda line: None, of_source, of_target
-    )
+    settings = AlignmentConfig(method=method, **{"pivots": 200, "similarity_threshold": 0.1, "atoms": 6, **config})
+    given = settings, source, target, counts(source), counts(target), seed, lambda line: None, of_source, of_target
+    return Inputs(*given, donor=donor(target))
+
+
+def donor(tokenizer) -> methods.Donor:
+    """Rows that follow a token's name."""
+    seeds = [zlib.crc32(name.encode()) for name in canonical.spelled(tokenizer)]
+    rows = [np.random.default_rng(seed).normal(size=(2, 12)) for seed in seeds]
+    return methods.Donor(*np.float32(rows).swapaxes(0, 1))
 
 
 def renumbered(tokenizer: PreTrainedTokenizerFast, new_id: np.ndarray) -> PreTrainedTokenizerFast:
@@ -92,7 +100,7 @@ def test_every_method_of_the_config_is_there():
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_gives_whole_alignments(tokenizers, method):
     made, measured = methods.make(inputs(*tokenizers, method))
-    assert_whole(made, *tokenizers)
+    assert_whole(made, *tokenizers, convex=method != "omp")
     again, _ = methods.make(inputs(*tokenizers, method))
     for one, other in zip(dataclasses.astuple(made), dataclasses.astuple(again)):
         assert all(np.array_equal(a, b) for a, b in zip(one, other))
@@ -135,6 +143,7 @@ def test_permuting_target_ids_permutes_the_result(tokenizers, method):
         target_tokenizer=renumbered(target, new_id),
         target_counts=given.target_counts[np.argsort(new_id)],
         target=given.target._replace(ids=new_id[given.target.ids].astype(np.int32)),
+        donor=methods.Donor(*(rows[np.argsort(new_id)] for rows in given.donor)),
     )
     one, other = (methods.make(i)[0] for i in (given, permuted))
     np.testing.assert_array_equal(one.rules, other.rules[new_id])
@@ -212,3 +221,49 @@ def test_mixing():
     assert row(embedding, 3) == row(head, 3) == {9: 1.0}
     assert row(embedding, 4) == row(head, 4) == {100: 1.0}
     assert embedding.ids.tolist()[:3] == [5, 6, 7]  # in the order of the text
+
+
+def test_focus_is_the_published_weighted_mean(tokenizers):
+    """Rows against Dobler & de Melo (2023), section 3, in NumPy float64."""
+    given = inputs(*tokenizers, "focus")
+    made, _ = methods.make(dataclasses.replace(given, source=methods.NO_VECTORS))  # it has no use for these
+    rows = np.random.default_rng(0).normal(size=(given.source_size, 5)).astype(np.float32)
+    found = alignment.apply(made.embedding, rows)
+    ids, exact = given.target.ids, given.spelled.exact
+    unit = given.target.vectors / np.linalg.norm(given.target.vectors.astype(np.float64), axis=1, keepdims=True)
+    shared = np.array([i in exact for i in ids])
+    sources = np.array([exact[i] for i in ids[shared]])
+    checked = np.flatnonzero([made.rules[i] == Rule.SIMILAR for i in ids])
+    assert len(checked) > 100 and np.isin(made.rules[ids[shared]], (Rule.EXACT,)).all()
+    for place in checked[::10]:
+        cosines = unit[shared] @ unit[place]
+        falling = np.sort(cosines)[::-1]
+        size = max(k for k in range(1, len(falling) + 1) if 1 + k * falling[k - 1] > falling[:k].sum())
+        weights = np.maximum(cosines - (falling[:size].sum() - 1) / size, 0)
+        np.testing.assert_allclose(found[ids[place]], weights @ rows[sources].astype(np.float64), atol=1e-4)
+        assert made.matches[ids[place]] == sources[cosines.argmax()]
+    np.testing.assert_array_equal(alignment.apply(made.head, rows)[ids[checked]], found[ids[checked]])
+
+
+def test_omp_gives_each_matrix_what_the_donors_matrix_says(tokenizers):
+    given = inputs(*tokenizers, "omp")
+    made, _ = methods.make(given)
+    exact = given.spelled.exact
+    sources = np.array(list(exact.values()))
+    for mixture, table in zip((made.embedding, made.head), given.donor):
+        for i in np.flatnonzero(made.rules == Rule.SIMILAR)[::25]:
+            expected, _ = pursuit(table[i].astype(np.float64), table[list(exact)].astype(np.float64), 6)
+            named = {sources[j]: expected[j] for j in np.flatnonzero(expected)}
+            assert row(mixture, i) == pytest.approx(named, abs=5e-3)
+    assert (made.embedding.weights < 0).any()
+
+
+def test_a_donor_need_not_know_every_token(tokenizers):
+    given = inputs(*tokenizers, "omp")
+    fewer = [rows[:-30].copy() for rows in given.donor]
+    fewer[1][500] = np.nan
+    made, _ = methods.make(dataclasses.replace(given, donor=methods.Donor(*fewer)))
+    pieces, _ = methods.make(dataclasses.replace(given, config=dataclasses.replace(given.config, method="pieces")))
+    assert_whole(made, *tokenizers, convex=False)
+    for i in (500, *range(len(made.rules) - 30, len(made.rules))):
+        assert made.rules[i] == pieces.rules[i] and same_rows(made, i, pieces, i)

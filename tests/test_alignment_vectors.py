@@ -132,3 +132,11 @@ def test_saved_vectors_keep_their_range(tmp_path):
     with np.load(tmp_path / vectors.FILE) as arrays:
         assert arrays["source_vectors"].dtype == np.float16
         np.testing.assert_array_equal(arrays["target_vectors"], large.vectors)
+
+
+def test_focus_needs_vectors_of_the_target_alone(tmp_path):
+    np.savez(tmp_path / "mine.npz", ids=np.arange(5), vectors=np.eye(5, 3) + 1)
+    source, target = vectors.check(AlignmentConfig(method="focus", target_vectors=str(tmp_path / "mine.npz")), 10, 10)
+    assert not len(source.ids) and len(target.ids) == 5
+    with pytest.raises(UserError, match="source_vectors is missing"):
+        vectors.check(AlignmentConfig(method="topk", target_vectors=str(tmp_path / "mine.npz")), 10, 10)

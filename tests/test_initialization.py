@@ -11,7 +11,7 @@ import pytest
 from helpers import KINDS, TEXTS, tiny_model_folder, tiny_tokenizer, tokenizer_of_kind
 from transformers import AutoTokenizer
 
-from tests.test_alignment_methods import renumbered
+from tests.test_alignment_methods import donor, renumbered
 from tokalign_jax import paths, sharding
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Rule
@@ -286,7 +286,7 @@ def start(model, source, target, documents=DOCUMENTS, method="composed", kept=0,
     config, params = model
     shards = [shards_of(tokenizer, documents) for tokenizer in (source, target)]
     given = AlignmentConfig(method=method), source, target, *(side.counts for side in shards)
-    aligned, _ = methods.make(methods.Inputs(*given, seed=0, log=print))
+    aligned, _ = methods.make(methods.Inputs(*given, seed=0, log=print, donor=donor(target)))
     if unusable:
         aligned = methods.without(aligned, unusable, source, target, shards[1].counts)
     new_config, mixed = initialization.initialize(config, params, aligned, kept=kept)

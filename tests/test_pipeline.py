@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokalign_jax import main, pipeline, stages
+from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.models.model_card import front_matter
 from tokalign_jax.training import loop
@@ -287,6 +288,30 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")
     assert "thesis" not in refused(workdir=mine) and (mine / "thesis.tex").read_text() == "precious"
+
+
+def test_a_donor_gives_combinations_or_is_refused(inputs, tmp_path, capsys):
+    def run(*more: str) -> int:
+        given = [
+            f"--config.{setting}"
+            for setting in ("initialization.tokens=2000", "stage1.steps=0", "stage2.steps=0", *more)
+        ]
+        return main.main(arguments(inputs, "llama", tmp_path / "run", "best", "--stages=export", *given))
+
+    target = AutoTokenizer.from_pretrained(inputs["target"])
+    donor = tiny_model_folder(tmp_path / "donor", "gpt_neox", len(target), tokenizer=target, seed=1)
+    for settings, told in (
+        (["alignment.method=omp"], "needs alignment.donor"),
+        ([f"alignment.donor={donor}"], "alignment.method 'omp' alone"),
+        (["alignment.method=omp", f"alignment.donor={inputs['llama']}"], "has another tokenizer"),
+    ):
+        assert run(*settings) == 2
+        assert told in capsys.readouterr().err
+    assert run("alignment.method=omp", f"alignment.donor={donor}", "alignment.atoms=3") == 0
+    with np.load(tmp_path / "run" / "align" / "alignment.npz") as made:
+        similar = made["rules"] == alignment.Rule.SIMILAR
+        assert similar.sum() > 50 and (made["embedding_weights"] < 0).any()
+        assert set(np.diff(made["embedding_indptr"])[similar]) == {3}
 
 
 @pytest.mark.parametrize("tied", [True, False])

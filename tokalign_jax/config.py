@@ -68,21 +68,27 @@ class ExtendConfig:
 class AlignmentConfig:
     """Token vectors and how target tokens are made of source tokens."""
 
-    method: Literal["composed", "tokalign", "lexicon", "topk", "pieces", "exact", "random"] = "composed"
+    method: Literal["composed", "tokalign", "lexicon", "topk", "focus", "omp", "pieces", "exact", "random"] = "composed"
     """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency, by what the source model's own
     tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign` (exactly as
     published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
-    source tokens); and the baselines `pieces` (mean of the pieces), `exact` (else random source tokens), `random`."""
+    source tokens), `focus` (FOCUS: mixtures of shared tokens, by cosines of target token vectors), `omp` (combinations of
+    shared tokens found in a donor model, as mergekit-tokensurgeon's); and the baselines `pieces` (FVT: mean of the pieces),
+    `exact` (else random source tokens), `random`."""
     vectors: Literal["ppmi", "glove"] = "ppmi"
     """Token vectors: a truncated factorisation of positive pointwise mutual information with the tokens that both sides share,
     or GloVe of each side by itself. Method `tokalign` is GloVe's always."""
     source_vectors: str = ""
     """Vectors of the source tokens to use instead of computing them: an `.npz` of `ids` [n] and `vectors` [n, d], or GloVe's
-    text format with token ids for words. Given together with `target_vectors`."""
+    text format with token ids for words. Given together with `target_vectors`, which alone do for method `focus`."""
     target_vectors: str = ""
     """The same for the target tokens."""
     top_k: int = 8
     """Source tokens in a mixture of method `topk`."""
+    donor: str = ""
+    """Method `omp`: a model that has the target tokenizer, a folder or a hub name."""
+    atoms: int = 64
+    """Method `omp`: shared tokens in a combination."""
     file: str = ""
     """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id": source_id}) or
     `alignment.npz`."""
@@ -451,6 +457,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "bleu_lines": (1, math.inf),
     "pivots": (1, math.inf),
     "top_k": (1, math.inf),
+    "atoms": (1, math.inf),
     "tokens": (0, math.inf),
     "rows_multiple_of": (1, math.inf),
     "learned": (0, 1),

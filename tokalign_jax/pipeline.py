@@ -130,7 +130,14 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             "align",
             "align target tokens to source tokens",
             ("corpus", *target, "tokens"),
-            {"alignment": {**config_to_dict(config.alignment), "file": outside["alignment"]}, **seed},
+            {
+                "alignment": {
+                    **config_to_dict(config.alignment),
+                    "file": outside["alignment"],
+                    "donor": outside["donor"],
+                },
+                **seed,
+            },
             stages.align,
         ),
         Stage(

@@ -98,6 +98,13 @@ class Context:
         return hub.load_config(self.teacher_folder)[0] if self.teacher_folder else None
 
     @cached_property
+    def donor_folder(self) -> Path | None:
+        """Of the model that method `omp` finds its combinations in; None for other methods."""
+        if self.config.alignment.method != "omp" or self.config.alignment.file:
+            return None
+        return hub.resolve(self.config.alignment.donor, what="alignment.donor")
+
+    @cached_property
     def source_tokenizer(self) -> PreTrainedTokenizerBase:
         """Without the tokens that the model has no rows for."""
         whole, rows = _tokenizer(self.source_folder), self.source_model[0].vocab_size
@@ -217,6 +224,7 @@ class Context:
             "questions": abilities.digest(self.questions) if self.questions else "",
             "other_text": texts_of(self.other_config) if self.other_config else "",
             "teacher": digests.of(_model_files(self.teacher_folder)) if self.teacher_folder else "",
+            "donor": digests.of(_model_files(self.donor_folder)) if self.donor_folder else "",
         }
 
     @cached_property
@@ -279,6 +287,7 @@ class Context:
         resolve.check_lengths(config, model)
         if self.teacher_folder and self.teacher_model:
             self._check_teacher(self.teacher_folder, self.teacher_model)
+        self._check_donor()
         documents.check(config)
         if not self.folder("init").exists():
             check_finite(self)
@@ -326,18 +335,44 @@ class Context:
                 f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is {stage.sequence_length:,}; set "
                 f"--config.stage3.sequence_length={model.max_positions} or less"
             )
-        if differing := canonical.differing(self.target_tokenizer, _tokenizer(folder, self.config.end_of_text)):
-            first, here, there = differing[0]
-            raise UserError(
-                f"{who} has another tokenizer than target_tokenizer '{self.config.target_tokenizer}': {len(differing):,} of "
-                f"{self.target_size:,} ids are other tokens, the first is {first}, {here!r} here and {there!r} there; take "
-                "target_tokenizer from the teacher's folder, or another teacher"
-            )
+        self._check_same_tokenizer(who, folder)
         met = {tokenizing.end_of_text_id(self.target_tokenizer), tokenizing.opening_id(self.target_tokenizer)}
         if set(range(model.vocab_size, self.target_size)) - (canonical.special_ids(self.target_tokenizer) - met):
             raise UserError(
                 f"{who} has {model.vocab_size:,} rows for the {self.target_size:,} tokens of the target tokenizer: it says nothing of the "
                 "last ones; take the tokenizer as that model has it (without end_of_text)"
+            )
+
+    def _check_donor(self) -> None:
+        """That method `omp` has a donor with the target tokenizer, and no other method has one."""
+        config = self.config.alignment
+        if config.method != "omp" or config.file:
+            if config.donor:
+                raise UserError(
+                    "alignment.donor is for alignment.method 'omp' alone: leave it out, or take that method and no file"
+                )
+            return
+        who = f"alignment.donor '{config.donor}'"
+        if self.extends or not config.donor:
+            raise UserError(
+                "alignment.method 'omp' needs alignment.donor, a model that has the target tokenizer already"
+                + (
+                    "; none has one that target_tokenizer=extend is yet to make: take another method"
+                    if self.extends
+                    else ""
+                )
+            )
+        assert self.donor_folder
+        huggingface.check_weights(self.donor_folder, hub.load_config(self.donor_folder)[0])
+        self._check_same_tokenizer(who, self.donor_folder)
+
+    def _check_same_tokenizer(self, who: str, folder: Path) -> None:
+        if differing := canonical.differing(self.target_tokenizer, _tokenizer(folder, self.config.end_of_text)):
+            first, here, there = differing[0]
+            raise UserError(
+                f"{who} has another tokenizer than target_tokenizer '{self.config.target_tokenizer}': {len(differing):,} of "
+                f"{self.target_size:,} ids are other tokens, the first is {first}, {here!r} here and {there!r} there; take "
+                "target_tokenizer from that model's folder, or another model"
             )
 
 
@@ -466,10 +501,20 @@ def align(context: Context) -> Mapping[str, Any]:
         context.target_tokenizer,
         context.folder("align"),
         context.log,
+        _donor(context),
     )
     content = json.dumps(_inspected(context), ensure_ascii=False)
     (context.folder("align") / INSPECTION).write_text(content + "\n", encoding="utf-8")
     return summary
+
+
+def _donor(context: Context) -> methods.Donor | None:
+    if context.donor_folder is None:
+        return None
+    config, _ = hub.load_config(context.donor_folder)
+    read = huggingface.stored_reader(context.donor_folder, config)
+    embedding = read("embed_tokens/embedding")
+    return methods.Donor(embedding, embedding if config.tie_word_embeddings else read("lm_head/kernel"))
 
 
 def _inspected(context: Context) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ class Mixture(NamedTuple):
     ids: Int[np.ndarray, "E"]
     """int32: source tokens."""
     weights: Float[np.ndarray, "E"]
-    """float32: positive, each row's sum is 1."""
+    """float32: positive, each row's sum is 1; only the method `omp` gives any other."""
     source_size: int
     """V_s"""
 
@@ -145,13 +145,29 @@ def mixture_of(
     return Mixture(indptr, ids, (weights / np.repeat(sums, np.diff(indptr))).astype(np.float32), source_size)
 
 
+def replaced(
+    mixture: Mixture, rows: Int[np.ndarray, "E"], ids: Int[np.ndarray, "E"], weights: Float[np.ndarray, "E"]
+) -> Mixture:
+    """`mixture` with these entries, taken as they are, for the target tokens that have any; the others keep theirs.
+
+    Args:
+      rows: the target token of each entry.
+    """
+    size = len(mixture.indptr) - 1
+    old = np.repeat(np.arange(size), np.diff(mixture.indptr))
+    left = ~np.isin(old, rows)
+    rows = np.append(old[left], rows)
+    order = np.argsort(rows, kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=size))])
+    ids = np.append(mixture.ids[left], ids)[order].astype(np.int32)
+    return Mixture(
+        indptr, ids, np.append(mixture.weights[left], weights)[order].astype(np.float32), mixture.source_size
+    )
+
+
 def with_mean(mixture: Mixture, targets: Int[np.ndarray, "n"]) -> Mixture:
     """`mixture` with the mean of all source rows for these target tokens."""
-    rows = np.repeat(np.arange(len(mixture.indptr) - 1), np.diff(mixture.indptr))
-    left = ~np.isin(rows, targets)
-    rows, ids = np.append(rows[left], targets), np.append(mixture.ids[left], np.full(len(targets), mixture.source_size))
-    weights = np.append(mixture.weights[left], np.ones(len(targets)))
-    return mixture_of(rows, ids, weights, len(mixture.indptr) - 1, mixture.source_size)
+    return replaced(mixture, targets, np.full(len(targets), mixture.source_size), np.ones(len(targets)))
 
 
 def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
@@ -188,14 +204,14 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
     table[:-1][~finite] = mean
     size = len(mixture.indptr) - 1
     matrix = scipy.sparse.csr_array((mixture.weights, mixture.ids, mixture.indptr), shape=(size, source_size + 1))
-    single = np.diff(mixture.indptr) == 1
+    whole = (np.diff(mixture.indptr) == 1) & (mixture.weights[mixture.indptr[:-1]] == 1)
     result = np.empty((size, rows.shape[1]), np.float32)
 
     def make(start: int) -> None:
         block = result[start : start + BLOCK]
         block[:] = matrix[start : start + BLOCK] @ table
-        alone = np.flatnonzero(single[start : start + BLOCK])
-        block[alone] = table[mixture.ids[mixture.indptr[start + alone]]]  # a product turns -0.0 into 0.0
+        copied = np.flatnonzero(whole[start : start + BLOCK])
+        block[copied] = table[mixture.ids[mixture.indptr[start + copied]]]  # a product turns -0.0 into 0.0
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
         list(pool.map(make, range(0, size, BLOCK)))

@@ -31,13 +31,13 @@ text: tokens that are hardly used have no vector, so no score, and do no harm.""
 BINS = 10
 """Of the histogram of scores."""
 
-OWN_SPACE = ("lexicon", "tokalign")
+OWN_SPACE = ("lexicon", "tokalign", "focus", "omp")
 """Methods that do not match in `matching.common_space`."""
 
 SAYS = {
     "EXACT": "the source has a token of the same bytes",
     "SPECIAL": "the source's special token of the same role, text or use, else its end-of-text",
-    "SIMILAR": "matched by co-occurrence, by most methods mixed with the pieces of the text",
+    "SIMILAR": "matched by co-occurrence (omp: in the donor model), by most methods mixed with the pieces of the text",
     "PIECES": "the text as the source tokenizer cuts it",
     "MEAN": "the mean of all source rows, since nothing is known",
     "GIVEN": "named by an alignment file",

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax.alignment import alignment, matching, published, scoring, vectors
+from tokalign_jax.alignment import alignment, combinations, matching, published, scoring, vectors
 from tokalign_jax.alignment import lexicon as induction
 from tokalign_jax.alignment.alignment import SURE, Alignment, Mixture, Rule
 from tokalign_jax.alignment.vectors import Vectors
@@ -27,7 +27,7 @@ from tokalign_jax.text.special_tokens import Counterpart
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 
 SUMMARY_FILE = "summary.json"
-NEED_VECTORS = frozenset({"composed", "tokalign", "lexicon", "topk"})
+NEED_VECTORS = frozenset({"composed", "tokalign", "lexicon", "topk", "focus"})
 """Methods that read token vectors; for the others none are computed."""
 NO_VECTORS = Vectors(np.zeros(0, np.int32), np.zeros((0, 1), np.float32))
 ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
@@ -49,6 +49,13 @@ LEAST_SHARE = 1e-4
 """In mixtures of `topk`, source tokens with less are left out."""
 
 
+class Donor(NamedTuple):
+    """Rows of a model that has the target vocabulary, for method `omp`; R rows, not necessarily one for each token."""
+
+    embedding: Float[np.ndarray, "R D"]
+    head: Float[np.ndarray, "R D"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What a method has to make an alignment from."""
@@ -66,6 +73,7 @@ class Inputs:
     """Token vectors; empty for methods that need none."""
     known: "Spelled | None" = None
     """What `spell` gave, where that is at hand."""
+    donor: Donor | None = None
 
     @cached_property
     def spelled(self) -> "Spelled":
@@ -118,12 +126,14 @@ def run(
     target_tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     log: Log,
+    donor: Donor | None = None,
 ) -> dict[str, Any]:
     """Makes the alignment (or takes `config.alignment.file`), writes it to `folder` and returns its summary.
 
     Args:
       corpus_folder: what `text.corpus.run` wrote; its held-out lines are scored.
       tokens_folder: what `text.tokenizing.run` wrote.
+      donor: for method `omp`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, target = (TokenShards.open(tokens_folder / side) for side in ("source", "target"))
@@ -142,7 +152,7 @@ def run(
             of_source, of_target, measured = vectors.make(settings, source, target, config.seed, log, shared, folder)
             vectors.save(folder, of_source, of_target)
             inputs = dataclasses.replace(inputs, source=of_source, target=of_target, known=inputs.spelled)
-        made, found = make(inputs)
+        made, found = make(dataclasses.replace(inputs, donor=donor))
         measured = found | measured
     alignment.save(made, folder)
     result = {"method": method, **alignment.summary(made, target.counts), **measured}
@@ -240,8 +250,49 @@ def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     return shifted(inputs, _assembled(inputs, mixture, mixture, rules, found)), found.measured
 
 
+def focus(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """FOCUS (Dobler & de Melo 2023): mixtures of the shared tokens, by the sparsemax of their cosines with the target token.
+
+    The space is that of the target's token vectors, in which shared tokens are compared as target tokens; published are fastText
+    vectors of the target tokenizer's output. A token without a vector is the mean of its pieces, where the published one is random.
+    """
+    vectors_of = dict(zip(inputs.target.ids.tolist(), range(len(inputs.target.ids))))
+    shared = [(source, vectors_of[target]) for target, source in inputs.spelled.exact.items() if target in vectors_of]
+    wanted = inputs.target.ids[~np.isin(inputs.spelled.rules[inputs.target.ids], SURE)]
+    if not shared:
+        inputs.log("focus: no shared tokens have vectors; tokens without an exact match get their pieces")
+        wanted = wanted[:0]
+    rows = inputs.target.vectors[[vectors_of[i] for i in wanted.tolist()]]
+    sources = np.array([source for source, _ in shared], np.int64)
+    found = combinations.focus(rows, inputs.target.vectors[[place for _, place in shared]])
+    return _combined(inputs, wanted, sources, {"embedding": found, "head": found}), {}
+
+
+def omp(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
+    """OMP (Goddard & Fernandes Neto 2025; mergekit-tokensurgeon): combinations of shared tokens found in a donor model.
+
+    Each of the donor's two matrices gives the weights for the source's matrix of that kind. They may be negative.
+    """
+    assert inputs.donor is not None
+    size = min(map(len, inputs.donor))
+    usable = alignment.finite_rows(inputs.donor.embedding[:size]) & alignment.finite_rows(inputs.donor.head[:size])
+    exact = [(target, source) for target, source in inputs.spelled.exact.items() if target < size and usable[target]]
+    targets, sources = np.array(exact, np.int64).reshape(-1, 2).T
+    wanted = np.flatnonzero(usable & ~np.isin(inputs.spelled.rules[:size], SURE)) if exact else np.zeros(0, np.int64)
+    found = {}
+    for side, rows in inputs.donor._asdict().items():
+        inputs.log(
+            f"omp: {len(wanted):,} target tokens of {inputs.config.atoms} of {len(exact):,} shared ones ({side})"
+        )
+        found[side] = combinations.omp(rows[wanted], rows[targets], inputs.config.atoms)
+    return _combined(inputs, wanted, sources, found), {}
+
+
 def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """The rival that needs no corpus: exact matches, roles, and else the plain mean of the pieces for both matrices."""
+    """FVT (Gee et al. 2022, Fast Vocabulary Transfer): exact matches, and else the plain mean of the pieces for both matrices.
+
+    Beyond the paper, special tokens follow their roles. It needs no corpus.
+    """
     none = np.zeros(0, np.int64)
     mixture = else_pieces(inputs, none, none, np.zeros(0))
     return _assembled(inputs, mixture, mixture, inputs.spelled.rules, _nothing(inputs)), {}
@@ -268,6 +319,8 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
     "tokalign": tokalign,
     "lexicon": lexicon,
     "topk": topk,
+    "focus": focus,
+    "omp": omp,
     "pieces": pieces,
     "exact": exact,
     "random": random,
@@ -524,6 +577,27 @@ def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
     return np.log((counts + 0.5) / max(int(counts.sum()), 1)).astype(np.float32)
 
 
+def _combined(
+    inputs: Inputs,
+    wanted: Int[np.ndarray, "m"],
+    sources: Int[np.ndarray, "S"],
+    found: Mapping[str, combinations.Combinations],
+) -> Alignment:
+    """The alignment in which the `wanted` target tokens are combinations of the source tokens `sources`, by matrix."""
+    none = np.zeros(0, np.int64)
+    rest = else_pieces(inputs, none, none, np.zeros(0))
+    mixtures = [
+        alignment.replaced(rest, wanted[one.rows], sources[one.shared], one.weights)
+        for one in (found["embedding"], found["head"])
+    ]
+    best, rules = _nothing(inputs), inputs.spelled.rules.copy()
+    rules[wanted] = Rule.SIMILAR
+    best.scores[wanted] = found["embedding"].scores
+    made = _assembled(inputs, *mixtures, rules, best)
+    made.matches[wanted] = made.heaviest()[wanted]
+    return made
+
+
 def _one_to_one(inputs: Inputs, ids: Int[np.ndarray, "V_t"], rules: Int[np.ndarray, "V_t"], found: Found) -> Alignment:
     mixture = alignment.one_to_one(ids, inputs.source_size)
     return _assembled(inputs, mixture, mixture, rules, found)
@@ -563,21 +637,23 @@ def without(
     """
     avoided, size = np.array(sorted(unusable), np.int64), aligned.target_size
     parts, rules = spell(source_tokenizer, target_tokenizer, unusable)
-    spelled_rows, spelled_ids, _ = _pieces(parts, aligned.source_size)
-    lost = (aligned.matches >= 0) & np.isin(aligned.matches, avoided) & (aligned.rules == Rule.SIMILAR)
+    lost = (aligned.rules == Rule.SIMILAR) & np.isin(aligned.matches, avoided)
     entries = {}
     for side in ("embedding", "head"):
         mixture: Mixture = getattr(aligned, side)
-        rows, usable = np.repeat(np.arange(size), np.diff(mixture.indptr)), ~np.isin(mixture.ids, avoided)
-        entries[side] = rows[usable], mixture.ids[usable], mixture.weights[usable]
-        lost |= np.bincount(rows[usable], minlength=size) == 0
-    again = lost[spelled_rows]
-    mixtures = {}
+        rows, gone = np.repeat(np.arange(size), np.diff(mixture.indptr)), np.isin(mixture.ids, avoided)
+        affected = np.bincount(rows[gone], minlength=size) > 0
+        left = affected[rows] & ~gone & (mixture.weights > 0)
+        lost |= affected & (np.bincount(rows[left], minlength=size) == 0)
+        entries[side] = rows[left], mixture.ids[left], mixture.weights[left]
+    spelled_rows, spelled_ids, _ = _pieces(parts, aligned.source_size)
+    again, mixtures = lost[spelled_rows], {}
     for side, (rows, ids, weights) in entries.items():
         left = ~lost[rows]
-        targets, sources = np.append(rows[left], spelled_rows[again]), np.append(ids[left], spelled_ids[again])
-        weights = np.append(weights[left], np.ones(again.sum()))
-        mixtures[side] = alignment.mixture_of(targets, sources, weights, size, aligned.source_size)
+        rows, ids = np.append(rows[left], spelled_rows[again]), np.append(ids[left], spelled_ids[again])
+        weights = np.append(weights[left].astype(np.float64), np.ones(again.sum()))
+        weights /= np.bincount(rows, weights, minlength=size)[rows]
+        mixtures[side] = alignment.replaced(getattr(aligned, side), rows, ids, weights)
     mixtures["head"] = alignment.with_mean(mixtures["head"], np.flatnonzero(lost & (rules == Rule.UNWRITTEN)))
     made = dataclasses.replace(
         aligned,

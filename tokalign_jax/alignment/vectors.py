@@ -138,6 +138,9 @@ def check(config: AlignmentConfig, source_size: int, target_size: int) -> tuple[
       UserError: when only one file is named, or one is missing, malformed, not finite, or has ids twice or out of range.
     """
     paths = {"alignment.source_vectors": config.source_vectors, "alignment.target_vectors": config.target_vectors}
+    if config.method == "focus" and config.target_vectors:  # it has no use for the source's
+        target = read(Path(config.target_vectors), target_size, "alignment.target_vectors")
+        return Vectors(np.zeros(0, np.int32), target.vectors[:0]), target
     missing = [name for name, path in paths.items() if not path]
     if len(missing) == 2:
         return None

@@ -1,0 +1,130 @@
+"""Target tokens as linear combinations of the tokens that both vocabularies have: FOCUS and OMP.
+
+FOCUS (Dobler & de Melo 2023, arXiv 2305.14481) weights them by the sparsemax of their cosines with the target token in a space
+of token vectors. OMP (Goddard & Fernandes Neto 2025, arXiv 2506.06607; mergekit-tokensurgeon) approximates the target token's row
+in a donor model, which has the target vocabulary, by orthogonal matching pursuit over their rows there. Either way the same
+weights are then applied to the rows that these tokens have in the source model.
+
+Letters: m target tokens, S shared tokens, d dimensions, k atoms, b block.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tokalign_jax.alignment.matching import unit
+
+SCORES = 2**25
+"""At most so many products of target and shared tokens, and numbers of bases (128 MiB), exist at once."""
+INDEPENDENT = 1e-5
+"""An atom adds something to those before it if more than this share of its length is outside of their span."""
+
+
+class Combinations(NamedTuple):
+    """Linear combinations of shared tokens, one for each of m target tokens, in coordinates."""
+
+    rows: Int[np.ndarray, "E"]
+    """Which target token an entry belongs to, rising."""
+    shared: Int[np.ndarray, "E"]
+    weights: Float[np.ndarray, "E"]
+    scores: Float[np.ndarray, "m"]
+    """From 0 to 1, how well the combination stands for the token: FOCUS's largest cosine, OMP's share of the squared length."""
+
+
+def focus(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"]) -> Combinations:
+    """Sparsemax of the cosines of target tokens with shared ones, S >= 1."""
+    found = []
+    for block in _blocks(targets, len(shared)):
+        cosines = jnp.matmul(unit(block), unit(jnp.asarray(shared, jnp.float32)).T, precision="highest")
+        weights = np.asarray(sparsemax(cosines), np.float64)
+        weights /= weights.sum(axis=1, keepdims=True)  # 1 but for rounding
+        rows, places = np.nonzero(weights)
+        found.append((rows, places, weights[rows, places], np.asarray(cosines.max(axis=1))))
+    return _joined(found)
+
+
+def omp(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"], atoms: int) -> Combinations:
+    """Combinations of `atoms` shared tokens, or of all S if these are fewer, nearest to target tokens."""
+    found, table = [], jnp.asarray(shared, jnp.float32)
+    atoms = min(atoms, len(shared))
+    for block in _blocks(targets, max(len(shared), atoms * targets.shape[1])):
+        chosen, weights, left = map(np.asarray, matching_pursuit(block, table, atoms))
+        rows, places = np.nonzero(weights)
+        length = np.maximum(np.square(block).sum(axis=1), 1e-30)
+        found.append((rows, chosen[rows, places], weights[rows, places], 1 - np.square(left).sum(axis=1) / length))
+    return _joined(found)
+
+
+@jax.jit
+def sparsemax(scores: Float[Array, "b S"]) -> Float[Array, "b S"]:
+    """The nearest point of the probability simplex to each row (Martins & Astudillo 2016, eq. 2).
+
+    It is max(score - t, 0), with the threshold t at which that sums to 1. Michelot's iteration finds t without sorting: from
+    below, t becomes what makes the scores above it sum to 1, until it does not change.
+    """
+
+    def raised(threshold: Float[Array, "b 1"]) -> Float[Array, "b 1"]:
+        above = scores > threshold
+        return (jnp.where(above, scores, 0).sum(axis=1, keepdims=True) - 1) / above.sum(axis=1, keepdims=True)
+
+    def step(state):
+        return raised(state[0]), state[0]
+
+    first = scores.max(axis=1, keepdims=True) - 1
+    threshold, _ = jax.lax.while_loop(lambda state: (state[0] > state[1]).any(), step, (raised(first), first))
+    return jnp.maximum(scores - threshold, 0)
+
+
+@functools.partial(jax.jit, static_argnames="atoms")
+def matching_pursuit(
+    targets: Float[Array, "b d"], table: Float[Array, "S d"], atoms: int
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"], Float[Array, "b d"]]:
+    """(chosen rows of the table, their coefficients, what is left of the targets) by orthogonal matching pursuit.
+
+    Each step chooses the row with the largest product with what is left, and takes away the projection on all rows chosen so
+    far; the coefficients are those of the least squares fit on the k = `atoms` <= S rows.
+    """
+    product = functools.partial(jnp.einsum, precision="highest")
+    batch = jnp.arange(len(targets))
+
+    def step(i, state):
+        left, basis, chosen = state
+        scores = jnp.abs(product("bd,sd->bs", left, table))
+        scores = scores.at[batch[:, None], chosen].set(-jnp.inf, mode="drop")
+        new = scores.argmax(axis=1)
+        atom = direction = table[new]
+        for _ in range(2):  # once more, for what rounding has left
+            direction -= product("bk,bkd->bd", product("bkd,bd->bk", basis, direction), basis)
+        size, length = (jnp.linalg.norm(of, axis=1, keepdims=True) for of in (direction, atom))
+        direction = jnp.where(size > INDEPENDENT * length, direction / jnp.maximum(size, 1e-30), 0.0)
+        left -= product("bd,bd->b", left, direction)[:, None] * direction
+        return left, basis.at[:, i].set(direction), chosen.at[:, i].set(new)
+
+    start = targets, jnp.zeros((len(targets), atoms, targets.shape[1])), jnp.full((len(targets), atoms), len(table))
+    left, basis, chosen = jax.lax.fori_loop(0, atoms, step, start)
+    triangle = jnp.triu(product("bkd,bjd->bkj", basis, table[chosen]))
+    # An atom that added nothing has an empty row: its coefficient is 0.
+    triangle += jax.vmap(jnp.diag)((jnp.abs(basis).sum(axis=2) == 0).astype(jnp.float32))
+    wanted = product("bkd,bd->bk", basis, targets)[..., None]
+    return chosen, jax.scipy.linalg.solve_triangular(triangle, wanted)[..., 0], left
+
+
+def _blocks(targets: Float[np.ndarray, "m d"], numbers: int) -> Iterator[Float[np.ndarray, "b d"]]:
+    """Blocks of targets, each of which takes this many numbers."""
+    size = max(1, SCORES // max(numbers, 1))
+    for start in range(0, len(targets), size):
+        yield np.asarray(targets[start : start + size], np.float32)
+
+
+def _joined(found: list[tuple[np.ndarray, ...]]) -> Combinations:
+    if not found:
+        return Combinations(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+    starts = np.cumsum([0, *(len(scores) for *_, scores in found)])
+    columns = [(rows + start, *others) for start, (rows, *others) in zip(starts, found)]
+    rows, shared, weights, scores = (np.concatenate(column) for column in zip(*columns))
+    return Combinations(rows, shared, weights, np.clip(scores, 0.0, 1.0))
