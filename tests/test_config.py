@@ -1,6 +1,8 @@
 """Config files, overrides and what is refused."""
 
 import dataclasses
+import math
+import re
 import runpy
 from pathlib import Path
 
@@ -81,6 +83,13 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"corpus": (3, None)}, ("'corpus'", "string")),
         ({"stage1": {"learning_rate": 10**400}}, ("stage1.learning_rate", "finite")),
         ({"alignment": {"similarity_threshold": 7.0}}, ("alignment.similarity_threshold", "7.0")),
+        ({"stage1": {"learning_rate": 1e300}}, ("stage1.learning_rate", "1e+300", "at most 10")),
+        ({"stage2": {"embedding_learning_rate": 1e30}}, ("stage2.embedding_learning_rate", "at most 10")),
+        ({"stage2": {"lora": {"alpha": 1e200, "rank": 8}}}, ("stage2.lora.alpha", "1e+200")),
+        ({"stage1": {"steps": 10**30}}, ("stage1.steps", "at most")),
+        ({"stage1": {"start_offset": 10**30}}, ("stage1.start_offset", "number of sequences")),
+        ({"compute": {"loss_chunk": 2**40}}, ("compute.loss_chunk", "at most")),
+        ({"text": {"max_broken_share": -0.5}}, ("text.max_broken_share", "at least 0")),
     ],
 )
 def test_bad_values_are_named(values, words):
@@ -88,6 +97,28 @@ def test_bad_values_are_named(values, words):
         config_from_dict(values)
     for word in words:
         assert word in str(error.value)
+
+
+def groups(kind=Config):
+    """The dataclasses of a config."""
+    yield kind
+    for declared in dataclasses.fields(kind):
+        if declared.default_factory is not dataclasses.MISSING:
+            yield from groups(type(declared.default_factory()))
+
+
+def test_every_number_has_bounds_which_hold_its_default():
+    numbers = 0
+    for declared in (declared for group in groups() for declared in dataclasses.fields(group)):
+        if isinstance(declared.default, bool) or not re.search(r"\b(int|float)\b", str(declared.type)):
+            continue
+        if declared.name == "start_offset":  # of several kinds, each with bounds of its own
+            continue
+        low, high = declared.metadata["within"]
+        assert math.isfinite(low) and math.isfinite(high), declared.name
+        assert not isinstance(declared.default, int | float) or low <= declared.default <= high, declared.name
+        numbers += 1
+    assert numbers > 50
 
 
 def test_whole_numbers_are_welcome_as_floats_and_lists_as_tuples():

@@ -30,6 +30,11 @@ AUTO = "auto"
 """A number of sequences a device holds at once, or what layers keep: chosen by what fits (`planning.resolve`)."""
 
 
+def within(low: float, high: float, default: Any) -> Any:
+    """A field of numbers from `low` to `high`; past these, what a user meant is something else."""
+    return field(default=default, metadata={"within": (low, high)})
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """How documents are read, de-duplicated and split."""
@@ -42,13 +47,13 @@ class TextConfig:
     """Config name when `corpus` is a hub dataset."""
     hub_split: str = "train"
     """Split when `corpus` is a hub dataset, or a folder that the library datasets saved several in."""
-    budget_bytes: int = 5_000_000_000
+    budget_bytes: int = within(1, 10**15, 5_000_000_000)
     """UTF-8 bytes of text to keep, held-out documents included; where there is more, each file is read in proportion to its size."""
-    max_broken_share: float = 0.001
+    max_broken_share: float = within(0, 1, 0.001)
     """Share of records (lines of JSON, rows, documents of plain text) that may be broken: not JSON, not UTF-8, without the text field, or
     with something else than text in it. They are skipped and counted, 10 beside that share in any corpus; more of them are an error.
     0: none may be."""
-    held_out_fraction: float = 0.005
+    held_out_fraction: float = within(0, 0.5, 0.005)
     """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results are measured on them."""
 
 
@@ -56,11 +61,11 @@ class TextConfig:
 class ExtendConfig:
     """Tokens that the source model's tokenizer gets, where the target tokenizer is `extend`; they are mined from the corpus."""
 
-    new_tokens: int = 8000
+    new_tokens: int = within(1, 10**7, 8000)
     """Tokens to add; fewer come where the text has no more that are frequent enough."""
-    min_count: int = 10
+    min_count: int = within(1, 10**12, 10)
     """The fewest times that a new token must stand in the text that is read for it."""
-    budget_bytes: int = 50_000_000
+    budget_bytes: int = within(1, 10**15, 50_000_000)
     """UTF-8 bytes of training documents that are read for it, drawn at random from all of them; they are held in memory."""
 
 
@@ -83,37 +88,38 @@ class AlignmentConfig:
     text format with token ids for words. Given together with `target_vectors`, which alone do for method `focus`."""
     target_vectors: str = ""
     """The same for the target tokens."""
-    top_k: int = 8
+    top_k: int = within(1, 10**6, 8)
     """Source tokens in a mixture of method `topk`."""
     donor: str = ""
     """Method `omp`: a model that has the target tokenizer, a folder or a hub name."""
-    atoms: int = 64
+    atoms: int = within(1, 10**6, 64)
     """Method `omp`: shared tokens in a combination."""
     file: str = ""
     """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id": source_id}) or
     `alignment.npz`."""
-    window: int = 15
-    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d."""
-    min_count: int = 5
+    window: int = within(1, 20, 15)
+    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d. Past 20, the exact integers that these weights are
+    counted in overflow."""
+    min_count: int = within(1, 10**12, 5)
     """Tokens seen fewer times get no vector."""
-    vector_size: int = 300
+    vector_size: int = within(1, 10**5, 300)
     """GloVe dimensions."""
-    iterations: int = 15
+    iterations: int = within(1, 10**5, 15)
     """GloVe passes over the co-occurrences."""
-    glove_learning_rate: float = 0.05
+    glove_learning_rate: float = within(0, 10, 0.05)
     """GloVe AdaGrad rate."""
-    x_max: float = 10.0
+    x_max: float = within(1e-3, 1e12, 10.0)
     """GloVe: co-occurrences from this count on have full weight."""
-    weight_power: float = 0.75
+    weight_power: float = within(0, 10, 0.75)
     """GloVe: exponent (alpha) of the weighting below `x_max`."""
-    pivots: int = 300
+    pivots: int = within(1, 10**8, 300)
     """Shared tokens to which method `tokalign` compares every vector (relative representation); others take all of them."""
-    neighbours: int = 10
+    neighbours: int = within(1, 10**6, 10)
     """Neighbours for the hubness correction (CSLS)."""
-    similarity_threshold: float = 0.3
+    similarity_threshold: float = within(0, 1, 0.3)
     """Methods `composed` and `topk`: calibrated similarity (0: what chance gives, 1: the same) under which a target token falls
     back to the pieces of its text."""
-    bleu_lines: int = 1000
+    bleu_lines: int = within(1, 10**9, 1000)
     """Held-out lines for BLEU-1 of the mapped target ids against the source ids."""
 
 
@@ -121,16 +127,16 @@ class AlignmentConfig:
 class InitializationConfig:
     """Rows of the new vocabulary; what the source model itself teaches about them with alignment.method `composed` only."""
 
-    rows_multiple_of: int = 1
+    rows_multiple_of: int = within(1, 2**20, 1)
     """Embedding and head get a number of rows that is a multiple of this (64 or 128 suits tensor cores of serving engines); rows without a
     token are the mean of all others."""
-    tokens: int = 20_000_000
+    tokens: int = within(0, 10**15, 20_000_000)
     """Source tokens of the corpus that the source model reads for it; 0: rows stay the alignment's mixtures."""
-    learned: float = 0.5
+    learned: float = within(0, 1, 0.5)
     """Share of a composed row that is learned; the rest is the alignment's mixture."""
-    calibration: float = 0.5
+    calibration: float = within(0, 1, 0.5)
     """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1 all the way."""
-    tuning: int = 4_000_000
+    tuning: int = within(0, 10**15, 4_000_000)
     """Target tokens of the corpus on which rows are then moved together, by a rule that all of them share; 0: they are not."""
 
 
@@ -138,9 +144,9 @@ class InitializationConfig:
 class LoraConfig:
     """Low-rank adapters on every projection: y = x W + (alpha / rank) dropout(x) A B."""
 
-    rank: int = 64
-    alpha: float = 16.0
-    dropout: float = 0.1
+    rank: int = within(1, 2**16, 64)
+    alpha: float = within(0, 1e6, 16.0)
+    dropout: float = within(0, 0.999, 0.1)
 
 
 @dataclass(frozen=True)
@@ -149,44 +155,44 @@ class StageConfig:
 
     method: Literal["embedding", "lora", "full"] = "embedding"
     """What trains: `embedding` (input embedding and head only), `lora` (those and adapters on every projection), `full`."""
-    steps: int = 2500
+    steps: int = within(0, 10**9, 2500)
     """Optimizer steps; 0 skips the stage."""
-    learning_rate: float = 6.4e-4
+    learning_rate: float = within(0, 10, 6.4e-4)
     """Peak rate of what the stage trains; with `lora`, of the adapters."""
-    embedding_learning_rate: float | None = None
+    embedding_learning_rate: float | None = within(0, 10, None)
     """Peak rate of embedding and head in `lora` and `full` stages; None: the same as `learning_rate`."""
-    warmup_fraction: float = 0.03
+    warmup_fraction: float = within(0, 1, 0.03)
     """Share of the steps over which the rate rises from 0; a cosine then takes it down to 0."""
-    weight_decay: float = 0.01
+    weight_decay: float = within(0, 10, 0.01)
     """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    beta1: float = within(0, 0.99999, 0.9)
+    beta2: float = within(0, 0.99999, 0.95)
+    epsilon: float = within(1e-15, 1, 1e-8)
     """AdamW's, beside the root of the second moment."""
-    row_damping: float = 0.3
+    row_damping: float = within(0, 1e3, 0.3)
     """Of embedding and head also this many times the root of the whole matrix's mean second moment stands there: rows of rare tokens, whose
     few gradients say little, move by less than AdamW would have them (docs/results/recipe.md); 0: AdamW."""
-    clip_norm: float = 1.0
+    clip_norm: float = within(1e-12, 1e12, 1.0)
     """Global norm to which the gradient of everything that trains is clipped."""
-    batch_size: int = 1024
+    batch_size: int = within(1, 2**24, 1024)
     """Sequences a step, over all devices: neither the rate nor the order of the data depends on how many there are."""
-    per_device_batch: int | str = AUTO
+    per_device_batch: int | str = within(1, 2**24, AUTO)
     """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes. `auto`: as
     many as fit in its memory and are faster together (`planning.resolve`)."""
-    sequence_length: int = 2048
+    sequence_length: int = within(1, 2**24, 2048)
     """Tokens a sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS
     """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one pass over the corpus (float below 1),
     or `after_previous`. After a stage of another `sequence_length`, the tokens that it read carry over, rounded up to a whole sequence;
     each length has an order of its own, so some text may be met again."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    checkpoint_every: int = 250
+    checkpoint_every: int = within(1, 10**9, 250)
     """Steps between checkpoints; a killed run loses at most this many."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = within(1, 10**6, 2)
     """Newest checkpoints kept."""
-    log_every: int = 10
+    log_every: int = within(1, 10**9, 10)
     """Steps between lines on the terminal (the metrics file has every step)."""
-    max_skipped_in_a_row: int = 5
+    max_skipped_in_a_row: int = within(1, 10**9, 5)
     """Non-finite steps in a row that stop the run."""
 
 
@@ -200,11 +206,11 @@ class DistillationConfig(StageConfig):
     no such stage."""
     divergence: Literal["forward", "reverse", "mixed"] = "forward"
     """KL(teacher || student), which covers all that the teacher says; KL(student || teacher), which keeps to what it says most; or both."""
-    mixture: float = 0.5
+    mixture: float = within(0, 1, 0.5)
     """Share of the reverse divergence where they are `mixed`."""
-    temperature: float = 1.0
+    temperature: float = within(1e-3, 1e3, 1.0)
     """By which the logits of both are divided; above 1 the less likely tokens have more of a say."""
-    weight: float = 1.0
+    weight: float = within(0, 1, 1.0)
     """Share of the divergence in the loss; the rest is the loss of the next token. 0: the teacher is not run."""
 
 
@@ -212,7 +218,7 @@ class DistillationConfig(StageConfig):
 class DataConfig:
     """The stream of training sequences."""
 
-    epochs: int = 0
+    epochs: int = within(0, 10**6, 0)
     """Passes over the corpus that the stream holds, each in another order; a start offset past its end is an error.
     0: as many as the steps need, while an offset must lie within the first pass."""
 
@@ -227,9 +233,9 @@ class ComputeConfig:
     remat: Literal["auto", "dots", "attention", "layer"] = "auto"
     """What a layer keeps for its backward pass: `dots` (results of all matrix products), `attention` (those around attention), `layer`
     (its input alone; all else is computed again); `auto`: the most that fits in the memory of the devices."""
-    loss_chunk: int = 4096
+    loss_chunk: int = within(1, 2**24, 4096)
     """Tokens whose logits exist at once in the cross-entropy."""
-    unroll: int = 0
+    unroll: int = within(0, 10**4, 0)
     """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer to compile. 0: all of up to 32 on GPUs,
     unless `remat` is `layer`, where that gains nothing; else 1."""
 
@@ -238,11 +244,11 @@ class ComputeConfig:
 class MeshConfig:
     """Devices along three axes; their product is the number of devices. 0: chosen, so that a model fits."""
 
-    data: int = 0
+    data: int = within(0, 10**6, 0)
     """Copies of the parameters; the batch is split over them."""
-    fsdp: int = 0
+    fsdp: int = within(0, 10**6, 0)
     """Parts that parameters and optimizer state are split in; the batch is split over them too."""
-    tensor: int = 0
+    tensor: int = within(0, 10**6, 0)
     """Parts that each layer's matrices, heads and the vocabulary are split in, for the same sequences; at most the devices of one
     process. 0: 1."""
 
@@ -251,22 +257,22 @@ class MeshConfig:
 class EvaluationConfig:
     """What is measured on held-out documents."""
 
-    bytes_per_language: int = 200_000
+    bytes_per_language: int = within(1, 10**12, 200_000)
     """UTF-8 bytes of held-out text per language, whole documents, the last one cut."""
-    sequence_length: int = 1024
+    sequence_length: int = within(1, 2**24, 1024)
     """Tokens of a window; a document longer than one is cut into several."""
-    batch: int = 8
+    batch: int = within(1, 2**20, 8)
     """Windows per device at once."""
     random_baseline: bool = True
     """Also measure the model with every row of the new vocabulary drawn at random."""
     prompts: tuple[str, ...] = ()
     """Texts that the source and the adapted model continue, greedily; empty: passages of held-out documents."""
-    sample_tokens: int = 48
+    sample_tokens: int = within(1, 10**6, 48)
     """Tokens of each continuation."""
     abilities: str = ""
     """Multiple-choice questions that every state answers: a file of JSON lines, a folder with such files or a glob (several separated by
     commas), or `embedded`; a suite of sums is added. Empty: none."""
-    max_questions: int = 0
+    max_questions: int = within(0, 10**9, 0)
     """Questions of each suite, the first ones; 0: all."""
     other_text: str | tuple[str, ...] = ""
     """Text of another kind than the corpus, in the same forms and with the same fields: measured, never trained on. Empty: none."""
@@ -278,7 +284,7 @@ class ExportConfig:
 
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Type of the written weights; `source`: each weight keeps the type it had."""
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: int = within(1_000_000, 10**15, 5_000_000_000)
     """Size past which the weights are split over several files."""
     push_to_hub: str = ""
     """Hub repository (`owner/name`) that the folder is uploaded to when it is whole, made private if it is new; empty: none."""
@@ -298,7 +304,7 @@ class Config:
     chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn."""
     corpus: str | tuple[str, ...] = EMBEDDED
     """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`."""
-    seed: int = 0
+    seed: int = within(0, 2**32 - 1, 0)
     """The root of every random choice."""
     text: TextConfig = field(default_factory=TextConfig)
     extend: ExtendConfig = field(default_factory=ExtendConfig)
@@ -417,75 +423,13 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),
-    "steps": (0, math.inf),
-    "learning_rate": (0, math.inf),
-    "embedding_learning_rate": (0, math.inf),
-    "warmup_fraction": (0, 1),
-    "weight_decay": (0, math.inf),
-    "beta1": (0, 0.99999),
-    "beta2": (0, 0.99999),
-    "epsilon": (1e-15, 1),
-    "row_damping": (0, math.inf),
-    "clip_norm": (1e-12, math.inf),
-    "batch_size": (1, math.inf),
-    "per_device_batch": (1, math.inf),
-    "sequence_length": (1, math.inf),
-    "mixture": (0, 1),
-    "similarity_threshold": (0, 1),
-    "temperature": (1e-3, 1e3),
-    "weight": (0, 1),
-    "checkpoint_every": (1, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "log_every": (1, math.inf),
-    "max_skipped_in_a_row": (1, math.inf),
-    "rank": (1, math.inf),
-    "alpha": (0, math.inf),
-    "dropout": (0, 0.999),
-    "budget_bytes": (1, math.inf),
-    "held_out_fraction": (0, 0.5),
-    "max_broken_share": (0, 1),
-    "new_tokens": (1, math.inf),
-    "window": (1, 20),  # past 20 the exact integer weights of co-occurrence overflow
-    "min_count": (1, math.inf),
-    "vector_size": (1, math.inf),
-    "iterations": (1, math.inf),
-    "glove_learning_rate": (0, math.inf),
-    "x_max": (1e-3, math.inf),
-    "weight_power": (0, math.inf),
-    "bleu_lines": (1, math.inf),
-    "pivots": (1, math.inf),
-    "top_k": (1, math.inf),
-    "atoms": (1, math.inf),
-    "tokens": (0, math.inf),
-    "rows_multiple_of": (1, math.inf),
-    "learned": (0, 1),
-    "calibration": (0, 1),
-    "tuning": (0, math.inf),
-    "neighbours": (1, math.inf),
-    "epochs": (0, math.inf),
-    "loss_chunk": (1, math.inf),
-    "unroll": (0, math.inf),
-    "batch": (1, math.inf),
-    "bytes_per_language": (1, math.inf),
-    "sample_tokens": (1, math.inf),
-    "max_questions": (0, math.inf),
-    "max_shard_bytes": (1_000_000, math.inf),
-    "data": (0, math.inf),
-    "fsdp": (0, math.inf),
-    "tensor": (0, math.inf),
-}
-"""Smallest and largest value of fields by name, in whatever group."""
-
-
 def _check_range(made: Any, prefix: str) -> None:
-    for name, (low, high) in _RANGES.items():
-        value = getattr(made, name, None)
+    for declared in dataclasses.fields(made):
+        low, high = declared.metadata.get("within", (-math.inf, math.inf))
+        value = getattr(made, declared.name)
         if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(
-                f"config key '{prefix}{name}' is {value}; it must be at least {low}"
-                + (f" and at most {high}" if high < math.inf else "")
+                f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and at most {high}"
             )
     if isinstance(batch := getattr(made, "per_device_batch", 1), str) and batch != AUTO:
         raise UserError(
@@ -501,7 +445,7 @@ def _check_range(made: Any, prefix: str) -> None:
 def _is_offset(value: float | str) -> bool:
     if isinstance(value, str):
         return value == AFTER_PREVIOUS
-    return 0 <= value < (1 if isinstance(value, float) else math.inf)
+    return 0 <= value < (1 if isinstance(value, float) else 10**15)
 
 
 def _type_name(hint: Any) -> str:
