@@ -223,7 +223,9 @@ def reading(shape):
             moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
             prompt = jnp.asarray([shards[0].tokens[:9]])
             rows = {
-                path: sharding.to_host(of) for path, of in paths.flatten(params).items() if sharding.is_vocabulary(path)
+                path: sharding.to_host(of, slice(config.vocab_size))
+                for path, of in paths.flatten(params).items()
+                if sharding.is_vocabulary(path)
             }
             ids = np.arange(sizes[0])
             tokens = composition.Tokens(ids, composition.Pieces.of([[i] for i in ids]), shards[0].counts, read.source)
@@ -298,6 +300,7 @@ CHECKS = {
     "after-training-all": (after_training, SHAPES["all"]),
     "files-six": (files, (1, 2, 3)),
     "reading-all": (reading, SHAPES["all"]),
+    "reading-three": (reading, (1, 3, 1)),
 }
 
 

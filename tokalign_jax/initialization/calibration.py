@@ -53,10 +53,9 @@ def head_moves(
     frequency = estimated_frequencies(shards.counts)
     params = sharding.place(params, mesh)
     windows = _windows(shards, config, seed)
-    at_once = sharding.sequences_at_once(mesh)
-    if len(windows) % at_once:  # a few more, of the same text, so that every device has as many
-        windows = np.resize(windows, (-(-len(windows) // at_once) * at_once, windows.shape[1]))
-    states = _states(config, params, windows, dtype=jnp.dtype(dtype), mesh=mesh)
+    # Padding, so that every device has as many; its states do not count.
+    padded = np.pad(windows, ((0, -len(windows) % sharding.sequences_at_once(mesh)), (0, 0)))
+    states = _states(config, params, padded, dtype=jnp.dtype(dtype), mesh=mesh)[: windows.size]
     states = states[: len(states) // CHUNK * CHUNK or len(states)]
     flat = sharding.to_host(states).astype(np.float64)
     second = flat.T @ flat / len(flat)
