@@ -24,7 +24,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
-from tokalign_jax.text.special_tokens import end_of_text_id, is_of_chat
+from tokalign_jax.text.special_tokens import end_of_text_id, is_of_chat, role_id
 from tokalign_jax.text.tokenizing import opening_id
 
 
@@ -136,11 +136,10 @@ def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
 
     A bos that begins turns (SmolLM2's `<|im_start|>`) is passed over: no document began behind it.
     """
-    bos = None if is_of_chat(tokenizer, tokenizer.bos_token_id) else tokenizer.bos_token_id
-    for start in (opening_id(tokenizer), bos):
-        if isinstance(start, int):
-            return start
-    return end_of_text_id(tokenizer)
+    if (opening := opening_id(tokenizer)) is not None:
+        return opening
+    bos = role_id(tokenizer, "bos")
+    return end_of_text_id(tokenizer) if bos is None or is_of_chat(tokenizer, bos) else bos
 
 
 def evaluate(

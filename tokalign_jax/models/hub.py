@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
-from tokalign_jax.text.special_tokens import SEPARATOR, counterpart, end_of_text_id, ends_turn
+from tokalign_jax.text.special_tokens import SEPARATOR, counterpart, end_of_text_id, ends_turn, role_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -312,7 +312,7 @@ def _set_document_separator(name: Path | str, tokenizer: "PreTrainedTokenizerBas
       UserError: the token is new and would not get the id behind all others.
     """
     known = tokenizer.get_vocab()
-    if ends_turn(tokenizer, tokenizer.eos_token_id):
+    if ends_turn(tokenizer, role_id(tokenizer, "eos")):
         tokenizer.add_tokens(end_of_text, special_tokens=True)
     else:
         tokenizer.add_special_tokens({"eos_token": end_of_text})
@@ -441,7 +441,7 @@ def _all_ends(
     old: Sequence[Any], source_tokenizer: "PreTrainedTokenizerBase | None", tokenizer: "PreTrainedTokenizerBase"
 ) -> list[int]:
     """The eos of `tokenizer`, the counterparts of the source's eos ids `old`, and its separator."""
-    found = [tokenizer.eos_token_id]
+    found = [role_id(tokenizer, "eos")]
     if source_tokenizer is not None:
         # The source's separator has the new one as its counterpart, whatever its text.
         known = set(source_tokenizer.get_vocab().values()) - {end_of_text_id(source_tokenizer)}

@@ -54,10 +54,11 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if chosen := tokenizer.init_kwargs.get(SEPARATOR):
         return _id_of(tokenizer, chosen)
     named = _text_ends(tokenizer)
-    if named and ends_turn(tokenizer, tokenizer.eos_token_id):
+    eos, sep, bos = (role_id(tokenizer, role) for role in ("eos", "sep", "bos"))
+    if named and ends_turn(tokenizer, eos):
         return named[0]
-    for index in (tokenizer.eos_token_id, tokenizer.sep_token_id, *named, tokenizer.bos_token_id):
-        if isinstance(index, int):
+    for index in (eos, sep, *named, bos):
+        if index is not None:
             return index
     shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special_ids(tokenizer))[:10])
     raise UserError(
@@ -67,12 +68,18 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def role_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
+    """The id of the token that has a role (`eos`, `bos`, `pad`, ...)."""
+    index = getattr(tokenizer, f"{role}_token_id", None)
+    return index if isinstance(index, int) else None
+
+
 def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
     """Whether the token `index` ends turns of a chat: by its name, or as the chat template writes it.
 
     A token named as the end of a text does not, although LLaMA 2's template ends answers with `</s>`.
     """
-    if not isinstance(index, int):
+    if index is None:
         return False
     token = str(tokenizer.convert_ids_to_tokens(index))
     name = _plain_name(token)
@@ -81,7 +88,7 @@ def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
 
 def is_of_chat(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
     """Whether the token `index` is named as the start or the end of a turn."""
-    return isinstance(index, int) and _plain_name(str(tokenizer.convert_ids_to_tokens(index))) in (
+    return index is not None and _plain_name(str(tokenizer.convert_ids_to_tokens(index))) in (
         *_TURN_STARTS,
         *_TURN_ENDS,
     )

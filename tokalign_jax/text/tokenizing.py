@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -166,7 +166,7 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
       UserError: the post-processor adds an id to texts that belongs to another token than it says, or
         to none. A tokenizer that was retrained from another one may have kept that one's ids.
     """
-    post_processor = tokenizer.backend_tokenizer.post_processor
+    post_processor = cast(Any, tokenizer).backend_tokenizer.post_processor
     vocabulary = tokenizer.get_vocab()
     for token, index in _added_by(json.loads(post_processor.__getstate__())) if post_processor else ():
         if vocabulary.get(token) == index:
