@@ -45,12 +45,13 @@ from tokalign_jax.evaluation.fertility import fertility, words
 from tokalign_jax.evaluation.report import PACKAGES, version
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.huggingface import DtypeOf
 from tokalign_jax.progress import Log, duration
 from tokalign_jax.stopping import Stopped
 from tokalign_jax.text import canonical
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.editing import within_rows
-from tokalign_jax.training.states import DtypeOf, inference_dtype
+from tokalign_jax.training.states import inference_dtype
 
 SCORES, PICTURE = "scores.json", "scores.png"
 EXPORT, SOURCE = "export", "source"

@@ -590,7 +590,7 @@ def check_finite(context: Context) -> None:
 
 
 def load_state(
-    context: Context, states: Sequence[str], dtype: training_states.DtypeOf = lambda path: None
+    context: Context, states: Sequence[str], dtype: huggingface.DtypeOf = lambda path: None
 ) -> tuple[ModelConfig, dict]:
     """The model after the last of `states` (`init` and training stages), on the mesh, adapters merged.
 

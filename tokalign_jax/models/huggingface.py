@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
+DtypeOf = Callable[[str], DTypeLike | None]
+"""The type of a parameter by its path; None: as stored."""
+
 _FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -65,7 +68,7 @@ def check_weights(folder: Path | str, config: ModelConfig) -> None:
 def load_params(
     folder: Path | str,
     config: ModelConfig,
-    dtype: DTypeLike | Callable[[str], DTypeLike] | None = None,
+    dtype: DTypeLike | DtypeOf | None = None,
     mesh: Mesh | None = None,
     skip: Collection[str] = (),
 ) -> Params:
@@ -280,7 +283,7 @@ _BLOCK_BYTES = 64 << 20
 """What is read of a large matrix at once."""
 
 
-def _dtype_of(path: str, dtype: DTypeLike | Callable[[str], DTypeLike] | None) -> DTypeLike | None:
+def _dtype_of(path: str, dtype: DTypeLike | DtypeOf | None) -> DTypeLike | None:
     return dtype(path) if isinstance(dtype, types.FunctionType) else cast(DTypeLike | None, dtype)
 
 

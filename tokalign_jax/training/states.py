@@ -6,7 +6,7 @@ caller computes with, `reader` reads one tensor at a time for an export.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,9 @@ from tokalign_jax import paths, sharding
 from tokalign_jax.config import StageConfig
 from tokalign_jax.models import huggingface, lora
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.huggingface import DtypeOf
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.training import loop
-
-DtypeOf = Callable[[str], DTypeLike | None]
-"""The type of a parameter by its path; None: as stored, float32 where a stage has trained it."""
 
 
 class Changes(NamedTuple):
@@ -87,6 +85,7 @@ def assemble(folder: Path, model: ModelConfig, changes: Changes, dtype: DtypeOf,
 
     Args:
       folder: of the stored weights.
+      dtype: None for a path: as stored, float32 if a stage has trained it.
     """
     leaves: dict[str, Any] = {}
     for path in list(changes.leaves):
@@ -115,7 +114,7 @@ def reader(folder: Path, model: ModelConfig, changes: Changes) -> huggingface.Re
         if path not in changes.adapters:
             return value
         own = [
-            lora.Adapter(spec, *(sharding.to_host(factor, *index) for factor in factors))
+            lora.Adapter(spec, *(jnp.asarray(sharding.to_host(factor, *index)) for factor in factors))
             for spec, *factors in changes.adapters[path]
         ]
         return np.asarray(lora.merged(value, own, ()))
