@@ -137,6 +137,14 @@ def test_the_counterpart_is_found_both_ways():
     assert counterpart(source.convert_tokens_to_ids("<pad>"), source, target) is None
 
 
+def test_an_eos_of_any_name_that_ends_turns_has_a_counterpart():
+    stop = special("</s>", "<|stop|>", eos="<|stop|>", template="{{ messages[0] }}<|stop|>")
+    for other in (qwen3(), llama3_for_chats(), gemma3_for_chats()):
+        for one, two in ((stop, other), (other, stop)):
+            found = counterpart(one.eos_token_id, one, two)
+            assert found and named(two, found.token) == two.eos_token and found.why == f"same use as {two.eos_token}"
+
+
 def test_the_choice_is_logged_and_can_be_overridden(tmp_path):
     lines = [tokenizing._separator_line("target", tokenizer) for tokenizer in (qwen3(), gemma3())]
     assert lines == [

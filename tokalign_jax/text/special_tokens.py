@@ -75,7 +75,7 @@ def role_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
 
 
 def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
-    """Whether the token `index` ends turns of a chat: by its name, or as the chat template writes it.
+    """Whether the token `index` ends turns of a chat: by its name, or as an eos in the chat template.
 
     A token named as the end of a text does not, although LLaMA 2's template ends answers with `</s>`.
     """
@@ -83,7 +83,9 @@ def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
         return False
     token = str(tokenizer.convert_ids_to_tokens(index))
     name = _plain_name(token)
-    return name in _TURN_ENDS or (name not in _TEXT_ENDS and in_chat_template(tokenizer, token))
+    if name in _TURN_ENDS or name in _TEXT_ENDS:
+        return name in _TURN_ENDS
+    return index == role_id(tokenizer, "eos") and in_chat_template(tokenizer, token)
 
 
 def is_of_chat(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
@@ -107,7 +109,7 @@ def counterpart(index: int, tokenizer: PreTrainedTokenizerBase, other: PreTraine
 
     In order: the token of the same text; the document separator for a document separator, and for a
     token that is named like one; the token of the same use in chats or in filling in (`<|im_end|>`
-    and `<end_of_turn>`).
+    and `<end_of_turn>`), where an eos that ends turns may have any name.
     """
     text = str(tokenizer.convert_ids_to_tokens(index))
     others = {str(other.convert_ids_to_tokens(i)): i for i in sorted(special_ids(other), reverse=True)}
@@ -115,11 +117,13 @@ def counterpart(index: int, tokenizer: PreTrainedTokenizerBase, other: PreTraine
         return Counterpart(others[text], "same text")
     if index == end_of_text_id(tokenizer) or _plain_name(text) in _TEXT_ENDS:
         return Counterpart(end_of_text_id(other), "ends a document")
+    is_turn_end = ends_turn(tokenizer, index)
+    uses = next((use for use in _SAME_USE if _plain_name(text) in use), _TURN_ENDS if is_turn_end else ())
     by_name = {_plain_name(name): name for name in others}
-    uses = next((use for use in _SAME_USE if _plain_name(text) in use), ())
-    if same := next((by_name[name] for name in uses if name in by_name), None):
-        return Counterpart(others[same], f"same use as {same}")
-    return None
+    same = next((by_name[name] for name in uses if name in by_name), None)
+    if same is None and is_turn_end and ends_turn(other, role_id(other, "eos")):
+        same = str(other.eos_token)
+    return None if same is None else Counterpart(others[same], f"same use as {same}")
 
 
 def _text_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
