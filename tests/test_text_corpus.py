@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from tokalign_jax.config import Config, TextConfig
+from tokalign_jax.config import Config, TextConfig, config_from_dict, config_to_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import corpus, reading
 
@@ -569,3 +569,78 @@ def test_a_language_called_all_is_told_from_all_languages(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(TEXTS[:20], lang="all") + json_lines(TEXTS[20:], lang="en"))
     summary, _, _ = run(config_for(path, language_field="lang"), tmp_path / "out")
     assert [*summary["languages"]] == ["'all'", "en"]
+
+
+# --- several parts with weights ---------------------------------------------------------------------------------------
+
+
+def parts(folder: Path, **documents: int) -> dict[str, Path]:
+    found = {}
+    for name, count in documents.items():
+        (folder / name).mkdir(parents=True)
+        for half in range(2):  # of each part two files
+            rows = [f"{name}{half} {i:05d}".ljust(100, "x") for i in range(count // 2)]
+            write(folder / name / f"{half}.jsonl", json_lines(rows, lang=f"l{half}"))
+        found[name] = folder / name
+    return found
+
+
+@pytest.mark.parametrize("budget", [10**9, 30_000])
+@pytest.mark.parametrize("form", ["text", "tuple", "mapping"])
+def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
+    given = parts(tmp_path / "in", a=1000, b=1000, c=400)
+    weights = dict(zip(given.values(), (6, 3, 1)))
+    names = [f"{path}={weight}" for path, weight in weights.items()]
+    value = {"text": ",".join(names), "tuple": names, "mapping": {str(p): w for p, w in weights.items()}}[form]
+    config = config_from_dict({"corpus": value, "text": {"budget_bytes": budget, "held_out_fraction": 0.2}})
+    summary, train, held = run(config, tmp_path / "out")
+    total = sum(document.bytes for document in train + held)
+    assert total > min(budget, 100 * 1000 / 0.6) - 1000
+    for name, weight in zip("abc", (0.6, 0.3, 0.1)):
+        found = [document for document in train + held if document.source == name]
+        assert sum(document.bytes for document in found) == pytest.approx(weight * total, abs=250)
+        assert summary["sources"][name] == sum(document.bytes for document in found)
+        halves = [sum(document.text.startswith(f"{name}{half}") for document in found) for half in range(2)]
+        assert min(halves) > 0.8 * max(halves)  # of all files of the part
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+    monkeypatch.setattr(corpus, "OPEN_FILES", 1)
+    assert run(again, tmp_path / "again")[1:] == (train, held)
+
+
+def test_results_may_be_told_apart_by_source(tmp_path):
+    given = parts(tmp_path / "in", a=100, b=100)
+    config = config_for(",".join(map(str, given.values())), group_by="source")
+    summary, _, held = run(config, tmp_path / "out")
+    assert {document.language for document in held} == {document.source for document in held} == {"a", "b"}
+    assert [*summary["languages"]] == ["a", "b"]
+
+
+def test_a_part_that_ends_is_told(tmp_path):
+    given = parts(tmp_path / "in", a=100, b=1000)
+    lines = []
+    config = config_for(f"{given['a']}=1,{given['b']}=1")
+    summary = corpus.run(config, tmp_path / "out", lines.append)
+    assert sum(summary["sources"].values()) == pytest.approx(20_000, abs=300) and summary["not_read"]["files"] == 2
+    assert any("'a' has no more text, and without it the weights would not hold" in line for line in lines)
+    assert any("a 50.0%, b 50.0% of the text" in line for line in lines)
+
+
+@pytest.mark.parametrize("ending", ["=0", "=-1", "=0.0"])
+def test_weights_are_above_zero_and_all_or_none(tmp_path, ending):
+    given = parts(tmp_path / "in", a=10, b=10)
+    with pytest.raises(UserError, match=r"a' has the weight .* must be above 0"):
+        corpus.check(config_for(f"{given['a']}{ending},{given['b']}=1"))
+    with pytest.raises(UserError, match="b' has no weight, but others have"):
+        corpus.check(config_for(f"{given['a']}=1,{given['b']}"))
+
+
+def test_a_file_may_be_called_as_if_it_had_a_weight(tmp_path):
+    (tmp_path / "a=0.5").mkdir()
+    write(tmp_path / "a=0.5" / "x.jsonl", json_lines(TEXTS))
+    assert len([*corpus.read(config_for(tmp_path / "a=0.5"))]) == len(TEXTS)
+
+
+def test_the_mixture_is_part_of_what_a_run_depends_on(tmp_path):
+    given = parts(tmp_path / "in", a=10, b=10)
+    one, other = (config_for(f"{given['a']}={weight},{given['b']}=1") for weight in (1, 2))
+    assert corpus.mixture(one) != corpus.mixture(other) and corpus.mixture(config_for(given["a"])) == []

@@ -43,6 +43,8 @@ class TextConfig:
     """Field (column) that holds a document's text."""
     language_field: str = ""
     """Field that holds a document's language or domain, for results by language. Empty: all documents are one group, `all`."""
+    group_by: Literal["language", "source"] = "language"
+    """What results are told apart by: the language field, or which of several names in `corpus` a document is from."""
     hub_config: str = ""
     """Config name when `corpus` is a hub dataset."""
     hub_split: str = "train"
@@ -303,7 +305,8 @@ class Config:
     """Token that separates documents in the target tokenizer, added if it has none such; empty:
     chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn."""
     corpus: str | tuple[str, ...] = EMBEDDED
-    """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`."""
+    """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`. Several may have weights, the shares of the
+    text in bytes: `/data/a=0.7,/data/b=0.3`, or in Python {"/data/a": 0.7, "/data/b": 0.3}; without they count by their size."""
     seed: int = within(0, 2**32 - 1, 0)
     """The root of every random choice."""
     text: TextConfig = field(default_factory=TextConfig)
@@ -407,6 +410,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = {typing.get_origin(o) or o for o in options}
+    if isinstance(value, Mapping) and tuple in kinds:
+        value = tuple(f"{part}={weight}" for part, weight in value.items())
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, bool) and bool not in kinds:

@@ -215,7 +215,7 @@ class Context:
             return [digest or name for name, digest in zip(names, digests.each([Path(name) for name in names]))]
 
         return {
-            "corpus": texts_of(self.config),
+            "corpus": [*texts_of(self.config), *documents.mixture(self.config)],
             "source_model": digests.of(_model_files(self.source_folder)),
             "source_tokenizer": digests.of(_tokenizer_files(self.source_folder)),
             # One that is extended follows from the stage that does it.

@@ -1,7 +1,7 @@
 """Documents: read, de-duplicated, drawn within a byte budget, and split into training and held-out text.
 
-The artefact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`, `language`, `bytes`) and
-`summary.json`. Memory does not grow with the corpus: text is streamed, and the hashes that find duplicates live in a
+The artefact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`, `language`, `bytes`,
+`source`) and `summary.json`. Memory does not grow with the corpus: text is streamed, and the hashes that find duplicates live in a
 SQLite file that exists only while reading.
 """
 
@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,18 +47,28 @@ FIRST_RECORDS = 5
 """A file whose first records are all unusable, so many of them, is refused at once."""
 CHECKED = 32
 """Files whose first records are looked at before any long work."""
-OPEN_FILES = 32
+OPEN_FILES = 64
 """Files that stay open while others are read; what is closed is read again from its beginning if there is room for more of it."""
 
-_SCHEMA = pa.schema({"text": pa.string(), "language": pa.string(), "bytes": pa.int64()})
+PLAIN = (".jsonl", ".ndjson", ".json", ".txt")
+"""Endings of files whose size is about that of their text."""
+SLICES = 16
+"""Rounds in which a part that has a weight is read through all of its files."""
+EXPANSION = 5
+"""Bytes of text in a byte of a compressed file, about."""
+
+_SCHEMA = pa.schema({"text": pa.string(), "language": pa.string(), "bytes": pa.int64(), "source": pa.string()})
+_WEIGHT = re.compile(r"(.+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", re.IGNORECASE)
+"""A name of the corpus with its weight behind it."""
 
 
 class Document(NamedTuple):
-    """One text, its language (or domain), and its length in UTF-8 bytes."""
+    """One text, its language (or domain), its length in UTF-8 bytes, and which part of the corpus it is from."""
 
     text: str
     language: str
     bytes: int
+    source: str = ""
 
 
 # --- the artefact -----------------------------------------------------------------------------------------------------
@@ -76,7 +88,8 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     for leftover in (*folder.glob("*.parquet"), folder / "seen.sqlite"):
         leftover.unlink(missing_ok=True)
     ledger = _Ledger(config.text, log)
-    streams = _streams(config, ledger)
+    parts = _parts(config, ledger)
+    streams = [stream for part in parts for stream in part.streams]
     train, held_out = _Writer(folder, "train-{:05d}", FILE_BYTES), _Writer(folder, "held_out", None)
     split = _Split(config.text.held_out_fraction, train.add, held_out.add, ledger.counts)
     progress = Progress(log, "corpus", _expected_bytes(config, streams), "bytes")
@@ -88,11 +101,12 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
             ledger.counts[document.language, "duplicates"] += not found
             return found
 
-        for document, digest in _drawn(streams, budget, is_new):
+        for document, digest in _mixed(parts, budget, is_new):
             if kept + document.bytes > budget:
                 stopped = True
                 break
             kept += document.bytes
+            ledger.sources[document.source] += document.bytes
             split.add(document, digest)
             progress.update(document.bytes)
     split.finish()
@@ -103,8 +117,10 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     if not (summary["train_documents"] and summary["held_out_documents"]):
         raise UserError(_too_small(config, summary, stopped))
     ledger.report()
-    if stopped:
-        log(_unread(summary["not_read"], len(streams), budget))
+    if summary["not_read"]["files"]:
+        log(_unread(summary["not_read"], parts, budget, stopped))
+    if len(parts) > 1:
+        log(f"corpus: {_shares(ledger.sources)}")
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     # A path need not be UTF-8, and comes into this file with a record that is broken.
     (folder / "summary.json").write_text(content, encoding="utf-8", errors="replace")
@@ -118,7 +134,7 @@ def check(config: Config) -> None:
       UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
     """
     ledger = _Ledger(config.text, lambda line: None)
-    streams, has_text = _streams(config, ledger), False
+    streams, has_text = [stream for part in _parts(config, ledger) for stream in part.streams], False
     for number, stream in enumerate(streams):
         if number >= CHECKED and has_text:
             break
@@ -134,13 +150,19 @@ def check(config: Config) -> None:
 
 def names(config: Config) -> list[str]:
     """What the corpus is read from, in order: paths of local files, or names of hub datasets."""
-    return [source.name for source in _sources(config)]
+    return [source.name for entry in _entries(config) for source in entry.sources]
+
+
+def mixture(config: Config) -> list[str]:
+    """The parts of a corpus that has several, with their weights: what it depends on beside the contents of its files."""
+    entries = _entries(config)
+    return [f"{entry.name}={entry.weight}" for entry in entries] if len(entries) > 1 else []
 
 
 def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
     """Every document with text of `config.corpus` as it is, duplicates included; none of it is written anywhere."""
     ledger = _Ledger(config.text, log)
-    for stream in _streams(config, ledger):
+    for stream in [stream for part in _parts(config, ledger) for stream in part.streams]:
         while found := stream.peek():
             stream.take()
             yield found[0]
@@ -210,15 +232,22 @@ def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> 
             "bytes": sum(max((stream.source.size or 0) - stream.position.bytes, 0) for stream in unread),
             "of_bytes": sum(stream.source.size or 0 for stream in streams),
         },
+        "sources": dict(ledger.sources),
         "broken": {"records": ledger.broken, "first": ledger.first},
         "languages": languages,
     }
 
 
-def _unread(not_read: dict[str, Any], files: int, budget: int) -> str:
-    share = "; each was read in proportion to its size" if files > 1 else ""
+def _unread(not_read: dict[str, Any], parts: Sequence["_Part"], budget: int, stopped: bool) -> str:
+    files = sum(len(part.streams) for part in parts)
+    share = "; each was read in proportion to its size" if files > len(parts) or not parts[0].weight else ""
+    share = share if files > 1 else ""
+    ended = [part.name for part in parts if all(stream.has_ended for stream in part.streams)]
+    why = f"text.budget_bytes={budget:,} is spent"
+    if not stopped:
+        why = f"'{ended[0]}' has no more text, and without it the weights would not hold"
     return (
-        f"corpus: text.budget_bytes={budget:,} is spent: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} bytes, in "
+        f"corpus: {why}: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} bytes, in "
         f"{not_read['files']} of {files} files, were not read{share}"
     )
 
@@ -352,6 +381,8 @@ class _Ledger:
         self.config, self._log = config, log
         self.counts: Counter[tuple[str, str]] = Counter()
         """By language and by what is counted."""
+        self.sources: Counter[str] = Counter()
+        """Bytes kept by part of the corpus."""
         self.records = self.broken = self._pooled = 0
         self.first = ""
         """The first record that could not be used: where it stands, and why."""
@@ -407,8 +438,9 @@ class _Unusable(Exception):
 class _Stream:
     """The documents of a source, one by one. `peek` and `take` go on where they were after `close`."""
 
-    def __init__(self, source: Source, ledger: _Ledger):
+    def __init__(self, source: Source, part: str, ledger: _Ledger):
         self.source, self.position, self.has_ended = source, Position(), False
+        self._part = part
         self.waiting = 0
         """Bytes of the document that comes next; 0 where it was not looked at."""
         self._ledger = ledger
@@ -458,17 +490,54 @@ class _Stream:
             self._ledger.add_broken(what)
             return None
         self._usable += 1
-        language = self._ledger.language(language)
+        language = self._part if self._ledger.config.group_by == "source" else self._ledger.language(language)
         if not text.strip():
             self._ledger.counts[language, "without_text"] += 1
             return None
         # JSON may hold half a surrogate pair, which no UTF-8 can.
         encoded = text.encode("utf-8", errors="replace")
-        return Document(encoded.decode(), language, len(encoded)), hashlib.sha256(encoded).digest()
+        return Document(encoded.decode(), language, len(encoded), self._part), hashlib.sha256(encoded).digest()
 
     def _refuse_if_all_unusable(self, count: int) -> None:
         if self._first and not self._usable and self._read >= count:
             raise UserError(f"none of the first {self._read} records of a corpus file can be used: {self._first}")
+
+
+class _Part(NamedTuple):
+    """A part of the corpus, and the share of the text that it is to have."""
+
+    name: str
+    weight: float | None
+    streams: list[_Stream]
+
+
+def _mixed(
+    parts: Sequence[_Part], budget: int, is_new: Callable[[Document, bytes], bool]
+) -> Iterator[tuple[Document, bytes]]:
+    """New documents of all parts: with weights such that these hold at any time, until one part has ended; else by size."""
+    if not parts[0].weight:
+        yield from _drawn([stream for part in parts for stream in part.streams], budget, is_new)
+        return
+    weights = [(part.weight or 0) / sum(other.weight or 0 for other in parts) for part in parts]
+    # How much text the parts hold is only known when one has ended. Until then all files of a part go on side by side.
+    texts = [sum(_text_bytes(stream.source, budget) for stream in part.streams) for part in parts]
+    total = min(budget, *(text / weight for text, weight in zip(texts, weights)))
+    drawn = [_drawn(part.streams, max(1, round(total * w / SLICES)), is_new) for part, w in zip(parts, weights)]
+    taken = [0.0 for _ in parts]
+    while found := next(drawn[(least := int(np.argmin(taken)))], None):
+        taken[least] += found[0].bytes / weights[least]
+        yield found
+
+
+def _text_bytes(source: Source, budget: int) -> int:
+    """About how much text a source holds."""
+    is_plain = Path(source.name).suffix in PLAIN
+    return budget if source.size is None else source.size * (1 if is_plain else EXPANSION)
+
+
+def _shares(sources: Counter[str]) -> str:
+    total = max(sum(sources.values()), 1)
+    return ", ".join(f"{name} {size / total:.1%}" for name, size in sources.items()) + " of the text"
 
 
 def _drawn(
@@ -478,7 +547,8 @@ def _drawn(
 
     The streams are read one after the other up to their share of `planned`. What a stream leaves of its share because its next
     document is larger goes to the one after it, so that of many small files some are read whole. What streams leave because they
-    ended is shared by the others in another round.
+    ended is shared by the others in another round. Where no more than a hundredth is left there is another round of `planned` bytes:
+    who asked for so many does not take them.
     """
     suspended: list[_Stream] = []
     amount = float(planned)
@@ -501,7 +571,8 @@ def _drawn(
             suspended.append(stream)
             if len(suspended) > OPEN_FILES:
                 suspended.pop(0).close()
-        amount = max(spare + due, 1.0) if progressed else 2 * amount
+        left = spare + due
+        amount = left if progressed and left > planned / 100 else left + planned
 
 
 def _sizes(streams: Sequence[_Stream]) -> list[float]:
@@ -550,24 +621,60 @@ def _language(value: Any) -> str:
     return f"'{name}'" if name == ALL else name
 
 
-def _streams(config: Config, ledger: _Ledger) -> list[_Stream]:
-    return [_Stream(source, ledger) for source in _sources(config)]
+class _Entry(NamedTuple):
+    """A name in `config.corpus`, its weight if it has one, and what it stands for."""
+
+    name: str
+    weight: float | None
+    sources: list[Source]
 
 
-def _sources(config: Config) -> list[Source]:
-    """The files or hub datasets behind `config.corpus`, in the order given."""
-    corpus = demo.corpus(config.corpus)
-    given = [corpus] if isinstance(corpus, str) else list(corpus)
-    found = [source for name in given for source in reading.sources(name, config.text)]
+def _parts(config: Config, ledger: _Ledger) -> list[_Part]:
+    return [
+        _Part(entry.name, entry.weight, [_Stream(source, entry.name, ledger) for source in entry.sources])
+        for entry in _entries(config)
+    ]
+
+
+def _entries(config: Config) -> list[_Entry]:
+    """What `config.corpus` names, in the order given.
+
+    Raises:
+      UserError: it names nothing, what is not there, or gives weights to some of its names only.
+    """
+    given = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
+    found = [_weighted(name) for names in given for name in reading.split(names)]
     if not found:
         raise UserError("the corpus is an empty name: give files (path or glob), a hub dataset, or 'embedded'")
-    return found
+    bare = [name for name, weight in found if weight is None]
+    if 0 < len(bare) < len(found):
+        raise UserError(f"the corpus '{bare[0]}' has no weight, but others have: give all of them one, or none")
+    names = [Path(name).name or name for name, _ in found]
+    shown = names if len(set(names)) == len(names) else [name for name, _ in found]
+    return [
+        _Entry(short, weight, reading.sources(demo.corpus(name), config.text))
+        for short, (name, weight) in zip(shown, found)
+    ]
+
+
+def _weighted(name: str) -> tuple[str, float | None]:
+    """A name and its weight, of `name=weight`; None where there is none."""
+    match = None if reading.exists(Path(name)) else _WEIGHT.fullmatch(name)
+    if not match:
+        return name, None
+    try:
+        weight = float(match[2])
+    except ValueError:
+        return name, None
+    if not 0 < weight < math.inf:
+        raise UserError(f"the corpus '{match[1]}' has the weight {match[2]}: it must be above 0")
+    return match[1].strip(), weight
 
 
 def _expected_bytes(config: Config, streams: Sequence[_Stream]) -> int:
     """Bytes of text to come, where that can be told beforehand; else 0."""
     sources = [stream.source for stream in streams]
-    is_plain = all(Path(source.name).suffix in (".jsonl", ".json", ".txt") for source in sources)
+    is_plain = all(Path(source.name).suffix in PLAIN for source in sources)
     return min(sum(source.size or 0 for source in sources), config.text.budget_bytes) if is_plain else 0
 
 

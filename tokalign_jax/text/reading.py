@@ -69,14 +69,9 @@ class Source(NamedTuple):
 # --- what a name stands for -------------------------------------------------------------------------------------------
 
 
-def sources(name: str, config: TextConfig) -> list[Source]:
-    """What a name (path, glob, folder or hub dataset; several parted by commas) stands for; files of a glob or folder by name.
-
-    Raises:
-      UserError: there is nothing of that name, or nothing that can be read.
-    """
-    names = [name] if exists(Path(name)) else [part.strip() for part in name.split(",") if part.strip()]
-    return [source for part in names for source in _sources_of(part, config)]
+def split(names: str) -> list[str]:
+    """The names that stand in a list with commas; a file or folder may have them in its own."""
+    return [names] if exists(Path(names)) else [part.strip() for part in names.split(",") if part.strip()]
 
 
 def exists(path: Path) -> bool:
@@ -87,7 +82,12 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _sources_of(name: str, config: TextConfig) -> list[Source]:
+def sources(name: str, config: TextConfig) -> list[Source]:
+    """What a name (path, glob, folder or hub dataset) stands for; files of a glob or folder by name.
+
+    Raises:
+      UserError: there is nothing of that name, or nothing that can be read.
+    """
     path = Path(name).expanduser()
     if not exists(path):
         return _of_pattern(name, path, config) if re.search(r"[*?\[]", name) else [_of_hub(name, path, config)]
