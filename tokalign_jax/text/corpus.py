@@ -651,6 +651,8 @@ def _entries(config: Config) -> list[_Entry]:
         raise UserError(f"the corpus '{bare[0]}' has no weight, but others have: give all of them one, or none")
     names = [Path(name).name or name for name, _ in found]
     shown = names if len(set(names)) == len(names) else [name for name, _ in found]
+    # A name that is not in the encoding of the locale has its bytes as lone surrogates.
+    shown = [name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace") for name in shown]
     return [
         _Entry(short, weight, reading.sources(demo.corpus(name), config.text))
         for short, (name, weight) in zip(shown, found)
