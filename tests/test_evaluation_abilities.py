@@ -138,7 +138,7 @@ GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}
         *((json.dumps({k: v for k, v in GOOD.items() if k != key}), f"has no '{key}'") for key in GOOD),
         *((json.dumps({**GOOD, "choices": choices}), "two texts or more") for choices in (["c"], [], "cd", ["c", ""], [1, 2], None)),
         *((json.dumps({**GOOD, key: value}), f"'{key}' is") for key in ("task", "question") for value in ("", " ", 3, "\ud800")),
-        (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the choice 'c' is there twice"),
+        (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the right choice 'c' is there twice"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, told):
@@ -146,6 +146,11 @@ def test_a_bad_line_is_named(tmp_path, line, told):
     path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
     with pytest.raises(UserError, match=rf"bad\.jsonl', line 3.*{told}"):
         abilities.read(str(path))
+
+
+def test_a_wrong_choice_that_is_there_twice_counts_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "choices": ["c", "d", "e", "d"]}))
+    assert abilities.read(str(tmp_path))[0].choices == ("c", "d", "e")
 
 
 def test_bad_files_are_named(tmp_path):

@@ -137,10 +137,10 @@ def _question(line: str, where: str) -> Question:
         raise UserError(
             f"{where}: 'choices' is {choices!r}; it must be two texts or more, none empty, the right one first"
         )
-    if len(set(choices)) < len(choices):
-        twice = next(choice for i, choice in enumerate(choices) if choice in choices[:i])
-        raise UserError(f"{where}: the choice {twice!r} is there twice; each may be there once")
-    return Question(record["task"], record["question"], tuple(choices))
+    if choices[0] in choices[1:]:
+        raise UserError(f"{where}: the right choice {choices[0]!r} is there twice; it may be there once, as the first")
+    # A wrong choice that is there twice changes no answer.
+    return Question(record["task"], record["question"], tuple(dict.fromkeys(choices)))
 
 
 def _is_text(value: Any) -> bool:
