@@ -38,9 +38,9 @@ class Combinations(NamedTuple):
 
 def focus(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"]) -> Combinations:
     """Sparsemax of the cosines of target tokens with shared ones, S >= 1."""
-    found = []
+    found, table = [], unit(jnp.asarray(shared, jnp.float32))
     for block in _blocks(targets, len(shared)):
-        cosines = jnp.matmul(unit(block), unit(jnp.asarray(shared, jnp.float32)).T, precision="highest")
+        cosines = jnp.matmul(unit(jnp.asarray(block)), table.T, precision="highest")
         weights = np.asarray(sparsemax(cosines), np.float64)
         weights /= weights.sum(axis=1, keepdims=True)  # 1 but for rounding
         rows, places = np.nonzero(weights)

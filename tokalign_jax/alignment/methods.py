@@ -586,14 +586,14 @@ def _combined(
     """The alignment in which the `wanted` target tokens are combinations of the source tokens `sources`, by matrix."""
     none = np.zeros(0, np.int64)
     rest = else_pieces(inputs, none, none, np.zeros(0))
-    mixtures = [
+    embedding, head = (
         alignment.replaced(rest, wanted[one.rows], sources[one.shared], one.weights)
         for one in (found["embedding"], found["head"])
-    ]
+    )
     best, rules = _nothing(inputs), inputs.spelled.rules.copy()
     rules[wanted] = Rule.SIMILAR
     best.scores[wanted] = found["embedding"].scores
-    made = _assembled(inputs, *mixtures, rules, best)
+    made = _assembled(inputs, embedding, head, rules, best)
     made.matches[wanted] = made.heaviest()[wanted]
     return made
 

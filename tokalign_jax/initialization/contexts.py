@@ -85,11 +85,11 @@ class Reading(NamedTuple):
 
 def nothing(source_size: int, target_size: int, width: int) -> Reading:
     """A reading in which no token was seen."""
-    sides = [
+    source, target = (
         Contexts(np.zeros((size, width), np.float32), np.zeros((size, width), np.float32), np.zeros(size, np.int64))
         for size in (source_size, target_size)
-    ]
-    return Reading(*sides, np.zeros(width), np.zeros((width, width)))
+    )
+    return Reading(source, target, np.zeros(width), np.zeros((width, width)))
 
 
 def read(
