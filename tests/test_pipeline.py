@@ -290,6 +290,22 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
     assert "thesis" not in refused(workdir=mine) and (mine / "thesis.tex").read_text() == "precious"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_sources_own_tokenizer_gives_the_source(inputs, tmp_path, dtype):
+    """By default, and in the type that the source is stored in, every weight comes out bit for bit."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs["target"])
+    source = tiny_model_folder(tmp_path / "source", "llama", 430, tokenizer=tokenizer, dtype=dtype)
+    given = {**inputs, "llama": source, "target": source}
+    more = ["--stages=export,evaluate", "--config.stage1.steps=0", "--config.stage2.steps=0"]
+    more += [f"--config.export.dtype={dtype}", "--config.evaluation.random_baseline=False"]
+    assert main.main(arguments(given, "llama", tmp_path / "run", "best", *more)) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run" / "export"))
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor.view(torch.int16), before[name][: len(tensor)].view(torch.int16)), name
+    assert len(after["lm_head.weight"]) == len(tokenizer)
+
+
 def test_a_donor_gives_combinations_or_is_refused(inputs, tmp_path, capsys):
     def run(*more: str) -> int:
         given = [

@@ -545,7 +545,8 @@ def init(context: Context) -> Mapping[str, Any]:
     settings, tuned = context.config, {}
     multiple_of = settings.initialization.rows_multiple_of
     new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
-    if reads_source(settings):
+    # Where no row is composed there is nothing to learn, calibrate or tune.
+    if reads_source(settings) and np.isin(aligned.rules[context.kept :], initialization.COMPOSED).any():
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
