@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 import tempfile
 import traceback
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from training_toys import CONFIG, LLAMA, NEOX, STAGE, VOCABULARY, toy_params, toy_shards, unpadded
+from training_toys import CONFIG, LENGTH, LLAMA, NEOX, STAGE, VOCABULARY, toy_params, toy_shards, unpadded
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
@@ -28,7 +29,8 @@ from tokalign_jax.training import states
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_trained, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
-from tokalign_jax.training.step import NEXT_TOKEN
+from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
+from tokalign_jax.training.step import NEXT_TOKEN, init_state, make_loss, make_train_step
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
 STEP = replace(STAGE, steps=3, batch_size=24, per_device_batch=1, checkpoint_every=3, row_damping=0.3)
@@ -149,6 +151,33 @@ def checkpoints():
         for shape in ((1, 1, 1), (2, 2, 2), (1, 5, 1)):
             read = load_trained(Path(folder), replace(STEP, method="full"), LLAMA, mesh_of(shape))
             close(unpadded(paths.unflatten(read)), unpadded(written.params), 0)
+
+
+def sums_over_devices(dtype):
+    """(type, shape) of what a step with copies of the parameters sums over its devices, as partitioned, before a CPU
+    rewrites it."""
+    mesh, compute = mesh_of((4, 1, 1)), ComputeConfig(dtype=dtype, loss_chunk=7)
+    params = sharding.place(toy_params(LLAMA), mesh)
+    optimizer = make_optimizer(STEP, paths.label_tree(rules_for("full"), params), LLAMA.vocab_size)
+    state = init_state(params, optimizer)
+    state = jax.device_put(state, sharding.shardings(state, mesh))
+    batch = sharding.global_batch(np.zeros((2, 4, LENGTH + 1), np.int32), mesh)
+    step = make_train_step(make_loss(LLAMA, compute, None), optimizer, jnp.dtype(dtype), mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd.*", "xla_dump_hlo_as_text": True}
+        step.lower(state, {}, batch, jax.random.key(0), schedule_of(STEP)).compile(compiler_options=dump)
+        (program,) = Path(folder).glob("*after_spmd-partitioning*")
+        lines = [line for line in program.read_text().splitlines() if " all-reduce(" in line]
+    alone = "replica_groups={{0},{1},{2},{3}}"  # along axes of one device
+    return {re.search(r"= (\w+)\[([\d,]*)\]", line).groups() for line in lines if alone not in line}
+
+
+def gradient_types():
+    """Gradients of layers' matrices are summed over devices in the compute type, all others in float32."""
+    matrices = {"8,16", "16,16", "16,24", "24,16"}
+    others = {"256,16", "16", ""}  # embedding and head, norms, loss
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "f32")):
+        assert sums_over_devices(dtype) == {(short, shape) for shape in matrices} | {("f32", shape) for shape in others}
 
 
 # --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
@@ -291,6 +320,7 @@ CHECKS = {
     "training-one-key-all": (training, SHAPES["all"], replace(LLAMA, num_kv_heads=1), "full"),
     "training-mixture-all": (training, SHAPES["all"], MIXTURE, "lora"),
     "checkpoints": (checkpoints,),
+    "gradient-types": (gradient_types,),
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),

@@ -148,7 +148,8 @@ class Context:
             taken = sharding.usable(self.config.mesh, len(devices), [stage.batch_size for stage in stages])
             if taken < len(devices):
                 self.log(
-                    f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step (batch_size)"
+                    f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step; a batch_size that "
+                    f"is a multiple of {len(devices)} would use all"
                 )
             devices = devices[:taken]
         needed = memory.state_bytes(self.config, self.new_model, self.teacher_model)
