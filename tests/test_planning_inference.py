@@ -1,4 +1,4 @@
-"""Memory of the stages that do not train, against compiled programs and allocations; warnings before a run."""
+"""Memory of stages that do not train, against programs and allocations; warnings of it."""
 
 import tracemalloc
 from dataclasses import replace
@@ -41,7 +41,7 @@ def plan_of(room="80GB", host="512GB", config=CONFIG):
 
 
 def test_what_trains_on_a_card_can_be_evaluated_and_exported_there():
-    """Llama-3.1-8B with adapters on one card of 80 GB, where float32 and a second merged copy would not fit."""
+    """Llama-3.1-8B with adapters on a card of 80 GB: float32 and a merged copy would not fit."""
     needs = inference.needs(run_of())
     setup = resolve(setup_of(LORA, ComputeConfig(), LLAMA_8B, room=80e9))
     training = memory.needed(setup)
@@ -150,7 +150,7 @@ def test_the_plan_has_all_stages_with_device_and_host_memory():
     )
     assert "\nevaluate\n" in after and "model (bfloat16)" in after and "\nexport\n" in after
     needs = plan_of().untrained
-    # New rows of both matrices, and two mean states of every token of both vocabularies, in float32.
+    # float32: new rows of both matrices, two mean states of every token of both vocabularies.
     new_rows, states = 2 * 151_669 * 4096 * 4, 2 * (151_669 + 128_256) * 4096 * 4
     assert [*needs["init"].host.values()][:2] == [new_rows, states]
     mixtures = replace(CONFIG, initialization=InitializationConfig(tokens=0))

@@ -1,4 +1,4 @@
-"""Models after training stages: exported bit for bit, and never more in memory than training had."""
+"""Models after training stages: exported bit for bit, with less memory than training took."""
 
 import tracemalloc
 from dataclasses import replace
@@ -144,7 +144,7 @@ def test_what_a_stage_begins_with_is_float32_only_where_it_trains(tmp_path):
         assert leaf.dtype == (jnp.float32 if sharding.is_vocabulary(path) else jnp.bfloat16), path
 
 
-# --- Memory: Llama-3.1-8B with 151,669 rows and adapters of rank 64, a sixteenth as wide and as deep ----------------------
+# --- Memory: Llama-3.1-8B with 151,669 rows and adapters of rank 64, all sizes divided by 16 or 8 ---
 
 SMALL_8B = replace(
     LLAMA,
@@ -164,7 +164,7 @@ LAYER = 4 * 256 * 896
 
 @pytest.fixture(scope="module")
 def small_8b(tmp_path_factory):
-    """Stored weights in float32, as in `init/`, and a stage that has trained adapters, embedding and head."""
+    """Weights in float32, as in `init/`, and stages that trained adapters, embedding and head."""
     folder = tmp_path_factory.mktemp("small_8b")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     params = init_params(SMALL_8B, jax.random.key(0))
@@ -180,7 +180,7 @@ def parameters():
 
 
 class Peak:
-    """The most bytes of live arrays beside those that were there before, looked at around each merge and each stored leaf."""
+    """The most bytes of new live arrays, looked at around each merge and each block read."""
 
     def __init__(self, patch):
         self.before, self.bytes = self._live(), 0
@@ -210,11 +210,14 @@ def test_evaluation_holds_the_model_once_in_the_compute_type(small_8b, monkeypat
     trained, frozen = parameters()
     peak = Peak(monkeypatch)
     changes = states.load_changes(SMALL_8B, folders, MESH)
+    peak.look()
     params = states.assemble(folder, SMALL_8B, changes, states.inference_dtype("bfloat16"), MESH)
     peak.look()
+    matrix = SMALL_8B.vocab_size * SMALL_8B.hidden_size
     model = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    adapters = 4 * (trained - 2 * SMALL_8B.vocab_size * SMALL_8B.hidden_size)
-    assert model < 2.01 * (trained + frozen) and peak.bytes <= model + adapters + 5 * LAYER
+    adapters, casting = 4 * (trained - 2 * matrix), 4 * trained + 2 * matrix
+    assert model < 2.01 * (trained + frozen)
+    assert peak.bytes <= max(model + adapters, casting) + 5 * LAYER
     assert peak.bytes < 16 * trained + 2 * frozen, "what training has of parameters, gradients and moments"
 
 

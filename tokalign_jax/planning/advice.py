@@ -13,7 +13,7 @@ from tokalign_jax.planning.memory import Setup, needed, policy
 
 
 def too_large(setups: Mapping[str, Setup]) -> dict[str, str]:
-    """For each training stage that does not fit a device: what it needs, and with which settings it would fit."""
+    """For each training stage that does not fit a device: what it needs, and what would fit."""
     return {name: what_would_fit(setup) for name, setup in setups.items() if needed(setup) > setup.machine.memory}
 
 

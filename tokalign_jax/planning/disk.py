@@ -28,7 +28,7 @@ def free_bytes(folder: Path) -> int:
 def text_bytes(config: Config) -> int:
     """UTF-8 bytes of text that a run keeps, estimated from file sizes."""
     files = [Path(name) for name in corpus.names(config)]
-    # Compressed text expands to about five times its size; of a hub dataset only the budget is known.
+    # Compressed text expands to about five times its size; a hub dataset only has a budget.
     sizes = [5 * file.stat().st_size if file.exists() else config.text.budget_bytes for file in files]
     return min(config.text.budget_bytes, sum(sizes))
 
@@ -63,6 +63,6 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
         "init": FLOAT * everything,
     }
     for name, stage in training_stages(config).items():
-        # What trains and Adam's two moments; a new checkpoint is written before the oldest is deleted.
+        # What trains and Adam's two moments. A checkpoint is written before the oldest is deleted.
         disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * (stage.keep_checkpoints + 1)
     return {**disk, "export": exported * everything}

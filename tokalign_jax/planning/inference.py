@@ -84,7 +84,7 @@ def needs(run: Run) -> dict[str, Needs]:
     return {
         "init": Needs(_init_on_device(run), _init_on_host(run)),
         "evaluate": Needs(_evaluation_on_device(run), _evaluation_on_host(run)),
-        "export": Needs(_export_on_device(run), {"one tensor": max(MERGING * _largest_matrix(run), 3 * BLOCK)}),
+        "export": Needs(_export_on_device(run), _export_on_host(run)),
     }
 
 
@@ -92,7 +92,8 @@ def needs(run: Run) -> dict[str, Needs]:
 
 
 def _init_on_device(run: Run) -> dict[str, int]:
-    kinds = {"source model as stored": run.source.itemsize * elements(abstract_params(run.source_model), run.mesh)}
+    source = run.source.itemsize * elements(abstract_params(run.source_model), run.mesh)
+    kinds = {"source model as stored": source}
     if not reads_source(run.config):
         return kinds
     model, compute, width = run.model, run.config.compute, run.model.hidden_size
@@ -141,7 +142,7 @@ def _init_on_host(run: Run) -> dict[str, int]:
 
 
 def _features(run: Run) -> int:
-    """Bytes of what is known of every token: components and one, side by side for both kinds of tokens."""
+    """Bytes of the features of every token: components and one, for both kinds side by side."""
     return FLOAT * run.matrices * run.model.vocab_size * 2 * (tuning.COMPONENTS + 1)
 
 
@@ -157,7 +158,7 @@ def _step(run: Run, tokens: int) -> int:
 
 
 def _evaluation_on_device(run: Run) -> dict[str, int]:
-    """The model in the compute type, and either a batch of windows or what loading a state takes."""
+    """The model in the compute type, and a batch of windows or what loading a state takes."""
     compute, settings = run.config.compute, run.config.evaluation
     size = jnp.dtype(compute.dtype).itemsize
     model = max((run.model, run.source_model), key=lambda model: model.vocab_size)
@@ -191,6 +192,10 @@ def _export_on_device(run: Run) -> dict[str, int]:
         "what was trained (float32)": FLOAT * elements({**leaves, **adapters}, run.mesh),
         "one matrix with its adapter (float32)": MERGING * _largest_matrix(run) if adapters else 0,
     }
+
+
+def _export_on_host(run: Run) -> dict[str, int]:
+    return {"one tensor": max(MERGING * _largest_matrix(run), 3 * BLOCK)}
 
 
 # --- Shared -------------------------------------------------------------------------------------

@@ -164,8 +164,10 @@ _CGROUPS = (
 
 
 def available_host_memory(root: Path = Path("/")) -> float:
-    """Bytes that this process can still allocate: MemAvailable, or less where a control group (a container,
-    a batch system) has a limit; infinite where the system does not say."""
+    """Bytes that this process can still allocate; infinite where the system does not say.
+
+    That is MemAvailable, or less where a control group (a container, a batch job) has a limit.
+    """
     sizes = [math.inf]
     if found := re.search(r"MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo")):
         sizes.append(1024 * int(found[1]))

@@ -139,7 +139,7 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
     """The plan of a run as configured: reads the model's config, a tokenizer, and sizes of files.
 
     Raises:
-      UserError: as `make_plan`, and for a model, tokenizer or sequence length that the run would refuse.
+      UserError: as `make_plan`, and for a model, tokenizer or length that the run would refuse.
     """
     source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
     model, raw = hub.load_config(source)
@@ -210,7 +210,7 @@ def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, te
     settings = config.initialization
     if not reads_source(config):
         return None
-    # Tuning is a step of Stage 1 at a length of its own; reading is a forward pass without the head.
+    # Tuning is a step of Stage 1 at its own length; reading is a forward pass without the head.
     length = min(tuning.LENGTH, model.max_positions)
     stage = dataclasses.replace(config.stage1, method="embedding", sequence_length=length)
     _, layers = memory.shapes(model, stage)

@@ -21,7 +21,7 @@ MAX_TOKENS_ON_CPU = 4_096
 
 
 def resolve(setup: Setup) -> Setup:
-    """`setup` with a choice for `auto`: among those that fit a device the one expected to be fastest.
+    """`setup` with a choice for `auto`: of those that fit a device the one expected to be fastest.
 
     While the sequences held at once saturate the device, as much as possible is kept for the
     backward pass, since fewer sequences cost less than recomputation; then as many sequences as fit

@@ -58,9 +58,9 @@ def load_changes(model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]],
 
 
 def surviving(model: ModelConfig, stages: Sequence[StageConfig]) -> list[tuple[int, StageConfig, list[str]]]:
-    """The stages of which something is left after the last one, with their numbers and the paths of what is left.
+    """Stages whose results survive the later ones: number, settings and paths of what survives.
 
-    A parameter that was trained again later is not, nor is an adapter of one.
+    What was trained again later does not, nor does an adapter of it.
     """
     found: list[tuple[int, StageConfig, list[str]]] = []
     replaced: set[str] = set()
