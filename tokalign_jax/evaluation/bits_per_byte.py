@@ -107,7 +107,7 @@ def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, 
     """Texts by language: whole documents up to the given bytes, the last one cut."""
     chosen: dict[str, list[str]] = {}
     room: dict[str, int] = {}
-    for text, language, size in documents:
+    for text, language, size, *_ in documents:
         left = room.get(language, bytes_per_language)
         if left > 0:
             cut_off = text if size <= left else text.encode()[:left].decode(errors="ignore")
