@@ -68,6 +68,7 @@ def test_transformers_4_opens_it_alike(kind, tmp_path):
     tokenizer = made(kind)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
     tokenizer.chat_template = "{{ messages[0].content }}<|more|>\n"
+    tokenizer.clean_up_tokenization_spaces = True  # which version 5 ignores, but for WordPiece
     hub.save_tokenizer(tokenizer, tmp_path)
     for model_type in ("llama", "qwen2", "gemma2"):
         hub.write_json(tmp_path / "config.json", {"model_type": model_type})
@@ -79,6 +80,7 @@ def test_transformers_4_opens_it_alike(kind, tmp_path):
 def test_what_version_4_would_take_otherwise_is_written(tmp_path):
     tokenizer = made("gpt2")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
+    tokenizer.clean_up_tokenization_spaces = True
     hub.save_tokenizer(tokenizer, tmp_path)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     expected = {

@@ -417,12 +417,14 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     settings = read_json(folder / "tokenizer_config.json") or {}
     kept = {key: value for key, value in settings.items() if key not in _OF_THIS_PROCESS}
     kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    kept["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces)
+    state = read_json(folder / "tokenizer.json") or {}
+    # Version 5 ignores it for BPE, whose spaces it would take away; version 4 does not.
+    is_bpe = state["model"]["type"] == "BPE"
+    kept["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces) and not is_bpe
     # Version 4 adds token_type_ids by default, which decoders refuse.
     kept["model_input_names"] = ["input_ids", "attention_mask"]
     # Version 4 rewrites a pre-tokenizer that says otherwise.
-    first = (read_json(folder / "tokenizer.json") or {}).get("pre_tokenizer") or {}
-    kept["add_prefix_space"] = first.get("add_prefix_space", False)
+    kept["add_prefix_space"] = (state.get("pre_tokenizer") or {}).get("add_prefix_space", False)
     # Version 4 has no list under the key of version 5, which reads the old one as well.
     if isinstance(kept.get("extra_special_tokens"), list):
         kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
