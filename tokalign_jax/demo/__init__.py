@@ -25,7 +25,7 @@ def target_tokenizer(name: str) -> str:
     return str(TARGET_TOKENIZER) if name == EMBEDDED else name
 
 
-def corpus(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def corpus(name: str) -> str:
     """`name`, or the embedded text where the name is `embedded`."""
     return str(TEXT) if name == EMBEDDED else name
 
