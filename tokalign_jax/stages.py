@@ -232,16 +232,17 @@ class Context:
     def exports_as_llama(self) -> bool:
         """Whether the export is written with model_type `llama` (`qwen.as_llama`).
 
-        So a Qwen 2 model is where transformers would open the target tokenizer as Qwen's.
+        That is done to a Qwen 2 model where transformers would open the target tokenizer as Qwen's.
 
         Raises:
-          UserError: it would be opened otherwise, and there is no such way out.
+          UserError: transformers would open it otherwise, and the model cannot be written so.
         """
         model, raw = self.source_model
-        told = opening.difference_by_type(raw, self.target_tokenizer)
-        if not told:
+        difference = opening.difference_by_type(raw, self.target_tokenizer)
+        if not difference:
             return False
-        problem = f"transformers opens the exported tokenizer, beside model_type '{raw['model_type']}', as {told}"
+        beside = f"beside model_type '{raw['model_type']}'"
+        problem = f"transformers opens the exported tokenizer, {beside}, as {difference}"
         if qwen.is_llama(model):
             self.log(f"warning: {problem}; so the export is written as the same model of model_type 'llama'")
             return True
@@ -254,8 +255,8 @@ class Context:
         folders = {f"source_model '{self.config.source_model}'": self.source_folder}
         folders |= {} if self.extends else {f"target_tokenizer '{self.config.target_tokenizer}'": self.target_folder}
         for whose, folder in folders.items():
-            if told := opening.two_readings(folder, _tokenizer(folder)):
-                self.log(f"warning: the files of {whose} give two tokenizations: {told}")
+            if contradiction := opening.two_readings(folder, _tokenizer(folder)):
+                self.log(f"warning: the files of {whose} give two tokenizations: {contradiction}")
 
     def check(self) -> None:
         """Finds what would fail later, before any long work.

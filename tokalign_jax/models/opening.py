@@ -19,15 +19,15 @@ from tokalign_jax.text import reopening
 def difference_by_type(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """How AutoTokenizer reads `tokenizer` otherwise when exported beside this config.json; else "".
 
-    Told in words that begin with the class.
+    In words that begin with the class.
     """
     with tempfile.TemporaryDirectory(prefix="export_") as name:
         folder = Path(name)
         hub.save_tokenizer(tokenizer, folder)
         hub.write_json(folder / "config.json", config)
         opened = AutoTokenizer.from_pretrained(folder)
-    told = reopening.difference(reopening.read(tokenizer), reopening.read(opened))
-    return told and f"{type(opened).__name__}: {told}"
+    problem = reopening.difference(reopening.read(tokenizer), reopening.read(opened))
+    return problem and f"{type(opened).__name__}: {problem}"
 
 
 def check_export(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,10 +43,10 @@ def check_export(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             f"AutoTokenizer cannot open the exported folder '{folder}' ({error}): check that transformers is "
             "installed completely, then run the same command again"
         ) from error
-    if told := reopening.difference(reopening.read(tokenizer), found):
+    if problem := reopening.difference(reopening.read(tokenizer), found):
         raise UserError(
             f"AutoTokenizer opens the exported folder '{folder}' as {found['class']}, which reads texts otherwise "
-            f"than the target tokenizer does: {told}. Open the folder with transformers.PreTrainedTokenizerFast, or "
+            f"than the target tokenizer does: {problem}. Open the folder with transformers.PreTrainedTokenizerFast, or "
             "install another version of transformers and run the same command again"
         )
 
@@ -60,15 +60,15 @@ def two_readings(folder: Path, opened: PreTrainedTokenizerBase) -> str:
     state = hub.read_json(folder / "tokenizer.json")
     if state is None:
         return ""
-    if told := _other_vocabulary(folder, state["model"]):
-        return told
+    if problem := _other_vocabulary(folder, state["model"]):
+        return problem
     if type(opened) is PreTrainedTokenizerFast:
         return ""
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
-    told = reopening.cut_difference(reopening.read(plain), reopening.read(opened))
-    return told and (
+    problem = reopening.cut_difference(reopening.read(plain), reopening.read(opened))
+    return problem and (
         f"by {type(opened).__name__}, the class that transformers opens it with here, which is followed, "
-        f"{told} by tokenizer.json"
+        f"{problem} by tokenizer.json"
     )
 
 
