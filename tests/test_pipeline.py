@@ -517,6 +517,8 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
         "--config.mesh.tensor=2",
         "--config.evaluation.random_baseline=False",
         "--config.initialization.rows_multiple_of=64",
+        "--config.evaluation.abilities=embedded",
+        "--config.evaluation.max_questions=3",
     )
     assert main.main(arguments(inputs, "llama", tmp_path / "one", "optimal", overrides[0], *overrides[3:])) == 0
     command = [sys.executable, "-m", "tokalign_jax.main"]
@@ -550,11 +552,13 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
     assert one.keys() == two.keys() and one["model.embed_tokens.weight"].shape[0] % 64 == 0
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
-    scores = [
-        json.loads((tmp_path / name / "report" / "report.json").read_text())["languages"]["all"]["bits_per_byte"]
-        for name in ("one", "two")
-    ]
+    reports = [json.loads((tmp_path / name / "report" / "report.json").read_text()) for name in ("one", "two")]
+    scores = [report["languages"]["all"]["bits_per_byte"] for report in reports]
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+    kept = [report["kept"]["states"]["stage2"] for report in reports]
+    assert kept[0]["abilities"]["right"] == kept[1]["abilities"]["right"]
+    gaps = [of["fidelity"]["pooled"]["gap"]["value"] for of in kept]
+    assert gaps[1] == pytest.approx(gaps[0], rel=1e-2)
     assert "report: finished, skipped" in run()
 
 

@@ -211,12 +211,13 @@ class Context:
         digests, file = self.digests, self.config.alignment.file
 
         def texts_of(config: Config) -> list[str]:
-            """By file; of a hub dataset the name is all that is known."""
+            """By file, of a hub dataset the name; and how the parts are mixed."""
             names = documents.names(config)
-            return [digest or name for name, digest in zip(names, digests.each([Path(name) for name in names]))]
+            contents = zip(names, digests.each([Path(name) for name in names]))
+            return [*(digest or name for name, digest in contents), *documents.mixture(config)]
 
         return {
-            "corpus": [*texts_of(self.config), *documents.mixture(self.config)],
+            "corpus": texts_of(self.config),
             "source_model": digests.of(_model_files(self.source_folder)),
             "source_tokenizer": digests.of(_tokenizer_files(self.source_folder)),
             # One that is extended follows from the stage that does it.
