@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tokalign_jax import demo, digests, stages
-from tokalign_jax.config import Config
+from tokalign_jax.config import AlignmentConfig, Config
 from tokalign_jax.digests import Digests
 
 
@@ -87,21 +87,32 @@ def test_without_a_place_for_what_is_known_everything_is_hashed(folder):
     Digests(folder / "none", quiet).of(files_of(folder))
 
 
-def test_a_corpus_or_model_that_changed_in_its_middle_changes_the_run(tmp_path):
+def test_what_changed_in_its_middle_changes_the_run(tmp_path):
     texts = [f"document number {i} ".ljust(400, "x") for i in range(10_000)]
     path, model = tmp_path / "a.txt", tmp_path / "model"
     path.write_text("\n\n".join(texts))
     shutil.copytree(demo.SOURCE_MODEL, model)
     weights = model / "model.safetensors"
 
+    text, vectors = model / "pretraining.jsonl", tmp_path / "vectors.npz"
+    vectors.write_bytes(bytes(1000))
+    alignment = AlignmentConfig(source_vectors=str(vectors), target_vectors=str(path))
+    config = Config(corpus=f"{path},{text}", source_model=str(model), alignment=alignment)
+
     def identities():
-        return stages.Context(Config(corpus=str(path), source_model=str(model)), tmp_path / "run", quiet).identities
+        found = stages.Context(config, tmp_path / "run", quiet).identities
+        return {**found, **found["vectors"], "vectors": None}
 
     before = identities()
-    for changed, key in ((path, "corpus"), (weights, "source_model")):
+    for changed, keys in (
+        (text, ["corpus"]),
+        (weights, ["source_model"]),
+        (vectors, ["source_vectors"]),
+        (path, ["corpus", "target_vectors"]),
+    ):
         with changed.open("r+b") as file:
             file.seek(changed.stat().st_size // 2)
             file.write(b"0")
         after = identities()
-        assert [name for name in after if after[name] != before[name]] == [key]
+        assert [name for name in after if after[name] != before[name]] == keys
         before = after

@@ -134,6 +134,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
                 "alignment": {
                     **config_to_dict(config.alignment),
                     "file": outside["alignment"],
+                    **outside["vectors"],
                     "donor": outside["donor"],
                 },
                 **seed,

@@ -209,6 +209,7 @@ class Context:
 
     def _identities(self) -> dict[str, Any]:
         digests, file = self.digests, self.config.alignment.file
+        given = {side: getattr(self.config.alignment, side) for side in ("source_vectors", "target_vectors")}
 
         def texts_of(config: Config) -> list[str]:
             """By file, of a hub dataset the name; and how the parts are mixed."""
@@ -223,6 +224,7 @@ class Context:
             # One that is extended follows from the stage that does it.
             "target_tokenizer": EXTEND if self.extends else digests.of(_tokenizer_files(self.target_folder)),
             "alignment": digests.of([Path(file)]) if file else "",
+            "vectors": {side: digests.of([Path(name)]) if name else "" for side, name in given.items()},
             "questions": abilities.digest(self.questions) if self.questions else "",
             "other_text": texts_of(self.other_config) if self.other_config else "",
             "teacher": digests.of(_model_files(self.teacher_folder)) if self.teacher_folder else "",
