@@ -4,8 +4,9 @@ A suite is a file of JSON lines, each a question with its choices, the right one
 
     {"task": "capitals", "question": "The capital of Peru is the city of", "choices": [" Lima", " Cusco"]}
 
-A model answers with the choice for which the text `question + choice`, cut into tokens as one string
-and read after the token that separates documents, has the highest likelihood. N questions, C choices.
+A model answers with the choice for which the text `question + choice`, cut into tokens as one
+string and read after the token that separates documents, has the highest likelihood. N questions, C
+choices.
 """
 
 import hashlib
@@ -66,7 +67,8 @@ class Question:
 
 
 def read(names: str, max_questions: int = 0) -> list[Question]:
-    """The questions of all suites in `names`, and the generated suite `sums` unless one of that name is there.
+    """The questions of all suites in `names`, and the generated suite `sums` unless one of that
+    name is there.
 
     Args:
       names: a file of JSON lines, a folder with such files (`*.jsonl`) or a glob; several separated by commas.
@@ -144,7 +146,7 @@ def _question(line: str, where: str) -> Question:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a JSON value is a string with something in it that UTF-8 can spell (no half of a surrogate pair)."""
+    """Whether a JSON value is a string that is not blank and that UTF-8 can spell."""
     return isinstance(value, str) and bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
 
 
@@ -152,7 +154,7 @@ SUMS = "sums"
 
 
 def sums(count: int = 60) -> list[Question]:
-    """Additions of two numbers of two digits, always the same: whether digits still mean what they did."""
+    """Additions of two numbers of two digits, always the same ones."""
     # Steps through 90 and 89 numbers that have no factor in common with these, so that neither repeats soon nor their sum.
     pairs = [(10 + 37 * i % 90, 10 + 61 * i % 89) for i in range(count)]
     choices = [[a + b, *_near(a + b, i % 5)] for i, (a, b) in enumerate(pairs)]
@@ -160,7 +162,7 @@ def sums(count: int = 60) -> list[Question]:
 
 
 def _near(right: int, smaller: int) -> list[int]:
-    """Four wrong numbers, as mistakes in one digit or a carry give them, so many of which are smaller.
+    """Four wrong numbers, as a mistake in a digit or a carry gives them; so many are smaller.
 
     A model that only prefers small, or large, numbers is right by chance if their number varies.
     """
@@ -172,7 +174,10 @@ def _near(right: int, smaller: int) -> list[int]:
 
 
 def beginning_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that a question is read after: the tokenizer's own before every text, else what separates documents."""
+    """The token that a question is read after.
+
+    The one that the tokenizer puts before every text, else the one that separates documents.
+    """
     opening = opening_id(tokenizer)
     return end_of_text_id(tokenizer) if opening is None else opening
 
@@ -189,7 +194,8 @@ def score(
     log: Log = lambda line: None,
     what: str = "abilities",
 ) -> Float[np.ndarray, "N C"]:
-    """Log-likelihoods (nats) of each question with each of its choices; -inf where a question has fewer choices than C.
+    """Log-likelihoods (nats) of each question with each of its choices; -inf where a question has
+    fewer choices than C.
 
     Args:
       params: weights of the model, [V, D] matrices at least as long as the tokenizer.
@@ -249,10 +255,11 @@ def kinds_of_cut(
     target_tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
 ) -> list[str]:
-    """For each question the key in `KINDS_OF_CUT` of how both tokenizers cut it with its right answer.
+    """How both tokenizers cut each question with its right answer: a key of `KINDS_OF_CUT`.
 
-    Two cuts are alike where tokens end at the same places of the text and the source vocabulary has all target tokens (by their
-    canonical bytes). A token with a part of the question and a part of the answer is the answer's.
+    Two cuts are alike where tokens end at the same places of the text and the source vocabulary has
+    all target tokens (by their canonical bytes). A token with a part of the question and a part of
+    the answer is the answer's.
     """
     known, content = set(index_by_bytes(source_tokenizer)), token_bytes(target_tokenizer)
     texts = [question.texts[0] for question in questions]
@@ -287,7 +294,8 @@ def _answer_start(cut: Boundaries, question_length: int) -> int:
 def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]:
     """Whether the first choice is the likeliest one of each question.
 
-    A tie is no answer: a tokenizer that has only unknown tokens for the choices makes them all equally likely.
+    A tie is no answer: a tokenizer that has only unknown tokens for the choices makes them all
+    equally likely.
     """
     return log_likelihoods[:, 0] > log_likelihoods[:, 1:].max(axis=1)
 
@@ -295,7 +303,8 @@ def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]
 def summary(questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: int) -> dict[str, Any]:
     """Accuracy by suite and its mean over suites, with 95% intervals over questions, for JSON.
 
-    `right` has the answers of each suite as a text of 0 and 1, for paired differences (`difference`).
+    `right` has the answers of each suite as a text of 0 and 1, for paired differences
+    (`difference`).
     """
     suites = _rows_of_suites(questions)
     return {
@@ -314,7 +323,7 @@ def difference(
     kinds: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
-    """How a model answers less how the source does, with 95% intervals over the same questions for both, for JSON.
+    """A model's answers less the source's, with 95% intervals over the same questions, for JSON.
 
     Returns:
       `difference` (of the `mean` over suites and of each of the `suites`), and `by_cut`: by kind of cut its questions, the
@@ -340,7 +349,7 @@ def difference(
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The difference of the mean over suites between two `summary` of the same questions, with its 95% interval."""
+    """The difference between two `summary` of the same questions, with its 95% interval."""
     ends = np.cumsum([0, *(len(right) for right in before["right"].values())])
     suites = {suite: np.arange(*ends[i : i + 2]) for i, suite in enumerate(before["right"])}
     less = right_of(after).astype(float) - right_of(before)
@@ -368,7 +377,7 @@ def _mean_over_suites(values: np.ndarray, suites: Mapping[str, np.ndarray]) -> f
 
 
 def _mean_interval(values: np.ndarray, suites: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
-    """Questions are drawn again within each suite, and each suite counts alike: a question of n others weighs 1 / n."""
+    """Questions are drawn again within each suite; one of n in a suite weighs 1 / n."""
     sizes = [len(rows) for rows in suites.values()]
     weights = np.repeat(1 / np.array(sizes), sizes)
     return _interval(np.concatenate([values[rows] for rows in suites.values()]) * weights, weights, sizes, seed)

@@ -1,17 +1,19 @@
-"""Fidelity of a model to its source, on any text and without labels, though their tokenizers differ.
+"""Fidelity of a model to its source on any text, without labels, across tokenizers.
 
-Both models read the beginning of a document, as far as each one's first window goes. Where both segmentations end a token
-at the same place of the text, both models have read the same bytes. Two such shared boundaries, one after the other, hold a
-chunk c; its likelihood is the product of its tokens' likelihoods: p_c by the source, q_c by the new model. Compared are
+Both models read the beginning of a document, as far as each one's first window goes. Where both
+segmentations end a token at the same place of the text, both models have read the same bytes. Two
+such shared boundaries, one after the other, hold a chunk c; its likelihood is the product of its
+tokens' likelihoods: p_c by the source, q_c by the new model. Compared are
 
     divergence = mean over chunks of p_c ln(p_c / q_c) + (1 - p_c) ln((1 - p_c) / (1 - q_c))      nats
     gap        = sum over chunks of |log2 p_c - log2 q_c| / bytes of the chunks                   bits per byte
     agreement  = share of shared boundaries at which both models hold the same continuation likeliest
 
-The divergence is that of the two-way outcome "the text goes on with this chunk, or with anything else": the binarised
-Kullback-Leibler divergence that approximate likelihood matching (Minixhofer et al. 2025, arXiv 2503.20083) trains with. It
-weighs what the source holds likely; the gap weighs all bytes alike. Continuations are the same where the bytes of one
-model's likeliest token begin with those of the other's.
+The divergence is that of the two-way outcome "the text goes on with this chunk, or with anything
+else": the binarised Kullback-Leibler divergence that approximate likelihood matching (Minixhofer et
+al. 2025, arXiv 2503.20083) trains with. It weighs what the source holds likely; the gap weighs all
+bytes alike. Continuations are the same where the bytes of one model's likeliest token begin with
+those of the other's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,10 +31,12 @@ from tokalign_jax.text.boundaries import Boundaries, shared_boundaries, token_bo
 from tokalign_jax.text.canonical import plain_backend, token_bytes
 
 Readings = Mapping[str, Sequence[TokenCosts]]
-"""By group of text, what a model makes of the tokens in each document's first window, with the likeliest ones."""
+"""By group of text, what a model makes of the tokens in each document's first window, with the
+likeliest ones.
+"""
 
 _CERTAIN = -1e-6
-"""Log-likelihood past which a chunk counts as certain: float32 does not tell such likelihoods from 1."""
+"""Log-likelihood past which a chunk counts as certain, since float32 cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ def compare(
 
 
 def summaries(found: Mapping[str, Fidelity], seed: int) -> dict[str, Any]:
-    """`languages` by group and all groups `pooled`: `divergence`, `gap` and `agreement`, each with its 95% `interval` over
-    documents, and `chunks`; for JSON. Groups without a chunk are left out.
+    """`languages` by group and all groups `pooled`: `divergence`, `gap` and `agreement`, each with
+    its 95% `interval` over documents, and `chunks`; for JSON. Groups without a chunk are left
+    out.
     """
     found = {group: of for group, of in found.items() if of.chunks.sum()}
     if not found:
@@ -145,7 +150,7 @@ def _agreement(
     target_last: Int[np.ndarray, "k"],
     contents: Sequence[Sequence[bytes | None]],
 ) -> tuple[int, int]:
-    """How many shared boundaries have a token behind them in both windows, and at how many both continuations are the same."""
+    """Shared boundaries with a token behind them in both windows, and those agreed at."""
     assert source.likeliest is not None and target.likeliest is not None
     after = (source_last + 1 < len(source.likeliest)) & (target_last + 1 < len(target.likeliest))
     pairs = zip(source.likeliest[source_last[after] + 1].tolist(), target.likeliest[target_last[after] + 1].tolist())

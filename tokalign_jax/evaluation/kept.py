@@ -1,7 +1,9 @@
-"""What a model keeps of its source: abilities, fidelity and bits per byte of each state, as tables and warnings.
+"""What a model keeps of its source: abilities, fidelity and bits per byte of each state, as tables
+and warnings.
 
-A state (or a model) is described by what its scores.json holds of it (docs/evaluation.md): `pooled`, and where they were
-measured `abilities`, `fidelity` and `other_text`. The first state is the source that the others are compared with.
+A state (or a model) is described by what its scores.json holds of it (docs/evaluation.md):
+`pooled`, and where they were measured `abilities`, `fidelity` and `other_text`. The first state is
+the source that the others are compared with.
 """
 
 import itertools
@@ -58,7 +60,8 @@ def sections(states: States, titled: Callable[[str], str] = str) -> list[Section
 
 
 def warning_lines(states: States, trained: Sequence[str], seed: int, titled: Callable[[str], str] = str) -> list[str]:
-    """Where a state reads the corpus better than the one before it, but other text worse, or answers fewer questions.
+    """Where a state reads the corpus better than the one before it, but other text worse, or
+    answers fewer questions.
 
     Args:
       trained: the states that a run goes through, in order.
@@ -148,7 +151,7 @@ def _mean(of: Mapping[str, Any]) -> list[Cell]:
 
 
 def _questions_by_cut(states: States) -> dict[str, int | str]:
-    """Questions of each kind, in order; of models whose tokenizers differ the numbers of all of them."""
+    """Questions of each kind; of models with different tokenizers all numbers."""
     found: dict[str, list[int]] = {}
     for of in states.values():
         for kind, by in of.get("abilities", {}).get("by_cut", {}).items():

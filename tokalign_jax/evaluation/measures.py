@@ -1,6 +1,8 @@
-"""All that a model's likelihoods tell of it: bits per byte, abilities and, beside a reference, fidelity and differences.
+"""All that a model's likelihoods tell of it: bits per byte, abilities and, beside a reference,
+fidelity and differences.
 
-The pipeline's evaluations and the command `evaluate` measure alike; the reference is the source model, or the first of several.
+The pipeline's evaluations and the command `evaluate` measure alike; the reference is the source
+model, or the first of several.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Negative log-likelihood of every token in windows of text: the forward pass behind all likelihood measures.
+"""Negative log-likelihoods of tokens: the forward pass behind all likelihood measures.
 
 Windows of like length are read together, padded to one of few lengths, so that few programs are
-compiled; logits [B, T, V] never exist (`training/losses.py`). B windows of a batch, T tokens of one.
+compiled; logits [B, T, V] never exist (`training/losses.py`). B windows of a batch, T tokens of
+one.
 """
 
 import functools
@@ -40,7 +41,7 @@ class TokenCosts(NamedTuple):
     nats: Float[np.ndarray, "T"]
     """float32: negative log-likelihood of each label."""
     likeliest: Int[np.ndarray, "T"] | None
-    """int32: the id that the model holds most likely in the place of each label; None unless asked for."""
+    """int32: the likeliest id in the place of each label; None unless asked for."""
 
 
 def token_costs(
@@ -100,7 +101,7 @@ def _batch_costs(
 def _batches(
     windows: Sequence[Window], batch: int, longest: int, config: ModelConfig, devices: int
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """Indices of windows that are read together, with the shape [rows, length] that they are padded to."""
+    """Indices of windows that are read together, and their padded shape [rows, length]."""
     by_length: dict[int, list[int]] = {}
     bound = min(_unscaled_positions(config), longest)
     for index, (_, labels) in enumerate(windows):

@@ -1,4 +1,4 @@
-"""How tokenizers cut numbers: a model whose digits come in other pieces has to learn arithmetic anew."""
+"""How tokenizers cut numbers: digits in other pieces may cost a model its arithmetic."""
 
 from transformers import PreTrainedTokenizerBase
 
