@@ -1,7 +1,9 @@
-"""Digests of whole files, remembered beside the workdir so that a file is read again only when it has changed.
+"""Digests of whole files, remembered beside the workdir so that a file is read again only when it
+has changed.
 
 An edit of any byte changes the digest. Reading everything costs about a minute per 100 GB on a fast
-disk (all cores hash at once) the first time; afterwards sizes and times tell that a file is the same.
+disk (all cores hash at once) the first time; afterwards sizes and times tell that a file is the
+same.
 """
 
 import hashlib
@@ -36,7 +38,8 @@ class Digests:
             self._known = {path: known for path, known in content.items() if isinstance(known, list)}
 
     def of(self, files: Sequence[Path]) -> str:
-        """One digest of several files: names, sizes and contents, so the same for a copy of them."""
+        """One digest of several files: names, sizes and contents, so the same for a copy of
+        them."""
         sha = hashlib.sha256()
         for path, content in zip(files, self.each(files)):
             if content:
@@ -51,7 +54,8 @@ class Digests:
         if unknown := {name: path for name, path in there.items() if name not in found}:
             now = time.time_ns()
             hashed = dict(zip(unknown, self._hash([*unknown.values()], [stamps[name][0] for name in unknown])))
-            # What has just been changed may be changed once more at what its file system takes for the same time.
+            # What has just been changed may be changed once more at what its file system takes for
+            # the same time.
             settled = [name for name in hashed if now - max(stamps[name][1:3]) > SETTLED * 1e9]
             self._known |= {name: [*stamps[name], hashed[name]] for name in settled}
             found |= hashed

@@ -1,8 +1,9 @@
-"""Documents: read, de-duplicated, drawn within a byte budget, and split into training and held-out text.
+"""Documents: read, de-duplicated, drawn within a byte budget, and split into training and held-out
+text.
 
-The artefact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`, `language`, `bytes`,
-`source`) and `summary.json`. Memory does not grow with the corpus: text is streamed, and the hashes that find duplicates live in a
-SQLite file that exists only while reading.
+The artefact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`,
+`language`, `bytes`, `source`) and `summary.json`. Memory does not grow with the corpus: text is
+streamed, and the hashes that find duplicates live in a SQLite file that exists only while reading.
 """
 
 import contextlib
@@ -34,21 +35,25 @@ FILE_BYTES = 32 << 20
 GROUP_BYTES = 4 << 20
 """Text per Parquet row group, the unit in which it is read back."""
 ALL = "all"
-"""The language of every document when no language field is named, and the row of results over all languages."""
+"""The language of every document when no language field is named, and the row of results over all
+languages."""
 UNKNOWN = "unknown"
 """The language of a document whose language field is empty."""
 OTHER = "other"
 """The language of documents past `MOST_LANGUAGES`."""
 MOST_LANGUAGES = 1000
-"""Languages that are told apart; each keeps a document in memory until the end, and has a row in the results."""
+"""Languages that are told apart; each keeps a document in memory until the end, and has a row in
+the results."""
 SPARED = 10
-"""Unusable records that are skipped in any corpus, beside the share that `text.max_broken_share` allows."""
+"""Unusable records that are skipped in any corpus, beside the share that `text.max_broken_share`
+allows."""
 FIRST_RECORDS = 5
 """A file whose first records are all unusable, so many of them, is refused at once."""
 CHECKED = 32
 """Files whose first records are looked at before any long work."""
 OPEN_FILES = 64
-"""Files that stay open while others are read; what is closed is read again from its beginning if there is room for more of it."""
+"""Files that stay open while others are read; what is closed is read again from its beginning if
+there is room for more of it."""
 
 PLAIN = (".jsonl", ".ndjson", ".json", ".txt")
 """Endings of files whose size is about that of their text."""
@@ -63,7 +68,8 @@ _WEIGHT = re.compile(r"(.+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 
 class Document(NamedTuple):
-    """One text, its language (or domain), its length in UTF-8 bytes, and which part of the corpus it is from."""
+    """One text, its language (or domain), its length in UTF-8 bytes, and which part of the corpus
+    it is from."""
 
     text: str
     language: str
@@ -77,9 +83,9 @@ class Document(NamedTuple):
 def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     """Reads `config.corpus` into `folder`; returns what `summary.json` says.
 
-    A document is held out when the first 8 bytes of its SHA-256, as a fraction of 2^64, lie below `held_out_fraction`:
-    the choice depends on the text alone. Where that leaves a language of several documents with none, the one with its
-    smallest hash is held out.
+    A document is held out when the first 8 bytes of its SHA-256, as a fraction of 2^64, lie below
+    `held_out_fraction`: the choice depends on the text alone. Where that leaves a language of
+    several documents with none, the one with its smallest hash is held out.
 
     Raises:
       UserError: the corpus is missing, unreadable, empty, without the text field, or too small to be split.
@@ -128,7 +134,8 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Looks, before any long work, whether the corpus is there, readable, not empty, and has the fields named.
+    """Looks, before any long work, whether the corpus is there, readable, not empty, and has the
+    fields named.
 
     Raises:
       UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
@@ -154,13 +161,15 @@ def names(config: Config) -> list[str]:
 
 
 def mixture(config: Config) -> list[str]:
-    """The parts of a corpus that has several, with their weights: what it depends on beside the contents of its files."""
+    """The parts of a corpus that has several, with their weights: what it depends on beside the
+    contents of its files."""
     entries = _entries(config)
     return [f"{entry.name}={entry.weight}" for entry in entries] if len(entries) > 1 else []
 
 
 def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
-    """Every document with text of `config.corpus` as it is, duplicates included; none of it is written anywhere."""
+    """Every document with text of `config.corpus` as it is, duplicates included; none of it is
+    written anywhere."""
     ledger = _Ledger(config.text, log)
     for stream in [stream for part in _parts(config, ledger) for stream in part.streams]:
         while found := stream.peek():
@@ -189,7 +198,8 @@ def train_batches(folder: Path) -> Iterator[list[Document]]:
 
 
 def at(folder: Path, positions: Int[np.ndarray, "n"]) -> Iterator[Document]:
-    """The training documents at these positions (sorted, in file order); parts of files that hold none of them are not read."""
+    """The training documents at these positions (sorted, in file order); parts of files that hold
+    none of them are not read."""
     first = 0
     for path in sorted(folder.glob("train-*.parquet")):
         with pq.ParquetFile(path) as file:
@@ -277,8 +287,8 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
 class _Split:
     """Sends each document to the training or the held-out side.
 
-    Per language the training document with the smallest hash is kept back until the end, in case the language has no
-    held-out document by then.
+    Per language the training document with the smallest hash is kept back until the end, in case
+    the language has no held-out document by then.
     """
 
     def __init__(self, fraction: float, train: Callable, held_out: Callable, counts: Counter[tuple[str, str]]):
@@ -317,7 +327,8 @@ class _Split:
 
 
 class _Writer:
-    """Parquet files of about `file_bytes` of text each (None: a single file), in row groups of `GROUP_BYTES`."""
+    """Parquet files of about `file_bytes` of text each (None: a single file), in row groups of
+    `GROUP_BYTES`."""
 
     def __init__(self, folder: Path, pattern: str, file_bytes: int | None):
         self._folder, self._pattern, self._file_bytes = folder, pattern, file_bytes
@@ -436,7 +447,8 @@ class _Unusable(Exception):
 
 
 class _Stream:
-    """The documents of a source, one by one. `peek` and `take` go on where they were after `close`."""
+    """The documents of a source, one by one. `peek` and `take` go on where they were after
+    `close`."""
 
     def __init__(self, source: Source, part: str, ledger: _Ledger):
         self.source, self.position, self.has_ended = source, Position(), False
@@ -514,12 +526,14 @@ class _Part(NamedTuple):
 def _mixed(
     parts: Sequence[_Part], budget: int, is_new: Callable[[Document, bytes], bool]
 ) -> Iterator[tuple[Document, bytes]]:
-    """New documents of all parts: with weights such that these hold at any time, until one part has ended; else by size."""
+    """New documents of all parts: with weights such that these hold at any time, until one part has
+    ended; else by size."""
     if not parts[0].weight:
         yield from _drawn([stream for part in parts for stream in part.streams], budget, is_new)
         return
     weights = [(part.weight or 0) / sum(other.weight or 0 for other in parts) for part in parts]
-    # How much text the parts hold is only known when one has ended. Until then all files of a part go on side by side.
+    # How much text the parts hold is only known when one has ended. Until then all files of a part
+    # go on side by side.
     texts = [sum(_text_bytes(stream.source, budget) for stream in part.streams) for part in parts]
     total = min(budget, *(text / weight for text, weight in zip(texts, weights)))
     drawn = [_drawn(part.streams, max(1, round(total * w / SLICES)), is_new) for part, w in zip(parts, weights)]
@@ -543,11 +557,13 @@ def _shares(sources: Counter[str]) -> str:
 def _drawn(
     streams: Sequence[_Stream], planned: int, is_new: Callable[[Document, bytes], bool]
 ) -> Iterator[tuple[Document, bytes]]:
-    """New documents of all streams, of each stream as many bytes as its size makes it due, until all have ended.
+    """New documents of all streams, of each stream as many bytes as its size makes it due, until
+    all have ended.
 
-    The streams are read one after the other up to their share of `planned`. What a stream leaves of its share because its next
-    document is larger goes to the one after it, so that of many small files some are read whole. What streams leave because they
-    ended is shared by the others in another round. Where no more than a hundredth is left there is another round of `planned` bytes:
+    The streams are read one after the other up to their share of `planned`. What a stream leaves of
+    its share because its next document is larger goes to the one after it, so that of many small
+    files some are read whole. What streams leave because they ended is shared by the others in
+    another round. Where no more than a hundredth is left there is another round of `planned` bytes:
     who asked for so many does not take them.
     """
     suspended: list[_Stream] = []
@@ -576,7 +592,8 @@ def _drawn(
 
 
 def _sizes(streams: Sequence[_Stream]) -> list[float]:
-    """Bytes of each source, at least one; of a hub dataset, where nobody knows, as many as the others have on average."""
+    """Bytes of each source, at least one; of a hub dataset, where nobody knows, as many as the
+    others have on average."""
     known = [stream.source.size for stream in streams if stream.source.size is not None]
     usual = sum(known) / len(known) if known else 1
     return [max(usual if stream.source.size is None else stream.source.size, 1) for stream in streams]
@@ -611,7 +628,8 @@ def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
 
 
 def _language(value: Any) -> str:
-    """A language's name; one that is called like the row of all languages is quoted, so that they stay apart."""
+    """A language's name; one that is called like the row of all languages is quoted, so that they
+    stay apart."""
     if value is None or value in ("", b""):
         return UNKNOWN
     name = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)

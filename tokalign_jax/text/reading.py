@@ -1,7 +1,9 @@
-"""Records of corpus files and hub datasets, streamed: which files a name stands for, and how each kind is read.
+"""Records of corpus files and hub datasets, streamed: which files a name stands for, and how each
+kind is read.
 
-A file is read as it is: only a byte-order mark at its beginning is dropped. What is wrong with a single record (a broken line,
-bytes that are no UTF-8) comes with that record, and the reader goes on; what is wrong with the file itself is a `UserError`.
+A file is read as it is: only a byte-order mark at its beginning is dropped. What is wrong with a
+single record (a broken line, bytes that are no UTF-8) comes with that record, and the reader goes
+on; what is wrong with the file itself is a `UserError`.
 """
 
 import bz2
@@ -26,7 +28,8 @@ from tokalign_jax.errors import UserError
 PASSAGE_BYTES = 1 << 20
 """A plain-text document ends at a blank line, or at the first line end past this size."""
 LINE_BYTES = 16 << 20
-"""A line of plain text that is longer is cut, so that a file without line ends is not held in memory."""
+"""A line of plain text that is longer is cut, so that a file without line ends is not held in
+memory."""
 
 SUPPORTED = ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
 _COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
@@ -83,7 +86,8 @@ def exists(path: Path) -> bool:
 
 
 def sources(name: str, config: TextConfig) -> list[Source]:
-    """What a name (path, glob, folder or hub dataset) stands for; files of a glob or folder by name.
+    """What a name (path, glob, folder or hub dataset) stands for; files of a glob or folder by
+    name.
 
     Raises:
       UserError: there is nothing of that name, or nothing that can be read.
@@ -120,7 +124,8 @@ def _of_hub(name: str, path: Path, config: TextConfig) -> Source:
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """Where a split's files are: below the folder if `DatasetDict.save_to_disk` made it, else in it."""
+    """Where a split's files are: below the folder if `DatasetDict.save_to_disk` made it, else in
+    it."""
     listed = folder / "dataset_dict.json"
     if not listed.is_file():
         return folder
@@ -133,7 +138,8 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _is_data(path: Path, folder: Path) -> bool:
-    """Whether a file that a folder or pattern gives is meant: not hidden, no description, no cache of the library datasets."""
+    """Whether a file that a folder or pattern gives is meant: not hidden, no description, no cache
+    of the library datasets."""
     if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.name in _DESCRIPTIONS:
         return False
     state = path.parent / "state.json"
@@ -143,7 +149,8 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 def _listed(state: Path) -> list[str]:
-    """The data files that `Dataset.save_to_disk` says it wrote; what `map` and `filter` leave beside them is not among these."""
+    """The data files that `Dataset.save_to_disk` says it wrote; what `map` and `filter` leave
+    beside them is not among these."""
     try:
         names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -209,7 +216,8 @@ def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses Zstandard frames, one behind the other. Unlike the library's own reader it notices a frame that is cut off."""
+    """Decompresses Zstandard frames, one behind the other. Unlike the library's own reader it
+    notices a frame that is cut off."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -246,7 +254,8 @@ _DECOMPRESSED: dict[str, Callable[[Any], Any]] = {
 
 
 def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]:
-    """The lines of a text file, plain or compressed, with their ends (LF or CR LF; a lone CR ends no line).
+    """The lines of a text file, plain or compressed, with their ends (LF or CR LF; a lone CR ends
+    no line).
 
     Args:
       longest: bytes at which a line is cut; -1: no line is.
@@ -272,7 +281,8 @@ def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]
 def _json_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
     """JSON Lines, or one array of objects (which is held in memory).
 
-    Records are parsed one by one, not as a table: fields that are not asked for may change their type at will.
+    Records are parsed one by one, not as a table: fields that are not asked for may change their
+    type at will.
     """
     lines = ((n, line) for n, line in enumerate(_lines(path, position), start=1) if line.strip())
     first = [*itertools.islice(lines, 2)]
@@ -345,7 +355,8 @@ def _parquet_records(path: Path, config: TextConfig, position: Position) -> Iter
 
 
 def _arrow_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
-    """Arrow's stream format, which `save_to_disk` of the library datasets writes, or its file format."""
+    """Arrow's stream format, which `save_to_disk` of the library datasets writes, or its file
+    format."""
     with pa.memory_map(str(path)) as file:
         is_stream = file.read_at(6, 0) != b"ARROW1"
         reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
