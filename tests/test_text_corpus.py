@@ -625,6 +625,12 @@ def test_a_part_that_ends_is_told(tmp_path):
     assert any("a 50.0%, b 50.0% of the text" in line for line in lines)
 
 
+def test_parts_that_end_together_leave_nothing_unread(tmp_path):
+    given = parts(tmp_path / "in", a=100, b=100)
+    summary = corpus.run(config_for(f"{given['a']}=1,{given['b']}=1"), tmp_path / "out", print)
+    assert summary["not_read"]["files"] == 0 and summary["sources"] == {"a": 10_000, "b": 10_000}
+
+
 @pytest.mark.parametrize("ending", ["=0", "=-1", "=0.0"])
 def test_weights_are_above_zero_and_all_or_none(tmp_path, ending):
     given = parts(tmp_path / "in", a=10, b=10)

@@ -215,7 +215,7 @@ class Context:
             """By file, of a hub dataset the name; and how the parts are mixed."""
             names = documents.names(config)
             contents = zip(names, digests.each([Path(name) for name in names]))
-            return [*(digest or name for name, digest in contents), *documents.mixture(config)]
+            return [*(digest[:16] or name for name, digest in contents), *documents.mixture(config)]
 
         return {
             "corpus": texts_of(self.config),

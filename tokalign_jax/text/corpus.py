@@ -233,7 +233,7 @@ def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> 
     for language in sorted({language for language, _ in counts}):
         languages[language] = {name: counts[language, name] for name in names}
     totals = {name: sum(language[name] for language in languages.values()) for name in names}
-    unread = [stream for stream in streams if not stream.has_ended]
+    unread = [stream for stream in streams if not stream.is_spent()]
     return {
         **totals,
         "stopped_at_budget": stopped,
@@ -483,6 +483,12 @@ class _Stream:
     def take(self) -> None:
         """Goes on behind the document that `peek` gave."""
         self._next, self.waiting = None, 0
+
+    def is_spent(self) -> bool:
+        """Whether no document is left; where the file is closed, as far as is known."""
+        if self._records is not None:
+            self.peek()
+        return self.has_ended
 
     def close(self) -> None:
         """Closes the file. What `peek` gave is not held in memory."""
