@@ -609,7 +609,8 @@ def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
 
 def test_results_may_be_told_apart_by_source(tmp_path):
     given = parts(tmp_path / "in", a=100, b=100)
-    config = config_for(",".join(map(str, given.values())), group_by="source")
+    config = config_for(",".join(map(str, given.values())), group_by="source", language_field="none")
+    corpus.check(config)
     summary, _, held = run(config, tmp_path / "out")
     assert {document.language for document in held} == {document.source for document in held} == {"a", "b"}
     assert [*summary["languages"]] == ["a", "b"]

@@ -7,6 +7,7 @@ streamed, and the hashes that find duplicates live in a SQLite file that exists 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -93,7 +94,7 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob("*.parquet"), folder / "seen.sqlite"):
         leftover.unlink(missing_ok=True)
-    ledger = _Ledger(config.text, log)
+    ledger = _Ledger(_settings(config), log)
     parts = _parts(config, ledger)
     streams = [stream for part in parts for stream in part.streams]
     train, held_out = _Writer(folder, "train-{:05d}", FILE_BYTES), _Writer(folder, "held_out", None)
@@ -140,7 +141,7 @@ def check(config: Config) -> None:
     Raises:
       UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
     """
-    ledger = _Ledger(config.text, lambda line: None)
+    ledger = _Ledger(_settings(config), lambda line: None)
     streams, has_text = [stream for part in _parts(config, ledger) for stream in part.streams], False
     for number, stream in enumerate(streams):
         if number >= CHECKED and has_text:
@@ -170,7 +171,7 @@ def mixture(config: Config) -> list[str]:
 def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
     """Every document with text of `config.corpus` as it is, duplicates included; none of it is
     written anywhere."""
-    ledger = _Ledger(config.text, log)
+    ledger = _Ledger(_settings(config), log)
     for stream in [stream for part in _parts(config, ledger) for stream in part.streams]:
         while found := stream.peek():
             stream.take()
@@ -645,6 +646,12 @@ def _language(value: Any) -> str:
     return f"'{name}'" if name == ALL else name
 
 
+def _settings(config: Config) -> TextConfig:
+    """How text is read; no language where results are told apart by source."""
+    by_source = config.text.group_by == "source"
+    return dataclasses.replace(config.text, language_field="") if by_source else config.text
+
+
 class _Entry(NamedTuple):
     """A name in `config.corpus`, its weight if it has one, and what it stands for."""
 
@@ -678,7 +685,7 @@ def _entries(config: Config) -> list[_Entry]:
     # A name that is not in the encoding of the locale has its bytes as lone surrogates.
     shown = [name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace") for name in shown]
     return [
-        _Entry(short, weight, reading.sources(demo.corpus(name), config.text))
+        _Entry(short, weight, reading.sources(demo.corpus(name), _settings(config)))
         for short, (name, weight) in zip(shown, found)
     ]
 
