@@ -19,12 +19,15 @@ import pytest
 
 
 def _known(flag: str) -> bool:
-    """Whether the installed XLA has a flag of this name: it ends a process that names another."""
+    """Whether the installed XLA has a flag of this name: it ends a process that names another.
+
+    As a string of its own: names of flags that are gone stay in descriptions of messages.
+    """
     found = importlib.util.find_spec("jaxlib")
     libraries = Path(found.origin).parent.rglob("*.so*") if found and found.origin else ()
     for library in libraries:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(flag.encode()) >= 0:
+            if content.find(b"\0" + flag.encode() + b"\0") >= 0:
                 return True
     return False
 
