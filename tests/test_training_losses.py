@@ -150,3 +150,29 @@ def test_the_largest_and_the_sum_in_one_pass_or_two():
         found = jax.jit(way)(logits)
         np.testing.assert_array_equal(found[0], largest)
         np.testing.assert_allclose(found[1], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [np.inf, 3.0], ids=["plain", "soft-capped"])
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_weighted_loss_and_gradients_match_numpy(data, chunk, cap):
+    hidden, head, labels = data
+    weights = np.random.default_rng(1).normal(size=labels.shape).astype(np.float32)
+    adjust = None if cap == np.inf else lambda x: cap * jnp.tanh(x / cap)
+    how = Head(V, chunk, jnp.float32, adjust)
+
+    def total(hidden, head):
+        return losses.weighted_cross_entropy(hidden, head, labels, jnp.asarray(weights), how)
+
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(head))
+    # The reference weighs nothing: it is asked for one token at a time.
+    expected, of_hidden, of_head = 0.0, np.zeros(hidden.shape), np.zeros(head.shape)
+    for b, t in np.argwhere(labels >= 0):
+        only = np.full_like(labels, -1)
+        only[b, t] = labels[b, t]
+        nll, one, other, _ = reference(hidden, head, only, cap)
+        expected += weights[b, t] * nll
+        of_hidden += weights[b, t] * one
+        of_head += weights[b, t] * other
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], of_hidden, atol=2e-5)
+    np.testing.assert_allclose(gradients[1], of_head, atol=2e-5)

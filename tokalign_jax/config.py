@@ -75,8 +75,12 @@ class ExtendConfig:
 class AlignmentConfig:
     """Token vectors and how target tokens are made of source tokens."""
 
-    method: Literal["composed", "tokalign", "lexicon", "topk", "focus", "omp", "pieces", "exact", "random"] = "composed"
-    """`composed` (this project's: pieces of the text, corrected by co-occurrence and frequency, by what the source model's own
+    method: Literal[
+        "distilled", "composed", "tokalign", "lexicon", "topk", "focus", "omp", "pieces", "exact", "random"
+    ] = "distilled"
+    """`distilled` (mean of the pieces, then trained on text of the source model's own and of the corpus
+    to keep what the source knows, see `InitializationConfig`), `composed` (fits the corpus better and
+    keeps less: pieces of the text, corrected by co-occurrence and frequency, by what the source model's own
     tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign` (exactly as
     published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
     source tokens), `focus` (FOCUS: mixtures of shared tokens, by cosines of target token vectors), `omp` (combinations of
@@ -127,13 +131,27 @@ class AlignmentConfig:
 
 @dataclass(frozen=True)
 class InitializationConfig:
-    """Rows of the new vocabulary; what the source model itself teaches about them with alignment.method `composed` only."""
+    """Rows of the new vocabulary. Method `distilled` trains the start with the source model as its
+    teacher; method `composed` learns rows from the source model's states and tunes them."""
 
     rows_multiple_of: int = within(1, 2**20, 1)
     """Embedding and head get a number of rows that is a multiple of this (64 or 128 suits tensor cores of serving engines); rows without a
     token are the mean of all others."""
+    distillation_tokens: int = within(0, 10**15, 4_000_000)
+    """Method `distilled`: the most target tokens on which the start is trained to keep what the source
+    model knows, and at most 80 for each token of the target vocabulary; 0: the mean of the pieces."""
+    generated_tokens: int = within(0, 10**15, 1_800_000)
+    """Method `distilled`: the most tokens that the source model writes for it, and at most 40 for each
+    token of its vocabulary; 0: it reads the corpus alone."""
+    corpus_share: float = within(0, 1, 0.35)
+    """Method `distilled`: share of the training sequences that are of the corpus, the others being the
+    source model's own text. More fits the corpus better, less keeps more of what the model knew."""
+    trains: Literal["all", "rows"] = "all"
+    """Method `distilled`: the whole model, or the new rows alone, which needs less memory and keeps
+    less: words of shared tokens that are split differently can only be learned by the body."""
     tokens: int = within(0, 10**15, 20_000_000)
-    """Source tokens of the corpus that the source model reads for it; 0: rows stay the alignment's mixtures."""
+    """Method `composed`: source tokens of the corpus that the source model reads; 0: rows stay the
+    alignment's mixtures."""
     learned: float = within(0, 1, 0.5)
     """Share of a composed row that is learned; the rest is the alignment's mixture."""
     calibration: float = within(0, 1, 0.5)
@@ -336,6 +354,27 @@ def training_stages(config: Config) -> dict[str, StageConfig]:
 def reads_source(config: Config) -> bool:
     """Whether the source model reads text for the rows of the start: method `composed` alone has any that it can teach."""
     return config.alignment.method == "composed" and not config.alignment.file and config.initialization.tokens > 0
+
+
+TRAINED_FOR_EACH, WRITTEN_FOR_EACH = 80, 40
+"""Bounds of `distillation_tokens` and `generated_tokens` for each token of a vocabulary."""
+
+
+def distillation_budget(config: Config, source_size: int, target_size: int) -> tuple[int, int]:
+    """(tokens that the source model writes, target tokens that the start is trained on), at most.
+
+    Args:
+      source_size, target_size: tokens of either vocabulary.
+    """
+    settings = config.initialization
+    written = min(settings.generated_tokens, WRITTEN_FOR_EACH * source_size)
+    return written, min(settings.distillation_tokens, TRAINED_FOR_EACH * target_size)
+
+
+def distills(config: Config) -> bool:
+    """Whether the start is trained with the source model as its teacher."""
+    settings = config.initialization
+    return config.alignment.method == "distilled" and not config.alignment.file and settings.distillation_tokens > 0
 
 
 def teacher_of(stage: StageConfig) -> str:

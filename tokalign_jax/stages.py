@@ -25,6 +25,8 @@ from tokalign_jax.config import (
     Config,
     DistillationConfig,
     StageConfig,
+    distillation_budget,
+    distills,
     reads_source,
     teacher_of,
     training_stages,
@@ -447,7 +449,7 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
             raise
         kind = name.partition("/")[0]
         others = {
-            "init": "use a larger one, or leave out tuning with --config.initialization.tuning=0",
+            "init": "use a larger one, or train the rows alone with --config.initialization.trains=rows",
             "evaluate": f"lower --config.evaluation.batch (it is {context.config.evaluation.batch}), or use a larger one",
         }
         remedy = advice.too_large_untrained(_run(context)).get(kind, others.get(kind, "use a larger one"))
@@ -562,6 +564,17 @@ def init(context: Context) -> Mapping[str, Any]:
         target = target._replace(params=initialization.learn(settings, source, target, aligned, reading, *how))
         target = target._replace(params=initialization.calibrate(settings, source, target, aligned, *how))
         new, tuned = initialization.tune(settings, source, target, aligned, reading, *how)
+    if distills(settings):
+        shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
+        source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
+        target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
+        _, budget = distillation_budget(settings, aligned.source_size, aligned.target_size)
+        wanted = round(settings.initialization.corpus_share * budget)
+        drawn = contexts.draw(source.shards, wanted, settings.seed)
+        texts = documents.at(context.folder("corpus"), drawn)
+        new, tuned = initialization.distill(
+            settings, source, target, aligned, texts, context.mesh, context.log, context.kept
+        )
     _write(context, "init", new_config, new, raw, "float32")
     return {"tuned": dict(tuned)}
 

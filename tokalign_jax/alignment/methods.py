@@ -315,6 +315,7 @@ def random(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = {
+    "distilled": pieces,
     "composed": composed,
     "tokalign": tokalign,
     "lexicon": lexicon,

@@ -105,6 +105,8 @@ def sentences(content: Content) -> list[str]:
     tuned = content.get("tuned", {})
     if tuned.get("nats_after", 0) < tuned.get("nats_before", 0):  # else they stayed as they were
         done += f", tuned together on {quantity(tuned['tokens'])} tokens"
+    if tuned.get("loss_after", 0) < tuned.get("loss_before", 0):
+        done += f" and with the source model as teacher on {quantity(tuned['tokens'])} tokens"
     listed = " and ".join(filter(None, [", ".join(trained[:-1]), *trained[-1:]]))
     done += f" and trained on {quantity(_tokens(content))} tokens in {listed}." if trained else "."
     bits, last = of["bits_per_byte"], content["states"][-1]

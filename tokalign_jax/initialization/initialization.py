@@ -21,14 +21,25 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax import sharding
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
-from tokalign_jax.config import Config
-from tokalign_jax.initialization import calibration, composition, contexts, tuning
+from tokalign_jax.config import Config, distillation_budget
+from tokalign_jax.evaluation.bits_per_byte import first_context
+from tokalign_jax.initialization import (
+    calibration,
+    composition,
+    contexts,
+    row_features,
+    self_distillation,
+    self_text,
+    tuning,
+)
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.progress import Log
-from tokalign_jax.text import canonical
+from tokalign_jax.text import canonical, pairs
 from tokalign_jax.text.corpus import Document
+from tokalign_jax.text.special_tokens import counterpart
 from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.training.cross_tokenizer import Models
 
 MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
 """Where the vocabulary's rows are; a tied model has the first alone."""
@@ -291,6 +302,74 @@ def tune(
     budget, compute = config.initialization.tuning, config.compute
     return tuning.tune(
         target.config, target.params, rows, tokens, composed, target.shards, budget, compute, mesh, log, config.seed
+    )
+
+
+def distill(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    documents: Iterable[Document],
+    mesh: Mesh,
+    log: Log,
+    kept: int = 0,
+) -> self_distillation.Result:
+    """`target`'s parameters trained to keep what the source model knows (`self_distillation.py`).
+
+    Where the source has every token there is nothing to do, and all stays the source's. With `kept`
+    rows, which an extension leaves as they are, the body stays too.
+
+    Args:
+      target: as `initialize` made it of the source by `aligned`.
+      documents: of the training text, as `contexts.draw` chooses them.
+    """
+    settings = config.initialization
+    if not np.isin(aligned.rules[kept:], COMPOSED).any():
+        return self_distillation.Result(target.params, {})
+    budget, tokens = distillation_budget(config, aligned.source_size, aligned.target_size)
+    params, starts = (
+        sharding.place(source.params, mesh),
+        (first_context(source.tokenizer), first_context(target.tokenizer)),
+    )
+    dtype = jnp.dtype(config.compute.dtype)
+    special = {
+        i: match.token
+        for i in canonical.special_ids(source.tokenizer) - source.unusable
+        if (match := counterpart(i, source.tokenizer, target.tokenizer)) is not None
+    }
+    pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, special)
+    writer = self_text.Writer(source.config, params, source.tokenizer, dtype, mesh, config.seed)
+    written = pairing.pair(writer.write(budget, log, special))
+    passages = [((piece, None),) for document in documents for piece in pairs.passages(document.text)]
+    corpus = pairing.pair(passages) if settings.corpus_share else []
+    if not written and not corpus:
+        return self_distillation.Result(target.params, {})
+
+    seen = np.zeros(aligned.target_size, np.int64)
+    for pair in (*written, *corpus):
+        np.add.at(seen, pair.target, 1)
+    trains_body = settings.trains == "all" and not kept
+    moving = movable(source.tokenizer, target.tokenizer, aligned, seen, kept)
+    composed = moving & np.isin(aligned.rules, COMPOSED)
+    ids = np.flatnonzero(composed)
+    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
+    ids, parts = ids[[bool(pieces) for pieces in parts]], [pieces for pieces in parts if pieces]
+    states = row_features.last_piece_states(source.config, params, parts, starts[0], dtype, mesh)
+    sizes = np.array([len(content or b"") for content in canonical.token_bytes(target.tokenizer)])[ids]
+    rows = {}
+    for group, leaf in MATRICES:
+        if group in source.params:
+            known = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
+            of_ids = row_features.features(known, parts, sizes, states, config.seed)
+            features = np.zeros((aligned.target_size, of_ids.shape[1]), np.float32)
+            features[ids] = of_ids
+            free = (moving if trains_body else composed) & (seen > 0)
+            deviation = float(np.sqrt(np.var(known, axis=0).mean()))
+            rows[f"{group}/{leaf}"] = self_distillation.Rows(features, free, deviation)
+    models = Models(target.config, source.config, config.compute)
+    return self_distillation.distill(
+        config, models, target.params, source.params, rows, written, corpus, tokens, trains_body, mesh, log
     )
 
 

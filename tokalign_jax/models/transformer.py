@@ -567,6 +567,20 @@ def _param(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
+def bind(config: ModelConfig, params: Params) -> Transformer:
+    """The model that `params` belong to, to be called with a cache; `forward` calls it without one.
+
+    Raises:
+      ValueError: `params` are not those of `config`.
+    """
+    return _bind(config, None, params)
+
+
+def last_logits(config: ModelConfig, hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
+    """The logits of final states, float32, as the model adjusts them (soft-cap)."""
+    return adjust_logits(config, _project(config, hidden, params))
+
+
 def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
     head = head_matrix(params).astype(hidden.dtype)
     with compiling.products(hidden.dtype):

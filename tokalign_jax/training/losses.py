@@ -66,7 +66,24 @@ def cross_entropy(
       head: the output matrix, with its float32 masters; the gradient for it is summed over the chunks in float32.
       labels: token ids; a negative one counts for nothing.
     """
-    return _total(hidden, head, labels, how), jnp.sum(labels >= 0, dtype=jnp.float32)
+    return _total(hidden, head, labels, None, how), jnp.sum(labels >= 0, dtype=jnp.float32)
+
+
+def weighted_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "R D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    how: Head,
+) -> Float[Array, ""]:
+    """The sum over tokens of weight times negative log-likelihood of the label (nats, float32).
+
+    The weights are constants: nothing is differentiated for them. Any loss that is a function of the
+    labels' likelihoods has the gradient of this one, with its derivatives for them as the weights.
+
+    Args: as for `cross_entropy`.
+    """
+    return _total(hidden, head, labels, weights, how)
 
 
 def token_nll(
@@ -105,36 +122,45 @@ def _by_chunk(of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: 
         return by_device(local, _PARTS, P(BATCH))(hidden, head, labels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _total(hidden: Array, head: Array, labels: Array, how: Head) -> Array:
-    return token_nll(hidden, head, labels, how).sum()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _total(hidden: Array, head: Array, labels: Array, weights: Array | None, how: Head) -> Array:
+    nll = token_nll(hidden, head, labels, how)
+    return (nll if weights is None else nll * weights).sum()
 
 
-def _total_forward(hidden: Array, head: Array, labels: Array, how: Head):
+def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | None, how: Head):
     """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
 
-    def local(hidden: Array, head: Array, labels: Array) -> tuple[Array, Array, Array]:
+    def local(hidden: Array, head: Array, labels: Array, weights: Array | None) -> tuple[Array, Array, Array]:
         rows = Rows(head.astype(how.dtype), how)
 
-        def one_chunk(sums: Any, pieces: tuple[Array, Array]) -> tuple[Any, Array]:
+        def one_chunk(sums: Any, pieces: tuple[Array, Array, Array | None]) -> tuple[Any, Array]:
             total, head_gradient = sums or (None, None)
-            states, targets = map(gathered, pieces)
-            nll, gradient, head_gradient = rows.gradients(states, targets, head_gradient)
+            states, targets, weights = jax.tree.map(gathered, pieces)
+            nll, gradient, head_gradient = rows.gradients(states, targets, head_gradient, weights)
             return (plus(total, own(nll).sum()), head_gradient), summed(gradient)
 
-        pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
+        pieces = *chunks(hidden.astype(how.dtype), labels, how.chunk), _chunked(weights, how.chunk)
         (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return over(BATCH, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
-    with compiling.products(how.dtype):
-        total, *gradients = by_device(local, _PARTS, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels)
+    inputs = *_PARTS, None if weights is None else P(BATCH)
+    total, *gradients = by_device(local, inputs, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels, weights)
     return total, gradients
+
+
+def _chunked(weights: Float[Array, "B T"] | None, chunk: int) -> Float[Array, "N C"] | None:
+    """Weights in the chunks that `chunks` makes of their tokens."""
+    if weights is None:
+        return None
+    chunk = min(chunk, weights.size)
+    return jnp.pad(weights.reshape(-1), (0, -weights.size % chunk)).reshape(-1, chunk)
 
 
 def _total_backward(how: Head, gradients: tuple[Array, Array], upstream: Array):
     del how
-    return *((upstream * gradient).astype(gradient.dtype) for gradient in gradients), None
+    return *((upstream * gradient).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 _total.defvjp(_total_forward, _total_backward)
@@ -169,7 +195,11 @@ class Rows(NamedTuple):
         return jax.lax.pmin(jnp.where(is_largest, best, jnp.iinfo(best.dtype).max), VOCABULARY)
 
     def gradients(
-        self, states: Float[Array, "C D"], labels: Int[Array, "C"], head_gradient: Float[Array, "r D"] | None
+        self,
+        states: Float[Array, "C D"],
+        labels: Int[Array, "C"],
+        head_gradient: Float[Array, "r D"] | None,
+        weights: Float[Array, "C"] | None = None,
     ) -> tuple[Float[Array, "C"], Float[Array, "C D"], Float[Array, "r D"]]:
         """The loss of each token over the rows of all devices, and what the rows here give to its gradient for the states, and to that
         for themselves, which is added to `head_gradient`.
@@ -178,8 +208,12 @@ class Rows(NamedTuple):
         take z as it is, and the sum divides what has no V left, the states' gradient and the states. So no largest logit is sought first.
         What the label itself adds is no product: its row from the states' gradient, its state from the row's. A sum is at least 1, and
         it is finite because a logit counts as at most `MOST` above the label's: beyond that, the loss is no longer the whole one.
+
+        Args:
+          weights: factors of the losses, constants; None: 1.
         """
         dtype, counts = self.how.dtype, labels >= 0
+        factors = jnp.where(counts, 1.0 if weights is None else weights, 0.0).astype(jnp.float32)
         logits, pull = self.logits(states)
         label_rows, places = rows_of(self.weight, labels)
         wide, label_rows = states.astype(jnp.float32), label_rows.astype(jnp.float32)
@@ -187,18 +221,19 @@ class Rows(NamedTuple):
         known = self.ids < self.how.vocabulary
         z = jnp.exp(jnp.minimum(jnp.where(known, logits, LEAST) - label_logits[:, None], MOST))
         total = over(VOCABULARY, z.sum(-1))
-        share = jnp.where(counts, 1 / total, 0.0)[:, None]
+        share = (factors / total)[:, None]
         slope = pull_label(counts.astype(jnp.float32))[:, None]
+        of_label = factors[:, None] * slope
 
         # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
         z = pull(z).astype(dtype)
-        gradient = share * jnp.dot(z, self.weight, preferred_element_type=jnp.float32) - slope * label_rows
+        gradient = share * jnp.dot(z, self.weight, preferred_element_type=jnp.float32) - of_label * label_rows
         shared = (share * wide).astype(dtype)
         own_gradient = plus(head_gradient, jnp.dot(z.T, shared, preferred_element_type=jnp.float32))
         # For the label z is 1. Where it is all but certain, little is left of the two: the product's rounding is taken back.
         rounding = share * wide * slope - shared.astype(jnp.float32) * slope.astype(dtype).astype(jnp.float32)
-        own_gradient = own_gradient.at[places].add(rounding - slope * wide, mode="drop")
-        return jnp.where(counts, jnp.log(total), 0.0), gradient.astype(dtype), own_gradient
+        own_gradient = own_gradient.at[places].add(rounding - of_label * wide, mode="drop")
+        return factors * jnp.log(total), gradient.astype(dtype), own_gradient
 
     @property
     def ids(self) -> Int[Array, "r"]:

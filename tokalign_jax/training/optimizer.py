@@ -99,23 +99,22 @@ def _adamw(stage: StageConfig, label: str, vocabulary: int | None) -> optax.Grad
     )
 
 
-def _scale_by_adam(stage: StageConfig, damping: float, vocabulary: int | None) -> optax.GradientTransformation:
-    """First moment over sqrt(second moment) + damping x sqrt(mean second moment of the leaf) + epsilon.
+def scale_by_damped_adam(beta1: float, beta2: float, epsilon: float, damping: float) -> optax.GradientTransformation:
+    """Adam, with `damping * sqrt(mean second moment of the leaf)` added to the denominator.
 
-    The mean is over the `vocabulary` rows: how many rows of padding there are depends on the mesh.
+    Rows of rare tokens, whose few gradients say little, then move less than others; 0: Adam.
     """
-    adam = optax.scale_by_adam(stage.beta1, stage.beta2, stage.epsilon)
+    adam = optax.scale_by_adam(beta1, beta2, epsilon)
     if not damping:
         return adam
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         _, state = adam.update(updates, state, params)
         count = state.count.astype(jnp.float32)
-        first, second = 1 - stage.beta1**count, 1 - stage.beta2**count
+        first, second = 1 - beta1**count, 1 - beta2**count
 
         def scaled(mu: Array, nu: Array) -> Array:
-            mean = nu.sum() / nu[:vocabulary].size
-            floor = damping * jnp.sqrt(mean / second) + stage.epsilon
+            floor = damping * jnp.sqrt(nu.mean() / second) + epsilon
             return mu / first / (jnp.sqrt(nu / second) + floor)
 
         return jax.tree.map(scaled, state.mu, state.nu), state

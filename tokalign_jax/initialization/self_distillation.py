@@ -1,0 +1,371 @@
+"""A start that keeps what the source model knows: trained on little text, with the source as teacher.
+
+The mean of pieces (FVT) makes rows that are right one by one, but not together: composed tokens do
+not get the probability of their pieces, and words that the new tokenizer splits in another way are
+words that the body never learned to spell. So the new model reads text that the source wrote
+(`self_text.py`), and a share of the corpus, and learns to find it as likely as the source does, with
+the same states (`training/cross_tokenizer.py`).
+
+What trains:
+
+- rows: a table of changes, one for each token that the text holds, and a network that all composed
+  tokens share, from features of a token (`row_features.py`) to the change of its row,
+  row + table + deviation (x A + gelu(x B) C). So tokens change that the text does not hold.
+- the body, at a small rate, unless `initialization.trains` is `rows`: then rows of tokens that the
+  source has stay too.
+
+Special tokens never change.
+
+Letters: D model, V vocabulary, R rows in memory, F features, H hidden units, A micro-batches, B
+sequences, T target tokens of a sequence.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from tokalign_jax import paths, sharding
+from tokalign_jax.config import Config
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import Params
+from tokalign_jax.progress import Log, Progress
+from tokalign_jax.text import pairs as pairing
+from tokalign_jax.training import cross_tokenizer
+from tokalign_jax.training.cross_tokenizer import Batch, Models, Terms, Weights
+from tokalign_jax.training.optimizer import Schedule, scale_by_damped_adam
+
+LENGTH = 256
+"""T, where the model has that many positions."""
+STEPS = 200
+LEAST_SEQUENCES, MOST_SEQUENCES = 4, 64
+"""B of a step: as many as give `STEPS`, between these."""
+MOST_PASSES = 4
+"""Over the text."""
+BODY_RATE = 2e-4
+"""Peak rate of the body for a model of the width `WIDTH`, and of narrower ones; of wider ones less, by
+the root of the ratio."""
+WIDTH = 576
+ROW_RATE = 0.01
+"""Peak rate of the table, in units of the deviation of the source's rows."""
+NETWORK_RATE = 1e-3
+ROW_DAMPING = 0.3
+WARMUP = 0.05
+HIDDEN = 1024
+"""H, at most; and at most twice D"""
+WRITTEN = (0.5, 1.0)
+"""Weights of next-token loss and likelihood divergence on text of the source model."""
+CORPUS = (1.0, 0.5)
+"""The same on text of the corpus."""
+JUDGED = 64
+"""Sequences that are left out of training, on which the model before and after it is judged."""
+MICRO_BATCH_TOKENS = {"cpu": 1024}
+OTHER_MICRO_BATCH_TOKENS = 16_384
+"""Target tokens that a device reads at once, by backend."""
+
+
+class Rows(NamedTuple):
+    """How the rows of one matrix of the vocabulary may change."""
+
+    features: Float[np.ndarray, "V F"]
+    """0 for tokens that are not composed."""
+    free: np.ndarray
+    """bool [V]: tokens that have a change of their own."""
+    deviation: float
+    """Of the source's rows."""
+
+
+class Result(NamedTuple):
+    params: Params
+    facts: Mapping[str, float]
+    """`tokens` that were trained on; `loss_before`, `loss_after`, `distance_before`, `distance_after` on
+    sequences left out (`cross_tokenizer.Terms`)."""
+
+
+class _State(NamedTuple):
+    trainable: dict[str, Any]
+    """`table` and `network` by the path of a matrix, and `body`, a tree of the rest of the model."""
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+
+def distill(
+    config: Config,
+    models: Models,
+    params: Params,
+    teacher: Params,
+    rows: Mapping[str, Rows],
+    written: Sequence[pairing.Pair],
+    corpus: Sequence[pairing.Pair],
+    budget: int,
+    trains_body: bool,
+    mesh: Mesh,
+    log: Log,
+) -> Result:
+    """`params` trained towards `teacher`; as they are where that does not lower the loss on text left out.
+
+    Args:
+      params: the new model's; its matrices of the vocabulary in float32.
+      teacher: the source model's.
+      rows: by path of the matrix in `params`.
+      written, corpus: the source model's own text, and the corpus's.
+      budget: target tokens to train on; text is met again where there is less, `MOST_PASSES` times at
+        most.
+    """
+    steps, judged = _batches(config, written, corpus, budget, models.student, mesh)
+    dtype = jnp.dtype(config.compute.dtype)
+    placed = sharding.place(params, mesh)
+    frozen = {
+        "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh)),
+        "rows": {path: _on_mesh(path, of, len(paths.flatten(params)[path]), dtype, mesh) for path, of in rows.items()},
+    }
+    leaves = paths.flatten(placed)
+    frozen["base"] = {path: leaves.pop(path) for path in rows}
+    if trains_body:
+        body = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), leaves)
+    else:
+        frozen["body"], body = {path: x.astype(dtype) for path, x in leaves.items()}, {}
+    state = _start(body, rows, frozen["base"], mesh, config.seed)
+    how = {"models": models, "mesh": mesh}
+    before = _judge(state.trainable, frozen, judged, **how)
+    width = models.student.hidden_size
+    peaks = {
+        "body": BODY_RATE * min(1.0, (WIDTH / width) ** 0.5),
+        "network": NETWORK_RATE,
+        **{path: ROW_RATE * of.deviation for path, of in rows.items()},
+    }
+    schedule = Schedule(peaks, float(len(steps)), float(round(WARMUP * len(steps))))
+    tokens = sum(int((batch.target >= 0).sum()) for batch in steps)
+    progress = Progress(log, "self-distillation", tokens, "tokens")
+    for batch in steps:
+        state = _step(state, frozen, _put(batch, mesh), schedule, **how)
+        state.step.block_until_ready()  # or what is printed runs ahead
+        progress.update(tokens / len(steps))
+    after = _judge(state.trainable, frozen, judged, **how)
+    gained = float(after.loss) < float(before.loss)
+    progress.done(
+        f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f} to "
+        f"{after.distance:.3f} nats a chunk on text left out" + ("" if gained else ": left as it was")
+    )
+    facts = {
+        "tokens": tokens,
+        "loss_before": float(before.loss),
+        "loss_after": float(after.loss),
+        "distance_before": float(before.distance),
+        "distance_after": float(after.distance),
+    }
+    if not gained:
+        return Result(params, facts)
+    return Result(_merged(state.trainable, frozen, params), facts)
+
+
+def _merged(trainable: dict[str, Any], frozen: dict[str, Any], params: Params) -> Params:
+    """The new model's parameters: rows on the host, as many as there were, and the body."""
+    tables = jax.jit(_tables)(trainable, frozen)
+    leaves = paths.flatten(params)
+    for path, table in tables.items():
+        leaves[path] = sharding.to_host(table, slice(len(leaves[path])))
+    return paths.unflatten(leaves | trainable["body"])
+
+
+# --- A step ---------------------------------------------------------------------------------------
+
+
+def _start(
+    body: dict[str, Array], rows: Mapping[str, Rows], base: Mapping[str, Array], mesh: Mesh, seed: int
+) -> _State:
+    def network(of: Rows, width: int, key: Array) -> dict[str, Array]:
+        count, hidden = of.features.shape[1], min(HIDDEN, 2 * width)
+        return {
+            "linear": jnp.zeros((count, width)),
+            "inner": jax.random.normal(key, (count, hidden)) * count**-0.5,
+            "outer": jnp.zeros((hidden, width)),
+        }
+
+    keys = dict(zip(sorted(rows), jax.random.split(jax.random.key(seed), len(rows))))
+    trainable = {
+        "table": {path: jnp.zeros(of.shape, jnp.float32) for path, of in base.items()},
+        "network": {path: network(of, base[path].shape[1], keys[path]) for path, of in rows.items()},
+        "body": body,
+    }
+    trainable["table"] = jax.device_put(trainable["table"], sharding.shardings(trainable["table"], mesh))
+    whole = NamedSharding(mesh, sharding.REPLICATED)
+    trainable["network"] = jax.device_put(trainable["network"], whole)
+    return _State(trainable, _ADAM.init(trainable), jax.device_put(jnp.zeros((), jnp.int32), whole))
+
+
+_ADAM = optax.multi_transform(
+    {
+        "table": scale_by_damped_adam(0.9, 0.95, 1e-8, ROW_DAMPING),
+        "network": optax.scale_by_adam(0.9, 0.95),
+        "body": optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95)),
+    },
+    lambda tree: {kind: jax.tree.map(lambda _, kind=kind: kind, part) for kind, part in tree.items()},
+)
+
+
+@functools.partial(jax.jit, static_argnames=("models", "mesh"), donate_argnums=0)
+def _step(
+    state: _State, frozen: dict[str, Any], batch: Batch, schedule: Schedule, *, models: Models, mesh: Mesh
+) -> _State:
+    with sharding.within(mesh):
+        vocabulary = {kind: state.trainable[kind] for kind in ("table", "network")}
+        tables, pull = jax.vjp(lambda trainable: _tables(trainable, frozen), vocabulary)
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            gradients, _ = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
+                tables, state.trainable["body"], frozen, part, models
+            )
+            return jax.tree.map(jnp.add, sums, gradients), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (tables, state.trainable["body"]))
+        sums, _ = jax.lax.scan(add, zeros, batch)
+        of_tables, of_body = jax.tree.map(lambda x: x / len(batch.target), sums)
+        gradients = {**pull(of_tables)[0], "body": of_body}
+        directions, optimizer = _ADAM.update(gradients, state.optimizer)
+        rates = schedule.rates(state.step)
+
+        def moved(kind: str, rate: Any) -> Any:
+            return jax.tree.map(lambda x, along: x - rate * along, state.trainable[kind], directions[kind])
+
+        tables_moved = {
+            path: table - rates[path] * directions["table"][path] for path, table in state.trainable["table"].items()
+        }
+        trainable = {
+            "table": tables_moved,
+            "network": moved("network", rates["network"]),
+            "body": moved("body", rates["body"]),
+        }
+        return _State(trainable, optimizer, state.step + 1)
+
+
+def _judge(trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh) -> Terms:
+    return jax.tree.map(np.asarray, _terms(trainable, frozen, _put(judged, mesh), models=models, mesh=mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("models", "mesh"))
+def _terms(trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh) -> Terms:
+    with sharding.within(mesh):
+        tables = _tables(trainable, frozen)
+        terms = jax.lax.map(lambda part: _loss(tables, trainable["body"], frozen, part, models)[1], judged)
+        return jax.tree.map(jnp.mean, terms)
+
+
+def _loss(
+    tables: dict[str, Array], body: dict[str, Array], frozen: dict[str, Any], batch: Batch, models: Models
+) -> tuple[Float[Array, ""], Terms]:
+    params = paths.unflatten({**(body or frozen["body"]), **tables})
+    return cross_tokenizer.loss(models, params, frozen["teacher"], batch, Weights())
+
+
+def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Float[Array, "R D"]]:
+    """The vocabulary's matrices, with their rows changed."""
+    tables = {}
+    for path, base in frozen["base"].items():
+        known, network = frozen["rows"][path], trainable["network"][path]
+        x = known["features"]
+        linear, inner, outer = (network[name].astype(x.dtype) for name in ("linear", "inner", "outer"))
+        change = (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
+        tables[path] = base + known["free"] * trainable["table"][path] + known["deviation"] * change
+    return tables
+
+
+# --- Inputs ---------------------------------------------------------------------------------------
+
+
+def _on_mesh(path: str, of: Rows, rows: int, dtype: Any, mesh: Mesh) -> dict[str, Array]:
+    """Features and what may change, split over the mesh as the rows that they belong to."""
+
+    def put(values: np.ndarray, kind: Any) -> Array:
+        shape = sharding.padded_shape(path, (rows, values.shape[1]), mesh)
+        filled = np.zeros(shape, np.float32)
+        filled[: len(values)] = values
+        return sharding.put(filled.astype(kind), sharding.sharding_of(path, shape, mesh))
+
+    return {
+        "features": put(of.features, dtype),
+        "free": put(of.free[:, None], jnp.float32),
+        "deviation": jnp.float32(of.deviation),
+    }
+
+
+def _batches(
+    config: Config,
+    written: Sequence[pairing.Pair],
+    corpus: Sequence[pairing.Pair],
+    budget: int,
+    model: ModelConfig,
+    mesh: Mesh,
+) -> tuple[list[Batch], Batch]:
+    """The batches of all steps, on the host, and the one that is judged on; which they are does not
+    depend on the devices."""
+    random = np.random.default_rng([config.seed, 5])
+    length = min(LENGTH, model.max_positions - 1)
+    share = config.initialization.corpus_share if written and corpus else float(not written)
+    count = max(1, budget // length)
+    from_corpus = round(share * count)
+    counts, judged = (from_corpus, count - from_corpus), (round(share * JUDGED), round((1 - share) * JUDGED))
+    drawn = [
+        _draw(of, count, left_out, length, weights, random)
+        for of, count, left_out, weights in zip((corpus, written), counts, judged, (CORPUS, WRITTEN))
+    ]
+    trained, left_out = (Batch(*map(np.concatenate, zip(*of))) for of in zip(*drawn))
+    count = len(trained.target)
+    steps = max(1, count // min(MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS)))
+    order = np.array_split(random.permutation(count), steps)
+    return [_rounds(_take(trained, chosen), mesh) for chosen in order], _rounds(left_out, mesh)
+
+
+def _draw(
+    pairs: Sequence[pairing.Pair],
+    count: int,
+    left_out: int,
+    length: int,
+    weights: tuple[float, float],
+    random: np.random.Generator,
+) -> tuple[Batch, Batch]:
+    """`count` sequences to train on, again and again in other orders where there are too few, and about
+    `left_out` others."""
+    if not count or not pairs:
+        none = np.zeros((0, length + 1), np.int32), np.zeros((0, pairing.source_length(length)), np.int32)
+        empty = Batch(*none, np.zeros((0, length), np.int32), *np.zeros((2, 0), np.float32))
+        return empty, empty
+    packed = pairing.pack(pairs, random.permutation(len(pairs)), length)
+    size = len(packed.target)
+    factors = (np.full(size, weight, np.float32) for weight in weights)
+    every = Batch(*packed, *factors)
+    kept = min(left_out, size // 10) if size > 1 else 0
+    count = min(count, MOST_PASSES * (size - kept))
+    orders = [kept + random.permutation(size - kept) for _ in range(-(-count // (size - kept)))]
+    return _take(every, np.concatenate(orders)[:count]), _take(every, np.arange(max(1, kept)))
+
+
+def _take(batch: Batch, chosen: Int[np.ndarray, "n"]) -> Batch:
+    return Batch(*(values[chosen] for values in batch))
+
+
+def _rounds(batch: Batch, mesh: Mesh) -> Batch:
+    """[A, B, ...]: as many sequences at once as the devices read, filled up with empty ones."""
+    devices, (count, size) = sharding.sequences_at_once(mesh), batch.target.shape
+    micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // size
+    at_once = devices * min(max(1, micro), -(-count // devices))
+    empty = Batch(pairing.NONE, 0, pairing.NONE, 0, 0)
+
+    def filled(values: np.ndarray, filling: int) -> np.ndarray:
+        widths = ((0, -count % at_once), *((0, 0),) * (values.ndim - 1))
+        values = np.pad(values, widths, constant_values=filling)
+        return values.reshape(-1, at_once, *values.shape[1:])
+
+    return Batch(*map(filled, batch, empty))
+
+
+def _put(batch: Batch, mesh: Mesh) -> Batch:
+    split = NamedSharding(mesh, P(None, sharding.BATCH))
+    return Batch(*(sharding.put(values, split) for values in batch))

@@ -1,0 +1,177 @@
+"""Text that the source model writes itself: it covers what the model knows, whatever the corpus.
+
+Three kinds of documents, each drawn from the model at a temperature:
+
+- free: whatever the model puts after a document separator;
+- by word: one short document for each token of the source's vocabulary that begins a word, in
+  random order, so that rare words and names come up that free text would hold once in a million
+  tokens;
+- chats, where the source has a chat template: a question is drawn after the template's user turn,
+  then the answer to it (Magpie, arXiv 2406.08464).
+"""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.evaluation.bits_per_byte import first_context
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.sampling import sample
+from tokalign_jax.models.transformer import Params
+from tokalign_jax.progress import Log
+from tokalign_jax.text import canonical
+
+TEMPERATURE = 0.8
+FREE_SHARE, WORD_SHARE, CHAT_SHARE = 0.2, 0.6, 0.2
+"""Of the tokens that are drawn; without a chat template free text has the share of chats too."""
+FREE_LENGTH, WORD_LENGTH = 192, 48
+"""Tokens of a document."""
+QUESTION_LENGTH, ANSWER_LENGTH = 40, 120
+SHORT_WORD = 4
+"""Bytes of a word's beginning, its space included, up to which it is used again and again once all
+beginnings were used: it has many completions."""
+_MARK = "@@@"
+
+
+class Segment(NamedTuple):
+    """A stretch of plain text, and the source's special token behind it, if there is one."""
+
+    text: str
+    special: int | None = None
+
+
+Passage = tuple[Segment, ...]
+"""A document, without the separator before it."""
+
+
+class Writer(NamedTuple):
+    """The source model as the author of text."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    dtype: DTypeLike
+    mesh: Mesh
+    seed: int
+
+    def write(self, budget: int, log: Log, special: Collection[int] = ()) -> list[Passage]:
+        """Passages for which about `budget` tokens are drawn, prompts included.
+
+        Args:
+          special: the source's special tokens that passages may hold. Chats are written only if
+            those of the template are among them.
+        """
+        chat = _turn(self.tokenizer)
+        if chat and not {*chat[0], *chat[1]} & canonical.special_ids(self.tokenizer) <= set(special):
+            chat = None
+        free_share = FREE_SHARE if chat else FREE_SHARE + CHAT_SHARE
+        passages = self._free(int(budget * free_share) // FREE_LENGTH)
+        passages += self._by_word(int(budget * WORD_SHARE) // WORD_LENGTH)
+        if chat:
+            size = len(chat[0]) + len(chat[1]) + 2 * QUESTION_LENGTH + ANSWER_LENGTH + len(chat[0])
+            passages += self._chats(int(budget * CHAT_SHARE) // size, *chat)
+        text = sum(len(segment.text) for passage in passages for segment in passage)
+        log(f"self-text: the source model wrote {len(passages):,} passages, {text:,} characters")
+        return passages
+
+    def _draw(self, prompts: Sequence[Sequence[int]], length: int, stream: int) -> list[list[int]]:
+        if not prompts:
+            return []
+        longest = max(map(len, prompts))
+        length = min(max(length, longest + 1), self.config.max_positions)
+        prompts = [prompt for prompt in prompts if len(prompt) < length]
+        seed = int(np.random.SeedSequence([self.seed, stream]).generate_state(1)[0] >> 1)
+        how = TEMPERATURE, seed, self.dtype, self.mesh
+        return sample(self.config, self.params, prompts, length, *how)
+
+    def _free(self, count: int) -> list[Passage]:
+        start = first_context(self.tokenizer)
+        return self._plain(self._draw([[start]] * count, FREE_LENGTH, 0))
+
+    def _by_word(self, count: int) -> list[Passage]:
+        beginnings, sizes = word_beginnings(self.tokenizer)
+        random, chosen = np.random.default_rng([self.seed, 1]), np.zeros(0, np.int64)
+        while len(beginnings) and len(chosen) < count:
+            chosen = np.concatenate([chosen, random.permutation(beginnings)])
+            if (sizes <= SHORT_WORD).any():
+                beginnings, sizes = beginnings[sizes <= SHORT_WORD], sizes[sizes <= SHORT_WORD]
+        start = first_context(self.tokenizer)
+        return self._plain(self._draw([[start, int(i)] for i in chosen[:count]], WORD_LENGTH, 2))
+
+    def _chats(self, count: int, before: list[int], after: list[int]) -> list[Passage]:
+        """Args:
+        before, after: tokens of the template around a user's turn.
+        """
+        special = canonical.special_ids(self.tokenizer)
+        asked = self._draw([before] * count, len(before) + QUESTION_LENGTH, 3)
+        questions = [_until(tokens[len(before) :], special) for tokens in asked]
+        prompts = [[*before, *q, *after] for q in questions if 3 < len(q) < QUESTION_LENGTH]
+        length = len(before) + QUESTION_LENGTH + len(after) + ANSWER_LENGTH
+        passages = []
+        for prompt, tokens in zip(prompts, self._draw(prompts, length, 4)):
+            answer = tokens[len(prompt) :]
+            said = _until(answer, special)
+            end = answer[len(said) : len(said) + 1]
+            if said and end in ([], [self.tokenizer.eos_token_id]):
+                passages.append(self._segments([*prompt, *said, *end], special))
+        return passages
+
+    def _plain(self, drawn: Sequence[Sequence[int]]) -> list[Passage]:
+        """The text up to the first special token after the start."""
+        special = canonical.special_ids(self.tokenizer)
+        texts = (self._text(_until(tokens[1:], special)) for tokens in drawn)
+        return [(Segment(text),) for text in texts if text.strip()]
+
+    def _segments(self, tokens: Sequence[int], special: set[int]) -> Passage:
+        segments, run = [], []
+        for token in tokens:
+            if token in special:
+                segments.append(Segment(self._text(run), token))
+                run = []
+            else:
+                run.append(token)
+        return (*segments, Segment(self._text(run))) if run else tuple(segments)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """Without what a character that was cut off decodes to."""
+        return self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False).replace("\ufffd", "")
+
+
+def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, bytes of each) of tokens that are letters behind a space; where a vocabulary has no such
+    tokens, of all that are letters."""
+    texts = {}
+    for i, content in enumerate(canonical.token_bytes(tokenizer)):
+        if content:
+            try:
+                texts[i] = content.decode()
+            except UnicodeDecodeError:
+                continue
+    spaced = {i: t for i, t in texts.items() if t[0] == " " and t[1:].isalpha()}
+    chosen = spaced or {i: t for i, t in texts.items() if t.isalpha()}
+    return np.array(list(chosen), np.int64), np.array([len(t.encode()) for t in chosen.values()])
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    """The tokens before a user's first message and those between it and the answer; None without a
+    template that has them."""
+    message = [{"role": "user", "content": _MARK}]
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return None
+    before, mark, after = str(text).partition(_MARK)
+    if not mark or not before or not after:
+        return None
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    return (parts[0], parts[1]) if set(parts[0]) & canonical.special_ids(tokenizer) else None
+
+
+def _until(tokens: Sequence[int], stops: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return list(tokens[:end])

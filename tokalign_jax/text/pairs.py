@@ -1,0 +1,137 @@
+"""The same text in the tokens of two tokenizers, packed into rows for a student and its teacher.
+
+A row holds whole documents, the last one cut: the target's tokens, the source's tokens of the same
+documents, and for each position of the target the position of the source at which both have read
+the same text (`boundaries.py`).
+
+B rows, T target tokens of a row less one, S source tokens.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.text.boundaries import NONE, token_boundaries
+from tokalign_jax.text.canonical import plain_backend
+
+ROOM = 1.35
+"""Source tokens that a row has room for, in target tokens: documents that need more are cut there."""
+PASSAGE, SHORTEST_PASSAGE = 1500, 80
+"""Characters."""
+SHORTEST = 16
+"""Target tokens of a row that are left free rather than begin another document in them."""
+
+
+class Pair(NamedTuple):
+    """A document in the tokens of both sides, each behind the token that begins a document there."""
+
+    source: Int[np.ndarray, "n"]
+    source_ends: Int[np.ndarray, "n"]
+    """Characters read after each token; `NONE` where that is no whole number of them."""
+    target: Int[np.ndarray, "m"]
+    target_ends: Int[np.ndarray, "m"]
+
+
+class Rows(NamedTuple):
+    """Packed documents, int32."""
+
+    target: Int[np.ndarray, "B T+1"]
+    """`NONE` behind the last document."""
+    source: Int[np.ndarray, "B S"]
+    """0 behind the last document."""
+    positions: Int[np.ndarray, "B T"]
+    """The position in `source` that has read what this position of `target` has; `NONE`: there is none."""
+
+
+class Pairing(NamedTuple):
+    """Two tokenizers, the tokens with which documents begin, and the special tokens that they share."""
+
+    source: PreTrainedTokenizerBase
+    target: PreTrainedTokenizerBase
+    starts: tuple[int, int]
+    special: Mapping[int, int]
+    """Target id for source id."""
+
+    def pair(self, passages: Sequence[Iterable[tuple[str, int | None]]]) -> list[Pair]:
+        """Passages of (text, source's special token behind it or None) in both sides' tokens.
+
+        A special token without a counterpart in the target is left out, on both sides.
+        """
+        flat = [(i, *segment) for i, passage in enumerate(passages) for segment in passage]
+        texts = [text for _, text, _ in flat]
+        sides = [token_boundaries(plain_backend(t), texts) for t in (self.source, self.target)]
+        found = [[([start], [0]) for start in self.starts] for _ in passages]
+        read = [0] * len(passages)
+        for (number, text, special), *boundaries in zip(flat, *sides):
+            for (ids, ends), side in zip(found[number], boundaries):
+                ids.extend(side.ids.tolist())
+                ends.extend(np.where(side.ends == NONE, NONE, side.ends + read[number]).tolist())
+            read[number] += len(text)
+            if special is not None and special in self.special:
+                read[number] += 1
+                for (ids, ends), token in zip(found[number], (special, self.special[special])):
+                    ids.append(token)
+                    ends.append(read[number])
+        arrays = [[np.array(values) for side in sides_ for values in side] for sides_ in found]
+        return [Pair(*four) for four in arrays if len(four[0]) > 1 and len(four[2]) > 1]
+
+
+def passages(text: str) -> list[str]:
+    """The text in passages of at most `PASSAGE` characters, cut behind white space where there is any;
+    what is left over is dropped if it is shorter than `SHORTEST_PASSAGE`."""
+    found = []
+    while len(text) > PASSAGE:
+        cut = max(text.rfind(" ", 1, PASSAGE), text.rfind("\n", 1, PASSAGE)) + 1 or PASSAGE
+        found.append(text[:cut])
+        text = text[cut:]
+    return found + [text] * (len(text) >= SHORTEST_PASSAGE or not found)
+
+
+def source_length(length: int) -> int:
+    """S of rows with T = `length`, a multiple of 64."""
+    return -(-int(length * ROOM) // 64) * 64
+
+
+def pack(pairs: Sequence[Pair], order: Iterable[int], length: int) -> Rows:
+    """Rows of T = `length` of the pairs in this order."""
+    width, rows, row = source_length(length), [], _Row()
+    for number in order:
+        if len(row.target) > max(0, length - SHORTEST):
+            rows.append(row.arrays(length, width))
+            row = _Row()
+        row.add(pairs[number], length + 1)
+    if row.target:
+        rows.append(row.arrays(length, width))
+    return Rows(*map(np.stack, zip(*rows)))
+
+
+class _Row:
+    def __init__(self) -> None:
+        self.target: list[int] = []
+        self.source: list[int] = []
+        self.positions: list[int] = []
+
+    def add(self, pair: Pair, most: int) -> None:
+        """As much of a document as the row has room for."""
+        room, begin = most - len(self.target), len(self.source)
+        target, ends = pair.target[:room], pair.target_ends[:room]
+        # The first source token that ends behind all of it, and what follows, is not read.
+        last = ends.max()
+        beyond = np.flatnonzero(pair.source_ends > last)
+        stop = beyond[0] if len(beyond) else len(pair.source)
+        at = {int(end): i for i, end in enumerate(pair.source_ends[:stop].tolist()) if end != NONE}
+        self.target += target.tolist()
+        self.source += pair.source[:stop].tolist()
+        self.positions += [begin + at[end] if end in at else NONE for end in ends.tolist()]
+
+    def arrays(self, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        target, source = np.full(length + 1, NONE, np.int32), np.zeros(width, np.int32)
+        positions = np.full(length, NONE, np.int32)
+        target[: len(self.target)] = self.target
+        source[: min(width, len(self.source))] = self.source[:width]
+        kept = np.array(self.positions[:length], np.int32)
+        positions[: len(kept)] = np.where(kept < width, kept, NONE)
+        return target, source, positions
