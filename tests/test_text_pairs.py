@@ -46,7 +46,9 @@ def test_special_tokens_stand_on_both_sides_or_on_none(pairing):
     known, unknown = pairing.pair([(("a dog", end), (" sleeps", None)), (("a dog", 7), (" sleeps", None))])
     assert (known.source == end).sum() == 2 and (known.target == pairing.target.eos_token_id).sum() == 2
     at = np.flatnonzero(known.source == end)[1]
-    assert known.source_ends[at] == known.target_ends[np.flatnonzero(known.target == pairing.target.eos_token_id)[1]] == 6
+    assert (
+        known.source_ends[at] == known.target_ends[np.flatnonzero(known.target == pairing.target.eos_token_id)[1]] == 6
+    )
     assert (unknown.source == 7).sum() == pairing.source("a dog sleeps")["input_ids"].count(7)
     assert unknown.source_ends[-1] == unknown.target_ends[-1] == len("a dog sleeps")
 

@@ -1,5 +1,6 @@
 """Distillation across tokenizers against float64 NumPy and against autodiff through whole logits."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -45,14 +46,14 @@ def whole_loss(params, teacher, of, weights):
     next_token, likelihood, chunks, pairs = 0.0, 0.0, 0, []
     for row in range(2):
         shared = [(t, p) for t, p in enumerate(of.positions[row].tolist()) if p >= 0]
-        alike = {t for (t, p), (u, q) in zip(shared, shared[1:]) if u == t + 1 and q == p + 1}
+        alike = {t for (t, p), (u, q) in itertools.pairwise(shared) if u == t + 1 and q == p + 1}
         for t in range(6):
             if of.target[row, t + 1] >= 0:
                 factor = 1.0 if t in alike else weights.emphasis
                 next_token += of.next_token[row] * factor * student_nll[row, t] / count
                 if t in alike:
                     pairs.append((hidden[row, t], taught[row, of.positions[row, t]]))
-        for (t, p), (u, q) in zip(shared, shared[1:]):
+        for (t, p), (u, q) in itertools.pairwise(shared):
             nats_q, nats_p = student_nll[row, t:u].sum(), teacher_nll[row, p:q].sum()
             log_p, log_q = -nats_p / cross_tokenizer.TEMPERATURE, -nats_q / cross_tokenizer.TEMPERATURE
             p_, q_ = jnp.exp(log_p), jnp.exp(log_q)
