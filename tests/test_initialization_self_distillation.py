@@ -50,7 +50,7 @@ def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
     assert before.keys() == after.keys()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert "layers/mlp/up_proj/kernel" in moved and "embed_tokens/embedding" in moved
-    _, target, aligned = sides
+    _, _, aligned = sides
     special = np.flatnonzero(aligned.rules == methods.Rule.SPECIAL)
     assert len(special)
     for path in before:

@@ -161,6 +161,7 @@ def model_of(name, rows):
 
 PYTHIA_1B = model_of("pythia-1b", 151_936)
 CONFIG = Config(
+    alignment=AlignmentConfig(method="composed"),
     stage1=StageConfig(method="embedding", batch_size=64, per_device_batch=4, start_offset=0, steps=100),
     stage2=StageConfig(method="full", batch_size=64, per_device_batch=4, steps=200),
     compute=ComputeConfig(remat="dots"),
@@ -363,7 +364,7 @@ def test_what_the_start_takes():
     little = planned(text=8_000_000).init
     assert little and (little.read, little.tuned) == (8_000_000, 2_000_000)
     short = replace(CONFIG, initialization=InitializationConfig(tokens=5_000, tuning=0))
-    assert planned(short).init == (5_000, 0, None, "")
+    assert planned(short).init == (5_000, 0, None, "", False)
     table = planned(short).table()
     assert "reads 5000 tokens at most\n" in table and "time unknown" in table
     for without in (

@@ -12,7 +12,14 @@ from jax.sharding import PartitionSpec as P
 from test_plan import MODELS, model_of, setup_of
 
 from tokalign_jax import paths, sharding, stages
-from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, InitializationConfig, StageConfig
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    EvaluationConfig,
+    InitializationConfig,
+    StageConfig,
+)
 from tokalign_jax.evaluation import token_costs
 from tokalign_jax.initialization import composition, contexts
 from tokalign_jax.models.transformer import abstract_params
@@ -25,7 +32,7 @@ from tokalign_jax.planning.resolve import resolve
 LLAMA_8B = model_of("llama-8b", 151_669)
 SOURCE = Source(128_256, 2)
 LORA = StageConfig(method="lora", batch_size=64, per_device_batch=4)
-CONFIG = Config(stage1=replace(LORA, method="embedding"), stage2=LORA)
+CONFIG = Config(alignment=AlignmentConfig(method="composed"), stage1=replace(LORA, method="embedding"), stage2=LORA)
 
 
 def run_of(config=CONFIG, mesh=(1, 1, 1), room="80GB", host="512GB"):
@@ -249,3 +256,25 @@ HOSTS = {
 def test_host_memory_is_what_the_system_or_the_control_group_has_left(case, tmp_path):
     files, expected = HOSTS[case]
     assert available_host_memory(write(tmp_path, files)) == expected
+
+
+# --- A start that is distilled ----------------------------------------------------------------------
+
+DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
+
+
+def test_distillation_is_planned_and_rows_alone_need_less():
+    table = plan_of(config=DISTILLED).table()
+    assert "writes 1.8M tokens at most; the start is trained on 4M, with it as teacher" in table
+    needed = inference.needs(run_of(DISTILLED))["init"].device
+    rows = replace(DISTILLED, initialization=InitializationConfig(trains="rows"))
+    less = inference.needs(run_of(rows))["init"].device
+    body = 8_030_261_248 - 2 * 128_256 * 4096
+    assert needed["body"] == 20 * body and less["body"] == 2 * body
+    none = replace(DISTILLED, initialization=InitializationConfig(distillation_tokens=0))
+    assert "init" in inference.needs(run_of(none)) and "teacher" not in inference.needs(run_of(none))["init"].device
+
+
+def test_a_device_that_is_too_small_to_distill_is_warned_of():
+    (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
+    assert "initialization.trains=rows" in warning

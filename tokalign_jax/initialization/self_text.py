@@ -25,6 +25,7 @@ from tokalign_jax.models.sampling import sample
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical
+from tokalign_jax.text.special_tokens import ends_turn
 
 TEMPERATURE = 0.8
 FREE_SHARE, WORD_SHARE, CHAT_SHARE = 0.2, 0.6, 0.2
@@ -117,7 +118,7 @@ class Writer(NamedTuple):
             answer = tokens[len(prompt) :]
             said = _until(answer, special)
             end = answer[len(said) : len(said) + 1]
-            if said and end in ([], [self.tokenizer.eos_token_id]):
+            if said and (not end or ends_turn(self.tokenizer, end[0])):
                 passages.append(self._segments([*prompt, *said, *end], special))
         return passages
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tokalign_jax.config import distills
 from tokalign_jax.models import remat
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import memory
@@ -151,8 +152,12 @@ def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
             yield "compute.loss_chunk", chunk, _with(run, "compute", loss_chunk=chunk)
         yield "evaluation.random_baseline", False, _with(run, "evaluation", random_baseline=False)
     if name == "init":
-        for key in ("tuning", "tokens"):
-            yield f"initialization.{key}", 0, _with(run, "initialization", **{key: 0})
+        if distills(run.config):
+            yield "initialization.trains", "rows", _with(run, "initialization", trains="rows")
+            yield "initialization.distillation_tokens", 0, _with(run, "initialization", distillation_tokens=0)
+        else:
+            for key in ("tuning", "tokens"):
+                yield f"initialization.{key}", 0, _with(run, "initialization", **{key: 0})
 
 
 def _with(run: Run, group: str, **fields: Any) -> Run:

@@ -15,8 +15,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from tokalign_jax import paths, sharding
-from tokalign_jax.config import Config, StageConfig, reads_source, training_stages
-from tokalign_jax.initialization import calibration, composition, contexts, tuning
+from tokalign_jax.config import Config, StageConfig, distills, reads_source, training_stages
+from tokalign_jax.initialization import (
+    calibration,
+    composition,
+    contexts,
+    row_features,
+    self_distillation,
+    tuning,
+)
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning import memory
@@ -94,6 +101,8 @@ def needs(run: Run) -> dict[str, Needs]:
 def _init_on_device(run: Run) -> dict[str, int]:
     source = run.source.itemsize * elements(abstract_params(run.source_model), run.mesh)
     kinds = {"source model as stored": source}
+    if distills(run.config):
+        return kinds | _distillation_on_device(run)
     if not reads_source(run.config):
         return kinds
     model, compute, width = run.model, run.config.compute, run.model.hidden_size
@@ -124,6 +133,10 @@ def _init_on_host(run: Run) -> dict[str, int]:
     rows, source_rows = run.model.vocab_size * run.row, run.source.rows * run.row
     stored = source_rows * run.source.itemsize // FLOAT
     new_rows = run.matrices * rows
+    if distills(run.config):
+        features = run.matrices * FLOAT * run.model.vocab_size * _features_of_composed(run)
+        # Once as they are found for composed tokens, once as rows of the matrix.
+        return {"new rows (float32)": 2 * new_rows, "source rows": 2 * source_rows, "features": 2 * features}
     if not reads_source(run.config):
         return {"new rows (float32)": new_rows, "source rows": stored + source_rows}
     # What threads have put together ahead of the device, and what they work with.
@@ -139,6 +152,36 @@ def _init_on_host(run: Run) -> dict[str, int]:
         work["tuning"] = run.matrices * (stored + source_rows) + max(2 * _features(run) + blocks, new_rows)
     states_of_tokens = 2 * (rows + source_rows)
     return {"new rows (float32)": new_rows, "mean states of tokens (float32)": states_of_tokens} | _largest(work)
+
+
+def _features_of_composed(run: Run) -> int:
+    """Features of a composed token (`row_features.features`)."""
+    blocks = 4 + len(row_features.DEPTHS)
+    return min(blocks * run.model.hidden_size + 2, row_features.MOST) + 1
+
+
+def _distillation_on_device(run: Run) -> dict[str, int]:
+    """What the training of a distilled start holds."""
+    compute, (_, fsdp, tensor) = run.config.compute, run.mesh
+    size = jnp.dtype(compute.dtype).itemsize
+    leaves = paths.flatten(abstract_params(run.model))
+    rows = elements(_vocabulary(run.model), run.mesh)
+    body = elements({path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}, run.mesh)
+    trains_body = run.config.initialization.trains == "all"
+    features = run.matrices * run.model.vocab_size * _features_of_composed(run)
+    hidden = min(self_distillation.HIDDEN, 2 * run.model.hidden_size)
+    tokens = self_distillation.OTHER_MICRO_BATCH_TOKENS if run.machine.fused_attention else 1024
+    setup = _setup(run, run.model, min(self_distillation.LENGTH, run.model.max_positions)).with_compute(remat="layer")
+    work = max(memory.layer_bytes(setup, tokens), memory.logits_bytes(run.model, setup.compute, tokens, run.mesh))
+    inner = 2 * run.matrices * run.model.vocab_size * hidden // (fsdp * tensor)
+    return {
+        "teacher": size * elements(abstract_params(run.source_model), run.mesh),
+        # As they were, changes, two moments, changed rows and their gradients.
+        "rows": 6 * FLOAT * rows,
+        "body": (4 * FLOAT + FLOAT if trains_body else size) * body,
+        "features of tokens": size * features // (fsdp * tensor),
+        "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh) + work + size * inner,
+    }
 
 
 def _features(run: Run) -> int:

@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokalign_jax import demo, sharding
-from tokalign_jax.config import EXTEND, Config, reads_source, teacher_of, training_stages
-from tokalign_jax.initialization import tuning
+from tokalign_jax.config import (
+    EXTEND,
+    Config,
+    distillation_budget,
+    distills,
+    reads_source,
+    teacher_of,
+    training_stages,
+)
+from tokalign_jax.initialization import self_distillation, tuning
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import advice, disk, flops, memory
@@ -56,17 +64,21 @@ class StagePlan:
 
 
 class InitPlan(NamedTuple):
-    """Upper bounds on what the source model does for the initial rows."""
+    """Upper bounds on what the source model does for the start."""
 
     read: int
-    """Tokens that it reads."""
+    """Tokens that it reads, or writes where the start is distilled from it."""
     tuned: int
-    """Tokens on which rows are tuned."""
+    """Tokens on which the start is trained."""
     seconds: float | None
     speed: str
     """Source of `seconds`."""
+    distilled: bool = False
 
     def table(self) -> list[str]:
+        if self.distilled:
+            work = f"init: the source model writes {quantity(self.read)} tokens at most; the start is trained on "
+            return ["", f"{work}{quantity(self.tuned)}, with it as teacher", *_time(self.seconds, self.speed)]
         tuned = f"; rows are tuned on {quantity(self.tuned)}" if self.tuned else ""
         return [
             "",
@@ -202,8 +214,22 @@ def make_plan(
             f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
             f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in training)])}"
         )
-    init = _init(config, model, machine, speed, text_bytes)
+    init = _distillation(run, speed) if distills(config) else _init(config, model, machine, speed, text_bytes)
     return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings))
+
+
+def _distillation(run: Run, speed: Speed) -> InitPlan:
+    """Writing is a forward pass a token; training one of Stage 2, or of Stage 1 for rows alone, with a
+    forward pass of the teacher."""
+    written, trained = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
+    method = "full" if run.config.initialization.trains == "all" else "embedding"
+    length = min(self_distillation.LENGTH, run.model.max_positions)
+    stage = dataclasses.replace(run.config.stage1, method=method, sequence_length=length)
+    each = flops.flops_per_token(run.model, stage)
+    forward = flops.flops_per_token(run.source_model, dataclasses.replace(stage, method="full")) / 3
+    operations = trained * (each + forward) + written * forward
+    known = speed.seconds(round(operations / each), operations, method, run.machine) if operations else (0.0, "")
+    return InitPlan(written, trained, *(known or (None, "")), distilled=True)
 
 
 def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, text_bytes: int) -> InitPlan | None:
