@@ -132,7 +132,7 @@ def distill(
         body = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), leaves)
     else:
         frozen["body"], body = {path: x.astype(dtype) for path, x in leaves.items()}, {}
-    state = _start(body, rows, frozen["base"], mesh, config.seed)
+    state = _start(body, rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
     how = {"models": models, "mesh": mesh}
     before = _judge(state.trainable, frozen, judged, **how)
     width = models.student.hidden_size
@@ -179,7 +179,7 @@ def _merged(trainable: dict[str, Any], frozen: dict[str, Any], params: Params) -
 
 
 def _start(
-    body: dict[str, Array], rows: Mapping[str, Rows], base: Mapping[str, Array], mesh: Mesh, seed: int
+    body: dict[str, Array], rows: Mapping[str, Rows], base: Mapping[str, Array], mesh: Mesh, vocabulary: int, seed: int
 ) -> _State:
     def network(of: Rows, width: int, key: Array) -> dict[str, Array]:
         count, hidden = of.features.shape[1], min(HIDDEN, 2 * width)
@@ -198,17 +198,23 @@ def _start(
     trainable["table"] = jax.device_put(trainable["table"], sharding.shardings(trainable["table"], mesh))
     whole = NamedSharding(mesh, sharding.REPLICATED)
     trainable["network"] = jax.device_put(trainable["network"], whole)
-    return _State(trainable, _ADAM.init(trainable), jax.device_put(jnp.zeros((), jnp.int32), whole))
+    return _State(trainable, _optimizer(vocabulary).init(trainable), jax.device_put(jnp.zeros((), jnp.int32), whole))
 
 
-_ADAM = optax.multi_transform(
-    {
-        "table": scale_by_damped_adam(0.9, 0.95, 1e-8, ROW_DAMPING),
-        "network": optax.scale_by_adam(0.9, 0.95),
-        "body": optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95)),
-    },
-    lambda tree: {kind: jax.tree.map(lambda _, kind=kind: kind, part) for kind, part in tree.items()},
-)
+def _optimizer(vocabulary: int) -> optax.GradientTransformation:
+    """The direction of a step, to be multiplied by the rates."""
+
+    def labels(tree: dict[str, Any]) -> dict[str, Any]:
+        return {kind: jax.tree.map(lambda _, kind=kind: kind, part) for kind, part in tree.items()}
+
+    return optax.multi_transform(
+        {
+            "table": scale_by_damped_adam(0.9, 0.95, 1e-8, ROW_DAMPING, vocabulary),
+            "network": optax.scale_by_adam(0.9, 0.95),
+            "body": optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95)),
+        },
+        labels,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("models", "mesh"), donate_argnums=0)
@@ -229,7 +235,7 @@ def _step(
         sums, _ = jax.lax.scan(add, zeros, batch)
         of_tables, of_body = jax.tree.map(lambda x: x / len(batch.target), sums)
         gradients = {**pull(of_tables)[0], "body": of_body}
-        directions, optimizer = _ADAM.update(gradients, state.optimizer)
+        directions, optimizer = _optimizer(models.student.vocab_size).update(gradients, state.optimizer)
         rates = schedule.rates(state.step)
 
         def moved(kind: str, rate: Any) -> Any:

@@ -93,16 +93,25 @@ def _adamw(stage: StageConfig, label: str, vocabulary: int | None) -> optax.Grad
         return jax.tree.map(lambda update: -others["rates"][label] * update, updates), state
 
     return optax.chain(
-        _scale_by_adam(stage, stage.row_damping if label == "embedding" else 0.0, vocabulary),
+        scale_by_damped_adam(
+            stage.beta1,
+            stage.beta2,
+            stage.epsilon,
+            stage.row_damping if label == "embedding" else 0.0,
+            vocabulary,
+        ),
         optax.add_decayed_weights(stage.weight_decay, mask=_decays),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, by_rate),
     )
 
 
-def scale_by_damped_adam(beta1: float, beta2: float, epsilon: float, damping: float) -> optax.GradientTransformation:
+def scale_by_damped_adam(
+    beta1: float, beta2: float, epsilon: float, damping: float, vocabulary: int | None = None
+) -> optax.GradientTransformation:
     """Adam, with `damping * sqrt(mean second moment of the leaf)` added to the denominator.
 
-    Rows of rare tokens, whose few gradients say little, then move less than others; 0: Adam.
+    Rows of rare tokens, whose few gradients say little, then move less than others; 0: Adam. The
+    mean is over the `vocabulary` rows: how many rows of padding there are depends on the mesh.
     """
     adam = optax.scale_by_adam(beta1, beta2, epsilon)
     if not damping:
@@ -114,7 +123,8 @@ def scale_by_damped_adam(beta1: float, beta2: float, epsilon: float, damping: fl
         first, second = 1 - beta1**count, 1 - beta2**count
 
         def scaled(mu: Array, nu: Array) -> Array:
-            floor = damping * jnp.sqrt(nu.mean() / second) + epsilon
+            mean = nu.sum() / nu[:vocabulary].size
+            floor = damping * jnp.sqrt(mean / second) + epsilon
             return mu / first / (jnp.sqrt(nu / second) + floor)
 
         return jax.tree.map(scaled, state.mu, state.nu), state
