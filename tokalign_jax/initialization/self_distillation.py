@@ -21,7 +21,7 @@ sequences, T target tokens of a sequence.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +80,10 @@ class Rows(NamedTuple):
     """bool [V]: tokens that have a change of their own."""
     deviation: float
     """Of the source's rows."""
+
+
+HostBatch = Any
+"""A `Batch` of NumPy arrays."""
 
 
 class Result(NamedTuple):
@@ -235,6 +239,7 @@ def _step(
         sums, _ = jax.lax.scan(add, zeros, batch)
         of_tables, of_body = jax.tree.map(lambda x: x / len(batch.target), sums)
         gradients = {**pull(of_tables)[0], "body": of_body}
+        directions: Any
         directions, optimizer = _optimizer(models.student.vocab_size).update(gradients, state.optimizer)
         rates = schedule.rates(state.step)
 
@@ -244,15 +249,16 @@ def _step(
         tables_moved = {
             path: table - rates[path] * directions["table"][path] for path, table in state.trainable["table"].items()
         }
-        trainable = {
-            "table": tables_moved,
-            "network": moved("network", rates["network"]),
-            "body": moved("body", rates["body"]),
-        }
+        large = {"table": tables_moved, "body": moved("body", rates["body"])}
+        # Split as the parameters are, so that the buffers of the state before are used again.
+        large = jax.lax.with_sharding_constraint(large, sharding.shardings(large, mesh))
+        trainable = {**large, "network": moved("network", rates["network"])}
         return _State(trainable, optimizer, state.step + 1)
 
 
-def _judge(trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh) -> Terms:
+def _judge(
+    trainable: dict[str, Any], frozen: dict[str, Any], judged: HostBatch, *, models: Models, mesh: Mesh
+) -> Terms:
     return jax.tree.map(np.asarray, _terms(trainable, frozen, _put(judged, mesh), models=models, mesh=mesh))
 
 
@@ -273,7 +279,7 @@ def _loss(
 
 def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Float[Array, "R D"]]:
     """The vocabulary's matrices, with their rows changed."""
-    tables = {}
+    tables: dict[str, Array] = {}
     for path, base in frozen["base"].items():
         known, network = frozen["rows"][path], trainable["network"][path]
         x = known["features"]
@@ -309,7 +315,7 @@ def _batches(
     budget: int,
     model: ModelConfig,
     mesh: Mesh,
-) -> tuple[list[Batch], Batch]:
+) -> tuple[list[HostBatch], HostBatch]:
     """The batches of all steps, on the host, and the one that is judged on; which they are does not
     depend on the devices."""
     random = np.random.default_rng([config.seed, 5])
@@ -322,7 +328,7 @@ def _batches(
         _draw(of, count, left_out, length, weights, random)
         for of, count, left_out, weights in zip((corpus, written), counts, judged, (CORPUS, WRITTEN))
     ]
-    trained, left_out = (Batch(*map(np.concatenate, zip(*of))) for of in zip(*drawn))
+    trained, left_out = (_batch(map(np.concatenate, zip(*of))) for of in zip(*drawn))
     count = len(trained.target)
     steps = max(1, count // min(MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS)))
     order = np.array_split(random.permutation(count), steps)
@@ -336,42 +342,46 @@ def _draw(
     length: int,
     weights: tuple[float, float],
     random: np.random.Generator,
-) -> tuple[Batch, Batch]:
+) -> tuple[HostBatch, HostBatch]:
     """`count` sequences to train on, again and again in other orders where there are too few, and about
     `left_out` others."""
     if not count or not pairs:
         none = np.zeros((0, length + 1), np.int32), np.zeros((0, pairing.source_length(length)), np.int32)
-        empty = Batch(*none, np.zeros((0, length), np.int32), *np.zeros((2, 0), np.float32))
+        empty = _batch((*none, np.zeros((0, length), np.int32), *np.zeros((2, 0), np.float32)))
         return empty, empty
     packed = pairing.pack(pairs, random.permutation(len(pairs)), length)
     size = len(packed.target)
     factors = (np.full(size, weight, np.float32) for weight in weights)
-    every = Batch(*packed, *factors)
+    every = _batch((*packed, *factors))
     kept = min(left_out, size // 10) if size > 1 else 0
     count = min(count, MOST_PASSES * (size - kept))
     orders = [kept + random.permutation(size - kept) for _ in range(-(-count // (size - kept)))]
     return _take(every, np.concatenate(orders)[:count]), _take(every, np.arange(max(1, kept)))
 
 
-def _take(batch: Batch, chosen: Int[np.ndarray, "n"]) -> Batch:
-    return Batch(*(values[chosen] for values in batch))
+def _batch(values: Iterable[Any]) -> HostBatch:
+    return Batch(*values)
 
 
-def _rounds(batch: Batch, mesh: Mesh) -> Batch:
+def _take(batch: HostBatch, chosen: Int[np.ndarray, "n"]) -> HostBatch:
+    return _batch(values[chosen] for values in batch)
+
+
+def _rounds(batch: HostBatch, mesh: Mesh) -> HostBatch:
     """[A, B, ...]: as many sequences at once as the devices read, filled up with empty ones."""
     devices, (count, size) = sharding.sequences_at_once(mesh), batch.target.shape
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // size
     at_once = devices * min(max(1, micro), -(-count // devices))
-    empty = Batch(pairing.NONE, 0, pairing.NONE, 0, 0)
+    empty = pairing.NONE, 0, pairing.NONE, 0, 0
 
     def filled(values: np.ndarray, filling: int) -> np.ndarray:
         widths = ((0, -count % at_once), *((0, 0),) * (values.ndim - 1))
         values = np.pad(values, widths, constant_values=filling)
         return values.reshape(-1, at_once, *values.shape[1:])
 
-    return Batch(*map(filled, batch, empty))
+    return _batch(map(filled, batch, empty))
 
 
-def _put(batch: Batch, mesh: Mesh) -> Batch:
+def _put(batch: HostBatch, mesh: Mesh) -> Batch:
     split = NamedSharding(mesh, P(None, sharding.BATCH))
     return Batch(*(sharding.put(values, split) for values in batch))

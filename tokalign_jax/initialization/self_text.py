@@ -140,7 +140,8 @@ class Writer(NamedTuple):
 
     def _text(self, tokens: Sequence[int]) -> str:
         """Without what a character that was cut off decodes to."""
-        return self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False).replace("\ufffd", "")
+        text = self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return str(text).replace("\ufffd", "")
 
 
 def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
