@@ -21,11 +21,8 @@ def get_config() -> ConfigDict:
     config.text.budget_bytes = 50_000_000  # all of it
     config.text.held_out_fraction = 0.04
 
-    config.alignment.vector_size = 300
-    config.alignment.window = 15
-    config.alignment.similarity_threshold = 0.3
-    config.initialization.tokens = 500_000
-    config.initialization.tuning = 60_000
+    config.initialization.distillation_tokens = 40_000
+    config.initialization.generated_tokens = 30_000
 
     for stage in (config.stage1, config.stage2):
         stage.batch_size = 4
