@@ -324,6 +324,12 @@ def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
 def _after(subject: Subject, index: int) -> str:
     """What initialization does to a row beyond its mixture."""
     rule = Rule(int(subject.alignment.rules[index]))
+    if subject.method == "distilled" and rule in (Rule.EXACT, Rule.PIECES):
+        rows = "; rows of shared tokens stay with initialization.trains=rows" * (rule == Rule.EXACT)
+        return (
+            "From this row initialization trains the start with the source model as teacher, unless "
+            f"initialization.distillation_tokens is 0{rows}."
+        )
     if subject.method != "composed" or rule not in (Rule.EXACT, Rule.SIMILAR, Rule.PIECES):
         return ""
     unless = "unless initialization.tokens or initialization.tuning is 0"
