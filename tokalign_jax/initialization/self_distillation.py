@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import paths, sharding
+from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.config import Config
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
@@ -284,7 +284,8 @@ def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Floa
         known, network = frozen["rows"][path], trainable["network"][path]
         x = known["features"]
         linear, inner, outer = (network[name].astype(x.dtype) for name in ("linear", "inner", "outer"))
-        change = (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
+        with compiling.products(x.dtype):
+            change = (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
         tables[path] = base + known["free"] * trainable["table"][path] + known["deviation"] * change
     return tables
 

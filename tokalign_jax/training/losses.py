@@ -146,7 +146,9 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
         return over(BATCH, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
 
     inputs = *_PARTS, None if weights is None else P(BATCH)
-    total, *gradients = by_device(local, inputs, (P(), P(BATCH), P(VOCABULARY)))(hidden, head, labels, weights)
+    with compiling.products(how.dtype):
+        outputs = P(), P(BATCH), P(VOCABULARY)
+        total, *gradients = by_device(local, inputs, outputs)(hidden, head, labels, weights)
     return total, gradients
 
 
