@@ -54,7 +54,12 @@ def made(tokenizers, tmp_path_factory):
         text=TextConfig(held_out_fraction=0.1),
         alignment=AlignmentConfig(
             method="composed",
-            window=5, min_count=2, vector_size=16, iterations=4, pivots=100, similarity_threshold=0.02
+            window=5,
+            min_count=2,
+            vector_size=16,
+            iterations=4,
+            pivots=100,
+            similarity_threshold=0.02,
         ),
     )
     corpus.run(config, folder / "corpus", lambda line: None)
