@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
 
     config.initialization.distillation_tokens = 40_000
     config.initialization.generated_tokens = 30_000
+    config.initialization.corpus_share = 0.7  # the source model writes English and code alone
 
     for stage in (config.stage1, config.stage2):
         stage.batch_size = 4
@@ -34,10 +35,10 @@ def get_config() -> ConfigDict:
     # Most tokens go to Stage 2, and rows get a higher rate than the body (docs/results/recipe.md).
     config.stage1.method = "embedding"
     config.stage1.steps = 40
-    config.stage1.learning_rate = 1e-3  # more would undo what the tuned rows gained
+    config.stage1.learning_rate = 1e-3
     config.stage1.start_offset = 0
     config.stage2.method = "full"
-    config.stage2.steps = 260
+    config.stage2.steps = 220
     config.stage2.learning_rate = 5e-4
     config.stage2.embedding_learning_rate = 1.5e-3
     config.stage2.start_offset = "after_previous"
