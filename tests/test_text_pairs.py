@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import TEXTS, tiny_tokenizer, tokenizer_of_kind
+from helpers import TEXTS, tiny_tokenizer
 
 from tokalign_jax.text import pairs
 from tokalign_jax.text.boundaries import NONE
@@ -11,7 +11,7 @@ from tokalign_jax.text.boundaries import NONE
 @pytest.fixture(scope="module")
 def pairing():
     source = tiny_tokenizer(300, TEXTS)
-    target = tokenizer_of_kind("gemma", TEXTS * 20, 400) if False else tiny_tokenizer(420, TEXTS * 5)
+    target = tiny_tokenizer(420, TEXTS * 5)
     starts = source.eos_token_id, target.eos_token_id
     return pairs.Pairing(source, target, starts, {source.eos_token_id: target.eos_token_id})
 

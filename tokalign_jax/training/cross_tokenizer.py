@@ -142,10 +142,9 @@ def chunk_nats(student: Float[Array, "B T"], teacher: Float[Array, "B S"], posit
     Args:
       student, teacher: the negative log-likelihood of the token behind each position.
     """
-    shared, (rows, length), width = positions != NONE, positions.shape, teacher.shape[1]
+    shared, length, width = positions != NONE, positions.shape[1], teacher.shape[1]
     places = jnp.where(shared, positions, width)
     marks = jax.vmap(lambda at: jnp.zeros(width, bool).at[at].set(True, mode="drop"))(places)
-    del rows
 
     def sums(values: Array, starts: Bool[Array, "B N"]) -> Array:
         """Of the values from each start up to the next one; what is before the first falls away."""
