@@ -552,31 +552,44 @@ def init(context: Context) -> Mapping[str, Any]:
     settings, tuned = context.config, {}
     multiple_of = settings.initialization.rows_multiple_of
     new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
-    # Where no row is composed there is nothing to learn, calibrate or tune.
-    if reads_source(settings) and np.isin(aligned.rules[context.kept :], initialization.COMPOSED).any():
+    # Where no row is composed there is nothing to learn, calibrate, tune or distil.
+    learns = np.isin(aligned.rules[context.kept :], initialization.COMPOSED).any()
+    if learns and (reads_source(settings) or distills(settings)):
         shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
-        drawn = contexts.draw(source.shards, settings.initialization.tokens, settings.seed)
-        texts = documents.at(context.folder("corpus"), drawn)
-        reading = initialization.read(settings, source, target, texts, context.mesh, context.log)
-        how = context.mesh, context.log, context.kept
-        target = target._replace(params=initialization.learn(settings, source, target, aligned, reading, *how))
-        target = target._replace(params=initialization.calibrate(settings, source, target, aligned, *how))
-        new, tuned = initialization.tune(settings, source, target, aligned, reading, *how)
-    if distills(settings):
-        shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
-        source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
-        target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
-        _, budget = distillation_budget(settings, aligned.source_size, aligned.target_size)
-        wanted = round(settings.initialization.corpus_share * budget)
-        drawn = contexts.draw(source.shards, wanted, settings.seed)
-        texts = documents.at(context.folder("corpus"), drawn)
-        new, tuned = initialization.distill(
-            settings, source, target, aligned, texts, context.mesh, context.log, context.kept
-        )
+        make = _distilled if distills(settings) else _composed
+        new, tuned = make(context, source, target, aligned)
     _write(context, "init", new_config, new, raw, "float32")
     return {"tuned": dict(tuned)}
+
+
+def _composed(
+    context: Context, source: initialization.Side, target: initialization.Side, aligned: alignment.Alignment
+) -> tuple[dict, Mapping[str, float]]:
+    """(parameters, facts) of a start by method `composed`."""
+    settings, how = context.config, (context.mesh, context.log, context.kept)
+    texts = _drawn(context, source, settings.initialization.tokens)
+    reading = initialization.read(settings, source, target, texts, context.mesh, context.log)
+    target = target._replace(params=initialization.learn(settings, source, target, aligned, reading, *how))
+    target = target._replace(params=initialization.calibrate(settings, source, target, aligned, *how))
+    return initialization.tune(settings, source, target, aligned, reading, *how)
+
+
+def _distilled(
+    context: Context, source: initialization.Side, target: initialization.Side, aligned: alignment.Alignment
+) -> tuple[dict, Mapping[str, float]]:
+    """(parameters, facts) of a start by method `distilled`."""
+    settings = context.config
+    _, budget = distillation_budget(settings, aligned.source_size, aligned.target_size)
+    texts = _drawn(context, source, round(settings.initialization.corpus_share * budget))
+    return initialization.distill(settings, source, target, aligned, texts, context.mesh, context.log, context.kept)
+
+
+def _drawn(context: Context, source: initialization.Side, tokens: int) -> Iterator[documents.Document]:
+    """Training documents of about so many source tokens, drawn at random."""
+    chosen = contexts.draw(source.shards, tokens, context.config.seed)
+    return documents.at(context.folder("corpus"), chosen)
 
 
 def _named(tokens: Set[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -346,9 +346,8 @@ def distill(
     if not written and not corpus:
         return self_distillation.Result(target.params, {})
 
-    seen = np.zeros(aligned.target_size, np.int64)
-    for pair in (*written, *corpus):
-        np.add.at(seen, pair.target, 1)
+    tokens_seen = np.concatenate([pair.target for pair in (*written, *corpus)])
+    seen = np.bincount(tokens_seen, minlength=aligned.target_size)
     trains_body = settings.trains == "all" and not kept
     moving = movable(source.tokenizer, target.tokenizer, aligned, seen, kept)
     composed = moving & np.isin(aligned.rules, COMPOSED)
