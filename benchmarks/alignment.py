@@ -23,7 +23,14 @@ import numpy as np
 
 from tokalign_jax import pipeline, stages
 from tokalign_jax.alignment import methods, vectors
-from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig, reads_source
+from tokalign_jax.config import (
+    ComputeConfig,
+    Config,
+    EvaluationConfig,
+    StageConfig,
+    TextConfig,
+    reads_source,
+)
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import huggingface
@@ -57,21 +64,35 @@ GROUPS = ("en", "code", "math")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", action="append", required=True, help="SOURCE_MODEL,TARGET_TOKENIZER")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pair", action="append", required=True, help="SOURCE_MODEL,TARGET_TOKENIZER"
+    )
     parser.add_argument("--corpus", required=True)
-    parser.add_argument("--held-out", required=True, help="text that nothing is aligned or trained on")
+    parser.add_argument(
+        "--held-out", required=True, help="text that nothing is aligned or trained on"
+    )
     parser.add_argument("--language-field", default="")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--ways", default=",".join([*WAYS, RANDOM_ROWS]))
-    parser.add_argument("--probed", default="pieces,composed", help="the starts that get a probe of Stage 1")
-    parser.add_argument("--trained", default="pieces,composed", help="the starts that get both stages")
+    parser.add_argument(
+        "--probed", default="pieces,composed", help="the starts that get a probe of Stage 1"
+    )
+    parser.add_argument(
+        "--trained", default="pieces,composed", help="the starts that get both stages"
+    )
     parser.add_argument("--probe-steps", type=int, default=50)
     parser.add_argument("--steps", type=int, default=120, help="of each stage")
     parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
     parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="that the source model reads")
-    parser.add_argument("--tuning", type=int, default=4_000_000, help="tokens that rows are tuned on")
+    parser.add_argument(
+        "--tokens", type=int, default=20_000_000, help="that the source model reads"
+    )
+    parser.add_argument(
+        "--tuning", type=int, default=4_000_000, help="tokens that rows are tuned on"
+    )
     parser.add_argument("--budget-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--bytes-per-language", type=int, default=100_000)
     parser.add_argument("--dtype", default="bfloat16")
@@ -80,12 +101,20 @@ def main() -> None:
     for pair in arguments.pair:
         for rows in _measured(pair, arguments):
             results[pair] = rows
-            content = {"arguments": vars(arguments), "device": str(jax.devices()[0]), "pairs": results}
-            (arguments.workdir / "alignment.json").write_text(json.dumps(content, indent=1, default=str))
+            content = {
+                "arguments": vars(arguments),
+                "device": str(jax.devices()[0]),
+                "pairs": results,
+            }
+            (arguments.workdir / "alignment.json").write_text(
+                json.dumps(content, indent=1, default=str)
+            )
         show(results[pair])
 
 
-def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, dict[str, float]]]]:
+def _measured(
+    pair: str, arguments: argparse.Namespace
+) -> Iterator[dict[str, dict[str, dict[str, float]]]]:
     """Bits per byte by start, state and group, with each start that was measured."""
     source, target = pair.split(",")
     stage = StageConfig(
@@ -100,7 +129,9 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
         checkpoint_every=100_000,
     )
     text = TextConfig(
-        language_field=arguments.language_field, held_out_fraction=0.002, budget_bytes=arguments.budget_bytes
+        language_field=arguments.language_field,
+        held_out_fraction=0.002,
+        budget_bytes=arguments.budget_bytes,
     )
     config = Config(
         source_model=source,
@@ -108,13 +139,17 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
         corpus=arguments.corpus,
         text=text,
         stage1=stage,
-        stage2=dataclasses.replace(stage, method="full", learning_rate=5e-5, start_offset="after_previous"),
+        stage2=dataclasses.replace(
+            stage, method="full", learning_rate=5e-5, start_offset="after_previous"
+        ),
         compute=ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=8192),
         evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
     )
     config = dataclasses.replace(
         config,
-        initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens, tuning=arguments.tuning),
+        initialization=dataclasses.replace(
+            config.initialization, tokens=arguments.tokens, tuning=arguments.tuning
+        ),
     )
     workdir = arguments.workdir / f"{Path(source).name}-{Path(target).name}"
     pipeline.run(config, workdir, ["tokens"], print)
@@ -123,7 +158,9 @@ def _measured(pair: str, arguments: argparse.Namespace) -> Iterator[dict[str, di
     texts = held_out(config, arguments.held_out, workdir, arguments.bytes_per_language)
     of_source = measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)
     rows = {"source": {"start": of_source}}
-    short = dataclasses.replace(config, stage1=dataclasses.replace(stage, steps=arguments.probe_steps))
+    short = dataclasses.replace(
+        config, stage1=dataclasses.replace(stage, steps=arguments.probe_steps)
+    )
     probe = stages.Context(short, workdir, print)
     for way in arguments.ways.split(","):
         model = starts.model(way)
@@ -152,9 +189,13 @@ class _Starts:
         config = dataclasses.replace(
             self.context.config,
             alignment=dataclasses.replace(self.context.config.alignment, **changed_alignment),
-            initialization=dataclasses.replace(self.context.config.initialization, **changed_initialization),
+            initialization=dataclasses.replace(
+                self.context.config.initialization, **changed_initialization
+            ),
         )
-        inputs = dataclasses.replace(self._inputs, config=config.alignment, known=self._inputs.spelled)
+        inputs = dataclasses.replace(
+            self._inputs, config=config.alignment, known=self._inputs.spelled
+        )
         if config.alignment.method in methods.NEED_VECTORS:
             source, target = self._of(config)
             inputs = dataclasses.replace(inputs, source=source, target=target)
@@ -162,11 +203,17 @@ class _Starts:
         aligned, measured = methods.make(inputs)
         model_config, params = initialization.initialize(*self._source_model, aligned)
         if reads_source(config):
-            target = initialization.Side(model_config, params, self.context.target_tokenizer, self._shards[1])
+            target = initialization.Side(
+                model_config, params, self.context.target_tokenizer, self._shards[1]
+            )
             made = aligned, self._reading, self.context.mesh, print
-            target = target._replace(params=initialization.learn(config, self._source, target, *made))
+            target = target._replace(
+                params=initialization.learn(config, self._source, target, *made)
+            )
             placed = aligned, self.context.mesh, print
-            target = target._replace(params=initialization.calibrate(config, self._source, target, *placed))
+            target = target._replace(
+                params=initialization.calibrate(config, self._source, target, *placed)
+            )
             params, _ = initialization.tune(config, self._source, target, *made)
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
@@ -177,7 +224,9 @@ class _Starts:
             shared = methods.pairs(self._inputs.spelled.exact)
             began = time.monotonic()
             source, target = self._shards
-            *made, measured = vectors.make(config.alignment, source, target, config.seed, print, shared)
+            *made, measured = vectors.make(
+                config.alignment, source, target, config.seed, print, shared
+            )
             self._vectors[kind] = (made[0], made[1])
             print(f"{kind}: {time.monotonic() - began:.0f} s {measured}", flush=True)
         return self._vectors[kind]
@@ -189,15 +238,21 @@ class _Starts:
     @cached_property
     def _source_model(self):
         model_config, _ = self.context.source_model
-        return model_config, huggingface.load_params(self.context.source_folder, model_config, mesh=self.context.mesh)
+        return model_config, huggingface.load_params(
+            self.context.source_folder, model_config, mesh=self.context.mesh
+        )
 
     @cached_property
     def _source(self) -> initialization.Side:
-        return initialization.Side(*self._source_model, self.context.source_tokenizer, self._shards[0])
+        return initialization.Side(
+            *self._source_model, self.context.source_tokenizer, self._shards[0]
+        )
 
     @cached_property
     def _reading(self):
-        target = initialization.Side(*self._source_model, self.context.target_tokenizer, self._shards[1])
+        target = initialization.Side(
+            *self._source_model, self.context.target_tokenizer, self._shards[1]
+        )
         config = self.context.config
         drawn = contexts.draw(self._shards[0], config.initialization.tokens, config.seed)
         texts = corpus.at(self.context.folder("corpus"), drawn)
@@ -223,7 +278,9 @@ def held_out(config: Config, path: str, workdir: Path, budget: int) -> dict[str,
     folder = workdir / "held_out"
     shutil.rmtree(folder, ignore_errors=True)
     corpus.run(dataclasses.replace(config, corpus=path, text=text), folder, print)
-    documents = [d for batch in corpus.train_batches(folder) for d in batch] + list(corpus.held_out(folder))
+    documents = [d for batch in corpus.train_batches(folder) for d in batch] + list(
+        corpus.held_out(folder)
+    )
     return bits_per_byte.choose(documents, budget)
 
 
@@ -246,7 +303,9 @@ def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]
     return {name: score.bits_per_byte for name, score in groups.items()}
 
 
-def follow(context: stages.Context, start: str, model, trained: Sequence[str], texts) -> dict[str, dict[str, float]]:
+def follow(
+    context: stages.Context, start: str, model, trained: Sequence[str], texts
+) -> dict[str, dict[str, float]]:
     """A start, measured after each of the training stages `trained`.
 
     Args:
@@ -262,7 +321,16 @@ def follow(context: stages.Context, start: str, model, trained: Sequence[str], t
         shutil.rmtree(folder, ignore_errors=True)
         began = time.monotonic()
         result = loop.run_stage(
-            name, getattr(config, name), config, model_config, params, shards, folder, end, print, mesh=context.mesh
+            name,
+            getattr(config, name),
+            config,
+            model_config,
+            params,
+            shards,
+            folder,
+            end,
+            print,
+            mesh=context.mesh,
         )
         print(f"{start} {name}: {time.monotonic() - began:.0f} s")
         params, end = result.params, result.stream_end
@@ -276,7 +344,11 @@ def show(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     print("| start | measured | " + " | ".join(names) + " |\n|---|---|" + "---:|" * len(names))
     for start, states in rows.items():
         for state, groups in states.items():
-            print(f"| {start} | {state} | " + " | ".join(f"{groups.get(n, np.nan):.3f}" for n in names) + " |")
+            print(
+                f"| {start} | {state} | "
+                + " | ".join(f"{groups.get(n, np.nan):.3f}" for n in names)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

@@ -37,23 +37,37 @@ WARM = 0.3
 def main() -> None:
     arguments = _arguments()
     shape = arguments.batch, arguments.length, arguments.heads, arguments.head_size
-    q, k, v, towards = _inputs(shape, arguments.kv_heads or arguments.heads, jnp.dtype(arguments.dtype))
+    q, k, v, towards = _inputs(
+        shape, arguments.kv_heads or arguments.heads, jnp.dtype(arguments.dtype)
+    )
     kernels = _kernels(arguments.head_size)
     expected = _reference(q, k, v, towards)
     pairs = arguments.batch * arguments.heads * arguments.length**2 * arguments.head_size
     device = jax.devices()[0]
     version = ", cuDNN " + str(_cudnn_version()) if device.platform == "gpu" else ""
-    print(f"{device.device_kind}{version}, jax {jax.__version__}; B, T, N, H = {shape}, K = {k.shape[2]}, {q.dtype}")
-    print("| kernel | forward, ms | TFLOP/s | error | with backward, ms | TFLOP/s | error of dq, dk, dv |")
+    print(
+        f"{device.device_kind}{version}, jax {jax.__version__}; B, T, N, H = {shape}, K = {k.shape[2]}, {q.dtype}"
+    )
+    print(
+        "| kernel | forward, ms | TFLOP/s | error | with backward, ms | TFLOP/s | error of dq, dk, dv |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in arguments.kinds.split(",") if arguments.kinds else kernels:
         forward = _measured(kernels[name], (q, k, v), expected[:1], 2 * pairs, arguments.steps)
-        both = _measured(_with_gradients(kernels[name]), (q, k, v, towards), expected[1:], 7 * pairs, arguments.steps)
+        both = _measured(
+            _with_gradients(kernels[name]),
+            (q, k, v, towards),
+            expected[1:],
+            7 * pairs,
+            arguments.steps,
+        )
         print(f"| {name} | {forward} | {both} |", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -133,8 +147,12 @@ def _kernels(size: int) -> dict[str, Kernel]:
     scale = size**-0.5
     return {
         "project": functools.partial(attention.attend, scale=scale),
-        "cudnn": functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation="cudnn"),
-        "blocked": lambda q, k, v: attention._blocked(q, k, v, scale, None, None, attention.QUERY_BLOCK),
+        "cudnn": functools.partial(
+            jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation="cudnn"
+        ),
+        "blocked": lambda q, k, v: attention._blocked(
+            q, k, v, scale, None, None, attention.QUERY_BLOCK
+        ),
         "triton": functools.partial(_triton, scale=scale),
         "mosaic": functools.partial(_mosaic, scale=scale),
         "tokamax-mosaic": functools.partial(_tokamax, scale=scale, implementation="mosaic"),
@@ -156,20 +174,30 @@ def _mosaic(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array
     """It has no factor of the logits: queries are multiplied first."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu as kernel
 
-    config = kernel.TuningConfig(64, 64 if q.shape[-1] > 128 else 128, max_concurrent_steps=2, causal=True)
+    config = kernel.TuningConfig(
+        64, 64 if q.shape[-1] > 128 else 128, max_concurrent_steps=2, causal=True
+    )
     return kernel.attention((q * scale).astype(q.dtype), k, v, config)
 
 
-def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, implementation: Any) -> jax.Array:
+def _tokamax(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, implementation: Any
+) -> jax.Array:
     import tokamax  # pyright: ignore[reportMissingImports]
 
-    return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=implementation)
+    return tokamax.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation=implementation
+    )
 
 
 def _cudnn_version() -> Any:
     from jax._src.lib import cuda_versions
 
-    return re.sub(r"(\d)(\d\d)(\d\d)$", r"\1.\2.\3", str(cuda_versions.cudnn_get_version())) if cuda_versions else None
+    return (
+        re.sub(r"(\d)(\d\d)(\d\d)$", r"\1.\2.\3", str(cuda_versions.cudnn_get_version()))
+        if cuda_versions
+        else None
+    )
 
 
 if __name__ == "__main__":

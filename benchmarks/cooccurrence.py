@@ -34,20 +34,38 @@ from tokalign_jax.text.tokenizing import TokenShards
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=Path, required=True, help="tokens/source or tokens/target of a workdir")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--tokens", type=float, nargs="+", default=[0], help="sizes to count; 0: the shards as they are"
+        "--shards", type=Path, required=True, help="tokens/source or tokens/target of a workdir"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        nargs="+",
+        default=[0],
+        help="sizes to count; 0: the shards as they are",
     )
     parser.add_argument("--window", type=int, default=15)
     parser.add_argument("--min-count", type=int, default=5)
-    parser.add_argument("--noise", type=float, default=0.2, help="share of the tokens swapped in a repetition")
-    parser.add_argument("--growth", action="store_true", help="count the first half of the shards, too")
-    parser.add_argument("--scratch", type=Path, help="folder for the corpus and for what is spilled")
+    parser.add_argument(
+        "--noise", type=float, default=0.2, help="share of the tokens swapped in a repetition"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="count the first half of the shards, too"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the corpus and for what is spilled"
+    )
     parser.add_argument("--memory", type=float, default=Resources.memory, help="bytes")
-    parser.add_argument("--device-memory", type=float, default=Resources.device_memory, help="bytes")
+    parser.add_argument(
+        "--device-memory", type=float, default=Resources.device_memory, help="bytes"
+    )
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--device", choices=["yes", "no"], help="by default, when there is an accelerator")
+    parser.add_argument(
+        "--device", choices=["yes", "no"], help="by default, when there is an accelerator"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="writes the table there, too")
     arguments = parser.parse_args()
@@ -59,22 +77,31 @@ def main() -> None:
     if arguments.growth:
         half = int(shards.documents[np.searchsorted(shards.documents, len(shards) // 2)])
         documents = shards.documents[shards.documents <= half]
-        for part in (TokenShards(shards.tokens[:half], documents, shards.counts, shards.index), shards):
+        for part in (
+            TokenShards(shards.tokens[:half], documents, shards.counts, shards.index),
+            shards,
+        ):
             rows.append(measure(part, arguments, resources))
     for tokens in arguments.tokens:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-            corpus = repeated(shards, int(tokens) or len(shards), arguments.noise, arguments.seed, Path(folder))
+            corpus = repeated(
+                shards, int(tokens) or len(shards), arguments.noise, arguments.seed, Path(folder)
+            )
             rows.append(measure(corpus, arguments, resources))
     for earlier, row in itertools.pairwise(rows):
         if row["tokens"] > earlier["tokens"]:
-            exponent = np.log(row["pairs"] / earlier["pairs"]) / np.log(row["tokens"] / earlier["tokens"])
+            exponent = np.log(row["pairs"] / earlier["pairs"]) / np.log(
+                row["tokens"] / earlier["tokens"]
+            )
             row["growth"] = round(float(exponent), 3)
     print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
 
-def repeated(shards: TokenShards, tokens: int, noise: float, seed: int, folder: Path) -> TokenShards:
+def repeated(
+    shards: TokenShards, tokens: int, noise: float, seed: int, folder: Path
+) -> TokenShards:
     """The shards as they are, then again and again with a share of the tokens swapped, until there are `tokens`."""
     end, length = shards.index["end_of_text"], len(shards)
     block, pool = 1 << 20, np.asarray(shards.tokens[:: max(length >> 22, 1)])
@@ -85,14 +112,18 @@ def repeated(shards: TokenShards, tokens: int, noise: float, seed: int, folder: 
             part = shards.tokens[np.arange(place, min(place + block, tokens)) % length]
             if place + block > length:
                 rng = np.random.default_rng((seed, place))
-                swapped = np.flatnonzero((rng.random(len(part), np.float32) < noise) & (part != end))
+                swapped = np.flatnonzero(
+                    (rng.random(len(part), np.float32) < noise) & (part != end)
+                )
                 swapped = swapped[place + swapped >= length]
                 part[swapped] = rng.choice(pool, len(swapped))
             counts += np.bincount(part, minlength=len(counts))
             file.write(part.tobytes())
     documents = np.concatenate([shards.documents + k * length for k in range(-(-tokens // length))])
     documents = np.append(documents[documents < tokens], tokens)
-    return TokenShards(np.memmap(folder / "tokens.bin", shards.tokens.dtype, "r"), documents, counts, shards.index)
+    return TokenShards(
+        np.memmap(folder / "tokens.bin", shards.tokens.dtype, "r"), documents, counts, shards.index
+    )
 
 
 def write_repeated(source: Path, tokens: int, noise: float, folder: Path, seed: int = 0) -> int:
@@ -105,19 +136,25 @@ def write_repeated(source: Path, tokens: int, noise: float, folder: Path, seed: 
     return len(made)
 
 
-def measure(shards: TokenShards, arguments: argparse.Namespace, resources: Resources) -> dict[str, Any]:
+def measure(
+    shards: TokenShards, arguments: argparse.Namespace, resources: Resources
+) -> dict[str, Any]:
     """Counts once and says how it went."""
     peaks: dict[str, int] = {}
     with sampled(peaks):
         began, processor = time.monotonic(), time.process_time()
-        found = cooccurrence.count(shards, arguments.window, arguments.min_count, print, "count", resources)
+        found = cooccurrence.count(
+            shards, arguments.window, arguments.min_count, print, "count", resources
+        )
         seconds, processor = time.monotonic() - began, time.process_time() - processor
     on_device = jax.default_backend() != "cpu" if resources.device is None else resources.device
     pairs = len(shards) * arguments.window
     rate = sorting_rate(arguments.window) if on_device else adding_rate(resources.workers)
     statistics = jax.local_devices()[0].memory_stats() or {}
     return {
-        "device": jax.local_devices()[0].device_kind if on_device else f"cpu, {os.cpu_count()} cores",
+        "device": jax.local_devices()[0].device_kind
+        if on_device
+        else f"cpu, {os.cpu_count()} cores",
         "tokens": len(shards),
         "vocabulary": len(found.vocabulary),
         "pairs": len(found),
@@ -149,12 +186,18 @@ def sorting_rate(window: int) -> float:
 
 def adding_rate(workers: int | None) -> float:
     """Additions a second of one thread to 4,096 cells, times the threads that count."""
-    cells, table, seconds = np.random.default_rng(0).integers(0, 1 << 12, 1 << 20), np.zeros(1 << 12, np.int64), []
+    cells, table, seconds = (
+        np.random.default_rng(0).integers(0, 1 << 12, 1 << 20),
+        np.zeros(1 << 12, np.int64),
+        [],
+    )
     for _ in range(4):
         began = time.monotonic()
         np.add.at(table, cells, 1)
         seconds.append(time.monotonic() - began)
-    return min(os.cpu_count() or 1, workers or cooccurrence.HOST_THREADS) * len(cells) / min(seconds)
+    return (
+        min(os.cpu_count() or 1, workers or cooccurrence.HOST_THREADS) * len(cells) / min(seconds)
+    )
 
 
 @contextmanager
@@ -167,7 +210,9 @@ def sampled(peaks: dict[str, int]) -> Iterator[None]:
 
     def look() -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
-        now = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
+        now = {
+            line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")
+        }
         for name in ("RssAnon", "VmRSS"):
             peaks[name] = max(peaks.get(name, 0), now.get(name, 0))
 

@@ -44,30 +44,51 @@ STEPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source-tokenizer", required=True)
     parser.add_argument("--target-tokenizer", required=True)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--budget-bytes", type=int, default=5_000_000_000, help="of the corpus")
     parser.add_argument("--tokens", type=float, default=GOAL_TOKENS, help="of each side")
-    parser.add_argument("--noise", type=float, default=0.2, help="share of the tokens swapped in a repetition")
+    parser.add_argument(
+        "--noise", type=float, default=0.2, help="share of the tokens swapped in a repetition"
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
     began = time.monotonic()
-    tokenizers = [hub.load_tokenizer(name) for name in (arguments.source_tokenizer, arguments.target_tokenizer)]
+    tokenizers = [
+        hub.load_tokenizer(name)
+        for name in (arguments.source_tokenizer, arguments.target_tokenizer)
+    ]
     real = token_vectors.token_folders(arguments, *tokenizers)
     tokens = arguments.workdir / f"tokens-{int(arguments.tokens)}"
-    spawn = multiprocessing.get_context("spawn")  # this process must not hold the accelerator, nor share what it has
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # this process must not hold the accelerator, nor share what it has
     with ProcessPoolExecutor(len(SIDES), spawn) as pool:
         made = [
-            pool.submit(counting.write_repeated, folder, int(arguments.tokens), arguments.noise, tokens / side)
+            pool.submit(
+                counting.write_repeated,
+                folder,
+                int(arguments.tokens),
+                arguments.noise,
+                tokens / side,
+            )
             for side, folder in zip(SIDES, real)
         ]
-        print(f"tokens: {[len(TokenShards.open(of)) for of in real]} real, {[of.result() for of in made]} to be read")
+        print(
+            f"tokens: {[len(TokenShards.open(of)) for of in real]} real, {[of.result() for of in made]} to be read"
+        )
     prepared = time.monotonic() - began
     with ProcessPoolExecutor(1, spawn) as pool:
         report = pool.submit(
-            measure, arguments.source_tokenizer, arguments.target_tokenizer, arguments.workdir, tokens
+            measure,
+            arguments.source_tokenizer,
+            arguments.target_tokenizer,
+            arguments.workdir,
+            tokens,
         ).result()
     report |= {"real": [len(TokenShards.open(of)) for of in real], "prepared": prepared}
     (arguments.workdir / "corpus_to_alignment.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -86,7 +107,9 @@ def measure(source: str, target: str, workdir: Path, tokens: Path) -> dict[str, 
         ends.update({step: seconds for start, step in STEPS.items() if line.startswith(start)})
 
     with counting.sampled(peaks):
-        summary = methods.run(config, workdir / "corpus", tokens, *tokenizers, workdir / "align", log)
+        summary = methods.run(
+            config, workdir / "corpus", tokens, *tokenizers, workdir / "align", log
+        )
         seconds = time.monotonic() - began
     ends[STEPS["alignment by"]] = seconds
     sides = [TokenShards.open(tokens / side) for side in SIDES]
@@ -98,7 +121,9 @@ def measure(source: str, target: str, workdir: Path, tokens: Path) -> dict[str, 
         "vocabulary": [len(side.counts) for side in sides],
         "seen_often": [int((side.counts >= config.alignment.min_count).sum()) for side in sides],
         "seconds": seconds,
-        "steps": {step: end - before for (_, before), (step, end) in itertools.pairwise(ends.items())},
+        "steps": {
+            step: end - before for (_, before), (step, end) in itertools.pairwise(ends.items())
+        },
         "floor": sum(map(len, sides)) * window / rate,
         "host": peaks["RssAnon"],
         "host_with_files": peaks["VmRSS"],
@@ -119,7 +144,9 @@ def table(report: dict[str, Any]) -> str:
         **{f"  {step}": f"{of:.1f} s" for step, of in steps.items()},
         "floor of counting": f"{report['floor']:.2f} s, a {counted / report['floor']:.0f}th of what it took",
         "host memory at most": f"{_gib(report['host'])} ({_gib(report['host_with_files'])} with mapped files)",
-        "device memory at most": _gib(report["device_memory"]) if report["device_memory"] else "not known",
+        "device memory at most": _gib(report["device_memory"])
+        if report["device_memory"]
+        else "not known",
         "tokenised and repeated before": f"{report['prepared']:.1f} s",
     }
     if min(tokens) >= GOAL_TOKENS:
@@ -132,7 +159,9 @@ def table(report: dict[str, Any]) -> str:
         rows[f"extrapolated to {GOAL_TOKENS:,} a side"] = (
             f"{seconds * GOAL_TOKENS / min(tokens):.0f} s, linear in tokens"
         )
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    )
 
 
 def _gib(size: int) -> str:

@@ -50,20 +50,32 @@ GROUPS = ("en", "code", "math")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="embedded", help="the model that gets the teacher's tokenizer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source", default="embedded", help="the model that gets the teacher's tokenizer"
+    )
     parser.add_argument("--teacher", required=True, help="a model folder")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--language-field", default="")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--ways", default=";".join(list(WAYS)[:4]), help=f"separated by ';', of: {'; '.join(WAYS)}")
-    parser.add_argument("--adapting-steps", type=int, default=0, help="of Stage 1 and of Stage 2; 0: as --steps")
+    parser.add_argument(
+        "--ways", default=";".join(list(WAYS)[:4]), help=f"separated by ';', of: {'; '.join(WAYS)}"
+    )
+    parser.add_argument(
+        "--adapting-steps", type=int, default=0, help="of Stage 1 and of Stage 2; 0: as --steps"
+    )
     parser.add_argument("--steps", type=int, default=200, help="of Stage 3")
     parser.add_argument("--sequences", type=int, default=64, help="a step, over all devices")
-    parser.add_argument("--at-once", type=int, default=64, help="sequences that a device holds at once")
+    parser.add_argument(
+        "--at-once", type=int, default=64, help="sequences that a device holds at once"
+    )
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of Stage 3")
-    parser.add_argument("--tokens", type=int, default=500_000, help="that the source model reads for its new rows")
+    parser.add_argument(
+        "--tokens", type=int, default=500_000, help="that the source model reads for its new rows"
+    )
     parser.add_argument("--budget-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--bytes-per-language", type=int, default=20_000)
     parser.add_argument("--dtype", default="bfloat16")
@@ -77,9 +89,18 @@ def main() -> None:
         if not rows:
             rows = start(taught_config, arguments.workdir)
         pipeline.run(taught_config, arguments.workdir, ["evaluate/stage3"], print)
-        rows[way] = {"bits_per_byte": scored(arguments.workdir, "stage3"), **speed(arguments.workdir / "stage3")}
-        content = {"arguments": vars(arguments), "device": str(jax.devices()[0].device_kind), "rows": rows}
-        (arguments.workdir / "distillation.json").write_text(json.dumps(content, indent=1, default=str))
+        rows[way] = {
+            "bits_per_byte": scored(arguments.workdir, "stage3"),
+            **speed(arguments.workdir / "stage3"),
+        }
+        content = {
+            "arguments": vars(arguments),
+            "device": str(jax.devices()[0].device_kind),
+            "rows": rows,
+        }
+        (arguments.workdir / "distillation.json").write_text(
+            json.dumps(content, indent=1, default=str)
+        )
     show(rows)
 
 
@@ -106,7 +127,9 @@ def config_of(arguments: argparse.Namespace) -> Config:
         target_tokenizer=arguments.teacher,
         corpus=arguments.corpus,
         text=TextConfig(
-            language_field=arguments.language_field, budget_bytes=arguments.budget_bytes, held_out_fraction=0.02
+            language_field=arguments.language_field,
+            budget_bytes=arguments.budget_bytes,
+            held_out_fraction=0.02,
         ),
         alignment=AlignmentConfig(),
         initialization=InitializationConfig(tokens=arguments.tokens, tuning=0),  # as docs/ has it
@@ -129,7 +152,9 @@ def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     context = stages.Context(config, workdir, print)
     model, folder = context.teacher_model, context.teacher_folder
     assert model and folder
-    texts = bits_per_byte.choose(corpus.held_out(workdir / "corpus"), config.evaluation.bytes_per_language)
+    texts = bits_per_byte.choose(
+        corpus.held_out(workdir / "corpus"), config.evaluation.bytes_per_language
+    )
     scores = bits_per_byte.evaluate(
         model,
         huggingface.load_params(folder, model, jnp.dtype(config.compute.dtype), context.mesh),
@@ -142,14 +167,18 @@ def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     )
     return {
         "source": {"bits_per_byte": scored(workdir, "source")},
-        "teacher": {"bits_per_byte": grouped({name: score.summary() for name, score in scores.items()})},
+        "teacher": {
+            "bits_per_byte": grouped({name: score.summary() for name, score in scores.items()})
+        },
         "before": {"bits_per_byte": scored(workdir, "stage2"), **speed(workdir / "stage2")},
     }
 
 
 def scored(workdir: Path, state: str) -> dict[str, float]:
     """Bits per byte of a state by group."""
-    return grouped(json.loads((workdir / "evaluate" / state / "scores.json").read_text())["languages"])
+    return grouped(
+        json.loads((workdir / "evaluate" / state / "scores.json").read_text())["languages"]
+    )
 
 
 def grouped(languages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -171,10 +200,19 @@ def speed(folder: Path) -> dict[str, float]:
 
 def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
     names = [*GROUPS, "other", "all"]
-    print("| state | " + " | ".join(names) + " | tokens/s | ms a step |\n|---|" + "---:|" * (len(names) + 2))
+    print(
+        "| state | "
+        + " | ".join(names)
+        + " | tokens/s | ms a step |\n|---|"
+        + "---:|" * (len(names) + 2)
+    )
     for state, of in rows.items():
         bits = [f"{of['bits_per_byte'][n]:.3f}" if n in of["bits_per_byte"] else "" for n in names]
-        pace = [f"{of['tokens_per_second']:,.0f}", f"{1000 * of['seconds']:.1f}"] if "seconds" in of else ["", ""]
+        pace = (
+            [f"{of['tokens_per_second']:,.0f}", f"{1000 * of['seconds']:.1f}"]
+            if "seconds" in of
+            else ["", ""]
+        )
         print(f"| {state} | " + " | ".join([*bits, *pace]) + " |")
 
 

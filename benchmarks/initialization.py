@@ -33,7 +33,9 @@ LEARNED = 2 / 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=2048, help="of the model, D")
     parser.add_argument("--source", type=int, default=50_304, help="source tokens")
     parser.add_argument("--target", type=int, default=151_669, help="target tokens")
@@ -41,20 +43,30 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="the first run of each step alone")
     arguments = parser.parse_args()
     width, sizes = arguments.width, (arguments.source, arguments.target)
-    print(f"{jax.devices()[0].device_kind}: {sizes[0]:,} source rows to {sizes[1]:,}, {width} wide", flush=True)
+    print(
+        f"{jax.devices()[0].device_kind}: {sizes[0]:,} source rows to {sizes[1]:,}, {width} wide",
+        flush=True,
+    )
     print("| step | first run, s | second run, s | host memory at most, GB |\n|---|---:|---:|---:|")
     for name in arguments.steps.split(","):
         step = STEPS[name](width, *sizes)
         seconds = [_seconds(step) for _ in range(1 if arguments.once else 2)]
-        print(f"| {name} | {seconds[0]:.1f} | {seconds[-1]:.1f} | {_peak() / 1e9:.2f} |", flush=True)
+        print(
+            f"| {name} | {seconds[0]:.1f} | {seconds[-1]:.1f} | {_peak() / 1e9:.2f} |", flush=True
+        )
 
 
 def mixtures(width: int, source: int, target: int) -> Callable[[], object]:
-    rows = {"embed_tokens": {"embedding": _rows(source, width)}, "lm_head": {"kernel": _rows(source, width)}}
+    rows = {
+        "embed_tokens": {"embedding": _rows(source, width)},
+        "lm_head": {"kernel": _rows(source, width)},
+    }
     parts = RNG.integers(1, 5, target)
     indptr = np.concatenate([[0], np.cumsum(parts)])
     weights = np.repeat(1 / parts, parts).astype(np.float32)
-    mixture = alignment.Mixture(indptr, RNG.integers(source, size=indptr[-1]).astype(np.int32), weights, source)
+    mixture = alignment.Mixture(
+        indptr, RNG.integers(source, size=indptr[-1]).astype(np.int32), weights, source
+    )
     nothing = np.zeros(target)
     aligned = alignment.Alignment(
         embedding=mixture,
@@ -73,7 +85,10 @@ def mixtures(width: int, source: int, target: int) -> Callable[[], object]:
 def learned_rows(width: int, source: int, target: int) -> Callable[[], object]:
     composed = np.sort(RNG.permutation(target)[: int(target * LEARNED)])
     reading = contexts.Reading(
-        _contexts(source, width), _contexts(target, width), np.zeros(width), np.eye(width, dtype=np.float64)
+        _contexts(source, width),
+        _contexts(target, width),
+        np.zeros(width),
+        np.eye(width, dtype=np.float64),
     )
     known = _tokens(np.arange(source), 2, source, reading.source)
     wanted = _tokens(composed, 3, source, reading.target)
@@ -91,7 +106,9 @@ def frequencies(width: int, source: int, target: int) -> Callable[[], object]:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = jax.device_get(init_params(config, jax.random.key(0)))
     tokens = RNG.integers(target, size=2 * calibration.PLACES).astype(np.uint32)
-    shards = TokenShards(tokens, np.array([len(tokens)]), np.bincount(tokens, minlength=target), {"end_of_text": 0})
+    shards = TokenShards(
+        tokens, np.array([len(tokens)]), np.bincount(tokens, minlength=target), {"end_of_text": 0}
+    )
     return lambda: calibration.head_moves(config, params, shards, jnp.bfloat16, mesh, seed=0)
 
 
@@ -103,14 +120,31 @@ def tuned_rows(width: int, source: int, target: int) -> Callable[[], object]:
     tokens = _tokens(np.arange(target), 3, source, _contexts(target, width))
     composed = RNG.random(target) < LEARNED
     text = RNG.integers(target, size=2 * budget).astype(np.uint32)
-    shards = TokenShards(text, np.array([len(text)]), np.bincount(text, minlength=target), {"end_of_text": 0})
+    shards = TokenShards(
+        text, np.array([len(text)]), np.bincount(text, minlength=target), {"end_of_text": 0}
+    )
     compute = ComputeConfig(dtype="bfloat16")
     return lambda: tuning.tune(
-        config, params, rows, tokens, composed, shards, budget, compute, mesh, lambda line: None, seed=0
+        config,
+        params,
+        rows,
+        tokens,
+        composed,
+        shards,
+        budget,
+        compute,
+        mesh,
+        lambda line: None,
+        seed=0,
     )
 
 
-STEPS = {"mixtures": mixtures, "learned rows": learned_rows, "frequencies": frequencies, "tuning": tuned_rows}
+STEPS = {
+    "mixtures": mixtures,
+    "learned rows": learned_rows,
+    "frequencies": frequencies,
+    "tuning": tuned_rows,
+}
 
 
 def _rows(count: int, width: int) -> np.ndarray:

@@ -36,14 +36,21 @@ SHARD_BYTES = 5_000_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument(
-        "--tensor", type=int, default=1, help="of the devices, along `tensor`; the rest is along `fsdp`"
+        "--tensor",
+        type=int,
+        default=1,
+        help="of the devices, along `tensor`; the rest is along `fsdp`",
     )
     parser.add_argument("--export", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where to put both checkpoints; a temporary folder by default")
+    parser.add_argument(
+        "--folder", type=Path, help="where to put both checkpoints; a temporary folder by default"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -65,14 +72,17 @@ def main() -> None:
     print(f"{arguments.layers} layers on {arguments.devices} devices, tensor={arguments.tensor}")
     for name, value in gigabytes.items():
         print(f"  {name.removesuffix('_bytes'):24} {value:8.2f} GB")
-    print(f"  largest file             {largest / 1e9:8.2f} GB; host memory beside the arrays: {beside:.2f} of it")
+    print(
+        f"  largest file             {largest / 1e9:8.2f} GB; host memory beside the arrays: {beside:.2f} of it"
+    )
     print(f"  seconds to read          {result['seconds']:8.0f}")
 
 
 def tensors(layers: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the checkpoint's tensors."""
     rows, width, inner, keys = (
-        LLAMA_8B[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads")
+        LLAMA_8B[name]
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads")
     )
     keys *= width // LLAMA_8B["num_attention_heads"]
     of_layer = {
@@ -88,7 +98,11 @@ def tensors(layers: int) -> dict[str, tuple[int, ...]]:
     }
     return {
         "model.embed_tokens.weight": (rows, width),
-        **{f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in of_layer.items()},
+        **{
+            f"model.layers.{i}.{name}.weight": shape
+            for i in range(layers)
+            for name, shape in of_layer.items()
+        },
         "model.norm.weight": (width,),
         "lm_head.weight": (rows, width),
     }
@@ -105,7 +119,11 @@ def make(folder: Path, layers: int) -> int:
         if end + size > SHARD_BYTES:
             files.append({})
             end = 0
-        files[-1][name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + size]}
+        files[-1][name] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [end, end := end + size],
+        }
     index = {}
     for number, header in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -114,7 +132,9 @@ def make(folder: Path, layers: int) -> int:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + max(of["data_offsets"][1] for of in header.values()))
         index |= dict.fromkeys(header, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return max(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -138,7 +158,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     for leaf in leaves:
         for shard in leaf.addressable_shards:
             by_device[shard.device] += shard.data.nbytes
-    result |= {"device_bytes": sum(by_device.values()), "most_on_a_device_bytes": max(by_device.values())}
+    result |= {
+        "device_bytes": sum(by_device.values()),
+        "most_on_a_device_bytes": max(by_device.values()),
+    }
     if arguments.export:
         stored = huggingface.stored_dtypes(folder / "model")
         (folder / "export").mkdir()
@@ -156,7 +179,9 @@ def peak() -> int:
 
 
 def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return 1024 * int(line.split()[1])
 
 

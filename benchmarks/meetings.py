@@ -36,7 +36,9 @@ class Spelled(NamedTuple):
         lengths = np.array([len(part) for part in parts], np.int64)
         return cls(np.frombuffer(b"".join(parts), np.uint8), np.cumsum(lengths) - lengths, lengths)
 
-    def text(self, tokens: Int[np.ndarray, "n"]) -> tuple[UInt8[np.ndarray, "m"], Int[np.ndarray, "n"]]:
+    def text(
+        self, tokens: Int[np.ndarray, "n"]
+    ) -> tuple[UInt8[np.ndarray, "m"], Int[np.ndarray, "n"]]:
         """The bytes that the tokens join up to, and where each token ends among them."""
         lengths = self.lengths[tokens]
         ends = np.cumsum(lengths)
@@ -61,13 +63,21 @@ def find(
       `out`: positions in `source.tokens`. Time and memory beside it grow with the corpus and with a block of it.
     """
     sides = (source, target)
-    spelled = [Spelled.of(of, side.index["end_of_text"]) for of, side in zip((source_bytes, target_bytes), sides)]
+    spelled = [
+        Spelled.of(of, side.index["end_of_text"])
+        for of, side in zip((source_bytes, target_bytes), sides)
+    ]
     out = np.empty(len(target), np.int64) if out is None else out
     first, documents = 0, len(target.documents)
     starts = [np.concatenate([[0], side.documents]) for side in sides]
     while first < documents:
-        last = max(first + 1, int(np.searchsorted(target.documents, starts[1][first] + BLOCK, "right")))
-        texts = [_Text.of(side, how, of[first : last + 1]) for side, how, of in zip(sides, spelled, starts)]
+        last = max(
+            first + 1, int(np.searchsorted(target.documents, starts[1][first] + BLOCK, "right"))
+        )
+        texts = [
+            _Text.of(side, how, of[first : last + 1])
+            for side, how, of in zip(sides, spelled, starts)
+        ]
         found = _met(texts[0], texts[1])
         begin, end = starts[1][first], starts[1][last]
         out[begin:end] = np.where(found == NONE, NONE, found + starts[0][first])
@@ -93,7 +103,14 @@ class _Text(NamedTuple):
         ids = np.asarray(shards.tokens[bounds[0] : bounds[-1]]).astype(np.int64)
         content, ends = spelled.text(ids)
         stops = ends[bounds[1:] - bounds[0] - 1]
-        return cls(content, ends, spelled.lengths[ids] > 0, np.diff(bounds), np.concatenate([[0], stops[:-1]]), stops)
+        return cls(
+            content,
+            ends,
+            spelled.lengths[ids] > 0,
+            np.diff(bounds),
+            np.concatenate([[0], stops[:-1]]),
+            stops,
+        )
 
 
 def _met(source: _Text, target: _Text) -> Int[np.ndarray, "n"]:
@@ -124,14 +141,18 @@ def _agreed(source: _Text, target: _Text) -> tuple[list[np.ndarray], Int[np.ndar
     lengths = np.minimum(source.stops - begins[0], target.stops - begins[1])
     # A tokenizer may put one space there; without more of them it has read another text.
     lengths = np.where(np.abs(spaces[0] - spaces[1]) <= 1, lengths, 0)
-    differs = source.content[_ranges(begins[0], lengths)] != target.content[_ranges(begins[1], lengths)]
+    differs = (
+        source.content[_ranges(begins[0], lengths)] != target.content[_ranges(begins[1], lengths)]
+    )
     stops = np.cumsum(lengths)
     different = np.append(np.flatnonzero(differs), stops[-1])
     first = different[np.searchsorted(different[:-1], stops - lengths)]
     return begins, np.minimum(first - (stops - lengths), lengths)
 
 
-def _first_other(content: UInt8[np.ndarray, "m"], starts: Int[np.ndarray, "d"]) -> Int[np.ndarray, "d"]:
+def _first_other(
+    content: UInt8[np.ndarray, "m"], starts: Int[np.ndarray, "d"]
+) -> Int[np.ndarray, "d"]:
     """The first byte from each start on that is no space; every document ends with one."""
     others = np.flatnonzero(content != _SPACE)
     return others[np.searchsorted(others, starts)]
@@ -140,4 +161,6 @@ def _first_other(content: UInt8[np.ndarray, "m"], starts: Int[np.ndarray, "d"]) 
 def _ranges(starts: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
     """starts[0], starts[0] + 1, ... (lengths[0] of them), then those of starts[1], and so on."""
     stops = np.cumsum(lengths)
-    return np.arange(stops[-1] if len(stops) else 0) + np.repeat(starts - (stops - lengths), lengths)
+    return np.arange(stops[-1] if len(stops) else 0) + np.repeat(
+        starts - (stops - lengths), lengths
+    )

@@ -39,7 +39,11 @@ GPT_NEOX = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
     "max_position_embeddings": 1024,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
     "use_parallel_residual": True,
     "attention_bias": True,
     "attention_dropout": 0.0,
@@ -52,9 +56,13 @@ GPT_NEOX = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    tokenizer, check, model = (commands.add_parser(name) for name in ("tokenizer", "check", "model"))
+    tokenizer, check, model = (
+        commands.add_parser(name) for name in ("tokenizer", "check", "model")
+    )
     for command in (tokenizer, check, model):
         command.add_argument("--corpus", required=True, help="JSON lines (.xz) with a field `text`")
     for command in (tokenizer, model):
@@ -62,7 +70,9 @@ def main() -> None:
     check.add_argument("--tokenizer", required=True)
     check.add_argument("--other", required=True, help="the tokenizer to compare with")
     tokenizer.add_argument("--vocabulary", type=int, default=24_576)
-    tokenizer.add_argument("--bytes", type=int, default=30_000_000, help="of text, evenly over the corpus")
+    tokenizer.add_argument(
+        "--bytes", type=int, default=30_000_000, help="of text, evenly over the corpus"
+    )
     model.add_argument("--tokenizer", required=True)
     model.add_argument("--train-steps", type=int, default=1500)
     model.add_argument("--batch", type=int, default=128, help="sequences a step, over all devices")
@@ -72,13 +82,17 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":
-            own, other = (hub.load_tokenizer(name) for name in (arguments.tokenizer, arguments.other))
+            own, other = (
+                hub.load_tokenizer(name) for name in (arguments.tokenizer, arguments.other)
+            )
             check_pair(own, other, arguments.corpus)
             return
         if arguments.out.exists() and any(arguments.out.iterdir()):
             raise UserError(f"--out '{arguments.out}' is not empty: name a new folder")
         if arguments.command == "tokenizer":
-            made = sentencepiece_style(sample(arguments.corpus, arguments.bytes), arguments.vocabulary)
+            made = sentencepiece_style(
+                sample(arguments.corpus, arguments.bytes), arguments.vocabulary
+            )
             made.save_pretrained(arguments.out)
             print(f"{len(made):,} tokens in '{arguments.out}'")
         else:
@@ -117,9 +131,13 @@ def sentencepiece_style(texts: Sequence[str], vocabulary: int) -> PreTrainedToke
     """
     first = [*SPECIAL, *BYTES]
     trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    characters = _characters(texts)  # named one by one: of equally frequent ones the trainer keeps any
+    characters = _characters(
+        texts
+    )  # named one by one: of equally frequent ones the trainer keeps any
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(first),
         initial_alphabet=characters,
@@ -131,12 +149,23 @@ def sentencepiece_style(texts: Sequence[str], vocabulary: int) -> PreTrainedToke
     pieces = sorted(learned, key=learned.__getitem__)
     ids = {piece: i for i, piece in enumerate([*first, *pieces])}
     merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme="first", split=False
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def _lines(texts: Sequence[str]) -> Iterator[str]:
@@ -191,7 +220,9 @@ def train_gpt_neox(
     build.pretrain(raw, hub.load_tokenizer(tokenizer), config, out)
 
 
-def check_pair(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, corpus: str) -> None:
+def check_pair(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, corpus: str
+) -> None:
     """Prints how many of the documents come back from their tokens, and how many tokens both vocabularies have."""
     contents, texts = (
         canonical.token_bytes(tokenizer),
@@ -201,8 +232,12 @@ def check_pair(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
     whole = sum(b"".join(contents[i] or b"" for i in ids) == text for ids, text in zip(cut, texts))
     known = canonical.index_by_bytes(other)
     shared = sum(content in known for content in contents if content)
-    print(f"{whole:,} of {len(texts):,} documents come back from their tokens, {sum(map(len, cut)):,} in all")
-    print(f"{shared:,} of {len(contents):,} tokens have one of {len(known):,} of the other with the same bytes")
+    print(
+        f"{whole:,} of {len(texts):,} documents come back from their tokens, {sum(map(len, cut)):,} in all"
+    )
+    print(
+        f"{shared:,} of {len(contents):,} tokens have one of {len(known):,} of the other with the same bytes"
+    )
 
 
 if __name__ == "__main__":

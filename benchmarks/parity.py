@@ -68,7 +68,9 @@ def main() -> None:
     if not wanted:
         before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
-        DOCUMENT.write_text(before + BEGIN + "\n".join([HEADER, *rows]) + "\n" + END + after, encoding="utf-8")
+        DOCUMENT.write_text(
+            before + BEGIN + "\n".join([HEADER, *rows]) + "\n" + END + after, encoding="utf-8"
+        )
 
 
 def row(case: Case) -> str:
@@ -79,7 +81,10 @@ def row(case: Case) -> str:
         after = reference_logits(reference(export(both, Path(folder) / "written")), text)
         figures = (logit_error(both), gradient_error(both), float(np.abs(after - before).max()))
         ours = our_logits(both.config, both.params, text)
-        effects = [np.abs(our_logits(less, both.params, text) - ours).max() for less in simpler(both.config)]
+        effects = [
+            np.abs(our_logits(less, both.params, text) - ours).max()
+            for less in simpler(both.config)
+        ]
         figures = (*figures, *([float(min(effects))] if effects else []))
     return (
         f"| `{case.family}` | {case.features} | "
@@ -99,14 +104,18 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
     if any(kind.window for kind in config.layer_kinds):
         yield layers(lambda kind: replace(kind, window=kind.window and kind.window + 1))
     if any(rope.scaling for rope in ropes):
-        yield layers(lambda kind: replace(kind, rope=kind.rope and replace(kind.rope, scaling=None)))
+        yield layers(
+            lambda kind: replace(kind, rope=kind.rope and replace(kind.rope, scaling=None))
+        )
     if len({kind.rope for kind in config.layer_kinds}) > 1:
         yield layers(lambda kind: replace(kind, rope=ropes[0]))
     for field, absent in ABSENT.items():
         if getattr(config, field) != absent:
             yield replace(config, **{field: absent})
     if config.experts:
-        yield replace(config, experts=replace(config.experts, normalized=not config.experts.normalized))
+        yield replace(
+            config, experts=replace(config.experts, normalized=not config.experts.normalized)
+        )
 
 
 if __name__ == "__main__":

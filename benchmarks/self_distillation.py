@@ -41,12 +41,16 @@ VARIANTS = "none,none*1.25,states:1,readout:1,likelihood:1,common:1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", default="embedded")
     parser.add_argument("--target", default="embedded")
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument(
-        "--held-out", default="", help="text that nothing is trained on; empty: documents held out of the corpus"
+        "--held-out",
+        default="",
+        help="text that nothing is trained on; empty: documents held out of the corpus",
     )
     parser.add_argument("--language-field", default="language")
     parser.add_argument("--workdir", type=Path, required=True)
@@ -56,17 +60,26 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--rates", default="6.4e-4,5e-5", help="peak learning rates of both stages")
     parser.add_argument("--method", default="composed", help="`alignment.method` of the start")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="that the source model reads for the new rows")
+    parser.add_argument(
+        "--tokens", type=int, default=2_000_000, help="that the source model reads for the new rows"
+    )
     parser.add_argument("--budget-bytes", type=int, default=50_000_000)
     parser.add_argument("--bytes-per-language", type=int, default=100_000)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no variant is begun after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="no variant is begun after so long"
+    )
     arguments = parser.parse_args()
     began = time.monotonic()
     trial = Trial(_config(arguments), arguments)
     print(f"start made in {time.monotonic() - began:.0f} s; {trial.facts}", flush=True)
     rows: dict[str, Any] = {"start": trial.start_scores}
-    _show("| variant | state | " + " | ".join(GROUPS) + " | ms a step |\n|---|---|" + "---:|" * (len(GROUPS) + 1))
+    _show(
+        "| variant | state | "
+        + " | ".join(GROUPS)
+        + " | ms a step |\n|---|---|"
+        + "---:|" * (len(GROUPS) + 1)
+    )
     _show(_line("start", "", trial.start_scores, None))
     variants = arguments.variants.split(",")
     trial.compile(variants)
@@ -75,8 +88,15 @@ def main() -> None:
         if time.monotonic() - began > arguments.seconds:
             break
         rows[variant] = trial.run(variant)
-        content = {"arguments": vars(arguments), "device": str(jax.devices()[0]), "facts": trial.facts, "rows": rows}
-        (arguments.workdir / "self_distillation.json").write_text(json.dumps(content, indent=1, default=str))
+        content = {
+            "arguments": vars(arguments),
+            "device": str(jax.devices()[0]),
+            "facts": trial.facts,
+            "rows": rows,
+        }
+        (arguments.workdir / "self_distillation.json").write_text(
+            json.dumps(content, indent=1, default=str)
+        )
         print(f"{time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -101,14 +121,18 @@ def _config(arguments: argparse.Namespace) -> Config:
             budget_bytes=arguments.budget_bytes,
         ),
         stage1=stage,
-        stage2=dataclasses.replace(stage, method="full", learning_rate=rates[1], start_offset="after_previous"),
+        stage2=dataclasses.replace(
+            stage, method="full", learning_rate=rates[1], start_offset="after_previous"
+        ),
         compute=ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=8192),
         evaluation=EvaluationConfig(bytes_per_language=arguments.bytes_per_language),
     )
     return dataclasses.replace(
         config,
         alignment=dataclasses.replace(config.alignment, method=arguments.method),
-        initialization=dataclasses.replace(config.initialization, tokens=arguments.tokens, tuning=0),
+        initialization=dataclasses.replace(
+            config.initialization, tokens=arguments.tokens, tuning=0
+        ),
     )
 
 
@@ -121,17 +145,26 @@ class Trial:
         self.shards = [TokenShards.open(self.context.folder("tokens") / side) for side in SIDES]
         self.tokenizers = self.context.source_tokenizer, self.context.target_tokenizer
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        source_bytes, target_bytes = (canonical.token_bytes(tokenizer) for tokenizer in self.tokenizers)
+        source_bytes, target_bytes = (
+            canonical.token_bytes(tokenizer) for tokenizer in self.tokenizers
+        )
         began = time.monotonic()
         met = meetings.find(self.shards[0], self.shards[1], source_bytes, target_bytes)
         seconds = time.monotonic() - began
         length = arguments.sequence_length
         self.source_config, _ = self.context.source_model
-        source = huggingface.load_params(self.context.source_folder, self.source_config, mesh=self.mesh)
-        window = teaching.window_length(self.shards[0], self.shards[1], length, self.source_config.max_positions)
+        source = huggingface.load_params(
+            self.context.source_folder, self.source_config, mesh=self.mesh
+        )
+        window = teaching.window_length(
+            self.shards[0], self.shards[1], length, self.source_config.max_positions
+        )
         self.sequences = teaching.MetSource(self.shards[1], self.shards[0], met, length, window)
         packed = np.stack(
-            [self.sequences[i] for i in range(0, len(self.sequences), max(1, len(self.sequences) // 500))]
+            [
+                self.sequences[i]
+                for i in range(0, len(self.sequences), max(1, len(self.sequences) // 500))
+            ]
         )
         in_window = float(np.mean(packed[:, -length:] != meetings.NONE))
         self.facts = {
@@ -142,7 +175,11 @@ class Trial:
             "window": window,
             "seconds_to_find": seconds,
         }
-        common = [(index, row) for row, index in _same_bytes(*self.tokenizers) if index < self.source_config.vocab_size]
+        common = [
+            (index, row)
+            for row, index in _same_bytes(*self.tokenizers)
+            if index < self.source_config.vocab_size
+        ]
         rows = np.array(common, np.int32)
         self.taught = {
             "teacher": jax.tree.map(lambda x: x.astype(config.compute.dtype), source),
@@ -168,7 +205,9 @@ class Trial:
             _show(_line(variant, stage, scores, 1000 * seconds))
         return rows
 
-    def _train(self, name: str, way: str, times: float, params: Any, end: int) -> tuple[Any, int, float]:
+    def _train(
+        self, name: str, way: str, times: float, params: Any, end: int
+    ) -> tuple[Any, int, float]:
         """Parameters after a stage, where it ended in the stream, and seconds a step."""
         stage = getattr(self.config, name)
         stage = dataclasses.replace(stage, steps=round(stage.steps * times))
@@ -188,31 +227,50 @@ class Trial:
         began, metrics = 0.0, {}
         for number in range(stage.steps):
             state, metrics = step(state, frozen, self._batch(next(stream), weights), key, schedule)
-            if number == 0:  # what the first step waits for (memory, transfers) is no part of a step
+            if (
+                number == 0
+            ):  # what the first step waits for (memory, transfers) is no part of a step
                 jax.block_until_ready(state)
                 began = time.monotonic()
         loss = float(jax.block_until_ready(metrics["loss"]))
         seconds = (time.monotonic() - began) / max(stage.steps - 1, 1)
         print(f"{name} {way}: loss {loss:.3f}, {int(state.skipped)} steps skipped", flush=True)
-        return paths.merge(state.params, loop.split(stage, params)[1]), start + stage.steps * stage.batch_size, seconds
+        return (
+            paths.merge(state.params, loop.split(stage, params)[1]),
+            start + stage.steps * stage.batch_size,
+            seconds,
+        )
 
     def compile(self, variants: Iterable[str]) -> None:
         """All programs that the variants need, at the same time: one for each stage and kinds taught, for all weights and lengths."""
-        wanted = {(name, tuple(weights_of(way))) for v in variants for name, way in zip(STAGES, ways_of(v))}
+        wanted = {
+            (name, tuple(weights_of(way)))
+            for v in variants
+            for name, way in zip(STAGES, ways_of(v))
+        }
         lowered = {}
         for name, kinds in sorted(wanted):
             stage, weights = getattr(self.config, name), dict.fromkeys(kinds, 1.0)
             loss = teaching.make_loss(
-                self.model_config, self.source_config, self.config.compute, None, stage.sequence_length, kinds
+                self.model_config,
+                self.source_config,
+                self.config.compute,
+                None,
+                stage.sequence_length,
+                kinds,
             )
-            step = make_train_step(loss, self._optimizer(name), jnp.dtype(self.config.compute.dtype), self.mesh)
+            step = make_train_step(
+                loss, self._optimizer(name), jnp.dtype(self.config.compute.dtype), self.mesh
+            )
             sequences = np.stack([self.sequences[0]] * stage.batch_size)[None]
             inputs = *self._inputs(name, weights, self.start), self._batch(sequences, weights)
             lowered[name, kinds] = step.lower(*inputs, jax.random.key(0), schedule_of(stage))
         with ThreadPoolExecutor() as pool:
             self.steps = dict(zip(lowered, pool.map(lambda of: of.compile(), lowered.values())))
 
-    def _inputs(self, name: str, weights: dict[str, float], params: Any) -> tuple[Any, dict[str, Any]]:
+    def _inputs(
+        self, name: str, weights: dict[str, float], params: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """The state before the first step, and what is frozen."""
         stage = getattr(self.config, name)
         trainable, fixed = loop.split(stage, sharding.place(params, self.mesh))
@@ -222,7 +280,9 @@ class Trial:
             "student": jax.tree.map(lambda x: x.astype(self.config.compute.dtype), fixed),
             "weights": {kind: jnp.float32(weight) for kind, weight in weights.items()},
         }
-        return jax.device_put(state, sharding.shardings(state, self.mesh)), frozen | (self.taught if weights else {})
+        return jax.device_put(state, sharding.shardings(state, self.mesh)), frozen | (
+            self.taught if weights else {}
+        )
 
     def _optimizer(self, name: str) -> Any:
         stage = getattr(self.config, name)
@@ -232,7 +292,9 @@ class Trial:
     def _batch(self, packed: np.ndarray, weights: dict[str, float]) -> jax.Array:
         """A step's batch on the device: without what only a teacher needs, where there is none."""
         length = self.config.stage1.sequence_length
-        return sharding.global_batch(packed if weights else np.ascontiguousarray(packed[..., : length + 1]), self.mesh)
+        return sharding.global_batch(
+            packed if weights else np.ascontiguousarray(packed[..., : length + 1]), self.mesh
+        )
 
     def _measure(self, model_config: Any, params: Any, tokenizer: Any) -> dict[str, float]:
         return alignment.measure(self.context, model_config, params, tokenizer, self.texts)
@@ -245,13 +307,21 @@ def ways_of(variant: str) -> list[str]:
 
 def weights_of(way: str) -> dict[str, float]:
     """The weight of each kind that is taught."""
-    return {} if way == "none" else {kind: float(w) for kind, w in (part.split(":") for part in way.split("+"))}
+    return (
+        {}
+        if way == "none"
+        else {kind: float(w) for kind, w in (part.split(":") for part in way.split("+"))}
+    )
 
 
 def _same_bytes(source: Any, target: Any) -> list[tuple[int, int]]:
     """(target id, source id) of tokens with the same bytes."""
     own = canonical.index_by_bytes(source)
-    return [(row, own[content]) for content, row in canonical.index_by_bytes(target).items() if content in own]
+    return [
+        (row, own[content])
+        for content, row in canonical.index_by_bytes(target).items()
+        if content in own
+    ]
 
 
 def _line(name: str, state: str, scores: dict[str, float], milliseconds: float | None) -> str:

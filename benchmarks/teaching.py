@@ -52,7 +52,12 @@ class MetSource(TokenSource):
     """
 
     def __init__(
-        self, target: Shards, source: Shards, meetings: Int[np.ndarray, "tokens"], sequence_length: int, window: int
+        self,
+        target: Shards,
+        source: Shards,
+        meetings: Int[np.ndarray, "tokens"],
+        sequence_length: int,
+        window: int,
     ):
         """`meetings`: as `meetings.find` has them; `window`: S."""
         super().__init__(target, sequence_length)
@@ -61,7 +66,9 @@ class MetSource(TokenSource):
     def __getitem__(self, index: int) -> Int[np.ndarray, "T+1+S+T"]:
         begin = int(index) * self._length
         met = np.asarray(self._meetings[begin : begin + self._length])
-        start = met[np.argmax(met != NONE)]  # NONE where there is no meeting at all: then any window will do
+        start = met[
+            np.argmax(met != NONE)
+        ]  # NONE where there is no meeting at all: then any window will do
         places = np.where((met != NONE) & (met - start < self._window), met - start, NONE)
         window = np.zeros(self._window, np.int64)
         found = self._source[max(start, 0) : max(start, 0) + self._window]
@@ -97,10 +104,20 @@ def make_loss(
     head, teacher_head = head_of(student, compute), head_of(teacher, compute)
     remat = "dots" if compute.remat == "auto" else compute.remat
 
-    def loss(trainable: Any, frozen: Any, packed: Int[Array, "B N"], keys: Array) -> Float[Array, ""]:
+    def loss(
+        trainable: Any, frozen: Any, packed: Int[Array, "B N"], keys: Array
+    ) -> Float[Array, ""]:
         met = unpack(packed, length)
         params = paths.merge(trainable, frozen["student"])
-        hidden = forward(student, params, met.tokens[:, :-1], lora=lora, dropout_key=keys, dtype=dtype, remat=remat)
+        hidden = forward(
+            student,
+            params,
+            met.tokens[:, :-1],
+            lora=lora,
+            dropout_key=keys,
+            dtype=dtype,
+            remat=remat,
+        )
         total, count = cross_entropy(hidden, head_matrix(params), met.tokens[:, 1:], head)
         value = total / count
         if not kinds:
@@ -119,12 +136,17 @@ def make_loss(
                     own = head_matrix(source)
                     taught = divergence((hidden, own), (there, own), is_met, teacher_head)
                 case "common":
-                    rows = head_matrix(params)[frozen["target_rows"]], head_matrix(source)[frozen["source_rows"]]
+                    rows = (
+                        head_matrix(params)[frozen["target_rows"]],
+                        head_matrix(source)[frozen["source_rows"]],
+                    )
                     how = teacher_head._replace(vocabulary=len(rows[0]))
                     taught = divergence((hidden, rows[0]), (there, rows[1]), is_met, how)
                 case "likelihood":
                     read = jnp.pad(met.source[:, 1:], ((0, 0), (0, 1)), constant_values=NONE)
-                    of_teacher = jax.lax.stop_gradient(nll(states, head_matrix(source), read, teacher_head))
+                    of_teacher = jax.lax.stop_gradient(
+                        nll(states, head_matrix(source), read, teacher_head)
+                    )
                     of_student = nll(hidden, head_matrix(params), met.tokens[:, 1:], head)
                     taught = likelihood_error(of_student, of_teacher, met.places)
                 case _:
@@ -197,7 +219,11 @@ def nll(
         chosen = jnp.take_along_axis(found, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
         return jnp.where(targets >= 0, -chosen, 0.0)
 
-    return jax.lax.map(one_chunk, _chunks(how.chunk, hidden, labels)).reshape(-1)[: labels.size].reshape(labels.shape)
+    return (
+        jax.lax.map(one_chunk, _chunks(how.chunk, hidden, labels))
+        .reshape(-1)[: labels.size]
+        .reshape(labels.shape)
+    )
 
 
 def likelihood_error(
@@ -210,7 +236,9 @@ def likelihood_error(
     """
     is_met = places != NONE
     length, window = places.shape[1], teacher.shape[1]
-    spans = is_met.sum(axis=1) - 1  # whole ones: what is before the first meeting and behind the last is left
+    spans = (
+        is_met.sum(axis=1) - 1
+    )  # whole ones: what is before the first meeting and behind the last is left
     marks = jax.vmap(lambda at: jnp.zeros(window, jnp.int32).at[at].set(1, mode="drop"))(
         jnp.where(is_met, places, window)
     )
@@ -218,7 +246,9 @@ def likelihood_error(
     def sums(values: Array, marks: Array) -> Array:
         numbers = jnp.cumsum(marks, axis=1) - 1
         numbers = jnp.where(numbers < 0, length, numbers)
-        return jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=length))(values, numbers)
+        return jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=length))(
+            values, numbers
+        )
 
     nats_student, nats_teacher = sums(student, is_met.astype(jnp.int32)), sums(teacher, marks)
     whole = jnp.arange(length) < spans[:, None]
@@ -232,10 +262,16 @@ def likelihood_error(
     return TEMPERATURE * jnp.sum(jnp.where(whole, terms, 0.0)) / jnp.maximum(whole.sum(), 1)
 
 
-def _log_probabilities(states: Float[Array, "C D"], head: Float[Array, "R D"], how: Head) -> Float[Array, "C R"]:
-    logits = jnp.dot(states.astype(how.dtype), head.astype(how.dtype).T, preferred_element_type=jnp.float32)
+def _log_probabilities(
+    states: Float[Array, "C D"], head: Float[Array, "R D"], how: Head
+) -> Float[Array, "C R"]:
+    logits = jnp.dot(
+        states.astype(how.dtype), head.astype(how.dtype).T, preferred_element_type=jnp.float32
+    )
     logits = logits if how.adjust is None else how.adjust(logits)
-    return jax.nn.log_softmax(jnp.where(jnp.arange(len(head)) < how.vocabulary, logits, -jnp.inf), axis=-1)
+    return jax.nn.log_softmax(
+        jnp.where(jnp.arange(len(head)) < how.vocabulary, logits, -jnp.inf), axis=-1
+    )
 
 
 def _chunks(chunk: int, *of_tokens: Array) -> tuple[Array, ...]:

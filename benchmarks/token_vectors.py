@@ -50,30 +50,50 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source-tokenizer", required=True)
     parser.add_argument("--target-tokenizer", required=True)
     parser.add_argument("--corpus", help="text to make token shards of")
     parser.add_argument("--budget-bytes", type=int, default=5_000_000_000, help="of the corpus")
-    parser.add_argument("--tokens-source", type=Path, help="finished token shards, instead of a corpus")
+    parser.add_argument(
+        "--tokens-source", type=Path, help="finished token shards, instead of a corpus"
+    )
     parser.add_argument("--tokens-target", type=Path)
-    parser.add_argument("--glove_c", type=Path, help="checkout of stanfordnlp/GloVe; needed for the way `c`")
+    parser.add_argument(
+        "--glove_c", type=Path, help="checkout of stanfordnlp/GloVe; needed for the way `c`"
+    )
     parser.add_argument("--c-flags", default=FLAGS, help="for gcc")
-    parser.add_argument("--c-iterations", type=int, default=CONFIG.iterations, help="fewer are extrapolated linearly")
-    parser.add_argument("--c-memory", type=float, default=4.0, help="GB that cooccur and shuffle may fill")
+    parser.add_argument(
+        "--c-iterations",
+        type=int,
+        default=CONFIG.iterations,
+        help="fewer are extrapolated linearly",
+    )
+    parser.add_argument(
+        "--c-memory", type=float, default=4.0, help="GB that cooccur and shuffle may fill"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the C program")
     parser.add_argument(
-        "--tokens", type=float, help="of each side: documents are repeated, with a share of the tokens swapped"
+        "--tokens",
+        type=float,
+        help="of each side: documents are repeated, with a share of the tokens swapped",
     )
     parser.add_argument("--noise", type=float, default=0.2, help="that share")
-    parser.add_argument("--ways", default=",".join(WAYS), help="which to run, of " + ", ".join(WAYS))
+    parser.add_argument(
+        "--ways", default=",".join(WAYS), help="which to run, of " + ", ".join(WAYS)
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
     if "c" in arguments.ways.split(",") and not arguments.glove_c:
         parser.error("--glove_c is needed for the way c")
 
     arguments.workdir.mkdir(parents=True, exist_ok=True)
-    tokenizers = [hub.load_tokenizer(name) for name in (arguments.source_tokenizer, arguments.target_tokenizer)]
+    tokenizers = [
+        hub.load_tokenizer(name)
+        for name in (arguments.source_tokenizer, arguments.target_tokenizer)
+    ]
     folders = token_folders(arguments, *tokenizers)
     if arguments.tokens:
         longer = [arguments.workdir / f"tokens-{int(arguments.tokens)}" / side for side in SIDES]
@@ -125,7 +145,9 @@ def _shared(source_tokenizer, target_tokenizer) -> np.ndarray:
     """int32 [S, 2]: ids (source, target) of tokens of the same bytes."""
     source = canonical.index_by_bytes(source_tokenizer)
     target = canonical.token_bytes(target_tokenizer)
-    return np.array([(source[content], i) for i, content in enumerate(target) if content in source], np.int32)
+    return np.array(
+        [(source[content], i) for i, content in enumerate(target) if content in source], np.int32
+    )
 
 
 def _write_lines(folder: Path, path: Path) -> None:
@@ -145,12 +167,22 @@ def _run_c(arguments: argparse.Namespace, folders: list[Path]) -> dict[str, Any]
     work = arguments.workdir / "c"
     work.mkdir(exist_ok=True)
     for program in PROGRAMS:
-        common = [] if program == "glove" else [str(c) for c in arguments.glove_c.glob("src/common.c")]
+        common = (
+            [] if program == "glove" else [str(c) for c in arguments.glove_c.glob("src/common.c")]
+        )
         sources = [
             str(arguments.glove_c / "src" / f"{program}.c"),
             *(common if _needs_common(arguments, program) else []),
         ]
-        command = ["gcc", *sources, "-o", str(work / program), "-lm", "-pthread", *arguments.c_flags.split()]
+        command = [
+            "gcc",
+            *sources,
+            "-o",
+            str(work / program),
+            "-lm",
+            "-pthread",
+            *arguments.c_flags.split(),
+        ]
         subprocess.run(command, check=True)
     sides = {}
     for side, folder in zip(SIDES, folders):
@@ -177,7 +209,9 @@ def _run_c_side(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     phases: dict[str, Any] = {}
     run = _Timed(work)
     phases["vocab_count"] = run(
-        ["vocab_count", "-min-count", CONFIG.min_count, "-verbose", 0], "corpus.txt", "vocabulary.txt"
+        ["vocab_count", "-min-count", CONFIG.min_count, "-verbose", 0],
+        "corpus.txt",
+        "vocabulary.txt",
     )
     phases["cooccur"] = run(
         ["cooccur", "-vocab-file", "vocabulary.txt", "-window-size", CONFIG.window, *memory],
@@ -197,7 +231,9 @@ def _run_c_side(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "vocab-file": "vocabulary.txt",
         "save-file": "vectors",
     }
-    phases["glove"] = run(["glove", *(word for name, value in settings.items() for word in (f"-{name}", value))])
+    phases["glove"] = run(
+        ["glove", *(word for name, value in settings.items() for word in (f"-{name}", value))]
+    )
     missing = CONFIG.iterations - arguments.c_iterations
     if missing and len(run.passes) > 1:
         a_pass = (run.passes[-1][0] - run.passes[0][0]) / (len(run.passes) - 1)
@@ -206,7 +242,12 @@ def _run_c_side(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         phases["glove"] *= CONFIG.iterations / arguments.c_iterations
     pairs = (work / "shuffled.bin").stat().st_size // 16
     # The program's cost is half of the published loss, a pair.
-    return {"phases": phases, "memory": run.memory, "pairs": pairs, "loss": [2 * cost for _, cost in run.passes]}
+    return {
+        "phases": phases,
+        "memory": run.memory,
+        "pairs": pairs,
+        "loss": [2 * cost for _, cost in run.passes],
+    }
 
 
 class _Timed:
@@ -220,7 +261,9 @@ class _Timed:
         words = [f"./{command[0]}", *map(str, command[1:])]
         start = time.perf_counter()
         with open(self._folder / stdin, "rb") as source, open(self._folder / stdout, "wb") as sink:
-            process = subprocess.Popen(words, cwd=self._folder, stdin=source, stdout=sink, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                words, cwd=self._folder, stdin=source, stdout=sink, stderr=subprocess.PIPE
+            )
             watcher = threading.Thread(target=self._watch, args=(process,))
             watcher.start()
             tail = b""
@@ -234,7 +277,9 @@ class _Timed:
         seconds = time.perf_counter() - start
         watcher.join()
         if process.returncode:
-            sys.exit(f"{' '.join(words)} failed with {process.returncode}: {tail.decode(errors='replace')}")
+            sys.exit(
+                f"{' '.join(words)} failed with {process.returncode}: {tail.decode(errors='replace')}"
+            )
         return seconds
 
     def _watch(self, process: subprocess.Popen) -> None:
@@ -256,7 +301,9 @@ def _peak_memory(process: int | str = "self") -> int:
 def _run_own(way: str, folders: list[Path], shared: np.ndarray, workdir: Path) -> dict[str, Any]:
     counts, sides, compiled = {}, {}, []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration_secs, **kwargs: compiled.append(duration_secs) if event == COMPILATION else None
+        lambda event, duration_secs, **kwargs: (
+            compiled.append(duration_secs) if event == COMPILATION else None
+        )
     )
     start = time.perf_counter()
     jax.devices()
@@ -264,22 +311,34 @@ def _run_own(way: str, folders: list[Path], shared: np.ndarray, workdir: Path) -
     for side, folder in zip(SIDES, folders):
         shards = TokenShards.open(folder)
         start = time.perf_counter()
-        counts[side] = cooccurrence.count(shards, CONFIG.window, CONFIG.min_count, print, f"{side} co-occurrence")
-        sides[side] = {"phases": {"count": time.perf_counter() - start}, "pairs": _entries(counts[side])}
+        counts[side] = cooccurrence.count(
+            shards, CONFIG.window, CONFIG.min_count, print, f"{side} co-occurrence"
+        )
+        sides[side] = {
+            "phases": {"count": time.perf_counter() - start},
+            "pairs": _entries(counts[side]),
+        }
     start = time.perf_counter()
     if way == "ppmi":
         columns = vectors.contexts(CONFIG, counts["source"], counts["target"], shared, SEED)
         assert columns is not None, "too few shared tokens"
-        made = ppmi.train([*counts.values()], [columns[:, 0], columns[:, 1]], CONFIG.vector_size, SEED, print)
+        made = ppmi.train(
+            [*counts.values()], [columns[:, 0], columns[:, 1]], CONFIG.vector_size, SEED, print
+        )
         # Both sides are factored at once; the time is put down to each by its pairs.
-        seconds, total = time.perf_counter() - start, sum(of_side["pairs"] for of_side in sides.values())
+        seconds, total = (
+            time.perf_counter() - start,
+            sum(of_side["pairs"] for of_side in sides.values()),
+        )
         for of_side in sides.values():
             of_side["phases"]["train"] = seconds * of_side["pairs"] / total
     else:
         made = []
         for offset, (side, of_side) in enumerate(counts.items()):
             start = time.perf_counter()
-            found, sides[side]["loss"] = glove.train(of_side, CONFIG, SEED + offset, print, f"{side} GloVe")
+            found, sides[side]["loss"] = glove.train(
+                of_side, CONFIG, SEED + offset, print, f"{side} GloVe"
+            )
             sides[side]["phases"]["train"] = time.perf_counter() - start
             made.append(found)
     for (side, of_side), found in zip(counts.items(), made):
@@ -315,8 +374,13 @@ def _accuracy(workdir: Path, way: str, folders: list[Path], shared: np.ndarray) 
     few, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], CONFIG.pivots, SEED)
     others = np.setdiff1d(np.arange(len(rows)), judges)
     found = {}
-    for name, pivots in ((f"map from {len(few)}", few), (f"map from all {len(others):,} others", others)):
-        result = matching.match(source.vectors, target.vectors, rows[pivots], rows[judges], CONFIG.neighbours)
+    for name, pivots in (
+        (f"map from {len(few)}", few),
+        (f"map from all {len(others):,} others", others),
+    ):
+        result = matching.match(
+            source.vectors, target.vectors, rows[pivots], rows[judges], CONFIG.neighbours
+        )
         found[name] = result.accuracy
     if way == "ppmi":
         keys, queries = (matching.centred(jnp.asarray(side.vectors)) for side in (source, target))
@@ -328,13 +392,17 @@ def _accuracy(workdir: Path, way: str, folders: list[Path], shared: np.ndarray) 
 def _read(workdir: Path, way: str, side: str, folder: Path) -> vectors.Vectors:
     """By falling frequency, ties by id, as C has them in another order: so that all ways have the same judges."""
     counts = TokenShards.open(folder).counts
-    found = vectors.read(workdir / f"{way}-{side}.{'txt' if way == 'c' else 'npz'}", len(counts), f"{way}-{side}")
+    found = vectors.read(
+        workdir / f"{way}-{side}.{'txt' if way == 'c' else 'npz'}", len(counts), f"{way}-{side}"
+    )
     order = np.lexsort((found.ids, -counts[found.ids]))
     return vectors.Vectors(found.ids[order], found.vectors[order])
 
 
 def _total(of_way: dict[str, Any]) -> float:
-    return of_way.get("start", 0.0) + sum(sum(side["phases"].values()) for side in of_way["sides"].values())
+    return of_way.get("start", 0.0) + sum(
+        sum(side["phases"].values()) for side in of_way["sides"].values()
+    )
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -347,22 +415,25 @@ def _table(report: dict[str, Any]) -> str:
     for way, of_way in report["ways"].items():
         sides = list(of_way["sides"].values())
         phases = ", ".join(
-            f"{name} " + " + ".join(f"{s['phases'][name]:.1f}" for s in sides) for name in sides[0]["phases"]
+            f"{name} " + " + ".join(f"{s['phases'][name]:.1f}" for s in sides)
+            for name in sides[0]["phases"]
         )
         memory = f"{max(side['memory'] for side in sides) / 1e9:.2f}"
         if of_way.get("device_memory"):
             memory += f", device {of_way['device_memory'] / 1e9:.2f}"
         if "programs" in of_way:
-            phases += (
-                f", start {of_way['start']:.1f} ({of_way['programs']} programs compiled in {of_way['compilation']:.1f}"
-            )
+            phases += f", start {of_way['start']:.1f} ({of_way['programs']} programs compiled in {of_way['compilation']:.1f}"
             phases += f", processors busy for {of_way['processor']:.0f})"
         loss = ", ".join(f"{side['loss'][-1]:.4f}" for side in sides if "loss" in side)
-        accuracy = ", ".join(f"{name} {share:.3f}" for name, share in of_way["accuracy_at_1"].items())
+        accuracy = ", ".join(
+            f"{name} {share:.3f}" for name, share in of_way["accuracy_at_1"].items()
+        )
         name, run = WAYS[way], of_way.get("passes_run", CONFIG.iterations)
         if run != CONFIG.iterations:
             name += f" ({run} passes run; time of {CONFIG.iterations} extrapolated, loss and accuracy not)"
-        lines.append(f"| {name} | {_total(of_way):.1f} | {phases} | {memory} | {loss} | {accuracy} |")
+        lines.append(
+            f"| {name} | {_total(of_way):.1f} | {phases} | {memory} | {loss} | {accuracy} |"
+        )
     if "c" in report["ways"]:
         for way in report["ways"]:
             if way != "c":

@@ -43,7 +43,11 @@ _NEOX = {
     "use_parallel_residual": True,
     "attention_bias": True,
     "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
 }
 _LLAMA = {
     "model_type": "llama",
@@ -56,7 +60,9 @@ _LLAMA = {
 }
 
 
-def _sizes(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int) -> dict[str, int]:
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int
+) -> dict[str, int]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -70,7 +76,9 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": _NEOX | _sizes(64, 256, 2, 4, 1000),
     "pythia-1b": _NEOX | _sizes(2048, 8192, 16, 8, 50304),
-    "llama-8b": _LLAMA | _sizes(4096, 14336, 32, 32, 128256) | {"num_key_value_heads": 8, "head_dim": 128},
+    "llama-8b": _LLAMA
+    | _sizes(4096, 14336, 32, 32, 128256)
+    | {"num_key_value_heads": 8, "head_dim": 128},
 }
 """Configs as Hugging Face writes them."""
 
@@ -81,64 +89,114 @@ Row = dict[str, Any]
 def main() -> None:
     arguments = _arguments()
     if arguments.worker:
-        print(json.dumps(measure_torch(arguments) if arguments.worker == "torch" else measure(arguments)))
+        print(
+            json.dumps(
+                measure_torch(arguments) if arguments.worker == "torch" else measure(arguments)
+            )
+        )
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     methods = arguments.method.split(",")
     measured = _together if arguments.together else functools.partial(_apart, "jax")
     lists = arguments.remat.split(","), arguments.unroll.split(","), arguments.xla.split(";")
-    rows = [measured(method, arguments, **variant) for method in methods for variant in _variants(*lists)]
+    rows = [
+        measured(method, arguments, **variant)
+        for method in methods
+        for variant in _variants(*lists)
+    ]
     torch_rows = []
     if arguments.torch:
         policies = ["none", "checkpointing"] if arguments.torch_checkpointing else ["none"]
         trainable = [method for method in methods if method != "lora"]
-        torch_rows = [_apart("torch", method, arguments, remat=policy) for method in trainable for policy in policies]
+        torch_rows = [
+            _apart("torch", method, arguments, remat=policy)
+            for method in trainable
+            for policy in policies
+        ]
     print(table(rows + torch_rows))
     # The fastest of each method comes last: that is the one a reader by method keeps.
     rows.sort(key=lambda row: row.get("tokens_per_second", 0))
-    (arguments.out / "throughput.json").write_text(json.dumps([row for row in rows if "error" not in row], indent=1))
+    (arguments.out / "throughput.json").write_text(
+        json.dumps([row for row in rows if "error" not in row], indent=1)
+    )
     (arguments.out / "throughput-torch.json").write_text(json.dumps(torch_rows, indent=1))
     picture(rows + torch_rows, arguments.out / "throughput.png")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help=f"{', '.join(MODELS)} or the path of a config.json")
-    parser.add_argument("--vocabulary", type=int, default=0, help="rows of embedding and head; 0: the model's own")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="tiny", help=f"{', '.join(MODELS)} or the path of a config.json"
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=0, help="rows of embedding and head; 0: the model's own"
+    )
     parser.add_argument("--method", default="embedding,full", help="of embedding, lora, full")
-    parser.add_argument("--batch", type=int, default=8, help="sequences that all devices hold at once")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="sequences that all devices hold at once"
+    )
     parser.add_argument("--accumulation", type=int, default=1, help="such batches of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--remat", default="dots", help="of dots, attention, layer")
     parser.add_argument(
-        "--unroll", default="0", help="layers in one turn of the loop over them; 0: as the model chooses"
+        "--unroll",
+        default="0",
+        help="layers in one turn of the loop over them; 0: as the model chooses",
     )
     parser.add_argument(
-        "--xla", default="", help="options of the compiler, name=value,name=value; several such sets with ; between"
+        "--xla",
+        default="",
+        help="options of the compiler, name=value,name=value; several such sets with ; between",
     )
     parser.add_argument(
-        "--together", action="store_true", help="all of this project in one process: memory is then what is planned"
+        "--together",
+        action="store_true",
+        help="all of this project in one process: memory is then what is planned",
     )
     parser.add_argument("--no-feed", action="store_true", help="only the fixed batch")
-    parser.add_argument("--mesh", default="0,0,0", help="devices along data, fsdp, tensor; 0: chosen")
+    parser.add_argument(
+        "--mesh", default="0,0,0", help="devices along data, fsdp, tensor; 0: chosen"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--row-damping", type=float, default=0.0, help="of the optimizer, as StageConfig has it")
-    parser.add_argument("--loss-chunk", type=int, default=0, help="tokens whose logits exist at once; 0: the default")
+    parser.add_argument(
+        "--row-damping", type=float, default=0.0, help="of the optimizer, as StageConfig has it"
+    )
+    parser.add_argument(
+        "--loss-chunk",
+        type=int,
+        default=0,
+        help="tokens whose logits exist at once; 0: the default",
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--device", default="", help="platform: cpu, cuda, tpu; empty: the best there is")
+    parser.add_argument(
+        "--device", default="", help="platform: cpu, cuda, tpu; empty: the best there is"
+    )
     parser.add_argument("--torch", action="store_true", help="PyTorch too")
-    parser.add_argument("--torch-checkpointing", action="store_true", help="also with gradient checkpointing")
-    parser.add_argument("--torch-masters", default="bfloat16", choices=("bfloat16", "float32"), help="its weights")
-    parser.add_argument("--profile", action="store_true", help="also a table of the kernels, beside the results")
+    parser.add_argument(
+        "--torch-checkpointing", action="store_true", help="also with gradient checkpointing"
+    )
+    parser.add_argument(
+        "--torch-masters", default="bfloat16", choices=("bfloat16", "float32"), help="its weights"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also a table of the kernels, beside the results"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _variants(remat: Sequence[str], unroll: Sequence[str], xla: Sequence[str]) -> list[dict[str, Any]]:
+def _variants(
+    remat: Sequence[str], unroll: Sequence[str], xla: Sequence[str]
+) -> list[dict[str, Any]]:
     return [
-        {"remat": policy, "unroll": layers, "xla": options} for policy in remat for layers in unroll for options in xla
+        {"remat": policy, "unroll": layers, "xla": options}
+        for policy in remat
+        for layers in unroll
+        for options in xla
     ]
 
 
@@ -157,7 +215,13 @@ def _together(method: str, arguments: argparse.Namespace, **variant: Any) -> Row
 def _apart(worker: str, method: str, arguments: argparse.Namespace, **variant: Any) -> Row:
     """One measurement in a process of its own; what it reports goes to the terminal, its row comes back."""
     what = {"implementation": worker, "method": method, **variant}
-    own = {"method": method, "worker": worker, "torch": False, "torch_checkpointing": False, **variant}
+    own = {
+        "method": method,
+        "worker": worker,
+        "torch": False,
+        "torch_checkpointing": False,
+        **variant,
+    }
     flags = []
     for name, value in (vars(arguments) | own).items():
         if value is True:
@@ -170,7 +234,11 @@ def _apart(worker: str, method: str, arguments: argparse.Namespace, **variant: A
     name = ", ".join(str(value) for value in what.values() if value)
     _say(name)
     done = subprocess.Popen(
-        [sys.executable, __file__, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, __file__, *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     said = []
     for line in done.stderr or ():
@@ -220,22 +288,30 @@ def measure(arguments: argparse.Namespace) -> Row:
         row_damping=arguments.row_damping,
     )
     chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
-    compute = ComputeConfig(dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk)
+    compute = ComputeConfig(
+        dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk
+    )
     assert micro_batch("benchmark", stage, mesh) == batch
     optimizer = make_optimizer(stage, _labels(stage, model), model.vocab_size)
     state, frozen = _random_state(stage, model, jnp.dtype(arguments.dtype), optimizer, mesh)
-    step = make_train_step(make_loss(model, compute, lora_spec(stage)), optimizer, compute.dtype, mesh)
+    step = make_train_step(
+        make_loss(model, compute, lora_spec(stage)), optimizer, compute.dtype, mesh
+    )
 
     shape = (arguments.accumulation, batch, length + 1)
     random = np.random.default_rng(0)
-    fixed = sharding.global_batch(random.integers(model.vocab_size, size=shape, dtype=np.int32), mesh)
+    fixed = sharding.global_batch(
+        random.integers(model.vocab_size, size=shape, dtype=np.int32), mesh
+    )
     key, schedule = jax.random.key(0), schedule_of(stage)
     began = time.monotonic()
     lowered: Any = step.lower(state, frozen, fixed, key, schedule)  # pyright: ignore[reportFunctionMemberAccess]
     compiled = lowered.compile(compiler_options=_options(arguments.xla))
     compile_seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
-    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # outputs lie where the state came in
+    planned = (
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    )  # outputs lie where the state came in
     _report(f"compiled in {compile_seconds:.1f} s, {planned / 2**30:.2f} GiB a device")
 
     def run(batches: Iterator[Any], steps: int, what: str) -> float:
@@ -261,14 +337,24 @@ def measure(arguments: argparse.Namespace) -> Row:
         run(feed, arguments.warmup, "warm-up")
         fed["fed_tokens_per_second"] = stage.batch_size * length / run(feed, arguments.steps, "fed")
     if arguments.profile:
-        _profile(lambda: run(same, 3, "profile"), 3, arguments.out / f"kernels-{_file_name(arguments)}.txt")
+        _profile(
+            lambda: run(same, 3, "profile"),
+            3,
+            arguments.out / f"kernels-{_file_name(arguments)}.txt",
+        )
         program = gzip.compress(compiled.as_text().encode())
         (arguments.out / f"program-{_file_name(arguments)}.txt.gz").write_bytes(program)
 
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
-    measured = None if arguments.together else (device.memory_stats() or {}).get("peak_bytes_in_use")
-    timing = {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": measured or planned}
+    measured = (
+        None if arguments.together else (device.memory_stats() or {}).get("peak_bytes_in_use")
+    )
+    timing = {
+        "seconds": seconds,
+        "compile_seconds": compile_seconds,
+        "peak_bytes": measured or planned,
+    }
     return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed
 
 
@@ -276,7 +362,9 @@ def _options(text: str) -> dict[str, Any]:
     """Of the compiler, by name: truth values and numbers as such."""
     values = (option.split("=", 1) for option in text.split(",") if option)
     known = {"true": True, "false": False}
-    return {name: known.get(value, int(value) if value.isdigit() else value) for name, value in values}
+    return {
+        name: known.get(value, int(value) if value.isdigit() else value) for name, value in values
+    }
 
 
 def _file_name(arguments: argparse.Namespace) -> str:
@@ -318,7 +406,8 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
         keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
         return paths.unflatten(
             {
-                path: 0.02 * jax.random.normal(key, sharding.padded_shape(path, leaf.shape, mesh), dtype)
+                path: 0.02
+                * jax.random.normal(key, sharding.padded_shape(path, leaf.shape, mesh), dtype)
                 for (path, leaf), key in zip(leaves.items(), keys)
             }
         )
@@ -328,7 +417,10 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
         lambda: init_state(random(trained, jnp.float32, 0), optimizer),
         lambda: random(frozen, dtype, 1),
     ]
-    made = [jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))() for make in makers]
+    made = [
+        jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
+        for make in makers
+    ]
     return made[0], made[1]
 
 
@@ -370,7 +462,9 @@ def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
         yield ready.popleft()
 
 
-def _row(arguments: argparse.Namespace, timing: Row, devices: int, kind: str, peak: float | None) -> Row:
+def _row(
+    arguments: argparse.Namespace, timing: Row, devices: int, kind: str, peak: float | None
+) -> Row:
     from tokalign_jax.config import StageConfig
     from tokalign_jax.planning.flops import flops_per_token
 
@@ -416,13 +510,21 @@ def _profile(work: Callable[[], Any], steps: int, file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             work()
-        times, idle = kernel_times(max(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime))
+        times, idle = kernel_times(
+            max(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+        )
     busy = sum(time for time, _ in times.values())
-    lines = [f"{1e-6 * busy / steps:.2f} ms a step in kernels, {1e-6 * idle / steps:.2f} between them", *by_kind(times)]
+    lines = [
+        f"{1e-6 * busy / steps:.2f} ms a step in kernels, {1e-6 * idle / steps:.2f} between them",
+        *by_kind(times),
+    ]
     for line in lines:
         _report(line)
     longest = sorted(times.items(), key=lambda item: -item[1][0])[:80]
-    lines += [f"{1e-6 * time / steps:8.3f} ms {count / steps:7.1f} x {name}" for name, (time, count) in longest]
+    lines += [
+        f"{1e-6 * time / steps:8.3f} ms {count / steps:7.1f} x {name}"
+        for name, (time, count) in longest
+    ]
     file.write_text("\n".join(lines) + "\n")
 
 
@@ -458,7 +560,9 @@ def by_kind(times: Times) -> Iterator[str]:
         kinds[kind_of(name)][name] = int(time_of)
     for kind, names in sorted(kinds.items(), key=lambda item: -item[1].total()):
         if names:
-            longest = ", ".join(f"{name[:40]} {time_of / total:.1%}" for name, time_of in names.most_common(3))
+            longest = ", ".join(
+                f"{name[:40]} {time_of / total:.1%}" for name, time_of in names.most_common(3)
+            )
             yield f"{names.total() / total:6.1%} {kind:18} ({longest})"
 
 
@@ -494,7 +598,9 @@ def measure_torch(arguments: argparse.Namespace) -> Row:
     hf_config = _hf_config(arguments)
     config = transformers.AutoConfig.for_model(**hf_config)
     with torch.device(on):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=dtype
+        )
     if arguments.method == "embedding":
         model.requires_grad_(False)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -585,7 +691,9 @@ def picture(rows: Sequence[Row], file: Path) -> None:
     good = [row for row in rows if "error" not in row]
     names = [f"{row['implementation']}, {row['method']}, {_variant(row)}" for row in good]
     colours = ["tab:blue" if row["implementation"] == "jax" else "tab:gray" for row in good]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.4 * len(good)), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 1 + 0.4 * len(good)), sharey=True, layout="constrained"
+    )
     left.barh(names, [row["tokens_per_second"] / 1e3 for row in good], color=colours)
     left.set_xlabel("thousand tokens a second")
     right.barh(names, [(row["peak_bytes"] or math.nan) / 2**30 for row in good], color=colours)

@@ -73,14 +73,19 @@ def get_runs() -> dict[str, dict[str, Any]]:
             runs |= _run("own", 6.4e-4, f"full@{rate:.1e}", 60, seed, of_stage2)
             runs |= _alone(f"full@{rate:.1e}", 120, seed, of_stage2)
         for start in ("pieces", "published"):
-            runs |= _alone("full@5.0e-04", 120, seed, {"stage2.learning_rate": 5e-4} | STARTS[start], start)
+            runs |= _alone(
+                "full@5.0e-04", 120, seed, {"stage2.learning_rate": 5e-4} | STARTS[start], start
+            )
         rows = {"stage2.learning_rate": 5e-4, "stage2.embedding_learning_rate": 1.6e-4}
         runs |= _alone("full@5.0e-04-rows@1.6e-04", 120, seed, rows)
         for rate in (1.6e-4, 5e-4, 1e-3):
             damped = {"stage2.learning_rate": rate, "stage2.row_damping": 0.3}
             runs |= _alone(f"full@{rate:.1e}-damped0.3", 120, seed, damped)
     # What AdamW does with rows of rare tokens.
-    for field, values in {"epsilon": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "row_damping": (0.1, 1.0)}.items():
+    for field, values in {
+        "epsilon": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
+        "row_damping": (0.1, 1.0),
+    }.items():
         for value in values:
             fields = {"stage2.learning_rate": 5e-4, f"stage2.{field}": value}
             runs |= _alone(f"full@5.0e-04-{field}{value:g}", 120, 0, fields)
@@ -102,7 +107,8 @@ def get_runs() -> dict[str, dict[str, Any]]:
         "decay0.1": {"stage1.weight_decay": 0.1, "stage2.weight_decay": 0.1},
         "rows@1.6e-04": {"stage2.embedding_learning_rate": 1.6e-4},
         "lora@5.0e-04": LORA,
-        "lora@4.0e-03-rows@6.4e-04": LORA | {"stage2.learning_rate": 4e-3, "stage2.embedding_learning_rate": 6.4e-4},
+        "lora@4.0e-03-rows@6.4e-04": LORA
+        | {"stage2.learning_rate": 4e-3, "stage2.embedding_learning_rate": 6.4e-4},
         "threshold0": {"alignment.similarity_threshold": 0.0},
         "threshold0.6": {"alignment.similarity_threshold": 0.6},
         "nomatches": {"alignment.similarity_threshold": 1.0},
@@ -115,11 +121,18 @@ def get_runs() -> dict[str, dict[str, Any]]:
 def _run(
     start: str, rate: float, rest: str, steps: int, seed: int, fields: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    common = {"seed": seed, "stage1.learning_rate": rate, "stage1.steps": steps, "stage2.steps": steps}
+    common = {
+        "seed": seed,
+        "stage1.learning_rate": rate,
+        "stage1.steps": steps,
+        "stage2.steps": steps,
+    }
     return {f"{start}-{rate:.1e}-{rest}-{steps}-s{seed}": common | fields}
 
 
-def _alone(rest: str, steps: int, seed: int, fields: dict[str, Any], start: str = "own") -> dict[str, dict[str, Any]]:
+def _alone(
+    rest: str, steps: int, seed: int, fields: dict[str, Any], start: str = "own"
+) -> dict[str, dict[str, Any]]:
     """Stage 2 without Stage 1."""
     common = {"seed": seed, "stage1.steps": 0, "stage2.steps": steps}
     return {f"{start}-none-{rest}-{steps}-s{seed}": common | fields}

@@ -26,7 +26,10 @@ def _known(flag: str) -> bool:
     found = importlib.util.find_spec("jaxlib")
     libraries = Path(found.origin).parent.rglob("*.so*") if found and found.origin else ()
     for library in libraries:
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            library.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             if content.find(b"\0" + flag.encode() + b"\0") >= 0:
                 return True
     return False

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from training_toys import CONFIG, LENGTH, LLAMA, NEOX, STAGE, VOCABULARY, toy_params, toy_shards, unpadded
+from training_toys import (
+    CONFIG,
+    LENGTH,
+    LLAMA,
+    NEOX,
+    STAGE,
+    VOCABULARY,
+    toy_params,
+    toy_shards,
+    unpadded,
+)
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, sharding
@@ -33,7 +43,9 @@ from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_
 from tokalign_jax.training.step import NEXT_TOKEN, init_state, make_loss, make_train_step
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
-STEP = replace(STAGE, steps=3, batch_size=24, per_device_batch=1, checkpoint_every=3, row_damping=0.3)
+STEP = replace(
+    STAGE, steps=3, batch_size=24, per_device_batch=1, checkpoint_every=3, row_damping=0.3
+)
 
 
 def mesh_of(shape=(1, 1, 1)):
@@ -59,7 +71,9 @@ def vocabulary(shape):
             with sharding.within(mesh):
                 hidden = sharding.look_up(table, tokens, jnp.float32) * 0.5
                 total, count = cross_entropy(hidden, head, jnp.asarray(labels), how)
-                each = token_nll_and_likeliest(*jax.lax.stop_gradient((hidden, head)), jnp.asarray(labels), how)
+                each = token_nll_and_likeliest(
+                    *jax.lax.stop_gradient((hidden, head)), jnp.asarray(labels), how
+                )
                 return 2.0 * total / count, each
 
         results = []
@@ -86,14 +100,20 @@ def divergence(shape):
 
     def loss(hidden, head, teacher_hidden, teacher_head, mesh):
         with sharding.within(mesh):
-            total, count = distillation(hidden, head, teacher_hidden, teacher_head, jnp.asarray(labels), how)
+            total, count = distillation(
+                hidden, head, teacher_hidden, teacher_head, jnp.asarray(labels), how
+            )
             return 2.0 * total / count
 
     results = []
     for mesh in (mesh_of(), mesh_of(shape)):
         rows = sharding.sharding_of("lm_head/kernel", heads[0].shape, mesh)
         sequences = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
-        placed = [sharding.put(x, where) for of in zip(states, heads) for x, where in zip(of, (sequences, rows))]
+        placed = [
+            sharding.put(x, where)
+            for of in zip(states, heads)
+            for x, where in zip(of, (sequences, rows))
+        ]
         results.append(jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)(*placed, mesh))
     close(results[1], results[0], 1e-5)
 
@@ -106,7 +126,18 @@ REFERENCES: dict = {}
 def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
     stage = replace(STEP, method=method)
     config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7, unroll=unroll))
-    arguments = (name, stage, config, model, toy_params(model), toy_shards(), Path(folder), 0, lambda line: None, mesh)
+    arguments = (
+        name,
+        stage,
+        config,
+        model,
+        toy_params(model),
+        toy_shards(),
+        Path(folder),
+        0,
+        lambda line: None,
+        mesh,
+    )
     return run_stage(*arguments, taught_by(teacher, model, mesh) if teacher else NEXT_TOKEN)
 
 
@@ -114,7 +145,9 @@ def taught_by(teacher, model, mesh):
     """An objective with a teacher whose vocabulary's matrices have more rows than the student's."""
     params = sharding.place(toy_params(teacher), mesh)
     params = with_rows(params, model.vocab_size, mesh)
-    return objective(DistillationConfig(divergence="mixed"), Teacher(teacher, params, model.vocab_size, ""))
+    return objective(
+        DistillationConfig(divergence="mixed"), Teacher(teacher, params, model.vocab_size, "")
+    )
 
 
 def training(shape, model, method, teacher=None, unroll=0):
@@ -124,9 +157,13 @@ def training(shape, model, method, teacher=None, unroll=0):
             REFERENCES[key] = trained("stage", model, method, mesh_of(), f"{folder}/one", teacher)
         one = REFERENCES[key]  # with a loop over layers
         many = trained("stage", model, method, mesh_of(shape), f"{folder}/many", teacher, unroll)
-        again = load_trained(Path(f"{folder}/many"), replace(STEP, method=method), model, mesh_of(shape))
+        again = load_trained(
+            Path(f"{folder}/many"), replace(STEP, method=method), model, mesh_of(shape)
+        )
     for name in ("loss", "gradient_norm"):
-        np.testing.assert_allclose([r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5)
+        np.testing.assert_allclose(
+            [r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5
+        )
     without = "layers/attention/k_proj/bias"  # has no gradient but rounding, which Adam makes as large as any other
     trees = (unpadded(of.params, model.vocab_size) for of in (many, one))
     close(*(paths.split(tree, lambda path: path != without)[0] for tree in trees), 1e-4)
@@ -140,7 +177,8 @@ def training(shape, model, method, teacher=None, unroll=0):
             assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
     if parts > 1:
         assert any(
-            "_proj/kernel" in p and not x.sharding.is_fully_replicated for p, x in paths.flatten(many.params).items()
+            "_proj/kernel" in p and not x.sharding.is_fully_replicated
+            for p, x in paths.flatten(many.params).items()
         )
 
 
@@ -164,8 +202,14 @@ def sums_over_devices(dtype):
     batch = sharding.global_batch(np.zeros((2, 4, LENGTH + 1), np.int32), mesh)
     step = make_train_step(make_loss(LLAMA, compute, None), optimizer, jnp.dtype(dtype), mesh)
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd.*", "xla_dump_hlo_as_text": True}
-        step.lower(state, {}, batch, jax.random.key(0), schedule_of(STEP)).compile(compiler_options=dump)
+        dump = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_pass_re": "spmd.*",
+            "xla_dump_hlo_as_text": True,
+        }
+        step.lower(state, {}, batch, jax.random.key(0), schedule_of(STEP)).compile(
+            compiler_options=dump
+        )
         (program,) = Path(folder).glob("*after_spmd-partitioning*")
         return set(re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", program.read_text()))
 
@@ -176,8 +220,12 @@ def gradient_types():
     others = {"256,16", "16", ""}  # embedding and head, norms, loss
     for dtype, short in (("bfloat16", "bf16"), ("float32", "f32")):
         # Beside them sums along axes of one device, which are none, of states and of numbers a token.
-        found = {(kind, shape) for kind, shape in sums_over_devices(dtype) if shape in matrices | others}
-        assert found == {(short, shape) for shape in matrices} | {("f32", shape) for shape in others}
+        found = {
+            (kind, shape) for kind, shape in sums_over_devices(dtype) if shape in matrices | others
+        }
+        assert found == {(short, shape) for shape in matrices} | {
+            ("f32", shape) for shape in others
+        }
 
 
 # --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
@@ -199,7 +247,9 @@ def files(shape):
             huggingface.save_checkpoint(
                 out, params, config, raw, tokenizer, source_folder=model, max_shard_bytes=30_000
             )
-        written = [sorted((Path(folder) / name).glob("*.safetensors")) for name in ("host", "placed")]
+        written = [
+            sorted((Path(folder) / name).glob("*.safetensors")) for name in ("host", "placed")
+        ]
         assert len(written[0]) > 1 and [f.name for f in written[0]] == [f.name for f in written[1]]
         assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*written))
 
@@ -221,13 +271,17 @@ def after_training(shape):
             huggingface.write_weights(out, read, LLAMA, "bfloat16", {}, 10**9)
             dtype = states.inference_dtype("bfloat16")
             params = states.assemble(folder, LLAMA, load(), dtype, mesh)
-            loaded.append((unpadded(params, LLAMA.vocab_size), (out / "model.safetensors").read_bytes()))
+            loaded.append(
+                (unpadded(params, LLAMA.vocab_size), (out / "model.safetensors").read_bytes())
+            )
         (one, written), (many, written_by_many) = loaded
         close(many, one, 0)
         assert written == written_by_many
         stored = paths.flatten(huggingface.load_params(folder / "export-1", LLAMA, "float32"))
         for path, leaf in paths.flatten(one).items():
-            np.testing.assert_array_equal(stored[path], leaf.astype("bfloat16").astype("float32"), path)
+            np.testing.assert_array_equal(
+                stored[path], leaf.astype("bfloat16").astype("float32"), path
+            )
 
 
 def reading(shape):
@@ -243,12 +297,22 @@ def reading(shape):
         for mesh in (mesh_of(), mesh_of(shape)):
             params = huggingface.load_params(model, config, mesh=mesh)
             scores = bits_per_byte.evaluate(
-                config, params, source, {"a": TEXTS, "b": TEXTS[:1]}, sequence_length=32, batch=2, mesh=mesh
+                config,
+                params,
+                source,
+                {"a": TEXTS, "b": TEXTS[:1]},
+                sequence_length=32,
+                batch=2,
+                mesh=mesh,
             )
             questions = abilities.sums(5)
-            answered = abilities.score(config, params, source, questions, shards[0].index["end_of_text"], mesh=mesh)
+            answered = abilities.score(
+                config, params, source, questions, shards[0].index["end_of_text"], mesh=mesh
+            )
             sizes = [len(s.counts) for s in shards]
-            read = contexts.read(config, params, places, *sizes, jnp.float32, mesh, lambda line: None)
+            read = contexts.read(
+                config, params, places, *sizes, jnp.float32, mesh, lambda line: None
+            )
             moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
             prompt = jnp.asarray([shards[0].tokens[:9]])
             rows = {
@@ -257,10 +321,22 @@ def reading(shape):
                 if sharding.is_vocabulary(path)
             }
             ids = np.arange(sizes[0])
-            tokens = composition.Tokens(ids, composition.Pieces.of([[i] for i in ids]), shards[0].counts, read.source)
+            tokens = composition.Tokens(
+                ids, composition.Pieces.of([[i] for i in ids]), shards[0].counts, read.source
+            )
             compute, log = ComputeConfig(dtype="float32"), lambda line: None
             tuned, _ = tuning.tune(
-                config, params, rows, tokens, ids % 2 == 0, shards[0], 1000, compute, mesh, log, seed=0
+                config,
+                params,
+                rows,
+                tokens,
+                ids % 2 == 0,
+                shards[0],
+                1000,
+                compute,
+                mesh,
+                log,
+                seed=0,
             )
             results.append(
                 (
@@ -295,7 +371,13 @@ def automatic():
     assert sharding.axis_sizes(MeshConfig(tensor=2), 8, 150, 100) == (2, 2, 2)
     assert sharding.axis_sizes(MeshConfig(data=2), 8, 10, 100) == (2, 4, 1)
     assert sharding.axis_sizes(MeshConfig(fsdp=2), 8, 10, 100) == (4, 2, 1)
-    assert [sharding.usable(MeshConfig(), 8, sizes) for sizes in ([4], [64, 32], [6], [1], [])] == [4, 8, 6, 1, 8]
+    assert [sharding.usable(MeshConfig(), 8, sizes) for sizes in ([4], [64, 32], [6], [1], [])] == [
+        4,
+        8,
+        6,
+        1,
+        8,
+    ]
     assert sharding.usable(MeshConfig(fsdp=2), 8, [4]) == 8
     assert sharding.make_mesh(Config().mesh).shape == {"data": 8, "fsdp": 1, "tensor": 1}
 
@@ -303,7 +385,9 @@ def automatic():
 def close(found, expected, tolerance):
     found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (found, expected))
     for (path, one), (_, other) in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            one, other, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))

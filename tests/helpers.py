@@ -8,7 +8,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tokalign_jax import paths
 from tokalign_jax.models import lora
@@ -23,22 +29,40 @@ TEXTS = (
 )
 
 _LLAMA = {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5}
-_GPT_NEOX = {"layer_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}}
+_GPT_NEOX = {
+    "layer_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
 _FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, _LLAMA),
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
 }
 
 
-def tiny_model(family: str, vocab_size: int, tied: bool = False, seed: int = 0, **config: Any) -> torch.nn.Module:
+def tiny_model(
+    family: str, vocab_size: int, tied: bool = False, seed: int = 0, **config: Any
+) -> torch.nn.Module:
     """A random PyTorch model of `family` in eval mode; `config` adds to, or overrides, its Hugging Face config."""
     config_class, model_class, defaults = _FAMILIES[family]
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings = {**sizes, "max_position_embeddings": 128, "tie_word_embeddings": tied, **defaults, **config}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    settings = {
+        **sizes,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        **defaults,
+        **config,
+    }
     torch.manual_seed(seed)
     model = model_class(config_class(vocab_size=vocab_size, **settings)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, which otherwise start at 0 and 1
+        for (
+            parameter
+        ) in model.parameters():  # biases and norms too, which otherwise start at 0 and 1
             parameter += 0.1 * torch.randn_like(parameter)
     return model
 
@@ -57,7 +81,9 @@ def tiny_model_folder(
     """`folder`, with a random model as `tiny_model` makes it, and a tokenizer (a byte-level one unless given)."""
     tokenizer = tokenizer or tiny_tokenizer(vocab_size, TEXTS)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = tiny_model(family, vocab_size, tied, seed, **{**ids, **config}).to(getattr(torch, dtype))
+    model = tiny_model(family, vocab_size, tied, seed, **{**ids, **config}).to(
+        getattr(torch, dtype)
+    )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return Path(folder)
@@ -85,7 +111,9 @@ def _byte_level(vocab_size: int, texts: Sequence[str]) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
 def _metaspace(vocab_size: int, texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -97,15 +125,28 @@ def _metaspace(vocab_size: int, texts: Sequence[str]) -> PreTrainedTokenizerFast
     pieces = sorted(trained.get_vocab(), key=trained.token_to_id)
     ids = {piece: i for i, piece in enumerate([*first, *pieces])}
     merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
-def tokenizer_of_kind(kind: str, texts: Sequence[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
+def tokenizer_of_kind(
+    kind: str, texts: Sequence[str], vocab_size: int = 1200
+) -> PreTrainedTokenizerFast:
     """A tokenizer trained on `texts`, put together as those of the models that `KINDS` names are."""
     return KINDS[kind](texts, vocab_size)
 
@@ -114,7 +155,9 @@ LLAMA_3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 QWEN_WORDS = LLAMA_3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def _split_byte_level(words: str, special: dict[str, str], normalizer: Any = None, **model: Any) -> Any:
+def _split_byte_level(
+    words: str, special: dict[str, str], normalizer: Any = None, **model: Any
+) -> Any:
     """Byte-level BPE that cuts text by a regular expression of its own (tiktoken's, LLaMA 3's, Qwen's)."""
 
     def make(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -129,9 +172,13 @@ def _split_byte_level(words: str, special: dict[str, str], normalizer: Any = Non
         )
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.add_special_tokens(list(dict.fromkeys(special.values())))  # past the vocabulary, as tiktoken has them
+        tokenizer.add_special_tokens(
+            list(dict.fromkeys(special.values()))
+        )  # past the vocabulary, as tiktoken has them
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
     return make
@@ -147,12 +194,16 @@ def _sentence_piece_bpe(
         first = [*dict.fromkeys(special.values()), *bytes_]
         trained = Tokenizer(models.BPE())
         trained.pre_tokenizer = pre_tokenizers.Metaspace()  # so that no merge crosses a space
-        trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(first), show_progress=False))
+        trained.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=vocab_size - len(first), show_progress=False)
+        )
         pieces = sorted(trained.get_vocab(), key=trained.token_to_id)
         merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
         vocabulary = {piece: i for i, piece in enumerate([*first, *pieces])}
         tokenizer = Tokenizer(
-            models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=byte_fallback, fuse_unk=True)
+            models.BPE(
+                vocabulary, merges, unk_token="<unk>", byte_fallback=byte_fallback, fuse_unk=True
+            )
         )
         if normalizer:
             tokenizer.normalizer = normalizer
@@ -191,7 +242,12 @@ def _unigram(normalizer: Any, prepend_scheme: str, byte_fallback: bool, **specia
 
 def _word_piece(lowercase: bool) -> Any:
     def make(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        special = {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+        }
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -210,25 +266,41 @@ def _word_ends(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.BPEDecoder()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<unk>", "<eos>"], end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<eos>"],
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
 
 
 _ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-_GEMMA_DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-_LLAMA_2_DECODER = decoders.Sequence(
-    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+_GEMMA_DECODER = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 )
-_NMT = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+_LLAMA_2_DECODER = decoders.Sequence(
+    [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+)
+_NMT = normalizers.Sequence(
+    [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+)
 
 KINDS: dict[str, Any] = {
     "gpt2": lambda texts, vocab_size: _byte_level(vocab_size, texts),
     "llama3": _split_byte_level(
-        LLAMA_3_WORDS, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}, ignore_merges=True
+        LLAMA_3_WORDS,
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+        ignore_merges=True,
     ),
-    "qwen": _split_byte_level(QWEN_WORDS, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, normalizers.NFC()),
+    "qwen": _split_byte_level(
+        QWEN_WORDS, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, normalizers.NFC()
+    ),
     "llama2": _sentence_piece_bpe(
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
         None,
@@ -236,10 +308,16 @@ KINDS: dict[str, Any] = {
         **_ROLES,
     ),
     "gemma": _sentence_piece_bpe(
-        normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous"), _GEMMA_DECODER, **_ROLES
+        normalizers.Replace(" ", "▁"),
+        pre_tokenizers.Split(" ", "merged_with_previous"),
+        _GEMMA_DECODER,
+        **_ROLES,
     ),
     "mistral": _sentence_piece_bpe(
-        None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), _LLAMA_2_DECODER, **_ROLES
+        None,
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        _LLAMA_2_DECODER,
+        **_ROLES,
     ),
     "bpe_without_bytes": _sentence_piece_bpe(
         None, pre_tokenizers.Metaspace(), decoders.Metaspace(), byte_fallback=False, **_ROLES

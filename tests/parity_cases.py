@@ -69,7 +69,12 @@ def _rope(kind: str, theta: float = 500.0, **settings: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
 
 
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -105,15 +110,34 @@ CASES = (
     Case(
         "llama",
         "tied, wide heads, linear scaling",
-        {"tie_word_embeddings": True, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh", **_rope("linear", factor=4.0)},
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            **_rope("linear", factor=4.0),
+        },
     ),
-    Case("llama", "all heads have keys, YaRN", {"num_key_value_heads": 4, **_rope("yarn", **_YARN)}),
+    Case(
+        "llama", "all heads have keys, YaRN", {"num_key_value_heads": 4, **_rope("yarn", **_YARN)}
+    ),
     Case(
         "llama",
         "YaRN as DeepSeek weighs it, not truncated",
-        _rope("yarn", **_YARN, mscale=1.0, mscale_all_dim=0.5, beta_fast=16, beta_slow=2, truncate=False),
+        _rope(
+            "yarn",
+            **_YARN,
+            mscale=1.0,
+            mscale_all_dim=0.5,
+            beta_fast=16,
+            beta_slow=2,
+            truncate=False,
+        ),
     ),
-    Case("llama", "dynamic NTK past its length", {"max_position_embeddings": 32, **_rope("dynamic", factor=2.0)}),
+    Case(
+        "llama",
+        "dynamic NTK past its length",
+        {"max_position_embeddings": 32, **_rope("dynamic", factor=2.0)},
+    ),
     Case("llama", "LongRoPE, short and long", _rope("longrope", **_longrope(4))),
     Case("gpt_neox", "parallel, partial rotary", _rope("default", partial_rotary_factor=0.25)),
     Case(
@@ -129,15 +153,28 @@ CASES = (
     Case(
         "gpt_neox",
         "no attention biases, whole rotary, ReLU",
-        {"attention_bias": False, "hidden_act": "relu", **_rope("default", partial_rotary_factor=1.0)},
+        {
+            "attention_bias": False,
+            "hidden_act": "relu",
+            **_rope("default", partial_rotary_factor=1.0),
+        },
     ),
     Case(
         "qwen2",
         "window in the later layers",
-        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1, "num_hidden_layers": 3},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "max_window_layers": 1,
+            "num_hidden_layers": 3,
+        },
     ),
     Case("qwen2", "tied, YaRN", {"tie_word_embeddings": True, **_rope("yarn", **_YARN)}),
-    Case("qwen3", "query and key norms, wide heads, tied", {"head_dim": 16, "tie_word_embeddings": True}),
+    Case(
+        "qwen3",
+        "query and key norms, wide heads, tied",
+        {"head_dim": 16, "tie_word_embeddings": True},
+    ),
     Case(
         "qwen3",
         "biases, window in the later layers",
@@ -197,7 +234,9 @@ CASES = (
         },
     ),
     Case(
-        "gemma3_text", "logit soft-cap, untied", {"head_dim": 8, "sliding_window": 12, "final_logit_softcapping": 3.0}
+        "gemma3_text",
+        "logit soft-cap, untied",
+        {"head_dim": 8, "sliding_window": 12, "final_logit_softcapping": 3.0},
     ),
     Case("phi3", "fused projections, window", {"sliding_window": 12}),
     Case(
@@ -222,7 +261,9 @@ CASES = (
         {"tie_word_embeddings": False, "scale_attn_weights": False, "n_inner": 40},
     ),
     Case(
-        "smollm3", "layers without rotary embedding, tied", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}
+        "smollm3",
+        "layers without rotary embedding, tied",
+        {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
     ),
     Case(
         "smollm3",
@@ -262,7 +303,11 @@ CASES = (
     Case(
         "stablelm",
         "one key-value head, query and key norms",
-        {"num_key_value_heads": 1, "qk_layernorm": True, **_rope("default", partial_rotary_factor=0.5)},
+        {
+            "num_key_value_heads": 1,
+            "qk_layernorm": True,
+            **_rope("default", partial_rotary_factor=0.5),
+        },
     ),
     Case(
         "stablelm",
@@ -289,7 +334,12 @@ CASES = (
     Case(
         "mixtral",
         "experts, window",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12, "intermediate_size": 24},
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            "intermediate_size": 24,
+        },
     ),
     Case(
         "qwen3_moe",
@@ -318,9 +368,15 @@ def of(*families: str) -> list[Case]:
 def model(case: Case, seed: int = 0) -> torch.nn.Module:
     """A random PyTorch model in eval mode, in bfloat16."""
     torch.manual_seed(seed)
-    made = _auto_class(case.family).from_config(AutoConfig.for_model(case.family, **settings(case))).eval()
+    made = (
+        _auto_class(case.family)
+        .from_config(AutoConfig.for_model(case.family, **settings(case)))
+        .eval()
+    )
     with torch.no_grad():
-        for parameter in made.parameters():  # biases and norms too, which otherwise start at 0 and 1
+        for (
+            parameter
+        ) in made.parameters():  # biases and norms too, which otherwise start at 0 and 1
             parameter += 0.1 * torch.randn_like(parameter)
     return made.bfloat16()
 
@@ -330,7 +386,11 @@ def settings(case: Case) -> dict[str, Any]:
     if case.family not in _TEXT_MODELS:
         return {**sizes, **case.settings}
     text = {"model_type": _TEXT_MODELS[case.family], **_SIZES, **case.settings}
-    return {"text_config": text, "vision_config": _VISION, "tie_word_embeddings": text["tie_word_embeddings"]}
+    return {
+        "text_config": text,
+        "vision_config": _VISION,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }
 
 
 def _auto_class(family: str) -> Any:
@@ -352,7 +412,9 @@ def pair(case: Case, folder: Path) -> Pair:
     model(case).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     config, raw = hub.load_config(folder)
-    return Pair(folder, config, raw, huggingface.load_params(folder, config, jnp.float32), reference(folder))
+    return Pair(
+        folder, config, raw, huggingface.load_params(folder, config, jnp.float32), reference(folder)
+    )
 
 
 def reference(folder: Path) -> torch.nn.Module:
@@ -389,7 +451,9 @@ def logit_error(pair: Pair, lengths: Sequence[int] = LENGTHS) -> float:
 def gradient_error(pair: Pair) -> float:
     """The largest difference from PyTorch's gradients of embedding and head, relative to the largest element of each."""
     text = tokens(LENGTHS[1])
-    vocabulary = {name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params}
+    vocabulary = {
+        name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params
+    }
     gradients = _gradients(pair.config, vocabulary, pair.params, text)
     scores = pair.reference(torch.tensor(text).long()).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(scores, torch.tensor(text[:, 1:]).long().flatten()).backward()
@@ -400,7 +464,9 @@ def gradient_error(pair: Pair) -> float:
 
 
 @functools.partial(compiled, static_argnums=0)
-def _gradients(config: ModelConfig, vocabulary: dict[str, Any], params: dict[str, Any], text: jax.Array):
+def _gradients(
+    config: ModelConfig, vocabulary: dict[str, Any], params: dict[str, Any], text: jax.Array
+):
     def loss(vocabulary):
         probabilities = jax.nn.log_softmax(logits(config, params | vocabulary, text)[:, :-1])
         return -jnp.take_along_axis(probabilities, text[:, 1:, None], -1).mean()
@@ -418,7 +484,9 @@ def _relative(ours: jax.Array, module: torch.nn.Module) -> float:
 def export(pair: Pair, folder: Path) -> Path:
     """The checkpoint as we write it, in the types in which it was stored."""
     params = huggingface.load_params(pair.folder, pair.config)
-    huggingface.save_checkpoint(folder, params, pair.config, pair.raw, TOKENIZER, source_folder=pair.folder)
+    huggingface.save_checkpoint(
+        folder, params, pair.config, pair.raw, TOKENIZER, source_folder=pair.folder
+    )
     return folder
 
 
@@ -429,8 +497,13 @@ def check(case: Case, folder: Path) -> None:
     family goes through the same code.
     """
     both = pair(case, folder / "source")
-    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(abstract_params(both.config)).items()}
-    assert {path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(both.params).items()} == shapes
+    shapes = {
+        path: (leaf.shape, leaf.dtype)
+        for path, leaf in paths.flatten(abstract_params(both.config)).items()
+    }
+    assert {
+        path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(both.params).items()
+    } == shapes
     first = case == of(case.family)[0]
     by_length = case.settings.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope")
     assert logit_error(both, LENGTHS if first or by_length else LENGTHS[1:]) < 1e-4
@@ -439,11 +512,15 @@ def check(case: Case, folder: Path) -> None:
     written = export(both, folder / "written")
     if case.family not in _TEXT_MODELS:
         before, after = stored(both.folder), stored(written)
-        assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+        assert {name: tensor.dtype for name, tensor in after.items()} == {
+            name: t.dtype for name, t in before.items()
+        }
         for name, tensor in before.items():
             np.testing.assert_array_equal(after[name], tensor)
     text = tokens(20)
-    np.testing.assert_array_equal(reference_logits(reference(written), text), reference_logits(both.reference, text))
+    np.testing.assert_array_equal(
+        reference_logits(reference(written), text), reference_logits(both.reference, text)
+    )
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:

@@ -35,11 +35,15 @@ def become_host(number: int, folder: Path) -> None:
     ]
     for call in calls:
         if call():
-            raise OSError(ctypes.get_errno(), f"no private boot id: {os.strerror(ctypes.get_errno())}")
+            raise OSError(
+                ctypes.get_errno(), f"no private boot id: {os.strerror(ctypes.get_errno())}"
+            )
 
 
 def why_not_hosts(folder: Path) -> str:
     """Why processes here cannot pretend to be on hosts of their own; empty if they can."""
     command = f"import processes, pathlib; processes.become_host(0, pathlib.Path({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     return "".join(done.stderr.splitlines()[-1:]) if done.returncode else ""

@@ -34,7 +34,9 @@ def tokenizer_pair():
     """A byte-level source, and a SentencePiece-like target with more words and a few more special tokens."""
     source = tiny_tokenizer(600, sentences(ENGLISH, 50, 0))
     target = tiny_tokenizer(800, sentences(ENGLISH + GERMAN, 100, 1), kind="metaspace")
-    target.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
+    target.add_special_tokens(
+        {"pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]}
+    )
     return source, target
 
 
@@ -65,7 +67,9 @@ def made(tokenizers, tmp_path_factory):
     corpus.run(config, folder / "corpus", lambda line: None)
     tokenizing.run(config, folder / "corpus", *tokenizers, folder / "tokens", lambda line: None)
     lines = []
-    summary = methods.run(config, folder / "corpus", folder / "tokens", *tokenizers, folder / "align", lines.append)
+    summary = methods.run(
+        config, folder / "corpus", folder / "tokens", *tokenizers, folder / "align", lines.append
+    )
     return config, folder, summary, lines
 
 
@@ -76,7 +80,12 @@ def row(mixture: alignment.Mixture, i: int) -> dict[int, float]:
 
 def assert_whole(found: alignment.Alignment, source, target, convex=True):
     """`convex`: whether weights are positive and sum to 1."""
-    assert len(found.rules) == len(found.scores) == found.target_size == canonical.vocabulary_size(target)
+    assert (
+        len(found.rules)
+        == len(found.scores)
+        == found.target_size
+        == canonical.vocabulary_size(target)
+    )
     assert found.source_size == canonical.vocabulary_size(source)
     assert np.all((found.scores >= 0) & (found.scores <= 1))
     for mixture in (found.embedding, found.head):
@@ -87,7 +96,9 @@ def assert_whole(found: alignment.Alignment, source, target, convex=True):
         sums = np.add.reduceat(mixture.weights, mixture.indptr[:-1])
         np.testing.assert_allclose(sums if convex else 1.0, 1.0, rtol=1e-6)
         for i in range(found.target_size):
-            assert len(row(mixture, i)) == np.diff(mixture.indptr)[i]  # no token stands twice in a row
+            assert (
+                len(row(mixture, i)) == np.diff(mixture.indptr)[i]
+            )  # no token stands twice in a row
 
 
 def test_every_row_has_a_rule_and_weights(made, tokenizers):
@@ -102,12 +113,18 @@ def test_every_row_has_a_rule_and_weights(made, tokenizers):
             ((only, weight),) = embedding.items()
             assert weight == 1.0 and head == embedding and source_bytes[only] == target_bytes[i]
         elif found.rules[i] == Rule.SIMILAR:
-            assert found.scores[i] >= 0.02 and found.matches[i] in embedding and found.matches[i] in head
+            assert (
+                found.scores[i] >= 0.02
+                and found.matches[i] in embedding
+                and found.matches[i] in head
+            )
         elif found.rules[i] == Rule.PIECES and target_bytes[i] is not None:
             assert set(embedding) == set(canonical.PieceCutter(source)(target_bytes[i]))
             assert set(head) == set(embedding)
     kinds = {Rule(rule) for rule in found.rules}
-    assert kinds >= {Rule.EXACT, Rule.SPECIAL, Rule.SIMILAR, Rule.PIECES} and Rule.GIVEN not in kinds
+    assert (
+        kinds >= {Rule.EXACT, Rule.SPECIAL, Rule.SIMILAR, Rule.PIECES} and Rule.GIVEN not in kinds
+    )
     exact = {c for c in target_bytes if c} & {c for c in source_bytes if c}
     assert {target_bytes[i] for i in np.flatnonzero(found.rules == Rule.EXACT)} == exact
     assert any("BLEU-1" in line for line in lines)
@@ -137,7 +154,11 @@ def test_the_summary_counts_rows_and_frequency_by_rule(made, tokenizers):
         part = summary["rules"][rule.name.lower()]
         assert part["rows"] == sum(found.rules == rule)
         assert part["frequency"] == pytest.approx(sum(counts[found.rules == rule]) / sum(counts))
-    assert 0 <= summary["hub_share"] <= 1 and 0 < summary["bleu_1"] <= 1 and 0 <= summary["accuracy_at_1"] <= 1
+    assert (
+        0 <= summary["hub_share"] <= 1
+        and 0 < summary["bleu_1"] <= 1
+        and 0 <= summary["accuracy_at_1"] <= 1
+    )
     with np.load(folder / "align" / "vectors.npz") as vectors:
         assert vectors["source_vectors"].shape == (len(vectors["source_ids"]), 16)
 
@@ -171,10 +192,18 @@ def test_methods_without_vectors_compute_none(made, tokenizers, tmp_path, monkey
     config, folder, by_default, _ = made
     assert by_default["method"] == "composed"
     monkeypatch.setattr(methods.vectors, "make", lambda *_: pytest.fail("vectors were made"))
-    other = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, method=method))
-    summary = methods.run(other, folder / "corpus", folder / "tokens", *tokenizers, tmp_path, lambda line: None)
+    other = dataclasses.replace(
+        config, alignment=dataclasses.replace(config.alignment, method=method)
+    )
+    summary = methods.run(
+        other, folder / "corpus", folder / "tokens", *tokenizers, tmp_path, lambda line: None
+    )
     assert summary["method"] == method and "glove_loss" not in summary
-    assert {path.name for path in tmp_path.iterdir()} == {"align_matrix.json", "alignment.npz", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "align_matrix.json",
+        "alignment.npz",
+        "summary.json",
+    }
     assert_whole(alignment.load(tmp_path, *tokenizers), *tokenizers)
 
 
@@ -185,12 +214,25 @@ def test_a_users_align_matrix_is_taken_as_it_is(made, tokenizers, tmp_path):
     mapping = {str(i): (7 * i) % canonical.vocabulary_size(source) for i in range(size)}
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(mapping))
-    given = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, file=str(path)))
-    summary = methods.run(given, folder / "corpus", folder / "tokens", *tokenizers, tmp_path / "out", lambda line: None)
+    given = dataclasses.replace(
+        config, alignment=dataclasses.replace(config.alignment, file=str(path))
+    )
+    summary = methods.run(
+        given,
+        folder / "corpus",
+        folder / "tokens",
+        *tokenizers,
+        tmp_path / "out",
+        lambda line: None,
+    )
     assert summary["rules"]["given"]["rows"] == size and summary["method"] == "file"
     found = alignment.load(tmp_path / "out", source, target)
     assert_whole(found, source, target)
-    rows = np.random.default_rng(0).normal(size=(canonical.vocabulary_size(source), 4)).astype(np.float32)
+    rows = (
+        np.random.default_rng(0)
+        .normal(size=(canonical.vocabulary_size(source), 4))
+        .astype(np.float32)
+    )
     expected = rows[[mapping[str(i)] for i in range(size)]]
     np.testing.assert_array_equal(alignment.apply(found.embedding, rows), expected)
     np.testing.assert_array_equal(alignment.apply(found.head, rows), expected)
@@ -202,7 +244,9 @@ def test_alignments_of_another_vocabulary_are_refused(made, tokenizers, tmp_path
     source, target = tokenizers
     other = tiny_tokenizer(601, sentences(ENGLISH, 50, 4))
     for path in (folder / "align" / "alignment.npz", folder / "align" / "align_matrix.json"):
-        with pytest.raises(UserError, match=f"target tokenizer.* has {canonical.vocabulary_size(other)} tokens"):
+        with pytest.raises(
+            UserError, match=f"target tokenizer.* has {canonical.vocabulary_size(other)} tokens"
+        ):
             alignment.load(path, source, other)
     with pytest.raises(UserError, match="another source vocabulary"):
         alignment.load(folder / "align", other, target)
@@ -240,7 +284,9 @@ def test_the_rival_is_the_plain_mean_of_the_pieces(tokenizers):
     for i in np.flatnonzero(found.rules == Rule.PIECES)[:50]:
         content = canonical.token_bytes(target)[i]
         if content is not None:
-            np.testing.assert_allclose(made[i], rows[cutter(content)].mean(axis=0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                made[i], rows[cutter(content)].mean(axis=0), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_what_a_source_cannot_spell_gets_the_mean_of_all_rows():
@@ -258,7 +304,9 @@ def test_what_a_source_cannot_spell_gets_the_mean_of_all_rows():
     assert_whole(found, source, target)
     i = int(np.flatnonzero(found.rules == Rule.MEAN)[0])
     assert row(found.embedding, i) == {found.source_size: 1.0}
-    rows = np.random.default_rng(0).normal(size=(found.source_size + 5, 3)).astype(np.float32)  # five padded rows
+    rows = (
+        np.random.default_rng(0).normal(size=(found.source_size + 5, 3)).astype(np.float32)
+    )  # five padded rows
     np.testing.assert_allclose(
         alignment.apply(found.embedding, rows)[i], rows[: found.source_size].mean(axis=0), rtol=1e-5
     )
@@ -269,7 +317,10 @@ def test_apply_is_the_sparse_product_in_float32():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 6, 20_000)  # more rows than one block
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    ids, weights = rng.integers(0, 50, indptr[-1]).astype(np.int32), rng.random(indptr[-1]).astype(np.float32)
+    ids, weights = (
+        rng.integers(0, 50, indptr[-1]).astype(np.int32),
+        rng.random(indptr[-1]).astype(np.float32),
+    )
     rows = rng.normal(size=(60, 7)).astype(ml_dtypes.bfloat16)
     found = alignment.apply(alignment.Mixture(indptr, ids, weights, 50), rows)
     assert found.dtype == np.float32

@@ -32,7 +32,9 @@ def test_focus_weights_are_the_sparsemax_of_cosines(monkeypatch, scores_at_once)
         np.testing.assert_allclose(row, expected, atol=1e-5)
         sizes.append(size)
     assert len(set(sizes)) > 3 and max(sizes) > 5
-    np.testing.assert_allclose(found.scores, (unit(targets) @ unit(shared).T).max(axis=1).clip(0, 1), atol=1e-6)
+    np.testing.assert_allclose(
+        found.scores, (unit(targets) @ unit(shared).T).max(axis=1).clip(0, 1), atol=1e-6
+    )
 
 
 def pursuit(target, table, atoms):
@@ -54,7 +56,10 @@ def pursuit(target, table, atoms):
 def test_omp_is_orthogonal_matching_pursuit(monkeypatch, atoms, scores_at_once):
     monkeypatch.setattr(combinations, "SCORES", scores_at_once)
     rng = np.random.default_rng(0)
-    targets, table = rng.normal(size=(25, 16)), rng.normal(size=(40, 16)) * rng.uniform(0.5, 2, (40, 1))
+    targets, table = (
+        rng.normal(size=(25, 16)),
+        rng.normal(size=(40, 16)) * rng.uniform(0.5, 2, (40, 1)),
+    )
     found = combinations.omp(targets, table, atoms)
     weights = dense(found, 25, 40)
     for target, row, score in zip(targets, weights, found.scores):
@@ -71,5 +76,7 @@ def test_omp_finds_a_sparse_combination_and_takes_no_atom_twice():
         row[rng.choice(200, 3, replace=False)] = rng.choice([-2.0, 1.5, 3.0], 3)
     found = combinations.omp(truth @ table, table, 3)
     np.testing.assert_allclose(dense(found, 10, 200), truth, atol=1e-4)
-    again = combinations.omp(truth @ table, np.repeat(table[:5], 2, axis=0), 10)  # atoms that add nothing
+    again = combinations.omp(
+        truth @ table, np.repeat(table[:5], 2, axis=0), 10
+    )  # atoms that add nothing
     assert np.isfinite(again.weights).all() and len(again.rows) <= 50

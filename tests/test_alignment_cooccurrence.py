@@ -31,7 +31,9 @@ def shards_of(documents: list[list[int]], vocabulary: int) -> TokenShards:
     return TokenShards(tokens, ends, counts, {"end_of_text": END})
 
 
-def random_documents(seed: int, documents: int = 30, longest: int = 60, vocabulary: int = 25) -> list[list[int]]:
+def random_documents(
+    seed: int, documents: int = 30, longest: int = 60, vocabulary: int = 25
+) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     zipf = 1 / np.arange(1, vocabulary)
     return [
@@ -40,7 +42,9 @@ def random_documents(seed: int, documents: int = 30, longest: int = 60, vocabula
     ]
 
 
-def brute_force(documents: list[list[int]], window: int, min_count: int) -> dict[tuple[int, int], Fraction]:
+def brute_force(
+    documents: list[list[int]], window: int, min_count: int
+) -> dict[tuple[int, int], Fraction]:
     """GloVe's definition, token by token: rare tokens dropped first, both directions, no document left."""
     frequency = Counter(token for document in documents for token in document)
     counts: Counter[tuple[int, int]] = Counter()
@@ -78,7 +82,9 @@ def assert_equal(found: Cooccurrence, expected: Cooccurrence) -> None:
 @pytest.mark.parametrize(("window", "min_count"), [(1, 1), (4, 1), (15, 5), (15, 20)])
 def test_counts_are_the_brute_force_counts(window, min_count, resources):
     documents = random_documents(seed=window)
-    found = cooccurrence.count(shards_of(documents, 25), window, min_count, quiet, resources=resources)
+    found = cooccurrence.count(
+        shards_of(documents, 25), window, min_count, quiet, resources=resources
+    )
     expected = brute_force(documents, window, min_count)
     assert as_dict(found) == {pair: float(count) for pair, count in expected.items()}
 
@@ -89,7 +95,12 @@ def test_counts_are_the_brute_force_counts(window, min_count, resources):
 def test_counts_do_not_depend_on_chunks_workers_or_memory(chunk, workers, memory):
     shards = shards_of(random_documents(seed=1, documents=12), 25)
     expected = cooccurrence.count(shards, 5, 3, quiet)
-    assert_equal(cooccurrence.count(shards, 5, 3, quiet, "", Resources(memory, chunk=chunk, workers=workers)), expected)
+    assert_equal(
+        cooccurrence.count(
+            shards, 5, 3, quiet, "", Resources(memory, chunk=chunk, workers=workers)
+        ),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("resources", [SPILLING, SPILLING_ON_DEVICE])
@@ -97,7 +108,9 @@ def test_what_does_not_fit_into_memory_is_in_files_without_a_name(resources, tmp
     shards = shards_of(random_documents(seed=2, documents=200), 25)
     merges = []
     merged = runs.merged
-    monkeypatch.setattr(runs, "merged", lambda parts, *rest: merges.append(len(parts)) or merged(parts, *rest))
+    monkeypatch.setattr(
+        runs, "merged", lambda parts, *rest: merges.append(len(parts)) or merged(parts, *rest)
+    )
     monkeypatch.setattr(runs, "MERGE_BLOCK", 32)  # so that there is more than one block
     monkeypatch.setattr(runs, "FORGET", 1)
     monkeypatch.setattr(cooccurrence, "BLOCK", 32)
@@ -114,7 +127,9 @@ def test_what_does_not_fit_into_memory_is_in_files_without_a_name(resources, tmp
 def test_a_scratch_folder_that_is_not_there_is_named(tmp_path):
     resources = Resources(memory=1, scratch=tmp_path / "missing")
     with pytest.raises(UserError, match=r"missing.*scratch folder"):
-        cooccurrence.count(shards_of(random_documents(seed=2), 25), 3, 1, quiet, resources=resources)
+        cooccurrence.count(
+            shards_of(random_documents(seed=2), 25), 3, 1, quiet, resources=resources
+        )
 
 
 @pytest.mark.parametrize("times", [2, 5])
@@ -165,11 +180,15 @@ def test_two_processes_one_of_them_with_two_devices_count_what_one_does(tmp_path
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     root = Path(__file__).parents[1]
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(k), kind], env=env, cwd=root)
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), str(k), kind], env=env, cwd=root
+        )
         for k, kind in enumerate(["host", "device"])
     ]
     assert [process.wait() for process in processes] == [0, 0]
-    found = cooccurrence.merge([Part.open(tmp_path / "part0"), Part.open(tmp_path / "part1")], quiet)
+    found = cooccurrence.merge(
+        [Part.open(tmp_path / "part0"), Part.open(tmp_path / "part1")], quiet
+    )
     assert_equal(found, cooccurrence.count(shards, 5, 3, quiet))
 
 

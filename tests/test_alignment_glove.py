@@ -41,7 +41,9 @@ def published_loss(words, contexts, cells, counts):
     """Equation 8 with the weights of equation 9, in float64: J = sum f(X_ij) (w_i . c_j + b_i + b_j - log X_ij)^2."""
     i, j = np.divmod(cells, len(words))
     product = np.sum(words[i, :-2] * contexts[j, :-2], axis=1) + words[i, -2] + contexts[j, -1]
-    return np.sum(np.where(counts < 10.0, (counts / 10.0) ** 0.75, 1.0) * (product - np.log(counts)) ** 2)
+    return np.sum(
+        np.where(counts < 10.0, (counts / 10.0) ** 0.75, 1.0) * (product - np.log(counts)) ** 2
+    )
 
 
 def test_the_reference_gradient_is_half_the_slope_of_the_published_loss():
@@ -57,7 +59,9 @@ def test_the_reference_gradient_is_half_the_slope_of_the_published_loss():
                 values[place] = kept + step
                 losses.append(published_loss(words, contexts, cells, counts))
             values[place] = kept
-            assert (losses[0] - losses[1]) / 4e-5 == pytest.approx(gradient[place], rel=1e-6, abs=1e-8)
+            assert (losses[0] - losses[1]) / 4e-5 == pytest.approx(
+                gradient[place], rel=1e-6, abs=1e-8
+            )
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -66,7 +70,12 @@ def test_loss_and_gradient_are_the_published_ones(dense):
     padded = np.concatenate([cells, np.full(10, 16 * 16)]).astype(np.int32)
     logs = np.concatenate([np.log(counts), np.full(10, 3.0)]).astype(np.float32)
     found = glove.gradients(
-        jnp.float32(words), jnp.float32(contexts), jnp.asarray(padded), jnp.asarray(logs), OBJECTIVE, dense
+        jnp.float32(words),
+        jnp.float32(contexts),
+        jnp.asarray(padded),
+        jnp.asarray(logs),
+        OBJECTIVE,
+        dense,
     )
     for got, expected in zip(found, reference(words, contexts, cells, counts)):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
@@ -77,10 +86,14 @@ def test_the_gradient_is_half_that_of_the_loss():
     arguments = (jnp.asarray(cells.astype(np.int32)), jnp.float32(np.log(counts)), OBJECTIVE, True)
     words, contexts = jnp.float32(words), jnp.float32(contexts)
     _, for_words, for_contexts = glove.gradients(words, contexts, *arguments)
-    automatic = jax.grad(lambda w, c: glove.gradients(w, c, *arguments)[0], argnums=(0, 1))(words, contexts)
+    automatic = jax.grad(lambda w, c: glove.gradients(w, c, *arguments)[0], argnums=(0, 1))(
+        words, contexts
+    )
     np.testing.assert_allclose(2 * for_words[:, :-1], automatic[0][:, :-1], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(2 * for_contexts[:, :-2], automatic[1][:, :-2], rtol=1e-4, atol=1e-4)
-    assert not np.any(for_words[:, -1]) and not np.any(for_contexts[:, -2])  # the constant columns stay 1
+    assert not np.any(for_words[:, -1]) and not np.any(
+        for_contexts[:, -2]
+    )  # the constant columns stay 1
 
 
 def counts_of(seed: int = 3, vocabulary: int = 60) -> cooccurrence.Cooccurrence:
@@ -92,7 +105,9 @@ WAYS = pytest.mark.parametrize("way", ["dense", "pairwise", "strata"])
 
 
 def trained(way: str, monkeypatch, counts, config, seed=0):
-    monkeypatch.setattr(glove, "DENSE_SHARE", {"dense": 0.0, "pairwise": 2.0}.get(way, glove.DENSE_SHARE))
+    monkeypatch.setattr(
+        glove, "DENSE_SHARE", {"dense": 0.0, "pairwise": 2.0}.get(way, glove.DENSE_SHARE)
+    )
     return glove.train(counts, config, seed, lambda line: None, strata=way == "strata")
 
 
@@ -104,22 +119,30 @@ def test_the_first_loss_reported_is_that_of_the_start(way, monkeypatch):
     _, losses = trained(way, monkeypatch, counts, config)
     words, contexts = start_of(counts, config)
     loss, _, _ = reference(words, contexts, *full_matrix(counts, len(words)))
-    assert losses[0] == pytest.approx(loss / (2 * len(counts) - np.sum(counts.rows == counts.cols)), rel=1e-5)
+    assert losses[0] == pytest.approx(
+        loss / (2 * len(counts) - np.sum(counts.rows == counts.cols)), rel=1e-5
+    )
 
 
 def start_of(counts, config) -> tuple[np.ndarray, np.ndarray]:
     """Where `train` starts with seed 0, in float64."""
-    objective = glove.Objective(config.glove_learning_rate * glove.RATE_SCALE, config.x_max, config.weight_power)
+    objective = glove.Objective(
+        config.glove_learning_rate * glove.RATE_SCALE, config.x_max, config.weight_power
+    )
     size = glove.block_size(len(counts.vocabulary))
     blocks = glove._start(counts, objective, config.vector_size, size, np.random.default_rng(0))
-    words, contexts = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (blocks.words, blocks.contexts))
+    words, contexts = (
+        np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (blocks.words, blocks.contexts)
+    )
     return words, contexts
 
 
 def full_matrix(counts, side: int) -> tuple[np.ndarray, np.ndarray]:
     """(cells, values) of both triangles; a cell is row * side + column."""
     off = counts.rows != counts.cols
-    cells = np.concatenate([counts.rows * side + counts.cols, (counts.cols * side + counts.rows)[off]])
+    cells = np.concatenate(
+        [counts.rows * side + counts.cols, (counts.cols * side + counts.rows)[off]]
+    )
     return cells, np.concatenate([counts.counts, counts.counts[off]])
 
 
@@ -214,7 +237,9 @@ def test_starting_biases_nearly_minimise_the_loss_without_vectors():
     n = len(biases)
 
     def loss(b):
-        weights = np.minimum(1.0, (counts.counts / 10.0) ** 0.75) * np.where(counts.rows == counts.cols, 1, 2)
+        weights = np.minimum(1.0, (counts.counts / 10.0) ** 0.75) * np.where(
+            counts.rows == counts.cols, 1, 2
+        )
         return np.sum(weights * (b[counts.rows] + b[counts.cols] - np.log(counts.counts)) ** 2)
 
     rng = np.random.default_rng(0)
@@ -223,7 +248,14 @@ def test_starting_biases_nearly_minimise_the_loss_without_vectors():
 
 
 def test_block_sizes_leave_enough_steps():
-    assert [glove.block_size(n) for n in (1, 100, 200, 1000, 8192, 200_000)] == [8, 8, 8, 32, 512, 512]
+    assert [glove.block_size(n) for n in (1, 100, 200, 1000, 8192, 200_000)] == [
+        8,
+        8,
+        8,
+        32,
+        512,
+        512,
+    ]
 
 
 @pytest.mark.parametrize("strata", [True, False])

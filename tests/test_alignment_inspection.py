@@ -27,10 +27,14 @@ def synthetic(source_tokenizer, target_tokenizer, seed=0) -> Alignment:
     """Shared ids are exact; the rest alternate between similar and pieces, of two source tokens each."""
     rng = np.random.default_rng(seed)
     m, n = (canonical.vocabulary_size(t) for t in (source_tokenizer, target_tokenizer))
-    rules = np.where(np.arange(n) < SHARED, Rule.EXACT, np.where(np.arange(n) % 2, Rule.SIMILAR, Rule.PIECES))
+    rules = np.where(
+        np.arange(n) < SHARED, Rule.EXACT, np.where(np.arange(n) % 2, Rule.SIMILAR, Rule.PIECES)
+    )
     rows = [[i] if i < SHARED else [5, 6 + i % 3] for i in range(n)]
     indptr = np.cumsum([0, *map(len, rows)])
-    weights = np.concatenate([[1.0] if len(row) == 1 else [0.75, 0.25] for row in rows]).astype(np.float32)
+    weights = np.concatenate([[1.0] if len(row) == 1 else [0.75, 0.25] for row in rows]).astype(
+        np.float32
+    )
     mixture = Mixture(indptr, np.concatenate(rows).astype(np.int32), weights, m)
     return Alignment(
         embedding=mixture,
@@ -54,10 +58,15 @@ def tokenizers():
 def vectors(tokenizers):
     """Both sides' ids, in some order and not all of them, and vectors that agree on shared tokens but for noise."""
     rng = np.random.default_rng(1)
-    source_ids, target_ids = rng.permutation(260).astype(np.int32), rng.permutation(275).astype(np.int32)
+    source_ids, target_ids = (
+        rng.permutation(260).astype(np.int32),
+        rng.permutation(275).astype(np.int32),
+    )
     common = rng.normal(size=(300, 12)) * np.linspace(2, 0.5, 12)
     turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]
-    source, target = (common[ids] + 0.3 * rng.normal(size=(len(ids), 12)) for ids in (source_ids, target_ids))
+    source, target = (
+        common[ids] + 0.3 * rng.normal(size=(len(ids), 12)) for ids in (source_ids, target_ids)
+    )
     return source_ids, source.astype(np.float32), target_ids, (target @ turn).astype(np.float32)
 
 
@@ -77,11 +86,15 @@ def workdir(tmp_path_factory, tokenizers, vectors):
     """What a finished align stage leaves, as far as it is read."""
     folder = tmp_path_factory.mktemp("inspected")
     run = {}
-    for role, side, tokenizer in zip(("source_model", "target_tokenizer"), ("source", "target"), tokenizers):
+    for role, side, tokenizer in zip(
+        ("source_model", "target_tokenizer"), ("source", "target"), tokenizers
+    ):
         run[role] = str(folder / "outside" / side)
         tokenizer.save_pretrained(run[role])
         (folder / "tokens" / side).mkdir(parents=True)
-        np.save(folder / "tokens" / side / "counts.npy", np.arange(canonical.vocabulary_size(tokenizer)))
+        np.save(
+            folder / "tokens" / side / "counts.npy", np.arange(canonical.vocabulary_size(tokenizer))
+        )
     alignment.save(synthetic(*tokenizers), folder / "align")
     names = ("source_ids", "source_vectors", "target_ids", "target_vectors")
     np.savez(folder / "align" / "vectors.npz", allow_pickle=False, **dict(zip(names, vectors)))
@@ -132,7 +145,9 @@ def test_kinds_of_what_is_no_text():
 
 def test_tokens_are_found_by_text_escape_and_spelling(subject, tokenizers):
     ids = tokenizers[1].get_vocab()
-    assert inspection.find(subject.target, r"\n") == inspection.find(subject.target, "Ċ") == [ids["Ċ"]]
+    assert (
+        inspection.find(subject.target, r"\n") == inspection.find(subject.target, "Ċ") == [ids["Ċ"]]
+    )
     assert inspection.find(subject.target, " ") == [ids["Ġ"]]
     assert inspection.find(subject.target, "<|endoftext|>") == [ids["<|endoftext|>"]]
 
@@ -180,15 +195,21 @@ def test_the_nearest_neighbour_is_what_the_alignment_matched(tokenizers, vectors
     counts = [np.ones(canonical.vocabulary_size(t), np.int64) for t in tokenizers]
     sides = Vectors(*vectors[:2]), Vectors(*vectors[2:])
     settings = AlignmentConfig(method="composed", neighbours=5)
-    made, _ = methods.make(methods.Inputs(settings, *tokenizers, *counts, 3, lambda line: None, *sides))
+    made, _ = methods.make(
+        methods.Inputs(settings, *tokenizers, *counts, 3, lambda line: None, *sides)
+    )
     space = inspection.common_space(made, *vectors, seed=3)
     matched = np.flatnonzero(made.matches >= 0)
     assert len(matched)
-    assert [inspection.neighbours(space, i, 1, 5)[0].source for i in matched] == made.matches[matched].tolist()
+    assert [inspection.neighbours(space, i, 1, 5)[0].source for i in matched] == made.matches[
+        matched
+    ].tolist()
 
 
 def test_shared_tokens_are_their_own_nearest_neighbours(subject):
-    shared = sorted(set(subject.space.source_ids) & set(subject.space.target_ids) & set(range(SHARED)))
+    shared = sorted(
+        set(subject.space.source_ids) & set(subject.space.target_ids) & set(range(SHARED))
+    )
     found = [inspection.neighbours(subject.space, int(i), 1, 5)[0].source for i in shared]
     assert np.mean(np.array(found) == shared) > 0.9
 
@@ -203,7 +224,12 @@ def test_tokens_without_vectors_have_no_neighbours(subject, tokenizers, vectors)
     assert inspection.neighbours(subject.space, without, 5, 5) is None
     assert "no vector" in "\n".join(pages.terminal(inspection.explain(subject, without)))
     ids, values, target_ids, target_values = vectors
-    assert inspection.common_space(subject.alignment, ids[:8], values[:8], target_ids, target_values, 0) is None
+    assert (
+        inspection.common_space(
+            subject.alignment, ids[:8], values[:8], target_ids, target_values, 0
+        )
+        is None
+    )
 
 
 def test_the_worst_rows_are_of_low_scores_in_used_text(monkeypatch):
@@ -211,7 +237,11 @@ def test_the_worst_rows_are_of_low_scores_in_used_text(monkeypatch):
     scores = np.array([0.5, 0.2, 0.2, 0.1, 0.0, 0.0, 1.0])
     uncertain = np.array([1, 1, 1, 1, 1, 1, 0], bool)
     monkeypatch.setattr(inspection, "USED_TEXT", 0.9)
-    assert inspection.worst(uncertain, counts, scores).tolist() == [1, 2, 0]  # 3 and 4 are the last tenth of the text
+    assert inspection.worst(uncertain, counts, scores).tolist() == [
+        1,
+        2,
+        0,
+    ]  # 3 and 4 are the last tenth of the text
     monkeypatch.setattr(inspection, "USED_TEXT", 0.5)
     assert inspection.worst(uncertain, counts, scores).tolist() == [1, 0]
     assert inspection.most_frequent(uncertain, counts).tolist() == [0, 1, 2, 3, 4]
@@ -231,7 +261,14 @@ def test_hubs():
 
 
 def test_histogram_bins():
-    assert inspection.histogram(np.array([0, 0.05, 0.1, 0.99, 1.0, -0.2])).tolist() == [0, 0, 1, 9, 9, 0]
+    assert inspection.histogram(np.array([0, 0.05, 0.1, 0.99, 1.0, -0.2])).tolist() == [
+        0,
+        0,
+        1,
+        9,
+        9,
+        0,
+    ]
 
 
 def test_parts_name_pieces_match_and_weights(subject):
@@ -287,15 +324,27 @@ def test_text_is_escaped_wherever_it_stands():
 
 
 def test_the_page_of_a_report_is_whole_and_self_contained(subject):
-    read = Reader(pages.html("page", [*inspection.explain(subject, 257), *inspection.report(subject)]))
+    read = Reader(
+        pages.html("page", [*inspection.explain(subject, 257), *inspection.report(subject)])
+    )
     assert not read.links and not read.tags & {"script", "link", "img", "iframe"}
     assert "url(" not in read.text and "@import" not in read.text and "://" not in read.text
-    for title in ("Rules", "Scores", "Hubs", "Kinds of tokens", "Worst rows", "Most frequent uncertain", "Examples"):
+    for title in (
+        "Rules",
+        "Scores",
+        "Hubs",
+        "Kinds of tokens",
+        "Worst rows",
+        "Most frequent uncertain",
+        "Examples",
+    ):
         assert title in read.text
 
 
 def test_columns_line_up_on_a_terminal():
-    lines = pages.terminal([Section("T", "", ("a", "n"), [(Code("数学"), "5"), (Code("ab"), "1,000")])])
+    lines = pages.terminal(
+        [Section("T", "", ("a", "n"), [(Code("数学"), "5"), (Code("ab"), "1,000")])]
+    )
     assert lines == ["T", "  a           n", '  "数学"      5', '  "ab"    1,000']
     assert len(pages.terminal([Section("T", rows=[("x" * 500,)])])[1]) < 110
 
@@ -305,21 +354,41 @@ def test_columns_line_up_on_a_terminal():
 
 def test_a_workdir_and_a_bare_alignment(workdir, capsys, tmp_path):
     page = tmp_path / "page.html"
-    assert inspect.main(["--workdir", str(workdir), "--token", r"\n", "--id", "30", "--html", str(page)]) == 0
+    assert (
+        inspect.main(
+            ["--workdir", str(workdir), "--token", r"\n", "--id", "30", "--html", str(page)]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "Target token 30" in shown and "CSLS" in shown and "exact" in shown
     assert "Worst rows" in page.read_text() and "Target token 30" in page.read_text()
 
-    names = ["--source-model", str(workdir / "outside/source"), "--target-tokenizer", str(workdir / "outside/target")]
+    names = [
+        "--source-model",
+        str(workdir / "outside/source"),
+        "--target-tokenizer",
+        str(workdir / "outside/target"),
+    ]
     assert inspect.main(["--alignment", str(workdir / "align"), *names]) == 0
     assert "Worst rows" in capsys.readouterr().out
-    assert inspect.main(["--alignment", str(workdir / "align" / "align_matrix.json"), *names, "--id", "30"]) == 0
+    assert (
+        inspect.main(
+            ["--alignment", str(workdir / "align" / "align_matrix.json"), *names, "--id", "30"]
+        )
+        == 0
+    )
     assert "given" in capsys.readouterr().out
 
 
 def test_without_vectors_the_page_says_so(workdir, tokenizers, tmp_path, capsys):
     alignment.save(synthetic(*tokenizers), tmp_path / "align")
-    names = ["--source-model", str(workdir / "outside/source"), "--target-tokenizer", str(workdir / "outside/target")]
+    names = [
+        "--source-model",
+        str(workdir / "outside/source"),
+        "--target-tokenizer",
+        str(workdir / "outside/target"),
+    ]
     assert inspect.main(["--alignment", str(tmp_path / "align"), *names, "--id", "130"]) == 0
     assert "no token vectors" in " ".join(capsys.readouterr().out.split())
 
@@ -338,6 +407,8 @@ def test_without_vectors_the_page_says_so(workdir, tokenizers, tmp_path, capsys)
     ],
 )
 def test_what_a_user_can_mend(arguments, says, workdir, tmp_path, capsys):
-    (tmp_path / "stages.json").write_text(json.dumps({"run": {}, "stages": {"align": {"finished": False}}}))
+    (tmp_path / "stages.json").write_text(
+        json.dumps({"run": {}, "stages": {"align": {"finished": False}}})
+    )
     assert inspect.main([a.format(tmp=tmp_path, work=workdir) for a in arguments]) == 2
     assert says in capsys.readouterr().err

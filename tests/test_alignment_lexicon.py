@@ -37,7 +37,10 @@ def test_pairs_that_join_are_right_and_mend_the_map():
     seeds, judges = same(np.arange(0, 900, 20)), same(np.arange(1, 900, 2))
     keys, queries, joined = lexicon.common_space(source, target, seeds, 10)
     assert len(joined) > 200 and np.mean(joined[:, 0] == joined[:, 1]) > 0.95
-    assert not np.isin(joined[:, 1], seeds[:, 1]).any() and not np.isin(joined[:, 0], seeds[:, 0]).any()
+    assert (
+        not np.isin(joined[:, 1], seeds[:, 1]).any()
+        and not np.isin(joined[:, 0], seeds[:, 0]).any()
+    )
     assert len(set(joined[:, 0])) == len(set(joined[:, 1])) == len(joined)
     of_seeds = lexicon._mapped(keys, matching.centred(target), seeds)
     alone, induced = (matching.retrieve(keys, q, judges, 10).accuracy for q in (of_seeds, queries))

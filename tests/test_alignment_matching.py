@@ -21,7 +21,9 @@ def centred(rows):
 def space(n=600, d=24, seed=0):
     """Vectors with directions of unequal weight and an offset, as GloVe's have."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(n, d)) * np.linspace(2, 0.3, d) + rng.normal(size=d)).astype(np.float32)
+    return (rng.normal(size=(n, d)) * np.linspace(2, 0.3, d) + rng.normal(size=d)).astype(
+        np.float32
+    )
 
 
 def rotation(d, seed=1):
@@ -41,7 +43,9 @@ def test_relative_representations_are_whitened_cosines_to_the_pivots():
     x = centred(vectors.astype(np.float64))
     anchors = x[pivots]
     gram = anchors.T @ anchors
-    values, directions = np.linalg.eigh(gram + matching.RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    values, directions = np.linalg.eigh(
+        gram + matching.RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    )
     expected = unit(x @ (directions / np.sqrt(values)) @ directions.T @ anchors.T)
     np.testing.assert_allclose(found, expected, atol=2e-4)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
@@ -52,7 +56,9 @@ def test_relative_representations_are_whitened_cosines_to_the_pivots():
 def test_the_common_space_gives_the_products_of_relative_representations():
     source, target = space(500, 16, seed=3), space(400, 24, seed=4)
     pivots = np.stack([np.arange(0, 400, 2), np.arange(1, 400, 2)], axis=1)
-    keys, queries = matching.common_space(jnp.asarray(source), jnp.asarray(target), jnp.asarray(pivots))
+    keys, queries = matching.common_space(
+        jnp.asarray(source), jnp.asarray(target), jnp.asarray(pivots)
+    )
     of_source = matching.relative(jnp.asarray(source), jnp.asarray(pivots[:, 0]))
     of_target = matching.relative(jnp.asarray(target), jnp.asarray(pivots[:, 1]))
     np.testing.assert_allclose(queries @ keys.T, of_target @ of_source.T, atol=2e-4)
@@ -62,12 +68,18 @@ def test_the_common_space_gives_the_products_of_relative_representations():
 def test_blocked_retrieval_is_retrieval_from_the_whole_matrix(monkeypatch, queries, keys, k):
     monkeypatch.setattr(matching, "SCORES", 32 * 300)
     rng = np.random.default_rng(0)
-    q, key, penalty = rng.normal(size=(queries, 9)), rng.normal(size=(keys, 9)), rng.normal(size=keys)
+    q, key, penalty = (
+        rng.normal(size=(queries, 9)),
+        rng.normal(size=(keys, 9)),
+        rng.normal(size=keys),
+    )
     values, indices = matching.nearest(jnp.float32(q), jnp.float32(key), jnp.float32(penalty), k)
     scores = q @ key.T - penalty
     expected = np.argsort(-scores, axis=1)[:, :k]
     assert np.array_equal(indices, expected)
-    np.testing.assert_allclose(values, np.take_along_axis(scores, expected, axis=1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        values, np.take_along_axis(scores, expected, axis=1), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("queries", "around"), [(80, 2**16), (90, 30)])
@@ -84,14 +96,18 @@ def test_csls_is_the_published_score(monkeypatch, queries, around):
     around_queries = np.take_along_axis(cosines, best[:, :5], axis=1).mean(axis=1)
     published = 2 * cosines - around_queries[:, None] - around_keys
     assert np.array_equal(found, best[:, :3])
-    np.testing.assert_allclose(scores, np.take_along_axis(published, best[:, :3], axis=1) / 2, atol=1e-5)
+    np.testing.assert_allclose(
+        scores, np.take_along_axis(published, best[:, :3], axis=1) / 2, atol=1e-5
+    )
 
 
 def test_csls_passes_over_a_hub():
     """A key in the middle of all is everybody's nearest by cosine, nobody's by CSLS."""
     rng = np.random.default_rng(0)
     queries = unit(rng.normal(size=(200, 40)) + 0.5)
-    keys = np.concatenate([unit(queries + 1.3 * unit(rng.normal(size=(200, 40)))), unit(queries.mean(axis=0)[None])])
+    keys = np.concatenate(
+        [unit(queries + 1.3 * unit(rng.normal(size=(200, 40)))), unit(queries.mean(axis=0)[None])]
+    )
     hub = 200
     by_cosine = (queries @ keys.T).argmax(axis=1)
     by_csls = np.asarray(matching.csls(jnp.float32(queries), jnp.float32(keys), 10)[0])[:, 0]
@@ -113,7 +129,9 @@ def test_a_space_matches_its_own_rotation():
 def test_the_order_of_tokens_does_not_matter():
     rng = np.random.default_rng(5)
     source = space()
-    target = source @ rotation(24).astype(np.float32) + 0.3 * rng.normal(size=source.shape).astype(np.float32)
+    target = source @ rotation(24).astype(np.float32) + 0.3 * rng.normal(size=source.shape).astype(
+        np.float32
+    )
     pivots, judges = split(600)
     found = matching.match(source, target, pivots, judges, neighbours=10)
     order, place = rng.permutation(600), np.empty(600, int)
@@ -126,7 +144,10 @@ def test_the_order_of_tokens_does_not_matter():
 
 
 def test_unrelated_spaces_fall_below_every_threshold():
-    source, target = space(seed=6), np.random.default_rng(7).normal(size=(600, 32)).astype(np.float32)
+    source, target = (
+        space(seed=6),
+        np.random.default_rng(7).normal(size=(600, 32)).astype(np.float32),
+    )
     found = matching.match(source, target, *split(600), neighbours=10)
     assert found.accuracy < 0.05
     assert np.quantile(found.similarity, 0.99) < 0.3

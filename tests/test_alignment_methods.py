@@ -52,14 +52,32 @@ def inputs(source, target, method="composed", seed=0, d=24, noise=0.3, **config)
     noise_of_name = dict(zip(names, noise * rng.normal(size=(len(names), d))))
     rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
     of_source = Vectors(
-        np.array(texts(source), np.int32), np.float32([of_name[source_bytes[i]] for i in texts(source)])
+        np.array(texts(source), np.int32),
+        np.float32([of_name[source_bytes[i]] for i in texts(source)]),
     )
     of_target = Vectors(
         np.array(texts(target), np.int32),
-        np.float32([(of_name[target_bytes[i]] + noise_of_name[target_bytes[i]]) @ rotation for i in texts(target)]),
+        np.float32(
+            [
+                (of_name[target_bytes[i]] + noise_of_name[target_bytes[i]]) @ rotation
+                for i in texts(target)
+            ]
+        ),
     )
-    settings = AlignmentConfig(method=method, **{"pivots": 200, "similarity_threshold": 0.1, "atoms": 6, **config})
-    given = settings, source, target, counts(source), counts(target), seed, lambda line: None, of_source, of_target
+    settings = AlignmentConfig(
+        method=method, **{"pivots": 200, "similarity_threshold": 0.1, "atoms": 6, **config}
+    )
+    given = (
+        settings,
+        source,
+        target,
+        counts(source),
+        counts(target),
+        seed,
+        lambda line: None,
+        of_source,
+        of_target,
+    )
     return Inputs(*given, donor=donor(target))
 
 
@@ -74,7 +92,9 @@ def renumbered(tokenizer: PreTrainedTokenizerFast, new_id: np.ndarray) -> PreTra
     """The same tokenizer, in which the token that was i is new_id[i]."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["model"]["vocab"] = {t: int(new_id[i]) for t, i in state["model"]["vocab"].items()}
-    for added in state["added_tokens"]:  # those that the model knows keep the numbers that they have there
+    for added in state[
+        "added_tokens"
+    ]:  # those that the model knows keep the numbers that they have there
         added["id"] = int(new_id[added["id"]])
         state["model"]["vocab"][added["content"]] = added["id"]
     roles = {
@@ -124,7 +144,9 @@ def test_a_vocabulary_aligned_with_itself_maps_to_itself(tokenizers, method):
 @pytest.mark.parametrize("method", EVERY)
 def test_doubling_the_corpus_leaves_the_map_unchanged(tokenizers, method):
     given = inputs(*tokenizers, method)
-    doubled = dataclasses.replace(given, source_counts=2 * given.source_counts, target_counts=2 * given.target_counts)
+    doubled = dataclasses.replace(
+        given, source_counts=2 * given.source_counts, target_counts=2 * given.target_counts
+    )
     one, other = (methods.make(i)[0] for i in (given, doubled))
     for side in ("embedding", "head"):
         for a, b in zip(getattr(one, side), getattr(other, side)):
@@ -161,7 +183,9 @@ def test_permuting_source_ids_permutes_the_result(tokenizers, method):
     source, target = tokenizers
     given = inputs(source, target, method)
     new_id = np.random.default_rng(4).permutation(given.source_size + 1)
-    new_id = np.append(np.argsort(np.argsort(new_id[:-1])), given.source_size)  # the mean of all rows stays the last
+    new_id = np.append(
+        np.argsort(np.argsort(new_id[:-1])), given.source_size
+    )  # the mean of all rows stays the last
     permuted = dataclasses.replace(
         given,
         source_tokenizer=renumbered(source, new_id),
@@ -172,14 +196,18 @@ def test_permuting_source_ids_permutes_the_result(tokenizers, method):
     np.testing.assert_array_equal(one.rules, other.rules)
     for side in ("embedding", "head"):
         for i in range(given.target_size):
-            expected = {int(new_id[source]): weight for source, weight in row(getattr(one, side), i).items()}
+            expected = {
+                int(new_id[source]): weight for source, weight in row(getattr(one, side), i).items()
+            }
             assert row(getattr(other, side), i) == pytest.approx(expected, abs=2e-3)
 
 
 def test_noise_is_left_to_the_pieces(tokenizers):
     given = inputs(*tokenizers, pivots=100, similarity_threshold=0.3)
     noise = np.random.default_rng(0).normal(size=given.target.vectors.shape).astype(np.float32)
-    made, measured = methods.make(dataclasses.replace(given, target=given.target._replace(vectors=noise)))
+    made, measured = methods.make(
+        dataclasses.replace(given, target=given.target._replace(vectors=noise))
+    )
     assert measured["accuracy_at_1"] < 0.1
     assert np.mean(made.rules == Rule.SIMILAR) < 0.02
     assert_whole(made, *tokenizers)
@@ -189,7 +217,10 @@ def test_noise_is_left_to_the_pieces(tokenizers):
 def test_without_vectors_nothing_is_matched(tokenizers, method):
     said = []
     given = dataclasses.replace(
-        inputs(*tokenizers, method), source=methods.NO_VECTORS, target=methods.NO_VECTORS, log=said.append
+        inputs(*tokenizers, method),
+        source=methods.NO_VECTORS,
+        target=methods.NO_VECTORS,
+        log=said.append,
     )
     made, measured = methods.make(given)
     assert measured == {} and "shared tokens have vectors" in said[0]
@@ -210,7 +241,10 @@ def test_exact_and_random_differ_only_in_what_they_know(tokenizers):
 
 def test_mixing():
     parts = [[5, 6, 7], [5, 5], [5, 6], [], []]
-    matches, similarity = np.array([-1, 9, 6, 9, -1]), np.array([0.0, 0.8, 0.5, 0.5, 0.0], np.float32)
+    matches, similarity = (
+        np.array([-1, 9, 6, 9, -1]),
+        np.array([0.0, 0.8, 0.5, 0.5, 0.0], np.float32),
+    )
     embedding, head = methods.mix(parts, matches, similarity, 100)
     assert row(embedding, 0) == pytest.approx({5: 1 / 7, 6: 2 / 7, 7: 4 / 7})
     assert row(head, 0) == pytest.approx({5: 1 / 3, 6: 1 / 3, 7: 1 / 3})
@@ -226,11 +260,15 @@ def test_mixing():
 def test_focus_is_the_published_weighted_mean(tokenizers):
     """Rows against Dobler & de Melo (2023), section 3, in NumPy float64."""
     given = inputs(*tokenizers, "focus")
-    made, _ = methods.make(dataclasses.replace(given, source=methods.NO_VECTORS))  # it has no use for these
+    made, _ = methods.make(
+        dataclasses.replace(given, source=methods.NO_VECTORS)
+    )  # it has no use for these
     rows = np.random.default_rng(0).normal(size=(given.source_size, 5)).astype(np.float32)
     found = alignment.apply(made.embedding, rows)
     ids, exact = given.target.ids, given.spelled.exact
-    unit = given.target.vectors / np.linalg.norm(given.target.vectors.astype(np.float64), axis=1, keepdims=True)
+    unit = given.target.vectors / np.linalg.norm(
+        given.target.vectors.astype(np.float64), axis=1, keepdims=True
+    )
     shared = np.array([i in exact for i in ids])
     sources = np.array([exact[i] for i in ids[shared]])
     checked = np.flatnonzero([made.rules[i] == Rule.SIMILAR for i in ids])
@@ -238,11 +276,17 @@ def test_focus_is_the_published_weighted_mean(tokenizers):
     for place in checked[::10]:
         cosines = unit[shared] @ unit[place]
         falling = np.sort(cosines)[::-1]
-        size = max(k for k in range(1, len(falling) + 1) if 1 + k * falling[k - 1] > falling[:k].sum())
+        size = max(
+            k for k in range(1, len(falling) + 1) if 1 + k * falling[k - 1] > falling[:k].sum()
+        )
         weights = np.maximum(cosines - (falling[:size].sum() - 1) / size, 0)
-        np.testing.assert_allclose(found[ids[place]], weights @ rows[sources].astype(np.float64), atol=1e-4)
+        np.testing.assert_allclose(
+            found[ids[place]], weights @ rows[sources].astype(np.float64), atol=1e-4
+        )
         assert made.matches[ids[place]] == sources[cosines.argmax()]
-    np.testing.assert_array_equal(alignment.apply(made.head, rows)[ids[checked]], found[ids[checked]])
+    np.testing.assert_array_equal(
+        alignment.apply(made.head, rows)[ids[checked]], found[ids[checked]]
+    )
 
 
 def test_omp_gives_each_matrix_what_the_donors_matrix_says(tokenizers):
@@ -252,7 +296,9 @@ def test_omp_gives_each_matrix_what_the_donors_matrix_says(tokenizers):
     sources = np.array(list(exact.values()))
     for mixture, table in zip((made.embedding, made.head), given.donor):
         for i in np.flatnonzero(made.rules == Rule.SIMILAR)[::25]:
-            expected, _ = pursuit(table[i].astype(np.float64), table[list(exact)].astype(np.float64), 6)
+            expected, _ = pursuit(
+                table[i].astype(np.float64), table[list(exact)].astype(np.float64), 6
+            )
             named = {sources[j]: expected[j] for j in np.flatnonzero(expected)}
             assert row(mixture, i) == pytest.approx(named, abs=5e-3)
     assert (made.embedding.weights < 0).any()
@@ -263,7 +309,9 @@ def test_a_donor_need_not_know_every_token(tokenizers):
     fewer = [rows[:-30].copy() for rows in given.donor]
     fewer[1][500] = np.nan
     made, _ = methods.make(dataclasses.replace(given, donor=methods.Donor(*fewer)))
-    pieces, _ = methods.make(dataclasses.replace(given, config=dataclasses.replace(given.config, method="pieces")))
+    pieces, _ = methods.make(
+        dataclasses.replace(given, config=dataclasses.replace(given.config, method="pieces"))
+    )
     assert_whole(made, *tokenizers, convex=False)
     for i in (500, *range(len(made.rules) - 30, len(made.rules))):
         assert made.rules[i] == pieces.rules[i] and same_rows(made, i, pieces, i)

@@ -83,9 +83,13 @@ def test_the_same_tokens_under_other_ids_get_the_same_vectors():
     source = counts_of(documents, vocabulary)
     target = counts_of([renamed[document].tolist() for document in documents], vocabulary)
     source_place = {int(renamed[token]): row for row, token in enumerate(source.vocabulary)}
-    match = np.array([source_place[int(token)] for token in target.vocabulary])  # source row of each target row
+    match = np.array(
+        [source_place[int(token)] for token in target.vocabulary]
+    )  # source row of each target row
     context_rows = np.arange(0, len(match), 2)
-    of_source, of_target = ppmi.train([source, target], [match[context_rows], context_rows], 8, 0, lambda line: None)
+    of_source, of_target = ppmi.train(
+        [source, target], [match[context_rows], context_rows], 8, 0, lambda line: None
+    )
     assert ((of_target @ of_source.T).argmax(axis=1) == match).all()
     np.testing.assert_allclose(of_target, of_source[match], atol=1e-4)
 
@@ -95,7 +99,9 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_slices(monkeypatch):
     first, again = (ppmi.train([COUNTS], [columns], 6, 0, lambda line: None)[0] for _ in range(2))
     assert np.array_equal(first, again)
     monkeypatch.setattr(ppmi, "SLICE", 37)
-    np.testing.assert_allclose(ppmi.train([COUNTS], [columns], 6, 0, lambda line: None)[0], first, atol=1e-5)
+    np.testing.assert_allclose(
+        ppmi.train([COUNTS], [columns], 6, 0, lambda line: None)[0], first, atol=1e-5
+    )
 
 
 def test_tokens_that_meet_no_context_and_sides_without_pairs_stay_finite():

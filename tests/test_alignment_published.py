@@ -26,7 +26,9 @@ def test_matching_is_the_paper_s_formula():
     target = rng.normal(size=(900, 16)) + 0.3  # each side has its own dimensions
     pivots = np.stack([rng.permutation(700)[:60], rng.permutation(900)[:60]], axis=1)
     found, cosines = published.match(source.astype(np.float32), target.astype(np.float32), pivots)
-    np.testing.assert_array_equal(found, reference(source.astype(np.float32), target.astype(np.float32), pivots))
+    np.testing.assert_array_equal(
+        found, reference(source.astype(np.float32), target.astype(np.float32), pivots)
+    )
     assert cosines.min() >= 0 and cosines.max() <= 1
 
 
@@ -73,8 +75,12 @@ def test_the_method_is_the_published_one_step_by_step():
             random += 1
             assert 0 <= found[i] < made.source_size and made.rules[i] == Rule.RANDOM
     assert random >= unseen
-    assert made.rules[target.convert_tokens_to_ids("<|endoftext|>")] == Rule.SPECIAL  # by its string, whatever its role
-    assert made.rules[target.eos_token_id] == Rule.RANDOM  # `</s>` has another string than the source's
+    assert (
+        made.rules[target.convert_tokens_to_ids("<|endoftext|>")] == Rule.SPECIAL
+    )  # by its string, whatever its role
+    assert (
+        made.rules[target.eos_token_id] == Rule.RANDOM
+    )  # `</s>` has another string than the source's
     for mixture in (made.embedding, made.head):
         assert np.all(np.diff(mixture.indptr) == 1) and np.all(mixture.weights == 1)
     assert not made.frequency_shift.any()

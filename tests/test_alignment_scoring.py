@@ -20,8 +20,12 @@ def test_bleu_1_by_hand():
     # Longer candidates pay in precision only.
     assert scoring.bleu_1([[1, 2, 3, 4]], [[1, 2]]) == pytest.approx(1 / 2)
     # Over the corpus, not a mean of lines: (1 + 3) / (4 + 3).
-    assert scoring.bleu_1([[1, 9, 9, 9], [1, 2, 3]], [[1, 1, 1, 1], [1, 2, 3]]) == pytest.approx(4 / 7)
-    assert scoring.bleu_1([[5]], [[6]]) == scoring.bleu_1([[]], [[6]]) == scoring.bleu_1([], []) == 0.0
+    assert scoring.bleu_1([[1, 9, 9, 9], [1, 2, 3]], [[1, 1, 1, 1], [1, 2, 3]]) == pytest.approx(
+        4 / 7
+    )
+    assert (
+        scoring.bleu_1([[5]], [[6]]) == scoring.bleu_1([[]], [[6]]) == scoring.bleu_1([], []) == 0.0
+    )
 
 
 def test_bleu_1_by_brute_force():
@@ -36,7 +40,9 @@ def test_bleu_1_by_brute_force():
                 left.remove(token)
                 matched += 1
     c, r = sum(map(len, candidates)), sum(map(len, references))
-    assert scoring.bleu_1(candidates, references) == pytest.approx(matched / c * min(1, math.exp(1 - r / c)))
+    assert scoring.bleu_1(candidates, references) == pytest.approx(
+        matched / c * min(1, math.exp(1 - r / c))
+    )
 
 
 def test_lines_must_pair_up():
@@ -60,11 +66,22 @@ def test_hub_share():
 
 def test_held_out_lines_are_drawn_without_holding_them_all(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "GROUP_BYTES", 50_000)
-    texts = ["\n".join(f"line {i}.{k} ".ljust(1000, "x") for k in range(40)) + "\n \n" for i in range(100)]
+    texts = [
+        "\n".join(f"line {i}.{k} ".ljust(1000, "x") for k in range(40)) + "\n \n"
+        for i in range(100)
+    ]
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(texts))
-    corpus.run(Config(corpus=str(path), text=TextConfig(held_out_fraction=0.5)), tmp_path / "corpus", lambda line: None)
-    lines = [line for document in corpus.held_out(tmp_path / "corpus") for line in document.text.splitlines()]
+    corpus.run(
+        Config(corpus=str(path), text=TextConfig(held_out_fraction=0.5)),
+        tmp_path / "corpus",
+        lambda line: None,
+    )
+    lines = [
+        line
+        for document in corpus.held_out(tmp_path / "corpus")
+        for line in document.text.splitlines()
+    ]
     expected = [lines[i] for i in sorted(np.random.default_rng(3).permutation(len(lines))[:20])]
     assert scoring.held_out_lines(tmp_path / "corpus", 20, seed=3) == expected
     assert scoring.held_out_lines(tmp_path / "corpus", 10**6, seed=3) == lines

@@ -23,7 +23,9 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TO_CHARACTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-def chained(words: Sequence[str], first: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def chained(
+    words: Sequence[str], first: Sequence[str]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges by which every word grows from its first character; of two, the earlier wins."""
     vocabulary = {token: i for i, token in enumerate(first)}
     merges = []
@@ -35,7 +37,9 @@ def chained(words: Sequence[str], first: Sequence[str]) -> tuple[dict[str, int],
     return vocabulary, merges
 
 
-def byte_level(*words: str, first: Sequence[str] = ("<|endoftext|>",), **roles: str) -> PreTrainedTokenizerFast:
+def byte_level(
+    *words: str, first: Sequence[str] = ("<|endoftext|>",), **roles: str
+) -> PreTrainedTokenizerFast:
     """Like GPT-2's: each word is a token, and so are its beginnings and all bytes."""
     spelled = [TO_CHARACTERS.pre_tokenize_str(word)[0][0] for word in words]
     vocabulary, merges = chained(spelled, [*first, *ALPHABET])
@@ -43,7 +47,9 @@ def byte_level(*words: str, first: Sequence[str] = ("<|endoftext|>",), **roles: 
     tokenizer.pre_tokenizer = TO_CHARACTERS
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([*first])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(roles or {"eos_token": "<|endoftext|>"}))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **(roles or {"eos_token": "<|endoftext|>"})
+    )
 
 
 def sentence_piece(*words: str, **roles: str) -> PreTrainedTokenizerFast:
@@ -52,18 +58,26 @@ def sentence_piece(*words: str, **roles: str) -> PreTrainedTokenizerFast:
     characters = sorted({c for word in spelled for c in word} | {"▁"})
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocabulary, merges = chained(spelled, first)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     roles = roles or {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
-def aligned(source, target, method="pieces", vectors: tuple[Vectors, Vectors] | None = None, counts=None) -> Alignment:
+def aligned(
+    source, target, method="pieces", vectors: tuple[Vectors, Vectors] | None = None, counts=None
+) -> Alignment:
     source_counts = np.full(canonical.vocabulary_size(source), 100)
     counts = np.full(canonical.vocabulary_size(target), 100) if counts is None else counts
     config = AlignmentConfig(method=method, similarity_threshold=0.0)
-    given = Inputs(config, source, target, source_counts, counts, 0, lambda line: None, *(vectors or ()))
+    given = Inputs(
+        config, source, target, source_counts, counts, 0, lambda line: None, *(vectors or ())
+    )
     return methods.make(given)[0]
 
 
@@ -87,7 +101,9 @@ def assert_pieces(source, target, content: str | bytes, *expected: str | bytes):
     weights: dict[int, float] = {}
     for piece in expected:
         weights[token(source, piece)] = weights.get(token(source, piece), 0.0) + 1 / len(expected)
-    assert row(made.embedding, i) == pytest.approx(weights) and row(made.head, i) == pytest.approx(weights)
+    assert row(made.embedding, i) == pytest.approx(weights) and row(made.head, i) == pytest.approx(
+        weights
+    )
 
 
 def test_a_leading_space_is_a_space_however_it_is_written():
@@ -134,7 +150,9 @@ def test_a_byte_token_beside_its_character_takes_none_of_its_probability(method)
     assert row(made.head, double) == {made.source_size: 1.0}
     rows = np.random.default_rng(0).normal(size=(made.source_size, 8)).astype(np.float32)
     logits = rows @ rows[token(byte, "A")]
-    shares = np.exp(alignment.apply(made.head, rows) @ rows[token(byte, "A")]) / np.exp(logits).sum()
+    shares = (
+        np.exp(alignment.apply(made.head, rows) @ rows[token(byte, "A")]) / np.exp(logits).sum()
+    )
     assert shares[double] <= 1 / made.source_size < shares[token(piece, "A")]
 
 
@@ -151,7 +169,9 @@ def test_runs_of_spaces_that_a_tokenizer_has_twice():
     assert_exact(once, twice, "  ")
     assert_pieces(once, twice, " " * 4, "  ", "  ")
     # As the source, it gives the rows of the tokens that it writes: the others were never trained.
-    assert row(aligned(twice, once).head, token(once, "  ")) == {twice.convert_tokens_to_ids("  "): 1.0}
+    assert row(aligned(twice, once).head, token(once, "  ")) == {
+        twice.convert_tokens_to_ids("  "): 1.0
+    }
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -170,7 +190,9 @@ def test_tokens_that_text_has_are_not_called_unwritten(kind):
     content = canonical.token_bytes(tokenizer)
     unwritten = canonical.unwritten_ids(tokenizer)
     assert not used & unwritten
-    assert {content[i] for i in unwritten} <= {content[i] for i in range(len(content)) if i not in unwritten}
+    assert {content[i] for i in unwritten} <= {
+        content[i] for i in range(len(content)) if i not in unwritten
+    }
     if kind in ("llama2", "gemma", "mistral", "unigram_with_bytes", "unigram_first"):
         assert tokenizer.convert_tokens_to_ids("<0x61>") in unwritten
 
@@ -195,7 +217,10 @@ def test_runs_of_white_space_are_shorter_runs():
 
 
 def test_code_indentation_is_its_line_break_and_spaces():
-    target, source = byte_level("\n    ", "    return", "):\n    "), sentence_piece("  ", "return", "):", "\n")
+    target, source = (
+        byte_level("\n    ", "    return", "):\n    "),
+        sentence_piece("  ", "return", "):", "\n"),
+    )
     assert_pieces(source, target, "\n    ", "\n", "  ", "  ")
     assert_pieces(source, target, "    return", "  ", "  ", "return")
     assert_pieces(source, target, "):\n    ", "):", "\n", "  ", "  ")
@@ -210,7 +235,11 @@ def test_runs_of_spaces_that_were_added_tokens_are_text():
 
 
 def test_cjk_is_characters_or_else_their_bytes():
-    target, some, none = sentence_piece("日本語", "日本", "날"), sentence_piece("日", "本"), byte_level("日"[:1])
+    target, some, none = (
+        sentence_piece("日本語", "日本", "날"),
+        sentence_piece("日", "本"),
+        byte_level("日"[:1]),
+    )
     assert_exact(some, target, "日", "本")
     assert_pieces(some, target, "日本", "日", "本")
     assert_pieces(some, target, "日本語", "日", "本", *(bytes([b]) for b in "語".encode()))
@@ -227,14 +256,28 @@ def test_a_part_of_a_character_is_its_bytes():
 
 def test_special_tokens_take_their_role_whatever_their_text():
     source = sentence_piece("a")  # <unk>, <s>, </s>
-    roles = {"eos_token": "<|im_end|>", "bos_token": "<|begin|>", "pad_token": "<|endoftext|>", "unk_token": "<?>"}
+    roles = {
+        "eos_token": "<|im_end|>",
+        "bos_token": "<|begin|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<?>",
+    }
     target = byte_level(first=list(roles.values()), **roles)
     made = aligned(source, target)
-    ends = {"<|im_end|>": "</s>", "<|begin|>": "<s>", "<?>": "<unk>", "<|endoftext|>": "</s>"}  # no pad: end of text
+    ends = {
+        "<|im_end|>": "</s>",
+        "<|begin|>": "<s>",
+        "<?>": "<unk>",
+        "<|endoftext|>": "</s>",
+    }  # no pad: end of text
     for text, of_source in ends.items():
         i = target.convert_tokens_to_ids(text)
         assert made.rules[i] == Rule.SPECIAL and made.scores[i] == 1
-        assert row(made.embedding, i) == row(made.head, i) == {source.convert_tokens_to_ids(of_source): 1.0}
+        assert (
+            row(made.embedding, i)
+            == row(made.head, i)
+            == {source.convert_tokens_to_ids(of_source): 1.0}
+        )
 
 
 @pytest.mark.parametrize("role", [role for role in methods.ROLES if role != "eos"])
@@ -260,13 +303,17 @@ def test_an_end_of_text_that_is_text_stays_text():
     made, i = aligned(plain, lines), token(lines, "\n")
     assert lines.eos_token_id == i and made.rules[i] == Rule.EXACT
     assert row(made.head, i) == {token(plain, "\n"): 1.0}
-    assert row(aligned(lines, plain).head, plain.eos_token_id) == {i: 1.0}  # what ends the source's texts
+    assert row(aligned(lines, plain).head, plain.eos_token_id) == {
+        i: 1.0
+    }  # what ends the source's texts
 
 
 def test_the_end_of_a_turn_is_the_end_of_text_where_it_is_the_eos():
     """As Qwen3 has it: `<|im_end|>` ends, `<|endoftext|>` pads; the source has the second, as its end, and no chat."""
     target = byte_level(
-        first=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        first=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     source = byte_level("<|", "im", "start", "|>")
     made = aligned(source, target)
@@ -296,8 +343,12 @@ def test_an_added_token_that_is_not_special_is_its_text():
 
 def test_an_id_that_no_token_has_gets_the_mean_of_all_rows():
     source, target = byte_level(), byte_level("ab")
-    state = target.backend_tokenizer.to_str().replace(f'"ab":{token(target, "ab")}', f'"ab":{token(target, "ab") + 3}')
-    target = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state), eos_token="<|endoftext|>")
+    state = target.backend_tokenizer.to_str().replace(
+        f'"ab":{token(target, "ab")}', f'"ab":{token(target, "ab") + 3}'
+    )
+    target = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(state), eos_token="<|endoftext|>"
+    )
     made = aligned(source, target)
     unused = np.arange(token(target, "ab") - 3, token(target, "ab"))
     assert set(made.rules[unused]) == {Rule.MEAN}
@@ -309,11 +360,20 @@ def test_rare_and_unseen_tokens_are_their_pieces_and_less_likely():
     words = ["ab", "cd", "ef", "gh"]
     source, target = byte_level(*words), byte_level(*words, "abcd", "abef", "abgh")
     rng = np.random.default_rng(0)
-    names = {c: rng.normal(size=16) for t in (source, target) for c in canonical.token_bytes(t) if c is not None}
+    names = {
+        c: rng.normal(size=16)
+        for t in (source, target)
+        for c in canonical.token_bytes(t)
+        if c is not None
+    }
     sides = []
     unseen, rare, common = (token(target, word) for word in ("abgh", "abef", "abcd"))
     for tokenizer, without in ((source, ()), (target, (unseen, rare))):
-        ids = [i for i, c in enumerate(canonical.token_bytes(tokenizer)) if c is not None and i not in without]
+        ids = [
+            i
+            for i, c in enumerate(canonical.token_bytes(tokenizer))
+            if c is not None and i not in without
+        ]
         content = canonical.token_bytes(tokenizer)
         sides.append(Vectors(np.array(ids), np.float32([names[content[i]] for i in ids])))
     counts = np.full(canonical.vocabulary_size(target), 100)
@@ -323,9 +383,16 @@ def test_rare_and_unseen_tokens_are_their_pieces_and_less_likely():
     for i, last in ((unseen, "gh"), (rare, "ef")):
         assert made.rules[i] == Rule.PIECES and made.matches[i] == -1 and made.scores[i] == 0
         ab, end = token(source, "ab"), token(source, last)
-        assert row(made.embedding, i) == pytest.approx({ab: 1 / 3, end: 2 / 3})  # the last says most of what comes next
+        assert row(made.embedding, i) == pytest.approx(
+            {ab: 1 / 3, end: 2 / 3}
+        )  # the last says most of what comes next
         assert row(made.head, i) == pytest.approx({ab: 1 / 2, end: 1 / 2})
-    assert made.frequency_shift[unseen] < made.frequency_shift[rare] < made.frequency_shift[common] < 0.1
+    assert (
+        made.frequency_shift[unseen]
+        < made.frequency_shift[rare]
+        < made.frequency_shift[common]
+        < 0.1
+    )
     assert not made.frequency_shift[made.rules == Rule.EXACT].any()
 
 

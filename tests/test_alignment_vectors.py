@@ -36,11 +36,16 @@ def test_judges_are_no_contexts(monkeypatch):
     monkeypatch.setattr(ppmi, "train", train)
     of_source, of_target, measured = vectors.make(CONFIG, source, target, 7, silent, shared=shared)
     rows = vectors.shared_rows(of_source.ids, of_target.ids, shared)
-    assert (shared[:, 1][np.searchsorted(shared[:, 0], of_source.ids[rows[:, 0]])] == of_target.ids[rows[:, 1]]).all()
+    assert (
+        shared[:, 1][np.searchsorted(shared[:, 0], of_source.ids[rows[:, 0]])]
+        == of_target.ids[rows[:, 1]]
+    ).all()
     assert (np.diff(rows[:, 0]) > 0).all()
     _, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], CONFIG.pivots, 7)
     chosen = {tuple(pair) for pair in seen["columns"].tolist()}
-    assert len(judges) and chosen == {tuple(pair) for i, pair in enumerate(rows.tolist()) if i not in set(judges)}
+    assert len(judges) and chosen == {
+        tuple(pair) for i, pair in enumerate(rows.tolist()) if i not in set(judges)
+    }
     assert measured == {"ppmi_shared_contexts": len(chosen)}
 
 
@@ -50,7 +55,10 @@ def test_ppmi_with_and_without_shared_tokens(with_shared):
     of_source, of_target, measured = vectors.make(
         CONFIG, source, target, 0, silent, shared=shared if with_shared else None
     )
-    assert of_source.vectors.shape == (len(of_source.ids), 6) and of_target.vectors.shape == (len(of_target.ids), 6)
+    assert of_source.vectors.shape == (len(of_source.ids), 6) and of_target.vectors.shape == (
+        len(of_target.ids),
+        6,
+    )
     assert (measured["ppmi_shared_contexts"] > 0) == with_shared
     if with_shared:
         rows = vectors.shared_rows(of_source.ids, of_target.ids, shared)
@@ -72,7 +80,13 @@ def test_a_text_too_short_for_any_token_to_count_gives_none_a_vector(kind):
     few = shards_of([[1, 2, 3]], len(target.counts))
     config = dataclasses.replace(CONFIG, vectors=kind, min_count=5)
     of_source, of_target, _ = vectors.make(config, source, few, 0, silent)
-    assert len(of_target.ids) == len(of_target.vectors) == 0 < len(of_source.ids) == len(of_source.vectors)
+    assert (
+        len(of_target.ids)
+        == len(of_target.vectors)
+        == 0
+        < len(of_source.ids)
+        == len(of_source.vectors)
+    )
 
 
 def test_own_vectors_are_taken_from_npz_and_from_glove_text(tmp_path):
@@ -82,7 +96,9 @@ def test_own_vectors_are_taken_from_npz_and_from_glove_text(tmp_path):
     np.savez(tmp_path / "source.npz", ids=ids, vectors=rows)
     lines = [f"{i} " + " ".join(f"{x:.6f}" for x in row[:3]) for i, row in zip(ids, rows)]
     (tmp_path / "target.txt").write_text("\n".join([*lines, "<unk> 0.1 0.2 0.3", ""]))
-    config = AlignmentConfig(source_vectors=str(tmp_path / "source.npz"), target_vectors=str(tmp_path / "target.txt"))
+    config = AlignmentConfig(
+        source_vectors=str(tmp_path / "source.npz"), target_vectors=str(tmp_path / "target.txt")
+    )
     of_source, of_target, measured = vectors.make(config, source, target, 0, silent)
     assert measured == {}
     for side, shards, width in ((of_source, source, 4), (of_target, target, 3)):
@@ -127,7 +143,10 @@ def test_both_files_are_needed():
 
 
 def test_saved_vectors_keep_their_range(tmp_path):
-    small, large = (vectors.Vectors(np.arange(2, dtype=np.int32), np.full((2, 3), x, np.float32)) for x in (0.5, 1e6))
+    small, large = (
+        vectors.Vectors(np.arange(2, dtype=np.int32), np.full((2, 3), x, np.float32))
+        for x in (0.5, 1e6)
+    )
     vectors.save(tmp_path, small, large)
     with np.load(tmp_path / vectors.FILE) as arrays:
         assert arrays["source_vectors"].dtype == np.float16
@@ -136,7 +155,11 @@ def test_saved_vectors_keep_their_range(tmp_path):
 
 def test_focus_needs_vectors_of_the_target_alone(tmp_path):
     np.savez(tmp_path / "mine.npz", ids=np.arange(5), vectors=np.eye(5, 3) + 1)
-    source, target = vectors.check(AlignmentConfig(method="focus", target_vectors=str(tmp_path / "mine.npz")), 10, 10)
+    source, target = vectors.check(
+        AlignmentConfig(method="focus", target_vectors=str(tmp_path / "mine.npz")), 10, 10
+    )
     assert not len(source.ids) and len(target.ids) == 5
     with pytest.raises(UserError, match="source_vectors is missing"):
-        vectors.check(AlignmentConfig(method="topk", target_vectors=str(tmp_path / "mine.npz")), 10, 10)
+        vectors.check(
+            AlignmentConfig(method="topk", target_vectors=str(tmp_path / "mine.npz")), 10, 10
+        )

@@ -15,7 +15,9 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
     assert (given.workdir, given.output) == (Path("/home/me/run"), Path("out"))
 
 
-@pytest.mark.parametrize("wrong", ["--batch=0", "--repeats=0", "--bytes-per-language=-5", "--seed=-1", "--steps=many"])
+@pytest.mark.parametrize(
+    "wrong", ["--batch=0", "--repeats=0", "--bytes-per-language=-5", "--seed=-1", "--steps=many"]
+)
 def test_numbers_have_a_least_value(wrong, capsys):
     with pytest.raises(SystemExit):
         evaluate._parser().parse_args([wrong, "--output=out"])
@@ -27,7 +29,9 @@ def test_numbers_have_a_least_value(wrong, capsys):
 def test_what_is_there_is_left_alone(tmp_path):
     parser = argparse.ArgumentParser()
     arguments.add_overwrite(parser, "--html")
-    arguments.refuse_existing("--html", tmp_path, parser.parse_args([]).overwrite)  # an empty folder
+    arguments.refuse_existing(
+        "--html", tmp_path, parser.parse_args([]).overwrite
+    )  # an empty folder
     (tmp_path / "page.html").touch()
     for place in (tmp_path, tmp_path / "page.html"):
         with pytest.raises(UserError, match=r"--html .* is there already.*--overwrite"):

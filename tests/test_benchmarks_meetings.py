@@ -23,7 +23,17 @@ DOCUMENTS = [
     "the the the dog",
     "\u2460",
 ]
-KINDS = ("gpt2", "qwen", "llama2", "gemma", "mistral", "bpe_without_bytes", "unigram_first", "bert", "gpt1")
+KINDS = (
+    "gpt2",
+    "qwen",
+    "llama2",
+    "gemma",
+    "mistral",
+    "bpe_without_bytes",
+    "unigram_first",
+    "bert",
+    "gpt1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +43,14 @@ def sides():
     for kind in KINDS:
         tokenizer = tokenizer_of_kind(kind, TEXTS, 300 + 20 * KINDS.index(kind))
         backend, end = canonical.plain_backend(tokenizer), end_of_text_id(tokenizer)
-        ids = [np.array([*backend.encode(text, add_special_tokens=False).ids, end]) for text in DOCUMENTS]
+        ids = [
+            np.array([*backend.encode(text, add_special_tokens=False).ids, end])
+            for text in DOCUMENTS
+        ]
         counts = np.zeros(canonical.vocabulary_size(tokenizer), np.int64)
-        shards = TokenShards(np.concatenate(ids), np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end})
+        shards = TokenShards(
+            np.concatenate(ids), np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end}
+        )
         made[kind] = shards, canonical.token_bytes(tokenizer)
     return made
 
@@ -55,12 +70,19 @@ def by_prefix(source, target):
     """The meaning of a meeting, one prefix at a time."""
     result = []
     for document in range(len(DOCUMENTS)):
-        (start, of_source), (_, of_target) = (prefixes(shards, of, document) for shards, of in (source, target))
+        (start, of_source), (_, of_target) = (
+            prefixes(shards, of, document) for shards, of in (source, target)
+        )
         leads = [len(of[-1]) - len(of[-1].lstrip(b" ")) for of in (of_source, of_target)]
         cut = [lead - min(leads) for lead in leads]
-        ends = {of[cut[0] :]: start + i for i, of in enumerate(of_source) if of and len(of) > cut[0]}
+        ends = {
+            of[cut[0] :]: start + i for i, of in enumerate(of_source) if of and len(of) > cut[0]
+        }
         near = abs(leads[0] - leads[1]) <= 1
-        result += [ends.get(of[cut[1] :], NONE) if near and of and len(of) > cut[1] else NONE for of in of_target]
+        result += [
+            ends.get(of[cut[1] :], NONE) if near and of and len(of) > cut[1] else NONE
+            for of in of_target
+        ]
     return np.array(result)
 
 
@@ -84,7 +106,10 @@ def test_tokenizers_that_keep_everything_meet_at_every_end_of_text(sides):
 
 
 def test_nothing_meets_behind_the_first_byte_that_a_tokenizer_changes(sides):
-    (source, of_source), (target, of_target) = sides["gpt2"], sides["qwen"]  # the second composes characters
+    (source, of_source), (target, of_target) = (
+        sides["gpt2"],
+        sides["qwen"],
+    )  # the second composes characters
     found = meetings.find(source, target, of_source, of_target)
     document = next(i for i, text in enumerate(DOCUMENTS) if "\u0301" in text)
     start, read = prefixes(target, of_target, document)
@@ -101,4 +126,6 @@ def test_blocks_do_not_show(sides, monkeypatch, tmp_path):
     for block in (1, 40):
         monkeypatch.setattr(meetings, "BLOCK", block)
         out = np.memmap(tmp_path / f"{block}", np.int64, "w+", shape=whole.shape)
-        np.testing.assert_array_equal(meetings.find(source, target, of_source, of_target, out), whole)
+        np.testing.assert_array_equal(
+            meetings.find(source, target, of_source, of_target, out), whole
+        )

@@ -40,15 +40,21 @@ def log_softmax(states, head):
 
 def test_sequences_come_with_a_window_of_the_source_from_their_first_meeting():
     target, source = Tokens(np.arange(100, 121)), Tokens(np.arange(500, 540))
-    meetings = np.array([NONE, 3, 5, 6, NONE, 9, 19, 20, NONE, NONE, NONE, NONE, NONE, NONE, NONE, 38, 39] + [NONE] * 4)
+    meetings = np.array(
+        [NONE, 3, 5, 6, NONE, 9, 19, 20, NONE, NONE, NONE, NONE, NONE, NONE, NONE, 38, 39]
+        + [NONE] * 4
+    )
     sequences = MetSource(target, source, meetings, 5, 8)
     assert len(sequences) == 4
-    tokens, window, places = (np.asarray(of) for of in unpack(jnp.stack([sequences[i] for i in range(4)]), 5))
+    tokens, window, places = (
+        np.asarray(of) for of in unpack(jnp.stack([sequences[i] for i in range(4)]), 5)
+    )
     np.testing.assert_array_equal(tokens, [range(100 + i, 106 + i) for i in (0, 5, 10, 15)])
     np.testing.assert_array_equal(window[:2], [range(503, 511), range(509, 517)])
     np.testing.assert_array_equal(window[3], [538, 539, 0, 0, 0, 0, 0, 0])  # the source ends there
     np.testing.assert_array_equal(
-        places, [[NONE, 0, 2, 3, NONE], [0, NONE, NONE, NONE, NONE], [NONE] * 5, [0, 1, NONE, NONE, NONE]]
+        places,
+        [[NONE, 0, 2, 3, NONE], [0, NONE, NONE, NONE, NONE], [NONE] * 5, [0, 1, NONE, NONE, NONE]],
     )
     assert teaching.window_length(source, target, 64, 999) == 192
     assert teaching.window_length(source, target, 64, 100) == 100
@@ -60,10 +66,14 @@ def test_states_are_compared_at_meetings_alone(draw):
     found = states[is_met].astype(np.float64)
     wanted = np.array([source[b, PLACES[b, t]] for b, t in np.argwhere(is_met)], np.float64)
     error = teaching.state_error(states, taught, is_met)
-    np.testing.assert_allclose(error, np.sum((found - wanted) ** 2) / np.sum((wanted - wanted.mean(0)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        error, np.sum((found - wanted) ** 2) / np.sum((wanted - wanted.mean(0)) ** 2), rtol=1e-5
+    )
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
     angle = teaching.angle_error(states, taught, is_met)
-    np.testing.assert_allclose(angle, np.mean(1 - np.sum(found * wanted, axis=1) / norms), rtol=1e-5)
+    np.testing.assert_allclose(
+        angle, np.mean(1 - np.sum(found * wanted, axis=1) / norms), rtol=1e-5
+    )
     nowhere = np.zeros_like(is_met)
     assert teaching.state_error(states, taught, nowhere) == 0
     assert teaching.angle_error(states, taught, nowhere) == 0
@@ -94,7 +104,10 @@ def test_each_likelihood_has_a_gradient_of_its_own(draw):
         jax.value_and_grad(lambda states: jnp.sum(weights * teaching.nll(states, head, given, HOW)))
     )(states)
     logs = log_softmax(states, head)
-    counts, chosen = labels >= 0, np.take_along_axis(logs, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    counts, chosen = (
+        labels >= 0,
+        np.take_along_axis(logs, np.maximum(labels, 0)[..., None], -1)[..., 0],
+    )
     assert counts.any() and not counts.all()
     np.testing.assert_allclose(value, -np.sum(weights * chosen * counts), rtol=1e-5)
     slope = (np.exp(logs) - np.eye(V)[np.maximum(labels, 0)]) * (weights * counts)[..., None]
@@ -112,6 +125,10 @@ def test_likelihoods_are_of_the_bytes_between_meetings(draw):
     loss = jax.jit(jax.value_and_grad(teaching.likelihood_error))
     value, gradient = loss(student, teacher, PLACES)
     np.testing.assert_allclose(value, teaching.TEMPERATURE * np.mean(terms), rtol=2e-3)
-    assert np.all(np.isfinite(gradient)) and not np.any(gradient[0, [0, 5, 6]]) and not np.any(gradient[1, 3:])
+    assert (
+        np.all(np.isfinite(gradient))
+        and not np.any(gradient[0, [0, 5, 6]])
+        and not np.any(gradient[1, 3:])
+    )
     alone, slope = loss(student, teacher, np.full((B, T), NONE))
     assert alone == 0 and not np.any(slope)

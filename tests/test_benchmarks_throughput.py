@@ -18,7 +18,13 @@ H100 = "NVIDIA H100 80GB HBM3", 989e12
 
 
 def row(method, tokens_per_second, **changes):
-    settings = {"model": "pythia-1b", "vocabulary": 151_936, "batch": 8, "accumulation": 1, "length": 2048}
+    settings = {
+        "model": "pythia-1b",
+        "vocabulary": 151_936,
+        "batch": 8,
+        "accumulation": 1,
+        "length": 2048,
+    }
     arguments = argparse.Namespace(**settings | {"method": method} | changes)
     return benchmark._row(arguments, {"seconds": 8 * 2048 / tokens_per_second}, 1, *H100)
 
@@ -31,7 +37,9 @@ def test_mfu_counts_what_the_mathematics_needs():
     assert trained["flops_per_token"] == 6 * layers + 6 * head + 3 * attention
     assert frozen["mfu"] == pytest.approx(0.46, abs=0.005)
     assert trained["mfu"] == pytest.approx(0.46, abs=0.005)
-    assert frozen["causal_mfu"] / frozen["mfu"] == pytest.approx(1 - 1.5 * attention / frozen["flops_per_token"])
+    assert frozen["causal_mfu"] / frozen["mfu"] == pytest.approx(
+        1 - 1.5 * attention / frozen["flops_per_token"]
+    )
 
 
 def test_table_has_a_line_for_what_ran_out_of_memory():
@@ -42,15 +50,22 @@ def test_table_has_a_line_for_what_ran_out_of_memory():
     assert "2.00 | 3.0 |" in lines[2]
     assert "out of memory" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
-    assert benchmark.OUT_OF_MEMORY.search("jaxlib.xla_client.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory")
-    assert benchmark.OUT_OF_MEMORY.search("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB")
+    assert benchmark.OUT_OF_MEMORY.search(
+        "jaxlib.xla_client.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+    )
+    assert benchmark.OUT_OF_MEMORY.search(
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"
+    )
 
 
 @pytest.mark.parametrize(
     "name, kind",
     [
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x128x256_4x1x1", "attention"),
+        (
+            "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x128x256_4x1x1",
+            "attention",
+        ),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "between devices"),
         ("MemcpyD2D", "copies"),
         ("input_scatter_fusion", "gather and scatter"),
@@ -66,7 +81,11 @@ def test_smallest_run(tmp_path):
     flags = "--model tiny --dtype float32 --batch 2 --length 16 --steps 2 --warmup 1 --method embedding --device cpu"
     command = [sys.executable, benchmark.__file__, *flags.split(), "--out", str(tmp_path)]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     (measured,) = json.loads((tmp_path / "throughput.json").read_text())
     assert measured["method"] == "embedding"

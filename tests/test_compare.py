@@ -22,13 +22,20 @@ def made(rate: float = 2e-5, method: str = "lora", seed: int = 0, **more):
     report["config"]["seed"] = seed
     scale = SCALES[rate] + (0.1 if method == "lora" else 0) + 0.01 * seed
     for of in report["languages"].values():
-        of["bits_per_byte"] = {s: b if s in ("source", "random") else b * scale for s, b in of["bits_per_byte"].items()}
+        of["bits_per_byte"] = {
+            s: b if s in ("source", "random") else b * scale for s, b in of["bits_per_byte"].items()
+        }
     return report
 
 
 @pytest.fixture(scope="module")
 def compared():
-    reports = [made(rate, method, seed) for rate in SCALES for method in ("lora", "full") for seed in range(3)]
+    reports = [
+        made(rate, method, seed)
+        for rate in SCALES
+        for method in ("lora", "full")
+        for seed in range(3)
+    ]
     return comparison.compare(reports, [f"runs/{i}" for i in range(len(reports))])
 
 
@@ -53,7 +60,10 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
     (group,) = comparison.compare([made(seed=0), made(seed=1)])["groups"]
     assert group["name"] == "the same settings" and group["runs"] == ["run 1", "run 2"]
     found = comparison.compare([made(seed=0)])
-    assert found["differs"] == [] and found["groups"][0]["bits_per_byte"]["init"]["all"]["spread"] is None
+    assert (
+        found["differs"] == []
+        and found["groups"][0]["bits_per_byte"]["init"]["all"]["spread"] is None
+    )
     assert "±" not in "".join(comparison.terminal(found))
 
 
@@ -66,10 +76,18 @@ def test_runs_of_other_stages_languages_and_versions():
     assert [*found["languages"]] == ["deword", "en", "all"]
     # A field that a version did not have yet is as it is by default.
     assert "stage2.embedding_learning_rate" not in found["differs"]
-    assert len(found["warnings"]) == 3 and "held-out text" in found["warnings"][0] and "0.1" in found["warnings"][2]
-    assert found["groups"][0]["values"]["stage1.learning_rate"] == 6.4e-4  # 1.2 * 1.35 against 1.5 * 1.6
+    assert (
+        len(found["warnings"]) == 3
+        and "held-out text" in found["warnings"][0]
+        and "0.1" in found["warnings"][2]
+    )
+    assert (
+        found["groups"][0]["values"]["stage1.learning_rate"] == 6.4e-4
+    )  # 1.2 * 1.35 against 1.5 * 1.6
     lines = comparison.terminal(found)
-    assert len([line for line in lines if line.startswith("  1")]) == 2  # overview and runs; it has no stage 3
+    assert (
+        len([line for line in lines if line.startswith("  1")]) == 2
+    )  # overview and runs; it has no stage 3
     Reader(comparison.html(found))
 
 
@@ -104,7 +122,9 @@ def test_curves_are_means_of_the_seeds():
     (group,) = comparison.compare([one, other])["groups"]
     curve = group["training"]["stage1"]
     assert curve["tokens"] == [8 * (i + 1) for i in range(30)]
-    assert curve["loss"][0] == pytest.approx(5.5) and curve["loss"][-1] == pytest.approx(5.5 - 0.1 * 19.5)
+    assert curve["loss"][0] == pytest.approx(5.5) and curve["loss"][-1] == pytest.approx(
+        5.5 - 0.1 * 19.5
+    )
 
 
 def test_the_tables_say_what_differs_once(compared):
@@ -114,7 +134,10 @@ def test_the_tables_say_what_differs_once(compared):
     assert header.split()[1:4] == ["stage1.learning_rate", "stage2.method", "seeds"]
     assert "stage2.learning_rate" not in text and "±0.015" in text
     # The same in all runs: said once, not in a column.
-    assert "In all of them: source 1.000, random rows 1.100" in " ".join(text.split()) and "random" not in header
+    assert (
+        "In all of them: source 1.000, random rows 1.100" in " ".join(text.split())
+        and "random" not in header
+    )
 
 
 @pytest.mark.parametrize("count", [4, 40])
@@ -146,13 +169,24 @@ def test_the_command(tmp_path, capsys):
     assert compare.main([*runs, f"--output={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
     assert "stage1.learning_rate" in printed and "compare.html" in printed
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.html", "compare.json", "compare.png"]
-    assert json.loads((tmp_path / "out" / "compare.json").read_text())["groups"][0]["runs"] == [runs[1]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "compare.html",
+        "compare.json",
+        "compare.png",
+    ]
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["groups"][0]["runs"] == [
+        runs[1]
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [(None, "has no report"), ("{", "is no report.json"), ("{}", "it has no config"), ("[]", "is no report.json")],
+    [
+        (None, "has no report"),
+        ("{", "is no report.json"),
+        ("{}", "it has no config"),
+        ("[]", "is no report.json"),
+    ],
 )
 def test_what_a_user_can_mend(text, says, tmp_path, capsys):
     if text is not None:
@@ -174,12 +208,16 @@ def test_a_run_is_not_laid_beside_itself(tmp_path, capsys):
 def test_what_is_there_already_is_left_alone(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(content()))
     assert compare.main([str(tmp_path), f"--output={tmp_path}"]) == 2
-    assert "is there already" in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
+    assert (
+        "is there already" in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
+    )
     assert compare.main([str(tmp_path), f"--output={tmp_path}", "--overwrite"]) == 0
     assert (tmp_path / "compare.json").is_file()
 
 
-@pytest.mark.parametrize("lacking", [["devices"], ["seconds"], ["versions"], ["devices", "seconds", "versions"]])
+@pytest.mark.parametrize(
+    "lacking", [["devices"], ["seconds"], ["versions"], ["devices", "seconds", "versions"]]
+)
 def test_reports_without_what_is_beside_the_figures_are_compared(lacking, tmp_path, capsys):
     whole, bare = made(), made(6.4e-4)
     for key in lacking:
@@ -187,7 +225,12 @@ def test_reports_without_what_is_beside_the_figures_are_compared(lacking, tmp_pa
     for name, report in (("whole", whole), ("bare", bare)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(report))
-    assert compare.main([str(tmp_path / "whole"), str(tmp_path / "bare"), f"--output={tmp_path / 'out'}"]) == 0
+    assert (
+        compare.main(
+            [str(tmp_path / "whole"), str(tmp_path / "bare"), f"--output={tmp_path / 'out'}"]
+        )
+        == 0
+    )
     assert "differ" not in capsys.readouterr().out.replace("What differs", "")
 
 

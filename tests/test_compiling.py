@@ -56,15 +56,23 @@ def test_products_by_cublas_where_cuda_is_and_nothing_else_was_asked_for(
         ("", {}, (None, None)),
         ("xla_cuda13", {}, ("0.92", None)),
         ("xla_cuda13", {"XLA_CLIENT_MEM_FRACTION": "0.5"}, ("0.5", None)),
-        ("xla_cuda12", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, (None, "0.5")),  # with both JAX would refuse
+        (
+            "xla_cuda12",
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+            (None, "0.5"),
+        ),  # with both JAX would refuse
     ],
 )
-def test_most_of_the_memory_of_a_gpu_unless_told_otherwise(monkeypatch, tmp_path, kept, plugin, given, then):
+def test_most_of_the_memory_of_a_gpu_unless_told_otherwise(
+    monkeypatch, tmp_path, kept, plugin, given, then
+):
     _install(plugin, tmp_path, monkeypatch)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     compiling.prepare(alone=False)
-    assert tuple(map(os.environ.get, compiling._MEMORY_NAMES)) == tuple(map(given.get, compiling._MEMORY_NAMES))
+    assert tuple(map(os.environ.get, compiling._MEMORY_NAMES)) == tuple(
+        map(given.get, compiling._MEMORY_NAMES)
+    )
     compiling.prepare()
     assert tuple(map(os.environ.get, compiling._MEMORY_NAMES)) == then
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tokalign_jax.config import AFTER_PREVIOUS, Config, config_from_dict, config_to_dict, default_config
+from tokalign_jax.config import (
+    AFTER_PREVIOUS,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    default_config,
+)
 from tokalign_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -34,11 +40,19 @@ def test_recipes_hold_what_they_promise(name):
     assert (config.stage2.start_offset, config.text.budget_bytes) == (offset, budget)
     assert config.alignment.similarity_threshold == threshold
     for stage in (config.stage1, config.stage2):
-        assert (stage.batch_size, stage.per_device_batch, stage.sequence_length) == (sequences, batch, length)
+        assert (stage.batch_size, stage.per_device_batch, stage.sequence_length) == (
+            sequences,
+            batch,
+            length,
+        )
         assert (stage.weight_decay, stage.warmup_fraction) == (0.01, 0.03)
     if method == "lora":
         assert dataclasses.astuple(config.stage2.lora) == (64, 16.0, 0.1)
-    assert (config.alignment.vector_size, config.alignment.window, config.alignment.iterations) == (300, 15, 15)
+    assert (config.alignment.vector_size, config.alignment.window, config.alignment.iterations) == (
+        300,
+        15,
+        15,
+    )
     assert config.compute.dtype == "bfloat16"
 
 
@@ -50,10 +64,15 @@ def test_demo_needs_nothing_from_outside():
 
 
 def test_round_trip_and_partial_groups_keep_defaults():
-    assert config_from_dict(default_config()) == Config() == config_from_dict(config_to_dict(Config()))
+    assert (
+        config_from_dict(default_config()) == Config() == config_from_dict(config_to_dict(Config()))
+    )
     partial = config_from_dict({"stage2": {"steps": 7}, "stage1": {"lora": {"rank": 3}}})
     assert (partial.stage2.steps, partial.stage2.method) == (7, Config().stage2.method)
-    assert (partial.stage1.lora.rank, partial.stage1.start_offset) == (3, Config().stage1.start_offset)
+    assert (partial.stage1.lora.rank, partial.stage1.start_offset) == (
+        3,
+        Config().stage1.start_offset,
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,14 +96,20 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"stage1": {"beta2": 1.0}}, ("stage1.beta2", "1.0")),
         ({"stage1": {"start_offset": -1}}, ("stage1.start_offset", "-1", "number of sequences")),
         ({"stage1": {"start_offset": 1.5}}, ("stage1.start_offset", "1.5", "below 1.0")),
-        ({"stage2": {"start_offset": "after_prevous"}}, ("stage2.start_offset", "after_prevous", AFTER_PREVIOUS)),
+        (
+            {"stage2": {"start_offset": "after_prevous"}},
+            ("stage2.start_offset", "after_prevous", AFTER_PREVIOUS),
+        ),
         ({"seed": -1}, ("'seed'", "-1")),
         ({"evaluation": {"prompts": [["a"]]}}, ("evaluation.prompts", "string")),
         ({"corpus": (3, None)}, ("'corpus'", "string")),
         ({"stage1": {"learning_rate": 10**400}}, ("stage1.learning_rate", "finite")),
         ({"alignment": {"similarity_threshold": 7.0}}, ("alignment.similarity_threshold", "7.0")),
         ({"stage1": {"learning_rate": 1e300}}, ("stage1.learning_rate", "1e+300", "at most 10")),
-        ({"stage2": {"embedding_learning_rate": 1e30}}, ("stage2.embedding_learning_rate", "at most 10")),
+        (
+            {"stage2": {"embedding_learning_rate": 1e30}},
+            ("stage2.embedding_learning_rate", "at most 10"),
+        ),
         ({"stage2": {"lora": {"alpha": 1e200, "rank": 8}}}, ("stage2.lora.alpha", "1e+200")),
         ({"stage1": {"steps": 10**30}}, ("stage1.steps", "at most")),
         ({"stage1": {"start_offset": 10**30}}, ("stage1.start_offset", "number of sequences")),
@@ -110,13 +135,17 @@ def groups(kind=Config):
 def test_every_number_has_bounds_which_hold_its_default():
     numbers = 0
     for declared in (declared for group in groups() for declared in dataclasses.fields(group)):
-        if isinstance(declared.default, bool) or not re.search(r"\b(int|float)\b", str(declared.type)):
+        if isinstance(declared.default, bool) or not re.search(
+            r"\b(int|float)\b", str(declared.type)
+        ):
             continue
         if declared.name == "start_offset":  # of several kinds, each with bounds of its own
             continue
         low, high = declared.metadata["within"]
         assert math.isfinite(low) and math.isfinite(high), declared.name
-        assert not isinstance(declared.default, int | float) or low <= declared.default <= high, declared.name
+        assert not isinstance(declared.default, int | float) or low <= declared.default <= high, (
+            declared.name
+        )
         numbers += 1
     assert numbers > 50
 

@@ -62,7 +62,9 @@ def test_what_did_not_change_is_not_read_again(folder, monkeypatch):
     first.save()
     hashed = []
     block = digests._block
-    monkeypatch.setattr(digests, "_block", lambda path, start: hashed.append(path) or block(path, start))
+    monkeypatch.setattr(
+        digests, "_block", lambda path, start: hashed.append(path) or block(path, start)
+    )
     assert Digests(folder, quiet).each(files_of(folder)) == before and not hashed
     changed = files_of(folder)[2]
     stat = changed.stat()

@@ -22,7 +22,9 @@ from tokalign_jax.errors import UserError
 CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
 
 
-def start_processes(scene: str, folder: Path, count: int = 2, devices: int = 1) -> list[subprocess.Popen]:
+def start_processes(
+    scene: str, folder: Path, count: int = 2, devices: int = 1
+) -> list[subprocess.Popen]:
     port = free_port()
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -51,7 +53,10 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
         for process in processes:
             process.kill()
     # The line before the last is gloo's own.
-    return [(process.returncode, "".join(output.splitlines()[-1:]), errors) for process, output, errors in ended]
+    return [
+        (process.returncode, "".join(output.splitlines()[-1:]), errors)
+        for process, output, errors in ended
+    ]
 
 
 # --- Scenes, each played by every process -------------------------------------------------------------------------------
@@ -76,7 +81,9 @@ def agreeing(folder: Path) -> None:
         except Exception as error:
             said.append([type(error).__name__, str(error)])
     # The devices of both are joined, too.
-    total = jax.experimental.multihost_utils.process_allgather(jax.numpy.full(1, distributed.index() + 1)).sum()
+    total = jax.experimental.multihost_utils.process_allgather(
+        jax.numpy.full(1, distributed.index() + 1)
+    ).sum()
     print(json.dumps([*said, int(total)]))
 
 
@@ -126,8 +133,12 @@ def batches(folder: Path) -> None:
     said = []
     for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
         try:
-            batch = sharding.global_batch(local, Mesh(devices[order].reshape(2, 1, 2), sharding.AXES))
-            said.append([batch.shape[1], np.asarray(batch.addressable_shards[0].data)[0, :, 0].tolist()])
+            batch = sharding.global_batch(
+                local, Mesh(devices[order].reshape(2, 1, 2), sharding.AXES)
+            )
+            said.append(
+                [batch.shape[1], np.asarray(batch.addressable_shards[0].data)[0, :, 0].tolist()]
+            )
         except ValueError as error:
             said.append(type(error).__name__)
     print(json.dumps(said))
@@ -152,7 +163,10 @@ def test_values_and_errors_reach_both(tmp_path):
     assert first[2][0] == "KeyError" and second[2] == ["ProcessFailed", "process 0 failed: 'bug'"]
     assert first[3] == second[3] == ["UserError", "only here"]
     assert first[4] == second[4] == ["UserError", "text"]
-    assert first[5] == ["ProcessFailed", "process 1 failed: odd"] and second[5] == ["ValueError", "odd"]
+    assert first[5] == ["ProcessFailed", "process 1 failed: odd"] and second[5] == [
+        "ValueError",
+        "odd",
+    ]
     assert first[6] == second[6] == ["Stopped", "asked"]
     assert first[7] == second[7] and "it is at 'there' where process 0 is at 'here'" in first[7][1]
     assert first[8] is second[8] is None
@@ -175,14 +189,19 @@ def test_a_batch_is_of_all_processes_or_refused(tmp_path):
 def test_an_error_in_one_ends_both_with_its_message_and_code(tmp_path, scene, who):
     ended = finish(start_processes(scene, tmp_path))
     assert [code for code, _, _ in ended] == [2, 2], ended
-    assert f"process {who} failed: the {('first', 'second')[who]} cannot read its part" in ended[1 - who][2]
+    assert (
+        f"process {who} failed: the {('first', 'second')[who]} cannot read its part"
+        in ended[1 - who][2]
+    )
 
 
 @pytest.mark.parametrize(("scene", "asked"), [("steps", 0), ("steps", 1), ("first_works_alone", 1)])
 def test_a_signal_to_one_stops_both(tmp_path, scene, asked):
     processes = start_processes(scene, tmp_path)
     pids = [tmp_path / "0", tmp_path / "1"]
-    while not all(pid.exists() and pid.read_text() for pid in pids) and all(p.poll() is None for p in processes):
+    while not all(pid.exists() and pid.read_text() for pid in pids) and all(
+        p.poll() is None for p in processes
+    ):
         time.sleep(0.05)
     processes[asked].send_signal(signal.SIGTERM)
     ended = finish(processes)
@@ -214,7 +233,9 @@ class Store:
 
     def key_value_dir_get(self, folder):
         self._answer()
-        return [(key, value) for key, value in list(self.values.items()) if key.startswith(f"{folder}/")]
+        return [
+            (key, value) for key, value in list(self.values.items()) if key.startswith(f"{folder}/")
+        ]
 
     def blocking_key_value_get(self, key, milliseconds):
         self._answer()
@@ -244,7 +265,9 @@ def watches(monkeypatch):
     def start(store, *all_of_them):
         monkeypatch.setattr(distributed, "_store", lambda: store)
         monkeypatch.setattr(distributed, "count", lambda: len(all_of_them))
-        monkeypatch.setattr(distributed, "index", lambda: getattr(threading.current_thread(), "number", 0))
+        monkeypatch.setattr(
+            distributed, "index", lambda: getattr(threading.current_thread(), "number", 0)
+        )
         monkeypatch.setattr(distributed, "POLL", 0.01)
         monkeypatch.setattr(distributed, "PATIENCE", 0.3)
         started.extend(all_of_them)
@@ -266,7 +289,9 @@ def stops_of(watches):
             found[number] += 1
             time.sleep(pause)
 
-    threads = [threading.Thread(target=steps, args=(i, 0.002 * (i + 1))) for i in range(len(watches))]
+    threads = [
+        threading.Thread(target=steps, args=(i, 0.002 * (i + 1))) for i in range(len(watches))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -276,7 +301,9 @@ def stops_of(watches):
 
 
 @pytest.mark.parametrize(("failing", "late"), [(0, 0.0), (0, 0.6), (7, 0.0)])
-def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_a_while(watches, capsys, failing, late):
+def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_a_while(
+    watches, capsys, failing, late
+):
     store = Store()
     both = Watch(0), Watch(1, late)
     watches(store, *both)
@@ -306,14 +333,19 @@ def test_a_process_that_cannot_hear_where_the_others_stop_ends(watches, monkeypa
     watch = Watch(0)
     watches(store, watch, Watch(1, late=0.1))
     monkeypatch.setattr(
-        watch, "_wait", lambda key: (setattr(store, "failing", math.inf), super(Watch, watch)._wait(key))
+        watch,
+        "_wait",
+        lambda key: (setattr(store, "failing", math.inf), super(Watch, watch)._wait(key)),
     )
     stopping.ask()
     until = time.monotonic() + 10
     while not left and time.monotonic() < until:
         time.sleep(0.01)
     assert left[0] == 75
-    assert "ended without a checkpoint: the key-value store of process 0 has not answered" in capsys.readouterr().err
+    assert (
+        "ended without a checkpoint: the key-value store of process 0 has not answered"
+        in capsys.readouterr().err
+    )
 
 
 # --- Who is of several --------------------------------------------------------------------------------------------------
@@ -334,9 +366,17 @@ ALL_THREE = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX
 
 def test_flags_come_before_the_environment():
     found = distributed._given("", 0, -1, ALL_THREE)
-    assert found and (found["coordinator_address"], found["num_processes"], found["process_id"]) == ("host:1", 4, 3)
+    assert found and (
+        found["coordinator_address"],
+        found["num_processes"],
+        found["process_id"],
+    ) == ("host:1", 4, 3)
     found = distributed._given("other:2", 2, 0, ALL_THREE)
-    assert found and (found["coordinator_address"], found["num_processes"], found["process_id"]) == ("other:2", 2, 0)
+    assert found and (
+        found["coordinator_address"],
+        found["num_processes"],
+        found["process_id"],
+    ) == ("other:2", 2, 0)
     assert distributed._given("", 0, -1, {}) is None
     assert distributed._given("host:1", 1, 0, {}) is None
 
@@ -360,18 +400,36 @@ def test_half_of_what_is_needed_is_refused(flags, environment, words):
     ("environment", "expected"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script itself
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            None,
+        ),  # a batch script itself
         ({"SLURM_STEP_NUM_TASKS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
         # One task a node has all GPUs of it; one task a GPU has the one it sees, or else that of its number.
         (
-            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+            },
             {"local_device_ids": [0, 1, 2, 3]},
         ),
         (
-            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "3"},
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+                "CUDA_VISIBLE_DEVICES": "3",
+            },
             {"local_device_ids": [0]},
         ),
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {}),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+            },
+            {},
+        ),
     ],
 )
 def test_slurm(environment, expected):
@@ -394,8 +452,18 @@ def slurm(tasks_per_node, **others):
         (0, slurm("2(x4)", SLURM_LOCALID="1"), None),
         # Several tasks that see the same GPUs, or each its own.
         (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3"), [2, 3]),
-        (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_GPUS_ON_NODE="4"), [2, 3]),
-        (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="2,3", SLURM_GPUS_ON_NODE="4"), [0, 1]),
+        (
+            9,
+            slurm(
+                "2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_GPUS_ON_NODE="4"
+            ),
+            [2, 3],
+        ),
+        (
+            9,
+            slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="2,3", SLURM_GPUS_ON_NODE="4"),
+            [0, 1],
+        ),
     ],
 )
 def test_the_tasks_of_a_slurm_node_share_all_its_gpus(monkeypatch, gpus, environment, expected):
@@ -405,14 +473,18 @@ def test_the_tasks_of_a_slurm_node_share_all_its_gpus(monkeypatch, gpus, environ
 
 def test_slurm_tasks_that_cannot_share_the_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "_gpus_here", lambda: 8)
-    with pytest.raises(UserError, match=r"8 GPUs of a node do not divide among its 3 .*--ntasks-per-node=1"):
+    with pytest.raises(
+        UserError, match=r"8 GPUs of a node do not divide among its 3 .*--ntasks-per-node=1"
+    ):
         distributed._slurm(slurm("3(x2)"))
 
 
 def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     asked = []
-    monkeypatch.setattr(distributed, "_metadata", lambda name: asked.append(name) or "a:1:10.0.0.1,b:2:10.0.0.2")
+    monkeypatch.setattr(
+        distributed, "_metadata", lambda name: asked.append(name) or "a:1:10.0.0.1,b:2:10.0.0.2"
+    )
     assert distributed._tpu({"TPU_SKIP_MDS_QUERY": "1"}) is None and not asked
     assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one"}) is None and not asked
     assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one,two"}) == {}

@@ -47,7 +47,9 @@ def test_bits_per_byte_equals_pytorch(model, batch, chunk):
                 window = torch.tensor([whole[i : i + length + 1]])
                 with torch.no_grad():
                     logits = reference(window[:, :-1]).logits[0].double()
-                nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+                nats += torch.nn.functional.cross_entropy(
+                    logits, window[0, 1:], reduction="sum"
+                ).item()
         size = sum(len(d.encode()) for d in documents)
         assert scores[language].tokens == count and scores[language].bytes == size
         assert scores[language].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
@@ -58,9 +60,14 @@ def test_a_short_text_is_not_read_as_a_long_one(model):
     folder, config, _ = model
     scaling = rotary.LongRopeScaling((1.0,) * 4, (3.0, 5.0, 7.0, 9.0), 1.2, 32)
     rope = rotary.Rope(8, 500.0, scaling)
-    config = dataclasses.replace(config, layer_kinds=tuple(LayerKind(rope) for _ in config.layer_kinds))
+    config = dataclasses.replace(
+        config, layer_kinds=tuple(LayerKind(rope) for _ in config.layer_kinds)
+    )
     assert config.head_dim == 8
-    params, tokenizer = transformer.init_params(config, jax.random.key(0), 0.3), AutoTokenizer.from_pretrained(folder)
+    params, tokenizer = (
+        transformer.init_params(config, jax.random.key(0), 0.3),
+        AutoTokenizer.from_pretrained(folder),
+    )
     long, short = TEXTS[0] * 3, tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][:28])
 
     def nats(length, *documents):
@@ -71,8 +78,12 @@ def test_a_short_text_is_not_read_as_a_long_one(model):
 
     alone = nats(32, short)[0]
     assert nats(40, short)[0] == pytest.approx(alone, rel=1e-5) == nats(40, long, short, long)[1]
-    whole = logits(config, params, jnp.asarray([[tokenizer.eos_token_id, *tokenizer(short)["input_ids"]]]))[0]
-    own = -jax.nn.log_softmax(whole[:-1])[jnp.arange(len(whole) - 1), jnp.asarray(tokenizer(short)["input_ids"])]
+    whole = logits(
+        config, params, jnp.asarray([[tokenizer.eos_token_id, *tokenizer(short)["input_ids"]]])
+    )[0]
+    own = -jax.nn.log_softmax(whole[:-1])[
+        jnp.arange(len(whole) - 1), jnp.asarray(tokenizer(short)["input_ids"])
+    ]
     assert float(own.sum()) == pytest.approx(alone, rel=1e-4)
 
 
@@ -81,8 +92,12 @@ def test_text_is_cut_into_tokens_as_for_training(model):
     folder, config, params = model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = f"the quick{tokenizer.eos_token} brown"
-    scores = bits_per_byte.evaluate(config, params, tokenizer, {"a": [text]}, sequence_length=32, batch=1)
-    assert scores["a"].tokens == len(plain_backend(tokenizer).encode(text, add_special_tokens=False).ids)
+    scores = bits_per_byte.evaluate(
+        config, params, tokenizer, {"a": [text]}, sequence_length=32, batch=1
+    )
+    assert scores["a"].tokens == len(
+        plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
+    )
     assert scores["a"].tokens > len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -98,7 +113,11 @@ def test_every_token_is_a_label_once():
 def test_what_stands_before_every_text_begins_every_window():
     tokens = list(range(100, 112))
     windows = bits_per_byte.cut(tokens, 7, 5, each=True)
-    assert [inputs for inputs, _ in windows] == [[7, *tokens[:4]], [7, *tokens[5:9]], [7, tokens[10]]]
+    assert [inputs for inputs, _ in windows] == [
+        [7, *tokens[:4]],
+        [7, *tokens[5:9]],
+        [7, tokens[10]],
+    ]
     assert [t for _, labels in windows for t in labels] == tokens
 
 
@@ -120,15 +139,23 @@ def test_continuations_are_pytorchs(model):
     (sample,) = samples.continuations(config, params, tokenizer, ["the quick"], 6, "float32")
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("the quick")["input_ids"]]])
     expected = reference.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
     )
-    assert sample["continuation"] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert sample["continuation"] == tokenizer.decode(
+        expected[0, ids.shape[1] :], skip_special_tokens=True
+    )
 
 
 def test_a_continuation_keeps_to_the_models_positions(model):
     folder, config, params = model
     few = dataclasses.replace(config, max_positions=8)
-    (sample,) = samples.continuations(few, params, AutoTokenizer.from_pretrained(folder), ["the quick"], 40, "float32")
+    (sample,) = samples.continuations(
+        few, params, AutoTokenizer.from_pretrained(folder), ["the quick"], 40, "float32"
+    )
     assert sample["continuation"]
 
 

@@ -39,9 +39,14 @@ def write(path, questions):
 
 def log_likelihoods(folder, question, begin):
     """By PyTorch, one text at a time, with whole logits in float64."""
-    tokenizer, reference = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, reference = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
     for choice in question.choices:
-        ids = torch.tensor([[begin, *tokenizer(question.text + choice, add_special_tokens=False)["input_ids"]]])
+        ids = torch.tensor(
+            [[begin, *tokenizer(question.text + choice, add_special_tokens=False)["input_ids"]]]
+        )
         with torch.no_grad():
             logits = reference(ids[:, :-1]).logits[0].double()
         yield -torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
@@ -54,7 +59,9 @@ def test_scores_are_pytorchs(model, monkeypatch, tokens_at_once):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     begin = abilities.beginning_id(tokenizer)
     assert begin == tokenizer.eos_token_id
-    found = abilities.score(config, params, tokenizer, QUESTIONS, begin, "float32", make_mesh(MeshConfig(1, 1, 1)))
+    found = abilities.score(
+        config, params, tokenizer, QUESTIONS, begin, "float32", make_mesh(MeshConfig(1, 1, 1))
+    )
     assert found.shape == (4, 4)
     for row, question in zip(found, QUESTIONS):
         expected = [*log_likelihoods(folder, question, begin)]
@@ -71,12 +78,22 @@ def test_judged_alike_by_a_program_apart(model, tmp_path):
     suites = {"words": QUESTIONS, "sums": abilities.sums(20)}
     for name, questions in suites.items():
         write(tmp_path / "suites" / f"{name}.jsonl", questions)
-    command = [sys.executable, judge, "--abilities", tmp_path / "suites", "--out", tmp_path / "out", f"x={folder}"]
+    command = [
+        sys.executable,
+        judge,
+        "--abilities",
+        tmp_path / "suites",
+        "--out",
+        tmp_path / "out",
+        f"x={folder}",
+    ]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     judged = json.loads((tmp_path / "out").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for name, questions in suites.items():
-        found = abilities.score(config, params, tokenizer, questions, abilities.beginning_id(tokenizer))
+        found = abilities.score(
+            config, params, tokenizer, questions, abilities.beginning_id(tokenizer)
+        )
         assert judged[name] == round(float(np.mean(found.argmax(1) == 0)), 3)
 
 
@@ -84,7 +101,9 @@ def test_a_question_too_long_for_the_model_is_named(model):
     folder, config, params = model
     long = Question("a", "0123456789" * 20, ("x", "y"))
     with pytest.raises(UserError, match=r"'012345.* has 201 tokens, but the model reads 128"):
-        abilities.score(config, params, AutoTokenizer.from_pretrained(folder), [*QUESTIONS, long], 0)
+        abilities.score(
+            config, params, AutoTokenizer.from_pretrained(folder), [*QUESTIONS, long], 0
+        )
 
 
 def test_kinds_of_cut():
@@ -96,7 +115,9 @@ def test_kinds_of_cut():
 
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         vocabulary = {
-            t: i for i, t in enumerate([*alphabet, "ab", "cd", "de", "fg", "Ġx"]) if len(t) < 2 or t in "".join(merges)
+            t: i
+            for i, t in enumerate([*alphabet, "ab", "cd", "de", "fg", "Ġx"])
+            if len(t) < 2 or t in "".join(merges)
         }
         ids = {t: i for i, t in enumerate(vocabulary)}
         backend = Tokenizer(models.BPE(ids, [tuple(m) for m in merges if len(m) == 2]))
@@ -111,7 +132,9 @@ def test_kinds_of_cut():
         "composed": Question("s", "x", (" ab", " y")),
         "recut": Question("s", "x", ("cde", " y")),
     }
-    assert dict(zip(kinds, abilities.kinds_of_cut(source, target, [*kinds.values()]))) == {k: k for k in kinds}
+    assert dict(zip(kinds, abilities.kinds_of_cut(source, target, [*kinds.values()]))) == {
+        k: k for k in kinds
+    }
     # A token of question and answer together is the answer's.
     assert abilities.kinds_of_cut(source, target, [Question("s", "xa", ("b", "y"))]) == ["composed"]
     assert {*kinds} == {*abilities.KINDS_OF_CUT}
@@ -124,7 +147,11 @@ def test_suites_are_read_from_files_folders_and_globs(tmp_path):
     assert abilities.read(str(tmp_path)) == abilities.read(f"{tmp_path}/*.jsonl") == everything
     assert abilities.read(f"{tmp_path}/one.jsonl, {tmp_path}/two.jsonl") == everything
     few = abilities.read(str(tmp_path), max_questions=1)
-    assert [(q.suite, q.text) for q in few] == [("a", "The quick brown"), ("b", "Größe, été, "), ("sums", "10 + 10 =")]
+    assert [(q.suite, q.text) for q in few] == [
+        ("a", "The quick brown"),
+        ("b", "Größe, été, "),
+        ("sums", "10 + 10 ="),
+    ]
 
 
 GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}

@@ -14,7 +14,10 @@ from tokalign_jax.models import hub, huggingface
 from tokalign_jax.pages import terminal
 from tokalign_jax.text import corpus
 
-LANGUAGES = {"en": [TEXTS[0], " ".join(reversed(TEXTS[0].split()))], "xx": [f"{TEXTS[2]} {i}" for i in range(2)]}
+LANGUAGES = {
+    "en": [TEXTS[0], " ".join(reversed(TEXTS[0].split()))],
+    "xx": [f"{TEXTS[2]} {i}" for i in range(2)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,9 @@ def folders(tmp_path_factory):
     """Two models whose tokenizers differ, a second one with the tokenizer of the latter, and text in two languages."""
     folder = tmp_path_factory.mktemp("models")
     small = tiny_tokenizer(280, TEXTS)
-    for seed, (name, tokenizer) in enumerate([("large", None), ("small", small), ("teacher", small)]):
+    for seed, (name, tokenizer) in enumerate(
+        [("large", None), ("small", small), ("teacher", small)]
+    ):
         size = len(tokenizer) if tokenizer else 300
         tiny_model_folder(folder / name, "llama", vocab_size=size, tokenizer=tokenizer, seed=seed)
     known = hub.load_tokenizer(folder / "large").get_vocab()
@@ -75,8 +80,13 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
     large, small = content["models"]["large"], content["models"]["small"]
 
     config, _ = hub.load_config(folders / "small")
-    params, tokenizer = huggingface.load_params(folders / "small", config), hub.load_tokenizer(folders / "small")
-    expected = bits_per_byte.evaluate(config, params, tokenizer, LANGUAGES, sequence_length=32, batch=4)
+    params, tokenizer = (
+        huggingface.load_params(folders / "small", config),
+        hub.load_tokenizer(folders / "small"),
+    )
+    expected = bits_per_byte.evaluate(
+        config, params, tokenizer, LANGUAGES, sequence_length=32, batch=4
+    )
     assert {k: of["bits_per_byte"] for k, of in small["languages"].items()} == {
         k: pytest.approx(of.bits_per_byte) for k, of in expected.items()
     }
@@ -84,24 +94,43 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
     questions = abilities.read(str(folders / "questions.jsonl"), 2)
     answers = abilities.score(config, params, tokenizer, questions, tokenizer.eos_token_id)
     right = "".join("01"[of] for of in abilities.is_right(answers).tolist())
-    assert "".join(small["abilities"]["right"].values()) == right and len(right) == 2 + 2  # with the sums
+    assert (
+        "".join(small["abilities"]["right"].values()) == right and len(right) == 2 + 2
+    )  # with the sums
     assert sum(of["questions"] for of in small["abilities"]["by_cut"].values()) == 4
     assert "by_cut" not in large["abilities"] and "fidelity" not in large
-    assert [*small["fidelity"]["languages"]] == ["en", "xx"] and small["fidelity"]["pooled"]["divergence"]["value"] > 0
-    other = bits_per_byte.evaluate(config, params, tokenizer, {"code": [TEXTS[1]]}, sequence_length=32, batch=4)
-    assert small["other_text"]["pooled"]["bits_per_byte"] == pytest.approx(other["code"].bits_per_byte)
+    assert [*small["fidelity"]["languages"]] == ["en", "xx"] and small["fidelity"]["pooled"][
+        "divergence"
+    ]["value"] > 0
+    other = bits_per_byte.evaluate(
+        config, params, tokenizer, {"code": [TEXTS[1]]}, sequence_length=32, batch=4
+    )
+    assert small["other_text"]["pooled"]["bits_per_byte"] == pytest.approx(
+        other["code"].bits_per_byte
+    )
     assert small["other_text"]["fidelity"]["pooled"]["chunks"] > 0
     for language, of in content["differences"]["small"]["languages"].items():
-        less = small["languages"][language]["bits_per_byte"] - large["languages"][language]["bits_per_byte"]
-        assert of["difference"] == pytest.approx(less) and of["interval"][0] <= less <= of["interval"][1]
+        less = (
+            small["languages"][language]["bits_per_byte"]
+            - large["languages"][language]["bits_per_byte"]
+        )
+        assert (
+            of["difference"] == pytest.approx(less)
+            and of["interval"][0] <= less <= of["interval"][1]
+        )
     assert (
-        small["languages"]["en"]["words"] == 26 and small["languages"]["en"]["fertility"] == expected["en"].tokens / 26
+        small["languages"]["en"]["words"] == 26
+        and small["languages"]["en"]["fertility"] == expected["en"].tokens / 26
     )
     speed = small["generation"]
-    assert speed["characters_per_second"] == pytest.approx(speed["steps_per_second"] * speed["characters_per_token"])
+    assert speed["characters_per_second"] == pytest.approx(
+        speed["steps_per_second"] * speed["characters_per_token"]
+    )
     assert "280" in large["drafting"]["not_comparable"]  # another vocabulary than the teacher's
     assert 0 < small["drafting"]["languages"]["en"]["sampled"]["rate"] < 1
-    assert content["alignment"]["languages"]["en"]["similarity"] == pytest.approx(1.0, abs=1e-5)  # it keeps the text
+    assert content["alignment"]["languages"]["en"]["similarity"] == pytest.approx(
+        1.0, abs=1e-5
+    )  # it keeps the text
     # One of two documents was copied, whole.
     assert (
         content["overlap"]["languages"]["en"]["seen"] == len(TEXTS[0])
@@ -110,7 +139,10 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
 
     shown = capsys.readouterr().out
     assert "What the model keeps" in shown and "Abilities by suite" in shown
-    assert shown.count("Not comparable") == 1 and "warning: 50.0% of the held-out text of 'en'" in shown
+    assert (
+        shown.count("Not comparable") == 1
+        and "warning: 50.0% of the held-out text of 'en'" in shown
+    )
     with pytest.raises(UserError, match="is there already"):
         evaluate.check(given, silent)
 
@@ -118,12 +150,16 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
 def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     """A workdir with as much in it as is read."""
     text = TextConfig(language_field="lang", held_out_fraction=0.5)
-    config = Config(source_model=str(folders / "large"), corpus=str(folders / "text.jsonl"), text=text)
+    config = Config(
+        source_model=str(folders / "large"), corpus=str(folders / "text.jsonl"), text=text
+    )
     corpus.run(config, tmp_path / "corpus", silent)
     (tmp_path / "config.json").write_text(json.dumps(config_to_dict(config)))
     (tmp_path / "stages.json").write_text("{}")
     (tmp_path / "align").mkdir()
-    (tmp_path / "align" / "align_matrix.json").write_text((folders / "align_matrix.json").read_text())
+    (tmp_path / "align" / "align_matrix.json").write_text(
+        (folders / "align_matrix.json").read_text()
+    )
     with pytest.raises(UserError, match="has no export yet"):
         evaluate.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
     (tmp_path / "export").symlink_to(folders / "small")
@@ -131,10 +167,16 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     assert [s.name for s in inputs.subjects] == ["source", "export"] and inputs.aligned is not None
     held_out = [document.text for document in corpus.held_out(tmp_path / "corpus")]
     assert sorted(text for of in inputs.material.texts.values() for text in of) == sorted(held_out)
-    training = [document for group in evaluate._training(inputs, silent) or () for document in group]
+    training = [
+        document for group in evaluate._training(inputs, silent) or () for document in group
+    ]
     assert len(training) + len(held_out) == 4
-    with pytest.raises(UserError, match=r"'stage1', which the run .* does not have; it has source, export"):
-        evaluate.check(arguments(workdir=tmp_path, states="source,stage1", output=tmp_path / "out"), silent)
+    with pytest.raises(
+        UserError, match=r"'stage1', which the run .* does not have; it has source, export"
+    ):
+        evaluate.check(
+            arguments(workdir=tmp_path, states="source,stage1", output=tmp_path / "out"), silent
+        )
     # What a later command with other settings left behind, or has not finished, is not judged beside the rest.
     for record, told in (
         ({"fingerprint": "of before", "finished": True}, "export was made with other settings"),
@@ -153,27 +195,50 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         ({"models": "small,small", "text": "text.jsonl"}, "two models are called 'models.*/small'"),
         ({"models": "nowhere", "text": "text.jsonl"}, "there is no such folder"),
         ({"models": "small", "text": "nowhere.jsonl"}, "does not exist"),
-        ({"models": "small", "text": "text.jsonl", "language_field": "tongue"}, "has no field 'tongue'"),
+        (
+            {"models": "small", "text": "text.jsonl", "language_field": "tongue"},
+            "has no field 'tongue'",
+        ),
         (
             {"models": "large", "text": "text.jsonl", "teacher": "teacher"},
             "300 tokens and the teacher's 280.*first is 280",
         ),
-        ({"models": "small", "text": "text.jsonl", "alignment": "align_matrix.json"}, "--alignment needs two models"),
-        ({"models": "small,large", "text": "text.jsonl", "alignment": "align_matrix.json"}, "align_matrix.json"),
+        (
+            {"models": "small", "text": "text.jsonl", "alignment": "align_matrix.json"},
+            "--alignment needs two models",
+        ),
+        (
+            {"models": "small,large", "text": "text.jsonl", "alignment": "align_matrix.json"},
+            "align_matrix.json",
+        ),
         ({"workdir": "large"}, "is no workdir of a run"),
-        ({"models": "small", "text": "text.jsonl", "encoder": "large"}, "--encoder is for judging an alignment"),
-        ({"models": "small", "text": "text.jsonl", "training_text": "nowhere.jsonl"}, "does not exist"),
-        ({"models": "small", "text": "text.jsonl", "abilities": "nowhere.jsonl"}, "nowhere.jsonl' names no file"),
+        (
+            {"models": "small", "text": "text.jsonl", "encoder": "large"},
+            "--encoder is for judging an alignment",
+        ),
+        (
+            {"models": "small", "text": "text.jsonl", "training_text": "nowhere.jsonl"},
+            "does not exist",
+        ),
+        (
+            {"models": "small", "text": "text.jsonl", "abilities": "nowhere.jsonl"},
+            "nowhere.jsonl' names no file",
+        ),
         (
             {"models": "small", "text": "text.jsonl", "abilities": "bad.jsonl"},
             r"bad.jsonl', line 1: 'choices' is \[' fox'\]",
         ),
-        ({"models": "small", "text": "text.jsonl", "other_text": "nowhere.jsonl"}, "does not exist"),
+        (
+            {"models": "small", "text": "text.jsonl", "other_text": "nowhere.jsonl"},
+            "does not exist",
+        ),
     ],
 )
 def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):
     paths = {
-        name: ",".join(str(folders / part) for part in value.split(",")) if name != "language_field" else value
+        name: ",".join(str(folders / part) for part in value.split(","))
+        if name != "language_field"
+        else value
         for name, value in named.items()
     }
     with pytest.raises(UserError, match=told):
@@ -185,14 +250,21 @@ def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):
 def test_a_gpu_is_shared_with_what_pytorch_computes(tmp_path, monkeypatch, beside):
     prepared = []
     monkeypatch.setattr(evaluate.compiling, "prepare", lambda alone: prepared.append(alone))
-    assert evaluate.main([f"--models={tmp_path / 'none'}", f"--output={tmp_path / 'out'}", *beside]) == 2
+    assert (
+        evaluate.main([f"--models={tmp_path / 'none'}", f"--output={tmp_path / 'out'}", *beside])
+        == 2
+    )
     assert prepared == [not beside]
 
 
 def test_the_table_of_one_model_and_one_language():
     """No pooled row, no differences, no intervals of a single document."""
     row = {"bits_per_byte": 1.25, "bytes_per_token": 4.0, "documents": 1, "fertility": None}
-    speed = {"steps_per_second": 10.0, "slowest_and_fastest": [9.0, 11.0], "characters_per_token": 3.0}
+    speed = {
+        "steps_per_second": 10.0,
+        "slowest_and_fastest": [9.0, 11.0],
+        "characters_per_token": 3.0,
+    }
     speed |= {"characters_per_second": 30.0, "bytes_per_second": 31.0}
     of = {"languages": {"all": row}, "pooled": row, "loses": ["tabs"], "generation": speed}
     content = {"models": {"m": of}, "differences": {}, "settings": {}}

@@ -90,13 +90,21 @@ def test_a_model_is_the_best_draft_for_itself_and_another_is_not(tmp_path):
         config, _ = hub.load_config(folder)
         models.append(drafting.Model(config, huggingface.load_params(folder, config)))
     tokenizer = hub.load_tokenizer(tmp_path / "0")
-    accept = functools.partial(drafting.acceptance, tokenizer=tokenizer, prompts=3, length=16, steps=12)
+    accept = functools.partial(
+        drafting.acceptance, tokenizer=tokenizer, prompts=3, length=16, steps=12
+    )
     texts = {"a": list(TEXTS) * 2, "short": ["x"]}
-    same, other = accept(models[0], models[0], texts=texts), accept(models[1], models[0], texts=texts)
+    same, other = (
+        accept(models[0], models[0], texts=texts),
+        accept(models[1], models[0], texts=texts),
+    )
     assert same["short"] is None and same["a"] is not None and other["a"] is not None
     assert same["a"]["prompts"] == 3
     # 12 tokens take three calls of 4 drafts and the teacher's own.
-    assert same["a"]["greedy"] == {"rate": 1.0, "tokens_per_call": 4.0} and same["a"]["agreement"] == 1.0
+    assert (
+        same["a"]["greedy"] == {"rate": 1.0, "tokens_per_call": 4.0}
+        and same["a"]["agreement"] == 1.0
+    )
     assert same["a"]["sampled"]["rate"] == pytest.approx(1.0) and same["a"]["sampled"][
         "tokens_per_call"
     ] == pytest.approx(5.0)

@@ -23,13 +23,18 @@ def models(tmp_path_factory):
     folders = []
     for seed, size in enumerate((300, 280)):
         folder, tokenizer = tmp_path_factory.mktemp(f"model{size}"), tiny_tokenizer(size, TEXTS)
-        folders.append(tiny_model_folder(folder, "llama", vocab_size=size, tokenizer=tokenizer, seed=seed))
+        folders.append(
+            tiny_model_folder(folder, "llama", vocab_size=size, tokenizer=tokenizer, seed=seed)
+        )
     return folders
 
 
 def read(folder, texts=DOCUMENTS, length=LENGTH):
     config, _ = hub.load_config(folder)
-    params, tokenizer = huggingface.load_params(folder, config), AutoTokenizer.from_pretrained(folder)
+    params, tokenizer = (
+        huggingface.load_params(folder, config),
+        AutoTokenizer.from_pretrained(folder),
+    )
     costs = bits_per_byte.evaluate_documents(
         config, params, tokenizer, texts, sequence_length=length, batch=2, beginnings=True
     )
@@ -38,10 +43,15 @@ def read(folder, texts=DOCUMENTS, length=LENGTH):
 
 def prefixes(folder, text):
     """By PyTorch: by how many bytes have been read, the log-likelihood so far and the likeliest next token's bytes."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:LENGTH]
     with torch.no_grad():
-        log_p = model(torch.tensor([[tokenizer.eos_token_id, *ids]])).logits[0].double().log_softmax(-1)
+        log_p = (
+            model(torch.tensor([[tokenizer.eos_token_id, *ids]])).logits[0].double().log_softmax(-1)
+        )
     content, size, total, found = token_bytes(tokenizer), 0, 0.0, {}
     for place, token in enumerate(ids):
         size, total = size + len(content[token]), total + log_p[place, token].item()
@@ -77,7 +87,9 @@ def test_fidelity_follows_from_pytorchs_likelihoods(models):
             pairs = [(one[size][1], other[size][1]) for size in shared]
             pairs = [pair for pair in pairs if "nothing" not in pair]
             assert of.boundaries[i] == len(pairs)
-            alike = [a is b if None in (a, b) else a.startswith(b) or b.startswith(a) for a, b in pairs]
+            alike = [
+                a is b if None in (a, b) else a.startswith(b) or b.startswith(a) for a, b in pairs
+            ]
             assert of.agreed[i] == sum(alike)
 
 
@@ -88,7 +100,9 @@ def test_a_model_is_faithful_to_itself(models):
     pooled = summary["pooled"]
     assert [pooled[name]["value"] for name in ("divergence", "gap", "agreement")] == [0.0, 0.0, 1.0]
     assert pooled["agreement"]["interval"] == [1.0, 1.0] and [*summary["languages"]] == ["a", "b"]
-    assert pooled["documents"] == 5 and pooled["chunks"] == sum(of.chunks.sum() for of in found.values())
+    assert pooled["documents"] == 5 and pooled["chunks"] == sum(
+        of.chunks.sum() for of in found.values()
+    )
 
 
 def test_readings_are_kept_in_a_file(models, tmp_path):
@@ -107,7 +121,10 @@ def test_divergence_of_two_way_outcomes():
     found = fidelity.binary_divergence(np.log(p), np.log(q))
     assert found[0] == pytest.approx(0.3 * math.log(3) + 0.7 * math.log(0.7 / 0.9))
     assert found[1] == pytest.approx(-math.log(0.8), rel=1e-5)
-    assert found[2] == found[3] == 0 and np.isfinite(fidelity.binary_divergence(np.zeros(1), np.array([-900.0]))).all()
+    assert (
+        found[2] == found[3] == 0
+        and np.isfinite(fidelity.binary_divergence(np.zeros(1), np.array([-900.0]))).all()
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,11 @@ def test_speed_is_the_median_without_the_first_run(model):
     _, config, params, tokenizer = model
     ticks = [
         0.0,
-        *(tick for begins, seconds in ((1000, 4), (2000, 1), (3000, 2)) for tick in (begins, begins + seconds)),
+        *(
+            tick
+            for begins, seconds in ((1000, 4), (2000, 1), (3000, 2))
+            for tick in (begins, begins + seconds)
+        ),
     ]
     clock = iter(ticks).__next__
     found = speed.measure(config, params, tokenizer, ["the quick"], steps=8, repeats=3, clock=clock)
@@ -94,13 +98,19 @@ def test_a_sentence_encoder_embeds(tmp_path):
     tokenizer = tokenizer_of_kind("bert", TEXTS, 200)
     size = len(tokenizer)
     config = BertConfig(
-        vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     BertModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     vectors = similarity.sentence_encoder(str(tmp_path))([TEXTS[0], TEXTS[0], TEXTS[2]])
     assert (
-        vectors.shape == (3, 16) and np.array_equal(vectors[0], vectors[1]) and not np.allclose(vectors[0], vectors[2])
+        vectors.shape == (3, 16)
+        and np.array_equal(vectors[0], vectors[1])
+        and not np.allclose(vectors[0], vectors[2])
     )
     with pytest.raises(UserError, match="no such folder"):
         similarity.sentence_encoder(str(tmp_path / "nowhere"))
@@ -129,7 +139,8 @@ metric_list:
 def task_folder(tmp_path):
     (tmp_path / "copied_word.yaml").write_text(TASK)
     examples = [
-        {"question": "the quick brown", "choices": ["fox", "lazy"], "answer": i % 2} for i in range(4)
+        {"question": "the quick brown", "choices": ["fox", "lazy"], "answer": i % 2}
+        for i in range(4)
     ]  # whatever the model prefers, it is right in half of them
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
     return tmp_path
@@ -137,18 +148,25 @@ def task_folder(tmp_path):
 
 @pytest.mark.skipif(is_there("lm_eval"), reason="lm-eval is installed")
 def test_tasks_without_lm_eval_are_told_with_the_remedy(task_folder):
-    with pytest.raises(UserError, match=r"--tasks needs lm-eval.*pip install 'tokalign_jax\[lm-eval\]'"):
+    with pytest.raises(
+        UserError, match=r"--tasks needs lm-eval.*pip install 'tokalign_jax\[lm-eval\]'"
+    ):
         downstream.check(["copied_word"], task_folder)
 
 
-@pytest.mark.skipif(not is_there("lm_eval"), reason="lm-eval is not installed (pip install 'tokalign_jax[lm-eval]')")
+@pytest.mark.skipif(
+    not is_there("lm_eval"), reason="lm-eval is not installed (pip install 'tokalign_jax[lm-eval]')"
+)
 def test_a_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     downstream.check(["copied_word"], task_folder)
     with pytest.raises(UserError, match=r"'other'.*are copied_word"):
         downstream.check(["other"], task_folder)
     found = downstream.run(model[0], ["copied_word"], task_folder)
-    assert found["copied_word"]["acc"]["value"] == 0.5 and found["copied_word"]["acc"]["standard_error"] > 0
+    assert (
+        found["copied_word"]["acc"]["value"] == 0.5
+        and found["copied_word"]["acc"]["standard_error"] > 0
+    )
 
 
 def test_the_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_path):
@@ -159,7 +177,9 @@ def test_the_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_pat
         seen.append((model_args["pretrained"], Path.cwd()))
         return {"results": {task: {"acc,none": 0.5} for task in tasks}}
 
-    monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(
+        sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate)
+    )
     monkeypatch.setattr(downstream, "_manager", lambda tasks, folder: None)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

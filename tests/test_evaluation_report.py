@@ -38,7 +38,13 @@ def content(nasty: str = "word", states=STATES, **changes):
         config["stage3"] |= {"teacher": f"/models/teacher{nasty}", "weight": 1.0}
     rules = {"exact": {"rows": 7, "frequency": 0.75}, "mean": {"rows": 0, "frequency": 0.0}}
     special = [
-        {"token": f"<|im_end|>{nasty}", "id": 7, "source": "<|eot|>", "why": nasty, "in_chat_template": True},
+        {
+            "token": f"<|im_end|>{nasty}",
+            "id": 7,
+            "source": "<|eot|>",
+            "why": nasty,
+            "in_chat_template": True,
+        },
         {"token": "<think>", "id": 8, "source": "", "why": "its text", "in_chat_template": False},
     ]
     losses = [None if i == 3 else 5.0 - 0.1 * i for i in range(30)]
@@ -85,7 +91,11 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.setdefault(tag, []).append(dict(attrs))
-        self.fetched += [value for name, value in attrs if name in ("href", "src", "srcset", "data", "xlink:href")]
+        self.fetched += [
+            value
+            for name, value in attrs
+            if name in ("href", "src", "srcset", "data", "xlink:href")
+        ]
         assert not any(name.startswith("on") for name, _ in attrs)
         if tag not in self.VOID:
             self.open.append(tag)
@@ -109,7 +119,9 @@ def test_the_page_is_whole_self_contained_and_says_everything():
     assert not read.fetched and not {"script", "link", "img", "iframe", "object"} & {*read.tags}
     style = read.text
     assert "url(" not in style and "@import" not in style and "://" not in style
-    assert read.tags["html"] == [{"lang": "en"}] and len(read.tags["h1"]) == 1 and read.tags["title"]
+    assert (
+        read.tags["html"] == [{"lang": "en"}] and len(read.tags["h1"]) == 1 and read.tags["title"]
+    )
     for state in ("source", "random rows", "initialised", "stage 1", "stage 2", "stage 3"):
         assert state in read.text
     for language in ("deword", "en", "all"):
@@ -125,15 +137,25 @@ def test_the_page_is_whole_self_contained_and_says_everything():
     ):
         assert text in read.text, text
     pictures = [of for of in read.tags["svg"] if of.get("role") == "img"]
-    assert len(pictures) == 1 + 3 and all(of["aria-label"] for of in pictures)  # the loss, and a row for each language
-    assert all(len(x.split()) == 1 for tag in ("th", "td") for of in read.tags[tag] for x in of.values() if x)
+    assert len(pictures) == 1 + 3 and all(
+        of["aria-label"] for of in pictures
+    )  # the loss, and a row for each language
+    assert all(
+        len(x.split()) == 1
+        for tag in ("th", "td")
+        for of in read.tags[tag]
+        for x in of.values()
+        if x
+    )
 
 
 @pytest.mark.parametrize("states", [["source", "init"], ["source", "init", "stage1"], STATES])
 def test_any_number_of_stages(states):
     made = content(states=states)
     read = Reader(page.html(made))
-    assert [f"stage {i}" in read.text for i in (1, 2, 3)] == [f"stage{i}" in states for i in (1, 2, 3)]
+    assert [f"stage {i}" in read.text for i in (1, 2, 3)] == [
+        f"stage{i}" in states for i in (1, 2, 3)
+    ]
     assert "nan" not in read.text.lower().split() and ("Training" in read.text) == (len(states) > 2)
     header, *_ = page.table(made)
     assert header.count("|") == len(states) + 4 and "[0.900" not in "".join(page.table(made))
@@ -168,7 +190,11 @@ def test_pages_are_made_again_from_the_json_alone(tmp_path, capsys):
     for of in made["training"].values():
         del of["tokens_per_second"]
     read = Reader(page.html(made))
-    assert "stage 3" in read.text and "The same text in tokens" not in read.text and "95%" not in read.text
+    assert (
+        "stage 3" in read.text
+        and "The same text in tokens" not in read.text
+        and "95%" not in read.text
+    )
 
 
 def test_the_config_file_makes_the_same_config():
@@ -184,7 +210,9 @@ def test_the_config_file_makes_the_same_config():
 
 def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
     assert page.warning_lines({"loses": {"source": [], "target": []}, "training": {}}) == []
-    (line,) = page.warning_lines({"loses": {"source": [], "target": ["capitals", "tabs"]}, "training": {}})
+    (line,) = page.warning_lines(
+        {"loses": {"source": [], "target": ["capitals", "tabs"]}, "training": {}}
+    )
     assert "the target tokenizer does not keep capitals, tabs" in line and "too low" in line
 
 
@@ -208,9 +236,15 @@ def test_the_rate_of_the_rows_is_told_where_it_is_another_one():
 
 
 def test_tables_line_up_in_markdown():
-    rows = [("de", "1.000", Code("a|b"), Bar(0.5)), ("all", ("10.5", Soft(" [9, 12]")), Code("`"), Bar(1))]
+    rows = [
+        ("de", "1.000", Code("a|b"), Bar(0.5)),
+        ("all", ("10.5", Soft(" [9, 12]")), Code("`"), Bar(1)),
+    ]
     lines = pages.markdown_table(["language", "x", "token", ""], rows)
-    assert len({len(line) for line in lines}) == 1 and lines[1] == "|:---------|-------------:|:--------|"
+    assert (
+        len({len(line) for line in lines}) == 1
+        and lines[1] == "|:---------|-------------:|:--------|"
+    )
     assert r"`a\|b`" in lines[2] and "10.5 [9, 12] | `` ` ``" in lines[3]
     assert pages.markdown([Section("empty"), Section("T", "words")], level=3) == "### T\n\nwords"
 
@@ -218,12 +252,19 @@ def test_tables_line_up_in_markdown():
 def test_special_tokens_name_their_sources():
     made = content()["alignment"]["special"]
     _, first, second = pages.markdown([special_section(made)]).splitlines()[-3:]
-    assert r"`<\|im_end\|>word`" in first and "yes" in first and "its text" in second and "yes" not in second
+    assert (
+        r"`<\|im_end\|>word`" in first
+        and "yes" in first
+        and "its text" in second
+        and "yes" not in second
+    )
     assert pages.markdown([special_section([])]) == ""
 
 
 def test_sections_are_read_back_from_json():
-    section = Section("T", "text", ("a", "b"), [("1", (Code("x"), " ", Soft("y"))), (Bar(0.25), Code("z"))])
+    section = Section(
+        "T", "text", ("a", "b"), [("1", (Code("x"), " ", Soft("y"))), (Bar(0.25), Code("z"))]
+    )
     assert pages.from_json(json.loads(json.dumps(pages.to_json(section)))) == Section(
         section.title, section.text, list(section.header), [list(row) for row in section.rows]
     )
@@ -232,11 +273,19 @@ def test_sections_are_read_back_from_json():
 def test_curves_are_smoothed_joined_and_thinned():
     assert curves.smooth([1.0, 3.0, None, 5.0], window=2) == [1.0, 2.0, 3.0, 5.0]
     assert math.isnan(curves.smooth([None])[0])
-    training = {"stage1": {"tokens": [10, 20], "loss": [4.0, 2.0]}, "stage2": {"tokens": [5], "loss": [1.0]}}
-    assert curves.joined(training, smoothed=False) == {"stage1": ([10, 20], [4.0, 2.0]), "stage2": ([25], [1.0])}
+    training = {
+        "stage1": {"tokens": [10, 20], "loss": [4.0, 2.0]},
+        "stage2": {"tokens": [5], "loss": [1.0]},
+    }
+    assert curves.joined(training, smoothed=False) == {
+        "stage1": ([10, 20], [4.0, 2.0]),
+        "stage2": ([25], [1.0]),
+    }
     assert curves.thinned(5, 9) == [0, 1, 2, 3, 4] and curves.thinned(1000, 3) == [0, 500, 999]
     curve = curves.Curve([10, 20], [4.0, 2.0])
-    assert [curves.at(curve, x) for x in (10, 15, 20)] == [4.0, 3.0, 2.0] and math.isnan(curves.at(curve, 21))
+    assert [curves.at(curve, x) for x in (10, 15, 20)] == [4.0, 3.0, 2.0] and math.isnan(
+        curves.at(curve, 21)
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +301,9 @@ def test_charts_of_nothing_and_of_one_point():
     assert charts.lines([], says="", x_label="", y_label="") == "" == charts.dots({}, says="")
     assert charts.lines([charts.Curve("a", [1], [math.nan])], says="", x_label="", y_label="") == ""
     for made in (
-        charts.lines([charts.Curve("a", [1], [2.0], label="x")], says="s", x_label="x", y_label="y"),
+        charts.lines(
+            [charts.Curve("a", [1], [2.0], label="x")], says="s", x_label="x", y_label="y"
+        ),
         charts.dots({"a": [charts.Dot("d", 2.0)]}, says="s"),
     ):
         assert "nan" not in made and "inf" not in made
@@ -264,7 +315,12 @@ def test_charts_of_nothing_and_of_one_point():
 
 def test_languages_of_all_states_with_their_intervals():
     def score(nats, tokens, size, **more):
-        return {"bytes": size, "bits_per_byte": nats / size, "bytes_per_token": size / tokens, **more}
+        return {
+            "bytes": size,
+            "bits_per_byte": nats / size,
+            "bytes_per_token": size / tokens,
+            **more,
+        }
 
     source = {"languages": {"de": score(2, 4, 1), "en": score(3, 1, 3)}}
     source |= {"pooled": score(5, 5, 4)}
@@ -288,7 +344,9 @@ def test_pieces_make_up_the_text_and_count_its_tokens(kind):
     tokenizer = tiny_tokenizer(300 if kind == "byte_level" else 330, TEXTS, kind)
     found, nothing = pieces.pieces(tokenizer, [TEXT, ""])
     assert "".join(text for text, _ in found) == TEXT
-    assert sum(count for _, count in found) == len(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    assert sum(count for _, count in found) == len(
+        tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    )
     assert ("😀", 4) in found or (" 😀", 4) in found or (" 😀", 5) in found
     assert nothing == []
 
@@ -304,7 +362,19 @@ def test_passages_come_by_language_and_side():
 def test_names_are_no_markup_in_markdown():
     """Against a reader of CommonMark: of what a name may hold nothing becomes a tag, link, emphasis or another column."""
     markdown_it = pytest.importorskip("markdown_it")
-    names = [NASTY, "a*b*c", "_x_", "zh_Hant", "[l](http://x)", "~~s~~", "``", "a\\|b", "&lt;b&gt;", "![i](j)", "C:\\d"]
+    names = [
+        NASTY,
+        "a*b*c",
+        "_x_",
+        "zh_Hant",
+        "[l](http://x)",
+        "~~s~~",
+        "``",
+        "a\\|b",
+        "&lt;b&gt;",
+        "![i](j)",
+        "C:\\d",
+    ]
     reader = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
     for name in names:
         rows = [(name, Code(name), "1.0"), ("en", Code("x"), "2.0")]

@@ -35,7 +35,9 @@ def test_groups_are_drawn_by_themselves():
     alike = [1.0] * 5 + [3.0] * 7
     low, high = intervals.of_ratio(np.array(alike), np.ones(12), [5, 7], seed=0) or (0, 0)
     assert low == high == pytest.approx(sum(alike) / 12)
-    assert intervals.of_ratio(np.ones(1), np.ones(1), [1], 0) is None  # one document says nothing about others
+    assert (
+        intervals.of_ratio(np.ones(1), np.ones(1), [1], 0) is None
+    )  # one document says nothing about others
 
 
 def test_draws_do_not_depend_on_how_many_are_in_memory(monkeypatch):
@@ -55,7 +57,9 @@ def test_the_interval_of_a_difference_is_narrower_than_those_of_both():
     low, high = found["interval"]
     assert 0 < low < found["difference"] < high
     alone = summaries({"en": one}, seed=0)["en"]
-    assert alone["documents"] == 30 and alone["bits_per_byte"] == pytest.approx(hard.sum() / math.log(2) / 30_000)
+    assert alone["documents"] == 30 and alone["bits_per_byte"] == pytest.approx(
+        hard.sum() / math.log(2) / 30_000
+    )
     assert high - low < 0.1 * (alone["interval"][1] - alone["interval"][0])
     with pytest.raises(ValueError, match="different documents"):
         difference([one], [costs(hard, size + 1)], seed=0)
@@ -95,7 +99,12 @@ def brute_force(held_out: str, training: list[str]) -> int:
     covered = set()
     for start in range(len(held_out) - overlap.WINDOW + 1):
         passage = held_out[start : start + overlap.WINDOW]
-        places = ((other, at) for other in training for at in range(len(other)) if other[at:].startswith(passage))
+        places = (
+            (other, at)
+            for other in training
+            for at in range(len(other))
+            if other[at:].startswith(passage)
+        )
         if begins(held_out, start) and any(begins(*place) for place in places):
             covered |= set(range(start, start + overlap.WINDOW))
     return len(covered)
@@ -107,8 +116,14 @@ def test_overlap_is_that_of_a_search_letter_by_letter():
     text = lambda n: " ".join(random.choice(vocabulary, n))  # noqa: E731
     training = [text(200), text(30), text(100)]
     copied = training[0][100:400]
-    held_out = {"a": [text(40) + copied + text(20), training[1]], "b": [text(50), "short"], "c": [copied[7:] + "?"]}
-    batches = [[Document(t, "x", len(t.encode())) for t in part] for part in (training[:1], training[1:])]
+    held_out = {
+        "a": [text(40) + copied + text(20), training[1]],
+        "b": [text(50), "short"],
+        "c": [copied[7:] + "?"],
+    }
+    batches = [
+        [Document(t, "x", len(t.encode())) for t in part] for part in (training[:1], training[1:])
+    ]
     found = overlap.overlap(held_out, batches)["languages"]
     for language, documents in held_out.items():
         assert found[language]["characters"] == sum(map(len, documents))
@@ -126,9 +141,13 @@ def test_a_passage_does_not_run_over_two_documents():
 def test_what_parts_documents_is_not_copied():
     short = [c * 63 for c in "数学文"]
     batches = [[Document(text, "x", 0) for text in reversed(short)]]
-    assert overlap.overlap({"a": short}, batches)["languages"]["a"]["seen"] == 0  # none is as long as a passage
+    assert (
+        overlap.overlap({"a": short}, batches)["languages"]["a"]["seen"] == 0
+    )  # none is as long as a passage
     long = ["".join(chr(0x4E00 + 7 * i + j) for j in range(71)) for i in range(40)]
-    found = overlap.overlap({"a": long}, [[Document(text, "x", 0) for text in long]])["languages"]["a"]
+    found = overlap.overlap({"a": long}, [[Document(text, "x", 0) for text in long]])["languages"][
+        "a"
+    ]
     assert found["share"] == 1.0 and found["seen"] == found["characters"]
 
 
@@ -142,7 +161,9 @@ def test_a_document_is_not_cut_to_nothing():
 
 def test_overlap_warns_by_language():
     training = [[Document("a b c d e f " * 20, "x", 240)]]
-    found = overlap.overlap({"copied": ["a b c d e f " * 10], "own": ["g h i j k l " * 10]}, training)
+    found = overlap.overlap(
+        {"copied": ["a b c d e f " * 10], "own": ["g h i j k l " * 10]}, training
+    )
     (line,) = overlap.warning_lines(found)
     assert "'copied'" in line and "100.0%" in line and "too low" in line
     assert found["languages"]["own"]["seen"] == 0

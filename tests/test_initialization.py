@@ -60,7 +60,9 @@ def test_places_are_where_both_vocabularies_meet(model, kind):
     source = model[0]
     target = tiny_tokenizer(400, TEXTS, kind)
     places = places_of(source, target)
-    assert len(places.tokens) == len(shards_of(source, DOCUMENTS).tokens)  # no document was passed over
+    assert len(places.tokens) == len(
+        shards_of(source, DOCUMENTS).tokens
+    )  # no document was passed over
     of_source, of_target = spelled(source), spelled(target)
     ends = np.flatnonzero(places.tokens == source.eos_token_id)
     seen = 0
@@ -74,7 +76,9 @@ def test_places_are_where_both_vocabularies_meet(model, kind):
                 assert text[at:].startswith(of_target[following])
                 seen += 1
             if ended not in (contexts.NONE, end_of_text_id(target)):
-                assert (b" " + text[:at]).endswith(of_target[ended])  # the first one may begin with a space of its own
+                assert (b" " + text[:at]).endswith(
+                    of_target[ended]
+                )  # the first one may begin with a space of its own
                 seen += 1
         assert places.next_target[end] == places.next_source[end] == contexts.NONE
     assert seen > 100
@@ -88,7 +92,9 @@ def test_every_kind_of_tokenizer_has_places(model, kind):
         assert (labels != contexts.NONE).mean() > 0.2
 
 
-@pytest.mark.parametrize("character", ["\u095c", "e\u0301", "\ua66e"])  # decomposed by NFC, composed by NFC, unknown
+@pytest.mark.parametrize(
+    "character", ["\u095c", "e\u0301", "\ua66e"]
+)  # decomposed by NFC, composed by NFC, unknown
 @pytest.mark.parametrize("kind", ["qwen", "bpe_without_bytes"])
 def test_a_character_that_differs_costs_no_more_than_itself(model, kind, character):
     target = tokenizer_of_kind(kind, DOCUMENTS, 600)
@@ -105,7 +111,9 @@ def test_the_last_document_is_cut_at_the_budget(model):
     shards = shards_of(model[0], DOCUMENTS)
     drawn = contexts.draw(shards, 150, seed=0)
     lengths = np.diff(shards.documents, prepend=0)
-    assert lengths[drawn].sum() >= 150 and len(drawn) < len(DOCUMENTS) and (np.diff(drawn) > 0).all()
+    assert (
+        lengths[drawn].sum() >= 150 and len(drawn) < len(DOCUMENTS) and (np.diff(drawn) > 0).all()
+    )
     assert contexts.draw(shards, 10**9, seed=0).tolist() == [*range(len(DOCUMENTS))]
 
 
@@ -126,11 +134,15 @@ def test_contexts_are_means_of_final_states(model, batch, flushed, opening, monk
     target = tiny_tokenizer(400, TEXTS)
     places = places_of(tokenizer, target)
     sizes = (canonical.vocabulary_size(tokenizer), canonical.vocabulary_size(target))
-    reading = contexts.read(config, params, places, *sizes, jnp.float32, MESH, lambda line: None, opening)
+    reading = contexts.read(
+        config, params, places, *sizes, jnp.float32, MESH, lambda line: None, opening
+    )
 
     read = places.tokens.copy()
     if opening is not None:  # in the first place of every window, which is no token's then
-        places = contexts.Places._make(np.where(np.arange(len(read)) % 32, of, contexts.NONE) for of in places)
+        places = contexts.Places._make(
+            np.where(np.arange(len(read)) % 32, of, contexts.NONE) for of in places
+        )
         read[::32] = opening
     states = []
     for start in range(0, len(places.tokens), 32):
@@ -145,8 +157,13 @@ def test_contexts_are_means_of_final_states(model, batch, flushed, opening, monk
     ):
         for means, labels in ((side.before, before), (side.after, after)):
             for token in np.unique(labels[labels != contexts.NONE]):
-                np.testing.assert_allclose(means[token], states[labels == token].mean(axis=0), atol=1e-5)
-    assert reading.target.counts.sum() > 0 and not reading.target.before[reading.target.counts == 0].any(axis=1).all()
+                np.testing.assert_allclose(
+                    means[token], states[labels == token].mean(axis=0), atol=1e-5
+                )
+    assert (
+        reading.target.counts.sum() > 0
+        and not reading.target.before[reading.target.counts == 0].any(axis=1).all()
+    )
 
 
 def test_halves_are_two_tokens_that_join_to_the_whole():
@@ -168,17 +185,25 @@ def learning_problem(seen: int, noise: float = 0.0):
     frequency = rng.normal(size=size)
     first, last = rows[[p[0] for p in parts]], rows[[p[1] for p in parts]]
     truth = 0.7 * before - 0.2 * after + 0.3 * first + 0.1 * last + frequency[:, None] * 0.5 + 1.0
-    observed = [values + noise / np.sqrt(seen) * rng.normal(size=values.shape) for values in (before, after)]
+    observed = [
+        values + noise / np.sqrt(seen) * rng.normal(size=values.shape) for values in (before, after)
+    ]
     counts = np.full(size, seen)
-    exact = contexts.Contexts(before.astype(np.float32), after.astype(np.float32), np.full(size, 10**6))
-    noisy = contexts.Contexts(observed[0].astype(np.float32), observed[1].astype(np.float32), counts)
+    exact = contexts.Contexts(
+        before.astype(np.float32), after.astype(np.float32), np.full(size, 10**6)
+    )
+    noisy = contexts.Contexts(
+        observed[0].astype(np.float32), observed[1].astype(np.float32), counts
+    )
     known = np.arange(size // 2)
     wanted = np.arange(size // 2, size)
     source_rows = rows.copy()
     reading = contexts.Reading(exact, noisy, np.zeros(width), np.eye(width) * noise**2)
 
     def tokens(ids, of):
-        return composition.Tokens(ids, composition.Pieces.of([parts[i] for i in ids]), frequency, of)
+        return composition.Tokens(
+            ids, composition.Pieces.of([parts[i] for i in ids]), frequency, of
+        )
 
     # The pieces' rows must stay what the features say, so whole tokens have rows of their own behind them.
     source_rows = np.concatenate([rows, truth.astype(np.float32)])
@@ -227,20 +252,29 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
     assert moves.shape == (len(shards.counts),) and direction.shape == (config.hidden_size,)
     length = 128
     windows = shards.tokens[: len(shards.tokens) // length * length].reshape(-1, length)
-    states = np.asarray(forward(config, params, jnp.asarray(windows)), np.float64).reshape(-1, config.hidden_size)
+    states = np.asarray(forward(config, params, jnp.asarray(windows)), np.float64).reshape(
+        -1, config.hidden_size
+    )
     frequency = calibration.estimated_frequencies(shards.counts)
 
     def distance(rows):
         logits = states @ rows[: len(frequency)].T
-        probability = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).mean(axis=0)
+        probability = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).mean(
+            axis=0
+        )
         return float((frequency * np.log(frequency / probability)).sum())
 
     # exact only as far as one direction is a bias; here it is one of 32 dimensions of a random model
     assert distance(head[: len(frequency)] + moves[:, None] * direction) < 0.6 * distance(head)
-    chunks = jnp.asarray(states[: len(states) // 8 * 8].reshape(8, -1, config.hidden_size), jnp.float32)
+    chunks = jnp.asarray(
+        states[: len(states) // 8 * 8].reshape(8, -1, config.hidden_size), jnp.float32
+    )
     rows = jnp.asarray(head[: len(frequency)])
     given = calibration.mean_probability(chunks, rows, jnp.asarray(moves), config=config, mesh=MESH)
-    assert 0.99 < float(given.sum()) < 1.01 and abs(np.log(np.asarray(given)) - np.log(frequency)).mean() < 0.2
+    assert (
+        0.99 < float(given.sum()) < 1.01
+        and abs(np.log(np.asarray(given)) - np.log(frequency)).mean() < 0.2
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -253,7 +287,8 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
     aligned = methods.from_pieces(source, target)
     new_config, new = initialization.initialize(config, params, aligned)
     settings = Config(
-        compute=ComputeConfig(dtype="float32"), initialization=InitializationConfig(tokens=10**6, calibration=0.0)
+        compute=ComputeConfig(dtype="float32"),
+        initialization=InitializationConfig(tokens=10**6, calibration=0.0),
     )
 
     def learn(settings):
@@ -268,7 +303,9 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
     places = places_of(source, target)
     ids = np.arange(aligned.target_size)
     composed = np.isin(aligned.rules, initialization.COMPOSED)
-    composed &= np.isin(ids, places.next_target) & np.isin(ids, places.last_target)  # those seen in context
+    composed &= np.isin(ids, places.next_target) & np.isin(
+        ids, places.last_target
+    )  # those seen in context
     assert composed.any() and not composed.all()
     for group, leaf in (("embed_tokens", "embedding"), ("lm_head", "kernel"))[: 1 if tied else 2]:
         before, after = np.asarray(new[group][leaf]), np.asarray(learned[group][leaf])
@@ -281,7 +318,16 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
 # --- Which rows a start moves -----------------------------------------------------------------------------------------
 
 
-def start(model, source, target, documents=DOCUMENTS, method="composed", kept=0, unusable=frozenset(), **settings):
+def start(
+    model,
+    source,
+    target,
+    documents=DOCUMENTS,
+    method="composed",
+    kept=0,
+    unusable=frozenset(),
+    **settings,
+):
     """A new vocabulary's start, as the stage `init` makes it: alignment, parameters mixed and at the end, counts."""
     config, params = model
     shards = [shards_of(tokenizer, documents) for tokenizer in (source, target)]
@@ -302,11 +348,20 @@ def start(model, source, target, documents=DOCUMENTS, method="composed", kept=0,
     how = MESH, print, kept
     other = other._replace(params=initialization.learn(run, one, other, aligned, reading, *how))
     other = other._replace(params=initialization.calibrate(run, one, other, aligned, *how))
-    return aligned, mixed, initialization.tune(run, one, other, aligned, reading, *how).params, shards[1].counts
+    return (
+        aligned,
+        mixed,
+        initialization.tune(run, one, other, aligned, reading, *how).params,
+        shards[1].counts,
+    )
 
 
 def matrices(params) -> dict[str, np.ndarray]:
-    return {path: np.asarray(rows) for path, rows in paths.flatten(params).items() if sharding.is_vocabulary(path)}
+    return {
+        path: np.asarray(rows)
+        for path, rows in paths.flatten(params).items()
+        if sharding.is_vocabulary(path)
+    }
 
 
 def loaded(folder, tied=False, tokenizer=None, **settings):
@@ -385,7 +440,9 @@ def test_unseen_tokens_are_as_probable_as_good_and_turing_say():
     np.testing.assert_allclose(estimated[counts > 0] / estimated[-1], counts[counts > 0] / 1000)
     for few in (np.array([0, 0, 1, 1, 1, 1, 1, 1]), np.array([0, 5, 7]), np.array([3, 4])):
         estimated = calibration.estimated_frequencies(few)
-        assert (estimated > 0).all() and (np.argsort(estimated, kind="stable") == np.arange(len(few))).all()
+        assert (estimated > 0).all() and (
+            np.argsort(estimated, kind="stable") == np.arange(len(few))
+        ).all()
 
 
 # --- Tuning -----------------------------------------------------------------------------------------------------------
@@ -417,12 +474,19 @@ def tuned(folder, tied, kept=0, budget=40_000, target=None):
 @pytest.mark.parametrize("tied", [False, True])
 def test_tuned_rows_read_the_text_better(tmp_path, tied):
     aligned, side, after, lines = tuned(tmp_path, tied, target=tiny_tokenizer(420, OTHER))
-    before, again = side.params, tuned(tmp_path / "again", tied, target=tiny_tokenizer(420, OTHER))[2]
+    before, again = (
+        side.params,
+        tuned(tmp_path / "again", tied, target=tiny_tokenizer(420, OTHER))[2],
+    )
     tokens = np.asarray(side.shards.tokens[:4096]).reshape(-1, 64)
 
     def nats(params):
         states = np.asarray(forward(side.config, params, jnp.asarray(tokens)), np.float64)[:, :-1]
-        head = params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+        head = (
+            params["lm_head"]["kernel"]
+            if "lm_head" in params
+            else params["embed_tokens"]["embedding"]
+        )
         logits = states @ np.asarray(head, np.float64)[: side.config.vocab_size].T
         logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         return -np.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
@@ -443,7 +507,9 @@ def test_tuned_rows_read_the_text_better(tmp_path, tied):
 
 def test_rows_that_are_kept_are_not_tuned(tmp_path):
     _, side, after, _ = tuned(tmp_path, True, kept=300, target=tiny_tokenizer(420, OTHER))
-    changed = (np.asarray(after["embed_tokens"]["embedding"]) != side.params["embed_tokens"]["embedding"]).any(axis=1)
+    changed = (
+        np.asarray(after["embed_tokens"]["embedding"]) != side.params["embed_tokens"]["embedding"]
+    ).any(axis=1)
     assert not changed[:300].any() and changed[300:].any()
 
 
@@ -465,7 +531,9 @@ def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
     kept = {}
     of_features = tuning._features
     monkeypatch.setattr(
-        tuning, "_features", lambda *args: kept.setdefault("features", of_features(*args)).astype(np.float32)
+        tuning,
+        "_features",
+        lambda *args: kept.setdefault("features", of_features(*args)).astype(np.float32),
     )
     _, side, after, _ = tuned(tmp_path, True, budget=1, target=tiny_tokenizer(420, OTHER))
     features = kept["features"].astype(np.float64)
@@ -479,16 +547,23 @@ def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
         total = 0.0
         for tokens in batch:
             logits = forward(side.config, params, jnp.asarray(tokens[:, :-1])) @ table[:size].T
-            nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+            nll = (
+                jax.nn.logsumexp(logits, -1)
+                - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+            )
             total += nll.mean()
         return total
 
     before = np.asarray(side.params["embed_tokens"]["embedding"], np.float64)
-    gradient = features.T @ np.asarray(jax.grad(loss)(jnp.asarray(before, jnp.float32)), np.float64)[:size]
+    gradient = (
+        features.T @ np.asarray(jax.grad(loss)(jnp.asarray(before, jnp.float32)), np.float64)[:size]
+    )
     gradient /= max(1.0, np.linalg.norm(gradient))
     direction = gradient / (np.abs(gradient) + 1e-8)  # Adam's first
     step = features @ direction
-    source = np.asarray(huggingface.load_params(tmp_path, hub.load_config(tmp_path)[0])["embed_tokens"]["embedding"])
+    source = np.asarray(
+        huggingface.load_params(tmp_path, hub.load_config(tmp_path)[0])["embed_tokens"]["embedding"]
+    )
     deviation = np.sqrt(source[:320].astype(np.float64).var(axis=0).mean())
     step *= tuning.RATE * deviation / np.sqrt((step[moved] ** 2).mean())
     found = np.asarray(after["embed_tokens"]["embedding"], np.float64) - before
@@ -498,7 +573,9 @@ def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
 def test_components_are_the_principal_ones():
     rng = np.random.default_rng(0)
     known = (
-        rng.normal(size=(500, 12)) * np.r_[8, 4, 2, 1, np.full(8, 0.05)] @ np.linalg.qr(rng.normal(size=(12, 12)))[0]
+        rng.normal(size=(500, 12))
+        * np.r_[8, 4, 2, 1, np.full(8, 0.05)]
+        @ np.linalg.qr(rng.normal(size=(12, 12)))[0]
         + 3.0
     )
     centre, basis = tuning._principal(jnp.asarray(known, jnp.float32), jax.random.key(0), 4)
@@ -527,7 +604,9 @@ def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
     log_frequency = rng.normal(size=len(tokenizer)).astype(np.float32)
     direction = rng.normal(size=config.hidden_size)
     rows = np.outer(log_frequency, direction) + 3.0  # exactly linear: the slope is the direction
-    np.testing.assert_allclose(initialization.frequency_slope(rows, log_frequency), direction, rtol=1e-5)
+    np.testing.assert_allclose(
+        initialization.frequency_slope(rows, log_frequency), direction, rtol=1e-5
+    )
     assert not initialization.frequency_slope(rows, np.ones_like(log_frequency)).any()
 
     aligned = dataclasses.replace(
@@ -538,7 +617,9 @@ def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
     _, new = initialization.initialize(config, params, aligned)
     embedding, head = params["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
     np.testing.assert_array_equal(new["embed_tokens"]["embedding"], embedding[: len(tokenizer)])
-    fitted = np.polynomial.polynomial.polyfit(log_frequency.astype(np.float64), head[: len(tokenizer)], 1)[1]
+    fitted = np.polynomial.polynomial.polyfit(
+        log_frequency.astype(np.float64), head[: len(tokenizer)], 1
+    )[1]
     expected = head[: len(tokenizer)] + np.arange(len(tokenizer))[:, None] * fitted
     np.testing.assert_allclose(new["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-4)
 
@@ -559,7 +640,8 @@ def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), column
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS))
 @pytest.mark.parametrize(
-    ("tied", "groups"), [(True, ("embed_tokens",)), (False, ("lm_head",)), (False, ("embed_tokens",))]
+    ("tied", "groups"),
+    [(True, ("embed_tokens",)), (False, ("lm_head",)), (False, ("embed_tokens",))],
 )
 def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
     """Whatever the rows of unused tokens hold, and whether these are special, text or padding rows, it leaves no trace."""
@@ -568,14 +650,20 @@ def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
     (config, params), source = loaded(tmp_path, tied, source)
     unseen = np.flatnonzero(shards_of(source, DOCUMENTS).counts == 0)
-    unused = [source.convert_tokens_to_ids("<|unused|>"), int(unseen[5]), 310]  # special, a byte, padding
+    unused = [
+        source.convert_tokens_to_ids("<|unused|>"),
+        int(unseen[5]),
+        310,
+    ]  # special, a byte, padding
     assert len(unseen) > 20 and len(source) < 310
     found = []
     for value, columns in ((np.nan, slice(3, 4)), (np.inf, slice(None)), (-np.inf, slice(2))):
         bad = broken(params, unused, value, groups, columns)
         whole, unusable = initialization.usable(bad, len(source))
         assert unusable == set(unused[:2])
-        aligned, *_, after, _ = start((config, whole), source, target, method=method, unusable=unusable)
+        aligned, *_, after, _ = start(
+            (config, whole), source, target, method=method, unusable=unusable
+        )
         mixtures = (aligned.embedding.ids, aligned.head.ids)
         assert not any(np.isin(ids, unused).any() for ids in mixtures)
         direct = initialization.initialize(config, bad, aligned)[1]
@@ -591,16 +679,25 @@ def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
 def test_what_would_be_made_of_a_broken_row_follows_the_next_rule():
     source, target = tiny_tokenizer(320, TEXTS), tiny_tokenizer(420, OTHER)
     for tokenizer in (source, target):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>", "additional_special_tokens": ["<|unused|>"]})
+        tokenizer.add_special_tokens(
+            {"pad_token": "<|pad|>", "additional_special_tokens": ["<|unused|>"]}
+        )
     counts = np.full(len(target), 10)
     before = methods.from_pieces(source, target)
     of_target = canonical.token_bytes(target)
-    word = next(i for i, c in enumerate(of_target) if before.rules[i] == Rule.EXACT and c and len(c) > 3)
+    word = next(
+        i for i, c in enumerate(of_target) if before.rules[i] == Rule.EXACT and c and len(c) > 3
+    )
     pad, unused = target.convert_tokens_to_ids(["<|pad|>", "<|unused|>"])
-    byte = next(i for i, c in enumerate(of_target) if before.rules[i] == Rule.EXACT and c and len(c) == 1)
+    byte = next(
+        i for i, c in enumerate(of_target) if before.rules[i] == Rule.EXACT and c and len(c) == 1
+    )
     bad = {int(before.heaviest()[i]) for i in (word, pad, unused, byte)}
     after = methods.without(before, bad, source, target, counts)
-    assert not np.isin(after.embedding.ids, list(bad)).any() and not np.isin(after.head.ids, list(bad)).any()
+    assert (
+        not np.isin(after.embedding.ids, list(bad)).any()
+        and not np.isin(after.head.ids, list(bad)).any()
+    )
     of_source = canonical.token_bytes(source)
     assert after.rules[word] == Rule.PIECES
     assert b"".join(of_source[i] for i in row_ids(after.embedding, word)) == of_target[word]
@@ -618,7 +715,9 @@ def row_ids(mixture, i):
 
 def test_kept_rows_that_are_broken_are_made_anew(tmp_path):
     (config, params), source = loaded(tmp_path, False)
-    aligned = methods.without(methods.from_pieces(source, source), {7, 280}, source, source, np.ones(len(source)))
+    aligned = methods.without(
+        methods.from_pieces(source, source), {7, 280}, source, source, np.ones(len(source))
+    )
     _, made = initialization.initialize(config, broken(params, [7, 280]), aligned, kept=len(source))
     for path, rows in matrices(made).items():
         assert np.isfinite(rows).all()
@@ -630,7 +729,9 @@ def test_rows_of_the_source_keep_every_bit():
     """-0.0 too, which a product with a weight of 1 would lose."""
     rows = np.array([[-0.0, 1.5], [2.0, -0.0], [-0.0, -0.0]], np.float32)
     one = alignment.one_to_one(np.array([2, 0, 1, 0]), 3)
-    np.testing.assert_array_equal(alignment.apply(one, rows).view(np.uint32), rows[[2, 0, 1, 0]].view(np.uint32))
+    np.testing.assert_array_equal(
+        alignment.apply(one, rows).view(np.uint32), rows[[2, 0, 1, 0]].view(np.uint32)
+    )
     moved = rows.copy()
     initialization.move(moved, np.array([0.0, 2.0, 0.0]), np.array([np.float32(-0.5), 0.25]))
     np.testing.assert_array_equal(moved[[0, 2]].view(np.uint32), rows[[0, 2]].view(np.uint32))

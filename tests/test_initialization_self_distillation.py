@@ -28,12 +28,18 @@ DOCUMENTS = [Document(text, "en", len(text)) for text in TEXTS * 6]
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def sides(request, tmp_path_factory):
     tokenizers = tiny_tokenizer(300, TEXTS), tiny_tokenizer(340, TEXTS)
-    folder = tiny_model_folder(tmp_path_factory.mktemp("source"), "llama", tied=request.param, tokenizer=tokenizers[0])
+    folder = tiny_model_folder(
+        tmp_path_factory.mktemp("source"), "llama", tied=request.param, tokenizer=tokenizers[0]
+    )
     config, _ = hub.load_config(folder)
     params = huggingface.load_params(folder, config)
     aligned = methods.from_pieces(*tokenizers)
     new_config, new = initialization.initialize(config, params, aligned)
-    return Side(config, params, tokenizers[0], None), Side(new_config, new, tokenizers[1], None), aligned
+    return (
+        Side(config, params, tokenizers[0], None),
+        Side(new_config, new, tokenizers[1], None),
+        aligned,
+    )
 
 
 def distilled(sides, config=CONFIG, kept=0, devices=1):
@@ -46,7 +52,10 @@ def distilled(sides, config=CONFIG, kept=0, devices=1):
 
 def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
     before, after, facts, lines = distilled(sides)
-    assert facts["loss_after"] < facts["loss_before"] and facts["distance_after"] < facts["distance_before"]
+    assert (
+        facts["loss_after"] < facts["loss_before"]
+        and facts["distance_after"] < facts["distance_before"]
+    )
     assert before.keys() == after.keys()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert "layers/mlp/up_proj/kernel" in moved and "embed_tokens/embedding" in moved
@@ -68,7 +77,9 @@ def test_rows_alone_leave_the_body_and_the_source_s_rows(sides):
     assert facts["loss_after"] < facts["loss_before"]
     for path, rows in before.items():
         if sharding.is_vocabulary(path):
-            np.testing.assert_array_equal(np.asarray(after[path])[~composed], np.asarray(rows)[~composed])
+            np.testing.assert_array_equal(
+                np.asarray(after[path])[~composed], np.asarray(rows)[~composed]
+            )
             assert (np.asarray(after[path])[composed] != np.asarray(rows)[composed]).any()
         else:
             assert after[path] is rows
@@ -89,7 +100,9 @@ def test_nothing_is_trained_where_no_token_is_composed(sides):
     aligned = methods.from_pieces(source.tokenizer, source.tokenizer)
     config, params = initialization.initialize(source.config, source.params, aligned)
     target = Side(config, params, source.tokenizer, None)
-    result = initialization.distill(CONFIG, source, target, aligned, DOCUMENTS, sharding.make_mesh(), print)
+    result = initialization.distill(
+        CONFIG, source, target, aligned, DOCUMENTS, sharding.make_mesh(), print
+    )
     assert result.params is params and not result.facts
 
 

@@ -27,8 +27,14 @@ def lacks_encoding(call: ast.Call) -> bool:
 def test_every_text_file_is_opened_as_utf_8():
     found = []
     for path in PACKAGE.rglob("*.py"):
-        calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
-        found += [f"{path.relative_to(PACKAGE)}:{call.lineno}" for call in calls if lacks_encoding(call)]
+        calls = (
+            node
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Call)
+        )
+        found += [
+            f"{path.relative_to(PACKAGE)}:{call.lineno}" for call in calls if lacks_encoding(call)
+        ]
     assert not found
 
 
@@ -59,10 +65,15 @@ sys.exit(errors.exit_code(command))
     ids=["ascii output", "latin-1 output", "a locale that is not UTF-8"],
 )
 def test_a_command_ends_as_it_would_in_utf_8(environment, tmp_path):
-    lines = [json.dumps({"text": f"text {i} größer", "lang": "中文" if i % 2 else "de"}) for i in range(40)]
+    lines = [
+        json.dumps({"text": f"text {i} größer", "lang": "中文" if i % 2 else "de"})
+        for i in range(40)
+    ]
     path = tmp_path / "größe.jsonl"
     path.write_text("\n".join([*lines, "broken"]) + "\n", "utf-8")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "PYTHON"))} | environment
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("LC_", "PYTHON"))
+    } | environment
     script = tmp_path / "command.py"
     script.write_text(COMMAND, "utf-8")
     done = subprocess.run(

@@ -41,7 +41,9 @@ def test_the_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsy
     monkeypatch.setitem(sys.modules, "tokalign_jax.pipeline", pipeline)
     monkeypatch.setattr(tokalign_jax, "pipeline", pipeline, raising=False)
     assert main.main(["main", "--workdir=~/run"]) == 0
-    assert seen == [tmp_path / "run"] and f"everything is in {tmp_path}/run" in capsys.readouterr().out
+    assert (
+        seen == [tmp_path / "run"] and f"everything is in {tmp_path}/run" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,9 @@ def test_exit_codes(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(monkeypatch, capsys, number):
+def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(
+    monkeypatch, capsys, number
+):
     before = signal.getsignal(number)
 
     def work(log):
@@ -111,7 +115,9 @@ def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(monkey
     assert run(monkeypatch, work) == 75
     assert "the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(number) == before
-    assert run(monkeypatch, lambda log: Progress(log, "tokens", 1).update()) == 0, "asked once, for one run"
+    assert run(monkeypatch, lambda log: Progress(log, "tokens", 1).update()) == 0, (
+        "asked once, for one run"
+    )
 
 
 STUBBORN = """
@@ -128,11 +134,15 @@ with stopping.listening():
 def test_a_second_signal_kills_at_once(tmp_path):
     ready = tmp_path / "ready"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", STUBBORN, ready], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN, ready], env=environment, stderr=subprocess.PIPE
+    )
     while not ready.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.stderr and b"asked to stop" in process.stderr.readline() + process.stderr.readline()
+    assert (
+        process.stderr and b"asked to stop" in process.stderr.readline() + process.stderr.readline()
+    )
     time.sleep(0.1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -194,12 +204,23 @@ def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, c
 
 
 @pytest.mark.parametrize(
-    "field", ["workdir", "config.corpus", "config.source_model", "config.target_tokenizer", "config.alignment.file"]
+    "field",
+    [
+        "workdir",
+        "config.corpus",
+        "config.source_model",
+        "config.target_tokenizer",
+        "config.alignment.file",
+    ],
 )
 def test_a_name_that_no_file_system_takes_is_told(field, tmp_path, capsys):
     long = f"{tmp_path}/{'x' * 300}"
     given = {"workdir": f"{tmp_path}/run", field: long}
     assert main.main(["main", *(f"--{name}={value}" for name, value in given.items())]) == 2
     said = capsys.readouterr().err
-    assert "xxxxx" in said and ("is too long" in said or "does not exist" in said) and "Traceback" not in said
+    assert (
+        "xxxxx" in said
+        and ("is too long" in said or "does not exist" in said)
+        and "Traceback" not in said
+    )
     assert not (tmp_path / "run" / "stages.json").exists()

@@ -56,7 +56,9 @@ def value_and_gradients(attend, *inputs):
 
 def check(got, expected, tolerance):
     for name, a, b in zip(("output", "q", "k", "v"), got, expected):
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), err_msg=name
+        )
 
 
 OPTIONS = {
@@ -69,7 +71,9 @@ OPTIONS = {
 
 def whole(q, k, v, scale, window, softcap):
     positions = jnp.arange(q.shape[1])
-    return attention._whole(q, k, v, attention._visible(positions, positions, window), scale, softcap)
+    return attention._whole(
+        q, k, v, attention._visible(positions, positions, window), scale, softcap
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -105,7 +109,9 @@ def test_half_precision_loses_no_more_than_its_roundings(fallback):
 
 def test_attend_takes_long_sequences_by_blocks():
     q, k, v, upstream = arrays(length=attention.LONGEST_WHOLE + 30, batch=1, heads=2, groups=1)
-    got = value_and_gradients(lambda *x: attention.attend(*x, scale=0.3, window=40), q, k, v, upstream)
+    got = value_and_gradients(
+        lambda *x: attention.attend(*x, scale=0.3, window=40), q, k, v, upstream
+    )
     check(got, value_and_gradients(lambda *x: whole(*x, 0.3, 40, None), q, k, v, upstream), 2e-6)
 
 
@@ -113,7 +119,13 @@ def test_memory_of_long_sequences_grows_with_their_length_not_its_square():
     def temporary(length):
         q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, length, 2, 2, 16))
         loss = lambda *x: attention.attend(*x, scale=0.3).sum()  # noqa: E731
-        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss, (0, 1, 2)))
+            .lower(q, k, v)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporary(4096) < 2.5 * temporary(2048)
 
@@ -144,22 +156,34 @@ def test_refuses_what_it_cannot_mean():
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 3.0}], ids=["causal", "window and softcap"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 50, "softcap": 3.0}], ids=["causal", "window and softcap"]
+)
 def test_splash_attention_equals_the_fallback(options):
     """Interpreted; 200 positions are no multiple of a tile."""
     options = {"window": None, "softcap": None, "scale": 0.3} | options
     inputs = arrays(batch=1, length=200)
     got = value_and_gradients(lambda *x: attention._splash(*x, **options, interpret=True), *inputs)
-    check(got, [np.asarray(x) for x in value_and_gradients(lambda *x: whole(*x, **options), *inputs)], 1e-5)
+    check(
+        got,
+        [np.asarray(x) for x in value_and_gradients(lambda *x: whole(*x, **options), *inputs)],
+        1e-5,
+    )
 
 
-@pytest.mark.parametrize("length, heads, groups, size", [(2048, 8, 8, 256), (600, 4, 1, 64), (256, 4, 4, 80)])
+@pytest.mark.parametrize(
+    "length, heads, groups, size", [(2048, 8, 8, 256), (600, 4, 1, 64), (256, 4, 4, 80)]
+)
 def test_splash_attention_lowers_for_a_tpu(length, heads, groups, size):
-    shapes = [jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, groups, groups)]
+    shapes = [
+        jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, groups, groups)
+    ]
     attend = lambda *x: attention._splash(*x, scale=0.1, window=300, softcap=30.0)  # noqa: E731
     loss = jax.jit(jax.value_and_grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2)))
     text = loss.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 3  # forwards, and backwards for queries and for keys and values
+    assert (
+        text.count("tpu_custom_call") == 3
+    )  # forwards, and backwards for queries and for keys and values
 
 
 class Device:
@@ -200,7 +224,9 @@ def test_eight_devices_give_what_one_gives():
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_NUM_CPU_DEVICES": "8",
     }
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2 * len(MESHES) + 1
 
@@ -236,4 +262,6 @@ if __name__ == "__main__":
     for mesh_shape in MESHES:
         check_fallback(mesh_shape)
         check_kernel(mesh_shape)
-    check_kernel((2, 2, 2), batch=3, heads=3, groups=3, part=(3, 3, 3))  # what does not divide is not split
+    check_kernel(
+        (2, 2, 2), batch=3, heads=3, groups=3, part=(3, 3, 3)
+    )  # what does not divide is not split

@@ -35,7 +35,13 @@ FULL = CardFacts(
     bytes_per_token={"source": {"en": 4.0}, "target": {"en": 4.5}},
     loses=("capitals",),
     special=[
-        {"token": "<|im_end|>", "id": 7, "source": "</s>", "why": "eos of the source", "in_chat_template": True},
+        {
+            "token": "<|im_end|>",
+            "id": 7,
+            "source": "</s>",
+            "why": "eos of the source",
+            "in_chat_template": True,
+        },
         {"token": "<|x|>", "id": 8, "source": "", "why": "its text", "in_chat_template": False},
     ],
     versions={"jax": "0.10.2"},
@@ -81,7 +87,9 @@ def test_it_tells_all_that_is_known():
     assert "| mean" not in card
     # Every row of a table has as many cells as its header.
     body = card.split("---\n", 2)[2]
-    for table in "".join(f"{line}\n" if line.startswith("|") else "\f" for line in body.splitlines()).split("\f"):
+    for table in "".join(
+        f"{line}\n" if line.startswith("|") else "\f" for line in body.splitlines()
+    ).split("\f"):
         cells = {line.replace(r"\|", "").count("|") for line in table.splitlines()}
         assert len(cells) <= 1, table
 
@@ -101,7 +109,13 @@ def test_a_folder_of_ones_own_is_no_base_on_the_hub(tmp_path):
 
 
 def test_front_matter_that_is_none():
-    for card in ("", "# title", "---\nlicense: [broken\n---\n", "---\njust text\n---\n", "text\n---\na: 1\n---\n"):
+    for card in (
+        "",
+        "# title",
+        "---\nlicense: [broken\n---\n",
+        "---\njust text\n---\n",
+        "text\n---\na: 1\n---\n",
+    ):
         assert front_matter(card) == {}
     assert front_matter("\ufeff---\r\nlicense: mit\r\n---\r\ntext") == {"license": "mit"}
     assert front_matter("---\nlicense: mit\n---") == {"license": "mit"}

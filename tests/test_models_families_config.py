@@ -72,7 +72,12 @@ RAW = {
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
     },
-    "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000, "hidden_act": "gelu"},
+    "gpt_neox": {
+        "layer_norm_eps": 1e-5,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "hidden_act": "gelu",
+    },
 }
 
 
@@ -86,7 +91,11 @@ def _read(family: str, **changes):
 
 def test_every_family_has_cases_and_a_config_here():
     assert set(RAW) == set(families.FAMILIES)
-    assert {case.family for case in CASES} == set(families.FAMILIES) | {"gemma3", "llava", "mistral3"}
+    assert {case.family for case in CASES} == set(families.FAMILIES) | {
+        "gemma3",
+        "llava",
+        "mistral3",
+    }
     for family in RAW:
         config = _read(family)
         assert config.model_type == family
@@ -95,7 +104,12 @@ def test_every_family_has_cases_and_a_config_here():
 
 # --- Spellings ----------------------------------------------------------------------------------------------------------
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
@@ -113,11 +127,16 @@ LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 def test_rotary_settings_of_all_ages_mean_the_same(settings):
     old = {"type" if key == "rope_type" else key: value for key, value in settings.items()}
     without = {key: value for key, value in _raw("llama").items() if key != "rope_theta"}
-    new = families.config_from_hf({**without, "rope_parameters": {"rope_theta": 5000.0, **settings}})
+    new = families.config_from_hf(
+        {**without, "rope_parameters": {"rope_theta": 5000.0, **settings}}
+    )
     assert new.layer_kinds[0].rope.scaling is not None
     assert _read("llama", rope_scaling=old) == new
     assert _read("llama", rope_scaling=settings) == new
-    both = {"rope_parameters": {"rope_theta": 5000.0, **settings}, "rope_scaling": {**settings, "factor": 16.0}}
+    both = {
+        "rope_parameters": {"rope_theta": 5000.0, **settings},
+        "rope_scaling": {**settings, "factor": 16.0},
+    }
     with pytest.raises(UserError, match=r"both 'rope_parameters'.*and 'rope_scaling'.*differ"):
         _read("llama", **both)
 
@@ -127,7 +146,9 @@ def test_constants_of_scalings():
         return _read(family, rope_scaling=settings).layer_kinds[0].rope.scaling
 
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    assert scaling(**yarn) == YarnScaling(4.0, pytest.approx(0.1 * 1.3862943611 + 1), 32.0, 1.0, 1024, True)
+    assert scaling(**yarn) == YarnScaling(
+        4.0, pytest.approx(0.1 * 1.3862943611 + 1), 32.0, 1.0, 1024, True
+    )
     assert scaling(**yarn, attention_factor=1.5).magnitude == 1.5
     assert scaling(**yarn, mscale=1.0, mscale_all_dim=1.0).magnitude == 1.0
     # Without a factor it is how much longer the model has become.
@@ -136,7 +157,10 @@ def test_constants_of_scalings():
     long = {"type": "su", **LONG, "original_max_position_embeddings": 1024}
     expected = LongRopeScaling((1.0,) * 8, (2.0,) * 8, pytest.approx((1 + 1 / 5) ** 0.5), 1024)
     assert (
-        _read("phi3", rope_scaling=long, original_max_position_embeddings=1024).layer_kinds[0].rope.scaling == expected
+        _read("phi3", rope_scaling=long, original_max_position_embeddings=1024)
+        .layer_kinds[0]
+        .rope.scaling
+        == expected
     )
     # The key of the whole model comes before that of the scaling, as in transformers.
     assert _read("phi3", rope_scaling=long).layer_kinds[0].rope.scaling.original_positions == 4096
@@ -149,7 +173,9 @@ def _windows(config) -> list[int | None]:
 def test_kinds_of_layers_without_the_key_that_lists_them():
     assert _windows(_read("qwen2")) == [None] * 8
     assert _windows(_read("qwen2", use_sliding_window=True)) == [None] * 4 + [4096] * 4
-    assert _windows(_read("qwen3", use_sliding_window=True, sliding_window=9)) == [None] * 4 + [9] * 4
+    assert (
+        _windows(_read("qwen3", use_sliding_window=True, sliding_window=9)) == [None] * 4 + [9] * 4
+    )
     assert _windows(_read("mistral")) == [4096] * 8
     assert _windows(_read("gemma2")) == [512, None] * 4
     assert _windows(_read("olmo3")) == [512, 512, 512, None] * 2
@@ -157,8 +183,16 @@ def test_kinds_of_layers_without_the_key_that_lists_them():
     gemma = _read("gemma3_text", rope_scaling={"rope_type": "linear", "factor": 8.0})
     assert _windows(gemma) == [512] * 5 + [None] + [512] * 2
     assert (gemma.layer_kinds[0].rope.theta, gemma.layer_kinds[0].rope.scaling) == (10.0, None)
-    assert (gemma.layer_kinds[5].rope.theta, gemma.layer_kinds[5].rope.scaling) == (5000.0, LinearScaling(8.0))
-    assert [kind.rope is None for kind in _read("smollm3").layer_kinds] == [False, False, False, True] * 2
+    assert (gemma.layer_kinds[5].rope.theta, gemma.layer_kinds[5].rope.scaling) == (
+        5000.0,
+        LinearScaling(8.0),
+    )
+    assert [kind.rope is None for kind in _read("smollm3").layer_kinds] == [
+        False,
+        False,
+        False,
+        True,
+    ] * 2
     windowed = _read("smollm3", use_sliding_window=True, sliding_window=9)
     assert _windows(windowed) == [None, None, None, 9] * 2
 
@@ -167,11 +201,15 @@ def test_lists_of_layers_are_followed():
     types = [FULL, SLIDING, *[FULL] * 6]
     for family in ("gemma2", "gemma3_text", "olmo3"):
         assert _windows(_read(family, layer_types=types)) == [None, 512, *[None] * 6]
-    assert _windows(_read("qwen2", use_sliding_window=True, layer_types=types)) == [None, 4096, *[None] * 6]
+    assert _windows(_read("qwen2", use_sliding_window=True, layer_types=types)) == [
+        None,
+        4096,
+        *[None] * 6,
+    ]
     turns = [1, 0, *[1] * 6]
-    assert [kind.rope is not None for kind in _read("smollm3", no_rope_layers=turns).layer_kinds] == list(
-        map(bool, turns)
-    )
+    assert [
+        kind.rope is not None for kind in _read("smollm3", no_rope_layers=turns).layer_kinds
+    ] == list(map(bool, turns))
 
 
 def test_keys_that_are_left_out_or_called_otherwise():
@@ -181,8 +219,15 @@ def test_keys_that_are_left_out_or_called_otherwise():
     for family in ("gpt2", "gemma", "gemma2", "gemma3_text", "smollm3"):
         raw = {key: value for key, value in _raw(family).items() if key != "tie_word_embeddings"}
         assert families.config_from_hf(raw).tie_word_embeddings
-    renamed = {("num_local_experts" if key == "num_experts" else key): v for key, v in _raw("qwen3_moe").items()}
-    assert families.config_from_hf(renamed) == _read("qwen3_moe", num_local_experts=8) == _read("qwen3_moe")
+    renamed = {
+        ("num_local_experts" if key == "num_experts" else key): v
+        for key, v in _raw("qwen3_moe").items()
+    }
+    assert (
+        families.config_from_hf(renamed)
+        == _read("qwen3_moe", num_local_experts=8)
+        == _read("qwen3_moe")
+    )
     assert _read("gpt2", activation_function="gelu_python").activation == "gelu"
     assert _read("phi3", partial_rotary_factor=0.5).layer_kinds[0].rope.size == 8
     old = {"hidden_activation": None, "hidden_act": "gelu_pytorch_tanh"}
@@ -219,12 +264,21 @@ def test_keys_without_a_meaning_for_the_model_are_let_through(family):
 
 def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
     both = pair(of("gpt2")[0], tmp_path)
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in stored(both.folder).items()}
-    masks = {"h.0.attn.bias": bare["wte.weight"][:1], "h.1.attn.masked_bias": bare["wte.weight"][:1]}
+    bare = {
+        name.removeprefix("transformer."): tensor for name, tensor in stored(both.folder).items()
+    }
+    masks = {
+        "h.0.attn.bias": bare["wte.weight"][:1],
+        "h.1.attn.masked_bias": bare["wte.weight"][:1],
+    }
     save_file({**bare, **masks}, both.folder / huggingface.SINGLE)
     params = huggingface.load_params(both.folder, both.config, "float32")
-    assert (params["embed_positions"]["embedding"] == both.params["embed_positions"]["embedding"]).all()
-    huggingface.save_checkpoint(tmp_path / "out", params, both.config, both.raw, TOKENIZER, source_folder=both.folder)
+    assert (
+        params["embed_positions"]["embedding"] == both.params["embed_positions"]["embedding"]
+    ).all()
+    huggingface.save_checkpoint(
+        tmp_path / "out", params, both.config, both.raw, TOKENIZER, source_folder=both.folder
+    )
     assert set(stored(tmp_path / "out")) == set(bare)
 
 
@@ -234,7 +288,11 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", {"model_type": "rwkv"}, "model_type 'rwkv' is not supported.*gpt2.*qwen3_moe.*text model alone"),
+        (
+            "llama",
+            {"model_type": "rwkv"},
+            "model_type 'rwkv' is not supported.*gpt2.*qwen3_moe.*text model alone",
+        ),
         ("llama", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' to 30.0"),
         ("llama", {"layer_types": [SLIDING] * LAYERS}, "'layer_types'"),
         ("llama", {"sliding_window": 512}, "'sliding_window' to 512"),
@@ -242,8 +300,16 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         ("llama", {"num_local_experts": 8}, "'num_local_experts' to 8"),
         ("llama", {"logits_scaling": 8.0}, "'logits_scaling'"),
         ("llama", {"is_causal": False}, "'is_causal' to False"),
-        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_parameters'.*each kind of layer"),
-        ("olmo3", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_parameters'.*each kind of layer"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_theta": 1e6}},
+            "'rope_parameters'.*each kind of layer",
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": {"rope_theta": 1e6}},
+            "'rope_parameters'.*each kind of layer",
+        ),
         ("qwen3_moe", {"num_local_experts": 4}, "'num_local_experts' to 4"),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' to 0.5"),
         (
@@ -256,13 +322,25 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         ("qwen2", {"use_mrope": True}, "'use_mrope'"),
         ("qwen2", {"attention_bias": True}, "'attention_bias'"),
         ("qwen2", {"layer_types": [SLIDING] * LAYERS}, "'layer_types'.*without use_sliding_window"),
-        ("qwen2", {"use_sliding_window": True, "layer_types": [FULL]}, "'layer_types'.*each of the 8 layers"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "no 'max_window_layers'"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "layer_types": [FULL]},
+            "'layer_types'.*each of the 8 layers",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": None},
+            "no 'max_window_layers'",
+        ),
         ("qwen3", {"head_dim": None}, "no 'head_dim'"),
         ("mistral", {"layer_types": [SLIDING] * LAYERS}, "'layer_types'"),
         ("gemma", {"use_bidirectional_attention": True}, "'use_bidirectional_attention'"),
         ("gemma2", {"query_pre_attn_scalar": None}, "no 'query_pre_attn_scalar'"),
-        ("gemma2", {"layer_types": ["chunked_attention"] * LAYERS}, "'layer_types'.*chunked_attention"),
+        (
+            "gemma2",
+            {"layer_types": ["chunked_attention"] * LAYERS},
+            "'layer_types'.*chunked_attention",
+        ),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' to 50.0"),
         ("gemma3_text", {"sliding_window_pattern": None}, "no 'sliding_window_pattern'"),
         ("gemma3_text", {"rope_local_base_freq": None}, "no 'rope_local_base_freq'"),
@@ -289,9 +367,15 @@ def test_what_is_not_implemented_is_named(family, changes, message):
 @pytest.mark.parametrize("family", RAW)
 def test_quantized_models_are_refused_with_the_way_out(family):
     for method in ("gptq", "awq", "fp8", "bitsandbytes"):
-        with pytest.raises(UserError, match=rf"quantization_config.*{method}.*give the original model"):
+        with pytest.raises(
+            UserError, match=rf"quantization_config.*{method}.*give the original model"
+        ):
             _read(family, quantization_config={"quant_method": method, "bits": 4})
-    text = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "quantization_config": {"bits": 4}}
+    text = {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text"},
+        "quantization_config": {"bits": 4},
+    }
     with pytest.raises(UserError, match="quantization_config"):
         families.config_from_hf(families.text_config(text))
 
@@ -303,7 +387,11 @@ def test_weights_of_a_part_that_is_not_there_are_named(tmp_path):
     plain = families.config_from_hf({**raw, "model_type": "llama"})
     with pytest.raises(UserError, match=r"no place: model\.layers\.0\.self_attn\.k_norm\.weight"):
         huggingface.check_weights(tmp_path, plain)
-    tensors = {name: tensor for name, tensor in stored(tmp_path).items() if "layers.1.self_attn.q_norm" not in name}
+    tensors = {
+        name: tensor
+        for name, tensor in stored(tmp_path).items()
+        if "layers.1.self_attn.q_norm" not in name
+    }
     save_file(tensors, tmp_path / huggingface.SINGLE)
     with pytest.raises(UserError, match=r"no weight 'model\.layers\.1\.self_attn\.q_norm\.weight'"):
         huggingface.check_weights(tmp_path, config)

@@ -18,7 +18,9 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.lora import LoraSpec, add_lora
 
-MIXTURES = pytest.mark.parametrize("case", [of("mixtral")[0], of("qwen3_moe")[1]], ids=lambda case: case.family)
+MIXTURES = pytest.mark.parametrize(
+    "case", [of("mixtral")[0], of("qwen3_moe")[1]], ids=lambda case: case.family
+)
 
 
 @pytest.mark.parametrize("case", of("mixtral", "qwen3_moe", "gemma3", "mistral3", "llava"), ids=str)
@@ -58,7 +60,9 @@ def test_adapters_are_on_every_expert_and_merge(tmp_path):
     params, text = paths.unflatten(leaves), tokens(12)
     ours = our_logits(both.config, params, text, lora=spec)
     assert np.abs(ours - our_logits(both.config, both.params, text)).max() > 0.01
-    np.testing.assert_allclose(our_logits(both.config, merge_adapters(params, spec), text), ours, atol=1e-4)
+    np.testing.assert_allclose(
+        our_logits(both.config, merge_adapters(params, spec), text), ours, atol=1e-4
+    )
 
 
 def test_the_text_model_of_newer_names_and_its_config(tmp_path):
@@ -66,7 +70,9 @@ def test_the_text_model_of_newer_names_and_its_config(tmp_path):
     both = pair(case, tmp_path / "source")
     file = both.folder / huggingface.SINGLE
     renamed = {
-        name.replace("language_model.model.", "model.language_model."): torch.tensor(tensor.astype(np.float32))
+        name.replace("language_model.model.", "model.language_model."): torch.tensor(
+            tensor.astype(np.float32)
+        )
         for name, tensor in stored(both.folder).items()
     }
     assert any(name.startswith("vision_tower") for name in renamed)
@@ -93,21 +99,38 @@ def test_what_a_nested_config_leaves_out_is_the_default_of_its_class(tmp_path):
         "sliding_window": 1024,
     }
     _write(
-        tmp_path, {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+        tmp_path,
+        {
+            "model_type": "gemma3",
+            "text_config": text,
+            "vision_config": {"model_type": "siglip_vision_model"},
+        },
     )
     config, raw = hub.load_config(tmp_path)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (
+        8,
+        4,
+        256,
+        262208,
+    )
     assert config.tie_word_embeddings and config.attention_scale == 256**-0.5
     kinds = config.layer_kinds
     assert [layer for layer, kind in enumerate(kinds) if kind.window is None] == [5, 11, 17, 23, 29]
     assert (kinds[0].window, kinds[0].rope.theta, kinds[0].rope.scaling) == (1024, 10000.0, None)
     assert (kinds[5].rope.theta, kinds[5].rope.scaling.factor) == (1e6, 8.0)
     assert raw["num_attention_heads"] == 8
-    _write(tmp_path, {"model_type": "llava", "torch_dtype": "float16", "text_config": {"model_type": "llama"}})
+    _write(
+        tmp_path,
+        {"model_type": "llava", "torch_dtype": "float16", "text_config": {"model_type": "llama"}},
+    )
     raw = hub.text_config(hub.read_json(tmp_path / "config.json") or {})
-    assert raw["torch_dtype"] == "float16" and "dtype" not in raw  # one type, not the text model's default beside it
+    assert (
+        raw["torch_dtype"] == "float16" and "dtype" not in raw
+    )  # one type, not the text model's default beside it
     _write(tmp_path, {"model_type": "llava", "text_config": {"model_type": "mamba"}})
-    with pytest.raises(UserError, match=r"text model of this 'llava' model is of model_type 'mamba'.*qwen3"):
+    with pytest.raises(
+        UserError, match=r"text model of this 'llava' model is of model_type 'mamba'.*qwen3"
+    ):
         hub.load_config(tmp_path)
 
 

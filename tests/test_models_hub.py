@@ -53,7 +53,9 @@ class Hub:
 
     def snapshot_download(self, name, *, revision, allow_patterns, ignore_patterns):
         wanted = filter_repo_objects(
-            self.list_repo_files(name, revision), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            self.list_repo_files(name, revision),
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
         )
         cached = self.root / "cache" / f"{name.replace('/', '--')}@{revision}"
         cached.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,12 @@ def fake(tmp_path, monkeypatch):
 
 def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
     index = json.dumps(
-        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        {
+            "weight_map": {
+                "a": "model-00001-of-00002.safetensors",
+                "b": "model-00002-of-00002.safetensors",
+            }
+        }
     )
     data = (
         "config.json",
@@ -104,7 +111,9 @@ def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
         "x.gguf",
         "x.msgpack",
     )
-    folder = fake.repository("me/large", **{name.replace(".", "__"): "x" for name in (*data, *shards, *others)})
+    folder = fake.repository(
+        "me/large", **{name.replace(".", "__"): "x" for name in (*data, *shards, *others)}
+    )
     (folder / hub.INDEX).write_text(index)
     _write(folder / "original", **{"params__json": "{}", "consolidated__safetensors": "x"})
     found = hub.resolve("me/large", what="source model")
@@ -114,13 +123,20 @@ def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
 
 def test_a_tokenizer_needs_no_weights(fake):
     fake.repository("me/small", **{"tokenizer__json": "{}", "model__safetensors": "x"})
-    assert [p.name for p in hub.resolve("me/small", what="tokenizer", weights=False).iterdir()] == ["tokenizer.json"]
-    assert {p.name for p in hub.resolve("me/small", what="source model").iterdir()} == {"tokenizer.json", hub.SINGLE}
+    assert [p.name for p in hub.resolve("me/small", what="tokenizer", weights=False).iterdir()] == [
+        "tokenizer.json"
+    ]
+    assert {p.name for p in hub.resolve("me/small", what="source model").iterdir()} == {
+        "tokenizer.json",
+        hub.SINGLE,
+    }
 
 
 def test_a_revision_is_pinned_behind_an_at(fake):
     for revision in (None, "v2", "0123abc"):
-        fake.repository("me/model", revision, config__json=json.dumps({"of": revision}), model__safetensors="x")
+        fake.repository(
+            "me/model", revision, config__json=json.dumps({"of": revision}), model__safetensors="x"
+        )
     for name, of in (("me/model", None), ("me/model@v2", "v2"), ("me/model@0123abc", "0123abc")):
         assert hub.read_json(hub.resolve(name, what="source model") / "config.json") == {"of": of}
 
@@ -128,7 +144,9 @@ def test_a_revision_is_pinned_behind_an_at(fake):
 def test_an_index_cannot_lead_elsewhere(fake):
     for file in ("../../secret.safetensors", "sub/model.safetensors", "model.bin", "/etc/passwd"):
         fake.repository("me/odd", **{"config__json": "{}"})
-        (fake._folder("me/odd", None) / hub.INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+        (fake._folder("me/odd", None) / hub.INDEX).write_text(
+            json.dumps({"weight_map": {"a": file}})
+        )
         with pytest.raises(UserError, match="no safetensors file beside it"):
             hub.resolve("me/odd", what="source model")
 
@@ -155,12 +173,16 @@ def test_other_formats_are_refused_with_the_way_out(file, message, fake, tmp_pat
         with pytest.raises(UserError, match=message) as raised:
             hub.resolve(name, what="source model")
         if "from_pretrained" in str(raised.value):
-            assert f"from_pretrained('{local}'" in str(raised.value) or "'me/old', revision='v1'" in str(raised.value)
+            assert f"from_pretrained('{local}'" in str(
+                raised.value
+            ) or "'me/old', revision='v1'" in str(raised.value)
         hub.resolve(name, what="tokenizer", weights=False)
 
 
 def test_an_adapter_beside_the_weights_is_not_left_out_without_a_word(tmp_path):
-    folder = _write(tmp_path / "local", config__json="{}", model__safetensors="x", adapter_config__json="{}")
+    folder = _write(
+        tmp_path / "local", config__json="{}", model__safetensors="x", adapter_config__json="{}"
+    )
     with pytest.raises(UserError, match=r"has an adapter beside its weights.*merge it"):
         hub.resolve(str(folder), what="source model")
 
@@ -170,7 +192,9 @@ def test_the_command_that_converts_is_a_program():
         text = hub._no_safetensors(name, ["pytorch_model.bin"])
         program = text.split('python -c "')[1].split('"`')[0]
         compile(program, "command", "exec")
-        assert program.count("-safetensors') ".strip()) == 2 and "/models/x-safetensors" not in program
+        assert (
+            program.count("-safetensors') ".strip()) == 2 and "/models/x-safetensors" not in program
+        )
 
 
 def test_models_with_code_of_their_own_are_refused_by_name(tmp_path):
@@ -193,7 +217,10 @@ def _http_error(kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        (errors.GatedRepoError, r"accept its terms on https://huggingface\.co/me/model and set HF_TOKEN"),
+        (
+            errors.GatedRepoError,
+            r"accept its terms on https://huggingface\.co/me/model and set HF_TOKEN",
+        ),
         (errors.RepositoryNotFoundError, r"if it is private, set HF_TOKEN"),
         (errors.RevisionNotFoundError, r"there is no revision 'v9'"),
     ],
@@ -212,9 +239,7 @@ def test_offline_is_honoured_and_told(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    offline = (
-        r"HF_HUB_OFFLINE is set.*hf download EleutherAI/pythia-1b --revision main.*local Hugging Face folder.*embedded"
-    )
+    offline = r"HF_HUB_OFFLINE is set.*hf download EleutherAI/pythia-1b --revision main.*local Hugging Face folder.*embedded"
     with pytest.raises(UserError, match=rf"source model 'EleutherAI/pythia-1b@main' .*{offline}"):
         hub.resolve("EleutherAI/pythia-1b@main", what="source model")
     with pytest.raises(UserError, match=r"tokenizer 'Qwen/Qwen2-1\.5B'"):
@@ -244,13 +269,18 @@ def _saved(folder: Path, kind: str = "llama3", **settings) -> Path:
 
 
 def test_tokenizers_with_code_of_their_own_are_read_from_their_data(tmp_path):
-    own = {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    own = {
+        "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]},
+        "tokenizer_class": "OwnTokenizer",
+    }
     folder = _saved(tmp_path, **own)
     (folder / "own.py").write_text("raise SystemExit('was run')")
     tokenizer = hub.load_tokenizer(folder)
     assert tokenizer.get_vocab() == tokenizer_of_kind("llama3", TEXTS).get_vocab()
     assert tokenizer.eos_token == "<|end_of_text|>"
-    hub.save_config_and_tokenizer(_write(tmp_path / "out"), {"model_type": "llama", **own}, tokenizer)
+    hub.save_config_and_tokenizer(
+        _write(tmp_path / "out"), {"model_type": "llama", **own}, tokenizer
+    )
     assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
     assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
@@ -271,7 +301,9 @@ def test_tokenizers_with_code_of_their_own_are_read_from_their_data(tmp_path):
 )
 def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp_path):
     """Classes of transformers may make another tokenizer of tokenizer.json than it says; what is written stays as read."""
-    folder = _saved(tmp_path / "in", kind, **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
+    folder = _saved(
+        tmp_path / "in", kind, **({"tokenizer_class": tokenizer_class} if tokenizer_class else {})
+    )
     tokenizer = hub.load_tokenizer(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     hub.save_config_and_tokenizer(_write(tmp_path / "out"), {"model_type": "llama"}, tokenizer)
@@ -313,22 +345,41 @@ def test_values_out_of_range_are_named_and_left_out(tmp_path):
     tokenizer = tiny_tokenizer(300, TEXTS)
     source = _write(tmp_path / "source")
     tokenizer.save_pretrained(source)
-    good = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0, "max_new_tokens": 100, "num_beams": 1}
+    good = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 0,
+        "max_new_tokens": 100,
+        "num_beams": 1,
+    }
     bad = {"temperature": 0.0, "top_p": 1.5, "top_k": -1, "max_new_tokens": 0, "num_beams": True, "max_length": "20",
            "repetition_penalty": -1, "min_p": None, "early_stopping": "always"}  # fmt: skip
     ids = {"eos_token_id": [0, 99_999, "2", None, -1], "pad_token_id": -1, "bos_token_id": [[0]]}
     config = {"model_type": "llama", "eos_token_id": -1, "pad_token_id": 2.0, "vocab_size": 300}
-    hub.write_json(source / "generation_config.json", good | bad | ids | {"mask_token_id": 7, "image_token_index": 8})
+    hub.write_json(
+        source / "generation_config.json",
+        good | bad | ids | {"mask_token_id": 7, "image_token_index": 8},
+    )
     lines: list[str] = []
     hub.warn_of_values_left_out(source, config, 300, lines.append)
-    assert len(lines) == 1 and lines[0].startswith("warning: the export leaves out values of the source model")
+    assert len(lines) == 1 and lines[0].startswith(
+        "warning: the export leaves out values of the source model"
+    )
     for key, value in (bad | ids).items():
         assert (f"{key}={value!r} (generation_config.json)" in lines[0]) == (value is not None)
-    assert "eos_token_id=-1 (config.json), pad_token_id=2.0 (config.json)" in lines[0] and "do_sample" not in lines[0]
+    assert (
+        "eos_token_id=-1 (config.json), pad_token_id=2.0 (config.json)" in lines[0]
+        and "do_sample" not in lines[0]
+    )
     out = _write(tmp_path / "out")
     hub.save_config_and_tokenizer(out, config, tokenizer, source)
     own = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    assert hub.read_json(out / "generation_config.json") == {"do_sample": True, "min_p": None, **own}
+    assert hub.read_json(out / "generation_config.json") == {
+        "do_sample": True,
+        "min_p": None,
+        **own,
+    }
     assert hub.read_json(out / "config.json") == {"model_type": "llama", "vocab_size": 300, **own}
     GenerationConfig.from_pretrained(out).validate(strict=True)
     hub.write_json(source / "generation_config.json", good)
@@ -344,7 +395,8 @@ def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0a\x0a\x05<unk>")
     monkeypatch.setattr(hub, "_is_installed", lambda module: False)
     with pytest.raises(
-        UserError, match=r"only 'tokenizer\.model'.*sentencepiece and google\.protobuf.*tokalign_jax\[convert\]"
+        UserError,
+        match=r"only 'tokenizer\.model'.*sentencepiece and google\.protobuf.*tokalign_jax\[convert\]",
     ):
         hub.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(base64.b64encode(b"!") + b" 0\n")
@@ -370,7 +422,9 @@ def test_other_tokenizer_files_are_told(tmp_path):
 def test_a_vocabulary_that_was_not_copied_is_missed(kind, tmp_path):
     """transformers makes a tokenizer of special tokens alone."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
-    with pytest.raises(UserError, match=r"has no vocabulary.*the folder holds tokenizer_config.json: copy them"):
+    with pytest.raises(
+        UserError, match=r"has no vocabulary.*the folder holds tokenizer_config.json: copy them"
+    ):
         hub.load_tokenizer(tmp_path)
 
 
@@ -409,7 +463,9 @@ def test_ids_with_gaps_get_no_new_token(tmp_path):
 
 
 def test_terms_go_along(tmp_path):
-    source = _write(tmp_path / "source", LICENSE="l", NOTICE__txt="n", USE_POLICY__md="u", config__json="{}")
+    source = _write(
+        tmp_path / "source", LICENSE="l", NOTICE__txt="n", USE_POLICY__md="u", config__json="{}"
+    )
     (tmp_path / "out").mkdir()
     assert hub.copy_terms(source, tmp_path / "out") == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
     assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {
@@ -425,7 +481,10 @@ def test_a_folder_is_pushed(fake, tmp_path):
     address = hub.push_to_hub(tmp_path, "me/new", private=False, revision="v1")
     assert address == "https://huggingface.co/me/new/tree/v1"
     assert [call[0] for call in fake.calls] == ["create_repo", "create_branch", "upload_folder"]
-    assert fake.calls[0][2]["private"] is False and fake.calls[1][2] == {"branch": "v1", "exist_ok": True}
+    assert fake.calls[0][2]["private"] is False and fake.calls[1][2] == {
+        "branch": "v1",
+        "exist_ok": True,
+    }
     sent = fake.calls[2][2]
     assert (sent["repo_id"], sent["folder_path"], sent["revision"]) == ("me/new", tmp_path, "v1")
 

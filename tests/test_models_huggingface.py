@@ -35,7 +35,11 @@ def _load(folder: Path):
 
 
 def _weights(folder: Path) -> dict[str, np.ndarray]:
-    return {name: leaf for file in sorted(folder.glob("*.safetensors")) for name, leaf in load_file(file).items()}
+    return {
+        name: leaf
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, leaf in load_file(file).items()
+    }
 
 
 def _edit_json(path: Path, **changes) -> None:
@@ -48,7 +52,9 @@ def _edit_json(path: Path, **changes) -> None:
 @BOTH
 def test_shards_hold_the_same_as_one_file(family, tmp_path):
     _, _, one = _load(tiny_model_folder(tmp_path / "one", family, tokenizer=TOKENIZER))
-    folder = tiny_model_folder(tmp_path / "many", family, tokenizer=TOKENIZER, max_shard_size="30KB")
+    folder = tiny_model_folder(
+        tmp_path / "many", family, tokenizer=TOKENIZER, max_shard_size="30KB"
+    )
     assert len(list(folder.glob("*.safetensors"))) > 2
     _, _, many = _load(folder)
     jax.tree.map(np.testing.assert_array_equal, one, many)
@@ -61,7 +67,9 @@ def test_stored_types_are_kept(family, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert set(huggingface.stored_dtypes(folder).values()) == {np.dtype(jnp.bfloat16)}
     exact = huggingface.load_params(folder, config, jnp.float32)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.float32), b), params, exact)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.astype(jnp.float32), b), params, exact
+    )
 
 
 def test_older_spellings_of_the_config_mean_the_same(tmp_path):
@@ -74,7 +82,13 @@ def test_older_spellings_of_the_config_mean_the_same(tmp_path):
         (
             "gpt_neox",
             {"rotary_emb_base": 500, "rotary_pct": 0.5},
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 500.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
         ),
     ):
         folder = tiny_model_folder(tmp_path / family, family, tokenizer=TOKENIZER, **new)
@@ -100,7 +114,9 @@ def test_tensors_of_several_types_and_wide_ones_are_read_as_float32(mesh, tmp_pa
     assert {leaf.dtype for leaf in after.values()} == {jnp.dtype(jnp.float32)}
     for path, leaf in paths.flatten(before).items():
         if "/mlp/" in path:
-            leaf = jnp.stack([leaf[0].astype(jnp.bfloat16), leaf[1].astype(np.float16)], dtype=jnp.float32)
+            leaf = jnp.stack(
+                [leaf[0].astype(jnp.bfloat16), leaf[1].astype(np.float16)], dtype=jnp.float32
+            )
         np.testing.assert_array_equal(np.asarray(after[path])[: len(leaf)], leaf)
 
 
@@ -117,7 +133,9 @@ def test_old_checkpoints_may_hold_buffers_and_a_copy_of_a_tied_embedding(tmp_pat
     save_file({**weights, **buffers, **copy}, folder / "model.safetensors")
     _, _, after = _load(folder)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    save_file({**weights, "embed_out.weight": copy["embed_out.weight"] + 1}, folder / "model.safetensors")
+    save_file(
+        {**weights, "embed_out.weight": copy["embed_out.weight"] + 1}, folder / "model.safetensors"
+    )
     config, _ = hub.load_config(folder)
     for read in (huggingface.check_weights, huggingface.load_params):
         with pytest.raises(UserError, match=r"embed_out\.weight.*differs"):
@@ -139,13 +157,23 @@ def test_checkpoints_of_a_model_without_its_head_lack_the_first_part_of_names(tm
 def test_a_tied_model_may_be_stored_by_its_heads_name(family, tmp_path):
     folder = _folder(tmp_path, family, tied=True)
     weights, (_, _, before) = _weights(folder), _load(folder)
-    names = {"model.embed_tokens.weight": "lm_head.weight", "gpt_neox.embed_in.weight": "embed_out.weight"}
-    save_file({names.get(name, name): tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    names = {
+        "model.embed_tokens.weight": "lm_head.weight",
+        "gpt_neox.embed_in.weight": "embed_out.weight",
+    }
+    save_file(
+        {names.get(name, name): tensor for name, tensor in weights.items()},
+        folder / "model.safetensors",
+    )
     config, raw, after = _load(folder)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    huggingface.save_checkpoint(tmp_path / "out", after, config, raw, TOKENIZER, source_folder=folder)
+    huggingface.save_checkpoint(
+        tmp_path / "out", after, config, raw, TOKENIZER, source_folder=folder
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight
-    np.testing.assert_array_equal(loaded.detach().numpy(), np.asarray(before["embed_tokens"]["embedding"]))
+    np.testing.assert_array_equal(
+        loaded.detach().numpy(), np.asarray(before["embed_tokens"]["embedding"])
+    )
 
 
 def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
@@ -161,12 +189,18 @@ def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
 @BOTH
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_written_model_is_the_one_that_was_read(family, tied, tmp_path):
-    source = _folder(tmp_path, family, tied=tied, dtype="bfloat16", max_shard_size="40KB", attention_bias=True)
+    source = _folder(
+        tmp_path, family, tied=tied, dtype="bfloat16", max_shard_size="40KB", attention_bias=True
+    )
     config, raw, params = _load(source)
     target = tmp_path / "target"
-    huggingface.save_checkpoint(target, params, config, raw, TOKENIZER, source_folder=source, max_shard_bytes=40_000)
+    huggingface.save_checkpoint(
+        target, params, config, raw, TOKENIZER, source_folder=source, max_shard_bytes=40_000
+    )
     before, after = _weights(source), _weights(target)
-    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {k: (v.dtype, v.shape) for k, v in after.items()}
+    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {
+        k: (v.dtype, v.shape) for k, v in after.items()
+    }
     for name, weight in before.items():
         np.testing.assert_array_equal(after[name], weight)
     index = json.loads((target / huggingface.INDEX).read_text())
@@ -179,17 +213,28 @@ def test_a_written_model_is_the_one_that_was_read(family, tied, tmp_path):
 def test_a_new_vocabulary_loads_in_transformers(family, tmp_path):
     source = _folder(tmp_path, family)
     _edit_json(source / "config.json", tokenizer_class="GPTNeoXTokenizer")
-    _edit_json(source / "generation_config.json", max_new_tokens=7, suppress_tokens=[3], eos_token_id=[0, 5])
+    _edit_json(
+        source / "generation_config.json",
+        max_new_tokens=7,
+        suppress_tokens=[3],
+        eos_token_id=[0, 5],
+    )
     config, raw, params = _load(source)
     tokenizer = tiny_tokenizer(330, TEXTS, "metaspace")
     tokenizer.pad_token = "<unk>"
     rows = np.random.default_rng(0).normal(size=(340, config.hidden_size)).astype(np.float32)
-    params["embed_tokens"]["embedding"], params["lm_head"]["kernel"] = jnp.asarray(rows), jnp.asarray(rows[::-1])
+    params["embed_tokens"]["embedding"], params["lm_head"]["kernel"] = (
+        jnp.asarray(rows),
+        jnp.asarray(rows[::-1]),
+    )
     config = dataclasses.replace(config, vocab_size=340)
     target = tmp_path / "target"
     huggingface.save_checkpoint(target, params, config, raw, tokenizer, source_folder=source)
 
-    model, loaded = AutoModelForCausalLM.from_pretrained(target).eval(), AutoTokenizer.from_pretrained(target)
+    model, loaded = (
+        AutoModelForCausalLM.from_pretrained(target).eval(),
+        AutoTokenizer.from_pretrained(target),
+    )
     assert model.dtype == torch.float32
     assert loaded.get_vocab() == tokenizer.get_vocab()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -210,17 +255,33 @@ def test_a_new_vocabulary_loads_in_transformers(family, tmp_path):
 def test_the_written_type_can_be_chosen(tmp_path):
     source = _folder(tmp_path)
     config, raw, params = _load(source)
-    huggingface.save_checkpoint(tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16")
-    assert {weight.dtype for weight in _weights(tmp_path / "target").values()} == {np.dtype(jnp.bfloat16)}
+    huggingface.save_checkpoint(
+        tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16"
+    )
+    assert {weight.dtype for weight in _weights(tmp_path / "target").values()} == {
+        np.dtype(jnp.bfloat16)
+    }
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == torch.bfloat16
-    both = {**raw, "dtype": "float32", "torch_dtype": "float16"}  # as older files of a multimodal model end up
-    huggingface.save_checkpoint(tmp_path / "old", params, config, both, TOKENIZER, dtypes="bfloat16")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype="auto").dtype == torch.bfloat16
+    both = {
+        **raw,
+        "dtype": "float32",
+        "torch_dtype": "float16",
+    }  # as older files of a multimodal model end up
+    huggingface.save_checkpoint(
+        tmp_path / "old", params, config, both, TOKENIZER, dtypes="bfloat16"
+    )
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype="auto").dtype == torch.bfloat16
+    )
     with pytest.raises(UserError, match="not empty"):
-        huggingface.save_checkpoint(tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16")
+        huggingface.save_checkpoint(
+            tmp_path / "target", params, config, raw, TOKENIZER, dtypes="bfloat16"
+        )
     with pytest.raises(UserError, match=r"280 tokens.*270 rows"):
         tokenizer = tiny_tokenizer(280, [*TEXTS, *map(str, range(1000))])
-        huggingface.save_checkpoint(tmp_path / "other", params, config, raw, tokenizer, dtypes="float32")
+        huggingface.save_checkpoint(
+            tmp_path / "other", params, config, raw, tokenizer, dtypes="float32"
+        )
 
 
 # --- What is refused ----------------------------------------------------------------------------------------------------
@@ -278,9 +339,21 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         ("llama", {"hidden_act": "relu2"}, "'hidden_act' to 'relu2'"),
         ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config'"),
-        ("llama", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "'rope_parameters'.*mrope"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "xpos"}}, "'rope_scaling'.*xpos"),
-        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}},
+            "'rope_parameters'.*mrope",
+        ),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"type": "xpos"}},
+            "'rope_scaling'.*xpos",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "'partial_rotary_factor'",
+        ),
         ("llama", {"rms_norm_eps": None}, "has no 'rms_norm_eps'"),
         ("gpt_neox", {"rope_parameters": None}, "has no 'rotary_pct'"),
         ("gpt_neox", {"hidden_act": "swiglu"}, "'hidden_act' to 'swiglu'"),
@@ -321,7 +394,8 @@ def test_rows_that_are_not_finite_are_found(tmp_path, monkeypatch, dtype, value)
     _spoil(folder, "model.layers.1.mlp.up_proj.weight", (2, 2), value)
     _spoil(folder, "model.norm.weight", 0, value)
     with pytest.raises(
-        UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*model\.norm\.weight|model\.norm.*up_proj"
+        UserError,
+        match=r"model\.layers\.1\.mlp\.up_proj\.weight.*model\.norm\.weight|model\.norm.*up_proj",
     ):
         huggingface.non_finite_rows(folder, config)
 

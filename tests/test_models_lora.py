@@ -37,15 +37,25 @@ def test_fresh_adapters_are_on_every_projection_and_change_nothing(model):
     config, params = model
     adapted = add_lora(params, SPEC, jax.random.key(2))
     leaves = paths.flatten(adapted)
-    projections = [path.removesuffix("/kernel") for path in leaves if path.startswith("layers") and "/kernel" in path]
+    projections = [
+        path.removesuffix("/kernel")
+        for path in leaves
+        if path.startswith("layers") and "/kernel" in path
+    ]
     assert len(projections) == (7 if config.gated_mlp else 6)
-    assert {p for p in leaves if "lora" in p} == {f"{p}/lora_{x}" for p in projections for x in "ab"}
+    assert {p for p in leaves if "lora" in p} == {
+        f"{p}/lora_{x}" for p in projections for x in "ab"
+    }
     assert jax.tree.structure(adapted) == jax.tree.structure(abstract_params(config, SPEC))
-    assert jax.tree.map(jnp.shape, adapted) == jax.tree.map(lambda leaf: leaf.shape, abstract_params(config, SPEC))
+    assert jax.tree.map(jnp.shape, adapted) == jax.tree.map(
+        lambda leaf: leaf.shape, abstract_params(config, SPEC)
+    )
     q, k = leaves["layers/attention/q_proj/lora_a"], leaves["layers/attention/k_proj/lora_a"]
     assert 0.5 < float(jnp.abs(q).max()) * config.hidden_size**0.5 <= 1
     assert not np.array_equal(q, k) and not np.array_equal(q[0], q[1])
-    np.testing.assert_array_equal(run(config, adapted, TOKENS, lora=SPEC), run(config, params, TOKENS))
+    np.testing.assert_array_equal(
+        run(config, adapted, TOKENS, lora=SPEC), run(config, params, TOKENS)
+    )
 
 
 def test_merged_equals_unmerged(adapted):
@@ -64,11 +74,14 @@ def test_the_merge_is_in_float32(adapted):
     params = paths.unflatten(paths.flatten(half) | adapters)
     name = "layers/mlp/up_proj"
     kernel, a, b = (
-        np.asarray(paths.flatten(params)[f"{name}/{x}"], np.float64) for x in ("kernel", "lora_a", "lora_b")
+        np.asarray(paths.flatten(params)[f"{name}/{x}"], np.float64)
+        for x in ("kernel", "lora_a", "lora_b")
     )
     expected = kernel + SPEC.alpha / SPEC.rank * (a @ b)
     stack, *factors = (paths.flatten(params)[f"{name}/{x}"] for x in ("kernel", "lora_a", "lora_b"))
-    full = jnp.stack([merged(layer, [Adapter(SPEC, *factors)], (i,)) for i, layer in enumerate(stack)])
+    full = jnp.stack(
+        [merged(layer, [Adapter(SPEC, *factors)], (i,)) for i, layer in enumerate(stack)]
+    )
     assert stack.dtype == jnp.bfloat16 and full.dtype == jnp.float32
     np.testing.assert_allclose(full, expected, rtol=1e-5, atol=1e-6)
     own = paths.flatten(merge_adapters(params, SPEC))[f"{name}/kernel"]
@@ -79,7 +92,9 @@ def test_dropout_is_active_with_a_key_only(adapted):
     config, params = adapted
     still = run(config, params, TOKENS, lora=SPEC)
     np.testing.assert_array_equal(run(config, params, TOKENS, lora=SPEC), still)
-    first, again, other = (run(config, params, TOKENS, lora=SPEC, dropout_key=jax.random.key(k)) for k in (1, 1, 2))
+    first, again, other = (
+        run(config, params, TOKENS, lora=SPEC, dropout_key=jax.random.key(k)) for k in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - still).max() > 0.01
     assert jnp.abs(first - other).max() > 0.01
@@ -94,9 +109,17 @@ def test_dropout_drops_its_share_everywhere(rate):
     np.testing.assert_allclose(dropped[dropped > 0], 1 / (1 - rate), rtol=1e-6)
     deviation = np.sqrt(rate * (1 - rate) / gone[0].size)
     np.testing.assert_allclose(gone.mean((1, 2)), rate, atol=4 * deviation)
-    for one, other in [(gone[..., 1:], gone[..., :-1]), (gone[:, 1:], gone[:, :-1]), (gone[1:], gone[:-1])]:
-        assert (one & other).mean() == pytest.approx(rate**2, abs=4 * rate * (1 - rate) / np.sqrt(one.size))
-    np.testing.assert_array_equal(transformer._dropout(jnp.ones((2, 64, 512)), rate, keys[2:]), dropped[2:])
+    for one, other in [
+        (gone[..., 1:], gone[..., :-1]),
+        (gone[:, 1:], gone[:, :-1]),
+        (gone[1:], gone[:-1]),
+    ]:
+        assert (one & other).mean() == pytest.approx(
+            rate**2, abs=4 * rate * (1 - rate) / np.sqrt(one.size)
+        )
+    np.testing.assert_array_equal(
+        transformer._dropout(jnp.ones((2, 64, 512)), rate, keys[2:]), dropped[2:]
+    )
 
 
 def test_adapters_without_their_spec_are_refused(adapted):
@@ -107,4 +130,6 @@ def test_adapters_without_their_spec_are_refused(adapted):
 
 def _without(params):
     """The parameters under the adapters."""
-    return paths.unflatten({path: leaf for path, leaf in paths.flatten(params).items() if "lora" not in path})
+    return paths.unflatten(
+        {path: leaf for path, leaf in paths.flatten(params).items() if "lora" not in path}
+    )

@@ -45,7 +45,9 @@ def test_transformers_opens_published_tokenizers_as_themselves(name):
         pytest.skip(f"needs {SHARED / 'tokenizers' / name}")
     tokenizer = hub.load_tokenizer(SHARED / "tokenizers" / name)
     assert opening.difference_by_type({"model_type": "llama"}, tokenizer) == ""
-    assert (opening.difference_by_type({"model_type": "qwen2"}, tokenizer) == "") == (name == "qwen3")
+    assert (opening.difference_by_type({"model_type": "qwen2"}, tokenizer) == "") == (
+        name == "qwen3"
+    )
 
 
 def test_an_export_that_opens_otherwise_is_refused(tmp_path):
@@ -54,7 +56,9 @@ def test_an_export_that_opens_otherwise_is_refused(tmp_path):
     hub.write_json(tmp_path / "config.json", {"model_type": "llama"})
     opening.check_export(tmp_path, tokenizer)
     hub.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
-    with pytest.raises(UserError, match=r"as Qwen2Tokenizer, which reads texts otherwise.*is cut into.*instead of"):
+    with pytest.raises(
+        UserError, match=r"as Qwen2Tokenizer, which reads texts otherwise.*is cut into.*instead of"
+    ):
         opening.check_export(tmp_path, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="AutoTokenizer cannot open the exported folder"):
@@ -98,7 +102,9 @@ def test_what_version_4_would_take_otherwise_is_written(tmp_path):
 
 def case_of(family: str, **settings) -> parity_cases.Case:
     """The first parity case of a family that has no windows, with more settings."""
-    case = next(case for case in parity_cases.of(family) if not case.settings.get("use_sliding_window"))
+    case = next(
+        case for case in parity_cases.of(family) if not case.settings.get("use_sliding_window")
+    )
     return replace(case, settings={**case.settings, **settings})
 
 
@@ -108,7 +114,11 @@ def test_an_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, 
     tokenizer = tokenizer_of_kind("llama2", TEXTS, 400)
     both = parity_cases.pair(case_of(family, vocab_size=400), tmp_path / "source")
     leaves = paths.flatten(both.params)
-    config, raw, read = both.config, both.raw, lambda path, *index: sharding.to_host(leaves[path], *index)
+    config, raw, read = (
+        both.config,
+        both.raw,
+        lambda path, *index: sharding.to_host(leaves[path], *index),
+    )
     if opening.difference_by_type(raw, tokenizer):
         assert family == "qwen2" and qwen.is_llama(config)
         config, read, raw = qwen.as_llama(config, read, raw)
@@ -129,7 +139,9 @@ def test_an_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, 
 
 
 def test_a_qwen2_model_with_windows_is_not_rewritten(tmp_path):
-    windowed = [case for case in parity_cases.of("qwen2") if case.settings.get("use_sliding_window")]
+    windowed = [
+        case for case in parity_cases.of("qwen2") if case.settings.get("use_sliding_window")
+    ]
     assert windowed
     both = parity_cases.pair(windowed[0], tmp_path)
     assert not qwen.is_llama(both.config)
@@ -148,17 +160,24 @@ def test_a_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
     assert main.main(arguments(inputs, "qwen2", tmp_path / "run", "ultra_quick_demo", *more)) == 0
     printed = capsys.readouterr().out
     assert "opens the exported tokenizer, beside model_type 'qwen2', as Qwen2Tokenizer" in printed
-    assert "has a chat template and the target tokenizer has none, so the exported model has none" in printed
+    assert (
+        "has a chat template and the target tokenizer has none, so the exported model has none"
+        in printed
+    )
     opened = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
     assert opened(texts[:5])["input_ids"] == target(texts[:5])["input_ids"]
     ids = torch.tensor(opened(texts[:1])["input_ids"])
     config, _ = hub.load_config(tmp_path / "run" / "init")
     params = huggingface.load_params(tmp_path / "run" / "init", config, jnp.float32)
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "run" / "export", dtype=torch.float32
+        )
         found = model(ids).logits.numpy()
     assert type(model).__name__ == "LlamaForCausalLM"
-    np.testing.assert_allclose(found, parity_cases.our_logits(config, params, ids.numpy()), atol=0.05)
+    np.testing.assert_allclose(
+        found, parity_cases.our_logits(config, params, ids.numpy()), atol=0.05
+    )
 
 
 def two_readings(folder: Path) -> str:
@@ -171,11 +190,17 @@ def test_files_that_contradict_each_other_are_told(tmp_path):
     assert two_readings(tmp_path) == ""
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     # The class cuts numbers otherwise than the file does.
-    hub.write_json(tmp_path / "tokenizer_config.json", settings | {"tokenizer_class": "GPT2Tokenizer"})
+    hub.write_json(
+        tmp_path / "tokenizer_config.json", settings | {"tokenizer_class": "GPT2Tokenizer"}
+    )
     told = two_readings(tmp_path)
-    assert told.startswith("by GPT2Tokenizer, the class that transformers opens it with here, which is followed, ")
+    assert told.startswith(
+        "by GPT2Tokenizer, the class that transformers opens it with here, which is followed, "
+    )
     assert told.endswith(" by tokenizer.json")
-    hub.write_json(tmp_path / "config.json", {"model_type": "olmo2"})  # beside which the file is followed
+    hub.write_json(
+        tmp_path / "config.json", {"model_type": "olmo2"}
+    )  # beside which the file is followed
     assert two_readings(tmp_path) == ""
     state = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     merges = [" ".join(merge) for merge in state["merges"]]

@@ -32,12 +32,18 @@ def test_greedy_continuation_is_that_of_pytorch(case: Case, tmp_path):
     for length in (1, 20):  # and 12 more: past the windows
         prompt = expected = tokens(length)
         for _ in range(12):
-            expected = np.append(expected, reference_logits(both.reference, expected)[:, -1:].argmax(-1), axis=1)
-        np.testing.assert_array_equal(generate(both.config, both.params, jnp.asarray(prompt), 12), expected)
+            expected = np.append(
+                expected, reference_logits(both.reference, expected)[:, -1:].argmax(-1), axis=1
+            )
+        np.testing.assert_array_equal(
+            generate(both.config, both.params, jnp.asarray(prompt), 12), expected
+        )
 
 
 def test_a_continuation_by_nothing_adds_nothing():
-    shape = jax.eval_shape(lambda params, text: generate(CONFIG, params, text, 0), abstract_params(CONFIG), tokens(20))
+    shape = jax.eval_shape(
+        lambda params, text: generate(CONFIG, params, text, 0), abstract_params(CONFIG), tokens(20)
+    )
     assert shape.shape == (2, 20)
 
 
@@ -52,7 +58,9 @@ def test_a_text_longer_than_the_learned_positions_is_refused(tmp_path):
 def test_logits_are_adjusted_where_the_family_does(tmp_path):
     both = pair(CAPPED, tmp_path)
     scores = jnp.linspace(-20, 20, 9)
-    np.testing.assert_allclose(adjust_logits(both.config, scores), 3 * np.tanh(scores / 3), rtol=1e-6)
+    np.testing.assert_allclose(
+        adjust_logits(both.config, scores), 3 * np.tanh(scores / 3), rtol=1e-6
+    )
     assert adjust_logits(CONFIG, scores) is scores
 
 
@@ -62,13 +70,18 @@ def test_the_program_does_not_grow_with_depth(tmp_path):
 
     def lines(config):
         return (
-            jax.jit(forward, static_argnums=0).lower(config, abstract_params(config), tokens(20)).as_text().count("\n")
+            jax.jit(forward, static_argnums=0)
+            .lower(config, abstract_params(config), tokens(20))
+            .as_text()
+            .count("\n")
         )
 
     assert lines(deep) == lines(config)
 
 
-@pytest.mark.parametrize("case, reach", [(LLAMA, 9), (of("mistral")[0], 22)], ids=["llama", "mistral"])
+@pytest.mark.parametrize(
+    "case, reach", [(LLAMA, 9), (of("mistral")[0], 22)], ids=["llama", "mistral"]
+)
 def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path):
     """Two layers of a window of 12 reach 2 x 11 positions back."""
     both = pair(case, tmp_path)
@@ -79,7 +92,9 @@ def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path
     @compiled
     @jax.jacobian
     def influence(embedding):
-        hidden = forward(both.config, both.params | {"embed_tokens": {"embedding": embedding}}, text)
+        hidden = forward(
+            both.config, both.params | {"embed_tokens": {"embedding": embedding}}, text
+        )
         return jnp.square(hidden[0]).sum(-1)
 
     seen = jnp.abs(influence(both.params["embed_tokens"]["embedding"])).max(-1)[:, :length] > 0
@@ -128,11 +143,16 @@ def test_an_old_checkpoint_without_the_newest_keys_is_read(tmp_path):
     assert families.config_from_hf(old) == both.config
 
 
-@pytest.mark.skipif(not (SHARED / "models/llama-en16k").exists(), reason="the shared model is not at hand")
+@pytest.mark.skipif(
+    not (SHARED / "models/llama-en16k").exists(), reason="the shared model is not at hand"
+)
 def test_a_trained_model_gives_the_logits_of_pytorch():
     folder = SHARED / "models/llama-en16k"
     config, _ = hub.load_config(folder)
     params = huggingface.load_params(folder, config, jnp.float32)
     np.testing.assert_allclose(
-        our_logits(config, params, tokens(200)), reference_logits(reference(folder), tokens(200)), atol=1e-4, rtol=0
+        our_logits(config, params, tokens(200)),
+        reference_logits(reference(folder), tokens(200)),
+        atol=1e-4,
+        rtol=0,
     )

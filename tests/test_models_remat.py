@@ -34,7 +34,11 @@ def config_of(model: str, layers: int = 4):
 def step_of(config, policy, trains_layers):
     """The sum of the hidden states as a function of (trainable, frozen, tokens), and the shapes of these."""
     leaves = paths.flatten(abstract_params(config))
-    trainable = {path: leaf for path, leaf in leaves.items() if trains_layers or not path.startswith("layers/")}
+    trainable = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if trains_layers or not path.startswith("layers/")
+    }
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
     def loss(trainable, frozen, tokens):
@@ -52,7 +56,9 @@ def compiled(config, policy, trains_layers):
 def bytes_kept(config, policy, trains_layers) -> int:
     """Of all layers, per token: what goes from the forward to the backward pass, stacked over the layers."""
     loss, shapes = step_of(config, policy, trains_layers)
-    kept = jax.eval_shape(lambda trainable, *others: jax.vjp(lambda t: loss(t, *others), trainable)[1], *shapes)
+    kept = jax.eval_shape(
+        lambda trainable, *others: jax.vjp(lambda t: loss(t, *others), trainable)[1], *shapes
+    )
     stacked = [x for x in jax.tree.leaves(kept) if x.shape[:3] == (config.num_layers, *TOKENS)]
     return sum(x.size * x.dtype.itemsize for x in stacked) // int(np.prod(TOKENS))
 
@@ -82,7 +88,8 @@ def test_compiled_programs_need_no_more_memory_for_it():
     """Temporary memory grows with depth by what is kept."""
     few, more = (config_of("gated", layers) for layers in (4, 12))
     small, large = (
-        compiled(config, "attention", trains_layers=True).memory_analysis().temp_size_in_bytes for config in (few, more)
+        compiled(config, "attention", trains_layers=True).memory_analysis().temp_size_in_bytes
+        for config in (few, more)
     )
     expected = promised(more, "attention") - promised(few, "attention")
     assert (large - small) / np.prod(TOKENS) == pytest.approx(expected, rel=0.01)
@@ -92,7 +99,10 @@ PRODUCTS = {"parallel": 6, "one after the other": 6, "gated": 7}
 """Projections of a layer."""
 AGAIN = {
     ("parallel", "attention"): (1, 1),  # up_proj
-    ("parallel", "layer"): (4, 5),  # q_proj, k_proj, v_proj, up_proj; weights x values for the gradient of o_proj
+    ("parallel", "layer"): (
+        4,
+        5,
+    ),  # q_proj, k_proj, v_proj, up_proj; weights x values for the gradient of o_proj
     ("one after the other", "attention"): (2,),  # up_proj, o_proj
     ("one after the other", "layer"): (6,),  # all but down_proj; weights x values
     ("gated", "attention"): (3,),  # up_proj, gate_proj, o_proj
@@ -102,14 +112,18 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("policy", remat.POLICIES)
-@pytest.mark.parametrize("model, trains_layers", [*((model, False) for model in MODELS), ("parallel", True)])
+@pytest.mark.parametrize(
+    "model, trains_layers", [*((model, False) for model in MODELS), ("parallel", True)]
+)
 def test_no_product_but_those_of_the_table_is_computed_again(model, policy, trains_layers):
     """Forwards each once, backwards one for its input and, where it trains, one for its weight. Attention has two
     products forwards, and backwards four and its logits again."""
     projections = PRODUCTS[model]
     needed = projections * (3 if trains_layers else 2) + 2 + 5
     again = AGAIN.get((model, policy), (0, 0))[trains_layers]
-    assert compiled(config_of(model), policy, trains_layers).as_text().count(" dot(") == needed + again
+    assert (
+        compiled(config_of(model), policy, trains_layers).as_text().count(" dot(") == needed + again
+    )
 
 
 def test_no_policy_changes_a_gradient():
@@ -134,7 +148,11 @@ def test_no_policy_changes_a_gradient():
 
 def test_layers_without_a_loop_compute_nothing_again_and_the_same():
     """Also where layers differ."""
-    kinds = LayerKind(Rope(24, 100.0, None), window=5), LayerKind(None), LayerKind(Rope(24, 1e4, None))
+    kinds = (
+        LayerKind(Rope(24, 100.0, None), window=5),
+        LayerKind(None),
+        LayerKind(Rope(24, 1e4, None)),
+    )
     config = replace(config_of("gated", layers=3), layer_kinds=kinds)
     spec = LoraSpec(rank=4, alpha=8.0, dropout=0.3)
     random = np.random.default_rng(0)

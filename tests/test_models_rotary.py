@@ -23,4 +23,6 @@ def test_pairs_turn_and_gradients_turn_back(size):
 
     y, pull = jax.vjp(lambda x: rotate(x, by), jnp.asarray(x))
     np.testing.assert_allclose(y, turned(x, turn), atol=1e-6)
-    np.testing.assert_allclose(pull(jnp.asarray(upstream))[0], turned(upstream, turn.conj()), atol=1e-6)
+    np.testing.assert_allclose(
+        pull(jnp.asarray(upstream))[0], turned(upstream, turn.conj()), atol=1e-6
+    )

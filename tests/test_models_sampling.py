@@ -26,9 +26,16 @@ def test_a_low_temperature_is_greedy():
 
 
 def test_what_is_drawn_depends_on_the_seed_alone():
-    (_, one), (_, again), (_, other) = draw(PROMPTS, 1.0), draw(PROMPTS[:2], 1.0), draw(PROMPTS, 1.0, seed=1)
+    (_, one), (_, again), (_, other) = (
+        draw(PROMPTS, 1.0),
+        draw(PROMPTS[:2], 1.0),
+        draw(PROMPTS, 1.0, seed=1),
+    )
     assert one[:2] == again and one != other
-    assert all(tokens[: len(prompt)] == prompt and len(tokens) == 12 for prompt, tokens in zip(PROMPTS, one))
+    assert all(
+        tokens[: len(prompt)] == prompt and len(tokens) == 12
+        for prompt, tokens in zip(PROMPTS, one)
+    )
 
 
 def test_tokens_have_the_model_s_probabilities():

@@ -13,14 +13,18 @@ from tokalign_jax.models import families
 from tokalign_jax.models.transformer import _plus, abstract_params, forward
 
 
-@pytest.mark.parametrize("case", [of("gpt_neox")[0], of("gpt2")[0], of("mixtral")[0], of("qwen2")[0]], ids=str)
+@pytest.mark.parametrize(
+    "case", [of("gpt_neox")[0], of("gpt2")[0], of("mixtral")[0], of("qwen2")[0]], ids=str
+)
 def test_no_gradient_is_summed_in_bfloat16(case: Case):
     config = families.config_from_hf(AutoConfig.for_model(case.family, **settings(case)).to_dict())
 
     def summed(params, tokens):
         return forward(config, params, tokens, dtype=jnp.bfloat16).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(summed)).trace(abstract_params(config), jax.ShapeDtypeStruct((2, 40), jnp.int32))
+    traced = jax.jit(jax.grad(summed)).trace(
+        abstract_params(config), jax.ShapeDtypeStruct((2, 40), jnp.int32)
+    )
     program = traced.lower(lowering_platforms=("cpu",)).as_text()
     sums = re.findall(r"stablehlo\.reduce.* applies stablehlo\.add .*", program)
     assert len(sums) > 5, "the program was not searched"

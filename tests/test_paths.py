@@ -5,7 +5,10 @@ import pytest
 
 from tokalign_jax import paths
 
-TREE = {"embed_tokens": {"embedding": 1}, "layers": {"attention": {"q_proj": {"kernel": 2, "lora_a": 3}}}}
+TREE = {
+    "embed_tokens": {"embedding": 1},
+    "layers": {"attention": {"q_proj": {"kernel": 2, "lora_a": 3}}},
+}
 
 
 def test_flatten_names_every_leaf_and_unflatten_inverts_it():

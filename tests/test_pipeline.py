@@ -32,7 +32,10 @@ def write_corpus(folder: Path, documents: int = 120) -> Path:
     random = np.random.default_rng(0)
     path = folder / "corpus.jsonl"
     rows = [
-        {"text": f"{i} " + " ".join(random.choice(WORDS, 60)) + ".", "lang": "en" if i % 2 else "fr"}
+        {
+            "text": f"{i} " + " ".join(random.choice(WORDS, 60)) + ".",
+            "lang": "en" if i % 2 else "fr",
+        }
         for i in range(documents)
     ]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -56,7 +59,9 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def arguments(inputs: dict[str, Path], family: str, workdir: Path, config: str, *more: str) -> list[str]:
+def arguments(
+    inputs: dict[str, Path], family: str, workdir: Path, config: str, *more: str
+) -> list[str]:
     """A run of a few small steps; everything else is as the config file says."""
     small = {
         "source_model": inputs[family],
@@ -102,7 +107,9 @@ def bytes_of(arrays) -> int:
         ("best", "llama", ("--config.stage2.per_device_batch=auto",)),
     ],
 )
-def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_path, capsys, monkeypatch):
+def test_every_config_runs_from_end_to_end(
+    config, family, more, inputs, tmp_path, capsys, monkeypatch
+):
     workdir = tmp_path / "run"
     others, beside, announce = bytes_of(jax.live_arrays()), [], loop._Run.announce
 
@@ -111,36 +118,55 @@ def test_every_config_runs_from_end_to_end(config, family, more, inputs, tmp_pat
         announce(run, state, frozen)
 
     monkeypatch.setattr(loop._Run, "announce", looked_at)
-    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "quite another text\n" * 9, "lang": "en"}))
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps({"text": "quite another text\n" * 9, "lang": "en"})
+    )
     more = (*more, f"--config.evaluation.other_text={tmp_path}/other.jsonl")
     assert main.main(arguments(inputs, family, workdir, config, *more)) == 0
     assert max(beside) < 1000, "on the devices is what trains, its moments and what is frozen"
     printed = capsys.readouterr().out
-    assert ("stage2: per_device_batch=auto: at most 4 sequences at once" in printed) == (config == "best")
+    assert ("stage2: per_device_batch=auto: at most 4 sequences at once" in printed) == (
+        config == "best"
+    )
     report = json.loads((workdir / "report" / "report.json").read_text())
     assert set(report["languages"]) == {"en", "fr", "all"}
     states = ["source", "random", "init", "stage1", "stage2"]
     for of in report["languages"].values():
-        assert list(of["bits_per_byte"]) == states and all(np.isfinite(list(of["bits_per_byte"].values())))
+        assert list(of["bits_per_byte"]) == states and all(
+            np.isfinite(list(of["bits_per_byte"].values()))
+        )
     kept = report["kept"]["states"]
-    assert list(kept) == states and all(of["other_text"]["pooled"]["bytes"] == 171 for of in kept.values())
+    assert list(kept) == states and all(
+        of["other_text"]["pooled"]["bytes"] == 171 for of in kept.values()
+    )
     assert ["fidelity" in of for of in kept.values()] == [False, True, True, True, True]
     asked = [True, False, True, True, True] if config == "ultra_quick_demo" else [False] * 5
     assert ["abilities" in of for of in kept.values()] == asked
     assert ("Abilities by suite" in (workdir / "report" / "report.md").read_text()) == asked[0]
-    assert (workdir / "report" / "report.md").read_text().count("| all") == 2  # held-out and other text
+    assert (workdir / "report" / "report.md").read_text().count(
+        "| all"
+    ) == 2  # held-out and other text
     assert (workdir / "report" / "report.png").stat().st_size > 10_000
     page = (workdir / "report" / "report.html").read_text()
-    assert all(title in page for title in ("stage 2", "The same text in tokens", "Continued text", "Worst rows"))
+    assert all(
+        title in page
+        for title in ("stage 2", "The same text in tokens", "Continued text", "Worst rows")
+    )
     assert "| all" in printed and "the model" in printed
 
     # The export is an ordinary Hugging Face folder with the new vocabulary, and says what the last state says.
     model = AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(workdir / "export")
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().weight.shape[0]
-    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
     ids = tokenizer("the model", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=3, min_new_tokens=3).shape[1] == ids["input_ids"].shape[1] + 3
+    assert (
+        model.generate(**ids, max_new_tokens=3, min_new_tokens=3).shape[1]
+        == ids["input_ids"].shape[1] + 3
+    )
     matrix = json.loads((workdir / "align" / "align_matrix.json").read_text())
     assert sorted(map(int, matrix)) == list(range(len(tokenizer)))
 
@@ -160,7 +186,15 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
 
     changed = run("--config.stage2.learning_rate=4e-3")
     assert "stage2: to be done again, stage2.learning_rate changed from 0.0005 to 0.004" in changed
-    for kept in ("corpus", "tokens", "align", "init", "stage1", "evaluate/source", "evaluate/stage1"):
+    for kept in (
+        "corpus",
+        "tokens",
+        "align",
+        "init",
+        "stage1",
+        "evaluate/source",
+        "evaluate/stage1",
+    ):
         assert f"{kept}: finished, skipped" in changed
     for redone in ("export", "evaluate/stage2", "report"):
         assert f"{redone}: to be done again, because what it builds on changed" in changed
@@ -169,19 +203,30 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
     assert "stage2: done before with these settings, restored" in run()
 
     # A field without effect on results redoes nothing.
-    assert "to be done again" not in run("--config.stage2.log_every=1", "--config.stage2.keep_checkpoints=3")
+    assert "to be done again" not in run(
+        "--config.stage2.log_every=1", "--config.stage2.keep_checkpoints=3"
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
-    steps = ("--config.stage1.steps=6", "--config.stage1.log_every=1", "--config.evaluation.random_baseline=False")
+    steps = (
+        "--config.stage1.steps=6",
+        "--config.stage1.log_every=1",
+        "--config.evaluation.random_baseline=False",
+    )
     whole, broken = (
-        arguments(inputs, "gpt_neox", tmp_path / name, "three_hour_eval", *steps) for name in ("whole", "broken")
+        arguments(inputs, "gpt_neox", tmp_path / name, "three_hour_eval", *steps)
+        for name in ("whole", "broken")
     )
     assert main.main(whole) == 0
     command = [sys.executable, "-m", "tokalign_jax.main", *broken[1:]]
-    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # as on a CPU without these tests' settings
-    with subprocess.Popen(command, cwd=REPOSITORY, env=alone, stdout=subprocess.PIPE, text=True) as process:
+    alone = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "false"
+    }  # as on a CPU without these tests' settings
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=alone, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         for line in process.stdout:
             if "stage1: step 3" in line:  # the newest checkpoint is of step 2
@@ -192,27 +237,36 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
     assert record["init"]["finished"] and not record["stage1"]["finished"]
     assert main.main(broken) == 0
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "broken/export" / name).read_bytes() == (tmp_path / "whole/export" / name).read_bytes()
+        assert (tmp_path / "broken/export" / name).read_bytes() == (
+            tmp_path / "whole/export" / name
+        ).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tmp_path):
     """With XLA's optimizations, which conftest.py spares."""
     more = ("--config.compute.dtype=float32", "--config.evaluation.random_baseline=False")
-    quick, usual = (arguments(inputs, "llama", tmp_path / of, "ultra_quick_demo", *more) for of in ("quick", "usual"))
+    quick, usual = (
+        arguments(inputs, "llama", tmp_path / of, "ultra_quick_demo", *more)
+        for of in ("quick", "usual")
+    )
     assert main.main(quick) == 0
     spared = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in spared}
     command = [sys.executable, "-m", "tokalign_jax.main", *usual[1:]]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, other = (load_file(tmp_path / of / "export" / "model.safetensors") for of in ("quick", "usual"))
+    one, other = (
+        load_file(tmp_path / of / "export" / "model.safetensors") for of in ("quick", "usual")
+    )
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         # Each as a whole: Adam makes of a gradient that is but rounding what it makes of any.
         assert (other[name] - tensor).norm() < 1e-3 * tensor.norm(), name
     scores, expected = (
-        json.loads((tmp_path / of / "report" / "report.json").read_text())["languages"]["all"]["bits_per_byte"]
+        json.loads((tmp_path / of / "report" / "report.json").read_text())["languages"]["all"][
+            "bits_per_byte"
+        ]
         for of in ("usual", "quick")
     )
     assert scores == pytest.approx(expected, rel=1e-3)
@@ -223,9 +277,22 @@ def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
     """A bfloat16 source through a start of rows alone and Stage 1, computed in bfloat16: same names, types and bits, but for the
     vocabulary's rows."""
     source = AutoTokenizer.from_pretrained(inputs["gpt_neox"])
-    folder = tiny_model_folder(tmp_path / "bf16", "gpt_neox", 320, tokenizer=source, dtype="bfloat16")
-    overrides = ("--config.stage2.steps=0", "--config.initialization.trains=rows", "--stages=export")
-    assert main.main(arguments(inputs | {"gpt_neox": folder}, "gpt_neox", tmp_path / "run", "optimal", *overrides)) == 0
+    folder = tiny_model_folder(
+        tmp_path / "bf16", "gpt_neox", 320, tokenizer=source, dtype="bfloat16"
+    )
+    overrides = (
+        "--config.stage2.steps=0",
+        "--config.initialization.trains=rows",
+        "--stages=export",
+    )
+    assert (
+        main.main(
+            arguments(
+                inputs | {"gpt_neox": folder}, "gpt_neox", tmp_path / "run", "optimal", *overrides
+            )
+        )
+        == 0
+    )
     before, after = (
         load_file(folder / "model.safetensors"),
         load_file(tmp_path / "run" / "export" / "model.safetensors"),
@@ -238,9 +305,17 @@ def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
 
 def test_a_part_of_the_stages_exports_the_untrained_model(inputs, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=align,init,export")) == 0
+    assert (
+        main.main(
+            arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=align,init,export")
+        )
+        == 0
+    )
     assert not (workdir / "stage1").exists() and not (workdir / "report").exists()
-    exported, init = (AutoModelForCausalLM.from_pretrained(workdir / name).state_dict() for name in ("export", "init"))
+    exported, init = (
+        AutoModelForCausalLM.from_pretrained(workdir / name).state_dict()
+        for name in ("export", "init")
+    )
     assert all(torch.equal(exported[name], init[name]) for name in init)
 
 
@@ -250,7 +325,10 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
         assert not (tmp_path / "run").exists()
         return capsys.readouterr().err
 
-    assert "learning_rat'" in (said := refused("--config.stage1.learning_rat=1")) and "stage1.learning_rate" in said
+    assert (
+        "learning_rat'" in (said := refused("--config.stage1.learning_rat=1"))
+        and "stage1.learning_rate" in said
+    )
     assert "nowhere.jsonl" in refused("--config.corpus=/nowhere.jsonl")
     assert "content" in (said := refused("--config.text.text_field=content")) and "text" in said
     assert "128 positions" in refused("--config.stage1.sequence_length=129")
@@ -302,10 +380,14 @@ def test_the_sources_own_tokenizer_gives_the_source(inputs, tmp_path, dtype):
     more = ["--stages=export,evaluate", "--config.stage1.steps=0", "--config.stage2.steps=0"]
     more += [f"--config.export.dtype={dtype}", "--config.evaluation.random_baseline=False"]
     assert main.main(arguments(given, "llama", tmp_path / "run", "best", *more)) == 0
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run" / "export"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run" / "export")
+    )
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype
-        assert torch.equal(tensor.view(torch.int16), before[name][: len(tensor)].view(torch.int16)), name
+        assert torch.equal(
+            tensor.view(torch.int16), before[name][: len(tensor)].view(torch.int16)
+        ), name
     assert len(after["lm_head.weight"]) == len(tokenizer)
 
 
@@ -315,7 +397,9 @@ def test_a_donor_gives_combinations_or_is_refused(inputs, tmp_path, capsys):
             f"--config.{setting}"
             for setting in ("initialization.tokens=2000", "stage1.steps=0", "stage2.steps=0", *more)
         ]
-        return main.main(arguments(inputs, "llama", tmp_path / "run", "best", "--stages=export", *given))
+        return main.main(
+            arguments(inputs, "llama", tmp_path / "run", "best", "--stages=export", *given)
+        )
 
     target = AutoTokenizer.from_pretrained(inputs["target"])
     donor = tiny_model_folder(tmp_path / "donor", "gpt_neox", len(target), tokenizer=target, seed=1)
@@ -369,7 +453,9 @@ def test_a_source_model_with_broken_rows(inputs, tmp_path, capsys, tied):
 def test_bad_questions_and_other_text_are_told_before_any_work(inputs, tmp_path, capsys):
     def refused(name: str, value: object) -> str:
         flag = f"--config.evaluation.{name}={value}"
-        assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", flag)) == 2
+        assert (
+            main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", flag)) == 2
+        )
         assert not (tmp_path / "run").exists()
         return capsys.readouterr().err
 
@@ -385,9 +471,14 @@ def test_bad_questions_and_other_text_are_told_before_any_work(inputs, tmp_path,
 
 def test_the_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=corpus")) == 0
+    assert (
+        main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=corpus")) == 0
+    )
     capsys.readouterr()
-    assert main.main(arguments(inputs, "gpt_neox", workdir, "ultra_quick_demo", "--stages=corpus")) == 2
+    assert (
+        main.main(arguments(inputs, "gpt_neox", workdir, "ultra_quick_demo", "--stages=corpus"))
+        == 2
+    )
     said = capsys.readouterr().err
     assert "another run" in said and "gpt_neox" in said
 
@@ -399,7 +490,9 @@ def test_a_full_disk_is_foreseen(inputs, tmp_path, capsys, monkeypatch):
     assert "GB free" in said and "stage2" in said and not (tmp_path / "run").exists()
 
 
-def test_a_full_device_is_foreseen_and_told_with_what_would_fit(inputs, tmp_path, capsys, monkeypatch):
+def test_a_full_device_is_foreseen_and_told_with_what_would_fit(
+    inputs, tmp_path, capsys, monkeypatch
+):
     # A device of one megabyte: enough for Stage 1 of this model, as far as the plan can say, not for Stage 2.
     monkeypatch.setattr("tokalign_jax.sharding.device_memory", lambda device: 1e6)
 
@@ -409,44 +502,72 @@ def test_a_full_device_is_foreseen_and_told_with_what_would_fit(inputs, tmp_path
         )
 
     monkeypatch.setattr("tokalign_jax.training.loop.run_stage", full)
-    given = arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", "--stages=stage1,stage2")
+    given = arguments(
+        inputs, "llama", tmp_path / "run", "ultra_quick_demo", "--stages=stage1,stage2"
+    )
     assert main.main(given) == 2
     said = capsys.readouterr()
     before, after = said.out.split("corpus: read", 1)
-    assert "warning: stage2 will not fit: it needs about" in before and "warning: stage1" not in before
+    assert (
+        "warning: stage2 will not fit: it needs about" in before and "warning: stage1" not in before
+    )
     assert (
         "stage1: a device's memory is full (RESOURCE_EXHAUSTED: Out of memory while" in said.err
         and "and more" not in said.err
     )
-    assert "lower --config.stage1.per_device_batch" in said.err and "the same command goes on from there" in said.err
+    assert (
+        "lower --config.stage1.per_device_batch" in said.err
+        and "the same command goes on from there" in said.err
+    )
     assert "init: done" in after
 
 
 def test_two_runs_in_one_workdir_are_refused(tmp_path):
-    with pipeline.lock(tmp_path), pytest.raises(pipeline.UserError, match="another process"), pipeline.lock(tmp_path):
+    with (
+        pipeline.lock(tmp_path),
+        pytest.raises(pipeline.UserError, match="another process"),
+        pipeline.lock(tmp_path),
+    ):
         pass
 
 
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    workdir = tmp_path / "file" / "run"  # as in a folder of somebody else's, which root could write to
-    with pytest.raises(pipeline.UserError, match=f"'{workdir}' cannot be written to"), pipeline.lock(workdir):
+    workdir = (
+        tmp_path / "file" / "run"
+    )  # as in a folder of somebody else's, which root could write to
+    with (
+        pytest.raises(pipeline.UserError, match=f"'{workdir}' cannot be written to"),
+        pipeline.lock(workdir),
+    ):
         pass
 
 
 def test_offset_past_the_end_states_the_length(inputs, tmp_path, capsys):
     overrides = ("--config.stage2.start_offset=2560000", "--stages=stage2")
-    assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", *overrides)) == 2
+    assert (
+        main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo", *overrides)) == 2
+    )
     printed = capsys.readouterr()
     assert "2,560,000" in printed.err and "sequences" in printed.err
-    assert "tokens: done" in printed.out and "align:" not in printed.out  # before the work that takes long
+    assert (
+        "tokens: done" in printed.out and "align:" not in printed.out
+    )  # before the work that takes long
 
 
 def test_many_passes_over_a_small_text_are_told(inputs, tmp_path):
     said = []
     stage = StageConfig(steps=1000, batch_size=8, sequence_length=32)
-    names = {"source_model": inputs["llama"], "target_tokenizer": inputs["target"], "corpus": inputs["corpus"]}
-    config = Config(**{key: str(name) for key, name in names.items()}, stage1=stage, stage2=replace(stage, steps=1))
+    names = {
+        "source_model": inputs["llama"],
+        "target_tokenizer": inputs["target"],
+        "corpus": inputs["corpus"],
+    }
+    config = Config(
+        **{key: str(name) for key, name in names.items()},
+        stage1=stage,
+        stage2=replace(stage, steps=1),
+    )
     context = stages.Context(config, tmp_path, said.append)
     for name in ("corpus", "tokens"):
         (tmp_path / name).mkdir()
@@ -496,7 +617,9 @@ def test_a_request_is_one_also_where_nobody_listens_any_more(where):
     if where == "a full disk":
         os.close(writer)
         writer = os.open("/dev/full", os.O_WRONLY)
-    done = subprocess.run([sys.executable, "-c", LISTENERS], cwd=REPOSITORY, stdout=writer, stderr=writer, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENERS], cwd=REPOSITORY, stdout=writer, stderr=writer, timeout=60
+    )
     os.close(writer)
     assert done.returncode == 75
 
@@ -523,7 +646,12 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
         "--config.evaluation.abilities=embedded",
         "--config.evaluation.max_questions=3",
     )
-    assert main.main(arguments(inputs, "llama", tmp_path / "one", "optimal", overrides[0], *overrides[3:])) == 0
+    assert (
+        main.main(
+            arguments(inputs, "llama", tmp_path / "one", "optimal", overrides[0], *overrides[3:])
+        )
+        == 0
+    )
     command = [sys.executable, "-m", "tokalign_jax.main"]
     command += arguments(inputs, "llama", tmp_path / "two", "optimal", *overrides)[1:]
 
@@ -551,11 +679,16 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
         return said[0]
 
     assert "on 4 cpu devices" in run()
-    one, two = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two")
+    )
     assert one.keys() == two.keys() and one["model.embed_tokens.weight"].shape[0] % 64 == 0
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
-    reports = [json.loads((tmp_path / name / "report" / "report.json").read_text()) for name in ("one", "two")]
+    reports = [
+        json.loads((tmp_path / name / "report" / "report.json").read_text())
+        for name in ("one", "two")
+    ]
     scores = [report["languages"]["all"]["bits_per_byte"] for report in reports]
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
     kept = [report["kept"]["states"]["stage2"] for report in reports]
@@ -571,7 +704,9 @@ def test_the_export_has_a_card_and_the_terms_of_the_source(inputs, tmp_path):
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\nA small model.\n")
     (source / "LICENSE").write_text("the terms")
     workdir = tmp_path / "run"
-    assert main.main(arguments(inputs | {"llama": source}, "llama", workdir, "ultra_quick_demo")) == 0
+    assert (
+        main.main(arguments(inputs | {"llama": source}, "llama", workdir, "ultra_quick_demo")) == 0
+    )
     export = workdir / "export"
     metadata = front_matter((export / "README.md").read_text())
     assert metadata["license"] == "apache-2.0" and set(metadata["language"]) == {"en", "fr"}
@@ -581,7 +716,9 @@ def test_the_export_has_a_card_and_the_terms_of_the_source(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the larger models and tokenizers of ../shared")
+@pytest.mark.skipif(
+    not SHARED.exists(), reason="needs the larger models and tokenizers of ../shared"
+)
 def test_a_real_model_and_tokenizer_are_taken(tmp_path, capsys):
     overrides = [
         f"--config.source_model={SHARED / 'models' / 'llama-en16k'}",
@@ -591,6 +728,11 @@ def test_a_real_model_and_tokenizer_are_taken(tmp_path, capsys):
         "--stages=tokens",
     ]
     workdir = tmp_path / "run"
-    assert main.main(["main", "--config=configs/ultra_quick_demo.py", f"--workdir={workdir}", *overrides]) == 0
+    assert (
+        main.main(
+            ["main", "--config=configs/ultra_quick_demo.py", f"--workdir={workdir}", *overrides]
+        )
+        == 0
+    )
     index = json.loads((workdir / "tokens" / "target" / "index.json").read_text())
     assert index["dtype"] == "uint32" and index["vocabulary"] == 151_669

@@ -33,7 +33,10 @@ def bring_up(workdir: Path, rate: float, **more) -> Context:
     def work(context):
         (context.folder("train") / "rate").write_text(str(rate))
 
-    context, stage = Context(workdir), pipeline.Stage("train", "train", (), {"rate": rate}, work, **more)
+    context, stage = (
+        Context(workdir),
+        pipeline.Stage("train", "train", (), {"rate": rate}, work, **more),
+    )
     state = pipeline._State(workdir)
     pipeline._refuse_foreign(workdir, state, context)  # type: ignore[arg-type]
     state.remember(context.run_identity())
@@ -58,12 +61,19 @@ def ending_at(moment: int, monkeypatch) -> None:
 
         return changed
 
-    for owner, name in ((os, "replace"), (os, "rename"), (Path, "mkdir"), (pipeline.shutil, "rmtree")):
+    for owner, name in (
+        (os, "replace"),
+        (os, "rename"),
+        (Path, "mkdir"),
+        (pipeline.shutil, "rmtree"),
+    ):
         monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
 
 
 @pytest.mark.parametrize("again", [1.0, 2.0], ids=["as before", "as when it ended"])
-@pytest.mark.parametrize("before", [[1.0], [1.0, 2.0]], ids=["put aside", "put aside and brought back"])
+@pytest.mark.parametrize(
+    "before", [[1.0], [1.0, 2.0]], ids=["put aside", "put aside and brought back"]
+)
 def test_whenever_a_run_ends_finished_work_is_found_again(before, again, tmp_path):
     for moment in range(30):
         workdir = tmp_path / str(moment)
@@ -96,7 +106,10 @@ def test_what_is_aside_already_is_not_deleted(tmp_path):
     record = {**state.current["train"], "fingerprint": state._outdated[aside.name]["fingerprint"]}
     state.put("train", record)
     state.set_aside("train", tmp_path / "train")
-    assert sorted(place.name for place in (tmp_path / "outdated").iterdir()) == [aside.name, f"{aside.name}.before"]
+    assert sorted(place.name for place in (tmp_path / "outdated").iterdir()) == [
+        aside.name,
+        f"{aside.name}.before",
+    ]
     assert (tmp_path / "outdated" / f"{aside.name}.before" / "rate").read_text() == "1.0"
 
 
@@ -108,7 +121,9 @@ def test_what_is_not_whole_any_more_is_kept_and_made_again(tmp_path):
     assert bring_up(tmp_path, 1.0, is_whole=is_whole).said == ["train: finished, skipped"]
     (tmp_path / "train" / "rate").write_text("")
     said = bring_up(tmp_path, 1.0, is_whole=is_whole).said
-    assert "not whole any more" in said[0] and "train.damaged" in said[0] and said[1] == "train: train"
+    assert (
+        "not whole any more" in said[0] and "train.damaged" in said[0] and said[1] == "train: train"
+    )
     assert (tmp_path / "train.damaged" / "rate").exists()
 
 
@@ -146,7 +161,10 @@ def test_a_stage_that_finds_no_room_says_so(resumes, tmp_path, monkeypatch):
         monkeypatch.setattr(pipeline, "write_whole", full)  # the books find none either
         full()
 
-    stage, context = pipeline.Stage("train", "train", (), {}, work, resumes=resumes), Context(tmp_path)
+    stage, context = (
+        pipeline.Stage("train", "train", (), {}, work, resumes=resumes),
+        Context(tmp_path),
+    )
     with pytest.raises(UserError, match=r"is full.* free some room and run the same command again"):
         pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
 
@@ -157,7 +175,9 @@ def test_a_path_that_checkpoints_would_not_be_found_in_is_refused(name, tmp_path
         bring_up(tmp_path / name / "run", 1.0)
 
 
-@pytest.mark.parametrize("code, said", [(errno.EAGAIN, "another process runs"), (errno.ENOSYS, "cannot lock files")])
+@pytest.mark.parametrize(
+    "code, said", [(errno.EAGAIN, "another process runs"), (errno.ENOSYS, "cannot lock files")]
+)
 def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(code, os.strerror(code))
@@ -168,7 +188,9 @@ def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
 
 
 def test_a_damaged_line_of_metrics_is_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00\x00\n\xff\n{"step": 2}\n{"step":')
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n\x00\x00\x00\n\xff\n{"step": 2}\n{"step":'
+    )
     assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
 
 

@@ -20,7 +20,14 @@ from training_toys import LLAMA, NEOX
 from transformers import AutoTokenizer
 
 from tokalign_jax import paths, pipeline, sharding, stages
-from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig, StageConfig, config_from_dict
+from tokalign_jax.config import (
+    ComputeConfig,
+    Config,
+    DistillationConfig,
+    MeshConfig,
+    StageConfig,
+    config_from_dict,
+)
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.model_card import front_matter
 from tokalign_jax.planning import memory
@@ -50,14 +57,29 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
         "llama": tiny_model_folder(
             folder / "llama", "llama", 320, tied=True, tokenizer=tiny_tokenizer(300, texts[:10])
         ),
-        "teacher": tiny_model_folder(folder / "teacher", "gpt_neox", 600, tokenizer=target, hidden_size=24, seed=1),
+        "teacher": tiny_model_folder(
+            folder / "teacher", "gpt_neox", 600, tokenizer=target, hidden_size=24, seed=1
+        ),
     }
 
 
-def config_of(inputs: dict[str, Path], changes: Mapping[str, Any] = MappingProxyType({}), **stage3: Any) -> Config:
+def config_of(
+    inputs: dict[str, Path], changes: Mapping[str, Any] = MappingProxyType({}), **stage3: Any
+) -> Config:
     """A run of Stage 1 and Stage 3, a few small steps each, with `changes` and those of Stage 3."""
-    stage = {"batch_size": 4, "per_device_batch": 2, "sequence_length": 32, "checkpoint_every": 2, "log_every": 1}
-    taught = {"teacher": str(inputs["teacher"]), "divergence": "mixed", "temperature": 2.0, "weight": 0.8}
+    stage = {
+        "batch_size": 4,
+        "per_device_batch": 2,
+        "sequence_length": 32,
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
+    taught = {
+        "teacher": str(inputs["teacher"]),
+        "divergence": "mixed",
+        "temperature": 2.0,
+        "weight": 0.8,
+    }
     given = {
         "source_model": str(inputs["llama"]),
         "target_tokenizer": str(inputs["target"]),
@@ -100,17 +122,29 @@ def test_a_run_with_a_teacher(inputs, run):
     assert ends == [3 * 4 * 32, 7 * 4 * 32]
     assert stages["export"]["needs"] == ["init", "stage1", "stage3"]
     report = json.loads((run / "report" / "report.json").read_text())
-    assert list(report["languages"]["all"]["bits_per_byte"]) == ["source", "init", "stage1", "stage3"]
+    assert list(report["languages"]["all"]["bits_per_byte"]) == [
+        "source",
+        "init",
+        "stage1",
+        "stage3",
+    ]
     before, after = (load_file(run / name / "model.safetensors") for name in ("init", "export"))
     assert any((before[name] != after[name]).any() for name in before if "layers.1.mlp" in name)
     card = (run / "export" / "README.md").read_text()
-    assert "stage3.divergence" in card and "stage2.steps" not in card and str(inputs["teacher"]) not in card
+    assert (
+        "stage3.divergence" in card
+        and "stage2.steps" not in card
+        and str(inputs["teacher"]) not in card
+    )
     assert "learned from `teacher`" in card and front_matter(card)
 
 
 def test_the_teacher_is_learned_from(run):
     """Four steps towards it: the divergence falls, which is most of the loss."""
-    losses = [json.loads(line)["loss"] for line in (run / "stage3" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (run / "stage3" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
@@ -140,7 +174,9 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, run, tmp_path):
     pipeline.run(config_of(inputs), broken, ["stage3"], lines.append)
     assert any("stage3: resumed at step 2 of 4" in line for line in lines)
     one, other = final(run), final(broken)
-    assert one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one)
+    assert one.keys() == other.keys() and all(
+        np.array_equal(one[path], other[path]) for path in one
+    )
 
 
 def test_the_teacher_is_part_of_what_a_stage_depends_on(inputs, run, tmp_path):
@@ -156,7 +192,11 @@ def test_the_teacher_is_part_of_what_a_stage_depends_on(inputs, run, tmp_path):
     shutil.copytree(inputs["teacher"], other)
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
-    for changed in (prints(teacher=str(other)), prints(temperature=3.0), prints(divergence="reverse")):
+    for changed in (
+        prints(teacher=str(other)),
+        prints(temperature=3.0),
+        prints(divergence="reverse"),
+    ):
         redone = {name for name in recorded if changed[name] != recorded[name]}
         assert redone == {"stage3", "evaluate/stage3", "export", "report"}
     assert "stage3" not in prints(teacher="") and prints(teacher="")["stage1"] == recorded["stage1"]
@@ -170,11 +210,17 @@ def test_a_wrong_teacher_is_refused_before_any_work(inputs, tmp_path):
         return str(error.value)
 
     said = refused(teacher=str(inputs["llama"]))
-    assert "another tokenizer" in said and "ids are other tokens, the first is 0, '<unk>' here" in said
-    short = tiny_model_folder(tmp_path / "short", "llama", 420, tokenizer=TOKENIZER, max_position_embeddings=16)
+    assert (
+        "another tokenizer" in said and "ids are other tokens, the first is 0, '<unk>' here" in said
+    )
+    short = tiny_model_folder(
+        tmp_path / "short", "llama", 420, tokenizer=TOKENIZER, max_position_embeddings=16
+    )
     for file in inputs["target"].iterdir():
         shutil.copyfile(file, short / file.name)
-    assert "16 positions" in (said := refused(teacher=str(short))) and "stage3.sequence_length" in said
+    assert (
+        "16 positions" in (said := refused(teacher=str(short))) and "stage3.sequence_length" in said
+    )
     assert "target_tokenizer=extend" in refused({"target_tokenizer": "extend"})
     assert "stage3.temperature" in refused(temperature=0.0)
     assert "stage3.teacher 'nobody/nothing'" in refused(teacher="nobody/nothing")
@@ -196,7 +242,9 @@ def test_a_teacher_needs_no_rows_for_special_tokens_that_no_text_has(inputs, tmp
 
     def context(**changes: Any) -> stages.Context:
         return stages.Context(
-            config_of(inputs, {"target_tokenizer": folder, **changes}, teacher=folder), tmp_path / "run", print
+            config_of(inputs, {"target_tokenizer": folder, **changes}, teacher=folder),
+            tmp_path / "run",
+            print,
         )
 
     taught = context()
@@ -214,7 +262,13 @@ SIZES = {"vocab_size": 4000, "hidden_size": 64, "intermediate_size": 128, "max_p
 STUDENT = replace(LLAMA, **SIZES, head_dim=16)
 TEACHER = replace(NEOX, **SIZES | {"vocab_size": 4096, "hidden_size": 96}, head_dim=24)
 STAGE = DistillationConfig(
-    method="full", steps=4, batch_size=4, per_device_batch=4, sequence_length=128, teacher="somewhere", weight=0.5
+    method="full",
+    steps=4,
+    batch_size=4,
+    per_device_batch=4,
+    sequence_length=128,
+    teacher="somewhere",
+    weight=0.5,
 )
 COMPUTE = ComputeConfig(dtype="float32", remat="dots", loss_chunk=256)
 
@@ -225,17 +279,23 @@ def compiled_memory() -> tuple[int, int]:
 
     def in_memory(tree):
         leaves = paths.flatten(tree).items()
-        return paths.unflatten({p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype) for p, x in leaves})
+        return paths.unflatten(
+            {p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype) for p, x in leaves}
+        )
 
     trained, frozen = map(in_memory, memory.shapes(STUDENT, STAGE))
     taught, _ = map(in_memory, memory.shapes(TEACHER, StageConfig(method="full")))
     optimizer = make_optimizer(STAGE, paths.label_tree(rules_for("full"), trained))
-    how = distillation.Teaching(head_of(STUDENT, COMPUTE), head_of(TEACHER, COMPUTE), 4000, weight=0.5)
+    how = distillation.Teaching(
+        head_of(STUDENT, COMPUTE), head_of(TEACHER, COMPUTE), 4000, weight=0.5
+    )
     loss = distillation.make_distillation_loss(STUDENT, TEACHER, how, COMPUTE, None)
     step = make_train_step(loss, optimizer, jnp.float32, mesh)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), trained)
     batch = jax.ShapeDtypeStruct((1, 4, 129), jnp.int32)
-    found = step.lower(state, (frozen, taught), batch, jax.random.key(0), schedule_of(STAGE)).compile()
+    found = step.lower(
+        state, (frozen, taught), batch, jax.random.key(0), schedule_of(STAGE)
+    ).compile()
     sizes = found.memory_analysis()
     return sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
 
@@ -245,17 +305,35 @@ def test_the_plan_counts_the_teacher():
     setup = memory.Setup("stage3", STAGE, COMPUTE, STUDENT, (1, 1, 1), machine, TEACHER)
     kinds = memory.stage_memory(setup)
     arguments, temporaries = compiled_memory()
-    held = sum(size for kind, size in kinds.items() if kind.startswith(("parameters", "teacher", "Adam")))
+    held = sum(
+        size for kind, size in kinds.items() if kind.startswith(("parameters", "teacher", "Adam"))
+    )
     assert 0 <= arguments - held - 4 * 4 * 129 < 1000
     assert 0.9 < (sum(kinds.values()) - held) / temporaries < 1.7
 
     config = Config(stage1=STAGE, stage2=STAGE, stage3=STAGE, compute=COMPUTE)
-    found = make_plan(config, STUDENT, Machine.of(1, "1GB"), Speed(peak=1e12), 10**6, 2, 1e12, TEACHER)
-    assert [stage.name for stage in found.stages] == ["stage1", "stage2", "stage3"] and "stage3" in found.disk
+    found = make_plan(
+        config, STUDENT, Machine.of(1, "1GB"), Speed(peak=1e12), 10**6, 2, 1e12, TEACHER
+    )
+    assert [stage.name for stage in found.stages] == [
+        "stage1",
+        "stage2",
+        "stage3",
+    ] and "stage3" in found.disk
     assert "teacher (float32)" in found.table()
     alone = replace(STAGE, weight=0.0)
     more = flops_per_token(STUDENT, STAGE, TEACHER) - flops_per_token(STUDENT, alone, TEACHER)
     products = 2 * (4 * 96**2 + 2 * 96 * 128) + 4096 * 96
     assert more == 2 * products + 2 * 4 * 96 * 128, "a forward pass of it"
-    without = make_plan(replace(config, stage3=replace(STAGE, teacher="")), STUDENT, found.machine, Speed(), 10**6, 2)
-    assert [stage.name for stage in without.stages] == ["stage1", "stage2"] and "stage3" not in without.disk
+    without = make_plan(
+        replace(config, stage3=replace(STAGE, teacher="")),
+        STUDENT,
+        found.machine,
+        Speed(),
+        10**6,
+        2,
+    )
+    assert [stage.name for stage in without.stages] == [
+        "stage1",
+        "stage2",
+    ] and "stage3" not in without.disk

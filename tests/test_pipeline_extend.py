@@ -59,18 +59,24 @@ def run(inputs, tmp_path_factory) -> Path:
 
 
 def test_new_tokens_get_rows_and_old_ones_keep_theirs(inputs, run):
-    source, new = (AutoTokenizer.from_pretrained(folder) for folder in (inputs["gpt_neox"], run / "extend"))
+    source, new = (
+        AutoTokenizer.from_pretrained(folder) for folder in (inputs["gpt_neox"], run / "extend")
+    )
     size = canonical.vocabulary_size(source)
     assert canonical.vocabulary_size(new) == size + NEW
     assert {token: new.get_vocab()[token] for token in source.get_vocab()} == source.get_vocab()
-    before, after = (load_file(folder / "model.safetensors") for folder in (inputs["gpt_neox"], run / "init"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (inputs["gpt_neox"], run / "init")
+    )
     for name, tensor in before.items():
         if "embed" not in name:
             assert torch.equal(after[name], tensor)
             continue
         assert len(after[name]) == size + NEW and torch.isfinite(after[name]).all()
         assert torch.equal(after[name][:size], tensor[:size])
-        assert not torch.equal(after[name][size : len(tensor)], tensor[size:])  # rows that stood for no token
+        assert not torch.equal(
+            after[name][size : len(tensor)], tensor[size:]
+        )  # rows that stood for no token
 
 
 def test_the_export_uses_the_new_tokens(run):
@@ -90,7 +96,12 @@ def test_the_export_uses_the_new_tokens(run):
 
 def test_the_report_compares_both_vocabularies(run):
     content = json.loads((run / "report" / "report.json").read_text())
-    assert list(content["languages"]["all"]["bits_per_byte"]) == ["source", "random", "init", "stage1"]
+    assert list(content["languages"]["all"]["bits_per_byte"]) == [
+        "source",
+        "random",
+        "init",
+        "stage1",
+    ]
     per_token = content["languages"]["all"]["bytes_per_token"]
     assert per_token["target"] > 1.2 * per_token["source"]
     text = (run / "report" / "report.md").read_text()
@@ -103,14 +114,23 @@ def test_a_second_run_skips_and_other_settings_extend_anew(inputs, run, capsys):
     assert main.main(flags(inputs, "gpt_neox", run, SHORT)) == 0
     said = capsys.readouterr().out
     assert "extend: finished, skipped" in said and "to be done again" not in said
-    fewer = (SHORT, "--config.extend.new_tokens=20", "--stages=tokens,evaluate/source,evaluate/random")
+    fewer = (
+        SHORT,
+        "--config.extend.new_tokens=20",
+        "--stages=tokens,evaluate/source,evaluate/random",
+    )
     assert main.main(flags(inputs, "gpt_neox", run, *fewer)) == 0
     said = capsys.readouterr().out
     assert f"extend.new_tokens changed from {NEW} to 20" in said
     assert "tokens: to be done again, because what it builds on changed" in said
-    assert "evaluate/source: finished, skipped" in said and "evaluate/random: to be done again" in said
+    assert (
+        "evaluate/source: finished, skipped" in said and "evaluate/random: to be done again" in said
+    )
     size = json.loads((run / "tokens" / "target" / "index.json").read_text())["vocabulary"]
-    assert size == json.loads((run / "tokens" / "source" / "index.json").read_text())["vocabulary"] + 20
+    assert (
+        size
+        == json.loads((run / "tokens" / "source" / "index.json").read_text())["vocabulary"] + 20
+    )
     assert main.main(flags(inputs, "gpt_neox", run, SHORT)) == 0
     assert "extend: done before with these settings, restored" in capsys.readouterr().out
 
@@ -121,8 +141,21 @@ def test_the_alignment_of_an_extension_can_be_inspected(run, capsys):
 
 
 def test_a_tied_model_keeps_its_old_rows(inputs, tmp_path):
-    assert main.main(flags(inputs, "llama", tmp_path / "run", "--config.initialization.tokens=0", "--stages=init")) == 0
-    before, after = (load_file(f / "model.safetensors") for f in (inputs["llama"], tmp_path / "run" / "init"))
+    assert (
+        main.main(
+            flags(
+                inputs,
+                "llama",
+                tmp_path / "run",
+                "--config.initialization.tokens=0",
+                "--stages=init",
+            )
+        )
+        == 0
+    )
+    before, after = (
+        load_file(f / "model.safetensors") for f in (inputs["llama"], tmp_path / "run" / "init")
+    )
     size = canonical.vocabulary_size(AutoTokenizer.from_pretrained(inputs["llama"]))
     name = "model.embed_tokens.weight"
     assert torch.equal(after[name][:size], before[name][:size]) and len(after[name]) == size + NEW
@@ -159,8 +192,16 @@ def test_text_to_mine_is_drawn_from_the_whole_corpus(run):
     everything = mining.sample(run / "corpus", 10**9, 0)
     assert sum(len(text.encode()) for text in everything) == summary["train_bytes"]
     half = mining.sample(run / "corpus", summary["train_bytes"] // 2, 0)
-    assert half == mining.sample(run / "corpus", summary["train_bytes"] // 2, 0) != everything[: len(half)]
-    assert 0.2 * summary["train_bytes"] < sum(len(text.encode()) for text in half) <= summary["train_bytes"] // 2
+    assert (
+        half
+        == mining.sample(run / "corpus", summary["train_bytes"] // 2, 0)
+        != everything[: len(half)]
+    )
+    assert (
+        0.2 * summary["train_bytes"]
+        < sum(len(text.encode()) for text in half)
+        <= summary["train_bytes"] // 2
+    )
 
 
 # --- Tokenizers of a run ------------------------------------------------------------------------------------------------
@@ -172,13 +213,27 @@ def test_what_ends_documents_is_the_eos_of_the_export(inputs, tmp_path):
     assert silent.eos_token is None
     for name, expected in (("", silent.get_vocab()["<|endoftext|>"]), ("<|stop|>", len(silent))):
         workdir = tmp_path / f"run{name.strip('<|>')}"
-        more = (f"--config.end_of_text={name}", "--config.alignment.method=pieces", "--stages=init,export")
+        more = (
+            f"--config.end_of_text={name}",
+            "--config.alignment.method=pieces",
+            "--stages=init,export",
+        )
         taken = inputs | {"target": inputs["silent"]}
         assert main.main(arguments(taken, "llama", workdir, "ultra_quick_demo", *more)) == 0
         exported = AutoTokenizer.from_pretrained(workdir / "export")
-        configs = [json.loads((workdir / "export" / f"{of}config.json").read_text()) for of in ("", "generation_")]
-        assert [config["eos_token_id"] for config in configs] == [expected, expected] == [exported.eos_token_id] * 2
-        assert json.loads((workdir / "tokens" / "target" / "index.json").read_text())["end_of_text"] == expected
+        configs = [
+            json.loads((workdir / "export" / f"{of}config.json").read_text())
+            for of in ("", "generation_")
+        ]
+        assert (
+            [config["eos_token_id"] for config in configs]
+            == [expected, expected]
+            == [exported.eos_token_id] * 2
+        )
+        assert (
+            json.loads((workdir / "tokens" / "target" / "index.json").read_text())["end_of_text"]
+            == expected
+        )
         assert inspect.main(["--workdir", str(workdir), "--id", "5"]) == 0
 
 
@@ -187,7 +242,9 @@ def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
     shutil.copytree(inputs["llama"], folder)
 
     def identities() -> dict:
-        config = Config(source_model=str(folder), target_tokenizer=str(folder), corpus=str(inputs["corpus"]))
+        config = Config(
+            source_model=str(folder), target_tokenizer=str(folder), corpus=str(inputs["corpus"])
+        )
         return stages.Context(config, tmp_path / "run", print).identities
 
     before = identities()
@@ -195,9 +252,14 @@ def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
         (folder / name).write_text("words")
     assert identities() == before
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"pad_token": "<|endoftext|>"})
+    )
     changed = identities()
-    assert {name for name in before if before[name] != changed[name]} >= {"source_tokenizer", "target_tokenizer"}
+    assert {name for name in before if before[name] != changed[name]} >= {
+        "source_tokenizer",
+        "target_tokenizer",
+    }
 
 
 def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
@@ -208,7 +270,9 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
     last = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
     state["model"]["vocab"][last] = 330
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    context = stages.Context(Config(source_model=str(folder), corpus=str(inputs["corpus"])), tmp_path / "run", print)
+    context = stages.Context(
+        Config(source_model=str(folder), corpus=str(inputs["corpus"])), tmp_path / "run", print
+    )
     tokenizer = hub.load_tokenizer(folder)
     assert len(tokenizer) <= 320
     with pytest.raises(UserError, match="has 331 tokens but its matrices have only 320 rows"):
@@ -216,7 +280,9 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
     model, raw = context.source_model
     params = huggingface.load_params(folder, model)
     with pytest.raises(UserError, match="has 331 tokens but the model has only 320 rows"):
-        huggingface.save_checkpoint(tmp_path / "out", params, model, raw, tokenizer, dtypes="float32")
+        huggingface.save_checkpoint(
+            tmp_path / "out", params, model, raw, tokenizer, dtypes="float32"
+        )
 
 
 def test_added_tokens_that_the_source_has_no_rows_for_are_left_out(inputs, tmp_path):
@@ -226,20 +292,33 @@ def test_added_tokens_that_the_source_has_no_rows_for_are_left_out(inputs, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(folder)
     fillers = [f"<unused{i}>" for i in range(320 - len(tokenizer))]
     tokenizer.add_tokens(fillers)
-    tokenizer.add_special_tokens({"pad_token": "<pad>", "extra_special_tokens": ["<image>", fillers[0]]})
+    tokenizer.add_special_tokens(
+        {"pad_token": "<pad>", "extra_special_tokens": ["<image>", fillers[0]]}
+    )
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "image_token": "<image>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "image_token": "<image>"})
+    )
     logged = []
-    config = Config(source_model=str(folder), target_tokenizer="extend", corpus=str(inputs["corpus"]))
+    config = Config(
+        source_model=str(folder), target_tokenizer="extend", corpus=str(inputs["corpus"])
+    )
     context = stages.Context(config, tmp_path / "run", logged.append)
     known = context.source_tokenizer
     assert any("no rows for 2 tokens" in line and "<image>, <pad>" in line for line in logged)
     assert canonical.vocabulary_size(known) == 320 == context.kept
-    assert known.pad_token is None and known.extra_special_tokens == [fillers[0]] and known.chat_template
+    assert (
+        known.pad_token is None
+        and known.extra_special_tokens == [fillers[0]]
+        and known.chat_template
+    )
     whole = AutoTokenizer.from_pretrained(folder)
     assert len(whole) == 322
     assert known.get_vocab() == {token: i for token, i in whole.get_vocab().items() if i < 320}
     extended = mining.extended_tokenizer(known, ["abcd " * 50], 3, min_count=2)
-    assert extended.convert_ids_to_tokens(319) == fillers[-1] and canonical.vocabulary_size(extended) > 320
+    assert (
+        extended.convert_ids_to_tokens(319) == fillers[-1]
+        and canonical.vocabulary_size(extended) > 320
+    )

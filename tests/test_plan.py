@@ -55,7 +55,12 @@ SIZES = {
 }
 MODELS = {"llama": replace(LLAMA, **SIZES), "neox": replace(NEOX, **SIZES)}
 STAGE = StageConfig(
-    method="full", steps=4, batch_size=32, per_device_batch=4, sequence_length=256, lora=LoraConfig(rank=8)
+    method="full",
+    steps=4,
+    batch_size=32,
+    per_device_batch=4,
+    sequence_length=256,
+    lora=LoraConfig(rank=8),
 )
 COMPUTE = ComputeConfig(dtype="float32", remat="layer", loss_chunk=256)
 CASES = [
@@ -68,23 +73,34 @@ CASES = [
 
 
 def settings(model: str, method: str, sequences: int, remat: str):
-    return MODELS[model], replace(STAGE, method=method, batch_size=sequences), replace(COMPUTE, remat=remat)
+    return (
+        MODELS[model],
+        replace(STAGE, method=method, batch_size=sequences),
+        replace(COMPUTE, remat=remat),
+    )
 
 
-def compiled_memory(name: str, method: str, sizes: MeshSizes, sequences: int, remat: str) -> dict[str, int]:
+def compiled_memory(
+    name: str, method: str, sizes: MeshSizes, sequences: int, remat: str
+) -> dict[str, int]:
     """Bytes on each device of the arguments and of the temporaries of a real step, compiled and not run."""
     model, stage, compute = settings(name, method, sequences, remat)
-    mesh = sharding.make_mesh(MeshConfig(*sizes), devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
+    mesh = sharding.make_mesh(
+        MeshConfig(*sizes), devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
+    )
 
     def placed(tree):
         in_memory = {
-            p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype) for p, x in paths.flatten(tree).items()
+            p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype)
+            for p, x in paths.flatten(tree).items()
         }
         return lying(paths.unflatten(in_memory))
 
     def lying(tree):
         where = sharding.shardings(tree, mesh)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where
+        )
 
     trained, frozen = map(placed, memory.shapes(model, stage))
     optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trained))
@@ -95,15 +111,26 @@ def compiled_memory(name: str, method: str, sizes: MeshSizes, sequences: int, re
         jnp.int32,
         sharding=jax.NamedSharding(mesh, jax.P(None, sharding.BATCH)),
     )
-    step = make_train_step(make_loss(model, compute, loop.lora_spec(stage)), optimizer, jnp.float32, mesh)
-    found = step.lower(state, frozen, batch, jax.random.key(0), schedule_of(stage)).compile().memory_analysis()
+    step = make_train_step(
+        make_loss(model, compute, loop.lora_spec(stage)), optimizer, jnp.float32, mesh
+    )
+    found = (
+        step.lower(state, frozen, batch, jax.random.key(0), schedule_of(stage))
+        .compile()
+        .memory_analysis()
+    )
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, int]]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_NUM_CPU_DEVICES": "8"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_NUM_CPU_DEVICES": "8",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -140,15 +167,21 @@ def test_parameters_are_those_of_real_trees(name, method, tied):
     trained, frozen = memory.shapes(model, stage)
     leaves = paths.flatten(params)
     for tree, trains in ((trained, True), (frozen, False)):
-        real = {path: leaf.shape for path, leaf in leaves.items() if loop.trains(stage, path) == trains}
+        real = {
+            path: leaf.shape for path, leaf in leaves.items() if loop.trains(stage, path) == trains
+        }
         assert {path: leaf.shape for path, leaf in paths.flatten(tree).items()} == real
         assert memory.parameters(tree) == sum(leaves[path].size for path in real)
 
 
 def test_elements_of_a_device_are_those_of_placed_arrays():
     params = init_params(LLAMA, jax.random.key(0))
-    placed = jax.tree.leaves(sharding.place(params, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])))
-    assert memory.elements(memory.shapes(LLAMA, STAGE)[0], (1, 1, 1)) == sum(leaf.size for leaf in placed)
+    placed = jax.tree.leaves(
+        sharding.place(params, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1]))
+    )
+    assert memory.elements(memory.shapes(LLAMA, STAGE)[0], (1, 1, 1)) == sum(
+        leaf.size for leaf in placed
+    )
 
 
 # --- The whole plan -----------------------------------------------------------------------------------------------------
@@ -162,18 +195,24 @@ def model_of(name, rows):
 PYTHIA_1B = model_of("pythia-1b", 151_936)
 CONFIG = Config(
     alignment=AlignmentConfig(method="composed"),
-    stage1=StageConfig(method="embedding", batch_size=64, per_device_batch=4, start_offset=0, steps=100),
+    stage1=StageConfig(
+        method="embedding", batch_size=64, per_device_batch=4, start_offset=0, steps=100
+    ),
     stage2=StageConfig(method="full", batch_size=64, per_device_batch=4, steps=200),
     compute=ComputeConfig(remat="dots"),
 )
 
 
-def planned(config=CONFIG, devices=1, room="80GB", speed=Speed(), disk_free=1e15, text=5_000_000_000):  # noqa: B008
+def planned(
+    config=CONFIG, devices=1, room="80GB", speed=Speed(), disk_free=1e15, text=5_000_000_000
+):  # noqa: B008
     return make_plan(config, PYTHIA_1B, Machine.of(devices, room), speed, text, 2, disk_free)
 
 
 def setup_of(stage, compute, model=PYTHIA_1B, mesh=(1, 1, 1), room=math.inf, fused=True):
-    return memory.Setup("stage", stage, compute, model, mesh, Machine(1, room, fused_attention=fused))
+    return memory.Setup(
+        "stage", stage, compute, model, mesh, Machine(1, room, fused_attention=fused)
+    )
 
 
 ON_GPUS = [
@@ -206,8 +245,12 @@ ON_GPUS = [
 @pytest.mark.parametrize("model, rows, method, mesh, sequences, remat, found", ON_GPUS)
 def test_memory_is_what_gpus_took(model, rows, method, mesh, sequences, remat, found):
     held = sequences // (mesh[0] * mesh[1])
-    stage = StageConfig(method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048)
-    kinds = memory.stage_memory(setup_of(stage, ComputeConfig(remat=remat), model_of(model, rows), mesh))
+    stage = StageConfig(
+        method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048
+    )
+    kinds = memory.stage_memory(
+        setup_of(stage, ComputeConfig(remat=remat), model_of(model, rows), mesh)
+    )
     assert 0.98 < sum(kinds.values()) / 2**30 / found < 1.25
 
 
@@ -221,7 +264,9 @@ def test_a_plan_of_a_model_that_fits():
     assert found.mesh == (8, 1, 1) and one.accumulation == 2 and not found.warnings
     assert one.memory["Adam's two moments (float32)"] == 8 * (-(-151_936 // 256) * 256) * 2 * 2048
     assert found.disk["init"] == 4 * two.trained and found.disk["export"] == 2 * two.trained
-    assert found.disk["stage2"] == 3 * 12 * two.trained, "two checkpoints are kept, and a third is on its way"
+    assert found.disk["stage2"] == 3 * 12 * two.trained, (
+        "two checkpoints are kept, and a third is on its way"
+    )
     for words in (
         "stage1 (embedding): 622M parameters train",
         "806M are frozen",
@@ -234,15 +279,22 @@ def test_a_plan_of_a_model_that_fits():
 
 def test_what_will_not_fit_is_told_with_what_would():
     (warning,) = [w for w in planned(room="24GB").warnings if w.startswith("stage2")]
-    assert "stage2.method=lora together" in warning, "the state alone is too large, and adapters alone do not do"
+    assert "stage2.method=lora together" in warning, (
+        "the state alone is too large, and adapters alone do not do"
+    )
     settings = dict(
-        part.split("=") for part in warning.partition("it would with ")[2].split(" together")[0].split(", ")
+        part.split("=")
+        for part in warning.partition("it would with ")[2].split(" together")[0].split(", ")
     )
     lean = replace(
         CONFIG,
-        stage2=replace(CONFIG.stage2, method="lora", per_device_batch=int(settings["stage2.per_device_batch"])),
+        stage2=replace(
+            CONFIG.stage2, method="lora", per_device_batch=int(settings["stage2.per_device_batch"])
+        ),
         compute=replace(
-            CONFIG.compute, remat=settings["compute.remat"], loss_chunk=int(settings["compute.loss_chunk"])
+            CONFIG.compute,
+            remat=settings["compute.remat"],
+            loss_chunk=int(settings["compute.loss_chunk"]),
         ),
     )
     assert not [w for w in planned(lean, room="24GB").warnings if w.startswith("stage2")]
@@ -263,8 +315,15 @@ def test_auto_keeps_the_most_that_fits():
     auto = replace(CONFIG, compute=ComputeConfig())
     kept = lambda found: [kind for stage in found.stages for kind in stage.memory if "kept" in kind]  # noqa: E731
     assert kept(planned(auto)) == ["activations kept (remat=dots)"] * 2
-    crowded = replace(auto, stage1=replace(CONFIG.stage1, per_device_batch=16), stage2=replace(CONFIG.stage2, steps=0))
-    needs = [planned(replace(crowded, compute=ComputeConfig(remat=p))).stages[0].total for p in remat.POLICIES]
+    crowded = replace(
+        auto,
+        stage1=replace(CONFIG.stage1, per_device_batch=16),
+        stage2=replace(CONFIG.stage2, steps=0),
+    )
+    needs = [
+        planned(replace(crowded, compute=ComputeConfig(remat=p))).stages[0].total
+        for p in remat.POLICIES
+    ]
     assert needs[0] > needs[1] > needs[2]
     for policy, enough in zip(remat.POLICIES, needs):
         assert kept(planned(crowded, room=f"{enough / machine.USABLE + 1:.0f}")) == [
@@ -278,7 +337,11 @@ def chosen(room, method="full", sequences=64, length=2048, remat="auto", fused=T
     """Sequences at once and policy, and whether so much fits by the estimate."""
     stage = StageConfig(method=method, batch_size=sequences, sequence_length=length)
     setup = resolve.resolve(setup_of(stage, ComputeConfig(remat=remat), room=room, fused=fused))
-    return setup.stage.per_device_batch, setup.compute.remat, needed(setup.stage, setup.compute) <= room
+    return (
+        setup.stage.per_device_batch,
+        setup.compute.remat,
+        needed(setup.stage, setup.compute) <= room,
+    )
 
 
 def needed(stage, compute):
@@ -291,11 +354,15 @@ def test_auto_holds_as_many_sequences_as_fit_and_are_faster_together(method):
     assert chosen(130e9, method, sequences=48)[0] == 24, "rounds of as many make a step"
     assert chosen(130e9, method, sequences=2, length=131_072)[0] == 1, "one sequence is the least"
     assert chosen(math.inf, method, fused=False)[0] == 2, "4,096 tokens on a CPU"
-    assert chosen(10e9, method) == (1, "layer", False), "the least there is, of which the plan then warns"
+    assert chosen(10e9, method) == (1, "layer", False), (
+        "the least there is, of which the plan then warns"
+    )
     for room in (45e9, 60e9, 74e9):
         n, policy, fits = chosen(room, method)
         more = StageConfig(method=method, batch_size=64, per_device_batch=2 * n)
-        assert (fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * room) or n == 32
+        assert (
+            fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * room
+        ) or n == 32
 
 
 def test_sequences_are_fewer_before_more_is_computed_again_while_they_fill_the_device():
@@ -312,7 +379,9 @@ def test_models_without_a_kernel_for_attention_hold_its_logits():
             hopper = type("Device", (), {"platform": "gpu", "compute_capability": capability})
             patch.setattr(jax, "devices", lambda device=hopper: [device])
             assert here.fuses(PYTHIA_1B, ComputeConfig()) == fuses
-            assert not here.fuses(capped, ComputeConfig()) and not here.fuses(PYTHIA_1B, ComputeConfig(dtype="float32"))
+            assert not here.fuses(capped, ComputeConfig()) and not here.fuses(
+                PYTHIA_1B, ComputeConfig(dtype="float32")
+            )
     there = Machine(1, 100e9)
     assert there.fuses(PYTHIA_1B, ComputeConfig()) and not there.fuses(capped, ComputeConfig())
     many = replace(PYTHIA_1B, num_heads=64, num_kv_heads=64, head_dim=32)
@@ -341,13 +410,20 @@ def test_the_disk_and_the_batch_are_looked_at():
 
 def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
     tokens = 100 * 64 * 2048
-    assert planned(speed=Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(tokens / 1e5)
+    assert planned(speed=Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(
+        tokens / 1e5
+    )
     rows = [{"method": "embedding", "tokens_per_second": 4e4, "devices": 2}]
     (tmp_path / "throughput.json").write_text(json.dumps(rows))
     measured = planned(devices=4, speed=Speed.of(0, str(tmp_path / "throughput.json"), 0.4, ""))
-    assert measured.stages[0].seconds == pytest.approx(tokens / (4 * 2e4)) and measured.stages[1].seconds is None
+    assert (
+        measured.stages[0].seconds == pytest.approx(tokens / (4 * 2e4))
+        and measured.stages[1].seconds is None
+    )
     assumed = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).stages[1]
-    assert assumed.seconds == pytest.approx(assumed.tokens * flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14)
+    assert assumed.seconds == pytest.approx(
+        assumed.tokens * flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14
+    )
     assert "assuming 50%" in assumed.speed and "not measured" in assumed.speed
     with pytest.raises(UserError, match="plan_throughput"):
         Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
@@ -399,7 +475,11 @@ def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
     flags = ["--plan_devices=4", "--plan_device_memory=16GB", "--plan_tokens_per_second=1e6"]
     assert main(["main", "--plan", "--workdir", str(tmp_path / "run"), *flags]) == 0
     printed = capsys.readouterr().out
-    assert "4 devices, mesh data=4" in printed and "stage2 (full)" in printed and "warning" not in printed
+    assert (
+        "4 devices, mesh data=4" in printed
+        and "stage2 (full)" in printed
+        and "warning" not in printed
+    )
     assert not list(tmp_path.iterdir())
     assert main(["main", "--plan", "--plan_devices=1", "--plan_device_memory=5MB"]) == 0
     assert "warning: stage1 will not fit" in capsys.readouterr().out

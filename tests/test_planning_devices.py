@@ -42,5 +42,11 @@ def test_a_model_that_the_mesh_hardly_splits_is_a_warning():
     assert advice.not_split(model, (1, 2, 1)) == advice.not_split(model, (3, 1, 1)) == []
     (warning,) = advice.not_split(model, (1, 3, 1))
     share = memory.share(model, (1, 3, 1))
-    assert 0.5 < share < 1 and f"each device holds {share:.0%} of them" in warning and "(64 and 128)" in warning
-    assert not advice.not_split(replace(model, intermediate_size=192, num_heads=3, num_kv_heads=3), (1, 3, 1))
+    assert (
+        0.5 < share < 1
+        and f"each device holds {share:.0%} of them" in warning
+        and "(64 and 128)" in warning
+    )
+    assert not advice.not_split(
+        replace(model, intermediate_size=192, num_heads=3, num_kv_heads=3), (1, 3, 1)
+    )

@@ -32,7 +32,11 @@ from tokalign_jax.planning.resolve import resolve
 LLAMA_8B = model_of("llama-8b", 151_669)
 SOURCE = Source(128_256, 2)
 LORA = StageConfig(method="lora", batch_size=64, per_device_batch=4)
-CONFIG = Config(alignment=AlignmentConfig(method="composed"), stage1=replace(LORA, method="embedding"), stage2=LORA)
+CONFIG = Config(
+    alignment=AlignmentConfig(method="composed"),
+    stage1=replace(LORA, method="embedding"),
+    stage2=LORA,
+)
 
 
 def run_of(config=CONFIG, mesh=(1, 1, 1), room="80GB", host="512GB"):
@@ -77,7 +81,9 @@ def placed(tree, mesh):
 
     def place(path, leaf):
         shape = sharding.padded_shape(path, leaf.shape, mesh)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh))
+        return jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh)
+        )
 
     return paths.unflatten({path: place(path, leaf) for path, leaf in paths.flatten(tree).items()})
 
@@ -97,9 +103,16 @@ def small(request):
 
 def test_evaluation_takes_what_its_program_takes(small):
     run, mesh = small
-    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH)))
-    params, options = placed(abstract_params(run.model), mesh), dict(config=run.model, compute=run.config.compute)
-    lowered = token_costs._batch_costs.lower(params, tokens, tokens, **options, mesh=mesh, likeliest=False)
+    tokens = jax.ShapeDtypeStruct(
+        (8, 256), jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH))
+    )
+    params, options = (
+        placed(abstract_params(run.model), mesh),
+        dict(config=run.model, compute=run.config.compute),
+    )
+    lowered = token_costs._batch_costs.lower(
+        params, tokens, tokens, **options, mesh=mesh, likeliest=False
+    )
     found = lowered.compile().memory_analysis()
     model, work = inference.needs(run)["evaluate"].device.values()
     assert 0 <= found.argument_size_in_bytes - model < 20_000
@@ -111,11 +124,21 @@ def test_reading_text_takes_what_its_program_takes(small):
     model, width, shape = run.source_model, run.model.hidden_size, (16, 256)
     sums = [jax.ShapeDtypeStruct((size, width), jnp.float32) for size in (3000, 3000, 4000, 4000)]
     moments = tuple(jax.ShapeDtypeStruct((width,) * n, jnp.float32) for n in (1, 2))
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH)))
+    tokens = jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH))
+    )
     labels = [jax.ShapeDtypeStruct(shape, jnp.int32)] * 4
     params = placed(abstract_params(model), mesh)
     lowered = contexts._add.lower(
-        sums, moments, params, tokens, labels, 5, config=model, dtype=jnp.dtype("float32"), mesh=mesh
+        sums,
+        moments,
+        params,
+        tokens,
+        labels,
+        5,
+        config=model,
+        dtype=jnp.dtype("float32"),
+        mesh=mesh,
     )
     found = lowered.compile().memory_analysis().temp_size_in_bytes
     places = 16 * 256
@@ -153,7 +176,9 @@ def test_the_plan_has_all_stages_with_device_and_host_memory():
     table = plan_of().table()
     before_training, _, after = table.partition("stage1 (embedding)")
     assert (
-        "init" in before_training and "host memory" in before_training and "source model as stored" in before_training
+        "init" in before_training
+        and "host memory" in before_training
+        and "source model as stored" in before_training
     )
     assert "\nevaluate\n" in after and "model (bfloat16)" in after and "\nexport\n" in after
     needs = plan_of().untrained
@@ -218,7 +243,10 @@ V2 = "sys/fs/cgroup/job/step"
 V1 = "sys/fs/cgroup/memory/docker/abc"
 HOSTS = {
     "nothing known": ({}, float("inf")),
-    "no limit": (MEMINFO | {"proc/self/cgroup": "0::/job/step\n", f"{V2}/memory.max": "max\n"}, 32 * 1024),
+    "no limit": (
+        MEMINFO | {"proc/self/cgroup": "0::/job/step\n", f"{V2}/memory.max": "max\n"},
+        32 * 1024,
+    ),
     "limit of the job": (
         MEMINFO
         | {
@@ -272,7 +300,10 @@ def test_distillation_is_planned_and_rows_alone_need_less():
     body = 8_030_261_248 - 2 * 128_256 * 4096
     assert needed["body"] == 20 * body and less["body"] == 2 * body
     none = replace(DISTILLED, initialization=InitializationConfig(distillation_tokens=0))
-    assert "init" in inference.needs(run_of(none)) and "teacher" not in inference.needs(run_of(none))["init"].device
+    assert (
+        "init" in inference.needs(run_of(none))
+        and "teacher" not in inference.needs(run_of(none))["init"].device
+    )
 
 
 def test_a_device_that_is_too_small_to_distill_is_warned_of():

@@ -31,12 +31,18 @@ def step(model, method, dtype, objective=NEXT_TOKEN):
     stage, compute = replace(STAGE, method=method), ComputeConfig(dtype=dtype, loss_chunk=7)
     mesh, lora = sharding.make_mesh(), loop.lora_spec(stage)
     params = toy_params(model)
-    trained, frozen = loop.split(stage, add_lora(params, lora, jax.random.key(0)) if lora else params)
+    trained, frozen = loop.split(
+        stage, add_lora(params, lora, jax.random.key(0)) if lora else params
+    )
     optimizer = make_optimizer(stage, paths.label_tree(rules_for(method), trained))
     frozen = frozen if objective.beside is None else (frozen, objective.beside)
-    program = make_train_step(objective.make_loss(model, compute, lora), optimizer, jnp.dtype(dtype), mesh)
+    program = make_train_step(
+        objective.make_loss(model, compute, lora), optimizer, jnp.dtype(dtype), mesh
+    )
     batch = jnp.zeros((2, 2, LENGTH + 1), jnp.int32)
-    return program.lower(init_state(trained, optimizer), frozen, batch, jax.random.key(0), schedule_of(stage))
+    return program.lower(
+        init_state(trained, optimizer), frozen, batch, jax.random.key(0), schedule_of(stage)
+    )
 
 
 def taught():
@@ -48,7 +54,9 @@ def scores(dtype):
     how = Head(VOCABULARY, 5, jnp.dtype(dtype))
 
     def losses(params):
-        return token_nll(forward(LLAMA, params, TOKENS, dtype=dtype), head_matrix(params), TOKENS, how)
+        return token_nll(
+            forward(LLAMA, params, TOKENS, dtype=dtype), head_matrix(params), TOKENS, how
+        )
 
     return jax.jit(losses).lower(toy_params())
 
@@ -72,7 +80,9 @@ PROGRAMS = {
     "with biases": functools.partial(step, NEOX, "embedding"),
     "distillation": lambda dtype: step(LLAMA, "full", dtype, taught()),
     "scores": scores,
-    "generate": lambda dtype: jax.jit(lambda p: generate(LLAMA, p, TOKENS[:1, :5], 3, dtype)).lower(toy_params()),
+    "generate": lambda dtype: jax.jit(lambda p: generate(LLAMA, p, TOKENS[:1, :5], 3, dtype)).lower(
+        toy_params()
+    ),
     "agreement": agreement,
     "frequencies": frequencies,
 }
@@ -94,14 +104,18 @@ def test_dropout_is_scaled_in_float32():
     x = jax.random.normal(jax.random.key(0), (2, 8, 64), jnp.bfloat16)
     dropped = _dropout(x, 0.1, jax.random.split(jax.random.key(1), 2))
     kept = np.asarray(dropped != 0)
-    np.testing.assert_array_equal(dropped[kept], (x.astype(jnp.float32) * (1 / 0.9)).astype(jnp.bfloat16)[kept])
+    np.testing.assert_array_equal(
+        dropped[kept], (x.astype(jnp.float32) * (1 / 0.9)).astype(jnp.bfloat16)[kept]
+    )
 
 
 def equations(jaxpr):
     """Those of a program and of all programs within it."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)

@@ -73,7 +73,10 @@ def tpus(kind, size, host, slices=1, cores=1):
 def gpus(*counts):
     """Hosts with so many GPUs, a process each."""
     processes = [process for process, count in enumerate(counts) for _ in range(count)]
-    return [Device(i, "gpu", "NVIDIA H100 80GB HBM3", process, process) for i, process in enumerate(processes)]
+    return [
+        Device(i, "gpu", "NVIDIA H100 80GB HBM3", process, process)
+        for i, process in enumerate(processes)
+    ]
 
 
 MACHINES = {
@@ -90,7 +93,9 @@ MACHINES = {
     "seven of eight TPUs": tpus("TPU v6 lite", (2, 4, 1), (2, 4, 1))[:7],
     "two hosts of GPUs": gpus(8, 8),
     "three hosts of GPUs": gpus(6, 6, 6),
-    "cyclic processes": [dataclasses.replace(gpu, slice_index=gpu.process_index % 2) for gpu in gpus(2, 2, 2, 2)],
+    "cyclic processes": [
+        dataclasses.replace(gpu, slice_index=gpu.process_index % 2) for gpu in gpus(2, 2, 2, 2)
+    ],
 }
 
 
@@ -115,14 +120,21 @@ def test_every_mesh_can_be_made_and_keeps_tensor_groups_on_a_host(name):
 
 def test_the_automatic_mesh_of_a_slice_has_the_parts_that_memory_asks_for():
     for name, devices in MACHINES.items():
-        sizes = [sharding.axis_sizes(MeshConfig(), len(devices), state, 100) for state in (10, 150, 10**6)]
+        sizes = [
+            sharding.axis_sizes(MeshConfig(), len(devices), state, 100)
+            for state in (10, 150, 10**6)
+        ]
         assert all(sharding.arranged(devices, shape).shape == shape for shape in sizes), name
 
 
 def test_a_mesh_on_several_hosts_that_cannot_be_is_refused_with_the_remedy():
-    with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the 4 devices of a process.*mesh.fsdp"):
+    with pytest.raises(
+        UserError, match=r"mesh.tensor=8 does not divide the 4 devices of a process.*mesh.fsdp"
+    ):
         sharding.arranged(MACHINES["v6e-16"], (2, 1, 8))
-    with pytest.raises(UserError, match=r"unequal numbers of devices \(4, 8\).*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(
+        UserError, match=r"unequal numbers of devices \(4, 8\).*CUDA_VISIBLE_DEVICES"
+    ):
         sharding.arranged(gpus(4, 8), (12, 1, 1))
 
 

@@ -34,7 +34,12 @@ def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys
 
     def command(*more: str) -> list[str]:
         one = arguments(
-            inputs, "llama", tmp_path / "sweep", "optimal", "--config.evaluation.random_baseline=False", *more
+            inputs,
+            "llama",
+            tmp_path / "sweep",
+            "optimal",
+            "--config.evaluation.random_baseline=False",
+            *more,
         )
         return ["sweep", f"--config={file}", *one[2:]]
 
@@ -44,8 +49,15 @@ def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys
         says: printed.count(f": {says}")
         for says in ("corpus: read", "init: re-arrange", "stage1: train", "stage2: train")
     }
-    assert begun == {"corpus: read": 1, "init: re-arrange": 1, "stage1: train": 2, "stage2: train": 2}
-    assert not list((tmp_path / "sweep" / "work" / "outdated").glob("stage*"))  # no run needs them any more
+    assert begun == {
+        "corpus: read": 1,
+        "init: re-arrange": 1,
+        "stage1: train": 2,
+        "stage2: train": 2,
+    }
+    assert not list(
+        (tmp_path / "sweep" / "work" / "outdated").glob("stage*")
+    )  # no run needs them any more
 
     assert sweep.main(command()) == 0
     printed = capsys.readouterr().out
@@ -54,12 +66,18 @@ def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys
         name: json.loads((tmp_path / "sweep" / "runs" / name / "report.json").read_text())
         for name in ("slow", "fast", "fast-lora")
     }
-    assert [of["config"]["stage1"]["learning_rate"] for of in reports.values()] == [1e-4, 0.01, 0.01]
+    assert [of["config"]["stage1"]["learning_rate"] for of in reports.values()] == [
+        1e-4,
+        0.01,
+        0.01,
+    ]
     assert [of["config"]["stage2"]["method"] for of in reports.values()] == ["full", "full", "lora"]
     assert all(name in printed for name in reports)
     assert (tmp_path / "sweep" / "comparison" / "compare.json").is_file()
 
-    alone = arguments(inputs, "llama", tmp_path / "alone", "optimal", "--config.evaluation.random_baseline=False")
+    alone = arguments(
+        inputs, "llama", tmp_path / "alone", "optimal", "--config.evaluation.random_baseline=False"
+    )
     alone[1] = f"--config={file}"
     assert main.main(alone) == 0
     report = json.loads((tmp_path / "alone" / "report" / "report.json").read_text())
@@ -71,8 +89,15 @@ def test_runs_are_the_common_config_with_their_fields():
     common.stage2.steps = 7
     runs = {"a": {"stage1.learning_rate": 1, "seed": 3}, "b": {"corpus": ("x", "y")}}
     found = sweep.configs_of(common, runs)
-    assert (found["a"].stage1.learning_rate, found["a"].seed, found["a"].stage2.steps) == (1.0, 3, 7)
-    assert found["b"].corpus == ("x", "y") and found["b"].stage1 == sweep.configs_of(common, {"c": {}})["c"].stage1
+    assert (found["a"].stage1.learning_rate, found["a"].seed, found["a"].stage2.steps) == (
+        1.0,
+        3,
+        7,
+    )
+    assert (
+        found["b"].corpus == ("x", "y")
+        and found["b"].stage1 == sweep.configs_of(common, {"c": {}})["c"].stage1
+    )
     assert [*sweep.configs_of(common, runs, ["b*"])] == ["b"]
     assert config_to_dict(found["b"])["stage2"]["steps"] == 7
 

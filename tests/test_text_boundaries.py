@@ -34,7 +34,9 @@ def bounded(kind: str, text: str):
 def test_ends_increase_and_lie_within_the_text(kind):
     for text in CASES:
         ids, ends = bounded(kind, text)
-        assert ids.tolist() == read(kind)[1].encode(text, add_special_tokens=False).ids and len(ids) == len(ends)
+        assert ids.tolist() == read(kind)[1].encode(text, add_special_tokens=False).ids and len(
+            ids
+        ) == len(ends)
         usable = ends[ends != NONE]
         assert (np.diff(usable) > 0).all() and (usable > 0).all() and (usable <= len(text)).all()
         if (
@@ -43,13 +45,17 @@ def test_ends_increase_and_lie_within_the_text(kind):
             assert text[ends[-1] :].strip() == ""
 
 
-@pytest.mark.parametrize("kind", [k for k in (*EXACT, *PREFIXED, *REAL) if k not in ("qwen", "tokenizers/qwen3")])
+@pytest.mark.parametrize(
+    "kind", [k for k in (*EXACT, *PREFIXED, *REAL) if k not in ("qwen", "tokenizers/qwen3")]
+)
 def test_what_was_read_up_to_a_boundary_is_the_text_up_to_it(kind):
     """For kinds that keep every byte (behind a prefixed space), and where no normaliser changes the text."""
     content, backend = read(kind)
     for text in CASES:
         normalizer = backend.normalizer
-        if normalizer and normalizer.normalize_str(text).lstrip("▁ ") != text.replace(" ", "▁").lstrip("▁"):
+        if normalizer and normalizer.normalize_str(text).lstrip("▁ ") != text.replace(
+            " ", "▁"
+        ).lstrip("▁"):
             continue
         ids, ends = bounded(kind, text)
         for count, end in enumerate(ends.tolist(), start=1):
@@ -92,7 +98,11 @@ def test_offsets_are_not_trimmed():
     trimming = tokenizer_of_kind("gpt2", ["a b"], 300)
     trimming.add_tokens([AddedToken("one ", normalized=False)])
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert token_boundaries(canonical.plain_backend(trimming), ["one one x"])[0].ends.tolist() == [4, 8, 9]
+    assert token_boundaries(canonical.plain_backend(trimming), ["one one x"])[0].ends.tolist() == [
+        4,
+        8,
+        9,
+    ]
 
 
 @pytest.mark.parametrize("one", ["gpt2", "llama2"])

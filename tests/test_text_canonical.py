@@ -3,7 +3,15 @@
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.helpers import SHARED, tiny_tokenizer, tokenizer_of_kind
@@ -25,7 +33,9 @@ def metaspace_without_prefix() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["The fox, the dog and the mice of été"] * 3, trainer)
@@ -57,7 +67,10 @@ def test_tokens_of_a_text_join_up_to_its_bytes(kind):
     for text in TEXTS:
         if tokenizer.backend_tokenizer.normalizer and kind != "gemma":
             text = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-        assert b"".join(content[i] for i in backend.encode(text, add_special_tokens=False).ids) == text.encode()
+        assert (
+            b"".join(content[i] for i in backend.encode(text, add_special_tokens=False).ids)
+            == text.encode()
+        )
 
 
 def test_a_prefixed_space_is_the_only_difference_of_llama_2s_kind():
@@ -111,15 +124,26 @@ def test_the_index_prefers_the_token_that_is_no_byte():
 
 
 def test_fingerprints_tell_vocabularies_apart():
-    first, same, other = tiny_tokenizer(300, TEXTS), tiny_tokenizer(300, TEXTS), tiny_tokenizer(301, TEXTS)
-    assert canonical.fingerprint(first) == canonical.fingerprint(same) != canonical.fingerprint(other)
+    first, same, other = (
+        tiny_tokenizer(300, TEXTS),
+        tiny_tokenizer(300, TEXTS),
+        tiny_tokenizer(301, TEXTS),
+    )
+    assert (
+        canonical.fingerprint(first) == canonical.fingerprint(same) != canonical.fingerprint(other)
+    )
 
 
 def test_plain_backend_takes_special_tokens_for_text_and_leaves_the_tokenizer_alone():
     tokenizer = tokenizers("byte_level")
-    plain = canonical.plain_backend(tokenizer).encode("a<|endoftext|>", add_special_tokens=False).ids
+    plain = (
+        canonical.plain_backend(tokenizer).encode("a<|endoftext|>", add_special_tokens=False).ids
+    )
     assert tokenizer.eos_token_id not in plain
-    assert tokenizer("a<|endoftext|>", add_special_tokens=False)["input_ids"][-1] == tokenizer.eos_token_id
+    assert (
+        tokenizer("a<|endoftext|>", add_special_tokens=False)["input_ids"][-1]
+        == tokenizer.eos_token_id
+    )
 
 
 CONTENTS = [
@@ -140,7 +164,9 @@ def test_pieces_join_up_to_what_was_cut(kind):
         if ids or not given:
             assert b"".join(content[i] for i in ids) == given
         else:
-            assert not {bytes([b]) for b in given} <= single  # only what the vocabulary cannot spell stays uncut
+            assert (
+                not {bytes([b]) for b in given} <= single
+            )  # only what the vocabulary cannot spell stays uncut
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
@@ -157,7 +183,10 @@ def test_a_whole_vocabulary_is_cut_into_its_own_tokens(kind):
 def test_pieces_follow_the_tokenizers_own_merges():
     tokenizer = tokenizers("byte_level")
     for text in ("The quick", " lazy dog", "def f(x)"):
-        assert canonical.PieceCutter(tokenizer)(text.encode()) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (
+            canonical.PieceCutter(tokenizer)(text.encode())
+            == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_greedy_takes_the_longest_and_admits_defeat():
@@ -172,13 +201,21 @@ def test_greedy_takes_the_longest_and_admits_defeat():
 def test_a_vocabulary_is_listed_anew_when_tokens_or_roles_are_added():
     tokenizer = tokenizers("byte_level")
     size, before = canonical.vocabulary_size(tokenizer), canonical.fingerprint(tokenizer)
-    canonical.token_bytes(tokenizer)[0] = b"changed"  # what a caller does with its list is its own matter
+    canonical.token_bytes(tokenizer)[0] = (
+        b"changed"  # what a caller does with its list is its own matter
+    )
     assert canonical.token_bytes(tokenizer)[0] != b"changed" and canonical.spelled(tokenizer)[0]
     tokenizer.add_tokens(["<new>"])
     assert canonical.vocabulary_size(tokenizer) == size + 1
-    assert canonical.token_bytes(tokenizer)[size] == b"<new>" and canonical.spelled(tokenizer)[size] == "<new>"
+    assert (
+        canonical.token_bytes(tokenizer)[size] == b"<new>"
+        and canonical.spelled(tokenizer)[size] == "<new>"
+    )
     tokenizer.pad_token = "<new>"
-    assert canonical.token_bytes(tokenizer)[size] is None and canonical.fingerprint(tokenizer) != before
+    assert (
+        canonical.token_bytes(tokenizer)[size] is None
+        and canonical.fingerprint(tokenizer) != before
+    )
 
 
 def test_a_listing_that_failed_is_not_kept(monkeypatch):
@@ -204,7 +241,9 @@ def test_a_role_takes_no_token_away_from_text():
     assert "capitals" not in canonical.losses(tokenizer)
 
 
-@pytest.mark.parametrize("role", ["pad_token", "unk_token", "bos_token", "eos_token", "sep_token", "mask_token"])
+@pytest.mark.parametrize(
+    "role", ["pad_token", "unk_token", "bos_token", "eos_token", "sep_token", "mask_token"]
+)
 @pytest.mark.parametrize("kind", ["gpt2", "qwen", "gemma", "bert", "t5", "unigram_with_bytes"])
 def test_no_role_takes_a_token_away_from_text(kind, role):
     tokenizer = tokenizer_of_kind(kind, [*TEXTS, "Stop! Go! Now!"])
@@ -219,24 +258,38 @@ def test_no_role_takes_a_token_away_from_text(kind, role):
 
 @pytest.mark.parametrize("name", ["</s>", "<s>", "<pad>"])
 def test_a_unigram_model_does_not_read_a_special_tokens_name_as_the_token(name):
-    pieces = [("<pad>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -3.0) for c in "</>▁spadxy")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((c, -3.0) for c in "</>▁spadxy"),
+    ]
     backend = Tokenizer(models.Unigram(pieces, unk_id=3))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
     plain, content = canonical.plain_backend(tokenizer), canonical.token_bytes(tokenizer)
     text = f"x{name}y {name}"
     ids = plain.encode(text, add_special_tokens=False).ids
     assert not set(ids) & canonical.special_ids(tokenizer)
     assert b"".join(content[i] for i in ids) == f" {text}".encode()
-    assert plain.encode("x?", add_special_tokens=False).ids[-1] == 3  # the unknown one goes on being it
+    assert (
+        plain.encode("x?", add_special_tokens=False).ids[-1] == 3
+    )  # the unknown one goes on being it
     assert backend.encode(text).ids != ids and canonical.vocabulary_size(tokenizer) == len(pieces)
 
 
 def test_dropout_is_off():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<e>": 3}, [("a", "b")], dropout=0.9))
-    plain = canonical.plain_backend(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"))
+    plain = canonical.plain_backend(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    )
     assert {tuple(plain.encode("abab").ids) for _ in range(20)} == {(2, 2)}
 
 
@@ -254,7 +307,10 @@ def test_characters_as_words_keep_their_spaces():
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
     content = canonical.token_bytes(tokenizer)
-    assert b"".join(content[i] for i in canonical.plain_backend(tokenizer).encode("a fox!").ids) == b"a fox!"
+    assert (
+        b"".join(content[i] for i in canonical.plain_backend(tokenizer).encode("a fox!").ids)
+        == b"a fox!"
+    )
 
 
 def test_pieces_of_words_with_a_mark_before_them():

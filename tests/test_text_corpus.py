@@ -40,13 +40,28 @@ def json_lines(texts, **fields) -> str:
 
 
 def write(path: Path, content: str) -> Path:
-    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+    compress = {
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".bz2": bz2.compress,
+        ".zst": zstandard.compress,
+    }
     path.write_bytes(compress.get(path.suffix, bytes)(content.encode()))
     return path
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.json.bz2", "array.json", "a.parquet"]
+    "name",
+    [
+        "a.jsonl",
+        "a.json",
+        "a.jsonl.gz",
+        "a.jsonl.xz",
+        "a.jsonl.zst",
+        "a.json.bz2",
+        "array.json",
+        "a.parquet",
+    ],
 )
 def test_every_format_gives_the_same_documents(tmp_path, name):
     path = tmp_path / name
@@ -75,7 +90,12 @@ def test_plain_text_is_parted_by_blank_lines(tmp_path, monkeypatch):
     assert sorted(d.text for d in train + held) == ["four\u2028still four", "one\ntwo\n", "three\n"]
     monkeypatch.setattr(reading, "PASSAGE_BYTES", 4)
     _, train, held = run(config_for(path), tmp_path / "out")
-    assert sorted(d.text for d in train + held) == ["four\u2028still four", "one\n", "three\n", "two\n"]
+    assert sorted(d.text for d in train + held) == [
+        "four\u2028still four",
+        "one\n",
+        "three\n",
+        "two\n",
+    ]
 
 
 def test_files_by_glob_comma_folder_and_tuple(tmp_path):
@@ -84,7 +104,12 @@ def test_files_by_glob_comma_folder_and_tuple(tmp_path):
         write(tmp_path / "in" / f"part[{i}].jsonl", json_lines(TEXTS[10 * i : 10 * i + 10]))
     (tmp_path / "in" / "README.md").write_text("not read")
     names = [str(tmp_path / "in" / f"part[{i}].jsonl") for i in range(4)]
-    for given in (str(tmp_path / "in" / "part*.jsonl"), ",".join(names), str(tmp_path / "in"), tuple(names)):
+    for given in (
+        str(tmp_path / "in" / "part*.jsonl"),
+        ",".join(names),
+        str(tmp_path / "in"),
+        tuple(names),
+    ):
         config = dataclasses.replace(config_for(""), corpus=given)
         _, train, held = run(config, tmp_path / "out")
         assert sorted(d.text for d in train + held) == sorted(TEXTS)
@@ -98,26 +123,38 @@ def test_a_folder_of_the_library_datasets(tmp_path):
     config = config_for(tmp_path / "saved", language_field="lang")
     corpus.check(config)
     _, train, held = run(config, tmp_path / "out")
-    assert sorted(d.text for d in train + held) == sorted(TEXTS) and {d.language for d in train} == {"de"}
+    assert sorted(d.text for d in train + held) == sorted(TEXTS) and {
+        d.language for d in train
+    } == {"de"}
     with pytest.raises(UserError, match=r"no field 'body'; it has \['id', 'lang', 'text'\]"):
         corpus.check(config_for(tmp_path / "saved", text_field="body"))
 
 
 def test_of_a_folder_of_several_splits_one_is_read(tmp_path):
     splits = {"train": TEXTS[:30], "test": TEXTS[30:]}
-    made = {name: datasets.Dataset.from_list([{"text": text} for text in texts]) for name, texts in splits.items()}
+    made = {
+        name: datasets.Dataset.from_list([{"text": text} for text in texts])
+        for name, texts in splits.items()
+    }
     datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
     for name, texts in splits.items():
         _, train, held = run(config_for(tmp_path / "saved", hub_split=name), tmp_path / name)
         assert sorted(d.text for d in train + held) == sorted(texts)
-    with pytest.raises(UserError, match=r"no split 'dev': name one of train, test with --config.text.hub_split"):
+    with pytest.raises(
+        UserError, match=r"no split 'dev': name one of train, test with --config.text.hub_split"
+    ):
         corpus.check(config_for(tmp_path / "saved", hub_split="dev"))
 
 
 def test_other_fields_may_change_their_type_from_line_to_line(tmp_path):
     odd = [1, "two", None, [3], {"four": 4}, {"four": "4"}, 5.5, True]
     lines = [json.dumps({"meta": odd[i % len(odd)], "text": text}) for i, text in enumerate(TEXTS)]
-    lines += [json.dumps({"text": None}), "", json.dumps({"text": "  \n"}), json.dumps({"text": "half \ud83d pair"})]
+    lines += [
+        json.dumps({"text": None}),
+        "",
+        json.dumps({"text": "  \n"}),
+        json.dumps({"text": "half \ud83d pair"}),
+    ]
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     summary, train, held = run(config_for(path), tmp_path / "out")
     assert sorted(d.text for d in train + held) == sorted([*TEXTS, "half ? pair"])
@@ -126,7 +163,9 @@ def test_other_fields_may_change_their_type_from_line_to_line(tmp_path):
 
 def test_duplicates_are_dropped_and_counted_by_language(tmp_path):
     first, again = json_lines(TEXTS, lang="de"), json_lines(TEXTS[:7], lang="fr")
-    path = write(tmp_path / "a.jsonl", first + again + json_lines(["nur hier", "und hier"], lang=None))
+    path = write(
+        tmp_path / "a.jsonl", first + again + json_lines(["nur hier", "und hier"], lang=None)
+    )
     summary, train, held = run(config_for(path, language_field="lang"), tmp_path / "out")
     texts = [d.text for d in train + held]
     assert len(texts) == len(set(texts)) == 42
@@ -136,7 +175,9 @@ def test_duplicates_are_dropped_and_counted_by_language(tmp_path):
 
 def test_held_out_documents_are_chosen_by_hash_alone(tmp_path):
     texts = [f"text number {i}" for i in range(500)]
-    expected = {t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:16], 16) / 2**64 < 0.1}
+    expected = {
+        t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:16], 16) / 2**64 < 0.1
+    }
     sides = []
     for order in (texts, texts[::-1]):
         path = write(tmp_path / "a.jsonl", json_lines(order))
@@ -149,19 +190,29 @@ def test_held_out_documents_are_chosen_by_hash_alone(tmp_path):
 
 def test_a_small_corpus_holds_out_the_smallest_hash_of_each_language(tmp_path):
     rows = [("de", t) for t in TEXTS[:10]] + [("fr", t) for t in TEXTS[10:20]] + [("it", TEXTS[20])]
-    path = write(tmp_path / "a.jsonl", "".join(json_lines([text], lang=language) for language, text in rows))
-    _, train, held = run(config_for(path, held_out_fraction=1e-9, language_field="lang"), tmp_path / "out")
+    path = write(
+        tmp_path / "a.jsonl", "".join(json_lines([text], lang=language) for language, text in rows)
+    )
+    _, train, held = run(
+        config_for(path, held_out_fraction=1e-9, language_field="lang"), tmp_path / "out"
+    )
     for language in ("de", "fr"):
         texts = [text for of, text in rows if of == language]
         smallest = min(texts, key=lambda t: hashlib.sha256(t.encode()).digest())
         assert [d.text for d in held if d.language == language] == [smallest]
-    assert [d.text for d in train if d.language == "it"] == [TEXTS[20]]  # its only document is worth more in training
+    assert [d.text for d in train if d.language == "it"] == [
+        TEXTS[20]
+    ]  # its only document is worth more in training
     assert len(train) + len(held) == 21
 
 
 def test_two_documents_of_two_languages_still_split(tmp_path):
-    path = write(tmp_path / "a.jsonl", json_lines(["eins"], lang="de") + json_lines(["un"], lang="fr"))
-    _, train, held = run(config_for(path, held_out_fraction=0.0, language_field="lang"), tmp_path / "out")
+    path = write(
+        tmp_path / "a.jsonl", json_lines(["eins"], lang="de") + json_lines(["un"], lang="fr")
+    )
+    _, train, held = run(
+        config_for(path, held_out_fraction=0.0, language_field="lang"), tmp_path / "out"
+    )
     assert (len(train), len(held)) == (1, 1)
 
 
@@ -183,17 +234,25 @@ def test_long_corpora_are_cut_into_files_and_row_groups(tmp_path, monkeypatch):
     files = sorted((tmp_path / "out").glob("train-*.parquet"))
     assert [f.name for f in files] == [f"train-{i:05d}.parquet" for i in range(len(files))]
     assert len(files) >= summary["train_bytes"] // 850
-    assert max(sum(d.bytes for d in batch) for batch in corpus.train_batches(tmp_path / "out")) < 300
+    assert (
+        max(sum(d.bytes for d in batch) for batch in corpus.train_batches(tmp_path / "out")) < 300
+    )
     assert [d.text for d in train if d.text != train[-1].text] == [d.text for d in train[:-1]]
     shorter = write(tmp_path / "b.jsonl", json_lines(TEXTS[:8]))
-    _, train, held = run(config_for(shorter), tmp_path / "out")  # nothing of an earlier run stays behind
+    _, train, held = run(
+        config_for(shorter), tmp_path / "out"
+    )  # nothing of an earlier run stays behind
     assert len(train) + len(held) == 8
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl", json.dumps({"content": "x", "id": 3}) + "\n", ["no field 'text'", "'content', 'id'", "text_field"]),
+        (
+            "a.jsonl",
+            json.dumps({"content": "x", "id": 3}) + "\n",
+            ["no field 'text'", "'content', 'id'", "text_field"],
+        ),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', ["line 2", "not JSON"]),
         ("a.jsonl", "just words\n", ["line 1", "one object a line"]),
         ("a.jsonl", '"a string"\n', ["expected an object", "'a string'"]),
@@ -264,7 +323,9 @@ def test_a_parquet_file_may_have_no_rows(tmp_path):
 
 
 def test_any_language_is_a_name(tmp_path):
-    lines = [{"text": text, "lang": lang} for text, lang in zip(TEXTS, ["\ud800x", 0, None, ""] * 10)]
+    lines = [
+        {"text": text, "lang": lang} for text, lang in zip(TEXTS, ["\ud800x", 0, None, ""] * 10)
+    ]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     _, train, held = run(config_for(path, language_field="lang"), tmp_path / "out")
     assert {document.language for document in train + held} == {"?x", "0", corpus.UNKNOWN}
@@ -276,7 +337,9 @@ def test_documents_are_read_by_their_positions(tmp_path, monkeypatch):
     _, train, _ = run(config_for(write(tmp_path / "a.jsonl", json_lines(TEXTS))), tmp_path / "out")
     assert len([*(tmp_path / "out").glob("train-*.parquet")]) > 2
     for positions in ([], [0], [3, 4, 17, len(train) - 1], range(len(train))):
-        assert [*corpus.at(tmp_path / "out", np.array(positions, np.int64))] == [train[i] for i in positions]
+        assert [*corpus.at(tmp_path / "out", np.array(positions, np.int64))] == [
+            train[i] for i in positions
+        ]
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
@@ -293,7 +356,9 @@ def by_language(config: Config, folder: Path) -> dict[str, int]:
 
 
 def letters(language: str, documents: int, size: int = 100) -> str:
-    return json_lines([f"{i:05d} {language}".ljust(size, "x") for i in range(documents)], lang=language)
+    return json_lines(
+        [f"{i:05d} {language}".ljust(size, "x") for i in range(documents)], lang=language
+    )
 
 
 @pytest.mark.parametrize("budget", [3_000, 20_000, 77_777])
@@ -301,11 +366,15 @@ def test_the_budget_is_drawn_from_all_files_by_their_size(tmp_path, budget):
     folder = inputs(tmp_path)
     for name, documents in {"a": 100, "b": 300, "c": 600}.items():
         write(folder / f"{name}.jsonl", letters(name, documents))
-    found = by_language(config_for(folder, language_field="lang", budget_bytes=budget), tmp_path / "out")
+    found = by_language(
+        config_for(folder, language_field="lang", budget_bytes=budget), tmp_path / "out"
+    )
     for name, share in {"a": 0.1, "b": 0.3, "c": 0.6}.items():
         assert found[name] == pytest.approx(share * budget, abs=250)
     assert budget - 100 < sum(found.values()) <= budget
-    again = by_language(config_for(folder, language_field="lang", budget_bytes=budget), tmp_path / "again")
+    again = by_language(
+        config_for(folder, language_field="lang", budget_bytes=budget), tmp_path / "again"
+    )
     assert again == found
 
 
@@ -318,7 +387,9 @@ def test_what_short_files_leave_of_the_budget_is_read_from_the_others(tmp_path, 
     config = config_for(folder, language_field="lang", budget_bytes=70_000)
     found = by_language(config, tmp_path / "out")
     assert sum(found.values()) > 69_800 and found["b"] + found["c"] > 69_800
-    everything = dataclasses.replace(config, text=dataclasses.replace(config.text, budget_bytes=10**9))
+    everything = dataclasses.replace(
+        config, text=dataclasses.replace(config.text, budget_bytes=10**9)
+    )
     summary, train, held = run(everything, tmp_path / "all")
     assert len(train) + len(held) == 801 and not summary["stopped_at_budget"]
     assert summary["not_read"]["files"] == summary["not_read"]["bytes"] == 0
@@ -331,7 +402,9 @@ def test_of_many_small_files_some_are_read_whole(tmp_path):
     config = config_for(folder, budget_bytes=5_000)
     _, train, held = run(config, tmp_path / "out")
     numbers = sorted(int(document.text[:5]) for document in train + held)
-    assert len(numbers) == 50 and np.diff(numbers).max() <= 3  # from the whole folder, not its beginning
+    assert (
+        len(numbers) == 50 and np.diff(numbers).max() <= 3
+    )  # from the whole folder, not its beginning
 
 
 def test_what_was_not_read_is_said(tmp_path):
@@ -344,7 +417,9 @@ def test_what_was_not_read_is_said(tmp_path):
     size = 2 * (folder / "a.jsonl").stat().st_size
     assert summary["not_read"]["files"] == 2 and summary["not_read"]["of_bytes"] == size
     assert 0.5 * size < summary["not_read"]["bytes"] < 0.95 * size
-    assert any("in 2 of 2 files, were not read" in line and "budget_bytes=40,000" in line for line in lines)
+    assert any(
+        "in 2 of 2 files, were not read" in line and "budget_bytes=40,000" in line for line in lines
+    )
 
 
 # --- what is wrong with records and files -----------------------------------------------------------------------------
@@ -371,7 +446,10 @@ def test_a_broken_line_is_skipped_and_reported(tmp_path, kind, place):
     corpus.check(config_for(path))
     summary = corpus.run(config_for(path), tmp_path / "out", lines.append)
     assert summary["train_documents"] + summary["held_out_documents"] == len(TEXTS)
-    assert summary["broken"]["records"] == 1 and f"{path}, line {place + 1} " in summary["broken"]["first"]
+    assert (
+        summary["broken"]["records"] == 1
+        and f"{path}, line {place + 1} " in summary["broken"]["first"]
+    )
     assert any(f"line {place + 1} " in line and "1 of 41 records" in line for line in lines)
     with pytest.raises(UserError, match=rf"a\.jsonl, line {place + 1} "):
         corpus.run(config_for(path, max_broken_share=0.0), tmp_path / "strict", print)
@@ -385,15 +463,22 @@ def test_more_broken_lines_than_allowed_are_refused_with_the_first(tmp_path):
     assert run(config_for(path), tmp_path / "out")[0]["broken"]["records"] == 10
     rows[200:203] = ["broken"] * 3
     path.write_text("\n".join(rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"11 of the first 201 records.*max_broken_share=0.001.*line 51 is not JSON"):
+    with pytest.raises(
+        UserError, match=r"11 of the first 201 records.*max_broken_share=0.001.*line 51 is not JSON"
+    ):
         run(config_for(path), tmp_path / "out")
-    assert run(config_for(path, max_broken_share=0.02), tmp_path / "out")[0]["broken"]["records"] == 13
+    assert (
+        run(config_for(path, max_broken_share=0.02), tmp_path / "out")[0]["broken"]["records"] == 13
+    )
 
 
 def test_a_file_whose_first_records_are_all_wrong_is_refused_at_once(tmp_path):
     write(tmp_path / "a.jsonl", json_lines(TEXTS))
     other = write(tmp_path / "b.jsonl", json_lines(TEXTS).replace('"text"', '"content"'))
-    with pytest.raises(UserError, match=r"first 5 records.*b\.jsonl, line 1 has no field 'text'; it has \['content'\]"):
+    with pytest.raises(
+        UserError,
+        match=r"first 5 records.*b\.jsonl, line 1 has no field 'text'; it has \['content'\]",
+    ):
         corpus.check(config_for(tmp_path))
     other.write_text('{"content": 1}\n{"content": 2}\n')
     with pytest.raises(UserError, match=r"b\.jsonl, line 1 has no field"):
@@ -406,7 +491,9 @@ def test_a_file_whose_first_records_are_all_wrong_is_refused_at_once(tmp_path):
 def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path, name, ending, left):
     random = np.random.default_rng(0)
     texts = ["".join(random.choice(list("abcdefgh \n"), 300)) for _ in range(200)]
-    content = json.dumps([{"text": text} for text in texts]) if "array" in name else json_lines(texts)
+    content = (
+        json.dumps([{"text": text} for text in texts]) if "array" in name else json_lines(texts)
+    )
     path = write(tmp_path / f"{name}{ending}", content)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(left * len(whole))])
@@ -417,7 +504,10 @@ def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path, name, ending, l
 
 @pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
 def test_a_compressed_file_may_have_several_parts(tmp_path, ending):
-    paths = [write(tmp_path / f"{i}.jsonl{ending}", json_lines(TEXTS[10 * i : 10 * i + 10])) for i in range(4)]
+    paths = [
+        write(tmp_path / f"{i}.jsonl{ending}", json_lines(TEXTS[10 * i : 10 * i + 10]))
+        for i in range(4)
+    ]
     (tmp_path / "in").mkdir()
     joined = tmp_path / "in" / f"all.jsonl{ending}"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
@@ -442,7 +532,10 @@ def test_caches_beside_a_saved_dataset_are_not_read(tmp_path):
 
 def test_arrow_files_of_both_formats_are_read(tmp_path):
     table = pa.table({"text": TEXTS})
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=7)
     _, train, held = run(config_for(tmp_path / "a.arrow"), tmp_path / "out")
     assert sorted(document.text for document in train + held) == sorted(TEXTS)
@@ -465,7 +558,11 @@ def test_arrow_files_of_both_formats_are_read(tmp_path):
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_text_of_any_string_or_binary_type_is_read(tmp_path, kind, ending):
     plain = pa.array(TEXTS)
-    column = plain.cast(kind.value_type).dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
+    column = (
+        plain.cast(kind.value_type).dictionary_encode()
+        if pa.types.is_dictionary(kind)
+        else plain.cast(kind)
+    )
     table = pa.table({"text": column.cast(kind), "lang": column.cast(kind)})
     path = tmp_path / f"a.{ending}"
     if ending == "parquet":
@@ -477,12 +574,16 @@ def test_text_of_any_string_or_binary_type_is_read(tmp_path, kind, ending):
     corpus.check(config)
     _, train, held = run(config, tmp_path / "out")
     assert sorted(document.text for document in train + held) == sorted(TEXTS)
-    assert {document.language for document in train + held} == {" ".join(text.split()) for text in TEXTS}
+    assert {document.language for document in train + held} == {
+        " ".join(text.split()) for text in TEXTS
+    }
 
 
 def test_a_column_of_no_text_is_named_with_its_type(tmp_path):
     pq.write_table(pa.table({"text": [[1], [2]], "body": TEXTS[:2]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet' has type list<.*int64> in its column 'text'.*body.*cast it"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet' has type list<.*int64> in its column 'text'.*body.*cast it"
+    ):
         corpus.check(config_for(tmp_path / "a.parquet"))
 
 
@@ -518,7 +619,11 @@ def test_text_without_line_ends_is_cut_at_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PASSAGE_BYTES", 16)
     text = "größer 数学 \U0001f642 день " * 20
     found = documents_of(tmp_path, text.encode())
-    assert "".join(found) == text and max(len(part.encode()) for part in found) < 20 and len(found) > 20
+    assert (
+        "".join(found) == text
+        and max(len(part.encode()) for part in found) < 20
+        and len(found) > 20
+    )
 
 
 def test_a_passage_of_another_encoding_is_skipped(tmp_path):
@@ -547,14 +652,22 @@ def test_local_files_need_no_cache_of_the_hub(tmp_path):
         "import sys; from tokalign_jax.config import Config; from tokalign_jax.text import corpus\n"
         "print(len([*corpus.read(Config(corpus=sys.argv[1]))]))"
     )
-    env = {**os.environ, "HF_HOME": str(tmp_path / "file" / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "file" / "x")}
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=env)
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "file" / "cache"),
+        "HF_DATASETS_CACHE": str(tmp_path / "file" / "x"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=env
+    )
     assert done.stdout.strip() == str(len(TEXTS)), done.stderr
 
 
 def test_languages_past_the_most_are_pooled_with_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "MOST_LANGUAGES", 5)
-    rows = "".join(json_lines([text], url=f"https://example.org/{i}") for i, text in enumerate(TEXTS))
+    rows = "".join(
+        json_lines([text], url=f"https://example.org/{i}") for i, text in enumerate(TEXTS)
+    )
     lines = []
     config = config_for(write(tmp_path / "a.jsonl", rows), language_field="url")
     summary = corpus.run(config, tmp_path / "out", lines.append)
@@ -566,7 +679,9 @@ def test_languages_past_the_most_are_pooled_with_a_warning(tmp_path, monkeypatch
 
 
 def test_a_language_called_all_is_told_from_all_languages(tmp_path):
-    path = write(tmp_path / "a.jsonl", json_lines(TEXTS[:20], lang="all") + json_lines(TEXTS[20:], lang="en"))
+    path = write(
+        tmp_path / "a.jsonl", json_lines(TEXTS[:20], lang="all") + json_lines(TEXTS[20:], lang="en")
+    )
     summary, _, _ = run(config_for(path, language_field="lang"), tmp_path / "out")
     assert [*summary["languages"]] == ["'all'", "en"]
 
@@ -591,8 +706,14 @@ def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
     given = parts(tmp_path / "in", a=1000, b=1000, c=400)
     weights = dict(zip(given.values(), (6, 3, 1)))
     names = [f"{path}={weight}" for path, weight in weights.items()]
-    value = {"text": ",".join(names), "tuple": names, "mapping": {str(p): w for p, w in weights.items()}}[form]
-    config = config_from_dict({"corpus": value, "text": {"budget_bytes": budget, "held_out_fraction": 0.2}})
+    value = {
+        "text": ",".join(names),
+        "tuple": names,
+        "mapping": {str(p): w for p, w in weights.items()},
+    }[form]
+    config = config_from_dict(
+        {"corpus": value, "text": {"budget_bytes": budget, "held_out_fraction": 0.2}}
+    )
     summary, train, held = run(config, tmp_path / "out")
     total = sum(document.bytes for document in train + held)
     assert total > min(budget, 100 * 1000 / 0.6) - 1000
@@ -600,7 +721,10 @@ def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
         found = [document for document in train + held if document.source == name]
         assert sum(document.bytes for document in found) == pytest.approx(weight * total, abs=250)
         assert summary["sources"][name] == sum(document.bytes for document in found)
-        halves = [sum(document.text.startswith(f"{name}{half}") for document in found) for half in range(2)]
+        halves = [
+            sum(document.text.startswith(f"{name}{half}") for document in found)
+            for half in range(2)
+        ]
         assert min(halves) > 0.8 * max(halves)  # of all files of the part
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
     monkeypatch.setattr(corpus, "OPEN_FILES", 1)
@@ -609,10 +733,16 @@ def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
 
 def test_results_may_be_told_apart_by_source(tmp_path):
     given = parts(tmp_path / "in", a=100, b=100)
-    config = config_for(",".join(map(str, given.values())), group_by="source", language_field="none")
+    config = config_for(
+        ",".join(map(str, given.values())), group_by="source", language_field="none"
+    )
     corpus.check(config)
     summary, _, held = run(config, tmp_path / "out")
-    assert {document.language for document in held} == {document.source for document in held} == {"a", "b"}
+    assert (
+        {document.language for document in held}
+        == {document.source for document in held}
+        == {"a", "b"}
+    )
     assert [*summary["languages"]] == ["a", "b"]
 
 
@@ -621,8 +751,13 @@ def test_a_part_that_ends_is_told(tmp_path):
     lines = []
     config = config_for(f"{given['a']}=1,{given['b']}=1")
     summary = corpus.run(config, tmp_path / "out", lines.append)
-    assert sum(summary["sources"].values()) == pytest.approx(20_000, abs=300) and summary["not_read"]["files"] == 2
-    assert any("'a' has no more text, and without it the weights would not hold" in line for line in lines)
+    assert (
+        sum(summary["sources"].values()) == pytest.approx(20_000, abs=300)
+        and summary["not_read"]["files"] == 2
+    )
+    assert any(
+        "'a' has no more text, and without it the weights would not hold" in line for line in lines
+    )
     assert any("a 50.0%, b 50.0% of the text" in line for line in lines)
 
 
@@ -650,4 +785,7 @@ def test_a_file_may_be_called_as_if_it_had_a_weight(tmp_path):
 def test_the_mixture_is_part_of_what_a_run_depends_on(tmp_path):
     given = parts(tmp_path / "in", a=10, b=10)
     one, other = (config_for(f"{given['a']}={weight},{given['b']}=1") for weight in (1, 2))
-    assert corpus.mixture(one) != corpus.mixture(other) and corpus.mixture(config_for(given["a"])) == []
+    assert (
+        corpus.mixture(one) != corpus.mixture(other)
+        and corpus.mixture(config_for(given["a"])) == []
+    )

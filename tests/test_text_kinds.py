@@ -44,10 +44,13 @@ LANGUAGES = {
     "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng.",
     "zh": "人人生而自由，在尊严和权利上一律平等。",
 }
-CODE = (
-    "def f(x, *, y=None):\n\treturn [x ** 2 for _ in range(10)]  # ok, naïve\r\n\n    if x<=3 and  y:\n        pass\n"
-)
-TEXTS = {**LANGUAGES, "code": CODE, "emoji": "fine 🙂 👩‍💻 \u0001 ok", "space": "  two spaces first and last  "}
+CODE = "def f(x, *, y=None):\n\treturn [x ** 2 for _ in range(10)]  # ok, naïve\r\n\n    if x<=3 and  y:\n        pass\n"
+TEXTS = {
+    **LANGUAGES,
+    "code": CODE,
+    "emoji": "fine 🙂 👩‍💻 \u0001 ok",
+    "space": "  two spaces first and last  ",
+}
 REAL = ("models/llama-en16k", "tokenizers/neox", "tokenizers/qwen3")
 
 BYTE_LEVEL = ("gpt2", "llama3", "qwen")
@@ -75,7 +78,9 @@ def read(kind: str):
 def spelled_back(kind: str, text: str) -> bytes:
     """The canonical bytes of the text's tokens, joined."""
     content, backend = read(kind)
-    return b"".join(content[i] or b"<unknown>" for i in backend.encode(text, add_special_tokens=False).ids)
+    return b"".join(
+        content[i] or b"<unknown>" for i in backend.encode(text, add_special_tokens=False).ids
+    )
 
 
 def normalised(kind: str, text: str) -> str:
@@ -111,7 +116,9 @@ def test_without_bytes_what_the_vocabulary_knows_comes_back(kind):
 def test_without_spaces_the_words_come_back(kind):
     for name in (*LANGUAGES, "code"):
         text = TEXTS[name]
-        assert spelled_back(kind, text).split() == spelled_back(kind, " ".join(text.split())).split()
+        assert (
+            spelled_back(kind, text).split() == spelled_back(kind, " ".join(text.split())).split()
+        )
         found = b"".join(spelled_back(kind, text).split()).decode()
         assert found == "".join(normalised(kind, text).split())
 
@@ -129,7 +136,9 @@ def test_the_librarys_own_decoder_agrees(kind):
 def test_the_plain_backend_differs_only_in_special_tokens(kind):
     texts = [*TEXTS.values(), "<s> </s> <|endoftext|> [SEP] are words here"]
     plain = [e.ids for e in read(kind)[1].encode_batch_fast(texts, add_special_tokens=False)]
-    theirs = tokenizer(kind)(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    theirs = tokenizer(kind)(texts, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     # For a Unigram model a special token's name is a piece like all others, also where it is told to split them.
     told = len(texts) - isinstance(read(kind)[1].model, models.Unigram)
     assert plain[:told] == theirs[:told]
@@ -141,9 +150,16 @@ def test_the_plain_backend_differs_only_in_special_tokens(kind):
 def test_words_are_set_off_by_spaces_where_text_does_so():
     content = {token: read("bert")[0][i] for token, i in tokenizer("bert").get_vocab().items()}
     assert content["menschen"] == b" menschen"
-    assert spelled_back("bert", "Alle Menschen sind frei, (und gleich).") == b" alle menschen sind frei,( und gleich)."
+    assert (
+        spelled_back("bert", "Alle Menschen sind frei, (und gleich).")
+        == b" alle menschen sind frei,( und gleich)."
+    )
     assert spelled_back("bert", "人人生而自由") == "人人生而自由".encode()
-    assert all(b is None or not b.startswith(b" ") for token, b in content.items() if token.startswith("##"))
+    assert all(
+        b is None or not b.startswith(b" ")
+        for token, b in content.items()
+        if token.startswith("##")
+    )
     assert content["[SEP]"] is None
 
 
@@ -156,7 +172,10 @@ def test_a_word_is_the_same_in_a_byte_level_vocabulary(kind):
     for i, content in enumerate(targets):
         if content is not None and content in sources:
             unwritten = i in canonical.unwritten_ids(target)  # `<0x41>` beside `A`
-            assert rules[i] == (Rule.UNWRITTEN if unwritten else Rule.EXACT) and sources[parts[i][0]] == content
+            assert (
+                rules[i] == (Rule.UNWRITTEN if unwritten else Rule.EXACT)
+                and sources[parts[i][0]] == content
+            )
     assert {"gpt1": b"Alle ", "t5": b" geboren"}.get(kind, b" Menschen") in targets
     assert (rules == Rule.EXACT).mean() > (0.1 if kind == "gpt1" else 0.3)
 
@@ -199,7 +218,9 @@ def test_what_is_lost_is_named(kind):
     found = canonical.losses(tokenizer(kind))
     if kind in ("bert", "bert_cased", "gpt1"):
         assert set(words) <= set(found)
-        assert ("capitals" in found, "accents" in found) == ((True, True) if kind == "bert" else (False, False))
+        assert ("capitals" in found, "accents" in found) == (
+            (True, True) if kind == "bert" else (False, False)
+        )
     elif kind == "bpe_without_bytes":
         assert "rare characters" in found and "capitals" not in found
     else:
@@ -218,11 +239,21 @@ def with_special(kind: str, *tokens: str, **settings) -> PreTrainedTokenizerFast
 
 
 def test_where_rows_of_special_tokens_come_from_is_told():
-    source = with_special("gpt2", "<|eot_id|>", "<|tool|>", "<|fim_prefix|>", eos_token="<|endoftext|>")
-    target = with_special(
-        "mistral", "<end_of_turn>", "<|tool|>", "<|new|>", "<fim_prefix>", eos_token="</s>", bos_token="<s>"
+    source = with_special(
+        "gpt2", "<|eot_id|>", "<|tool|>", "<|fim_prefix|>", eos_token="<|endoftext|>"
     )
-    target.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<end_of_turn>{% endfor %}"
+    target = with_special(
+        "mistral",
+        "<end_of_turn>",
+        "<|tool|>",
+        "<|new|>",
+        "<fim_prefix>",
+        eos_token="</s>",
+        bos_token="<s>",
+    )
+    target.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<end_of_turn>{% endfor %}"
+    )
     rows = {row["token"]: row for row in methods.special_rows(source, target)}
     found = {token: (row["source"], row["why"]) for token, row in rows.items()}
     assert found == {
@@ -234,7 +265,10 @@ def test_where_rows_of_special_tokens_come_from_is_told():
         "<|new|>": ("", "its text"),
         "<unk>": ("", "its text"),
     }
-    assert [token for token, row in rows.items() if row["in_chat_template"]] == ["<s>", "<end_of_turn>"]
+    assert [token for token, row in rows.items() if row["in_chat_template"]] == [
+        "<s>",
+        "<end_of_turn>",
+    ]
     assert json.loads(json.dumps(list(rows.values()))) == list(rows.values())
     parts, rules = methods.spell(source, target)
     for row in rows.values():
@@ -245,7 +279,9 @@ def test_where_rows_of_special_tokens_come_from_is_told():
 
 def test_what_ends_documents_has_the_end_of_texts_rows_without_a_role():
     source = with_special("mistral", eos_token="</s>", bos_token="<s>")
-    target = with_special("gpt2", bos_token="<|start|>")  # <|endoftext|> is special, and by its name an end
+    target = with_special(
+        "gpt2", bos_token="<|start|>"
+    )  # <|endoftext|> is special, and by its name an end
     assert tokenizing.end_of_text_id(target) == target.convert_tokens_to_ids("<|endoftext|>")
     match = methods.special_matches(source, target)[target.convert_tokens_to_ids("<|endoftext|>")]
     assert match == (source.eos_token_id, "ends a document")
@@ -255,13 +291,17 @@ def test_what_ends_documents_has_the_end_of_texts_rows_without_a_role():
 
 
 def with_added(kind: str, *tokens: AddedToken) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer(kind).backend_tokenizer.to_str()))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer(kind).backend_tokenizer.to_str())
+    )
     made.add_tokens(list(tokens))
     return made
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "qwen", "gemma", "mistral", "unigram_with_bytes", "bert_cased"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "qwen", "gemma", "mistral", "unigram_with_bytes", "bert_cased"]
+)
 def test_added_tokens_are_their_text_spaces_and_all(kind, normalized):
     texts = ["<think>", "two words", "größer als"]
     made = with_added(kind, *(AddedToken(text, normalized=normalized) for text in texts))
@@ -273,7 +313,9 @@ def test_added_tokens_are_their_text_spaces_and_all(kind, normalized):
 
 
 def test_a_normalised_added_token_of_llama_2s_kind_begins_with_a_space():
-    made = with_added("llama2", AddedToken("foo", normalized=True), AddedToken("bar", normalized=False))
+    made = with_added(
+        "llama2", AddedToken("foo", normalized=True), AddedToken("bar", normalized=False)
+    )
     content = canonical.token_bytes(made)
     foo, bar = (made.convert_tokens_to_ids(text) for text in ("foo", "bar"))
     assert (content[foo], content[bar]) == (b" foo", b"bar")
@@ -286,7 +328,13 @@ def test_a_normalised_added_token_of_llama_2s_kind_begins_with_a_space():
 def test_a_token_of_the_model_that_is_listed_as_added_is_what_the_model_spells():
     """Gemma's runs of `▁` are in its vocabulary and among its added tokens; text with spaces becomes them by the model."""
     state = json.loads(tokenizer("gemma").backend_tokenizer.to_str())
-    listed = {"content": "▁▁", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    listed = {
+        "content": "▁▁",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     state["model"]["merges"].insert(0, ["▁", "▁"])
     state["model"]["vocab"]["▁▁"] = index = len(state["model"]["vocab"])
     state["added_tokens"].append({"id": index, "special": False, **listed})
@@ -302,7 +350,10 @@ def test_extra_tokens_that_are_not_flagged_special_are_text():
     made = with_added("gemma", AddedToken("\n", special=False, normalized=False))
     made.extra_special_tokens = ["\n"]
     line_end = made.convert_tokens_to_ids("\n")
-    assert line_end in made.all_special_ids and line_end in canonical.plain_backend(made).encode("a\nb").ids
+    assert (
+        line_end in made.all_special_ids
+        and line_end in canonical.plain_backend(made).encode("a\nb").ids
+    )
     assert canonical.token_bytes(made)[line_end] == b"\n"
     assert canonical.losses(made) == []
 
@@ -320,7 +371,9 @@ def test_ids_may_have_holes():
     vocabulary = state["model"]["vocab"]
     last = max(vocabulary, key=vocabulary.get)
     vocabulary[last] += 100
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|endoftext|>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|endoftext|>"
+    )
     assert canonical.vocabulary_size(made) == len(made) + 100
     content = canonical.token_bytes(made)
     assert len(content) == len(made) + 100
@@ -336,4 +389,10 @@ def test_a_word_level_vocabulary_has_words():
     made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     assert canonical.token_bytes(made) == [None, b" fox", b","]
     cutter = canonical.PieceCutter(made)
-    assert cutter.cut_all([b" fox", b",", b" fox, fox", b"fo", b"\xff"]) == [[1], [2], [1, 2, 1], [], []]
+    assert cutter.cut_all([b" fox", b",", b" fox, fox", b"fo", b"\xff"]) == [
+        [1],
+        [2],
+        [1, 2, 1],
+        [],
+        [],
+    ]

@@ -60,7 +60,9 @@ def test_old_tokens_stay_and_no_text_gets_longer(kind):
         if old.unk_token_id not in longer:
             spared += len(longer) - len(shorter)
             assert len(shorter) <= len(longer)
-            assert b"".join(contents[i] for i in shorter) == b"".join(old_contents[i] for i in longer)
+            assert b"".join(contents[i] for i in shorter) == b"".join(
+                old_contents[i] for i in longer
+            )
             assert ends(contents, shorter) <= ends(old_contents, longer)
     assert old("<|tool|>")["input_ids"] == new("<|tool|>")["input_ids"]
     assert spared > 50
@@ -105,7 +107,9 @@ def test_merges_are_the_most_frequent_pairs_counted_anew_each_time(kind):
 
 def test_it_is_the_same_each_time_and_survives_saving(tmp_path):
     for kind in ("qwen", "llama2"):
-        first, second = (extended_tokenizer(source(kind), DOMAIN, 40, min_count=2) for _ in range(2))
+        first, second = (
+            extended_tokenizer(source(kind), DOMAIN, 40, min_count=2) for _ in range(2)
+        )
         assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
         first.chat_template = "{{ messages[0]['content'] }}"
         first.save_pretrained(tmp_path / kind)
@@ -118,26 +122,37 @@ def test_it_is_the_same_each_time_and_survives_saving(tmp_path):
 def test_numbers_are_cut_as_before_and_words_keep_to_themselves():
     for kind in ("qwen", "gemma", "mistral"):
         old = source(kind)
-        size, new = canonical.vocabulary_size(old), extended_tokenizer(old, DOMAIN, 200, min_count=2)
+        size, new = (
+            canonical.vocabulary_size(old),
+            extended_tokenizer(old, DOMAIN, 200, min_count=2),
+        )
         mined = [content.decode(errors="replace") for content in canonical.token_bytes(new)[size:]]
         longest = mining._Vocabulary.of(old).digits
         assert all(sum(c.isdigit() for c in text) <= longest for text in mined)
-        assert not any(" " in text.strip(" ") or (" " in text[1:] and text.strip(" ")) for text in mined)
+        assert not any(
+            " " in text.strip(" ") or (" " in text[1:] and text.strip(" ")) for text in mined
+        )
         assert "向日葵" in mined or " 向日葵" in mined
 
 
 def test_unknown_characters_become_tokens_where_they_spare_the_most():
     old = source("llama2")
-    assert ids(old, "向")[-3:] == [old.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "向".encode()]
+    assert ids(old, "向")[-3:] == [
+        old.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "向".encode()
+    ]
     characters = mining.unknown_characters(old, DOMAIN, 2)
     assert dict(characters)["向"] == 2 * 16  # three bytes, sixteen times
     one = extended_tokenizer(old, DOMAIN, 3, min_count=2)
-    added = one.convert_ids_to_tokens(range(canonical.vocabulary_size(old), canonical.vocabulary_size(one)))
+    added = one.convert_ids_to_tokens(
+        range(canonical.vocabulary_size(old), canonical.vocabulary_size(one))
+    )
     assert set(added) == {"向", "日", "葵"}
     assert mining.unknown_characters(source("gpt2"), DOMAIN, 2) == []
     without = source("bpe_without_bytes")
     assert without.unk_token_id in ids(without, "向")
-    assert without.unk_token_id not in ids(extended_tokenizer(without, DOMAIN, 40, min_count=2), "向日葵")
+    assert without.unk_token_id not in ids(
+        extended_tokenizer(without, DOMAIN, 40, min_count=2), "向日葵"
+    )
 
 
 def test_new_tokens_can_be_aligned_and_old_ones_are_exact():
@@ -151,14 +166,22 @@ def test_new_tokens_can_be_aligned_and_old_ones_are_exact():
 
 
 def test_kinds_without_merges_are_refused():
-    for kind, named in (("t5", "Unigram"), ("bert", "WordPiece"), ("gpt1", "BPE with marks within words")):
-        with pytest.raises(UserError, match=f"of kind {named}, whose vocabulary cannot be extended"):
+    for kind, named in (
+        ("t5", "Unigram"),
+        ("bert", "WordPiece"),
+        ("gpt1", "BPE with marks within words"),
+    ):
+        with pytest.raises(
+            UserError, match=f"of kind {named}, whose vocabulary cannot be extended"
+        ):
             extended_tokenizer(tokenizer_of_kind(kind, OLD_TEXTS), DOMAIN, 10)
 
 
 def test_too_little_text_gives_fewer_tokens():
     old = source("gpt2")
-    assert canonical.vocabulary_size(extended_tokenizer(old, ["ab"], 10)) == canonical.vocabulary_size(old)
+    assert canonical.vocabulary_size(
+        extended_tokenizer(old, ["ab"], 10)
+    ) == canonical.vocabulary_size(old)
     few = extended_tokenizer(old, ["sonnenblume"] * 10, 100, min_count=10)
     assert 0 < canonical.vocabulary_size(few) - canonical.vocabulary_size(old) <= len("sonnenblume")
     assert len(ids(few, "sonnenblume")) == 1
@@ -167,7 +190,9 @@ def test_too_little_text_gives_fewer_tokens():
 def test_ids_begin_behind_gaps_and_added_tokens():
     state = json.loads(source("qwen").backend_tokenizer.to_str())
     state["model"]["vocab"][max(state["model"]["vocab"], key=state["model"]["vocab"].get)] += 1000
-    old = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
+    old = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>"
+    )
     size = canonical.vocabulary_size(old)
     new = extended_tokenizer(old, DOMAIN, 5, min_count=2)
     assert canonical.vocabulary_size(new) == size + 5
@@ -185,13 +210,17 @@ def test_a_real_tokenizer_gains_on_other_text_of_the_domain():
     new = extended_tokenizer(old, texts[::2], 300, min_count=3)
     found = new.get_vocab()
     assert {token: found[token] for token in old.get_vocab()} == old.get_vocab()
-    before, after = (sum(map(len, canonical.plain_backend(t).encode_batch_fast(texts[1::2]))) for t in (old, new))
+    before, after = (
+        sum(map(len, canonical.plain_backend(t).encode_batch_fast(texts[1::2]))) for t in (old, new)
+    )
     assert after < 0.97 * before
 
 
 def test_documents_larger_than_the_budget_are_read_from_their_beginning(tmp_path):
     texts = [f"{name} größer " * 20_000 for name in ("eins", "zwei", "drei")]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "klein"]))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "klein"])
+    )
     corpus.run(Config(corpus=str(tmp_path / "a.jsonl")), tmp_path / "corpus", lambda line: None)
     for seed in range(8):  # with few documents chance may draw none
         drawn = mining.sample(tmp_path / "corpus", 100_000, seed)
@@ -199,7 +228,9 @@ def test_documents_larger_than_the_budget_are_read_from_their_beginning(tmp_path
         assert 50_000 <= size <= 100_000 and all(
             any(whole.startswith(text) for whole in texts) for text in drawn if text != "klein"
         )
-    assert mining.sample(tmp_path / "corpus", 100_000, 0) == mining.sample(tmp_path / "corpus", 100_000, 0)
+    assert mining.sample(tmp_path / "corpus", 100_000, 0) == mining.sample(
+        tmp_path / "corpus", 100_000, 0
+    )
 
 
 def test_reading_stops_where_the_budget_is_spent(tmp_path, monkeypatch):
@@ -208,6 +239,8 @@ def test_reading_stops_where_the_budget_is_spent(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus.run(Config(corpus=str(tmp_path / "a.jsonl")), tmp_path / "corpus", lambda line: None)
     read, batches = [], corpus.train_batches
-    monkeypatch.setattr(corpus, "train_batches", lambda folder: (read.append(b) or b for b in batches(folder)))
+    monkeypatch.setattr(
+        corpus, "train_batches", lambda folder: (read.append(b) or b for b in batches(folder))
+    )
     mining._drawn(tmp_path / "corpus", 5000, lambda: True)
     assert 4 < len(read) < 8

@@ -43,11 +43,17 @@ def test_rows_hold_all_text_until_they_are_full(pairing):
 
 def test_special_tokens_stand_on_both_sides_or_on_none(pairing):
     end = pairing.source.eos_token_id
-    known, unknown = pairing.pair([(("a dog", end), (" sleeps", None)), (("a dog", 7), (" sleeps", None))])
-    assert (known.source == end).sum() == 2 and (known.target == pairing.target.eos_token_id).sum() == 2
+    known, unknown = pairing.pair(
+        [(("a dog", end), (" sleeps", None)), (("a dog", 7), (" sleeps", None))]
+    )
+    assert (known.source == end).sum() == 2 and (
+        known.target == pairing.target.eos_token_id
+    ).sum() == 2
     at = np.flatnonzero(known.source == end)[1]
     assert (
-        known.source_ends[at] == known.target_ends[np.flatnonzero(known.target == pairing.target.eos_token_id)[1]] == 6
+        known.source_ends[at]
+        == known.target_ends[np.flatnonzero(known.target == pairing.target.eos_token_id)[1]]
+        == 6
     )
     assert (unknown.source == 7).sum() == pairing.source("a dog sleeps")["input_ids"].count(7)
     assert unknown.source_ends[-1] == unknown.target_ends[-1] == len("a dog sleeps")
@@ -57,5 +63,7 @@ def test_passages_are_cut_behind_white_space_and_lose_nothing_long():
     text = "word " * 1000 + "end"
     found = pairs.passages(text)
     assert all(len(passage) <= pairs.PASSAGE for passage in found)
-    assert text.startswith("".join(found)) and len(text) - len("".join(found)) < pairs.SHORTEST_PASSAGE
+    assert (
+        text.startswith("".join(found)) and len(text) - len("".join(found)) < pairs.SHORTEST_PASSAGE
+    )
     assert pairs.passages("short") == ["short"]

@@ -23,11 +23,15 @@ def special(*tokens: str, template: str = "", **roles: str) -> PreTrainedTokeniz
 
 def smollm2() -> PreTrainedTokenizerFast:
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    return special(*names, bos="<|im_start|>", eos="<|im_end|>", pad="<|im_end|>", unk="<|endoftext|>")
+    return special(
+        *names, bos="<|im_start|>", eos="<|im_end|>", pad="<|im_end|>", unk="<|endoftext|>"
+    )
 
 
 def qwen3() -> PreTrainedTokenizerFast:
-    return special("<|endoftext|>", "<|im_start|>", "<|im_end|>", eos="<|im_end|>", pad="<|endoftext|>")
+    return special(
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", eos="<|im_end|>", pad="<|endoftext|>"
+    )
 
 
 def gemma3() -> PreTrainedTokenizerFast:
@@ -58,15 +62,34 @@ def named(tokenizer, index: int | None) -> str:
         (gemma3_for_chats(), "<eos>"),
         (llama3_for_chats(), "<|end_of_text|>"),
         (special("<｜end▁of▁sentence｜>", "<|EOT|>", eos="<|EOT|>"), "<｜end▁of▁sentence｜>"),
-        (special("<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", eos="<|END_OF_TURN_TOKEN|>"), "<EOS_TOKEN>"),
+        (
+            special("<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", eos="<|END_OF_TURN_TOKEN|>"),
+            "<EOS_TOKEN>",
+        ),
         # Its name says nothing, but chats are written with it.
         (special("</s>", "<|stop|>", eos="<|stop|>", template="{{ messages[0] }}<|stop|>"), "</s>"),
-        (special("</s>", "<|stop|>", eos="<|stop|>", template="{{ messages[0] }}{{ eos_token }}"), "</s>"),
+        (
+            special(
+                "</s>", "<|stop|>", eos="<|stop|>", template="{{ messages[0] }}{{ eos_token }}"
+            ),
+            "</s>",
+        ),
         (special("</s>", "<|stop|>", eos="<|stop|>"), "<|stop|>"),
         # LLaMA 2 for chats: the end of text also ends answers.
-        (special("<s>", "</s>", eos="</s>", template="{{ bos_token }}{{ messages[0] }}{{ eos_token }}"), "</s>"),
+        (
+            special(
+                "<s>",
+                "</s>",
+                eos="</s>",
+                template="{{ bos_token }}{{ messages[0] }}{{ eos_token }}",
+            ),
+            "</s>",
+        ),
         (special("<|endoftext|>", "</s>", eos="</s>"), "</s>"),
-        (special("<|im_start|>", "<|im_end|>", eos="<|im_end|>"), "<|im_end|>"),  # there is no other
+        (
+            special("<|im_start|>", "<|im_end|>", eos="<|im_end|>"),
+            "<|im_end|>",
+        ),  # there is no other
     ],
 )
 def test_documents_are_separated_by_an_end_of_text_and_not_of_a_turn(tokenizer, expected):
@@ -85,12 +108,20 @@ def test_texts_do_not_begin_with_a_turn():
         (
             smollm2(),
             qwen3(),
-            {"<|endoftext|>": "<|endoftext|>", "<|im_start|>": "<|im_start|>", "<|im_end|>": "<|im_end|>"},
+            {
+                "<|endoftext|>": "<|endoftext|>",
+                "<|im_start|>": "<|im_start|>",
+                "<|im_end|>": "<|im_end|>",
+            },
         ),
         (
             gemma3(),
             qwen3(),
-            {"<|endoftext|>": "<eos>", "<|im_start|>": "<start_of_turn>", "<|im_end|>": "<end_of_turn>"},
+            {
+                "<|endoftext|>": "<eos>",
+                "<|im_start|>": "<start_of_turn>",
+                "<|im_end|>": "<end_of_turn>",
+            },
         ),
         (
             smollm2(),
@@ -107,12 +138,22 @@ def test_texts_do_not_begin_with_a_turn():
         (
             special("<|endoftext|>", "a", eos="<|endoftext|>"),  # a model without chats
             llama3_for_chats(),
-            {"<|end_of_text|>": "<|endoftext|>", "<|eot_id|>": "<|endoftext|>", "<|begin_of_text|>": "<|endoftext|>"},
+            {
+                "<|end_of_text|>": "<|endoftext|>",
+                "<|eot_id|>": "<|endoftext|>",
+                "<|begin_of_text|>": "<|endoftext|>",
+            },
         ),
         (
-            special("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", eos="<|endoftext|>"),
+            special(
+                "<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", eos="<|endoftext|>"
+            ),
             special("</s>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", eos="</s>"),
-            {"<｜fim▁begin｜>": "<fim_prefix>", "<｜fim▁hole｜>": "<fim_suffix>", "<｜fim▁end｜>": "<fim_middle>"},
+            {
+                "<｜fim▁begin｜>": "<fim_prefix>",
+                "<｜fim▁hole｜>": "<fim_suffix>",
+                "<｜fim▁end｜>": "<fim_middle>",
+            },
         ),
         # By text before role: the first is the source's mask and the target's pad.
         (
@@ -122,9 +163,13 @@ def test_texts_do_not_begin_with_a_turn():
         ),
     ],
 )
-def test_rows_of_special_tokens_come_from_the_same_text_or_use_before_the_same_role(source, target, expected):
+def test_rows_of_special_tokens_come_from_the_same_text_or_use_before_the_same_role(
+    source, target, expected
+):
     found = methods.special_matches(source, target)
-    assert {named(target, i): named(source, match.token) for i, match in found.items()}.items() >= expected.items()
+    assert {
+        named(target, i): named(source, match.token) for i, match in found.items()
+    }.items() >= expected.items()
 
 
 def test_the_counterpart_is_found_both_ways():
@@ -142,7 +187,11 @@ def test_an_eos_of_any_name_that_ends_turns_has_a_counterpart():
     for other in (qwen3(), llama3_for_chats(), gemma3_for_chats()):
         for one, two in ((stop, other), (other, stop)):
             found = counterpart(one.eos_token_id, one, two)
-            assert found and named(two, found.token) == two.eos_token and found.why == f"same use as {two.eos_token}"
+            assert (
+                found
+                and named(two, found.token) == two.eos_token
+                and found.why == f"same use as {two.eos_token}"
+            )
 
 
 def test_the_choice_is_logged_and_can_be_overridden(tmp_path):
@@ -162,7 +211,9 @@ def test_the_choice_is_logged_and_can_be_overridden(tmp_path):
         chosen.save_pretrained(tmp_path / name.strip("<|>"))
         again = hub.load_tokenizer(tmp_path / name.strip("<|>"))
         assert named(again, end_of_text_id(again)) == name and again.eos_token == "<|im_end|>"
-    settings = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text()) | {SEPARATOR: "<gone>"}
+    settings = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text()) | {
+        SEPARATOR: "<gone>"
+    }
     (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="no token '<gone>', which document_separator"):
         end_of_text_id(hub.load_tokenizer(tmp_path / "chat"))
@@ -170,11 +221,16 @@ def test_the_choice_is_logged_and_can_be_overridden(tmp_path):
 
 def exported_ends(tmp_path, source, target, eos, generation_eos) -> tuple:
     source.save_pretrained(tmp_path / "source")
-    hub.write_json(tmp_path / "source" / "generation_config.json", {"eos_token_id": generation_eos, "top_p": 0.9})
+    hub.write_json(
+        tmp_path / "source" / "generation_config.json",
+        {"eos_token_id": generation_eos, "top_p": 0.9},
+    )
     (tmp_path / "out").mkdir()
     config = {"model_type": "llama", "eos_token_id": eos, "vocab_size": len(target)}
     hub.save_config_and_tokenizer(tmp_path / "out", config, target, tmp_path / "source")
-    written = [hub.read_json(tmp_path / "out" / f"{kind}config.json") or {} for kind in ("", "generation_")]
+    written = [
+        hub.read_json(tmp_path / "out" / f"{kind}config.json") or {} for kind in ("", "generation_")
+    ]
     names = [target.convert_ids_to_tokens(of["eos_token_id"]) for of in written]
     return (*names, hub.load_tokenizer(tmp_path / "out").eos_token)
 
@@ -192,11 +248,20 @@ def exported_ends(tmp_path, source, target, eos, generation_eos) -> tuple:
         (qwen3(), gemma3(), ["<|im_end|>", "<|endoftext|>"], ["<eos>", "<end_of_turn>"]),
         (smollm2(), qwen3(), "<|im_end|>", ["<|im_end|>", "<|endoftext|>"]),
         (smollm2(), gemma3(), "<|im_end|>", ["<eos>", "<end_of_turn>"]),
-        (gemma3(), special("<|endoftext|>", "a", eos="<|endoftext|>"), ["<eos>", "<end_of_turn>"], "<|endoftext|>"),
+        (
+            gemma3(),
+            special("<|endoftext|>", "a", eos="<|endoftext|>"),
+            ["<eos>", "<end_of_turn>"],
+            "<|endoftext|>",
+        ),
     ],
 )
-def test_the_export_stops_where_the_source_did_and_at_the_end_of_a_document(tmp_path, source, target, eos, expected):
+def test_the_export_stops_where_the_source_did_and_at_the_end_of_a_document(
+    tmp_path, source, target, eos, expected
+):
     ids = source.convert_tokens_to_ids(eos)
-    config, generation, tokenizer = exported_ends(tmp_path, source, target, source.eos_token_id, ids)
+    config, generation, tokenizer = exported_ends(
+        tmp_path, source, target, source.eos_token_id, ids
+    )
     assert generation == expected
     assert config == tokenizer == target.eos_token

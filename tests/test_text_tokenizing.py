@@ -20,13 +20,22 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     rng = np.random.default_rng(0)
     rows = [
-        {"text": " ".join(rng.choice(WORDS, rng.integers(1, 40))) + f" {i}", "lang": "de" if i % 3 else "fr"}
+        {
+            "text": " ".join(rng.choice(WORDS, rng.integers(1, 40))) + f" {i}",
+            "lang": "de" if i % 3 else "fr",
+        }
         for i in range(60)
     ]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = Config(corpus=str(folder / "a.jsonl"), text=TextConfig(language_field="lang", held_out_fraction=0.1))
+    config = Config(
+        corpus=str(folder / "a.jsonl"),
+        text=TextConfig(language_field="lang", held_out_fraction=0.1),
+    )
     corpus.run(config, folder / "corpus", lambda line: None)
-    sides = tiny_tokenizer(300, [row["text"] for row in rows]), tiny_tokenizer(340, WORDS, kind="metaspace")
+    sides = (
+        tiny_tokenizer(300, [row["text"] for row in rows]),
+        tiny_tokenizer(340, WORDS, kind="metaspace"),
+    )
     index = tokenizing.run(config, folder / "corpus", *sides, folder / "tokens", lambda line: None)
     documents = [d for batch in corpus.train_batches(folder / "corpus") for d in batch]
     return folder, dict(zip(tokenizing.SIDES, sides)), documents, index
@@ -42,11 +51,15 @@ def test_documents_stand_one_behind_the_other_each_with_its_end(made, side):
     assert len(shards.documents) == len(documents)
     start = 0
     for document, end in zip(documents, shards.documents):
-        ids = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         assert shards.tokens[start:end].tolist() == [*ids, tokenizer.eos_token_id]
         start = end
     assert np.array_equal(shards.counts, np.bincount(shards.tokens, minlength=len(tokenizer)))
-    assert shards.counts[tokenizer.eos_token_id] == len(documents)  # none of those in the text became one
+    assert shards.counts[tokenizer.eos_token_id] == len(
+        documents
+    )  # none of those in the text became one
 
 
 @pytest.mark.parametrize("side", tokenizing.SIDES)
@@ -59,7 +72,9 @@ def test_the_index_counts_by_language(made, side):
     for language in ("de", "fr"):
         of = stored["languages"][language]
         texts = [d.text for d in documents if d.language == language]
-        tokens = tokenizers[side](texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        tokens = tokenizers[side](texts, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         assert of["documents"] == len(texts)
         assert of["bytes"] == sum(len(t.encode()) for t in texts)
         assert of["text_tokens"] == sum(map(len, tokens))
@@ -111,7 +126,11 @@ def test_what_a_tokenizer_does_not_keep_is_told_and_counted(tmp_path):
     assert index["target"]["unknown_tokens"] == 0 and index["target"]["loses"] == []
     assert "line ends" in index["source"]["loses"]
     told = [line for line in lines if "does not keep" in line]
-    assert len(told) == 1 and "the source tokenizer does not keep" in told[0] and "capitals, accents" in told[0]
+    assert (
+        len(told) == 1
+        and "the source tokenizer does not keep" in told[0]
+        and "capitals, accents" in told[0]
+    )
 
 
 def test_missing_or_cut_shards_are_told(made, tmp_path):
@@ -131,27 +150,40 @@ def opened(kind: str, opening: str, **roles: str) -> PreTrainedTokenizerFast:
     made.add_special_tokens({"extra_special_tokens": [opening, "</s>"]})
     backend = made.backend_tokenizer
     ends = [(token, backend.token_to_id(token)) for token in (opening, "</s>")]
-    backend.post_processor = processors.TemplateProcessing(single=f"{opening} $A </s>", special_tokens=ends)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{opening} $A </s>", special_tokens=ends
+    )
     backend.enable_padding(direction="left", length=8)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 
 def test_what_the_tokenizer_puts_before_every_text_is_found_and_kept(made, tmp_path):
     folder, tokenizers, _, index = made
-    assert tokenizing.opening_id(tokenizers["source"]) is None and index["source"]["opening"] is None
+    assert (
+        tokenizing.opening_id(tokenizers["source"]) is None and index["source"]["opening"] is None
+    )
     assert tokenizing.TokenShards.open(folder / "tokens" / "source").opening is None
     # LLaMA 3 and Gemma have a bos there; what BERT has is none by its role.
-    for tokenizer in (opened("llama3", "<s>", bos_token="<s>", eos_token="</s>"), opened("bert", "[CLS]")):
+    for tokenizer in (
+        opened("llama3", "<s>", bos_token="<s>", eos_token="</s>"),
+        opened("bert", "[CLS]"),
+    ):
         opening = tokenizing.opening_id(tokenizer)
         assert tokenizer.convert_ids_to_tokens(opening) in ("<s>", "[CLS]")
         assert tokenizing.closing_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
     assert tokenizing.closing_id(tokenizers["source"]) is None
     bases = {base: i for i, base in enumerate([*"CGT", "<s>", "</s>"])}
     backend = Tokenizer(models.BPE(bases, []))  # knows no "a"
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
-    bases_alone = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 3)]
+    )
+    bases_alone = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
     assert tokenizing.opening_id(bases_alone) == 3 and tokenizing.closing_id(bases_alone) is None
-    index = tokenizing.run(Config(), folder / "corpus", tokenizer, tokenizers["target"], tmp_path, lambda line: None)
+    index = tokenizing.run(
+        Config(), folder / "corpus", tokenizer, tokenizers["target"], tmp_path, lambda line: None
+    )
     shards = tokenizing.TokenShards.open(tmp_path / "source")
     assert shards.opening == index["source"]["opening"] == opening
     assert opening not in shards.tokens
@@ -168,20 +200,40 @@ def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
             added("<s> $A", ("<s>", 128_000)),
             r"adds '<s>' to texts as the id 128000, which is no token.*write its id, 0",
         ),
-        (added("$A </s>", ("</s>", 128_000)), "adds '</s>' to texts as the id 128000, which is no token.*its id, 1"),
-        (added("<s> $A", ("<s>", 5)), "as the id 5, which is the token .*: its model has no such row, or that of"),
-        (added("$A </s>", ("</s>", 0)), "adds '</s>' to texts as the id 0, which is the token '<s>'"),
-        (added("<gone> $A", ("<gone>", 0)), "adds '<gone>' to texts as the id 0, .*under post_processor, take it out"),
+        (
+            added("$A </s>", ("</s>", 128_000)),
+            "adds '</s>' to texts as the id 128000, which is no token.*its id, 1",
+        ),
+        (
+            added("<s> $A", ("<s>", 5)),
+            "as the id 5, which is the token .*: its model has no such row, or that of",
+        ),
+        (
+            added("$A </s>", ("</s>", 0)),
+            "adds '</s>' to texts as the id 0, which is the token '<s>'",
+        ),
+        (
+            added("<gone> $A", ("<gone>", 0)),
+            "adds '<gone>' to texts as the id 0, .*under post_processor, take it out",
+        ),
         (processors.BertProcessing(("</s>", 1), ("<s>", 9)), "adds '<s>' to texts as the id 9"),
-        (processors.RobertaProcessing(("</s>", 700), ("<s>", 0)), "adds '</s>' to texts as the id 700"),
-        (processors.Sequence([processors.ByteLevel(), added("<s> $A", ("<s>", 1))]), "adds '<s>' to texts as the id 1"),
+        (
+            processors.RobertaProcessing(("</s>", 700), ("<s>", 0)),
+            "adds '</s>' to texts as the id 700",
+        ),
+        (
+            processors.Sequence([processors.ByteLevel(), added("<s> $A", ("<s>", 1))]),
+            "adds '<s>' to texts as the id 1",
+        ),
         (added("<s> $A </s>", ("<s>", 0), ("</s>", 1)), None),
         (added("$A", ("<s>", 128_000)), None),  # named, but never added
         (processors.BertProcessing(("</s>", 1), ("<s>", 0)), None),
     ],
 )
 def test_a_post_processor_adds_the_tokens_that_it_names(post_processor, told):
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *"abcdef"])}, []))
+    backend = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *"abcdef"])}, [])
+    )
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = post_processor
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -101,7 +101,9 @@ class World:
             home = folder / f"worker-{i}"
             (home / "tokalign_jax" / "uv" / "bin").mkdir(parents=True)
             (home / "tokalign_jax" / "uv" / "bin" / "uv").symlink_to(folder / "uv")
-        self.project = folder / "project"  # small, and as still as the real one may not be while its tests run
+        self.project = (
+            folder / "project"
+        )  # small, and as still as the real one may not be while its tests run
         shutil.copytree(TPU, self.project / "tpu")
         (self.project / "pyproject.toml").touch()
         subprocess.run("git init -q && git add .", shell=True, cwd=self.project, check=True)
@@ -118,7 +120,9 @@ class World:
     def codes(self, *codes: str) -> None:
         (self.folder / "codes").write_text("\n".join(codes))
 
-    def run(self, script: str, *arguments: str, expect: int = 0, **settings: str) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *arguments: str, expect: int = 0, **settings: str
+    ) -> subprocess.CompletedProcess:
         environment = os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "SETTINGS": str(self.folder / "settings.sh"),
@@ -128,7 +132,9 @@ class World:
             "MOUNT": str(self.folder / "mount"),
         }
         command = [str(self.project / "tpu" / script), *arguments]
-        done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=environment | settings, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == expect, done.stdout + done.stderr
         return done
 
@@ -185,7 +191,11 @@ def test_create_asks_once_and_waits(world, spot, expected):
     world.run("create.sh", SPOT=spot, ACCELERATOR_TYPE="v5litepod-16")
     (call,) = world.calls("create")
     assert call[:5] == ["compute", "tpus", "queued-resources", "create", "slice"]
-    for flag in ("--node-id=slice", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"):
+    for flag in (
+        "--node-id=slice",
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+    ):
         assert flag in call
     assert {"--project=my-project", "--zone=us-east5-b"} <= set(call)
     assert ("--spot" in call) == expected
@@ -206,13 +216,17 @@ def test_create_tells_of_a_dead_resource_and_of_gcloud_errors(world):
 def test_delete_of_something_absent_is_fine(world):
     world.run("delete.sh")
     (call,) = world.calls("delete")
-    assert call[:5] == ["compute", "tpus", "queued-resources", "delete", "slice"] and "--force" in call
+    assert (
+        call[:5] == ["compute", "tpus", "queued-resources", "delete", "slice"] and "--force" in call
+    )
     world.states("ABSENT")
     world.run("delete.sh")
     assert len(world.calls("delete")) == 1
 
 
-@pytest.mark.parametrize("script", ["create", "setup", "run", "status", "logs", "stop", "watch", "delete"])
+@pytest.mark.parametrize(
+    "script", ["create", "setup", "run", "status", "logs", "stop", "watch", "delete"]
+)
 def test_dry_run_calls_nothing(world, script):
     arguments = ["--", "--workdir", "a b"] if script in ("run", "watch") else []
     printed = world.run(f"{script}.sh", "--dry-run", *arguments).stdout
@@ -238,7 +252,15 @@ def test_setup_installs_and_mounts_once(world):
     assert mount[-2:] == ["my-bucket", str(world.folder / "mount")]
 
 
-AWKWARD = ["--workdir", "runs/with two  spaces", "--config.corpus=/data/*.jsonl", "it's", 'a "quote" $HOME', "", "ü;&|"]
+AWKWARD = [
+    "--workdir",
+    "runs/with two  spaces",
+    "--config.corpus=/data/*.jsonl",
+    "it's",
+    'a "quote" $HOME',
+    "",
+    "ü;&|",
+]
 
 
 def test_arguments_reach_every_worker_as_they_were(tmp_path):
@@ -246,7 +268,9 @@ def test_arguments_reach_every_worker_as_they_were(tmp_path):
     world.run("setup.sh")
     world.run("run.sh", "--", *AWKWARD)
     world.finish()
-    assert sorted(world.runs()) == [[w, ["-m", "tokalign_jax.main", *AWKWARD], "by settings"] for w in "01"]
+    assert sorted(world.runs()) == [
+        [w, ["-m", "tokalign_jax.main", *AWKWARD], "by settings"] for w in "01"
+    ]
     status = world.run("status.sh").stdout
     assert status.splitlines()[0] == "slice ACTIVE" and status.count("exited 0") == 2
 
@@ -295,13 +319,23 @@ def test_watch_runs_again_until_the_run_is_done(world):
     world.states("ABSENT", "ACTIVE")
     world.codes("75", "75", "0")
     watch(world)
-    assert len(world.runs()) == 3 and len({json.dumps(run) for run in world.runs()}) == 1, "the same command each time"
+    assert len(world.runs()) == 3 and len({json.dumps(run) for run in world.runs()}) == 1, (
+        "the same command each time"
+    )
     assert len(world.calls("create")) == 1 and not world.calls("delete")
 
 
 def test_watch_replaces_a_preempted_slice(world):
     """Active, running; then suspended: deleted, asked for again, set up and run to its end."""
-    world.states(*["ACTIVE"] * 3, "SUSPENDED", "SUSPENDED", "ABSENT", "ABSENT", "WAITING_FOR_RESOURCES", "ACTIVE")
+    world.states(
+        *["ACTIVE"] * 3,
+        "SUSPENDED",
+        "SUSPENDED",
+        "ABSENT",
+        "ABSENT",
+        "WAITING_FOR_RESOURCES",
+        "ACTIVE",
+    )
     world.codes("wait", "0")
     killer = subprocess.Popen(  # the preemption takes the job with it
         [sys.executable, "-c", PREEMPT, str(world.folder)], stdout=subprocess.PIPE

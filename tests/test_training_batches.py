@@ -16,7 +16,13 @@ SOURCE = TokenSource(ToyShards(np.arange(N * T + 3, dtype=np.uint16)), T)
 
 def stream(seed=0, epochs=2, offset=0, accumulation=1, micro_batch=1, **hosts):
     return make_stream(
-        SOURCE, seed=seed, epochs=epochs, offset=offset, accumulation=accumulation, micro_batch=micro_batch, **hosts
+        SOURCE,
+        seed=seed,
+        epochs=epochs,
+        offset=offset,
+        accumulation=accumulation,
+        micro_batch=micro_batch,
+        **hosts,
     )
 
 

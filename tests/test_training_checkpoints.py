@@ -38,7 +38,8 @@ def state():
     params = toy_params()
     odd = params["final_norm"]["scale"].at[:4].set(jnp.array([jnp.nan, -0.0, jnp.inf, 1e-45]))
     filled = jax.tree.map(
-        lambda leaf: leaf + jnp.ones((), leaf.dtype), state_of(params | {"final_norm": {"scale": odd}})
+        lambda leaf: leaf + jnp.ones((), leaf.dtype),
+        state_of(params | {"final_norm": {"scale": odd}}),
     )
     return filled
 
@@ -55,7 +56,9 @@ def test_every_bit_of_the_state_comes_back(tmp_path, state):
         restored = checkpoints.restore(3, state_of(toy_params(seed=1)))
         assert jax.tree.structure(restored) == jax.tree.structure(state)
         assert bits(restored) == bits(state)
-        assert_same(checkpoints.restore_params(3, state_of(toy_params(seed=1)).params), state.params)
+        assert_same(
+            checkpoints.restore_params(3, state_of(toy_params(seed=1)).params), state.params
+        )
         assert checkpoints.position(3) == POSITION
 
 
@@ -75,7 +78,9 @@ def test_the_newest_are_kept_and_parts_are_no_checkpoint(tmp_path, state):
 
 
 def largest(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def cut(folder):
@@ -121,7 +126,10 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A folder with checkpoints 1 and 2, and the states that they are of."""
-    folder, states = tmp_path_factory.mktemp("two"), {step: state_of(toy_params(seed=step)) for step in (1, 2)}
+    folder, states = (
+        tmp_path_factory.mktemp("two"),
+        {step: state_of(toy_params(seed=step)) for step in (1, 2)},
+    )
     with Checkpoints(folder, keep=2) as checkpoints:
         for step, state in states.items():
             checkpoints.save(step, state, POSITION)
@@ -133,7 +141,9 @@ def test_what_is_damaged_is_noticed_and_set_aside(tmp_path, two, damage):
     folder, states = shutil.copytree(two[0], tmp_path / "copy"), two[1]
     damage(folder / "1")
     with Checkpoints(folder, keep=2) as checkpoints:
-        with pytest.raises(Damaged, match=rf"(?s)'{folder / '1'}' is damaged \(.*({DAMAGES[damage]})"):
+        with pytest.raises(
+            Damaged, match=rf"(?s)'{folder / '1'}' is damaged \(.*({DAMAGES[damage]})"
+        ):
             checkpoints.restore(1, states[2])
         assert bits(checkpoints.restore(2, states[1])) == bits(states[2])
         assert checkpoints.set_aside(2) == folder / "2.damaged"
@@ -170,7 +180,10 @@ def test_storage_that_does_not_answer_is_no_damage(error, end, two, monkeypatch)
 
     monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", fail)
     folder, states = two
-    with Checkpoints(folder, keep=2) as checkpoints, pytest.raises(end, match=r"checkpoint '.*1' could not be read"):
+    with (
+        Checkpoints(folder, keep=2) as checkpoints,
+        pytest.raises(end, match=r"checkpoint '.*1' could not be read"),
+    ):
         checkpoints.restore(1, states[1])
 
 
@@ -179,7 +192,10 @@ def test_a_checksum_changes_with_any_word_and_with_their_order():
     array = rng.integers(0, 2**32, (3, 5), dtype=np.uint32)
     place = 2 * np.arange(15, dtype=np.uint64).reshape(3, 5) + 1
     expected = int((array.astype(np.uint64) * place % 2**32).sum() % 2**32)
-    assert checksums({"a": jnp.asarray(array), "b": {"c": jnp.asarray(7)}}) == {"a": expected, "b/c": 7}
+    assert checksums({"a": jnp.asarray(array), "b": {"c": jnp.asarray(7)}}) == {
+        "a": expected,
+        "b/c": 7,
+    }
     for index in np.ndindex(3, 5):
         for bit in (0, 13, 31):
             other = array.copy()
@@ -210,7 +226,11 @@ def test_a_full_disk_is_named(tmp_path, error):
             raise error
         except Exception as cause:
             raise RuntimeError("could not save") from cause
-    for other in (OSError(errno.EIO, "bad disk"), ValueError("[os_error_code='5']"), UserError("else")):
+    for other in (
+        OSError(errno.EIO, "bad disk"),
+        ValueError("[os_error_code='5']"),
+        UserError("else"),
+    ):
         with pytest.raises(type(other)) as raised, naming_a_full_disk(tmp_path, 1):
             raise other
         assert raised.value is other

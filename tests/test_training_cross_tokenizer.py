@@ -55,7 +55,10 @@ def whole_loss(params, teacher, of, weights):
                     pairs.append((hidden[row, t], taught[row, of.positions[row, t]]))
         for (t, p), (u, q) in itertools.pairwise(shared):
             nats_q, nats_p = student_nll[row, t:u].sum(), teacher_nll[row, p:q].sum()
-            log_p, log_q = -nats_p / cross_tokenizer.TEMPERATURE, -nats_q / cross_tokenizer.TEMPERATURE
+            log_p, log_q = (
+                -nats_p / cross_tokenizer.TEMPERATURE,
+                -nats_q / cross_tokenizer.TEMPERATURE,
+            )
             p_, q_ = jnp.exp(log_p), jnp.exp(log_q)
             each = p_ * (log_p - log_q) + (1 - p_) * jnp.log((1 - p_) / (1 - q_))
             factor = 1.0 if t in alike else weights.emphasis
@@ -68,7 +71,9 @@ def whole_loss(params, teacher, of, weights):
 
 def test_loss_and_gradients_match_the_formulas():
     params, teacher, weights = toy_params(LLAMA, 0), toy_params(TEACHER, 1), Weights()
-    params, teacher = (jax.tree.map(lambda x: 3 * jnp.asarray(x), tree) for tree in (params, teacher))
+    params, teacher = (
+        jax.tree.map(lambda x: 3 * jnp.asarray(x), tree) for tree in (params, teacher)
+    )
     of = batch()
     expected, expected_gradients = jax.value_and_grad(whole_loss)(params, teacher, of, weights)
     (value, terms), gradients = jax.jit(
@@ -83,7 +88,12 @@ def test_loss_and_gradients_match_the_formulas():
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_next_token():
     params = toy_params(LLAMA, 0)
     tokens = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 8)).astype(np.int32)
-    same = Batch(tokens[:, :7], tokens, np.tile(np.arange(6, dtype=np.int32), (2, 1)), *np.zeros((2, 2), np.float32))
+    same = Batch(
+        tokens[:, :7],
+        tokens,
+        np.tile(np.arange(6, dtype=np.int32), (2, 1)),
+        *np.zeros((2, 2), np.float32),
+    )
     models = Models(LLAMA, LLAMA, COMPUTE)
     value, terms = cross_tokenizer.loss(models, params, params, same, Weights())
     assert abs(float(value)) < 1e-5 and float(terms.states) < 1e-6 and float(terms.distance) < 1e-5
@@ -92,7 +102,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_next_token()
 def test_divergence_is_the_binary_one_in_float64():
     student, teacher = np.array([0.5, 3.0, 20.0]), np.array([0.7, 1.0, 40.0])
     p, q = (np.exp(-nats / cross_tokenizer.TEMPERATURE) for nats in (teacher, student))
-    expected = cross_tokenizer.TEMPERATURE * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+    expected = cross_tokenizer.TEMPERATURE * (
+        p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    )
     np.testing.assert_allclose(cross_tokenizer.divergence(student, teacher), expected, rtol=1e-3)
 
 

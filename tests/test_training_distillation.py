@@ -41,13 +41,18 @@ def teaching(chunk=5, caps=(None, None), dtype=jnp.float32, **settings):
 
 def reference(hidden, head, teacher_hidden, teacher_head, labels, how, caps=(None, None)):
     """The sum of the loss, and its gradients for `hidden` and `head`, in float64."""
-    s, w, t, u = (torch.tensor(x, dtype=torch.float64) for x in (hidden, head, teacher_hidden, teacher_head))
+    s, w, t, u = (
+        torch.tensor(x, dtype=torch.float64) for x in (hidden, head, teacher_hidden, teacher_head)
+    )
     s.requires_grad_()
     w.requires_grad_()
     logits, teacher_logits = (
-        x if soft is None else soft * torch.tanh(x / soft) for x, soft in zip((s @ w.T, t @ u.T), caps)
+        x if soft is None else soft * torch.tanh(x / soft)
+        for x, soft in zip((s @ w.T, t @ u.T), caps)
     )
-    log_q, log_p = (torch.log_softmax(x[..., :V] / how.temperature, -1) for x in (logits, teacher_logits))
+    log_q, log_p = (
+        torch.log_softmax(x[..., :V] / how.temperature, -1) for x in (logits, teacher_logits)
+    )
     forward = (log_p.exp() * (log_p - log_q)).sum(-1)
     reverse = (log_q.exp() * (log_q - log_p)).sum(-1)
     counts = torch.tensor(labels >= 0)
@@ -64,10 +69,14 @@ def measured(data, how):
     hidden, head, teacher_hidden, teacher_head, labels = data
 
     def loss(hidden, head):
-        total, count = distillation(hidden, head, teacher_hidden, teacher_head, jnp.asarray(labels), how)
+        total, count = distillation(
+            hidden, head, teacher_hidden, teacher_head, jnp.asarray(labels), how
+        )
         return 3.0 * total, count
 
-    (total, count), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
+    (total, count), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        hidden, head
+    )
     assert count == B * T - 2
     return total / 3, *(np.asarray(gradient) / 3 for gradient in gradients)
 
@@ -96,7 +105,9 @@ def test_value_and_gradients_match_float64(data, caps, chunk, settings):
 def test_without_the_teacher_it_is_the_cross_entropy(data):
     hidden, head, *_, labels = data
     total, *gradients = measured(data, teaching(weight=0.0))
-    loss = lambda hidden, head: cross_entropy(hidden, head, jnp.asarray(labels), teaching().student)[0]  # noqa: E731
+    loss = lambda hidden, head: cross_entropy(
+        hidden, head, jnp.asarray(labels), teaching().student
+    )[0]  # noqa: E731
     expected, of_hidden_and_head = jax.value_and_grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for gradient, same in zip(gradients, of_hidden_and_head):
@@ -105,7 +116,9 @@ def test_without_the_teacher_it_is_the_cross_entropy(data):
 
 def test_who_is_the_teacher_has_nothing_to_learn(data):
     hidden, head, *_, labels = data
-    total, *gradients = measured((hidden, head, hidden, head, labels), teaching(reverse=0.5, temperature=2.0))
+    total, *gradients = measured(
+        (hidden, head, hidden, head, labels), teaching(reverse=0.5, temperature=2.0)
+    )
     assert abs(total) < 1e-4
     for gradient in gradients:
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
@@ -115,8 +128,12 @@ def test_gradients_keep_their_size_at_high_temperature(data):
     """In the limit the gradient for the logits is the difference of the centred logits over V (Hinton et al., equation 4)."""
     hidden, head, teacher_hidden, teacher_head, labels = (np.asarray(x, np.float64) for x in data)
     _, gradient, _ = measured(data, teaching(temperature=1000.0))
-    logits, teacher_logits = ((x @ w[:V].T) for x, w in ((hidden, head), (teacher_hidden, teacher_head)))
-    difference = (logits - logits.mean(-1, keepdims=True)) - (teacher_logits - teacher_logits.mean(-1, keepdims=True))
+    logits, teacher_logits = (
+        (x @ w[:V].T) for x, w in ((hidden, head), (teacher_hidden, teacher_head))
+    )
+    difference = (logits - logits.mean(-1, keepdims=True)) - (
+        teacher_logits - teacher_logits.mean(-1, keepdims=True)
+    )
     expected = (difference / V @ head[:V]) * (labels >= 0)[..., None]
     np.testing.assert_allclose(gradient, expected, rtol=0.02, atol=0.02)
 
@@ -131,14 +148,18 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     np.testing.assert_allclose(total, expected, rtol=2e-6)
     assert gradient.dtype == np.float32
     # The logits' gradient is rounded to bfloat16 (8 bits) before its product.
-    np.testing.assert_allclose(gradient, head_gradient, atol=2**-7 * np.abs(rounded[0]).sum((0, 1)).max())
+    np.testing.assert_allclose(
+        gradient, head_gradient, atol=2**-7 * np.abs(rounded[0]).sum((0, 1)).max()
+    )
 
 
 def test_what_is_compiled_knows_the_teacher_and_not_its_weights():
     """Two teachers of one shape are taught by with one program, which outlives neither's weights."""
     one, other = (
         objective(stage, Teacher(LLAMA, {"weights": np.full(3, size)}, V, f"teacher {size}"))
-        for size, stage in enumerate([DistillationConfig(teacher="here"), DistillationConfig(teacher="there")])
+        for size, stage in enumerate(
+            [DistillationConfig(teacher="here"), DistillationConfig(teacher="there")]
+        )
     )
     assert one.make_loss == other.make_loss and hash(one.make_loss) == hash(other.make_loss)
     assert one.facts != other.facts and one.beside is not other.beside
@@ -149,7 +170,9 @@ def test_what_is_compiled_knows_the_teacher_and_not_its_weights():
 def test_heads_of_different_rows_are_refused(data):
     hidden, head, teacher_hidden, teacher_head, labels = data
     with pytest.raises(ValueError, match=r"48 rows and the teacher's 40"):
-        distillation(hidden, head, teacher_hidden, teacher_head[:40], jnp.asarray(labels), teaching())
+        distillation(
+            hidden, head, teacher_hidden, teacher_head[:40], jnp.asarray(labels), teaching()
+        )
 
 
 def test_logits_are_never_whole():
@@ -164,7 +187,11 @@ def test_logits_are_never_whole():
         side = Head(vocabulary, chunk, jnp.float32)
         how = Teaching(side, side, vocabulary, reverse=0.5, temperature=2.0, weight=0.5)
         loss = lambda hidden, head, *others: distillation(hidden, head, *others, how)[0]  # noqa: E731
-        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(state, head, state, head, labels).compile()
+        compiled = (
+            jax.jit(jax.value_and_grad(loss, (0, 1)))
+            .lower(state, head, state, head, labels)
+            .compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     few, many = temporaries(1024), temporaries(4096)

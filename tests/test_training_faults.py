@@ -35,13 +35,19 @@ def losses(folder):
 
 
 def newest(folder):
-    return max((int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()), default=0)
+    return max(
+        (int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()),
+        default=0,
+    )
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Runs that nothing happens to: of adapters with their dropout, and of all parameters."""
-    programs = [Program(tmp_path_factory.mktemp(name), changes) for name, changes in (("lora", LORA), ("full", FULL))]
+    programs = [
+        Program(tmp_path_factory.mktemp(name), changes)
+        for name, changes in (("lora", LORA), ("full", FULL))
+    ]
     finish(*programs)
     return programs
 
@@ -90,7 +96,10 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
         code, output = ended[1 - who]
         # With the first process goes the coordination service, and JAX may abort before the failed step is told.
         aborted = who == 0 and code == -signal.SIGABRT and "coordination service" in output
-        told = code == 1 and "If another process or its machine was lost: the same command goes on" in output
+        told = (
+            code == 1
+            and "If another process or its machine was lost: the same command goes on" in output
+        )
         assert aborted or told, ended
         assert f"process {1 - who} of 2: joined. If one is lost" in output
     output = finish(*together(program))
@@ -125,7 +134,11 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken):
     [(code, output)] = run_programs(replace(program, fault="terminate", fault_step=5))
     assert code == 75, output
     others = []
-    for name, devices, mesh in (("four", 4, (2, 2, 1)), ("eight", 8, (2, 2, 2)), ("six", 6, (2, 1, 3))):
+    for name, devices, mesh in (
+        ("four", 4, (2, 2, 1)),
+        ("eight", 8, (2, 2, 2)),
+        ("six", 6, (2, 1, 3)),
+    ):
         shutil.copytree(program.folder, tmp_path / name)
         others.append(replace(program, folder=tmp_path / name, devices=devices, mesh=mesh))
     for other, (code, output) in zip(others, run_programs(*others)):
@@ -143,9 +156,16 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken):
 def test_a_full_disk_is_named_and_what_was_saved_goes_on(tmp_path, unbroken):
     program = Program(tmp_path / "full", LORA)
     [(code, output)] = run_programs(replace(program, fault="full", fault_step=16))
-    assert code == 2 and "UserError: the disk of" in output and "GB are free, and a checkpoint takes up to" in output
+    assert (
+        code == 2
+        and "UserError: the disk of" in output
+        and "GB are free, and a checkpoint takes up to" in output
+    )
     saved = newest(program.folder)
-    assert saved in (7, 14)  # that of 7 is whole when that of 14 begins, which may come before or after
+    assert saved in (
+        7,
+        14,
+    )  # that of 7 is whole when that of 14 begins, which may come before or after
     assert f"resumed at step {saved} of 40" in finish(program)
     assert_same(final_of(program), final_of(unbroken[0]))
 
@@ -169,12 +189,22 @@ def test_of_damaged_checkpoints_the_newest_whole_one_goes_on(tmp_path):
     lines = []
     again = train(tmp_path, stage, log=lines.append)
     for line, step in zip(lines, (8, 6)):
-        assert line.startswith(f"stage: warning: the checkpoint '{checkpoints / str(step)}' is damaged (")
+        assert line.startswith(
+            f"stage: warning: the checkpoint '{checkpoints / str(step)}' is damaged ("
+        )
         assert line.endswith(f"it was renamed to '{step}.damaged'")
     assert "resumed at step 3 of 8" in lines[2]
     assert_same(again.params, whole.params)
-    assert [record["loss"] for record in again.history] == [record["loss"] for record in whole.history]
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["3", "6", "6.damaged", "8", "8.damaged"]
+    assert [record["loss"] for record in again.history] == [
+        record["loss"] for record in whole.history
+    ]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "3",
+        "6",
+        "6.damaged",
+        "8",
+        "8.damaged",
+    ]
 
     for step in (3, 6, 8):
         damage(checkpoints / str(step))
@@ -194,7 +224,8 @@ def test_a_finished_stage_with_a_damaged_end_is_finished_no_more(tmp_path):
 
     assert is_finished(tmp_path, STAGE)
     with pytest.raises(
-        Stopped, match=r"8' is damaged .* renamed to '8.damaged'; the stage's last steps are taken anew"
+        Stopped,
+        match=r"8' is damaged .* renamed to '8.damaged'; the stage's last steps are taken anew",
     ):
         final()
     assert not is_finished(tmp_path, STAGE)

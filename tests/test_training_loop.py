@@ -77,7 +77,11 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     again = train(tmp_path / "parts", stage, log=lines.append)
     assert lines == ["stage: finished at step 8 of 8"]
     assert_same(again.params, whole.params)
-    assert (again.stream_end, again.tokens, again.history) == (rest.stream_end, rest.tokens, rest.history)
+    assert (again.stream_end, again.tokens, again.history) == (
+        rest.stream_end,
+        rest.tokens,
+        rest.history,
+    )
 
 
 def test_the_final_parameters_of_adapters_load(tmp_path):
@@ -118,7 +122,9 @@ def test_what_trains_is_not_also_held_as_it_was_when_the_stage_began(tmp_path, m
             sizes.append(held())
 
     start = [sharding.place(toy_params(), sharding.make_mesh(CONFIG.mesh))]
-    trained, frozen = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in split(stage, start[0]))
+    trained, frozen = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in split(stage, start[0])
+    )
     others = held() - trained - frozen
     for _ in range(2):  # anew, and from a checkpoint
         start = start or [sharding.place(toy_params(), sharding.make_mesh(CONFIG.mesh))]
@@ -147,7 +153,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert (int(skipped.step), int(skipped.skipped), int(skipped.skipped_in_a_row)) == (2, 1, 1)
     before, _ = after(good)
     for kept, old in zip(
-        jax.tree.leaves((skipped.params, skipped.opt_state)), jax.tree.leaves((before.params, before.opt_state))
+        jax.tree.leaves((skipped.params, skipped.opt_state)),
+        jax.tree.leaves((before.params, before.opt_state)),
     ):
         np.testing.assert_array_equal(kept, old)
     state, metrics = after(good, bad, better)
@@ -160,7 +167,11 @@ def test_skipped_steps_are_reported_and_training_goes_on(tmp_path):
     lines = []
     shards = poisoned_shards([2, 3, 5])
     history = train(
-        tmp_path, replace(STAGE, max_skipped_in_a_row=3), params=poisoned_params(), shards=shards, log=lines.append
+        tmp_path,
+        replace(STAGE, max_skipped_in_a_row=3),
+        params=poisoned_params(),
+        shards=shards,
+        log=lines.append,
     ).history
     assert [record["step"] for record in history if record["loss"] is None] == [2, 3, 5]
     assert [record["skipped"] for record in history] == [0, 1, 2, 2, 3, 3, 3, 3]
@@ -201,7 +212,12 @@ def test_a_stage_reads_on_where_the_one_before_stopped(tmp_path):
 
 def plan(previous_end=0, epochs=0, **changes):
     return plan_stage(
-        "stage1", replace(STAGE, **changes), replace(CONFIG, data=DataConfig(epochs)), LLAMA, toy_shards(), previous_end
+        "stage1",
+        replace(STAGE, **changes),
+        replace(CONFIG, data=DataConfig(epochs)),
+        LLAMA,
+        toy_shards(),
+        previous_end,
     )
 
 
@@ -215,9 +231,18 @@ def test_plans():
 
 
 def test_after_a_stage_of_another_length_as_many_tokens_have_been_read():
-    assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8, sequence_length=8) == (10, (10 + 32) * 8)
-    assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8, sequence_length=20) == (4, (4 + 32) * 20)
-    assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8 + 1, sequence_length=20) == (5, (5 + 32) * 20)
+    assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8, sequence_length=8) == (
+        10,
+        (10 + 32) * 8,
+    )
+    assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8, sequence_length=20) == (
+        4,
+        (4 + 32) * 20,
+    )
+    assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8 + 1, sequence_length=20) == (
+        5,
+        (5 + 32) * 20,
+    )
 
 
 @pytest.mark.parametrize(

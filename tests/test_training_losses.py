@@ -16,7 +16,11 @@ def data():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, V, (B, T))
     labels[1, 2:4] = -1
-    return rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32), labels
+    return (
+        rng.normal(size=(B, T, D)).astype(np.float32),
+        rng.normal(size=(V, D)).astype(np.float32),
+        labels,
+    )
 
 
 def reference(hidden, head, labels, cap=np.inf):
@@ -29,7 +33,9 @@ def reference(hidden, head, labels, cap=np.inf):
     top = logits.max(-1, keepdims=True)
     log_total = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
     counts = (labels >= 0)[..., None]
-    nll = ((log_total - np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)) * counts)[..., 0]
+    nll = ((log_total - np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)) * counts)[
+        ..., 0
+    ]
     delta = (np.exp(logits - log_total) - np.eye(V)[labels]) * counts * slope
     return nll.sum(), delta @ head, np.einsum("btv,btd->vd", delta, hidden), nll
 
@@ -43,23 +49,33 @@ def test_value_and_gradients_match_numpy(data, chunk, gpu, monkeypatch):
 
     def loss(hidden, head):
         total, count = cross_entropy(hidden, head, jnp.asarray(labels), Head(V, chunk, jnp.float32))
-        return 3.0 * total, count  # the factor: the backward pass must scale by what comes from above
+        return (
+            3.0 * total,
+            count,
+        )  # the factor: the backward pass must scale by what comes from above
 
-    (total, count), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
+    (total, count), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        hidden, head
+    )
     expected, hidden_gradient, head_gradient, nll = reference(hidden, head, labels)
     assert count == B * T - 2
     np.testing.assert_allclose(total, 3 * expected, rtol=1e-6)
     np.testing.assert_allclose(gradients[0], 3 * hidden_gradient, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradients[1], 3 * head_gradient, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        token_nll(hidden, head, jnp.asarray(labels), Head(V, chunk, jnp.float32)), nll, rtol=1e-5, atol=1e-6
+        token_nll(hidden, head, jnp.asarray(labels), Head(V, chunk, jnp.float32)),
+        nll,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_likeliest_token_is_that_of_the_largest_logit(data, chunk):
     hidden, head, labels = data
-    padded = np.concatenate([head, np.zeros((3, D), np.float32)])  # rows that only fill the matrix up
+    padded = np.concatenate(
+        [head, np.zeros((3, D), np.float32)]
+    )  # rows that only fill the matrix up
     hidden[0, 0] = -10 * head.sum(axis=0)  # all logits may be negative: the filling must not win
     how = Head(V, chunk, jnp.float32)
     nll, likeliest = token_nll_and_likeliest(hidden, padded, jnp.asarray(labels), how)
@@ -69,7 +85,9 @@ def test_likeliest_token_is_that_of_the_largest_logit(data, chunk):
 
 def test_undifferentiated_value_is_the_differentiated_one(data):
     hidden, head, labels = data
-    loss = lambda hidden: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 4, jnp.float32))[0]  # noqa: E731
+    loss = lambda hidden: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 4, jnp.float32))[
+        0
+    ]  # noqa: E731
     np.testing.assert_allclose(loss(hidden), jax.value_and_grad(loss)(hidden)[0], rtol=1e-6)
 
 
@@ -78,16 +96,22 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     hidden, head, labels = data
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, head)]
     expected, _, head_gradient, _ = reference(*rounded, labels)
-    loss = lambda head: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.bfloat16))[0]  # noqa: E731
+    loss = lambda head: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.bfloat16))[
+        0
+    ]  # noqa: E731
     total, gradient = jax.value_and_grad(loss)(head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert gradient.dtype == jnp.float32
     # The logits' gradient is rounded to bfloat16 (8 bits) before its product.
-    np.testing.assert_allclose(gradient, head_gradient, atol=2**-8 * np.abs(rounded[0]).sum((0, 1)).max())
+    np.testing.assert_allclose(
+        gradient, head_gradient, atol=2**-8 * np.abs(rounded[0]).sum((0, 1)).max()
+    )
 
 
 @pytest.mark.parametrize(
-    "cap, scale, worst", [(5.0, 1, 5), (np.inf, 4, 50), (30.0, 4, 30)], ids=["capped", "far apart", "both"]
+    "cap, scale, worst",
+    [(5.0, 1, 5), (np.inf, 4, 50), (30.0, 4, 30)],
+    ids=["capped", "far apart", "both"],
 )
 def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
     """The soft-cap's slope is in the gradients of label and others; with logits far apart some labels lose more than 50 nats."""
@@ -96,7 +120,9 @@ def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
     expected, hidden_gradient, head_gradient, nll = reference(hidden, head, labels, cap)
     assert worst < nll.max() < losses.MOST
     adjust = None if cap == np.inf else lambda x: cap * jnp.tanh(x / cap)
-    loss = lambda hidden, head: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.float32, adjust))[0]  # noqa: E731
+    loss = lambda hidden, head: cross_entropy(
+        hidden, head, jnp.asarray(labels), Head(V, 5, jnp.float32, adjust)
+    )[0]  # noqa: E731
     total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     np.testing.assert_allclose(gradients[0], hidden_gradient, rtol=1e-5, atol=2e-5)
@@ -108,7 +134,9 @@ def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(1, 1, D)).astype(jnp.bfloat16)
     head = np.stack([np.zeros(D), hidden[0, 0].astype(np.float64)]).astype(jnp.bfloat16)
-    head[1] = (head[1].astype(np.float32) * 7 / (hidden.astype(np.float32) ** 2).sum()).astype(jnp.bfloat16)
+    head[1] = (head[1].astype(np.float32) * 7 / (hidden.astype(np.float32) ** 2).sum()).astype(
+        jnp.bfloat16
+    )
     wide = [np.asarray(x, np.float64) for x in (hidden, head)]
     probability = 1 / (1 + np.exp(-wide[0][0, 0] @ wide[1][1]))
     assert 1e-4 < 1 - probability < 2e-3
@@ -123,10 +151,14 @@ def test_a_logit_counts_as_at_most_so_far_above_the_labels():
     hidden, head = np.full((1, 1, 1), 100, np.float32), np.array([[10.0], [1.0], [2.0]], np.float32)
     loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(3, 1, jnp.float32))[0]  # noqa: E731
     total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
-    np.testing.assert_allclose(total, losses.MOST + np.log(2), rtol=1e-6)  # both others lie farther above
+    np.testing.assert_allclose(
+        total, losses.MOST + np.log(2), rtol=1e-6
+    )  # both others lie farther above
     np.testing.assert_allclose(gradients[1][:, 0], [50, -100, 50], rtol=1e-5)
     np.testing.assert_allclose(gradients[0][0, 0, 0], 10 / 2 + 2 / 2 - 1, rtol=1e-5)
-    assert float(token_nll(hidden, head, jnp.array([[1]]), Head(3, 1, jnp.float32))[0, 0]) == pytest.approx(900)
+    assert float(
+        token_nll(hidden, head, jnp.array([[1]]), Head(3, 1, jnp.float32))[0, 0]
+    ) == pytest.approx(900)
 
 
 def test_logits_are_never_whole():
@@ -135,7 +167,9 @@ def test_logits_are_never_whole():
     hidden = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
     head = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
     labels = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    loss = lambda hidden, head, labels: cross_entropy(hidden, head, labels, Head(V, 128, jnp.float32))[0]  # noqa: E731
+    loss = lambda hidden, head, labels: cross_entropy(
+        hidden, head, labels, Head(V, 128, jnp.float32)
+    )[0]  # noqa: E731
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 3
 
@@ -163,7 +197,9 @@ def test_weighted_loss_and_gradients_match_numpy(data, chunk, cap):
     def total(hidden, head):
         return losses.weighted_cross_entropy(hidden, head, labels, jnp.asarray(weights), how)
 
-    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(head))
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(
+        jnp.asarray(hidden), jnp.asarray(head)
+    )
     # The reference weighs nothing: it is asked for one token at a time.
     expected, of_hidden, of_head = 0.0, np.zeros(hidden.shape), np.zeros(head.shape)
     for b, t in np.argwhere(labels >= 0):

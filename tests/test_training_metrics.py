@@ -20,7 +20,9 @@ def values(loss=2.0, finite=True, skipped=0):
 
 
 def record(folder, done, losses, lines=None, every=100):
-    with Recorder("stage1", folder, 1000, done, every, (lines if lines is not None else []).append) as recorder:
+    with Recorder(
+        "stage1", folder, 1000, done, every, (lines if lines is not None else []).append
+    ) as recorder:
         for loss in losses:
             recorder.add(values(loss))
     return recorder.history
@@ -31,7 +33,10 @@ def test_a_line_a_step(tmp_path):
     assert read(tmp_path / "metrics.jsonl") == history
     expected = "step loss learning_rate gradient_norm tokens tokens_per_second seconds skipped"
     assert [list(line) for line in history] == [expected.split()] * 2
-    assert [(line["step"], line["loss"], line["tokens"]) for line in history] == [(1, 3.0, 64), (2, 2.0, 128)]
+    assert [(line["step"], line["loss"], line["tokens"]) for line in history] == [
+        (1, 3.0, 64),
+        (2, 2.0, 128),
+    ]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -67,7 +72,10 @@ def test_only_one_process_writes(tmp_path):
 def test_progress_lines(tmp_path):
     lines = []
     record(tmp_path, 0, np.linspace(5, 4, 25), lines, every=10)
-    assert [line.split(",")[0] for line in lines] == ["stage1: step 10 of 1000", "stage1: step 20 of 1000"]
+    assert [line.split(",")[0] for line in lines] == [
+        "stage1: step 10 of 1000",
+        "stage1: step 20 of 1000",
+    ]
     assert all("loss 4." in line and "tokens/s" in line and "left" in line for line in lines)
 
 
@@ -85,7 +93,10 @@ def test_spikes_are_reported(tmp_path):
     lines = []
     record(tmp_path, 0, [*([2.0, 2.01] * 20), 3.5, 2.0], lines)
     assert len(lines) == 1
-    assert lines[0].startswith("stage1: the loss spikes at step 41: 3.500") and "median of 2.005" in lines[0]
+    assert (
+        lines[0].startswith("stage1: the loss spikes at step 41: 3.500")
+        and "median of 2.005" in lines[0]
+    )
 
 
 def test_a_resumed_run_remembers_recent_losses(tmp_path):

@@ -41,10 +41,18 @@ def test_an_objective_brings_its_own_arrays_and_sequences(tmp_path):
     stage = replace(STAGE, method="embedding", steps=4)
     plain = train(tmp_path / "plain", stage)
     given = train(tmp_path / "given", stage, objective=next_token_and(100.0, {"penalty": 100}))
-    assert [record["loss"] for record in given.history] == [record["loss"] for record in plain.history]
-    assert [record["tokens"] for record in given.history] == [record["tokens"] for record in plain.history]
-    for path, leaf in paths.flatten(plain.params).items():  # of another program: what XLA fuses may round otherwise
-        np.testing.assert_allclose(paths.flatten(given.params)[path], leaf, atol=1e-6, rtol=0, err_msg=path)
+    assert [record["loss"] for record in given.history] == [
+        record["loss"] for record in plain.history
+    ]
+    assert [record["tokens"] for record in given.history] == [
+        record["tokens"] for record in plain.history
+    ]
+    for path, leaf in paths.flatten(
+        plain.params
+    ).items():  # of another program: what XLA fuses may round otherwise
+        np.testing.assert_allclose(
+            paths.flatten(given.params)[path], leaf, atol=1e-6, rtol=0, err_msg=path
+        )
     # Its facts are those of the run: a checkpoint made under others is of another.
     for other in (next_token_and(100.0, {"penalty": 1}), NEXT_TOKEN):
         with pytest.raises(UserError, match="other settings"):

@@ -42,7 +42,9 @@ def expected_rate(update, steps=10, warmup=2):
 
 def test_what_each_method_trains():
     def labels(method):
-        return paths.flatten(paths.label_tree(rules_for(method), paths.unflatten(dict.fromkeys(SHAPES, 0))))
+        return paths.flatten(
+            paths.label_tree(rules_for(method), paths.unflatten(dict.fromkeys(SHAPES, 0)))
+        )
 
     vocabulary = {"embed_tokens/embedding": "embedding", "lm_head/kernel": "embedding"}
     adapters = {path: "lora" for path in SHAPES if "lora" in path}
@@ -58,7 +60,9 @@ def rates(**settings):
 
 def test_schedule_rises_to_the_peak_and_falls_to_zero():
     rate = rates(steps=10, warmup_fraction=0.2)
-    np.testing.assert_allclose([rate(u) for u in range(11)], [0.5 * expected_rate(u) for u in range(11)], atol=1e-7)
+    np.testing.assert_allclose(
+        [rate(u) for u in range(11)], [0.5 * expected_rate(u) for u in range(11)], atol=1e-7
+    )
     assert rate(-1) == 0 and rate(2) == 0.5 and rate(10) == 0 and rate(11) == 0
     assert rates(steps=3, warmup_fraction=0.03)(0) == 0.5  # no warm-up: straight to the peak
     assert rates(steps=1, warmup_fraction=1.0)(0) == 0.25  # all of it warm-up
@@ -68,14 +72,17 @@ def test_three_steps_match_a_float64_reference():
     """Clipping over everything, moments, bias correction, damping of rows, schedule, a rate by group, decay of matrices only."""
     params, expected = random_tree(0), {k: v.astype(np.float64) for k, v in random_tree(0).items()}
     labels = paths.label_tree(
-        [("^(embed_tokens|lm_head)", "embedding"), ("lora_", "lora"), ("", "body")], paths.unflatten(SHAPES)
+        [("^(embed_tokens|lm_head)", "embedding"), ("lora_", "lora"), ("", "body")],
+        paths.unflatten(SHAPES),
     )
     optimizer = make_optimizer(STAGE, labels)
     tree = paths.unflatten({k: jnp.asarray(v) for k, v in params.items()})
     state = optimizer.init(tree)
     moments = {k: (np.zeros(s), np.zeros(s)) for k, s in SHAPES.items()}
     for update in range(3):
-        gradients = {k: g * (10.0 if update != 1 else 1e-3) for k, g in random_tree(update + 1).items()}
+        gradients = {
+            k: g * (10.0 if update != 1 else 1e-3) for k, g in random_tree(update + 1).items()
+        }
         updates, state = jax.jit(optimizer.update)(
             paths.unflatten(gradients), state, tree, rates=schedule_of(STAGE).rates(update)
         )
@@ -100,12 +107,16 @@ def test_three_steps_match_a_float64_reference():
 
 def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
     labels = paths.label_tree(rules_for("embedding"), paths.unflatten(SHAPES))
-    stage = StageConfig(row_damping=0.0, steps=10, warmup_fraction=0.0, learning_rate=0.01, weight_decay=0.1)
+    stage = StageConfig(
+        row_damping=0.0, steps=10, warmup_fraction=0.0, learning_rate=0.01, weight_decay=0.1
+    )
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     gradients["final_norm"]["scale"] = np.full(4, 1e9, np.float32)
     optimizer = make_optimizer(stage, labels)
     updates = paths.flatten(
-        optimizer.update(gradients, optimizer.init(tree), tree, rates=schedule_of(stage).rates(0))[0]
+        optimizer.update(gradients, optimizer.init(tree), tree, rates=schedule_of(stage).rates(0))[
+            0
+        ]
     )
     for path, update in updates.items():
         assert np.any(update) == path.startswith(("embed_tokens", "lm_head")), path
@@ -116,13 +127,20 @@ def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
 
 def test_embedding_rate_defaults_to_the_stage_rate():
     stage = StageConfig(
-        row_damping=0.0, method="lora", steps=10, warmup_fraction=0.0, learning_rate=0.02, weight_decay=0.0
+        row_damping=0.0,
+        method="lora",
+        steps=10,
+        warmup_fraction=0.0,
+        learning_rate=0.02,
+        weight_decay=0.0,
     )
     labels = paths.label_tree(rules_for("lora"), paths.unflatten(SHAPES))
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     optimizer = make_optimizer(stage, labels)
     updates = paths.flatten(
-        optimizer.update(gradients, optimizer.init(tree), tree, rates=schedule_of(stage).rates(0))[0]
+        optimizer.update(gradients, optimizer.init(tree), tree, rates=schedule_of(stage).rates(0))[
+            0
+        ]
     )
     for path in ("embed_tokens/embedding", "layers/attention/q_proj/lora_a"):
         assert np.abs(updates[path]).max() == pytest.approx(0.02, rel=1e-3)

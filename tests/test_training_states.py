@@ -30,9 +30,13 @@ def write_stage(folder, stage, model, seed):
     """A finished stage's last checkpoint, of random parameters; returns these by path."""
     shapes, _ = loop.split(stage, abstract_params(model, loop.lora_spec(stage)))
     random = np.random.default_rng(seed)
-    arrays = {p: random.normal(size=x.shape).astype(np.float32) for p, x in paths.flatten(shapes).items()}
+    arrays = {
+        p: random.normal(size=x.shape).astype(np.float32) for p, x in paths.flatten(shapes).items()
+    }
     params = sharding.place(paths.unflatten(arrays), MESH)
-    state = init_state(params, make_optimizer(stage, paths.label_tree(rules_for(stage.method), params)))
+    state = init_state(
+        params, make_optimizer(stage, paths.label_tree(rules_for(stage.method), params))
+    )
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(stage.steps, state, Position({}, 0, 1, ""))
     return arrays
@@ -60,7 +64,9 @@ def merged_at_once(params, stages, trained):
 def source(family, folder):
     if family.startswith("qwen3_moe"):
         apart = family != "qwen3_moe, packed"
-        parity_cases.model(parity_cases.of("qwen3_moe")[0]).save_pretrained(folder, save_original_format=apart)
+        parity_cases.model(parity_cases.of("qwen3_moe")[0]).save_pretrained(
+            folder, save_original_format=apart
+        )
         parity_cases.TOKENIZER.save_pretrained(folder)
         return folder, parity_cases.TOKENIZER
     tokenizer = tiny_tokenizer(300, TEXTS)
@@ -83,18 +89,24 @@ def test_an_export_has_the_bits_of_a_float32_merge(family, stages, tmp_path):
     model, raw = hub.load_config(original)
     base = tmp_path / "init"
     stored = huggingface.load_params(original, model)
-    huggingface.save_checkpoint(base, stored, model, raw, tokenizer, dtypes="float32", source_folder=original)
+    huggingface.save_checkpoint(
+        base, stored, model, raw, tokenizer, dtypes="float32", source_folder=original
+    )
     folders, trained = write_stages(tmp_path, [stage for stage in stages if stage.steps], model)
 
     read = states.reader(base, model, states.load_changes(model, folders, MESH))
     whole = merged_at_once(huggingface.load_params(base, model), stages, trained)
     for name, params in (("whole", whole), ("read", read)):
         out = tmp_path / name
-        huggingface.save_checkpoint(out, params, model, raw, tokenizer, source_folder=original, max_shard_bytes=60_000)
+        huggingface.save_checkpoint(
+            out, params, model, raw, tokenizer, source_folder=original, max_shard_bytes=60_000
+        )
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "read").iterdir()) and len(files) > 5
     for name in files:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "read" / name).read_bytes(), name
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "read" / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize("stages", SEQUENCES.values(), ids=SEQUENCES)
@@ -104,16 +116,24 @@ def test_evaluation_reads_the_export_in_the_compute_type(stages, tmp_path):
     model, _ = hub.load_config(folder)
     folders, trained = write_stages(tmp_path, [stage for stage in stages if stage.steps], model)
     changes = states.load_changes(model, folders, MESH)
-    params = paths.flatten(states.assemble(folder, model, changes, states.inference_dtype("bfloat16"), MESH))
+    params = paths.flatten(
+        states.assemble(folder, model, changes, states.inference_dtype("bfloat16"), MESH)
+    )
     whole = paths.flatten(merged_at_once(huggingface.load_params(folder, model), stages, trained))
-    rounded_twice = stages == SEQUENCES["full, lora, lora"]  # a trained kernel, then with its adapters
+    rounded_twice = (
+        stages == SEQUENCES["full, lora, lora"]
+    )  # a trained kernel, then with its adapters
     assert params.keys() == whole.keys()
     for path, leaf in params.items():
         stored = "norm/" in path
-        assert leaf.dtype == (jnp.bfloat16 if not stored or FULL not in stages else jnp.float32), path
+        assert leaf.dtype == (jnp.bfloat16 if not stored or FULL not in stages else jnp.float32), (
+            path
+        )
         found, expected = np.asarray(leaf)[: len(whole[path])], whole[path].astype(leaf.dtype)
         if rounded_twice:
-            np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02)
+            np.testing.assert_allclose(
+                found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02
+            )
         else:
             np.testing.assert_array_equal(found, expected, err_msg=path)
     assert not changes.leaves and not changes.adapters
@@ -124,10 +144,16 @@ def test_stages_that_were_trained_over_are_not_read(tmp_path):
     folders, trained = write_stages(tmp_path, (EMBEDDING, LORA, FULL, LORA), model)
     with pytest.MonkeyPatch.context() as patch:
         load = loop.load_trained
-        patch.setattr(loop, "load_trained", lambda folder, *rest: (read.append(folder.name), load(folder, *rest))[1])
+        patch.setattr(
+            loop,
+            "load_trained",
+            lambda folder, *rest: (read.append(folder.name), load(folder, *rest))[1],
+        )
         changes = states.load_changes(model, folders, MESH)
     assert read == ["stage2", "stage3"]
-    np.testing.assert_array_equal(changes.leaves["lm_head/kernel"][: model.vocab_size], trained[3]["lm_head/kernel"])
+    np.testing.assert_array_equal(
+        changes.leaves["lm_head/kernel"][: model.vocab_size], trained[3]["lm_head/kernel"]
+    )
     path = "layers/attention/q_proj/kernel"
     np.testing.assert_array_equal(changes.leaves[path], trained[2][path])
     assert {len(adapters) for adapters in changes.adapters.values()} == {1}
@@ -139,7 +165,9 @@ def test_what_a_stage_begins_with_is_float32_only_where_it_trains(tmp_path):
     folders, _ = write_stages(tmp_path, (FULL, LORA), model)
     changes = states.load_changes(model, folders, MESH)
     stage = replace(STAGE, method="embedding")
-    params = states.assemble(folder, model, changes, states.training_dtype(stage, jnp.bfloat16), MESH)
+    params = states.assemble(
+        folder, model, changes, states.training_dtype(stage, jnp.bfloat16), MESH
+    )
     for path, leaf in paths.flatten(params).items():
         assert leaf.dtype == (jnp.float32 if sharding.is_vocabulary(path) else jnp.bfloat16), path
 
@@ -184,7 +212,12 @@ class Peak:
 
     def __init__(self, patch):
         self.before, self.bytes = self._live(), 0
-        for module, name in ((lora, "merged"), (lora, "_put"), (huggingface, "_from_bits"), (huggingface, "_update")):
+        for module, name in (
+            (lora, "merged"),
+            (lora, "_put"),
+            (huggingface, "_from_bits"),
+            (huggingface, "_update"),
+        ):
             patch.setattr(module, name, self._watched(getattr(module, name)))
 
     def _watched(self, function):
@@ -201,7 +234,11 @@ class Peak:
 
     @staticmethod
     def _live():
-        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays() if array.nbytes}
+        buffers = {
+            array.unsafe_buffer_pointer(): array.nbytes
+            for array in jax.live_arrays()
+            if array.nbytes
+        }
         return sum(buffers.values())
 
 
@@ -218,7 +255,9 @@ def test_evaluation_holds_the_model_once_in_the_compute_type(small_8b, monkeypat
     adapters, casting = 4 * (trained - 2 * matrix), 4 * trained + 2 * matrix
     assert model < 2.01 * (trained + frozen)
     assert peak.bytes <= max(model + adapters, casting) + 5 * LAYER
-    assert peak.bytes < 16 * trained + 2 * frozen, "what training has of parameters, gradients and moments"
+    assert peak.bytes < 16 * trained + 2 * frozen, (
+        "what training has of parameters, gradients and moments"
+    )
 
 
 def test_an_export_holds_what_was_trained_and_one_tensor(small_8b, monkeypatch, tmp_path):

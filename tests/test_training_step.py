@@ -28,24 +28,37 @@ from tokalign_jax.training.batches import TokenSource, make_stream
 from tokalign_jax.training.optimizer import schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
 
-FAMILIES = [replace(model, tie_word_embeddings=tied) for model in (LLAMA, NEOX) for tied in (False, True)]
+FAMILIES = [
+    replace(model, tie_word_embeddings=tied) for model in (LLAMA, NEOX) for tied in (False, True)
+]
 
 
 def changed(before, after):
     """Paths of the leaves that are not bit for bit what they were."""
     after = paths.flatten(after)
-    return {path for path, leaf in paths.flatten(before).items() if not np.array_equal(leaf, after[path])}
+    return {
+        path
+        for path, leaf in paths.flatten(before).items()
+        if not np.array_equal(leaf, after[path])
+    }
 
 
-@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: f"{m.model_type}{'-tied' if m.tie_word_embeddings else ''}")
+@pytest.mark.parametrize(
+    "model", FAMILIES, ids=lambda m: f"{m.model_type}{'-tied' if m.tie_word_embeddings else ''}"
+)
 def test_embedding_stage_changes_embedding_and_head_alone(tmp_path, model):
     # In float16, and computed in bfloat16: the frozen leaves of the result must be the given ones, not rounded copies.
     given = jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float16)), toy_params(model))
     config = replace(CONFIG, compute=replace(CONFIG.compute, dtype="bfloat16", remat="layer"))
     before = jax.tree.map(np.copy, given)
-    result = train(tmp_path, replace(STAGE, method="embedding", steps=2), model, config, params=given)
+    result = train(
+        tmp_path, replace(STAGE, method="embedding", steps=2), model, config, params=given
+    )
     assert_same(given, before)
-    vocabulary = {"embed_tokens/embedding", *(() if model.tie_word_embeddings else ("lm_head/kernel",))}
+    vocabulary = {
+        "embed_tokens/embedding",
+        *(() if model.tie_word_embeddings else ("lm_head/kernel",)),
+    }
     assert changed(before, result.params) == vocabulary
     for path, leaf in paths.flatten(result.params).items():
         assert leaf.dtype == (np.float32 if path in vocabulary else np.float16)
@@ -58,7 +71,9 @@ def test_full_stage_changes_everything(tmp_path, model):
     result = train(tmp_path, replace(STAGE, steps=2), model, params=params)
     assert_same(params, before)
     # Shifting all keys alike changes no attention weight: the key bias has no gradient but rounding.
-    assert changed(before, result.params) >= set(paths.flatten(before)) - {"layers/attention/k_proj/bias"}
+    assert changed(before, result.params) >= set(paths.flatten(before)) - {
+        "layers/attention/k_proj/bias"
+    }
 
 
 def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_path):
@@ -78,7 +93,9 @@ def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_p
     assert changed(before, paths.unflatten(first)) == vocabulary
     adapters = {path for path in first if "lora_" in path}
     projections = {
-        path.removesuffix("/kernel") for path in paths.flatten(before["layers"]) if path.endswith("_proj/kernel")
+        path.removesuffix("/kernel")
+        for path in paths.flatten(before["layers"])
+        if path.endswith("_proj/kernel")
     }
     assert adapters == {f"layers/{path}/lora_{factor}" for path in projections for factor in "ab"}
     # Adam's first update is the rate times a sign. B starts at 0; A has no gradient as long as B is 0.
@@ -98,13 +115,24 @@ def stepper(stage, optimizer, model=LLAMA):
     mesh = sharding.make_mesh()
     step = make_train_step(make_loss(model, CONFIG.compute, None), optimizer, jnp.float32, mesh)
     return lambda batch: step(
-        init_state(sharding.place(toy_params(model), mesh), optimizer), {}, batch, jax.random.key(0), schedule_of(stage)
+        init_state(sharding.place(toy_params(model), mesh), optimizer),
+        {},
+        batch,
+        jax.random.key(0),
+        schedule_of(stage),
     )
 
 
 def test_accumulation_equals_one_large_batch():
     batch = next(
-        make_stream(TokenSource(toy_shards(), LENGTH), seed=0, epochs=1, offset=0, accumulation=4, micro_batch=2)
+        make_stream(
+            TokenSource(toy_shards(), LENGTH),
+            seed=0,
+            epochs=1,
+            offset=0,
+            accumulation=4,
+            micro_batch=2,
+        )
     )
     step = stepper(STAGE, optax.sgd(1.0))
     parts, part_metrics = step(jnp.asarray(batch))
@@ -137,26 +165,39 @@ def test_golden_steps_against_pytorch(tmp_path, family):
 
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in reference.named_parameters():
-        rate = 3e-2 if name.split(".")[-2] in ("embed_tokens", "lm_head", "embed_in", "embed_out") else 1e-2
+        rate = (
+            3e-2
+            if name.split(".")[-2] in ("embed_tokens", "lm_head", "embed_in", "embed_out")
+            else 1e-2
+        )
         groups.setdefault((rate, 0.1 if parameter.ndim == 2 else 0.0), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        [
+            {"params": members, "lr": rate, "weight_decay": decay}
+            for (rate, decay), members in groups.items()
+        ],
         betas=(stage.beta1, stage.beta2),
         eps=stage.epsilon,
     )
     factors = [1 / 3, 2 / 3, 1.0, *(0.5 + 0.5 * np.cos(np.pi * k / 4) for k in (1, 2, 3))]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 5)])
-    stream = make_stream(TokenSource(toy_shards(), LENGTH), seed=0, epochs=1, offset=0, accumulation=2, micro_batch=2)
+    stream = make_stream(
+        TokenSource(toy_shards(), LENGTH), seed=0, epochs=1, offset=0, accumulation=2, micro_batch=2
+    )
     for record, batch in zip(history, stream):
         tokens = torch.from_numpy(batch.reshape(4, LENGTH + 1)).long()
         logits = reference(tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1)
+        )
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), stage.clip_norm)
         assert record["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
-        assert record["learning_rate"] == pytest.approx(1e-2 * factors[record["step"] - 1], rel=1e-5)
+        assert record["learning_rate"] == pytest.approx(
+            1e-2 * factors[record["step"] - 1], rel=1e-5
+        )
         optimizer.step()
         schedule.step()
     assert history[-1]["loss"] < history[0]["loss"]

@@ -92,9 +92,21 @@ def toy_params(model: ModelConfig = LLAMA, seed: int = 0) -> paths.Tree:
     return jax.jit(lambda key: init_params(model, key, std=0.2))(jax.random.key(seed))
 
 
-def train(folder: Path, stage: StageConfig = STAGE, model: ModelConfig = LLAMA, config: Config = CONFIG, **given):
+def train(
+    folder: Path,
+    stage: StageConfig = STAGE,
+    model: ModelConfig = LLAMA,
+    config: Config = CONFIG,
+    **given,
+):
     """A stage of a tiny model, from `given` params, shards, previous_end, name or log, or the toy ones."""
-    arguments = {"name": "stage", "params": None, "shards": None, "previous_end": 0, "log": lambda line: None} | given
+    arguments = {
+        "name": "stage",
+        "params": None,
+        "shards": None,
+        "previous_end": 0,
+        "log": lambda line: None,
+    } | given
     if arguments["params"] is None:
         arguments["params"] = toy_params(model)
     if arguments["shards"] is None:
@@ -162,7 +174,9 @@ class Program:
             print(stopped)
         except Exception as error:
             code = 2 if isinstance(error, UserError) else 1
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
             traceback.print_exc()
             if processes > 1:
                 distributed.fail(str(error), code)
@@ -238,7 +252,9 @@ def unpadded(params: paths.Tree, vocabulary: int = VOCABULARY) -> paths.Tree:
     )
 
 
-def final_params(folder: Path, stage: StageConfig, params: paths.Tree, model: ModelConfig = LLAMA) -> paths.Tree:
+def final_params(
+    folder: Path, stage: StageConfig, params: paths.Tree, model: ModelConfig = LLAMA
+) -> paths.Tree:
     """What a finished stage ended with: its last checkpoint, and what was frozen of the `params` it began with."""
     trained = unpadded(load_trained(folder, stage, model, sharding.make_mesh()), model.vocab_size)
     return paths.unflatten(paths.flatten(params) | paths.flatten(trained))

@@ -27,7 +27,9 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def add_overwrite(parser: argparse.ArgumentParser, flag: str) -> None:
-    parser.add_argument(OVERWRITE, action="store_true", help=f"replace what is in {flag} from before")
+    parser.add_argument(
+        OVERWRITE, action="store_true", help=f"replace what is in {flag} from before"
+    )
 
 
 def refuse_existing(flag: str, place: Path, overwrite: bool) -> None:

@@ -41,7 +41,10 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * 0.999)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 12)
+        for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def short(value: float) -> str:
@@ -81,29 +84,42 @@ def lines(
 
     parts, labels, levels = [], [], ticks(low, high)
     for y in levels:
-        parts.append(f'<line class="grid" x1="0" x2="{width}%" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="0" x2="{width}%" y1="{down(y):.1f}" y2="{down(y):.1f}"/>'
+        )
         label = f"{short(y)} {escape(y_label)}" if y == levels[-1] else short(y)
         labels.append(f'<text x="0" y="{down(y) - 3:.1f}">{label}</text>')
     for x in ticks(0, right)[1:]:
         anchor = "end" if x > 0.93 * right else "middle"
-        parts.append(f'<text x="{across(x)}" y="{bottom + 16}" text-anchor="{anchor}">{short(x)}</text>')
+        parts.append(
+            f'<text x="{across(x)}" y="{bottom + 16}" text-anchor="{anchor}">{short(x)}</text>'
+        )
     parts.append(f'<text x="{width}%" y="{height - 6}" text-anchor="end">{escape(x_label)}</text>')
     for x, name in marks:
         at = across(x)
         if x:
             parts.append(f'<line class="mark" x1="{at}" x2="{at}" y1="0" y2="{bottom}"/>')
-        parts.append(f'<text class="name" x="{at}" y="12" dx="{6 if x else 0}">{escape(name)}</text>')
+        parts.append(
+            f'<text class="name" x="{at}" y="12" dx="{6 if x else 0}">{escape(name)}</text>'
+        )
     plot = bottom - top
     parts.append(
         f'<svg viewBox="0 0 1000 {plot}" width="{width}%" height="{plot}" y="{top}" preserveAspectRatio="none">'
     )
     for curve, of in reversed(drawn):
-        path = "".join(f"{'L' if i else 'M'}{1000 * x / right:.1f} {down(y) - top:.1f}" for i, (x, y) in enumerate(of))
-        parts.append(f'<path d="{path}" style="{curve.style}"><title>{escape(curve.name)}</title></path>')
+        path = "".join(
+            f"{'L' if i else 'M'}{1000 * x / right:.1f} {down(y) - top:.1f}"
+            for i, (x, y) in enumerate(of)
+        )
+        parts.append(
+            f'<path d="{path}" style="{curve.style}"><title>{escape(curve.name)}</title></path>'
+        )
     parts.append("</svg>")
     ends = [(down(of[-1][1]), curve) for curve, of in drawn if curve.label and of]
     for y, curve in _apart(ends):
-        parts.append(f'<text class="name" x="{width + 0.8}%" y="{y + 4:.1f}">{escape(curve.label)}</text>')
+        parts.append(
+            f'<text class="name" x="{width + 0.8}%" y="{y + 4:.1f}">{escape(curve.label)}</text>'
+        )
     inner = "\n".join([*parts, *labels])
     return f'<svg class="chart" role="img" aria-label="{escape(says)}" width="100%" height="{height}">\n{inner}\n</svg>'
 
@@ -120,7 +136,13 @@ def _apart(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:
 def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
     """A row for each name on a common axis: the first dot is a reference, drawn as a stroke; the others are circles, the later the
     stronger, joined from the first to the last; "" where there is nothing to draw."""
-    values = [v for of in rows.values() for dot in of for v in (dot.value, *(dot.interval or ())) if math.isfinite(v)]
+    values = [
+        v
+        for of in rows.values()
+        for dot in of
+        for v in (dot.value, *(dot.interval or ()))
+        if math.isfinite(v)
+    ]
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -128,7 +150,9 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
     low, high = low - room, high + room
     across = lambda x: f"{100 * (x - low) / (high - low):.2f}%"  # noqa: E731
     at = ticks(low, high)
-    grid = "".join(f'<line class="grid" x1="{across(x)}" x2="{across(x)}" y1="0" y2="26"/>' for x in at)
+    grid = "".join(
+        f'<line class="grid" x1="{across(x)}" x2="{across(x)}" y1="0" y2="26"/>' for x in at
+    )
     parts = []
     for name, of in rows.items():
         told = ", ".join(f"{dot.name} {dot.value:.3f}" for dot in of)
@@ -137,8 +161,12 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
             f'<span>{escape(name)}</span><svg role="img" aria-label="{escape(name)}: {escape(told)}" width="100%" '
             f'height="26">{grid}{drawn}</svg>'
         )
-    labels = "".join(f'<text x="{across(x)}" y="13" text-anchor="middle">{short(x)}</text>' for x in at)
-    parts.append(f'<span></span><svg aria-hidden="true" width="100%" height="18" overflow="visible">{labels}</svg>')
+    labels = "".join(
+        f'<text x="{across(x)}" y="13" text-anchor="middle">{short(x)}</text>' for x in at
+    )
+    parts.append(
+        f'<span></span><svg aria-hidden="true" width="100%" height="18" overflow="visible">{labels}</svg>'
+    )
     names = list(dict.fromkeys(dot.name for of in rows.values() for dot in of))
     keys = "".join(
         f'<span><svg width="12" height="12" aria-hidden="true">{_mark(i, len(names), "50%", 6, 5)}</svg> '
@@ -147,7 +175,9 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
     )
     return (
         f'<figure class="chart"><figcaption class="keys">{keys}</figcaption>\n'
-        f'<div class="dots" role="group" aria-label="{escape(says)}">\n' + "\n".join(parts) + "\n</div></figure>"
+        f'<div class="dots" role="group" aria-label="{escape(says)}">\n'
+        + "\n".join(parts)
+        + "\n</div></figure>"
     )
 
 

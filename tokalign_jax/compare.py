@@ -22,10 +22,22 @@ from tokalign_jax.evaluation import comparison
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m tokalign_jax.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tokalign_jax.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=arguments.path, metavar="RUN", help="workdir or report.json of a run")
-    parser.add_argument("--output", type=arguments.path, help="folder for compare.json, compare.html and compare.png")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=arguments.path,
+        metavar="RUN",
+        help="workdir or report.json of a run",
+    )
+    parser.add_argument(
+        "--output",
+        type=arguments.path,
+        help="folder for compare.json, compare.html and compare.png",
+    )
     arguments.add_overwrite(parser, "--output")
     given = parser.parse_args(argv)
 
@@ -54,7 +66,9 @@ def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] =
     reports = [_report_of(path).resolve() for path in runs]
     if twice := next((path for i, path in enumerate(runs) if reports[i] in reports[:i]), None):
         raise UserError(f"run '{twice}' is named twice: name each run once")
-    compared = comparison.compare([load(path) for path in runs], names or [str(path) for path in runs])
+    compared = comparison.compare(
+        [load(path) for path in runs], names or [str(path) for path in runs]
+    )
     lines = comparison.terminal(compared)
     if output:
         write(compared, output)
@@ -76,12 +90,23 @@ def load(run: Path) -> dict[str, Any]:
         content = json.loads(found.read_text(encoding="utf-8"))
         missing = {"config", "states", "languages", "training"} - set(content)
     except (ValueError, TypeError) as error:
-        raise UserError(f"'{found}' is no report.json of a run ({error}); name a workdir or its report.json") from error
+        raise UserError(
+            f"'{found}' is no report.json of a run ({error}); name a workdir or its report.json"
+        ) from error
     if missing:
-        raise UserError(f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}")
+        raise UserError(
+            f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}"
+        )
     try:  # alone, so that the error names the one that is at fault
         comparison.html(comparison.compare([content]))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, statistics.StatisticsError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        statistics.StatisticsError,
+    ) as error:
         raise UserError(
             f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make it again: "
             "python -m tokalign_jax.main --config ... --workdir ... --stages=report"
@@ -109,12 +134,18 @@ def write(compared: comparison.Comparison, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(
-            json.dumps(compared, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace"
+            json.dumps(compared, indent=1, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+            errors="replace",
         )
-        (folder / "compare.html").write_text(comparison.html(compared), encoding="utf-8", errors="replace")
+        (folder / "compare.html").write_text(
+            comparison.html(compared), encoding="utf-8", errors="replace"
+        )
         comparison.picture(compared, folder / "compare.png")
     except OSError as error:
-        raise UserError(f"--output '{folder}' cannot be written ({error}); name another folder") from error
+        raise UserError(
+            f"--output '{folder}' cannot be written ({error}); name another folder"
+        ) from error
 
 
 if __name__ == "__main__":

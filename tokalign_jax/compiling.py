@@ -39,8 +39,14 @@ def prepare(alone: bool = True) -> None:
             os.environ[_MEMORY_NAMES[0]] = str(MEMORY)
     # The backend first, whatever the variable says: where there are several processes, it starts in all of them at once or in none.
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokalign_jax" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))  # JAX makes it when it first writes
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            / "tokalign_jax"
+            / "jax"
+        )
+        jax.config.update(
+            "jax_compilation_cache_dir", str(cache)
+        )  # JAX makes it when it first writes
 
 
 def products(dtype: DTypeLike) -> AbstractContextManager[Any]:
@@ -49,7 +55,11 @@ def products(dtype: DTypeLike) -> AbstractContextManager[Any]:
 
     Products of narrower types are as they ever are: kernels may refuse to be asked for more.
     """
-    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
+    return (
+        jax.default_matmul_precision("highest")
+        if jnp.dtype(dtype) == jnp.float32
+        else nullcontext()
+    )
 
 
 def _has_cuda() -> bool:

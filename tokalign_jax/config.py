@@ -76,7 +76,16 @@ class AlignmentConfig:
     """Token vectors and how target tokens are made of source tokens."""
 
     method: Literal[
-        "distilled", "composed", "tokalign", "lexicon", "topk", "focus", "omp", "pieces", "exact", "random"
+        "distilled",
+        "composed",
+        "tokalign",
+        "lexicon",
+        "topk",
+        "focus",
+        "omp",
+        "pieces",
+        "exact",
+        "random",
     ] = "distilled"
     """`distilled` (mean of the pieces, then trained on text of the source model's own and of the corpus
     to keep what the source knows, see `InitializationConfig`), `composed` (fits the corpus better and
@@ -332,9 +341,15 @@ class Config:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     initialization: InitializationConfig = field(default_factory=InitializationConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    stage1: StageConfig = field(default_factory=lambda: StageConfig(method="embedding", start_offset=0))
-    stage2: StageConfig = field(default_factory=lambda: StageConfig(method="full", learning_rate=5e-5))
-    stage3: DistillationConfig = field(default_factory=lambda: DistillationConfig(method="full", learning_rate=5e-5))
+    stage1: StageConfig = field(
+        default_factory=lambda: StageConfig(method="embedding", start_offset=0)
+    )
+    stage2: StageConfig = field(
+        default_factory=lambda: StageConfig(method="full", learning_rate=5e-5)
+    )
+    stage3: DistillationConfig = field(
+        default_factory=lambda: DistillationConfig(method="full", learning_rate=5e-5)
+    )
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -348,12 +363,20 @@ TRAINING = ("stage1", "stage2", "stage3")
 def training_stages(config: Config) -> dict[str, StageConfig]:
     """The training stages that a run has, in order: those with steps, the third with a teacher too."""
     found = {name: getattr(config, name) for name in TRAINING}
-    return {name: stage for name, stage in found.items() if stage.steps and getattr(stage, "teacher", True)}
+    return {
+        name: stage
+        for name, stage in found.items()
+        if stage.steps and getattr(stage, "teacher", True)
+    }
 
 
 def reads_source(config: Config) -> bool:
     """Whether the source model reads text for the rows of the start: method `composed` alone has any that it can teach."""
-    return config.alignment.method == "composed" and not config.alignment.file and config.initialization.tokens > 0
+    return (
+        config.alignment.method == "composed"
+        and not config.alignment.file
+        and config.initialization.tokens > 0
+    )
 
 
 TRAINED_FOR_EACH, WRITTEN_FOR_EACH = 80, 40
@@ -374,7 +397,11 @@ def distillation_budget(config: Config, source_size: int, target_size: int) -> t
 def distills(config: Config) -> bool:
     """Whether the start is trained with the source model as its teacher."""
     settings = config.initialization
-    return config.alignment.method == "distilled" and not config.alignment.file and settings.distillation_tokens > 0
+    return (
+        config.alignment.method == "distilled"
+        and not config.alignment.file
+        and settings.distillation_tokens > 0
+    )
 
 
 def teacher_of(stage: StageConfig) -> str:
@@ -401,12 +428,16 @@ def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
         arguments[key] = _checked(value, hints[key], f"{prefix}{key}")
     # A group that is only partly given keeps the defaults that its parent declares for it (stage1 and stage2 differ).
     defaults: dict[str, Any] = {
-        n: f.default_factory() for n, f in fields.items() if f.default_factory is not dataclasses.MISSING
+        n: f.default_factory()
+        for n, f in fields.items()
+        if f.default_factory is not dataclasses.MISSING
     }
     for key, default in defaults.items():
         if key in arguments:
             given = arguments[key]
-            arguments[key] = dataclasses.replace(default, **{k: getattr(given, k) for k in values[key]})
+            arguments[key] = dataclasses.replace(
+                default, **{k: getattr(given, k) for k in values[key]}
+            )
     made = kind(**arguments)
     _check_range(made, prefix)
     return made
@@ -428,7 +459,11 @@ def default_config() -> Any:
 _OF_SEVERAL_TYPES = (
     ("", "corpus"),
     ("evaluation", "other_text"),
-    *((stage, name) for stage in TRAINING for name in ("start_offset", "embedding_learning_rate", "per_device_batch")),
+    *(
+        (stage, name)
+        for stage in TRAINING
+        for name in ("start_offset", "embedding_learning_rate", "per_device_batch")
+    ),
 )
 
 
@@ -441,11 +476,15 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     """`value` as `hint` wants it; a whole number is welcome where a float is wanted, and a list where a tuple is."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
-            raise UserError(f"config key '{name}' is a group of fields, not the single value {value!r}")
+            raise UserError(
+                f"config key '{name}' is a group of fields, not the single value {value!r}"
+            )
         return config_from_dict(value, typing.cast(type, hint), f"{name}.")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise UserError(f"config key '{name}' is {value!r}; it must be one of {list(typing.get_args(hint))}")
+            raise UserError(
+                f"config key '{name}' is {value!r}; it must be one of {list(typing.get_args(hint))}"
+            )
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = {typing.get_origin(o) or o for o in options}
@@ -457,7 +496,9 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         raise UserError(f"config key '{name}' is {value!r}; it must be of type {hint}")
     if isinstance(value, int) and int not in kinds and float in kinds:
         value = float(value) if abs(value) < 1e300 else math.inf
-    if not isinstance(value, tuple(kinds)) or (isinstance(value, float) and not math.isfinite(value)):
+    if not isinstance(value, tuple(kinds)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
         raise UserError(
             f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}"
             + (", and finite" if isinstance(value, float) else "")
@@ -493,4 +534,6 @@ def _is_offset(value: float | str) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
+    return (
+        getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
+    )

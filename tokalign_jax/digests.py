@@ -33,9 +33,13 @@ class Digests:
     def __init__(self, folder: Path, log: Log):
         self._cache, self._log = folder / CACHE, log
         self._known: dict[str, list] = {}
-        with suppress(OSError, ValueError, AttributeError):  # not there or damaged: all is hashed again
+        with suppress(
+            OSError, ValueError, AttributeError
+        ):  # not there or damaged: all is hashed again
             content = json.loads(self._cache.read_text(encoding="utf-8"))
-            self._known = {path: known for path, known in content.items() if isinstance(known, list)}
+            self._known = {
+                path: known for path, known in content.items() if isinstance(known, list)
+            }
 
     def of(self, files: Sequence[Path]) -> str:
         """One digest of several files: names, sizes and contents, so the same for a copy of
@@ -50,10 +54,16 @@ class Digests:
         """The digest of each file's content; "" for what is no file."""
         there = {str(path.absolute()): path for path in files if path.is_file()}
         stamps = {name: _stamp(path) for name, path in there.items()}
-        found = {name: self._known[name][-1] for name in there if self._known.get(name, [])[:-1] == stamps[name]}
+        found = {
+            name: self._known[name][-1]
+            for name in there
+            if self._known.get(name, [])[:-1] == stamps[name]
+        }
         if unknown := {name: path for name, path in there.items() if name not in found}:
             now = time.time_ns()
-            hashed = dict(zip(unknown, self._hash([*unknown.values()], [stamps[name][0] for name in unknown])))
+            hashed = dict(
+                zip(unknown, self._hash([*unknown.values()], [stamps[name][0] for name in unknown]))
+            )
             # What has just been changed may be changed once more at what its file system takes for
             # the same time.
             settled = [name for name in hashed if now - max(stamps[name][1:3]) > SETTLED * 1e9]
@@ -68,7 +78,9 @@ class Digests:
 
     def _hash(self, paths: Sequence[Path], sizes: Sequence[int]) -> list[str]:
         progress = Progress(self._log, "looking for changed files", sum(sizes), "bytes")
-        blocks = [(i, start) for i, size in enumerate(sizes) for start in range(0, max(size, 1), BLOCK)]
+        blocks = [
+            (i, start) for i, size in enumerate(sizes) for start in range(0, max(size, 1), BLOCK)
+        ]
         hashes = [hashlib.sha256() for _ in paths]
         pool = ThreadPoolExecutor(os.cpu_count())
         try:

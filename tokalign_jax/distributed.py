@@ -105,7 +105,11 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    several = _given(coordinator, processes, process, os.environ) or _slurm(os.environ) or _tpu(os.environ)
+    several = (
+        _given(coordinator, processes, process, os.environ)
+        or _slurm(os.environ)
+        or _tpu(os.environ)
+    )
     if several is None:
         return
     # What collectives on the CPU are made of; a device of another kind takes no notice.
@@ -113,7 +117,9 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     jax.distributed.initialize(**several)
 
 
-def _given(coordinator: str, processes: int, process: int, environment: Mapping[str, str]) -> dict[str, Any] | None:
+def _given(
+    coordinator: str, processes: int, process: int, environment: Mapping[str, str]
+) -> dict[str, Any] | None:
     """What flags, or else the environment, say."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     if not coordinator and processes == 0 and process < 0:
@@ -194,7 +200,9 @@ def _metadata(name: str) -> str:
     """An attribute that Google Cloud gives this VM; empty elsewhere."""
     url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as f:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
+        ) as f:
             return f.read().decode()
     except OSError:
         return ""
@@ -306,7 +314,13 @@ def _verdict(outcomes: list[_Outcome]) -> _Outcome:
 def _kind(error: BaseException | None) -> str:
     if error is None:
         return ""
-    return "user" if isinstance(error, UserError) else "stopped" if isinstance(error, Stopped) else "other"
+    return (
+        "user"
+        if isinstance(error, UserError)
+        else "stopped"
+        if isinstance(error, Stopped)
+        else "other"
+    )
 
 
 def _store() -> Any:
@@ -336,7 +350,9 @@ def _get(key: str) -> str | None:
         raise
 
 
-def _retried(call: Callable[[], T], patience: float | None = None, sleep: Callable[[float], Any] = time.sleep) -> T:
+def _retried(
+    call: Callable[[], T], patience: float | None = None, sleep: Callable[[float], Any] = time.sleep
+) -> T:
     """What `call` returns, called again every `POLL` seconds while the store fails; the first failure is a warning.
 
     Args:
@@ -378,7 +394,9 @@ def fail(text: str, code: int) -> NoReturn:
     """Ends this process, and all others with the same message and exit code, wherever they are. Never returns."""
     if count() > 1 and _store():
         with suppress(jax.errors.JaxRuntimeError):
-            _tell(f"{_FAILED}/{index()}", json.dumps({"process": index(), "text": text, "code": code}))
+            _tell(
+                f"{_FAILED}/{index()}", json.dumps({"process": index(), "text": text, "code": code})
+            )
     _leave(code)
 
 
@@ -444,7 +462,10 @@ class _Watch(threading.Thread):
                     self._ask(lambda: _tell(f"{_STOP}/last", str(max(steps) + 1)))
                 self._last = int(self._wait(f"{_STOP}/last"))
             except ProcessFailed as error:
-                print(f"\nprocess {index()}: asked to stop, and ended without a checkpoint: {error}", file=sys.stderr)
+                print(
+                    f"\nprocess {index()}: asked to stop, and ended without a checkpoint: {error}",
+                    file=sys.stderr,
+                )
                 _leave(stopping.EXIT_CODE)
             self._holding = False
 
@@ -466,7 +487,8 @@ class _Watch(threading.Thread):
             return
         self._sleep(GRACE)
         print(
-            f"\nprocess {index()}: ended, since process {failure['process']} failed: {failure['text']}", file=sys.stderr
+            f"\nprocess {index()}: ended, since process {failure['process']} failed: {failure['text']}",
+            file=sys.stderr,
         )
         _leave(failure["code"])
 
@@ -479,6 +501,8 @@ def _leave(code: int) -> NoReturn:
         with suppress(jax.errors.JaxRuntimeError):
             _tell(f"{_LEFT}/{index()}", "")
             start = time.monotonic()
-            while is_first() and len(_told(_LEFT)) < count() and time.monotonic() - start < PATIENCE:
+            while (
+                is_first() and len(_told(_LEFT)) < count() and time.monotonic() - start < PATIENCE
+            ):
                 time.sleep(POLL)
     os._exit(code)

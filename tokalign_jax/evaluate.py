@@ -27,7 +27,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import arguments, compiling, demo, pages, pipeline, sharding, stages
 from tokalign_jax.alignment import alignment, scoring
-from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, TextConfig, config_from_dict
+from tokalign_jax.config import (
+    ComputeConfig,
+    Config,
+    EvaluationConfig,
+    TextConfig,
+    config_from_dict,
+)
 from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.evaluation import (
     abilities,
@@ -90,9 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
     start = time.monotonic()
-    compiling.prepare(alone=not (given.tasks or given.encoder))  # which PyTorch computes on the same GPU
+    compiling.prepare(
+        alone=not (given.tasks or given.encoder)
+    )  # which PyTorch computes on the same GPU
     return exit_code(
-        lambda: run(given, lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True))
+        lambda: run(
+            given,
+            lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True),
+        )
     )
 
 
@@ -103,24 +114,41 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()]  # noqa: E731
-    parser.add_argument("--models", type=names, default=[], help="folders or hub names in Hugging Face format")
+    parser.add_argument(
+        "--models", type=names, default=[], help="folders or hub names in Hugging Face format"
+    )
     parser.add_argument("--workdir", type=arguments.path, help="of a run, instead of --models")
     parser.add_argument(
-        "--states", type=names, default=[SOURCE, EXPORT], help="of the run: source, init, stage1, ..., export"
+        "--states",
+        type=names,
+        default=[SOURCE, EXPORT],
+        help="of the run: source, init, stage1, ..., export",
     )
     parser.add_argument(
-        "--text", help="held-out files, as config.corpus; with --workdir the run's own if this is not given"
-    )
-    parser.add_argument("--training-text", help="files to look for the held-out text in; with --workdir the run's own")
-    parser.add_argument("--text-field", default="text", help="field of a record that holds the text")
-    parser.add_argument(
-        "--language-field", default="", help="field that holds its language (none: all text is taken together)"
+        "--text",
+        help="held-out files, as config.corpus; with --workdir the run's own if this is not given",
     )
     parser.add_argument(
-        "--bytes-per-language", type=arguments.at_least(1), help="of held-out text (200,000, or what the run has)"
+        "--training-text",
+        help="files to look for the held-out text in; with --workdir the run's own",
     )
     parser.add_argument(
-        "--sequence-length", type=arguments.at_least(1), help="tokens of a window (1,024, or what the run has)"
+        "--text-field", default="text", help="field of a record that holds the text"
+    )
+    parser.add_argument(
+        "--language-field",
+        default="",
+        help="field that holds its language (none: all text is taken together)",
+    )
+    parser.add_argument(
+        "--bytes-per-language",
+        type=arguments.at_least(1),
+        help="of held-out text (200,000, or what the run has)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=arguments.at_least(1),
+        help="tokens of a window (1,024, or what the run has)",
     )
     parser.add_argument(
         "--alignment",
@@ -128,43 +156,80 @@ def _parser() -> argparse.ArgumentParser:
         help="folder or file of an alignment of the second model's tokenizer to the first's",
     )
     parser.add_argument(
-        "--lines", type=arguments.at_least(1), default=1000, help="held-out lines that the alignment is judged on"
+        "--lines",
+        type=arguments.at_least(1),
+        default=1000,
+        help="held-out lines that the alignment is judged on",
     )
     parser.add_argument(
-        "--encoder", default="", help="folder of a sentence encoder (without one the first model's mean states)"
+        "--encoder",
+        default="",
+        help="folder of a sentence encoder (without one the first model's mean states)",
     )
-    parser.add_argument("--teacher", default="", help="folder or hub name of the model that drafts are for")
+    parser.add_argument(
+        "--teacher", default="", help="folder or hub name of the model that drafts are for"
+    )
     parser.add_argument("--gamma", type=arguments.at_least(1), default=4, help="tokens of a draft")
-    parser.add_argument("--temperature", type=float, default=1.0, help="at which draft and teacher sample")
-    parser.add_argument("--prompts", type=arguments.at_least(1), default=8, help="a language gives for drafting")
-    parser.add_argument("--prompt-tokens", type=arguments.at_least(1), default=64, help="of each of them")
     parser.add_argument(
-        "--steps", type=arguments.at_least(1), default=64, help="tokens of a continuation, for speed and drafting"
+        "--temperature", type=float, default=1.0, help="at which draft and teacher sample"
     )
     parser.add_argument(
-        "--repeats", type=arguments.at_least(1), default=3, help="how often speed is timed on each prompt"
+        "--prompts", type=arguments.at_least(1), default=8, help="a language gives for drafting"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=arguments.at_least(1), default=64, help="of each of them"
+    )
+    parser.add_argument(
+        "--steps",
+        type=arguments.at_least(1),
+        default=64,
+        help="tokens of a continuation, for speed and drafting",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=arguments.at_least(1),
+        default=3,
+        help="how often speed is timed on each prompt",
     )
     parser.add_argument(
         "--abilities",
         help="multiple-choice questions, as config.evaluation.abilities; with --workdir the run's own if this is not given",
     )
     parser.add_argument(
-        "--max-questions", type=arguments.at_least(0), help="of each suite (0: all; with --workdir as the run has it)"
+        "--max-questions",
+        type=arguments.at_least(0),
+        help="of each suite (0: all; with --workdir as the run has it)",
     )
     parser.add_argument(
-        "--other-text", help="files of another kind of text; with --workdir the run's own if this is not given"
+        "--other-text",
+        help="files of another kind of text; with --workdir the run's own if this is not given",
     )
     parser.add_argument("--tasks", type=names, default=[], help="tasks of lm-eval")
-    parser.add_argument("--task-folder", type=arguments.path, help="with tasks of your own: YAML files and their data")
-    parser.add_argument("--limit", type=arguments.at_least(0), default=0, help="examples of each task (0: all)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="to compute in (float32 on a CPU, else bfloat16)"
+        "--task-folder",
+        type=arguments.path,
+        help="with tasks of your own: YAML files and their data",
     )
-    parser.add_argument("--batch", type=arguments.at_least(1), default=8, help="windows that a device reads at once")
     parser.add_argument(
-        "--seed", type=arguments.at_least(0), default=0, help="of bootstrap draws and of the choice of lines"
+        "--limit", type=arguments.at_least(0), default=0, help="examples of each task (0: all)"
     )
-    parser.add_argument("--output", type=arguments.path, required=True, help="folder for scores.json and scores.png")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="to compute in (float32 on a CPU, else bfloat16)",
+    )
+    parser.add_argument(
+        "--batch", type=arguments.at_least(1), default=8, help="windows that a device reads at once"
+    )
+    parser.add_argument(
+        "--seed",
+        type=arguments.at_least(0),
+        default=0,
+        help="of bootstrap draws and of the choice of lines",
+    )
+    parser.add_argument(
+        "--output", type=arguments.path, required=True, help="folder for scores.json and scores.png"
+    )
     arguments.add_overwrite(parser, "--output")
     return parser
 
@@ -177,9 +242,16 @@ def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
     """
     inputs = check(given, log)
     content = measure(inputs, log)
-    (given.output / SCORES).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (given.output / SCORES).write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     side_by_side.picture(content, given.output / PICTURE)
-    for line in ("", *pages.terminal(side_by_side.sections(content)), "", *side_by_side.warning_lines(content)):
+    for line in (
+        "",
+        *pages.terminal(side_by_side.sections(content)),
+        "",
+        *side_by_side.warning_lines(content),
+    ):
         print(line)
     print(f"written to {given.output / SCORES} and {given.output / PICTURE}")
     return content
@@ -203,23 +275,34 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         if context
         else [_folder(n, given.models) for n in given.models]
     )
-    if twice := [s.name for i, s in enumerate(subjects) if s.name in [of.name for of in subjects[:i]]]:
+    if twice := [
+        s.name for i, s in enumerate(subjects) if s.name in [of.name for of in subjects[:i]]
+    ]:
         raise UserError(
             f"two models are called '{twice[0]}': name each once, and give folders of one name different parents"
         )
     settings = context.config.evaluation if context else EvaluationConfig()
     length = min(
-        [given.sequence_length or settings.sequence_length, *(subject.config.max_positions for subject in subjects)]
+        [
+            given.sequence_length or settings.sequence_length,
+            *(subject.config.max_positions for subject in subjects),
+        ]
     )
     teacher = _folder(given.teacher, [given.teacher]) if given.teacher else None
-    if teacher and all(gaps := [drafting.difference_of_vocabularies(s.tokenizer, teacher.tokenizer) for s in subjects]):
+    if teacher and all(
+        gaps := [
+            drafting.difference_of_vocabularies(s.tokenizer, teacher.tokenizer) for s in subjects
+        ]
+    ):
         raise UserError(
             f"--teacher '{given.teacher}' has another vocabulary than every model to be judged ({gaps[-1]}): give one with theirs"
         )
     if not 0 < given.temperature < math.inf:
         raise UserError(f"--temperature is {given.temperature}; it must be above 0")
     if given.encoder and not (given.alignment or context):
-        raise UserError("--encoder is for judging an alignment: give --alignment of --models too, or a --workdir")
+        raise UserError(
+            "--encoder is for judging an alignment: give --alignment of --models too, or a --workdir"
+        )
     if given.tasks:
         downstream.check(given.tasks, given.task_folder)
     dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -239,7 +322,10 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         _training_corpus(given)
     if teacher:
         needed = given.prompt_tokens + given.steps
-        for who, config in (("the teacher", teacher.config), *((f"'{s.name}'", s.config) for s in subjects)):
+        for who, config in (
+            ("the teacher", teacher.config),
+            *((f"'{s.name}'", s.config) for s in subjects),
+        ):
             if needed > config.max_positions:
                 raise UserError(
                     f"--prompt-tokens and --steps are {needed} tokens together, but {who} has {config.max_positions} positions: lower them"
@@ -260,7 +346,9 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
     try:
         given.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output '{given.output}' cannot be made ({error.strerror}): name another folder") from error
+        raise UserError(
+            f"--output '{given.output}' cannot be made ({error.strerror}): name another folder"
+        ) from error
     return inputs
 
 
@@ -288,8 +376,14 @@ def _refuse_stale(context: stages.Context, names: Sequence[str]) -> None:
     books = pipeline.books(context.workdir)
     for name in ("corpus", *(name for name in names if name in prints[0])):
         record = books.get(name)
-        if record and not (record["finished"] and record["fingerprint"] in {of[name] for of in prints}):
-            why = "was made with other settings than the last command's" if record["finished"] else "is not finished"
+        if record and not (
+            record["finished"] and record["fingerprint"] in {of[name] for of in prints}
+        ):
+            why = (
+                "was made with other settings than the last command's"
+                if record["finished"]
+                else "is not finished"
+            )
             raise UserError(
                 f"--workdir '{context.workdir}': {name} {why}; run that command's stages to their end first, or name other --states"
             )
@@ -321,7 +415,13 @@ def _state(context: stages.Context, name: str) -> Subject:
     states = known[: known.index(name) + 1]
     config, _ = hub.load_config(context.folder("init"))
     folder = context.folder(name) if name == "init" else None
-    return Subject(name, config, context.target_tokenizer, lambda mesh, dtype: _loaded(context, states, dtype), folder)
+    return Subject(
+        name,
+        config,
+        context.target_tokenizer,
+        lambda mesh, dtype: _loaded(context, states, dtype),
+        folder,
+    )
 
 
 def _loaded(context: stages.Context, states: Sequence[str], dtype: DtypeOf) -> Any:
@@ -342,18 +442,26 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
     alone = [whole(other).name for other in others].count(parts[-1]) < 2
     called = parts[-1] if alone else "/".join(parts[-2:])
     return Subject(
-        called, config, tokenizer, lambda mesh, dtype: huggingface.load_params(folder, config, dtype, mesh), folder
+        called,
+        config,
+        tokenizer,
+        lambda mesh, dtype: huggingface.load_params(folder, config, dtype, mesh),
+        folder,
     )
 
 
-def _texts(given: argparse.Namespace, context: stages.Context | None, size: int, log: Log) -> dict[str, list[str]]:
+def _texts(
+    given: argparse.Namespace, context: stages.Context | None, size: int, log: Log
+) -> dict[str, list[str]]:
     """The held-out text: what is named, else the run's."""
     if given.text:
         held_out = documents.read(_corpus(given, given.text), log)
     elif context:
         held_out = documents.held_out(context.folder("corpus"))
     else:
-        raise UserError("--text is missing: name the files of held-out text, such as --text=heldout.jsonl")
+        raise UserError(
+            "--text is missing: name the files of held-out text, such as --text=heldout.jsonl"
+        )
     return bits_per_byte.choose(held_out, given.bytes_per_language or size)
 
 
@@ -378,13 +486,18 @@ def _questions(given: argparse.Namespace, settings: EvaluationConfig) -> list[ab
 
 def _corpus(given: argparse.Namespace, names: str) -> Config:
     """`names` as a corpus, looked at."""
-    config = Config(corpus=names, text=TextConfig(text_field=given.text_field, language_field=given.language_field))
+    config = Config(
+        corpus=names,
+        text=TextConfig(text_field=given.text_field, language_field=given.language_field),
+    )
     documents.check(config)
     return config
 
 
 def _training_corpus(given: argparse.Namespace) -> Config:
-    return _corpus(argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text)
+    return _corpus(
+        argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text
+    )
 
 
 def _training(inputs: Inputs, log: Log) -> Iterator[list[documents.Document]] | None:
@@ -403,7 +516,9 @@ def _aligned(
     if path is None or (not given.alignment and (len(subjects) < 2 or subjects[0].name != SOURCE)):
         return None
     if len(subjects) < 2:
-        raise UserError("--alignment needs two models: the source model, and one with the target tokenizer")
+        raise UserError(
+            "--alignment needs two models: the source model, and one with the target tokenizer"
+        )
     return alignment.load(path, subjects[0].tokenizer, subjects[1].tokenizer)
 
 
@@ -416,11 +531,21 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     # First, and in a process of its own, while the memory of a GPU is free.
     tasks = _tasks(inputs, log)
     training = _training(inputs, log)
-    overlapping = {"overlap": overlap.overlap(inputs.material.texts, training, log)} if training else {}
+    overlapping = (
+        {"overlap": overlap.overlap(inputs.material.texts, training, log)} if training else {}
+    )
     everyone = [*subjects, *([inputs.teacher] if inputs.teacher else [])]
-    mesh = inputs.context.mesh if inputs.context else sharding.make_mesh(state_bytes=2 * max(map(_bytes, everyone)))
+    mesh = (
+        inputs.context.mesh
+        if inputs.context
+        else sharding.make_mesh(state_bytes=2 * max(map(_bytes, everyone)))
+    )
     dtype = inference_dtype(inputs.dtype)
-    teacher = drafting.Model(inputs.teacher.config, inputs.teacher.load(mesh, dtype)) if inputs.teacher else None
+    teacher = (
+        drafting.Model(inputs.teacher.config, inputs.teacher.load(mesh, dtype))
+        if inputs.teacher
+        else None
+    )
     models, costs, aligned = {}, {}, {}
     reference: measures.Reference | None = None
     for subject in subjects:
@@ -440,7 +565,9 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
             inputs, subject, model, models[subject.name]["pooled"]["tokens"], log
         )
         if teacher and inputs.teacher:
-            models[subject.name]["drafting"] = _drafting(inputs, subject, model, inputs.teacher, teacher, mesh, log)
+            models[subject.name]["drafting"] = _drafting(
+                inputs, subject, model, inputs.teacher, teacher, mesh, log
+            )
         if inputs.aligned is not None and subject is subjects[0]:
             aligned = {"alignment": _alignment(inputs, inputs.aligned, model, log)}
         reference = reference or measured.reference
@@ -448,8 +575,14 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     others = subjects[1:]
     return {
         "models": models,
-        "differences": {s.name: _difference(costs[s.name], costs[subjects[0].name], given.seed) for s in others},
-        **({"teacher": {"name": inputs.teacher.name, "folder": str(inputs.teacher.folder)}} if inputs.teacher else {}),
+        "differences": {
+            s.name: _difference(costs[s.name], costs[subjects[0].name], given.seed) for s in others
+        },
+        **(
+            {"teacher": {"name": inputs.teacher.name, "folder": str(inputs.teacher.folder)}}
+            if inputs.teacher
+            else {}
+        ),
         **aligned,
         **overlapping,
         "settings": {
@@ -469,7 +602,9 @@ def _tasks(inputs: Inputs, log: Log) -> dict[str, dict[str, Any]]:
     if not within:
         return {}
     log(f"tasks: {', '.join(given.tasks)} on {', '.join(name for name, _ in within)}, by lm-eval")
-    found = downstream.run_apart([folder for _, folder in within], given.tasks, given.task_folder, given.limit)
+    found = downstream.run_apart(
+        [folder for _, folder in within], given.tasks, given.task_folder, given.limit
+    )
     return {name: {"tasks": of} for (name, _), of in zip(within, found)}
 
 
@@ -483,7 +618,9 @@ def _scores(inputs: Inputs, costs: Mapping[str, bits_per_byte.Costs]) -> dict[st
 
     by_language = bits_per_byte.summaries(costs, seed)
     return {
-        "languages": {language: with_words(of, counted[language]) for language, of in by_language.items()},
+        "languages": {
+            language: with_words(of, counted[language]) for language, of in by_language.items()
+        },
         "pooled": with_words(bits_per_byte.summary([*costs.values()], seed), sum(counted.values())),
     }
 
@@ -491,23 +628,45 @@ def _scores(inputs: Inputs, costs: Mapping[str, bits_per_byte.Costs]) -> dict[st
 def _difference(
     costs: Mapping[str, bits_per_byte.Costs], first: Mapping[str, bits_per_byte.Costs], seed: int
 ) -> dict[str, Any]:
-    by_language = {language: bits_per_byte.difference([of], [first[language]], seed) for language, of in costs.items()}
-    return {"languages": by_language, "pooled": bits_per_byte.difference([*costs.values()], [*first.values()], seed)}
+    by_language = {
+        language: bits_per_byte.difference([of], [first[language]], seed)
+        for language, of in costs.items()
+    }
+    return {
+        "languages": by_language,
+        "pooled": bits_per_byte.difference([*costs.values()], [*first.values()], seed),
+    }
 
 
-def _speed(inputs: Inputs, subject: Subject, model: drafting.Model, tokens: int, log: Log) -> dict[str, Any]:
+def _speed(
+    inputs: Inputs, subject: Subject, model: drafting.Model, tokens: int, log: Log
+) -> dict[str, Any]:
     given, prompts = inputs.given, samples.passages(inputs.material.texts, 2)
     params = jax.tree.map(lambda x: x.astype(inputs.dtype), model.params)
     found = speed.measure(
-        model.config, params, subject.tokenizer, prompts, steps=given.steps, repeats=given.repeats, dtype=inputs.dtype
+        model.config,
+        params,
+        subject.tokenizer,
+        prompts,
+        steps=given.steps,
+        repeats=given.repeats,
+        dtype=inputs.dtype,
     )
     of = found.summary([text for group in inputs.material.texts.values() for text in group], tokens)
-    log(f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} characters/s")
+    log(
+        f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} characters/s"
+    )
     return of
 
 
 def _drafting(
-    inputs: Inputs, subject: Subject, model: drafting.Model, big: Subject, teacher: drafting.Model, mesh: Mesh, log: Log
+    inputs: Inputs,
+    subject: Subject,
+    model: drafting.Model,
+    big: Subject,
+    teacher: drafting.Model,
+    mesh: Mesh,
+    log: Log,
 ) -> dict[str, Any]:
     if gap := drafting.difference_of_vocabularies(subject.tokenizer, big.tokenizer):
         return {"not_comparable": gap}
@@ -531,7 +690,9 @@ def _drafting(
     }
 
 
-def _alignment(inputs: Inputs, found: alignment.Alignment, model: drafting.Model, log: Log) -> dict[str, Any]:
+def _alignment(
+    inputs: Inputs, found: alignment.Alignment, model: drafting.Model, log: Log
+) -> dict[str, Any]:
     """BLEU-1 and similarity of lines drawn at random, by language."""
     source, target = (subject.tokenizer for subject in inputs.subjects[:2])
     every = [
@@ -547,12 +708,16 @@ def _alignment(inputs: Inputs, found: alignment.Alignment, model: drafting.Model
         lines.setdefault(every[i][0], []).append(every[i][1])
     log(f"alignment: {len(chosen)} lines")
     mapping = found.heaviest()
-    encode = inputs.encoder or similarity.mean_states(model.config, model.params, source, inputs.dtype)
+    encode = inputs.encoder or similarity.mean_states(
+        model.config, model.params, source, inputs.dtype
+    )
     by_language = similarity.compare(mapping, source, target, lines, encode)
     for language, of in by_language.items():
         of["bleu_1"] = scoring.score(mapping, source, target, lines[language])
     return {
-        "bleu_1": scoring.score(mapping, source, target, [line for of in lines.values() for line in of]),
+        "bleu_1": scoring.score(
+            mapping, source, target, [line for of in lines.values() for line in of]
+        ),
         "embedded_by": Path(inputs.given.encoder).name
         if inputs.encoder
         else "the mean final states of the first model",
@@ -561,7 +726,11 @@ def _alignment(inputs: Inputs, found: alignment.Alignment, model: drafting.Model
 
 
 def _bytes(subject: Subject) -> int:
-    return sum(file.stat().st_size for file in subject.folder.glob("*.safetensors")) if subject.folder else 0
+    return (
+        sum(file.stat().st_size for file in subject.folder.glob("*.safetensors"))
+        if subject.folder
+        else 0
+    )
 
 
 def _plain(value: Any) -> Any:

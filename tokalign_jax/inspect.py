@@ -42,17 +42,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tokalign_jax.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tokalign_jax.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=arguments.path, help="of a run whose align stage is finished")
-    parser.add_argument("--alignment", type=arguments.path, help="folder or file of an alignment, instead of a workdir")
-    parser.add_argument("--source-model", help="folder or hub name; with --alignment, or where the workdir's has moved")
-    parser.add_argument("--target-tokenizer", help="the same of the target tokenizer")
-    parser.add_argument("--token", action="append", default=[], help="a target token's text (may be repeated)")
-    parser.add_argument("--id", action="append", default=[], type=int, help="a target token's id (may be repeated)")
-    parser.add_argument("--html", type=arguments.path, help="write the report and the named tokens to this page")
     parser.add_argument(
-        "--neighbours", type=arguments.at_least(1), default=10, help="source tokens to list by co-occurrence"
+        "--workdir", type=arguments.path, help="of a run whose align stage is finished"
+    )
+    parser.add_argument(
+        "--alignment",
+        type=arguments.path,
+        help="folder or file of an alignment, instead of a workdir",
+    )
+    parser.add_argument(
+        "--source-model",
+        help="folder or hub name; with --alignment, or where the workdir's has moved",
+    )
+    parser.add_argument("--target-tokenizer", help="the same of the target tokenizer")
+    parser.add_argument(
+        "--token", action="append", default=[], help="a target token's text (may be repeated)"
+    )
+    parser.add_argument(
+        "--id", action="append", default=[], type=int, help="a target token's id (may be repeated)"
+    )
+    parser.add_argument(
+        "--html", type=arguments.path, help="write the report and the named tokens to this page"
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=arguments.at_least(1),
+        default=10,
+        help="source tokens to list by co-occurrence",
     )
     arguments.add_overwrite(parser, "--html")
     return parser
@@ -61,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
 def show(given: argparse.Namespace, of: inspection.Subject) -> None:
     """The named tokens, or the report where none is, on the terminal; both in the page."""
     ids = [i for text in given.token for i in inspection.find(of.target, text)] + given.id
-    tokens = [section for i in dict.fromkeys(ids) for section in inspection.explain(of, i, given.neighbours)]
+    tokens = [
+        section
+        for i in dict.fromkeys(ids)
+        for section in inspection.explain(of, i, given.neighbours)
+    ]
     report = inspection.report(of) if given.html or not tokens else []
     if given.html:
         title = f"Alignment of {of.target.name} to {of.source.name}"
@@ -72,7 +96,9 @@ def show(given: argparse.Namespace, of: inspection.Subject) -> None:
                 f"--html '{given.html}' cannot be written ({error}); name a file in a folder that exists"
             ) from error
     print(
-        "\n".join(pages.terminal(tokens or report)), *([f"\nwritten to {given.html}"] if given.html else []), sep="\n"
+        "\n".join(pages.terminal(tokens or report)),
+        *([f"\nwritten to {given.html}"] if given.html else []),
+        sep="\n",
     )
 
 
@@ -97,8 +123,12 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
             "nothing to inspect: give --workdir of a run, or --alignment with --source-model and --target-tokenizer"
         )
     folders = {
-        "source": hub.resolve(demo.source_model(names["source_model"]), what="source_model", weights=False),
-        "target": hub.resolve(demo.target_tokenizer(names["target_tokenizer"]), what="target_tokenizer", weights=False),
+        "source": hub.resolve(
+            demo.source_model(names["source_model"]), what="source_model", weights=False
+        ),
+        "target": hub.resolve(
+            demo.target_tokenizer(names["target_tokenizer"]), what="target_tokenizer", weights=False
+        ),
     }
     ends = {"source": "", "target": end_of_text}
     tokenizers = {side: hub.load_tokenizer(folder, ends[side]) for side, folder in folders.items()}
@@ -108,7 +138,9 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
     path = given.alignment or given.workdir / "align"
     found = alignment.load(path, tokenizers["source"], tokenizers["target"])
     sides = {
-        side: inspection.vocabulary(tokenizer, "/".join(folders[side].parts[-2:]), _counts(given.workdir, side))
+        side: inspection.vocabulary(
+            tokenizer, "/".join(folders[side].parts[-2:]), _counts(given.workdir, side)
+        )
         for side, tokenizer in tokenizers.items()
     }
     of_alignment = settings.get("alignment", {})
@@ -116,7 +148,9 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
     method = _method(path)
     space, reason = _space(found, path, settings.get("seed", 0), method)
     cut = canonical.PieceCutter(tokenizers["source"])
-    return inspection.Subject(found, sides["source"], sides["target"], cut, space, reason, method, around)
+    return inspection.Subject(
+        found, sides["source"], sides["target"], cut, space, reason, method, around
+    )
 
 
 def _workdir(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -150,16 +184,27 @@ def _beside(path: Path, name: str) -> Path:
 def _method(path: Path) -> str:
     """How an alignment was made, where its summary says so."""
     file = _beside(path, "summary.json")
-    return json.loads(file.read_text(encoding="utf-8")).get("method", "unknown") if file.exists() else "unknown"
+    return (
+        json.loads(file.read_text(encoding="utf-8")).get("method", "unknown")
+        if file.exists()
+        else "unknown"
+    )
 
 
-def _space(found: alignment.Alignment, path: Path, seed: int, method: str) -> tuple[inspection.Space | None, str]:
+def _space(
+    found: alignment.Alignment, path: Path, seed: int, method: str
+) -> tuple[inspection.Space | None, str]:
     """The token vectors beside an alignment in one space, or why there is none."""
     file = _beside(path, vectors.FILE)
     if not file.exists():
-        return None, f"there are no token vectors beside the alignment ('{file}' is missing; its method is '{method}')"
+        return (
+            None,
+            f"there are no token vectors beside the alignment ('{file}' is missing; its method is '{method}')",
+        )
     with np.load(file) as arrays:
-        source, target = ((arrays[f"{side}_ids"], arrays[f"{side}_vectors"]) for side in ("source", "target"))
+        source, target = (
+            (arrays[f"{side}_ids"], arrays[f"{side}_vectors"]) for side in ("source", "target")
+        )
     space = inspection.common_space(found, *source, *target, seed)
     return space, "" if space else "too few tokens with an exact match have vectors"
 

@@ -115,7 +115,9 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
             compiling.prepare()
             work(_logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
-            _print(f"finished in {duration(time.monotonic() - start)}; everything is in {workdir_of(given)}")
+            _print(
+                f"finished in {duration(time.monotonic() - start)}; everything is in {workdir_of(given)}"
+            )
         return 0
     except stopping.Stopped as stopped:
         complain(f"{who()}{stopped}: the same command goes on from here")
@@ -148,27 +150,63 @@ def _plan(config: Config, given: flags.FlagValues) -> None:
     if not given.plan_devices:
         compiling.prepare()  # of the devices here the run gets as much memory
     machine = Machine.of(given.plan_devices, given.plan_device_memory, given.plan_host_memory)
-    speed = Speed.of(given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak)
+    speed = Speed.of(
+        given.plan_tokens_per_second, given.plan_throughput, given.plan_mfu, given.plan_peak
+    )
     print(plan_run(config, workdir_of(given) if given.workdir else None, machine, speed).table())
 
 
 def _flags(given: flags.FlagValues) -> None:
-    flags.DEFINE_list("stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given)
-    flags.DEFINE_bool("plan", False, "Only print memory, disk and time that the run would take.", flag_values=given)
-    flags.DEFINE_integer("plan_devices", 0, "Plan for so many devices, not those here.", 0, flag_values=given)
-    flags.DEFINE_string("plan_device_memory", "", "Plan for devices with so much memory: 80GB.", flag_values=given)
-    flags.DEFINE_string("plan_host_memory", "", "Plan for a host with so much memory: 256GB.", flag_values=given)
-    flags.DEFINE_float("plan_tokens_per_second", 0, "Speed to reckon with, all devices together.", 0, flag_values=given)
+    flags.DEFINE_list(
+        "stages", None, "Only these stages, and unfinished ones that they need.", flag_values=given
+    )
+    flags.DEFINE_bool(
+        "plan",
+        False,
+        "Only print memory, disk and time that the run would take.",
+        flag_values=given,
+    )
+    flags.DEFINE_integer(
+        "plan_devices", 0, "Plan for so many devices, not those here.", 0, flag_values=given
+    )
     flags.DEFINE_string(
-        "plan_throughput", "", "JSON of benchmarks/train_throughput.py to reckon with.", flag_values=given
+        "plan_device_memory", "", "Plan for devices with so much memory: 80GB.", flag_values=given
+    )
+    flags.DEFINE_string(
+        "plan_host_memory", "", "Plan for a host with so much memory: 256GB.", flag_values=given
     )
     flags.DEFINE_float(
-        "plan_mfu", 0.4, "Share of the peak to reckon with, where no speed is known.", 0.001, 1, flag_values=given
+        "plan_tokens_per_second",
+        0,
+        "Speed to reckon with, all devices together.",
+        0,
+        flag_values=given,
     )
-    flags.DEFINE_string("plan_peak", "", "Peak of a device: 989TFLOPS; by default that of its name.", flag_values=given)
+    flags.DEFINE_string(
+        "plan_throughput",
+        "",
+        "JSON of benchmarks/train_throughput.py to reckon with.",
+        flag_values=given,
+    )
+    flags.DEFINE_float(
+        "plan_mfu",
+        0.4,
+        "Share of the peak to reckon with, where no speed is known.",
+        0.001,
+        1,
+        flag_values=given,
+    )
+    flags.DEFINE_string(
+        "plan_peak",
+        "",
+        "Peak of a device: 989TFLOPS; by default that of its name.",
+        flag_values=given,
+    )
 
 
-def parse(argv: list[str], default: str, define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
+def parse(
+    argv: list[str], default: str, define: Callable[[flags.FlagValues], None]
+) -> flags.FlagValues:
     """The flags, `config` among them with its overrides.
 
     Raises:
@@ -200,7 +238,14 @@ def parse(argv: list[str], default: str, define: Callable[[flags.FlagValues], No
 def _with_known_config_path(argv: list[str], default: str) -> list[str]:
     """Resolves `--config` to a file here or, under the same name, to one of those that ship with the package."""
     argv = list(argv)
-    place = next((i for i, a in enumerate(argv) if a in ("--config", "-config") or a.startswith("--config=")), None)
+    place = next(
+        (
+            i
+            for i, a in enumerate(argv)
+            if a in ("--config", "-config") or a.startswith("--config=")
+        ),
+        None,
+    )
     if place is None:
         given, where = default, 1  # before overrides of it
         argv.insert(where, "")
@@ -210,10 +255,16 @@ def _with_known_config_path(argv: list[str], default: str) -> list[str]:
         given, where = argv[place + 1], place
         del argv[place + 1]
     else:
-        raise UserError("--config is given without a file; name one, such as --config configs/ultra_quick_demo.py")
+        raise UserError(
+            "--config is given without a file; name one, such as --config configs/ultra_quick_demo.py"
+        )
     file, _, argument = given.partition(":")
     package = Path(__file__).parent
-    candidates = [Path(file), package / "configs" / Path(file).name, package.parent / "configs" / Path(file).name]
+    candidates = [
+        Path(file),
+        package / "configs" / Path(file).name,
+        package.parent / "configs" / Path(file).name,
+    ]
     found = next((c for c in candidates if c.is_file()), None)
     if found is None:
         shipped = sorted({p.name for c in candidates[1:] for p in c.parent.glob("*.py")})
@@ -246,7 +297,11 @@ def _load(path: str) -> config_dict.ConfigDict:
     try:
         return runpy.run_path(file)["get_config"]()
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == file
+        ]
         where = f"line {lines[-1]}: " if lines else ""
         raise UserError(
             f"config file '{file}' cannot be used ({where}{type(error).__name__}: {error}): it must be Python with a function get_config() "

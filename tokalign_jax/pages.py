@@ -85,18 +85,28 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
     """Lines of a table that also lines up on a terminal, without columns of bars; none where there are no rows."""
     if not rows:
         return []
-    shown = [i for i, column in enumerate(zip(*rows)) if not any(isinstance(cell, Bar) for cell in column)]
+    shown = [
+        i
+        for i, column in enumerate(zip(*rows))
+        if not any(isinstance(cell, Bar) for cell in column)
+    ]
     rows = [[row[i] for i in shown] for row in rows]
     right = _right_columns(rows)
     names = [_one_line(literal(header[i])) if header else "" for i in shown]
     lines = [names, *([_one_line(_written(cell)) for cell in row] for row in rows)]
     widths = [max(3, *map(_width, column)) for column in zip(*lines)]
-    rule = "|" + "|".join("-" * (w + 1) + ":" if r else ":" + "-" * (w + 1) for w, r in zip(widths, right)) + "|"
+    rule = (
+        "|"
+        + "|".join("-" * (w + 1) + ":" if r else ":" + "-" * (w + 1) for w, r in zip(widths, right))
+        + "|"
+    )
     first, *others = ["| " + " | ".join(map(_pad, line, widths, right)) + " |" for line in lines]
     return [first, rule, *others]
 
 
-def html(title: str, sections: Sequence[Section], layout: Literal["columns", "one", "broad"] = "columns") -> str:
+def html(
+    title: str, sections: Sequence[Section], layout: Literal["columns", "one", "broad"] = "columns"
+) -> str:
     """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the reader has it, and fit
     for paper. Sections that say nothing are left out.
 
@@ -124,7 +134,12 @@ def to_json(section: Section) -> dict[str, Any]:
         return of if isinstance(of, str) else [cell(part) for part in of]
 
     rows = [[cell(c) for c in row] for row in section.rows]
-    return {"title": section.title, "text": section.text, "header": list(section.header), "rows": rows}
+    return {
+        "title": section.title,
+        "text": section.text,
+        "header": list(section.header),
+        "rows": rows,
+    }
 
 
 def from_json(content: Mapping[str, Any]) -> Section:
@@ -150,7 +165,10 @@ def _table(section: Section) -> list[str]:
     table = [list(section.header), *rows] if section.header else rows
     widths = [max(map(_width, column)) for column in zip(*table)]
     return [
-        ("  " + "  ".join(_pad(cell, width, r) for cell, width, r in zip(row, widths, right))).rstrip() for row in table
+        (
+            "  " + "  ".join(_pad(cell, width, r) for cell, width, r in zip(row, widths, right))
+        ).rstrip()
+        for row in table
     ]
 
 
@@ -204,7 +222,10 @@ def _right_columns(rows: Sequence[Sequence[Cell]]) -> list[bool]:
 
 def _width(text: str) -> int:
     """Columns that a terminal gives to `text`."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def _cut(text: str) -> str:
@@ -239,10 +260,14 @@ def _section(section: Section) -> str:
 
 def _html_table(section: Section) -> str:
     right = _right_columns(section.rows)
-    lines = [f"<tr>{''.join(_field(cell, r) for cell, r in zip(row, right))}</tr>" for row in section.rows]
+    lines = [
+        f"<tr>{''.join(_field(cell, r) for cell, r in zip(row, right))}</tr>"
+        for row in section.rows
+    ]
     if section.header:
         names = "".join(
-            f'<th scope="col"{_RIGHT if r else ""}>{escape(name)}</th>' for name, r in zip(section.header, right)
+            f'<th scope="col"{_RIGHT if r else ""}>{escape(name)}</th>'
+            for name, r in zip(section.header, right)
         )
         lines = ["<thead>", f"<tr>{names}</tr>", "</thead>", "<tbody>", *lines, "</tbody>"]
     return "\n".join(['<div class="wide">', "<table>", *lines, "</table>", "</div>"])
@@ -258,7 +283,9 @@ def _field(cell: Cell, right: bool) -> str:
 
 
 def _markup(cell: Part | tuple[Part, ...]) -> str:
-    if isinstance(cell, Code):  # bdi: text that runs from right to left must not turn its neighbours round
+    if isinstance(
+        cell, Code
+    ):  # bdi: text that runs from right to left must not turn its neighbours round
         return f"<bdi><code>{escape(cell.text)}</code></bdi>" if cell.text else ""
     if isinstance(cell, Soft):
         return f"<small>{escape(cell.text)}</small>"

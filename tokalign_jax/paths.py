@@ -47,7 +47,9 @@ def label(rules: Sequence[tuple[str, Label]], path: str) -> Label:
     for pattern, label in rules:
         if re.search(pattern, path):
             return label
-    raise ValueError(f"no rule matches parameter '{path}' (rules: {', '.join(repr(pattern) for pattern, _ in rules)})")
+    raise ValueError(
+        f"no rule matches parameter '{path}' (rules: {', '.join(repr(pattern) for pattern, _ in rules)})"
+    )
 
 
 def label_tree(rules: Sequence[tuple[str, Any]], tree: Mapping[str, Any]) -> Tree:
@@ -63,7 +65,9 @@ def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[Tree, T
     """The tree of the leaves whose path `keep` accepts, and the tree of all others."""
     leaves = flatten(tree)
     kept = {path: leaf for path, leaf in leaves.items() if keep(path)}
-    return unflatten(kept), unflatten({path: leaf for path, leaf in leaves.items() if path not in kept})
+    return unflatten(kept), unflatten(
+        {path: leaf for path, leaf in leaves.items() if path not in kept}
+    )
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:

@@ -74,7 +74,11 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
 
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
-        stage = {k: v for k, v in config_to_dict(getattr(config, name)).items() if k not in _WITHOUT_EFFECT}
+        stage = {
+            k: v
+            for k, v in config_to_dict(getattr(config, name)).items()
+            if k not in _WITHOUT_EFFECT
+        }
         stage |= {k: getattr(type(getattr(config, name)), k) for k in _AS_BY_DEFAULT}
         stage |= {"teacher": outside["teacher"]} if "teacher" in stage else {}
         return Stage(
@@ -222,7 +226,9 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
         context.check()
 
     on_first(check)
-    found = {stage.name: stage for stage in graph(context, _exported(model_states(config), selected))}
+    found = {
+        stage.name: stage for stage in graph(context, _exported(model_states(config), selected))
+    }
     wanted = _closure(found, _expand(selected, found))
     on_first(lambda: stages.check_disk(context, wanted))
     on_first(lambda: stages.warn_of_memory(context, wanted))
@@ -294,8 +300,14 @@ def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
     """SHA-256 of each stage's settings and of the fingerprints of what it needs, in order of the stages."""
     prints: dict[str, str] = {}
     for stage in found:
-        content = {"settings": stage.settings, "needs": {n: prints[n] for n in stage.needs}, "format": stages.FORMAT}
-        prints[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        content = {
+            "settings": stage.settings,
+            "needs": {n: prints[n] for n in stage.needs},
+            "format": stages.FORMAT,
+        }
+        prints[stage.name] = hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=str).encode()
+        ).hexdigest()
     return prints
 
 
@@ -322,14 +334,18 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
     """Whether the stage is to be run; if so its folder is ready, and the books say that it has begun."""
     folder = context.folder(stage.name)
     record = state.current.get(stage.name)
-    finished = record and record["fingerprint"] == fingerprint and record["finished"] and folder.exists()
+    finished = (
+        record and record["fingerprint"] == fingerprint and record["finished"] and folder.exists()
+    )
     if finished and stage.is_whole(context):
         context.log(f"{stage.name}: finished, skipped")
         return False
     if finished and not stage.resumes:
         damaged = unused(folder.with_name(f"{folder.name}.damaged"))
         folder.rename(damaged)
-        context.log(f"{stage.name}: warning: what it left is not whole any more; it was renamed to '{damaged}'")
+        context.log(
+            f"{stage.name}: warning: what it left is not whole any more; it was renamed to '{damaged}'"
+        )
     if record and record["fingerprint"] != fingerprint:
         context.log(f"{stage.name}: to be done again, {_what_changed(record, stage)}")
         state.set_aside(stage.name, folder)
@@ -344,7 +360,12 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
             )
         shutil.rmtree(folder.resolve())  # our own, and unfinished
     context.log(f"{stage.name}: {stage.says}")
-    record = {"fingerprint": fingerprint, "settings": stage.settings, "finished": False, "needs": list(stage.needs)}
+    record = {
+        "fingerprint": fingerprint,
+        "settings": stage.settings,
+        "finished": False,
+        "needs": list(stage.needs),
+    }
     if stage.resumes and (before := state.current.get(stage.name, {}).get("seconds")):
         record["seconds"] = before
     state.put(stage.name, record)
@@ -354,9 +375,13 @@ def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: "_St
 
 def _what_changed(record: Mapping[str, Any], stage: Stage) -> str:
     """The settings that differ, or the stages before that were redone."""
-    old, new = (_flat(json.loads(json.dumps(s, default=str))) for s in (record["settings"], stage.settings))
+    old, new = (
+        _flat(json.loads(json.dumps(s, default=str))) for s in (record["settings"], stage.settings)
+    )
     changed = [
-        f"{k} changed from {old.get(k)} to {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+        f"{k} changed from {old.get(k)} to {new.get(k)}"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
     ]
     return "; ".join(changed) if changed else "because what it builds on changed"
 
@@ -364,7 +389,9 @@ def _what_changed(record: Mapping[str, Any], stage: Stage) -> str:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {
+        k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()
+    }
 
 
 def _exported(models: Sequence[str], selected: Sequence[str] | None) -> str:
@@ -377,7 +404,10 @@ def _expand(selected: Sequence[str] | None, found: Mapping[str, Stage]) -> list[
     if selected is None:
         return [*found]
     names = [
-        n for s in selected for n in (found if s == "evaluate" else [s]) if s != "evaluate" or n.startswith("evaluate/")
+        n
+        for s in selected
+        for n in (found if s == "evaluate" else [s])
+        if s != "evaluate" or n.startswith("evaluate/")
     ]
     for name in names:
         if name not in found:
@@ -386,7 +416,9 @@ def _expand(selected: Sequence[str] | None, found: Mapping[str, Stage]) -> list[
                 f"--stages names '{name}', which is no stage of this run; the stages are {', '.join(known)}"
             )
     if not names:
-        raise UserError(f"--stages names none; the stages are {', '.join(found)}, or leave it out to run them all")
+        raise UserError(
+            f"--stages names none; the stages are {', '.join(found)}, or leave it out to run them all"
+        )
     return names
 
 
@@ -412,7 +444,12 @@ def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> 
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir '{workdir}' is a file; name a folder")
     if not state.exists:
-        ours = {".lock", partial_of(workdir / STATE_FILE).name, digests.CACHE, partial_of(workdir / digests.CACHE).name}
+        ours = {
+            ".lock",
+            partial_of(workdir / STATE_FILE).name,
+            digests.CACHE,
+            partial_of(workdir / digests.CACHE).name,
+        }
         if workdir.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
                 f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no {STATE_FILE}); nothing there is touched: "
@@ -422,7 +459,9 @@ def _refuse_foreign(workdir: Path, state: "_State", context: stages.Context) -> 
     identity = context.run_identity()
     if state.identity and state.identity != identity:
         differences = ", ".join(
-            f"{k} {state.identity.get(k)!r} there, {v!r} now" for k, v in identity.items() if state.identity.get(k) != v
+            f"{k} {state.identity.get(k)!r} there, {v!r} now"
+            for k, v in identity.items()
+            if state.identity.get(k) != v
         )
         raise UserError(
             f"--workdir '{workdir}' belongs to another run ({differences}); choose another --workdir for this one"
@@ -500,7 +539,9 @@ class _State:
 
     def drop(self, keep: Set[str]) -> None:
         """Removes artefacts that are aside, but for those with these fingerprints."""
-        for key in [key for key, record in self._outdated.items() if record["fingerprint"] not in keep]:
+        for key in [
+            key for key, record in self._outdated.items() if record["fingerprint"] not in keep
+        ]:
             del self._outdated[key]
             shutil.rmtree(self._workdir / _OUTDATED / key, ignore_errors=True)
         self._write()

@@ -53,13 +53,18 @@ class Progress:
         elapsed = time.monotonic() - self._start
         rate = f", {quantity(self._count / elapsed)}/s" if elapsed > 0 else ""
         amount = f"{quantity(self._count)} {self._unit}".strip()
-        self._log(f"{self._what}: {amount} in {duration(elapsed)}{rate}" + (f", {note}" if note else ""))
+        self._log(
+            f"{self._what}: {amount} in {duration(elapsed)}{rate}" + (f", {note}" if note else "")
+        )
 
     def _line(self, now: float) -> str:
         elapsed = now - self._start
         rate = self._count / elapsed if elapsed else 0.0
         if not self._total:
-            return f"{self._what}: {quantity(self._count)} {self._unit}".rstrip() + f", {quantity(rate)}/s"
+            return (
+                f"{self._what}: {quantity(self._count)} {self._unit}".rstrip()
+                + f", {quantity(rate)}/s"
+            )
         left = (self._total - self._count) / rate if rate else float("inf")
         share = 100 * self._count / self._total
         remaining = f", {duration(left)} left" if left != float("inf") else ""

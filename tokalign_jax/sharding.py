@@ -118,7 +118,10 @@ def arranged(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
     slices = [list(group) for _, group in itertools.groupby(in_order, _slice)]
     if all(map(_is_torus, slices)) and len(set(map(len, slices))) == 1:
         grid = _on_tori(slices, shape)
-        if all(len({device.process_index for device in group}) == 1 for group in grid.reshape(-1, tensor)):
+        if all(
+            len({device.process_index for device in group}) == 1
+            for group in grid.reshape(-1, tensor)
+        ):
             return grid
     # Also for TPUs where the torus would put a tensor group on several hosts: in the order of
     # processes no group can be, since `tensor` divides the devices of each.
@@ -131,8 +134,12 @@ def _on_tori(slices: Sequence[Sequence[Any]], shape: Sizes) -> np.ndarray:
     along_data = math.gcd(shape[0], len(slices))
     along_fsdp = len(slices) // along_data
     inner = (shape[0] // along_data, shape[1] // along_fsdp, shape[2])
-    grids = [mesh_utils.create_device_mesh(inner, one, allow_split_physical_axes=True) for one in slices]
-    return np.block([[[grids[i * along_fsdp + j]] for j in range(along_fsdp)] for i in range(along_data)])
+    grids = [
+        mesh_utils.create_device_mesh(inner, one, allow_split_physical_axes=True) for one in slices
+    ]
+    return np.block(
+        [[[grids[i * along_fsdp + j]] for j in range(along_fsdp)] for i in range(along_data)]
+    )
 
 
 def _slice(device: Any) -> int:
@@ -188,7 +195,10 @@ def axis_sizes(
     if config.data:
         return config.data, rest, tensor
     choices = [(rest // fsdp, fsdp, tensor) for fsdp in range(1, rest + 1) if rest % fsdp == 0]
-    held = {sizes: state_bytes * (share(sizes) if share else 1 / math.prod(sizes[1:])) for sizes in choices}
+    held = {
+        sizes: state_bytes * (share(sizes) if share else 1 / math.prod(sizes[1:]))
+        for sizes in choices
+    }
     fits = [sizes for sizes in choices if held[sizes] <= memory / 2]
     return fits[0] if fits else min(choices, key=held.__getitem__)
 
@@ -237,7 +247,10 @@ def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
     """`spec` for an array of this shape. An axis that does not divide its dimension splits another
     one of those that `spec` splits, or else none."""
-    axes = [list((names,) if isinstance(names, str) else names or ()) for names in (*spec, *[None] * len(shape))]
+    axes = [
+        list((names,) if isinstance(names, str) else names or ())
+        for names in (*spec, *[None] * len(shape))
+    ]
     axes = axes[: len(shape)]
 
     def divides(dimension: int, names: Sequence[str]) -> bool:
@@ -247,22 +260,32 @@ def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
     for dimension in split:
         if not divides(dimension, axes[dimension]):
             moved, axes[dimension] = axes[dimension], []
-            other = next((n for n in split if n != dimension and divides(n, [*axes[n], *moved])), None)
+            other = next(
+                (n for n in split if n != dimension and divides(n, [*axes[n], *moved])), None
+            )
             if other is not None:
                 axes[other] += moved
-    return NamedSharding(mesh, P(*(tuple(names) if len(names) > 1 else names[0] if names else None for names in axes)))
+    return NamedSharding(
+        mesh,
+        P(*(tuple(names) if len(names) > 1 else names[0] if names else None for names in axes)),
+    )
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """The tree of shardings of a tree of arrays (or their shapes): parameters, or a train state."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh), tree
+        lambda path, leaf: sharding_of(
+            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh
+        ),
+        tree,
     )
 
 
 def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
     """Parameters on the mesh, vocabulary matrices padded (`ROWS`); an array that is there already is not copied."""
-    return paths.unflatten({path: _placed(path, leaf, mesh) for path, leaf in paths.flatten(params).items()})
+    return paths.unflatten(
+        {path: _placed(path, leaf, mesh) for path, leaf in paths.flatten(params).items()}
+    )
 
 
 def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:
@@ -303,14 +326,20 @@ def to_host(array: Any, *index: int | slice) -> np.ndarray:
 
     Of several processes all call this together.
     """
-    if not isinstance(array, jax.Array) or (array.is_fully_replicated and not array.is_fully_addressable):
+    if not isinstance(array, jax.Array) or (
+        array.is_fully_replicated and not array.is_fully_addressable
+    ):
         return np.asarray(array)[index]
     index = index + (slice(None),) * (array.ndim - len(index))
-    wanted = [range(n)[i if isinstance(i, slice) else slice(i, i + 1)] for i, n in zip(index, array.shape)]
+    wanted = [
+        range(n)[i if isinstance(i, slice) else slice(i, i + 1)] for i, n in zip(index, array.shape)
+    ]
     found = np.zeros([len(along) for along in wanted], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            here, there = overlap([range(n)[along] for along, n in zip(shard.index, array.shape)], wanted)
+            here, there = overlap(
+                [range(n)[along] for along, n in zip(shard.index, array.shape)], wanted
+            )
             if all(along.start < along.stop for along in here):
                 found[there] = _part_to_host(shard.data, here)
     if found.size and not array.is_fully_addressable:
@@ -318,16 +347,28 @@ def to_host(array: Any, *index: int | slice) -> np.ndarray:
     return found[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
 
 
-def overlap(one: Sequence[range], other: Sequence[range]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def overlap(
+    one: Sequence[range], other: Sequence[range]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """What two boxes of an array share, as an index into the first and one into the second; empty slices where they share nothing."""
-    both = [range(start := max(a.start, b.start), max(start, min(a.stop, b.stop))) for a, b in zip(one, other)]
-    first, second = (tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, of)) for of in (one, other))
+    both = [
+        range(start := max(a.start, b.start), max(start, min(a.stop, b.stop)))
+        for a, b in zip(one, other)
+    ]
+    first, second = (
+        tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, of))
+        for of in (one, other)
+    )
     return first, second
 
 
 def _part_to_host(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
     """A part of an array of one device; on a CPU, where there is nothing to copy, without a program for it."""
-    return np.asarray(data)[index] if next(iter(data.devices())).platform == "cpu" else np.asarray(data[index])
+    return (
+        np.asarray(data)[index]
+        if next(iter(data.devices())).platform == "cpu"
+        else np.asarray(data[index])
+    )
 
 
 def _from_all_processes(found: np.ndarray) -> np.ndarray:
@@ -336,7 +377,9 @@ def _from_all_processes(found: np.ndarray) -> np.ndarray:
 
     bits = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
     step = _EXCHANGED_BYTES // jax.process_count()
-    parts = [multihost_utils.process_allgather(bits[i : i + step]) for i in range(0, len(bits), step)]
+    parts = [
+        multihost_utils.process_allgather(bits[i : i + step]) for i in range(0, len(bits), step)
+    ]
     joined = np.concatenate([np.bitwise_or.reduce(part, axis=0) for part in parts])
     return joined.view(found.dtype).reshape(found.shape)
 
@@ -370,7 +413,9 @@ def by_sequence(x: Array) -> Array:
     return x if mesh is None or len(x) % sequences_at_once(mesh) else constrain(x, BATCH)
 
 
-def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
     """Rows of the input embedding, in `dtype`.
 
     The cast comes after the look-up: the gradient of the rows then adds up in the table's own type. Where rows are split over devices,
@@ -387,7 +432,9 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeL
     def local(table: Array, tokens: Array) -> Array:
         return summed(rows_of(table, gathered(tokens))[0].astype(dtype))
 
-    return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(table, tokens)
+    return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(
+        table, tokens
+    )
 
 
 # --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing ---------------------------------
@@ -413,7 +460,9 @@ def row_part() -> Array | int:
     return 0 if current() is None else jax.lax.axis_index(VOCABULARY)
 
 
-def rows_of(table: Float[Array, "r D"], tokens: Int[Array, "..."]) -> tuple[Float[Array, "... D"], Int[Array, "..."]]:
+def rows_of(
+    table: Float[Array, "r D"], tokens: Int[Array, "..."]
+) -> tuple[Float[Array, "... D"], Int[Array, "..."]]:
     """The rows of tokens that this device has, zeros for others and for negative ids, and where in its table they are: for
     others past its end."""
     places = tokens - row_part() * len(table)
@@ -430,7 +479,9 @@ def own(x: Array) -> Array:
     """This device's part of what was `gathered`."""
     if current() is None:
         return x
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part)
+    return jax.lax.dynamic_slice_in_dim(
+        x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part
+    )
 
 
 def summed(x: Array) -> Array:

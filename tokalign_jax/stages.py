@@ -33,7 +33,15 @@ from tokalign_jax.config import (
 )
 from tokalign_jax.digests import Digests
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import abilities, bits_per_byte, card, measures, overlap, pieces, samples
+from tokalign_jax.evaluation import (
+    abilities,
+    bits_per_byte,
+    card,
+    measures,
+    overlap,
+    pieces,
+    samples,
+)
 from tokalign_jax.evaluation import report as reporting
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import hub, huggingface, opening
@@ -82,7 +90,11 @@ class Context:
     def target_folder(self) -> Path:
         if self.extends:
             return self.folder("extend")
-        return hub.resolve(demo.target_tokenizer(self.config.target_tokenizer), what="target_tokenizer", weights=False)
+        return hub.resolve(
+            demo.target_tokenizer(self.config.target_tokenizer),
+            what="target_tokenizer",
+            weights=False,
+        )
 
     @cached_property
     def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
@@ -121,8 +133,12 @@ class Context:
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = _tokenizer(self.target_folder, self.config.end_of_text)
-        if tokenizer.eos_token_id is None:  # what ends documents in training is to end what the exported model writes
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizing.end_of_text_id(tokenizer))
+        if (
+            tokenizer.eos_token_id is None
+        ):  # what ends documents in training is to end what the exported model writes
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
+                tokenizing.end_of_text_id(tokenizer)
+            )
         return tokenizer
 
     @cached_property
@@ -147,7 +163,9 @@ class Context:
         """All devices, with as many parts as it takes for the training state of every stage to fit (`config.mesh`)."""
         stages, devices = training_stages(self.config).values(), jax.devices()
         if distributed.count() == 1:
-            taken = sharding.usable(self.config.mesh, len(devices), [stage.batch_size for stage in stages])
+            taken = sharding.usable(
+                self.config.mesh, len(devices), [stage.batch_size for stage in stages]
+            )
             if taken < len(devices):
                 self.log(
                     f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step; a batch_size that "
@@ -165,7 +183,9 @@ class Context:
     def questions(self) -> list[abilities.Question]:
         """What every state is asked (`evaluation.abilities`); empty: nothing."""
         settings = self.config.evaluation
-        return abilities.read(settings.abilities, settings.max_questions) if settings.abilities else []
+        return (
+            abilities.read(settings.abilities, settings.max_questions) if settings.abilities else []
+        )
 
     @cached_property
     def other_config(self) -> Config | None:
@@ -211,7 +231,10 @@ class Context:
 
     def _identities(self) -> dict[str, Any]:
         digests, file = self.digests, self.config.alignment.file
-        given = {side: getattr(self.config.alignment, side) for side in ("source_vectors", "target_vectors")}
+        given = {
+            side: getattr(self.config.alignment, side)
+            for side in ("source_vectors", "target_vectors")
+        }
 
         def texts_of(config: Config) -> list[str]:
             """By file, of a hub dataset the name; and how the parts are mixed."""
@@ -224,9 +247,13 @@ class Context:
             "source_model": digests.of(_model_files(self.source_folder)),
             "source_tokenizer": digests.of(_tokenizer_files(self.source_folder)),
             # One that is extended follows from the stage that does it.
-            "target_tokenizer": EXTEND if self.extends else digests.of(_tokenizer_files(self.target_folder)),
+            "target_tokenizer": EXTEND
+            if self.extends
+            else digests.of(_tokenizer_files(self.target_folder)),
             "alignment": digests.of([Path(file)]) if file else "",
-            "vectors": {side: digests.of([Path(name)]) if name else "" for side, name in given.items()},
+            "vectors": {
+                side: digests.of([Path(name)]) if name else "" for side, name in given.items()
+            },
             "questions": abilities.digest(self.questions) if self.questions else "",
             "other_text": texts_of(self.other_config) if self.other_config else "",
             "teacher": digests.of(_model_files(self.teacher_folder)) if self.teacher_folder else "",
@@ -249,7 +276,9 @@ class Context:
         beside = f"beside model_type '{raw['model_type']}'"
         problem = f"transformers opens the exported tokenizer, {beside}, as {difference}"
         if qwen.is_llama(model):
-            self.log(f"warning: {problem}; so the export is written as the same model of model_type 'llama'")
+            self.log(
+                f"warning: {problem}; so the export is written as the same model of model_type 'llama'"
+            )
             return True
         raise UserError(
             f"{problem}: the exported model would read other tokens than it was trained with; take another target tokenizer, or "
@@ -258,7 +287,11 @@ class Context:
 
     def _check_two_readings(self) -> None:
         folders = {f"source_model '{self.config.source_model}'": self.source_folder}
-        folders |= {} if self.extends else {f"target_tokenizer '{self.config.target_tokenizer}'": self.target_folder}
+        folders |= (
+            {}
+            if self.extends
+            else {f"target_tokenizer '{self.config.target_tokenizer}'": self.target_folder}
+        )
         for whose, folder in folders.items():
             if contradiction := opening.two_readings(folder, _tokenizer(folder)):
                 self.log(f"warning: the files of {whose} give two tokenizations: {contradiction}")
@@ -275,7 +308,9 @@ class Context:
         source_size = vocabulary_size(self.source_tokenizer)
         tokenizing.check(self.source_tokenizer)
         self._check_two_readings()
-        hub.warn_of_values_left_out(self.source_folder, self.source_model[1], model.vocab_size, self.log)
+        hub.warn_of_values_left_out(
+            self.source_folder, self.source_model[1], model.vocab_size, self.log
+        )
         if self.extends:
             mining.check(self.source_tokenizer)
         else:
@@ -309,7 +344,9 @@ class Context:
             )
         if config.alignment.file:
             if not self.extends:  # else once there is a target tokenizer
-                alignment.load(Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer)
+                alignment.load(
+                    Path(config.alignment.file), self.source_tokenizer, self.target_tokenizer
+                )
         elif config.alignment.method in methods.NEED_VECTORS:
             vectors.check(config.alignment, source_size, self.target_size)
 
@@ -343,8 +380,13 @@ class Context:
                 f"--config.stage3.sequence_length={model.max_positions} or less"
             )
         self._check_same_tokenizer(who, folder)
-        met = {tokenizing.end_of_text_id(self.target_tokenizer), tokenizing.opening_id(self.target_tokenizer)}
-        if set(range(model.vocab_size, self.target_size)) - (canonical.special_ids(self.target_tokenizer) - met):
+        met = {
+            tokenizing.end_of_text_id(self.target_tokenizer),
+            tokenizing.opening_id(self.target_tokenizer),
+        }
+        if set(range(model.vocab_size, self.target_size)) - (
+            canonical.special_ids(self.target_tokenizer) - met
+        ):
             raise UserError(
                 f"{who} has {model.vocab_size:,} rows for the {self.target_size:,} tokens of the target tokenizer: it says nothing of the "
                 "last ones; take the tokenizer as that model has it (without end_of_text)"
@@ -374,7 +416,9 @@ class Context:
         self._check_same_tokenizer(who, self.donor_folder)
 
     def _check_same_tokenizer(self, who: str, folder: Path) -> None:
-        if differing := canonical.differing(self.target_tokenizer, _tokenizer(folder, self.config.end_of_text)):
+        if differing := canonical.differing(
+            self.target_tokenizer, _tokenizer(folder, self.config.end_of_text)
+        ):
             first, here, there = differing[0]
             raise UserError(
                 f"{who} has another tokenizer than target_tokenizer '{self.config.target_tokenizer}': {len(differing):,} of "
@@ -389,7 +433,10 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _tokenizer(folder: Path, end_of_text: str = "") -> PreTrainedTokenizerBase:
     """A folder's tokenizer, read again only when its files have changed: the runs of a sweep share it."""
-    stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in _tokenizer_files(folder))
+    stamps = tuple(
+        (file.name, file.stat().st_mtime_ns, file.stat().st_size)
+        for file in _tokenizer_files(folder)
+    )
     return _read_tokenizer(folder, end_of_text, stamps)
 
 
@@ -402,7 +449,11 @@ def _read_tokenizer(folder: Path, end_of_text: str, stamps: Any) -> PreTrainedTo
 def _tokenizer_files(folder: Path) -> list[Path]:
     """What a tokenizer is made of, without the model's own files and the licences beside them."""
     others = (*hub.TERMS, "config*", "generation*", hub.INDEX)
-    return sorted(f for f in folder.iterdir() if _matches(f.name, hub.TOKENIZER) and not _matches(f.name, others))
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if _matches(f.name, hub.TOKENIZER) and not _matches(f.name, others)
+    )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -418,7 +469,11 @@ def check_disk(context: Context, wanted: set[str]) -> None:
     config, (_, raw) = context.config, context.source_model
     text, exported = disk.text_bytes(config), disk.exported_bytes(config, raw)
     sizes = disk.disk_bytes(config, context.new_model, text, exported)
-    missing = {name: size for name, size in sizes.items() if name in wanted and not context.folder(name).exists()}
+    missing = {
+        name: size
+        for name, size in sizes.items()
+        if name in wanted and not context.folder(name).exists()
+    }
     free = disk.free_bytes(context.workdir)
     if sum(missing.values()) > free:
         parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
@@ -431,7 +486,10 @@ def check_disk(context: Context, wanted: set[str]) -> None:
 def warn_of_memory(context: Context, wanted: set[str]) -> None:
     """Warns of stages to come that are not expected to fit a device or host memory, hours before they begin."""
     names = {name.partition("/")[0] for name in wanted}
-    for name, text in {**advice.too_large(_setups(context)), **advice.too_large_untrained(_run(context))}.items():
+    for name, text in {
+        **advice.too_large(_setups(context)),
+        **advice.too_large_untrained(_run(context)),
+    }.items():
         if name in names:
             context.log(f"warning: {text}")
 
@@ -452,12 +510,16 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
             "init": "use a larger one, or train the rows alone with --config.initialization.trains=rows",
             "evaluate": f"lower --config.evaluation.batch (it is {context.config.evaluation.batch}), or use a larger one",
         }
-        remedy = advice.too_large_untrained(_run(context)).get(kind, others.get(kind, "use a larger one"))
+        remedy = advice.too_large_untrained(_run(context)).get(
+            kind, others.get(kind, "use a larger one")
+        )
         if name in training_stages(context.config):
             setups = _setups(context)
             held = setups[name].stage.per_device_batch
             fewer = f"lower --config.{name}.per_device_batch (it is {held}) or --config.compute.loss_chunk"
-            remedy = advice.too_large(setups).get(name, f"{fewer}, or set --config.compute.remat=layer")
+            remedy = advice.too_large(setups).get(
+                name, f"{fewer}, or set --config.compute.remat=layer"
+            )
         raise UserError(
             f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); {remedy}. Other programs on the "
             "device leave it less. What is finished or saved is kept: the same command goes on from there"
@@ -467,7 +529,9 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
 def _setups(context: Context) -> dict[str, Setup]:
     """The training stages on these devices, without `auto`."""
     mesh, machine = context.mesh.devices.shape, Machine.of()
-    return resolve.resolved_stages(context.config, context.new_model, mesh, machine, context.teacher_model)
+    return resolve.resolved_stages(
+        context.config, context.new_model, mesh, machine, context.teacher_model
+    )
 
 
 def _run(context: Context) -> Run:
@@ -484,7 +548,11 @@ def corpus(context: Context) -> Mapping[str, Any]:
 
 def extend(context: Context) -> Mapping[str, Any]:
     return mining.run(
-        context.config, context.folder("corpus"), context.source_tokenizer, context.folder("extend"), context.log
+        context.config,
+        context.folder("corpus"),
+        context.source_tokenizer,
+        context.folder("extend"),
+        context.log,
     )
 
 
@@ -521,7 +589,9 @@ def _donor(context: Context) -> methods.Donor | None:
     config, _ = hub.load_config(context.donor_folder)
     read = huggingface.stored_reader(context.donor_folder, config)
     embedding = read("embed_tokens/embedding")
-    return methods.Donor(embedding, embedding if config.tie_word_embeddings else read("lm_head/kernel"))
+    return methods.Donor(
+        embedding, embedding if config.tie_word_embeddings else read("lm_head/kernel")
+    )
 
 
 def _inspected(context: Context) -> list[dict[str, Any]]:
@@ -529,7 +599,9 @@ def _inspected(context: Context) -> list[dict[str, Any]]:
     source, target = context.source_tokenizer, context.target_tokenizer
     aligned = alignment.load(context.folder("align") / "alignment.npz", source, target)
     old, new = (
-        inspection.vocabulary(tokenizer, side, np.load(context.folder("tokens") / side / "counts.npy"))
+        inspection.vocabulary(
+            tokenizer, side, np.load(context.folder("tokens") / side / "counts.npy")
+        )
         for side, tokenizer in (("source", source), ("target", target))
     )
     subject = inspection.Subject(aligned, old, new, canonical.PieceCutter(source), space=None)
@@ -541,11 +613,15 @@ def init(context: Context) -> Mapping[str, Any]:
     config, raw = context.source_model
     params = huggingface.load_params(context.source_folder, config, mesh=context.mesh)
     aligned = alignment.load(
-        context.folder("align") / "alignment.npz", context.source_tokenizer, context.target_tokenizer
+        context.folder("align") / "alignment.npz",
+        context.source_tokenizer,
+        context.target_tokenizer,
     )
     params, unusable = initialization.usable(params, aligned.source_size)
     if unusable:
-        context.log(f"init: warning: {_named(unusable, context.source_tokenizer)}: nothing is made of them")
+        context.log(
+            f"init: warning: {_named(unusable, context.source_tokenizer)}: nothing is made of them"
+        )
         tokenizers = context.source_tokenizer, context.target_tokenizer
         counts = np.load(context.folder("tokens") / "target" / "counts.npy")
         aligned = methods.without(aligned, unusable, *tokenizers, counts)
@@ -555,7 +631,10 @@ def init(context: Context) -> Mapping[str, Any]:
     # Where no row is composed there is nothing to learn, calibrate, tune or distil.
     learns = np.isin(aligned.rules[context.kept :], initialization.COMPOSED).any()
     if learns and (reads_source(settings) or distills(settings)):
-        shards = [tokenizing.TokenShards.open(context.folder("tokens") / side) for side in tokenizing.SIDES]
+        shards = [
+            tokenizing.TokenShards.open(context.folder("tokens") / side)
+            for side in tokenizing.SIDES
+        ]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
         make = _distilled if distills(settings) else _composed
@@ -565,28 +644,42 @@ def init(context: Context) -> Mapping[str, Any]:
 
 
 def _composed(
-    context: Context, source: initialization.Side, target: initialization.Side, aligned: alignment.Alignment
+    context: Context,
+    source: initialization.Side,
+    target: initialization.Side,
+    aligned: alignment.Alignment,
 ) -> tuple[dict, Mapping[str, float]]:
     """(parameters, facts) of a start by method `composed`."""
     settings, how = context.config, (context.mesh, context.log, context.kept)
     texts = _drawn(context, source, settings.initialization.tokens)
     reading = initialization.read(settings, source, target, texts, context.mesh, context.log)
-    target = target._replace(params=initialization.learn(settings, source, target, aligned, reading, *how))
-    target = target._replace(params=initialization.calibrate(settings, source, target, aligned, *how))
+    target = target._replace(
+        params=initialization.learn(settings, source, target, aligned, reading, *how)
+    )
+    target = target._replace(
+        params=initialization.calibrate(settings, source, target, aligned, *how)
+    )
     return initialization.tune(settings, source, target, aligned, reading, *how)
 
 
 def _distilled(
-    context: Context, source: initialization.Side, target: initialization.Side, aligned: alignment.Alignment
+    context: Context,
+    source: initialization.Side,
+    target: initialization.Side,
+    aligned: alignment.Alignment,
 ) -> tuple[dict, Mapping[str, float]]:
     """(parameters, facts) of a start by method `distilled`."""
     settings = context.config
     _, budget = distillation_budget(settings, aligned.source_size, aligned.target_size)
     texts = _drawn(context, source, round(settings.initialization.corpus_share * budget))
-    return initialization.distill(settings, source, target, aligned, texts, context.mesh, context.log, context.kept)
+    return initialization.distill(
+        settings, source, target, aligned, texts, context.mesh, context.log, context.kept
+    )
 
 
-def _drawn(context: Context, source: initialization.Side, tokens: int) -> Iterator[documents.Document]:
+def _drawn(
+    context: Context, source: initialization.Side, tokens: int
+) -> Iterator[documents.Document]:
     """Training documents of about so many source tokens, drawn at random."""
     chosen = contexts.draw(source.shards, tokens, context.config.seed)
     return documents.at(context.folder("corpus"), chosen)
@@ -638,7 +731,9 @@ def load_state(
     return config, params
 
 
-def _state(context: Context, states: Sequence[str]) -> tuple[Path, ModelConfig, training_states.Changes]:
+def _state(
+    context: Context, states: Sequence[str]
+) -> tuple[Path, ModelConfig, training_states.Changes]:
     """The folder of a state's stored weights, its model, and what the training stages have changed."""
     folder = context.folder("init") if states else context.source_folder
     config, _ = hub.load_config(folder)
@@ -715,7 +810,9 @@ def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Obje
     if not (isinstance(stage, DistillationConfig) and teacher_of(stage) and folder and config):
         return NEXT_TOKEN
     context.log(f"stage3: reads its teacher '{stage.teacher}'")
-    params = huggingface.load_params(folder, config, jnp.dtype(context.config.compute.dtype), context.mesh)
+    params = huggingface.load_params(
+        folder, config, jnp.dtype(context.config.compute.dtype), context.mesh
+    )
     params = distillation.with_rows(params, model.vocab_size, context.mesh)
     # The teacher may lack rows for special tokens that no text has (Gemma 3 1B).
     both = min(config.vocab_size, context.target_size)
@@ -759,7 +856,9 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     return distributed.on_first(lambda: _publish(context, states, config, folder))
 
 
-def _publish(context: Context, states: Sequence[str], model: ModelConfig, folder: Path) -> Mapping[str, Any]:
+def _publish(
+    context: Context, states: Sequence[str], model: ModelConfig, folder: Path
+) -> Mapping[str, Any]:
     """Opens a written folder as users do, adds model card and licence, and pushes it if asked to.
 
     Raises:
@@ -807,18 +906,28 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
     """
     settings = context.config.evaluation
     compute = context.config.compute
-    config, params = load_state(context, states, training_states.inference_dtype(jnp.dtype(compute.dtype)))
+    config, params = load_state(
+        context, states, training_states.inference_dtype(jnp.dtype(compute.dtype))
+    )
     tokenizer = context.source_tokenizer if name == "source" else context.target_tokenizer
     if name == "random":
         size, key = vocabulary_size(tokenizer), jax.random.key(context.config.seed)
         config, params = initialization.random_rows(config, params, size, key, context.kept)
-        params = jax.tree.map(lambda x: x.astype(compute.dtype) if isinstance(x, np.ndarray) else x, params)
+        params = jax.tree.map(
+            lambda x: x.astype(compute.dtype) if isinstance(x, np.ndarray) else x, params
+        )
     material, folder = context.material, context.folder("evaluate/source")
     asks = name != "random"
-    measured = measures.measure(name, config, params, tokenizer, material, context.mesh, context.log, asks)
+    measured = measures.measure(
+        name, config, params, tokenizer, material, context.mesh, context.log, asks
+    )
     prompts = settings.prompts or samples.passages(material.texts)
     continued = (
-        samples.continuations(config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype) if asks else []
+        samples.continuations(
+            config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype
+        )
+        if asks
+        else []
     )
     if distributed.is_first():
         if name == "source":  # the text is the same in all states
@@ -850,7 +959,13 @@ def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     texts = context.material.texts
     inspected = json.loads((context.folder("align") / INSPECTION).read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
-    shown = {"passages": pieces.of_passages(tokenizers, texts), "inspection": inspected, "held_out": digest}
+    shown = {
+        "passages": pieces.of_passages(tokenizers, texts),
+        "inspection": inspected,
+        "held_out": digest,
+    }
     shown["numbers"] = numbers.warning_line(*tokenizers.values())
     identity = context.run_identity()
-    return reporting.run(settings, context.workdir, states, identity, context.folder("report"), context.log, shown)
+    return reporting.run(
+        settings, context.workdir, states, identity, context.folder("report"), context.log, shown
+    )

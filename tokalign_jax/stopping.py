@@ -47,7 +47,9 @@ def listening() -> Iterator[None]:
             os.kill(os.getpid(), number)
         elif _request.when is None:
             ask()
-            with suppress(OSError):  # the reader of what is said may have got the signal too, and be gone
+            with suppress(
+                OSError
+            ):  # the reader of what is said may have got the signal too, and be gone
                 os.write(2, b"\nasked to stop: at the next good moment (once more kills at once)\n")
 
     try:

@@ -39,12 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(given: flags.FlagValues) -> Callable[[Log], None]:
     workdir = command.workdir_of(given)
-    configs = configs_of(given.config, runs_of(config_flags.get_config_filename(given["config"])), given.only)
+    configs = configs_of(
+        given.config, runs_of(config_flags.get_config_filename(given["config"])), given.only
+    )
     return lambda log: run(configs, workdir, given.keep, log)
 
 
 def _flags(given: flags.FlagValues) -> None:
-    flags.DEFINE_list("only", [], "Only runs whose names fit one of these patterns.", flag_values=given)
+    flags.DEFINE_list(
+        "only", [], "Only runs whose names fit one of these patterns.", flag_values=given
+    )
     flags.DEFINE_bool("keep", False, "Keep the weights of all runs.", flag_values=given)
 
 
@@ -109,7 +113,9 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     known = digests.Digests(work, log)
     contexts = {name: stages.Context(config, work, log, known) for name, config in configs.items()}
     if len({str(context.run_identity()) for context in contexts.values()}) > 1:
-        raise UserError("the runs of a sweep have one source model and one target tokenizer: make a sweep of each pair")
+        raise UserError(
+            "the runs of a sweep have one source model and one target tokenizer: make a sweep of each pair"
+        )
     for context in contexts.values():
         distributed.on_first(context.check)
     wanted = {name: pipeline.prints_of(context) for name, context in contexts.items()}
@@ -119,13 +125,23 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     missing = [name for name in configs if _fingerprint(places[name]) != wanted[name]["report"]]
     for number, name in enumerate(missing, start=1):
         log(f"run {number} of {len(missing)}: {name}")
-        pipeline.run(configs[name], work, ["report"], lambda line, name=name: log(f"{name}: {line}"))
+        pipeline.run(
+            configs[name], work, ["report"], lambda line, name=name: log(f"{name}: {line}")
+        )
         if distributed.is_first():
             _publish(work / "report", places[name], wanted[name]["report"], workdir / "outdated")
             if not keep:
-                pipeline.drop(work, {stage for other in missing[number:] for stage in wanted[other].values()})
+                pipeline.drop(
+                    work, {stage for other in missing[number:] for stage in wanted[other].values()}
+                )
     if distributed.is_first():
-        log(compare.run([places[name] / "report.json" for name in configs], workdir / "comparison", list(configs)))
+        log(
+            compare.run(
+                [places[name] / "report.json" for name in configs],
+                workdir / "comparison",
+                list(configs),
+            )
+        )
 
 
 def _publish(report: Path, place: Path, fingerprint: str, outdated: Path) -> None:

@@ -142,11 +142,16 @@ def mixture_of(
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[first], minlength=size))])
     ids, weights = ids[first[order]].astype(np.int32), weights[order]
     sums = np.add.reduceat(weights, indptr[:-1])
-    return Mixture(indptr, ids, (weights / np.repeat(sums, np.diff(indptr))).astype(np.float32), source_size)
+    return Mixture(
+        indptr, ids, (weights / np.repeat(sums, np.diff(indptr))).astype(np.float32), source_size
+    )
 
 
 def replaced(
-    mixture: Mixture, rows: Int[np.ndarray, "E"], ids: Int[np.ndarray, "E"], weights: Float[np.ndarray, "E"]
+    mixture: Mixture,
+    rows: Int[np.ndarray, "E"],
+    ids: Int[np.ndarray, "E"],
+    weights: Float[np.ndarray, "E"],
 ) -> Mixture:
     """`mixture` with these entries, taken as they are, for the target tokens that have any; the others keep theirs.
 
@@ -161,19 +166,29 @@ def replaced(
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=size))])
     ids = np.append(mixture.ids[left], ids)[order].astype(np.int32)
     return Mixture(
-        indptr, ids, np.append(mixture.weights[left], weights)[order].astype(np.float32), mixture.source_size
+        indptr,
+        ids,
+        np.append(mixture.weights[left], weights)[order].astype(np.float32),
+        mixture.source_size,
     )
 
 
 def with_mean(mixture: Mixture, targets: Int[np.ndarray, "n"]) -> Mixture:
     """`mixture` with the mean of all source rows for these target tokens."""
-    return replaced(mixture, targets, np.full(len(targets), mixture.source_size), np.ones(len(targets)))
+    return replaced(
+        mixture, targets, np.full(len(targets), mixture.source_size), np.ones(len(targets))
+    )
 
 
 def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
     """The mixture in which each target token is one source token."""
     n = len(source_ids)
-    return Mixture(np.arange(n + 1, dtype=np.int64), source_ids.astype(np.int32), np.ones(n, np.float32), source_size)
+    return Mixture(
+        np.arange(n + 1, dtype=np.int64),
+        source_ids.astype(np.int32),
+        np.ones(n, np.float32),
+        source_size,
+    )
 
 
 # --- using ------------------------------------------------------------------------------------------------------------
@@ -203,7 +218,9 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
     table = np.concatenate([rows, mean[None]], dtype=np.float32)
     table[:-1][~finite] = mean
     size = len(mixture.indptr) - 1
-    matrix = scipy.sparse.csr_array((mixture.weights, mixture.ids, mixture.indptr), shape=(size, source_size + 1))
+    matrix = scipy.sparse.csr_array(
+        (mixture.weights, mixture.ids, mixture.indptr), shape=(size, source_size + 1)
+    )
     whole = (np.diff(mixture.indptr) == 1) & (mixture.weights[mixture.indptr[:-1]] == 1)
     result = np.empty((size, rows.shape[1]), np.float32)
 
@@ -211,7 +228,9 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
         block = result[start : start + BLOCK]
         block[:] = matrix[start : start + BLOCK] @ table
         copied = np.flatnonzero(whole[start : start + BLOCK])
-        block[copied] = table[mixture.ids[mixture.indptr[start + copied]]]  # a product turns -0.0 into 0.0
+        block[copied] = table[
+            mixture.ids[mixture.indptr[start + copied]]
+        ]  # a product turns -0.0 into 0.0
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
         list(pool.map(make, range(0, size, BLOCK)))
@@ -221,7 +240,10 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
 def finite_rows(rows: Float[np.ndarray, "R D"]) -> Bool[np.ndarray, "R"]:
     """Which rows hold neither NaN nor infinity."""
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    return np.concatenate([np.isfinite(block.astype(np.float32)).all(axis=1) for block in blocks] or [np.ones(0, bool)])
+    return np.concatenate(
+        [np.isfinite(block.astype(np.float32)).all(axis=1) for block in blocks]
+        or [np.ones(0, bool)]
+    )
 
 
 def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict[str, Any]:
@@ -255,7 +277,9 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     ]
     for name, part in result["rules"].items():
         if part["rows"]:
-            lines.append(f"  {name:9} {part['rows']:9,} rows  {part['frequency']:7.2%} of the corpus")
+            lines.append(
+                f"  {name:9} {part['rows']:9,} rows  {part['frequency']:7.2%} of the corpus"
+            )
     lines.append(
         f"  hub share {result['hub_share']:.1%} of similar, {result['hub_share_file']:.1%} of all unmatched rows"
     )
@@ -272,13 +296,19 @@ def save(alignment: Alignment, folder: Path) -> None:
     arrays = asdict(alignment)
     for side in ("embedding", "head"):
         del arrays[side]
-        arrays |= {f"{side}_{name}": array for name, array in getattr(alignment, side)._asdict().items()}
+        arrays |= {
+            f"{side}_{name}": array for name, array in getattr(alignment, side)._asdict().items()
+        }
     _write(folder / FILE, lambda path: np.savez_compressed(path, **arrays))
     published = {str(target): int(source) for target, source in enumerate(alignment.heaviest())}
-    _write(folder / JSON_FILE, lambda path: path.write_text(json.dumps(published), encoding="utf-8"))
+    _write(
+        folder / JSON_FILE, lambda path: path.write_text(json.dumps(published), encoding="utf-8")
+    )
 
 
-def load(path: Path, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:
+def load(
+    path: Path, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> Alignment:
     """Reads an alignment: a folder that `save` wrote, its `alignment.npz`, or any `align_matrix.json`.
 
     Raises:
@@ -322,19 +352,30 @@ def _read_npz(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
     ):
         if canonical.fingerprint(tokenizer) != found:
             raise UserError(
-                _other_vocabulary(path, side, tokenizer, f"is of another {side} vocabulary, of {size:,} tokens")
+                _other_vocabulary(
+                    path, side, tokenizer, f"is of another {side} vocabulary, of {size:,} tokens"
+                )
             )
     return alignment
 
 
 def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
-    entries = {int(target): int(source) for target, source in json.loads(path.read_text(encoding="utf-8")).items()}
-    source_size, target_size = (canonical.vocabulary_size(t) for t in (source_tokenizer, target_tokenizer))
+    entries = {
+        int(target): int(source)
+        for target, source in json.loads(path.read_text(encoding="utf-8")).items()
+    }
+    source_size, target_size = (
+        canonical.vocabulary_size(t) for t in (source_tokenizer, target_tokenizer)
+    )
     if sorted(entries) != list(range(target_size)):
-        raise UserError(_other_vocabulary(path, "target", target_tokenizer, f"has {len(entries):,} rows"))
+        raise UserError(
+            _other_vocabulary(path, "target", target_tokenizer, f"has {len(entries):,} rows")
+        )
     largest = max(entries.values())
     if not 0 <= min(entries.values()) <= largest < source_size:
-        raise UserError(_other_vocabulary(path, "source", source_tokenizer, f"names source token {largest:,}"))
+        raise UserError(
+            _other_vocabulary(path, "source", source_tokenizer, f"names source token {largest:,}")
+        )
     given = one_to_one(np.array([entries[i] for i in range(target_size)]), source_size)
     return Alignment(
         embedding=given,

@@ -48,7 +48,9 @@ def focus(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"]) -
     return _joined(found)
 
 
-def omp(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"], atoms: int) -> Combinations:
+def omp(
+    targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"], atoms: int
+) -> Combinations:
     """Combinations of `atoms` shared tokens, or of all S if these are fewer, nearest to target tokens."""
     found, table = [], jnp.asarray(shared, jnp.float32)
     atoms = min(atoms, len(shared))
@@ -56,7 +58,14 @@ def omp(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"], ato
         chosen, weights, left = map(np.asarray, matching_pursuit(block, table, atoms))
         rows, places = np.nonzero(weights)
         length = np.maximum(np.square(block).sum(axis=1), 1e-30)
-        found.append((rows, chosen[rows, places], weights[rows, places], 1 - np.square(left).sum(axis=1) / length))
+        found.append(
+            (
+                rows,
+                chosen[rows, places],
+                weights[rows, places],
+                1 - np.square(left).sum(axis=1) / length,
+            )
+        )
     return _joined(found)
 
 
@@ -70,13 +79,17 @@ def sparsemax(scores: Float[Array, "b S"]) -> Float[Array, "b S"]:
 
     def raised(threshold: Float[Array, "b 1"]) -> Float[Array, "b 1"]:
         above = scores > threshold
-        return (jnp.where(above, scores, 0).sum(axis=1, keepdims=True) - 1) / above.sum(axis=1, keepdims=True)
+        return (jnp.where(above, scores, 0).sum(axis=1, keepdims=True) - 1) / above.sum(
+            axis=1, keepdims=True
+        )
 
     def step(state):
         return raised(state[0]), state[0]
 
     first = scores.max(axis=1, keepdims=True) - 1
-    threshold, _ = jax.lax.while_loop(lambda state: (state[0] > state[1]).any(), step, (raised(first), first))
+    threshold, _ = jax.lax.while_loop(
+        lambda state: (state[0] > state[1]).any(), step, (raised(first), first)
+    )
     return jnp.maximum(scores - threshold, 0)
 
 
@@ -101,11 +114,17 @@ def matching_pursuit(
         for _ in range(2):  # once more, for what rounding has left
             direction -= product("bk,bkd->bd", product("bkd,bd->bk", basis, direction), basis)
         size, length = (jnp.linalg.norm(of, axis=1, keepdims=True) for of in (direction, atom))
-        direction = jnp.where(size > INDEPENDENT * length, direction / jnp.maximum(size, 1e-30), 0.0)
+        direction = jnp.where(
+            size > INDEPENDENT * length, direction / jnp.maximum(size, 1e-30), 0.0
+        )
         left -= product("bd,bd->b", left, direction)[:, None] * direction
         return left, basis.at[:, i].set(direction), chosen.at[:, i].set(new)
 
-    start = targets, jnp.zeros((len(targets), atoms, targets.shape[1])), jnp.full((len(targets), atoms), len(table))
+    start = (
+        targets,
+        jnp.zeros((len(targets), atoms, targets.shape[1])),
+        jnp.full((len(targets), atoms), len(table)),
+    )
     left, basis, chosen = jax.lax.fori_loop(0, atoms, step, start)
     triangle = jnp.triu(product("bkd,bjd->bkj", basis, table[chosen]))
     # An atom that added nothing has an empty row: its coefficient is 0.

@@ -122,7 +122,9 @@ class Part:
                 keys.write(block[0].data)
                 sums.write(block[1].data)
                 entries += len(block[0])
-        (folder / "part.json").write_text(json.dumps({"window": self.window, "entries": entries}), encoding="utf-8")
+        (folder / "part.json").write_text(
+            json.dumps({"window": self.window, "entries": entries}), encoding="utf-8"
+        )
 
     @classmethod
     def open(cls, folder: Path) -> "Part":
@@ -135,11 +137,16 @@ class Part:
             index = json.loads((folder / "part.json").read_text(encoding="utf-8"))
             vocabulary = np.load(folder / "vocabulary.npy")
             files = [folder / "keys.bin", folder / "sums.bin"]
-            keys, sums = (np.memmap(f, np.int64, "r") if index["entries"] else np.zeros(0, np.int64) for f in files)
+            keys, sums = (
+                np.memmap(f, np.int64, "r") if index["entries"] else np.zeros(0, np.int64)
+                for f in files
+            )
             if not len(keys) == len(sums) == index["entries"]:
                 raise ValueError("files of different lengths")
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"'{folder}' holds no part of a co-occurrence count ({error}): count it again") from error
+            raise UserError(
+                f"'{folder}' holds no part of a co-occurrence count ({error}): count it again"
+            ) from error
         return cls(vocabulary, index["window"], ((keys, sums),))
 
 
@@ -156,7 +163,9 @@ def count(
     Raises:
       UserError: when the sums do not fit into 64 bits, or the scratch folder has no room.
     """
-    return merge([count_part(shards, window, min_count, log, what, resources)], log, what, resources)
+    return merge(
+        [count_part(shards, window, min_count, log, what, resources)], log, what, resources
+    )
 
 
 def count_part(
@@ -191,17 +200,24 @@ def count_part(
                 progress.update(tokens)
             forget(shards.tokens)
 
-        share = _Share(shards, rank, frequency, window, edges[w], edges[w + 1], len(workers), resources, done)
+        share = _Share(
+            shards, rank, frequency, window, edges[w], edges[w + 1], len(workers), resources, done
+        )
         return _count_on_device(share, workers[w]) if on_device else _count_on_host(share)
 
     with ThreadPoolExecutor(len(workers)) as pool:
         runs = [run for found in pool.map(count_share, range(len(workers))) for run in found]
-    progress.done(f"{sum(len(keys) for keys, _ in runs):,} partial sums of {len(vocabulary):,} tokens")
+    progress.done(
+        f"{sum(len(keys) for keys, _ in runs):,} partial sums of {len(vocabulary):,} tokens"
+    )
     return Part(vocabulary, window, tuple(runs))
 
 
 def merge(
-    parts: Sequence[Part], log: Log = print, what: str = "co-occurrence", resources: Resources = Resources()
+    parts: Sequence[Part],
+    log: Log = print,
+    what: str = "co-occurrence",
+    resources: Resources = Resources(),
 ) -> Cooccurrence:
     """The sum of `parts`, exactly.
 
@@ -228,7 +244,11 @@ def merge(
             yield rows, cols, counts
 
     rows, cols, counts = kept(
-        columns(), (np.int32, np.int32, np.float64), entries, resources.memory // 4, resources.scratch
+        columns(),
+        (np.int32, np.int32, np.float64),
+        entries,
+        resources.memory // 4,
+        resources.scratch,
     )
     progress.done(f"{len(rows):,} pairs of {len(first.vocabulary):,} tokens")
     return Cooccurrence(first.vocabulary, rows, cols, counts)
@@ -249,7 +269,9 @@ def _check_sums_fit(most: int, window: int) -> None:
     """No sum exceeds what the most frequent token can add with the whole window to either side."""
     unit = math.lcm(*range(1, window + 1))
     if 2 * most * sum(unit // d for d in range(1, window + 1)) >= _EMPTY:
-        raise UserError(f"a window of {window} is too wide for exact counts of a token seen {most:,} times: narrow it")
+        raise UserError(
+            f"a window of {window} is too wide for exact counts of a token seen {most:,} times: narrow it"
+        )
 
 
 class _Share(NamedTuple):
@@ -266,7 +288,9 @@ class _Share(NamedTuple):
     done: Callable[[int], None]
 
     def chunks(self, chunk: int) -> list[tuple[int, int]]:
-        return [(start, min(start + chunk, self.stop)) for start in range(self.start, self.stop, chunk)]
+        return [
+            (start, min(start + chunk, self.stop)) for start in range(self.start, self.stop, chunk)
+        ]
 
     def runs(self) -> Runs:
         return Runs(self.resources.memory // self.workers // 2, self.resources.scratch)
@@ -277,7 +301,11 @@ class _Share(NamedTuple):
         The m are those in [start, stop), the k (at most `window`) follow them in the same document.
         """
         tokens, documents, window = self.shards.tokens, self.shards.documents, self.window
-        end = min(int(documents[np.searchsorted(documents, stop)]), len(tokens)) if stop < len(tokens) else stop
+        end = (
+            min(int(documents[np.searchsorted(documents, stop)]), len(tokens))
+            if stop < len(tokens)
+            else stop
+        )
         reach, span = stop, 2 * window
         while reach < end and np.count_nonzero(self.rank[tokens[stop:reach]] >= 0) < window:
             reach, span = min(stop + span, end), 2 * span
@@ -336,7 +364,9 @@ def _count_on_host(share: _Share) -> list[Sums]:
     What is sorted is (row, col, distance) packed into one int64, so that nothing is permuted.
     """
     chunk, pairs = share.resources.chunk or HOST_CHUNK, (share.stop - share.start) * share.window
-    memory = share.resources.memory // share.workers // 8  # bytes / 8: an eighth each for the table and what is sorted
+    memory = (
+        share.resources.memory // share.workers // 8
+    )  # bytes / 8: an eighth each for the table and what is sorted
     table = _Table.empty(share.frequency, share.window, memory // 8)
     packed, used = np.empty(min(memory // 8, pairs) + chunk, np.int64), 0
     runs = share.runs()
@@ -447,7 +477,9 @@ def _append(keys, sums, used, ranks, ahead, *, window: int):
         pair = jnp.minimum(left, right) << 32 | jnp.maximum(left, right)
         packed.append(jnp.where(ahead >= distance, pair << bits | distance, _EMPTY))
     sorted_ = jax.lax.sort(jnp.concatenate(packed), is_stable=False)
-    weights = jnp.array([0] + [unit // d for d in range(1, window + 1)] + [0] * (2**bits - window - 1))
+    weights = jnp.array(
+        [0] + [unit // d for d in range(1, window + 1)] + [0] * (2**bits - window - 1)
+    )
     pairs = jnp.where(sorted_ == _EMPTY, _EMPTY, sorted_ >> bits)
     found, totals, count = _run_sums(pairs, weights[sorted_ & (2**bits - 1)])
     keys = jax.lax.dynamic_update_slice(keys, found, (used,))
@@ -468,7 +500,9 @@ def _run_sums(keys, values):
     last = jnp.append(keys[1:] != keys[:-1], True) & (keys != _EMPTY)
     number = jnp.cumsum(last, dtype=jnp.int32)
     place, count = jnp.where(last, number - 1, len(keys)), number[-1]
-    running = jnp.zeros_like(values).at[place].set(jnp.cumsum(values), mode="drop", unique_indices=True)
+    running = (
+        jnp.zeros_like(values).at[place].set(jnp.cumsum(values), mode="drop", unique_indices=True)
+    )
     keys = jnp.full_like(keys, _EMPTY).at[place].set(keys, mode="drop", unique_indices=True)
     sums = running - jnp.concatenate([jnp.zeros_like(running[:1]), running[:-1]])
     return keys, jnp.where(jnp.arange(len(keys)) < count, sums, 0), count

@@ -74,7 +74,9 @@ def train(
       strata: whether to take many blocks' steps at once; None: where there is an accelerator.
     """
     rng = np.random.default_rng(seed)
-    objective = Objective(config.glove_learning_rate * RATE_SCALE, config.x_max, config.weight_power)
+    objective = Objective(
+        config.glove_learning_rate * RATE_SCALE, config.x_max, config.weight_power
+    )
     size = block_size(len(cooccurrence.vocabulary))
     blocks = _start(cooccurrence, objective, config.vector_size, size, rng)
     strata = jax.default_backend() != "cpu" if strata is None else strata
@@ -85,10 +87,14 @@ def train(
         parts = []
         for k in rng.permutation(len(steps)):
             parts.append(steps.take(k))
-            if len(parts) % steps.between_waits == 0:  # so that the count shown is of work done, not of work queued
+            if (
+                len(parts) % steps.between_waits == 0
+            ):  # so that the count shown is of work done, not of work queued
                 jax.block_until_ready(parts[-1])
             progress.update(steps.entries_of(k), f"loss {losses[-1]:.4f}" if losses else "")
-        losses.append(float(np.sum(np.array(jax.device_get(parts), np.float64))) / max(steps.entries, 1))
+        losses.append(
+            float(np.sum(np.array(jax.device_get(parts), np.float64))) / max(steps.entries, 1)
+        )
     progress.done(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "")
     return steps.vectors()[: len(cooccurrence.vocabulary), : config.vector_size], losses
 
@@ -126,14 +132,25 @@ def gradients(
         word, context = words[row], contexts[column]
         error = jnp.sum(word * context, axis=1) - logs
         pull = weights * error
-        for_words = jnp.zeros_like(words).at[row].add(pull[:, None] * context, indices_are_sorted=True)
+        for_words = (
+            jnp.zeros_like(words).at[row].add(pull[:, None] * context, indices_are_sorted=True)
+        )
         for_contexts = jnp.zeros_like(contexts).at[column].add(pull[:, None] * word)
     return jnp.sum(pull * error), for_words.at[..., -1].set(0.0), for_contexts.at[..., -2].set(0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "dense"), donate_argnums=(0, 1))
 def _step(
-    own: Block, other: Block | None, cells, logs, start, count, objective: Objective, *, length: int, dense: bool
+    own: Block,
+    other: Block | None,
+    cells,
+    logs,
+    start,
+    count,
+    objective: Objective,
+    *,
+    length: int,
+    dense: bool,
 ):
     """One AdaGrad step on block (i, j) and, off the diagonal (`other` is given), on its mirror image (j, i)."""
     cells = jax.lax.dynamic_slice(cells, (start,), (length,))
@@ -145,7 +162,9 @@ def _step(
     def descend(words, contexts, word_squares, context_squares, cells):
         loss, for_words, for_contexts = gradients(words, contexts, cells, logs, objective, dense)
         words, word_squares = _adagrad(words, word_squares, for_words, objective.rate)
-        contexts, context_squares = _adagrad(contexts, context_squares, for_contexts, objective.rate)
+        contexts, context_squares = _adagrad(
+            contexts, context_squares, for_contexts, objective.rate
+        )
         return words, contexts, word_squares, context_squares, loss
 
     words, contexts, word_squares, context_squares, loss = descend(
@@ -158,18 +177,28 @@ def _step(
         other.words, own.contexts, other.word_squares, own.context_squares, mirrored
     )
     own = Block(words, own_contexts, word_squares, own_context_squares)
-    return own, Block(other_words, contexts, other_word_squares, context_squares), loss + mirror_loss
+    return (
+        own,
+        Block(other_words, contexts, other_word_squares, context_squares),
+        loss + mirror_loss,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
-def _stratum_step(blocks: Block, cells, logs, start, count, shift, objective: Objective, *, length: int):
+def _stratum_step(
+    blocks: Block, cells, logs, start, count, shift, objective: Objective, *, length: int
+):
     """One AdaGrad step on all blocks (i, i + shift mod m) at once."""
     cells = jax.lax.dynamic_slice(cells, (start,), (length,))
     logs = jax.lax.dynamic_slice(logs, (start,), (length,))
     blocks_, side, _ = blocks.words.shape
     cells = jnp.where(jnp.arange(length) < count, cells, blocks_ * side * side)
-    contexts, context_squares = (jnp.roll(a, -shift, axis=0) for a in (blocks.contexts, blocks.context_squares))
-    loss, for_words, for_contexts = gradients(blocks.words, contexts, cells, logs, objective, dense=True)
+    contexts, context_squares = (
+        jnp.roll(a, -shift, axis=0) for a in (blocks.contexts, blocks.context_squares)
+    )
+    loss, for_words, for_contexts = gradients(
+        blocks.words, contexts, cells, logs, objective, dense=True
+    )
     words, word_squares = _adagrad(blocks.words, blocks.word_squares, for_words, objective.rate)
     contexts, context_squares = _adagrad(contexts, context_squares, for_contexts, objective.rate)
     contexts, context_squares = (jnp.roll(a, shift, axis=0) for a in (contexts, context_squares))
@@ -188,12 +217,20 @@ def _weight(logs, objective: Objective):
 
 def _scattered(cells, values, shape: tuple[int, ...]):
     """The array of this shape that holds `values` at `cells` and zero elsewhere."""
-    flat = jnp.zeros(math.prod(shape), values.dtype).at[cells].set(values, mode="drop", unique_indices=True)
+    flat = (
+        jnp.zeros(math.prod(shape), values.dtype)
+        .at[cells]
+        .set(values, mode="drop", unique_indices=True)
+    )
     return flat.reshape(shape)
 
 
 def _start(
-    cooccurrence: Cooccurrence, objective: Objective, dimensions: int, size: int, rng: np.random.Generator
+    cooccurrence: Cooccurrence,
+    objective: Objective,
+    dimensions: int,
+    size: int,
+    rng: np.random.Generator,
 ) -> Block:
     """All m blocks: vectors uniform in (-0.5, 0.5) / d as in the C program, fitted biases, sums of squares 1."""
     n = len(cooccurrence.vocabulary)
@@ -219,7 +256,9 @@ def _biases(cooccurrence: Cooccurrence, objective: Objective) -> np.ndarray:
     mirror = np.where(rows == cols, 0.0, weights)
 
     def row_sums(values: np.ndarray) -> np.ndarray:
-        return np.bincount(rows, weights * values[cols], n) + np.bincount(cols, mirror * values[rows], n)
+        return np.bincount(rows, weights * values[cols], n) + np.bincount(
+            cols, mirror * values[rows], n
+        )
 
     total = row_sums(np.ones(n))
     pull = np.bincount(rows, weights * logs, n) + np.bincount(cols, mirror * logs, n)
@@ -251,7 +290,9 @@ class _BlockByBlock:
         block = (rows // size).astype(np.int64) * len(self._blocks) + cols // size
         cells = rows % size * size + cols % size
         order = np.argsort(block * (size * size) + cells, kind="stable")
-        self._names, self._starts, self._counts = np.unique(block[order], return_index=True, return_counts=True)
+        self._names, self._starts, self._counts = np.unique(
+            block[order], return_index=True, return_counts=True
+        )
         padding = (0, 4 * int(self._counts.max(initial=64)))
         self._cells, self._logs = (jnp.asarray(np.pad(a[order], padding)) for a in (cells, logs))
         self._compile()
@@ -287,7 +328,9 @@ class _BlockByBlock:
 
     def _compile(self) -> None:
         """Runs every program once, on no pairs, which leaves the blocks as they are: so that time left is told right."""
-        programs = {(len(set(self._place(k))) == 1, *self._shape(k).values()): k for k in range(len(self))}
+        programs = {
+            (len(set(self._place(k))) == 1, *self._shape(k).values()): k for k in range(len(self))
+        }
         for k in programs.values():
             self.take(k, count=0)
 
@@ -302,7 +345,10 @@ class _BlockByBlock:
         dense = count >= DENSE_SHARE * self._side**2
         # Padding costs a pair-by-pair step as much as pairs do, a dense one next to nothing; a program costs a second.
         step = 2 if dense else 1
-        return {"length": max(256, 1 << -(-(count - 1).bit_length() // step) * step), "dense": dense}
+        return {
+            "length": max(256, 1 << -(-(count - 1).bit_length() // step) * step),
+            "dense": dense,
+        }
 
 
 class _Strata:
@@ -330,7 +376,9 @@ class _Strata:
         self._length = max(256, -(-int(self._counts.max(initial=0)) // 256) * 256)
         cells = (rows * size + cols % size)[order]
         self._cells, self._logs = (np.pad(a, (0, self._length)) for a in (cells, logs[order]))
-        self._resident = _fits_device(2 * self._cells.nbytes) and len(self._cells) < 2**31  # places are int32
+        self._resident = (
+            _fits_device(2 * self._cells.nbytes) and len(self._cells) < 2**31
+        )  # places are int32
         if self._resident:
             self._cells, self._logs = jnp.asarray(self._cells), jnp.asarray(self._logs)
 

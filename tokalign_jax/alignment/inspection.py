@@ -56,8 +56,13 @@ def readable(content: bytes) -> str:
 
 def unescape(text: str) -> bytes:
     r"""The bytes that `text` names: `\n \r \t \\`, `\x0a` (a byte), `\u00e9` and `\U0001f600` (characters); all else as it is."""
-    parts = re.split(r"(\\(?:[nrt\\]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}))", text)
-    return b"".join(_escape(p) if i % 2 else p.encode("utf-8", "surrogateescape") for i, p in enumerate(parts))
+    parts = re.split(
+        r"(\\(?:[nrt\\]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}))",
+        text,
+    )
+    return b"".join(
+        _escape(p) if i % 2 else p.encode("utf-8", "surrogateescape") for i, p in enumerate(parts)
+    )
 
 
 _NAMED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -70,14 +75,22 @@ def _readable_character(character: str) -> str:
         return named or character
     if 0xDC80 <= code < 0xDD00:  # a byte that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return (
+        f"\\x{code:02x}"
+        if code < 0x80
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
 
 
 def _escape(escaped: str) -> bytes:
     kind, digits = escaped[1], escaped[2:]
     if kind == "x":
         return bytes([int(digits, 16)])
-    return (_NAMED[kind] if kind in _NAMED else chr(int(digits, 16))).encode("utf-8", "surrogatepass")
+    return (_NAMED[kind] if kind in _NAMED else chr(int(digits, 16))).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 KINDS = ("unused", "special", "byte", "white space", "digits", "CJK", "other")
@@ -130,7 +143,9 @@ class Vocabulary:
         return kind(self.contents[index], self.spelled[index])
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, counts: Int[np.ndarray, "V"] | None) -> Vocabulary:
+def vocabulary(
+    tokenizer: PreTrainedTokenizerBase, name: str, counts: Int[np.ndarray, "V"] | None
+) -> Vocabulary:
     """The tokens of `tokenizer`, with their counts if there are any."""
     return Vocabulary(name, canonical.spelled(tokenizer), canonical.token_bytes(tokenizer), counts)
 
@@ -185,7 +200,9 @@ def common_space(
     both = np.array(sorted(shared), np.int32)
     chosen, _ = matching.choose_pivots(both[:, 0], both[:, 1], len(both), seed)
     vectors = jnp.asarray(source_vectors, jnp.float32), jnp.asarray(target_vectors, jnp.float32)
-    return Space(source_ids, target_ids, *matching.common_space(*vectors, jnp.asarray(both[chosen])))
+    return Space(
+        source_ids, target_ids, *matching.common_space(*vectors, jnp.asarray(both[chosen]))
+    )
 
 
 class Neighbour(NamedTuple):
@@ -196,7 +213,9 @@ class Neighbour(NamedTuple):
     csls: float
 
 
-def neighbours(space: Space, target: int, count: int, around: int, also: Iterable[int] = ()) -> list[Neighbour] | None:
+def neighbours(
+    space: Space, target: int, count: int, around: int, also: Iterable[int] = ()
+) -> list[Neighbour] | None:
     """The `count` source tokens with the largest CSLS, falling; None where the target token has no vector.
 
     Args:
@@ -207,7 +226,9 @@ def neighbours(space: Space, target: int, count: int, around: int, also: Iterabl
     if not len(found):
         return None
     query, n = space.target[found[:1]], len(space.source)
-    cosines, nearest = matching.nearest(query, space.source, jnp.zeros(n), min(max(POOL, around, count), n))
+    cosines, nearest = matching.nearest(
+        query, space.source, jnp.zeros(n), min(max(POOL, around, count), n)
+    )
     kept = np.flatnonzero(np.isin(space.source_ids, list(also)))
     rows = np.union1d(np.asarray(nearest[0]), kept)
     keys = space.source[rows]
@@ -216,7 +237,9 @@ def neighbours(space: Space, target: int, count: int, around: int, also: Iterabl
     csls = np.asarray(cosine - (around_keys + cosines[0, : min(around, n)].mean()) / 2)
     order = np.argsort(-csls, kind="stable")
     shown = [i for place, i in enumerate(order) if place < count or rows[i] in kept]
-    return [Neighbour(int(space.source_ids[rows[i]]), float(cosine[i]), float(csls[i])) for i in shown]
+    return [
+        Neighbour(int(space.source_ids[rows[i]]), float(cosine[i]), float(csls[i])) for i in shown
+    ]
 
 
 @dataclass(frozen=True)
@@ -277,9 +300,14 @@ def parts(subject: Subject, index: int) -> list[Part]:
     match = int(alignment.matches[index])
     if match >= 0:
         roles.setdefault(match, []).append("match")
-    for source in sorted({**embedding, **head}, key=lambda i: -embedding.get(i, 0.0) - head.get(i, 0.0)):
+    for source in sorted(
+        {**embedding, **head}, key=lambda i: -embedding.get(i, 0.0) - head.get(i, 0.0)
+    ):
         roles.setdefault(source, [])
-    return [Part(i, ", ".join(role), embedding.get(i, 0.0), head.get(i, 0.0)) for i, role in roles.items()]
+    return [
+        Part(i, ", ".join(role), embedding.get(i, 0.0), head.get(i, 0.0))
+        for i, role in roles.items()
+    ]
 
 
 def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
@@ -290,22 +318,41 @@ def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
     """
     alignment, source, target = subject.alignment, subject.source, subject.target
     if not 0 <= index < alignment.target_size:
-        raise UserError(f"--id {index}: the target tokens of '{target.name}' are 0 to {alignment.target_size - 1}")
+        raise UserError(
+            f"--id {index}: the target tokens of '{target.name}' are 0 to {alignment.target_size - 1}"
+        )
     rule, match = Rule(int(alignment.rules[index])), int(alignment.matches[index])
     shift = float(alignment.frequency_shift[index])
     facts: list[tuple[str, Cell]] = [
         ("rule", f"{rule.name.lower()}: {SAYS.get(rule.name, '')}"),
-        ("score", f"{alignment.scores[index]:.3f}" + ("" if rule in CERTAIN or match >= 0 else " (it has no match)")),
+        (
+            "score",
+            f"{alignment.scores[index]:.3f}"
+            + ("" if rule in CERTAIN or match >= 0 else " (it has no match)"),
+        ),
         (
             "spelled",
-            (Code(readable(target.spelled[index].encode("utf-8", "surrogateescape"))), f" ({target.kind(index)})"),
+            (
+                Code(readable(target.spelled[index].encode("utf-8", "surrogateescape"))),
+                f" ({target.kind(index)})",
+            ),
         ),
         ("bytes", (target.contents[index] or b"").hex(" ") or "none"),
         ("corpus", _frequency(subject, index)),
-        ("frequency shift", f"{shift:+.3f}: " + (_shift(shift) if shift else "the head row is not moved")),
+        (
+            "frequency shift",
+            f"{shift:+.3f}: " + (_shift(shift) if shift else "the head row is not moved"),
+        ),
     ]
     made = [
-        (source.show(p.source), f"{p.source}", p.role, _weight(p.embedding), _weight(p.head), source.count(p.source))
+        (
+            source.show(p.source),
+            f"{p.source}",
+            p.role,
+            _weight(p.embedding),
+            _weight(p.head),
+            source.count(p.source),
+        )
         for p in parts(subject, index)
     ]
     title = f"Target token {index}: “{target.show(index).text}”"
@@ -464,7 +511,9 @@ class Hub(NamedTuple):
     """Target tokens that do, falling by count."""
 
 
-def hubs(targets: Int[np.ndarray, "n"], pointed_at: Int[np.ndarray, "n"], counts: Int[np.ndarray, "V_t"]) -> list[Hub]:
+def hubs(
+    targets: Int[np.ndarray, "n"], pointed_at: Int[np.ndarray, "n"], counts: Int[np.ndarray, "V_t"]
+) -> list[Hub]:
     """The `HUBS` source tokens that most of `targets` point at, falling."""
     sources, rows = np.unique(pointed_at, return_counts=True)
     order = np.argsort(-rows, kind="stable")[:HUBS]
@@ -476,14 +525,20 @@ def hubs(targets: Int[np.ndarray, "n"], pointed_at: Int[np.ndarray, "n"], counts
     ]
 
 
-def _hub_table(subject: Subject, title: str, targets, pointed_at) -> tuple[str, str, list[Sequence[Cell]]]:
+def _hub_table(
+    subject: Subject, title: str, targets, pointed_at
+) -> tuple[str, str, list[Sequence[Cell]]]:
     share = scoring.hub_share(pointed_at, HUBS)
     rows: list[Sequence[Cell]] = [
         (subject.source.show(hub.source), f"{hub.rows:,}", f"{hub.rows / len(targets):.2%}",
          _joined([subject.target.show(i) for i in hub.pointing[:5]]))
         for hub in hubs(targets, pointed_at, subject.counts)
     ]  # fmt: skip
-    return title, f"{share:.1%} of {len(targets):,} rows point at {HUBS} source tokens (the hub share).", rows
+    return (
+        title,
+        f"{share:.1%} of {len(targets):,} rows point at {HUBS} source tokens (the hub share).",
+        rows,
+    )
 
 
 def _matched(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
@@ -499,7 +554,9 @@ def _rules(subject: Subject) -> list[Sequence[Cell]]:
             share = float(of.mean()) if subject.target.counts is None else _share(subject, of)
             corpus = "" if subject.target.counts is None else f"{share:.2%}"
             score = f"{alignment.scores[of].mean():.2f}"
-            rows.append((rule.name.lower(), f"{of.sum():,}", f"{of.mean():.1%}", corpus, score, Bar(share)))
+            rows.append(
+                (rule.name.lower(), f"{of.sum():,}", f"{of.mean():.1%}", corpus, score, Bar(share))
+            )
     return rows
 
 

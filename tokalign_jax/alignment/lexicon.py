@@ -26,7 +26,10 @@ JOIN_QUANTILE = 0.25
 
 
 def common_space(
-    source: Float[np.ndarray, "n d"], target: Float[np.ndarray, "m e"], seeds: Int[np.ndarray, "S 2"], neighbours: int
+    source: Float[np.ndarray, "n d"],
+    target: Float[np.ndarray, "m e"],
+    seeds: Int[np.ndarray, "S 2"],
+    neighbours: int,
 ) -> tuple[Float[Array, "n d"], Float[Array, "m d"], Int[np.ndarray, "N 2"]]:
     """Source and target vectors of norm 1 in the source's space, and the pairs that joined the seeds.
 
@@ -48,7 +51,10 @@ def common_space(
 
 
 def _mutual(
-    keys: Float[Array, "n d"], queries: Float[Array, "m d"], seeds: Int[np.ndarray, "S 2"], neighbours: int
+    keys: Float[Array, "n d"],
+    queries: Float[Array, "m d"],
+    seeds: Int[np.ndarray, "S 2"],
+    neighbours: int,
 ) -> Int[np.ndarray, "N 2"]:
     """Pairs (key, query), no seeds, that are each other's best by CSLS and score as seeds do that find themselves."""
     forth, scores = (np.asarray(a)[:, 0] for a in matching.csls(queries, keys, neighbours))
@@ -65,8 +71,12 @@ def _mutual(
 
 
 @jax.jit
-def _mapped(keys: Float[Array, "n d"], queries: Float[Array, "m e"], pairs: Int[Array, "N 2"]) -> Float[Array, "m d"]:
+def _mapped(
+    keys: Float[Array, "n d"], queries: Float[Array, "m e"], pairs: Int[Array, "N 2"]
+) -> Float[Array, "m d"]:
     """The queries under the orthogonal map that takes those of the pairs nearest to their keys, of norm 1."""
     with jax.default_matmul_precision("highest"):
-        left, _, right = jnp.linalg.svd(queries[pairs[:, 1]].T @ keys[pairs[:, 0]], full_matrices=False)
+        left, _, right = jnp.linalg.svd(
+            queries[pairs[:, 1]].T @ keys[pairs[:, 0]], full_matrices=False
+        )
         return matching.unit(queries @ (left @ right))

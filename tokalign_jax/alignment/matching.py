@@ -98,12 +98,21 @@ def common_space(
     with jax.default_matmul_precision("highest"):
         source, target = centred(source), centred(target)
         source_anchors, target_anchors = source[pivots[:, 0]], target[pivots[:, 1]]
-        source_gram, target_gram = source_anchors.T @ source_anchors, target_anchors.T @ target_anchors
+        source_gram, target_gram = (
+            source_anchors.T @ source_anchors,
+            target_anchors.T @ target_anchors,
+        )
         source_root, target_root = _inverse_root(source_gram), _inverse_root(target_gram)
         mapping = target_root @ (target_anchors.T @ source_anchors) @ source_root
-        source_norm = jnp.linalg.norm(source @ source_root @ _root(source_gram), axis=1, keepdims=True)
-        target_norm = jnp.linalg.norm(target @ target_root @ _root(target_gram), axis=1, keepdims=True)
-        return source / jnp.maximum(source_norm, 1e-9), (target @ mapping) / jnp.maximum(target_norm, 1e-9)
+        source_norm = jnp.linalg.norm(
+            source @ source_root @ _root(source_gram), axis=1, keepdims=True
+        )
+        target_norm = jnp.linalg.norm(
+            target @ target_root @ _root(target_gram), axis=1, keepdims=True
+        )
+        return source / jnp.maximum(source_norm, 1e-9), (target @ mapping) / jnp.maximum(
+            target_norm, 1e-9
+        )
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -122,7 +131,9 @@ def nearest(
         # Group j is keys j, j + groups, j + 2 groups ..: maxima over the first axis of a matrix are fast everywhere.
         grouped = scores.reshape(len(queries), group, -1)
         _, groups = jax.lax.top_k(grouped.max(axis=1), k)
-        candidates = jnp.take_along_axis(grouped, groups[:, None, :], axis=2).reshape(len(queries), -1)
+        candidates = jnp.take_along_axis(grouped, groups[:, None, :], axis=2).reshape(
+            len(queries), -1
+        )
         values, chosen = jax.lax.top_k(candidates, k)
         member, place = chosen // k, chosen % k
         return values, member * grouped.shape[2] + jnp.take_along_axis(groups, place, axis=1)
@@ -131,14 +142,18 @@ def nearest(
     return values.reshape(-1, k)[: len(queries)], indices.reshape(-1, k)[: len(queries)]
 
 
-def hubness(keys: Float[Array, "K d"], queries: Float[Array, "Q d"], neighbours: int) -> Float[Array, "K"]:
+def hubness(
+    keys: Float[Array, "K d"], queries: Float[Array, "Q d"], neighbours: int
+) -> Float[Array, "K"]:
     """The mean cosine of each key with its `neighbours` nearest of the first `AROUND` queries: what is near to everything has much.
 
     Args:
       keys, queries: of norm 1; queries by falling frequency of their tokens.
     """
     frequent = queries[:AROUND]
-    return nearest(keys, frequent, jnp.zeros(len(frequent)), min(neighbours, len(frequent)))[0].mean(axis=1)
+    return nearest(keys, frequent, jnp.zeros(len(frequent)), min(neighbours, len(frequent)))[
+        0
+    ].mean(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("neighbours", "k"))
@@ -177,12 +192,18 @@ def match(
       pivots, judges: rows (source, target) of shared tokens; no judge may be a pivot.
       neighbours: nearest neighbours over which hubness is averaged.
     """
-    keys, queries = common_space(np.asarray(source, np.float32), np.asarray(target, np.float32), pivots)
+    keys, queries = common_space(
+        np.asarray(source, np.float32), np.asarray(target, np.float32), pivots
+    )
     return retrieve(keys, queries, judges, neighbours, k)
 
 
 def retrieve(
-    keys: Float[Array, "n d"], queries: Float[Array, "m d"], judges: Int[np.ndarray, "J 2"], neighbours: int, k: int = 1
+    keys: Float[Array, "n d"],
+    queries: Float[Array, "m d"],
+    judges: Int[np.ndarray, "J 2"],
+    neighbours: int,
+    k: int = 1,
 ) -> Matches:
     """The k source rows that fit each target row best, where both are in one space.
 
@@ -195,7 +216,9 @@ def retrieve(
     judged = scores[judges[:, 1], 0]
     slope, offset = platt(judged[right], judged[~right])
     similarity = 1 / (1 + np.exp(-(slope * scores[:, 0].astype(np.float64) + offset)))
-    return Matches(found.astype(np.int32), scores, similarity.astype(np.float32), float(right.mean()))
+    return Matches(
+        found.astype(np.int32), scores, similarity.astype(np.float32), float(right.mean())
+    )
 
 
 def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple[float, float]:
@@ -208,7 +231,9 @@ def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple
     """
     scores = np.concatenate([right, wrong]).astype(np.float64)
     positives, negatives = len(right), len(wrong)
-    target = np.repeat([(positives + 1) / (positives + 2), 1 / (negatives + 2)], [positives, negatives])
+    target = np.repeat(
+        [(positives + 1) / (positives + 2), 1 / (negatives + 2)], [positives, negatives]
+    )
     centre, spread = float(scores.mean()), float(scores.std()) + 1e-6
     inputs = np.stack([(scores - centre) / spread, np.ones_like(scores)], axis=1).astype(np.float64)
     weights = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
@@ -223,7 +248,9 @@ def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple
     return float(slope), float(weights[1] - slope * centre)
 
 
-def softmax_weights(scores: Float[np.ndarray, "m k"], temperature: float) -> Float[np.ndarray, "m k"]:
+def softmax_weights(
+    scores: Float[np.ndarray, "m k"], temperature: float
+) -> Float[np.ndarray, "m k"]:
     """float64: weights exp(score / temperature), each row's sum is 1."""
     powers = (scores.astype(np.float64) - scores.max(axis=1, keepdims=True)) / temperature
     return np.exp(powers) / np.exp(powers).sum(axis=1, keepdims=True)

@@ -144,14 +144,28 @@ def run(
         log(f"alignment: taken from {config.alignment.file}")
     else:
         inputs = Inputs(
-            config.alignment, source_tokenizer, target_tokenizer, source.counts, target.counts, config.seed, log
+            config.alignment,
+            source_tokenizer,
+            target_tokenizer,
+            source.counts,
+            target.counts,
+            config.seed,
+            log,
         )
         if method in NEED_VECTORS:
-            settings = inputs.config if method != "tokalign" else dataclasses.replace(inputs.config, vectors="glove")
+            settings = (
+                inputs.config
+                if method != "tokalign"
+                else dataclasses.replace(inputs.config, vectors="glove")
+            )
             shared = pairs(inputs.spelled.exact)
-            of_source, of_target, measured = vectors.make(settings, source, target, config.seed, log, shared, folder)
+            of_source, of_target, measured = vectors.make(
+                settings, source, target, config.seed, log, shared, folder
+            )
             vectors.save(folder, of_source, of_target)
-            inputs = dataclasses.replace(inputs, source=of_source, target=of_target, known=inputs.spelled)
+            inputs = dataclasses.replace(
+                inputs, source=of_source, target=of_target, known=inputs.spelled
+            )
         made, found = make(dataclasses.replace(inputs, donor=donor))
         measured = found | measured
     alignment.save(made, folder)
@@ -179,9 +193,17 @@ def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """This project's: the pieces of the text, corrected by co-occurrence and by frequency."""
     parts, rules = inputs.spelled
     found = similar_matches(inputs)
-    similar = ~np.isin(rules, SURE) & (found.matches >= 0) & (found.scores >= inputs.config.similarity_threshold)
-    embedding, head = mix(parts, np.where(similar, found.matches, -1), found.scores, inputs.source_size)
-    made = _assembled(inputs, embedding, head, np.where(similar, np.uint8(Rule.SIMILAR), rules), found)
+    similar = (
+        ~np.isin(rules, SURE)
+        & (found.matches >= 0)
+        & (found.scores >= inputs.config.similarity_threshold)
+    )
+    embedding, head = mix(
+        parts, np.where(similar, found.matches, -1), found.scores, inputs.source_size
+    )
+    made = _assembled(
+        inputs, embedding, head, np.where(similar, np.uint8(Rule.SIMILAR), rules), found
+    )
     return shifted(inputs, made), found.measured
 
 
@@ -196,15 +218,23 @@ def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     same = published.same_string(inputs.source_tokenizer, inputs.target_tokenizer)
     shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(same))
     pivots = shared[rng.permutation(len(shared))[: inputs.config.pivots]]
-    ids, rules = rng.integers(inputs.source_size, size=inputs.target_size), np.full(inputs.target_size, Rule.RANDOM)
+    ids, rules = (
+        rng.integers(inputs.source_size, size=inputs.target_size),
+        np.full(inputs.target_size, Rule.RANDOM),
+    )
     found = _nothing(inputs)
     if len(pivots):
         best, cosines = published.match(inputs.source.vectors, inputs.target.vectors, pivots)
-        found.matches[inputs.target.ids], found.scores[inputs.target.ids] = inputs.source.ids[best], cosines
+        found.matches[inputs.target.ids], found.scores[inputs.target.ids] = (
+            inputs.source.ids[best],
+            cosines,
+        )
         ids = np.where(found.matches >= 0, found.matches, ids)
         rules[inputs.target.ids] = Rule.SIMILAR
     else:
-        inputs.log("matching: no shared tokens have vectors; tokens without the same string get random ones")
+        inputs.log(
+            "matching: no shared tokens have vectors; tokens without the same string get random ones"
+        )
     special = canonical.special_ids(inputs.target_tokenizer)
     for target, source in same.items():
         ids[target], rules[target] = source, Rule.SPECIAL if target in special else Rule.EXACT
@@ -218,10 +248,14 @@ def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     if split := split_shared(inputs):
         seeds, judges = split
         neighbours = inputs.config.neighbours
-        keys, queries, joined = induction.common_space(inputs.source.vectors, inputs.target.vectors, seeds, neighbours)
+        keys, queries, joined = induction.common_space(
+            inputs.source.vectors, inputs.target.vectors, seeds, neighbours
+        )
         best = matching.retrieve(keys, queries, judges, neighbours)
         found = found_by(inputs, best)
-        inputs.log(f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; {_accuracy(best, judges)}")
+        inputs.log(
+            f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; {_accuracy(best, judges)}"
+        )
     similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
     matched = np.flatnonzero(similar)
     mixture = else_pieces(inputs, matched, found.matches[matched], np.ones(len(matched)))
@@ -236,9 +270,14 @@ def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     if split := split_shared(inputs):
         pivots, judges = split
         config, k = inputs.config, min(inputs.config.top_k, len(inputs.source.ids))
-        best = matching.match(inputs.source.vectors, inputs.target.vectors, pivots, judges, config.neighbours, k)
+        best = matching.match(
+            inputs.source.vectors, inputs.target.vectors, pivots, judges, config.neighbours, k
+        )
         temperature = matching.temperature(best, judges)
-        near, shares = inputs.source.ids[best.source], matching.softmax_weights(best.scores, temperature)
+        near, shares = (
+            inputs.source.ids[best.source],
+            matching.softmax_weights(best.scores, temperature),
+        )
         found = found_by(inputs, best)
         found.measured["temperature"] = temperature
         inputs.log(f"top {k}: temperature {temperature:.3g}; {_accuracy(best, judges)}")
@@ -257,10 +296,16 @@ def focus(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     vectors of the target tokenizer's output. A token without a vector is the mean of its pieces, where the published one is random.
     """
     vectors_of = dict(zip(inputs.target.ids.tolist(), range(len(inputs.target.ids))))
-    shared = [(source, vectors_of[target]) for target, source in inputs.spelled.exact.items() if target in vectors_of]
+    shared = [
+        (source, vectors_of[target])
+        for target, source in inputs.spelled.exact.items()
+        if target in vectors_of
+    ]
     wanted = inputs.target.ids[~np.isin(inputs.spelled.rules[inputs.target.ids], SURE)]
     if not shared:
-        inputs.log("focus: no shared tokens have vectors; tokens without an exact match get their pieces")
+        inputs.log(
+            "focus: no shared tokens have vectors; tokens without an exact match get their pieces"
+        )
         wanted = wanted[:0]
     rows = inputs.target.vectors[[vectors_of[i] for i in wanted.tolist()]]
     sources = np.array([source for source, _ in shared], np.int64)
@@ -275,10 +320,20 @@ def omp(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """
     assert inputs.donor is not None
     size = min(map(len, inputs.donor))
-    usable = alignment.finite_rows(inputs.donor.embedding[:size]) & alignment.finite_rows(inputs.donor.head[:size])
-    exact = [(target, source) for target, source in inputs.spelled.exact.items() if target < size and usable[target]]
+    usable = alignment.finite_rows(inputs.donor.embedding[:size]) & alignment.finite_rows(
+        inputs.donor.head[:size]
+    )
+    exact = [
+        (target, source)
+        for target, source in inputs.spelled.exact.items()
+        if target < size and usable[target]
+    ]
     targets, sources = np.array(exact, np.int64).reshape(-1, 2).T
-    wanted = np.flatnonzero(usable & ~np.isin(inputs.spelled.rules[:size], SURE)) if exact else np.zeros(0, np.int64)
+    wanted = (
+        np.flatnonzero(usable & ~np.isin(inputs.spelled.rules[:size], SURE))
+        if exact
+        else np.zeros(0, np.int64)
+    )
     found = {}
     for side, rows in inputs.donor._asdict().items():
         inputs.log(
@@ -379,13 +434,23 @@ def exact_matches(
     Where a tokenizer has several tokens of the same bytes, those that it writes are matched with each other, and those
     that it does not write (`canonical.unwritten_ids`) with each other; among them the same name comes first.
     """
-    sources = {c: [j for j in ids if j not in avoid] for c, ids in canonical.ids_by_bytes(source_tokenizer).items()}
+    sources = {
+        c: [j for j in ids if j not in avoid]
+        for c, ids in canonical.ids_by_bytes(source_tokenizer).items()
+    }
     unwritten_sources = canonical.unwritten_ids(source_tokenizer)
     unwritten_targets = canonical.unwritten_ids(target_tokenizer)
-    source_names, target_names = canonical.spelled(source_tokenizer), canonical.spelled(target_tokenizer)
+    source_names, target_names = (
+        canonical.spelled(source_tokenizer),
+        canonical.spelled(target_tokenizer),
+    )
     found = {}
     for i, content in enumerate(canonical.token_bytes(target_tokenizer)):
-        alike = [j for j in sources.get(content or b"", ()) if (j in unwritten_sources) == (i in unwritten_targets)]
+        alike = [
+            j
+            for j in sources.get(content or b"", ())
+            if (j in unwritten_sources) == (i in unwritten_targets)
+        ]
         if alike:
             found[i] = min(alike, key=lambda j: source_names[j] != target_names[i])
     return found
@@ -393,7 +458,9 @@ def exact_matches(
 
 def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
     """int32: ids (source, target) of matches target id -> source id."""
-    return np.array([(source, target) for target, source in matches.items()], np.int32).reshape(-1, 2)
+    return np.array([(source, target) for target, source in matches.items()], np.int32).reshape(
+        -1, 2
+    )
 
 
 def special_matches(
@@ -423,7 +490,10 @@ def _same_role(
 
     A source token that starts or ends turns stands for eos alone (SmolLM2's bos is `<|im_start|>`).
     """
-    role = next((role for role in ROLES if getattr(target_tokenizer, f"{role}_token_id", None) == index), None)
+    role = next(
+        (role for role in ROLES if getattr(target_tokenizer, f"{role}_token_id", None) == index),
+        None,
+    )
     if role is None:
         return []
     source = getattr(source_tokenizer, f"{role}_token_id", None)
@@ -459,7 +529,9 @@ def special_rows(
     return rows
 
 
-def _text_bytes(tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | None], index: int) -> bytes:
+def _text_bytes(
+    tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | None], index: int
+) -> bytes:
     """What a token's pieces are cut from: its bytes, of a special token its text; nothing for an unused id."""
     content = contents[index]
     if content is None and index in tokenizer.added_tokens_decoder:
@@ -487,7 +559,9 @@ def similar_matches(inputs: Inputs) -> Found:
     split = split_shared(inputs)
     if split is None:
         return _nothing(inputs)
-    best = matching.match(inputs.source.vectors, inputs.target.vectors, *split, inputs.config.neighbours)
+    best = matching.match(
+        inputs.source.vectors, inputs.target.vectors, *split, inputs.config.neighbours
+    )
     inputs.log(
         f"matching: {len(inputs.target.ids):,} target tokens, {len(split[0]):,} pivots; {_accuracy(best, split[1])}"
     )
@@ -507,7 +581,9 @@ def _accuracy(best: matching.Matches, judges: Int[np.ndarray, "J 2"]) -> str:
 
 
 def _nothing(inputs: Inputs) -> Found:
-    return Found(np.full(inputs.target_size, -1, np.int32), np.zeros(inputs.target_size, np.float32), {})
+    return Found(
+        np.full(inputs.target_size, -1, np.int32), np.zeros(inputs.target_size, np.float32), {}
+    )
 
 
 # --- putting together -------------------------------------------------------------------------------------------------
@@ -528,23 +604,35 @@ def mix(
     """
     (rows, ids, behind), size = _pieces(parts, source_size), len(parts)
     matched, unknown = matches >= 0, np.array([not of for of in parts])
-    targets, sources = np.append(rows, np.arange(size)), np.append(ids, np.where(matched, matches, source_size))
+    targets, sources = (
+        np.append(rows, np.arange(size)),
+        np.append(ids, np.where(matched, matches, source_size)),
+    )
     made = []
     for decay, most in ((PIECE_DECAY, MATCH_WEIGHT_EMBEDDING), (1.0, MATCH_WEIGHT_HEAD)):
         share = np.where(matched, np.where(unknown, 1.0, most * similarity.astype(np.float64)), 0.0)
         weights = decay**behind
         weights = (1.0 - share)[rows] * weights / np.bincount(rows, weights)[rows]
-        made.append(alignment.mixture_of(targets, sources, np.append(weights, share), size, source_size))
+        made.append(
+            alignment.mixture_of(targets, sources, np.append(weights, share), size, source_size)
+        )
     return made[0], made[1]
 
 
 def else_pieces(
-    inputs: Inputs, targets: Int[np.ndarray, "E"], sources: Int[np.ndarray, "E"], weights: Float[np.ndarray, "E"]
+    inputs: Inputs,
+    targets: Int[np.ndarray, "E"],
+    sources: Int[np.ndarray, "E"],
+    weights: Float[np.ndarray, "E"],
 ) -> Mixture:
     """The mixture of these entries; a target token that has none is the plain mean of its pieces."""
     rows, ids, _ = _pieces(inputs.spelled.parts, inputs.source_size)
     left = ~np.isin(rows, targets)
-    entries = np.append(targets, rows[left]), np.append(sources, ids[left]), np.append(weights, np.ones(left.sum()))
+    entries = (
+        np.append(targets, rows[left]),
+        np.append(sources, ids[left]),
+        np.append(weights, np.ones(left.sum())),
+    )
     return alignment.mixture_of(*entries, inputs.target_size, inputs.source_size)
 
 
@@ -555,7 +643,11 @@ def _pieces(
     known = [of or (source_size,) for of in parts]
     sizes = np.fromiter(map(len, known), np.int64, len(known))
     ids = np.fromiter(itertools.chain.from_iterable(known), np.int64, int(sizes.sum()))
-    return np.repeat(np.arange(len(known)), sizes), ids, np.repeat(np.cumsum(sizes), sizes) - np.arange(len(ids)) - 1
+    return (
+        np.repeat(np.arange(len(known)), sizes),
+        ids,
+        np.repeat(np.cumsum(sizes), sizes) - np.arange(len(ids)) - 1,
+    )
 
 
 def shifted(inputs: Inputs, made: Alignment) -> Alignment:
@@ -570,7 +662,9 @@ def frequency_shift(
 ) -> Float[np.ndarray, "V_t"]:
     """float32: log frequency of each target token, less that of what its head row is mixed from; 0 for tokens of the source."""
     mixed = alignment.apply(made.head, source[:, None])[:, 0]
-    return np.where(np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL)), 0.0, target - mixed).astype(np.float32)
+    return np.where(np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL)), 0.0, target - mixed).astype(
+        np.float32
+    )
 
 
 def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
@@ -599,7 +693,9 @@ def _combined(
     return made
 
 
-def _one_to_one(inputs: Inputs, ids: Int[np.ndarray, "V_t"], rules: Int[np.ndarray, "V_t"], found: Found) -> Alignment:
+def _one_to_one(
+    inputs: Inputs, ids: Int[np.ndarray, "V_t"], rules: Int[np.ndarray, "V_t"], found: Found
+) -> Alignment:
     mixture = alignment.one_to_one(ids, inputs.source_size)
     return _assembled(inputs, mixture, mixture, rules, found)
 
@@ -642,7 +738,10 @@ def without(
     entries = {}
     for side in ("embedding", "head"):
         mixture: Mixture = getattr(aligned, side)
-        rows, gone = np.repeat(np.arange(size), np.diff(mixture.indptr)), np.isin(mixture.ids, avoided)
+        rows, gone = (
+            np.repeat(np.arange(size), np.diff(mixture.indptr)),
+            np.isin(mixture.ids, avoided),
+        )
         affected = np.bincount(rows[gone], minlength=size) > 0
         left = affected[rows] & ~gone & (mixture.weights > 0)
         lost |= affected & (np.bincount(rows[left], minlength=size) == 0)
@@ -651,11 +750,16 @@ def without(
     again, mixtures = lost[spelled_rows], {}
     for side, (rows, ids, weights) in entries.items():
         left = ~lost[rows]
-        rows, ids = np.append(rows[left], spelled_rows[again]), np.append(ids[left], spelled_ids[again])
+        rows, ids = (
+            np.append(rows[left], spelled_rows[again]),
+            np.append(ids[left], spelled_ids[again]),
+        )
         weights = np.append(weights[left].astype(np.float64), np.ones(again.sum()))
         weights /= np.bincount(rows, weights, minlength=size)[rows]
         mixtures[side] = alignment.replaced(getattr(aligned, side), rows, ids, weights)
-    mixtures["head"] = alignment.with_mean(mixtures["head"], np.flatnonzero(lost & (rules == Rule.UNWRITTEN)))
+    mixtures["head"] = alignment.with_mean(
+        mixtures["head"], np.flatnonzero(lost & (rules == Rule.UNWRITTEN))
+    )
     made = dataclasses.replace(
         aligned,
         **mixtures,
@@ -669,8 +773,12 @@ def without(
     return dataclasses.replace(made, frequency_shift=np.where(lost, shift, aligned.frequency_shift))
 
 
-def from_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Alignment:
+def from_pieces(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> Alignment:
     """The method `pieces`, which needs nothing but the tokenizers."""
     none = np.zeros(0, np.int64)
     config = AlignmentConfig(method="pieces")
-    return pieces(Inputs(config, source_tokenizer, target_tokenizer, none, none, 0, lambda line: None))[0]
+    return pieces(
+        Inputs(config, source_tokenizer, target_tokenizer, none, none, 0, lambda line: None)
+    )[0]

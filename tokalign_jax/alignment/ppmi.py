@@ -98,18 +98,24 @@ def train(
     for side, chosen in zip(sides, columns):
         matrices.append(positive_pmi(side, chosen, rows, folder))
         progress.update(len(side))
-    start = np.random.default_rng(seed).standard_normal((width, min(dimensions + SPARE, width)), np.float32)
+    start = np.random.default_rng(seed).standard_normal(
+        (width, min(dimensions + SPARE, width)), np.float32
+    )
     basis = _orthonormal(start)
     for _ in range(SWEEPS):
         total = np.zeros_like(basis)
         for matrix in matrices:
             for block in _dense_blocks(matrix):
-                total = jax.block_until_ready(_swept(total, block, basis))  # else all blocks would wait in memory
+                total = jax.block_until_ready(
+                    _swept(total, block, basis)
+                )  # else all blocks would wait in memory
             progress.update(0)
         basis = _orthonormal(np.asarray(total))
         progress.update(sum(map(len, sides)))
     projected = [
-        np.concatenate([np.asarray(_product(block, basis)) for block in _dense_blocks(matrix)])[: matrix.shape[0]]
+        np.concatenate([np.asarray(_product(block, basis)) for block in _dense_blocks(matrix)])[
+            : matrix.shape[0]
+        ]
         for matrix in matrices
     ]
     turn, strengths = _principal(projected, dimensions)
@@ -119,7 +125,9 @@ def train(
     return vectors
 
 
-def shared_columns(shared: Int[np.ndarray, "S 2"], excluded: Int[np.ndarray, "J"]) -> Int[np.ndarray, "P 2"]:
+def shared_columns(
+    shared: Int[np.ndarray, "S 2"], excluded: Int[np.ndarray, "J"]
+) -> Int[np.ndarray, "P 2"]:
     """The `COLUMNS` pairs that are most frequent on both sides, without those at the indices `excluded`.
 
     Args:
@@ -130,7 +138,9 @@ def shared_columns(shared: Int[np.ndarray, "S 2"], excluded: Int[np.ndarray, "J"
     return shared[order[~np.isin(order, excluded)][:COLUMNS]]
 
 
-def positive_pmi(side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, folder: Path | None = None) -> Blocks:
+def positive_pmi(
+    side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, folder: Path | None = None
+) -> Blocks:
     """PPMI of all tokens of a side with the contexts `columns`, over the co-occurrences with these alone.
 
     Pairs are read slice by slice and written where their block has room, so that memory is that of a few slices.
@@ -142,7 +152,11 @@ def positive_pmi(side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, f
 
     def sums(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         row, column, count = entries
-        return np.bincount(row, count, n), np.bincount(column, count, width), np.bincount(row // rows, minlength=blocks)
+        return (
+            np.bincount(row, count, n),
+            np.bincount(column, count, width),
+            np.bincount(row // rows, minlength=blocks),
+        )
 
     def positive(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cells and values, by block, and how many each block has."""
@@ -151,13 +165,19 @@ def positive_pmi(side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, f
         keep = np.flatnonzero(value > 0)
         block = (row[keep] // rows).astype(np.uint16)
         keep = keep[np.argsort(block, kind="stable")]
-        return row[keep] % rows * width + column[keep], value[keep], np.bincount(block, minlength=blocks)
+        return (
+            row[keep] % rows * width + column[keep],
+            value[keep],
+            np.bincount(block, minlength=blocks),
+        )
 
     blocks = -(-n // rows)
     of_row, of_column, room = np.zeros(n), np.zeros(width), np.zeros(blocks, np.int64)
     threads = min(os.cpu_count() or 1, THREADS)
     with ThreadPoolExecutor(threads) as pool:
-        for _, (in_row, in_column, in_block) in in_order(pool, threads, lambda *at: sums(_entries(*at)), slices):
+        for _, (in_row, in_column, in_block) in in_order(
+            pool, threads, lambda *at: sums(_entries(*at)), slices
+        ):
             of_row += in_row
             of_column += in_column
             room += in_block
@@ -167,10 +187,15 @@ def positive_pmi(side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, f
         starts = np.cumsum(room) - room
         ends = starts.copy()
         cells, values = (_room(int(room.sum()), dtype, folder) for dtype in (np.int32, np.float32))
-        for _, (of_cells, of_values, sizes) in in_order(pool, threads, lambda *at: positive(_entries(*at)), slices):
+        for _, (of_cells, of_values, sizes) in in_order(
+            pool, threads, lambda *at: positive(_entries(*at)), slices
+        ):
             start = 0
             for block in np.flatnonzero(sizes):
-                here, there = slice(start, start + sizes[block]), slice(ends[block], ends[block] + sizes[block])
+                here, there = (
+                    slice(start, start + sizes[block]),
+                    slice(ends[block], ends[block] + sizes[block]),
+                )
                 cells[there], values[there] = of_cells[here], of_values[here]
                 start, ends[block] = here.stop, there.stop
     return Blocks((n, width), rows, starts, ends, cells, values)
@@ -192,8 +217,13 @@ def block_rows(tokens: int, width: int) -> int:
 
 def _entries(side: Cooccurrence, place: Int[np.ndarray, "n"], start: int) -> Entries:
     """The entries of a slice of the pairs, in both triangles, whose column is a context."""
-    rows, cols, counts = (np.asarray(of[start : start + SLICE]) for of in (side.rows, side.cols, side.counts))
-    above, below = np.flatnonzero(place[cols] >= 0), np.flatnonzero((place[rows] >= 0) & (rows != cols))
+    rows, cols, counts = (
+        np.asarray(of[start : start + SLICE]) for of in (side.rows, side.cols, side.counts)
+    )
+    above, below = (
+        np.flatnonzero(place[cols] >= 0),
+        np.flatnonzero((place[rows] >= 0) & (rows != cols)),
+    )
     return (
         np.concatenate([rows[above], cols[below]]),
         place[np.concatenate([cols[above], rows[below]])],
@@ -238,7 +268,9 @@ def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 @jax.jit
-def _swept(total: Float[Array, "P k"], block: Float[Array, "R P"], basis: Float[Array, "P k"]) -> Float[Array, "P k"]:
+def _swept(
+    total: Float[Array, "P k"], block: Float[Array, "R P"], basis: Float[Array, "P k"]
+) -> Float[Array, "P k"]:
     """total + B' B basis for the block B."""
     return total + jnp.matmul(block.T, jnp.matmul(block, basis, precision="high"), precision="high")
 

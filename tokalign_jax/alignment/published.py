@@ -15,14 +15,22 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.alignment import matching
 
 
-def same_string(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+def same_string(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> dict[int, int]:
     """Target id -> source id of the tokens, special ones too, that both vocabularies write the same."""
     source = source_tokenizer.get_vocab()
-    return {index: source[token] for token, index in target_tokenizer.get_vocab().items() if token in source}
+    return {
+        index: source[token]
+        for token, index in target_tokenizer.get_vocab().items()
+        if token in source
+    }
 
 
 def match(
-    source: Float[np.ndarray, "n d"], target: Float[np.ndarray, "m e"], pivots: Int[np.ndarray, "P 2"]
+    source: Float[np.ndarray, "n d"],
+    target: Float[np.ndarray, "m e"],
+    pivots: Int[np.ndarray, "P 2"],
 ) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
     """For each target row the source row with the largest product of relative vectors, in blocks.
 
@@ -41,7 +49,9 @@ def match(
 def _best(
     source: Float[Array, "n d"], target: Float[Array, "m e"], pivots: Int[Array, "P 2"]
 ) -> tuple[Int[Array, "m"], Float[Array, "m"]]:
-    of_source, of_target = (_relative(vectors, pivots[:, side]) for side, vectors in enumerate((source, target)))
+    of_source, of_target = (
+        _relative(vectors, pivots[:, side]) for side, vectors in enumerate((source, target))
+    )
     products, best = matching.nearest(of_target, of_source, jnp.zeros(len(source)), 1)
     lengths = jnp.linalg.norm(of_target, axis=1) * jnp.linalg.norm(of_source, axis=1)[best[:, 0]]
     return best[:, 0], jnp.clip(products[:, 0] / jnp.maximum(lengths, 1e-9), 0.0, 1.0)

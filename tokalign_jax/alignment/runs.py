@@ -40,7 +40,9 @@ class Runs:
         """Adds the run that `blocks` make one behind the other, with at most `entries`."""
         if not entries:
             return
-        free = self._memory - sum(keys.nbytes * 2 for keys, _ in self.all() if not isinstance(keys, np.memmap))
+        free = self._memory - sum(
+            keys.nbytes * 2 for keys, _ in self.all() if not isinstance(keys, np.memmap)
+        )
         keys, sums = kept(blocks, (np.int64, np.int64), entries, free, self._scratch)
         if level == len(self._levels):
             self._levels.append([])
@@ -53,10 +55,14 @@ class Runs:
         return [run for level in self._levels for run in level]
 
 
-def merged(runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None) -> Iterator[Sums]:
+def merged(
+    runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None
+) -> Iterator[Sums]:
     """The sum of `runs` as blocks of one run, each merged by itself from the same range of keys in every run."""
     step = max(MERGE_BLOCK // max(len(runs), 1), 1)
-    marks = np.sort(np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)]))
+    marks = np.sort(
+        np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)])
+    )
     bounds = marks[:: max(len(runs), 1)]
     cuts = [np.array([0, *np.searchsorted(keys, bounds), len(keys)]) for keys, _ in runs]
 
@@ -66,14 +72,18 @@ def merged(runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: N
         sums = np.concatenate([sums[here] for (_, sums), here in zip(runs, slices)])
         if len(runs) == 1:
             return keys, sums
-        order = np.argsort(keys, kind="stable")  # sorted runs one behind the other: this merges them
+        order = np.argsort(
+            keys, kind="stable"
+        )  # sorted runs one behind the other: this merges them
         return summed(keys[order], sums[order])
 
     if not runs:
         return
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        for (block,), found in in_order(pool, threads, added, [(block,) for block in range(len(bounds) + 1)]):
+        for (block,), found in in_order(
+            pool, threads, added, [(block,) for block in range(len(bounds) + 1)]
+        ):
             if block % FORGET == 0:
                 forget(*(array for run in runs for array in run))
             done(sum(int(cut[block + 1] - cut[block]) for cut in cuts))
@@ -89,12 +99,18 @@ def summed(keys: np.ndarray, values: np.ndarray) -> Sums:
 
 
 def kept(
-    blocks: Iterable[tuple[np.ndarray, ...]], dtypes: Sequence[type], entries: int, memory: int, scratch: Path | None
+    blocks: Iterable[tuple[np.ndarray, ...]],
+    dtypes: Sequence[type],
+    entries: int,
+    memory: int,
+    scratch: Path | None,
 ) -> tuple[np.ndarray, ...]:
     """Columns from blocks of them: in memory if `entries`, the most they can have, fit there, else in nameless files."""
     length = 0
     if entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
-        columns = [np.empty(entries, dtype) for dtype in dtypes]  # what stays unused is never given real memory
+        columns = [
+            np.empty(entries, dtype) for dtype in dtypes
+        ]  # what stays unused is never given real memory
         for block in blocks:
             for column, part in zip(columns, block):
                 column[length : length + len(part)] = part

@@ -21,7 +21,12 @@ def score(
 ) -> float:
     """BLEU-1 of the lines' target ids, mapped to source ids, against their source ids (TokAlign, section 4.3)."""
     source, target = (
-        [encoding.ids for encoding in plain_backend(tokenizer).encode_batch_fast(list(lines), add_special_tokens=False)]
+        [
+            encoding.ids
+            for encoding in plain_backend(tokenizer).encode_batch_fast(
+                list(lines), add_special_tokens=False
+            )
+        ]
         for tokenizer in (source_tokenizer, target_tokenizer)
     )
     return bleu_1(([int(mapping[i]) for i in ids] for ids in target), source)
@@ -57,4 +62,6 @@ def hub_share(pointed_at: Int[np.ndarray, "n"], hubs: int) -> float:
     """The share of rows that point at the `hubs` source tokens which most rows point at."""
     if not len(pointed_at):
         return 0.0
-    return float(np.sort(np.unique(pointed_at, return_counts=True)[1])[::-1][:hubs].sum() / len(pointed_at))
+    return float(
+        np.sort(np.unique(pointed_at, return_counts=True)[1])[::-1][:hubs].sum() / len(pointed_at)
+    )

@@ -48,19 +48,28 @@ def make(
     """
     own = check(config, len(source.counts), len(target.counts))
     if own is not None:
-        of_source, of_target = (_by_frequency(side, shards.counts) for side, shards in zip(own, (source, target)))
-        log(f"vectors: {len(of_source.ids):,} of the source and {len(of_target.ids):,} of the target taken from files")
+        of_source, of_target = (
+            _by_frequency(side, shards.counts) for side, shards in zip(own, (source, target))
+        )
+        log(
+            f"vectors: {len(of_source.ids):,} of the source and {len(of_target.ids):,} of the target taken from files"
+        )
         return of_source, of_target, {}
     resources = cooccurrence.Resources(scratch=folder)
     counts = {
-        side: cooccurrence.count(shards, config.window, config.min_count, log, f"{side} co-occurrence", resources)
+        side: cooccurrence.count(
+            shards, config.window, config.min_count, log, f"{side} co-occurrence", resources
+        )
         for side, shards in (("source", source), ("target", target))
     }
     if not all(len(side.vocabulary) for side in counts.values()):
         log(
             f"vectors: no token stands min_count={config.min_count} times in the text; nothing can be matched by co-occurrence"
         )
-        found, measured = [np.zeros((len(side.vocabulary), 1), np.float32) for side in counts.values()], {}
+        found, measured = (
+            [np.zeros((len(side.vocabulary), 1), np.float32) for side in counts.values()],
+            {},
+        )
     elif config.vectors == "ppmi":
         found, measured = _by_ppmi(config, list(counts.values()), shared, seed, log, folder)
     else:
@@ -72,7 +81,9 @@ def make(
             [vectors for vectors, _ in trained],
             {"glove_loss": dict(zip(counts, (x[1] for x in trained)))},
         )
-    of_source, of_target = (Vectors(side.vocabulary, rows) for side, rows in zip(counts.values(), found))
+    of_source, of_target = (
+        Vectors(side.vocabulary, rows) for side, rows in zip(counts.values(), found)
+    )
     return of_source, of_target, measured
 
 
@@ -86,13 +97,16 @@ def _by_ppmi(
 ) -> tuple[list[Float[np.ndarray, "n d"]], dict[str, Any]]:
     columns = contexts(config, sides[0], sides[1], shared, seed)
     if columns is not None:
-        vectors = ppmi.train(sides, [columns[:, 0], columns[:, 1]], config.vector_size, seed, log, folder=folder)
+        vectors = ppmi.train(
+            sides, [columns[:, 0], columns[:, 1]], config.vector_size, seed, log, folder=folder
+        )
         return vectors, {"ppmi_shared_contexts": len(columns)}
     log("PPMI: too few shared tokens to be contexts of both sides; each side is factored by itself")
     own = [np.arange(min(ppmi.COLUMNS, len(side.vocabulary))) for side in sides]
-    return [ppmi.train([side], [c], config.vector_size, seed, log, folder=folder)[0] for side, c in zip(sides, own)], {
-        "ppmi_shared_contexts": 0
-    }
+    return [
+        ppmi.train([side], [c], config.vector_size, seed, log, folder=folder)[0]
+        for side, c in zip(sides, own)
+    ], {"ppmi_shared_contexts": 0}
 
 
 def contexts(
@@ -112,7 +126,9 @@ def contexts(
 
 
 def shared_rows(
-    source_ids: Int[np.ndarray, "n"], target_ids: Int[np.ndarray, "m"], shared: Int[np.ndarray, "S 2"]
+    source_ids: Int[np.ndarray, "n"],
+    target_ids: Int[np.ndarray, "m"],
+    shared: Int[np.ndarray, "S 2"],
 ) -> Int[np.ndarray, "R 2"]:
     """Rows (source, target) of those of the `shared` ids that have vectors on both sides, by source row."""
     places = []
@@ -128,7 +144,9 @@ def shared_rows(
 # --- a user's own vectors ---------------------------------------------------------------------------------------------
 
 
-def check(config: AlignmentConfig, source_size: int, target_size: int) -> tuple[Vectors, Vectors] | None:
+def check(
+    config: AlignmentConfig, source_size: int, target_size: int
+) -> tuple[Vectors, Vectors] | None:
     """The user's own vectors, read and validated; None where the config names none. To be called before long work, too.
 
     Args:
@@ -137,7 +155,10 @@ def check(config: AlignmentConfig, source_size: int, target_size: int) -> tuple[
     Raises:
       UserError: when only one file is named, or one is missing, malformed, not finite, or has ids twice or out of range.
     """
-    paths = {"alignment.source_vectors": config.source_vectors, "alignment.target_vectors": config.target_vectors}
+    paths = {
+        "alignment.source_vectors": config.source_vectors,
+        "alignment.target_vectors": config.target_vectors,
+    }
     if config.method == "focus" and config.target_vectors:  # it has no use for the source's
         target = read(Path(config.target_vectors), target_size, "alignment.target_vectors")
         return Vectors(np.zeros(0, np.int32), target.vectors[:0]), target
@@ -145,9 +166,12 @@ def check(config: AlignmentConfig, source_size: int, target_size: int) -> tuple[
     if len(missing) == 2:
         return None
     if missing:
-        raise UserError(f"{missing[0]} is missing: vectors of both sides have to come from files, or of none")
+        raise UserError(
+            f"{missing[0]} is missing: vectors of both sides have to come from files, or of none"
+        )
     source, target = (
-        read(Path(path), size, name) for (name, path), size in zip(paths.items(), (source_size, target_size))
+        read(Path(path), size, name)
+        for (name, path), size in zip(paths.items(), (source_size, target_size))
     )
     return source, target
 
@@ -165,8 +189,15 @@ def read(path: Path, size: int, name: str) -> Vectors:
     try:
         ids, vectors = _read_npz(path) if path.suffix == ".npz" else _read_text(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: '{path}' cannot be read as token vectors ({error}); give {FORMATS}") from error
-    if vectors.ndim != 2 or ids.shape != vectors.shape[:1] or not vectors.size or ids.dtype.kind not in "iu":
+        raise UserError(
+            f"{name}: '{path}' cannot be read as token vectors ({error}); give {FORMATS}"
+        ) from error
+    if (
+        vectors.ndim != 2
+        or ids.shape != vectors.shape[:1]
+        or not vectors.size
+        or ids.dtype.kind not in "iu"
+    ):
         raise UserError(
             f"{name}: '{path}' has ids {ids.dtype}{list(ids.shape)} and vectors {vectors.dtype}{list(vectors.shape)}; "
             f"give {FORMATS}"
@@ -179,10 +210,14 @@ def read(path: Path, size: int, name: str) -> Vectors:
         )
     once, times = np.unique(ids, return_counts=True)
     if len(once) < len(ids):
-        raise UserError(f"{name}: '{path}' has the token id {once[times > 1][0]} more than once; leave one of them")
+        raise UserError(
+            f"{name}: '{path}' has the token id {once[times > 1][0]} more than once; leave one of them"
+        )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
-        raise UserError(f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; mend or drop it")
+        raise UserError(
+            f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; mend or drop it"
+        )
     return Vectors(ids.astype(np.int32), vectors)
 
 
@@ -205,7 +240,9 @@ def _read_text(path: Path) -> tuple[np.ndarray, np.ndarray]:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if len(rows[-1]) != len(rows[0]):
-                raise ValueError(f"line {number} has {len(rows[-1])} numbers, line 1 {len(rows[0])}")
+                raise ValueError(
+                    f"line {number} has {len(rows[-1])} numbers, line 1 {len(rows[0])}"
+                )
     return np.array(ids, np.int64), np.array(rows, np.float32)
 
 

@@ -68,7 +68,9 @@ MODEL = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", required=True, help="JSON lines (.xz) with text, lang, source")
     parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent)
     parser.add_argument("--steps", default="text,tokenizers,model")
@@ -87,9 +89,13 @@ def main() -> None:
         english = texts["en"] + texts["code"]
         _save_tokenizer(_train_bpe(english, SOURCE_VOCABULARY), arguments.out / "source_model")
         everything = [t for lang in texts for t in _up_to(texts[lang], 6_000_000)]
-        _save_tokenizer(_train_bpe(everything, TARGET_VOCABULARY), arguments.out / "target_tokenizer")
+        _save_tokenizer(
+            _train_bpe(everything, TARGET_VOCABULARY), arguments.out / "target_tokenizer"
+        )
     if "model" in steps:
-        train_model(arguments.corpus, arguments.out, held_out, arguments.train_steps, arguments.batch)
+        train_model(
+            arguments.corpus, arguments.out, held_out, arguments.train_steps, arguments.batch
+        )
 
 
 def documents(path: str) -> Iterator[dict[str, str]]:
@@ -101,7 +107,10 @@ def documents(path: str) -> Iterator[dict[str, str]]:
 
 def _held_out(sample: Path) -> set[str]:
     """The texts that a run on the sample holds out."""
-    config = Config(corpus=str(sample), text=TextConfig(language_field="language", held_out_fraction=HELD_OUT_FRACTION))
+    config = Config(
+        corpus=str(sample),
+        text=TextConfig(language_field="language", held_out_fraction=HELD_OUT_FRACTION),
+    )
     with tempfile.TemporaryDirectory() as folder:
         corpus.run(config, Path(folder), lambda line: None)
         return {document.text for document in corpus.held_out(Path(folder))}
@@ -122,9 +131,15 @@ def write_sample(corpus_path: str, out: Path) -> None:
     with lzma.open(out, "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as lines:
         for document in documents(corpus_path):
             size = len(document["text"].encode())
-            if document["source"] in SHIPPED_SOURCES and size <= min(room.get(document["lang"], 0), 60_000):
+            if document["source"] in SHIPPED_SOURCES and size <= min(
+                room.get(document["lang"], 0), 60_000
+            ):
                 room[document["lang"]] -= size
-                row = {"text": document["text"], "language": document["lang"], "source": document["source"]}
+                row = {
+                    "text": document["text"],
+                    "language": document["lang"],
+                    "source": document["source"],
+                }
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     print({lang: LANGUAGES[lang] - left for lang, left in room.items()})
 
@@ -151,9 +166,9 @@ def _train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    ).save_pretrained(folder)
 
 
 def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, batch: int) -> None:
@@ -183,7 +198,9 @@ def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, bat
         shutil.copytree(made, out / "source_model", dirs_exist_ok=True)
 
 
-def pretrain(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Config, out: Path) -> None:
+def pretrain(
+    raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Config, out: Path
+) -> None:
     """Trains a model from random rows with the project's own training loop and writes it in bf16.
 
     Args:
@@ -191,7 +208,9 @@ def pretrain(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Co
       config: `corpus` and `text` are what it reads, `stage1` how it trains, `seed` its rows and the order of the text.
       out: a new folder; an ordinary Hugging Face one, with every 50th line of the metrics beside the weights.
     """
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="dots", loss_chunk=16384))
+    config = dataclasses.replace(
+        config, compute=dataclasses.replace(config.compute, remat="dots", loss_chunk=16384)
+    )
     with tempfile.TemporaryDirectory(prefix="pretrain_") as folder:
         work = Path(folder)
         corpus.run(config, work / "corpus", print)
@@ -199,9 +218,15 @@ def pretrain(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Co
         shards = tokenizing.TokenShards.open(work / "tokens" / "target")
         model = families.config_from_hf(raw)
         params = transformer.init_params(model, jax.random.key(config.seed))
-        result = loop.run_stage("pretrain", config.stage1, config, model, params, shards, work / "pretrain", 0, print)
+        result = loop.run_stage(
+            "pretrain", config.stage1, config, model, params, shards, work / "pretrain", 0, print
+        )
         huggingface.save_checkpoint(out, result.params, model, raw, tokenizer, dtypes="bfloat16")
-        lines = (work / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (
+            (work / "pretrain" / "metrics.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines(keepends=True)
+        )
         (out / "pretraining.jsonl").write_text("".join(lines[49::50]), encoding="utf-8")
 
 

@@ -100,7 +100,9 @@ def _files(names: str) -> list[Path]:
         found = [path] if path.is_file() else sorted(map(Path, glob(str(pattern))))
         if not found:
             why = "has no *.jsonl files" if path.is_dir() else "names no file"
-            raise UserError(f"abilities '{name}' {why}: give a file of JSON lines, a folder with such files or a glob")
+            raise UserError(
+                f"abilities '{name}' {why}: give a file of JSON lines, a folder with such files or a glob"
+            )
         files += found
     return files
 
@@ -109,14 +111,24 @@ def _read_file(path: Path) -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"abilities '{path}' cannot be read ({error}): it must be JSON lines in UTF-8") from error
-    questions = [_question(line, f"abilities '{path}', line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        raise UserError(
+            f"abilities '{path}' cannot be read ({error}): it must be JSON lines in UTF-8"
+        ) from error
+    questions = [
+        _question(line, f"abilities '{path}', line {i}")
+        for i, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not questions:
-        raise UserError(f"abilities '{path}' has no questions: take it away, or add lines such as {_EXAMPLE}")
+        raise UserError(
+            f"abilities '{path}' has no questions: take it away, or add lines such as {_EXAMPLE}"
+        )
     return questions
 
 
-_EXAMPLE = '{"task": "capitals", "question": "The capital of Peru is", "choices": [" Lima", " Cusco"]}'
+_EXAMPLE = (
+    '{"task": "capitals", "question": "The capital of Peru is", "choices": [" Lima", " Cusco"]}'
+)
 
 
 def _question(line: str, where: str) -> Question:
@@ -134,20 +146,28 @@ def _question(line: str, where: str) -> Question:
     choices = record["choices"]
     for key in ("task", "question"):
         if not _is_text(record[key]):
-            raise UserError(f"{where}: '{key}' is {record[key]!r}; it must be a text that is not empty")
+            raise UserError(
+                f"{where}: '{key}' is {record[key]!r}; it must be a text that is not empty"
+            )
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
         raise UserError(
             f"{where}: 'choices' is {choices!r}; it must be two texts or more, none empty, the right one first"
         )
     if choices[0] in choices[1:]:
-        raise UserError(f"{where}: the right choice {choices[0]!r} is there twice; it may be there once, as the first")
+        raise UserError(
+            f"{where}: the right choice {choices[0]!r} is there twice; it may be there once, as the first"
+        )
     # A wrong choice that is there twice changes no answer.
     return Question(record["task"], record["question"], tuple(dict.fromkeys(choices)))
 
 
 def _is_text(value: Any) -> bool:
     """Whether a JSON value is a string that is not blank and that UTF-8 can spell."""
-    return isinstance(value, str) and bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
+    return (
+        isinstance(value, str)
+        and bool(value.strip())
+        and value == value.encode("utf-8", "ignore").decode()
+    )
 
 
 SUMS = "sums"
@@ -158,7 +178,10 @@ def sums(count: int = 60) -> list[Question]:
     # Steps through 90 and 89 numbers that have no factor in common with these, so that neither repeats soon nor their sum.
     pairs = [(10 + 37 * i % 90, 10 + 61 * i % 89) for i in range(count)]
     choices = [[a + b, *_near(a + b, i % 5)] for i, (a, b) in enumerate(pairs)]
-    return [Question(SUMS, f"{a} + {b} =", tuple(f" {number}" for number in of)) for (a, b), of in zip(pairs, choices)]
+    return [
+        Question(SUMS, f"{a} + {b} =", tuple(f" {number}" for number in of))
+        for (a, b), of in zip(pairs, choices)
+    ]
 
 
 def _near(right: int, smaller: int) -> list[int]:
@@ -167,7 +190,9 @@ def _near(right: int, smaller: int) -> list[int]:
     A model that only prefers small, or large, numbers is right by chance if their number varies.
     """
     mistakes = (10, 1, 11, 2)
-    return [right - of for of in mistakes[:smaller]] + [right + of for of in mistakes[: 4 - smaller]]
+    return [right - of for of in mistakes[:smaller]] + [
+        right + of for of in mistakes[: 4 - smaller]
+    ]
 
 
 # --- Scoring ----------------------------------------------------------------------------------------------------------
@@ -226,7 +251,9 @@ def score(
     return found
 
 
-def check_lengths(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int) -> None:
+def check_lengths(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int
+) -> None:
     """
     Raises:
       UserError: a question has more tokens than a model of so many positions reads.
@@ -234,10 +261,14 @@ def check_lengths(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Questi
     _tokens(tokenizer, questions, positions)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int) -> list[list[int]]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int
+) -> list[list[int]]:
     """The tokens of each text that `score` reads."""
     texts = [text for question in questions for text in question.texts]
-    tokens = [e.ids for e in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+    tokens = [
+        e.ids for e in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    ]
     for text, ids in zip(texts, tokens):
         if len(ids) > positions:
             raise UserError(
@@ -263,12 +294,21 @@ def kinds_of_cut(
     """
     known, content = set(index_by_bytes(source_tokenizer)), token_bytes(target_tokenizer)
     texts = [question.texts[0] for question in questions]
-    source, target = (token_boundaries(plain_backend(t), texts) for t in (source_tokenizer, target_tokenizer))
-    return [_kind(question, one, other, content, known) for question, one, other in zip(questions, source, target)]
+    source, target = (
+        token_boundaries(plain_backend(t), texts) for t in (source_tokenizer, target_tokenizer)
+    )
+    return [
+        _kind(question, one, other, content, known)
+        for question, one, other in zip(questions, source, target)
+    ]
 
 
 def _kind(
-    question: Question, source: Boundaries, target: Boundaries, content: Sequence[bytes | None], known: set[bytes]
+    question: Question,
+    source: Boundaries,
+    target: Boundaries,
+    content: Sequence[bytes | None],
+    known: set[bytes],
 ) -> str:
     (source_question, source_answer), (target_question, target_answer) = (
         np.split(of.ends, [_answer_start(of, len(question.text))]) for of in (source, target)
@@ -300,7 +340,9 @@ def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]
     return log_likelihoods[:, 0] > log_likelihoods[:, 1:].max(axis=1)
 
 
-def summary(questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: int) -> dict[str, Any]:
+def summary(
+    questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: int
+) -> dict[str, Any]:
     """Accuracy by suite and its mean over suites, with 95% intervals over questions, for JSON.
 
     `right` has the answers of each suite as a text of 0 and 1, for paired differences
@@ -310,9 +352,15 @@ def summary(questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: i
     return {
         "digest": digest(questions),
         "chance": _mean_over_suites(np.array([1 / len(q.choices) for q in questions]), suites),
-        "mean": {"accuracy": _mean_over_suites(right, suites), **_mean_interval(right, suites, seed)},
+        "mean": {
+            "accuracy": _mean_over_suites(right, suites),
+            **_mean_interval(right, suites, seed),
+        },
         "suites": {suite: _accuracy(right[rows], seed) for suite, rows in suites.items()},
-        "right": {suite: "".join("01"[answer] for answer in right[rows].tolist()) for suite, rows in suites.items()},
+        "right": {
+            suite: "".join("01"[answer] for answer in right[rows].tolist())
+            for suite, rows in suites.items()
+        },
     }
 
 
@@ -333,7 +381,10 @@ def difference(
     by_cut = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in KINDS_OF_CUT}
     return {
         "difference": {
-            "mean": {"difference": _mean_over_suites(less, suites), **_mean_interval(less, suites, seed)},
+            "mean": {
+                "difference": _mean_over_suites(less, suites),
+                **_mean_interval(less, suites, seed),
+            },
             "suites": {suite: _difference(less[rows], seed) for suite, rows in suites.items()},
         },
         "by_cut": {
@@ -376,15 +427,23 @@ def _mean_over_suites(values: np.ndarray, suites: Mapping[str, np.ndarray]) -> f
     return float(np.mean([values[rows].mean() for rows in suites.values()]))
 
 
-def _mean_interval(values: np.ndarray, suites: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+def _mean_interval(
+    values: np.ndarray, suites: Mapping[str, np.ndarray], seed: int
+) -> dict[str, Any]:
     """Questions are drawn again within each suite; one of n in a suite weighs 1 / n."""
     sizes = [len(rows) for rows in suites.values()]
     weights = np.repeat(1 / np.array(sizes), sizes)
-    return _interval(np.concatenate([values[rows] for rows in suites.values()]) * weights, weights, sizes, seed)
+    return _interval(
+        np.concatenate([values[rows] for rows in suites.values()]) * weights, weights, sizes, seed
+    )
 
 
 def _accuracy(right: np.ndarray, seed: int) -> dict[str, Any]:
-    return {"accuracy": float(right.mean()), "questions": len(right), **_plain_interval(right, seed)}
+    return {
+        "accuracy": float(right.mean()),
+        "questions": len(right),
+        **_plain_interval(right, seed),
+    }
 
 
 def _difference(less: np.ndarray, seed: int) -> dict[str, Any]:
@@ -395,6 +454,8 @@ def _plain_interval(values: np.ndarray, seed: int) -> dict[str, Any]:
     return _interval(values, np.ones(len(values)), [len(values)], seed)
 
 
-def _interval(values: np.ndarray, weights: np.ndarray, sizes: Sequence[int], seed: int) -> dict[str, Any]:
+def _interval(
+    values: np.ndarray, weights: np.ndarray, sizes: Sequence[int], seed: int
+) -> dict[str, Any]:
     interval = intervals.of_ratio(values, weights, sizes, seed)
     return {"interval": list(interval)} if interval else {}

@@ -42,14 +42,20 @@ class Score:
 
     @property
     def bytes_per_token(self) -> float:
-        return self.bytes / max(self.tokens, 1)  # a vocabulary without bytes may have no token for a text
+        return self.bytes / max(
+            self.tokens, 1
+        )  # a vocabulary without bytes may have no token for a text
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     def summary(self) -> dict[str, float]:
         """The sums and what follows from them, for JSON."""
-        return {**asdict(self), "bits_per_byte": self.bits_per_byte, "bytes_per_token": self.bytes_per_token}
+        return {
+            **asdict(self),
+            "bits_per_byte": self.bits_per_byte,
+            "bytes_per_token": self.bytes_per_token,
+        }
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,11 @@ def summary(groups: Sequence[Costs], seed: int) -> dict[str, Any]:
     counts = [len(of.nats) for of in groups]
     interval = intervals.of_ratio(nats / math.log(2), size, counts, seed)
     total = sum((of.total for of in groups), Score(0.0, 0, 0))
-    return {**total.summary(), "documents": sum(counts), **({"interval": list(interval)} if interval else {})}
+    return {
+        **total.summary(),
+        "documents": sum(counts),
+        **({"interval": list(interval)} if interval else {}),
+    }
 
 
 def difference(one: Sequence[Costs], other: Sequence[Costs], seed: int) -> dict[str, Any]:
@@ -95,12 +105,17 @@ def difference(one: Sequence[Costs], other: Sequence[Costs], seed: int) -> dict[
         raise ValueError("the costs are of different documents")
     bits = (nats - others) / math.log(2)
     interval = intervals.of_ratio(bits, size, [len(of.nats) for of in one], seed)
-    return {"difference": float(bits.sum() / size.sum()), **({"interval": list(interval)} if interval else {})}
+    return {
+        "difference": float(bits.sum() / size.sum()),
+        **({"interval": list(interval)} if interval else {}),
+    }
 
 
 def pooled(groups: Sequence[Costs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nats, tokens and bytes of the documents of all groups, one behind the other."""
-    return tuple(np.concatenate([getattr(of, what) for of in groups]) for what in ("nats", "tokens", "bytes"))  # type: ignore[return-value]
+    return tuple(
+        np.concatenate([getattr(of, what) for of in groups]) for what in ("nats", "tokens", "bytes")
+    )  # type: ignore[return-value]
 
 
 def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:
@@ -127,7 +142,10 @@ def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[
       each: it begins every window, in the place of the token before.
     """
     context = [start, *tokens[:-1]]
-    windows = [Window(context[i : i + length], tokens[i : i + length]) for i in range(0, len(tokens), length)]
+    windows = [
+        Window(context[i : i + length], tokens[i : i + length])
+        for i in range(0, len(tokens), length)
+    ]
     return [Window([start, *w.inputs[1:]], w.labels) for w in windows] if each else windows
 
 
@@ -151,7 +169,8 @@ def evaluate(
 ) -> dict[str, Score]:
     """Scores of the texts of every language; see `evaluate_documents`."""
     return {
-        language: of.total for language, of in evaluate_documents(config, params, tokenizer, texts, **options).items()
+        language: of.total
+        for language, of in evaluate_documents(config, params, tokenizer, texts, **options).items()
     }
 
 

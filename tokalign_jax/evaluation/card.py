@@ -15,7 +15,12 @@ from tokalign_jax.text import corpus
 
 
 def facts(
-    config: Config, workdir: Path, states: Sequence[str], model: ModelConfig, source_folder: Path, terms: Sequence[str]
+    config: Config,
+    workdir: Path,
+    states: Sequence[str],
+    model: ModelConfig,
+    source_folder: Path,
+    terms: Sequence[str],
 ) -> CardFacts:
     """What is known of the run in `workdir`; what no stage has left yet is not told.
 
@@ -46,20 +51,27 @@ def facts(
         corpus=corpus.names(config),
         corpus_bytes={
             language: of["train_bytes"]
-            for language, of in _read(workdir / "corpus" / "summary.json").get("languages", {}).items()
+            for language, of in _read(workdir / "corpus" / "summary.json")
+            .get("languages", {})
+            .items()
         },
         bits_per_byte={titled(s): _figures(of, "bits_per_byte") for s, of in scores.items() if of},
         bytes_per_token={side: _figures(of, "bytes_per_token") for side, of in sides.items() if of},
         loses=indices["target"].get("loses", ()),
         special=aligned.get("special", ()),
-        versions={**{package: version(package) for package in PACKAGES}, "python": platform.python_version()},
+        versions={
+            **{package: version(package) for package in PACKAGES},
+            "python": platform.python_version(),
+        },
     )
 
 
 def _figures(scores: Mapping[str, Any], name: str) -> dict[str, float]:
     """By language, and over the bytes of all where there are several."""
     found = {language: of[name] for language, of in figures(scores).items()}
-    return found if len(found) > 2 else {language: found[language] for language in scores["languages"]}
+    return (
+        found if len(found) > 2 else {language: found[language] for language in scores["languages"]}
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

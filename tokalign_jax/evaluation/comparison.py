@@ -63,7 +63,10 @@ def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, 
         values = {field: settings[members[0]].get(field) for field in differs}
         made = _group([reports[i] for i in members], states, languages)
         runs = [names[i] if i < len(names) else f"run {i + 1}" for i in members]
-        name = ", ".join(f"{field}={_value(value)}" for field, value in values.items()) or "the same settings"
+        name = (
+            ", ".join(f"{field}={_value(value)}" for field, value in values.items())
+            or "the same settings"
+        )
         seeds = [settings[i].get(SEED) for i in members]
         groups.append({"name": name, "values": values, "runs": runs, "seeds": seeds, **made})
     return {
@@ -95,24 +98,37 @@ def _ordered(lists: Iterable[Iterable[str]]) -> list[str]:
     return sorted(found, key=lambda name: name == EVERYTHING)
 
 
-def _group(reports: Sequence[Content], states: Sequence[str], languages: Sequence[str]) -> dict[str, Any]:
+def _group(
+    reports: Sequence[Content], states: Sequence[str], languages: Sequence[str]
+) -> dict[str, Any]:
     """What runs of the same settings measured."""
 
     def measured(state: str) -> dict[str, dict[str, Any]]:
         found = {}
         for language in languages:
-            bits = [report["languages"].get(language, {}).get("bits_per_byte", {}).get(state) for report in reports]
+            bits = [
+                report["languages"].get(language, {}).get("bits_per_byte", {}).get(state)
+                for report in reports
+            ]
             if values := [of for of in bits if of is not None]:
                 found[language] = _statistics(values)
         return found
 
     stages = _ordered(report["training"] for report in reports)
-    trained = {stage: [of for report in reports if (of := report["training"].get(stage))] for stage in stages}
+    trained = {
+        stage: [of for report in reports if (of := report["training"].get(stage))]
+        for stage in stages
+    }
     speeds = {
-        stage: [of["tokens_per_second"] for of in runs if "tokens_per_second" in of] for stage, runs in trained.items()
+        stage: [of["tokens_per_second"] for of in runs if "tokens_per_second" in of]
+        for stage, runs in trained.items()
     }
     per_token = [
-        {name: of["bytes_per_token"]["target"] for name, of in report["languages"].items() if "bytes_per_token" in of}
+        {
+            name: of["bytes_per_token"]["target"]
+            for name, of in report["languages"].items()
+            if "bytes_per_token" in of
+        }
         for report in reports
     ]
     # Reports of other versions, or made by other tools, may lack what is only told beside the figures.
@@ -121,7 +137,8 @@ def _group(reports: Sequence[Content], states: Sequence[str], languages: Sequenc
         "bits_per_byte": {state: found for state in states if (found := measured(state))},
         "kept": {state: found for state in states if (found := _kept(reports, state))},
         "bytes_per_token": {
-            name: statistics.fmean(of[name] for of in per_token if name in of) for name in _ordered(per_token)
+            name: statistics.fmean(of[name] for of in per_token if name in of)
+            for name in _ordered(per_token)
         },
         "seconds": statistics.fmean(times) if times else None,
         "tokens_per_second": {stage: statistics.fmean(of) for stage, of in speeds.items() if of},
@@ -131,7 +148,9 @@ def _group(reports: Sequence[Content], states: Sequence[str], languages: Sequenc
 
 def _kept(reports: Sequence[Content], state: str) -> dict[str, dict[str, Any]]:
     """What a state keeps, by the columns of the reports' tables; reports of a version before do not have it."""
-    found = [kept.figures(report.get("kept", {}).get("states", {}).get(state, {})) for report in reports]
+    found = [
+        kept.figures(report.get("kept", {}).get("states", {}).get(state, {})) for report in reports
+    ]
     names = _ordered(found)
     return {name: _statistics([of[name] for of in found if name in of]) for name in names}
 
@@ -169,22 +188,45 @@ def _states(report: Content) -> Iterable[Mapping[str, Any]]:
 
 def _unlike(reports: Sequence[Content]) -> list[str]:
     """Why figures of these runs may not be comparable."""
-    text = {json.dumps({name: of.get("bytes") for name, of in report["languages"].items()}) for report in reports}
+    text = {
+        json.dumps({name: of.get("bytes") for name, of in report["languages"].items()})
+        for report in reports
+    }
     # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart. Older reports do not have it.
     digests = {digest for report in reports if (digest := report.get("held_out"))}
-    answers = [of["abilities"]["digest"] for report in reports for of in _states(report) if "abilities" in of]
+    answers = [
+        of["abilities"]["digest"]
+        for report in reports
+        for of in _states(report)
+        if "abilities" in of
+    ]
     devices = {", ".join(report["devices"]) for report in reports if report.get("devices")}
     known = [report["versions"] for report in reports if report.get("versions")]
-    versions = {name: {of.get(name) for of in known} for name in dict.fromkeys(name for of in known for name in of)}
-    several = [f"{name} ({', '.join(sorted(map(str, of)))})" for name, of in versions.items() if len(of) > 1]
+    versions = {
+        name: {of.get(name) for of in known}
+        for name in dict.fromkeys(name for of in known for name in of)
+    }
+    several = [
+        f"{name} ({', '.join(sorted(map(str, of)))})"
+        for name, of in versions.items()
+        if len(of) > 1
+    ]
     return [
         *(
             ["the held-out text is not the same: bits per byte are not comparable"]
             if max(len(text), len(digests)) > 1
             else []
         ),
-        *(["the questions are not the same: abilities are not comparable"] if len(set(answers)) > 1 else []),
-        *([f"devices differ ({'; '.join(sorted(devices))}): so may times and rounding"] if len(devices) > 1 else []),
+        *(
+            ["the questions are not the same: abilities are not comparable"]
+            if len(set(answers)) > 1
+            else []
+        ),
+        *(
+            [f"devices differ ({'; '.join(sorted(devices))}): so may times and rounding"]
+            if len(devices) > 1
+            else []
+        ),
         *([f"versions differ: {', '.join(several)}"] if several else []),
     ]
 
@@ -199,13 +241,29 @@ def sections(comparison: Comparison) -> list[Section]:
     warnings = " ".join(f"Warning: {line}." for line in comparison["warnings"])
     made = [_overview(comparison, warnings), *_kept_section(comparison)]
     for state in reversed(states if languages else []):
-        of_state = [(rank, group) for rank, group in enumerate(groups, 1) if state in group["bits_per_byte"]]
+        of_state = [
+            (rank, group) for rank, group in enumerate(groups, 1) if state in group["bits_per_byte"]
+        ]
         rows = [
-            [f"{rank}", *(_figure(group["bits_per_byte"][state].get(name)) for name in [*languages, EVERYTHING])]
+            [
+                f"{rank}",
+                *(
+                    _figure(group["bits_per_byte"][state].get(name))
+                    for name in [*languages, EVERYTHING]
+                ),
+            ]
             for rank, group in of_state
         ]
         header = ["#", *languages, EVERYTHING]
-        made.append(Section(f"Bits per byte by language: {titled(state)}", "", header, rows, fold=state != states[-1]))
+        made.append(
+            Section(
+                f"Bits per byte by language: {titled(state)}",
+                "",
+                header,
+                rows,
+                fold=state != states[-1],
+            )
+        )
     return made
 
 
@@ -222,13 +280,24 @@ def _overview(comparison: Comparison, warnings: str) -> Section:
         row: list[Cell] = [f"{rank}", *(_value(group["values"][field]) for field in differs)]
         row += [f"{len(set(group['seeds']))}"] if several else []
         row += [_figure(group["bits_per_byte"].get(s, {}).get(EVERYTHING)) for s in states]
-        row.append(f"{group['bytes_per_token'][EVERYTHING]:.2f}" if EVERYTHING in group["bytes_per_token"] else "")
-        row += [quantity(group["tokens_per_second"][s]) if s in group["tokens_per_second"] else "" for s in stages]
+        row.append(
+            f"{group['bytes_per_token'][EVERYTHING]:.2f}"
+            if EVERYTHING in group["bytes_per_token"]
+            else ""
+        )
+        row += [
+            quantity(group["tokens_per_second"][s]) if s in group["tokens_per_second"] else ""
+            for s in stages
+        ]
         rows.append([*row, "" if group["seconds"] is None else duration(group["seconds"])])
     count = sum(len(group["runs"]) for group in groups)
     text = f"{count} runs, best first by the last state; bits per byte of all held-out text, lower is better."
     text += " Of several seeds: mean ± standard deviation." if several else ""
-    text += f" In all of them: {', '.join(f'{titled(s)} {bits:.3f}' for s, bits in same.items())}." if same else ""
+    text += (
+        f" In all of them: {', '.join(f'{titled(s)} {bits:.3f}' for s, bits in same.items())}."
+        if same
+        else ""
+    )
     return Section("What differs, and what came of it", f"{text} {warnings}".strip(), header, rows)
 
 
@@ -237,7 +306,10 @@ def _kept_section(comparison: Comparison) -> Iterator[Section]:
     found = [group["kept"].get(last_state(group), {}) for group in comparison["groups"]]
     columns = _ordered(found)
     if columns:
-        rows = [[f"{rank}", *(_figure(of.get(name)) for name in columns)] for rank, of in enumerate(found, 1)]
+        rows = [
+            [f"{rank}", *(_figure(of.get(name)) for name in columns)]
+            for rank, of in enumerate(found, 1)
+        ]
         text = "Of the last state, as in the runs' reports: abilities and agreement higher is better, all else lower is better."
         yield Section(kept.TITLE, text, ["#", *columns], rows)
 
@@ -249,7 +321,10 @@ def _same(comparison: Comparison) -> dict[str, float]:
         values = {
             f"{value:.4f}"
             for group in comparison["groups"]
-            for value in group["bits_per_byte"].get(state, {}).get(EVERYTHING, {}).get("values", [math.nan])
+            for value in group["bits_per_byte"]
+            .get(state, {})
+            .get(EVERYTHING, {})
+            .get("values", [math.nan])
         }
         if len(values) == 1:
             found[state] = float(*values)
@@ -312,7 +387,9 @@ def _states_chart(comparison: Comparison) -> str:
 
     def dot(state: str, of: Mapping[str, Any]) -> charts.Dot:
         spread = of["spread"] if state == comparison["states"][-1] else None
-        return charts.Dot(titled(state), of["mean"], spread and (of["mean"] - spread, of["mean"] + spread))
+        return charts.Dot(
+            titled(state), of["mean"], spread and (of["mean"] - spread, of["mean"] + spread)
+        )
 
     rows = {
         _label(rank, group): [
@@ -360,7 +437,9 @@ def _colour(rank: int, count: int) -> str:
     """CSS of a group's colour: one of its own, or of many the paler the farther behind."""
     if count <= FEW:
         return f"var(--colour{rank})"
-    return f"color-mix(in srgb, var(--accent) {100 - 80 * (rank - 1) / (count - 1):.0f}%, var(--line))"
+    return (
+        f"color-mix(in srgb, var(--accent) {100 - 80 * (rank - 1) / (count - 1):.0f}%, var(--line))"
+    )
 
 
 def picture(comparison: Comparison, path: Path) -> None:
@@ -379,13 +458,23 @@ def picture(comparison: Comparison, path: Path) -> None:
         colour = shades(place if len(groups) <= FEW else place / len(groups))
         for curve in curves.joined(group["training"], smoothed=False).values():
             left.plot(*curve, color=colour, linewidth=1.4)
-        of = {s: group["bits_per_byte"][s][EVERYTHING] for s in states if s in group["bits_per_byte"]}
+        of = {
+            s: group["bits_per_byte"][s][EVERYTHING] for s in states if s in group["bits_per_byte"]
+        }
         for i, (state, figures) in enumerate(of.items()):
-            look = {"fmt": "k|"} if state == "source" else {"fmt": "o", "color": colour, "alpha": (i + 1) / len(of)}
+            look = (
+                {"fmt": "k|"}
+                if state == "source"
+                else {"fmt": "o", "color": colour, "alpha": (i + 1) / len(of)}
+            )
             right.errorbar(figures["mean"], place, xerr=figures["spread"], markersize=8, **look)
     left.set(title="Training loss", xlabel="tokens", ylabel="nats per token")
     labels = [_label(place + 1, group) for place, group in enumerate(groups)]
-    right.set(title=f"Bits per byte: {', '.join(map(titled, states))}", yticks=range(len(groups)), yticklabels=labels)
+    right.set(
+        title=f"Bits per byte: {', '.join(map(titled, states))}",
+        yticks=range(len(groups)),
+        yticklabels=labels,
+    )
     right.invert_yaxis()
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -40,11 +40,17 @@ class Curve(NamedTuple):
     """NaN where it is not known."""
 
 
-def joined(training: Mapping[str, Any], smoothed: bool = True, points: int = 600) -> dict[str, Curve]:
+def joined(
+    training: Mapping[str, Any], smoothed: bool = True, points: int = 600
+) -> dict[str, Curve]:
     """The stages' losses, each stage's tokens counted on from the one before; at most so many points each."""
     start, found = 0, {}
     for stage, of in training.items():
-        losses = smooth(of["loss"]) if smoothed else [math.nan if loss is None else loss for loss in of["loss"]]
+        losses = (
+            smooth(of["loss"])
+            if smoothed
+            else [math.nan if loss is None else loss for loss in of["loss"]]
+        )
         kept = thinned(len(losses), points)
         found[stage] = Curve([start + of["tokens"][i] for i in kept], [losses[i] for i in kept])
         start += of["tokens"][-1] if of["tokens"] else 0

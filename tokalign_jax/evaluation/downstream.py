@@ -47,7 +47,9 @@ def run_apart(
         return [pool.submit(run, folder, tasks, task_folder, limit).result() for folder in folders]
 
 
-def run(folder: Path, tasks: Sequence[str], task_folder: Path | None = None, limit: int = 0) -> dict[str, Any]:
+def run(
+    folder: Path, tasks: Sequence[str], task_folder: Path | None = None, limit: int = 0
+) -> dict[str, Any]:
     """The tasks' figures for the model in a Hugging Face folder.
 
     Args:
@@ -57,7 +59,9 @@ def run(folder: Path, tasks: Sequence[str], task_folder: Path | None = None, lim
       For JSON: by task, each metric by its name (as "acc", "acc_norm") with `value` and `standard_error` (None where there is none).
     """
     manager = _manager(tasks, task_folder)
-    model = str(Path(folder).absolute())  # before the change of folder, which tasks with data of their own need
+    model = str(
+        Path(folder).absolute()
+    )  # before the change of folder, which tasks with data of their own need
     import torch
     from lm_eval import simple_evaluate  # type: ignore[import-not-found]
 
@@ -97,7 +101,9 @@ def _manager(tasks: Sequence[str], task_folder: Path | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ImportError as error:
-        raise UserError(f"--tasks needs lm-eval, which is not installed ({error}): {REMEDY}") from error
+        raise UserError(
+            f"--tasks needs lm-eval, which is not installed ({error}): {REMEDY}"
+        ) from error
     if task_folder and set(tasks) <= set((own := _own(task_folder)).all_tasks):
         return own
     return TaskManager(include_path=str(task_folder.absolute()) if task_folder else None)

@@ -55,7 +55,9 @@ class Agreement(NamedTuple):
     teacher: Int[Array, "B T"]
 
 
-def difference_of_vocabularies(draft: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+def difference_of_vocabularies(
+    draft: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> str:
     """Why two tokenizers cannot draft for each other, with the tokens each has and the first that differ; empty where they are the same."""
     differing = {i: (own, its) for i, own, its in canonical.differing(draft, teacher)}
     differing |= {i: (own, its) for i, its, own in canonical.differing(teacher, draft)}
@@ -98,19 +100,32 @@ def acceptance(
       For JSON, by language, None where the text has no window of `length` tokens: `prompts`, `greedy` with the `rate` of agreement and the
       `tokens_per_call`, `sampled` with `rate` and `tokens_per_call`, and `agreement` of the most likely tokens on the text itself.
     """
-    start, each, backend = first_context(tokenizer), opening_id(tokenizer) is not None, plain_backend(tokenizer)
+    start, each, backend = (
+        first_context(tokenizer),
+        opening_id(tokenizer) is not None,
+        plain_backend(tokenizer),
+    )
     mesh = mesh or sharding.make_mesh()
     vocabulary = vocabulary_size(tokenizer)
     progress = Progress(log, what, len(texts), "languages")
     found: dict[str, dict[str, Any] | None] = {}
     for language, documents in texts.items():
-        encoded = (e.ids for e in backend.encode_batch_fast(list(documents), add_special_tokens=False))
-        windows = [inputs for ids in encoded for inputs, _ in cut(ids, start, length, each) if len(inputs) == length]
+        encoded = (
+            e.ids for e in backend.encode_batch_fast(list(documents), add_special_tokens=False)
+        )
+        windows = [
+            inputs
+            for ids in encoded
+            for inputs, _ in cut(ids, start, length, each)
+            if len(inputs) == length
+        ]
         found[language] = None
         if windows:
             places = np.linspace(0, len(windows) - 1, prompts).round().astype(int)
             ids = jnp.asarray([windows[i] for i in np.unique(places)], jnp.int32)
-            agree = functools.partial(_agreement, draft, teacher, vocabulary, temperature, dtype, mesh)
+            agree = functools.partial(
+                _agreement, draft, teacher, vocabulary, temperature, dtype, mesh
+            )
             found[language] = _of_language(agree, teacher, ids, gamma, steps, dtype)
         progress.update()
     progress.done()
@@ -156,14 +171,28 @@ def tokens_per_call(rate: float, gamma: int) -> float:
 
 
 def _agreement(
-    draft: Model, teacher: Model, vocabulary: int, temperature: float, dtype: str, mesh: Mesh, ids: Int[Array, "B T"]
+    draft: Model,
+    teacher: Model,
+    vocabulary: int,
+    temperature: float,
+    dtype: str,
+    mesh: Mesh,
+    ids: Int[Array, "B T"],
 ) -> Agreement:
     """`agreement` of both models reading `ids`, a batch that is filled up so that it divides among the devices."""
     filling = -len(ids) % sharding.sequences_at_once(mesh)
     padded = np.pad(np.asarray(ids), ((0, filling), (0, 0)))
     inputs = sharding.put(padded, NamedSharding(mesh, P(sharding.BATCH)))
     found = _read(
-        draft.params, teacher.params, inputs, draft.config, teacher.config, vocabulary, temperature, dtype, mesh
+        draft.params,
+        teacher.params,
+        inputs,
+        draft.config,
+        teacher.config,
+        vocabulary,
+        temperature,
+        dtype,
+        mesh,
     )
     return jax.tree.map(lambda x: x[: len(ids)], found)
 
@@ -189,7 +218,9 @@ def _read(
         return agreement(*sides, vocabulary=vocabulary, temperature=temperature)
 
 
-def agreement(draft: tuple, teacher: tuple, *, vocabulary: int, temperature: float = 1.0) -> Agreement:
+def agreement(
+    draft: tuple, teacher: tuple, *, vocabulary: int, temperature: float = 1.0
+) -> Agreement:
     """What both models say, from (states [B, T, D], head [R, D], adjustment of logits) of each.
 
     Args:
@@ -206,12 +237,18 @@ def agreement(draft: tuple, teacher: tuple, *, vocabulary: int, temperature: flo
     def logits(states: Float[Array, "C D"], side: tuple) -> Float[Array, "C R"]:
         _, head, adjust = side
         with compiling.products(states.dtype):
-            every = adjust(jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32))
-        return jnp.where(jnp.arange(len(head)) < vocabulary, every, -jnp.inf)[:, : _rows(draft, teacher)]
+            every = adjust(
+                jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32)
+            )
+        return jnp.where(jnp.arange(len(head)) < vocabulary, every, -jnp.inf)[
+            :, : _rows(draft, teacher)
+        ]
 
     def one_chunk(states: tuple[Array, Array]) -> Agreement:
         q, p = (logits(of, side) for of, side in zip(states, (draft, teacher)))
-        shared = jnp.minimum(jax.nn.softmax(q / temperature), jax.nn.softmax(p / temperature)).sum(-1)
+        shared = jnp.minimum(jax.nn.softmax(q / temperature), jax.nn.softmax(p / temperature)).sum(
+            -1
+        )
         return Agreement(shared, q.argmax(-1), p.argmax(-1))
 
     found = jax.lax.map(one_chunk, (chunks(hidden), chunks(teacher_hidden)))

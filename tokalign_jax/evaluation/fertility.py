@@ -14,7 +14,8 @@ from jaxtyping import Int
 _NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _LETTER = rf"[[\p{{L}}\p{{N}}]--[{_NO_SPACES}]]"
 WORD = regex.compile(
-    rf"[[{_NO_SPACES}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|{_LETTER}\p{{M}}*(?:['’]?{_LETTER}\p{{M}}*)*", flags=regex.VERSION1
+    rf"[[{_NO_SPACES}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|{_LETTER}\p{{M}}*(?:['’]?{_LETTER}\p{{M}}*)*",
+    flags=regex.VERSION1,
 )
 
 

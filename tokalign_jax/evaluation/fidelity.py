@@ -75,7 +75,9 @@ def compare(
         contents = [content for _, content in sides]
         rows = [
             _of_document(text, *both, *of, contents)  # type: ignore[arg-type]
-            for text, *both, of in zip(documents, *cuts, zip(source[group], target[group]), strict=True)
+            for text, *both, of in zip(
+                documents, *cuts, zip(source[group], target[group]), strict=True
+            )
         ]
         found[group] = Fidelity(*(np.array(column) for column in zip(*rows)))
     return found
@@ -122,13 +124,22 @@ def _of_document(
     contents: Sequence[Sequence[bytes | None]],
 ) -> tuple[int, int, float, float, int, int]:
     """The fields of `Fidelity` for one document."""
-    source_ends, target_ends = (c.ends[: len(of.nats)] for c, of in ((source_cut, source), (target_cut, target)))
+    source_ends, target_ends = (
+        c.ends[: len(of.nats)] for c, of in ((source_cut, source), (target_cut, target))
+    )
     last = shared_boundaries(source_ends, target_ends)
     log_p, log_q = (_log_likelihoods(of, ends) for of, ends in zip((source, target), last))
     size = len(text[: source_ends[last[0][-1]]].encode()) if len(last[0]) else 0
     gap = np.abs(log_p - log_q).sum() / np.log(2)
     boundaries, agreed = _agreement(source, target, *last, contents)
-    return len(log_p), size, float(binary_divergence(log_p, log_q).sum()), float(gap), boundaries, agreed
+    return (
+        len(log_p),
+        size,
+        float(binary_divergence(log_p, log_q).sum()),
+        float(gap),
+        boundaries,
+        agreed,
+    )
 
 
 def _log_likelihoods(of: TokenCosts, last: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K"]:
@@ -136,7 +147,9 @@ def _log_likelihoods(of: TokenCosts, last: Int[np.ndarray, "K"]) -> Float[np.nda
     return -np.diff(np.append(0.0, np.cumsum(of.nats, dtype=np.float64)[last]))
 
 
-def binary_divergence(log_p: Float[np.ndarray, "K"], log_q: Float[np.ndarray, "K"]) -> Float[np.ndarray, "K"]:
+def binary_divergence(
+    log_p: Float[np.ndarray, "K"], log_q: Float[np.ndarray, "K"]
+) -> Float[np.ndarray, "K"]:
     """KL(p || q) in nats of two-way outcomes with probabilities p, 1 - p and q, 1 - q."""
     log_p, log_q = np.minimum(log_p, _CERTAIN), np.minimum(log_q, _CERTAIN)
     rest_p, rest_q = (np.log(-np.expm1(of)) for of in (log_p, log_q))
@@ -153,8 +166,13 @@ def _agreement(
     """Shared boundaries with a token behind them in both windows, and those agreed at."""
     assert source.likeliest is not None and target.likeliest is not None
     after = (source_last + 1 < len(source.likeliest)) & (target_last + 1 < len(target.likeliest))
-    pairs = zip(source.likeliest[source_last[after] + 1].tolist(), target.likeliest[target_last[after] + 1].tolist())
-    return int(after.sum()), sum(_alike(*(_bytes(*of) for of in zip(contents, pair))) for pair in pairs)
+    pairs = zip(
+        source.likeliest[source_last[after] + 1].tolist(),
+        target.likeliest[target_last[after] + 1].tolist(),
+    )
+    return int(after.sum()), sum(
+        _alike(*(_bytes(*of) for of in zip(contents, pair))) for pair in pairs
+    )
 
 
 def _bytes(content: Sequence[bytes | None], token: int) -> bytes | None:
@@ -179,7 +197,10 @@ def _summary(groups: Sequence[Fidelity], seed: int) -> dict[str, Any]:
         if not len(below):
             return {"value": None}
         interval = intervals.of_ratio(above, below, [len(of) for _, of in kept if len(of)], seed)
-        return {"value": float(above.sum() / below.sum()), **({"interval": list(interval)} if interval else {})}
+        return {
+            "value": float(above.sum() / below.sum()),
+            **({"interval": list(interval)} if interval else {}),
+        }
 
     return {
         "divergence": ratio("divergence", "chunks"),

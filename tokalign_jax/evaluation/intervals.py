@@ -21,7 +21,10 @@ Interval = tuple[float, float]
 
 
 def of_ratio(
-    numerators: Float[np.ndarray, "N"], denominators: Float[np.ndarray, "N"], sizes: Sequence[int], seed: int
+    numerators: Float[np.ndarray, "N"],
+    denominators: Float[np.ndarray, "N"],
+    sizes: Sequence[int],
+    seed: int,
 ) -> Interval | None:
     """The interval of sum(numerators) / sum(denominators); None where there is but one document to draw from.
 
@@ -35,7 +38,10 @@ def of_ratio(
 
 
 def _ratios(
-    numerators: Float[np.ndarray, "N"], denominators: Float[np.ndarray, "N"], sizes: Sequence[int], seed: int
+    numerators: Float[np.ndarray, "N"],
+    denominators: Float[np.ndarray, "N"],
+    sizes: Sequence[int],
+    seed: int,
 ) -> Float[np.ndarray, "S"]:
     """The ratio in each draw: how often each document was drawn, times what it has."""
     both = np.stack([numerators, denominators], axis=1).astype(np.float64)
@@ -45,7 +51,9 @@ def _ratios(
     for size, generator in zip(sizes, np.random.default_rng(seed).spawn(len(sizes))):
         for first in range(0, DRAWS, rows := max(1, _AT_ONCE // size)):
             block = slice(first, min(first + rows, DRAWS))
-            sums[block] += _times_drawn(size, block.stop - first, generator) @ both[start : start + size]
+            sums[block] += (
+                _times_drawn(size, block.stop - first, generator) @ both[start : start + size]
+            )
         start += size
     return sums[:, 0] / sums[:, 1]
 

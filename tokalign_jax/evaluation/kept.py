@@ -31,16 +31,29 @@ _CUTS = {
 
 def gathered(scores: States) -> dict[str, dict[str, Any]]:
     """What the tables are made of, from each state's scores.json."""
-    return {state: {name: of[name] for name in ("pooled", *_MEASURES) if of.get(name)} for state, of in scores.items()}
+    return {
+        state: {name: of[name] for name in ("pooled", *_MEASURES) if of.get(name)}
+        for state, of in scores.items()
+    }
 
 
 def figures(of: Mapping[str, Any]) -> dict[str, float]:
     """What one state keeps in single figures, by the columns of the table."""
     answers, faithful = of.get("abilities", {}), of.get("fidelity", {}).get("pooled") or {}
     found = {"ability": answers["mean"]["accuracy"]} if answers else {}
-    found |= {_CUTS[kind]: answers["by_cut"][kind]["accuracy"] for kind in _CUTS if kind in answers.get("by_cut", {})}
-    found |= {name: faithful[name]["value"] for name in _FIDELITY if faithful and faithful[name]["value"] is not None}
-    return found | ({"other text": of["other_text"]["pooled"]["bits_per_byte"]} if "other_text" in of else {})
+    found |= {
+        _CUTS[kind]: answers["by_cut"][kind]["accuracy"]
+        for kind in _CUTS
+        if kind in answers.get("by_cut", {})
+    }
+    found |= {
+        name: faithful[name]["value"]
+        for name in _FIDELITY
+        if faithful and faithful[name]["value"] is not None
+    }
+    return found | (
+        {"other text": of["other_text"]["pooled"]["bits_per_byte"]} if "other_text" in of else {}
+    )
 
 
 def sections(states: States, titled: Callable[[str], str] = str) -> list[Section]:
@@ -59,7 +72,9 @@ def sections(states: States, titled: Callable[[str], str] = str) -> list[Section
     ]
 
 
-def warning_lines(states: States, trained: Sequence[str], seed: int, titled: Callable[[str], str] = str) -> list[str]:
+def warning_lines(
+    states: States, trained: Sequence[str], seed: int, titled: Callable[[str], str] = str
+) -> list[str]:
     """Where a state reads the corpus better than the one before it, but other text worse, or
     answers fewer questions.
 
@@ -187,21 +202,33 @@ def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
     for suite, of in first["suites"].items():
         row: list[Cell] = [suite, f"{of['questions']:,}"]
         row += [f"{found['suites'][suite]['accuracy']:.3f}" for found in answered.values()]
-        rows.append([*row, *([_signed(final["difference"]["suites"][suite])] if "difference" in final else [])])
+        rows.append(
+            [
+                *row,
+                *([_signed(final["difference"]["suites"][suite])] if "difference" in final else []),
+            ]
+        )
     header = ["suite", "questions", *map(titled, answered)]
     header += [f"{titled(last)} - {titled(next(iter(answered)))}"] if "difference" in final else []
-    yield Section("Abilities by suite", "Share of questions answered right.", header, rows, fold=True)
+    yield Section(
+        "Abilities by suite", "Share of questions answered right.", header, rows, fold=True
+    )
 
 
 def _fidelity(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
-    measured = {state: of["fidelity"]["languages"] for state, of in states.items() if "fidelity" in of}
+    measured = {
+        state: of["fidelity"]["languages"] for state, of in states.items() if "fidelity" in of
+    }
     if not measured or len(next(iter(measured.values()))) < 2:
         return
     last, final = [*measured.items()][-1]
     rows: list[list[Cell]] = []
     for language, of in final.items():
         row: list[Cell] = [language, f"{of['chunks']:,}"]
-        row += [_figure(found.get(language, {}).get("agreement", {}).get("value")) for found in measured.values()]
+        row += [
+            _figure(found.get(language, {}).get("agreement", {}).get("value"))
+            for found in measured.values()
+        ]
         rows.append([*row, *(_with_interval(of[name]) for name in ("divergence", "gap"))])
     header = ["language", "chunks", *(f"agreement {titled(state)}" for state in measured)]
     header += [f"{name} {titled(last)}" for name in ("divergence", "gap")]
@@ -212,13 +239,21 @@ def _other_text(states: States, titled: Callable[[str], str]) -> Iterator[Sectio
     measured = {state: of["other_text"] for state, of in states.items() if "other_text" in of}
     if not measured:
         return
-    by_state = {state: {**of["languages"], _EVERYTHING: of["pooled"]} for state, of in measured.items()}
+    by_state = {
+        state: {**of["languages"], _EVERYTHING: of["pooled"]} for state, of in measured.items()
+    }
     rows: list[list[Cell]] = [
-        [language, f"{of['bytes']:,}", *(f"{found[language]['bits_per_byte']:.3f}" for found in by_state.values())]
+        [
+            language,
+            f"{of['bytes']:,}",
+            *(f"{found[language]['bits_per_byte']:.3f}" for found in by_state.values()),
+        ]
         for language, of in next(iter(by_state.values())).items()
     ]
     text = "Bits per byte of text of another kind, which nothing was trained on."
-    yield Section("Other text", text, ["language", "bytes", *map(titled, by_state)], rows, fold=True)
+    yield Section(
+        "Other text", text, ["language", "bytes", *map(titled, by_state)], rows, fold=True
+    )
 
 
 def _signed(of: Mapping[str, Any]) -> Cell:

@@ -57,7 +57,9 @@ class Measured:
 
     @property
     def reference(self) -> "Reference":
-        return Reference(self.tokenizer, _readings(self.costs), _readings(self.other_costs), self.right)
+        return Reference(
+            self.tokenizer, _readings(self.costs), _readings(self.other_costs), self.right
+        )
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,17 @@ class Reference:
             fidelity.save(folder / _OTHER_READINGS, self.other_readings)
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: PreTrainedTokenizerBase, material: Material) -> "Reference":
+    def load(
+        cls, folder: Path, tokenizer: PreTrainedTokenizerBase, material: Material
+    ) -> "Reference":
         """What `save` wrote of the same material."""
         answers = json.loads((folder / SCORES).read_text(encoding="utf-8")).get("abilities")
         return cls(
             tokenizer,
             fidelity.load(folder / _READINGS, material.texts),
-            fidelity.load(folder / _OTHER_READINGS, material.other_texts) if material.other_texts else {},
+            fidelity.load(folder / _OTHER_READINGS, material.other_texts)
+            if material.other_texts
+            else {},
             abilities.right_of(answers) if answers else np.zeros(0, bool),
         )
 
@@ -127,7 +133,15 @@ def measure(
     right = np.zeros(0, bool)
     if material.questions and asks:
         begin = abilities.beginning_id(tokenizer)
-        arguments = config, params, tokenizer, material.questions, begin, material.compute.dtype, mesh
+        arguments = (
+            config,
+            params,
+            tokenizer,
+            material.questions,
+            begin,
+            material.compute.dtype,
+            mesh,
+        )
         right = abilities.is_right(abilities.score(*arguments, log=log, what=f"abilities {name}"))
     return Measured(tokenizer, costs, other_costs, right)
 
@@ -148,7 +162,9 @@ def summary(measured: Measured, reference: Reference | None, material: Material)
             "pooled": bits_per_byte.summary([*costs.values()], material.seed),
         }
         if reference and of is not None:
-            compared = fidelity.compare(reference.tokenizer, measured.tokenizer, texts, of, _readings(costs))
+            compared = fidelity.compare(
+                reference.tokenizer, measured.tokenizer, texts, of, _readings(costs)
+            )
             content["fidelity"] = fidelity.summaries(compared, material.seed)
         return content
 
@@ -158,9 +174,13 @@ def summary(measured: Measured, reference: Reference | None, material: Material)
     if len(measured.right):
         content["abilities"] = abilities.summary(material.questions, measured.right, material.seed)
         if reference:
-            kinds = abilities.kinds_of_cut(reference.tokenizer, measured.tokenizer, material.questions)
+            kinds = abilities.kinds_of_cut(
+                reference.tokenizer, measured.tokenizer, material.questions
+            )
             answers = measured.right, reference.right
-            content["abilities"] |= abilities.difference(material.questions, *answers, kinds, material.seed)
+            content["abilities"] |= abilities.difference(
+                material.questions, *answers, kinds, material.seed
+            )
     return content
 
 

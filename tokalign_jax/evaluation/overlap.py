@@ -89,17 +89,23 @@ def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
         return np.zeros(0, np.int64)
     here, before = content[: last + 1], np.concatenate([np.array([0], np.uint16), content[:last]])
     is_second_half = (here & 0xFC00) == 0xDC00
-    is_start = ((before <= 0x20) | (before == _BETWEEN) | (here >= _WITHOUT_SPACES)) & ~is_second_half
+    is_start = (
+        (before <= 0x20) | (before == _BETWEEN) | (here >= _WITHOUT_SPACES)
+    ) & ~is_second_half
     for between in np.flatnonzero(content == _BETWEEN):  # none goes on into another document
         is_start[max(0, between - WINDOW + 1) : between + 1] = False
     return np.flatnonzero(is_start)
 
 
-def hashes(content: UInt16[np.ndarray, "N"], starts: Int[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
+def hashes(
+    content: UInt16[np.ndarray, "N"], starts: Int[np.ndarray, "P"]
+) -> UInt64[np.ndarray, "P"]:
     """64 bits of each passage."""
     if not len(starts):
         return np.zeros(0, np.uint64)
-    fours = np.ndarray((len(content) - 3,), np.dtype("<u8"), content.tobytes(), strides=(2,))  # one at each character
+    fours = np.ndarray(
+        (len(content) - 3,), np.dtype("<u8"), content.tobytes(), strides=(2,)
+    )  # one at each character
     found = np.zeros(len(starts), np.uint64)
     for first in range(0, len(starts), _IN_CACHE):
         here, block = starts[first : first + _IN_CACHE], found[first : first + _IN_CACHE]

@@ -83,7 +83,11 @@ def markdown(content: Content) -> str:
 def heading(content: Content) -> str:
     """Which model got which vocabulary."""
     config = content["config"]
-    name = "The embedded model" if config["source_model"] == EMBEDDED else short_name(config["source_model"])
+    name = (
+        "The embedded model"
+        if config["source_model"] == EMBEDDED
+        else short_name(config["source_model"])
+    )
     return f"{name} with {_vocabulary(config)}"
 
 
@@ -95,7 +99,11 @@ def _vocabulary(config: Content) -> str:
 
 def sentences(content: Content) -> list[str]:
     """What was done, and what came of it."""
-    config, alignment, of = content["config"], content["alignment"], content["languages"][EVERYTHING]
+    config, alignment, of = (
+        content["config"],
+        content["alignment"],
+        content["languages"][EVERYTHING],
+    )
     trained = [
         f"{titled(stage)} ({config[stage]['method']}, {of_stage['steps']:,} steps{_teacher(config[stage])})"
         for stage, of_stage in content["training"].items()
@@ -127,12 +135,20 @@ def _opening(content: Content) -> Section:
     of, states = content["languages"][EVERYTHING], content["states"]
     bits, per_token = of["bits_per_byte"], of["bytes_per_token"]
     figures = [
-        (f"{per_token['source']:.2f} → {per_token['target']:.2f}", "bytes per token, source and new vocabulary"),
-        (f"{bits['source']:.3f} → {bits[states[-1]]:.3f}", f"bits per byte, source and {titled(states[-1])}"),
+        (
+            f"{per_token['source']:.2f} → {per_token['target']:.2f}",
+            "bytes per token, source and new vocabulary",
+        ),
+        (
+            f"{bits['source']:.3f} → {bits[states[-1]]:.3f}",
+            f"bits per byte, source and {titled(states[-1])}",
+        ),
         (f"{per_token['source'] / per_token['target'] - 1:+.0%}", "tokens for the same text"),
         (quantity(_tokens(content)), "tokens of training text"),
     ]
-    items = "".join(f"<div><dt>{escape(says)}</dt><dd>{escape(figure)}</dd></div>" for figure, says in figures)
+    items = "".join(
+        f"<div><dt>{escape(says)}</dt><dd>{escape(figure)}</dd></div>" for figure, says in figures
+    )
     return Section("", " ".join(sentences(content)), markup=f'<dl class="figures">{items}</dl>')
 
 
@@ -200,16 +216,25 @@ def _with_interval(value: float, interval: Sequence[float] | None) -> Figure:
 def table(content: Content) -> list[str]:
     """The main table for a terminal: without intervals, for which that is too narrow."""
     header, rows = score_table(content)
-    return pages.markdown_table(header, [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows])
+    return pages.markdown_table(
+        header, [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows]
+    )
 
 
 def _scores(content: Content) -> Section:
     text = (
         "Held-out text; lower is better. Comparable across vocabularies, because every one spells the same bytes."
-        + (" In brackets: 95% intervals." if any(of.get("interval") for of in content["languages"].values()) else "")
+        + (
+            " In brackets: 95% intervals."
+            if any(of.get("interval") for of in content["languages"].values())
+            else ""
+        )
         + (" Random rows are in the table only." if "random" in content["states"] else "")
     )
-    ends = (content["states"][0], content["states"][-1])  # between them intervals would lie on one another
+    ends = (
+        content["states"][0],
+        content["states"][-1],
+    )  # between them intervals would lie on one another
     rows = {
         language: [
             charts.Dot(titled(s), bits, of.get("interval", {}).get(s) if s in ends else None)
@@ -239,9 +264,16 @@ def _overlap(content: Content) -> Section:
     if not found:
         return Section("")
     text = f"In passages of {found['window']} characters or more."
-    rows = [(language, f"{of['share']:.2%}", Bar(of["share"])) for language, of in found["languages"].items()]
+    rows = [
+        (language, f"{of['share']:.2%}", Bar(of["share"]))
+        for language, of in found["languages"].items()
+    ]
     return Section(
-        "Held-out text that also stands in the training text", text, ("language", "share", ""), rows, fold=True
+        "Held-out text that also stands in the training text",
+        text,
+        ("language", "share", ""),
+        rows,
+        fold=True,
     )
 
 
@@ -261,8 +293,22 @@ def _training(content: Content) -> Section:
         )
         for stage, of in training.items()
     ]
-    header = ("stage", "trains", "steps", "tokens", "rate", "last loss", "skipped", "tokens/s", "time")
-    text = f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps." if rows else ""
+    header = (
+        "stage",
+        "trains",
+        "steps",
+        "tokens",
+        "rate",
+        "last loss",
+        "skipped",
+        "tokens/s",
+        "time",
+    )
+    text = (
+        f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps."
+        if rows
+        else ""
+    )
     return Section("Training", text, header, rows, markup=loss_chart(training))
 
 
@@ -277,10 +323,16 @@ def loss_chart(training: Content) -> str:
     raw, smooth = curves.joined(training, smoothed=False), curves.joined(training)
     faint = "stroke: var(--accent); stroke-width: 1; stroke-opacity: .3"
     drawn = [charts.Curve(titled(s), *curve) for s, curve in smooth.items()]
-    drawn += [charts.Curve(titled(s), *curve, style=faint, counts=False) for s, curve in raw.items()]
+    drawn += [
+        charts.Curve(titled(s), *curve, style=faint, counts=False) for s, curve in raw.items()
+    ]
     last = {titled(s): curve.loss[-1] for s, curve in smooth.items() if curve.loss}
-    says = "Training loss over tokens. At the end of " + ", ".join(f"{s}: {loss:.3f}" for s, loss in last.items())
-    return charts.lines(drawn, says=says, x_label="tokens", y_label="nats per token", marks=curves.starts(smooth))
+    says = "Training loss over tokens. At the end of " + ", ".join(
+        f"{s}: {loss:.3f}" for s, loss in last.items()
+    )
+    return charts.lines(
+        drawn, says=says, x_label="tokens", y_label="nats per token", marks=curves.starts(smooth)
+    )
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -290,11 +342,11 @@ def _passages(content: Content) -> Section:
     """The same text cut by either tokenizer."""
     found = content.get("passages", ())
     markup = "\n".join(
-        f'<div class="sides">{_cut(of, "source")}\n{_cut(of, "target")}</div>' for of in found if of["source"]
+        f'<div class="sides">{_cut(of, "source")}\n{_cut(of, "target")}</div>'
+        for of in found
+        if of["source"]
     )
-    text = (
-        "Held-out passages; a colour ends where a token does. A small figure counts the tokens that share a character."
-    )
+    text = "Held-out passages; a colour ends where a token does. A small figure counts the tokens that share a character."
     return Section("The same text in tokens", text if markup else "", markup=markup)
 
 
@@ -348,7 +400,9 @@ def sample_lines(content: Content) -> list[str]:
     lines = []
     for sample in content["samples"]:
         lines.append(f"prompt        {_one_line(sample['prompt'])}")
-        lines += [f"  {titled(s):<12}{_one_line(text)}" for s, text in sample.items() if s != "prompt"]
+        lines += [
+            f"  {titled(s):<12}{_one_line(text)}" for s, text in sample.items() if s != "prompt"
+        ]
     return lines
 
 

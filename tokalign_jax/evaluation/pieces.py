@@ -36,7 +36,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     The pieces joined are the text. What no token covers (a space that the tokenizer trims off) goes with the token behind it.
     """
     encodings = plain_backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
-    return [_pieces(text, [stop for _, stop in encoding.offsets]) for text, encoding in zip(texts, encodings)]
+    return [
+        _pieces(text, [stop for _, stop in encoding.offsets])
+        for text, encoding in zip(texts, encodings)
+    ]
 
 
 def _pieces(text: str, stops: Sequence[int]) -> list[tuple[str, int]]:

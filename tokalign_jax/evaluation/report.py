@@ -17,7 +17,17 @@ from tokalign_jax.evaluation.curves import EVERYTHING, titled
 from tokalign_jax.progress import Log
 from tokalign_jax.text.tokenizing import SIDES
 
-PACKAGES = ("tokalign_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "datasets", "numpy")
+PACKAGES = (
+    "tokalign_jax",
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "grain",
+    "datasets",
+    "numpy",
+)
 
 
 def run(
@@ -42,10 +52,15 @@ def run(
     lines = [*page.table(content), "", *page.kept_lines(content), *page.warning_lines(content)]
     for line in ("", *lines, "", *page.sample_lines(content), ""):
         log(line)
-    return {"bits_per_byte": content["languages"][EVERYTHING]["bits_per_byte"], "folder": str(folder)}
+    return {
+        "bits_per_byte": content["languages"][EVERYTHING]["bits_per_byte"],
+        "folder": str(folder),
+    }
 
 
-def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mapping[str, str]) -> dict[str, Any]:
+def gather(
+    config: Config, workdir: Path, states: Sequence[str], identity: Mapping[str, str]
+) -> dict[str, Any]:
     """Everything the report says of the stages, as one JSON-ready dict."""
     scores = {state: _read(workdir / "evaluate" / state / "scores.json") for state in states}
     copied = scores["source"]["overlap"]
@@ -56,14 +71,19 @@ def gather(config: Config, workdir: Path, states: Sequence[str], identity: Mappi
         "run": dict(identity),
         "states": list(states),
         "languages": _languages(scores),
-        "kept": {"states": found, "warnings": kept.warning_lines(found, models, config.seed, titled)},
+        "kept": {
+            "states": found,
+            "warnings": kept.warning_lines(found, models, config.seed, titled),
+        },
         "overlap": {**copied, "warnings": overlap.warning_lines(copied)},
         "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},
         "alignment": _read(workdir / "align" / "summary.json"),
         "tuned": records["init"].get("summary", {}).get("tuned", {}),
         "training": {s: _curve(workdir / s / "metrics.jsonl") for s in trained},
         "samples": _side_by_side(scores),
-        "seconds": {name: record["seconds"] for name, record in records.items() if "seconds" in record},
+        "seconds": {
+            name: record["seconds"] for name, record in records.items() if "seconds" in record
+        },
         "config": config_to_dict(config),
         "versions": {**{p: version(p) for p in PACKAGES}, "python": platform.python_version()},
         "devices": [str(d.device_kind) for d in jax.devices()],
@@ -95,7 +115,9 @@ def _languages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
                 "target": of[after]["bytes_per_token"],
             },
             "bits_per_byte": {state: of[state]["bits_per_byte"] for state in scores},
-            "interval": {state: of[state]["interval"] for state in scores if "interval" in of[state]},
+            "interval": {
+                state: of[state]["interval"] for state in scores if "interval" in of[state]
+            },
         }
     return {EVERYTHING: found[EVERYTHING]} if len(found) == 2 else found
 
@@ -114,7 +136,9 @@ def _curve(path: Path) -> dict[str, Any]:
         "steps": len(rows),
         "skipped": rows[-1]["skipped"] if rows else 0,
         "seconds": sum(row["seconds"] for row in rows),
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows) if rows else 0.0,
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows)
+        if rows
+        else 0.0,
     }
 
 
@@ -150,7 +174,12 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
         heights = [of["bits_per_byte"][state] for of in languages.values()]
         positions = [x + (i - (len(states) - 1) / 2) * width for x in range(len(languages))]
         right.bar(positions, heights, width, label=titled(state))
-    right.set(title="Held-out text", ylabel="bits per byte", xticks=range(len(languages)), xticklabels=list(languages))
+    right.set(
+        title="Held-out text",
+        ylabel="bits per byte",
+        xticks=range(len(languages)),
+        xticklabels=list(languages),
+    )
     right.legend(ncols=len(states), loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     right.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -13,7 +13,9 @@ from tokalign_jax.models.config import ModelConfig
 
 def passages(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
     """From the middle of the longest document of each of the first languages: up to `length` characters of whole words."""
-    return [_passage(max(documents, key=len), length) for _, documents in sorted(texts.items())[:count]]
+    return [
+        _passage(max(documents, key=len), length) for _, documents in sorted(texts.items())[:count]
+    ]
 
 
 def _passage(text: str, length: int) -> str:
@@ -38,10 +40,12 @@ def continuations(
     for prompt in prompts:
         ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         ids = ids[-max(1, config.max_positions - steps) :]
-        whole = sharding.to_host(transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype)))[
-            0
-        ].tolist()
+        whole = sharding.to_host(
+            transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype))
+        )[0].tolist()
         # Decoded together: some decoders drop the space before the first token of what they are given.
-        before, text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, whole))
+        before, text = (
+            tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, whole)
+        )
         found.append({"prompt": prompt, "continuation": text[len(before) :]})
     return found

@@ -55,11 +55,14 @@ def _bits(content: Mapping[str, Any]) -> Section:
     rows = []
     for language, of in by_model[first].items():
         figures = [
-            _with_interval(f"{by_model[name][language]['bits_per_byte']:.3f}", by_model[name][language])
+            _with_interval(
+                f"{by_model[name][language]['bits_per_byte']:.3f}", by_model[name][language]
+            )
             for name in by_model
         ]
         differences = [
-            _with_interval(f"{less[name][language]['difference']:+.3f}", less[name][language], "+") for name in others
+            _with_interval(f"{less[name][language]['difference']:+.3f}", less[name][language], "+")
+            for name in others
         ]
         rows.append([language, str(of["documents"]), *figures, *differences])
     text = (
@@ -67,7 +70,10 @@ def _bits(content: Mapping[str, Any]) -> Section:
         "and without 0 in it tells the two apart. Of few documents intervals are too narrow."
     )
     return Section(
-        "Bits per byte", text, ["language", "documents", *by_model, *(f"{name} - {first}" for name in others)], rows
+        "Bits per byte",
+        text,
+        ["language", "documents", *by_model, *(f"{name} - {first}" for name in others)],
+        rows,
     )
 
 
@@ -80,7 +86,10 @@ def _tokens(content: Mapping[str, Any]) -> Section:
     ]
     text = "Words are runs of letters, marks and digits; in scripts without spaces each character is one."
     return Section(
-        "Tokens", text, ["language", *(f"bytes/token {n}" for n in models), *(f"tokens/word {n}" for n in models)], rows
+        "Tokens",
+        text,
+        ["language", *(f"bytes/token {n}" for n in models), *(f"tokens/word {n}" for n in models)],
+        rows,
     )
 
 
@@ -102,7 +111,9 @@ def _speed(content: Mapping[str, Any]) -> Section:
         "Greedy decoding, one sequence at a time: the median of steps per second, in brackets the slowest and the fastest, times the "
         "characters (bytes) that a token has in the held-out text."
     )
-    return Section("Speed", text, ["model", "steps/s", "characters/token", "characters/s", "bytes/s"], rows)
+    return Section(
+        "Speed", text, ["model", "steps/s", "characters/token", "characters/s", "bytes/s"], rows
+    )
 
 
 def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
@@ -128,7 +139,9 @@ def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
             f"{content['settings']['temperature']:g}: the expected acceptance on held-out text, and tokens a call if positions are "
             "independent."
         )
-        yield Section(title, text, ["language", "greedy", "tokens/call", "sampled", "tokens/call"], rows)
+        yield Section(
+            title, text, ["language", "greedy", "tokens/call", "sampled", "tokens/call"], rows
+        )
 
 
 def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
@@ -136,33 +149,51 @@ def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
         return
     of = content["alignment"]
     rows = [
-        [language, str(by["lines"]), f"{by['bleu_1']:.3f}", f"{by['similarity']:.3f}", _figure(by["unrelated"], ".3f")]
+        [
+            language,
+            str(by["lines"]),
+            f"{by['bleu_1']:.3f}",
+            f"{by['similarity']:.3f}",
+            _figure(by["unrelated"], ".3f"),
+        ]
         for language, by in of["languages"].items()
     ]
     text = (
         f"Lines cut by the target tokenizer, each token replaced by the source token that the alignment names, against the line: BLEU-1 of "
         f"the tokens ({of['bleu_1']:.3f} in all), and the mean cosine of embeddings by {of['embedded_by']}, beside that of unrelated lines."
     )
-    yield Section("Alignment", text, ["language", "lines", "BLEU-1", "similarity", "unrelated"], rows)
+    yield Section(
+        "Alignment", text, ["language", "lines", "BLEU-1", "similarity", "unrelated"], rows
+    )
 
 
 def _tasks(content: Mapping[str, Any]) -> Iterator[Section]:
     models = {name: of["tasks"] for name, of in content["models"].items() if "tasks" in of}
     if not models:
         return
-    known = {(task, metric): None for tasks in models.values() for task, metrics in tasks.items() for metric in metrics}
+    known = {
+        (task, metric): None
+        for tasks in models.values()
+        for task, metrics in tasks.items()
+        for metric in metrics
+    }
     rows = []
     for task, metric in known:
         found = [tasks.get(task, {}).get(metric) for tasks in models.values()]
         rows.append([task, metric, *(_with_error(of) if of else _NOTHING for of in found)])
-    yield Section("Tasks", "By lm-eval with PyTorch; ± standard error.", ["task", "metric", *models], rows)
+    yield Section(
+        "Tasks", "By lm-eval with PyTorch; ± standard error.", ["task", "metric", *models], rows
+    )
 
 
 def _overlap(content: Mapping[str, Any]) -> Iterator[Section]:
     if "overlap" not in content:
         return
     found = content["overlap"]
-    rows = [[language, f"{of['characters']:,}", f"{of['share']:.1%}"] for language, of in found["languages"].items()]
+    rows = [
+        [language, f"{of['characters']:,}", f"{of['share']:.1%}"]
+        for language, of in found["languages"].items()
+    ]
     text = f"Held-out characters in passages of {found['window']} or more that also stand in the training text."
     yield Section("Overlap", text, ["language", "characters", "share"], rows)
 
@@ -198,7 +229,14 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
         rows = [_rows(of)[language] for language in languages]
         places = [x + (i - (len(models) - 1) / 2) * width for x in range(len(languages))]
         heights = [row["bits_per_byte"] for row in rows]
-        left.bar(places, heights, width, label=name, yerr=_whiskers(rows), error_kw={"elinewidth": 1, "capsize": 2})
+        left.bar(
+            places,
+            heights,
+            width,
+            label=name,
+            yerr=_whiskers(rows),
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
         right.bar(places, [row["bytes_per_token"] for row in rows], width, label=name)
     left.set(title="Held-out text, 95% intervals", ylabel="bits per byte")
     right.set(title="Held-out text", ylabel="bytes per token")
@@ -213,5 +251,8 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
 def _whiskers(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "2 N"]:
     """How far intervals reach below and above; NaN where there is none."""
     ends = [row.get("interval", [math.nan, math.nan]) for row in rows]
-    reach = [(row["bits_per_byte"] - low, high - row["bits_per_byte"]) for row, (low, high) in zip(rows, ends)]
+    reach = [
+        (row["bits_per_byte"] - low, high - row["bits_per_byte"])
+        for row, (low, high) in zip(rows, ends)
+    ]
     return np.maximum(np.transpose(reach), 0.0)

@@ -47,14 +47,19 @@ def compare(
     """
     found = {}
     for language, of in lines.items():
-        cut, own = (plain_backend(t).encode_batch_fast(list(of), add_special_tokens=False) for t in (target, source))
+        cut, own = (
+            plain_backend(t).encode_batch_fast(list(of), add_special_tokens=False)
+            for t in (target, source)
+        )
         ids = [[mapping[e.ids].tolist() for e in cut], [e.ids for e in own]]
         texts = ([str(source.decode(of, skip_special_tokens=True)) for of in side] for side in ids)
         embedded = [_normalized(encode(of)) for of in texts]
         found[language] = {
             "lines": len(of),
             "similarity": _mean_cosine(*embedded),
-            "unrelated": _mean_cosine(embedded[0], np.roll(embedded[1], 1, axis=0)) if len(of) > 1 else None,
+            "unrelated": _mean_cosine(embedded[0], np.roll(embedded[1], 1, axis=0))
+            if len(of) > 1
+            else None,
         }
     return found
 
@@ -109,7 +114,9 @@ def sentence_encoder(folder: str) -> Encoder:
         )
     try:
         model: Any = SentenceTransformer(str(Path(folder).expanduser()), local_files_only=True)
-        model.encode(["a", "a longer text"], show_progress_bar=False)  # now, rather than after an hour
+        model.encode(
+            ["a", "a longer text"], show_progress_bar=False
+        )  # now, rather than after an hour
     except Exception as error:  # whatever its many parts raise
         raise UserError(
             f"--encoder '{folder}' cannot be used as a sentence encoder ({type(error).__name__}: {error}); give a model that "

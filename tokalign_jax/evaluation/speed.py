@@ -72,7 +72,9 @@ def measure(
             ids = [start, *backend.encode(prompt, add_special_tokens=False).ids][:most]
             given = jnp.asarray([ids], jnp.int32)
             began = clock()
-            jax.block_until_ready(transformer.generate(config, params, given, steps, jnp.dtype(dtype)))
+            jax.block_until_ready(
+                transformer.generate(config, params, given, steps, jnp.dtype(dtype))
+            )
             if repeat:
                 rates.append(steps / (clock() - began))
     return Speed(statistics.median(rates), min(rates), max(rates))

@@ -69,14 +69,18 @@ def token_costs(
     params = sharding.place(params, mesh)
     split = NamedSharding(mesh, P(sharding.BATCH))
     found: list[TokenCosts | None] = [None] * len(windows)
-    for group, (rows, length) in _batches(windows, batch, longest, config, sharding.sequences_at_once(mesh)):
+    for group, (rows, length) in _batches(
+        windows, batch, longest, config, sharding.sequences_at_once(mesh)
+    ):
         inputs = np.zeros((rows, length), np.int32)
         labels = np.full((rows, length), IGNORED, np.int32)
         for row, index in enumerate(group):
             size = len(windows[index].labels)
             inputs[row, :size], labels[row, :size] = windows[index]
         arrays = (sharding.put(array, split) for array in (inputs, labels))
-        nats, best = _batch_costs(params, *arrays, config=config, compute=compute, mesh=mesh, likeliest=likeliest)
+        nats, best = _batch_costs(
+            params, *arrays, config=config, compute=compute, mesh=mesh, likeliest=likeliest
+        )
         nats, best = np.asarray(nats), None if best is None else np.asarray(best)
         for row, index in enumerate(group):
             size = len(windows[index].labels)
@@ -88,7 +92,14 @@ def token_costs(
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh", "likeliest"))
 def _batch_costs(
-    params, inputs, labels, *, config: ModelConfig, compute: ComputeConfig, mesh: Mesh, likeliest: bool
+    params,
+    inputs,
+    labels,
+    *,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    likeliest: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`TokenCosts` of a batch as arrays [B, T], on every device."""
     with sharding.within(mesh):
@@ -121,7 +132,10 @@ def _unscaled_positions(config: ModelConfig) -> int:
     that is not to be padded past it.
     """
     scalings = [kind.rope.scaling for kind in config.layer_kinds if kind.rope]
-    return min((s.original_positions for s in scalings if isinstance(s, LongRopeScaling)), default=config.max_positions)
+    return min(
+        (s.original_positions for s in scalings if isinstance(s, LongRopeScaling)),
+        default=config.max_positions,
+    )
 
 
 def _padded_length(length: int, longest: int) -> int:

@@ -70,7 +70,9 @@ def head_moves(
     wanted = np.log(np.pad(frequency, (0, filling.sum()), constant_values=1.0)).astype(np.float32)
     free = np.arange(len(frequency)) if fixed is None else np.flatnonzero(~fixed)
     for _ in range(ROUNDS):
-        probability = sharding.to_host(mean_probability(chunks, head, moves, config=config, mesh=mesh))
+        probability = sharding.to_host(
+            mean_probability(chunks, head, moves, config=config, mesh=mesh)
+        )
         step = np.clip(wanted - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
         moves[free] += step[free]
     return moves[: len(frequency)], direction.astype(np.float32)
@@ -101,8 +103,12 @@ def mean_probability(
 
     def add(total, chunk):
         with compiling.products(chunk.dtype):
-            logits = jnp.einsum("cd,vd->cv", chunk, head.astype(chunk.dtype), preferred_element_type=jnp.float32)
-        logits = adjust_logits(config, sharding.constrain(logits, None, sharding.VOCABULARY)) + moves
+            logits = jnp.einsum(
+                "cd,vd->cv", chunk, head.astype(chunk.dtype), preferred_element_type=jnp.float32
+            )
+        logits = (
+            adjust_logits(config, sharding.constrain(logits, None, sharding.VOCABULARY)) + moves
+        )
         return total + jax.nn.softmax(logits, axis=-1).sum(axis=0), None
 
     with sharding.within(mesh):
@@ -115,7 +121,9 @@ def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndar
     length = min(1024, config.max_positions, len(shards))
     windows = len(shards) // length
     chosen = np.sort(np.random.default_rng(seed).permutation(windows)[: max(1, PLACES // length)])
-    found = np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(np.int32)
+    found = np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(
+        np.int32
+    )
     if shards.opening is not None:
         found[:, 0] = shards.opening
     return found

@@ -52,7 +52,9 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[Sequence[int]]) -> "Pieces":
         indptr = np.cumsum([0, *map(len, parts)])
-        return cls(indptr, np.fromiter(itertools.chain.from_iterable(parts), np.int64, int(indptr[-1])))
+        return cls(
+            indptr, np.fromiter(itertools.chain.from_iterable(parts), np.int64, int(indptr[-1]))
+        )
 
 
 class Tokens(NamedTuple):
@@ -85,7 +87,9 @@ def halves(
     Args:
       avoid: tokens that are left out, as a whole and as a half.
     """
-    index = {content: i for content, i in canonical.index_by_bytes(tokenizer).items() if i not in avoid}
+    index = {
+        content: i for content, i in canonical.index_by_bytes(tokenizer).items() if i not in avoid
+    }
     ids, parts = [], []
     for content, token in index.items():
         cuts = [(index.get(content[:k]), index.get(content[k:])) for k in range(1, len(content))]
@@ -162,7 +166,9 @@ def column_blocks(
         )
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for (start,), found in in_order(pool, THREADS, columns, [(start,) for start in range(0, len(chosen), BLOCK)]):
+        for (start,), found in in_order(
+            pool, THREADS, columns, [(start,) for start in range(0, len(chosen), BLOCK)]
+        ):
             yield chosen[start : start + BLOCK], found
 
 
@@ -174,7 +180,9 @@ def _filled(values: Int[np.ndarray, "b"]) -> Int[np.ndarray, "n"]:
 def _features(columns: Columns, mean: Float[Array, "D"]) -> Float[Array, "n F"]:
     before, after, *pieces, log_frequency = columns
     one = jnp.ones_like(log_frequency)
-    return jnp.concatenate([before - mean, after - mean, *pieces, log_frequency[:, None], one[:, None]], axis=1)
+    return jnp.concatenate(
+        [before - mean, after - mean, *pieces, log_frequency[:, None], one[:, None]], axis=1
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -195,7 +203,11 @@ def _add(
 
 @jax.jit
 def _rule(
-    gram: Float[Array, "F F"], cross: Float[Array, "F D"], covariance: Float[Array, "D D"], seen, ridge
+    gram: Float[Array, "F F"],
+    cross: Float[Array, "F D"],
+    covariance: Float[Array, "D D"],
+    seen,
+    ridge,
 ) -> Float[Array, "F D"]:
     """The rule for tokens whose contexts were seen `seen` times."""
     width = len(covariance)
@@ -209,5 +221,7 @@ def _rule(
 
 
 @jax.jit
-def _apply(columns: Columns, mean: Float[Array, "D"], rule: Float[Array, "F D"]) -> Float[Array, "n D"]:
+def _apply(
+    columns: Columns, mean: Float[Array, "D"], rule: Float[Array, "F D"]
+) -> Float[Array, "n D"]:
     return jnp.matmul(_features(columns, mean), rule, precision="highest")

@@ -86,7 +86,11 @@ class Reading(NamedTuple):
 def nothing(source_size: int, target_size: int, width: int) -> Reading:
     """A reading in which no token was seen."""
     source, target = (
-        Contexts(np.zeros((size, width), np.float32), np.zeros((size, width), np.float32), np.zeros(size, np.int64))
+        Contexts(
+            np.zeros((size, width), np.float32),
+            np.zeros((size, width), np.float32),
+            np.zeros(size, np.int64),
+        )
         for size in (source_size, target_size)
     )
     return Reading(source, target, np.zeros(width), np.zeros((width, width)))
@@ -122,10 +126,16 @@ def read(
         padded[: len(values)] = values
         return padded.reshape(-1, batch, length)
 
-    tokens, labels = places.tokens, (places.next_source, places.tokens, places.next_target, places.last_target)
+    tokens, labels = (
+        places.tokens,
+        (places.next_source, places.tokens, places.next_target, places.last_target),
+    )
     if opening is not None:
         first = np.arange(len(tokens)) % length == 0
-        tokens, labels = np.where(first, opening, tokens), [np.where(first, NONE, of) for of in labels]
+        tokens, labels = (
+            np.where(first, opening, tokens),
+            [np.where(first, NONE, of) for of in labels],
+        )
     sizes = (source_size, source_size, target_size, target_size)
     streams = [windows(tokens, 0), *(windows(of, NONE) for of in labels)]
     width, everywhere = config.hidden_size, NamedSharding(mesh, sharding.REPLICATED)
@@ -139,7 +149,15 @@ def read(
         for tokens, *of in zip(*(stream[start : start + FLUSHED] for stream in streams)):
             tokens = sharding.put(tokens, NamedSharding(mesh, P(sharding.BATCH)))
             sums, moments = _add(
-                sums, moments, params, tokens, of, left, config=config, dtype=jnp.dtype(dtype), mesh=mesh
+                sums,
+                moments,
+                params,
+                tokens,
+                of,
+                left,
+                config=config,
+                dtype=jnp.dtype(dtype),
+                mesh=mesh,
             )
             progress.update(min(tokens.size, left))
             left -= tokens.size
@@ -147,7 +165,10 @@ def read(
     progress.done(f"{len(places.tokens):,} tokens")
     mean, second = (of / len(places.tokens) for of in total)
     counts = [np.bincount(of[of != NONE], minlength=size) for of, size in zip(labels, sizes)]
-    means = [sharding.to_host(of) / np.maximum(n, 1)[:, None].astype(np.float32) for of, n in zip(sums, counts)]
+    means = [
+        sharding.to_host(of) / np.maximum(n, 1)[:, None].astype(np.float32)
+        for of, n in zip(sums, counts)
+    ]
     return Reading(
         Contexts(means[0], means[1], np.minimum(counts[0], counts[1])),
         Contexts(means[2], means[3], np.minimum(counts[2], counts[3])),
@@ -199,7 +220,9 @@ def find_places(
     return Places._make(np.concatenate(column).astype(np.int32) for column in zip(*chosen))
 
 
-def _places_of(source: Boundaries, target: Boundaries, length: int, ends_of_text: Sequence[int]) -> Places:
+def _places_of(
+    source: Boundaries, target: Boundaries, length: int, ends_of_text: Sequence[int]
+) -> Places:
     """The places of one document; both sides get their end-of-text behind it, which ends at a place of its own."""
     (tokens, ends), (target_tokens, target_ends) = (
         (np.append(side.ids, end_of_text), np.append(side.ends, length + 1))
@@ -240,7 +263,16 @@ class _Coverage:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"), donate_argnums=(0, 1))
 def _add(
-    sums, moments, params, tokens: Int[Array, "B T"], labels, left, *, config: ModelConfig, dtype: DTypeLike, mesh: Mesh
+    sums,
+    moments,
+    params,
+    tokens: Int[Array, "B T"],
+    labels,
+    left,
+    *,
+    config: ModelConfig,
+    dtype: DTypeLike,
+    mesh: Mesh,
 ):
     """The sums by token, and the moments, with those of one batch added.
 
@@ -249,10 +281,17 @@ def _add(
       left: places that are real; those behind are padding.
     """
     with sharding.within(mesh):
-        states = forward(config, params, tokens, dtype=dtype).astype(jnp.float32).reshape(-1, config.hidden_size)
+        states = (
+            forward(config, params, tokens, dtype=dtype)
+            .astype(jnp.float32)
+            .reshape(-1, config.hidden_size)
+        )
         states = jnp.where((jnp.arange(len(states)) < left)[:, None], states, 0.0)
         first, second = moments
-        moments = first + states.sum(axis=0), second + jnp.matmul(states.T, states, precision="highest")
+        moments = (
+            first + states.sum(axis=0),
+            second + jnp.matmul(states.T, states, precision="highest"),
+        )
         # Sorting and adding up go along the places: each device has some columns of all of them.
         states = sharding.constrain(states, *sharding.fitting(BY_COLUMN, states.shape, mesh).spec)
         sums = [_add_by_label(of, states, label.reshape(-1)) for of, label in zip(sums, labels)]
@@ -272,5 +311,7 @@ def _add_by_label(
 
     running, _ = jax.lax.associative_scan(join, (states[order], starts))
     last = jnp.concatenate([starts[1:, 0], jnp.ones(1, bool)])
-    rows = jnp.where(last & (labels != NONE), labels, len(sums))  # one place a label; the others fall off the end
+    rows = jnp.where(
+        last & (labels != NONE), labels, len(sums)
+    )  # one place a label; the others fall off the end
     return sums.at[rows].add(running, mode="drop")

@@ -68,7 +68,9 @@ def initialize(
     new = dict(params)
     if "lm_head" in params:
         new["embed_tokens"] = {"embedding": alignment.apply(aligned.embedding, rows)}
-        new["lm_head"] = {"kernel": head_rows(sharding.to_host(params["lm_head"]["kernel"]), aligned)}
+        new["lm_head"] = {
+            "kernel": head_rows(sharding.to_host(params["lm_head"]["kernel"]), aligned)
+        }
     else:  # the head's rule: a row that is wrong there costs more than one that is wrong at the input
         new["embed_tokens"] = {"embedding": head_rows(rows, aligned)}
     size = -(-aligned.target_size // multiple_of) * multiple_of
@@ -91,14 +93,18 @@ def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.nd
     return made
 
 
-def move(rows: Float[np.ndarray, "V D"], by: Float[np.ndarray, "V"], direction: Float[np.ndarray, "D"]) -> None:
+def move(
+    rows: Float[np.ndarray, "V D"], by: Float[np.ndarray, "V"], direction: Float[np.ndarray, "D"]
+) -> None:
     """Adds `by` times `direction` to the rows, in place, block by block; where `by` is 0 rows keep every bit."""
     moving = np.flatnonzero(by)
     for block in (moving[start : start + BLOCK] for start in range(0, len(moving), BLOCK)):
         rows[block] += by[block, None] * direction
 
 
-def frequency_slope(rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]) -> Float[np.ndarray, "D"]:
+def frequency_slope(
+    rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]
+) -> Float[np.ndarray, "D"]:
     """float32: the least-squares change of a row with its token's log frequency; 0 where all are as frequent.
 
     Rows that hold NaN or infinity are left out.
@@ -162,7 +168,9 @@ def read(
     Args:
       documents: as `contexts.draw` chooses them of the training text; `initialization.tokens` source tokens are read of them.
     """
-    places = contexts.find_places(documents, source.tokenizer, target.tokenizer, config.initialization.tokens, log)
+    places = contexts.find_places(
+        documents, source.tokenizer, target.tokenizer, config.initialization.tokens, log
+    )
     sizes = len(source.shards.counts), len(target.shards.counts)
     if not (places.last_target != contexts.NONE).any():
         log(
@@ -209,13 +217,17 @@ def learn(
         of_wanted = composition.Tokens(wanted, pieces[1], frequency[1], reading.target)
         for group, leaf in MATRICES:
             if group in new:
-                rows = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
+                rows = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(
+                    np.float32
+                )
                 made = np.array(new[group][leaf], np.float32)
                 for block, learned in composition.learned_rows(rows, of_known, of_wanted, reading):
                     ids = wanted[block]
                     made[ids] += config.initialization.learned * (learned - made[ids])
                 new[group] = {leaf: made}
-        log(f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens")
+        log(
+            f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens"
+        )
     return new
 
 
@@ -247,7 +259,13 @@ def _contains(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> b
 
 
 def calibrate(
-    config: Config, source: Side, target: Side, aligned: Alignment, mesh: Mesh, log: Log, kept: int = 0
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    mesh: Mesh,
+    log: Log,
+    kept: int = 0,
 ) -> Params:
     """`target`'s parameters with head rows moved towards the probability that the text gives their tokens.
 
@@ -261,7 +279,9 @@ def calibrate(
     moves, direction = calibration.head_moves(
         target.config, target.params, target.shards, dtype, mesh, config.seed, ~moving
     )
-    group, leaf = next((group, leaf) for group, leaf in reversed(MATRICES) if group in target.params)
+    group, leaf = next(
+        (group, leaf) for group, leaf in reversed(MATRICES) if group in target.params
+    )
     moved = np.array(target.params[group][leaf], np.float32)
     move(moved[: len(moves)], config.initialization.calibration * moves, direction)
     return {**target.params, group: {leaf: moved}}
@@ -294,14 +314,26 @@ def tune(
     frequency = methods.log_frequency(target.shards.counts)
     tokens = composition.Tokens(ids, composition.Pieces.of(parts), frequency, reading.target)
     rows = {
-        f"{group}/{leaf}": sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
+        f"{group}/{leaf}": sharding.to_host(source.params[group][leaf])[
+            : aligned.source_size
+        ].astype(np.float32)
         for group, leaf in MATRICES
         if group in source.params
     }
     composed = np.isin(aligned.rules[ids], COMPOSED)
     budget, compute = config.initialization.tuning, config.compute
     return tuning.tune(
-        target.config, target.params, rows, tokens, composed, target.shards, budget, compute, mesh, log, config.seed
+        target.config,
+        target.params,
+        rows,
+        tokens,
+        composed,
+        target.shards,
+        budget,
+        compute,
+        mesh,
+        log,
+        config.seed,
     )
 
 
@@ -341,7 +373,9 @@ def distill(
     pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, special)
     writer = self_text.Writer(source.config, params, source.tokenizer, dtype, mesh, config.seed)
     written = pairing.pair(writer.write(budget, log, special))
-    passages = [((piece, None),) for document in documents for piece in pairs.passages(document.text)]
+    passages = [
+        ((piece, None),) for document in documents for piece in pairs.passages(document.text)
+    ]
     corpus = pairing.pair(passages) if settings.corpus_share else []
     if not written and not corpus:
         return self_distillation.Result(target.params, {})
@@ -355,11 +389,15 @@ def distill(
     parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
     ids, parts = ids[[bool(pieces) for pieces in parts]], [pieces for pieces in parts if pieces]
     states = row_features.last_piece_states(source.config, params, parts, starts[0], dtype, mesh)
-    sizes = np.array([len(content or b"") for content in canonical.token_bytes(target.tokenizer)])[ids]
+    sizes = np.array([len(content or b"") for content in canonical.token_bytes(target.tokenizer)])[
+        ids
+    ]
     rows = {}
     for group, leaf in MATRICES:
         if group in source.params:
-            known = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
+            known = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(
+                np.float32
+            )
             of_ids = row_features.features(known, parts, sizes, states, config.seed)
             features = np.zeros((aligned.target_size, of_ids.shape[1]), np.float32)
             features[ids] = of_ids
@@ -368,7 +406,17 @@ def distill(
             rows[f"{group}/{leaf}"] = self_distillation.Rows(features, free, deviation)
     models = Models(target.config, source.config, config.compute)
     return self_distillation.distill(
-        config, models, target.params, source.params, rows, written, corpus, tokens, trains_body, mesh, log
+        config,
+        models,
+        target.params,
+        source.params,
+        rows,
+        written,
+        corpus,
+        tokens,
+        trains_body,
+        mesh,
+        log,
     )
 
 

@@ -62,7 +62,9 @@ def features(
     found = np.concatenate([_standardised(block) for block in blocks], axis=1)
     if found.shape[1] > MOST:
         width = found.shape[1]
-        found = found @ np.random.default_rng(seed).normal(0, width**-0.5, (width, MOST)).astype(np.float32)
+        found = found @ np.random.default_rng(seed).normal(0, width**-0.5, (width, MOST)).astype(
+            np.float32
+        )
     return np.concatenate([found, np.ones((len(found), 1), np.float32)], axis=1)
 
 
@@ -107,10 +109,16 @@ def _states(
         found = []
         for depth in DEPTHS:
             count = max(1, round(depth * config.num_layers))
-            part = dataclasses.replace(config, num_layers=count, layer_kinds=config.layer_kinds[:count])
+            part = dataclasses.replace(
+                config, num_layers=count, layer_kinds=config.layer_kinds[:count]
+            )
             layers = jax.tree.map(lambda x, count=count: x[:count], params["layers"])
-            hidden = forward(part, {**params, "layers": layers}, tokens, dtype=dtype, remat="layer", unroll=1)
-            found.append(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32))
+            hidden = forward(
+                part, {**params, "layers": layers}, tokens, dtype=dtype, remat="layer", unroll=1
+            )
+            found.append(
+                jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+            )
         return found
 
 

@@ -128,7 +128,10 @@ def distill(
     placed = sharding.place(params, mesh)
     frozen = {
         "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh)),
-        "rows": {path: _on_mesh(path, of, len(paths.flatten(params)[path]), dtype, mesh) for path, of in rows.items()},
+        "rows": {
+            path: _on_mesh(path, of, len(paths.flatten(params)[path]), dtype, mesh)
+            for path, of in rows.items()
+        },
     }
     leaves = paths.flatten(placed)
     frozen["base"] = {path: leaves.pop(path) for path in rows}
@@ -156,7 +159,8 @@ def distill(
     gained = float(after.loss) < float(before.loss)
     progress.done(
         f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f} to "
-        f"{after.distance:.3f} nats a chunk on text left out" + ("" if gained else ": left as it was")
+        f"{after.distance:.3f} nats a chunk on text left out"
+        + ("" if gained else ": left as it was")
     )
     facts = {
         "tokens": tokens,
@@ -183,7 +187,12 @@ def _merged(trainable: dict[str, Any], frozen: dict[str, Any], params: Params) -
 
 
 def _start(
-    body: dict[str, Array], rows: Mapping[str, Rows], base: Mapping[str, Array], mesh: Mesh, vocabulary: int, seed: int
+    body: dict[str, Array],
+    rows: Mapping[str, Rows],
+    base: Mapping[str, Array],
+    mesh: Mesh,
+    vocabulary: int,
+    seed: int,
 ) -> _State:
     def network(of: Rows, width: int, key: Array) -> dict[str, Array]:
         count, hidden = of.features.shape[1], min(HIDDEN, 2 * width)
@@ -196,13 +205,21 @@ def _start(
     keys = dict(zip(sorted(rows), jax.random.split(jax.random.key(seed), len(rows))))
     trainable = {
         "table": {path: jnp.zeros(of.shape, jnp.float32) for path, of in base.items()},
-        "network": {path: network(of, base[path].shape[1], keys[path]) for path, of in rows.items()},
+        "network": {
+            path: network(of, base[path].shape[1], keys[path]) for path, of in rows.items()
+        },
         "body": body,
     }
-    trainable["table"] = jax.device_put(trainable["table"], sharding.shardings(trainable["table"], mesh))
+    trainable["table"] = jax.device_put(
+        trainable["table"], sharding.shardings(trainable["table"], mesh)
+    )
     whole = NamedSharding(mesh, sharding.REPLICATED)
     trainable["network"] = jax.device_put(trainable["network"], whole)
-    return _State(trainable, _optimizer(vocabulary).init(trainable), jax.device_put(jnp.zeros((), jnp.int32), whole))
+    return _State(
+        trainable,
+        _optimizer(vocabulary).init(trainable),
+        jax.device_put(jnp.zeros((), jnp.int32), whole),
+    )
 
 
 def _optimizer(vocabulary: int) -> optax.GradientTransformation:
@@ -223,7 +240,13 @@ def _optimizer(vocabulary: int) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnames=("models", "mesh"), donate_argnums=0)
 def _step(
-    state: _State, frozen: dict[str, Any], batch: Batch, schedule: Schedule, *, models: Models, mesh: Mesh
+    state: _State,
+    frozen: dict[str, Any],
+    batch: Batch,
+    schedule: Schedule,
+    *,
+    models: Models,
+    mesh: Mesh,
 ) -> _State:
     with sharding.within(mesh):
         vocabulary = {kind: state.trainable[kind] for kind in ("table", "network")}
@@ -240,14 +263,19 @@ def _step(
         of_tables, of_body = jax.tree.map(lambda x: x / len(batch.target), sums)
         gradients = {**pull(of_tables)[0], "body": of_body}
         directions: Any
-        directions, optimizer = _optimizer(models.student.vocab_size).update(gradients, state.optimizer)
+        directions, optimizer = _optimizer(models.student.vocab_size).update(
+            gradients, state.optimizer
+        )
         rates = schedule.rates(state.step)
 
         def moved(kind: str, rate: Any) -> Any:
-            return jax.tree.map(lambda x, along: x - rate * along, state.trainable[kind], directions[kind])
+            return jax.tree.map(
+                lambda x, along: x - rate * along, state.trainable[kind], directions[kind]
+            )
 
         tables_moved = {
-            path: table - rates[path] * directions["table"][path] for path, table in state.trainable["table"].items()
+            path: table - rates[path] * directions["table"][path]
+            for path, table in state.trainable["table"].items()
         }
         large = {"table": tables_moved, "body": moved("body", rates["body"])}
         # Split as the parameters are, so that the buffers of the state before are used again.
@@ -257,21 +285,36 @@ def _step(
 
 
 def _judge(
-    trainable: dict[str, Any], frozen: dict[str, Any], judged: HostBatch, *, models: Models, mesh: Mesh
+    trainable: dict[str, Any],
+    frozen: dict[str, Any],
+    judged: HostBatch,
+    *,
+    models: Models,
+    mesh: Mesh,
 ) -> Terms:
-    return jax.tree.map(np.asarray, _terms(trainable, frozen, _put(judged, mesh), models=models, mesh=mesh))
+    return jax.tree.map(
+        np.asarray, _terms(trainable, frozen, _put(judged, mesh), models=models, mesh=mesh)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("models", "mesh"))
-def _terms(trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh) -> Terms:
+def _terms(
+    trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh
+) -> Terms:
     with sharding.within(mesh):
         tables = _tables(trainable, frozen)
-        terms = jax.lax.map(lambda part: _loss(tables, trainable["body"], frozen, part, models)[1], judged)
+        terms = jax.lax.map(
+            lambda part: _loss(tables, trainable["body"], frozen, part, models)[1], judged
+        )
         return jax.tree.map(jnp.mean, terms)
 
 
 def _loss(
-    tables: dict[str, Array], body: dict[str, Array], frozen: dict[str, Any], batch: Batch, models: Models
+    tables: dict[str, Array],
+    body: dict[str, Array],
+    frozen: dict[str, Any],
+    batch: Batch,
+    models: Models,
 ) -> tuple[Float[Array, ""], Terms]:
     params = paths.unflatten({**(body or frozen["body"]), **tables})
     return cross_tokenizer.loss(models, params, frozen["teacher"], batch, Weights())
@@ -283,7 +326,9 @@ def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Floa
     for path, base in frozen["base"].items():
         known, network = frozen["rows"][path], trainable["network"][path]
         x = known["features"]
-        linear, inner, outer = (network[name].astype(x.dtype) for name in ("linear", "inner", "outer"))
+        linear, inner, outer = (
+            network[name].astype(x.dtype) for name in ("linear", "inner", "outer")
+        )
         with compiling.products(x.dtype):
             change = (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
         tables[path] = base + known["free"] * trainable["table"][path] + known["deviation"] * change
@@ -324,10 +369,15 @@ def _batches(
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
     from_corpus = round(share * count)
-    counts, judged = (from_corpus, count - from_corpus), (round(share * JUDGED), round((1 - share) * JUDGED))
+    counts, judged = (
+        (from_corpus, count - from_corpus),
+        (round(share * JUDGED), round((1 - share) * JUDGED)),
+    )
     drawn = [
         _draw(of, count, left_out, length, weights, random)
-        for of, count, left_out, weights in zip((corpus, written), counts, judged, (CORPUS, WRITTEN))
+        for of, count, left_out, weights in zip(
+            (corpus, written), counts, judged, (CORPUS, WRITTEN)
+        )
     ]
     trained, left_out = (_batch(map(np.concatenate, zip(*of))) for of in zip(*drawn))
     count = len(trained.target)
@@ -347,7 +397,10 @@ def _draw(
     """`count` sequences to train on, again and again in other orders where there are too few, and about
     `left_out` others."""
     if not count or not pairs:
-        none = np.zeros((0, length + 1), np.int32), np.zeros((0, pairing.source_length(length)), np.int32)
+        none = (
+            np.zeros((0, length + 1), np.int32),
+            np.zeros((0, pairing.source_length(length)), np.int32),
+        )
         empty = _batch((*none, np.zeros((0, length), np.int32), *np.zeros((2, 0), np.float32)))
         return empty, empty
     packed = pairing.pack(pairs, random.permutation(len(pairs)), length)

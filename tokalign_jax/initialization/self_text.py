@@ -68,7 +68,9 @@ class Writer(NamedTuple):
             those of the template are among them.
         """
         chat = _turn(self.tokenizer)
-        if chat and not {*chat[0], *chat[1]} & canonical.special_ids(self.tokenizer) <= set(special):
+        if chat and not {*chat[0], *chat[1]} & canonical.special_ids(self.tokenizer) <= set(
+            special
+        ):
             chat = None
         free_share = FREE_SHARE if chat else FREE_SHARE + CHAT_SHARE
         passages = self._free(int(budget * free_share) // FREE_LENGTH)

@@ -127,12 +127,15 @@ def tune(
     tokens_read = int((batches[..., 1:] != NONE).sum())
     progress = Progress(log, "tuning", tokens_read, "tokens")
     for batch in batches:
-        state = _step(state, placed, features, second, deviations, sharding.put(batch, split), schedule, **how)
+        state = _step(
+            state, placed, features, second, deviations, sharding.put(batch, split), schedule, **how
+        )
         state.step.block_until_ready()  # or what is printed runs ahead
         progress.update(tokens_read / len(batches))
     after = judge(state.rule)
     progress.done(
-        f"{before:.3f} to {after:.3f} nats a token on text left out" + ("" if after < before else ": left as it was")
+        f"{before:.3f} to {after:.3f} nats a token on text left out"
+        + ("" if after < before else ": left as it was")
     )
     facts = {"tokens": tokens_read, "nats_before": before, "nats_after": after}
     if not after < before:
@@ -145,9 +148,13 @@ def tune(
     return Tuned(paths.unflatten(leaves), facts)
 
 
-def _second(features: dict[str, Float[Array, "R G"]], count: Int[Array, ""]) -> dict[str, Float[Array, "G G"]]:
+def _second(
+    features: dict[str, Float[Array, "R G"]], count: Int[Array, ""]
+) -> dict[str, Float[Array, "G G"]]:
     """Mean products of the features of tokens that move."""
-    return {path: jnp.matmul(of.T, of, precision="highest") / count for path, of in features.items()}
+    return {
+        path: jnp.matmul(of.T, of, precision="highest") / count for path, of in features.items()
+    }
 
 
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95))
@@ -181,7 +188,10 @@ def _step(
 
         sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, tables), batch)
         count = jnp.sum(batch[..., 1:] != NONE)
-        gradients = {path: jnp.matmul(of.T, sums[path] / count, precision="highest") for path, of in features.items()}
+        gradients = {
+            path: jnp.matmul(of.T, sums[path] / count, precision="highest")
+            for path, of in features.items()
+        }
         directions, moments = _ADAM.update(gradients, state.moments)
         rate = schedule.rates(state.step)["rule"]
 
@@ -194,27 +204,42 @@ def _step(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def _judge(rule, params, features, batch: Int[Array, "A B T+1"], *, config, compute, mesh) -> Float[Array, ""]:
+def _judge(
+    rule, params, features, batch: Int[Array, "A B T+1"], *, config, compute, mesh
+) -> Float[Array, ""]:
     """Mean negative log-likelihood of a token, nats."""
     with sharding.within(mesh):
         tables = _tables(rule, params, features)
-        totals, counts = jax.lax.map(lambda tokens: _loss(tables, params, tokens, config, compute), batch)
+        totals, counts = jax.lax.map(
+            lambda tokens: _loss(tables, params, tokens, config, compute), batch
+        )
         return totals.sum() / counts.sum()
 
 
-def _tables(rule: dict[str, Array], params: Params, features: dict[str, Array]) -> dict[str, Float[Array, "R D"]]:
+def _tables(
+    rule: dict[str, Array], params: Params, features: dict[str, Array]
+) -> dict[str, Float[Array, "R D"]]:
     """Both matrices of the vocabulary, or the one, with their rows moved."""
     leaves = paths.flatten(params)
-    return {path: leaves[path] + jnp.matmul(of, rule[path], precision="highest") for path, of in features.items()}
+    return {
+        path: leaves[path] + jnp.matmul(of, rule[path], precision="highest")
+        for path, of in features.items()
+    }
 
 
 def _loss(
-    tables: dict[str, Array], params: Params, tokens: Int[Array, "B T+1"], config: ModelConfig, compute: ComputeConfig
+    tables: dict[str, Array],
+    params: Params,
+    tokens: Int[Array, "B T+1"],
+    config: ModelConfig,
+    compute: ComputeConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Negative log-likelihoods of the tokens, summed (nats), and how many they are."""
     params = paths.unflatten(paths.flatten(params) | tables)
     inputs = jnp.maximum(tokens[:, :-1], 0)
-    hidden = forward(config, params, inputs, dtype=jnp.dtype(compute.dtype), remat="layer", unroll=1)
+    hidden = forward(
+        config, params, inputs, dtype=jnp.dtype(compute.dtype), remat="layer", unroll=1
+    )
     return cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head_of(config, compute))
 
 
@@ -243,14 +268,20 @@ def _rounds(sequences: Int[np.ndarray, "n T+1"], mesh: Mesh) -> Int[np.ndarray, 
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
     at_once = devices * min(max(1, micro), -(-len(sequences) // devices))
     filling = -len(sequences) % at_once
-    return np.pad(sequences, ((0, filling), (0, 0)), constant_values=NONE).reshape(-1, at_once, size)
+    return np.pad(sequences, ((0, filling), (0, 0)), constant_values=NONE).reshape(
+        -1, at_once, size
+    )
 
 
 # --- What is known of tokens --------------------------------------------------------------------------------------------
 
 
 def _features(
-    rows: Float[np.ndarray, "V_s D"], tokens: Tokens, composed: Bool[np.ndarray, "n"], size: int, seed: int
+    rows: Float[np.ndarray, "V_s D"],
+    tokens: Tokens,
+    composed: Bool[np.ndarray, "n"],
+    size: int,
+    seed: int,
 ) -> Float[np.ndarray, "V G"]:
     """float32: x_v and 1 in the columns of the token's kind, 0 in those of the other; only zeros for tokens that do not move."""
     random = np.random.default_rng(seed)
@@ -302,12 +333,16 @@ def _described(columns: Columns, scales: Scales) -> Float[Array, "n F"]:
     found = []
     for values, offset, factor in zip(columns, *scales):
         scaled = (values - offset) * factor
-        found.append(jnp.where(_seen(values)[:, None], scaled, 0.0) if values.ndim > 1 else scaled[:, None])
+        found.append(
+            jnp.where(_seen(values)[:, None], scaled, 0.0) if values.ndim > 1 else scaled[:, None]
+        )
     return jnp.concatenate(found, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _principal(known: Float[Array, "n F"], key: Array, count: int) -> tuple[Float[Array, "F"], Float[Array, "F K"]]:
+def _principal(
+    known: Float[Array, "n F"], key: Array, count: int
+) -> tuple[Float[Array, "F"], Float[Array, "F K"]]:
     """(mean, basis) of the first `count` principal components by subspace iteration (arXiv 0909.4061, algorithm 4.4).
 
     The basis is scaled so that a component has a mean square of 1, on average over them; among themselves they keep their sizes.
@@ -326,4 +361,6 @@ def _principal(known: Float[Array, "n F"], key: Array, count: int) -> tuple[Floa
 def _on_rows(path: str, of: Float[np.ndarray, "V G"], rows: int, mesh: Mesh) -> Float[Array, "R G"]:
     """Split over the mesh as the rows that they belong to."""
     shape = sharding.padded_shape(path, (rows, of.shape[1]), mesh)
-    return sharding.put(np.pad(of, ((0, shape[0] - len(of)), (0, 0))), sharding.sharding_of(path, shape, mesh))
+    return sharding.put(
+        np.pad(of, ((0, shape[0] - len(of)), (0, 0))), sharding.sharding_of(path, shape, mesh)
+    )

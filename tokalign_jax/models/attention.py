@@ -23,7 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
@@ -65,7 +68,9 @@ def attend(
     """
     (length, heads), (keys, groups) = q.shape[1:3], k.shape[1:3]
     if heads % groups:
-        raise ValueError(f"{heads} query heads cannot share {groups} key-value heads: need a multiple")
+        raise ValueError(
+            f"{heads} query heads cannot share {groups} key-value heads: need a multiple"
+        )
     if mask is not None:
         if window is not None:
             raise ValueError(f"a window of {window} beside a mask: put it in the mask")
@@ -87,7 +92,9 @@ def attend(
 # --- Fused kernels ----------------------------------------------------------------------------------------------------
 
 
-def _fused(q: Float[Array, "B T N H"], scale: float, window: int | None, softcap: float | None) -> _Kernel | None:
+def _fused(
+    q: Float[Array, "B T N H"], scale: float, window: int | None, softcap: float | None
+) -> _Kernel | None:
     """The device's own kernel for causal attention, if it has one for this."""
     device = jax.devices()[0]
     if not has_kernel(q.shape[-1], q.dtype, softcap, device):
@@ -121,7 +128,14 @@ def _cudnn(q: Array, k: Array, v: Array, *, scale: float, window: int | None) ->
 
 
 def _splash(
-    q: Array, k: Array, v: Array, *, scale: float, window: int | None, softcap: float | None, interpret: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool = False,
 ) -> Array:
     """Queries and keys are filled up to whole tiles at the end, where causality hides them."""
     length, heads = q.shape[1:3]
@@ -153,7 +167,9 @@ def _splash(
     def heads_first(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    y = jax.vmap(kernel)(heads_first((q.astype(jnp.float32) * scale).astype(q.dtype)), heads_first(k), heads_first(v))
+    y = jax.vmap(kernel)(
+        heads_first((q.astype(jnp.float32) * scale).astype(q.dtype)), heads_first(k), heads_first(v)
+    )
     return y.swapaxes(1, 2)[:, :length]
 
 
@@ -190,7 +206,11 @@ def _whole(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: flo
     }
     grouped = q.reshape(batch, length, k.shape[2], -1, size)
     logits = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", grouped, k, precision=exact.get(q.dtype.type), preferred_element_type=jnp.float32
+        "BTKGH,BSKH->BKGTS",
+        grouped,
+        k,
+        precision=exact.get(q.dtype.type),
+        preferred_element_type=jnp.float32,
     )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -200,7 +220,13 @@ def _whole(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: flo
 
 
 def _blocked(
-    q: Array, k: Array, v: Array, scale: float, window: int | None, softcap: float | None, block: int
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    block: int,
 ) -> Array:
     """Causal, `block` queries at a time over the keys that any of them sees, in O(T block) memory."""
     batch, length, *head = q.shape
@@ -214,7 +240,8 @@ def _blocked(
         first = jnp.clip(start + block - span, 0, length - span)
         # Sums over the blocks of what goes back to keys and values are float32 ones.
         near_k, near_v = (
-            jax.lax.dynamic_slice_in_dim(x, first, span, axis=1).astype(q.dtype) for x in (wide_k, wide_v)
+            jax.lax.dynamic_slice_in_dim(x, first, span, axis=1).astype(q.dtype)
+            for x in (wide_k, wide_v)
         )
         mask = _visible(start + jnp.arange(block), first + jnp.arange(span), window)
         return _whole(queries, near_k, near_v, mask, scale, softcap)

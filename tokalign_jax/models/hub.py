@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
-from tokalign_jax.text.special_tokens import SEPARATOR, counterpart, end_of_text_id, ends_turn, role_id
+from tokalign_jax.text.special_tokens import (
+    SEPARATOR,
+    counterpart,
+    end_of_text_id,
+    ends_turn,
+    role_id,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +42,13 @@ _CODE = (".py", ".pyc", ".so", ".sh")
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".nemo")
 
-_OTHER_FORMATS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".safetensors": "other"}
+_OTHER_FORMATS = {
+    ".gguf": "GGUF",
+    ".h5": "TensorFlow",
+    ".msgpack": "Flax",
+    ".onnx": "ONNX",
+    ".safetensors": "other",
+}
 
 _ROLES = ("bos", "eos", "pad")
 
@@ -94,7 +106,11 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
             "(peft's merge_and_unload), or take adapter_config.json away if they are what is meant"
         )
     if weights and not _has_weights(folder):
-        names = [path.name for path in folder.iterdir()] if folder == Path(name).expanduser() else _listed(name)
+        names = (
+            [path.name for path in folder.iterdir()]
+            if folder == Path(name).expanduser()
+            else _listed(name)
+        )
         raise UserError(f"{what} '{name}' {_no_safetensors(name, names)}")
     return folder
 
@@ -103,9 +119,7 @@ def _has_weights(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-_ELSEWHERE = (
-    "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships with the package"
-)
+_ELSEWHERE = "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships with the package"
 
 
 def _fetched(name: str, patterns: Sequence[str], what: str) -> Path:
@@ -215,7 +229,9 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     """
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
-        raise UserError(f"model folder '{folder}' has no config.json: give a folder in Hugging Face format")
+        raise UserError(
+            f"model folder '{folder}' has no config.json: give a folder in Hugging Face format"
+        )
     raw = text_config(raw)
     if "auto_map" in raw and raw.get("model_type") not in FAMILIES:
         raise UserError(
@@ -257,7 +273,11 @@ def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str,
             return is_number and 0 < value < math.inf
         return is_number and 0 <= value <= 1 if key in _SHARE else True
 
-    return {key: value for key, value in config.items() if value is not None and not is_valid(key, value)}
+    return {
+        key: value
+        for key, value in config.items()
+        if value is not None and not is_valid(key, value)
+    }
 
 
 def warn_of_values_left_out(
@@ -265,9 +285,15 @@ def warn_of_values_left_out(
 ) -> None:
     """Names the values of the source's configs that an export leaves out (`out_of_range`)."""
     files = {"config.json": config, "generation_config.json": load_generation_config(folder) or {}}
-    found = [f"{key}={value!r} ({name})" for name, of in files.items() for key, value in out_of_range(of, rows).items()]
+    found = [
+        f"{key}={value!r} ({name})"
+        for name, of in files.items()
+        for key, value in out_of_range(of, rows).items()
+    ]
     if found:
-        log(f"warning: the export leaves out values of the source model that are out of range: {', '.join(found)}")
+        log(
+            f"warning: the export leaves out values of the source model that are out of range: {', '.join(found)}"
+        )
 
 
 def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokenizerBase":
@@ -284,13 +310,18 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
     settings = read_json(folder / "tokenizer_config.json") or {}
     has_json = (folder / "tokenizer.json").is_file()
     _check_tokenizer_files(name, folder, settings, has_json)
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # Slow to import, and not needed for weights.
+    from transformers import (
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )  # Slow to import, and not needed for weights.
 
     # tokenizer.json says all that code beside it would do.
     kind = PreTrainedTokenizerFast if has_json and "auto_map" in settings else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything, from OSError to panics of its Rust part.
+    except (
+        Exception
+    ) as error:  # transformers raises anything, from OSError to panics of its Rust part.
         raise UserError(
             f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {_reason(error)}): expected "
             f"tokenizer.json and tokenizer_config.json as save_pretrained writes them; the folder holds "
@@ -298,14 +329,18 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not backend.get_vocab_size(with_added_tokens=False):
-        raise UserError(f"tokenizer '{name}' has not one token in '{folder}': copy or download it again")
+        raise UserError(
+            f"tokenizer '{name}' has not one token in '{folder}': copy or download it again"
+        )
     tokenizer.init_kwargs.pop("auto_map", None)  # that code does not go along
     if end_of_text:
         _set_document_separator(name, tokenizer, end_of_text)
     return tokenizer
 
 
-def _set_document_separator(name: Path | str, tokenizer: "PreTrainedTokenizerBase", end_of_text: str) -> None:
+def _set_document_separator(
+    name: Path | str, tokenizer: "PreTrainedTokenizerBase", end_of_text: str
+) -> None:
     """Makes `end_of_text` the document separator, and the eos unless that ends turns of a chat.
 
     Raises:
@@ -327,7 +362,9 @@ _VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*vocab*", "*.bpe", "tekken.j
 """Files, one of which a tokenizer without tokenizer.json has its tokens in."""
 
 
-def _check_tokenizer_files(name: Path | str, folder: Path, settings: Mapping[str, Any], has_json: bool) -> None:
+def _check_tokenizer_files(
+    name: Path | str, folder: Path, settings: Mapping[str, Any], has_json: bool
+) -> None:
     """Says what is missing where transformers' own error would not, or where it would make a tokenizer of nothing but special tokens."""
     if has_json:
         return
@@ -344,7 +381,11 @@ def _check_tokenizer_files(name: Path | str, folder: Path, settings: Mapping[str
         )
     for file in sorted(folder.glob("*.model")):
         # SentencePiece's files are protocol buffers that begin with this tag; tiktoken's are base64 text.
-        needed = ("sentencepiece", "google.protobuf") if file.read_bytes()[:1] == b"\n" else ("tiktoken",)
+        needed = (
+            ("sentencepiece", "google.protobuf")
+            if file.read_bytes()[:1] == b"\n"
+            else ("tiktoken",)
+        )
         missing = [module for module in needed if not _is_installed(module)]
         if missing:
             raise UserError(
@@ -399,9 +440,16 @@ def save_config_and_tokenizer(
     old = [*_as_list(generation_config.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
     ends = _all_ends(old, load_tokenizer(source_folder) if source_folder else None, tokenizer)
     listed = {"eos_token_id": ends} if len(ends) > 1 else {}
-    for name, source in {"config.json": config, "generation_config.json": generation_config}.items():
+    for name, source in {
+        "config.json": config,
+        "generation_config.json": generation_config,
+    }.items():
         invalid = out_of_range(source)
-        kept = {key: of for key, of in source.items() if key not in invalid and not _is_of_old_vocabulary(key)}
+        kept = {
+            key: of
+            for key, of in source.items()
+            if key not in invalid and not _is_of_old_vocabulary(key)
+        }
         is_list = source is generation_config or isinstance(source.get("eos_token_id"), list)
         write_json(folder / name, kept | ids | (listed if is_list else {}))
     save_tokenizer(tokenizer, folder)
@@ -420,7 +468,9 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     state = read_json(folder / "tokenizer.json") or {}
     # Version 5 ignores it for BPE, whose spaces it would take away; version 4 does not.
     is_bpe = state["model"]["type"] == "BPE"
-    kept["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces) and not is_bpe
+    kept["clean_up_tokenization_spaces"] = (
+        bool(tokenizer.clean_up_tokenization_spaces) and not is_bpe
+    )
     # Version 4 adds token_type_ids by default, which decoders refuse.
     kept["model_input_names"] = ["input_ids", "attention_mask"]
     # Version 4 rewrites a pre-tokenizer that says otherwise.
@@ -440,14 +490,20 @@ def _as_list(ids: Any) -> list[Any]:
 
 
 def _all_ends(
-    old: Sequence[Any], source_tokenizer: "PreTrainedTokenizerBase | None", tokenizer: "PreTrainedTokenizerBase"
+    old: Sequence[Any],
+    source_tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> list[int]:
     """The eos of `tokenizer`, the counterparts of the source's eos ids `old`, and its separator."""
     found = [role_id(tokenizer, "eos")]
     if source_tokenizer is not None:
         # The source's separator has the new one as its counterpart, whatever its text.
         known = set(source_tokenizer.get_vocab().values()) - {end_of_text_id(source_tokenizer)}
-        matches = [counterpart(i, source_tokenizer, tokenizer) for i in old if type(i) is int and i in known]
+        matches = [
+            counterpart(i, source_tokenizer, tokenizer)
+            for i in old
+            if type(i) is int and i in known
+        ]
         found += [match.token for match in matches if match is not None]
     found.append(end_of_text_id(tokenizer))
     return [i for i in dict.fromkeys(found) if i is not None]
@@ -455,13 +511,17 @@ def _all_ends(
 
 def copy_terms(source_folder: Path | str, folder: Path) -> list[str]:
     """Copies the files that say what may be done with the source model; returns their names."""
-    files = sorted({path for pattern in TERMS for path in Path(source_folder).glob(pattern) if path.is_file()})
+    files = sorted(
+        {path for pattern in TERMS for path in Path(source_folder).glob(pattern) if path.is_file()}
+    )
     for path in files:
         shutil.copyfile(path, folder / path.name)  # the content behind the cache's links
     return [path.name for path in files]
 
 
-def push_to_hub(folder: Path | str, repository: str, private: bool = True, revision: str | None = None) -> str:
+def push_to_hub(
+    folder: Path | str, repository: str, private: bool = True, revision: str | None = None
+) -> str:
     """Uploads a finished folder to the hub repository `repository`, made if there is none; returns its address.
 
     Args:
@@ -474,7 +534,9 @@ def push_to_hub(folder: Path | str, repository: str, private: bool = True, revis
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"'{folder}' cannot be pushed to '{repository}': HF_HUB_OFFLINE is set; unset it")
+        raise UserError(
+            f"'{folder}' cannot be pushed to '{repository}': HF_HUB_OFFLINE is set; unset it"
+        )
     if get_token() is None:
         raise UserError(
             f"'{folder}' cannot be pushed to '{repository}' without a token: set HF_TOKEN to one with the right to write"
@@ -509,9 +571,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy it again") from error
+        raise UserError(
+            f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy it again"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds no JSON object but {type(content).__name__}: copy it again")
+        raise UserError(
+            f"'{path}' holds no JSON object but {type(content).__name__}: copy it again"
+        )
     return content
 
 

@@ -91,7 +91,9 @@ def load_params(
         own = _type_of_all({_FLOATS[stored[name].dtype] for _, name in places})
         for path in weight.leaves:
             if path not in skip:
-                leaves[path] = _Leaf(path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh)
+                leaves[path] = _Leaf(
+                    path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh
+                )
     # File by file: a mapped file counts as memory until it is closed.
     by_file = sorted(
         (
@@ -140,7 +142,9 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
         tensor = tensors[part]
         with _open(tensor.file) as file:
             block = file.get_slice(tensor.key)
-            if sharding.is_vocabulary(path):  # it is its own leaf: no more of it is read than asked for
+            if sharding.is_vocabulary(
+                path
+            ):  # it is its own leaf: no more of it is read than asked for
                 return block[rest or slice(None)]
             return weight.split(block[:])[number][rest]
 
@@ -167,7 +171,9 @@ def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np
                 tensor, leaf = tensors.get_slice(stored[name].key), weight.leaves[0]
                 if sharding.is_vocabulary(leaf):
                     blocks = _blocks(tensor, weight)
-                    rows[leaf] = np.concatenate([sum(start) + _non_finite(block) for start, (block,) in blocks])
+                    rows[leaf] = np.concatenate(
+                        [sum(start) + _non_finite(block) for start, (block,) in blocks]
+                    )
                 elif len(_non_finite(np.atleast_1d(tensor[:]))):
                     broken.append(name)
     if broken:
@@ -181,7 +187,9 @@ def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np
 
 def _non_finite(tensor: np.ndarray) -> Int[np.ndarray, "n"]:
     """Indices along the first axis at which something is NaN or infinite."""
-    if tensor.dtype.itemsize == 2:  # all bits of the exponent: faster than arithmetic that the host does not have
+    if (
+        tensor.dtype.itemsize == 2
+    ):  # all bits of the exponent: faster than arithmetic that the host does not have
         exponent = 0x7C00 if tensor.dtype == np.float16 else 0x7F80
         finite = (tensor.view(np.uint16) & exponent) != exponent
     else:
@@ -197,7 +205,11 @@ def _type_of_all(dtypes: set[np.dtype]) -> np.dtype:
 
 def stored_dtypes(folder: Path | str) -> dict[str, np.dtype]:
     """The type of every float tensor in the folder's safetensors, by its name there."""
-    return {name: _FLOATS[tensor.dtype] for name, tensor in _stored(Path(folder)).items() if tensor.dtype in _FLOATS}
+    return {
+        name: _FLOATS[tensor.dtype]
+        for name, tensor in _stored(Path(folder)).items()
+        if tensor.dtype in _FLOATS
+    }
 
 
 class _Stored(NamedTuple):
@@ -225,7 +237,9 @@ class _Leaf:
         self._bits = np.dtype(f"uint{8 * dtype.itemsize}")
         self._parts: list[tuple[Any, tuple[range, ...], jax.Array]] = []
         for device, index in self._sharding.addressable_devices_indices_map(self._shape).items():
-            ranges = tuple(range(*along.indices(size)) for along, size in zip(index or (), self._shape))
+            ranges = tuple(
+                range(*along.indices(size)) for along, size in zip(index or (), self._shape)
+            )
             zeros = jnp.zeros([len(along) for along in ranges], self._bits, device=device)
             self._parts.append((device, ranges, zeros))
 
@@ -235,7 +249,9 @@ class _Leaf:
         start = start + (0,) * (dimensions - len(start))
         block = block.reshape((1,) * (dimensions - block.ndim) + block.shape)
         if self._sharding is None:
-            self._host[tuple(slice(first, first + size) for first, size in zip(start, block.shape))] = block
+            self._host[
+                tuple(slice(first, first + size) for first, size in zip(start, block.shape))
+            ] = block
             return
         for place, (device, ranges, part) in enumerate(self._parts):
             covers = [range(first, first + size) for first, size in zip(start, block.shape)]
@@ -244,7 +260,9 @@ class _Leaf:
                 cut = block[here].astype(self._dtype, copy=False).view(self._bits)
                 # A transposed view goes as it lies in memory: the device turns it faster than NumPy does.
                 turned = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
-                there = jax.device_put(np.ascontiguousarray(cut.swapaxes(-1, -2) if turned else cut), device)
+                there = jax.device_put(
+                    np.ascontiguousarray(cut.swapaxes(-1, -2) if turned else cut), device
+                )
                 offset = np.array([along.start for along in inside], np.int32)
                 self._parts[place] = device, ranges, _update(part, there, offset, turned)
 
@@ -257,9 +275,13 @@ class _Leaf:
 
 
 @functools.partial(jax.jit, static_argnames="turned", donate_argnums=0)
-def _update(array: jax.Array, block: jax.Array, start: Int[jax.Array, "n"], turned: bool) -> jax.Array:
+def _update(
+    array: jax.Array, block: jax.Array, start: Int[jax.Array, "n"], turned: bool
+) -> jax.Array:
     """Writes a block, or its transpose, into an array, in its memory."""
-    return jax.lax.dynamic_update_slice(array, jnp.swapaxes(block, -1, -2) if turned else block, tuple(start))
+    return jax.lax.dynamic_update_slice(
+        array, jnp.swapaxes(block, -1, -2) if turned else block, tuple(start)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="dtype", donate_argnums=0)
@@ -305,7 +327,9 @@ def _stored(folder: Path) -> dict[str, _Stored]:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 if (name := text_name(model_type, key)) is not None:
                     tensor = tensors.get_slice(key)
-                    found[name] = _Stored(folder / file, key, tensor.get_dtype(), tuple(tensor.get_shape()))
+                    found[name] = _Stored(
+                        folder / file, key, tensor.get_dtype(), tuple(tensor.get_shape())
+                    )
     return found
 
 
@@ -314,7 +338,9 @@ def _open(file: Path) -> Iterator[Any]:
     try:
         tensors = safe_open(file, framework="numpy")
     except FileNotFoundError as error:
-        raise UserError(f"'{file}', which {INDEX} lists, is missing: copy or download it again") from error
+        raise UserError(
+            f"'{file}', which {INDEX} lists, is missing: copy or download it again"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"'{file}' is not a whole safetensors file ({error}): it was cut off or damaged on its way; copy or "
@@ -328,7 +354,9 @@ _Places = list[tuple[tuple[int, ...], str]]
 """Slices of the leaves, and the stored names of the tensors that fill them."""
 
 
-def _match(folder: Path, stored: Mapping[str, _Stored], config: ModelConfig) -> list[tuple[Weight, _Places]]:
+def _match(
+    folder: Path, stored: Mapping[str, _Stored], config: ModelConfig
+) -> list[tuple[Weight, _Places]]:
     """Every row of the weight table with its stored tensors; none is missing or left over."""
     module = family(config.model_type)
     matched = [
@@ -349,7 +377,9 @@ def _match(folder: Path, stored: Mapping[str, _Stored], config: ModelConfig) -> 
     used = {name for _, places in matched for _, name in places}
     if config.tie_word_embeddings:
         used |= {module.HEAD.name, *module.HEAD.aliases}
-    unused = sorted(name for name in stored if name not in used and not re.search(module.BUFFERS, name))
+    unused = sorted(
+        name for name in stored if name not in used and not re.search(module.BUFFERS, name)
+    )
     if unused:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
@@ -374,7 +404,11 @@ def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, 
     raise UserError(
         f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes needs: a shard is "
         f"missing, or config.json is of another model"
-        + (', or lacks "tie_word_embeddings": true, if the head is the input embedding' if is_head else "")
+        + (
+            ', or lacks "tie_word_embeddings": true, if the head is the input embedding'
+            if is_head
+            else ""
+        )
     )
 
 
@@ -408,11 +442,16 @@ def _check_copies_of_embedding(
     if not config.tie_word_embeddings:
         return
     head = family(config.model_type).HEAD
-    embedding = next(places[0][1] for weight, places in matched if weight.leaves == ("embed_tokens/embedding",))
+    embedding = next(
+        places[0][1] for weight, places in matched if weight.leaves == ("embed_tokens/embedding",)
+    )
     for name in {head.name, *head.aliases} & set(stored) - {embedding}:
         with _open(stored[name].file) as one, _open(stored[embedding].file) as other:
             pairs = zip(
-                *(_blocks(file.get_slice(stored[key].key), head) for file, key in ((one, name), (other, embedding)))
+                *(
+                    _blocks(file.get_slice(stored[key].key), head)
+                    for file, key in ((one, name), (other, embedding))
+                )
             )
             if all(_same(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
                 continue
@@ -424,7 +463,9 @@ def _check_copies_of_embedding(
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays hold the same numbers, NaN being the same as NaN."""
-    return one.shape == other.shape and bool(np.all((one == other) | ((one != one) & (other != other))))
+    return one.shape == other.shape and bool(
+        np.all((one == other) | ((one != one) & (other != other)))
+    )
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -464,7 +505,9 @@ def save_checkpoint(
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     if writes and any(folder.iterdir()):
-        raise UserError(f"'{folder}' is not empty: a model is written into a new folder only; move it away")
+        raise UserError(
+            f"'{folder}' is not empty: a model is written into a new folder only; move it away"
+        )
     if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {vocabulary_size(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
@@ -473,7 +516,9 @@ def save_checkpoint(
     new: dict[str, Any] = {"vocab_size": config.vocab_size}
     if dtypes != "source":  # one key, the one that is there: readers prefer the one or the other
         name = "torch_dtype" if "torch_dtype" in raw_config else "dtype"
-        raw_config = {key: value for key, value in raw_config.items() if key not in ("dtype", "torch_dtype")}
+        raw_config = {
+            key: value for key, value in raw_config.items() if key not in ("dtype", "torch_dtype")
+        }
         new[name] = dtypes
     if writes:
         hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
@@ -511,7 +556,9 @@ def write_weights(
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1 and writes:
         total = sum(tensor.size for tensor in tensors)
-        hub.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        hub.write_json(
+            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
 
 
 def _reader(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
@@ -528,7 +575,9 @@ def _reader(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
     return lambda path, *index: sharding.to_host(leaves[path], *index)
 
 
-def _padded(shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _padded(
+    shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
     """The shapes with the rows of padding that the meshes of these leaves ask for."""
 
     def mesh(path: str) -> Mesh | None:
@@ -564,7 +613,9 @@ class _Tensor:
             yield read(path, slice(first, min(first + step, vocabulary))).astype(self.dtype)
 
 
-def _write_file(path: Path | None, tensors: Sequence[_Tensor], read: Reader, vocabulary: int) -> None:
+def _write_file(
+    path: Path | None, tensors: Sequence[_Tensor], read: Reader, vocabulary: int
+) -> None:
     """A safetensors file (https://huggingface.co/docs/safetensors), block by block; the library's own writer wants all of it in memory.
 
     Args:
@@ -577,7 +628,11 @@ def _write_file(path: Path | None, tensors: Sequence[_Tensor], read: Reader, voc
     end = 0
     for tensor in tensors:
         spelled = next(name for name, dtype in _FLOATS.items() if dtype == tensor.dtype)
-        header[tensor.name] = {"dtype": spelled, "shape": tensor.shape, "data_offsets": [end, end := end + tensor.size]}
+        header[tensor.name] = {
+            "dtype": spelled,
+            "shape": tensor.shape,
+            "data_offsets": [end, end := end + tensor.size],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path or os.devnull, "wb") as file:

@@ -41,7 +41,9 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
     for name, k in zip(projections, jax.random.split(key, len(projections))):
         *stack, inputs, outputs = leaves[f"{name}/kernel"].shape
         bound = inputs**-0.5
-        leaves[f"{name}/lora_a"] = jax.random.uniform(k, (*stack, inputs, spec.rank), jnp.float32, -bound, bound)
+        leaves[f"{name}/lora_a"] = jax.random.uniform(
+            k, (*stack, inputs, spec.rank), jnp.float32, -bound, bound
+        )
         leaves[f"{name}/lora_b"] = jnp.zeros((*stack, spec.rank, outputs), jnp.float32)
     return paths.unflatten(leaves)
 
@@ -54,7 +56,9 @@ class Adapter(NamedTuple):
     b: Float[Array, "*S r out"]
 
 
-def merged(kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]) -> Float[Array, "*E in out"]:
+def merged(
+    kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]
+) -> Float[Array, "*E in out"]:
     """One layer's kernel with its adapters added, in float32.
 
     Not compiled as one program: XLA would contract product and sum into fused multiply-adds, and
@@ -71,7 +75,9 @@ def merged(kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]) -> 
     return total
 
 
-def merge_into(kernel: Float[Array, "*S in out"], adapters: Sequence[Adapter]) -> Float[Array, "*S in out"]:
+def merge_into(
+    kernel: Float[Array, "*S in out"], adapters: Sequence[Adapter]
+) -> Float[Array, "*S in out"]:
     """The stacked kernel, in its own type, with its adapters added one layer at a time, in place.
 
     `kernel` is donated: beside it and the adapters only a few float32 matrices of one layer exist.
@@ -91,7 +97,9 @@ def _take(stack: Float[Array, "*S in out"], index: Int[Array, "s"]) -> Float[Arr
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: Float[Array, "*S in out"], matrix: Float[Array, "in out"], index: Int[Array, "s"]) -> Array:
+def _put(
+    stack: Float[Array, "*S in out"], matrix: Float[Array, "in out"], index: Int[Array, "s"]
+) -> Array:
     matrix = matrix.astype(stack.dtype).reshape((1,) * len(index) + matrix.shape)
     return jax.lax.dynamic_update_slice(stack, matrix, (*index, 0, 0))
 
@@ -100,5 +108,7 @@ def _projections(leaves: dict[str, Any]) -> list[str]:
     """Paths of the layers' projections, always in one order."""
     ending = "_proj/kernel"
     return sorted(
-        path.removesuffix("/kernel") for path in leaves if path.startswith("layers/") and path.endswith(ending)
+        path.removesuffix("/kernel")
+        for path in leaves
+        if path.startswith("layers/") and path.endswith(ending)
     )

@@ -106,13 +106,22 @@ def model_card(facts: CardFacts) -> str:
     sections = (
         _made(facts),
         _use(facts),
-        markdown([_data(facts), *_figures(facts), rules_section(facts.rules), special_section(facts.special)]),
+        markdown(
+            [
+                _data(facts),
+                *_figures(facts),
+                rules_section(facts.rules),
+                special_section(facts.special),
+            ]
+        ),
         markdown([Section("Settings", "", ("setting", "value"), settings)] if settings else []),
         _terms(facts),
         markdown([Section("Versions", "", ("package", "version"), list(facts.versions.items()))]),
     )
     metadata = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)
-    return f"---\n{metadata}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    return (
+        f"---\n{metadata}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    )
 
 
 def rules_section(rules: Mapping[str, Mapping[str, float]]) -> Section:
@@ -128,11 +137,19 @@ def rules_section(rules: Mapping[str, Mapping[str, float]]) -> Section:
 def special_section(special: Sequence[Mapping[str, Any]]) -> Section:
     """Special tokens and where their rows came from (`CardFacts.special`)."""
     rows = [
-        (Code(of["token"]), str(of["id"]), Code(of["source"]), of["why"], "yes" if of["in_chat_template"] else "")
+        (
+            Code(of["token"]),
+            str(of["id"]),
+            Code(of["source"]),
+            of["why"],
+            "yes" if of["in_chat_template"] else "",
+        )
         for of in special
     ]
     text = "Where their rows came from; the rest is made of the pieces of its text." if rows else ""
-    return Section("Special tokens", text, ("token", "id", "rows of", "because", "in the chat template"), rows)
+    return Section(
+        "Special tokens", text, ("token", "id", "rows of", "because", "in the chat template"), rows
+    )
 
 
 def short_name(name: str) -> str:
@@ -145,7 +162,9 @@ def short_name(name: str) -> str:
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     base = front_matter(facts.base_card)
-    languages = [name for name in facts.corpus_bytes if re.fullmatch(r"[a-z]{2,3}", name) and name != "all"]
+    languages = [
+        name for name in facts.corpus_bytes if re.fullmatch(r"[a-z]{2,3}", name) and name != "all"
+    ]
     values = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -153,7 +172,11 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
         "base_model_relation": "finetune" if _hub_name(facts.base_model) else "",
         **{key: base.get(key) for key in _CARRIED},
         "language": languages,
-        "tags": ["tokalign-jax", "vocabulary-transfer", *([facts.model_type] if facts.model_type else [])],
+        "tags": [
+            "tokalign-jax",
+            "vocabulary-transfer",
+            *([facts.model_type] if facts.model_type else []),
+        ],
     }
     return {key: value for key, value in values.items() if value}
 
@@ -161,7 +184,10 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 def _hub_name(name: str) -> str:
     """The repository of a hub name, without its revision; "" for a folder, or what ships with the package."""
     repository = name.partition("@")[0]
-    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and not Path(name).expanduser().exists()
+    is_name = (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository)
+        and not Path(name).expanduser().exists()
+    )
     return repository if is_name else ""
 
 
@@ -172,18 +198,31 @@ def _made(facts: CardFacts) -> str:
     base, name = _link(facts.base_model), short_name(facts.base_model)
     if facts.target_tokenizer == EXTEND:
         lines = [f"# {literal(name)} with an extended vocabulary", ""]
-        lines += [f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"]
+        lines += [
+            f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"
+        ]
         lines += ["were made for these, and trained by tokalign_jax."]
     else:
-        lines = [f"# {literal(name)} with the vocabulary of {literal(short_name(facts.target_tokenizer))}", ""]
-        lines += [f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"]
+        lines = [
+            f"# {literal(name)} with the vocabulary of {literal(short_name(facts.target_tokenizer))}",
+            "",
+        ]
+        lines += [
+            f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"
+        ]
         lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
     if facts.teacher:
-        lines += [f"In a last stage it learned from {_link(facts.teacher)}, which has the same tokens."]
+        lines += [
+            f"In a last stage it learned from {_link(facts.teacher)}, which has the same tokens."
+        ]
     if facts.source_tokens and facts.target_tokens:
-        lines += [f"The vocabulary went from {facts.source_tokens:,} to {facts.target_tokens:,} tokens."]
+        lines += [
+            f"The vocabulary went from {facts.source_tokens:,} to {facts.target_tokens:,} tokens."
+        ]
     if facts.rows > facts.target_tokens > 0:
-        lines += [f"The matrices have {facts.rows:,} rows; those past the vocabulary stand for no token."]
+        lines += [
+            f"The matrices have {facts.rows:,} rows; those past the vocabulary stand for no token."
+        ]
     return "\n".join(lines)
 
 
@@ -210,7 +249,13 @@ def _figures(facts: CardFacts) -> list[Section]:
     def figures(title: str, values: Mapping[str, Mapping[str, float]], text: str) -> Section:
         languages = dict.fromkeys(language for column in values.values() for language in column)
         rows = [
-            (language, *(f"{column[language]:.3f}" if language in column else "" for column in values.values()))
+            (
+                language,
+                *(
+                    f"{column[language]:.3f}" if language in column else ""
+                    for column in values.values()
+                ),
+            )
             for language in languages
         ]
         return Section(title, text if rows else "", ("language", *values), rows)
@@ -226,7 +271,11 @@ def _figures(facts: CardFacts) -> list[Section]:
             facts.bits_per_byte,
             f"`source` is the base model with its own tokenizer, on the same text; lower is better.{kept}",
         ),
-        figures("Bytes per token", facts.bytes_per_token, "More bytes in a token are fewer tokens for a text."),
+        figures(
+            "Bytes per token",
+            facts.bytes_per_token,
+            "More bytes in a token are fewer tokens for a text.",
+        ),
     ]
 
 
@@ -246,7 +295,11 @@ def _terms(facts: CardFacts) -> str:
 def _link(name: str) -> str:
     repository, _, revision = name.partition("@")
     pinned = f" (revision `{revision}`)" if revision else ""
-    return f"[{repository}](https://huggingface.co/{repository}){pinned}" if _hub_name(name) else code(short_name(name))
+    return (
+        f"[{repository}](https://huggingface.co/{repository}){pinned}"
+        if _hub_name(name)
+        else code(short_name(name))
+    )
 
 
 def _size(size: int) -> str:

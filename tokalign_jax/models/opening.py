@@ -78,9 +78,7 @@ def _other_vocabulary(folder: Path, model: Mapping[str, Any]) -> str:
     if vocabulary and isinstance(known, dict):
         for token, index in known.items():
             if vocabulary.get(token, index) != index:
-                return (
-                    f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json {index}, which is followed"
-                )
+                return f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json {index}, which is followed"
     file = folder / "merges.txt"
     if not file.is_file() or "merges" not in model:
         return ""

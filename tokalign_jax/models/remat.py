@@ -57,7 +57,9 @@ def wrap(body: Callable, policy: Policy, in_loop: bool = True) -> Callable:
 
     def keeps(primitive: Any, *_: Any, **params: Any) -> bool:
         return (
-            params.get("name") in kept if primitive.name == "name" else primitive.name == _CUDNN and ATTENTION in kept
+            params.get("name") in kept
+            if primitive.name == "name"
+            else primitive.name == _CUDNN and ATTENTION in kept
         )
 
     # Inside a loop XLA cannot undo the recomputation, so nothing needs to be held against that.

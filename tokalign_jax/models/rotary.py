@@ -26,7 +26,9 @@ class LinearScaling:
 
     factor: float
 
-    def apply(self, frequencies: Float[Array, "R/2"], theta: float, length: Length) -> Float[Array, "R/2"]:
+    def apply(
+        self, frequencies: Float[Array, "R/2"], theta: float, length: Length
+    ) -> Float[Array, "R/2"]:
         return frequencies / self.factor
 
     @property
@@ -41,7 +43,9 @@ class DynamicScaling:
     factor: float
     max_positions: int
 
-    def apply(self, frequencies: Float[Array, "R/2"], theta: float, length: Length) -> Float[Array, "R/2"]:
+    def apply(
+        self, frequencies: Float[Array, "R/2"], theta: float, length: Length
+    ) -> Float[Array, "R/2"]:
         size = 2 * len(frequencies)
         length = jnp.maximum(length, self.max_positions)
         growth = self.factor * length / self.max_positions - (self.factor - 1)
@@ -66,9 +70,13 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_positions: int
 
-    def apply(self, frequencies: Float[Array, "R/2"], theta: float, length: Length) -> Float[Array, "R/2"]:
+    def apply(
+        self, frequencies: Float[Array, "R/2"], theta: float, length: Length
+    ) -> Float[Array, "R/2"]:
         turns = self.original_positions * frequencies / (2 * math.pi)
-        kept = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+        kept = (turns - self.low_frequency_factor) / (
+            self.high_frequency_factor - self.low_frequency_factor
+        )
         return _blend(frequencies, kept, self.factor)
 
     @property
@@ -92,11 +100,17 @@ class YarnScaling:
     original_positions: int
     truncate: bool
 
-    def apply(self, frequencies: Float[Array, "R/2"], theta: float, length: Length) -> Float[Array, "R/2"]:
+    def apply(
+        self, frequencies: Float[Array, "R/2"], theta: float, length: Length
+    ) -> Float[Array, "R/2"]:
         size = 2 * len(frequencies)
 
         def index(turns: float) -> float:
-            return size * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            return (
+                size
+                * math.log(self.original_positions / (turns * 2 * math.pi))
+                / (2 * math.log(theta))
+            )
 
         low, high = index(self.beta_fast), index(self.beta_slow)
         if self.truncate:
@@ -119,8 +133,12 @@ class LongRopeScaling:
     """What queries and keys are multiplied with."""
     original_positions: int
 
-    def apply(self, frequencies: Float[Array, "R/2"], theta: float, length: Length) -> Float[Array, "R/2"]:
-        return frequencies / jnp.where(length > self.original_positions, jnp.array(self.long), jnp.array(self.short))
+    def apply(
+        self, frequencies: Float[Array, "R/2"], theta: float, length: Length
+    ) -> Float[Array, "R/2"]:
+        return frequencies / jnp.where(
+            length > self.original_positions, jnp.array(self.long), jnp.array(self.short)
+        )
 
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
@@ -149,7 +167,10 @@ def rotation(positions: Int[Array, "T"], rope: Rope | None, size: int, length: L
     frequencies = rope.theta ** (-jnp.arange(0, rope.size, 2, dtype=jnp.float32) / rope.size)
     magnitude = 1.0
     if rope.scaling is not None:
-        frequencies, magnitude = rope.scaling.apply(frequencies, rope.theta, length), rope.scaling.magnitude
+        frequencies, magnitude = (
+            rope.scaling.apply(frequencies, rope.theta, length),
+            rope.scaling.magnitude,
+        )
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
@@ -159,8 +180,12 @@ def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     """Turns the pairs (x[i], x[i + R/2]), i < R/2, in float32; the result has the type of `x`. `by` gets no gradient."""
     cosine, sine = (part[:, None, :] for part in by)
     half = cosine.shape[-1]
-    first, second = (x[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half)))
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+    first, second = (
+        x[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half))
+    )
+    turned = jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    ).astype(x.dtype)
     if 2 * half == x.shape[-1]:
         return turned
     if x.shape[-2] == 1:
@@ -168,7 +193,9 @@ def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     return jax.lax.platform_dependent(x, turned, cuda=_in_place, default=_beside)
 
 
-def _in_place(x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]) -> Float[Array, "B T N H"]:
+def _in_place(
+    x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]
+) -> Float[Array, "B T N H"]:
     """Where only a part turns, the rest stays where it is in memory: that saves a GPU a pass over it."""
     return jax.lax.dynamic_update_slice_in_dim(x, turned, 0, axis=-1)
 

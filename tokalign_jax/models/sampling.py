@@ -50,8 +50,15 @@ def sample(
             row[: len(prompt)] = prompt
         lengths = np.ones(at_once, np.int32)
         lengths[: len(part)] = [len(prompt) for prompt in part]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), start + jnp.arange(at_once))
-        inputs = sharding.put(forced, split), sharding.put(lengths, split), keys, jnp.float32(temperature)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.key(seed), start + jnp.arange(at_once)
+        )
+        inputs = (
+            sharding.put(forced, split),
+            sharding.put(lengths, split),
+            keys,
+            jnp.float32(temperature),
+        )
         tokens = _extend(config, params, *inputs, dtype=jnp.dtype(dtype), mesh=mesh)
         drawn += sharding.to_host(tokens)[: len(part)].tolist()
     return drawn

@@ -111,7 +111,10 @@ def _plus_forward(x: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _plus_backward(added: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    axes, wide = tuple(range(gradient.ndim - added.ndim)), jnp.promote_types(gradient.dtype, jnp.float32)
+    axes, wide = (
+        tuple(range(gradient.ndim - added.ndim)),
+        jnp.promote_types(gradient.dtype, jnp.float32),
+    )
     summed = jax.lax.platform_dependent(
         gradient,
         cuda=lambda gradient: jax.lax.reduce_sum(gradient, axes).astype(wide),
@@ -134,7 +137,9 @@ class Norm(nnx.Module):
         self.bias = _param(*shape) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        scale = self.gain * (self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0))
+        scale = self.gain * (
+            self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0)
+        )
         bias = None if self.bias is None else self.gain * self.bias.astype(jnp.float32)
         return _normed(x, scale, bias, self.config.norm == "layer", self.config.norm_epsilon)
 
@@ -173,7 +178,9 @@ class Attention(nnx.Module):
         for_q, for_k, for_v = readers
         q = self._turned(self._heads(self.q_proj(for_q, in_key), self.q_norm), place)
         k = self._turned(self._heads(self.k_proj(for_k, in_key), self.k_norm), place)
-        v = checkpoint_name(self._heads(self.v_proj(for_v, in_key), None), rematerialization.ATTENTION)
+        v = checkpoint_name(
+            self._heads(self.v_proj(for_v, in_key), None), rematerialization.ATTENTION
+        )
         if cache is None:
             y = self._attend(q, k, v, place)
         else:
@@ -203,7 +210,11 @@ class Attention(nnx.Module):
         heads = (*x.shape[:2], -1, self.config.head_dim)
         if norm is None:
             return x.reshape(heads)
-        return norm(x).reshape(heads) if self.config.query_key_norm == "width" else norm(x.reshape(heads))
+        return (
+            norm(x).reshape(heads)
+            if self.config.query_key_norm == "width"
+            else norm(x.reshape(heads))
+        )
 
     @property
     def _logits(self) -> dict[str, Any]:
@@ -215,7 +226,11 @@ class Attention(nnx.Module):
         }
 
     def _attend(
-        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], place: Place
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        place: Place,
     ) -> Float[Array, "B T N H"]:
         windows, _ = _numbered([kind.window for kind in self.config.layer_kinds])
         # One branch a window, so that each knows its own when it is compiled, as fused kernels must.
@@ -225,7 +240,11 @@ class Attention(nnx.Module):
         return jax.lax.switch(place.window, branches, q, k, v)
 
     def _attend_cached(
-        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], place: Place
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        place: Place,
     ) -> Float[Array, "B T N H"]:
         windows, _ = _numbered([kind.window for kind in self.config.layer_kinds])
         window = jnp.array([window or k.shape[1] for window in windows])[place.window]
@@ -239,7 +258,9 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.activation = config.activation
         self.gate_proj = (
-            Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, lora) if config.gated_mlp else None
+            Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, lora)
+            if config.gated_mlp
+            else None
         )
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, lora)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, lora)
@@ -255,7 +276,9 @@ class MLP(nnx.Module):
 class ExpertLinear(nnx.Module):
     """The linear maps of all experts, with their adapters: y[e] = x[e] W[e], or summed over the experts."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, lora: LoraSpec | None, summed: bool = False):
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, lora: LoraSpec | None, summed: bool = False
+    ):
         self.kernel = _param(experts, inputs, outputs)
         self.outputs = "bto" if summed else "ebto"
         self.lora = lora
@@ -263,12 +286,16 @@ class ExpertLinear(nnx.Module):
             self.lora_a = _param(experts, inputs, lora.rank)
             self.lora_b = _param(experts, lora.rank, outputs)
 
-    def __call__(self, x: Float[Array, "*E B T in"], key: jax.Array | None) -> Float[Array, "*E B T out"]:
+    def __call__(
+        self, x: Float[Array, "*E B T in"], key: jax.Array | None
+    ) -> Float[Array, "*E B T out"]:
         inputs = "ebti" if x.ndim == 4 else "bti"
         y = jnp.einsum(f"{inputs},eio->{self.outputs}", x, self.kernel.astype(x.dtype))
         if self.lora:
             x = _dropout(x, self.lora.dropout, key)
-            low = _scaled(jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype)), self.lora.scale)
+            low = _scaled(
+                jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype)), self.lora.scale
+            )
             y += jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
         return y
 
@@ -280,7 +307,9 @@ class ExpertMLP(nnx.Module):
         self.activation = config.activation
         self.gate_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
         self.up_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
-        self.down_proj = ExpertLinear(count, config.intermediate_size, config.hidden_size, lora, summed=True)
+        self.down_proj = ExpertLinear(
+            count, config.intermediate_size, config.hidden_size, lora, summed=True
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], key: jax.Array | None
@@ -325,7 +354,9 @@ class Block(nnx.Module):
         self.attention = Attention(config, lora)
         self.attention_out_norm = norm() if after else None
         self.post_attention_norm = norm() if before and not config.shared_norm else None
-        self.mlp = MixtureOfExperts(config, config.experts, lora) if config.experts else MLP(config, lora)
+        self.mlp = (
+            MixtureOfExperts(config, config.experts, lora) if config.experts else MLP(config, lora)
+        )
         self.mlp_out_norm = norm() if after else None
 
     def __call__(
@@ -365,7 +396,9 @@ class Transformer(nnx.Module):
         self.embed_tokens = Embed(config)
         self.embed_positions = Positions(config) if config.learned_positions else None
         self.layers = nnx.vmap(lambda: Block(config, lora), axis_size=config.num_layers)()
-        self.final_norm = Norm(config, config.hidden_size, bias=config.norm == "layer", gain=config.output_scale)
+        self.final_norm = Norm(
+            config, config.hidden_size, bias=config.norm == "layer", gain=config.output_scale
+        )
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
     def __call__(
@@ -385,7 +418,10 @@ class Transformer(nnx.Module):
         ropes, rope_of = _numbered([kind.rope for kind in config.layer_kinds])
         _, window_of = _numbered([kind.window for kind in config.layer_kinds])
         size = max((rope.size for rope in ropes if rope), default=0)
-        turns = [rotation(positions, rope, size, tokens.shape[1] if length is None else length) for rope in ropes]
+        turns = [
+            rotation(positions, rope, size, tokens.shape[1] if length is None else length)
+            for rope in ropes
+        ]
         definition, weights = nnx.split(self.layers)
 
         def layer(x, weights, by, window, key, cache):
@@ -394,7 +430,11 @@ class Transformer(nnx.Module):
 
         def turn(x, scanned):
             weights, key, cache, rope, window = scanned
-            by = turns[0] if len(turns) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts)[rope], *turns)
+            by = (
+                turns[0]
+                if len(turns) == 1
+                else jax.tree.map(lambda *parts: jnp.stack(parts)[rope], *turns)
+            )
             return layer(x, weights, by, window, key, cache)
 
         keys = None if key is None else _split(key, config.num_layers)
@@ -411,10 +451,14 @@ class Transformer(nnx.Module):
             def own(x, slot, key, i=i):
                 return layer(x, _taken(slot, still, i), turns[rope_of[i]], window_of[i], key, None)
 
-            x, _ = rematerialization.wrap(own, remat, in_loop=False)(x, slot, None if keys is None else keys[i])
+            x, _ = rematerialization.wrap(own, remat, in_loop=False)(
+                x, slot, None if keys is None else keys[i]
+            )
         return self.final_norm(x), None
 
-    def _placed(self, x: Float[Array, "B T D"], positions: Int[Array, "T"]) -> Float[Array, "B T D"]:
+    def _placed(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "T"]
+    ) -> Float[Array, "B T D"]:
         """The embedding as the first layer reads it."""
         if self.config.embedding_scale != 1:
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
@@ -461,7 +505,9 @@ def forward(
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
     """The matrix that turns hidden states into logits: the head, or when tied the input embedding."""
-    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+    return (
+        params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+    )
 
 
 def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -471,13 +517,21 @@ def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Arr
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 
-def logits(config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T V"]:
+def logits(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options
+) -> Float[Array, "B T V"]:
     """All logits in float32, for short inputs; `options` are those of `forward`."""
-    return adjust_logits(config, _project(config, forward(config, params, tokens, **options), params))
+    return adjust_logits(
+        config, _project(config, forward(config, params, tokens, **options), params)
+    )
 
 
 def generate(
-    config: ModelConfig, params: Params, prompt: Int[Array, "B T"], steps: int, dtype: DTypeLike = jnp.float32
+    config: ModelConfig,
+    params: Params,
+    prompt: Int[Array, "B T"],
+    steps: int,
+    dtype: DTypeLike = jnp.float32,
 ) -> Int[Array, "B T+steps"]:
     """`prompt` and its greedy continuation by `steps` tokens.
 
@@ -491,12 +545,19 @@ def generate(
     _check_length(config, length + steps)
     # Padded, so that prompts of all lengths run through a few programs.
     padded = jnp.pad(prompt, ((0, 0), (0, -length % 64)))
-    return jnp.concatenate([prompt, _continue(config, params, padded, length, steps, jnp.dtype(dtype))], axis=1)
+    return jnp.concatenate(
+        [prompt, _continue(config, params, padded, length, steps, jnp.dtype(dtype))], axis=1
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"))
 def _continue(
-    config: ModelConfig, params: Params, prompt: Int[Array, "B T"], length: Int[Array, ""], steps: int, dtype: DTypeLike
+    config: ModelConfig,
+    params: Params,
+    prompt: Int[Array, "B T"],
+    length: Int[Array, ""],
+    steps: int,
+    dtype: DTypeLike,
 ) -> Int[Array, "B steps"]:
     """The greedy continuation of the first `length` tokens, with a cache of keys and values.
 
@@ -504,7 +565,10 @@ def _continue(
     """
     model = _bind(config, None, params)
     batch, padded_length = prompt.shape
-    empty = jnp.zeros((config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim), dtype)
+    empty = jnp.zeros(
+        (config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim),
+        dtype,
+    )
 
     def advance(tokens, last, cache, start):
         with compiling.products(dtype):
@@ -539,7 +603,9 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
 
     leaves = paths.flatten(abstract_params(config))
     keys = jax.random.split(key, len(leaves))
-    return paths.unflatten({path: init(path, leaf.shape, k) for (path, leaf), k in zip(leaves.items(), keys)})
+    return paths.unflatten(
+        {path: init(path, leaf.shape, k) for (path, leaf), k in zip(leaves.items(), keys)}
+    )
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
@@ -576,12 +642,16 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
     return _bind(config, None, params)
 
 
-def last_logits(config: ModelConfig, hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
+def last_logits(
+    config: ModelConfig, hidden: Float[Array, "... D"], params: Params
+) -> Float[Array, "... V"]:
     """The logits of final states, float32, as the model adjusts them (soft-cap)."""
     return adjust_logits(config, _project(config, hidden, params))
 
 
-def _project(config: ModelConfig, hidden: Float[Array, "... D"], params: Params) -> Float[Array, "... V"]:
+def _project(
+    config: ModelConfig, hidden: Float[Array, "... D"], params: Params
+) -> Float[Array, "... V"]:
     head = head_matrix(params).astype(hidden.dtype)
     with compiling.products(hidden.dtype):
         every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -612,7 +682,9 @@ def _normed_forward(x: Array, scale: Array, bias: Array | None, centred: bool, e
     return _norm(x, scale, bias, centred, epsilon), (x, scale, bias)
 
 
-def _normed_backward(centred: bool, epsilon: float, kept: tuple[Array, Array, Array | None], gradient: Array):
+def _normed_backward(
+    centred: bool, epsilon: float, kept: tuple[Array, Array, Array | None], gradient: Array
+):
     """As autodiff has it, but sums over tokens begin at `x` again, with moments of their own: the normed tokens, shared with the
     gradient of `x`, would be an array in float32."""
     x, scale, bias = kept
@@ -655,7 +727,9 @@ def _unstacked_forward(stack: Any, layers: int):
 
 
 def _unstacked_backward(layers: int, _: None, gradients: list[Any]):
-    return (jax.lax.optimization_barrier(jax.tree.map(lambda *parts: jnp.stack(parts), *gradients)),)
+    return (
+        jax.lax.optimization_barrier(jax.tree.map(lambda *parts: jnp.stack(parts), *gradients)),
+    )
 
 
 _unstacked.defvjp(_unstacked_forward, _unstacked_backward)
@@ -672,7 +746,8 @@ def _taken(slot: Any, stack: Any, layer: int) -> Any:
 
 
 _taken.defvjp(
-    lambda slot, stack, layer: (_taken(slot, stack, layer), None), lambda layer, _, gradient: (gradient, None)
+    lambda slot, stack, layer: (_taken(slot, stack, layer), None),
+    lambda layer, _, gradient: (gradient, None),
 )
 
 
@@ -709,7 +784,11 @@ def _check_length(config: ModelConfig, length: int) -> None:
 
 def _split(key: jax.Array | None, count: int):
     """`count` times as many keys: [count, B] from [B]."""
-    return [None] * count if key is None else jax.vmap(lambda k: jax.random.split(k, count), out_axes=1)(key)
+    return (
+        [None] * count
+        if key is None
+        else jax.vmap(lambda k: jax.random.split(k, count), out_axes=1)(key)
+    )
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -717,7 +796,9 @@ def _scaled(x: Array, factor: float) -> Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _dropout(x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None) -> Float[Array, "*E B T D"]:
+def _dropout(
+    x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None
+) -> Float[Array, "*E B T D"]:
     """Drops a share of `x` that is `rate`.
 
     An element's chance is a hash of its number in its sequence, seeded by the sequence's key: computed where it is used,

@@ -36,7 +36,9 @@ class Weight:
 
     def slices(self, num_layers: int) -> list[tuple[int, ...]]:
         """The slice of the leaves that each of its tensors fills; () is the whole."""
-        return list(itertools.product(*(range(n) for n in (num_layers, self.count)[: self.stacked])))
+        return list(
+            itertools.product(*(range(n) for n in (num_layers, self.count)[: self.stacked]))
+        )
 
     def names(self, part: tuple[int, ...]) -> tuple[str, ...]:
         """All names that the tensor of the slice `part` may have, the usual one first."""
@@ -52,7 +54,11 @@ def same(name: str, leaf: str, aliases: tuple[str, ...] = (), count: int = 1) ->
 def linear(name: str, path: str, bias: bool, count: int = 1) -> list[Weight]:
     """A PyTorch linear layer: weight [out, in] to kernel [in, out], and perhaps a bias."""
     kernel = Weight(
-        f"{name}.weight", (f"{path}/kernel",), lambda tensor: (tensor.T,), lambda leaves: leaves[0].T, count=count
+        f"{name}.weight",
+        (f"{path}/kernel",),
+        lambda tensor: (tensor.T,),
+        lambda leaves: leaves[0].T,
+        count=count,
     )
     return [kernel, same(f"{name}.bias", f"{path}/bias", count=count)] if bias else [kernel]
 

@@ -15,7 +15,11 @@ from tokalign_jax.planning.memory import Setup, needed, policy
 
 def too_large(setups: Mapping[str, Setup]) -> dict[str, str]:
     """For each training stage that does not fit a device: what it needs, and what would fit."""
-    return {name: what_would_fit(setup) for name, setup in setups.items() if needed(setup) > setup.machine.memory}
+    return {
+        name: what_would_fit(setup)
+        for name, setup in setups.items()
+        if needed(setup) > setup.machine.memory
+    }
 
 
 def what_would_fit(setup: Setup) -> str:
@@ -124,7 +128,9 @@ def too_large_untrained(run: Run) -> dict[str, str]:
                 f"{format_bytes(host)} of host memory, of which {format_bytes(run.machine.host_memory)} are free"
             )
         if short:
-            warnings[name] = f"{name} will not fit: it needs about {' and '.join(short)}; {_remedy(name, run)}"
+            warnings[name] = (
+                f"{name} will not fit: it needs about {' and '.join(short)}; {_remedy(name, run)}"
+            )
     return warnings
 
 
@@ -144,7 +150,11 @@ def _remedy(name: str, run: Run) -> str:
 def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
     data, fsdp, tensor = run.mesh
     for more in (n for n in range(2, data + 1) if data % n == 0):
-        yield "mesh.fsdp", fsdp * more, dataclasses.replace(run, mesh=(data // more, fsdp * more, tensor))
+        yield (
+            "mesh.fsdp",
+            fsdp * more,
+            dataclasses.replace(run, mesh=(data // more, fsdp * more, tensor)),
+        )
     if name == "evaluate":
         for batch in _powers_of_two(run.config.evaluation.batch, 1):
             yield "evaluation.batch", batch, _with(run, "evaluation", batch=batch)
@@ -154,7 +164,11 @@ def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
     if name == "init":
         if distills(run.config):
             yield "initialization.trains", "rows", _with(run, "initialization", trains="rows")
-            yield "initialization.distillation_tokens", 0, _with(run, "initialization", distillation_tokens=0)
+            yield (
+                "initialization.distillation_tokens",
+                0,
+                _with(run, "initialization", distillation_tokens=0),
+            )
         else:
             for key in ("tuning", "tokens"):
                 yield f"initialization.{key}", 0, _with(run, "initialization", **{key: 0})

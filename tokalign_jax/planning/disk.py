@@ -29,7 +29,9 @@ def text_bytes(config: Config) -> int:
     """UTF-8 bytes of text that a run keeps, estimated from file sizes."""
     files = [Path(name) for name in corpus.names(config)]
     # Compressed text expands to about five times its size; a hub dataset only has a budget.
-    sizes = [5 * file.stat().st_size if file.exists() else config.text.budget_bytes for file in files]
+    sizes = [
+        5 * file.stat().st_size if file.exists() else config.text.budget_bytes for file in files
+    ]
     return min(config.text.budget_bytes, sum(sizes))
 
 
@@ -44,7 +46,9 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 def exported_bytes(config: Config, raw: Mapping[str, Any]) -> int:
     """Bytes of a parameter in the exported folder, from the source's config.json (`raw`)."""
-    return jnp.dtype(_dtype(raw) if config.export.dtype == "source" else config.export.dtype).itemsize
+    return jnp.dtype(
+        _dtype(raw) if config.export.dtype == "source" else config.export.dtype
+    ).itemsize
 
 
 def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> dict[str, int]:

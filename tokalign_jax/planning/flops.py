@@ -10,7 +10,9 @@ from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import shapes
 
 
-def flops_per_token(model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None = None) -> float:
+def flops_per_token(
+    model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None = None
+) -> float:
     """FLOPs of a training step for each token, without recomputation, attention over all T.
 
     For each parameter of a matrix product (PaLM, appendix B): 2 forward, 2 backward to its input,
@@ -19,7 +21,9 @@ def flops_per_token(model: ModelConfig, stage: StageConfig, teacher: ModelConfig
     """
     trained, frozen = shapes(model, stage)
     length = stage.sequence_length
-    total = 6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model, length)
+    total = (
+        6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model, length)
+    )
     if teacher and teacher_of(stage):
         total += 2 * products(teacher, abstract_params(teacher)) + attention(teacher, length)
     return total
@@ -31,7 +35,8 @@ def products(model: ModelConfig, tree: paths.Tree) -> float:
     sizes = {
         path: math.prod(leaf.shape) * (active if "experts/" in path else 1)
         for path, leaf in paths.flatten(tree).items()
-        if re.search(r"(kernel|lora_[ab])$", path) or (model.tie_word_embeddings and path == "embed_tokens/embedding")
+        if re.search(r"(kernel|lora_[ab])$", path)
+        or (model.tie_word_embeddings and path == "embed_tokens/embedding")
     }
     return sum(sizes.values())
 

@@ -109,7 +109,12 @@ def _init_on_device(run: Run) -> dict[str, int]:
     size, (_, fsdp, tensor) = jnp.dtype(compute.dtype).itemsize, run.mesh
     new_rows = FLOAT * elements(_vocabulary(model), run.mesh)
     devices = math.prod(run.mesh)
-    sums = 2 * (run.source.rows + model.vocab_size) * run.row // (devices if width % devices == 0 else 1)
+    sums = (
+        2
+        * (run.source.rows + model.vocab_size)
+        * run.row
+        // (devices if width % devices == 0 else 1)
+    )
     on_cpu = not run.machine.fused_attention
     tokens = contexts.BATCH_TOKENS["cpu"] if on_cpu else contexts.OTHER_BATCH_TOKENS
     # States of a batch, sorted, and the levels of the scan that adds them up.
@@ -136,7 +141,11 @@ def _init_on_host(run: Run) -> dict[str, int]:
     if distills(run.config):
         features = run.matrices * FLOAT * run.model.vocab_size * _features_of_composed(run)
         # Once as they are found for composed tokens, once as rows of the matrix.
-        return {"new rows (float32)": 2 * new_rows, "source rows": 2 * source_rows, "features": 2 * features}
+        return {
+            "new rows (float32)": 2 * new_rows,
+            "source rows": 2 * source_rows,
+            "features": 2 * features,
+        }
     if not reads_source(run.config):
         return {"new rows (float32)": new_rows, "source rows": stored + source_rows}
     # What threads have put together ahead of the device, and what they work with.
@@ -149,9 +158,14 @@ def _init_on_host(run: Run) -> dict[str, int]:
     }
     if run.config.initialization.tuning:
         # The source's rows; features, once more while rows are added to them; the rows once moved.
-        work["tuning"] = run.matrices * (stored + source_rows) + max(2 * _features(run) + blocks, new_rows)
+        work["tuning"] = run.matrices * (stored + source_rows) + max(
+            2 * _features(run) + blocks, new_rows
+        )
     states_of_tokens = 2 * (rows + source_rows)
-    return {"new rows (float32)": new_rows, "mean states of tokens (float32)": states_of_tokens} | _largest(work)
+    return {
+        "new rows (float32)": new_rows,
+        "mean states of tokens (float32)": states_of_tokens,
+    } | _largest(work)
 
 
 def _features_of_composed(run: Run) -> int:
@@ -166,13 +180,20 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
     size = jnp.dtype(compute.dtype).itemsize
     leaves = paths.flatten(abstract_params(run.model))
     rows = elements(_vocabulary(run.model), run.mesh)
-    body = elements({path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}, run.mesh)
+    body = elements(
+        {path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}, run.mesh
+    )
     trains_body = run.config.initialization.trains == "all"
     features = run.matrices * run.model.vocab_size * _features_of_composed(run)
     hidden = min(self_distillation.HIDDEN, 2 * run.model.hidden_size)
     tokens = self_distillation.OTHER_MICRO_BATCH_TOKENS if run.machine.fused_attention else 1024
-    setup = _setup(run, run.model, min(self_distillation.LENGTH, run.model.max_positions)).with_compute(remat="layer")
-    work = max(memory.layer_bytes(setup, tokens), memory.logits_bytes(run.model, setup.compute, tokens, run.mesh))
+    setup = _setup(
+        run, run.model, min(self_distillation.LENGTH, run.model.max_positions)
+    ).with_compute(remat="layer")
+    work = max(
+        memory.layer_bytes(setup, tokens),
+        memory.logits_bytes(run.model, setup.compute, tokens, run.mesh),
+    )
     inner = 2 * run.matrices * run.model.vocab_size * hidden // (fsdp * tensor)
     return {
         "teacher": size * elements(abstract_params(run.source_model), run.mesh),
@@ -180,7 +201,9 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
         "rows": 6 * FLOAT * rows,
         "body": (4 * FLOAT + FLOAT if trains_body else size) * body,
         "features of tokens": size * features // (fsdp * tensor),
-        "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh) + work + size * inner,
+        "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh)
+        + work
+        + size * inner,
     }
 
 
@@ -193,7 +216,10 @@ def _step(run: Run, tokens: int) -> int:
     """Activations and working memory of a training step on the vocabulary's rows."""
     length = min(tuning.LENGTH, run.model.max_positions)
     setup = _setup(run, run.model, length).with_compute(remat="layer")
-    work = max(memory.layer_bytes(setup, tokens), memory.logits_bytes(run.model, setup.compute, tokens, run.mesh))
+    work = max(
+        memory.layer_bytes(setup, tokens),
+        memory.logits_bytes(run.model, setup.compute, tokens, run.mesh),
+    )
     return memory.kept_bytes(run.model, setup.compute, tokens, run.mesh) + work
 
 
@@ -211,9 +237,13 @@ def _evaluation_on_device(run: Run) -> dict[str, int]:
     trained = list(training_stages(run.config).values())
     for count in range(1, len(trained) + 1):
         leaves, adapters = _changed(run, trained[:count])
-        largest = max((elements({path: leaf}, run.mesh) for path, leaf in leaves.items()), default=0)
+        largest = max(
+            (elements({path: leaf}, run.mesh) for path, leaf in leaves.items()), default=0
+        )
         casting = FLOAT * elements({**leaves, **adapters}, run.mesh) + size * largest
-        merging = FLOAT * elements(adapters, run.mesh) + (MERGING * _largest_matrix(run) if adapters else 0)
+        merging = FLOAT * elements(adapters, run.mesh) + (
+            MERGING * _largest_matrix(run) if adapters else 0
+        )
         kind = "loading what was trained"
         work[kind] = max(work.get(kind, 0), casting - weights, merging)
     return {f"model ({compute.dtype})": weights} | _largest(work)
@@ -278,7 +308,9 @@ def _vocabulary(model: ModelConfig) -> paths.Tree:
 def _largest_matrix(run: Run) -> int:
     """Bytes of the largest matrix of one layer (and expert) in float32."""
     leaves = paths.flatten(abstract_params(run.model))
-    return FLOAT * max(math.prod(leaf.shape[-2:]) for path, leaf in leaves.items() if "_proj/kernel" in path)
+    return FLOAT * max(
+        math.prod(leaf.shape[-2:]) for path, leaf in leaves.items() if "_proj/kernel" in path
+    )
 
 
 def _largest(work: Mapping[str, int]) -> dict[str, int]:

@@ -76,8 +76,16 @@ class Machine:
         Raises:
           UserError: `memory` or `host_memory` is not a number of bytes.
         """
-        usable = USABLE * parse_number(memory, "--plan_device_memory", "80GB", _BYTES) if memory else math.inf
-        host = parse_number(host_memory, "--plan_host_memory", "256GB", _BYTES) if host_memory else math.inf
+        usable = (
+            USABLE * parse_number(memory, "--plan_device_memory", "80GB", _BYTES)
+            if memory
+            else math.inf
+        )
+        host = (
+            parse_number(host_memory, "--plan_host_memory", "256GB", _BYTES)
+            if host_memory
+            else math.inf
+        )
         if devices:
             return cls(devices, usable, host_memory=host)
         attached = jax.devices()
@@ -97,7 +105,9 @@ class Machine:
     def fuses(self, model: ModelConfig, compute: ComputeConfig) -> bool:
         """Whether there is a fused attention kernel for this model's head size, type and soft-cap."""
         device = jax.devices()[0] if self.kind else None
-        return self.fused_attention and has_kernel(model.head_dim, compute.dtype, model.attention_softcap, device)
+        return self.fused_attention and has_kernel(
+            model.head_dim, compute.dtype, model.attention_softcap, device
+        )
 
 
 @dataclass(frozen=True)
@@ -127,10 +137,15 @@ class Speed:
             parse_number(peak, "--plan_peak", "989TFLOPS", _FLOPS) if peak else 0.0,
         )
 
-    def seconds(self, tokens: int, flops: float, method: str, machine: Machine) -> tuple[float, str] | None:
+    def seconds(
+        self, tokens: int, flops: float, method: str, machine: Machine
+    ) -> tuple[float, str] | None:
         """How long training on `tokens` takes, and the source of that figure; None if unknown."""
         if self.tokens_per_second:
-            return tokens / self.tokens_per_second, f"at the {quantity(self.tokens_per_second)} tokens/s given"
+            return (
+                tokens / self.tokens_per_second,
+                f"at the {quantity(self.tokens_per_second)} tokens/s given",
+            )
         if rate := self.measured.get(method):
             return (
                 tokens / rate / machine.devices,
@@ -159,7 +174,13 @@ class _CgroupFiles(NamedTuple):
 
 _CGROUPS = (
     _CgroupFiles("sys/fs/cgroup", "", "memory.max", "memory.current", "file"),
-    _CgroupFiles("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    _CgroupFiles(
+        "sys/fs/cgroup/memory",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_cache",
+    ),
 )
 
 
@@ -200,7 +221,10 @@ def _read(file: Path) -> str:
 _BYTES = {"": 1, "B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}} | {
     f"{letter}iB": 1024**n for n, letter in enumerate("KMGT", 1)
 }
-_FLOPS = {"": 1, **{f"{letter}FLOPS": 1000**n for n, letter in enumerate(("K", "M", "G", "T", "P"), 1)}}
+_FLOPS = {
+    "": 1,
+    **{f"{letter}FLOPS": 1000**n for n, letter in enumerate(("K", "M", "G", "T", "P"), 1)},
+}
 
 
 def parse_number(text: str, flag: str, example: str, units: Mapping[str, float]) -> float:

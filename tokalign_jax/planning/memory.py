@@ -59,7 +59,9 @@ def state_bytes(config: Config, model: ModelConfig, teacher: ModelConfig | None)
     teacher included."""
     stages = training_stages(config).values() or [config.stage1]
     frozen = 2 * parameters(abstract_params(teacher)) if teacher else 0
-    return max(loop.state_bytes(stage, model) + (frozen if teacher_of(stage) else 0) for stage in stages)
+    return max(
+        loop.state_bytes(stage, model) + (frozen if teacher_of(stage) else 0) for stage in stages
+    )
 
 
 def parameters(tree: paths.Tree) -> int:
@@ -135,7 +137,9 @@ def stage_memory(setup: Setup) -> dict[str, int]:
             f"what the teacher says ({compute.dtype})": size * tokens * teacher.hidden_size,
         }
         forward = dataclasses.replace(setup, model=teacher).with_stage(method="full")
-        work["one layer of the teacher"] = layer_bytes(forward, tokens) + gathered_bytes(teacher, {}, size, mesh)
+        work["one layer of the teacher"] = layer_bytes(forward, tokens) + gathered_bytes(
+            teacher, {}, size, mesh
+        )
         logits += logits_bytes(teacher, compute, tokens, mesh)
     work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
@@ -180,7 +184,11 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     per_token = 2 * size * (wide // mesh[2] + narrow) + 3 * FLOAT * model.hidden_size
     if stage.method == "lora" and stage.lora.dropout:
         # Dropped-out inputs of the projections; those that read the same input share it.
-        read = 2 * model.hidden_size + model.num_heads * model.head_dim + model.intermediate_size * active
+        read = (
+            2 * model.hidden_size
+            + model.num_heads * model.head_dim
+            + model.intermediate_size * active
+        )
         per_token += 2 * size * read
     if setup.machine.fuses(model, compute):
         return tokens * per_token
@@ -194,7 +202,9 @@ def gathered_bytes(model: ModelConfig, trained: paths.Tree, size: int, mesh: Mes
     gradients."""
     if mesh[1] == 1:
         return 0
-    weights = elements(_only("^layers/", abstract_params(model)), (1, 1, mesh[2])) // model.num_layers
+    weights = (
+        elements(_only("^layers/", abstract_params(model)), (1, 1, mesh[2])) // model.num_layers
+    )
     gradients = elements(_only("^layers/", trained), (1, 1, mesh[2])) // model.num_layers
     return 2 * size * weights + FLOAT * gradients
 
@@ -208,8 +218,12 @@ def logits_bytes(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: 
     """
     size = jnp.dtype(compute.dtype).itemsize
     head_shape = (model.vocab_size, model.hidden_size)
-    rows = sharding.padded_shape("lm_head/kernel", head_shape, abstract_mesh(mesh))[0] // (mesh[1] * mesh[2])
+    rows = sharding.padded_shape("lm_head/kernel", head_shape, abstract_mesh(mesh))[0] // (
+        mesh[1] * mesh[2]
+    )
     head = rows * model.hidden_size * size if size != FLOAT else 0
-    chunk = min(compute.loss_chunk, tokens) * mesh[1]  # gathered from the devices that hold other rows
+    chunk = (
+        min(compute.loss_chunk, tokens) * mesh[1]
+    )  # gathered from the devices that hold other rows
     beside = chunk * model.hidden_size * (4 * FLOAT + 2 * size)
     return head + chunk * rows * (2 * FLOAT + size) + 2 * tokens * model.hidden_size * size + beside

@@ -78,7 +78,11 @@ class InitPlan(NamedTuple):
     def table(self) -> list[str]:
         if self.distilled:
             work = f"init: the source model writes {quantity(self.read)} tokens at most; the start is trained on "
-            return ["", f"{work}{quantity(self.tuned)}, with it as teacher", *_time(self.seconds, self.speed)]
+            return [
+                "",
+                f"{work}{quantity(self.tuned)}, with it as teacher",
+                *_time(self.seconds, self.speed),
+            ]
         tuned = f"; rows are tuned on {quantity(self.tuned)}" if self.tuned else ""
         return [
             "",
@@ -103,7 +107,11 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text for the terminal."""
-        lines = [self._devices(), *(self.init.table() if self.init else ["", "init"]), *self._untrained("init")]
+        lines = [
+            self._devices(),
+            *(self.init.table() if self.init else ["", "init"]),
+            *self._untrained("init"),
+        ]
         for stage in self.stages:
             lines += [
                 "",
@@ -129,7 +137,11 @@ class Plan:
     def _devices(self) -> str:
         machine, (data, fsdp, tensor) = self.machine, self.mesh
         kind = f" ({machine.kind})" if machine.kind else ""
-        room = "memory unknown" if machine.memory == math.inf else f"{format_bytes(machine.memory)} each for arrays"
+        room = (
+            "memory unknown"
+            if machine.memory == math.inf
+            else f"{format_bytes(machine.memory)} each for arrays"
+        )
         many = "s" * (machine.devices > 1)
         return f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor}; {room}"
 
@@ -157,10 +169,14 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
     model, raw = hub.load_config(source)
     check_lengths(config, model)
     if config.target_tokenizer == EXTEND:
-        old = within_rows(hub.load_tokenizer(source), model.vocab_size, f"source_model '{config.source_model}'")
+        old = within_rows(
+            hub.load_tokenizer(source), model.vocab_size, f"source_model '{config.source_model}'"
+        )
         size = mining.largest_size(config, old)
     else:
-        target = hub.resolve(demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False)
+        target = hub.resolve(
+            demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False
+        )
         size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
     multiple = config.initialization.rows_multiple_of
     source_rows, rows = model.vocab_size, -(-size // multiple) * multiple
@@ -168,10 +184,14 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
     free = disk.free_bytes(workdir or Path())
     teacher = None
     if "stage3" in training_stages(config):
-        teacher, _ = hub.load_config(hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False))
+        teacher, _ = hub.load_config(
+            hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False)
+        )
     stored = Source(source_rows, disk.stored_bytes(raw))
     exported = disk.exported_bytes(config, raw)
-    return make_plan(config, model, machine, speed, disk.text_bytes(config), exported, free, teacher, stored)
+    return make_plan(
+        config, model, machine, speed, disk.text_bytes(config), exported, free, teacher, stored
+    )
 
 
 def make_plan(
@@ -200,9 +220,13 @@ def make_plan(
     """
     training = training_stages(config)
     state = memory.state_bytes(config, model, teacher)
-    devices = sharding.usable(config.mesh, machine.devices, [stage.batch_size for stage in training.values()])
+    devices = sharding.usable(
+        config.mesh, machine.devices, [stage.batch_size for stage in training.values()]
+    )
     machine = dataclasses.replace(machine, devices=devices)
-    mesh = sharding.axis_sizes(config.mesh, devices, state, machine.memory, functools.partial(memory.share, model))
+    mesh = sharding.axis_sizes(
+        config.mesh, devices, state, machine.memory, functools.partial(memory.share, model)
+    )
     setups = resolved_stages(config, model, mesh, machine, teacher)
     stages = tuple(_stage(setup, speed) for setup in setups.values())
     run = Run(config, source or Source(model.vocab_size, exported), model, mesh, machine)
@@ -214,7 +238,11 @@ def make_plan(
             f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
             f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in training)])}"
         )
-    init = _distillation(run, speed) if distills(config) else _init(config, model, machine, speed, text_bytes)
+    init = (
+        _distillation(run, speed)
+        if distills(config)
+        else _init(config, model, machine, speed, text_bytes)
+    )
     return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings))
 
 
@@ -228,11 +256,17 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
     each = flops.flops_per_token(run.model, stage)
     forward = flops.flops_per_token(run.source_model, dataclasses.replace(stage, method="full")) / 3
     operations = trained * (each + forward) + written * forward
-    known = speed.seconds(round(operations / each), operations, method, run.machine) if operations else (0.0, "")
+    known = (
+        speed.seconds(round(operations / each), operations, method, run.machine)
+        if operations
+        else (0.0, "")
+    )
     return InitPlan(written, trained, *(known or (None, "")), distilled=True)
 
 
-def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, text_bytes: int) -> InitPlan | None:
+def _init(
+    config: Config, model: ModelConfig, machine: Machine, speed: Speed, text_bytes: int
+) -> InitPlan | None:
     settings = config.initialization
     if not reads_source(config):
         return None
@@ -243,7 +277,10 @@ def _init(config: Config, model: ModelConfig, machine: Machine, speed: Speed, te
     each = flops.flops_per_token(model, stage)
     forward = 2 * flops.products(model, layers) + flops.attention(model, length)
     # A source that was not made for the text may need a token for each byte.
-    read, tuned = min(settings.tokens, text_bytes), min(settings.tuning, text_bytes // disk.BYTES_PER_TOKEN)
+    read, tuned = (
+        min(settings.tokens, text_bytes),
+        min(settings.tuning, text_bytes // disk.BYTES_PER_TOKEN),
+    )
     tokens = tuned + round(read * forward / each)
     known = speed.seconds(tokens, tokens * each, stage.method, machine) if tokens else (0.0, "")
     return InitPlan(read, tuned, *(known or (None, "")))

@@ -34,20 +34,28 @@ def resolve(setup: Setup) -> Setup:
     policies = remat.POLICIES if setup.compute.remat == "auto" else (setup.compute.remat,)
     batches, room = [stage.per_device_batch], machine.memory
     if stage.per_device_batch == AUTO:
-        most = (MAX_TOKENS if machine.fused_attention else MAX_TOKENS_ON_CPU) // stage.sequence_length
+        most = (
+            MAX_TOKENS if machine.fused_attention else MAX_TOKENS_ON_CPU
+        ) // stage.sequence_length
         fitting = loop.held_at_once(setup.name, stage, abstract_mesh(setup.mesh))
         batches = [n for n in fitting if n <= max(1, most)][::-1]
         room *= AUTO_MEMORY
     saturating = [n for n in batches if int(n) * stage.sequence_length >= SATURATING_TOKENS]
     order = [(n, policy) for policy in policies for n in saturating]
     order += [(n, policy) for n in batches if n not in saturating for policy in policies]
-    choices = [setup.with_stage(per_device_batch=n).with_compute(remat=policy) for n, policy in order]
+    choices = [
+        setup.with_stage(per_device_batch=n).with_compute(remat=policy) for n, policy in order
+    ]
     least = setup.with_stage(per_device_batch=batches[-1]).with_compute(remat=policies[-1])
     return next((choice for choice in choices if needed(choice) <= room), least)
 
 
 def resolved_stages(
-    config: Config, model: ModelConfig, mesh: MeshSizes, machine: Machine, teacher: ModelConfig | None = None
+    config: Config,
+    model: ModelConfig,
+    mesh: MeshSizes,
+    machine: Machine,
+    teacher: ModelConfig | None = None,
 ) -> dict[str, Setup]:
     """The training stages of a run by name, without `auto`."""
     return {
@@ -62,8 +70,14 @@ def check_lengths(config: Config, model: ModelConfig) -> None:
     Raises:
       UserError: a sequence is longer than that.
     """
-    lengths = {f"{name}.sequence_length": stage.sequence_length for name, stage in training_stages(config).items()}
-    for name, length in {**lengths, "evaluation.sequence_length": config.evaluation.sequence_length}.items():
+    lengths = {
+        f"{name}.sequence_length": stage.sequence_length
+        for name, stage in training_stages(config).items()
+    }
+    for name, length in {
+        **lengths,
+        "evaluation.sequence_length": config.evaluation.sequence_length,
+    }.items():
         if length > model.max_positions:
             raise UserError(
                 f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "

@@ -55,7 +55,9 @@ def shared_boundaries(
       source_ends, target_ends: `Boundaries.ends` of one text by two tokenizers.
     """
     source, target = (np.flatnonzero(ends != NONE) for ends in (source_ends, target_ends))
-    _, first, second = np.intersect1d(source_ends[source], target_ends[target], assume_unique=True, return_indices=True)
+    _, first, second = np.intersect1d(
+        source_ends[source], target_ends[target], assume_unique=True, return_indices=True
+    )
     return source[first], target[second]
 
 

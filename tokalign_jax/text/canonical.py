@@ -69,7 +69,11 @@ _LISTED: WeakKeyDictionary[PreTrainedTokenizerBase, _Listed] = WeakKeyDictionary
 def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
     """Listed once: the library makes its vocabulary anew whenever it is asked, and an alignment asks often (150,000 tokens: 0.2 s, with
     their bytes 0.4 s). Tokens and roles may be added; but not a normaliser, say, changed in place."""
-    backend, special, added = _backend(tokenizer), special_ids(tokenizer), tokenizer.added_tokens_decoder
+    backend, special, added = (
+        _backend(tokenizer),
+        special_ids(tokenizer),
+        tokenizer.added_tokens_decoder,
+    )
     stamp = backend, len(tokenizer), special, added
     known = _LISTED.get(tokenizer)
     if known is None or known.stamp != stamp:
@@ -82,19 +86,26 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
         by_model = {
             i
             for i, token in added.items()
-            if backend.model.token_to_id(token.content) == i and (token.special or not isinstance(spelling, _ByteLevel))
+            if backend.model.token_to_id(token.content) == i
+            and (token.special or not isinstance(spelling, _ByteLevel))
         }
         added = {i: token for i, token in added.items() if i not in by_model}
         for token, index in vocabulary.items():
             known.spelled[index] = token
             if index not in special:
-                content = _added_bytes(backend, added[index]) if index in added else spelling.decode(token)
+                content = (
+                    _added_bytes(backend, added[index])
+                    if index in added
+                    else spelling.decode(token)
+                )
                 known.contents[index] = content
         _LISTED[tokenizer] = known
     return known
 
 
-def differing(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[tuple[int, str, str]]:
+def differing(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> list[tuple[int, str, str]]:
     """Ids of a tokenizer that are another token in the other one, and both tokens; what spells the same bytes is the same."""
     (_, names, contents), (_, others, theirs) = _listed(one), _listed(other)
     others = others + [""] * (len(names) - len(others))
@@ -134,9 +145,9 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return special - known[2]
 
 
-_ALSO_TEXT: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tokenizers.Tokenizer, set[int], set[int]]] = (
-    WeakKeyDictionary()
-)
+_ALSO_TEXT: WeakKeyDictionary[
+    PreTrainedTokenizerBase, tuple[tokenizers.Tokenizer, set[int], set[int]]
+] = WeakKeyDictionary()
 
 
 def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int]:
@@ -146,11 +157,17 @@ def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int
     scores tell: special tokens have none. The model's own unknown token is never text.
     """
     backend = _backend(tokenizer)
-    names = {i: name for i in special if (name := backend.id_to_token(i)) and backend.model.token_to_id(name) == i}
+    names = {
+        i: name
+        for i in special
+        if (name := backend.id_to_token(i)) and backend.model.token_to_id(name) == i
+    }
     if isinstance(backend.model, tokenizers.models.Unigram):
         model = json.loads(backend.to_str())["model"] if names else {}
         return {i for i in names if i != model["unk_id"] and model["vocab"][i][1] < 0}
-    names = {i: name for i, name in names.items() if name != getattr(backend.model, "unk_token", None)}
+    names = {
+        i: name for i, name in names.items() if name != getattr(backend.model, "unk_token", None)
+    }
     if not names:
         return set()
     plain, spelling = _reading_all_as_text(backend), _spelling(tokenizer)
@@ -181,7 +198,9 @@ def ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
     names = _listed(tokenizer).spelled
     groups = _ids_by_bytes(_listed(tokenizer))
     return {
-        content: sorted(ids, key=lambda i: (i in unwritten, bool(_BYTE_TOKEN.fullmatch(names[i])), i))
+        content: sorted(
+            ids, key=lambda i: (i in unwritten, bool(_BYTE_TOKEN.fullmatch(names[i])), i)
+        )
         for content, ids in groups.items()
     }
 
@@ -199,9 +218,22 @@ def unwritten_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return known[1]
 
 
-_UNWRITTEN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Listed, frozenset[int]]] = WeakKeyDictionary()
+_UNWRITTEN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Listed, frozenset[int]]] = (
+    WeakKeyDictionary()
+)
 
-_SURROUNDINGS = ("{0}", "x{0}", "{0}x", "x{0}x", " {0} ", "\n{0}\n", "1{0}1", ".{0}.", "か{0}か", "{0}{0}")
+_SURROUNDINGS = (
+    "{0}",
+    "x{0}",
+    "{0}x",
+    "x{0}x",
+    " {0} ",
+    "\n{0}\n",
+    "1{0}1",
+    ".{0}.",
+    "か{0}か",
+    "{0}{0}",
+)
 """What a token's text is put into to see whether it is written: at the ends of words, within them, between words."""
 
 
@@ -209,11 +241,17 @@ def _find_unwritten(tokenizer: PreTrainedTokenizerBase, listed: _Listed) -> froz
     shared = {content: ids for content, ids in _ids_by_bytes(listed).items() if len(ids) > 1}
     texts = [content.decode("utf-8", errors="replace") for content in shared]
     around = [surrounding.format(text) for text in texts for surrounding in _SURROUNDINGS]
-    written = set(itertools.chain(*_cut(tokenizer, plain_backend(tokenizer), around))) if around else set()
+    written = (
+        set(itertools.chain(*_cut(tokenizer, plain_backend(tokenizer), around)))
+        if around
+        else set()
+    )
     unwritten: set[int] = set()
     for ids in shared.values():
         # Where none is met, a byte token is taken to be the one that is not written.
-        kept = written & set(ids) or [min(ids, key=lambda i: (bool(_BYTE_TOKEN.fullmatch(listed.spelled[i])), i))]
+        kept = written & set(ids) or [
+            min(ids, key=lambda i: (bool(_BYTE_TOKEN.fullmatch(listed.spelled[i])), i))
+        ]
         unwritten |= set(ids) - set(kept)
     return frozenset(unwritten)
 
@@ -245,11 +283,15 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     """
     backend = _backend(tokenizer)
     if isinstance(backend.model, tokenizers.models.Unigram):
-        return _reading_all_as_text(backend, special_ids(tokenizer) - {cast(int, tokenizer.unk_token_id)})
+        return _reading_all_as_text(
+            backend, special_ids(tokenizer) - {cast(int, tokenizer.unk_token_id)}
+        )
     return _reading_all_as_text(backend)
 
 
-def _reading_all_as_text(backend: tokenizers.Tokenizer, hidden: Iterable[int] = ()) -> tokenizers.Tokenizer:
+def _reading_all_as_text(
+    backend: tokenizers.Tokenizer, hidden: Iterable[int] = ()
+) -> tokenizers.Tokenizer:
     """A copy for which the text in a document that spells a special token is that text; which cuts the same text the same way each time.
 
     Args:
@@ -260,7 +302,9 @@ def _reading_all_as_text(backend: tokenizers.Tokenizer, hidden: Iterable[int] = 
         state = json.loads(written)
         for i in hidden & set(range(len(state["model"]["vocab"]))):
             state["model"]["vocab"][i][0] = f"\uffff{i}"  # the ids of the others stay
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in hidden]
+        state["added_tokens"] = [
+            token for token in state["added_tokens"] if token["id"] not in hidden
+        ]
         written = json.dumps(state)
     plain = tokenizers.Tokenizer.from_str(written)
     if getattr(plain.model, "dropout", None):
@@ -272,14 +316,19 @@ def _reading_all_as_text(backend: tokenizers.Tokenizer, hidden: Iterable[int] = 
     return plain
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, plain: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, plain: tokenizers.Tokenizer, texts: Sequence[str]
+) -> list[list[int]]:
     """The ids of each text.
 
     Raises:
       UserError: the vocabulary cannot spell one of them and has no token for what is unknown.
     """
     try:
-        return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
     except Exception as error:  # the library raises Exception itself
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' cannot read every text ({error}): give its tokenizer.json a token for what it "
@@ -300,8 +349,13 @@ class PieceCutter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, avoid: Set[int] = frozenset()):
-        self._bytes = [None if i in avoid else content for i, content in enumerate(token_bytes(tokenizer))]
-        usable = {content: [i for i in ids if i not in avoid] for content, ids in ids_by_bytes(tokenizer).items()}
+        self._bytes = [
+            None if i in avoid else content for i, content in enumerate(token_bytes(tokenizer))
+        ]
+        usable = {
+            content: [i for i in ids if i not in avoid]
+            for content, ids in ids_by_bytes(tokenizer).items()
+        }
         self._index = {content: ids[0] for content, ids in usable.items() if ids}
         self._longest = max(map(len, self._index), default=0)
         self._backend = plain_backend(tokenizer)
@@ -358,7 +412,9 @@ def _byte_alphabet() -> dict[int, str]:
     """The byte-level alphabet: printable Latin-1 stands for itself, the 68 other bytes are U+0100 and up in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(0x100 + n) for n, byte in enumerate(others)
+    }
 
 
 class _Plain:
@@ -379,7 +435,9 @@ class _ByteLevel(_Plain):
 
     _to_characters = _byte_alphabet()
     # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: U+FFFF is no Latin-1.
-    _to_bytes = {byte: 0xFFFF for byte in range(256)} | {ord(c): byte for byte, c in _to_characters.items()}
+    _to_bytes = {byte: 0xFFFF for byte in range(256)} | {
+        ord(c): byte for byte, c in _to_characters.items()
+    }
 
     def decode(self, token: str) -> bytes:
         try:
@@ -426,7 +484,13 @@ class _Words(_Plain):
         text = super().encode(content)
         if not text or _NO_SPACE_BEFORE.match(text.removeprefix(" ")):
             return text
-        return text.removeprefix(" ") if text.startswith(" ") else self._mark + text if self._mark else None
+        return (
+            text.removeprefix(" ")
+            if text.startswith(" ")
+            else self._mark + text
+            if self._mark
+            else None
+        )
 
 
 class _WordEnds(_Plain):
@@ -440,7 +504,9 @@ class _WordEnds(_Plain):
         return self._inner.decode(text) + (b" " if text != token else b"")
 
     def encode(self, content: bytes) -> str | None:
-        return self._inner.encode(content[:-1]) if content.endswith(b" ") else None  # the model adds the mark itself
+        return (
+            self._inner.encode(content[:-1]) if content.endswith(b" ") else None
+        )  # the model adds the mark itself
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
@@ -496,7 +562,11 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
 
 def _unfolded(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield part
-    for inner in (*part.get("normalizers", ()), *part.get("pretokenizers", ()), *part.get("decoders", ())):
+    for inner in (
+        *part.get("normalizers", ()),
+        *part.get("pretokenizers", ()),
+        *part.get("decoders", ()),
+    ):
         yield from _unfolded(inner)
 
 

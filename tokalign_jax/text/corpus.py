@@ -63,7 +63,9 @@ SLICES = 16
 EXPANSION = 5
 """Bytes of text in a byte of a compressed file, about."""
 
-_SCHEMA = pa.schema({"text": pa.string(), "language": pa.string(), "bytes": pa.int64(), "source": pa.string()})
+_SCHEMA = pa.schema(
+    {"text": pa.string(), "language": pa.string(), "bytes": pa.int64(), "source": pa.string()}
+)
 _WEIGHT = re.compile(r"(.+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", re.IGNORECASE)
 """A name of the corpus with its weight behind it."""
 
@@ -142,7 +144,10 @@ def check(config: Config) -> None:
       UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
     """
     ledger = _Ledger(_settings(config), lambda line: None)
-    streams, has_text = [stream for part in _parts(config, ledger) for stream in part.streams], False
+    streams, has_text = (
+        [stream for part in _parts(config, ledger) for stream in part.streams],
+        False,
+    )
     for number, stream in enumerate(streams):
         if number >= CHECKED and has_text:
             break
@@ -206,9 +211,16 @@ def at(folder: Path, positions: Int[np.ndarray, "n"]) -> Iterator[Document]:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                wanted = positions[np.searchsorted(positions, first) : np.searchsorted(positions, first + rows)] - first
+                wanted = (
+                    positions[
+                        np.searchsorted(positions, first) : np.searchsorted(positions, first + rows)
+                    ]
+                    - first
+                )
                 if len(wanted):
-                    columns = file.read_row_group(group, columns=_SCHEMA.names).take(wanted).to_pydict()
+                    columns = (
+                        file.read_row_group(group, columns=_SCHEMA.names).take(wanted).to_pydict()
+                    )
                     yield from (Document(*row) for row in zip(*columns.values()))
                 first += rows
 
@@ -240,7 +252,9 @@ def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> 
         "stopped_at_budget": stopped,
         "not_read": {
             "files": len(unread),
-            "bytes": sum(max((stream.source.size or 0) - stream.position.bytes, 0) for stream in unread),
+            "bytes": sum(
+                max((stream.source.size or 0) - stream.position.bytes, 0) for stream in unread
+            ),
             "of_bytes": sum(stream.source.size or 0 for stream in streams),
         },
         "sources": dict(ledger.sources),
@@ -251,7 +265,11 @@ def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> 
 
 def _unread(not_read: dict[str, Any], parts: Sequence["_Part"], budget: int, stopped: bool) -> str:
     files = sum(len(part.streams) for part in parts)
-    share = "; each was read in proportion to its size" if files > len(parts) or not parts[0].weight else ""
+    share = (
+        "; each was read in proportion to its size"
+        if files > len(parts) or not parts[0].weight
+        else ""
+    )
     share = share if files > 1 else ""
     ended = [part.name for part in parts if all(stream.has_ended for stream in part.streams)]
     why = f"text.budget_bytes={budget:,} is spent"
@@ -268,7 +286,9 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     corpus = f"the corpus '{_named(config.corpus)}'"
     broken = summary["broken"]
     skipped = (
-        f"; {broken['records']} records cannot be used, the first of them: {broken['first']}" if broken["first"] else ""
+        f"; {broken['records']} records cannot be used, the first of them: {broken['first']}"
+        if broken["first"]
+        else ""
     )
     if stopped:
         budget = config.text.budget_bytes
@@ -292,7 +312,9 @@ class _Split:
     the language has no held-out document by then.
     """
 
-    def __init__(self, fraction: float, train: Callable, held_out: Callable, counts: Counter[tuple[str, str]]):
+    def __init__(
+        self, fraction: float, train: Callable, held_out: Callable, counts: Counter[tuple[str, str]]
+    ):
         self._threshold = round(fraction * 2**64)
         self._sinks = {"train": train, "held_out": held_out}
         self._counts = counts
@@ -355,7 +377,9 @@ class _Writer:
             path = self._folder / f"{self._pattern.format(self._files)}.parquet"
             self._writer = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
             self._files += 1
-        self._writer.write_table(pa.Table.from_pylist([d._asdict() for d in self._group], schema=_SCHEMA))
+        self._writer.write_table(
+            pa.Table.from_pylist([d._asdict() for d in self._group], schema=_SCHEMA)
+        )
         self._in_file += self._in_group
         self._in_group, self._group = 0, []
         if self._file_bytes and self._in_file >= self._file_bytes:
@@ -376,7 +400,9 @@ class _Seen(contextlib.AbstractContextManager):
         )
 
     def is_new(self, digest: bytes) -> bool:
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount > 0
+        return (
+            self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount > 0
+        )
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
@@ -469,7 +495,9 @@ class _Stream:
         """
         while self._next is None and not self.has_ended:
             if self._records is None:
-                self._records = itertools.islice(self.source.records(self.position), self._read, None)
+                self._records = itertools.islice(
+                    self.source.records(self.position), self._read, None
+                )
             record = next(self._records, None)
             if record is None:
                 self.has_ended = True
@@ -509,17 +537,25 @@ class _Stream:
             self._ledger.add_broken(what)
             return None
         self._usable += 1
-        language = self._part if self._ledger.config.group_by == "source" else self._ledger.language(language)
+        language = (
+            self._part
+            if self._ledger.config.group_by == "source"
+            else self._ledger.language(language)
+        )
         if not text.strip():
             self._ledger.counts[language, "without_text"] += 1
             return None
         # JSON may hold half a surrogate pair, which no UTF-8 can.
         encoded = text.encode("utf-8", errors="replace")
-        return Document(encoded.decode(), language, len(encoded), self._part), hashlib.sha256(encoded).digest()
+        return Document(encoded.decode(), language, len(encoded), self._part), hashlib.sha256(
+            encoded
+        ).digest()
 
     def _refuse_if_all_unusable(self, count: int) -> None:
         if self._first and not self._usable and self._read >= count:
-            raise UserError(f"none of the first {self._read} records of a corpus file can be used: {self._first}")
+            raise UserError(
+                f"none of the first {self._read} records of a corpus file can be used: {self._first}"
+            )
 
 
 class _Part(NamedTuple):
@@ -543,7 +579,10 @@ def _mixed(
     # go on side by side.
     texts = [sum(_text_bytes(stream.source, budget) for stream in part.streams) for part in parts]
     total = min(budget, *(text / weight for text, weight in zip(texts, weights)))
-    drawn = [_drawn(part.streams, max(1, round(total * w / SLICES)), is_new) for part, w in zip(parts, weights)]
+    drawn = [
+        _drawn(part.streams, max(1, round(total * w / SLICES)), is_new)
+        for part, w in zip(parts, weights)
+    ]
     taken = [0.0 for _ in parts]
     while found := next(drawn[(least := int(np.argmin(taken)))], None):
         taken[least] += found[0].bytes / weights[least]
@@ -558,7 +597,9 @@ def _text_bytes(source: Source, budget: int) -> int:
 
 def _shares(sources: Counter[str]) -> str:
     total = max(sum(sources.values()), 1)
-    return ", ".join(f"{name} {size / total:.1%}" for name, size in sources.items()) + " of the text"
+    return (
+        ", ".join(f"{name} {size / total:.1%}" for name, size in sources.items()) + " of the text"
+    )
 
 
 def _drawn(
@@ -603,7 +644,9 @@ def _sizes(streams: Sequence[_Stream]) -> list[float]:
     others have on average."""
     known = [stream.source.size for stream in streams if stream.source.size is not None]
     usual = sum(known) / len(known) if known else 1
-    return [max(usual if stream.source.size is None else stream.source.size, 1) for stream in streams]
+    return [
+        max(usual if stream.source.size is None else stream.source.size, 1) for stream in streams
+    ]
 
 
 def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
@@ -616,8 +659,13 @@ def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
         raise _Unusable(record.problem)
     fields = record.value
     if not isinstance(fields, dict):
-        raise _Unusable(f"is of another kind: expected an object with fields, found {reading.brief(fields)}")
-    for key, field in {"text_field": config.text_field, "language_field": config.language_field}.items():
+        raise _Unusable(
+            f"is of another kind: expected an object with fields, found {reading.brief(fields)}"
+        )
+    for key, field in {
+        "text_field": config.text_field,
+        "language_field": config.language_field,
+    }.items():
         if field and field not in fields:
             raise _Unusable(reading.no_field(field, key, fields))
     text = fields[config.text_field]
@@ -625,7 +673,9 @@ def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _Unusable(f"is not UTF-8 in its field '{config.text_field}' ({error.reason})") from error
+            raise _Unusable(
+                f"is not UTF-8 in its field '{config.text_field}' ({error.reason})"
+            ) from error
     if not isinstance(text, str | None):
         raise _Unusable(
             f"is of another kind: the field '{config.text_field}' holds {reading.brief(text)} instead of a string: name the field that "
@@ -662,7 +712,11 @@ class _Entry(NamedTuple):
 
 def _parts(config: Config, ledger: _Ledger) -> list[_Part]:
     return [
-        _Part(entry.name, entry.weight, [_Stream(source, entry.name, ledger) for source in entry.sources])
+        _Part(
+            entry.name,
+            entry.weight,
+            [_Stream(source, entry.name, ledger) for source in entry.sources],
+        )
         for entry in _entries(config)
     ]
 
@@ -676,14 +730,21 @@ def _entries(config: Config) -> list[_Entry]:
     given = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
     found = [_weighted(name) for names in given for name in reading.split(names)]
     if not found:
-        raise UserError("the corpus is an empty name: give files (path or glob), a hub dataset, or 'embedded'")
+        raise UserError(
+            "the corpus is an empty name: give files (path or glob), a hub dataset, or 'embedded'"
+        )
     bare = [name for name, weight in found if weight is None]
     if 0 < len(bare) < len(found):
-        raise UserError(f"the corpus '{bare[0]}' has no weight, but others have: give all of them one, or none")
+        raise UserError(
+            f"the corpus '{bare[0]}' has no weight, but others have: give all of them one, or none"
+        )
     names = [Path(name).name or name for name, _ in found]
     shown = names if len(set(names)) == len(names) else [name for name, _ in found]
     # A name that is not in the encoding of the locale has its bytes as lone surrogates.
-    shown = [name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace") for name in shown]
+    shown = [
+        name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+        for name in shown
+    ]
     return [
         _Entry(short, weight, reading.sources(demo.corpus(name), _settings(config)))
         for short, (name, weight) in zip(shown, found)
@@ -708,7 +769,11 @@ def _expected_bytes(config: Config, streams: Sequence[_Stream]) -> int:
     """Bytes of text to come, where that can be told beforehand; else 0."""
     sources = [stream.source for stream in streams]
     is_plain = all(Path(source.name).suffix in PLAIN for source in sources)
-    return min(sum(source.size or 0 for source in sources), config.text.budget_bytes) if is_plain else 0
+    return (
+        min(sum(source.size or 0 for source in sources), config.text.budget_bytes)
+        if is_plain
+        else 0
+    )
 
 
 def _named(corpus: str | Iterable[str]) -> str:

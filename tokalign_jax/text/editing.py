@@ -30,7 +30,9 @@ def edited(
     return result
 
 
-def within_rows(tokenizer: PreTrainedTokenizerBase, rows: int, whose: str) -> PreTrainedTokenizerBase:
+def within_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: int, whose: str
+) -> PreTrainedTokenizerBase:
     """`tokenizer` without the added tokens that a model of `rows` rows has none for.
 
     Some models are published so: Gemma 3 1B with a token for images, CodeLLaMA 34B with those for filling in. What the model
@@ -44,7 +46,9 @@ def within_rows(tokenizer: PreTrainedTokenizerBase, rows: int, whose: str) -> Pr
     """
     if vocabulary_size(tokenizer) <= rows:
         return tokenizer
-    gone = [token.content for index, token in tokenizer.added_tokens_decoder.items() if index >= rows]
+    gone = [
+        token.content for index, token in tokenizer.added_tokens_decoder.items() if index >= rows
+    ]
     if any(index >= rows and token not in gone for token, index in tokenizer.get_vocab().items()):
         raise UserError(
             f"{whose}: its tokenizer has {vocabulary_size(tokenizer):,} tokens but its matrices have only {rows:,} rows; the "
@@ -52,7 +56,9 @@ def within_rows(tokenizer: PreTrainedTokenizerBase, rows: int, whose: str) -> Pr
         )
 
     def leave_out(state: dict[str, Any], settings: dict[str, Any]) -> None:
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+        state["added_tokens"] = [
+            token for token in state["added_tokens"] if token["content"] not in gone
+        ]
         kept = _without(settings, gone)
         settings.clear()
         settings.update(kept)

@@ -56,7 +56,9 @@ def run(
     """
     settings = config.extend
     texts = sample(corpus_folder, settings.budget_bytes, config.seed)
-    extended = extended_tokenizer(tokenizer, texts, settings.new_tokens, min_count=settings.min_count, log=log)
+    extended = extended_tokenizer(
+        tokenizer, texts, settings.new_tokens, min_count=settings.min_count, log=log
+    )
     before, after = vocabulary_size(tokenizer), vocabulary_size(extended)
     log(f"extend: {after - before:,} new tokens behind {before:,}")
     if after == before:
@@ -65,7 +67,11 @@ def run(
             "read and is not a token yet: lower extend.min_count, or give more text"
         )
     extended.save_pretrained(str(folder))
-    return {"source_tokens": before, "tokens": after, "bytes": sum(len(text.encode()) for text in texts)}
+    return {
+        "source_tokens": before,
+        "tokens": after,
+        "bytes": sum(len(text.encode()) for text in texts),
+    }
 
 
 def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
@@ -168,9 +174,16 @@ class _Vocabulary:
         for token, index in tokenizer.get_vocab().items():
             spelled[index] = token
         others = special_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
-        mergeable = np.array([bool(token) and not (mark and _BYTE_TOKEN.fullmatch(token)) for token in spelled])
+        mergeable = np.array(
+            [bool(token) and not (mark and _BYTE_TOKEN.fullmatch(token)) for token in spelled]
+        )
         mergeable[list(others)] = False
-        runs = (run for token, can in zip(spelled, mergeable) if can for run in re.findall(r"\d+", token))
+        runs = (
+            run
+            for token, can in zip(spelled, mergeable)
+            if can
+            for run in re.findall(r"\d+", token)
+        )
         return cls(spelled, mergeable, mark, max(map(len, runs), default=0))
 
     def allows(self, token: str, longest: int) -> bool:
@@ -190,7 +203,9 @@ class _Vocabulary:
 
 def _kind(character: str) -> str:
     """Letters with their marks, digits, or others."""
-    return {"L": "letter", "M": "letter", "N": "digit"}.get(unicodedata.category(character)[0], "other")
+    return {"L": "letter", "M": "letter", "N": "digit"}.get(
+        unicodedata.category(character)[0], "other"
+    )
 
 
 def unknown_characters(
@@ -221,7 +236,9 @@ def unknown_characters(
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def count_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], log: Log) -> Counter[bytes]:
+def count_words(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], log: Log
+) -> Counter[bytes]:
     """How often each run of tokens occurs within which neighbours may be joined, as the bytes of int32 ids; only runs of
     two tokens and more. They end where the pre-tokenizer cuts, before a `▁`, and at tokens that cannot be joined."""
     vocabulary, backend = _Vocabulary.of(tokenizer), plain_backend(tokenizer)
@@ -269,7 +286,11 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def mine(
-    tokenizer: PreTrainedTokenizerBase, words: Mapping[bytes, int], new_tokens: int, min_count: int, longest: int
+    tokenizer: PreTrainedTokenizerBase,
+    words: Mapping[bytes, int],
+    new_tokens: int,
+    min_count: int,
+    longest: int,
 ) -> list[tuple[str, str, int]]:
     """The next merges, in order: both tokens, and how often they stand side by side in `words` by then.
 
@@ -336,10 +357,13 @@ def _joined(tokens: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return result
 
 
-def _best(characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str, int]], count: int) -> Mined:
+def _best(
+    characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str, int]], count: int
+) -> Mined:
     """The `count` tokens that spare the most. A merge spares no more than its characters do, so they are in with it."""
     ranked = sorted(
-        [(-n, 0, i) for i, (_, n) in enumerate(characters)] + [(-n, 1, i) for i, (*_, n) in enumerate(merges)]
+        [(-n, 0, i) for i, (_, n) in enumerate(characters)]
+        + [(-n, 1, i) for i, (*_, n) in enumerate(merges)]
     )
     kept = [sum(kind == of for _, kind, _ in ranked[:count]) for of in (0, 1)]
     return Mined(list(characters[: kept[0]]), list(merges[: kept[1]]))
@@ -350,17 +374,24 @@ def _best(characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str
 
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrainedTokenizerBase:
     """A copy of `tokenizer` with the mined tokens."""
-    new = [character for character, _ in mined.characters] + [first + second for first, second, _ in mined.merges]
+    new = [character for character, _ in mined.characters] + [
+        first + second for first, second, _ in mined.merges
+    ]
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
 
     def extend(state: dict[str, Any], settings: dict[str, Any]) -> None:
         # Added tokens that the model does not have get their ids when they are read: those behind the model's, so that they
         # would move. What the model has keeps its id.
-        state["model"]["vocab"] |= added | {token: i for i, token in enumerate(new, vocabulary_size(tokenizer))}
+        state["model"]["vocab"] |= added | {
+            token: i for i, token in enumerate(new, vocabulary_size(tokenizer))
+        }
         state["model"]["merges"] += [[first, second] for first, second, _ in mined.merges]
 
     result = edited(tokenizer, extend)
     before, after = tokenizer.get_vocab(), result.get_vocab()
-    if any(after.get(token) != index for token, index in before.items()) or after.keys() != {*before, *new}:
+    if any(after.get(token) != index for token, index in before.items()) or after.keys() != {
+        *before,
+        *new,
+    }:
         raise ValueError("an old token's id changed")
     return result

@@ -31,7 +31,9 @@ LINE_BYTES = 16 << 20
 """A line of plain text that is longer is cut, so that a file without line ends is not held in
 memory."""
 
-SUPPORTED = ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
+SUPPORTED = (
+    ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
+)
 _COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 _BLOCK = 1 << 20
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -74,7 +76,11 @@ class Source(NamedTuple):
 
 def split(names: str) -> list[str]:
     """The names that stand in a list with commas; a file or folder may have them in its own."""
-    return [names] if exists(Path(names)) else [part.strip() for part in names.split(",") if part.strip()]
+    return (
+        [names]
+        if exists(Path(names))
+        else [part.strip() for part in names.split(",") if part.strip()]
+    )
 
 
 def exists(path: Path) -> bool:
@@ -94,7 +100,11 @@ def sources(name: str, config: TextConfig) -> list[Source]:
     """
     path = Path(name).expanduser()
     if not exists(path):
-        return _of_pattern(name, path, config) if re.search(r"[*?\[]", name) else [_of_hub(name, path, config)]
+        return (
+            _of_pattern(name, path, config)
+            if re.search(r"[*?\[]", name)
+            else [_of_hub(name, path, config)]
+        )
     if path.is_dir():
         path = _split_folder(path, config.hub_split)
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) and _is_data(p, path))
@@ -114,7 +124,9 @@ def _of_pattern(name: str, path: Path, config: TextConfig) -> list[Source]:
 
 def _of_hub(name: str, path: Path, config: TextConfig) -> Source:
     looks_local = (
-        _kind(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name)
+        _kind(path)
+        or name.startswith((".", "/", "~"))
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name)
     )
     if looks_local:
         raise UserError(
@@ -140,7 +152,10 @@ def _split_folder(folder: Path, split: str) -> Path:
 def _is_data(path: Path, folder: Path) -> bool:
     """Whether a file that a folder or pattern gives is meant: not hidden, no description, no cache
     of the library datasets."""
-    if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.name in _DESCRIPTIONS:
+    if (
+        any(part.startswith(".") for part in path.relative_to(folder).parts)
+        or path.name in _DESCRIPTIONS
+    ):
         return False
     state = path.parent / "state.json"
     if path.suffix == ".arrow" and state.is_file():
@@ -152,7 +167,10 @@ def _listed(state: Path) -> list[str]:
     """The data files that `Dataset.save_to_disk` says it wrote; what `map` and `filter` leave
     beside them is not among these."""
     try:
-        names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        names = [
+            file["filename"]
+            for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"'{state}' does not list the data files of a saved dataset ({brief(error)}): save it again, or name its .arrow files"
@@ -166,9 +184,13 @@ def _listed(state: Path) -> list[str]:
 
 def _what_there_is(path: Path) -> str:
     """What a mistyped path might have meant."""
-    nearest = next(parent for parent in path.absolute().parents if exists(parent) and parent.is_dir())
+    nearest = next(
+        parent for parent in path.absolute().parents if exists(parent) and parent.is_dir()
+    )
     names = sorted(p.name for p in itertools.islice(nearest.iterdir(), 1000))
-    return f"{nearest} holds {', '.join(names[:10]) or 'nothing'}{', ...' if len(names) > 10 else ''}"
+    return (
+        f"{nearest} holds {', '.join(names[:10]) or 'nothing'}{', ...' if len(names) > 10 else ''}"
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -269,8 +291,12 @@ def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]
             line = content.readline(longest)
             if not number:
                 if encoding := _MARKS.get(line[:2]):
-                    raise UserError(f"the corpus file '{path}' is in {encoding}: convert it to UTF-8")
-                line = line.removeprefix(b"\xef\xbb\xbf") or (content.readline(longest) if line else line)
+                    raise UserError(
+                        f"the corpus file '{path}' is in {encoding}: convert it to UTF-8"
+                    )
+                line = line.removeprefix(b"\xef\xbb\xbf") or (
+                    content.readline(longest) if line else line
+                )
             if not line:
                 return
             if not number % 64:
@@ -300,7 +326,9 @@ def _parsed(place: str, line: bytes) -> Record:
     try:
         return Record(place, json.loads(line.decode("utf-8").lstrip("\ufeff")))
     except UnicodeDecodeError as error:
-        return Record(place, None, f"is not UTF-8 ({error.reason} at byte {error.start} of the line)")
+        return Record(
+            place, None, f"is not UTF-8 ({error.reason} at byte {error.start} of the line)"
+        )
     except (ValueError, RecursionError) as error:
         shown = brief(line.decode("utf-8", errors="replace"))
         hint = "the file must hold one object a line, or one array of objects"
@@ -311,7 +339,9 @@ def _text_records(path: Path, config: TextConfig, position: Position) -> Iterato
     """Plain text: blank lines part the documents. There are no fields, so any name fits."""
     passage: list[bytes] = []
     size, first = 0, 1
-    for number, line in enumerate(itertools.chain(_lines(path, position, LINE_BYTES), [b""]), start=1):
+    for number, line in enumerate(
+        itertools.chain(_lines(path, position, LINE_BYTES), [b""]), start=1
+    ):
         is_blank = not line.decode("utf-8", errors="replace").strip()
         if not is_blank:
             first = first if passage else number
@@ -341,7 +371,11 @@ def _passage(place: str, content: bytes, config: TextConfig) -> Record:
     try:
         return Record(place, {config.text_field: content.decode("utf-8"), **language})
     except UnicodeDecodeError as error:
-        return Record(place, None, f"begins a passage that is not UTF-8 ({error.reason} at its byte {error.start})")
+        return Record(
+            place,
+            None,
+            f"begins a passage that is not UTF-8 ({error.reason} at its byte {error.start})",
+        )
 
 
 def _parquet_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
@@ -361,7 +395,9 @@ def _arrow_records(path: Path, config: TextConfig, position: Position) -> Iterat
         is_stream = file.read_at(6, 0) != b"ARROW1"
         reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
         columns, read = _columns(path, reader.schema, config), 0
-        batches = reader if is_stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
+        batches = (
+            reader if is_stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
+        )
         for batch in batches:
             for start in range(0, len(batch), 256):
                 yield from _rows(batch.select(columns).slice(start, 256), read + start)
@@ -404,7 +440,12 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(cast(Any, kind).value_type)
     # Newer kinds by their names: older releases of pyarrow lack functions for them.
-    is_one = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    is_one = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+    )
     is_one += (pa.types.is_fixed_size_binary, pa.types.is_null)
     return any(check(kind) for check in is_one) or str(kind) in ("string_view", "binary_view")
 
@@ -418,7 +459,11 @@ def _hub_records(name: str, config: TextConfig) -> Iterator[Record]:
     repository, _, revision = name.partition("@")
     try:
         found = datasets.load_dataset(
-            repository, config.hub_config or None, split=config.hub_split, revision=revision or None, streaming=True
+            repository,
+            config.hub_config or None,
+            split=config.hub_split,
+            revision=revision or None,
+            streaming=True,
         )
         for number, value in enumerate(found, start=1):
             yield Record(f"record {number}", value)

@@ -79,7 +79,11 @@ def difference(expected: Reading, found: Reading) -> str:
     """The first thing in which two readings differ, in words; "" where they are the same."""
     if cut := cut_difference(expected, found):
         return cut
-    for key, what in (("size", "tokens"), ("roles", "bos, eos and pad"), ("template", "the template")):
+    for key, what in (
+        ("size", "tokens"),
+        ("roles", "bos, eos and pad"),
+        ("template", "the template"),
+    ):
         if expected[key] != found[key]:
             return f"{what}: {found[key]!r:.80} instead of {expected[key]!r:.80}"
     return ""
@@ -87,12 +91,19 @@ def difference(expected: Reading, found: Reading) -> str:
 
 def cut_difference(expected: Reading, found: Reading) -> str:
     """The first text that two readings cut or decode differently, in words; "" where there is none."""
-    for key, verb in (("ids", "cut into"), ("bare", "cut into"), ("decoded", "decoded to"), ("stripped", "decoded to")):
+    for key, verb in (
+        ("ids", "cut into"),
+        ("bare", "cut into"),
+        ("decoded", "decoded to"),
+        ("stripped", "decoded to"),
+    ):
         for text, one, other in zip(TEXTS, expected[key], found[key]):
             if one != other:
                 place = next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)
                 shown = (f"{of[place : place + 8]!r}" for of in (other, one))
-                return f"{text[:40]!r} is {verb} {' instead of '.join(shown)} (from place {place} on)"
+                return (
+                    f"{text[:40]!r} is {verb} {' instead of '.join(shown)} (from place {place} on)"
+                )
     return ""
 
 
@@ -102,11 +113,20 @@ def read_afresh(folder: Path, python: str = sys.executable) -> Reading:
     Raises:
       RuntimeError: it cannot be opened, with the last line of what was printed.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONUTF8": "1",
+    }
     command = [python, "-P", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, check=False
+    )
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        raise RuntimeError(
+            (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -16,12 +16,40 @@ from tokalign_jax.text.canonical import special_ids
 SEPARATOR = "document_separator"
 """Key of tokenizer_config.json that names the token between documents, if it is not to be guessed."""
 
-_TEXT_ENDS = ("endoftext", "endofsentence", "endofdocument", "endofdoc", "eod", "eos", "eostoken", "/s")
+_TEXT_ENDS = (
+    "endoftext",
+    "endofsentence",
+    "endofdocument",
+    "endofdoc",
+    "eod",
+    "eos",
+    "eostoken",
+    "/s",
+)
 """Names of tokens that end a text, best first; all names here are as `_plain_name` gives them."""
 
-_TURN_ENDS = ("imend", "eotid", "endofturn", "end", "endofturntoken", "eot", "return", "endofmessage", "eomid", "eom")
+_TURN_ENDS = (
+    "imend",
+    "eotid",
+    "endofturn",
+    "end",
+    "endofturntoken",
+    "eot",
+    "return",
+    "endofmessage",
+    "eomid",
+    "eom",
+)
 
-_TURN_STARTS = ("imstart", "startheaderid", "startofturn", "startofrole", "startofturntoken", "headerstart", "start")
+_TURN_STARTS = (
+    "imstart",
+    "startheaderid",
+    "startofturn",
+    "startofrole",
+    "startofturntoken",
+    "headerstart",
+    "start",
+)
 
 _SAME_USE = (
     _TURN_ENDS,
@@ -60,7 +88,9 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for index in (eos, sep, *named, bos):
         if index is not None:
             return index
-    shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special_ids(tokenizer))[:10])
+    shown = ", ".join(
+        repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special_ids(tokenizer))[:10]
+    )
     raise UserError(
         f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
         f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'}), "
@@ -100,11 +130,17 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     """Whether a chat template writes `token`, by its text or by the name of its role."""
     template = tokenizer.chat_template or ""
     templates = template if isinstance(template, str) else "".join(template.values())
-    roles = (role for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if getattr(tokenizer, role, None) == token)
+    roles = (
+        role
+        for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+        if getattr(tokenizer, role, None) == token
+    )
     return bool(token) and (token in templates or any(role in templates for role in roles))
 
 
-def counterpart(index: int, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Counterpart | None:
+def counterpart(
+    index: int, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> Counterpart | None:
     """The special token of `other` for the special token `index` of `tokenizer`, by name, or None.
 
     In order: the token of the same text; the document separator for a document separator, and for a
@@ -112,13 +148,17 @@ def counterpart(index: int, tokenizer: PreTrainedTokenizerBase, other: PreTraine
     and `<end_of_turn>`), where an eos that ends turns may have any name.
     """
     text = str(tokenizer.convert_ids_to_tokens(index))
-    others = {str(other.convert_ids_to_tokens(i)): i for i in sorted(special_ids(other), reverse=True)}
+    others = {
+        str(other.convert_ids_to_tokens(i)): i for i in sorted(special_ids(other), reverse=True)
+    }
     if text in others:
         return Counterpart(others[text], "same text")
     if index == end_of_text_id(tokenizer) or _plain_name(text) in _TEXT_ENDS:
         return Counterpart(end_of_text_id(other), "ends a document")
     is_turn_end = ends_turn(tokenizer, index)
-    uses = next((use for use in _SAME_USE if _plain_name(text) in use), _TURN_ENDS if is_turn_end else ())
+    uses = next(
+        (use for use in _SAME_USE if _plain_name(text) in use), _TURN_ENDS if is_turn_end else ()
+    )
     by_name = {_plain_name(name): name for name in others}
     same = next((by_name[name] for name in uses if name in by_name), None)
     if same is None and is_turn_end and ends_turn(other, role_id(other, "eos")):
@@ -128,13 +168,21 @@ def counterpart(index: int, tokenizer: PreTrainedTokenizerBase, other: PreTraine
 
 def _text_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that are named as the end of a text, best first."""
-    names = {i: _plain_name(str(tokenizer.convert_ids_to_tokens(i))) for i in sorted(special_ids(tokenizer))}
-    return sorted((i for i, name in names.items() if name in _TEXT_ENDS), key=lambda i: _TEXT_ENDS.index(names[i]))
+    names = {
+        i: _plain_name(str(tokenizer.convert_ids_to_tokens(i)))
+        for i in sorted(special_ids(tokenizer))
+    }
+    return sorted(
+        (i for i, name in names.items() if name in _TEXT_ENDS),
+        key=lambda i: _TEXT_ENDS.index(names[i]),
+    )
 
 
 def _plain_name(token: str) -> str:
     """A bracketed name without case and separators: `<｜end▁of▁text｜>` is `endoftext`; else ""."""
-    return re.sub(r"[^a-z0-9/]", "", token.casefold()) if re.fullmatch(r"<.*>|\[.*\]", token) else ""
+    return (
+        re.sub(r"[^a-z0-9/]", "", token.casefold()) if re.fullmatch(r"<.*>|\[.*\]", token) else ""
+    )
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

@@ -58,10 +58,14 @@ class TokenShards:
         try:
             index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             # An empty file cannot be mapped, but there is none: every document has its end-of-text.
-            tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r")
+            tokens = np.memmap(
+                folder / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r"
+            )
             documents, counts = np.load(folder / "documents.npy"), np.load(folder / "counts.npy")
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"'{folder}' holds no token shards ({error}): run the tokens stage again") from error
+            raise UserError(
+                f"'{folder}' holds no token shards ({error}): run the tokens stage again"
+            ) from error
         if len(tokens) != index["tokens"] or len(counts) != index["vocabulary"]:
             raise UserError(
                 f"the token shards in '{folder}' are not whole: {len(tokens):,} tokens where index.json says "
@@ -86,7 +90,8 @@ def run(
     The text is read once and both tokenizers work on each batch at the same time, each with its own threads.
     """
     writers = [
-        _Writer(folder / side, tokenizer) for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer))
+        _Writer(folder / side, tokenizer)
+        for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer))
     ]
     for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer)):
         log(f"tokens: {_separator_line(side, tokenizer)}")
@@ -97,10 +102,14 @@ def run(
             list(pool.map(lambda writer, documents=documents: writer.add(documents), writers))
             progress.update(sum(document.bytes for document in documents))
     indices = {side: writer.close() for side, writer in zip(SIDES, writers)}
-    progress.done(", ".join(f"{side} {i['bytes_per_token']:.2f} bytes/token" for side, i in indices.items()))
+    progress.done(
+        ", ".join(f"{side} {i['bytes_per_token']:.2f} bytes/token" for side, i in indices.items())
+    )
     for side, index in indices.items():
         if index["loses"]:
-            log(f"tokens: the {side} tokenizer does not keep {', '.join(index['loses'])} ({_unknown_share(index)})")
+            log(
+                f"tokens: the {side} tokenizer does not keep {', '.join(index['loses'])} ({_unknown_share(index)})"
+            )
     return indices
 
 
@@ -124,7 +133,9 @@ def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
         line += f"; its eos, {tokenizer.eos_token!r}, ends turns of a chat"
     elif ends_turn(tokenizer, end):
         line = f"warning: {line}, although it ends turns of a chat: the tokenizer has no other end of text"
-        line += ", so the model learns that any text may end a turn; name one with --config.end_of_text"
+        line += (
+            ", so the model learns that any text may end a turn; name one with --config.end_of_text"
+        )
         line += "" if side == "target" else " if it is the target's"
     return line
 
@@ -145,7 +156,9 @@ def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None:
     # Some vocabularies (of one script, of capitals) do not know an "a": then with the first token that they do know.
     for text in itertools.chain("a", tokenizer.get_vocab()):
-        whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+        whole, bare = (
+            tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False)
+        )
         if bare and not set(bare) & special_ids(tokenizer):
             return _beside(whole, bare, place)
     return None
@@ -168,7 +181,9 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     post_processor = cast(Any, tokenizer).backend_tokenizer.post_processor
     vocabulary = tokenizer.get_vocab()
-    for token, index in _added_by(json.loads(post_processor.__getstate__())) if post_processor else ():
+    for token, index in (
+        _added_by(json.loads(post_processor.__getstate__())) if post_processor else ()
+    ):
         if vocabulary.get(token) == index:
             continue
         known = vocabulary.get(token)
@@ -190,7 +205,9 @@ def _added_by(post_processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield tuple(post_processor[key])
     named = post_processor.get("special_tokens", {})
     template = [*post_processor.get("single", ()), *post_processor.get("pair", ())]
-    for name in dict.fromkeys(item["SpecialToken"]["id"] for item in template if "SpecialToken" in item):
+    for name in dict.fromkeys(
+        item["SpecialToken"]["id"] for item in template if "SpecialToken" in item
+    ):
         yield from zip(named[name]["tokens"], named[name]["ids"], strict=True)
 
 
@@ -202,7 +219,9 @@ class _Writer:
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").unlink(missing_ok=True)  # written last: shards without it are not whole
+        (folder / "index.json").unlink(
+            missing_ok=True
+        )  # written last: shards without it are not whole
         self._folder = folder
         self._backend = plain_backend(tokenizer)
         self._end, self._opening = end_of_text_id(tokenizer), opening_id(tokenizer)
@@ -216,7 +235,9 @@ class _Writer:
         self._languages: Counter[tuple[str, str]] = Counter()
 
     def add(self, documents: Sequence[corpus.Document]) -> None:
-        encodings = self._backend.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
+        encodings = self._backend.encode_batch_fast(
+            [d.text for d in documents], add_special_tokens=False
+        )
         written = [np.array([*encoding.ids, self._end], self._dtype) for encoding in encodings]
         if written:  # counted together: each count goes through the whole vocabulary
             self._counts += np.bincount(np.concatenate(written), minlength=len(self._counts))
@@ -224,7 +245,9 @@ class _Writer:
             self._file.write(ids.tobytes())
             self._tokens += len(ids)
             self._ends.append(self._tokens)
-            unknown = 0 if self._unknown is None else int(np.count_nonzero(ids[:-1] == self._unknown))
+            unknown = (
+                0 if self._unknown is None else int(np.count_nonzero(ids[:-1] == self._unknown))
+            )
             for name, amount in zip(_COUNTED, (1, document.bytes, len(ids) - 1, unknown)):
                 self._languages[document.language, name] += amount
 

@@ -86,7 +86,9 @@ def make_stream(
       hosts: processes.
     """
     if micro_batch % hosts:
-        raise ValueError(f"a micro-batch of {micro_batch} sequences does not divide among {hosts} hosts")
+        raise ValueError(
+            f"a micro-batch of {micro_batch} sequences does not divide among {hosts} hosts"
+        )
     # grain adds the pass to its seed: neighbouring seeds would share orders if they were not spread first.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     stream = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat(epochs or None)
@@ -95,7 +97,9 @@ def make_stream(
     return iter(steps.to_iter_dataset(grain.ReadOptions(_THREADS, _READY_BATCHES)))
 
 
-def resolve_offset(start_offset: int | float | str, sequences_per_pass: int, epochs: int, previous_end: int) -> int:
+def resolve_offset(
+    start_offset: int | float | str, sequences_per_pass: int, epochs: int, previous_end: int
+) -> int:
     """The stream position (sequences) at which a stage starts.
 
     Args:

@@ -108,7 +108,10 @@ class Checkpoints:
           Damaged: it is not what was written.
         """
         params, optimizer = _items(like)
-        restored = {"params": self._arrays(step, "params", params), **self._arrays(step, "optimizer", optimizer)}
+        restored = {
+            "params": self._arrays(step, "params", params),
+            **self._arrays(step, "optimizer", optimizer),
+        }
         self._verify(step, restored)
         arrays = paths.flatten(restored)
         names, structure = _names(like)
@@ -140,7 +143,11 @@ class Checkpoints:
         """And the checksums of the arrays."""
 
         def read() -> tuple[Position, dict[str, int]]:
-            content = dict(ocp.JsonCheckpointHandler().restore(self._manager.directory / str(step) / "position"))
+            content = dict(
+                ocp.JsonCheckpointHandler().restore(
+                    self._manager.directory / str(step) / "position"
+                )
+            )
             if content.pop("digest") != _digest(content):
                 raise ValueError("the digest of position does not fit")
             written = content.pop("checksums")
@@ -206,7 +213,9 @@ def _checksums(leaves: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
 
 
 def _checksum(leaf: Array) -> UInt32[Array, ""]:
-    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(
+        jnp.uint32
+    )
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis in range(leaf.ndim):
         stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
@@ -230,7 +239,9 @@ def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
         if not _found_no_room(error):
             raise
         free = shutil.disk_usage(folder).free
-        told = f"the disk of '{folder}' is full, or its quota is used up: {free / 1e9:.3f} GB are free"
+        told = (
+            f"the disk of '{folder}' is full, or its quota is used up: {free / 1e9:.3f} GB are free"
+        )
         if not needed:
             raise UserError(
                 f"{told}. What was finished before is whole: free some room and run the same command again"
@@ -300,7 +311,9 @@ def _names(state: TrainState) -> tuple[list[str], Any]:
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -88,8 +88,12 @@ def loss(
     taught, teacher_nll = _teacher(models, teacher, batch.source)
 
     student_nll = token_nll(*jax.lax.stop_gradient((hidden, head)), labels, how)
-    objective = functools.partial(_likelihood_terms, teacher_nll=teacher_nll, batch=batch, weights=weights)
-    (value, (next_token, distance)), factors = jax.value_and_grad(objective, has_aux=True)(student_nll)
+    objective = functools.partial(
+        _likelihood_terms, teacher_nll=teacher_nll, batch=batch, weights=weights
+    )
+    (value, (next_token, distance)), factors = jax.value_and_grad(objective, has_aux=True)(
+        student_nll
+    )
     surrogate = weighted_cross_entropy(hidden, head, labels, factors, how)
 
     alike = _alike(batch.positions) & (labels >= 0)
@@ -98,7 +102,9 @@ def loss(
     return total, Terms(jax.lax.stop_gradient(total), next_token, states, distance)
 
 
-def _teacher(models: Models, params: Params, source: Int[Array, "B S"]) -> tuple[Array, Float[Array, "B S"]]:
+def _teacher(
+    models: Models, params: Params, source: Int[Array, "B S"]
+) -> tuple[Array, Float[Array, "B S"]]:
     """Final states of the teacher, and its negative log-likelihoods of the token behind each."""
     dtype = jnp.dtype(models.compute.dtype)
     hidden = forward(models.teacher, params, source, dtype=dtype, remat="layer", unroll=1)
@@ -120,7 +126,9 @@ def _likelihood_terms(
     each *= jnp.where(chunks.one_token, 1.0, weights.emphasis) * batch.likelihood[:, None]
     found = jnp.maximum(chunks.whole.sum(), 1)
     value = next_token + jnp.sum(jnp.where(chunks.whole, each, 0.0)) / found
-    distance = jnp.sum(jnp.where(chunks.whole, jnp.abs(chunks.student - chunks.teacher), 0.0)) / found
+    distance = (
+        jnp.sum(jnp.where(chunks.whole, jnp.abs(chunks.student - chunks.teacher), 0.0)) / found
+    )
     return value, (jnp.sum(nll * real) / count, distance)
 
 
@@ -136,7 +144,9 @@ class Chunks(NamedTuple):
     """Whether there is such a chunk."""
 
 
-def chunk_nats(student: Float[Array, "B T"], teacher: Float[Array, "B S"], positions: Int[Array, "B T"]) -> Chunks:
+def chunk_nats(
+    student: Float[Array, "B T"], teacher: Float[Array, "B S"], positions: Int[Array, "B T"]
+) -> Chunks:
     """Both models' negative log-likelihoods of each chunk.
 
     Args:
@@ -163,7 +173,9 @@ def divergence(student: Float[Array, "..."], teacher: Float[Array, "..."]) -> Fl
     """The binary divergence of chunks' likelihoods, from their negative logarithms (module docstring)."""
     log_p, log_q = (-jnp.maximum(nats, LEAST_NATS) / TEMPERATURE for nats in (teacher, student))
     log_not_p, log_not_q = (jnp.log(-jnp.expm1(x)) for x in (log_p, log_q))
-    return TEMPERATURE * (jnp.exp(log_p) * (log_p - log_q) + jnp.exp(log_not_p) * (log_not_p - log_not_q))
+    return TEMPERATURE * (
+        jnp.exp(log_p) * (log_p - log_q) + jnp.exp(log_not_p) * (log_not_p - log_not_q)
+    )
 
 
 def state_distance(

@@ -30,7 +30,16 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, summed
-from tokalign_jax.training.losses import LEAST, Head, Rows, chunks, head_of, largest_and_sum, over_chunks, plus
+from tokalign_jax.training.losses import (
+    LEAST,
+    Head,
+    Rows,
+    chunks,
+    head_of,
+    largest_and_sum,
+    over_chunks,
+    plus,
+)
 from tokalign_jax.training.step import Loss, Objective
 
 
@@ -64,7 +73,9 @@ def objective(stage: DistillationConfig, teacher: Teacher) -> Objective:
     """What a stage with a teacher minimises, as its settings have it."""
     reverse = {"forward": 0.0, "reverse": 1.0, "mixed": stage.mixture}[stage.divergence]
     lessons = Lessons(teacher.config, teacher.vocabulary, reverse, stage.temperature, stage.weight)
-    return Objective(lessons, teacher.params, {"teacher": teacher.identity, "vocabulary": teacher.vocabulary})
+    return Objective(
+        lessons, teacher.params, {"teacher": teacher.identity, "vocabulary": teacher.vocabulary}
+    )
 
 
 @dataclass(frozen=True)
@@ -84,20 +95,35 @@ class Lessons:
 
 
 def make_distillation_loss(
-    model: ModelConfig, teacher: ModelConfig, how: Teaching, compute: ComputeConfig, lora: LoraSpec | None
+    model: ModelConfig,
+    teacher: ModelConfig,
+    how: Teaching,
+    compute: ComputeConfig,
+    lora: LoraSpec | None,
 ) -> Loss:
     """The loss of a micro-batch, whose frozen tree is the pair (frozen parameters of the student, parameters of the teacher)."""
     dtype = jnp.dtype(compute.dtype)
     remat = "dots" if compute.remat == "auto" else compute.remat
 
-    def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array) -> Float[Array, ""]:
+    def loss(
+        trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array
+    ) -> Float[Array, ""]:
         frozen, taught = frozen
         params, inputs = paths.merge(trainable, frozen), tokens[:, :-1]
         wanted = jax.lax.stop_gradient(forward(teacher, taught, inputs, dtype=dtype))
         hidden = forward(
-            model, params, inputs, lora=lora, dropout_key=keys, dtype=dtype, remat=remat, unroll=compute.unroll
+            model,
+            params,
+            inputs,
+            lora=lora,
+            dropout_key=keys,
+            dtype=dtype,
+            remat=remat,
+            unroll=compute.unroll,
         )
-        total, count = distillation(hidden, head_matrix(params), wanted, head_matrix(taught), tokens[:, 1:], how)
+        total, count = distillation(
+            hidden, head_matrix(params), wanted, head_matrix(taught), tokens[:, 1:], how
+        )
         return total / count
 
     return loss
@@ -113,11 +139,14 @@ def with_rows(params: paths.Tree, vocabulary: int, mesh: Mesh) -> paths.Tree:
             return leaf
         more = max(0, shape[0] - len(leaf))
         resized = jax.jit(
-            lambda x: jnp.pad(x[: shape[0]], ((0, more), (0, 0))), out_shardings=sharding.sharding_of(path, shape, mesh)
+            lambda x: jnp.pad(x[: shape[0]], ((0, more), (0, 0))),
+            out_shardings=sharding.sharding_of(path, shape, mesh),
         )
         return resized(leaf)
 
-    return paths.unflatten({path: fitted(path, leaf) for path, leaf in paths.flatten(params).items()})
+    return paths.unflatten(
+        {path: fitted(path, leaf) for path, leaf in paths.flatten(params).items()}
+    )
 
 
 def distillation(
@@ -141,37 +170,63 @@ def distillation(
         raise ValueError(
             f"the student's head has {len(head)} rows and the teacher's {len(teacher_head)}: `with_rows` makes them equal"
         )
-    return _total(hidden, head, teacher_hidden, teacher_head, labels, how), jnp.sum(labels >= 0, dtype=jnp.float32)
+    return _total(hidden, head, teacher_hidden, teacher_head, labels, how), jnp.sum(
+        labels >= 0, dtype=jnp.float32
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _total(hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array, how: Teaching):
+def _total(
+    hidden: Array,
+    head: Array,
+    teacher_hidden: Array,
+    teacher_head: Array,
+    labels: Array,
+    how: Teaching,
+):
     return _total_forward(hidden, head, teacher_hidden, teacher_head, labels, how)[0]
 
 
 def _total_forward(
-    hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array, how: Teaching
+    hidden: Array,
+    head: Array,
+    teacher_hidden: Array,
+    teacher_head: Array,
+    labels: Array,
+    how: Teaching,
 ):
     """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
 
-    def local(hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array):
+    def local(
+        hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array
+    ):
         student = Rows(head.astype(how.student.dtype), how.student)
         teacher = Rows(teacher_head.astype(how.teacher.dtype), how.teacher)
 
         def one_chunk(sums: Any, pieces: tuple[Array, Array, Array]) -> tuple[Any, Array]:
             states, teacher_states, targets = map(gathered, pieces)
             logits, pull = student.logits(states)
-            loss, gradient = _loss(logits, teacher.logits(teacher_states)[0], targets, student.ids, how)
+            loss, gradient = _loss(
+                logits, teacher.logits(teacher_states)[0], targets, student.ids, how
+            )
             gradient = pull(gradient).astype(how.student.dtype)
             head_gradient = jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
-            return plus(sums, (loss.sum(), head_gradient)), summed(jnp.dot(gradient, student.weight))
+            return plus(sums, (loss.sum(), head_gradient)), summed(
+                jnp.dot(gradient, student.weight)
+            )
 
         states, targets = chunks(hidden.astype(how.student.dtype), labels, how.student.chunk)
-        teacher_states, _ = chunks(teacher_hidden.astype(how.teacher.dtype), labels, how.student.chunk)
+        teacher_states, _ = chunks(
+            teacher_hidden.astype(how.teacher.dtype), labels, how.student.chunk
+        )
         (total, head_gradient), gradient = over_chunks(one_chunk, (states, teacher_states, targets))
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         # Devices that have other rows have the loss of the same tokens: it is added up over `data` alone.
-        return over(DATA, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
+        return (
+            over(DATA, total),
+            gradient.astype(hidden.dtype),
+            over(DATA, head_gradient).astype(head.dtype),
+        )
 
     parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
     with compiling.products(how.student.dtype):
@@ -183,7 +238,12 @@ def _total_forward(
 
 def _total_backward(how: Teaching, gradients: tuple[Array, Array], upstream: Array):
     del how
-    return *((upstream * gradient).astype(gradient.dtype) for gradient in gradients), None, None, None
+    return (
+        *((upstream * gradient).astype(gradient.dtype) for gradient in gradients),
+        None,
+        None,
+        None,
+    )
 
 
 _total.defvjp(_total_forward, _total_backward)
@@ -209,7 +269,10 @@ def _loss(
 
 
 def _divergence(
-    logits: Float[Array, "C r"], teacher_logits: Float[Array, "C r"], known: Bool[Array, "r"], how: Teaching
+    logits: Float[Array, "C r"],
+    teacher_logits: Float[Array, "C r"],
+    known: Bool[Array, "r"],
+    how: Teaching,
 ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
     """T^2 times the divergence of each token over all `known` ids, and its gradient for the student's logits here.
 

@@ -26,8 +26,20 @@ from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.progress import Log, duration, quantity
 from tokalign_jax.training import metrics
-from tokalign_jax.training.batches import Sequences, Shards, TokenSource, make_stream, resolve_offset
-from tokalign_jax.training.checkpoints import Checkpoints, Damaged, Position, check_resumable, naming_a_full_disk
+from tokalign_jax.training.batches import (
+    Sequences,
+    Shards,
+    TokenSource,
+    make_stream,
+    resolve_offset,
+)
+from tokalign_jax.training.checkpoints import (
+    Checkpoints,
+    Damaged,
+    Position,
+    check_resumable,
+    naming_a_full_disk,
+)
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import (
     NEXT_TOKEN,
@@ -76,7 +88,9 @@ def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
       UserError: a step's sequences do not divide among the devices.
     """
     if isinstance(stage.per_device_batch, str):
-        raise ValueError(f"per_device_batch={stage.per_device_batch} is not resolved: see `planning.resolve`")
+        raise ValueError(
+            f"per_device_batch={stage.per_device_batch} is not resolved: see `planning.resolve`"
+        )
     lets = [n for n in held_at_once(name, stage, mesh) if n <= stage.per_device_batch]
     return sharding.sequences_at_once(mesh) * max(lets)
 
@@ -99,7 +113,11 @@ def held_at_once(name: str, stage: StageConfig, mesh: Mesh) -> list[int]:
 
 def lora_spec(stage: StageConfig) -> LoraSpec | None:
     """The adapters that the stage trains; None unless its method is `lora`."""
-    return LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout) if stage.method == "lora" else None
+    return (
+        LoraSpec(stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
+        if stage.method == "lora"
+        else None
+    )
 
 
 def trains(stage: StageConfig, path: str) -> bool:
@@ -115,7 +133,12 @@ def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
 
 
 def plan_stage(
-    name: str, stage: StageConfig, config: Config, model_config: ModelConfig, shards: Shards, previous_end: int
+    name: str,
+    stage: StageConfig,
+    config: Config,
+    model_config: ModelConfig,
+    shards: Shards,
+    previous_end: int,
 ) -> tuple[int, int]:
     """Where in the shuffled stream the stage reads: the number of its first sequence, and the tokens up to its end.
 
@@ -141,7 +164,9 @@ def plan_stage(
             f"the corpus has {len(shards.tokens):,} tokens, fewer than the {length + 1:,} of one training "
             f"sequence: use a larger corpus or a shorter {name}.sequence_length"
         )
-    start = resolve_offset(stage.start_offset, sequences, config.data.epochs, -(-previous_end // length))
+    start = resolve_offset(
+        stage.start_offset, sequences, config.data.epochs, -(-previous_end // length)
+    )
     available, end = sequences * config.data.epochs, start + stage.steps * stage.batch_size
     if available and end > available:
         raise UserError(
@@ -212,11 +237,15 @@ def run_stage(
         # Of what trains the state has copies. Where the caller keeps no reference, what it began with takes no memory any more.
         del params, trainable
         first = distributed.is_first()
-        with metrics.Recorder(name, Path(folder), stage.steps, done, stage.log_every, log, writes=first) as recorder:
+        with metrics.Recorder(
+            name, Path(folder), stage.steps, done, stage.log_every, log, writes=first
+        ) as recorder:
             if done < stage.steps:
                 source = objective.sequences(shards, stage.sequence_length)
                 feed = _Feed(
-                    _stream(stage, config, source, start, micro_batch(name, stage, mesh), mesh), position, mesh
+                    _stream(stage, config, source, start, micro_batch(name, stage, mesh), mesh),
+                    position,
+                    mesh,
                 )
                 run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
                 dtype = jnp.dtype(config.compute.dtype)
@@ -229,7 +258,9 @@ def run_stage(
     return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
 
 
-def load_trained(folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mesh) -> dict[str, jax.Array]:
+def load_trained(
+    folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mesh
+) -> dict[str, jax.Array]:
     """What a finished stage trained, adapters included, from its last checkpoint: float32, by path.
 
     Args:
@@ -245,7 +276,9 @@ def load_trained(folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mes
     if not stage.steps:
         return {}
     like, _ = split(stage, abstract_params(model, lora_spec(stage)))
-    like = paths.unflatten({path: _abstract(path, leaf.shape, mesh) for path, leaf in paths.flatten(like).items()})
+    like = paths.unflatten(
+        {path: _abstract(path, leaf.shape, mesh) for path, leaf in paths.flatten(like).items()}
+    )
     with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
         if checkpoints.newest() != stage.steps:
             raise UserError(
@@ -264,7 +297,9 @@ def load_trained(folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mes
 def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Shape and place of a float32 parameter on the mesh."""
     shape = sharding.padded_shape(path, shape, mesh)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh))
+    return jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh)
+    )
 
 
 def is_finished(folder: Path, stage: StageConfig) -> bool:
@@ -273,7 +308,12 @@ def is_finished(folder: Path, stage: StageConfig) -> bool:
 
 
 def _restore(
-    name: str, stage: StageConfig, fingerprint: str, checkpoints: Checkpoints, like: TrainState, log: Log
+    name: str,
+    stage: StageConfig,
+    fingerprint: str,
+    checkpoints: Checkpoints,
+    like: TrainState,
+    log: Log,
 ) -> tuple[int, Position | None, TrainState | None]:
     """The newest checkpoint that is whole: its step, where it was in the data, and the state; (0, None, None) without one.
 
@@ -285,11 +325,15 @@ def _restore(
             check_resumable(position, stage.batch_size, fingerprint, checkpoints.path(done))
             state = checkpoints.restore(done, like)
         except Damaged as damage:
-            log(f"{name}: warning: {damage}; it was renamed to '{checkpoints.set_aside(done).name}'")
+            log(
+                f"{name}: warning: {damage}; it was renamed to '{checkpoints.set_aside(done).name}'"
+            )
             if not checkpoints.newest():
                 log(f"{name}: warning: no checkpoint is left that is whole; the stage begins anew")
         else:
-            log(f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}")
+            log(
+                f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}"
+            )
             return done, position, state
     return 0, None, None
 
@@ -331,12 +375,16 @@ class _Run:
         self.checkpoints, self.recorder, self.log = checkpoints, recorder, log
         self.pending: deque[Any] = deque()
 
-    def __call__(self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array) -> TrainState:
+    def __call__(
+        self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array
+    ) -> TrainState:
         done = self.recorder.step
         for step in range(done + 1, self.stage.steps + 1):
             compiling = time.monotonic()
             state, values = train_step(state, frozen, feed.take(), key, self.schedule)
-            if step == done + 1:  # compilation is over once the first call returns, the step itself is not
+            if (
+                step == done + 1
+            ):  # compilation is over once the first call returns, the step itself is not
                 self.log(f"{self.name}: compiled in {duration(time.monotonic() - compiling)}")
                 self.recorder.start_clock()
             jax.tree.map(lambda value: value.copy_to_host_async(), values)
@@ -352,7 +400,11 @@ class _Run:
 
     def announce(self, state: TrainState, frozen: Any) -> None:
         count = lambda tree: quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))  # noqa: E731
-        batch, length, devices = self.stage.batch_size, self.stage.sequence_length, state.step.sharding.device_set
+        batch, length, devices = (
+            self.stage.batch_size,
+            self.stage.sequence_length,
+            state.step.sharding.device_set,
+        )
         self.log(
             f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, {count(frozen)} are frozen; "
             f"{self.stage.steps:,} steps of {batch:,} x {length:,} = {quantity(batch * length)} tokens on "
@@ -368,7 +420,9 @@ class _Run:
                 self.recorder.flush()
                 newest = self.checkpoints.newest()
                 good = (
-                    f"the last good checkpoint is '{self.checkpoints.path(newest)}'" if newest else "no checkpoint yet"
+                    f"the last good checkpoint is '{self.checkpoints.path(newest)}'"
+                    if newest
+                    else "no checkpoint yet"
                 )
                 raise UserError(
                     f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last one step "
@@ -431,7 +485,9 @@ class _Program:
     optimizer: Any
     mesh: Mesh
 
-    def state_maker(self, trainable: paths.Tree) -> tuple[Callable[[paths.Tree], TrainState], TrainState]:
+    def state_maker(
+        self, trainable: paths.Tree
+    ) -> tuple[Callable[[paths.Tree], TrainState], TrainState]:
         """Makes the state before the first step of what trains, each array in its place; and the shapes and places of its arrays.
 
         They are copies, not the caller's arrays: the step gives its input's memory to its output.
@@ -443,29 +499,46 @@ class _Program:
 
         shapes = jax.eval_shape(make, trainable)
         places = sharding.shardings(shapes, self.mesh)
-        like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+        like = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        )
         return jax.jit(make, out_shardings=places), like
 
 
 @functools.lru_cache(maxsize=8)
 def _program(
-    make_loss: Any, model: ModelConfig, compute: ComputeConfig, stage: StageConfig, trained: tuple[str, ...], mesh: Mesh
+    make_loss: Any,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    stage: StageConfig,
+    trained: tuple[str, ...],
+    mesh: Mesh,
 ) -> _Program:
     """Made once for stages that differ in nothing that is compiled, as those of a sweep over rates do: JAX compiles by function."""
     labels = paths.label_tree(rules_for(stage.method), paths.unflatten(dict.fromkeys(trained, 0)))
     optimizer = make_optimizer(stage, labels, model.vocab_size)
     loss = make_loss(model, compute, lora_spec(stage))
-    return _Program(make_train_step(loss, optimizer, jnp.dtype(compute.dtype), mesh), optimizer, mesh)
+    return _Program(
+        make_train_step(loss, optimizer, jnp.dtype(compute.dtype), mesh), optimizer, mesh
+    )
 
 
-_INPUTS_OF_A_STEP = ("steps", "learning_rate", "embedding_learning_rate", "warmup_fraction", "sequence_length")
+_INPUTS_OF_A_STEP = (
+    "steps",
+    "learning_rate",
+    "embedding_learning_rate",
+    "warmup_fraction",
+    "sequence_length",
+)
 """Stage fields that the compiled step takes as numbers, or sees in the shapes of its input."""
 
 
 def _without_bookkeeping(stage: StageConfig) -> StageConfig:
     """The stage with what is not compiled into its step as it is by default."""
     harmless = {*_BOOKKEEPING, *_INPUTS_OF_A_STEP}
-    return dataclasses.replace(stage, **{f.name: f.default for f in dataclasses.fields(stage) if f.name in harmless})
+    return dataclasses.replace(
+        stage, **{f.name: f.default for f in dataclasses.fields(stage) if f.name in harmless}
+    )
 
 
 def _stage_key(name: str, seed: int) -> jax.Array:
@@ -507,7 +580,10 @@ def _fingerprint(
         "seed": config.seed,
         "dtype": config.compute.dtype,
         "model": dataclasses.asdict(model_config),
-        "params": {path: [shape(path, leaf), str(leaf.dtype)] for path, leaf in paths.flatten(params).items()},
+        "params": {
+            path: [shape(path, leaf), str(leaf.dtype)]
+            for path, leaf in paths.flatten(params).items()
+        },
         "tokens": len(shards.tokens),
         "start": start,
         "objective": dict(objective.facts),

@@ -23,7 +23,18 @@ from tokalign_jax import compiling, sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
-from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, own, row_part, rows_of, summed
+from tokalign_jax.sharding import (
+    BATCH,
+    DATA,
+    VOCABULARY,
+    by_device,
+    gathered,
+    over,
+    own,
+    row_part,
+    rows_of,
+    summed,
+)
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""
@@ -109,7 +120,9 @@ def token_nll_and_likeliest(
     return _by_chunk(of_chunk, hidden, head, labels, how)
 
 
-def _by_chunk(of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: Array, how: Head) -> Any:
+def _by_chunk(
+    of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: Array, how: Head
+) -> Any:
     """Arrays [B, T] of what `of_chunk(rows, states [C, D], labels [C])` gives for each token of a chunk."""
 
     def local(hidden: Array, head: Array, labels: Array) -> Any:
@@ -131,7 +144,9 @@ def _total(hidden: Array, head: Array, labels: Array, weights: Array | None, how
 def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | None, how: Head):
     """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
 
-    def local(hidden: Array, head: Array, labels: Array, weights: Array | None) -> tuple[Array, Array, Array]:
+    def local(
+        hidden: Array, head: Array, labels: Array, weights: Array | None
+    ) -> tuple[Array, Array, Array]:
         rows = Rows(head.astype(how.dtype), how)
 
         def one_chunk(sums: Any, pieces: tuple[Array, Array, Array | None]) -> tuple[Any, Array]:
@@ -143,7 +158,11 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
         pieces = *chunks(hidden.astype(how.dtype), labels, how.chunk), _chunked(weights, how.chunk)
         (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-        return over(BATCH, total), gradient.astype(hidden.dtype), over(DATA, head_gradient).astype(head.dtype)
+        return (
+            over(BATCH, total),
+            gradient.astype(hidden.dtype),
+            over(DATA, head_gradient).astype(head.dtype),
+        )
 
     inputs = *_PARTS, None if weights is None else P(BATCH)
     with compiling.products(how.dtype):
@@ -174,7 +193,9 @@ class Rows(NamedTuple):
     weight: Float[Array, "r D"]
     how: Head
 
-    def logits(self, states: Float[Array, "C D"]) -> tuple[Float[Array, "C r"], Callable[[Array], Array]]:
+    def logits(
+        self, states: Float[Array, "C D"]
+    ) -> tuple[Float[Array, "C r"], Callable[[Array], Array]]:
         """Logits, and what takes a gradient back through the model's adjustment of them."""
         return self._adjusted(jnp.dot(states, self.weight.T, preferred_element_type=jnp.float32))
 
@@ -183,14 +204,19 @@ class Rows(NamedTuple):
         ids = self.ids
         logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
         # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
-        label_logits = over(VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1))
+        label_logits = over(
+            VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1)
+        )
         largest, total = largest_and_sum(logits)
         return jnp.where(labels >= 0, jnp.log(total) + largest - label_logits, 0.0)
 
     def likeliest(self, logits: Float[Array, "C r"]) -> Int[Array, "C"]:
         """The id of the largest logit over the rows of all devices; the lowest of equals."""
         logits = jnp.where(self.ids < self.how.vocabulary, logits, LEAST)
-        best, largest = jnp.argmax(logits, axis=-1) + row_part() * len(self.weight), jnp.max(logits, axis=-1)
+        best, largest = (
+            jnp.argmax(logits, axis=-1) + row_part() * len(self.weight),
+            jnp.max(logits, axis=-1),
+        )
         if sharding.current() is None:
             return best
         is_largest = largest == jax.lax.pmax(largest, VOCABULARY)
@@ -219,7 +245,9 @@ class Rows(NamedTuple):
         logits, pull = self.logits(states)
         label_rows, places = rows_of(self.weight, labels)
         wide, label_rows = states.astype(jnp.float32), label_rows.astype(jnp.float32)
-        label_logits, pull_label = self._adjusted(over(VOCABULARY, jnp.sum(wide * label_rows, axis=-1)))
+        label_logits, pull_label = self._adjusted(
+            over(VOCABULARY, jnp.sum(wide * label_rows, axis=-1))
+        )
         known = self.ids < self.how.vocabulary
         z = jnp.exp(jnp.minimum(jnp.where(known, logits, LEAST) - label_logits[:, None], MOST))
         total = over(VOCABULARY, z.sum(-1))
@@ -229,11 +257,16 @@ class Rows(NamedTuple):
 
         # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
         z = pull(z).astype(dtype)
-        gradient = share * jnp.dot(z, self.weight, preferred_element_type=jnp.float32) - of_label * label_rows
+        gradient = (
+            share * jnp.dot(z, self.weight, preferred_element_type=jnp.float32)
+            - of_label * label_rows
+        )
         shared = (share * wide).astype(dtype)
         own_gradient = plus(head_gradient, jnp.dot(z.T, shared, preferred_element_type=jnp.float32))
         # For the label z is 1. Where it is all but certain, little is left of the two: the product's rounding is taken back.
-        rounding = share * wide * slope - shared.astype(jnp.float32) * slope.astype(dtype).astype(jnp.float32)
+        rounding = share * wide * slope - shared.astype(jnp.float32) * slope.astype(dtype).astype(
+            jnp.float32
+        )
         own_gradient = own_gradient.at[places].add(rounding - of_label * wide, mode="drop")
         return factors * jnp.log(total), gradient.astype(dtype), own_gradient
 
@@ -242,7 +275,9 @@ class Rows(NamedTuple):
         """Their token ids."""
         return row_part() * len(self.weight) + jnp.arange(len(self.weight))
 
-    def _adjusted(self, raw: Float[Array, "..."]) -> tuple[Float[Array, "..."], Callable[[Array], Array]]:
+    def _adjusted(
+        self, raw: Float[Array, "..."]
+    ) -> tuple[Float[Array, "..."], Callable[[Array], Array]]:
         if self.how.adjust is None:
             return raw, lambda gradient: gradient
         logits, pull = jax.vjp(self.how.adjust, raw)

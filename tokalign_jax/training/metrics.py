@@ -35,7 +35,9 @@ def read(path: Path) -> list[Record]:
     """The whole lines of a metrics file; what a killed run left of its last line is not one."""
     if not path.exists():
         return []
-    lines = path.read_text(errors="replace", encoding="utf-8").split("\n")[:-1]  # a whole line ends in a newline
+    lines = path.read_text(errors="replace", encoding="utf-8").split("\n")[
+        :-1
+    ]  # a whole line ends in a newline
     return [record for line in lines if (record := _record(line))]
 
 
@@ -50,7 +52,16 @@ def _record(line: str) -> Record | None:
 class Recorder:
     """Takes each step's metrics, in order; writes them where `writes` is set (one process of many)."""
 
-    def __init__(self, name: str, folder: Path, steps: int, done: int, log_every: int, log: Log, writes: bool = True):
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        steps: int,
+        done: int,
+        log_every: int,
+        log: Log,
+        writes: bool = True,
+    ):
         """Goes on after step `done`: later lines, of a run that was killed, are dropped."""
         self._name, self._steps, self._every, self._log = name, steps, log_every, log
         self._path = folder / "metrics.jsonl"
@@ -112,12 +123,17 @@ class Recorder:
             return
         self._file.write(json.dumps(record) + "\n")
         keys = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
-        self._board.add({f"{self._name}/{key}": record[key] for key in keys if record[key] is not None}, record["step"])
+        self._board.add(
+            {f"{self._name}/{key}": record[key] for key in keys if record[key] is not None},
+            record["step"],
+        )
 
     def _report(self, record: Record, finite: bool) -> None:
         step, loss = record["step"], record["loss"]
         if not finite:
-            self._log(f"{self._name}: step {step} is not finite and was skipped ({record['skipped']} so far)")
+            self._log(
+                f"{self._name}: step {step} is not finite and was skipped ({record['skipped']} so far)"
+            )
         if loss is not None:
             if is_spike(loss, self._recent):
                 self._log(
@@ -132,7 +148,8 @@ class Recorder:
             self._line_time, self._line_tokens, self._line_step = self._last, self._tokens, step
             self._log(
                 f"{self._name}: step {step} of {self._steps}, loss {'not finite' if loss is None else f'{loss:.3f}'}, "
-                f"{quantity(rate)} tokens/s" + (f", {duration(left)} left" if step < self._steps else "")
+                f"{quantity(rate)} tokens/s"
+                + (f", {duration(left)} left" if step < self._steps else "")
             )
 
 
@@ -157,8 +174,12 @@ class _Board:
         self._file.write_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
 
     def add(self, values: dict[str, float], step: int) -> None:
-        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
+        scalars = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
+        ]
+        self._file.write_event(
+            self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars))
+        )
 
     def flush(self) -> None:
         self._file.flush()

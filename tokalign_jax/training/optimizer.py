@@ -45,14 +45,20 @@ class Schedule(NamedTuple):
         """The rate of each label at an update."""
         update = jnp.asarray(update, jnp.float32)
         rise = (update + 1) / (self.warmup + 1)
-        progress = jnp.clip((update - self.warmup) / jnp.maximum(self.steps - self.warmup, 1), 0.0, 1.0)
+        progress = jnp.clip(
+            (update - self.warmup) / jnp.maximum(self.steps - self.warmup, 1), 0.0, 1.0
+        )
         factor = jnp.where(update < self.warmup, rise, 0.5 * (1 + jnp.cos(jnp.pi * progress)))
         return {label: peak * factor for label, peak in self.peaks.items()}
 
 
 def schedule_of(stage: StageConfig) -> Schedule:
     """The rates that a stage's config asks for."""
-    embedding = stage.learning_rate if stage.embedding_learning_rate is None else stage.embedding_learning_rate
+    embedding = (
+        stage.learning_rate
+        if stage.embedding_learning_rate is None
+        else stage.embedding_learning_rate
+    )
     peaks = {"embedding": embedding, "lora": stage.learning_rate, "body": stage.learning_rate}
     return Schedule(peaks, float(stage.steps), float(round(stage.warmup_fraction * stage.steps)))
 
@@ -77,7 +83,10 @@ def make_optimizer(
         optax.masked(optax.clip_by_global_norm(stage.clip_norm), trains),
         optax.multi_transform(
             {
-                **{label: _adamw(stage, label, vocabulary) for label in ("embedding", "lora", "body")},
+                **{
+                    label: _adamw(stage, label, vocabulary)
+                    for label in ("embedding", "lora", "body")
+                },
                 FROZEN: optax.set_to_zero(),
             },
             labels,
@@ -135,6 +144,9 @@ def scale_by_damped_adam(
 def _decays(tree: Any) -> Any:
     """True where a leaf is a matrix. By name: norm scales are stacked over the layers, so their rank says nothing."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: paths.label(_DECAY_RULES, jax.tree_util.keystr(path, simple=True, separator="/")) == "decays",
+        lambda path, _: (
+            paths.label(_DECAY_RULES, jax.tree_util.keystr(path, simple=True, separator="/"))
+            == "decays"
+        ),
         tree,
     )

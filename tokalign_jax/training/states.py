@@ -34,7 +34,9 @@ class Changes(NamedTuple):
     """By path of the kernel, in the order of the stages."""
 
 
-def load_changes(model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]], mesh: Mesh) -> Changes:
+def load_changes(
+    model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]], mesh: Mesh
+) -> Changes:
     """What these finished stages have trained, from their checkpoints.
 
     A stage all of whose parameters were trained again later is not read.
@@ -48,7 +50,10 @@ def load_changes(model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]],
     leaves: dict[str, jax.Array] = {}
     adapters: dict[str, list[lora.Adapter]] = defaultdict(list)
     for number, stage, trained in surviving(model, [stage for _, stage in stages]):
-        found, spec = loop.load_trained(stages[number][0], stage, model, mesh), loop.lora_spec(stage)
+        found, spec = (
+            loop.load_trained(stages[number][0], stage, model, mesh),
+            loop.lora_spec(stage),
+        )
         leaves |= {path: found[path] for path in trained if path == _parameter(path)}
         for path in (path for path in trained if path.endswith("/lora_a")):
             assert spec, path
@@ -57,7 +62,9 @@ def load_changes(model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]],
     return Changes(leaves, dict(adapters))
 
 
-def surviving(model: ModelConfig, stages: Sequence[StageConfig]) -> list[tuple[int, StageConfig, list[str]]]:
+def surviving(
+    model: ModelConfig, stages: Sequence[StageConfig]
+) -> list[tuple[int, StageConfig, list[str]]]:
     """Stages whose results survive the later ones: number, settings and paths of what survives.
 
     What was trained again later does not, nor does an adapter of it.
@@ -78,7 +85,9 @@ def _parameter(path: str) -> str:
     return re.sub(r"/lora_[ab]$", "/kernel", path)
 
 
-def assemble(folder: Path, model: ModelConfig, changes: Changes, dtype: DtypeOf, mesh: Mesh) -> Params:
+def assemble(
+    folder: Path, model: ModelConfig, changes: Changes, dtype: DtypeOf, mesh: Mesh
+) -> Params:
     """A state on the mesh, adapters merged in float32 one layer at a time.
 
     `changes` are consumed: each array is freed once it is cast or merged.
@@ -114,7 +123,9 @@ def reader(folder: Path, model: ModelConfig, changes: Changes) -> huggingface.Re
         if path not in changes.adapters:
             return value
         own = [
-            lora.Adapter(spec, *(jnp.asarray(sharding.to_host(factor, *index)) for factor in factors))
+            lora.Adapter(
+                spec, *(jnp.asarray(sharding.to_host(factor, *index)) for factor in factors)
+            )
             for spec, *factors in changes.adapters[path]
         ]
         return np.asarray(lora.merged(value, own, ()))

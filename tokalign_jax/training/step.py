@@ -80,7 +80,9 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
     head = head_of(model_config, compute)
     remat = "dots" if compute.remat == "auto" else compute.remat
 
-    def loss(trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array) -> Float[Array, ""]:
+    def loss(
+        trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array
+    ) -> Float[Array, ""]:
         params = paths.merge(trainable, frozen)
         hidden = forward(
             model_config,
@@ -102,7 +104,9 @@ NEXT_TOKEN = Objective(make_loss)
 """The loss of the next token."""
 
 
-def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike, mesh: Mesh) -> Step:
+def make_train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike, mesh: Mesh
+) -> Step:
     """The jitted step; it donates the state it is given.
 
     Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is not finite leaves
@@ -125,9 +129,13 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
 
         def of_micro_batch(index: Any, part: Any) -> tuple[Array, Any]:
             # A key for each sequence of the step, so that dropout too is the same however the step is cut into micro-batches.
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index * sequences + jnp.arange(sequences))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                key, index * sequences + jnp.arange(sequences)
+            )
             value, gradients = jax.value_and_grad(loss)(params, frozen, part, keys)
-            return value, _split_as_parameters(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh)
+            return value, _split_as_parameters(
+                jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh
+            )
 
         if accumulation == 1:  # no sum, and no memory for one
             return of_micro_batch(0, jax.tree.map(lambda x: x[0], batch))
@@ -143,7 +151,9 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, dtype: 
         state: TrainState, frozen: Any, batch: Batch, key: Array, schedule: Schedule
     ) -> tuple[TrainState, Metrics]:
         with sharding.within(mesh):
-            value, gradients = gradients_of(state.params, frozen, batch, jax.random.fold_in(key, state.step))
+            value, gradients = gradients_of(
+                state.params, frozen, batch, jax.random.fold_in(key, state.step)
+            )
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         rates = schedule.rates(state.step - state.skipped)
@@ -189,7 +199,9 @@ def _cast_projections(params: Any, dtype: DTypeLike) -> Any:
     """Projections in the type that they are multiplied in. All else keeps its own: gradients of embedding and head are
     summed in float32 where they arise, norms are computed in it."""
     leaves = paths.flatten(params)
-    return paths.unflatten({path: x.astype(dtype) if "_proj/" in path else x for path, x in leaves.items()})
+    return paths.unflatten(
+        {path: x.astype(dtype) if "_proj/" in path else x for path, x in leaves.items()}
+    )
 
 
 def _split_as_parameters(tree: Any, mesh: Mesh) -> Any:

@@ -29,7 +29,20 @@ from tokalign_jax.models.families import (
 )
 from tokalign_jax.models.weights import Weight
 
-_MODULES = (gemma, gpt2, gpt_neox, granite, llama, mistral, mixture, olmo, phi3, qwen, smollm3, stablelm)
+_MODULES = (
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    mixture,
+    olmo,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+)
 
 FAMILIES = {name: module for module in _MODULES for name in module.MODEL_TYPES}
 """Module of each model_type."""
@@ -65,9 +78,13 @@ def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weig
     Checkpoints of the model without its head, as the first of GPT-2 and embedding models are, lack the first part of names.
     """
     module = family(config.model_type)
-    packed = config.experts is not None and any(name.endswith(".experts.gate_up_proj") for name in stored)
+    packed = config.experts is not None and any(
+        name.endswith(".experts.gate_up_proj") for name in stored
+    )
     table = module.packed_weights(config) if packed else module.weights(config)
-    return [replace(weight, aliases=(*weight.aliases, _BASE.sub("", weight.name))) for weight in table]
+    return [
+        replace(weight, aliases=(*weight.aliases, _BASE.sub("", weight.name))) for weight in table
+    ]
 
 
 _BASE = re.compile(r"^(model|gpt_neox|transformer)\.")
@@ -80,7 +97,11 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: the text model's family is not supported.
     """
-    return multimodal.text_config(raw) if raw.get("model_type") in multimodal.MODEL_TYPES else dict(raw)
+    return (
+        multimodal.text_config(raw)
+        if raw.get("model_type") in multimodal.MODEL_TYPES
+        else dict(raw)
+    )
 
 
 def text_name(model_type: str | None, name: str) -> str | None:

@@ -42,18 +42,25 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 def _gemma(raw: Raw) -> dict[str, Any]:
     reading.check_flags(raw, ("attention_bias",))
     # The first files say "gelu" where the model was trained with the approximation by tanh, as later ones say.
-    legacy = required(raw, "hidden_act") == "gelu" and raw.get("hidden_activation") in (None, "gelu_pytorch_tanh")
+    legacy = required(raw, "hidden_act") == "gelu" and raw.get("hidden_activation") in (
+        None,
+        "gelu_pytorch_tanh",
+    )
     return {"activation": "gelu_tanh" if legacy else reading.activation(raw)}
 
 
 def _gemma2(raw: Raw) -> dict[str, Any]:
     softcaps = ("attn_logit_softcapping", "final_logit_softcapping")
-    reading.check_flags(raw, ("attention_bias", "layer_types", "query_pre_attn_scalar", "sliding_window", *softcaps))
+    reading.check_flags(
+        raw, ("attention_bias", "layer_types", "query_pre_attn_scalar", "sliding_window", *softcaps)
+    )
     rope, window = reading.rope(raw), required(raw, "sliding_window")
     types = reading.layer_types(raw, lambda layer: FULL if layer % 2 else SLIDING)
     return {
         **_sandwiched(raw),
-        "layer_kinds": tuple(LayerKind(rope, window if kind == SLIDING else None) for kind in types),
+        "layer_kinds": tuple(
+            LayerKind(rope, window if kind == SLIDING else None) for kind in types
+        ),
         "attention_softcap": nullable(raw, "attn_logit_softcapping"),
         "logit_softcap": nullable(raw, "final_logit_softcapping"),
     }
@@ -61,12 +68,21 @@ def _gemma2(raw: Raw) -> dict[str, Any]:
 
 def _gemma3(raw: Raw) -> dict[str, Any]:
     reading.check_flags(
-        raw, ("attention_bias", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar", "sliding_window")
+        raw,
+        (
+            "attention_bias",
+            "final_logit_softcapping",
+            "layer_types",
+            "query_pre_attn_scalar",
+            "sliding_window",
+        ),
     )
     pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern")
 
     def default(layer: int) -> str:
-        return SLIDING if (layer + 1) % (pattern or required(raw, "sliding_window_pattern")) else FULL
+        return (
+            SLIDING if (layer + 1) % (pattern or required(raw, "sliding_window_pattern")) else FULL
+        )
 
     kinds = {
         FULL: LayerKind(_rope(raw, FULL)),
@@ -96,4 +112,6 @@ def _rope(raw: Raw, kind: str):
         return rope
     if kind == FULL:
         return reading.rope(raw)
-    return reading.rope({**raw, "rope_scaling": None, "rope_theta": required(raw, "rope_local_base_freq")})
+    return reading.rope(
+        {**raw, "rope_scaling": None, "rope_theta": required(raw, "rope_local_base_freq")}
+    )

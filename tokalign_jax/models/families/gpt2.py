@@ -54,8 +54,15 @@ def weights(config: ModelConfig) -> list[Weight]:
         same("transformer.wte.weight", "embed_tokens/embedding"),
         same("transformer.wpe.weight", "embed_positions/embedding"),
         *norm(f"{layer}.ln_1", "layers/input_norm", bias=True),
-        fused(f"{layer}.attn.c_attn.weight", [f"{path}/kernel" for path in qkv], [width] * 3, outputs=-1),
-        fused(f"{layer}.attn.c_attn.bias", [f"{path}/bias" for path in qkv], [width] * 3, outputs=-1),
+        fused(
+            f"{layer}.attn.c_attn.weight",
+            [f"{path}/kernel" for path in qkv],
+            [width] * 3,
+            outputs=-1,
+        ),
+        fused(
+            f"{layer}.attn.c_attn.bias", [f"{path}/bias" for path in qkv], [width] * 3, outputs=-1
+        ),
         *_projection(f"{layer}.attn.c_proj", "layers/attention/o_proj"),
         *norm(f"{layer}.ln_2", "layers/post_attention_norm", bias=True),
         *_projection(f"{layer}.mlp.c_fc", "layers/mlp/up_proj"),

@@ -23,7 +23,9 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
-    reading.check_flags(raw, ("attention_bias", "partial_rotary_factor", "rotary_pct", "use_parallel_residual"))
+    reading.check_flags(
+        raw, ("attention_bias", "partial_rotary_factor", "rotary_pct", "use_parallel_residual")
+    )
     rope_parameters = raw.get("rope_parameters") or {}
     attention_bias = raw.get("attention_bias", True)
     rope = reading.rope(
@@ -78,6 +80,11 @@ def _query_key_value(name: str, path: str, config: ModelConfig) -> list[Weight]:
 
     suffixes = [("weight", "kernel"), *([("bias", "bias")] if config.attention_bias else [])]
     return [
-        Weight(f"{name}.{theirs}", tuple(f"{path}/{p}/{ours}" for p in ("q_proj", "k_proj", "v_proj")), split, join)
+        Weight(
+            f"{name}.{theirs}",
+            tuple(f"{path}/{p}/{ours}" for p in ("q_proj", "k_proj", "v_proj")),
+            split,
+            join,
+        )
         for theirs, ours in suffixes
     ]

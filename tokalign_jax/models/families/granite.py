@@ -15,7 +15,12 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
-    multipliers = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+    multipliers = (
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+    )
     reading.check_flags(raw, ("attention_bias", "mlp_bias", *multipliers))
     bias = raw.get("attention_bias", False)
     return reading.decoder(

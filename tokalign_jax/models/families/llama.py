@@ -60,15 +60,25 @@ def attention(config: ModelConfig) -> list[Weight]:
             for name, bias in projections.items()
             for weight in linear(f"{LAYER}.self_attn.{name}", f"layers/attention/{name}", bias)
         ),
-        *(weight for name in normed for weight in norm(f"{LAYER}.self_attn.{name}", f"layers/attention/{name}", False)),
+        *(
+            weight
+            for name in normed
+            for weight in norm(f"{LAYER}.self_attn.{name}", f"layers/attention/{name}", False)
+        ),
     ]
 
 
 def norms(config: ModelConfig) -> list[Weight]:
     """Those of the layers. A norm after attention alone has the name that otherwise the one before the MLP has."""
     names = {
-        "before": {"input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm"},
-        "after": {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"},
+        "before": {
+            "input_layernorm": "input_norm",
+            "post_attention_layernorm": "post_attention_norm",
+        },
+        "after": {
+            "post_attention_layernorm": "attention_out_norm",
+            "post_feedforward_layernorm": "mlp_out_norm",
+        },
         "both": {
             "input_layernorm": "input_norm",
             "post_attention_layernorm": "attention_out_norm",

@@ -21,7 +21,9 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
-    return reading.decoder(raw, **(_mixtral(raw) if raw["model_type"] == "mixtral" else _qwen3(raw)))
+    return reading.decoder(
+        raw, **(_mixtral(raw) if raw["model_type"] == "mixtral" else _qwen3(raw))
+    )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
@@ -51,7 +53,12 @@ def packed_weights(config: ModelConfig) -> list[Weight]:
     return [
         *_all_but_experts(config, f"{LAYER}.mlp.gate"),
         fused(f"{LAYER}.mlp.experts.gate_up_proj", gate_up, (width, width), outputs=-2),
-        fused(f"{LAYER}.mlp.experts.down_proj", [f"{path}/down_proj/kernel"], (config.hidden_size,), outputs=-2),
+        fused(
+            f"{LAYER}.mlp.experts.down_proj",
+            [f"{path}/down_proj/kernel"],
+            (config.hidden_size,),
+            outputs=-2,
+        ),
     ]
 
 
@@ -74,7 +81,11 @@ def _mixtral(raw: Raw) -> dict[str, Any]:
     kind = LayerKind(reading.rope(raw), raw.get("sliding_window"))
     return {
         "layer_kinds": reading.uniform(raw, kind),
-        "experts": Experts(required(raw, "num_local_experts"), required(raw, "num_experts_per_tok"), normalized=True),
+        "experts": Experts(
+            required(raw, "num_local_experts"),
+            required(raw, "num_experts_per_tok"),
+            normalized=True,
+        ),
     }
 
 
@@ -95,6 +106,8 @@ def _qwen3(raw: Raw) -> dict[str, Any]:
         "attention_out_bias": bias,
         "query_key_norm": "head",
         "experts": Experts(
-            required(raw, count), required(raw, "num_experts_per_tok"), reading.nullable(raw, "norm_topk_prob")
+            required(raw, count),
+            required(raw, "num_experts_per_tok"),
+            reading.nullable(raw, "norm_topk_prob"),
         ),
     }

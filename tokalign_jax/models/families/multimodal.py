@@ -54,7 +54,9 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     # Files leave out what is the default of the text model's class, so that only the class can complete them.
     whole = CONFIG_MAPPING[text["model_type"]](**text).to_dict()
     above = {
-        key: raw[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config") if key in raw
+        key: raw[key]
+        for key in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+        if key in raw
     }
     if {"dtype", "torch_dtype"} & set(above):
         whole = {key: value for key, value in whole.items() if key not in ("dtype", "torch_dtype")}

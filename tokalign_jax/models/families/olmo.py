@@ -25,7 +25,9 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     bias = raw.get("attention_bias", False)
     return reading.decoder(
         raw,
-        layer_kinds=_layer_kinds(raw) if windows else reading.uniform(raw, LayerKind(reading.rope(raw))),
+        layer_kinds=_layer_kinds(raw)
+        if windows
+        else reading.uniform(raw, LayerKind(reading.rope(raw))),
         attention_bias=bias,
         attention_out_bias=bias,
         norm_placement="after",
@@ -37,4 +39,7 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
     full = reading.rope_of_kind(raw, FULL) or reading.rope(raw)
     sliding = reading.rope_of_kind(raw, SLIDING) or reading.rope({**raw, "rope_scaling": None})
     kinds = {FULL: LayerKind(full), SLIDING: LayerKind(sliding, required(raw, "sliding_window"))}
-    return tuple(kinds[kind] for kind in reading.layer_types(raw, lambda layer: SLIDING if (layer + 1) % 4 else FULL))
+    return tuple(
+        kinds[kind]
+        for kind in reading.layer_types(raw, lambda layer: SLIDING if (layer + 1) % 4 else FULL)
+    )

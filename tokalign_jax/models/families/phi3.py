@@ -41,6 +41,8 @@ def weights(config: ModelConfig) -> list[Weight]:
         *llama.norms(config),
         fused(f"{LAYER}.self_attn.qkv_proj.weight", qkv, (queries, keys, keys), outputs=-2),
         *linear(f"{LAYER}.self_attn.o_proj", "layers/attention/o_proj", bias=False),
-        fused(f"{LAYER}.mlp.gate_up_proj.weight", gate_up, (config.intermediate_size,) * 2, outputs=-2),
+        fused(
+            f"{LAYER}.mlp.gate_up_proj.weight", gate_up, (config.intermediate_size,) * 2, outputs=-2
+        ),
         *linear(f"{LAYER}.mlp.down_proj", "layers/mlp/down_proj", bias=False),
     ]

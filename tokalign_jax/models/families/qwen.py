@@ -54,7 +54,10 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
     def default(layer: int) -> str:
         return SLIDING if layer >= required(raw, "max_window_layers") else FULL
 
-    return tuple(LayerKind(rope, window if kind == SLIDING else None) for kind in reading.layer_types(raw, default))
+    return tuple(
+        LayerKind(rope, window if kind == SLIDING else None)
+        for kind in reading.layer_types(raw, default)
+    )
 
 
 def is_llama(config: ModelConfig) -> bool:
@@ -77,7 +80,12 @@ def as_llama(config: ModelConfig, read: Read, raw: Raw) -> tuple[ModelConfig, Re
         return bias[index] if path == "layers/attention/o_proj/bias" else read(path, *index)
 
     kept = {key: value for key, value in raw.items() if key not in _WINDOW_KEYS}
-    new = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+    new = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": True,
+        "mlp_bias": False,
+    }
     llama_config = dataclasses.replace(config, model_type="llama", attention_out_bias=True)
     return llama_config, read_with_bias, {**kept, **new, "head_dim": config.head_dim}
 

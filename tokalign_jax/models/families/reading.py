@@ -117,7 +117,11 @@ def check_flags(raw: Raw, implemented: Collection[str] = ()) -> None:
     """
     if raw.get("quantization_config"):
         quantization = raw["quantization_config"]
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        method = (
+            quantization.get("quant_method", "unknown")
+            if isinstance(quantization, Mapping)
+            else quantization
+        )
         raise UserError(
             f"the model's config.json has a 'quantization_config' (method {method}): quantized weights cannot be "
             f"adapted; give the original model in float32, float16 or bfloat16, from which this one was made"
@@ -166,7 +170,11 @@ def rope(raw: Raw, *, theta: float | None = None, fraction: float | None = None)
     if theta is not None and settings.get("rope_theta") is None:
         settings["rope_theta"] = theta
     share = settings.get("partial_rotary_factor") or fraction or 1.0
-    return Rope(int(head_dim(raw) * share), float(required(settings, "rope_theta")), _rope_scaling(raw, settings))
+    return Rope(
+        int(head_dim(raw) * share),
+        float(required(settings, "rope_theta")),
+        _rope_scaling(raw, settings),
+    )
 
 
 def rope_of_kind(raw: Raw, kind: str) -> Rope | None:
@@ -179,13 +187,17 @@ def rope_of_kind(raw: Raw, kind: str) -> Rope | None:
     if not settings:
         return None
     if kind not in settings:
-        raise refuse(raw, "rope_parameters", f"an object for each kind of layer, '{kind}' among them")
+        raise refuse(
+            raw, "rope_parameters", f"an object for each kind of layer, '{kind}' among them"
+        )
     return rope({**raw, "rope_parameters": settings[kind], "rope_scaling": None})
 
 
 def head_dim(raw: Raw) -> int:
     """H; the key is younger than the format, and without it the heads share the width."""
-    return raw.get("head_dim") or required(raw, "hidden_size") // required(raw, "num_attention_heads")
+    return raw.get("head_dim") or required(raw, "hidden_size") // required(
+        raw, "num_attention_heads"
+    )
 
 
 def _rope_settings(raw: Raw) -> dict[str, Any]:
@@ -196,14 +208,18 @@ def _rope_settings(raw: Raw) -> dict[str, Any]:
             f"the model's config.json has both 'rope_parameters' ({new}) and 'rope_scaling' ({old}), which differ: keep "
             f"the one with which the model was trained"
         )
-    apart = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
+    apart = {
+        key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None
+    }
     return apart | dict(new or old)
 
 
 def _rope_scaling(raw: Raw, settings: Raw) -> RopeScaling | None:
     positions = required(raw, "max_position_embeddings")
     original = (
-        raw.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings") or positions
+        raw.get("original_max_position_embeddings")
+        or settings.get("original_max_position_embeddings")
+        or positions
     )
     factor = settings.get("factor") or positions / original
     match settings.get("rope_type", settings.get("type", "default")):
@@ -261,7 +277,9 @@ _USUAL: dict[str, Callable[[Raw], Any]] = {
     "hidden_size": lambda raw: required(raw, "hidden_size"),
     "num_layers": lambda raw: required(raw, "num_hidden_layers"),
     "num_heads": lambda raw: required(raw, "num_attention_heads"),
-    "num_kv_heads": lambda raw: raw.get("num_key_value_heads") or required(raw, "num_attention_heads"),
+    "num_kv_heads": lambda raw: (
+        raw.get("num_key_value_heads") or required(raw, "num_attention_heads")
+    ),
     "head_dim": head_dim,
     "intermediate_size": lambda raw: required(raw, "intermediate_size"),
     "activation": activation,

@@ -21,7 +21,14 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     """
     reading.check_flags(
         raw,
-        ("attention_bias", "layer_types", "mlp_bias", "no_rope_layers", "sliding_window", "use_sliding_window"),
+        (
+            "attention_bias",
+            "layer_types",
+            "mlp_bias",
+            "no_rope_layers",
+            "sliding_window",
+            "use_sliding_window",
+        ),
     )
     bias = raw.get("attention_bias", False)
     return reading.decoder(
@@ -42,9 +49,14 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
     if len(turns) != layers:
         raise reading.refuse(raw, "no_rope_layers", f"one number for each of the {layers} layers")
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-    types = reading.layer_types(raw, lambda layer: FULL if turns[layer] or window is None else SLIDING)
+    types = reading.layer_types(
+        raw, lambda layer: FULL if turns[layer] or window is None else SLIDING
+    )
     if SLIDING in types and window is None:
-        raise reading.refuse(raw, "layer_types", f"'{SLIDING}' only with use_sliding_window and sliding_window")
+        raise reading.refuse(
+            raw, "layer_types", f"'{SLIDING}' only with use_sliding_window and sliding_window"
+        )
     return tuple(
-        LayerKind(rope if turned else None, window if kind == SLIDING else None) for turned, kind in zip(turns, types)
+        LayerKind(rope if turned else None, window if kind == SLIDING else None)
+        for turned, kind in zip(turns, types)
     )

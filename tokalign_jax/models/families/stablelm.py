@@ -20,7 +20,9 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
-    reading.check_flags(raw, ("partial_rotary_factor", "qk_layernorm", "use_parallel_residual", "use_qkv_bias"))
+    reading.check_flags(
+        raw, ("partial_rotary_factor", "qk_layernorm", "use_parallel_residual", "use_qkv_bias")
+    )
     rotary = raw.get("rope_parameters") or {}
     fraction = rotary.get("partial_rotary_factor") or required(raw, "partial_rotary_factor")
     parallel = raw.get("use_parallel_residual", False)
