@@ -204,8 +204,13 @@ CONFIG = Config(
 
 
 def planned(
-    config=CONFIG, devices=1, room="80GB", speed=Speed(), disk_free=1e15, text=5_000_000_000
-):  # noqa: B008
+    config=CONFIG,
+    devices=1,
+    room="80GB",
+    speed=Speed(),  # noqa: B008
+    disk_free=1e15,
+    text=5_000_000_000,
+):
     return make_plan(config, PYTHIA_1B, Machine.of(devices, room), speed, text, 2, disk_free)
 
 

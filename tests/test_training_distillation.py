@@ -105,9 +105,10 @@ def test_value_and_gradients_match_float64(data, caps, chunk, settings):
 def test_without_the_teacher_it_is_the_cross_entropy(data):
     hidden, head, *_, labels = data
     total, *gradients = measured(data, teaching(weight=0.0))
-    loss = lambda hidden, head: cross_entropy(
-        hidden, head, jnp.asarray(labels), teaching().student
-    )[0]  # noqa: E731
+
+    def loss(hidden, head):
+        return cross_entropy(hidden, head, jnp.asarray(labels), teaching().student)[0]
+
     expected, of_hidden_and_head = jax.value_and_grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for gradient, same in zip(gradients, of_hidden_and_head):

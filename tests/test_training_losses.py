@@ -85,9 +85,10 @@ def test_likeliest_token_is_that_of_the_largest_logit(data, chunk):
 
 def test_undifferentiated_value_is_the_differentiated_one(data):
     hidden, head, labels = data
-    loss = lambda hidden: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 4, jnp.float32))[
-        0
-    ]  # noqa: E731
+
+    def loss(hidden):
+        return cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 4, jnp.float32))[0]
+
     np.testing.assert_allclose(loss(hidden), jax.value_and_grad(loss)(hidden)[0], rtol=1e-6)
 
 
@@ -96,9 +97,10 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     hidden, head, labels = data
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, head)]
     expected, _, head_gradient, _ = reference(*rounded, labels)
-    loss = lambda head: cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.bfloat16))[
-        0
-    ]  # noqa: E731
+
+    def loss(head):
+        return cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.bfloat16))[0]
+
     total, gradient = jax.value_and_grad(loss)(head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert gradient.dtype == jnp.float32
@@ -120,9 +122,10 @@ def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
     expected, hidden_gradient, head_gradient, nll = reference(hidden, head, labels, cap)
     assert worst < nll.max() < losses.MOST
     adjust = None if cap == np.inf else lambda x: cap * jnp.tanh(x / cap)
-    loss = lambda hidden, head: cross_entropy(
-        hidden, head, jnp.asarray(labels), Head(V, 5, jnp.float32, adjust)
-    )[0]  # noqa: E731
+
+    def loss(hidden, head):
+        return cross_entropy(hidden, head, jnp.asarray(labels), Head(V, 5, jnp.float32, adjust))[0]
+
     total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     np.testing.assert_allclose(gradients[0], hidden_gradient, rtol=1e-5, atol=2e-5)
@@ -140,7 +143,7 @@ def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
     wide = [np.asarray(x, np.float64) for x in (hidden, head)]
     probability = 1 / (1 + np.exp(-wide[0][0, 0] @ wide[1][1]))
     assert 1e-4 < 1 - probability < 2e-3
-    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(2, 1, jnp.bfloat16))[0]  # noqa: E731
+    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(2, 1, jnp.bfloat16))[0]
     gradients = jax.grad(loss, (0, 1))(hidden.astype(np.float32), head.astype(np.float32))
     np.testing.assert_allclose(gradients[0][0, 0], (probability - 1) * wide[1][1], rtol=2**-8)
     np.testing.assert_allclose(gradients[1][1], (probability - 1) * wide[0][0, 0], rtol=1e-3)
@@ -149,7 +152,7 @@ def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
 def test_a_logit_counts_as_at_most_so_far_above_the_labels():
     """A loss and a gradient that are no numbers would cost the whole step."""
     hidden, head = np.full((1, 1, 1), 100, np.float32), np.array([[10.0], [1.0], [2.0]], np.float32)
-    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(3, 1, jnp.float32))[0]  # noqa: E731
+    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(3, 1, jnp.float32))[0]
     total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(
         total, losses.MOST + np.log(2), rtol=1e-6
@@ -167,9 +170,10 @@ def test_logits_are_never_whole():
     hidden = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
     head = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
     labels = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    loss = lambda hidden, head, labels: cross_entropy(
-        hidden, head, labels, Head(V, 128, jnp.float32)
-    )[0]  # noqa: E731
+
+    def loss(hidden, head, labels):
+        return cross_entropy(hidden, head, labels, Head(V, 128, jnp.float32))[0]
+
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 3
 
