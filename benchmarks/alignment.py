@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokalign_jax import pipeline, stages
+from tokalign_jax import pipeline
 from tokalign_jax.alignment import methods, vectors
 from tokalign_jax.config import (
     ComputeConfig,
@@ -34,6 +34,7 @@ from tokalign_jax.config import (
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import huggingface
+from tokalign_jax.pipeline import stages
 from tokalign_jax.text import corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 from tokalign_jax.training import loop

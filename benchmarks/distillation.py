@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokalign_jax import pipeline, stages
+from tokalign_jax import pipeline
 from tokalign_jax.config import (
     AlignmentConfig,
     ComputeConfig,
@@ -33,6 +33,7 @@ from tokalign_jax.config import (
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.evaluation.bits_per_byte import Score
 from tokalign_jax.models import huggingface
+from tokalign_jax.pipeline import stages
 from tokalign_jax.text import corpus
 from tokalign_jax.training import metrics
 

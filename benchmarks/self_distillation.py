@@ -25,10 +25,11 @@ import meetings
 import numpy as np
 import teaching
 
-from tokalign_jax import paths, pipeline, sharding, stages
+from tokalign_jax import paths, pipeline, sharding
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.models import huggingface
+from tokalign_jax.pipeline import stages
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 from tokalign_jax.training import batches, loop

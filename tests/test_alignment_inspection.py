@@ -9,13 +9,14 @@ from helpers import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokalign_jax import inspect, pages
-from tokalign_jax.alignment import alignment, inspection, methods
+from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Mixture, Rule
 from tokalign_jax.alignment.vectors import Vectors
+from tokalign_jax.cli import inspect
 from tokalign_jax.config import AlignmentConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.pages import Bar, Code, Section
+from tokalign_jax.reporting import inspection, pages
+from tokalign_jax.reporting.pages import Bar, Code, Section
 from tokalign_jax.text import canonical
 
 WORDS = ("a house", "the horse", "Häuser\n\tan", "数学")

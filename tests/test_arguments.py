@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tokalign_jax import arguments, evaluate
+from tokalign_jax.cli import arguments, evaluate
 from tokalign_jax.errors import UserError
 
 

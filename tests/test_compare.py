@@ -8,8 +8,8 @@ import statistics
 import pytest
 from test_evaluation_report import NASTY, Reader, content
 
-from tokalign_jax import compare
-from tokalign_jax.evaluation import comparison
+from tokalign_jax.cli import compare
+from tokalign_jax.reporting import comparison
 
 SCALES = {2e-5: 1.5, 6.4e-4: 1.25}
 

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from tokalign_jax import demo, digests, stages
+from tokalign_jax import demo, digests
 from tokalign_jax.config import AlignmentConfig, Config
 from tokalign_jax.digests import Digests
+from tokalign_jax.pipeline import stages
 
 
 @pytest.fixture

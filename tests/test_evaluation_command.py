@@ -6,12 +6,13 @@ import json
 import pytest
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 
-from tokalign_jax import evaluate
+from tokalign_jax.cli import evaluate
 from tokalign_jax.config import Config, TextConfig, config_to_dict
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import abilities, bits_per_byte, side_by_side
+from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.pages import terminal
+from tokalign_jax.reporting import side_by_side
+from tokalign_jax.reporting.pages import terminal
 from tokalign_jax.text import corpus
 
 LANGUAGES = {

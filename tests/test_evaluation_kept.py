@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_evaluation_report import NASTY, Reader, content
 
-from tokalign_jax import pages
-from tokalign_jax.evaluation import abilities, comparison, kept, page
+from tokalign_jax.evaluation import abilities
 from tokalign_jax.evaluation.abilities import Question
+from tokalign_jax.reporting import comparison, pages, retention, run_page
 
 QUESTIONS = [
     Question(suite, f"{suite}{i}", ("x", "y"))
@@ -90,7 +90,7 @@ def test_a_tie_and_no_number_are_no_answers():
 
 
 def test_the_table_has_a_row_for_each_state(states):
-    first, *others = kept.sections(states)
+    first, *others = retention.sections(states)
     rows = {row[0]: dict(zip(first.header, row)) for row in first.rows}
     assert [*rows] == ["source", "init", "stage1"] and first.title == "What the model keeps"
     assert rows["init"]["ability"] == "0.625" and rows["source"]["ability"] == "1.000"
@@ -113,37 +113,37 @@ def test_the_table_has_a_row_for_each_state(states):
         for section in others
         for row in section.rows
     )
-    assert kept.sections({"source": {"pooled": {"bits_per_byte": 1.0}}}) == []
+    assert retention.sections({"source": {"pooled": {"bits_per_byte": 1.0}}}) == []
 
 
 def test_models_with_different_tokenizers_each_have_their_own_kinds(states):
     states["stage1"]["abilities"] |= abilities.difference(
         QUESTIONS, LATER, SOURCE, ["alike"] * 16, 0
     )
-    first = kept.sections(states)[0]
+    first = retention.sections(states)[0]
     rows = {row[0]: dict(zip(first.header, row)) for row in first.rows}
     assert rows["init"]["cut alike (10/16)"] == "0.800" and rows["stage1"]["new tokens (6)"] == ""
 
 
 def test_it_warns_where_a_state_forgets(states):
     trained = ["init", "stage1"]
-    assert kept.warning_lines(states, trained, 0) == []
+    assert retention.warning_lines(states, trained, 0) == []
     rising = copy.deepcopy(states) | {"stage1": state(LATER, KINDS, 1.25, 2.75)}
-    (line,) = kept.warning_lines(rising, trained, 0)
+    (line,) = retention.warning_lines(rising, trained, 0)
     assert (
         "from init to stage1" in line
         and "fall from 1.500 to 1.250" in line
         and "rise from 2.500 to 2.750" in line
     )
     falling = states | {"init": state(SOURCE, KINDS, 1.5, 2.5)}
-    (line,) = kept.warning_lines(falling, trained, 0)
+    (line,) = retention.warning_lines(falling, trained, 0)
     assert "abilities fall from 1.000 to 0.625" in line
     worse = states | {
         "stage1": state(LATER, KINDS, 1.75, 2.75)
     }  # both rise: nothing was gained at its cost
-    assert kept.warning_lines(worse, trained, 0) == []
+    assert retention.warning_lines(worse, trained, 0) == []
     del states["init"]["other_text"], states["stage1"]["other_text"], states["init"]["abilities"]
-    assert kept.warning_lines(states, trained, 0) == []
+    assert retention.warning_lines(states, trained, 0) == []
 
 
 def test_reports_and_comparisons_show_it(states):
@@ -151,9 +151,9 @@ def test_reports_and_comparisons_show_it(states):
     made = content(
         states=[*states],
         numbers="warning: digits",
-        kept={"states": kept.gathered(states), "warnings": warnings},
+        kept={"states": retention.gathered(states), "warnings": warnings},
     )
-    read = Reader(page.html(made))
+    read = Reader(run_page.html(made))
     for text in (
         "What the model keeps",
         "0.625",
@@ -162,8 +162,10 @@ def test_reports_and_comparisons_show_it(states):
         "Fidelity by language",
     ):
         assert text in read.text
-    assert "## What the model keeps" in page.markdown(made) and "0.625" in page.markdown(made)
-    shown = "\n".join(page.kept_lines(made))
+    assert "## What the model keeps" in run_page.markdown(made) and "0.625" in run_page.markdown(
+        made
+    )
+    shown = "\n".join(run_page.kept_lines(made))
     assert "What the model keeps" in shown and "Fidelity by language" not in shown
     other = copy.deepcopy(made)
     other["config"]["seed"] = 1
@@ -180,7 +182,7 @@ def test_reports_and_comparisons_show_it(states):
         for line in comparison.compare([made, other])["warnings"]
     )
     old = content()
-    assert page.kept_lines(old) == [] and comparison.compare([old])["groups"][0]["kept"] == {}
+    assert run_page.kept_lines(old) == [] and comparison.compare([old])["groups"][0]["kept"] == {}
     assert "What the model keeps" not in "\n".join(
         pages.terminal(comparison.sections(comparison.compare([old])))
     )

@@ -8,11 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from helpers import TEXTS, tiny_tokenizer
 
-from tokalign_jax import charts, pages
 from tokalign_jax.config import Config, StageConfig, config_from_dict, config_to_dict
-from tokalign_jax.evaluation import curves, page, pieces, report
-from tokalign_jax.models.model_card import special_section
-from tokalign_jax.pages import Bar, Code, Section, Soft
+from tokalign_jax.reporting import charts, curves, pages, report, run_page, token_pieces
+from tokalign_jax.reporting.model_card import special_section
+from tokalign_jax.reporting.pages import Bar, Code, Section, Soft
 
 NASTY = '<script>alert("&amp;")</script>|`x`\u202e'
 STATES = ["source", "random", "init", "stage1", "stage2", "stage3"]
@@ -115,7 +114,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_whole_self_contained_and_says_everything():
-    read = Reader(page.html(content()))
+    read = Reader(run_page.html(content()))
     assert not read.fetched and not {"script", "link", "img", "iframe", "object"} & {*read.tags}
     style = read.text
     assert "url(" not in style and "@import" not in style and "://" not in style
@@ -152,26 +151,26 @@ def test_the_page_is_whole_self_contained_and_says_everything():
 @pytest.mark.parametrize("states", [["source", "init"], ["source", "init", "stage1"], STATES])
 def test_any_number_of_stages(states):
     made = content(states=states)
-    read = Reader(page.html(made))
+    read = Reader(run_page.html(made))
     assert [f"stage {i}" in read.text for i in (1, 2, 3)] == [
         f"stage{i}" in states for i in (1, 2, 3)
     ]
     assert "nan" not in read.text.lower().split() and ("Training" in read.text) == (len(states) > 2)
-    header, *_ = page.table(made)
-    assert header.count("|") == len(states) + 4 and "[0.900" not in "".join(page.table(made))
-    assert "1.000 [0.900, 1.125] " in page.markdown(made)
-    assert page.markdown(made).startswith("# a")
+    header, *_ = run_page.table(made)
+    assert header.count("|") == len(states) + 4 and "[0.900" not in "".join(run_page.table(made))
+    assert "1.000 [0.900, 1.125] " in run_page.markdown(made)
+    assert run_page.markdown(made).startswith("# a")
     made["alignment"]["special"] = []
-    assert "Special tokens" not in page.html(made) + page.markdown(made)
+    assert "Special tokens" not in run_page.html(made) + run_page.markdown(made)
 
 
 def test_what_comes_from_outside_is_text():
-    read = Reader(page.html(content(NASTY)))
+    read = Reader(run_page.html(content(NASTY)))
     assert "script" not in read.tags
     assert read.text.count("<script>") > 15
     assert "\x00" not in read.text and "␀" in read.text
     assert any(of.get("aria-label", "").startswith(f"de{NASTY}") for of in read.tags["svg"])
-    for line in page.markdown(content(NASTY)).encode("utf-8", "replace").decode().splitlines():
+    for line in run_page.markdown(content(NASTY)).encode("utf-8", "replace").decode().splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) > 1
 
@@ -179,8 +178,8 @@ def test_what_comes_from_outside_is_text():
 def test_pages_are_made_again_from_the_json_alone(tmp_path, capsys):
     made = content(samples=[])
     (tmp_path / "report.json").write_text(json.dumps(made))
-    assert page.main([str(tmp_path / "report.json")]) == 0
-    assert (tmp_path / "report.html").read_text() == page.html(json.loads(json.dumps(made)))
+    assert run_page.main([str(tmp_path / "report.json")]) == 0
+    assert (tmp_path / "report.html").read_text() == run_page.html(json.loads(json.dumps(made)))
     assert "![Loss" in (tmp_path / "report.md").read_text()
     # One of a version before that had no passages, intervals or speeds.
     for key in ("passages", "inspection", "overlap"):
@@ -189,7 +188,7 @@ def test_pages_are_made_again_from_the_json_alone(tmp_path, capsys):
         del of["interval"]
     for of in made["training"].values():
         del of["tokens_per_second"]
-    read = Reader(page.html(made))
+    read = Reader(run_page.html(made))
     assert (
         "stage 3" in read.text
         and "The same text in tokens" not in read.text
@@ -201,7 +200,7 @@ def test_the_config_file_makes_the_same_config():
     values = {"corpus": ("a.jsonl", "b"), "seed": 3, "stage2": {"steps": 7, "start_offset": 0.5, "lora": {"rank": 8}},
               "evaluation": {"prompts": ("it's",)}}  # fmt: skip
     config = config_from_dict(values)
-    text = page.config_file({"config": json.loads(json.dumps(config_to_dict(config)))})
+    text = run_page.config_file({"config": json.loads(json.dumps(config_to_dict(config)))})
     made: dict = {}
     exec(text, made)
     assert config_from_dict(made["get_config"]()) == config
@@ -209,8 +208,8 @@ def test_the_config_file_makes_the_same_config():
 
 
 def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
-    assert page.warning_lines({"loses": {"source": [], "target": []}, "training": {}}) == []
-    (line,) = page.warning_lines(
+    assert run_page.warning_lines({"loses": {"source": [], "target": []}, "training": {}}) == []
+    (line,) = run_page.warning_lines(
         {"loses": {"source": [], "target": ["capitals", "tabs"]}, "training": {}}
     )
     assert "the target tokenizer does not keep capitals, tabs" in line and "too low" in line
@@ -221,18 +220,18 @@ def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
 
 def test_what_was_read_to_tune_rows_is_told():
     made = content()
-    assert "tuned together" not in page.html(made)
+    assert "tuned together" not in run_page.html(made)
     made["tuned"] = {"tokens": 61_440, "nats_before": 3.8, "nats_after": 3.4}
-    assert "tuned together on 61.4k tokens and trained on" in page.html(made)
+    assert "tuned together on 61.4k tokens and trained on" in run_page.html(made)
     made["tuned"]["nats_after"] = 3.9  # nothing was gained, so rows stayed as they were
-    assert "tuned together" not in page.html(made)
+    assert "tuned together" not in run_page.html(made)
 
 
 def test_the_rate_of_the_rows_is_told_where_it_is_another_one():
     made = content()
-    assert "rows 0.003" not in page.html(made)
+    assert "rows 0.003" not in run_page.html(made)
     made["config"]["stage2"]["embedding_learning_rate"] = 3e-3
-    assert "0.00064, rows 0.003" in page.html(made)
+    assert "0.00064, rows 0.003" in run_page.html(made)
 
 
 def test_tables_line_up_in_markdown():
@@ -342,7 +341,7 @@ TEXT = "The quick brown fox, été 数学 ここ 😀!\n\n  def add(a):\n\tretur
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 def test_pieces_make_up_the_text_and_count_its_tokens(kind):
     tokenizer = tiny_tokenizer(300 if kind == "byte_level" else 330, TEXTS, kind)
-    found, nothing = pieces.pieces(tokenizer, [TEXT, ""])
+    found, nothing = token_pieces.pieces(tokenizer, [TEXT, ""])
     assert "".join(text for text, _ in found) == TEXT
     assert sum(count for _, count in found) == len(
         tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -354,9 +353,9 @@ def test_pieces_make_up_the_text_and_count_its_tokens(kind):
 def test_passages_come_by_language_and_side():
     tokenizer = tiny_tokenizer(300, TEXTS)
     texts = {f"l{i}": [TEXT * 20] for i in range(12)}
-    found = pieces.of_passages({"source": tokenizer, "target": tokenizer}, texts)
-    assert len(found) == pieces.PASSAGES and [*found[0]] == ["language", "source", "target"]
-    assert 0 < len("".join(text for text, _ in found[0]["source"])) <= pieces.LENGTH
+    found = token_pieces.of_passages({"source": tokenizer, "target": tokenizer}, texts)
+    assert len(found) == token_pieces.PASSAGES and [*found[0]] == ["language", "source", "target"]
+    assert 0 < len("".join(text for text, _ in found[0]["source"])) <= token_pieces.LENGTH
 
 
 def test_names_are_no_markup_in_markdown():

@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from tokalign_jax.models.model_card import CardFacts, front_matter, main_settings, model_card
+from tokalign_jax.reporting.model_card import CardFacts, front_matter, main_settings, model_card
 
 BASE_CARD = """---
 license: other

@@ -18,10 +18,11 @@ from processes import free_port
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokalign_jax import main, pipeline, stages
+from tokalign_jax import main, pipeline
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
-from tokalign_jax.models.model_card import front_matter
+from tokalign_jax.pipeline import stages
+from tokalign_jax.reporting.model_card import front_matter
 from tokalign_jax.training import loop
 
 REPOSITORY = Path(__file__).parents[1]
@@ -525,7 +526,7 @@ def test_a_full_device_is_foreseen_and_told_with_what_would_fit(
 def test_two_runs_in_one_workdir_are_refused(tmp_path):
     with (
         pipeline.lock(tmp_path),
-        pytest.raises(pipeline.UserError, match="another process"),
+        pytest.raises(UserError, match="another process"),
         pipeline.lock(tmp_path),
     ):
         pass
@@ -537,7 +538,7 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
         tmp_path / "file" / "run"
     )  # as in a folder of somebody else's, which root could write to
     with (
-        pytest.raises(pipeline.UserError, match=f"'{workdir}' cannot be written to"),
+        pytest.raises(UserError, match=f"'{workdir}' cannot be written to"),
         pipeline.lock(workdir),
     ):
         pass

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tokalign_jax import pipeline
 from tokalign_jax.errors import UserError
+from tokalign_jax.pipeline import graph, records, runner
 from tokalign_jax.training import metrics
 
 
@@ -35,12 +35,12 @@ def bring_up(workdir: Path, rate: float, **more) -> Context:
 
     context, stage = (
         Context(workdir),
-        pipeline.Stage("train", "train", (), {"rate": rate}, work, **more),
+        graph.Stage("train", "train", (), {"rate": rate}, work, **more),
     )
-    state = pipeline._State(workdir)
-    pipeline._refuse_foreign(workdir, state, context)  # type: ignore[arg-type]
+    state = records.StageRecords(workdir)
+    runner._refuse_foreign(workdir, state, context)  # type: ignore[arg-type]
     state.remember(context.run_identity())
-    pipeline._bring_up(stage, pipeline.fingerprints([stage])["train"], context, state)  # type: ignore[arg-type]
+    runner._bring_up(stage, graph.fingerprints([stage])["train"], context, state)  # type: ignore[arg-type]
     assert (context.folder("train") / "rate").read_text() == str(rate)
     return context
 
@@ -65,7 +65,7 @@ def ending_at(moment: int, monkeypatch) -> None:
         (os, "replace"),
         (os, "rename"),
         (Path, "mkdir"),
-        (pipeline.shutil, "rmtree"),
+        (runner.shutil, "rmtree"),
     ):
         monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
 
@@ -102,7 +102,7 @@ def test_what_is_aside_already_is_not_deleted(tmp_path):
     bring_up(tmp_path, 1.0)
     bring_up(tmp_path, 2.0)
     (aside,) = (tmp_path / "outdated").iterdir()
-    state = pipeline._State(tmp_path)
+    state = records.StageRecords(tmp_path)
     record = {**state.current["train"], "fingerprint": state._outdated[aside.name]["fingerprint"]}
     state.put("train", record)
     state.set_aside("train", tmp_path / "train")
@@ -137,7 +137,7 @@ def test_a_stages_folder_may_be_a_link_to_another_disk(tmp_path):
     (workdir / "train").symlink_to(disk / "train")
     (workdir / "outdated").symlink_to(disk / "outdated")
     assert bring_up(workdir, 1.0).said == ["train: finished, skipped"]
-    state = pipeline._State(workdir)
+    state = records.StageRecords(workdir)
     state.put("train", {**state.current["train"], "finished": False})
     assert "train: train" in bring_up(workdir, 1.0).said and (workdir / "train").is_symlink()
     assert "train: train" in bring_up(workdir, 2.0).said
@@ -158,15 +158,15 @@ def test_a_stage_that_finds_no_room_says_so(resumes, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def work(context):
-        monkeypatch.setattr(pipeline, "write_whole", full)  # the books find none either
+        monkeypatch.setattr(records, "write_whole", full)  # the books find none either
         full()
 
     stage, context = (
-        pipeline.Stage("train", "train", (), {}, work, resumes=resumes),
+        graph.Stage("train", "train", (), {}, work, resumes=resumes),
         Context(tmp_path),
     )
     with pytest.raises(UserError, match=r"is full.* free some room and run the same command again"):
-        pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
+        runner._bring_up(stage, "f", context, records.StageRecords(tmp_path))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["lr[1e-4]", "what?", "all*", "back\\slash"])
@@ -182,8 +182,8 @@ def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(pipeline.fcntl, "flock", flock)
-    with pytest.raises(UserError, match=said), pipeline.lock(tmp_path):
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=said), records.lock(tmp_path):
         pass
 
 
@@ -202,9 +202,9 @@ def test_time_is_of_all_runs_that_a_stage_took(tmp_path):
             raise Killed
         (context.folder("train") / "done").touch()
 
-    stage, context = pipeline.Stage("train", "train", (), {}, work, resumes=True), Context(tmp_path)
+    stage, context = graph.Stage("train", "train", (), {}, work, resumes=True), Context(tmp_path)
     with pytest.raises(Killed):
-        pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
-    pipeline._bring_up(stage, "f", context, pipeline._State(tmp_path))  # type: ignore[arg-type]
-    record = pipeline._State(tmp_path).current["train"]
+        runner._bring_up(stage, "f", context, records.StageRecords(tmp_path))  # type: ignore[arg-type]
+    runner._bring_up(stage, "f", context, records.StageRecords(tmp_path))  # type: ignore[arg-type]
+    record = records.StageRecords(tmp_path).current["train"]
     assert record["finished"] and record["seconds"] >= 0.3

@@ -19,7 +19,7 @@ from test_pipeline import write_corpus
 from training_toys import LLAMA, NEOX
 from transformers import AutoTokenizer
 
-from tokalign_jax import paths, pipeline, sharding, stages
+from tokalign_jax import paths, pipeline, sharding
 from tokalign_jax.config import (
     ComputeConfig,
     Config,
@@ -29,11 +29,12 @@ from tokalign_jax.config import (
     config_from_dict,
 )
 from tokalign_jax.errors import UserError
-from tokalign_jax.models.model_card import front_matter
+from tokalign_jax.pipeline import stages
 from tokalign_jax.planning import memory
 from tokalign_jax.planning.flops import flops_per_token
 from tokalign_jax.planning.machine import Machine, Speed
 from tokalign_jax.planning.report import make_plan
+from tokalign_jax.reporting.model_card import front_matter
 from tokalign_jax.training import distillation
 from tokalign_jax.training.losses import head_of
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
@@ -181,7 +182,7 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, run, tmp_path):
 
 def test_the_teacher_is_part_of_what_a_stage_depends_on(inputs, run, tmp_path):
     def prints(**changes: Any) -> dict[str, str]:
-        return pipeline.prints_of(stages.Context(config_of(inputs, **changes), run, print))
+        return pipeline.fingerprints_of(stages.Context(config_of(inputs, **changes), run, print))
 
     recorded = {name: of["fingerprint"] for name, of in records(run).items()}
     assert prints() == recorded

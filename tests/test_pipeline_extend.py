@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from test_pipeline import arguments, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tokalign_jax import inspect, main, stages
+from tokalign_jax import main
+from tokalign_jax.cli import inspect
 from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.pipeline import stages
 from tokalign_jax.planning.machine import Machine, Speed
 from tokalign_jax.planning.report import plan_run
 from tokalign_jax.text import canonical, mining

@@ -6,7 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 from test_pipeline import arguments, inputs  # noqa: F401 (a fixture)
 
-from tokalign_jax import main, sweep
+from tokalign_jax import main
+from tokalign_jax.cli import sweep
 from tokalign_jax.config import config_to_dict, default_config
 from tokalign_jax.errors import UserError
 

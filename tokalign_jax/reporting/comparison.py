@@ -12,13 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax import charts, pages
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation import curves, kept
-from tokalign_jax.evaluation.curves import EVERYTHING, titled
-from tokalign_jax.evaluation.page import Content, flat
-from tokalign_jax.pages import Cell, Section, Soft
 from tokalign_jax.progress import duration, quantity
+from tokalign_jax.reporting import charts, curves, pages, retention
+from tokalign_jax.reporting.curves import EVERYTHING, titled
+from tokalign_jax.reporting.pages import Cell, Section, Soft
+from tokalign_jax.reporting.run_page import Content, flat
 
 Comparison = Mapping[str, Any]
 """What `compare` returns."""
@@ -149,7 +148,8 @@ def _group(
 def _kept(reports: Sequence[Content], state: str) -> dict[str, dict[str, Any]]:
     """What a state keeps, by the columns of the reports' tables; reports of a version before do not have it."""
     found = [
-        kept.figures(report.get("kept", {}).get("states", {}).get(state, {})) for report in reports
+        retention.figures(report.get("kept", {}).get("states", {}).get(state, {}))
+        for report in reports
     ]
     names = _ordered(found)
     return {name: _statistics([of[name] for of in found if name in of]) for name in names}
@@ -311,7 +311,7 @@ def _kept_section(comparison: Comparison) -> Iterator[Section]:
             for rank, of in enumerate(found, 1)
         ]
         text = "Of the last state, as in the runs' reports: abilities and agreement higher is better, all else lower is better."
-        yield Section(kept.TITLE, text, ["#", *columns], rows)
+        yield Section(retention.TITLE, text, ["#", *columns], rows)
 
 
 def _same(comparison: Comparison) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.alignment import matching, scoring
 from tokalign_jax.alignment.alignment import HUBS, SURE, Alignment, Mixture, Rule
 from tokalign_jax.errors import UserError
-from tokalign_jax.pages import Bar, Cell, Code, Section
+from tokalign_jax.reporting.pages import Bar, Cell, Code, Section
 from tokalign_jax.text import canonical
 
 CERTAIN = (*SURE, Rule.GIVEN)

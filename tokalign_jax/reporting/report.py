@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation import curves, kept, overlap, page
-from tokalign_jax.evaluation.curves import EVERYTHING, titled
+from tokalign_jax.evaluation import overlap
 from tokalign_jax.progress import Log
+from tokalign_jax.reporting import curves, retention, run_page
+from tokalign_jax.reporting.curves import EVERYTHING, titled
 from tokalign_jax.text.tokenizing import SIDES
 
 PACKAGES = (
@@ -47,10 +48,15 @@ def run(
     content = gather(config, workdir, states, identity) | dict(shown or {})
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
-    page.write(json.loads(text), folder)
+    run_page.write(json.loads(text), folder)
     picture(content, folder / "report.png")
-    lines = [*page.table(content), "", *page.kept_lines(content), *page.warning_lines(content)]
-    for line in ("", *lines, "", *page.sample_lines(content), ""):
+    lines = [
+        *run_page.table(content),
+        "",
+        *run_page.kept_lines(content),
+        *run_page.warning_lines(content),
+    ]
+    for line in ("", *lines, "", *run_page.sample_lines(content), ""):
         log(line)
     return {
         "bits_per_byte": content["languages"][EVERYTHING]["bits_per_byte"],
@@ -65,7 +71,7 @@ def gather(
     scores = {state: _read(workdir / "evaluate" / state / "scores.json") for state in states}
     copied = scores["source"]["overlap"]
     records = _read(workdir / "stages.json")["stages"]
-    found, models = kept.gathered(scores), [s for s in states if s not in ("source", "random")]
+    found, models = retention.gathered(scores), [s for s in states if s not in ("source", "random")]
     trained = [s for s in states if (workdir / s / "metrics.jsonl").exists()]
     return {
         "run": dict(identity),
@@ -73,7 +79,7 @@ def gather(
         "languages": _languages(scores),
         "kept": {
             "states": found,
-            "warnings": kept.warning_lines(found, models, config.seed, titled),
+            "warnings": retention.warning_lines(found, models, config.seed, titled),
         },
         "overlap": {**copied, "warnings": overlap.warning_lines(copied)},
         "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},

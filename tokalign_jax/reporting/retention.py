@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokalign_jax.evaluation import abilities
-from tokalign_jax.pages import Cell, Section, Soft
+from tokalign_jax.reporting.pages import Cell, Section, Soft
 
 States = Mapping[str, Mapping[str, Any]]
 

@@ -1,6 +1,6 @@
 """The report for people, made of report.json alone: report.html, report.md and the tables of the terminal.
 
-python -m tokalign_jax.evaluation.page runs/demo/report/report.json     # writes the first two beside it, anew
+python -m tokalign_jax.reporting.run_page runs/demo/report/report.json     # writes the first two beside it, anew
 """
 
 import itertools
@@ -12,13 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax import charts, pages
 from tokalign_jax.config import EMBEDDED, EXTEND, Config, config_to_dict
-from tokalign_jax.evaluation import curves, kept
-from tokalign_jax.evaluation.curves import EVERYTHING, titled
-from tokalign_jax.models.model_card import rules_section, short_name, special_section
-from tokalign_jax.pages import Bar, Section, Soft
 from tokalign_jax.progress import duration, quantity
+from tokalign_jax.reporting import charts, curves, pages, retention
+from tokalign_jax.reporting.curves import EVERYTHING, titled
+from tokalign_jax.reporting.model_card import rules_section, short_name, special_section
+from tokalign_jax.reporting.pages import Bar, Section, Soft
 
 Content = Mapping[str, Any]
 """What report.json holds (`report.gather`, and what `stages.report` adds)."""
@@ -249,7 +248,7 @@ def _scores(content: Content) -> Section:
 
 def _kept(content: Content) -> list[Section]:
     """What each state keeps of its source; reports of a version before do not have it."""
-    return kept.sections(content["kept"]["states"], titled) if "kept" in content else []
+    return retention.sections(content["kept"]["states"], titled) if "kept" in content else []
 
 
 def kept_lines(content: Content) -> list[str]:

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, distributed, pages, sharding
-from tokalign_jax.alignment import alignment, inspection, methods, vectors
+from tokalign_jax import demo, distributed, sharding
+from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import (
     AUTO,
     EXTEND,
@@ -33,26 +33,19 @@ from tokalign_jax.config import (
 )
 from tokalign_jax.digests import Digests
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import (
-    abilities,
-    bits_per_byte,
-    card,
-    measures,
-    overlap,
-    pieces,
-    samples,
-)
-from tokalign_jax.evaluation import report as reporting
+from tokalign_jax.evaluation import abilities, bits_per_byte, measures, overlap, samples
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import hub, huggingface, opening
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
-from tokalign_jax.models.model_card import CARD, model_card
 from tokalign_jax.planning import advice, disk, memory, resolve
 from tokalign_jax.planning.inference import Run, Source
 from tokalign_jax.planning.machine import Machine
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.progress import Log
+from tokalign_jax.reporting import card_facts, inspection, pages, token_pieces
+from tokalign_jax.reporting import report as reporting
+from tokalign_jax.reporting.model_card import CARD, model_card
 from tokalign_jax.text import canonical, mining, numbers, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
@@ -866,7 +859,9 @@ def _publish(
     """
     opening.check_export(folder, context.target_tokenizer)
     terms = hub.copy_terms(context.source_folder, folder)
-    facts = card.facts(context.config, context.workdir, states, model, context.source_folder, terms)
+    facts = card_facts.facts(
+        context.config, context.workdir, states, model, context.source_folder, terms
+    )
     (folder / CARD).write_text(model_card(facts), encoding="utf-8", errors="replace")
     done = {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())}
     if repository := context.config.export.push_to_hub:
@@ -960,7 +955,7 @@ def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     inspected = json.loads((context.folder("align") / INSPECTION).read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
     shown = {
-        "passages": pieces.of_passages(tokenizers, texts),
+        "passages": token_pieces.of_passages(tokenizers, texts),
         "inspection": inspected,
         "held_out": digest,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tokalign_jax.config import EXTEND, TRAINING
-from tokalign_jax.pages import Bar, Code, Section, code, literal, markdown
+from tokalign_jax.reporting.pages import Bar, Code, Section, code, literal, markdown
 
 CARD = "README.md"
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tokalign_jax.evaluation import kept, overlap
-from tokalign_jax.pages import Cell, Section, Soft
+from tokalign_jax.evaluation import overlap
+from tokalign_jax.reporting import retention
+from tokalign_jax.reporting.pages import Cell, Section, Soft
 
 EVERYTHING = "all"
 """The row that pools the bytes of every language."""
@@ -23,7 +24,7 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
     """All that was measured, one table each."""
     made = [
         _bits(content),
-        *kept.sections(content["models"]),
+        *retention.sections(content["models"]),
         _tokens(content),
         _speed(content),
         *_drafting(content),

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.evaluation.curves import titled
-from tokalign_jax.evaluation.report import PACKAGES, figures, version
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.model_card import CARD, CardFacts, main_settings
+from tokalign_jax.reporting.curves import titled
+from tokalign_jax.reporting.model_card import CARD, CardFacts, main_settings
+from tokalign_jax.reporting.report import PACKAGES, figures, version
 from tokalign_jax.text import corpus
 
 

@@ -1,0 +1,152 @@
+r"""Several runs side by side: which settings differ, and what came of it.
+
+    python -m tokalign_jax.compare runs/a runs/b runs/c --output=runs/compared
+
+A run is named by its workdir, or by its report.json. The tables are printed; with --output, compare.json, compare.html and compare.png
+are written to that folder. Runs that differ in nothing but the seed are shown as one, with mean and spread.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokalign_jax.cli import arguments
+from tokalign_jax.errors import UserError, exit_code
+from tokalign_jax.reporting import comparison
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokalign_jax.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=arguments.path,
+        metavar="RUN",
+        help="workdir or report.json of a run",
+    )
+    parser.add_argument(
+        "--output",
+        type=arguments.path,
+        help="folder for compare.json, compare.html and compare.png",
+    )
+    arguments.add_overwrite(parser, "--output")
+    given = parser.parse_args(argv)
+
+    def command() -> None:
+        if given.output:
+            arguments.refuse_existing("--output", given.output, given.overwrite)
+        print(run(given.runs, given.output))
+
+    return exit_code(command)
+
+
+def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] = ()) -> str:
+    """Compares runs, and writes compare.json, compare.html and compare.png.
+
+    Args:
+      runs: their workdirs, or their report.json.
+      output: folder for the files; None: none are written.
+      names: of the runs; by default their paths.
+
+    Returns:
+      The tables for the terminal.
+
+    Raises:
+      UserError: one of the runs has no report or is named twice, or the folder cannot be written.
+    """
+    reports = [_report_of(path).resolve() for path in runs]
+    if twice := next((path for i, path in enumerate(runs) if reports[i] in reports[:i]), None):
+        raise UserError(f"run '{twice}' is named twice: name each run once")
+    compared = comparison.compare(
+        [load(path) for path in runs], names or [str(path) for path in runs]
+    )
+    lines = comparison.terminal(compared)
+    if output:
+        write(compared, output)
+        lines += ["", f"written to {output}: compare.html, compare.json, compare.png"]
+    return "\n".join(lines)
+
+
+def load(run: Path) -> dict[str, Any]:
+    """A run's report.
+
+    Args:
+      run: its workdir, the folder of its report, or report.json itself.
+
+    Raises:
+      UserError: there is none, or it is not one.
+    """
+    found = _report_of(run)
+    try:
+        content = json.loads(found.read_text(encoding="utf-8"))
+        missing = {"config", "states", "languages", "training"} - set(content)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"'{found}' is no report.json of a run ({error}); name a workdir or its report.json"
+        ) from error
+    if missing:
+        raise UserError(
+            f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}"
+        )
+    try:  # alone, so that the error names the one that is at fault
+        comparison.html(comparison.compare([content]))
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        statistics.StatisticsError,
+    ) as error:
+        raise UserError(
+            f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make it again: "
+            "python -m tokalign_jax.main --config ... --workdir ... --stages=report"
+        ) from error
+    return content
+
+
+def _report_of(run: Path) -> Path:
+    candidates = [run / "report" / "report.json", run / "report.json"] if run.is_dir() else [run]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: python -m tokalign_jax.main --config ... "
+            f"--workdir {run} --stages=report"
+        )
+    return found
+
+
+def write(compared: comparison.Comparison, folder: Path) -> None:
+    """Writes compare.json, compare.html and compare.png.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "compare.json").write_text(
+            json.dumps(compared, indent=1, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+            errors="replace",
+        )
+        (folder / "compare.html").write_text(
+            comparison.html(compared), encoding="utf-8", errors="replace"
+        )
+        comparison.picture(compared, folder / "compare.png")
+    except OSError as error:
+        raise UserError(
+            f"--output '{folder}' cannot be written ({error}); name another folder"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

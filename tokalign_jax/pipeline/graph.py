@@ -1,0 +1,205 @@
+"""The stages of a run in order, what each depends on, and their fingerprints."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokalign_jax.config import Config, config_to_dict, training_stages
+from tokalign_jax.pipeline import stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the run.
+
+    Attributes:
+      name: also its folder under the workdir.
+      says: what it does, for the log.
+      needs: names of the stages whose artefacts it reads.
+      settings: the part of the config (and the identity of outside files) that its result depends on.
+      run: writes the artefact into `context.folder(name)` and returns a summary for the record.
+      resumes: whether an interrupted run continues from what is in its folder.
+      together: whether all processes run it, each on its own devices; else the first alone does.
+      is_whole: whether all that it left when it finished is still there; if not it goes on with what is.
+    """
+
+    name: str
+    says: str
+    needs: tuple[str, ...]
+    settings: Mapping[str, Any]
+    run: Callable[[stages.Context], Mapping[str, Any] | None]
+    resumes: bool = False
+    together: bool = False
+    is_whole: Callable[[stages.Context], bool] = lambda context: True
+
+
+def graph(context: stages.Context, exported: str) -> list[Stage]:
+    """All stages of a run in order.
+
+    Args:
+      exported: the model state (`init` or a training stage) that is exported and reported as the last one.
+    """
+    config, outside = context.config, context.identities
+    models = model_states(config)
+    seed = {"seed": config.seed}
+    # The rest of `compute`, and the mesh, change nothing but speed and rounding.
+    compute = {"compute": {"dtype": config.compute.dtype}}
+    vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
+    vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
+    extension = [_extension(context)] if context.extends else []
+    target = tuple(stage.name for stage in extension)  # what the target tokenizer comes from
+
+    def training(name: str) -> Stage:
+        before = tuple(models[: models.index(name)])
+        stage = {
+            k: v
+            for k, v in config_to_dict(getattr(config, name)).items()
+            if k not in _WITHOUT_EFFECT
+        }
+        stage |= {k: getattr(type(getattr(config, name)), k) for k in _AS_BY_DEFAULT}
+        stage |= {"teacher": outside["teacher"]} if "teacher" in stage else {}
+        return Stage(
+            name,
+            f"train ({getattr(config, name).method})",
+            ("tokens", *before),
+            {name: stage, "data": config_to_dict(config.data), **compute, **seed},
+            lambda c: stages.train(c, name, before),
+            resumes=True,
+            together=True,
+            is_whole=lambda c: stages.is_trained(c, name),
+        )
+
+    def evaluation(state: str) -> Stage:
+        states = tuple(models[: models.index(state) + 1]) if state in models else ()
+        return Stage(
+            f"evaluate/{state}",
+            f"measure {state}",
+            ("corpus", *(() if state == "source" else (*target, "evaluate/source")), *states),
+            {
+                "evaluation": config_to_dict(config.evaluation)
+                | {"abilities": outside["questions"], "other_text": outside["other_text"]},
+                "source_model": outside["source_model"],
+                **vocabularies,
+                **compute,
+                **seed,
+            },
+            lambda c: stages.evaluate(c, state, states),
+            together=True,
+        )
+
+    reached = models[: models.index(exported) + 1]
+    baselines = ["source", *(["random"] if config.evaluation.random_baseline else [])]
+    reported = [*baselines, *reached]
+    return [
+        Stage(
+            "corpus",
+            "read, de-duplicate and split the documents",
+            (),
+            {"corpus": outside["corpus"], "text": config_to_dict(config.text)},
+            stages.corpus,
+        ),
+        *extension,
+        Stage(
+            "tokens",
+            "cut the documents with both tokenizers",
+            ("corpus", *target),
+            vocabularies,
+            stages.tokens,
+            is_whole=stages.has_tokens,
+        ),
+        Stage(
+            "align",
+            "align target tokens to source tokens",
+            ("corpus", *target, "tokens"),
+            {
+                "alignment": {
+                    **config_to_dict(config.alignment),
+                    "file": outside["alignment"],
+                    **outside["vectors"],
+                    "donor": outside["donor"],
+                },
+                **seed,
+            },
+            stages.align,
+        ),
+        Stage(
+            "init",
+            "re-arrange the vocabulary's rows",
+            ("tokens", "align"),
+            {
+                "source_model": outside["source_model"],
+                "initialization": config_to_dict(config.initialization),
+                **compute,
+                **seed,
+            },
+            stages.init,
+            together=True,
+            is_whole=lambda c: stages.has_model(c, "init"),
+        ),
+        *(training(name) for name in models[1:]),
+        *(evaluation(state) for state in [*baselines, *models]),
+        Stage(
+            "export",
+            f"write the Hugging Face folder of {exported}",
+            tuple(reached),
+            {"export": config_to_dict(config.export)},
+            lambda c: stages.export(c, reached),
+            together=True,
+            is_whole=lambda c: stages.has_model(c, "export"),
+        ),
+        Stage(
+            "report",
+            "a page, tables, JSON and a picture",
+            ("corpus", "tokens", "align", *reached, *(f"evaluate/{state}" for state in reported)),
+            {},
+            lambda c: stages.report(c, reported),
+        ),
+    ]
+
+
+def _extension(context: stages.Context) -> Stage:
+    """The stage that makes the target tokenizer of the source's."""
+    return Stage(
+        "extend",
+        "add tokens of the text to the source tokenizer",
+        ("corpus",),
+        {
+            "extend": config_to_dict(context.config.extend),
+            "source_tokenizer": context.identities["source_tokenizer"],
+            "seed": context.config.seed,
+        },
+        stages.extend,
+    )
+
+
+def model_states(config: Config) -> list[str]:
+    """The states that the model goes through."""
+    return ["init", *training_stages(config)]
+
+
+_WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every", "per_device_batch")
+"""Fields of a training stage that change nothing in its result but rounding."""
+_AS_BY_DEFAULT = ("max_skipped_in_a_row",)
+"""Such fields that a fingerprint has as if they were not set: it was made with them once, and finished runs are to stay so."""
+
+
+def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
+    """SHA-256 of each stage's settings and of the fingerprints of what it needs, in order of the stages."""
+    prints: dict[str, str] = {}
+    for stage in found:
+        content = {
+            "settings": stage.settings,
+            "needs": {n: prints[n] for n in stage.needs},
+            "format": stages.FORMAT,
+        }
+        prints[stage.name] = hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=str).encode()
+        ).hexdigest()
+    return prints
+
+
+def fingerprints_of(context: stages.Context, exported: str = "") -> dict[str, str]:
+    """The fingerprints of all stages of a run that exports this state of the model, or its last one, by name."""
+    return fingerprints(graph(context, exported or model_states(context.config)[-1]))
