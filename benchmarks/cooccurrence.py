@@ -29,8 +29,8 @@ import numpy as np
 
 from tokalign_jax.alignment import cooccurrence
 from tokalign_jax.alignment.cooccurrence import Resources
-from tokalign_jax.progress import duration, quantity
 from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.utils.progress import duration, quantity
 
 
 def main() -> None:

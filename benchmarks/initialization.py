@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokalign_jax import sharding
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.initialization import calibration, composition, contexts, initialization, tuning
 from tokalign_jax.models import families
 from tokalign_jax.models.transformer import init_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.tokenizing import TokenShards
 
 RNG = np.random.default_rng(0)

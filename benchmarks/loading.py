@@ -142,9 +142,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """In a process of its own: the most memory that it had, and what of that were the arrays."""
     import jax
 
-    from tokalign_jax import sharding
     from tokalign_jax.config import MeshConfig
     from tokalign_jax.models import hub, huggingface
+    from tokalign_jax.parallel import sharding
 
     mesh = sharding.make_mesh(MeshConfig(data=1, tensor=arguments.tensor))
     jax.block_until_ready(jax.numpy.zeros(8) + 1)

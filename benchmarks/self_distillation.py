@@ -25,16 +25,18 @@ import meetings
 import numpy as np
 import teaching
 
-from tokalign_jax import paths, pipeline, sharding
+from tokalign_jax import pipeline
 from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageConfig, TextConfig
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.models import huggingface
+from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import stages
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 from tokalign_jax.training import batches, loop
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_train_step
+from tokalign_jax.utils import paths
 
 STAGES = ("stage1", "stage2")
 GROUPS = ("en", "code", "other")

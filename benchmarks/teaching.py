@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from meetings import NONE
 
-from tokalign_jax import paths
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
@@ -29,6 +28,7 @@ from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.training.batches import Shards, TokenSource
 from tokalign_jax.training.losses import Head, cross_entropy, head_of
 from tokalign_jax.training.step import Loss
+from tokalign_jax.utils import paths
 
 TEMPERATURE = 100.0
 """Of likelihoods of bytes between meetings; that of the paper."""

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax.progress import Progress, quantity
+from tokalign_jax.utils.progress import Progress, quantity
 
 _NEOX = {
     "model_type": "gpt_neox",
@@ -271,8 +271,8 @@ def measure(arguments: argparse.Namespace) -> Row:
     import jax.numpy as jnp
     import numpy as np
 
-    from tokalign_jax import sharding
     from tokalign_jax.config import ComputeConfig, MeshConfig, StageConfig
+    from tokalign_jax.parallel import sharding
     from tokalign_jax.planning.machine import peak_flops
     from tokalign_jax.training.loop import lora_spec, micro_batch
     from tokalign_jax.training.optimizer import make_optimizer, schedule_of
@@ -385,9 +385,9 @@ def _hf_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _labels(stage: Any, model: Any) -> Any:
-    from tokalign_jax import paths
     from tokalign_jax.planning.memory import shapes
     from tokalign_jax.training.optimizer import rules_for
+    from tokalign_jax.utils import paths
 
     return paths.label_tree(rules_for(stage.method), shapes(model, stage)[0])
 
@@ -397,9 +397,10 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
     import jax
     import jax.numpy as jnp
 
-    from tokalign_jax import paths, sharding
+    from tokalign_jax.parallel import sharding
     from tokalign_jax.planning.memory import shapes
     from tokalign_jax.training.step import init_state
+    from tokalign_jax.utils import paths
 
     def random(tree: Any, dtype: Any, seed: int) -> Any:
         leaves = paths.flatten(tree)
@@ -428,7 +429,7 @@ def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
     """Batches on the device as in training, from random tokens in the shards' form."""
     import numpy as np
 
-    from tokalign_jax import sharding
+    from tokalign_jax.parallel import sharding
     from tokalign_jax.training.batches import make_stream
 
     class Tokens:

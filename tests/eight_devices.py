@@ -26,13 +26,13 @@ from training_toys import (
 )
 from transformers import AutoTokenizer
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import Experts
 from tokalign_jax.models.transformer import generate
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 from tokalign_jax.training import states
@@ -41,6 +41,7 @@ from tokalign_jax.training.loop import load_trained, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import NEXT_TOKEN, init_state, make_loss, make_train_step
+from tokalign_jax.utils import paths
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
 STEP = replace(

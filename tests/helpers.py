@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tokalign_jax import paths
 from tokalign_jax.models import lora
+from tokalign_jax.utils import paths
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Larger models and tokenizers, where they are at hand; no test needs them."""

@@ -18,10 +18,10 @@ from helpers import tiny_tokenizer
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tokalign_jax import paths
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params, head_matrix, logits
+from tokalign_jax.utils import paths
 
 VOCABULARY = 260
 TOKENIZER = tiny_tokenizer(257, [])

@@ -3,7 +3,7 @@ import os
 import jax
 import pytest
 
-from tokalign_jax import compiling
+from tokalign_jax.utils import compiling
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from tokalign_jax import demo, digests
+from tokalign_jax import demo
 from tokalign_jax.config import AlignmentConfig, Config
-from tokalign_jax.digests import Digests
 from tokalign_jax.pipeline import stages
+from tokalign_jax.utils import digests
+from tokalign_jax.utils.digests import Digests
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import pytest
 from jax.sharding import Mesh
 from processes import free_port
 
-from tokalign_jax import distributed, sharding, stopping
 from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import distributed, sharding
+from tokalign_jax.utils import stopping
 
 CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
 

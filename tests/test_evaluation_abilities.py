@@ -15,7 +15,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities
 from tokalign_jax.evaluation.abilities import Question
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.sharding import make_mesh
+from tokalign_jax.parallel.sharding import make_mesh
 
 QUESTIONS = [
     Question("a", "The quick brown", (" fox", " dog jumps over", " lazy")),

@@ -12,16 +12,17 @@ from helpers import KINDS, TEXTS, tiny_model_folder, tiny_tokenizer, tokenizer_o
 from transformers import AutoTokenizer
 
 from tests.test_alignment_methods import donor, renumbered
-from tokalign_jax import paths, sharding
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Rule
 from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, InitializationConfig
 from tokalign_jax.initialization import calibration, composition, contexts, initialization, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.transformer import forward
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.utils import paths
 
 OTHER = [*TEXTS, "Completely other words of another text, completely."]
 DOCUMENTS = [text * times for times in (1, 2, 3) for text in TEXTS]

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, InitializationConfig
 from tokalign_jax.initialization import initialization, row_features, self_text
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.canonical import token_bytes
 from tokalign_jax.text.corpus import Document
+from tokalign_jax.utils import paths
 
 SETTINGS = InitializationConfig(distillation_tokens=3000, generated_tokens=600, corpus_share=0.5)
 CONFIG = Config(

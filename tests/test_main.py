@@ -12,9 +12,10 @@ import pytest
 from processes import free_port
 
 import tokalign_jax
-from tokalign_jax import main, stopping
+from tokalign_jax import main
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Progress
+from tokalign_jax.utils import stopping
+from tokalign_jax.utils.progress import Progress
 
 
 def run(monkeypatch, work, *flags: str) -> int:
@@ -123,7 +124,7 @@ def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(
 STUBBORN = """
 import sys, time
 from pathlib import Path
-from tokalign_jax import stopping
+from tokalign_jax.utils import stopping
 stopping.SAME_REQUEST = 0.05
 with stopping.listening():
     Path(sys.argv[1]).touch()
@@ -166,7 +167,8 @@ def test_half_of_the_flags_of_several_processes_is_refused(monkeypatch, capsys):
 TWO = """
 import sys
 from types import SimpleNamespace
-from tokalign_jax import distributed, main
+from tokalign_jax import main
+from tokalign_jax.parallel import distributed
 from tokalign_jax.errors import UserError
 
 def work(config, workdir, selected, log):

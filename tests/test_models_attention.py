@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokalign_jax import sharding
 from tokalign_jax.config import MeshConfig
 from tokalign_jax.models import attention
+from tokalign_jax.parallel import sharding
 
 
 def arrays(batch=2, length=20, heads=4, groups=2, size=8, dtype=jnp.float32):

@@ -13,10 +13,10 @@ from parity_cases import TOKENIZER, Case, check, export, model, of, our_logits, 
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tokalign_jax import paths
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.lora import LoraSpec, add_lora
+from tokalign_jax.utils import paths
 
 MIXTURES = pytest.mark.parametrize(
     "case", [of("mixtral")[0], of("qwen3_moe")[1]], ids=lambda case: case.family

@@ -14,10 +14,11 @@ from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.transformer import logits
+from tokalign_jax.parallel import sharding
+from tokalign_jax.utils import paths
 
 TOKENIZER = tiny_tokenizer(260, TEXTS)
 BOTH = pytest.mark.parametrize("family", ["llama", "gpt_neox"])

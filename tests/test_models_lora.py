@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from helpers import merge_adapters, tiny_model
 
-from tokalign_jax import paths
 from tokalign_jax.models import families, transformer
 from tokalign_jax.models.lora import Adapter, LoraSpec, add_lora, merged
 from tokalign_jax.models.transformer import abstract_params, forward, init_params
+from tokalign_jax.utils import paths
 
 SPEC = LoraSpec(rank=3, alpha=6.0, dropout=0.5)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 12)), jnp.int32)

@@ -14,11 +14,13 @@ from helpers import KINDS, SHARED, TEXTS, tokenizer_of_kind
 from test_pipeline import arguments, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tokalign_jax import main, paths, sharding
+from tokalign_jax import main
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface, opening
 from tokalign_jax.models.families import FAMILIES, qwen
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text import reopening
+from tokalign_jax.utils import paths
 
 WORDS = [*TEXTS, *reopening.TEXTS]
 FOURTH = "TRANSFORMERS_4_PYTHON"

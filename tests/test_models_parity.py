@@ -9,7 +9,6 @@ import pytest
 from helpers import SHARED, tiny_model
 from parity_cases import Case, compiled, of, our_logits, pair, reference, reference_logits, tokens
 
-from tokalign_jax import paths
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.transformer import (
@@ -19,6 +18,7 @@ from tokalign_jax.models.transformer import (
     generate,
     init_params,
 )
+from tokalign_jax.utils import paths
 
 LLAMA, NEOX = of("llama")[0], of("gpt_neox")[0]
 WINDOWED, CAPPED = of("smollm3")[1], of("gemma2")[0]

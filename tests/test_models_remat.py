@@ -9,12 +9,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from training_toys import LLAMA, NEOX
 
-from tokalign_jax import paths
 from tokalign_jax.models import attention, remat
 from tokalign_jax.models.config import LayerKind
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import abstract_params, forward
+from tokalign_jax.utils import paths
 
 TOKENS = 2, 64
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "max_positions": 64}

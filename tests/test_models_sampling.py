@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from training_toys import LLAMA, toy_params
 
-from tokalign_jax import sharding
 from tokalign_jax.models import transformer
 from tokalign_jax.models.sampling import sample
+from tokalign_jax.parallel import sharding
 
 PROMPTS = [[3], [5, 6, 7], [1, 2]]
 

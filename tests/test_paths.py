@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokalign_jax import paths
+from tokalign_jax.utils import paths
 
 TREE = {
     "embed_tokens": {"embedding": 1},

@@ -495,7 +495,7 @@ def test_a_full_device_is_foreseen_and_told_with_what_would_fit(
     inputs, tmp_path, capsys, monkeypatch
 ):
     # A device of one megabyte: enough for Stage 1 of this model, as far as the plan can say, not for Stage 2.
-    monkeypatch.setattr("tokalign_jax.sharding.device_memory", lambda device: 1e6)
+    monkeypatch.setattr("tokalign_jax.parallel.sharding.device_memory", lambda device: 1e6)
 
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError(
@@ -598,7 +598,8 @@ def test_a_run_does_not_end_with_the_reader_of_its_output(flags, inputs, tmp_pat
 
 LISTENERS = """
 import os, signal, sys
-from tokalign_jax import errors, main, stopping
+from tokalign_jax import errors, main
+from tokalign_jax.utils import stopping
 log = main._logger()
 log("one")
 with stopping.listening():

@@ -19,7 +19,7 @@ from test_pipeline import write_corpus
 from training_toys import LLAMA, NEOX
 from transformers import AutoTokenizer
 
-from tokalign_jax import paths, pipeline, sharding
+from tokalign_jax import pipeline
 from tokalign_jax.config import (
     ComputeConfig,
     Config,
@@ -29,6 +29,7 @@ from tokalign_jax.config import (
     config_from_dict,
 )
 from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import stages
 from tokalign_jax.planning import memory
 from tokalign_jax.planning.flops import flops_per_token
@@ -39,6 +40,7 @@ from tokalign_jax.training import distillation
 from tokalign_jax.training.losses import head_of
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_train_step
+from tokalign_jax.utils import paths
 
 TOKENIZER = tiny_tokenizer(300, ["a"])
 """Of models that get another one's files."""

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 from training_toys import LLAMA, NEOX
 
-from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.config import (
     AlignmentConfig,
     ComputeConfig,
@@ -31,6 +30,7 @@ from tokalign_jax.main import main
 from tokalign_jax.models import families, remat
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import init_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import machine, memory, resolve
 from tokalign_jax.planning.flops import flops_per_token
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed
@@ -38,6 +38,7 @@ from tokalign_jax.planning.report import make_plan
 from tokalign_jax.training import loop
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
+from tokalign_jax.utils import compiling, paths
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import train_throughput

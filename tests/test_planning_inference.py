@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from test_plan import MODELS, model_of, setup_of
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import (
     AlignmentConfig,
     ComputeConfig,
@@ -23,12 +22,14 @@ from tokalign_jax.config import (
 from tokalign_jax.evaluation import token_costs
 from tokalign_jax.initialization import composition, contexts
 from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import stages
 from tokalign_jax.planning import advice, inference, memory
 from tokalign_jax.planning.inference import Run, Source
 from tokalign_jax.planning.machine import Machine, Speed, available_host_memory
 from tokalign_jax.planning.report import make_plan
 from tokalign_jax.planning.resolve import resolve
+from tokalign_jax.utils import paths
 
 LLAMA_8B = model_of("llama-8b", 151_669)
 SOURCE = Source(128_256, 2)

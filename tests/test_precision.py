@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from training_toys import LENGTH, LLAMA, NEOX, STAGE, VOCABULARY, toy_params
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig, DistillationConfig
 from tokalign_jax.evaluation import drafting
 from tokalign_jax.initialization import calibration
 from tokalign_jax.models.config import Experts
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import _dropout, forward, generate, head_matrix
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training import distillation, loop
 from tokalign_jax.training.losses import Head, token_nll
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import NEXT_TOKEN, init_state, make_train_step
+from tokalign_jax.utils import paths
 
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
 TOKENS = jnp.zeros((2, LENGTH), jnp.int32)

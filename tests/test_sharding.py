@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from training_toys import unpadded
 
-from tokalign_jax import sharding
 from tokalign_jax.config import MeshConfig
 from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import sharding
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from training_toys import STAGE, assert_same, toy_params
 
-from tokalign_jax import paths
 from tokalign_jax.errors import UserError
-from tokalign_jax.sharding import make_mesh, place
-from tokalign_jax.stopping import Stopped
+from tokalign_jax.parallel.sharding import make_mesh, place
 from tokalign_jax.training.checkpoints import (
     Checkpoints,
     Damaged,
@@ -24,6 +22,8 @@ from tokalign_jax.training.checkpoints import (
 )
 from tokalign_jax.training.optimizer import make_optimizer, rules_for
 from tokalign_jax.training.step import init_state
+from tokalign_jax.utils import paths
+from tokalign_jax.utils.stopping import Stopped
 
 POSITION = Position(stream={"next_index": 3}, next_sequence=12, global_batch=4, fingerprint="abc")
 

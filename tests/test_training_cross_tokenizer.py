@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from training_toys import LLAMA, toy_params
 
-from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models import transformer
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training import cross_tokenizer
 from tokalign_jax.training.cross_tokenizer import Batch, Models, Weights
 

@@ -22,9 +22,9 @@ from training_toys import (
 )
 
 from tokalign_jax.errors import UserError
-from tokalign_jax.stopping import Stopped
 from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
+from tokalign_jax.utils.stopping import Stopped
 
 LORA = dict(method="lora", steps=40, checkpoint_every=7)
 FULL = dict(steps=16, batch_size=8, checkpoint_every=100)

@@ -21,14 +21,15 @@ from training_toys import (
     train,
 )
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import AFTER_PREVIOUS, DataConfig
 from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training.batches import TokenSource, make_stream
 from tokalign_jax.training.loop import load_trained, plan_stage, run_stage, split
 from tokalign_jax.training.metrics import read
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
+from tokalign_jax.utils import paths
 
 POISON = VOCABULARY - 1
 """The token whose embedding is NaN in the tests of steps that are not finite."""

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from training_toys import STAGE, train
 
-from tokalign_jax import paths
 from tokalign_jax.errors import UserError
 from tokalign_jax.training.batches import TokenSource
 from tokalign_jax.training.step import NEXT_TOKEN, Objective, make_loss
+from tokalign_jax.utils import paths
 
 
 class WithFirst(TokenSource):

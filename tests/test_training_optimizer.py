@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from tokalign_jax import paths
 from tokalign_jax.config import StageConfig
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
+from tokalign_jax.utils import paths
 
 SHAPES = {
     "embed_tokens/embedding": (11, 4),

@@ -11,14 +11,15 @@ import pytest
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from training_toys import LLAMA, STAGE
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import LoraConfig, StageConfig
 from tokalign_jax.models import hub, huggingface, lora
 from tokalign_jax.models.transformer import abstract_params, init_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training import loop, states
 from tokalign_jax.training.checkpoints import Checkpoints, Position
 from tokalign_jax.training.optimizer import make_optimizer, rules_for
 from tokalign_jax.training.step import init_state
+from tokalign_jax.utils import paths
 
 EMBEDDING, FULL = (StageConfig(method=method, steps=3) for method in ("embedding", "full"))
 LORA = StageConfig(method="lora", steps=3, lora=LoraConfig(rank=3, alpha=4.0))

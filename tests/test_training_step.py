@@ -22,11 +22,12 @@ from training_toys import (
     train,
 )
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training.batches import TokenSource, make_stream
 from tokalign_jax.training.optimizer import schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
+from tokalign_jax.utils import paths
 
 FAMILIES = [
     replace(model, tie_word_embeddings=tied) for model in (LLAMA, NEOX) for tied in (False, True)

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from processes import become_host, free_port
 
-from tokalign_jax import distributed, paths, sharding, stopping
 from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import init_params
+from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.training.loop import load_trained, run_stage
+from tokalign_jax.utils import paths, stopping
 
 VOCABULARY, LENGTH = 61, 12
 

@@ -1,7 +1,9 @@
 """The old name of `tokalign compare`: `python -m tokalign_jax.compare`."""
 
 if __name__ != "__main__":
-    raise ImportError("tokalign_jax.compare is a command only; import tokalign_jax.cli.compare instead")
+    raise ImportError(
+        "tokalign_jax.compare is a command only; import tokalign_jax.cli.compare instead"
+    )
 
 import sys
 

@@ -1,7 +1,9 @@
 """The old name of `tokalign evaluate`: `python -m tokalign_jax.evaluate`."""
 
 if __name__ != "__main__":
-    raise ImportError("tokalign_jax.evaluate is a command only; import tokalign_jax.cli.evaluate instead")
+    raise ImportError(
+        "tokalign_jax.evaluate is a command only; import tokalign_jax.cli.evaluate instead"
+    )
 
 import sys
 

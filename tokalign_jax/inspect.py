@@ -1,7 +1,9 @@
 """The old name of `tokalign inspect`: `python -m tokalign_jax.inspect`."""
 
 if __name__ != "__main__":
-    raise ImportError("tokalign_jax.inspect is a command only; import tokalign_jax.cli.inspect instead")
+    raise ImportError(
+        "tokalign_jax.inspect is a command only; import tokalign_jax.cli.inspect instead"
+    )
 
 import sys
 

@@ -24,10 +24,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from tokalign_jax import stopping
 from tokalign_jax.config import Config, config_from_dict
 from tokalign_jax.errors import UserError, complain, degrade_output, naming_long_paths, unread
-from tokalign_jax.progress import Log, duration
+from tokalign_jax.utils import stopping
+from tokalign_jax.utils.progress import Log, duration
 
 DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 
@@ -103,7 +103,8 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
     """`work` in this process, which may be one of several; the exit code."""
     start = time.monotonic()
     # The parts that load JAX come after the flags, so that a mistyped flag is answered at once.
-    from tokalign_jax import compiling, distributed
+    from tokalign_jax.parallel import distributed
+    from tokalign_jax.utils import compiling
 
     who = lambda: f"process {distributed.index()}: " if distributed.count() > 1 else ""  # noqa: E731
     try:
@@ -134,7 +135,7 @@ def session(given: flags.FlagValues, work: Callable[[Log], None]) -> int:
 
 def _end_all(text: str, code: int) -> int:
     """`code`, after which the other processes end with it too."""
-    from tokalign_jax import distributed
+    from tokalign_jax.parallel import distributed
 
     if distributed.count() > 1:
         distributed.fail(text, code)
@@ -143,9 +144,9 @@ def _end_all(text: str, code: int) -> int:
 
 def _plan(config: Config, given: flags.FlagValues) -> None:
     """Prints what a run would need; reads configs and tokenizers, no weights and no text."""
-    from tokalign_jax import compiling
     from tokalign_jax.planning.machine import Machine, Speed
     from tokalign_jax.planning.report import plan_run
+    from tokalign_jax.utils import compiling
 
     if not given.plan_devices:
         compiling.prepare()  # of the devices here the run gets as much memory

@@ -40,11 +40,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from tokalign_jax import sharding
 from tokalign_jax.alignment.runs import Runs, Sums, forget, in_order, kept, merged, summed
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.utils.progress import Log, Progress
 
 HOST_CHUNK = 1 << 15
 """Tokens a CPU thread works on at once: what it makes of them at one distance stays in its cache."""

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import sharding
 from tokalign_jax.alignment.cooccurrence import Cooccurrence
 from tokalign_jax.config import AlignmentConfig
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
+from tokalign_jax.utils.progress import Log, Progress
 
 RATE_SCALE = 4.0
 """A step here stands for a block of pairs, not for one: AdaGrad's rate is this much larger than the configured one."""

@@ -21,10 +21,10 @@ from tokalign_jax.alignment import lexicon as induction
 from tokalign_jax.alignment.alignment import SURE, Alignment, Mixture, Rule
 from tokalign_jax.alignment.vectors import Vectors
 from tokalign_jax.config import AlignmentConfig, Config
-from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical, special_tokens
 from tokalign_jax.text.special_tokens import Counterpart
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.utils.progress import Log
 
 SUMMARY_FILE = "summary.json"
 NEED_VECTORS = frozenset({"composed", "tokalign", "lexicon", "topk", "focus"})

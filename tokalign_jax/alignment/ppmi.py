@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from tokalign_jax.alignment.cooccurrence import Cooccurrence
 from tokalign_jax.alignment.runs import in_order
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.utils.progress import Log, Progress
 
 COLUMNS = 8192
 """Contexts: at most so many shared tokens, the most frequent."""

@@ -11,8 +11,8 @@ from tokalign_jax.alignment import cooccurrence, glove, matching, ppmi
 from tokalign_jax.alignment.cooccurrence import Cooccurrence
 from tokalign_jax.config import AlignmentConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log
 from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.utils.progress import Log
 
 FILE = "vectors.npz"
 FEWEST_COLUMNS = 32

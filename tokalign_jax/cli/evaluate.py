@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import compiling, demo, pipeline, sharding
+from tokalign_jax import demo, pipeline
 from tokalign_jax.alignment import alignment, scoring
 from tokalign_jax.cli import arguments
 from tokalign_jax.config import (
@@ -51,15 +51,17 @@ from tokalign_jax.evaluation.fertility import fertility, words
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.huggingface import DtypeOf
+from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import stages
-from tokalign_jax.progress import Log, duration
 from tokalign_jax.reporting import pages, side_by_side
 from tokalign_jax.reporting.report import PACKAGES, version
-from tokalign_jax.stopping import Stopped
 from tokalign_jax.text import canonical
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training.states import inference_dtype
+from tokalign_jax.utils import compiling
+from tokalign_jax.utils.progress import Log, duration
+from tokalign_jax.utils.stopping import Stopped
 
 SCORES, PICTURE = "scores.json", "scores.png"
 EXPORT, SOURCE = "export", "source"

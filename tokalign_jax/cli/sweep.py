@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from tokalign_jax import main as command
 from tokalign_jax.config import Config, config_from_dict
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log
+from tokalign_jax.utils.progress import Log
 
 DEFAULT_CONFIG = "configs/recipe.py"
 DONE = "fingerprint.txt"
@@ -107,9 +107,11 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     Raises:
       UserError: bad input of any of the runs, before the first begins.
     """
-    from tokalign_jax import digests, distributed, pipeline
+    from tokalign_jax import pipeline
     from tokalign_jax.cli import compare
+    from tokalign_jax.parallel import distributed
     from tokalign_jax.pipeline import stages
+    from tokalign_jax.utils import digests
 
     work = workdir / "work"
     known = digests.Digests(work, log)

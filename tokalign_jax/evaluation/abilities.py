@@ -28,10 +28,10 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import intervals
 from tokalign_jax.evaluation.token_costs import Window, token_costs
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
 from tokalign_jax.text.canonical import index_by_bytes, plain_backend, token_bytes
 from tokalign_jax.text.tokenizing import end_of_text_id, opening_id
+from tokalign_jax.utils.progress import Log, Progress
 
 ALIKE, COMPOSED, QUESTION_ONLY, RECUT = "alike", "composed", "question", "recut"
 KINDS_OF_CUT = {

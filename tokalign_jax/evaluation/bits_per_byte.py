@@ -21,11 +21,11 @@ from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import intervals
 from tokalign_jax.evaluation.token_costs import TokenCosts, Window, token_costs
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.special_tokens import end_of_text_id, is_of_chat, role_id
 from tokalign_jax.text.tokenizing import opening_id
+from tokalign_jax.utils.progress import Log, Progress
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import compiling, sharding
 from tokalign_jax.evaluation.bits_per_byte import cut, first_context
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical
 from tokalign_jax.text.canonical import plain_backend, vocabulary_size
 from tokalign_jax.text.tokenizing import opening_id
+from tokalign_jax.utils import compiling
+from tokalign_jax.utils.progress import Log, Progress
 
 CHUNK = 1024
 """C"""

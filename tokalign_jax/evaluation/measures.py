@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import abilities, bits_per_byte, fidelity
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.progress import Log
+from tokalign_jax.utils.progress import Log
 
 SCORES = "scores.json"
 Texts = Mapping[str, list[str]]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt16, UInt64
 
-from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text.corpus import Document
+from tokalign_jax.utils.progress import Log, Progress
 
 WINDOW = 64
 """Characters of a passage: a multiple of the four that make 64 bits."""

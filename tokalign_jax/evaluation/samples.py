@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import sharding
 from tokalign_jax.evaluation.bits_per_byte import first_context
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.parallel import sharding
 
 
 def passages(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:

@@ -16,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.rotary import LongRopeScaling
-from tokalign_jax.progress import Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training.losses import IGNORED, head_of, token_nll, token_nll_and_likeliest
+from tokalign_jax.utils.progress import Progress
 
 _SHORTEST = 16
 """Windows are padded to no fewer tokens than this."""

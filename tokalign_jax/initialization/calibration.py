@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tokalign_jax import compiling, sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, adjust_logits, forward, head_matrix
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.utils import compiling
 
 PLACES = 32_768
 """Places of the text over which probabilities are averaged."""

@@ -24,15 +24,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, forward
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.boundaries import Boundaries, shared_boundaries, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document, in_groups
 from tokalign_jax.text.special_tokens import end_of_text_id
 from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.utils.progress import Log, Progress
 
 NONE = -1
 """Label of a place where no token of the vocabulary begins or ends."""

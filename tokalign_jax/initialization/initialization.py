@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import sharding
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Alignment, Rule
 from tokalign_jax.config import Config, distillation_budget
@@ -34,12 +33,13 @@ from tokalign_jax.initialization import (
 )
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
-from tokalign_jax.progress import Log
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, pairs
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.special_tokens import counterpart
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.training.cross_tokenizer import Models
+from tokalign_jax.utils.progress import Log
 
 MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
 """Where the vocabulary's rows are; a tied model has the first alone."""

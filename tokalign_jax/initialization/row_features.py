@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, forward
+from tokalign_jax.parallel import sharding
 
 DEPTHS = (0.25, 1.0)
 """Shares of the layers after which the model's state is a feature."""

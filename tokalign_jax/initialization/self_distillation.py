@@ -32,15 +32,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.config import Config
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text import pairs as pairing
 from tokalign_jax.training import cross_tokenizer
 from tokalign_jax.training.cross_tokenizer import Batch, Models, Terms, Weights
 from tokalign_jax.training.optimizer import Schedule, scale_by_damped_adam
+from tokalign_jax.utils import compiling, paths
+from tokalign_jax.utils.progress import Log, Progress
 
 LENGTH = 256
 """T, where the model has that many positions."""

@@ -23,9 +23,9 @@ from tokalign_jax.evaluation.bits_per_byte import first_context
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.sampling import sample
 from tokalign_jax.models.transformer import Params
-from tokalign_jax.progress import Log
 from tokalign_jax.text import canonical
 from tokalign_jax.text.special_tokens import ends_turn
+from tokalign_jax.utils.progress import Log
 
 TEMPERATURE = 0.8
 FREE_SHARE, WORD_SHARE, CHAT_SHARE = 0.2, 0.6, 0.2

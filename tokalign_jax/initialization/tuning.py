@@ -28,17 +28,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.initialization import composition
 from tokalign_jax.initialization.composition import Columns, Tokens
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, forward, head_matrix
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.training.batches import TokenSource
 from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import Schedule
+from tokalign_jax.utils import paths
+from tokalign_jax.utils.progress import Log, Progress
 
 COMPONENTS = 640
 """K"""

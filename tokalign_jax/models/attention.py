@@ -31,8 +31,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from tokalign_jax import sharding
 from tokalign_jax.models import remat
+from tokalign_jax.parallel import sharding
 
 QUERY_BLOCK = 256
 """Queries whose logits exist at once in the blocked fallback."""

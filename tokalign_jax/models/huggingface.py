@@ -25,7 +25,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
@@ -33,7 +32,9 @@ from tokalign_jax.models.families import family, text_name, weight_table
 from tokalign_jax.models.hub import INDEX, SINGLE
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.models.weights import Weight
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.utils import paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import paths
+from tokalign_jax.utils import paths
 
 
 @dataclass(frozen=True)

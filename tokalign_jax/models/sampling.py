@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import sharding
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, bind, last_logits
+from tokalign_jax.parallel import sharding
 
 BATCH = {"cpu": 64}
 OTHER_BATCH = 1024

@@ -23,13 +23,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import Experts, ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Length, Rotation, rotate, rotation
+from tokalign_jax.parallel import sharding
+from tokalign_jax.utils import compiling, paths
 
 Params = dict[str, Any]
 """A nested dict of arrays; docs/architecture.md lists the paths."""

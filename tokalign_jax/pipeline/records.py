@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.errors import UserError
-from tokalign_jax.files import unused, write_whole
+from tokalign_jax.utils.files import unused, write_whole
 
 STATE_FILE = "stages.json"
 OUTDATED = "outdated"

@@ -16,16 +16,16 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax import digests, stopping
 from tokalign_jax.config import TRAINING, Config, config_to_dict
-from tokalign_jax.distributed import is_first, on_first
 from tokalign_jax.errors import UserError
-from tokalign_jax.files import partial_of, unused
+from tokalign_jax.parallel.distributed import is_first, on_first
 from tokalign_jax.pipeline import stages
 from tokalign_jax.pipeline.graph import Stage, fingerprints, graph, model_states
 from tokalign_jax.pipeline.records import OUTDATED, STATE_FILE, StageRecords, lock
-from tokalign_jax.progress import Log, duration
 from tokalign_jax.training.checkpoints import naming_a_full_disk
+from tokalign_jax.utils import digests, stopping
+from tokalign_jax.utils.files import partial_of, unused
+from tokalign_jax.utils.progress import Log, duration
 
 
 def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log) -> Path:

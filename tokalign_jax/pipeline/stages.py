@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import demo, distributed, sharding
+from tokalign_jax import demo
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.config import (
     AUTO,
@@ -31,18 +31,17 @@ from tokalign_jax.config import (
     teacher_of,
     training_stages,
 )
-from tokalign_jax.digests import Digests
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, bits_per_byte, measures, overlap, samples
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import hub, huggingface, opening
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
+from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.planning import advice, disk, memory, resolve
 from tokalign_jax.planning.inference import Run, Source
 from tokalign_jax.planning.machine import Machine
 from tokalign_jax.planning.memory import Setup
-from tokalign_jax.progress import Log
 from tokalign_jax.reporting import card_facts, inspection, pages, token_pieces
 from tokalign_jax.reporting import report as reporting
 from tokalign_jax.reporting.model_card import CARD, model_card
@@ -53,6 +52,8 @@ from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import distillation, loop
 from tokalign_jax.training import states as training_states
 from tokalign_jax.training.step import NEXT_TOKEN, Objective
+from tokalign_jax.utils.digests import Digests
+from tokalign_jax.utils.progress import Log
 
 FORMAT = 4
 """Version of the artefacts: a workdir of another version is redone."""

@@ -3,11 +3,11 @@
 import math
 import re
 
-from tokalign_jax import paths
 from tokalign_jax.config import StageConfig, teacher_of
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import shapes
+from tokalign_jax.utils import paths
 
 
 def flops_per_token(

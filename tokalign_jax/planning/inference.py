@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import Config, StageConfig, distills, reads_source, training_stages
 from tokalign_jax.initialization import (
     calibration,
@@ -26,10 +25,12 @@ from tokalign_jax.initialization import (
 )
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import memory
 from tokalign_jax.planning.machine import Machine, MeshSizes
 from tokalign_jax.planning.memory import FLOAT, Setup, elements
 from tokalign_jax.training import states
+from tokalign_jax.utils import paths
 
 BLOCK = 64 << 20
 """Bytes of a large matrix that are read or written at once."""

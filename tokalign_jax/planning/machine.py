@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import jax
 
-from tokalign_jax import compiling, sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.attention import has_kernel
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.progress import quantity
+from tokalign_jax.parallel import sharding
+from tokalign_jax.utils import compiling
+from tokalign_jax.utils.progress import quantity
 
 MeshSizes = tuple[int, int, int]
 """Sizes of the mesh axes data, fsdp and tensor."""

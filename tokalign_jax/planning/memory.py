@@ -13,14 +13,15 @@ from typing import Any, cast
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig, Config, StageConfig, teacher_of, training_stages
 from tokalign_jax.models import remat
 from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.planning.machine import Machine, MeshSizes
 from tokalign_jax.training import loop
+from tokalign_jax.utils import paths
 
 FLOAT = 4
 """Bytes of a float32."""

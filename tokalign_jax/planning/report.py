@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tokalign_jax import demo, sharding
+from tokalign_jax import demo
 from tokalign_jax.config import (
     EXTEND,
     Config,
@@ -21,15 +21,16 @@ from tokalign_jax.config import (
 from tokalign_jax.initialization import self_distillation, tuning
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import advice, disk, flops, memory
 from tokalign_jax.planning.inference import Needs, Run, Source, needs
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
-from tokalign_jax.progress import duration, quantity
 from tokalign_jax.text import mining
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.editing import within_rows
+from tokalign_jax.utils.progress import duration, quantity
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.config import Config, config_to_dict
-from tokalign_jax.progress import duration, quantity
 from tokalign_jax.reporting import charts, curves, pages, retention
 from tokalign_jax.reporting.curves import EVERYTHING, titled
 from tokalign_jax.reporting.pages import Cell, Section, Soft
 from tokalign_jax.reporting.run_page import Content, flat
+from tokalign_jax.utils.progress import duration, quantity
 
 Comparison = Mapping[str, Any]
 """What `compare` returns."""

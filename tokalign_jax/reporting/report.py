@@ -13,10 +13,10 @@ import jax
 
 from tokalign_jax.config import Config, config_to_dict
 from tokalign_jax.evaluation import overlap
-from tokalign_jax.progress import Log
 from tokalign_jax.reporting import curves, retention, run_page
 from tokalign_jax.reporting.curves import EVERYTHING, titled
 from tokalign_jax.text.tokenizing import SIDES
+from tokalign_jax.utils.progress import Log
 
 PACKAGES = (
     "tokalign_jax",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.config import EMBEDDED, EXTEND, Config, config_to_dict
-from tokalign_jax.progress import duration, quantity
 from tokalign_jax.reporting import charts, curves, pages, retention
 from tokalign_jax.reporting.curves import EVERYTHING, titled
 from tokalign_jax.reporting.model_card import rules_section, short_name, special_section
 from tokalign_jax.reporting.pages import Bar, Section, Soft
+from tokalign_jax.utils.progress import duration, quantity
 
 Content = Mapping[str, Any]
 """What report.json holds (`report.gather`, and what `stages.report` adds)."""

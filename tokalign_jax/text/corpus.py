@@ -27,9 +27,9 @@ from jaxtyping import Int
 from tokalign_jax import demo
 from tokalign_jax.config import Config, TextConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log, Progress, quantity
 from tokalign_jax.text import reading
 from tokalign_jax.text.reading import Position, Record, Source
+from tokalign_jax.utils.progress import Log, Progress, quantity
 
 FILE_BYTES = 32 << 20
 """Text per training file."""

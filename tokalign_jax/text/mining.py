@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log, Progress, quantity
 from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import plain_backend, space_mark, special_ids, vocabulary_size
 from tokalign_jax.text.editing import edited
+from tokalign_jax.utils.progress import Log, Progress, quantity
 
 BATCH_BYTES = 4 << 20
 """Text that is cut at once."""

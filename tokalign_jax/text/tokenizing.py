@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
-from tokalign_jax.progress import Log, Progress
 from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import losses, plain_backend, special_ids, vocabulary_size
 from tokalign_jax.text.special_tokens import end_of_text_id, ends_turn
+from tokalign_jax.utils.progress import Log, Progress
 
 SIDES = ("source", "target")
 

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from tokalign_jax import distributed, paths
 from tokalign_jax.errors import UserError
-from tokalign_jax.files import unused
-from tokalign_jax.stopping import Stopped
+from tokalign_jax.parallel import distributed
 from tokalign_jax.training.step import TrainState
+from tokalign_jax.utils import paths
+from tokalign_jax.utils.files import unused
+from tokalign_jax.utils.stopping import Stopped
 
 T = TypeVar("T")
 

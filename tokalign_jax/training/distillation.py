@@ -24,12 +24,20 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from tokalign_jax import compiling, paths, sharding
 from tokalign_jax.config import ComputeConfig, DistillationConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
-from tokalign_jax.sharding import BATCH, DATA, VOCABULARY, by_device, gathered, over, summed
+from tokalign_jax.parallel import sharding
+from tokalign_jax.parallel.sharding import (
+    BATCH,
+    DATA,
+    VOCABULARY,
+    by_device,
+    gathered,
+    over,
+    summed,
+)
 from tokalign_jax.training.losses import (
     LEAST,
     Head,
@@ -41,6 +49,7 @@ from tokalign_jax.training.losses import (
     plus,
 )
 from tokalign_jax.training.step import Loss, Objective
+from tokalign_jax.utils import compiling, paths
 
 
 class Teaching(NamedTuple):

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tokalign_jax import distributed, paths, sharding, stopping
 from tokalign_jax.config import ComputeConfig, Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import abstract_params
-from tokalign_jax.progress import Log, duration, quantity
+from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.training import metrics
 from tokalign_jax.training.batches import (
     Sequences,
@@ -50,6 +49,8 @@ from tokalign_jax.training.step import (
     init_state,
     make_train_step,
 )
+from tokalign_jax.utils import paths, stopping
+from tokalign_jax.utils.progress import Log, duration, quantity
 
 _AHEAD = 2
 """Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""

@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import compiling, sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
-from tokalign_jax.sharding import (
+from tokalign_jax.parallel import sharding
+from tokalign_jax.parallel.sharding import (
     BATCH,
     DATA,
     VOCABULARY,
@@ -35,6 +35,7 @@ from tokalign_jax.sharding import (
     rows_of,
     summed,
 )
+from tokalign_jax.utils import compiling
 
 IGNORED = -1
 """Label of a token that counts for nothing (any negative one does)."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax.files import write_whole
-from tokalign_jax.progress import Log, duration, quantity
+from tokalign_jax.utils.files import write_whole
+from tokalign_jax.utils.progress import Log, duration, quantity
 
 Record = dict[str, Any]
 """One step: step (from 1), loss (nats a token), learning_rate, gradient_norm, tokens (of the stage so far),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from tokalign_jax import paths
 from tokalign_jax.config import StageConfig
+from tokalign_jax.utils import paths
 
 FROZEN = "frozen"
 

@@ -16,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import StageConfig
 from tokalign_jax.models import huggingface, lora
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.huggingface import DtypeOf
 from tokalign_jax.models.transformer import Params, abstract_params
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training import loop
+from tokalign_jax.utils import paths
 
 
 class Changes(NamedTuple):

@@ -14,14 +14,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from tokalign_jax import paths, sharding
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
+from tokalign_jax.parallel import sharding
 from tokalign_jax.training.batches import Sequences, Shards, TokenSource
 from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import Schedule
+from tokalign_jax.utils import paths
 
 Batch = Int32[Array, "A B T+1"] | Mapping[str, Array]
 """What a step reads: token ids of the target tokenizer, or several arrays [A, B, ...], of which `tokens` are these."""

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from tokalign_jax.files import write_whole
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.utils.files import write_whole
+from tokalign_jax.utils.progress import Log, Progress
 
 CACHE = "digests.json"
 """The file in a workdir that holds what is known."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from tokalign_jax import stopping
+from tokalign_jax.utils import stopping
 
 Log = Callable[[str], None]
 

@@ -23,9 +23,9 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax._src.distributed import global_state  # the client of the key-value store is nowhere public
 
-from tokalign_jax import stopping
 from tokalign_jax.errors import UserError
-from tokalign_jax.stopping import Stopped
+from tokalign_jax.utils import stopping
+from tokalign_jax.utils.stopping import Stopped
 
 POLL = 0.5
 """Seconds between looks at what the other processes have to say."""

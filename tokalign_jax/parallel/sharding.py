@@ -26,9 +26,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax import paths
 from tokalign_jax.config import MeshConfig
 from tokalign_jax.errors import UserError
+from tokalign_jax.utils import paths
 
 DATA, FSDP, TENSOR = AXES = "data", "fsdp", "tensor"
 Sizes = tuple[int, int, int]
