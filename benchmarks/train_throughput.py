@@ -14,7 +14,7 @@ parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it t
 N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `planning.flops`). `causal MFU` counts
 only the half of the pairs that a causal model needs. Recomputation counts for nothing in either.
 
-Writes `throughput.json` (rows of this project, which `--plan_throughput` of the main program reads),
+Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
 `throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels and its compiled program.
 """
 

@@ -13,15 +13,14 @@ peak. Where memory does not allow full training, LoRA wants a higher rate and on
 learning_rate=4e-3, embedding_learning_rate=6.4e-4.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from tokalign_jax.configs import research
 
 
 def get_config() -> ConfigDict:
     """The tokens of the paper's two stages in one, in steps of a size that one host takes."""
-    config = runpy.run_path(str(Path(__file__).with_name("research.py")))["get_config"]()
+    config = research.get_config()
     config.data.epochs = 0
     config.stage1.steps = 0
     config.stage2.steps = 5000

@@ -8,14 +8,13 @@ model, 3.10 with random new rows, 1.82 initialised, 1.78 after Stage 1, 1.58 aft
 ultra_quick_demo.py); five to ten minutes on two CPU cores.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from tokalign_jax.configs import ultra_quick_demo
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(Path(__file__).with_name("ultra_quick_demo.py")))["get_config"]()
+    config = ultra_quick_demo.get_config()
     config.target_tokenizer = "extend"
     config.extend.new_tokens = 6_000
     config.extend.min_count = 10

@@ -12,7 +12,7 @@ import pytest
 from processes import free_port
 
 import tokalign_jax
-from tokalign_jax import main
+from tokalign_jax import config_files, main
 from tokalign_jax.errors import UserError
 from tokalign_jax.utils import stopping
 from tokalign_jax.utils.progress import Progress
@@ -59,7 +59,7 @@ def test_a_config_file_that_is_none_is_named(content, says, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(content)
     with pytest.raises(UserError, match=f"'{file}'.*{says}"):
-        main._load(str(file))
+        config_files.get_config(str(file))
 
 
 def test_a_config_file_that_fails_is_bad_input(tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_half_of_the_flags_of_several_processes_is_refused(monkeypatch, capsys):
 TWO = """
 import sys
 from types import SimpleNamespace
-from tokalign_jax import main
+from tokalign_jax import config_files, main
 from tokalign_jax.parallel import distributed
 from tokalign_jax.errors import UserError
 

@@ -598,9 +598,10 @@ def test_a_run_does_not_end_with_the_reader_of_its_output(flags, inputs, tmp_pat
 
 LISTENERS = """
 import os, signal, sys
-from tokalign_jax import errors, main
+from tokalign_jax import errors
+from tokalign_jax.cli import session
 from tokalign_jax.utils import stopping
-log = main._logger()
+log = session.logger()
 log("one")
 with stopping.listening():
     os.kill(os.getpid(), signal.SIGTERM)

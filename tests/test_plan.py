@@ -431,7 +431,7 @@ def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
         assumed.tokens * flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14
     )
     assert "assuming 50%" in assumed.speed and "not measured" in assumed.speed
-    with pytest.raises(UserError, match="plan_throughput"):
+    with pytest.raises(UserError, match="--throughput"):
         Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
 
 
@@ -473,7 +473,7 @@ def test_memory_is_a_number_with_a_unit(text):
 
 @pytest.mark.parametrize("text", ["much", "80XB", "1.2.3GB"])
 def test_memory_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match="plan_device_memory"):
+    with pytest.raises(UserError, match="--device-memory"):
         Machine.of(8, text)
 
 

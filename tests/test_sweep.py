@@ -42,7 +42,7 @@ def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys
             "--config.evaluation.random_baseline=False",
             *more,
         )
-        return ["sweep", f"--config={file}", *one[2:]]
+        return [f"--config={file}", *one[2:]]
 
     assert sweep.main(command("--only=slow,fast")) == 0
     printed = capsys.readouterr().out
@@ -118,5 +118,5 @@ def test_bad_runs_are_refused_before_anything_runs(runs, only, says):
 
 
 def test_a_config_without_runs_is_refused(tmp_path, capsys):
-    assert sweep.main(["sweep", "--config=configs/optimal.py", f"--workdir={tmp_path}"]) == 2
+    assert sweep.main(["--config=configs/optimal.py", f"--workdir={tmp_path}"]) == 2
     assert "get_runs()" in capsys.readouterr().err

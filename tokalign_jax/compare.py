@@ -9,4 +9,4 @@ import sys
 
 from tokalign_jax.cli.compare import main
 
-sys.exit(main())
+sys.exit(main(sys.argv[1:]))

@@ -174,8 +174,11 @@ class LoraConfig:
     """Low-rank adapters on every projection: y = x W + (alpha / rank) dropout(x) A B."""
 
     rank: int = within(1, 2**16, 64)
+    """Inner dimension of A and B."""
     alpha: float = within(0, 1e6, 16.0)
+    """Scale: the product A B counts alpha / rank times."""
     dropout: float = within(0, 0.999, 0.1)
+    """Share of the adapters' inputs that are zeroed at each training step."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,9 @@ class StageConfig:
     weight_decay: float = within(0, 10, 0.01)
     """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
     beta1: float = within(0, 0.99999, 0.9)
+    """AdamW's decay of the mean gradient."""
     beta2: float = within(0, 0.99999, 0.95)
+    """AdamW's decay of the mean squared gradient."""
     epsilon: float = within(1e-15, 1, 1e-8)
     """AdamW's, beside the root of the second moment."""
     row_damping: float = within(0, 1e3, 0.3)

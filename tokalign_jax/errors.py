@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -53,16 +56,24 @@ def naming_long_paths() -> Iterator[None]:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Runs a command that prints: 0 at its end, 2 for bad input, which is told on the error output."""
+    """Run a command that prints; return 0, or 2 for bad input, which is told on the error output."""
+    _, code = prepared(command)
+    return code
+
+
+def prepared(work: Callable[[], T]) -> tuple[T | None, int]:
+    """Return (what `work` returns, 0), or (None, the exit code) where it ended the command."""
     degrade_output()
     try:
         with naming_long_paths():
-            command()
+            result = work()
         sys.stdout.flush()
-        return 0
+        return result, 0
     except BrokenPipeError:
         unread()
-        return 0
+        return None, 0
     except UserError as error:
         complain(f"error: {error}")
-        return 2
+        return None, 2
+    except SystemExit as ended:  # of argparse: --help, or a flag that does not fit
+        return None, int(ended.code or 0)

@@ -7,4 +7,4 @@ import sys
 
 from tokalign_jax.cli.sweep import main
 
-sys.exit(main())
+sys.exit(main(sys.argv[1:]))

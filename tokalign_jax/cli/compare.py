@@ -1,15 +1,13 @@
 r"""Several runs side by side: which settings differ, and what came of it.
 
-    python -m tokalign_jax.compare runs/a runs/b runs/c --output=runs/compared
+    tokalign compare runs/a runs/b runs/c --output=runs/compared
 
 A run is named by its workdir, or by its report.json. The tables are printed; with --output, compare.json, compare.html and compare.png
 are written to that folder. Runs that differ in nothing but the seed are shown as one, with mean and spread.
 """
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,9 @@ from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.reporting import comparison
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tokalign_jax.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("compare", __doc__)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -146,7 +140,3 @@ def write(compared: comparison.Comparison, folder: Path) -> None:
         raise UserError(
             f"--output '{folder}' cannot be written ({error}); name another folder"
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

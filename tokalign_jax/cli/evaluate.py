@@ -1,9 +1,9 @@
 r"""Models side by side: bits per byte, what they keep of the first, tokens, speed, drafting, alignment, tasks.
 
-    python -m tokalign_jax.evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang --output=out
-    python -m tokalign_jax.evaluate --workdir=runs/demo --output=out          # a run's source model and its export, on its held-out text
-    python -m tokalign_jax.evaluate --workdir=runs/demo --states=init,stage1,export --teacher=/models/large --output=out
-    python -m tokalign_jax.evaluate --workdir=runs/demo --tasks=my_task --task-folder=/tasks --output=out
+    tokalign evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang --output=out
+    tokalign evaluate --workdir=runs/demo --output=out          # a run's source model and its export, on its held-out text
+    tokalign evaluate --workdir=runs/demo --states=init,stage1,export --teacher=/models/large --output=out
+    tokalign evaluate --workdir=runs/demo --tasks=my_task --task-folder=/tasks --output=out
 
 The first model is the one that others are compared with. Writes `scores.json` and `scores.png` to the output folder.
 """
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +95,7 @@ class Inputs:
     dtype: str
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
     start = time.monotonic()
@@ -112,19 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokalign_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = lambda text: [name.strip() for name in text.split(",") if name.strip()]  # noqa: E731
+    parser = arguments.parser("evaluate", __doc__)
     parser.add_argument(
-        "--models", type=names, default=[], help="folders or hub names in Hugging Face format"
+        "--models",
+        type=arguments.names,
+        default=[],
+        help="folders or hub names in Hugging Face format",
     )
     parser.add_argument("--workdir", type=arguments.path, help="of a run, instead of --models")
     parser.add_argument(
         "--states",
-        type=names,
+        type=arguments.names,
         default=[SOURCE, EXPORT],
         help="of the run: source, init, stage1, ..., export",
     )
@@ -208,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         "--other-text",
         help="files of another kind of text; with --workdir the run's own if this is not given",
     )
-    parser.add_argument("--tasks", type=names, default=[], help="tasks of lm-eval")
+    parser.add_argument("--tasks", type=arguments.names, default=[], help="tasks of lm-eval")
     parser.add_argument(
         "--task-folder",
         type=arguments.path,
@@ -739,7 +736,3 @@ def _bytes(subject: Subject) -> int:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

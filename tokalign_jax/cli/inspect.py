@@ -1,16 +1,15 @@
 r"""Why a target token got its rows, and a one-page report of an alignment.
 
-    python -m tokalign_jax.inspect --workdir runs/demo                                  # the report, on the terminal
-    python -m tokalign_jax.inspect --workdir runs/demo --token " Haus" --id 1234        # these tokens
-    python -m tokalign_jax.inspect --workdir runs/demo --token "\n\t" --html page.html  # and the report with them, as a page
-    python -m tokalign_jax.inspect --alignment align --source-model /models/pythia-1b --target-tokenizer /models/qwen3
+    tokalign inspect --workdir runs/demo                                  # the report, on the terminal
+    tokalign inspect --workdir runs/demo --token " Haus" --id 1234        # these tokens
+    tokalign inspect --workdir runs/demo --token "\n\t" --html page.html  # and the report with them, as a page
+    tokalign inspect --alignment align --source-model /models/pythia-1b --target-tokenizer /models/qwen3
 
 Tokens are named by their text, with \n, \t, \x0a (a byte) and \u00e9 for what is hard to type, or as the tokenizer spells them.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tokalign_jax.text.editing import within_rows
 STATE_FILE = "stages.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     given = _parser().parse_args(argv)
 
@@ -43,11 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokalign_jax.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("inspect", __doc__)
     parser.add_argument(
         "--workdir", type=arguments.path, help="of a run whose align stage is finished"
     )
@@ -209,7 +204,3 @@ def _space(
         )
     space = inspection.common_space(found, *source, *target, seed)
     return space, "" if space else "too few tokens with an exact match have vectors"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

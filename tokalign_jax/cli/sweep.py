@@ -1,7 +1,7 @@
 """Many runs that differ in some settings, sharing all stages that they have in common, laid side by side.
 
-    python -m tokalign_jax.sweep --config configs/recipe.py --workdir runs/recipe
-    python -m tokalign_jax.sweep --config configs/recipe.py --workdir runs/recipe --only='own*' --config.seed=1
+    tokalign sweep --config configs/recipe.py --workdir runs/recipe
+    tokalign sweep --config configs/recipe.py --workdir runs/recipe --only='own*' --config.seed=1
 
 The config file has `get_config()`, what all runs have in common, and `get_runs()`: by the name of each run the fields in which it differs,
 as {"stage1.learning_rate": 2e-5, ...}. Overrides on the command line are of the common part.
@@ -11,20 +11,19 @@ exported. What each leaves, its report, is in `WORKDIR/runs/NAME`, and the compa
 on after a stop, and does not repeat runs that are finished. Weights that no further run needs are removed, unless --keep.
 """
 
+import argparse
 import fnmatch
-import runpy
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from tokalign_jax import main as command
+from tokalign_jax import config_files
+from tokalign_jax.cli import arguments
 from tokalign_jax.config import Config, config_from_dict
-from tokalign_jax.errors import UserError
+from tokalign_jax.errors import UserError, prepared
 from tokalign_jax.utils.progress import Log
 
 DEFAULT_CONFIG = "configs/recipe.py"
@@ -32,24 +31,31 @@ DONE = "fingerprint.txt"
 """In a run's folder: the fingerprint of the report that is there. Written last."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep; returns the exit code, as `main.main`."""
-    return command.command(argv, __doc__, _work, DEFAULT_CONFIG, _flags)
+def main(argv: Sequence[str]) -> int:
+    """Run the sweep; return the exit code."""
+    work, code = prepared(lambda: _work(argv))
+    if work is None:
+        return code
+    from tokalign_jax.cli.session import session
+
+    return session(*work)
 
 
-def _work(given: flags.FlagValues) -> Callable[[Log], None]:
-    workdir = command.workdir_of(given)
-    configs = configs_of(
-        given.config, runs_of(config_flags.get_config_filename(given["config"])), given.only
+def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None]]:
+    flags = arguments.parser("sweep", __doc__)
+    arguments.add_run(flags, DEFAULT_CONFIG)
+    flags.add_argument(
+        "--only",
+        type=arguments.names,
+        default=[],
+        help="runs whose names fit one of these patterns",
     )
-    return lambda log: run(configs, workdir, given.keep, log)
-
-
-def _flags(given: flags.FlagValues) -> None:
-    flags.DEFINE_list(
-        "only", [], "Only runs whose names fit one of these patterns.", flag_values=given
-    )
-    flags.DEFINE_bool("keep", False, "Keep the weights of all runs.", flag_values=given)
+    flags.add_argument("--keep", action="store_true", help="keep the weights of all runs")
+    arguments.add_processes(flags)
+    given, values = arguments.parse_run(flags, argv)
+    workdir = arguments.workdir_of(given)
+    configs = configs_of(values, runs_of(given.config), given.only)
+    return given, lambda log: run(configs, workdir, given.keep, log)
 
 
 def runs_of(file: str) -> Mapping[str, Mapping[str, Any]]:
@@ -58,13 +64,13 @@ def runs_of(file: str) -> Mapping[str, Mapping[str, Any]]:
     Raises:
       UserError: it has none.
     """
-    found = runpy.run_path(file)
-    if "get_runs" not in found:
+    module = config_files.load_module(config_files.find(file.partition(":")[0]))
+    if not hasattr(module, "get_runs"):
         raise UserError(
             f"config file '{file}' has no get_runs(), which says in what the runs of a sweep differ: "
             '{"name of a run": {"stage1.learning_rate": 2e-5}, ...}; configs/recipe.py has one'
         )
-    return found["get_runs"]()
+    return module.get_runs()
 
 
 def configs_of(
@@ -161,7 +167,3 @@ def _publish(report: Path, place: Path, fingerprint: str, outdated: Path) -> Non
 
 def _fingerprint(place: Path) -> str:
     return (place / DONE).read_text(encoding="utf-8").strip() if (place / DONE).is_file() else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

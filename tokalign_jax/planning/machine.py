@@ -78,14 +78,10 @@ class Machine:
           UserError: `memory` or `host_memory` is not a number of bytes.
         """
         usable = (
-            USABLE * parse_number(memory, "--plan_device_memory", "80GB", _BYTES)
-            if memory
-            else math.inf
+            USABLE * parse_number(memory, "--device-memory", "80GB", _BYTES) if memory else math.inf
         )
         host = (
-            parse_number(host_memory, "--plan_host_memory", "256GB", _BYTES)
-            if host_memory
-            else math.inf
+            parse_number(host_memory, "--host-memory", "256GB", _BYTES) if host_memory else math.inf
         )
         if devices:
             return cls(devices, usable, host_memory=host)
@@ -135,7 +131,7 @@ class Speed:
             tokens_per_second,
             _measured(Path(measured)) if measured else {},
             mfu,
-            parse_number(peak, "--plan_peak", "989TFLOPS", _FLOPS) if peak else 0.0,
+            parse_number(peak, "--peak", "989TFLOPS", _FLOPS) if peak else 0.0,
         )
 
     def seconds(
@@ -259,5 +255,5 @@ def _measured(file: Path) -> dict[str, float]:
         return {row["method"]: row["tokens_per_second"] / row["devices"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--plan_throughput={file}: expected a JSON list of rows with method, tokens_per_second and devices ({error})"
+            f"--throughput={file}: expected a JSON list of rows with method, tokens_per_second and devices ({error})"
         ) from error

@@ -1,4 +1,4 @@
-"""The whole plan of a run, and its table for `--plan`. Reads no weights and no text."""
+"""The whole plan of a run, and its table for `tokalign plan`. Reads no weights and no text."""
 
 import dataclasses
 import functools
@@ -148,7 +148,7 @@ class Plan:
 
 
 def _time(seconds: float | None, speed: str) -> list[str]:
-    known = "unknown: give --plan_tokens_per_second" if seconds is None else duration(seconds)
+    known = "unknown: give --tokens-per-second" if seconds is None else duration(seconds)
     return [f"  time {known}", *([f"    {speed}"] if speed else [])]
 
 

@@ -1,0 +1,46 @@
+"""Give a model a new vocabulary.
+
+    tokalign run --config configs/ultra_quick_demo.py --workdir runs/demo
+    tokalign run --config configs/best.py --workdir runs/mine --config.source_model=/models/pythia-1b
+    tokalign run --config configs/best.py --workdir runs/mine --stages=align,init,export
+
+The same command skips what is finished, resumes training from the newest checkpoint, and does again what a changed
+field concerns. `tokalign help config` lists the fields, `tokalign help files` what is in the workdir.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from tokalign_jax.cli import arguments
+from tokalign_jax.config import config_from_dict
+from tokalign_jax.errors import prepared
+from tokalign_jax.utils.progress import Log
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the pipeline; return the exit code."""
+    work, code = prepared(lambda: _work(argv))
+    if work is None:
+        return code
+    # JAX is loaded after the flags are read, so that a mistyped one is answered at once.
+    from tokalign_jax.cli.session import session
+
+    return session(*work)
+
+
+def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None]]:
+    flags = arguments.parser("run", __doc__)
+    arguments.add_run(flags)
+    flags.add_argument(
+        "--stages", type=arguments.names, help="only these, and unfinished ones that they need"
+    )
+    arguments.add_processes(flags)
+    given, values = arguments.parse_run(flags, argv)
+    config, workdir = config_from_dict(values), arguments.workdir_of(given)
+
+    def work(log: Log) -> None:
+        from tokalign_jax import pipeline
+
+        pipeline.run(config, workdir, given.stages, log)
+
+    return given, work

@@ -1,0 +1,69 @@
+"""A command's work in this process, which may be one of several: its log, stopping, and exit code."""
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable
+
+from absl import flags
+
+from tokalign_jax.cli.arguments import workdir_of
+from tokalign_jax.errors import UserError, complain, naming_long_paths, unread
+from tokalign_jax.parallel import distributed
+from tokalign_jax.utils import compiling, stopping
+from tokalign_jax.utils.progress import Log, duration
+
+
+def session(given: argparse.Namespace, work: Callable[[Log], None]) -> int:
+    """Do `work`; return the exit code. Of several processes, one that fails ends all with its code."""
+    start = time.monotonic()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+    try:
+        with (
+            distributed.running(given.coordinator, given.processes, given.process),
+            stopping.listening(),
+            naming_long_paths(),
+        ):
+            compiling.prepare()
+            work(logger() if distributed.is_first() else lambda line: None)
+        if distributed.is_first():
+            taken = duration(time.monotonic() - start)
+            _print(f"finished in {taken}; everything is in {workdir_of(given)}")
+        return 0
+    except stopping.Stopped as stopped:
+        complain(f"{_process()}{stopped}: the same command goes on from here")
+        return stopping.EXIT_CODE
+    except UserError as error:
+        complain(f"{_process()}error: {error}")
+        return _end_all(str(error), 2)
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        complain(f"{_process()}{traceback.format_exc()}")
+        return _end_all(f"{type(error).__name__}: {error}", 1)
+
+
+def logger() -> Log:
+    """Return a log that prints lines with the time since now."""
+    start = time.monotonic()
+    return lambda line: _print(f"[{duration(time.monotonic() - start):>6}] {line}")
+
+
+def _process() -> str:
+    return f"process {distributed.index()}: " if distributed.count() > 1 else ""
+
+
+def _end_all(text: str, code: int) -> int:
+    """Return `code`, after which the other processes end with it too."""
+    if distributed.count() > 1:
+        distributed.fail(text, code)
+    return code
+
+
+def _print(line: str) -> None:
+    """Print; logging is best-effort: a closed pipe or a full disk must not end the run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        unread()

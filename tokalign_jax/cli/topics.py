@@ -1,0 +1,115 @@
+"""Explain a topic.
+
+tokalign help                     # the topics
+tokalign help run                 # a command's flags
+tokalign help config              # the groups of config fields
+tokalign help config.stage2       # the fields of one, or one of them
+tokalign help methods             # ways to make the new rows
+"""
+
+import difflib
+import importlib
+import textwrap
+from collections.abc import Sequence
+
+from tokalign_jax import config_reference
+from tokalign_jax.errors import UserError
+
+COMMANDS = ("run", "plan", "evaluate", "inspect", "compare", "sweep")
+WIDTH = 96
+
+METHODS = """\
+--config.alignment.method= says how target tokens are made of source tokens:
+
+  distilled   mean of the pieces, then trained with the source model as teacher (the default)
+  composed    corrected by co-occurrence and frequency and tuned on the corpus: fits it better,
+              keeps less of what the model knew
+  tokalign    one source token each, as published (TokAlign, Li et al. 2025)
+  lexicon     one source token each, by a self-learned orthogonal map (Artetxe et al. 2018)
+  topk        weighted mixtures of several source tokens
+  focus       mixtures of shared tokens (FOCUS, Dobler and de Melo 2023)
+  omp         orthogonal matching pursuit in a donor model (as mergekit-tokensurgeon)
+  pieces      mean of the pieces (FVT, Gee et al. 2022); needs no training
+  exact       shared tokens, else random source tokens
+  random      random source tokens
+
+--config.target_tokenizer=extend keeps the tokenizer and adds tokens mined from the corpus."""
+
+FILES = """\
+A workdir holds a folder for each stage, and stages.json with what is known of each:
+
+  corpus/    documents, de-duplicated, and those held out
+  tokens/    the corpus in tokens of both tokenizers
+  align/     alignment.npz, align_matrix.json, token vectors
+  init/      the model with its new rows, as a Hugging Face folder
+  stage1/    checkpoints, metrics.jsonl and TensorBoard events; so stage2/ and stage3/
+  evaluate/  scores.json of each state of the model
+  export/    the adapted model, as a Hugging Face folder
+  report/    report.html, report.md, report.json, report.png
+  outdated/  what was made with other settings; it comes back when they do"""
+
+EXIT_CODES = """\
+  0    success
+  1    a bug, with its traceback
+  2    bad input, with a paragraph that says what to do
+  75   stopped by SIGTERM or Ctrl-C; what was done is kept, and the same command goes on
+  134  another process of the run was lost"""
+
+TEXTS = {"methods": METHODS, "files": FILES, "exit-codes": EXIT_CODES}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print what is known of the topic that is named.
+
+    Raises:
+      UserError: there is no such topic.
+    """
+    topic = argv[0].removeprefix("--") if argv else ""
+    if topic in COMMANDS:
+        importlib.import_module(f"tokalign_jax.cli.{topic}").main(["--help"])
+    elif topic in TEXTS:
+        print(TEXTS[topic])
+    elif topic == "config" or topic.startswith("config."):
+        print("\n".join(describe(topic.removeprefix("config").removeprefix("."))))
+    elif topic in ("", "help", "-h"):
+        print(__doc__, f"Topics: {', '.join((*COMMANDS, 'config', *TEXTS))}", sep="\n")
+    else:
+        known = (*COMMANDS, "config", *TEXTS)
+        near = difflib.get_close_matches(topic, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"there is no topic '{topic}'; the nearest is '{near}'")
+
+
+def describe(name: str) -> list[str]:
+    """Return lines on a config field or on the fields of a group; of the whole config on its groups.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    known = {field.name: field for field in config_reference.fields()}
+    if name and name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown config key '{name}'; the nearest is '{near}'")
+    prefix = f"{name}." if name else ""
+    inside = [
+        field
+        for path, field in known.items()
+        if path.startswith(prefix) and "." not in path[len(prefix) :] and path != name
+    ]
+    lines = textwrap.wrap(known[name].description, WIDTH) if name else []
+    if name and not known[name].is_group:
+        return _entry(known[name])
+    for field in inside:
+        lines += ["", *_entry(field)]
+    return lines if name else lines[1:]
+
+
+def _entry(field: config_reference.Field) -> list[str]:
+    if field.is_group:
+        first = field.description.split("\n")[0]
+        return [f"config.{field.name}.*", *textwrap.wrap(first, WIDTH - 4, **_INDENT)]
+    bounds = "" if field.bounds is None else f", {field.bounds[0]:g} to {field.bounds[1]:g}"
+    head = f"config.{field.name} = {field.default!r}  ({field.type}{bounds})"
+    return [head, *textwrap.wrap(" ".join(field.description.split()), WIDTH - 4, **_INDENT)]
+
+
+_INDENT = {"initial_indent": "    ", "subsequent_indent": "    "}

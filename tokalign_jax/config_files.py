@@ -1,0 +1,135 @@
+"""Config files: Python with `get_config()` that returns a `ConfigDict`, and overrides of its fields.
+
+A recipe of the package is the module `tokalign_jax.configs.NAME`; any other file is loaded from its path, with its
+folder importable, so that it can import its base.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from tokalign_jax.errors import UserError
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
+    """Return the ConfigDict of a config file with fields overridden.
+
+    Args:
+      name: a file, or the name of a recipe of the package, such as `configs/best.py`; behind a colon, an argument
+        for `get_config`.
+      overrides: flags such as `--config.seed=1`.
+
+    Raises:
+      UserError: there is no such file, it fails, or an override does not fit a field.
+    """
+    return override(get_config(name), overrides)
+
+
+def get_config(name: str) -> config_dict.ConfigDict:
+    """Call `get_config()` of a config file.
+
+    Raises:
+      UserError: there is no such file, or it is not Python with a function `get_config`, or that fails.
+    """
+    file, _, argument = name.partition(":")
+    path = find(file)
+    try:
+        return load_module(path).get_config(*([argument] if argument else []))
+    except Exception as error:
+        raise UserError(_what_failed(path, error)) from error
+
+
+def find(file: str) -> Path:
+    """Return the config file of that path or, where there is none, the package's recipe of that name.
+
+    Raises:
+      UserError: there is neither.
+    """
+    for path in (Path(file), RECIPES / Path(file).name):
+        if path.is_file():
+            return path
+    recipes = ", ".join(f"configs/{path.name}" for path in sorted(RECIPES.glob("[!_]*.py")))
+    raise UserError(
+        f"config file '{file}' does not exist; those that ship with the package: {recipes}"
+    )
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a config file."""
+    if path.resolve().parent == RECIPES.resolve():
+        return importlib.import_module(f"tokalign_jax.configs.{path.stem}")
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    with _importable(path.parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config_dict.ConfigDict:
+    """Set fields by flags such as `--config.stage1.steps=7` or `--config.stage1.steps 7`.
+
+    Raises:
+      UserError: a flag that names no field, naming the nearest, or whose value is of another type.
+    """
+    fields = list(_flat_keys(values))
+    for flag in overrides:
+        key = flag.partition("=")[0].removeprefix("--").removeprefix("no").removeprefix("config.")
+        if flag.startswith(("--config.", "--noconfig.")) and key not in fields:
+            raise UserError(_unknown_field(key, fields))
+    argv = ["tokalign", *overrides]
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
+    try:
+        rest = parsed(argv)
+    except Exception as error:  # whatever the parsers of values raise
+        raise UserError(str(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
+    return parsed.config
+
+
+def _unknown_field(key: str, fields: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+    return f"unknown config key '{key}'; the nearest is '{near}' (--config.{near}=...)"
+
+
+def _flat_keys(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, config_dict.ConfigDict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def _what_failed(path: Path, error: Exception) -> str:
+    """Say where and how a config file failed."""
+    file = str(path)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    where = f"line {lines[-1]}: " if lines else ""
+    return (
+        f"config file '{file}' cannot be used ({where}{type(error).__name__}: {error}): it must be "
+        "Python with a function get_config() that returns a ConfigDict, as configs/optimal.py has"
+    )
