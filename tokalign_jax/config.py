@@ -83,6 +83,7 @@ class AlignmentConfig:
         "topk",
         "focus",
         "omp",
+        "token_distillation",
         "pieces",
         "exact",
         "random",
@@ -93,7 +94,9 @@ class AlignmentConfig:
     tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign` (exactly as
     published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
     source tokens), `focus` (FOCUS: mixtures of shared tokens, by cosines of target token vectors), `omp` (combinations of
-    shared tokens found in a donor model, as mergekit-tokensurgeon's); and the baselines `pieces` (FVT: mean of the pieces),
+    shared tokens found in a donor model, as mergekit-tokensurgeon's), `token_distillation` (Token
+    Distillation: the mean of the pieces, then input rows that give the source's hidden states, see
+    `TokenDistillationConfig`); and the baselines `pieces` (FVT: mean of the pieces),
     `exact` (else random source tokens), `random`."""
     vectors: Literal["ppmi", "glove"] = "ppmi"
     """Token vectors: a truncated factorisation of positive pointwise mutual information with the tokens that both sides share,
@@ -139,6 +142,27 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
+class TokenDistillationConfig:
+    """Method `token_distillation` (Dobler et al. 2025); the defaults are the paper's."""
+
+    snippets: int = within(1, 10**6, 25)
+    """Snippets of text around each new token, at most."""
+    snippet_length: int = within(2, 2**20, 50)
+    """Source tokens of a snippet."""
+    most_snippets: int = within(1, 10**9, 4_000_000)
+    """Snippets of all new tokens together, at most; every token keeps its first before any keeps a
+    second. A training step reads `batch_size` of them."""
+    tokens: int = within(1, 10**15, 100_000_000)
+    """Source tokens of the corpus that are searched for snippets, at most."""
+    layers: int = within(0, 10**4, 0)
+    """Layers after which hidden states are compared (with the final norm); 0: all."""
+    learning_rate: float = within(0, 10, 1e-4)
+    """Adam's peak rate: it rises over the first half of the steps and falls to 0 over the rest."""
+    batch_size: int = within(1, 2**20, 16)
+    """Snippets of a step."""
+
+
+@dataclass(frozen=True)
 class InitializationConfig:
     """Rows of the new vocabulary. Method `distilled` trains the start with the source model as its
     teacher; method `composed` learns rows from the source model's states and tunes them."""
@@ -167,6 +191,7 @@ class InitializationConfig:
     """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1 all the way."""
     tuning: int = within(0, 10**15, 4_000_000)
     """Target tokens of the corpus on which rows are then moved together, by a rule that all of them share; 0: they are not."""
+    token_distillation: TokenDistillationConfig = field(default_factory=TokenDistillationConfig)
 
 
 @dataclass(frozen=True)
@@ -407,6 +432,11 @@ def distills(config: Config) -> bool:
         and not config.alignment.file
         and settings.distillation_tokens > 0
     )
+
+
+def distills_tokens(config: Config) -> bool:
+    """Whether input rows are learned by Token Distillation."""
+    return config.alignment.method == "token_distillation" and not config.alignment.file
 
 
 def teacher_of(stage: StageConfig) -> str:

@@ -377,6 +377,7 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
     "topk": topk,
     "focus": focus,
     "omp": omp,
+    "token_distillation": pieces,
     "pieces": pieces,
     "exact": exact,
     "random": random,

@@ -29,6 +29,7 @@ from tokalign_jax.initialization import (
     row_features,
     self_distillation,
     self_text,
+    token_distillation,
     tuning,
 )
 from tokalign_jax.models.config import ModelConfig
@@ -418,6 +419,56 @@ def distill(
         mesh,
         log,
     )
+
+
+def distill_tokens(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    documents: Iterable[Document],
+    mesh: Mesh,
+    log: Log,
+    kept: int = 0,
+) -> token_distillation.Result:
+    """Input rows of composed tokens by Token Distillation (`token_distillation.py`).
+
+    Args:
+      target: as `initialize` made it of the source by `aligned`.
+      documents: of the training text, as `contexts.draw` chooses them.
+
+    Returns:
+      All rows of the target's input embedding.
+    """
+    settings = config.initialization.token_distillation
+    rows = np.array(target.params["embed_tokens"]["embedding"], np.float32)
+    composed = np.isin(aligned.rules, COMPOSED)
+    composed[:kept] = False
+    finder = token_distillation.Finder(
+        source.tokenizer,
+        target.tokenizer,
+        np.flatnonzero(composed),
+        aligned.source_size,
+        first_context(source.tokenizer),
+    )
+    snippets = finder.find(documents, settings)
+    if not len(snippets.original):
+        log("token distillation: no new token is in the text; rows stay the mean of their pieces")
+        return token_distillation.Result(rows, {})
+    table = sharding.to_host(source.params["embed_tokens"]["embedding"], slice(aligned.source_size))
+    result = token_distillation.train(
+        source.config,
+        {**source.params, "embed_tokens": {"embedding": table}},
+        rows[finder.ids],
+        snippets,
+        settings,
+        config.compute,
+        mesh,
+        log,
+        config.seed,
+    )
+    rows[finder.ids] = result.rows
+    return result._replace(rows=rows)
 
 
 def random_rows(

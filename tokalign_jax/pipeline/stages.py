@@ -5,7 +5,7 @@ import fnmatch
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from tokalign_jax.config import (
     StageConfig,
     distillation_budget,
     distills,
+    distills_tokens,
     reads_source,
     teacher_of,
     training_stages,
@@ -624,17 +625,41 @@ def init(context: Context) -> Mapping[str, Any]:
     new_config, new = initialization.initialize(config, params, aligned, multiple_of, context.kept)
     # Where no row is composed there is nothing to learn, calibrate, tune or distil.
     learns = np.isin(aligned.rules[context.kept :], initialization.COMPOSED).any()
-    if learns and (reads_source(settings) or distills(settings)):
+    make = _learned_start(settings)
+    if learns and make:
         shards = [
             tokenizing.TokenShards.open(context.folder("tokens") / side)
             for side in tokenizing.SIDES
         ]
         source = initialization.Side(config, params, context.source_tokenizer, shards[0], unusable)
         target = initialization.Side(new_config, new, context.target_tokenizer, shards[1])
-        make = _distilled if distills(settings) else _composed
         new, tuned = make(context, source, target, aligned)
     _write(context, "init", new_config, new, raw, "float32")
     return {"tuned": dict(tuned)}
+
+
+def _learned_start(config: Config) -> Callable[..., tuple[dict, Mapping[str, float]]] | None:
+    """What goes on from the alignment's mixtures with the source model as teacher, if anything does."""
+    if distills(config):
+        return _distilled
+    if distills_tokens(config):
+        return _token_distilled
+    return _composed if reads_source(config) else None
+
+
+def _token_distilled(
+    context: Context,
+    source: initialization.Side,
+    target: initialization.Side,
+    aligned: alignment.Alignment,
+) -> tuple[dict, Mapping[str, float]]:
+    """(parameters, facts) of a start by method `token_distillation`."""
+    settings = context.config
+    texts = _drawn(context, source, settings.initialization.token_distillation.tokens)
+    rows, facts = initialization.distill_tokens(
+        settings, source, target, aligned, texts, context.mesh, context.log, context.kept
+    )
+    return {**target.params, "embed_tokens": {"embedding": rows}}, facts
 
 
 def _composed(
