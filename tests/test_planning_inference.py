@@ -18,6 +18,7 @@ from tokalign_jax.config import (
     EvaluationConfig,
     InitializationConfig,
     StageConfig,
+    TokenDistillationConfig,
 )
 from tokalign_jax.evaluation import token_costs
 from tokalign_jax.initialization import composition, contexts
@@ -311,3 +312,14 @@ def test_distillation_is_planned_and_rows_alone_need_less():
 def test_a_device_that_is_too_small_to_distill_is_warned_of():
     (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
     assert "initialization.trains=rows" in warning
+
+
+def test_token_distillation_is_planned():
+    config = replace(CONFIG, alignment=AlignmentConfig(method="token_distillation"))
+    needed = inference.needs(run_of(config))["init"]
+    source_rows = run_of(config).source.rows
+    assert needed.device["rows of both vocabularies"] >= 24 * (source_rows + 128_256) * 4096
+    settings = TokenDistillationConfig(most_snippets=1000)
+    few = replace(config, initialization=InitializationConfig(token_distillation=settings))
+    assert "reads 51k tokens at most; rows are tuned on 51k" in plan_of(config=few).table()
+    assert inference.needs(run_of(few))["init"].host["snippets"] < needed.host["snippets"]

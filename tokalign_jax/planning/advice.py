@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tokalign_jax.config import distills
+from tokalign_jax.config import distills, reads_source
 from tokalign_jax.models import remat
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import memory
@@ -169,7 +169,7 @@ def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
                 0,
                 _with(run, "initialization", distillation_tokens=0),
             )
-        else:
+        elif reads_source(run.config):
             for key in ("tuning", "tokens"):
                 yield f"initialization.{key}", 0, _with(run, "initialization", **{key: 0})
 

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from tokalign_jax.config import Config, StageConfig, distills, reads_source, training_stages
+from tokalign_jax.config import (
+    Config,
+    StageConfig,
+    distills,
+    distills_tokens,
+    reads_source,
+    training_stages,
+)
 from tokalign_jax.initialization import (
     calibration,
     composition,
@@ -104,6 +111,8 @@ def _init_on_device(run: Run) -> dict[str, int]:
     kinds = {"source model as stored": source}
     if distills(run.config):
         return kinds | _distillation_on_device(run)
+    if distills_tokens(run.config):
+        return kinds | _token_distillation_on_device(run)
     if not reads_source(run.config):
         return kinds
     model, compute, width = run.model, run.config.compute, run.model.hidden_size
@@ -146,6 +155,14 @@ def _init_on_host(run: Run) -> dict[str, int]:
             "new rows (float32)": 2 * new_rows,
             "source rows": 2 * source_rows,
             "features": 2 * features,
+        }
+    if distills_tokens(run.config):
+        settings = run.config.initialization.token_distillation
+        snippets = 3 * 4 * settings.most_snippets * (settings.snippet_length + 1)
+        return {
+            "new rows (float32)": new_rows + 2 * rows,
+            "source rows": stored + source_rows,
+            "snippets": 2 * snippets,
         }
     if not reads_source(run.config):
         return {"new rows (float32)": new_rows, "source rows": stored + source_rows}
@@ -205,6 +222,26 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
         "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh)
         + work
         + size * inner,
+    }
+
+
+def _token_distillation_on_device(run: Run) -> dict[str, int]:
+    """What Token Distillation holds: a table of the rows of both vocabularies, at most."""
+    settings, compute = run.config.initialization.token_distillation, run.config.compute
+    both = dataclasses.replace(run.model, vocab_size=run.source.rows + run.model.vocab_size)
+    table = elements(
+        {"embed_tokens/embedding": _vocabulary(both)["embed_tokens/embedding"]}, run.mesh
+    )
+    data, fsdp, _ = run.mesh
+    tokens = -(-settings.batch_size // (data * fsdp)) * (settings.snippet_length + 1)
+    setup = _setup(run, both, settings.snippet_length + 1).with_compute(remat="layer")
+    size = jnp.dtype(compute.dtype).itemsize
+    return {
+        "source model": size * elements(abstract_params(run.source_model), run.mesh),
+        # As it was, changes, two moments, changed rows and their gradients.
+        "rows of both vocabularies": 6 * FLOAT * table,
+        "activations": memory.kept_bytes(both, setup.compute, tokens, run.mesh)
+        + memory.layer_bytes(setup, tokens),
     }
 
 

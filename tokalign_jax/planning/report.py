@@ -14,6 +14,7 @@ from tokalign_jax.config import (
     Config,
     distillation_budget,
     distills,
+    distills_tokens,
     reads_source,
     teacher_of,
     training_stages,
@@ -68,13 +69,14 @@ class InitPlan(NamedTuple):
     """Upper bounds on what the source model does for the start."""
 
     read: int
-    """Tokens that it reads, or writes where the start is distilled from it."""
+    """Tokens that it reads, or writes where the start is distilled from its own text."""
     tuned: int
     """Tokens on which the start is trained."""
     seconds: float | None
     speed: str
     """Source of `seconds`."""
     distilled: bool = False
+    """Whether the start is trained on text that the source model writes."""
 
     def table(self) -> list[str]:
         if self.distilled:
@@ -239,11 +241,12 @@ def make_plan(
             f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
             f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in training)])}"
         )
-    init = (
-        _distillation(run, speed)
-        if distills(config)
-        else _init(config, model, machine, speed, text_bytes)
-    )
+    if distills(config):
+        init = _distillation(run, speed)
+    elif distills_tokens(config):
+        init = _token_distillation(run, speed)
+    else:
+        init = _init(config, model, machine, speed, text_bytes)
     return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings))
 
 
@@ -263,6 +266,20 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
         else (0.0, "")
     )
     return InitPlan(written, trained, *(known or (None, "")), distilled=True)
+
+
+def _token_distillation(run: Run, speed: Speed) -> InitPlan:
+    """A step of Stage 1 and a forward pass of the teacher, both without the head, for each token."""
+    settings = run.config.initialization.token_distillation
+    length = settings.snippet_length + 1
+    stage = dataclasses.replace(run.config.stage1, method="embedding", sequence_length=length)
+    each = flops.flops_per_token(run.model, stage)
+    _, layers = memory.shapes(run.model, stage)
+    forward = 2 * flops.products(run.model, layers) + flops.attention(run.model, length)
+    tokens = length * min(settings.most_snippets, settings.snippets * run.model.vocab_size)
+    operations = 3 * tokens * forward
+    known = speed.seconds(round(operations / each), operations, stage.method, run.machine)
+    return InitPlan(tokens, tokens, *(known or (None, "")))
 
 
 def _init(
