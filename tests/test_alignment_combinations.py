@@ -51,6 +51,27 @@ def pursuit(target, table, atoms):
     return weights, left
 
 
+SHARED = [
+    [-0.65, -0.17, 1.66, 0.66],
+    [-1.64, -0.01, -0.62, 0.15],
+    [-1.61, 0.24, 0.24, 1.58],
+    [0.32, 0.51, -1.49, 2.25],
+    [-1.92, 1.1, -0.33, -0.88],
+]
+NEW = [[-0.66, -0.67, 0.38, -0.11], [1.48, -1.83, 0.0, -0.89], [0.78, -2.12, -0.34, 0.21]]
+BY_DEEPFOCUS = [
+    [0.41843, 0.31916, 0.20495, 0.0, 0.05747],
+    [0.45689, 0.14056, 0.0, 0.36084, 0.0417],
+    [0.28138, 0.16051, 0.12273, 0.43538, 0.0],
+]
+"""What deepfocus 1.0.1 makes of these vectors, with the rows of an identity matrix as the source's."""
+
+
+def test_focus_weights_are_those_of_deepfocus():
+    found = combinations.focus(np.array(NEW), np.array(SHARED))
+    np.testing.assert_allclose(dense(found, 3, 5), BY_DEEPFOCUS, atol=2e-5)
+
+
 @pytest.mark.parametrize("atoms", [1, 5, 12])
 @pytest.mark.parametrize("scores_at_once", [2**25, 100])
 def test_omp_is_orthogonal_matching_pursuit(monkeypatch, atoms, scores_at_once):
@@ -80,3 +101,20 @@ def test_omp_finds_a_sparse_combination_and_takes_no_atom_twice():
         truth @ table, np.repeat(table[:5], 2, axis=0), 10
     )  # atoms that add nothing
     assert np.isfinite(again.weights).all() and len(again.rows) <= 50
+
+
+def test_omp_chooses_and_weights_as_mergekit():
+    """`mergekit.tokensurgeon.batch_omp` of mergekit 0.1.5 on the same numbers."""
+    rng = np.random.default_rng(3)
+    targets, table = (np.round(rng.normal(size=shape), 2) for shape in ((3, 6), (9, 6)))
+    chosen = [[3, 6, 7], [6, 3, 4], [1, 6, 3]]
+    coefficients = [
+        [-1.134214, 1.243323, 0.536405],
+        [-1.664548, 0.482122, 1.14301],
+        [-0.553915, 0.239925, 0.065663],
+    ]
+    expected = np.zeros((3, 9))
+    np.put_along_axis(expected, np.array(chosen), np.array(coefficients), axis=1)
+    np.testing.assert_allclose(
+        dense(combinations.omp(targets, table, 3), 3, 9), expected, atol=1e-5
+    )

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Makes one virtual environment per rival, from their own PyPI packages: environments.sh FOLDER [RIVAL ...]
 #
-# deepfocus and wechsel ask for `fasttext`, which has no wheel for Python 3.11: `fasttext-wheel` is
-# the same library built, and it needs NumPy 1. TORCH names another build of PyTorch, such as
+# deepfocus and wechsel ask for `fasttext`, which has no wheel: `fasttext-numpy2-wheel` is the same
+# library, built for NumPy 2. TORCH names another build of PyTorch, such as
 # `torch==2.13.0+cpu`; PYTHON the interpreter (3.11).
 set -euo pipefail
 folder=${1:?usage: environments.sh FOLDER [mergekit deepfocus wechsel vocabtrimmer]}
@@ -34,12 +34,12 @@ for rival in "${@:-mergekit deepfocus wechsel vocabtrimmer}"; do
             complete mergekit mergekit==0.1.5
             ;;
         deepfocus)
-            make deepfocus "$torch" transformers datasets entmax fasttext-wheel==0.9.2 fastdist requests \
-                'numpy<2' numba scipy tqdm print-on-steroids regex
+            make deepfocus "$torch" transformers datasets entmax fasttext-numpy2-wheel==0.9.2 fastdist requests \
+                'numpy<2.4' numba scipy tqdm print-on-steroids regex
             complete deepfocus deepfocus==1.0.1
             ;;
         wechsel)
-            make wechsel "$torch" transformers datasets fasttext-wheel==0.9.2 requests gensim 'numpy<2' \
+            make wechsel "$torch" transformers datasets fasttext-numpy2-wheel==0.9.2 requests gensim 'numpy<2.4' \
                 scipy scikit-learn nltk tqdm
             complete wechsel wechsel==0.0.4
             ;;
