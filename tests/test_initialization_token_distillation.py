@@ -9,7 +9,6 @@ import torch
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from tokalign_jax import sharding
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import (
     AlignmentConfig,
@@ -22,6 +21,7 @@ from tokalign_jax.initialization import initialization, token_distillation
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.initialization.token_distillation import NONE, Finder, Snippets
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.canonical import token_bytes, vocabulary_size
 from tokalign_jax.text.corpus import Document
 

@@ -31,14 +31,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax import sharding
 from tokalign_jax.config import ComputeConfig, TokenDistillationConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params, forward
-from tokalign_jax.progress import Log, Progress
+from tokalign_jax.parallel import sharding
 from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
 from tokalign_jax.text.corpus import Document, in_groups
+from tokalign_jax.utils.progress import Log, Progress
 
 TABLE = "embed_tokens/embedding"
 WARMUP = 0.5
