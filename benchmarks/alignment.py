@@ -34,7 +34,8 @@ from tokalign_jax.config import (
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import huggingface
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import states
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text import corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 from tokalign_jax.training import loop
@@ -154,18 +155,20 @@ def _measured(
     )
     workdir = arguments.workdir / f"{Path(source).name}-{Path(target).name}"
     pipeline.run(config, workdir, ["tokens"], print)
-    starts = _Starts(stages.Context(config, workdir, print))
+    starts = _Starts(Context(config, workdir, print))
     context = starts.context
     texts = held_out(config, arguments.held_out, workdir, arguments.bytes_per_language)
-    of_source = measure(context, *stages.load_state(context, ()), context.source_tokenizer, texts)
+    of_source = measure(
+        context, *states.load_state(context, ()), context.inputs.source_tokenizer, texts
+    )
     rows = {"source": {"start": of_source}}
     short = dataclasses.replace(
         config, stage1=dataclasses.replace(stage, steps=arguments.probe_steps)
     )
-    probe = stages.Context(short, workdir, print)
+    probe = Context(short, workdir, print)
     for way in arguments.ways.split(","):
         model = starts.model(way)
-        rows[way] = {"start": measure(context, *model, context.target_tokenizer, texts)}
+        rows[way] = {"start": measure(context, *model, context.inputs.target_tokenizer, texts)}
         if way in arguments.probed.split(","):
             rows[way]["probe"] = follow(probe, way, model, ("stage1",), texts)["stage1"]
         if way in arguments.trained.split(","):
@@ -177,14 +180,14 @@ def _measured(
 class _Starts:
     """Models with the new vocabulary of one pair; what several of them need is made once."""
 
-    def __init__(self, context: stages.Context):
+    def __init__(self, context: Context):
         self.context = context
         self._vectors: dict[str, tuple[vectors.Vectors, vectors.Vectors]] = {}
 
     def model(self, way: str):
         """Config and parameters of the start of this name."""
         if way == RANDOM_ROWS:
-            size = len(self.context.target_tokenizer)
+            size = len(self.context.inputs.target_tokenizer)
             return initialization.random_rows(*self._source_model, size, jax.random.key(0))
         changed_alignment, changed_initialization = WAYS[way]
         config = dataclasses.replace(
@@ -205,7 +208,7 @@ class _Starts:
         model_config, params = initialization.initialize(*self._source_model, aligned)
         if reads_source(config):
             target = initialization.Side(
-                model_config, params, self.context.target_tokenizer, self._shards[1]
+                model_config, params, self.context.inputs.target_tokenizer, self._shards[1]
             )
             made = aligned, self._reading, self.context.mesh, print
             target = target._replace(
@@ -238,21 +241,21 @@ class _Starts:
 
     @cached_property
     def _source_model(self):
-        model_config, _ = self.context.source_model
+        model_config, _ = self.context.inputs.source_model
         return model_config, huggingface.load_params(
-            self.context.source_folder, model_config, mesh=self.context.mesh
+            self.context.inputs.source_folder, model_config, mesh=self.context.mesh
         )
 
     @cached_property
     def _source(self) -> initialization.Side:
         return initialization.Side(
-            *self._source_model, self.context.source_tokenizer, self._shards[0]
+            *self._source_model, self.context.inputs.source_tokenizer, self._shards[0]
         )
 
     @cached_property
     def _reading(self):
         target = initialization.Side(
-            *self._source_model, self.context.target_tokenizer, self._shards[1]
+            *self._source_model, self.context.inputs.target_tokenizer, self._shards[1]
         )
         config = self.context.config
         drawn = contexts.draw(self._shards[0], config.initialization.tokens, config.seed)
@@ -264,8 +267,8 @@ class _Starts:
         source, target = self._shards
         return methods.Inputs(
             config=self.context.config.alignment,
-            source_tokenizer=self.context.source_tokenizer,
-            target_tokenizer=self.context.target_tokenizer,
+            source_tokenizer=self.context.inputs.source_tokenizer,
+            target_tokenizer=self.context.inputs.target_tokenizer,
             source_counts=source.counts,
             target_counts=target.counts,
             seed=self.context.config.seed,
@@ -305,14 +308,14 @@ def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]
 
 
 def follow(
-    context: stages.Context, start: str, model, trained: Sequence[str], texts
+    context: Context, start: str, model, trained: Sequence[str], texts
 ) -> dict[str, dict[str, float]]:
     """A start, measured after each of the training stages `trained`.
 
     Args:
       model: its config and parameters.
     """
-    config, tokenizer = context.config, context.target_tokenizer
+    config, tokenizer = context.config, context.inputs.target_tokenizer
     model_config, params = model
     rows = {}
     shards = TokenShards.open(context.folder("tokens") / "target")
@@ -343,8 +346,8 @@ def follow(
 def show(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     names = [*GROUPS, "other"]
     print("| start | measured | " + " | ".join(names) + " |\n|---|---|" + "---:|" * len(names))
-    for start, states in rows.items():
-        for state, groups in states.items():
+    for start, by_state in rows.items():
+        for state, groups in by_state.items():
             print(
                 f"| {start} | {state} | "
                 + " | ".join(f"{groups.get(n, np.nan):.3f}" for n in names)

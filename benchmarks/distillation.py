@@ -33,7 +33,7 @@ from tokalign_jax.config import (
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.evaluation.bits_per_byte import Score
 from tokalign_jax.models import huggingface
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text import corpus
 from tokalign_jax.training import metrics
 
@@ -150,8 +150,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
 def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     """What the ways are compared with: the source model, the teacher, and the student that all begin with."""
     pipeline.run(config, workdir, ["evaluate/source", "evaluate/stage2"], print)
-    context = stages.Context(config, workdir, print)
-    model, folder = context.teacher_model, context.teacher_folder
+    context = Context(config, workdir, print)
+    model, folder = context.inputs.teacher_model, context.inputs.teacher_folder
     assert model and folder
     texts = bits_per_byte.choose(
         corpus.held_out(workdir / "corpus"), config.evaluation.bytes_per_language
@@ -159,7 +159,7 @@ def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     scores = bits_per_byte.evaluate(
         model,
         huggingface.load_params(folder, model, jnp.dtype(config.compute.dtype), context.mesh),
-        context.target_tokenizer,
+        context.inputs.target_tokenizer,
         texts,
         sequence_length=config.evaluation.sequence_length,
         batch=config.evaluation.batch,

@@ -30,7 +30,8 @@ from tokalign_jax.config import ComputeConfig, Config, EvaluationConfig, StageCo
 from tokalign_jax.evaluation import bits_per_byte
 from tokalign_jax.models import huggingface
 from tokalign_jax.parallel import sharding
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import states
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 from tokalign_jax.training import batches, loop
@@ -144,9 +145,9 @@ class Trial:
 
     def __init__(self, config: Config, arguments: argparse.Namespace):
         pipeline.run(config, arguments.workdir, ["init"], print)
-        self.config, self.context = config, stages.Context(config, arguments.workdir, print)
+        self.config, self.context = config, Context(config, arguments.workdir, print)
         self.shards = [TokenShards.open(self.context.folder("tokens") / side) for side in SIDES]
-        self.tokenizers = self.context.source_tokenizer, self.context.target_tokenizer
+        self.tokenizers = self.context.inputs.source_tokenizer, self.context.inputs.target_tokenizer
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         source_bytes, target_bytes = (
             canonical.token_bytes(tokenizer) for tokenizer in self.tokenizers
@@ -155,9 +156,9 @@ class Trial:
         met = meetings.find(self.shards[0], self.shards[1], source_bytes, target_bytes)
         seconds = time.monotonic() - began
         length = arguments.sequence_length
-        self.source_config, _ = self.context.source_model
+        self.source_config, _ = self.context.inputs.source_model
         source = huggingface.load_params(
-            self.context.source_folder, self.source_config, mesh=self.mesh
+            self.context.inputs.source_folder, self.source_config, mesh=self.mesh
         )
         window = teaching.window_length(
             self.shards[0], self.shards[1], length, self.source_config.max_positions
@@ -194,7 +195,7 @@ class Trial:
             self.texts = alignment.held_out(config, arguments.held_out, arguments.workdir, size)
         else:
             self.texts = bits_per_byte.choose(corpus.held_out(self.context.folder("corpus")), size)
-        self.model_config, self.start = stages.load_state(self.context, ("init",))
+        self.model_config, self.start = states.load_state(self.context, ("init",))
         self.start_scores = self._measure(self.model_config, self.start, self.tokenizers[1])
 
     def run(self, variant: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from tokalign_jax import demo
 from tokalign_jax.config import AlignmentConfig, Config
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.utils import digests
 from tokalign_jax.utils.digests import Digests
 
@@ -104,7 +104,7 @@ def test_what_changed_in_its_middle_changes_the_run(tmp_path):
     config = Config(corpus=f"{path},{text}", source_model=str(model), alignment=alignment)
 
     def identities():
-        found = stages.Context(config, tmp_path / "run", quiet).identities
+        found = identities.identities(Context(config, tmp_path / "run", quiet))
         return {**found, **found["vectors"], "vectors": None}
 
     before = identities()

@@ -22,6 +22,7 @@ from tokalign_jax import main, pipeline
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
 from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.reporting.model_card import front_matter
 from tokalign_jax.training import loop
 
@@ -569,7 +570,7 @@ def test_many_passes_over_a_small_text_are_told(inputs, tmp_path):
         stage1=stage,
         stage2=replace(stage, steps=1),
     )
-    context = stages.Context(config, tmp_path, said.append)
+    context = Context(config, tmp_path, said.append)
     for name in ("corpus", "tokens"):
         (tmp_path / name).mkdir()
         getattr(stages, name)(context)

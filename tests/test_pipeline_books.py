@@ -13,6 +13,9 @@ from tokalign_jax.pipeline import graph, records, runner
 from tokalign_jax.training import metrics
 
 
+IDENTITY = {"source_model": "a", "target_tokenizer": "b"}
+
+
 class Context:
     """As much of a run's context as the books need."""
 
@@ -22,9 +25,6 @@ class Context:
 
     def folder(self, name: str) -> Path:
         return self.workdir / name
-
-    def run_identity(self) -> dict[str, str]:
-        return {"source_model": "a", "target_tokenizer": "b"}
 
 
 def bring_up(workdir: Path, rate: float, **more) -> Context:
@@ -38,8 +38,8 @@ def bring_up(workdir: Path, rate: float, **more) -> Context:
         graph.Stage("train", "train", (), {"rate": rate}, work, **more),
     )
     state = records.StageRecords(workdir)
-    runner._refuse_foreign(workdir, state, context)  # type: ignore[arg-type]
-    state.remember(context.run_identity())
+    runner._refuse_foreign(workdir, state, IDENTITY)
+    state.remember(IDENTITY)
     runner._bring_up(stage, graph.fingerprints([stage])["train"], context, state)  # type: ignore[arg-type]
     assert (context.folder("train") / "rate").read_text() == str(rate)
     return context

@@ -30,7 +30,8 @@ from tokalign_jax.config import (
 )
 from tokalign_jax.errors import UserError
 from tokalign_jax.parallel import sharding
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import checks, stages, states
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.planning import memory
 from tokalign_jax.planning.flops import flops_per_token
 from tokalign_jax.planning.machine import Machine, Speed
@@ -161,8 +162,8 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, run, tmp_path):
             raise Killed
 
     def final(workdir: Path) -> dict[str, np.ndarray]:
-        context = stages.Context(config_of(inputs), workdir, print)
-        _, params = stages.load_state(context, ["init", "stage1", "stage3"])
+        context = Context(config_of(inputs), workdir, print)
+        _, params = states.load_state(context, ["init", "stage1", "stage3"])
         return {path: np.asarray(leaf) for path, leaf in paths.flatten(params).items()}
 
     broken = tmp_path / "broken"
@@ -184,7 +185,7 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, run, tmp_path):
 
 def test_the_teacher_is_part_of_what_a_stage_depends_on(inputs, run, tmp_path):
     def prints(**changes: Any) -> dict[str, str]:
-        return pipeline.fingerprints_of(stages.Context(config_of(inputs, **changes), run, print))
+        return pipeline.fingerprints_of(Context(config_of(inputs, **changes), run, print))
 
     recorded = {name: of["fingerprint"] for name, of in records(run).items()}
     assert prints() == recorded
@@ -243,20 +244,20 @@ def test_a_teacher_needs_no_rows_for_special_tokens_that_no_text_has(inputs, tmp
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     folder = str(tiny_model_folder(tmp_path / "teacher", "llama", rows, tokenizer=tokenizer))
 
-    def context(**changes: Any) -> stages.Context:
-        return stages.Context(
+    def context(**changes: Any) -> Context:
+        return Context(
             config_of(inputs, {"target_tokenizer": folder, **changes}, teacher=folder),
             tmp_path / "run",
             print,
         )
 
     taught = context()
-    taught.check()
-    assert taught.target_size == rows + 1
-    objective = stages._objective(taught, taught.config.stage3, taught.new_model)
+    checks.check(taught)
+    assert taught.inputs.target_size == rows + 1
+    objective = stages._objective(taught, taught.config.stage3, taught.inputs.new_model)
     assert objective.facts["vocabulary"] == rows
     with pytest.raises(UserError, match=f"{rows} rows"):
-        context(end_of_text="<image>").check()
+        checks.check(context(end_of_text="<image>"))
 
 
 # --- The plan -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from tokalign_jax.cli import inspect
 from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import checks
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.planning.machine import Machine, Speed
 from tokalign_jax.planning.report import plan_run
 from tokalign_jax.text import canonical, mining
@@ -247,7 +248,7 @@ def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
         config = Config(
             source_model=str(folder), target_tokenizer=str(folder), corpus=str(inputs["corpus"])
         )
-        return stages.Context(config, tmp_path / "run", print).identities
+        return identities.identities(Context(config, tmp_path / "run", print))
 
     before = identities()
     for name in ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes"):
@@ -272,14 +273,14 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
     last = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
     state["model"]["vocab"][last] = 330
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    context = stages.Context(
+    context = Context(
         Config(source_model=str(folder), corpus=str(inputs["corpus"])), tmp_path / "run", print
     )
     tokenizer = hub.load_tokenizer(folder)
     assert len(tokenizer) <= 320
     with pytest.raises(UserError, match="has 331 tokens but its matrices have only 320 rows"):
-        context.check()
-    model, raw = context.source_model
+        checks.check(context)
+    model, raw = context.inputs.source_model
     params = huggingface.load_params(folder, model)
     with pytest.raises(UserError, match="has 331 tokens but the model has only 320 rows"):
         huggingface.save_checkpoint(
@@ -307,10 +308,10 @@ def test_added_tokens_that_the_source_has_no_rows_for_are_left_out(inputs, tmp_p
     config = Config(
         source_model=str(folder), target_tokenizer="extend", corpus=str(inputs["corpus"])
     )
-    context = stages.Context(config, tmp_path / "run", logged.append)
-    known = context.source_tokenizer
+    context = Context(config, tmp_path / "run", logged.append)
+    known = context.inputs.source_tokenizer
     assert any("no rows for 2 tokens" in line and "<image>, <pad>" in line for line in logged)
-    assert canonical.vocabulary_size(known) == 320 == context.kept
+    assert canonical.vocabulary_size(known) == 320 == context.inputs.kept
     assert (
         known.pad_token is None
         and known.extra_special_tokens == [fillers[0]]

@@ -24,7 +24,8 @@ from tokalign_jax.evaluation import token_costs
 from tokalign_jax.initialization import composition, contexts
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import resources
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.planning import advice, inference, memory
 from tokalign_jax.planning.inference import Run, Source
 from tokalign_jax.planning.machine import Machine, Speed, available_host_memory
@@ -220,13 +221,13 @@ def test_arrays_of_cpu_devices_are_in_host_memory():
 
 def test_a_run_warns_of_stages_to_come(monkeypatch, tmp_path):
     lines = []
-    context = stages.Context(Config(), tmp_path, lines.append)
+    context = Context(Config(), tmp_path, lines.append)
     small = Machine(1, 1e6, fused_attention=False, host_memory=1e6)
-    monkeypatch.setattr(stages.Machine, "of", lambda: small)
-    stages.warn_of_memory(context, {"init", "evaluate/init", "corpus"})
+    monkeypatch.setattr(resources.Machine, "of", lambda: small)
+    resources.warn_of_memory(context, {"init", "evaluate/init", "corpus"})
     assert [line.split()[1] for line in lines] == ["init", "evaluate"]
     lines.clear()
-    stages.warn_of_memory(context, {"stage2", "export"})
+    resources.warn_of_memory(context, {"stage2", "export"})
     assert [line.split()[1] for line in lines] == ["stage2", "export"]
 
 

@@ -51,7 +51,8 @@ from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.huggingface import DtypeOf
 from tokalign_jax.parallel import sharding
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import held_out
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.reporting import pages, side_by_side
 from tokalign_jax.reporting.report import PACKAGES, version
 from tokalign_jax.text import canonical
@@ -84,7 +85,7 @@ class Inputs:
     """All that is measured on, checked."""
 
     given: argparse.Namespace
-    context: stages.Context | None
+    context: Context | None
     """Of the run in `--workdir`."""
     subjects: Sequence[Subject]
     material: measures.Material
@@ -353,7 +354,7 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
     return inputs
 
 
-def _context(workdir: Path, log: Log) -> stages.Context:
+def _context(workdir: Path, log: Log) -> Context:
     if not (workdir / pipeline.STATE_FILE).is_file():
         raise UserError(
             f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for folders give --models"
@@ -364,10 +365,10 @@ def _context(workdir: Path, log: Log) -> stages.Context:
         raise UserError(
             f"--workdir '{workdir}' has no whole config.json ({error}): run its command again, which writes it"
         ) from error
-    return stages.Context(config_from_dict(written), workdir, log)
+    return Context(config_from_dict(written), workdir, log)
 
 
-def _refuse_stale(context: stages.Context, names: Sequence[str]) -> None:
+def _refuse_stale(context: Context, names: Sequence[str]) -> None:
     """States are of one run: what a later command with other settings has left behind is not judged beside what it made."""
     models = pipeline.model_states(context.config)
     try:
@@ -390,7 +391,7 @@ def _refuse_stale(context: stages.Context, names: Sequence[str]) -> None:
             )
 
 
-def _state(context: stages.Context, name: str) -> Subject:
+def _state(context: Context, name: str) -> Subject:
     """A state of the run, or its exported folder."""
     if name == EXPORT:
         if not (context.folder(EXPORT) / "config.json").is_file():
@@ -399,13 +400,13 @@ def _state(context: stages.Context, name: str) -> Subject:
             )
         return dataclasses.replace(_folder(str(context.folder(EXPORT)), []), name=EXPORT)
     if name == SOURCE:
-        config, _ = context.source_model
+        config, _ = context.inputs.source_model
         return Subject(
             name,
             config,
-            context.source_tokenizer,
-            lambda mesh, dtype: stages.load_state(context, [], dtype)[1],
-            context.source_folder,
+            context.inputs.source_tokenizer,
+            lambda mesh, dtype: states.load_state(context, [], dtype)[1],
+            context.inputs.source_folder,
         )
     known = pipeline.model_states(context.config)
     if name not in known or not context.folder(name).exists():
@@ -419,15 +420,15 @@ def _state(context: stages.Context, name: str) -> Subject:
     return Subject(
         name,
         config,
-        context.target_tokenizer,
+        context.inputs.target_tokenizer,
         lambda mesh, dtype: _loaded(context, states, dtype),
         folder,
     )
 
 
-def _loaded(context: stages.Context, states: Sequence[str], dtype: DtypeOf) -> Any:
+def _loaded(context: Context, states: Sequence[str], dtype: DtypeOf) -> Any:
     try:
-        return stages.load_state(context, states, dtype)[1]
+        return states.load_state(context, states, dtype)[1]
     except Stopped as stopped:
         raise UserError(f"{stopped}: run the command that the workdir is of once more") from stopped
 
@@ -452,7 +453,7 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
 
 
 def _texts(
-    given: argparse.Namespace, context: stages.Context | None, size: int, log: Log
+    given: argparse.Namespace, context: Context | None, size: int, log: Log
 ) -> dict[str, list[str]]:
     """The held-out text: what is named, else the run's."""
     if given.text:
@@ -467,11 +468,11 @@ def _texts(
 
 
 def _other_texts(
-    given: argparse.Namespace, context: stages.Context | None, settings: EvaluationConfig, log: Log
+    given: argparse.Namespace, context: Context | None, settings: EvaluationConfig, log: Log
 ) -> dict[str, list[str]]:
     """The text of another kind: what is named, else the run's."""
     if given.other_text is None:
-        return context.other_texts if context else {}
+        return held_out.other_texts(context) if context else {}
     if not given.other_text:
         return {}
     read = documents.read(_corpus(given, given.other_text), log)
@@ -510,7 +511,7 @@ def _training(inputs: Inputs, log: Log) -> Iterator[list[documents.Document]] | 
 
 
 def _aligned(
-    given: argparse.Namespace, context: stages.Context | None, subjects: Sequence[Subject]
+    given: argparse.Namespace, context: Context | None, subjects: Sequence[Subject]
 ) -> alignment.Alignment | None:
     """The alignment of a later subject's tokenizer to the first one's: that which is named, else the run's."""
     path = given.alignment or (context.folder("align") if context else None)

@@ -116,18 +116,19 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     from tokalign_jax import pipeline
     from tokalign_jax.cli import compare
     from tokalign_jax.parallel import distributed
-    from tokalign_jax.pipeline import stages
+    from tokalign_jax.pipeline import checks, identities
+    from tokalign_jax.pipeline.context import Context
     from tokalign_jax.utils import digests
 
     work = workdir / "work"
     known = digests.Digests(work, log)
-    contexts = {name: stages.Context(config, work, log, known) for name, config in configs.items()}
-    if len({str(context.run_identity()) for context in contexts.values()}) > 1:
+    contexts = {name: Context(config, work, log, known) for name, config in configs.items()}
+    if len({str(identities.run_identity(context)) for context in contexts.values()}) > 1:
         raise UserError(
             "the runs of a sweep have one source model and one target tokenizer: make a sweep of each pair"
         )
     for context in contexts.values():
-        distributed.on_first(context.check)
+        distributed.on_first(lambda context=context: checks.check(context))
     wanted = {name: pipeline.fingerprints_of(context) for name, context in contexts.items()}
     if distributed.is_first():
         known.save()

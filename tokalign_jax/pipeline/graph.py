@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokalign_jax.config import Config, config_to_dict, training_stages
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import identities, stages, states
+from tokalign_jax.pipeline.context import Context
+
+FORMAT = 4
+"""Version of the artifacts: a workdir of another version is redone."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +33,26 @@ class Stage:
     says: str
     needs: tuple[str, ...]
     settings: Mapping[str, Any]
-    run: Callable[[stages.Context], Mapping[str, Any] | None]
+    run: Callable[[Context], Mapping[str, Any] | None]
     resumes: bool = False
     together: bool = False
-    is_whole: Callable[[stages.Context], bool] = lambda context: True
+    is_whole: Callable[[Context], bool] = lambda context: True
 
 
-def graph(context: stages.Context, exported: str) -> list[Stage]:
+def graph(context: Context, exported: str) -> list[Stage]:
     """All stages of a run in order.
 
     Args:
       exported: the model state (`init` or a training stage) that is exported and reported as the last one.
     """
-    config, outside = context.config, context.identities
+    config, outside = context.config, identities.identities(context)
     models = model_states(config)
     seed = {"seed": config.seed}
     # The rest of `compute`, and the mesh, change nothing but speed and rounding.
     compute = {"compute": {"dtype": config.compute.dtype}}
     vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
     vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
-    extension = [_extension(context)] if context.extends else []
+    extension = [_extension(context)] if context.inputs.extends else []
     target = tuple(stage.name for stage in extension)  # what the target tokenizer comes from
 
     def training(name: str) -> Stage:
@@ -68,15 +72,15 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             lambda c: stages.train(c, name, before),
             resumes=True,
             together=True,
-            is_whole=lambda c: stages.is_trained(c, name),
+            is_whole=lambda c: states.is_trained(c, name),
         )
 
     def evaluation(state: str) -> Stage:
-        states = tuple(models[: models.index(state) + 1]) if state in models else ()
+        reached = tuple(models[: models.index(state) + 1]) if state in models else ()
         return Stage(
             f"evaluate/{state}",
             f"measure {state}",
-            ("corpus", *(() if state == "source" else (*target, "evaluate/source")), *states),
+            ("corpus", *(() if state == "source" else (*target, "evaluate/source")), *reached),
             {
                 "evaluation": config_to_dict(config.evaluation)
                 | {"abilities": outside["questions"], "other_text": outside["other_text"]},
@@ -85,7 +89,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
                 **compute,
                 **seed,
             },
-            lambda c: stages.evaluate(c, state, states),
+            lambda c: stages.evaluate(c, state, reached),
             together=True,
         )
 
@@ -107,7 +111,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             ("corpus", *target),
             vocabularies,
             stages.tokens,
-            is_whole=stages.has_tokens,
+            is_whole=states.has_tokens,
         ),
         Stage(
             "align",
@@ -136,7 +140,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             },
             stages.init,
             together=True,
-            is_whole=lambda c: stages.has_model(c, "init"),
+            is_whole=lambda c: states.has_model(c, "init"),
         ),
         *(training(name) for name in models[1:]),
         *(evaluation(state) for state in [*baselines, *models]),
@@ -147,7 +151,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
             {"export": config_to_dict(config.export)},
             lambda c: stages.export(c, reached),
             together=True,
-            is_whole=lambda c: stages.has_model(c, "export"),
+            is_whole=lambda c: states.has_model(c, "export"),
         ),
         Stage(
             "report",
@@ -159,7 +163,7 @@ def graph(context: stages.Context, exported: str) -> list[Stage]:
     ]
 
 
-def _extension(context: stages.Context) -> Stage:
+def _extension(context: Context) -> Stage:
     """The stage that makes the target tokenizer of the source's."""
     return Stage(
         "extend",
@@ -167,7 +171,7 @@ def _extension(context: stages.Context) -> Stage:
         ("corpus",),
         {
             "extend": config_to_dict(context.config.extend),
-            "source_tokenizer": context.identities["source_tokenizer"],
+            "source_tokenizer": identities.identities(context)["source_tokenizer"],
             "seed": context.config.seed,
         },
         stages.extend,
@@ -192,7 +196,7 @@ def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
         content = {
             "settings": stage.settings,
             "needs": {n: prints[n] for n in stage.needs},
-            "format": stages.FORMAT,
+            "format": FORMAT,
         }
         prints[stage.name] = hashlib.sha256(
             json.dumps(content, sort_keys=True, default=str).encode()
@@ -200,6 +204,6 @@ def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
     return prints
 
 
-def fingerprints_of(context: stages.Context, exported: str = "") -> dict[str, str]:
+def fingerprints_of(context: Context, exported: str = "") -> dict[str, str]:
     """The fingerprints of all stages of a run that exports this state of the model, or its last one, by name."""
     return fingerprints(graph(context, exported or model_states(context.config)[-1]))

@@ -19,7 +19,8 @@ from typing import Any
 from tokalign_jax.config import TRAINING, Config, config_to_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.parallel.distributed import is_first, on_first
-from tokalign_jax.pipeline import stages
+from tokalign_jax.pipeline import checks, identities, resources, stages
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.pipeline.graph import Stage, fingerprints, graph, model_states
 from tokalign_jax.pipeline.records import OUTDATED, STATE_FILE, StageRecords, lock
 from tokalign_jax.training.checkpoints import naming_a_full_disk
@@ -41,19 +42,19 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     Raises:
       UserError: bad input, before any long work.
     """
-    context = stages.Context(config, workdir, log)
+    context = Context(config, workdir, log)
 
     def check() -> None:
-        _refuse_foreign(workdir, StageRecords(workdir), context)
-        context.check()
+        _refuse_foreign(workdir, StageRecords(workdir), identities.run_identity(context))
+        checks.check(context)
 
     on_first(check)
     found = {
         stage.name: stage for stage in graph(context, _exported(model_states(config), selected))
     }
     wanted = _closure(found, _expand(selected, found))
-    on_first(lambda: stages.check_disk(context, wanted))
-    on_first(lambda: stages.warn_of_memory(context, wanted))
+    on_first(lambda: resources.check_disk(context, wanted))
+    on_first(lambda: resources.warn_of_memory(context, wanted))
 
     prints = fingerprints(list(found.values()))
     with lock(workdir) if is_first() else nullcontext():
@@ -67,21 +68,21 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     return workdir
 
 
-def _begin(context: stages.Context, state: StageRecords) -> None:
-    state.remember(context.run_identity())
+def _begin(context: Context, state: StageRecords) -> None:
+    state.remember(identities.run_identity(context))
     context.digests.save()
     content = json.dumps(config_to_dict(context.config), indent=1)
     (context.workdir / "config.json").write_text(content + "\n", encoding="utf-8")
 
 
-def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: StageRecords) -> None:
+def _bring_up(stage: Stage, fingerprint: str, context: Context, state: StageRecords) -> None:
     """Skips, restores, resumes or runs one stage."""
     stopping.check()
     if not on_first(lambda: _is_due(stage, fingerprint, context, state)):
         return
     start = time.time()
     try:
-        with stages.naming_full_memory(context, stage.name), naming_a_full_disk(context.workdir):
+        with resources.naming_full_memory(context, stage.name), naming_a_full_disk(context.workdir):
             summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
     except BaseException:
         if stage.resumes and is_first():
@@ -93,7 +94,7 @@ def _bring_up(stage: Stage, fingerprint: str, context: stages.Context, state: St
     context.log(f"{stage.name}: done in {duration(seconds)}")
 
 
-def _is_due(stage: Stage, fingerprint: str, context: stages.Context, state: StageRecords) -> bool:
+def _is_due(stage: Stage, fingerprint: str, context: Context, state: StageRecords) -> bool:
     """Whether the stage is to be run; if so its folder is ready, and the books say that it has begun."""
     folder = context.folder(stage.name)
     record = state.current.get(stage.name)
@@ -196,7 +197,7 @@ def _closure(found: Mapping[str, Stage], names: Sequence[str]) -> set[str]:
     return wanted
 
 
-def _refuse_foreign(workdir: Path, state: StageRecords, context: stages.Context) -> None:
+def _refuse_foreign(workdir: Path, state: StageRecords, identity: Mapping[str, str]) -> None:
     """A workdir is a run's own: empty, or begun with the same source model and target tokenizer."""
     if marks := set(str(workdir.absolute())) & set("[]*?\\"):
         # Orbax looks for its files by patterns, and would find none of them.
@@ -219,7 +220,6 @@ def _refuse_foreign(workdir: Path, state: StageRecords, context: stages.Context)
                 "choose an empty or a new folder"
             )
         return
-    identity = context.run_identity()
     if state.identity and state.identity != identity:
         differences = ", ".join(
             f"{k} {state.identity.get(k)!r} there, {v!r} now"

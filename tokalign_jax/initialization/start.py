@@ -1,0 +1,154 @@
+"""The start: an alignment and a source model become the parameters that training begins with.
+
+Rows are mixed by the alignment; then, by method `distilled`, the model is trained with the source as its teacher or,
+by method `composed`, rows are learned from the source's states, calibrated and tuned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.alignment import methods
+from tokalign_jax.alignment.alignment import Alignment
+from tokalign_jax.config import Config, distillation_budget, distills, distills_tokens, reads_source
+from tokalign_jax.initialization import initialization
+from tokalign_jax.initialization.initialization import COMPOSED, Side
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import Params
+from tokalign_jax.text.corpus import Document
+from tokalign_jax.text.tokenizing import TokenShards
+from tokalign_jax.utils.progress import Log
+
+Draw = Callable[[int], Iterator[Document]]
+"""Yields training documents of about so many source tokens, drawn at random."""
+
+
+class Start(NamedTuple):
+    """A model with the new vocabulary, not yet trained in stages.
+
+    Attributes:
+      config: the source's, with the new number of rows.
+      params: its parameters.
+      facts: what was measured on the way, by name.
+    """
+
+    config: ModelConfig
+    params: Params
+    facts: Mapping[str, float]
+
+
+def make_start(
+    config: Config,
+    source: Side,
+    target_tokenizer: PreTrainedTokenizerBase,
+    target_shards: TokenShards,
+    aligned: Alignment,
+    draw: Draw,
+    mesh: Mesh,
+    log: Log,
+    kept: int = 0,
+) -> Start:
+    """Make the start by `config.alignment.method` and `config.initialization`.
+
+    Args:
+      source: the model as its files have it.
+      target_shards: the training text in tokens of the target.
+      aligned: of the two tokenizers.
+      draw: of the training documents.
+      kept: the first rows, which stay the source's: all of these where its vocabulary is extended.
+    """
+    params, unusable = initialization.usable(source.params, aligned.source_size)
+    source = source._replace(params=params, unusable=unusable)
+    if unusable:
+        log(f"init: warning: {not_finite(unusable, source.tokenizer)}: nothing is made of them")
+        aligned = methods.without(
+            aligned, unusable, source.tokenizer, target_tokenizer, target_shards.counts
+        )
+    rows_multiple_of = config.initialization.rows_multiple_of
+    model, new = initialization.initialize(source.config, params, aligned, rows_multiple_of, kept)
+    # Where no row is composed there is nothing to learn, calibrate, tune or distil.
+    if not np.isin(aligned.rules[kept:], COMPOSED).any():
+        return Start(model, new, {})
+    make = _learned_start(config)
+    if make is None:
+        return Start(model, new, {})
+    target = Side(model, new, target_tokenizer, target_shards)
+    return Start(model, *make(config, source, target, aligned, draw, mesh, log, kept))
+
+
+Learned = tuple[Params, Mapping[str, float]]
+"""(parameters, facts)"""
+
+
+def _learned_start(config: Config) -> Callable[..., Learned] | None:
+    """Return what goes on from the alignment's mixtures with the source as teacher, if anything does."""
+    if distills(config):
+        return _distill
+    if distills_tokens(config):
+        return _distill_tokens
+    return _compose if reads_source(config) else None
+
+
+def _distill(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    draw: Draw,
+    mesh: Mesh,
+    log: Log,
+    kept: int,
+) -> Learned:
+    """Make a start by method `distilled`."""
+    _, budget = distillation_budget(config, aligned.source_size, aligned.target_size)
+    texts = draw(round(config.initialization.corpus_share * budget))
+    return initialization.distill(config, source, target, aligned, texts, mesh, log, kept)
+
+
+def _distill_tokens(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    draw: Draw,
+    mesh: Mesh,
+    log: Log,
+    kept: int,
+) -> Learned:
+    """Make a start by method `token_distillation`."""
+    texts = draw(config.initialization.token_distillation.tokens)
+    rows, facts = initialization.distill_tokens(
+        config, source, target, aligned, texts, mesh, log, kept
+    )
+    return {**target.params, "embed_tokens": {"embedding": rows}}, facts
+
+
+def _compose(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    draw: Draw,
+    mesh: Mesh,
+    log: Log,
+    kept: int,
+) -> Learned:
+    """Make a start by method `composed`."""
+    texts, how = draw(config.initialization.tokens), (mesh, log, kept)
+    reading = initialization.read(config, source, target, texts, mesh, log)
+    learned = initialization.learn(config, source, target, aligned, reading, *how)
+    target = target._replace(params=learned)
+    calibrated = initialization.calibrate(config, source, target, aligned, *how)
+    target = target._replace(params=calibrated)
+    return initialization.tune(config, source, target, aligned, reading, *how)
+
+
+def not_finite(tokens: Set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say that the source model's rows of these tokens are not finite, naming the first ones."""
+    names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(tokens)[:10])
+    more = f" and {len(tokens) - 10:,} more" if len(tokens) > 10 else ""
+    count = f"{len(tokens):,} token{'s' if len(tokens) > 1 else ''}"
+    return f"the source model's rows of {count} hold NaN or infinity ({names}{more})"

@@ -1,0 +1,146 @@
+"""What a run is made of from outside: models and tokenizers, each opened when first asked for."""
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax import demo
+from tokalign_jax.config import EXTEND, Config, training_stages
+from tokalign_jax.models import hub
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.text import mining, tokenizing
+from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.text.editing import within_rows
+from tokalign_jax.utils.progress import Log
+
+
+class Inputs:
+    """The models and tokenizers that a config names."""
+
+    def __init__(self, config: Config, extended: Path, log: Log):
+        """Name the inputs; nothing is opened yet.
+
+        Args:
+          extended: folder of the target tokenizer where it is the source's with more tokens.
+        """
+        self.config, self._extended, self._log = config, extended, log
+
+    @cached_property
+    def source_folder(self) -> Path:
+        return hub.resolve(demo.source_model(self.config.source_model), what="source_model")
+
+    @property
+    def extends(self) -> bool:
+        """Whether the target tokenizer is the source's with more tokens; there is none before the stage `extend` is done."""
+        return self.config.target_tokenizer == EXTEND
+
+    @cached_property
+    def target_folder(self) -> Path:
+        if self.extends:
+            return self._extended
+        return hub.resolve(
+            demo.targetopen_tokenizer(self.config.target_tokenizer),
+            what="target_tokenizer",
+            weights=False,
+        )
+
+    @cached_property
+    def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
+        return hub.load_config(self.source_folder)
+
+    @cached_property
+    def teacher_folder(self) -> Path | None:
+        """Of the model that teaches in Stage 3; None without that stage."""
+        if "stage3" not in training_stages(self.config):
+            return None
+        return hub.resolve(self.config.stage3.teacher, what="stage3.teacher")
+
+    @cached_property
+    def teacher_model(self) -> ModelConfig | None:
+        return hub.load_config(self.teacher_folder)[0] if self.teacher_folder else None
+
+    @cached_property
+    def donor_folder(self) -> Path | None:
+        """Of the model that method `omp` finds its combinations in; None for other methods."""
+        if self.config.alignment.method != "omp" or self.config.alignment.file:
+            return None
+        return hub.resolve(self.config.alignment.donor, what="alignment.donor")
+
+    @cached_property
+    def sourceopen_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Without the tokens that the model has no rows for."""
+        whole, rows = open_tokenizer(self.source_folder), self.source_model[0].vocab_size
+        known = within_rows(whole, rows, f"source_model '{self.config.source_model}'")
+        if known is not whole:
+            gone = set(whole.get_vocab()) - set(known.get_vocab())
+            self._log(
+                f"source_model: it has no rows for {len(gone)} tokens, which are left out: {', '.join(sorted(gone)[:5])}"
+            )
+        return known
+
+    @cached_property
+    def targetopen_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = open_tokenizer(self.target_folder, self.config.end_of_text)
+        if (
+            tokenizer.eos_token_id is None
+        ):  # what ends documents in training is to end what the exported model writes
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
+                tokenizing.end_of_text_id(tokenizer)
+            )
+        return tokenizer
+
+    @cached_property
+    def target_size(self) -> int:
+        """Ids of the target tokenizer; of one that is yet to be made as many as it may have."""
+        if self.extends:
+            return mining.largest_size(self.config, self.source_tokenizer)
+        return vocabulary_size(self.target_tokenizer)
+
+    @cached_property
+    def kept(self) -> int:
+        """The first rows of the new vocabulary that are the source's: all of these where it is extended."""
+        return vocabulary_size(self.source_tokenizer) if self.extends else 0
+
+    @cached_property
+    def new_model(self) -> ModelConfig:
+        """The source model with rows for the target's tokens (`target_size`)."""
+        return dataclasses.replace(self.source_model[0], vocab_size=self.target_size)
+
+
+def model_files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+
+
+def open_tokenizer(folder: Path, end_of_text: str = "") -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, read again only when its files have changed: the runs of a sweep share it."""
+    stamps = tuple(
+        (file.name, file.stat().st_mtime_ns, file.stat().st_size)
+        for file in tokenizer_files(folder)
+    )
+    return _read_tokenizer(folder, end_of_text, stamps)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_tokenizer(folder: Path, end_of_text: str, stamps: Any) -> PreTrainedTokenizerBase:
+    del stamps
+    return hub.load_tokenizer(folder, end_of_text)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a tokenizer is made of, without the model's own files and the licences beside them."""
+    others = (*hub.TERMS, "config*", "generation*", hub.INDEX)
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if _matches(f.name, hub.TOKENIZER) and not _matches(f.name, others)
+    )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
