@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tokalign_jax import main, pipeline
 from tokalign_jax.alignment import alignment
 from tokalign_jax.config import Config, StageConfig
+from tokalign_jax.errors import UserError
 from tokalign_jax.pipeline import stages
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.reporting.model_card import front_matter

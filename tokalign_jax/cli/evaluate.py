@@ -405,7 +405,7 @@ def _state(context: Context, name: str) -> Subject:
             name,
             config,
             context.inputs.source_tokenizer,
-            lambda mesh, dtype: states.load_state(context, [], dtype)[1],
+            lambda mesh, dtype: load_state(context, [], dtype)[1],
             context.inputs.source_folder,
         )
     known = pipeline.model_states(context.config)
@@ -428,7 +428,7 @@ def _state(context: Context, name: str) -> Subject:
 
 def _loaded(context: Context, states: Sequence[str], dtype: DtypeOf) -> Any:
     try:
-        return states.load_state(context, states, dtype)[1]
+        return load_state(context, states, dtype)[1]
     except Stopped as stopped:
         raise UserError(f"{stopped}: run the command that the workdir is of once more") from stopped
 

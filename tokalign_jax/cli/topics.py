@@ -106,10 +106,11 @@ def describe(name: str) -> list[str]:
 def _entry(field: config_reference.Field) -> list[str]:
     if field.is_group:
         first = field.description.split("\n")[0]
-        return [f"config.{field.name}.*", *textwrap.wrap(first, WIDTH - 4, **_INDENT)]
+        return [f"config.{field.name}.*", *_indented(first)]
     bounds = "" if field.bounds is None else f", {field.bounds[0]:g} to {field.bounds[1]:g}"
     head = f"config.{field.name} = {field.default!r}  ({field.type}{bounds})"
-    return [head, *textwrap.wrap(" ".join(field.description.split()), WIDTH - 4, **_INDENT)]
+    return [head, *_indented(field.description)]
 
 
-_INDENT = {"initial_indent": "    ", "subsequent_indent": "    "}
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in textwrap.wrap(" ".join(text.split()), WIDTH - 4)]

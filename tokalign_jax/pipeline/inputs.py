@@ -45,7 +45,7 @@ class Inputs:
         if self.extends:
             return self._extended
         return hub.resolve(
-            demo.targetopen_tokenizer(self.config.target_tokenizer),
+            demo.target_tokenizer(self.config.target_tokenizer),
             what="target_tokenizer",
             weights=False,
         )
@@ -73,7 +73,7 @@ class Inputs:
         return hub.resolve(self.config.alignment.donor, what="alignment.donor")
 
     @cached_property
-    def sourceopen_tokenizer(self) -> PreTrainedTokenizerBase:
+    def source_tokenizer(self) -> PreTrainedTokenizerBase:
         """Without the tokens that the model has no rows for."""
         whole, rows = open_tokenizer(self.source_folder), self.source_model[0].vocab_size
         known = within_rows(whole, rows, f"source_model '{self.config.source_model}'")
@@ -85,7 +85,7 @@ class Inputs:
         return known
 
     @cached_property
-    def targetopen_tokenizer(self) -> PreTrainedTokenizerBase:
+    def target_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = open_tokenizer(self.target_folder, self.config.end_of_text)
         if (
             tokenizer.eos_token_id is None
