@@ -12,7 +12,6 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.pipeline import graph, records, runner
 from tokalign_jax.training import metrics
 
-
 IDENTITY = {"source_model": "a", "target_tokenizer": "b"}
 
 

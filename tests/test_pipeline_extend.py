@@ -248,7 +248,7 @@ def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
         config = Config(
             source_model=str(folder), target_tokenizer=str(folder), corpus=str(inputs["corpus"])
         )
-        return identities.identities(Context(config, tmp_path / "run", print))
+        return run_identities.identities(Context(config, tmp_path / "run", print))
 
     before = identities()
     for name in ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes"):

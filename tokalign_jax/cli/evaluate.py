@@ -53,6 +53,7 @@ from tokalign_jax.models.huggingface import DtypeOf
 from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import held_out
 from tokalign_jax.pipeline.context import Context
+from tokalign_jax.pipeline.states import load_state
 from tokalign_jax.reporting import pages, side_by_side
 from tokalign_jax.reporting.report import PACKAGES, version
 from tokalign_jax.text import canonical
