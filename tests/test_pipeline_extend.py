@@ -17,6 +17,7 @@ from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageCon
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.pipeline import checks
+from tokalign_jax.pipeline import identities as run_identities
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.planning.machine import Machine, Speed
 from tokalign_jax.planning.report import plan_run
