@@ -20,6 +20,7 @@ from training_toys import (
     NEOX,
     STAGE,
     VOCABULARY,
+    source_text,
     toy_params,
     toy_shards,
     unpadded,
@@ -35,12 +36,12 @@ from tokalign_jax.models.transformer import generate
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
-from tokalign_jax.training import states
+from tokalign_jax.training import source_teacher, states
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
 from tokalign_jax.training.loop import load_trained, run_stage
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
-from tokalign_jax.training.step import NEXT_TOKEN, init_state, make_loss, make_train_step
+from tokalign_jax.training.step import init_state, make_loss, make_train_step
 from tokalign_jax.utils import paths
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
@@ -139,7 +140,18 @@ def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
         lambda line: None,
         mesh,
     )
-    return run_stage(*arguments, taught_by(teacher, model, mesh) if teacher else NEXT_TOKEN)
+    if not teacher:
+        return run_stage(*arguments)
+    taught = taught_by_source if teacher == SOURCE else taught_by
+    return run_stage(*arguments, taught(teacher, model, mesh))
+
+
+def taught_by_source(source, model, mesh):
+    """An objective whose teacher has other tokens, at which chunks differ in length."""
+    del model
+    teacher = source_teacher.Teacher(source, sharding.place(toy_params(source, 1), mesh), "")
+    stage = replace(STEP, objective="mixture")
+    return source_teacher.objective(stage, teacher, source_text(source.vocab_size))
 
 
 def taught_by(teacher, model, mesh):
@@ -394,6 +406,7 @@ def close(found, expected, tolerance):
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
 TIED = replace(NEOX, tie_word_embeddings=True)
 TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
+SOURCE = replace(LLAMA, vocab_size=53, max_positions=64)
 CHECKS = {
     "automatic": (automatic,),
     **{f"vocabulary-{name}": (vocabulary, shape) for name, shape in SHAPES.items()},
@@ -411,6 +424,8 @@ CHECKS = {
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),
     "training-unrolled-all": (training, SHAPES["all"], LLAMA, "full", None, LLAMA.num_layers),
     "training-taught-all": (training, SHAPES["all"], LLAMA, "full", TEACHER),
+    "training-source-all": (training, SHAPES["all"], LLAMA, "full", SOURCE),
+    "training-source-lora-fsdp": (training, SHAPES["fsdp"], LLAMA, "lora", SOURCE),
     "files": (files, SHAPES["all"]),
     "after-training-all": (after_training, SHAPES["all"]),
     "files-six": (files, (1, 2, 3)),

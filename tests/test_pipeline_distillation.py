@@ -326,7 +326,7 @@ def test_the_plan_counts_the_teacher():
     ] and "stage3" in found.disk
     assert "teacher (float32)" in found.table()
     alone = replace(STAGE, weight=0.0)
-    more = flops_per_token(STUDENT, STAGE, TEACHER) - flops_per_token(STUDENT, alone, TEACHER)
+    more = flops_per_token(STUDENT, STAGE, TEACHER) - flops_per_token(STUDENT, alone)
     products = 2 * (4 * 96**2 + 2 * 96 * 128) + 4096 * 96
     assert more == 2 * products + 2 * 4 * 96 * 128, "a forward pass of it"
     without = make_plan(

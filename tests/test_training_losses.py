@@ -143,7 +143,10 @@ def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
     wide = [np.asarray(x, np.float64) for x in (hidden, head)]
     probability = 1 / (1 + np.exp(-wide[0][0, 0] @ wide[1][1]))
     assert 1e-4 < 1 - probability < 2e-3
-    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(2, 1, jnp.bfloat16))[0]
+
+    def loss(*given):
+        return cross_entropy(*given, jnp.array([[1]]), Head(2, 1, jnp.bfloat16))[0]
+
     gradients = jax.grad(loss, (0, 1))(hidden.astype(np.float32), head.astype(np.float32))
     np.testing.assert_allclose(gradients[0][0, 0], (probability - 1) * wide[1][1], rtol=2**-8)
     np.testing.assert_allclose(gradients[1][1], (probability - 1) * wide[0][0, 0], rtol=1e-3)
@@ -152,7 +155,10 @@ def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
 def test_a_logit_counts_as_at_most_so_far_above_the_labels():
     """A loss and a gradient that are no numbers would cost the whole step."""
     hidden, head = np.full((1, 1, 1), 100, np.float32), np.array([[10.0], [1.0], [2.0]], np.float32)
-    loss = lambda *given: cross_entropy(*given, jnp.array([[1]]), Head(3, 1, jnp.float32))[0]
+
+    def loss(*given):
+        return cross_entropy(*given, jnp.array([[1]]), Head(3, 1, jnp.float32))[0]
+
     total, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(
         total, losses.MOST + np.log(2), rtol=1e-6

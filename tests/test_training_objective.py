@@ -30,7 +30,8 @@ def next_token_and(beside, facts):
         def loss(trainable, frozen, batch, keys):
             frozen, beside = frozen
             strange = jnp.sum(batch["first"] != batch["tokens"][:, 0])
-            return plain(trainable, frozen, batch["tokens"], keys) + beside["penalty"] * strange
+            total, count = plain(trainable, frozen, batch["tokens"], keys)
+            return total + beside["penalty"] * strange, count
 
         return loss
 
@@ -41,15 +42,16 @@ def test_an_objective_brings_its_own_arrays_and_sequences(tmp_path):
     stage = replace(STAGE, method="embedding", steps=4)
     plain = train(tmp_path / "plain", stage)
     given = train(tmp_path / "given", stage, objective=next_token_and(100.0, {"penalty": 100}))
-    assert [record["loss"] for record in given.history] == [
-        record["loss"] for record in plain.history
-    ]
+    # Another program, in which XLA may fuse and round otherwise.
+    np.testing.assert_allclose(
+        [record["loss"] for record in given.history],
+        [record["loss"] for record in plain.history],
+        rtol=1e-6,
+    )
     assert [record["tokens"] for record in given.history] == [
         record["tokens"] for record in plain.history
     ]
-    for path, leaf in paths.flatten(
-        plain.params
-    ).items():  # of another program: what XLA fuses may round otherwise
+    for path, leaf in paths.flatten(plain.params).items():
         np.testing.assert_allclose(
             paths.flatten(given.params)[path], leaf, atol=1e-6, rtol=0, err_msg=path
         )

@@ -21,6 +21,8 @@ from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.rotary import Rope
 from tokalign_jax.models.transformer import init_params
 from tokalign_jax.parallel import distributed, sharding
+from tokalign_jax.text.boundaries import NONE
+from tokalign_jax.training.batches import SourceText
 from tokalign_jax.training.loop import load_trained, run_stage
 from tokalign_jax.utils import paths, stopping
 
@@ -87,6 +89,16 @@ def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
     rng = np.random.default_rng(seed)
     steps = rng.integers(1, 4, tokens)
     return ToyShards((np.cumsum(steps) % VOCABULARY).astype(np.uint16))
+
+
+def source_text(vocabulary: int, tokens: int = 4000, seed: int = 1) -> SourceText:
+    """Source tokens of the toy shards' text: one or two for each target token, and a shared boundary
+    after three of four target tokens."""
+    random = np.random.default_rng(seed)
+    ends = np.cumsum(random.integers(1, 3, tokens)) - 1
+    positions = np.where(random.random(tokens) < 0.75, ends, NONE)
+    shards = toy_shards(int(ends[-1]) + 1, seed)
+    return SourceText(replace(shards, tokens=shards.tokens % vocabulary), positions)
 
 
 def toy_params(model: ModelConfig = LLAMA, seed: int = 0) -> paths.Tree:

@@ -207,11 +207,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveWeights:
+    """Weights of the terms of the loss of a stage whose objective is `distillation` or `mixture`."""
+
+    next_token: float = within(0, 1e6, 1.0)
+    """Next-token loss; of `mixture` alone."""
+    likelihood: float = within(0, 1e6, 0.5)
+    """Binary divergence between both models' likelihoods of the text between shared boundaries."""
+    states: float = within(0, 1e6, 2.0)
+    """Squared distance between both models' final states at shared boundaries, over their variance."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One training stage."""
 
     method: Literal["embedding", "lora", "full"] = "embedding"
     """What trains: `embedding` (input embedding and head only), `lora` (those and adapters on every projection), `full`."""
+    objective: Literal["next_token", "distillation", "mixture"] = "next_token"
+    """Loss of Stages 1 and 2: `next_token`; `distillation`, with the source model as the teacher that
+    reads the same text with its own tokenizer (`training/source_teacher.py`); `mixture` of both."""
+    weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
     steps: int = within(0, 10**9, 2500)
     """Optimizer steps; 0 skips the stage."""
     learning_rate: float = within(0, 10, 6.4e-4)
@@ -440,8 +456,41 @@ def distills_tokens(config: Config) -> bool:
 
 
 def teacher_of(stage: StageConfig) -> str:
-    """The model that teaches in a stage; "" where none is run."""
+    """The model that teaches in Stage 3; "" where none is run."""
     return stage.teacher if isinstance(stage, DistillationConfig) and stage.weight else ""
+
+
+def learns_from_source(stage: StageConfig) -> bool:
+    """Whether the source model is the teacher of a stage."""
+    return stage.objective != "next_token"
+
+
+def settings_of(stage: StageConfig) -> dict[str, Any]:
+    """The settings of a stage that its result may depend on: without weights of terms that its
+    objective does not have."""
+    settings = config_to_dict(stage)
+    if stage.objective == "next_token":
+        del settings["objective"], settings["weights"]
+    elif stage.objective == "distillation":
+        del settings["weights"]["next_token"]
+    return settings
+
+
+def _check_objective(stage: StageConfig, prefix: str) -> None:
+    name = prefix.removesuffix(".")
+    if not learns_from_source(stage):
+        return
+    if isinstance(stage, DistillationConfig):
+        raise UserError(
+            f"config key '{prefix}objective' is {stage.objective!r}, but the teacher of {name} is "
+            f"{prefix}teacher: leave {prefix}objective out, or use stage1 or stage2"
+        )
+    if not stage.weights.likelihood and not stage.weights.states:
+        raise UserError(
+            f"{prefix}objective={stage.objective} has nothing to learn from the source model: set "
+            f"{prefix}weights.likelihood or {prefix}weights.states above 0, or "
+            f"{prefix}objective=next_token"
+        )
 
 
 def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
@@ -475,6 +524,8 @@ def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
             )
     made = kind(**arguments)
     _check_range(made, prefix)
+    if isinstance(made, StageConfig):
+        _check_objective(made, prefix)
     return made
 
 

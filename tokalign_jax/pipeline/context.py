@@ -46,7 +46,7 @@ class Context:
                     f"is a multiple of {len(devices)} would use all"
                 )
             devices = devices[:taken]
-        needed = memory.state_bytes(self.config, self.inputs.new_model, self.inputs.teacher_model)
+        needed = memory.state_bytes(self.config, self.inputs.new_model, self.inputs.teachers)
         share = functools.partial(memory.share, self.inputs.new_model)
         mesh = sharding.make_mesh(self.config.mesh, needed, devices, share)
         for warning in advice.not_split(self.inputs.new_model, mesh.devices.shape):

@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokalign_jax.config import Config, config_to_dict, training_stages
+from tokalign_jax.config import (
+    Config,
+    config_to_dict,
+    learns_from_source,
+    settings_of,
+    training_stages,
+)
 from tokalign_jax.pipeline import identities, stages, states
 from tokalign_jax.pipeline.context import Context
 
@@ -54,20 +60,20 @@ def graph(context: Context, exported: str) -> list[Stage]:
     vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
     extension = [_extension(context)] if context.inputs.extends else []
     target = tuple(stage.name for stage in extension)  # what the target tokenizer comes from
+    taught = [n for n, stage in training_stages(config).items() if learns_from_source(stage)]
 
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
         stage = {
-            k: v
-            for k, v in config_to_dict(getattr(config, name)).items()
-            if k not in _WITHOUT_EFFECT
+            k: v for k, v in settings_of(getattr(config, name)).items() if k not in _WITHOUT_EFFECT
         }
         stage |= {k: getattr(type(getattr(config, name)), k) for k in _AS_BY_DEFAULT}
         stage |= {"teacher": outside["teacher"]} if "teacher" in stage else {}
+        text = ("tokens", "boundaries") if name in taught else ("tokens",)
         return Stage(
             name,
             f"train ({getattr(config, name).method})",
-            ("tokens", *before),
+            (*text, *before),
             {name: stage, "data": config_to_dict(config.data), **compute, **seed},
             lambda c: stages.train(c, name, before),
             resumes=True,
@@ -113,6 +119,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
             stages.tokens,
             is_whole=states.has_tokens,
         ),
+        *([_boundaries(target)] if taught else []),
         Stage(
             "align",
             "align target tokens to source tokens",
@@ -161,6 +168,18 @@ def graph(context: Context, exported: str) -> list[Stage]:
             lambda c: stages.report(c, reported),
         ),
     ]
+
+
+def _boundaries(target: tuple[str, ...]) -> Stage:
+    """The stage that training stages with the source model as their teacher need."""
+    return Stage(
+        "boundaries",
+        "find where tokens of both tokenizers end together",
+        ("corpus", *target, "tokens"),
+        {},
+        stages.boundaries,
+        is_whole=states.has_boundaries,
+    )
 
 
 def _extension(context: Context) -> Stage:

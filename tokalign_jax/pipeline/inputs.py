@@ -14,6 +14,7 @@ from tokalign_jax import demo
 from tokalign_jax.config import EXTEND, Config, training_stages
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.planning.memory import teachers
 from tokalign_jax.text import mining, tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.editing import within_rows
@@ -64,6 +65,11 @@ class Inputs:
     @cached_property
     def teacher_model(self) -> ModelConfig | None:
         return hub.load_config(self.teacher_folder)[0] if self.teacher_folder else None
+
+    @property
+    def teachers(self) -> dict[str, ModelConfig]:
+        """The model that teaches in each training stage that has a teacher."""
+        return teachers(self.config, self.source_model[0], self.teacher_model)
 
     @cached_property
     def donor_folder(self) -> Path | None:

@@ -86,7 +86,7 @@ def setups(context: Context) -> dict[str, Setup]:
     """The training stages on these devices, without `auto`."""
     mesh, machine = context.mesh.devices.shape, Machine.of()
     return resolve.resolved_stages(
-        context.config, context.inputs.new_model, mesh, machine, context.inputs.teacher_model
+        context.config, context.inputs.new_model, mesh, machine, context.inputs.teachers
     )
 
 

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokalign_jax.alignment import alignment, methods
-from tokalign_jax.config import AUTO, DistillationConfig, StageConfig, teacher_of, training_stages
+from tokalign_jax.config import (
+    AUTO,
+    DistillationConfig,
+    StageConfig,
+    learns_from_source,
+    teacher_of,
+    training_stages,
+)
 from tokalign_jax.evaluation import measures, overlap, samples
 from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.initialization.start import make_start
@@ -23,15 +30,16 @@ from tokalign_jax.parallel import distributed
 from tokalign_jax.pipeline import held_out, identities, resources
 from tokalign_jax.pipeline.checks import exports_as_llama, warn_of_llama
 from tokalign_jax.pipeline.context import Context
-from tokalign_jax.pipeline.states import load_state, state_of
+from tokalign_jax.pipeline.states import load_state, open_shards, state_of
 from tokalign_jax.reporting import card_facts, inspection, pages, token_pieces
 from tokalign_jax.reporting import report as reporting
 from tokalign_jax.reporting.model_card import CARD, model_card
-from tokalign_jax.text import canonical, mining, numbers, tokenizing
+from tokalign_jax.text import canonical, mining, numbers, shared_boundaries, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
-from tokalign_jax.training import distillation, loop
+from tokalign_jax.training import distillation, loop, source_teacher
 from tokalign_jax.training import states as training_states
+from tokalign_jax.training.batches import SourceText
 from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
 INSPECTION = "inspection.json"
@@ -59,6 +67,18 @@ def tokens(context: Context) -> Mapping[str, Any]:
         context.inputs.source_tokenizer,
         context.inputs.target_tokenizer,
         context.folder("tokens"),
+        context.log,
+    )
+
+
+def boundaries(context: Context) -> Mapping[str, Any]:
+    """Finds where the source model can teach (`text/shared_boundaries.py`)."""
+    inputs = context.inputs
+    return shared_boundaries.run(
+        documents.train_batches(context.folder("corpus")),
+        (inputs.source_tokenizer, open_shards(context, "source")),
+        (inputs.target_tokenizer, open_shards(context, "target")),
+        context.folder("boundaries"),
         context.log,
     )
 
@@ -162,7 +182,7 @@ def check_stream(context: Context) -> None:
     Raises:
       UserError: as `stream_starts`.
     """
-    shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
+    shards = open_shards(context, "target")
     stream_starts(context, shards)
     size = len(shards.tokens)
     for name, stage in training_stages(context.config).items():
@@ -182,7 +202,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
         )
     dtype = training_states.training_dtype(stage, jnp.dtype(context.config.compute.dtype))
     config, *begun_with = load_state(context, before, dtype)
-    shards = tokenizing.TokenShards.open(context.folder("tokens") / "target")
+    shards = open_shards(context, "target")
     starts = stream_starts(context, shards)
     settings = dataclasses.replace(context.config, compute=compute)
     objective = _objective(context, stage, config)
@@ -204,6 +224,8 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
 
 def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Objective:
     """What a stage minimises; its teacher, if there is one, is read for it."""
+    if learns_from_source(stage):
+        return _source_objective(context, stage)
     folder, config = context.inputs.teacher_folder, context.inputs.teacher_model
     if not (isinstance(stage, DistillationConfig) and teacher_of(stage) and folder and config):
         return NEXT_TOKEN
@@ -216,6 +238,22 @@ def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Obje
     both = min(config.vocab_size, context.inputs.target_size)
     teacher = distillation.Teacher(config, params, both, identities.identities(context)["teacher"])
     return distillation.objective(stage, teacher)
+
+
+def _source_objective(context: Context, stage: StageConfig) -> Objective:
+    """The objective of a stage whose teacher is the source model, which is read for it."""
+    dtype = jnp.dtype(context.config.compute.dtype)
+    config, params = load_state(context, (), lambda path: dtype)
+    identity = identities.identities(context)["source_model"]
+    teacher = source_teacher.Teacher(config, params, identity)
+    positions = shared_boundaries.open_positions(context.folder("boundaries"))
+    text = SourceText(open_shards(context, "source"), positions)
+    width = source_teacher.source_length(stage.sequence_length, config)
+    context.log(
+        f"the source model is the teacher; it reads {width:,} of its own tokens for "
+        f"{stage.sequence_length:,} target tokens"
+    )
+    return source_teacher.objective(stage, teacher, text)
 
 
 def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from tokalign_jax.initialization import initialization
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.pipeline.context import Context
-from tokalign_jax.text import tokenizing
+from tokalign_jax.text import shared_boundaries, tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import loop
 from tokalign_jax.training import states as training_states
@@ -45,7 +45,21 @@ def has_tokens(context: Context) -> bool:
     """Whether the shards of both sides are whole."""
     try:
         for side in tokenizing.SIDES:
-            tokenizing.TokenShards.open(context.folder("tokens") / side)
+            open_shards(context, side)
+    except UserError:
+        return False
+    return True
+
+
+def open_shards(context: Context, side: str) -> tokenizing.TokenShards:
+    """The token shards of one side, `source` or `target`."""
+    return tokenizing.TokenShards.open(context.folder("tokens") / side)
+
+
+def has_boundaries(context: Context) -> bool:
+    """Whether the shared boundaries are whole."""
+    try:
+        shared_boundaries.open_positions(context.folder("boundaries"))
     except UserError:
         return False
     return True

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tokalign_jax.config import Config, training_stages
+from tokalign_jax.config import Config, learns_from_source, training_stages
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import FLOAT, parameters, shapes
@@ -66,6 +66,8 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
         "tokens": text // BYTES_PER_TOKEN * (FLOAT + (2 if model.vocab_size <= 1 << 16 else FLOAT)),
         "init": FLOAT * everything,
     }
+    if any(learns_from_source(stage) for stage in training_stages(config).values()):
+        disk["boundaries"] = text // BYTES_PER_TOKEN * FLOAT
     for name, stage in training_stages(config).items():
         # What trains and Adam's two moments. A checkpoint is written before the oldest is deleted.
         disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * (stage.keep_checkpoints + 1)

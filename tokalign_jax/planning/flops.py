@@ -3,10 +3,11 @@
 import math
 import re
 
-from tokalign_jax.config import StageConfig, teacher_of
+from tokalign_jax.config import StageConfig, learns_from_source
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import shapes
+from tokalign_jax.training import source_teacher
 from tokalign_jax.utils import paths
 
 
@@ -17,16 +18,26 @@ def flops_per_token(
 
     For each parameter of a matrix product (PaLM, appendix B): 2 forward, 2 backward to its input,
     2 to its weights if these train. Attention: 4 N H T forward and twice that backward. A teacher
-    only runs forward.
+    only runs forward; the source model reads its own tokens, and the student's likelihoods then take
+    a further product with the head.
+
+    Args:
+      teacher: of the stage, if it has one.
     """
     trained, frozen = shapes(model, stage)
     length = stage.sequence_length
     total = (
         6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model, length)
     )
-    if teacher and teacher_of(stage):
-        total += 2 * products(teacher, abstract_params(teacher)) + attention(teacher, length)
-    return total
+    if not teacher:
+        return total
+    read = length
+    if learns_from_source(stage):
+        read = source_teacher.source_length(length, teacher)
+        if stage.weights.likelihood:
+            total += 2 * model.vocab_size * model.hidden_size
+    forward = 2 * products(teacher, abstract_params(teacher)) + attention(teacher, read)
+    return total + forward * read / length
 
 
 def products(model: ModelConfig, tree: paths.Tree) -> float:

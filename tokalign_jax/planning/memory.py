@@ -7,20 +7,28 @@ the middle of a step is an upper estimate, as if every kind were at its largest 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from tokalign_jax.config import ComputeConfig, Config, StageConfig, teacher_of, training_stages
+from tokalign_jax.config import (
+    ComputeConfig,
+    Config,
+    StageConfig,
+    learns_from_source,
+    teacher_of,
+    training_stages,
+)
 from tokalign_jax.models import remat
 from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning.machine import Machine, MeshSizes
-from tokalign_jax.training import loop
+from tokalign_jax.training import loop, source_teacher
 from tokalign_jax.utils import paths
 
 FLOAT = 4
@@ -39,6 +47,15 @@ class Setup:
     mesh: MeshSizes
     machine: Machine
     teacher: ModelConfig | None = None
+    """None: the stage has none."""
+
+    @property
+    def teacher_length(self) -> int:
+        """Tokens that the teacher reads for a sequence."""
+        length = self.stage.sequence_length
+        if self.teacher and learns_from_source(self.stage):
+            return source_teacher.source_length(length, self.teacher)
+        return length
 
     def with_stage(self, **fields: Any) -> "Setup":
         return dataclasses.replace(self, stage=dataclasses.replace(self.stage, **fields))
@@ -55,13 +72,31 @@ def shapes(model: ModelConfig, stage: StageConfig) -> tuple[paths.Tree, paths.Tr
     return loop.split(stage, abstract_params(model, loop.lora_spec(stage)))
 
 
-def state_bytes(config: Config, model: ModelConfig, teacher: ModelConfig | None) -> int:
+def teachers(
+    config: Config, source: ModelConfig, stage3: ModelConfig | None
+) -> dict[str, ModelConfig]:
+    """The model that teaches in each training stage that has a teacher.
+
+    Args:
+      source: the source model.
+      stage3: the teacher of Stage 3.
+    """
+    found = {}
+    for name, stage in training_stages(config).items():
+        if learns_from_source(stage):
+            found[name] = source
+        elif stage3 and teacher_of(stage):
+            found[name] = stage3
+    return found
+
+
+def state_bytes(config: Config, model: ModelConfig, teachers: Mapping[str, ModelConfig]) -> int:
     """The most that parameters, gradients and optimizer state of a training stage need in all, its
     teacher included."""
-    stages = training_stages(config).values() or [config.stage1]
-    frozen = 2 * parameters(abstract_params(teacher)) if teacher else 0
+    stages = training_stages(config) or {"stage1": config.stage1}
+    frozen = {name: 2 * parameters(abstract_params(teacher)) for name, teacher in teachers.items()}
     return max(
-        loop.state_bytes(stage, model) + (frozen if teacher_of(stage) else 0) for stage in stages
+        loop.state_bytes(stage, model) + frozen.get(name, 0) for name, stage in stages.items()
     )
 
 
@@ -130,18 +165,9 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     work = {  # one after the other
         "one layer": layer_bytes(setup, tokens) + gathered_bytes(model, trained, size, mesh),
     }
-    teaching: dict[str, int] = {}
-    if setup.teacher and teacher_of(stage):
-        teacher = dataclasses.replace(setup.teacher, vocab_size=model.vocab_size)
-        teaching = {
-            f"teacher ({compute.dtype})": size * elements(abstract_params(teacher), mesh),
-            f"what the teacher says ({compute.dtype})": size * tokens * teacher.hidden_size,
-        }
-        forward = dataclasses.replace(setup, model=teacher).with_stage(method="full")
-        work["one layer of the teacher"] = layer_bytes(forward, tokens) + gathered_bytes(
-            teacher, {}, size, mesh
-        )
-        logits += logits_bytes(teacher, compute, tokens, mesh)
+    teaching, teacher_work, teacher_logits = _teacher_memory(setup, held)
+    work |= teacher_work
+    logits += teacher_logits
     work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
     cast_projections = 0 if size == FLOAT else size * elements(_only("_proj/", trained), mesh)
@@ -156,6 +182,34 @@ def stage_memory(setup: Setup) -> dict[str, int]:
         f"activations kept (remat={compute.remat})": kept_bytes(model, compute, tokens, mesh),
         f"largest work at once ({most})": work[most],
     }
+
+
+def _teacher_memory(setup: Setup, held: int) -> tuple[dict[str, int], dict[str, int], int]:
+    """Bytes on each device of a stage's teacher for `held` sequences: what it holds by kind, its
+    working memory, and its logits."""
+    if not setup.teacher:
+        return {}, {}, 0
+    teacher, mesh, compute = setup.teacher, setup.mesh, setup.compute
+    size, tokens = jnp.dtype(compute.dtype).itemsize, held * setup.teacher_length
+    if learns_from_source(setup.stage):
+        # Its states at shared boundaries, and their differences to the student's, are float32.
+        states = 3 * FLOAT * held * setup.stage.sequence_length * teacher.hidden_size
+    else:
+        # Heads have as many rows as the student's (`distillation.with_rows`).
+        teacher, states = dataclasses.replace(teacher, vocab_size=setup.model.vocab_size), 0
+    holds = {
+        f"teacher ({compute.dtype})": size * elements(abstract_params(teacher), mesh),
+        "states of the teacher": size * tokens * teacher.hidden_size + states,
+    }
+    forward = dataclasses.replace(setup, model=teacher).with_stage(
+        method="full", sequence_length=setup.teacher_length
+    )
+    layer = layer_bytes(forward, tokens) + gathered_bytes(teacher, {}, size, mesh)
+    return (
+        holds,
+        {"one layer of the teacher": layer},
+        logits_bytes(teacher, compute, tokens, mesh),
+    )
 
 
 def policy(compute: ComputeConfig) -> remat.Policy:

@@ -15,8 +15,8 @@ from tokalign_jax.config import (
     distillation_budget,
     distills,
     distills_tokens,
+    learns_from_source,
     reads_source,
-    teacher_of,
     training_stages,
 )
 from tokalign_jax.initialization import self_distillation, tuning
@@ -55,6 +55,8 @@ class StagePlan:
     seconds: float | None
     speed: str
     """Source of `seconds`."""
+    objective: str = ""
+    """Named where it is not the loss of the next token."""
 
     @property
     def tokens(self) -> int:
@@ -118,7 +120,8 @@ class Plan:
         for stage in self.stages:
             lines += [
                 "",
-                f"{stage.name} ({stage.method}): {quantity(stage.trained)} parameters train, {quantity(stage.frozen)} are frozen",
+                f"{stage.name} ({stage.method}{stage.objective}): {quantity(stage.trained)} parameters "
+                f"train, {quantity(stage.frozen)} are frozen",
                 f"  {stage.steps:,} steps of {stage.sequences:,} x {stage.length:,} tokens, each in {stage.accumulation} "
                 f"micro-batch{'es' * (stage.accumulation > 1)}: {quantity(stage.tokens)} tokens",
                 *_time(stage.seconds, stage.speed),
@@ -222,7 +225,10 @@ def make_plan(
       UserError: a mesh or batch that does not fit the devices.
     """
     training = training_stages(config)
-    state = memory.state_bytes(config, model, teacher)
+    source = source or Source(model.vocab_size, exported)
+    source_model = dataclasses.replace(model, vocab_size=source.rows)
+    teachers = memory.teachers(config, source_model, teacher)
+    state = memory.state_bytes(config, model, teachers)
     devices = sharding.usable(
         config.mesh, machine.devices, [stage.batch_size for stage in training.values()]
     )
@@ -230,9 +236,9 @@ def make_plan(
     mesh = sharding.axis_sizes(
         config.mesh, devices, state, machine.memory, functools.partial(memory.share, model)
     )
-    setups = resolved_stages(config, model, mesh, machine, teacher)
+    setups = resolved_stages(config, model, mesh, machine, teachers)
     stages = tuple(_stage(setup, speed) for setup in setups.values())
-    run = Run(config, source or Source(model.vocab_size, exported), model, mesh, machine)
+    run = Run(config, source, model, mesh, machine)
     warnings = [*advice.too_large(setups).values(), *advice.too_large_untrained(run).values()]
     warnings += advice.not_split(model, mesh)
     sizes = disk.disk_bytes(config, model, text_bytes, exported)
@@ -309,7 +315,7 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
     trained, frozen = memory.shapes(model, stage)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     # Measured speeds of a method are without a teacher.
-    kind = "distillation" if teacher_of(stage) else stage.method
+    kind = "distillation" if setup.teacher else stage.method
     each = flops.flops_per_token(model, stage, setup.teacher)
     known = speed.seconds(tokens, tokens * each, kind, setup.machine)
     return StagePlan(
@@ -323,4 +329,5 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
         memory.micro_batches(setup)[0],
         memory.stage_memory(setup),
         *(known or (None, "")),
+        f", {stage.objective} with the source model" if learns_from_source(stage) else "",
     )

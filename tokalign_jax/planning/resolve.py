@@ -1,5 +1,7 @@
 """Replaces `auto` in the settings of training stages by what fits the devices and is fastest."""
 
+from collections.abc import Mapping
+
 from tokalign_jax.config import AUTO, Config, training_stages
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat
@@ -55,11 +57,15 @@ def resolved_stages(
     model: ModelConfig,
     mesh: MeshSizes,
     machine: Machine,
-    teacher: ModelConfig | None = None,
+    teachers: Mapping[str, ModelConfig],
 ) -> dict[str, Setup]:
-    """The training stages of a run by name, without `auto`."""
+    """The training stages of a run by name, without `auto`.
+
+    Args:
+      teachers: of the stages that have one (`memory.teachers`).
+    """
     return {
-        name: resolve(Setup(name, stage, config.compute, model, mesh, machine, teacher))
+        name: resolve(Setup(name, stage, config.compute, model, mesh, machine, teachers.get(name)))
         for name, stage in training_stages(config).items()
     }
 

@@ -1,20 +1,28 @@
-"""The stream of training sequences: a seeded global shuffle of fixed-length windows over the token shards, by grain.
+"""The stream of training sequences: a seeded global shuffle of fixed-length windows over the token
+shards, by grain.
 
-Sequence i holds tokens i T to i T + T, its last token being the next one's first, so that every token is predicted
-once. A token that the tokenizer puts before every text takes each sequence's first place, which predicts only.
-Position p of the stream is a sequence: pass p // N of the corpus, and within it the p % N-th of that pass's own
-order (N sequences a pass). Steps read the stream in order: step s of a stage that starts at `offset` reads positions
-offset + s G to offset + (s + 1) G, G the global batch, however many hosts share the work.
+Sequence i holds tokens i T to i T + T; its last token is the next one's first, so that every token is
+predicted once. A token that the tokenizer puts before every text (bos) takes the first position of each
+sequence, which is only read. Position p of the stream is a sequence: pass p // N over the corpus, and
+within it number p % N in that pass's own order (N sequences a pass). Steps read the stream in order:
+step s of a stage that starts at `offset` reads positions offset + s G to offset + (s + 1) G, G the
+global batch, however many hosts share the work.
+
+A token that is read but not predicted (a user's turn of a chat) stands as ~id in a sequence, a negative
+number, which the losses ignore as a label (`read_and_predicted`).
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from tokalign_jax.errors import UserError
+from tokalign_jax.text.boundaries import NONE
 
 _THREADS, _READY_BATCHES = 2, 8
 
@@ -53,9 +61,59 @@ class TokenSource:
             sequence[0] = self._opening
         return sequence
 
-    def _getitems(self, indices: Sequence[int]) -> list[np.ndarray]:
+    def _getitems(self, indices: Sequence[int]) -> list[Any]:
         """grain's name for reading many at once; it spares its own work by item."""
         return [self[index] for index in indices]
+
+
+class SourceText(NamedTuple):
+    """The training text in the source model's tokens."""
+
+    shards: Shards
+    positions: Int[np.ndarray, "tokens"]
+    """For each target token the source token that ends at the same place of the text
+    (`text.shared_boundaries`), or `NONE`."""
+
+
+class PairedSource(TokenSource):
+    """The sequences of `TokenSource`, each with the source tokens of its text.
+
+    Items are dicts of int32 arrays: `tokens` [T + 1]; `source` [S], which begins with the source token
+    that ends at the first shared boundary of the sequence; and `positions` [T], the position in `source`
+    after which the teacher has read the same text, or `NONE`. Of text that takes more than S source
+    tokens, the end has no positions.
+    """
+
+    def __init__(self, shards: Shards, sequence_length: int, text: SourceText, source_length: int):
+        super().__init__(shards, sequence_length)
+        self._source, self._width = text, source_length
+
+    def __getitem__(self, index: int) -> dict[str, Int32[np.ndarray, "..."]]:
+        begin, (shards, shared) = int(index) * self._length, self._source
+        places = np.asarray(shared[begin : begin + self._length]).astype(np.int64)
+        first = int(np.argmax(places != NONE))
+        start = max(int(places[first]), 0)
+        source = np.zeros(self._width, np.int32)
+        read = np.asarray(shards.tokens[start : start + self._width])
+        source[: len(read)] = read
+        places = np.where((places != NONE) & (places - start < self._width), places - start, NONE)
+        if shards.opening is not None:
+            source[0] = shards.opening
+            # After more than the first position the student has read text that the teacher has not.
+            places[first] = places[first] if first == 0 else NONE
+        return {
+            "tokens": super().__getitem__(index),
+            "source": source,
+            "positions": places.astype(np.int32),
+        }
+
+
+def read_and_predicted(
+    tokens: Int[jax.Array, "B T+1"],
+) -> tuple[Int[jax.Array, "B T"], Int[jax.Array, "B T"]]:
+    """(input ids, labels) of sequences; labels of tokens that are not predicted are negative."""
+    read = tokens[:, :-1]
+    return jnp.where(read < 0, ~read, read), tokens[:, 1:]
 
 
 def make_stream(

@@ -96,7 +96,7 @@ def loss(
     )
     surrogate = weighted_cross_entropy(hidden, head, labels, factors, how)
 
-    alike = _alike(batch.positions) & (labels >= 0)
+    alike = same_next_token(batch.positions) & (labels >= 0)
     states = state_distance(hidden, _at(taught, batch.positions), alike)
     total = surrogate + jax.lax.stop_gradient(value - surrogate) + weights.states * states
     return total, Terms(jax.lax.stop_gradient(total), next_token, states, distance)
@@ -117,7 +117,7 @@ def _likelihood_terms(
     nll: Float[Array, "B T"], teacher_nll: Float[Array, "B S"], batch: Batch, weights: Weights
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
     """The weighted sum of next-token loss and divergence; (next-token loss, distance)."""
-    real, alike = batch.target[:, 1:] >= 0, _alike(batch.positions)
+    real, alike = batch.target[:, 1:] >= 0, same_next_token(batch.positions)
     count = jnp.maximum(real.sum(), 1)
     factors = jnp.where(real, jnp.where(alike, 1.0, weights.emphasis), 0.0)
     next_token = jnp.sum(nll * factors * batch.next_token[:, None]) / count
@@ -189,8 +189,9 @@ def state_distance(
     return jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0)) / jnp.maximum(variance, 1e-9)
 
 
-def _alike(positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Whether the token behind a position is one and the same on both sides; unknown for the last."""
+def same_next_token(positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether the token after a position is the same stretch of text on both sides; unknown for the
+    last position."""
     now, following = positions[:, :-1], positions[:, 1:]
     return jnp.pad((now != NONE) & (following == now + 1), ((0, 0), (0, 1)), constant_values=False)
 

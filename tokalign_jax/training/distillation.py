@@ -38,6 +38,7 @@ from tokalign_jax.parallel.sharding import (
     over,
     summed,
 )
+from tokalign_jax.training.batches import read_and_predicted
 from tokalign_jax.training.losses import (
     LEAST,
     Head,
@@ -116,9 +117,10 @@ def make_distillation_loss(
 
     def loss(
         trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array
-    ) -> Float[Array, ""]:
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         frozen, taught = frozen
-        params, inputs = paths.merge(trainable, frozen), tokens[:, :-1]
+        params = paths.merge(trainable, frozen)
+        inputs, labels = read_and_predicted(tokens)
         wanted = jax.lax.stop_gradient(forward(teacher, taught, inputs, dtype=dtype))
         hidden = forward(
             model,
@@ -130,10 +132,7 @@ def make_distillation_loss(
             remat=remat,
             unroll=compute.unroll,
         )
-        total, count = distillation(
-            hidden, head_matrix(params), wanted, head_matrix(taught), tokens[:, 1:], how
-        )
-        return total / count
+        return distillation(hidden, head_matrix(params), wanted, head_matrix(taught), labels, how)
 
     return loss
 

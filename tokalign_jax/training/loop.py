@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tokalign_jax.config import ComputeConfig, Config, StageConfig
+from tokalign_jax.config import ComputeConfig, Config, StageConfig, settings_of
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
@@ -577,7 +577,7 @@ def _fingerprint(
         return list(sharding.padded_shape(path, (rows, *leaf.shape[1:])))
 
     facts = {
-        "stage": {k: v for k, v in dataclasses.asdict(stage).items() if k not in _BOOKKEEPING},
+        "stage": {k: v for k, v in settings_of(stage).items() if k not in _BOOKKEEPING},
         "seed": config.seed,
         "dtype": config.compute.dtype,
         "model": dataclasses.asdict(model_config),

@@ -19,17 +19,21 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.parallel import sharding
-from tokalign_jax.training.batches import Sequences, Shards, TokenSource
+from tokalign_jax.training.batches import Sequences, Shards, TokenSource, read_and_predicted
 from tokalign_jax.training.losses import cross_entropy, head_of
 from tokalign_jax.training.optimizer import Schedule
 from tokalign_jax.utils import paths
 
 Batch = Int32[Array, "A B T+1"] | Mapping[str, Array]
-"""What a step reads: token ids of the target tokenizer, or several arrays [A, B, ...], of which `tokens` are these."""
-Loss = Callable[[Any, Any, Any, Array], Float[Array, ""]]
-"""(trainable, frozen, micro-batch, keys [B]) -> mean over its tokens, in nats: of the negative log-likelihood, or another loss.
+"""What a step reads: token ids of the target tokenizer (`batches.read_and_predicted`), or several
+arrays [A, B, ...], of which `tokens` are these."""
+Loss = Callable[[Any, Any, Any, Array], tuple[Float[Array, ""], Float[Array, ""]]]
+"""(trainable, frozen, micro-batch, keys [B]) -> (sum of the loss over tokens in nats, number of tokens
+that it is a sum over). The loss of a step is the sum over its micro-batches by their tokens, so that it
+does not depend on how the step is divided.
 
-The micro-batch is the batch without its first axis. `frozen` is any tree of arrays that never change; the loss alone looks into it.
+The micro-batch is the batch without its first axis. `frozen` is any tree of arrays that never change;
+the loss alone looks into it.
 """
 Metrics = dict[str, Array]
 Step = Callable[["TrainState", Any, Batch, Array, Schedule], tuple["TrainState", Metrics]]
@@ -37,11 +41,12 @@ Step = Callable[["TrainState", Any, Batch, Array, Schedule], tuple["TrainState",
 
 @dataclass(frozen=True)
 class Objective:
-    """What a stage minimises (`loop.run_stage`): `NEXT_TOKEN`, or a loss that needs more than the model and its text, as
-    `distillation.objective` does.
+    """What a stage minimises (`loop.run_stage`): `NEXT_TOKEN`, or a loss with a teacher.
 
-    A further one takes no other step and no other loop. It brings the arrays that only it knows (`beside`: a teacher's parameters, say),
-    and where a sequence has more to it than token ids of the target, what reads these (`sequences`, whose items may be dicts: `Batch`).
+    Teachers are a model with the target tokenizer (`distillation.objective`) or the source model
+    (`source_teacher.objective`). Step and loop are the same for all. An objective brings the arrays that
+    only its loss reads (`beside`: the teacher's parameters) and, where a sequence is more than token ids
+    of the target, the access to its sequences (`sequences`, whose items may be dicts: `Batch`).
     """
 
     make_loss: Callable[[ModelConfig, ComputeConfig, LoraSpec | None], Loss]
@@ -83,20 +88,20 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
 
     def loss(
         trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array
-    ) -> Float[Array, ""]:
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         params = paths.merge(trainable, frozen)
+        read, labels = read_and_predicted(tokens)
         hidden = forward(
             model_config,
             params,
-            tokens[:, :-1],
+            read,
             lora=lora,
             dropout_key=keys,
             dtype=dtype,
             remat=remat,
             unroll=compute.unroll,
         )
-        total, count = cross_entropy(hidden, head_matrix(params), tokens[:, 1:], head)
-        return total / count
+        return cross_entropy(hidden, head_matrix(params), labels, head)
 
     return loss
 
@@ -110,12 +115,13 @@ def make_train_step(
 ) -> Step:
     """The jitted step; it donates the state it is given.
 
-    Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is not finite leaves
-    everything but the counters as it was, the optimizer's own count included, and the learning rate goes by the steps
-    that did count.
+    Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is not
+    finite changes nothing but the counters (not even the optimizer's own count), and the learning rate
+    follows the steps that were not skipped.
 
-    Metrics (scalars): loss (as `loss` has it), gradient_norm (before clipping), learning_rate (`StageConfig.learning_rate`
-    as the schedule has it), finite, tokens (of the step), skipped, skipped_in_a_row.
+    Metrics (scalars): loss (mean over tokens), gradient_norm (before clipping), learning_rate
+    (`StageConfig.learning_rate` under the schedule), finite, tokens (of the step), skipped,
+    skipped_in_a_row.
 
     Args:
       dtype: of activations. Projections are cast to it once a step, before they travel between devices.
@@ -123,30 +129,33 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def gradients_of(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
-        """Mean loss, and gradients."""
+        """Mean loss over the tokens of all micro-batches, and its gradients."""
         params = _cast_projections(params, dtype)
 
         accumulation, sequences = target_tokens(batch).shape[:2]
 
-        def of_micro_batch(index: Any, part: Any) -> tuple[Array, Any]:
-            # A key for each sequence of the step, so that dropout too is the same however the step is cut into micro-batches.
+        def of_micro_batch(index: Any, part: Any) -> tuple[tuple[Array, Array], Any]:
+            # A key for each sequence of the step, so that dropout too is the same however the step
+            # is divided into micro-batches.
             keys = jax.vmap(jax.random.fold_in, (None, 0))(
                 key, index * sequences + jnp.arange(sequences)
             )
-            value, gradients = jax.value_and_grad(loss)(params, frozen, part, keys)
-            return value, _split_as_parameters(
+            sums, gradients = jax.value_and_grad(loss, has_aux=True)(params, frozen, part, keys)
+            return sums, _split_as_parameters(
                 jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh
             )
-
-        if accumulation == 1:  # no sum, and no memory for one
-            return of_micro_batch(0, jax.tree.map(lambda x: x[0], batch))
 
         def add(sums: Any, item: tuple[Array, Any]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, of_micro_batch(*item)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulation), batch))
-        return jax.tree.map(lambda x: x / accumulation, sums)
+        if accumulation == 1:  # no sum, and no memory for one
+            sums = of_micro_batch(0, jax.tree.map(lambda x: x[0], batch))
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+            start = (jnp.zeros(()), jnp.zeros(())), zeros
+            sums, _ = jax.lax.scan(add, start, (jnp.arange(accumulation), batch))
+        (total, count), gradients = sums
+        return jax.tree.map(lambda x: x / jnp.maximum(count, 1), (total, gradients))
 
     def train_step(
         state: TrainState, frozen: Any, batch: Batch, key: Array, schedule: Schedule
@@ -180,7 +189,7 @@ def make_train_step(
             "skipped": after.skipped,
             "skipped_in_a_row": after.skipped_in_a_row,
         }
-        # What goes out lies as what came in: it is what comes in next, in the same memory.
+        # Constrain outputs to the input sharding, so that donated buffers are reused.
         return _split_as_parameters(after, mesh), metrics
 
     gpu = mesh.devices.flat[0].platform == "gpu"
