@@ -31,6 +31,7 @@ def config(tmp_path_factory):
             "stage1": {**stage, "steps": 2, "objective": "mixture"},
             "stage2": {**stage, "steps": 1, "method": "lora", "objective": "distillation"},
             "compute": {"dtype": "float32", "remat": "dots"},
+            "evaluation": {"sequence_length": 32},
         }
     )
 
