@@ -49,6 +49,9 @@ ABSENT = {
     "residual_scale": 1.0,
     "output_scale": 1.0,
     "norm_plus_one": False,
+    "embedding_norm": False,
+    "rotate_before_norm": False,
+    "qkv_clip": None,
 }
 """Constants of some families, with the value that means that there is none."""
 
@@ -109,7 +112,11 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
         )
     if len({kind.rope for kind in config.layer_kinds}) > 1:
         yield layers(lambda kind: replace(kind, rope=ropes[0]))
+    if any(kind.query_growth for kind in config.layer_kinds):
+        yield layers(lambda kind: replace(kind, query_growth=None))
     for field, absent in ABSENT.items():
+        if field == "rotate_before_norm" and not config.norm_scale:
+            continue  # without a scale the order makes no difference
         if getattr(config, field) != absent:
             yield replace(config, **{field: absent})
     if config.experts:

@@ -87,7 +87,18 @@ def _longrope(pairs: int) -> dict[str, Any]:
     }
 
 
-_TEXT_MODELS = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama"}
+_TEXT_MODELS = {
+    "gemma3": "gemma3_text",
+    "idefics3": "llama",
+    "internvl": "qwen3",
+    "llava": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "smolvlm": "llama",
+}
 """model_type of the text model in each that sees images too."""
 _VISION = {
     "hidden_size": 16,
@@ -97,6 +108,24 @@ _VISION = {
     "head_dim": 8,
     "image_size": 28,
     "patch_size": 14,
+}
+_VISION_OF: dict[str, dict[str, Any]] = {
+    "internvl": {"image_size": [28, 28], "patch_size": [14, 14]},
+    "qwen2_vl": {"embed_dim": 16, "hidden_size": 32, "depth": 1, "num_heads": 2},
+    "qwen2_5_vl": {"out_hidden_size": 32, "depth": 1, "num_heads": 2},
+    "qwen3_vl": {
+        "out_hidden_size": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "deepstack_visual_indexes": [0],
+    },
+}
+"""What differs from `_VISION`."""
+_NO_MAMBA = {
+    "mamba_n_heads": 4,
+    "num_local_experts": 0,
+    "layer_types": ["attention", "attention"],
+    "shared_intermediate_size": 48,
 }
 _QWEN_MOE = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -332,6 +361,149 @@ CASES = (
         },
     ),
     Case(
+        "granitemoehybrid",
+        "no Mamba layers, rotary embedding, multipliers, tied",
+        {
+            **_NO_MAMBA,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 0.7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("granitemoehybrid", "no rotary embedding, biases", {**_NO_MAMBA, "attention_bias": True}),
+    Case(
+        "ministral",
+        "window in some layers, wide heads",
+        {"sliding_window": 12, "head_dim": 16, "layer_types": [_SLIDING, _FULL]},
+    ),
+    Case(
+        "ministral3",
+        "growing queries, YaRN, window",
+        {
+            "head_dim": 16,
+            "sliding_window": 12,
+            **_rope("yarn", **_YARN, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4),
+        },
+    ),
+    Case(
+        "ministral3",
+        "queries do not grow, tied",
+        {
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            **_rope("default", llama_4_scaling_beta=0.0, original_max_position_embeddings=32),
+        },
+    ),
+    Case("olmo", "norms without parameters, clipping", {"clip_qkv": 0.2}),
+    Case("olmo", "biases, tied", {"attention_bias": True, "tie_word_embeddings": True}),
+    Case(
+        "exaone4",
+        "norms after, windows, no rotary embedding in the other layers",
+        {"sliding_window": 12, "layer_types": [_SLIDING, _FULL]},
+    ),
+    Case(
+        "exaone4",
+        "no windows, LLaMA 3 scaling, tied",
+        {
+            "sliding_window": None,
+            "layer_types": [_FULL, _FULL],
+            "tie_word_embeddings": True,
+            **_rope("llama3", **_LLAMA3),
+        },
+    ),
+    Case("seed_oss", "biases of queries, keys and values", {"head_dim": 16}),
+    Case(
+        "seed_oss",
+        "all biases, tied",
+        {
+            "head_dim": 8,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("arcee", "two matrices, ReLU squared, YaRN", _rope("yarn", **_YARN)),
+    Case(
+        "arcee",
+        "biases, tied, wide heads",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 16},
+    ),
+    Case(
+        "nemotron",
+        "layer norms of 1 + w, partial rotary",
+        _rope("default", partial_rotary_factor=0.5),
+    ),
+    Case(
+        "nemotron",
+        "biases, tied, wide heads",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 16},
+    ),
+    Case(
+        "hunyuan_v1_dense",
+        "query and key norms after rotation, base by alpha, tied",
+        {"head_dim": 16, "tie_word_embeddings": True, **_rope("dynamic", alpha=50.0, factor=1.0)},
+    ),
+    Case("hunyuan_v1_dense", "biases", {"head_dim": 8, "attention_bias": True}),
+    Case("starcoder2", "window, biases, tied", {"sliding_window": 12, "tie_word_embeddings": True}),
+    Case("starcoder2", "no biases, untied", {"use_bias": False, "tie_word_embeddings": False}),
+    Case("cohere", "parallel with one norm, interleaved rotary, tied", {"logit_scale": 0.5}),
+    Case(
+        "cohere",
+        "query and key norms for each head, biases, untied",
+        {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.5},
+    ),
+    Case(
+        "cohere2",
+        "windows, no rotary embedding in the other layers, tied",
+        {
+            "sliding_window": 12,
+            "layer_types": [_SLIDING, _FULL],
+            "logit_scale": 0.5,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("glm", "interleaved partial rotary, fused gate and up", {"head_dim": 16}),
+    Case(
+        "glm",
+        "no biases, tied, linear scaling",
+        {
+            "head_dim": 8,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            **_rope("linear", factor=2.0, partial_rotary_factor=0.5),
+        },
+    ),
+    Case("glm4", "norms before and after", {"head_dim": 16}),
+    Case(
+        "glm4",
+        "no biases, tied",
+        {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    Case("ernie4_5", "interleaved rotary, tied", {"head_dim": 16, "tie_word_embeddings": True}),
+    Case("ernie4_5", "biases, untied", {"head_dim": 8, "use_bias": True}),
+    Case("helium", "interleaved rotary", {"head_dim": 8}),
+    Case(
+        "helium",
+        "biases, tied",
+        {"head_dim": 8, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    Case("apertus", "learned activation, LLaMA 3 scaling", _rope("llama3", **_LLAMA3)),
+    Case(
+        "apertus",
+        "biases, tied, ReLU",
+        {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "relu"},
+    ),
+    Case("nanochat", "norms without parameters, soft-cap", {"final_logit_softcapping": 3.0}),
+    Case(
+        "nanochat",
+        "biases, tied, no soft-cap",
+        {"attention_bias": True, "tie_word_embeddings": True, "final_logit_softcapping": None},
+    ),
+    Case(
         "mixtral",
         "experts, window",
         {
@@ -358,6 +530,25 @@ CASES = (
     ),
     Case("mistral3", "text model of images and text", {"head_dim": 16, "sliding_window": None}),
     Case("llava", "text model of images and text", {"tie_word_embeddings": True}),
+    Case("llava_onevision", "text model of images and text", {"tie_word_embeddings": True}),
+    Case("internvl", "text model of images and text", {"head_dim": 8}),
+    Case("idefics3", "text model of images and text", {"tie_word_embeddings": True}),
+    Case("smolvlm", "text model of images and text"),
+    Case("qwen2_vl", "text model of images and text", _rope("default", mrope_section=[1, 1, 2])),
+    Case(
+        "qwen2_5_vl",
+        "text model of images and text, YaRN",
+        _rope("yarn", **_YARN, mrope_section=[1, 1, 2]),
+    ),
+    Case(
+        "qwen3_vl",
+        "text model of images and text",
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            **_rope("default", mrope_section=[4, 2, 2], mrope_interleaved=True),
+        },
+    ),
 )
 
 
@@ -386,9 +577,10 @@ def settings(case: Case) -> dict[str, Any]:
     if case.family not in _TEXT_MODELS:
         return {**sizes, **case.settings}
     text = {"model_type": _TEXT_MODELS[case.family], **_SIZES, **case.settings}
+    vision = _VISION | _VISION_OF.get(case.family, {})
     return {
         "text_config": text,
-        "vision_config": _VISION,
+        "vision_config": vision,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
 

@@ -23,7 +23,9 @@ MIXTURES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("case", of("mixtral", "qwen3_moe", "gemma3", "mistral3", "llava"), ids=str)
+@pytest.mark.parametrize(
+    "case", of("mixtral", "qwen3_moe", *families.multimodal.MODEL_TYPES), ids=str
+)
 def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
     check(case, tmp_path)
 

@@ -338,7 +338,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     "family, changes, message",
     [
         ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
-        ("llama", {"hidden_act": "relu2"}, "'hidden_act' to 'relu2'"),
+        ("llama", {"hidden_act": "tanh"}, "'hidden_act' to 'tanh'"),
         ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config'"),
         (
             "llama",

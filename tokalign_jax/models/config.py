@@ -14,6 +14,16 @@ class LayerKind:
     """None: without rotary embedding."""
     window: int | None = None
     """A query sees this many latest positions, its own included; None: all before it."""
+    query_growth: "QueryGrowth | None" = None
+    """Queries grow with their position; None: they do not."""
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Factor of the query at position p: 1 + beta ln(1 + floor(p / original_positions))."""
+
+    beta: float
+    original_positions: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class ModelConfig:
     """H."""
     intermediate_size: int
     """F: width of the feed-forward layer, or of one expert."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "xielu"]
+    """`xielu` (arXiv 2411.13010) has parameters of its own in each layer."""
     gated_mlp: bool
     """down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))."""
     norm: Literal["rms", "layer"]
@@ -72,6 +83,12 @@ class ModelConfig:
 
     learned_positions: bool = False
     """A learned vector per position, up to `max_positions`, is added to the embedding."""
+    embedding_norm: bool = False
+    """A norm between the embedding and the first layer."""
+    norm_scale: bool = True
+    """Norms have a learned scale."""
+    norm_bias: bool = False
+    """Norms of the residual stream have a learned bias."""
     norm_plus_one: bool = False
     """Norms multiply with 1 + scale."""
     norm_placement: Literal["before", "after", "both"] = "before"
@@ -79,8 +96,12 @@ class ModelConfig:
     shared_norm: bool = False
     """With `parallel_residual`: attention and feed-forward read the layer's input through one norm."""
     query_key_norm: Literal["head", "each_head", "width"] | None = None
-    """Queries and keys are normed before they turn: over H with one scale for all heads, over H with a scale for each head,
-    or over all heads together."""
+    """Norms of queries and keys: over H with one scale for all heads, over H with a scale for
+    each head, or over all heads together."""
+    rotate_before_norm: bool = False
+    """Queries and keys are rotated before their norms, not after."""
+    qkv_clip: float | None = None
+    """Queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected."""
     attention_scale: float | None = None
     """Factor of the attention logits; None: 1 / sqrt(H)."""
     attention_softcap: float | None = None

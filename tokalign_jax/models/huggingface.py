@@ -147,7 +147,7 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
                 path
             ):  # it is its own leaf: no more of it is read than asked for
                 return block[rest or slice(None)]
-            return weight.split(block[:])[number][rest]
+            return weight.split(block[...])[number][rest]
 
     return read
 
@@ -175,7 +175,7 @@ def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np
                     rows[leaf] = np.concatenate(
                         [sum(start) + _non_finite(block) for start, (block,) in blocks]
                     )
-                elif len(_non_finite(np.atleast_1d(tensor[:]))):
+                elif len(_non_finite(np.atleast_1d(tensor[...]))):
                     broken.append(name)
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
@@ -292,11 +292,12 @@ def _from_bits(array: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequence[np.ndarray]]]:
     """The leaves of a stored tensor, and where they begin: all at once, or a vocabulary's matrix, which is its own leaf, by rows."""
-    rows, *rest = tensor.get_shape()
-    size = math.prod([rows, *rest]) * _FLOATS[tensor.get_dtype()].itemsize
+    shape = tensor.get_shape()
+    size = math.prod(shape) * _FLOATS[tensor.get_dtype()].itemsize
     if not sharding.is_vocabulary(weight.leaves[0]) or size <= _BLOCK_BYTES:
-        yield (), weight.split(tensor[:])
+        yield (), weight.split(tensor[...])
         return
+    rows = shape[0]
     step = max(1, rows * _BLOCK_BYTES // size)
     for first in range(0, rows, step):
         yield (first,), (tensor[first : min(first + step, rows)],)

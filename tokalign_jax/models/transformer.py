@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
-from tokalign_jax.models.config import Experts, ModelConfig
+from tokalign_jax.models.config import Experts, ModelConfig, QueryGrowth
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Length, Rotation, rotate, rotation
 from tokalign_jax.parallel import sharding
@@ -54,6 +54,7 @@ _ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
 
@@ -134,13 +135,16 @@ class Norm(nnx.Module):
         """`shape`: of the scale; `gain`: one more factor of the result."""
         self.config = config
         self.gain = gain
-        self.scale = _param(*shape)
+        self.scale = _param(*shape) if config.norm_scale else None
         self.bias = _param(*shape) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        scale = self.gain * (
-            self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0)
-        )
+        if self.scale is None:
+            scale = jnp.full(x.shape[-1:], self.gain, jnp.float32)
+        else:
+            scale = self.gain * (
+                self.scale.astype(jnp.float32) + (1.0 if self.config.norm_plus_one else 0.0)
+            )
         bias = None if self.bias is None else self.gain * self.bias.astype(jnp.float32)
         return _normed(x, scale, bias, self.config.norm == "layer", self.config.norm_epsilon)
 
@@ -152,6 +156,8 @@ class Place(NamedTuple):
     by: Rotation
     window: Int[Array, ""] | int
     """Number of the layer's window among those of the model."""
+    query_factor: Float[Array, "T"] | None
+    """By position; None: 1."""
 
 
 class Attention(nnx.Module):
@@ -162,7 +168,7 @@ class Attention(nnx.Module):
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         project = functools.partial(Linear, bias=config.attention_bias, lora=lora)
         # Queries and keys are kept as attention reads them, turned; but where a norm comes before, as its gradient needs them.
-        self.kept_turned = config.query_key_norm is None
+        self.kept_turned = config.query_key_norm is None or config.rotate_before_norm
         projected = None if self.kept_turned else rematerialization.ATTENTION
         self.q_proj = project(config.hidden_size, queries, kept_as=projected)
         self.k_proj = project(config.hidden_size, keys, kept_as=projected)
@@ -177,11 +183,12 @@ class Attention(nnx.Module):
         in_key, out_key = _split(key, 2)
         readers: Any = _each(x, 3)
         for_q, for_k, for_v = readers
-        q = self._turned(self._heads(self.q_proj(for_q, in_key), self.q_norm), place)
-        k = self._turned(self._heads(self.k_proj(for_k, in_key), self.k_norm), place)
-        v = checkpoint_name(
-            self._heads(self.v_proj(for_v, in_key), None), rematerialization.ATTENTION
-        )
+        q = self._placed(self._clipped(self.q_proj(for_q, in_key)), self.q_norm, place)
+        k = self._placed(self._clipped(self.k_proj(for_k, in_key)), self.k_norm, place)
+        v = self._heads(self._clipped(self.v_proj(for_v, in_key)))
+        v = checkpoint_name(v, rematerialization.ATTENTION)
+        if place.query_factor is not None:
+            q = (q * place.query_factor[:, None, None]).astype(q.dtype)
         if cache is None:
             y = self._attend(q, k, v, place)
         else:
@@ -191,9 +198,26 @@ class Attention(nnx.Module):
             y = self._attend_cached(q, k, v, place)
         return self.o_proj(y.reshape(*x.shape[:2], -1), out_key), cache
 
-    def _turned(self, x: Float[Array, "B T N H"], place: Place) -> Float[Array, "B T N H"]:
-        turned = rotate(x, place.by)
-        return checkpoint_name(turned, rematerialization.ATTENTION) if self.kept_turned else turned
+    def _clipped(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T NH"]:
+        clip = self.config.qkv_clip
+        return x if clip is None else jnp.clip(x, -clip, clip)
+
+    def _placed(
+        self, x: Float[Array, "B T NH"], norm: Norm | None, place: Place
+    ) -> Float[Array, "B T N H"]:
+        """Queries or keys as attention reads them: in heads, normed and rotated."""
+        if self.config.rotate_before_norm:
+            rotated = self._rotated(self._heads(x), place)
+            return _apply(norm, rotated)
+        if self.config.query_key_norm == "width":
+            return self._rotated(self._heads(_apply(norm, x)), place)
+        return self._rotated(_apply(norm, self._heads(x)), place)
+
+    def _rotated(self, x: Float[Array, "B T N H"], place: Place) -> Float[Array, "B T N H"]:
+        rotated = rotate(x, place.by)
+        return (
+            checkpoint_name(rotated, rematerialization.ATTENTION) if self.kept_turned else rotated
+        )
 
     def _query_key_norm(self, heads: int) -> Norm | None:
         size = self.config.head_dim
@@ -207,15 +231,8 @@ class Attention(nnx.Module):
             case "width":
                 return Norm(self.config, heads * size)
 
-    def _heads(self, x: Float[Array, "B T NH"], norm: Norm | None) -> Float[Array, "B T N H"]:
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        if norm is None:
-            return x.reshape(heads)
-        return (
-            norm(x).reshape(heads)
-            if self.config.query_key_norm == "width"
-            else norm(x.reshape(heads))
-        )
+    def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
     @property
     def _logits(self) -> dict[str, Any]:
@@ -253,11 +270,31 @@ class Attention(nnx.Module):
         return attend(q, k, v, mask=(distance >= 0) & (distance < window), **self._logits)
 
 
+class XIELU(nnx.Module):
+    """xIELU (arXiv 2411.13010), computed in float32; `beta` and `epsilon` are constants."""
+
+    def __init__(self):
+        self.alpha_positive, self.alpha_negative = _param(1), _param(1)
+        self.beta, self.epsilon = _param(), _param()
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = x.astype(jnp.float32)
+        beta, epsilon = (
+            jax.lax.stop_gradient(leaf.astype(jnp.float32)) for leaf in (self.beta, self.epsilon)
+        )
+        positive = jax.nn.softplus(self.alpha_positive.astype(jnp.float32))
+        negative = beta + jax.nn.softplus(self.alpha_negative.astype(jnp.float32))
+        below = (jnp.expm1(jnp.minimum(wide, epsilon)) - wide) * negative
+        y = jnp.where(wide > 0, positive * jnp.square(wide), below) + beta * wide
+        return y.astype(x.dtype)
+
+
 class MLP(nnx.Module):
     """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.activation = config.activation
+        self.xielu = XIELU() if config.activation == "xielu" else None
         self.gate_proj = (
             Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, lora)
             if config.gated_mlp
@@ -268,7 +305,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
         in_key, out_key = _split(key, 2)
-        activation = _ACTIVATIONS[self.activation]
+        activation: Any = self.xielu or _ACTIVATIONS[self.activation]
         y = self.up_proj(x, in_key)
         y = activation(y) if self.gate_proj is None else activation(self.gate_proj(x, in_key)) * y
         return self.down_proj(y, out_key)
@@ -349,7 +386,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         self.config = config
-        norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm == "layer")
+        norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
         before, after = config.norm_placement != "after", config.norm_placement != "before"
         self.input_norm = norm() if before else None
         self.attention = Attention(config, lora)
@@ -396,9 +433,14 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed_tokens = Embed(config)
         self.embed_positions = Positions(config) if config.learned_positions else None
+        self.embed_norm = (
+            Norm(config, config.hidden_size, bias=config.norm_bias)
+            if config.embedding_norm
+            else None
+        )
         self.layers = nnx.vmap(lambda: Block(config, lora), axis_size=config.num_layers)()
         self.final_norm = Norm(
-            config, config.hidden_size, bias=config.norm == "layer", gain=config.output_scale
+            config, config.hidden_size, bias=config.norm_bias, gain=config.output_scale
         )
         self.lm_head = None if config.tie_word_embeddings else Head(config)
 
@@ -423,34 +465,36 @@ class Transformer(nnx.Module):
             rotation(positions, rope, size, tokens.shape[1] if length is None else length)
             for rope in ropes
         ]
+        growing, growth_of = _numbered([kind.query_growth for kind in config.layer_kinds])
+        growths = [_query_factor(growth, positions) for growth in growing]
+        if growing == [None]:
+            growths = [None]
         definition, weights = nnx.split(self.layers)
 
-        def layer(x, weights, by, window, key, cache):
-            x, cache = nnx.merge(definition, weights)(x, Place(positions, by, window), key, cache)
+        def layer(x, weights, by, window, growth, key, cache):
+            place = Place(positions, by, window, growth)
+            x, cache = nnx.merge(definition, weights)(x, place, key, cache)
             return sharding.by_sequence(x), cache
 
         def turn(x, scanned):
-            weights, key, cache, rope, window = scanned
-            by = (
-                turns[0]
-                if len(turns) == 1
-                else jax.tree.map(lambda *parts: jnp.stack(parts)[rope], *turns)
-            )
-            return layer(x, weights, by, window, key, cache)
+            weights, key, cache, rope, window, growth = scanned
+            return layer(x, weights, _nth(turns, rope), window, _nth(growths, growth), key, cache)
 
         keys = None if key is None else _split(key, config.num_layers)
         x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
         x = self._placed(x, positions)
         unroll = _at_once(unroll, config.num_layers, remat)
         if unroll < config.num_layers:
-            scanned = weights, keys, cache, jnp.array(rope_of), jnp.array(window_of)
+            numbers = map(jnp.array, (rope_of, window_of, growth_of))
+            scanned = weights, keys, cache, *numbers
             x, cache = jax.lax.scan(rematerialization.wrap(turn, remat), x, scanned, unroll=unroll)
             return self.final_norm(x), cache
         still = jax.lax.stop_gradient(weights)
         for i, slot in enumerate(_unstacked(weights, config.num_layers)):
 
             def own(x, slot, key, i=i):
-                return layer(x, _taken(slot, still, i), turns[rope_of[i]], window_of[i], key, None)
+                place = turns[rope_of[i]], window_of[i], growths[growth_of[i]]
+                return layer(x, _taken(slot, still, i), *place, key, None)
 
             x, _ = rematerialization.wrap(own, remat, in_loop=False)(
                 x, slot, None if keys is None else keys[i]
@@ -465,7 +509,7 @@ class Transformer(nnx.Module):
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.embed_positions is not None:
             x = _plus(x, self.embed_positions.embedding[positions])
-        return x
+        return _apply(self.embed_norm, x)
 
 
 # --- Pure functions ---------------------------------------------------------------------------------------------------
@@ -773,6 +817,19 @@ def _numbered(items: Sequence[_Item]) -> tuple[list[_Item], list[int]]:
     """The different items, and of each item its number among them."""
     different = list(dict.fromkeys(items))
     return different, [different.index(item) for item in items]
+
+
+def _nth(items: Sequence[Any], number: Int[Array, ""]) -> Any:
+    """The item of this number, among trees of arrays of the same shapes."""
+    if len(items) == 1:
+        return items[0]
+    return jax.tree.map(lambda *parts: jnp.stack(parts)[number], *items)
+
+
+def _query_factor(growth: QueryGrowth | None, positions: Int[Array, "T"]) -> Float[Array, "T"]:
+    if growth is None:
+        return jnp.ones(len(positions))
+    return 1 + growth.beta * jnp.log1p((positions // growth.original_positions).astype(jnp.float32))
 
 
 def _check_length(config: ModelConfig, length: int) -> None:

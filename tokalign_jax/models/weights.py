@@ -8,6 +8,7 @@ fill slice `layer, index`. Reading applies `split`, and writing its inverse `joi
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,21 +47,59 @@ class Weight:
         return tuple(name.format(**numbers) for name in (self.name, *self.aliases))
 
 
-def same(name: str, leaf: str, aliases: tuple[str, ...] = (), count: int = 1) -> Weight:
-    """The tensor is the leaf."""
-    return Weight(name, (leaf,), lambda tensor: (tensor,), lambda leaves: leaves[0], aliases, count)
+Order = Sequence[int]
+"""A permutation of a leaf's last axis: element i of ours is element order[i] of theirs."""
 
 
-def linear(name: str, path: str, bias: bool, count: int = 1) -> list[Weight]:
-    """A PyTorch linear layer: weight [out, in] to kernel [in, out], and perhaps a bias."""
+def same(
+    name: str,
+    leaf: str,
+    aliases: tuple[str, ...] = (),
+    count: int = 1,
+    order: Order | None = None,
+) -> Weight:
+    """The tensor is the leaf, or has its last axis in another order."""
+    if order is None:
+        return Weight(
+            name, (leaf,), lambda tensor: (tensor,), lambda leaves: leaves[0], aliases, count
+        )
+    there, back = _indices(order)
+    return Weight(
+        name,
+        (leaf,),
+        lambda tensor: (tensor[..., there],),
+        lambda leaves: leaves[0][..., back],
+        aliases,
+        count,
+    )
+
+
+def linear(
+    name: str, path: str, bias: bool, count: int = 1, order: Order | None = None
+) -> list[Weight]:
+    """A PyTorch linear layer: weight [out, in] to kernel [in, out], and perhaps a bias.
+
+    Args:
+      order: of the outputs, where theirs are in another order than ours.
+    """
+    there, back = _indices(order)
     kernel = Weight(
         f"{name}.weight",
         (f"{path}/kernel",),
-        lambda tensor: (tensor.T,),
-        lambda leaves: leaves[0].T,
+        lambda tensor: (tensor[there].T,),
+        lambda leaves: leaves[0].T[back],
         count=count,
     )
-    return [kernel, same(f"{name}.bias", f"{path}/bias", count=count)] if bias else [kernel]
+    if not bias:
+        return [kernel]
+    return [kernel, same(f"{name}.bias", f"{path}/bias", count=count, order=order)]
+
+
+def _indices(order: Order | None) -> tuple[Any, Any]:
+    """The index that reorders an axis, and the one that undoes it."""
+    if order is None:
+        return slice(None), slice(None)
+    return np.asarray(order), np.argsort(order)
 
 
 def fused(name: str, leaves: Sequence[str], sizes: Sequence[int], outputs: int) -> Weight:
@@ -81,7 +120,11 @@ def fused(name: str, leaves: Sequence[str], sizes: Sequence[int], outputs: int) 
     )
 
 
-def norm(name: str, path: str, bias: bool) -> list[Weight]:
-    """A norm's scale, and perhaps its bias."""
-    scale = same(f"{name}.weight", f"{path}/scale")
-    return [scale, same(f"{name}.bias", f"{path}/bias")] if bias else [scale]
+def norm(
+    name: str, path: str, bias: bool, scale: bool = True, order: Order | None = None
+) -> list[Weight]:
+    """A norm's scale and bias, as far as it has them."""
+    return [
+        *([same(f"{name}.weight", f"{path}/scale", order=order)] if scale else []),
+        *([same(f"{name}.bias", f"{path}/bias", order=order)] if bias else []),
+    ]

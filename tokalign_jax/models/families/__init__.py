@@ -13,39 +13,76 @@ from typing import Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import (
+    apertus,
+    arcee,
+    cohere,
+    ernie,
+    exaone4,
     gemma,
+    glm,
     gpt2,
     gpt_neox,
     granite,
+    hunyuan,
     llama,
     mistral,
     mixture,
     multimodal,
+    nanochat,
     olmo,
     phi3,
     qwen,
+    seed_oss,
     smollm3,
     stablelm,
+    starcoder2,
 )
 from tokalign_jax.models.weights import Weight
 
 _MODULES = (
+    apertus,
+    arcee,
+    cohere,
+    ernie,
+    exaone4,
     gemma,
+    glm,
     gpt2,
     gpt_neox,
     granite,
+    hunyuan,
     llama,
     mistral,
     mixture,
+    nanochat,
     olmo,
     phi3,
     qwen,
+    seed_oss,
     smollm3,
     stablelm,
+    starcoder2,
 )
 
 FAMILIES = {name: module for module in _MODULES for name in module.MODEL_TYPES}
 """Module of each model_type."""
+
+
+_PER_LAYER_EMBEDDINGS = (
+    "each layer has an embedding table of the vocabulary's size of its own, whose rows would need a "
+    "start too"
+)
+_HEAD_BIAS = "its head has a bias for each token, which would need a start too"
+REFUSED = {
+    "gemma3n": _PER_LAYER_EMBEDDINGS,
+    "gemma3n_text": _PER_LAYER_EMBEDDINGS,
+    "gemma4": _PER_LAYER_EMBEDDINGS,
+    "gemma4_text": _PER_LAYER_EMBEDDINGS,
+    "gptj": _HEAD_BIAS,
+    "paligemma": "prompts see each other in both directions, so its text model is no causal LM",
+    "phi": _HEAD_BIAS,
+}
+"""Families that would nearly fit, with the reason why they do not."""
 
 
 def family(model_type: str | None) -> ModuleType:
@@ -54,6 +91,10 @@ def family(model_type: str | None) -> ModuleType:
     Raises:
       UserError: there is none.
     """
+    if model_type in REFUSED:
+        raise UserError(
+            f"model_type '{model_type}' is not supported: {REFUSED[model_type]}; choose a source model of another family"
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type '{model_type}' is not supported: choose a source model of one of the families "

@@ -34,6 +34,7 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         activation=reading.activation(raw, "activation_function"),
         gated_mlp=False,
         norm="layer",
+        norm_bias=True,
         norm_epsilon=required(raw, "layer_norm_epsilon"),
         attention_bias=True,
         attention_out_bias=True,

@@ -38,6 +38,7 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         num_kv_heads=required(raw, "num_attention_heads"),
         gated_mlp=False,
         norm="layer",
+        norm_bias=True,
         norm_epsilon=required(raw, "layer_norm_eps"),
         parallel_residual=raw.get("use_parallel_residual", True),
         attention_bias=attention_bias,

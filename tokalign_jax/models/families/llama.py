@@ -1,9 +1,12 @@
 """LLaMA 1 to 3, and whatever else calls itself `llama` (SmolLM 1 and 2, TinyLlama, Yi, DeepSeek's small ones ...)."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
 from tokalign_jax.models.families.reading import Raw
-from tokalign_jax.models.weights import Weight, linear, norm, same
+from tokalign_jax.models.weights import Order, Weight, linear, norm, same
 
 MODEL_TYPES = ("llama",)
 
@@ -31,9 +34,32 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table, under the names that most families took over; the config says which of them there are."""
-    return [*ends(config), *norms(config), *attention(config), *mlp(config)]
+Names = Mapping[str, str]
+"""Our path below `layers/` -> the name below `model.layers.{layer}.`, where it is not LLaMA's."""
+
+
+def weights(
+    config: ModelConfig, names: Names = MappingProxyType({}), order: Order | None = None
+) -> list[Weight]:
+    """The weight table under LLaMA's names, which most families took over.
+
+    Args:
+      names: other names of single modules.
+      order: of the elements of each query and key, where the rotary embedding pairs them
+        otherwise (`interleaved`). Only their products count, which no order changes.
+    """
+    return [
+        *ends(config),
+        *norms(config, names),
+        *attention(config, names, order),
+        *mlp(config, names),
+    ]
+
+
+def interleaved(config: ModelConfig) -> Order:
+    """The order of a head whose neighbours are pairs: ours are half the rotary size apart."""
+    size = max((kind.rope.size for kind in config.layer_kinds if kind.rope), default=0)
+    return [*range(0, size, 2), *range(1, size, 2), *range(size, config.head_dim)]
 
 
 HEAD = same("lm_head.weight", "lm_head/kernel")
@@ -45,32 +71,51 @@ def ends(config: ModelConfig) -> list[Weight]:
     """All that is not of a layer."""
     return [
         same("model.embed_tokens.weight", "embed_tokens/embedding"),
-        *norm("model.norm", "final_norm", config.norm == "layer"),
+        *norm("model.norm", "final_norm", config.norm_bias, config.norm_scale),
         *([] if config.tie_word_embeddings else [HEAD]),
     ]
 
 
-def attention(config: ModelConfig) -> list[Weight]:
+def attention(
+    config: ModelConfig, names: Names = MappingProxyType({}), order: Order | None = None
+) -> list[Weight]:
+    """Projections, and norms of queries and keys. Args: as for `weights`."""
     biases = dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.attention_bias)
     projections = biases | {"o_proj": config.attention_out_bias}
-    normed = ("q_norm", "k_norm") if config.query_key_norm in ("head", "width") else ()
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    normed = ("q_norm", "k_norm") if config.query_key_norm and config.norm_scale else ()
     return [
         *(
             weight
             for name, bias in projections.items()
-            for weight in linear(f"{LAYER}.self_attn.{name}", f"layers/attention/{name}", bias)
+            for weight in linear(
+                _name(names, f"attention/{name}", f"self_attn.{name}"),
+                f"layers/attention/{name}",
+                bias,
+                order=_in_heads(order, heads[name]) if order and name in heads else None,
+            )
         ),
         *(
             weight
             for name in normed
-            for weight in norm(f"{LAYER}.self_attn.{name}", f"layers/attention/{name}", False)
+            for weight in norm(
+                _name(names, f"attention/{name}", f"self_attn.{name}"),
+                f"layers/attention/{name}",
+                False,
+                order=order,
+            )
         ),
     ]
 
 
-def norms(config: ModelConfig) -> list[Weight]:
-    """Those of the layers. A norm after attention alone has the name that otherwise the one before the MLP has."""
-    names = {
+def _in_heads(order: Order, heads: int) -> Order:
+    return [head * len(order) + element for head in range(heads) for element in order]
+
+
+def norms(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight]:
+    """Those of the layers. A norm after attention alone has the name that otherwise the one before
+    the MLP has."""
+    usual = {
         "before": {
             "input_layernorm": "input_norm",
             "post_attention_layernorm": "post_attention_norm",
@@ -88,15 +133,25 @@ def norms(config: ModelConfig) -> list[Weight]:
     }[config.norm_placement]
     return [
         weight
-        for theirs, ours in names.items()
+        for theirs, ours in usual.items()
         if not (config.shared_norm and ours == "post_attention_norm")
-        for weight in norm(f"{LAYER}.{theirs}", f"layers/{ours}", config.norm == "layer")
+        for weight in norm(
+            _name(names, ours, theirs), f"layers/{ours}", config.norm_bias, config.norm_scale
+        )
     ]
 
 
-def mlp(config: ModelConfig) -> list[Weight]:
+def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight]:
+    """The feed-forward projections."""
+    projections = ("gate_proj", "up_proj", "down_proj")[0 if config.gated_mlp else 1 :]
     return [
         weight
-        for name in ("gate_proj", "up_proj", "down_proj")
-        for weight in linear(f"{LAYER}.mlp.{name}", f"layers/mlp/{name}", config.mlp_bias)
+        for name in projections
+        for weight in linear(
+            _name(names, f"mlp/{name}", f"mlp.{name}"), f"layers/mlp/{name}", config.mlp_bias
+        )
     ]
+
+
+def _name(names: Names, ours: str, usual: str) -> str:
+    return f"{LAYER}.{names.get(ours, usual)}"

@@ -1,13 +1,14 @@
-"""OLMo 2 and 3: norms after attention and feed-forward only, and on all queries and keys of a token together.
+"""OLMo 1: LLaMA with layer norms that have no parameters, and clipped queries, keys and values.
 
-OLMo 3 has layers with a window, whose rotary embedding is never scaled.
+OLMo 2 and 3: norms after attention and feed-forward only, and on all queries and keys of a token
+together. OLMo 3 has layers with a window, whose rotary embedding is never scaled.
 """
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.reading import FULL, SLIDING, Raw, required
 
-MODEL_TYPES = ("olmo2", "olmo3")
+MODEL_TYPES = ("olmo", "olmo2", "olmo3")
 
 BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
@@ -20,6 +21,8 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
+    if raw["model_type"] == "olmo":
+        return _olmo(raw)
     windows = ("layer_types", "sliding_window") if raw["model_type"] == "olmo3" else ()
     reading.check_flags(raw, ("attention_bias", *windows))
     bias = raw.get("attention_bias", False)
@@ -32,6 +35,20 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         attention_out_bias=bias,
         norm_placement="after",
         query_key_norm="width",
+    )
+
+
+def _olmo(raw: Raw) -> ModelConfig:
+    reading.check_flags(raw, ("attention_bias", "clip_qkv"))
+    bias = raw.get("attention_bias", False)
+    return reading.decoder(
+        raw,
+        attention_bias=bias,
+        attention_out_bias=bias,
+        norm="layer",
+        norm_scale=False,
+        norm_epsilon=1e-5,  # transformers has no key for it
+        qkv_clip=raw.get("clip_qkv"),
     )
 
 

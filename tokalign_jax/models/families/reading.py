@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu_squared",
     "silu": "silu",
     "swish": "silu",
 }
@@ -41,6 +42,7 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_bias": (False,),
     "attention_multiplier": (),
+    "attention_out_bias": (False,),
     "attn_logit_softcapping": (),
     "clip_qkv": (),
     "embedding_multiplier": (1,),
@@ -63,6 +65,7 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "rotary_pct": (1,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "sliding_window": (),
+    "use_bias": (False,),
     "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_parallel_residual": (False,),
@@ -151,7 +154,13 @@ def _missing(key: str) -> UserError:
 # --- Rotary embedding -------------------------------------------------------------------------------------------------
 
 
-def rope(raw: Raw, *, theta: float | None = None, fraction: float | None = None) -> Rope:
+def rope(
+    raw: Raw,
+    *,
+    theta: float | None = None,
+    fraction: float | None = None,
+    alpha: bool = False,
+) -> Rope:
     """The rotary embedding that config.json describes.
 
     transformers 5 keeps all of it in `rope_parameters`; older files have `rope_theta` and `partial_rotary_factor` on
@@ -160,6 +169,7 @@ def rope(raw: Raw, *, theta: float | None = None, fraction: float | None = None)
     Args:
       theta: the value where the file says none.
       fraction: the share of a head that turns where the file says none; None: the family has no partial rotary embedding.
+      alpha: dynamic scaling with an `alpha` is a larger base and no scaling.
 
     Raises:
       UserError: a constant is missing, or the scaling is not implemented.
@@ -169,12 +179,15 @@ def rope(raw: Raw, *, theta: float | None = None, fraction: float | None = None)
         raise refuse({**raw, **settings}, "partial_rotary_factor", "1.0")
     if theta is not None and settings.get("rope_theta") is None:
         settings["rope_theta"] = theta
-    share = settings.get("partial_rotary_factor") or fraction or 1.0
-    return Rope(
-        int(head_dim(raw) * share),
-        float(required(settings, "rope_theta")),
-        _rope_scaling(raw, settings),
-    )
+    if settings.get("llama_4_scaling_beta"):
+        raise refuse(settings | {"model_type": raw.get("model_type")}, "llama_4_scaling_beta", "0")
+    size = int(head_dim(raw) * (settings.get("partial_rotary_factor") or fraction or 1.0))
+    base = float(required(settings, "rope_theta"))
+    if settings.get("rope_type", settings.get("type")) == "dynamic" and settings.get("alpha"):
+        if not alpha:
+            raise refuse(settings | {"model_type": raw.get("model_type")}, "alpha", "null")
+        return Rope(size, base * settings["alpha"] ** (size / (size - 2)), None)
+    return Rope(size, base, _rope_scaling(raw, settings))
 
 
 def rope_of_kind(raw: Raw, kind: str) -> Rope | None:

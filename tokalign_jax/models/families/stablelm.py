@@ -1,5 +1,7 @@
 """StableLM: LLaMA with layer norms and partial rotary embedding; some have biases, norms for each head, or parallel layers."""
 
+from dataclasses import replace
+
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.llama import LAYER
@@ -29,6 +31,7 @@ def config_from_hf(raw: Raw) -> ModelConfig:
     return reading.decoder(
         raw,
         norm="layer",
+        norm_bias=True,
         norm_epsilon=required(raw, "layer_norm_eps"),
         attention_bias=raw.get("use_qkv_bias", False),
         parallel_residual=parallel,
@@ -43,7 +46,10 @@ def weights(config: ModelConfig) -> list[Weight]:
     heads = {"q": config.num_heads, "k": config.num_kv_heads} if config.query_key_norm else {}
     each_head = "{index}"
     return [
-        *llama.weights(config),
+        *llama.ends(config),
+        *llama.norms(config),
+        *llama.attention(replace(config, query_key_norm=None)),
+        *llama.mlp(config),
         *(
             same(
                 f"{LAYER}.self_attn.{name}_layernorm.norms.{each_head}.weight",

@@ -1,0 +1,59 @@
+"""Cohere's Command and Aya: parallel layers with one layer norm without bias, scaled logits, interleaved rotary embedding.
+
+Cohere 2 (Command R7B, Command A) has windows, and no rotary embedding in layers without one.
+"""
+
+from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.models.families import llama, reading
+from tokalign_jax.models.families.reading import FULL, SLIDING, Raw, required
+from tokalign_jax.models.weights import Weight
+
+MODEL_TYPES = ("cohere", "cohere2")
+
+BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
+
+
+def config_from_hf(raw: Raw) -> ModelConfig:
+    """The constants of a Cohere model.
+
+    Files leave `tie_word_embeddings` out where it is on. Without `layer_types` every
+    `sliding_window_pattern`th layer of Cohere 2 has no window.
+
+    Raises:
+      UserError: a constant is missing, or a flag asks for what is not implemented.
+    """
+    second = raw["model_type"] == "cohere2"
+    own = ("layer_types", "sliding_window") if second else ("use_qk_norm",)
+    reading.check_flags(raw, ("attention_bias", "logit_scale", *own))
+    bias = raw.get("attention_bias", False)
+    return reading.decoder(
+        raw,
+        layer_kinds=_layer_kinds(raw)
+        if second
+        else reading.uniform(raw, LayerKind(reading.rope(raw))),
+        norm="layer",
+        norm_epsilon=required(raw, "layer_norm_eps"),
+        parallel_residual=True,
+        shared_norm=True,
+        attention_bias=bias,
+        attention_out_bias=bias,
+        query_key_norm="each_head" if raw.get("use_qk_norm") else None,
+        output_scale=float(required(raw, "logit_scale")),
+        tie_word_embeddings=raw.get("tie_word_embeddings", True),
+    )
+
+
+def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
+    def default(layer: int) -> str:
+        return SLIDING if (layer + 1) % required(raw, "sliding_window_pattern") else FULL
+
+    kinds = {
+        SLIDING: LayerKind(reading.rope(raw), required(raw, "sliding_window")),
+        FULL: LayerKind(None),
+    }
+    return tuple(kinds[kind] for kind in reading.layer_types(raw, default))
+
+
+def weights(config: ModelConfig) -> list[Weight]:
+    """The weight table."""
+    return llama.weights(config, order=llama.interleaved(config))

@@ -1,0 +1,41 @@
+"""ERNIE 4.5 (dense) and Helium: LLaMA with interleaved rotary embedding."""
+
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.families import llama, reading
+from tokalign_jax.models.families.reading import Raw
+from tokalign_jax.models.weights import Weight
+
+MODEL_TYPES = ("ernie4_5", "helium")
+
+BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
+
+
+def config_from_hf(raw: Raw) -> ModelConfig:
+    """The constants of an ERNIE or Helium model.
+
+    Files of ERNIE leave `tie_word_embeddings` out where it is on, and `use_bias` where it is off.
+
+    Raises:
+      UserError: a constant is missing, or a flag asks for what is not implemented.
+    """
+    if raw["model_type"] == "helium":
+        reading.check_flags(raw, ("attention_bias", "mlp_bias"))
+        return reading.decoder(
+            raw,
+            attention_bias=raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
+        )
+    reading.check_flags(raw, ("use_bias",))
+    bias = raw.get("use_bias", False)
+    return reading.decoder(
+        raw,
+        attention_bias=bias,
+        attention_out_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=raw.get("tie_word_embeddings", True),
+    )
+
+
+def weights(config: ModelConfig) -> list[Weight]:
+    """The weight table."""
+    return llama.weights(config, order=llama.interleaved(config))
