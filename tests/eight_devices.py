@@ -404,6 +404,7 @@ def close(found, expected, tolerance):
 
 
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
+SPARSE = replace(MIXTURE, experts=Experts(4, 2, True, shared_size=24, computed="sparse"))
 TIED = replace(NEOX, tie_word_embeddings=True)
 TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
 SOURCE = replace(LLAMA, vocab_size=53, max_positions=64)
@@ -417,6 +418,8 @@ CHECKS = {
     "training-full-three": (training, (1, 3, 1), LLAMA, "full"),
     "training-one-key-all": (training, SHAPES["all"], replace(LLAMA, num_kv_heads=1), "full"),
     "training-mixture-all": (training, SHAPES["all"], MIXTURE, "lora"),
+    "training-sparse-all": (training, SHAPES["all"], SPARSE, "full"),
+    "training-sparse-lora-all": (training, SHAPES["all"], SPARSE, "lora"),
     "checkpoints": (checkpoints,),
     "gradient-types": (gradient_types,),
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),

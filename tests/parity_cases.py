@@ -121,6 +121,15 @@ _VISION_OF: dict[str, dict[str, Any]] = {
     },
 }
 """What differs from `_VISION`."""
+_GRANITE_MOE = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 0.7,
+}
 _NO_MAMBA = {
     "mamba_n_heads": 4,
     "num_local_experts": 0,
@@ -522,6 +531,45 @@ CASES = (
         "qwen3_moe",
         "biases, window",
         {**_QWEN_MOE, "attention_bias": True, "use_sliding_window": True, "sliding_window": 12},
+    ),
+    Case(
+        "qwen2_moe",
+        "shared expert with a gate",
+        {**_QWEN_MOE, "shared_expert_intermediate_size": 24},
+    ),
+    Case(
+        "qwen2_moe",
+        "normalized weights, windows, no biases, tied",
+        {
+            **_QWEN_MOE,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": [_SLIDING, _FULL],
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "olmoe", "query and key norms over the width", {"num_experts": 6, "num_experts_per_tok": 2}
+    ),
+    Case(
+        "olmoe",
+        "biases, normalized weights, tied",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("granitemoe", "multipliers, tied", {**_GRANITE_MOE, "tie_word_embeddings": True}),
+    Case(
+        "granitemoeshared",
+        "shared expert, biases",
+        {**_GRANITE_MOE, "shared_intermediate_size": 24, "attention_bias": True},
     ),
     Case(
         "gemma3",

@@ -24,6 +24,14 @@ BASE = {
     "rope_theta": 5000.0,
     "tie_word_embeddings": False,
 }
+_GRANITE_MOE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015,
+    "logits_scaling": 8.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 RAW = {
     "llama": {},
     "qwen2": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 4},
@@ -88,6 +96,18 @@ RAW = {
     "apertus": {"hidden_act": "xielu"},
     "nanochat": {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": {**_GRANITE_MOE, "shared_intermediate_size": 24},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+    },
     "qwen3_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 2,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tokalign_jax.errors import UserError
-from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.utils import paths
 
@@ -24,7 +24,7 @@ MIXTURES = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize(
-    "case", of("mixtral", "qwen3_moe", *families.multimodal.MODEL_TYPES), ids=str
+    "case", of(*families.mixture.MODEL_TYPES, *families.multimodal.MODEL_TYPES), ids=str
 )
 def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
     check(case, tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import merge_adapters, tiny_model
 
-from tokalign_jax.models import families, transformer
+from tokalign_jax.models import families, modules
 from tokalign_jax.models.lora import Adapter, LoraSpec, add_lora, merged
 from tokalign_jax.models.transformer import abstract_params, forward, init_params
 from tokalign_jax.utils import paths
@@ -104,7 +104,7 @@ def test_dropout_is_active_with_a_key_only(adapted):
 def test_dropout_drops_its_share_everywhere(rate):
     """Of all elements, of each sequence, and of pairs of neighbours; what is left makes up for it."""
     keys = jax.random.split(jax.random.key(0), 4)
-    dropped = transformer._dropout(jnp.ones((4, 64, 512)), rate, keys)
+    dropped = modules.dropout(jnp.ones((4, 64, 512)), rate, keys)
     gone = np.asarray(dropped == 0)
     np.testing.assert_allclose(dropped[dropped > 0], 1 / (1 - rate), rtol=1e-6)
     deviation = np.sqrt(rate * (1 - rate) / gone[0].size)
@@ -118,7 +118,7 @@ def test_dropout_drops_its_share_everywhere(rate):
             rate**2, abs=4 * rate * (1 - rate) / np.sqrt(one.size)
         )
     np.testing.assert_array_equal(
-        transformer._dropout(jnp.ones((2, 64, 512)), rate, keys[2:]), dropped[2:]
+        modules.dropout(jnp.ones((2, 64, 512)), rate, keys[2:]), dropped[2:]
     )
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokalign_jax.models.transformer import _norm, _normed
+from tokalign_jax.models.modules import _norm, _normed
 
 
 @pytest.mark.parametrize("centred", [True, False])

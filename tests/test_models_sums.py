@@ -10,7 +10,8 @@ from parity_cases import Case, of, settings
 from transformers import AutoConfig
 
 from tokalign_jax.models import families
-from tokalign_jax.models.transformer import _plus, abstract_params, forward
+from tokalign_jax.models.modules import plus
+from tokalign_jax.models.transformer import abstract_params, forward
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_what_is_added_to_all_tokens_has_the_sum_of_their_gradients(dtype):
     """Of one sign, as a sum of such terms in bfloat16 stops at some hundred of them."""
     gradient = jnp.abs(jax.random.normal(jax.random.key(0), (4, 512, 8), dtype))
     bias, positions = jnp.ones(8), jnp.ones((512, 8))
-    _, pull = jax.vjp(lambda b, p: _plus(_plus(jnp.zeros_like(gradient), p), b), bias, positions)
+    _, pull = jax.vjp(lambda b, p: plus(plus(jnp.zeros_like(gradient), p), b), bias, positions)
     exact = np.asarray(gradient, np.float64)
     for got, axes in zip(jax.jit(pull)(gradient), ((0, 1), 0)):
         assert got.dtype == jnp.float32

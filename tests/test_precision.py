@@ -15,7 +15,8 @@ from tokalign_jax.evaluation import drafting
 from tokalign_jax.initialization import calibration
 from tokalign_jax.models.config import Experts
 from tokalign_jax.models.lora import LoraSpec, add_lora
-from tokalign_jax.models.transformer import _dropout, forward, generate, head_matrix
+from tokalign_jax.models.modules import dropout
+from tokalign_jax.models.transformer import forward, generate, head_matrix
 from tokalign_jax.parallel import sharding
 from tokalign_jax.training import distillation, loop
 from tokalign_jax.training.losses import Head, token_nll
@@ -103,7 +104,7 @@ def test_products_of_narrow_types_ask_for_nothing(name):
 
 def test_dropout_is_scaled_in_float32():
     x = jax.random.normal(jax.random.key(0), (2, 8, 64), jnp.bfloat16)
-    dropped = _dropout(x, 0.1, jax.random.split(jax.random.key(1), 2))
+    dropped = dropout(x, 0.1, jax.random.split(jax.random.key(1), 2))
     kept = np.asarray(dropped != 0)
     np.testing.assert_array_equal(
         dropped[kept], (x.astype(jnp.float32) * (1 / 0.9)).astype(jnp.bfloat16)[kept]

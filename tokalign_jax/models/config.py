@@ -36,6 +36,12 @@ class Experts:
     """How many of them a token goes through: those of the largest router probabilities."""
     normalized: bool
     """Their probabilities are divided by their sum."""
+    shared_size: int | None = None
+    """Width of an expert that all tokens go through beside; None: there is none."""
+    shared_gate: bool = False
+    """The shared expert is weighted by a sigmoid of the token."""
+    computed: Literal["auto", "dense", "sparse"] = "auto"
+    """See `experts`; `auto`: sparse where the backend has a kernel for it."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ def activation_bytes(config: ModelConfig, policy: Policy, dtype: DTypeLike) -> i
         floats += config.num_heads
     if policy == "dots":
         if config.experts:
-            floats += config.experts.count  # the router's; what experts compute is not kept
+            # The router's and the shared expert's; what the other experts compute is not kept.
+            floats += config.experts.count
+            elements += 2 * (config.experts.shared_size or 0)
+            elements += config.experts.shared_gate
         else:
             elements += (2 if config.gated_mlp else 1) * config.intermediate_size
         normed_after = config.norm_placement != "before"

@@ -1,14 +1,25 @@
-"""Mixtures of experts: Mixtral, which is Mistral, and Qwen 3 MoE, which is Qwen 3, with experts in the place of the MLP."""
+"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE and OLMoE with a tensor for each expert on the hub, Granite with one for all.
 
+Qwen 2 MoE and Granite (shared) have an expert that all tokens go through beside.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 from tokalign_jax.models.config import Experts, LayerKind, ModelConfig
-from tokalign_jax.models.families import llama, reading
+from tokalign_jax.models.families import granite, llama, reading
 from tokalign_jax.models.families.llama import LAYER
-from tokalign_jax.models.families.reading import Raw, required
+from tokalign_jax.models.families.reading import FULL, SLIDING, Raw, required
 from tokalign_jax.models.weights import Weight, fused, linear
 
-MODEL_TYPES = ("mixtral", "qwen3_moe")
+MODEL_TYPES = (
+    "granitemoe",
+    "granitemoeshared",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 
 BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
@@ -16,18 +27,19 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a mixture of experts. What concerns training alone (auxiliary loss, jitter) is left aside.
 
-    `attention_bias` (Qwen 3) is younger than the format: without it there are no biases.
+    Keys that are younger than the format: `attention_bias` (Qwen 3; without it there are no
+    biases), `qkv_bias` (Qwen 2; without it queries, keys and values have biases).
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
     """
-    return reading.decoder(
-        raw, **(_mixtral(raw) if raw["model_type"] == "mixtral" else _qwen3(raw))
-    )
+    return reading.decoder(raw, **_READERS[raw["model_type"]](raw))
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table, with a tensor for each expert, as on the hub."""
+    """The weight table of checkpoints as on the hub."""
+    if config.model_type in ("granitemoe", "granitemoeshared"):
+        return _granite_weights(config)
     mixtral = config.model_type == "mixtral"
     block = f"{LAYER}.block_sparse_moe" if mixtral else f"{LAYER}.mlp"
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if mixtral else {}
@@ -48,26 +60,71 @@ def weights(config: ModelConfig) -> list[Weight]:
 
 def packed_weights(config: ModelConfig) -> list[Weight]:
     """The weight table of checkpoints that transformers 5 writes as its modules are: the experts of a layer in one tensor."""
-    path, width = "layers/mlp/experts", config.intermediate_size
-    gate_up = [f"{path}/{name}/kernel" for name in ("gate_proj", "up_proj")]
+    if config.model_type in ("granitemoe", "granitemoeshared"):
+        return _granite_weights(config)
     return [
         *_all_but_experts(config, f"{LAYER}.mlp.gate"),
-        fused(f"{LAYER}.mlp.experts.gate_up_proj", gate_up, (width, width), outputs=-2),
-        fused(
-            f"{LAYER}.mlp.experts.down_proj",
-            [f"{path}/down_proj/kernel"],
-            (config.hidden_size,),
-            outputs=-2,
-        ),
+        *_packed(config, f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"),
+    ]
+
+
+def _packed(config: ModelConfig, gate_up: str, down: str) -> list[Weight]:
+    path, width = "layers/mlp/experts", config.intermediate_size
+    leaves = [f"{path}/{name}/kernel" for name in ("gate_proj", "up_proj")]
+    return [
+        fused(gate_up, leaves, (width, width), outputs=-2),
+        fused(down, [f"{path}/down_proj/kernel"], (config.hidden_size,), outputs=-2),
+    ]
+
+
+def _granite_weights(config: ModelConfig) -> list[Weight]:
+    block, shared = f"{LAYER}.block_sparse_moe", f"{LAYER}.shared_mlp"
+    size = _experts(config).shared_size
+    leaves = [f"layers/mlp/shared/{name}/kernel" for name in ("gate_proj", "up_proj")]
+    younger = {
+        f"{block}.input_linear.weight": f"{block}.experts.gate_up_proj",
+        f"{block}.output_linear.weight": f"{block}.experts.down_proj",
+        f"{block}.router.layer.weight": f"{block}.router.weight",
+    }
+    table = [
+        *llama.ends(config),
+        *llama.norms(config),
+        *llama.attention(config),
+        *linear(f"{block}.router.layer", "layers/mlp/router", bias=False),
+        *_packed(config, f"{block}.input_linear.weight", f"{block}.output_linear.weight"),
+    ]
+    if size:
+        table += [
+            fused(f"{shared}.input_linear.weight", leaves, (size, size), outputs=-2),
+            *linear(f"{shared}.output_linear", "layers/mlp/shared/down_proj", bias=False),
+        ]
+    return [
+        replace(weight, aliases=(younger[weight.name],)) if weight.name in younger else weight
+        for weight in table
     ]
 
 
 def _all_but_experts(config: ModelConfig, router: str) -> list[Weight]:
+    experts = _experts(config)
+    shared = ("gate_proj", "up_proj", "down_proj") if experts.shared_size else ()
+    gates = ("shared_expert_gate",) if experts.shared_gate else ()
     return [
         *llama.ends(config),
         *llama.norms(config),
         *llama.attention(config),
         *linear(router, "layers/mlp/router", bias=False),
+        *(
+            weight
+            for name in shared
+            for weight in linear(
+                f"{LAYER}.mlp.shared_expert.{name}", f"layers/mlp/shared/{name}", bias=False
+            )
+        ),
+        *(
+            weight
+            for name in gates
+            for weight in linear(f"{LAYER}.mlp.{name}", "layers/mlp/shared_gate", bias=False)
+        ),
     ]
 
 
@@ -89,13 +146,68 @@ def _mixtral(raw: Raw) -> dict[str, Any]:
     }
 
 
+def _olmoe(raw: Raw) -> dict[str, Any]:
+    reading.check_flags(raw, ("attention_bias", "num_experts"))
+    bias = raw.get("attention_bias", False)
+    return {
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "query_key_norm": "width",
+        "experts": _qwen_experts(raw, "num_experts"),
+    }
+
+
+def _granite(raw: Raw) -> dict[str, Any]:
+    reading.check_flags(raw, ("attention_bias", "num_local_experts", *granite.MULTIPLIERS))
+    shared = raw["model_type"] == "granitemoeshared"
+    return {
+        **granite.multiplied(raw),
+        "experts": Experts(
+            required(raw, "num_local_experts"),
+            required(raw, "num_experts_per_tok"),
+            normalized=True,
+            shared_size=(raw.get("shared_intermediate_size") or None) if shared else None,
+        ),
+    }
+
+
+def _qwen2(raw: Raw) -> dict[str, Any]:
+    reading.check_flags(
+        raw, ("layer_types", "num_experts", "sliding_window", "use_sliding_window", "qkv_bias")
+    )
+    _check_all_layers_have_experts(raw)
+    rope, window = reading.rope(raw), raw.get("sliding_window")
+    windowed = raw.get("use_sliding_window", False)
+
+    def default(layer: int) -> str:
+        before = windowed and layer < required(raw, "max_window_layers")
+        return SLIDING if before and (layer + 1) % 2 else FULL
+
+    types = reading.layer_types(raw, default)
+    if SLIDING in types and not (windowed and window):
+        raise reading.refuse(
+            raw, "layer_types", f"'{SLIDING}' only with use_sliding_window and sliding_window"
+        )
+    return {
+        "intermediate_size": required(raw, "moe_intermediate_size"),
+        "attention_bias": raw.get("qkv_bias", True),
+        "layer_kinds": tuple(
+            LayerKind(rope, window if kind == SLIDING else None) for kind in types
+        ),
+        "experts": replace(
+            _qwen_experts(raw, "num_experts"),
+            shared_size=required(raw, "shared_expert_intermediate_size"),
+            shared_gate=True,
+        ),
+    }
+
+
 def _qwen3(raw: Raw) -> dict[str, Any]:
     count = "num_experts" if "num_experts" in raw else "num_local_experts"
     known = ("attention_bias", "sliding_window", "use_sliding_window", count)
     same = raw.get("num_local_experts") == required(raw, count)  # some files have both
     reading.check_flags(raw, (*known, "num_local_experts") if same else known)
-    if raw.get("decoder_sparse_step", 1) != 1:
-        raise reading.refuse(raw, "decoder_sparse_step", "1: experts in every layer")
+    _check_all_layers_have_experts(raw)
     window = required(raw, "sliding_window") if raw.get("use_sliding_window") else None
     bias = raw.get("attention_bias", False)
     return {
@@ -105,9 +217,28 @@ def _qwen3(raw: Raw) -> dict[str, Any]:
         "attention_bias": bias,
         "attention_out_bias": bias,
         "query_key_norm": "head",
-        "experts": Experts(
-            required(raw, count),
-            required(raw, "num_experts_per_tok"),
-            reading.nullable(raw, "norm_topk_prob"),
-        ),
+        "experts": _qwen_experts(raw, count),
     }
+
+
+def _check_all_layers_have_experts(raw: Raw) -> None:
+    if raw.get("decoder_sparse_step", 1) != 1:
+        raise reading.refuse(raw, "decoder_sparse_step", "1: experts in every layer")
+
+
+def _qwen_experts(raw: Raw, count: str) -> Experts:
+    return Experts(
+        required(raw, count),
+        required(raw, "num_experts_per_tok"),
+        reading.nullable(raw, "norm_topk_prob"),
+    )
+
+
+_READERS = {
+    "granitemoe": _granite,
+    "granitemoeshared": _granite,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
+    "qwen2_moe": _qwen2,
+    "qwen3_moe": _qwen3,
+}

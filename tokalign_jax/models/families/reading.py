@@ -58,6 +58,7 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, 1),
     "partial_rotary_factor": (1,),
     "qk_layernorm": (False,),
+    "qkv_bias": (),
     "qk_norm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
