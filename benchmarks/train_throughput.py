@@ -14,11 +14,19 @@ parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it t
 N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `planning.flops`). `causal MFU` counts
 only the half of the pairs that a causal model needs. Recomputation counts for nothing in either.
 
+Mixtures of experts, here the first 4 of Qwen3-30B-A3B's 48 layers, in one command each way:
+
+    for way in dense sparse; do python benchmarks/train_throughput.py --model qwen3-30b-a3b-4 --method full \
+        --batch 4 --experts $way --torch --out runs/experts-$way; done
+
+(`JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING=1` has grouped products computed by a Triton kernel.)
+
 Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
 `throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels and its compiled program.
 """
 
 import argparse
+import dataclasses
 import functools
 import gzip
 import json
@@ -60,6 +68,20 @@ _LLAMA = {
 }
 
 
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
 def _sizes(
     hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int
 ) -> dict[str, int]:
@@ -79,6 +101,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-8b": _LLAMA
     | _sizes(4096, 14336, 32, 32, 128256)
     | {"num_key_value_heads": 8, "head_dim": 128},
+    "qwen3-30b-a3b-4": _QWEN3_MOE
+    | _sizes(2048, 6144, 4, 32, 151936)
+    | {"num_key_value_heads": 4, "head_dim": 128},
 }
 """Configs as Hugging Face writes them."""
 
@@ -140,6 +165,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="such batches of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--remat", default="dots", help="of dots, attention, layer")
+    parser.add_argument(
+        "--experts",
+        default="auto",
+        choices=("auto", "dense", "sparse"),
+        help="how a mixture of experts is computed (models/experts.py)",
+    )
     parser.add_argument(
         "--unroll",
         default="0",
@@ -375,7 +406,11 @@ def _file_name(arguments: argparse.Namespace) -> str:
 def _model(arguments: argparse.Namespace) -> Any:
     from tokalign_jax.models import families
 
-    return families.config_from_hf(_hf_config(arguments))
+    model = families.config_from_hf(_hf_config(arguments))
+    if model.experts is None:
+        return model
+    experts = dataclasses.replace(model.experts, computed=arguments.experts)
+    return dataclasses.replace(model, experts=experts)
 
 
 def _hf_config(arguments: argparse.Namespace) -> dict[str, Any]:
