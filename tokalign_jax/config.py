@@ -23,6 +23,12 @@ EMBEDDED = "embedded"
 EXTEND = "extend"
 """As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
 
+PRUNE = "prune"
+"""As the target tokenizer: the source model's own, without tokens that the corpus does not need (`PruneConfig`)."""
+
+DERIVED = (EXTEND, PRUNE)
+"""Target tokenizers that a run makes from the source's, in a stage of that name."""
+
 AFTER_PREVIOUS = "after_previous"
 """A start offset: the sequence after the last one that the previous training stage read."""
 
@@ -68,6 +74,19 @@ class ExtendConfig:
     min_count: int = within(1, 10**12, 10)
     """The fewest times that a new token must stand in the text that is read for it."""
     budget_bytes: int = within(1, 10**15, 50_000_000)
+    """UTF-8 bytes of training documents that are read for it, drawn at random from all of them; they are held in memory."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Tokens that go from the source model's tokenizer, where the target tokenizer is `prune`."""
+
+    min_count: int = within(1, 10**12, 1)
+    """Tokens go that the text has fewer times; 1: those that it never has."""
+    most_tokens: int = within(0, 10**7, 0)
+    """Tokens that stay, at most: the most frequent, beside bytes, special tokens and what the chat
+    template is written with, which always stay; 0: no limit."""
+    budget_bytes: int = within(1, 10**15, 1_000_000_000)
     """UTF-8 bytes of training documents that are read for it, drawn at random from all of them; they are held in memory."""
 
 
@@ -373,7 +392,8 @@ class Config:
     """Local folder or hub name (`name@revision` pins one) of the model that gets a new vocabulary, or `embedded`."""
     target_tokenizer: str = EMBEDDED
     """Local folder or hub name of the tokenizer it gets, or `embedded`; `extend`: its own with further tokens, whose rows alone
-    are made anew (a folder of that name is `./extend`)."""
+    are made anew; `prune`: its own without tokens that the corpus does not need, all rows as they were
+    (a folder of that name is `./extend`)."""
     end_of_text: str = ""
     """Token that separates documents in the target tokenizer, added if it has none such; empty:
     chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn."""
@@ -384,6 +404,7 @@ class Config:
     """The root of every random choice."""
     text: TextConfig = field(default_factory=TextConfig)
     extend: ExtendConfig = field(default_factory=ExtendConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     initialization: InitializationConfig = field(default_factory=InitializationConfig)
     data: DataConfig = field(default_factory=DataConfig)

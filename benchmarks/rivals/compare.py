@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace, own: Sequence[str], folder: Path, *more: str)
         sys.executable,
         "-m",
         "tokalign_jax.main",
-        f"--config={ROOT / 'configs' / 'starts.py'}",
+        f"--config={ROOT / 'tokalign_jax' / 'configs' / 'starts.py'}",
         f"--workdir={folder}",
         f"--config.source_model={args.source}",
         f"--config.target_tokenizer={args.target}",

@@ -127,6 +127,7 @@ def run(
     folder: Path,
     log: Log,
     donor: Donor | None = None,
+    kept: Int[np.ndarray, "V_t"] | None = None,
 ) -> dict[str, Any]:
     """Makes the alignment (or takes `config.alignment.file`), writes it to `folder` and returns its summary.
 
@@ -134,12 +135,16 @@ def run(
       corpus_folder: what `text.corpus.run` wrote; its held-out lines are scored.
       tokens_folder: what `text.tokenizing.run` wrote.
       donor: for method `omp`.
+      kept: where the target vocabulary is a part of the source's, the source token of each: no
+        method is asked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, target = (TokenShards.open(tokens_folder / side) for side in ("source", "target"))
     measured: dict[str, Any] = {}
     method = "file" if config.alignment.file else config.alignment.method
-    if method == "file":
+    if kept is not None:
+        method, made = "prune", subset(source_tokenizer, target_tokenizer, kept)
+    elif method == "file":
         made = alignment.load(Path(config.alignment.file), source_tokenizer, target_tokenizer)
         log(f"alignment: taken from {config.alignment.file}")
     else:
@@ -171,7 +176,7 @@ def run(
     alignment.save(made, folder)
     result = {"method": method, **alignment.summary(made, target.counts), **measured}
     # A file may say otherwise of special tokens, and the published and the random method do not ask for roles.
-    if method not in ("file", "tokalign", "random"):
+    if method not in ("file", "prune", "tokalign", "random"):
         result["special"] = special_rows(source_tokenizer, target_tokenizer)
     lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
     result["bleu_1"] = scoring.score(made.heaviest(), source_tokenizer, target_tokenizer, lines)
@@ -772,6 +777,21 @@ def without(
         return made
     shift = frequency_shift(made, aligned.source_log_frequency, log_frequency(target_counts))
     return dataclasses.replace(made, frequency_shift=np.where(lost, shift, aligned.frequency_shift))
+
+
+def subset(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    kept: Int[np.ndarray, "V_t"],
+) -> Alignment:
+    """The alignment of a vocabulary that is a part of the source's: every token is the one it was."""
+    none = np.zeros(0, np.int64)
+    inputs = Inputs(
+        AlignmentConfig(), source_tokenizer, target_tokenizer, none, none, 0, lambda line: None
+    )
+    rules = np.full(len(kept), Rule.EXACT)
+    rules[sorted(canonical.special_ids(target_tokenizer))] = Rule.SPECIAL
+    return _one_to_one(inputs, kept, rules, _nothing(inputs))
 
 
 def from_pieces(

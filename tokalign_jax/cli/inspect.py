@@ -19,7 +19,7 @@ import numpy as np
 from tokalign_jax import demo
 from tokalign_jax.alignment import alignment, vectors
 from tokalign_jax.cli import arguments
-from tokalign_jax.config import EXTEND, AlignmentConfig
+from tokalign_jax.config import DERIVED, AlignmentConfig
 from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.models import hub
 from tokalign_jax.reporting import inspection, pages
@@ -113,8 +113,8 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
         names = {role: name or run[role] for role, name in names.items()}
         if (file := given.workdir / "config.json").is_file():
             end_of_text = json.loads(file.read_text(encoding="utf-8")).get("end_of_text", "")
-        if names["target_tokenizer"] == EXTEND:
-            names["target_tokenizer"] = str(given.workdir / EXTEND)
+        if names["target_tokenizer"] in DERIVED:
+            names["target_tokenizer"] = str(given.workdir / names["target_tokenizer"])
     elif not (given.alignment and all(names.values())):
         raise UserError(
             "nothing to inspect: give --workdir of a run, or --alignment with --source-model and --target-tokenizer"

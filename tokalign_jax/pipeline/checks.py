@@ -13,7 +13,7 @@ from tokalign_jax.pipeline import held_out
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.pipeline.inputs import open_tokenizer
 from tokalign_jax.planning import resolve
-from tokalign_jax.text import canonical, mining, numbers, tokenizing
+from tokalign_jax.text import canonical, mining, numbers, pruning, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
 
@@ -35,6 +35,8 @@ def check(context: Context) -> None:
     )
     if context.inputs.extends:
         mining.check(context.inputs.source_tokenizer)
+    elif context.inputs.prunes:
+        _check_pruning(context)
     else:
         tokenizing.check(context.inputs.target_tokenizer)
         if exports_as_llama(context):
@@ -69,7 +71,7 @@ def check(context: Context) -> None:
             f"{', '.join(sorted(methods.NEED_VECTORS))} as the method and no file"
         )
     if config.alignment.file:
-        if not context.inputs.extends:  # else once there is a target tokenizer
+        if not context.inputs.derives:  # else once there is a target tokenizer
             alignment.load(
                 Path(config.alignment.file),
                 context.inputs.source_tokenizer,
@@ -83,7 +85,7 @@ def _check_two_readings(context: Context) -> None:
     folders = {f"source_model '{context.config.source_model}'": context.inputs.source_folder}
     folders |= (
         {}
-        if context.inputs.extends
+        if context.inputs.derives
         else {f"target_tokenizer '{context.config.target_tokenizer}'": context.inputs.target_folder}
     )
     for whose, folder in folders.items():
@@ -91,11 +93,28 @@ def _check_two_readings(context: Context) -> None:
             context.log(f"warning: the files of {whose} give two tokenizations: {contradiction}")
 
 
+def _check_pruning(context: Context) -> None:
+    """That the source's tokenizer can be pruned, and that nothing else is to make its alignment."""
+    pruning.check(context.inputs.source_tokenizer)
+    config, end_of_text = context.config.alignment, context.config.end_of_text
+    for name in ("file", "donor", "source_vectors", "target_vectors"):
+        if getattr(config, name):
+            raise UserError(
+                f"alignment.{name} has no effect with target_tokenizer=prune, where every token has "
+                "its own row: leave it out"
+            )
+    if end_of_text and end_of_text not in context.inputs.source_tokenizer.get_vocab():
+        raise UserError(
+            f"end_of_text '{end_of_text}' is no token of the source tokenizer, and "
+            "target_tokenizer=prune adds none: name one that it has, or leave it out"
+        )
+
+
 def _check_measures(context: Context) -> None:
     """Whether questions and other text can be measured, and what is to be known of numbers."""
     tokenizers = [
         context.inputs.source_tokenizer,
-        *([] if context.inputs.extends else [context.inputs.target_tokenizer]),
+        *([] if context.inputs.derives else [context.inputs.target_tokenizer]),
     ]
     for tokenizer in tokenizers:
         abilities.check_lengths(
@@ -109,7 +128,7 @@ def _check_measures(context: Context) -> None:
                 f"evaluation.other_text names '{min(same)}', which is in the corpus too: name text that is not trained on"
             )
         documents.check(other)
-    if not context.inputs.extends and (line := numbers.warning_line(*tokenizers)):
+    if not context.inputs.derives and (line := numbers.warning_line(*tokenizers)):
         context.log(line)
 
 
@@ -117,9 +136,10 @@ def _check_teacher(context: Context, folder: Path, model: ModelConfig) -> None:
     """That the teacher is whole, and can say something about each token and sequence that the student reads."""
     stage = context.config.stage3
     who = f"stage3.teacher '{stage.teacher}'"
-    if context.inputs.extends:
+    if context.inputs.derives:
         raise UserError(
-            f"{who}: no model has the tokenizer that target_tokenizer=extend is yet to make; run Stage 3 in a run of its own, whose "
+            f"{who}: no model has the tokenizer that "
+            f"target_tokenizer={context.config.target_tokenizer} is yet to make; run Stage 3 in a run of its own, whose "
             "source model is this one's export, or leave stage3.teacher empty"
         )
     huggingface.check_weights(folder, model)
@@ -152,12 +172,13 @@ def _check_donor(context: Context) -> None:
             )
         return
     who = f"alignment.donor '{config.donor}'"
-    if context.inputs.extends or not config.donor:
+    if context.inputs.derives or not config.donor:
         raise UserError(
             "alignment.method 'omp' needs alignment.donor, a model that has the target tokenizer already"
             + (
-                "; none has one that target_tokenizer=extend is yet to make: take another method"
-                if context.inputs.extends
+                f"; none has one that target_tokenizer={context.config.target_tokenizer} is yet to make: "
+                "take another method"
+                if context.inputs.derives
                 else ""
             )
         )

@@ -26,7 +26,7 @@ class Context:
         """
         self.config, self.workdir, self.log = config, workdir, log
         self.digests = digests or Digests(workdir, log)
-        self.inputs = Inputs(config, self.folder("extend"), log)
+        self.inputs = Inputs(config, workdir, log)
 
     def folder(self, stage: str) -> Path:
         """Return the folder of a stage's artifact."""

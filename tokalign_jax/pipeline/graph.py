@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokalign_jax.config import (
+    EXTEND,
+    PRUNE,
     Config,
     config_to_dict,
     learns_from_source,
@@ -58,8 +60,8 @@ def graph(context: Context, exported: str) -> list[Stage]:
     compute = {"compute": {"dtype": config.compute.dtype}}
     vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
     vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
-    extension = [_extension(context)] if context.inputs.extends else []
-    target = tuple(stage.name for stage in extension)  # what the target tokenizer comes from
+    derivation = [_derivation(context)] if context.inputs.derives else []
+    target = tuple(stage.name for stage in derivation)  # what the target tokenizer comes from
     taught = [n for n, stage in training_stages(config).items() if learns_from_source(stage)]
 
     def training(name: str) -> Stage:
@@ -110,7 +112,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
             {"corpus": outside["corpus"], "text": config_to_dict(config.text)},
             stages.corpus,
         ),
-        *extension,
+        *derivation,
         Stage(
             "tokens",
             "cut the documents with both tokenizers",
@@ -182,19 +184,19 @@ def _boundaries(target: tuple[str, ...]) -> Stage:
     )
 
 
-def _extension(context: Context) -> Stage:
+def _derivation(context: Context) -> Stage:
     """The stage that makes the target tokenizer of the source's."""
-    return Stage(
-        "extend",
-        "add tokens of the text to the source tokenizer",
-        ("corpus",),
-        {
-            "extend": config_to_dict(context.config.extend),
-            "source_tokenizer": identities.identities(context)["source_tokenizer"],
-            "seed": context.config.seed,
-        },
-        stages.extend,
-    )
+    name = context.config.target_tokenizer
+    says, work = {
+        EXTEND: ("add tokens of the text to the source tokenizer", stages.extend),
+        PRUNE: ("leave out tokens that the text does not need", stages.prune),
+    }[name]
+    settings = {
+        name: config_to_dict(getattr(context.config, name)),
+        "source_tokenizer": identities.identities(context)["source_tokenizer"],
+        "seed": context.config.seed,
+    }
+    return Stage(name, says, ("corpus",), settings, work)
 
 
 def model_states(config: Config) -> list[str]:

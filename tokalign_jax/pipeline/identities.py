@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax.config import EXTEND, Config
+from tokalign_jax.config import Config
 from tokalign_jax.evaluation import abilities
 from tokalign_jax.parallel import distributed
 from tokalign_jax.pipeline import held_out
@@ -16,7 +16,9 @@ def run_identity(context: Context) -> dict[str, str]:
     """What makes this another run than the one of a workdir with other values."""
     return {
         "source_model": str(context.inputs.source_folder),
-        "target_tokenizer": EXTEND if context.inputs.extends else str(context.inputs.target_folder),
+        "target_tokenizer": context.config.target_tokenizer
+        if context.inputs.derives
+        else str(context.inputs.target_folder),
     }
 
 
@@ -45,9 +47,9 @@ def _identities(context: Context) -> dict[str, Any]:
         "corpus": texts_of(context.config),
         "source_model": digests.of(model_files(context.inputs.source_folder)),
         "source_tokenizer": digests.of(tokenizer_files(context.inputs.source_folder)),
-        # One that is extended follows from the stage that does it.
-        "target_tokenizer": EXTEND
-        if context.inputs.extends
+        # One that is made in the run follows from the stage that does it.
+        "target_tokenizer": context.config.target_tokenizer
+        if context.inputs.derives
         else digests.of(tokenizer_files(context.inputs.target_folder)),
         "alignment": digests.of([Path(file)]) if file else "",
         "vectors": {side: digests.of([Path(name)]) if name else "" for side, name in given.items()},

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import demo
-from tokalign_jax.config import EXTEND, Config, training_stages
+from tokalign_jax.config import DERIVED, EXTEND, PRUNE, Config, training_stages
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning.memory import teachers
-from tokalign_jax.text import mining, tokenizing
+from tokalign_jax.text import mining, pruning, tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.utils.progress import Log
@@ -24,13 +24,13 @@ from tokalign_jax.utils.progress import Log
 class Inputs:
     """The models and tokenizers that a config names."""
 
-    def __init__(self, config: Config, extended: Path, log: Log):
+    def __init__(self, config: Config, workdir: Path, log: Log):
         """Name the inputs; nothing is opened yet.
 
         Args:
-          extended: folder of the target tokenizer where it is the source's with more tokens.
+          workdir: where a stage leaves the target tokenizer if the run makes it of the source's.
         """
-        self.config, self._extended, self._log = config, extended, log
+        self.config, self._workdir, self._log = config, workdir, log
 
     @cached_property
     def source_folder(self) -> Path:
@@ -38,13 +38,23 @@ class Inputs:
 
     @property
     def extends(self) -> bool:
-        """Whether the target tokenizer is the source's with more tokens; there is none before the stage `extend` is done."""
+        """Whether the target tokenizer is the source's with more tokens."""
         return self.config.target_tokenizer == EXTEND
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the target tokenizer is the source's with fewer tokens."""
+        return self.config.target_tokenizer == PRUNE
+
+    @property
+    def derives(self) -> bool:
+        """Whether a stage of the run makes the target tokenizer; there is none before it is done."""
+        return self.config.target_tokenizer in DERIVED
 
     @cached_property
     def target_folder(self) -> Path:
-        if self.extends:
-            return self._extended
+        if self.derives:
+            return self._workdir / self.config.target_tokenizer
         return hub.resolve(
             demo.target_tokenizer(self.config.target_tokenizer),
             what="target_tokenizer",
@@ -106,6 +116,8 @@ class Inputs:
         """Ids of the target tokenizer; of one that is yet to be made as many as it may have."""
         if self.extends:
             return mining.largest_size(self.config, self.source_tokenizer)
+        if self.prunes and not (self.target_folder / pruning.KEPT).is_file():
+            return vocabulary_size(self.source_tokenizer)
         return vocabulary_size(self.target_tokenizer)
 
     @cached_property

@@ -34,7 +34,7 @@ from tokalign_jax.pipeline.states import load_state, open_shards, state_of
 from tokalign_jax.reporting import card_facts, inspection, pages, token_pieces
 from tokalign_jax.reporting import report as reporting
 from tokalign_jax.reporting.model_card import CARD, model_card
-from tokalign_jax.text import canonical, mining, numbers, shared_boundaries, tokenizing
+from tokalign_jax.text import canonical, mining, numbers, pruning, shared_boundaries, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.training import distillation, loop, source_teacher
@@ -56,6 +56,16 @@ def extend(context: Context) -> Mapping[str, Any]:
         context.folder("corpus"),
         context.inputs.source_tokenizer,
         context.folder("extend"),
+        context.log,
+    )
+
+
+def prune(context: Context) -> Mapping[str, Any]:
+    return pruning.run(
+        context.config,
+        context.folder("corpus"),
+        context.inputs.source_tokenizer,
+        context.folder("prune"),
         context.log,
     )
 
@@ -93,6 +103,7 @@ def align(context: Context) -> Mapping[str, Any]:
         context.folder("align"),
         context.log,
         _donor(context),
+        np.load(context.inputs.target_folder / pruning.KEPT) if context.inputs.prunes else None,
     )
     content = json.dumps(_inspected(context), ensure_ascii=False)
     (context.folder("align") / INSPECTION).write_text(content + "\n", encoding="utf-8")
@@ -262,7 +273,7 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     folder = context.folder("export")
     read = training_states.reader(base, config, changes)
     if exports_as_llama(context):
-        if context.inputs.extends:  # only now is there a tokenizer to try
+        if context.inputs.derives:  # only now is there a tokenizer to try
             warn_of_llama(context)
         config, read, raw = qwen.as_llama(config, read, raw)
     _write(context, "export", config, read, raw, context.config.export.dtype)

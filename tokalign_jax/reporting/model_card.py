@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tokalign_jax.config import EXTEND, TRAINING
+from tokalign_jax.config import EXTEND, PRUNE, TRAINING
 from tokalign_jax.reporting.pages import Bar, Code, Section, code, literal, markdown
 
 CARD = "README.md"
@@ -202,6 +202,11 @@ def _made(facts: CardFacts) -> str:
             f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"
         ]
         lines += ["were made for these, and trained by tokalign_jax."]
+    elif facts.target_tokenizer == PRUNE:
+        lines = [f"# {literal(name)} with a pruned vocabulary", ""]
+        lines += [
+            f"The model {base} without the tokens that a corpus does not need; the others keep their rows."
+        ]
     else:
         lines = [
             f"# {literal(name)} with the vocabulary of {literal(short_name(facts.target_tokenizer))}",

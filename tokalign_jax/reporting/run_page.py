@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tokalign_jax.config import EMBEDDED, EXTEND, Config, config_to_dict
+from tokalign_jax.config import EMBEDDED, EXTEND, PRUNE, Config, config_to_dict
 from tokalign_jax.reporting import charts, curves, pages, retention
 from tokalign_jax.reporting.curves import EVERYTHING, titled
 from tokalign_jax.reporting.model_card import rules_section, short_name, special_section
@@ -45,6 +45,7 @@ def html(content: Content) -> str:
             _opening(content),
             _warnings(content),
             _scores(content),
+            _worth(content),
             *_kept(content),
             _overlap(content),
             _training(content),
@@ -66,7 +67,7 @@ def markdown(content: Content) -> str:
         "\n\n".join(map(pages.literal, sentences(content))),
         "\n\n".join(f"**{pages.literal(line)}**" for line in warning_lines(content)),
         "\n".join(pages.markdown_table(*score_table(content))),
-        pages.markdown([*_kept(content), _overlap(content)]),
+        pages.markdown([_worth(content), *_kept(content), _overlap(content)]),
         "![Loss over tokens, and bits per byte by language and stage](report.png)",
         pages.markdown([_training(content), *_alignment(content)]),
         f"## Continued text\n\n```\n{continued}\n```" if continued else "",
@@ -91,7 +92,11 @@ def heading(content: Content) -> str:
 
 
 def _vocabulary(config: Content) -> str:
-    named = {EXTEND: "an extended vocabulary", EMBEDDED: "the embedded vocabulary"}
+    named = {
+        EXTEND: "an extended vocabulary",
+        PRUNE: "a pruned vocabulary",
+        EMBEDDED: "the embedded vocabulary",
+    }
     tokenizer = config["target_tokenizer"]
     return named.get(tokenizer) or f"the vocabulary of {short_name(tokenizer)}"
 
@@ -244,6 +249,49 @@ def _scores(content: Content) -> Section:
     }
     chart = charts.dots(rows, says="Bits per byte by language and state")
     return Section("Bits per byte", text, *score_table(content), markup=chart)
+
+
+def _worth(content: Content) -> Section:
+    """Whether the new vocabulary pays; reports of a version before do not have it."""
+    found = content.get("worth")
+    if not found:
+        return Section("")
+    sides = "source", "target"
+    per_token, sizes, rows = found["characters_per_token"], found["bytes"], found["rows"]
+    lines = [
+        ("rows of the vocabulary", *(f"{rows[side]:,}" for side in sides), _change(rows)),
+        ("characters a token", *(f"{per_token[side]:.2f}" for side in sides), _change(per_token)),
+        ("size of the model", *(f"{quantity(sizes[side])}B" for side in sides), _change(sizes)),
+    ]
+    for name in ("generation", "training"):
+        rates = found[name].get("characters_per_second")
+        shown = [f"{quantity(rates[side])}" if rates else "" for side in sides]
+        lines.append((f"characters a second, {name}", *shown, f"{found[name]['change']:+.0%}"))
+    last = {name: found[name]["largest_vocabulary"] for name in ("generation", "training")}
+    text = (
+        "Estimated, not measured: generation of one sequence from the bytes of weights that a token "
+        "reads (without the cache of keys and values), training in full from the FLOPs of a token. "
+        "For text that is split as this vocabulary splits it, generation is faster than with the "
+        f"source's up to {last['generation']:,} rows, training up to {last['training']:,}."
+    )
+    header = ("", "source", "new vocabulary", "change")
+    return Section("Is it worth it?", text, header, lines)
+
+
+def worth_line(content: Content) -> str:
+    """The same in a line for a terminal; "" if it is not known."""
+    found = content.get("worth")
+    if not found:
+        return ""
+    changes = {name: f"{found[name]['change']:+.0%}" for name in ("generation", "training")}
+    return (
+        f"characters a second (estimated): generation {changes['generation']}, training "
+        f"{changes['training']}; size of the model {_change(found['bytes'])}"
+    )
+
+
+def _change(values: Mapping[str, float]) -> str:
+    return f"{values['target'] / values['source'] - 1:+.0%}"
 
 
 def _kept(content: Content) -> list[Section]:

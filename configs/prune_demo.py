@@ -1,0 +1,19 @@
+"""The embedded default with its vocabulary pruned: the tokens that English text of the corpus does not
+need go, all others keep their rows. Nothing trains, so that no device is needed; a minute on two CPU cores.
+
+tokalign run --config configs/prune_demo.py --workdir runs/prune
+"""
+
+from ml_collections import ConfigDict
+
+from tokalign_jax.configs import ultra_quick_demo
+
+
+def get_config() -> ConfigDict:
+    config = ultra_quick_demo.get_config()
+    config.target_tokenizer = "prune"
+    config.prune.min_count = 2
+    config.stage1.steps = 0
+    config.stage2.steps = 0
+    config.evaluation.random_baseline = False
+    return config
