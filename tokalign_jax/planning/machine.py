@@ -49,11 +49,47 @@ PEAKS = {
 """Dense bfloat16 FLOP/s of a device by name (the makers' data sheets). A chip of TPU7x is two devices."""
 
 
+BANDWIDTHS = {
+    "A10": 600e9,
+    "A100": 2039e9,
+    "B200": 8000e9,
+    "GB200": 8000e9,
+    "GH200": 4000e9,
+    "H100": 3350e9,
+    "H100 NVL": 3900e9,
+    "H100 PCIe": 2000e9,
+    "H200": 4800e9,
+    "L4": 300e9,
+    "L40": 864e9,
+    "L40S": 864e9,
+    "TPU v4": 1228e9,
+    "TPU v4 lite": 614e9,
+    "TPU v5": 2765e9,
+    "TPU v5 lite": 819e9,
+    "TPU v5e": 819e9,
+    "TPU v5p": 2765e9,
+    "TPU v6 lite": 1640e9,
+    "TPU v6e": 1640e9,
+    "TPU7x": 3690e9,
+}
+"""Bytes a second of a device's memory by name (the makers' data sheets)."""
+
+
 def peak_flops(device_kind: str) -> float | None:
-    """The entry of `PEAKS` that has the most words of the device's name, from its first on; None if there is none."""
+    """The device's entry in `PEAKS`; None if there is none."""
+    return _by_name(PEAKS, device_kind)
+
+
+def bandwidth(device_kind: str) -> float | None:
+    """The device's entry in `BANDWIDTHS`; None if there is none."""
+    return _by_name(BANDWIDTHS, device_kind)
+
+
+def _by_name(table: Mapping[str, float], device_kind: str) -> float | None:
+    """The entry that has the most words of the device's name, from its first on."""
     words = re.split(r"[\s-]+", device_kind.removeprefix("NVIDIA "))
     names = (" ".join(words[:count]) for count in range(len(words), 0, -1))
-    return next((PEAKS[name] for name in names if name in PEAKS), None)
+    return next((table[name] for name in names if name in table), None)
 
 
 @dataclass(frozen=True)

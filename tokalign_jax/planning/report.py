@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tokalign_jax import demo
 from tokalign_jax.config import (
+    DERIVED,
     EXTEND,
     Config,
     distillation_budget,
@@ -23,7 +24,7 @@ from tokalign_jax.initialization import self_distillation, tuning
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.parallel import sharding
-from tokalign_jax.planning import advice, disk, flops, memory
+from tokalign_jax.planning import advice, disk, flops, memory, worth
 from tokalign_jax.planning.inference import Needs, Run, Source, needs
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes
 from tokalign_jax.planning.memory import Setup
@@ -109,6 +110,8 @@ class Plan:
     """Bytes by the folder of the workdir."""
     disk_free: float
     warnings: tuple[str, ...]
+    worth: tuple[str, ...] = ()
+    """Lines on whether the new vocabulary pays."""
 
     def table(self) -> str:
         """The plan as text for the terminal."""
@@ -131,6 +134,7 @@ class Plan:
             lines += ["", name, *self._untrained(name)]
         free = "" if self.disk_free == math.inf else f" ({format_bytes(self.disk_free)} free)"
         lines += ["", *_listed(f"disk{free}", self.disk)]
+        lines += self.worth
         lines += [f"\nwarning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -174,11 +178,12 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
     source = hub.resolve(demo.source_model(config.source_model), what="source_model", weights=False)
     model, raw = hub.load_config(source)
     check_lengths(config, model)
-    if config.target_tokenizer == EXTEND:
+    if config.target_tokenizer in DERIVED:
         old = within_rows(
             hub.load_tokenizer(source), model.vocab_size, f"source_model '{config.source_model}'"
         )
-        size = mining.largest_size(config, old)
+        extends = config.target_tokenizer == EXTEND
+        size = mining.largest_size(config, old) if extends else vocabulary_size(old)
     else:
         target = hub.resolve(
             demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False
@@ -253,7 +258,10 @@ def make_plan(
         init = _token_distillation(run, speed)
     else:
         init = _init(config, model, machine, speed, text_bytes)
-    return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings))
+    rows = {"source": run.source.rows, "target": model.vocab_size}
+    length = min(config.stage2.sequence_length, model.max_positions)
+    pays = tuple(worth.plan_lines(model, rows, run.source.itemsize, length))
+    return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings), pays)
 
 
 def _distillation(run: Run, speed: Speed) -> InitPlan:

@@ -53,6 +53,7 @@ def run(
     lines = [
         *run_page.table(content),
         "",
+        *([run_page.worth_line(content), ""] if "worth" in content else []),
         *run_page.kept_lines(content),
         *run_page.warning_lines(content),
     ]
