@@ -94,3 +94,15 @@ def test_what_has_no_effect_is_refused(inputs, tmp_path, capsys, more, message):
     assert main.main(flags(inputs, "llama", tmp_path / "run", more)) == 2
     output = capsys.readouterr()
     assert message in output.out + output.err
+
+
+def test_the_report_says_whether_it_is_worth_it(run):
+    folder, workdir = run
+    content = json.loads((workdir / "report" / "report.json").read_text())["worth"]
+    before, after = (
+        sum(tensor.numel() for tensor in load_file(at / "model.safetensors").values())
+        for at in (folder, workdir / "export")
+    )
+    assert content["parameters"] == {"source": before, "target": after}
+    assert content["rows"]["target"] < content["rows"]["source"]
+    assert "## Is it worth it?" in (workdir / "report" / "report.md").read_text()

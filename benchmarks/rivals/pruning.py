@@ -47,10 +47,10 @@ def main() -> None:
 
 def texts(file: str, language: str) -> Iterator[str]:
     """The texts of one language."""
-    for line in lzma.open(file, "rt"):
-        row = json.loads(line)
-        if row["lang"] == language:
-            yield row["text"]
+    with lzma.open(file, "rt") as lines:
+        for row in map(json.loads, lines):
+            if row["lang"] == language:
+                yield row["text"]
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ def main() -> None:
     frequencies = Path(mined["cache_file_frequency"])
     if not frequencies.exists():  # its miner reads hub datasets by name alone
         counts: dict[int, int] = {}
-        for line in Path(text).open(encoding="utf-8"):
-            for token in tokenizer(json.loads(line)["text"])["input_ids"]:
-                counts[token] = counts.get(token, 0) + 1
+        with Path(text).open(encoding="utf-8") as lines:
+            for line in lines:
+                for token in tokenizer(json.loads(line)["text"])["input_ids"]:
+                    counts[token] = counts.get(token, 0) + 1
         frequencies.write_text(json.dumps(counts), encoding="utf-8")
     kept = vocab_miner(model=model, **mined)
     print(f"its miner keeps {len(kept):,} of {len(tokenizer):,} tokens")

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.config import (
@@ -31,6 +32,8 @@ from tokalign_jax.pipeline import held_out, identities, resources
 from tokalign_jax.pipeline.checks import exports_as_llama, warn_of_llama
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.pipeline.states import load_state, open_shards, state_of
+from tokalign_jax.planning import disk, worth
+from tokalign_jax.planning.machine import Machine
 from tokalign_jax.reporting import card_facts, inspection, pages, token_pieces
 from tokalign_jax.reporting import report as reporting
 from tokalign_jax.reporting.model_card import CARD, model_card
@@ -381,6 +384,27 @@ def _overlap(context: Context, texts: Mapping[str, Sequence[str]]) -> dict[str, 
     return found
 
 
+def _worth(
+    context: Context,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    texts: Mapping[str, Sequence[str]],
+) -> Mapping[str, Any]:
+    """Estimate what the new vocabulary changes in speed and size for these texts."""
+    model, raw = context.inputs.source_model
+    text = [document for group in texts.values() for document in group]
+    characters = sum(map(len, text))
+    per_token = {
+        side: characters / max(int(pruning.count(tokenizer, text).sum()), 1)
+        for side, tokenizer in tokenizers.items()
+    }
+    multiple = context.config.initialization.rows_multiple_of
+    new_rows = -(-vocabulary_size(tokenizers["target"]) // multiple) * multiple
+    rows = {"source": model.vocab_size, "target": new_rows}
+    length = min(context.config.stage2.sequence_length, model.max_positions)
+    itemsize = disk.exported_bytes(context.config, raw)
+    return worth.worth(model, rows, per_token, itemsize, length, Machine.of())
+
+
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     settings = context.config
     tokenizers = {
@@ -396,6 +420,7 @@ def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
         "held_out": digest,
     }
     shown["numbers"] = numbers.warning_line(*tokenizers.values())
+    shown["worth"] = _worth(context, tokenizers, texts)
     identity = identities.run_identity(context)
     return reporting.run(
         settings, context.workdir, states, identity, context.folder("report"), context.log, shown
