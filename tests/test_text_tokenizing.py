@@ -85,7 +85,7 @@ def test_the_index_counts_by_language(made, side):
 def test_large_vocabularies_have_four_byte_tokens(tmp_path):
     tokenizer = tiny_tokenizer(300, WORDS)
     tokenizer.add_tokens([f"word{i}" for i in range(70_000)])
-    writer = tokenizing._Writer(tmp_path, tokenizer)
+    writer = tokenizing.ShardWriter(tmp_path, tokenizer)
     writer.add([corpus.Document("word69999 word1", "all", 15)])
     writer.close()
     shards = tokenizing.TokenShards.open(tmp_path)

@@ -6,6 +6,7 @@ and `index.json` (type, sizes, what of a text the tokenizer does not keep, and d
 them and bytes per token by language).
 """
 
+import dataclasses
 import itertools
 import json
 from array import array
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -90,7 +92,7 @@ def run(
     The text is read once and both tokenizers work on each batch at the same time, each with its own threads.
     """
     writers = [
-        _Writer(folder / side, tokenizer)
+        ShardWriter(folder / side, tokenizer)
         for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer))
     ]
     for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer)):
@@ -111,6 +113,22 @@ def run(
                 f"tokens: the {side} tokenizer does not keep {', '.join(index['loses'])} ({_unknown_share(index)})"
             )
     return indices
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[corpus.Document]
+) -> TokenShards:
+    """Tokenise documents, which may be none, into shards in memory."""
+    if not documents:  # an empty file cannot be mapped
+        counts = np.zeros(vocabulary_size(tokenizer), np.int64)
+        empty = np.zeros(0, np.int64)
+        return TokenShards(empty, empty, counts, {"opening": opening_id(tokenizer)})
+    with TemporaryDirectory() as folder:
+        writer = ShardWriter(Path(folder), tokenizer)
+        writer.add(documents)
+        writer.close()
+        shards = TokenShards.open(Path(folder))
+        return dataclasses.replace(shards, tokens=np.array(shards.tokens))
 
 
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -214,7 +232,7 @@ def _added_by(post_processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 _COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
 
 
-class _Writer:
+class ShardWriter:
     """Appends documents to one side's shards."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):

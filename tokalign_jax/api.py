@@ -1,0 +1,449 @@
+"""The Python API: every step of an adaptation as a function of arrays, without a workdir.
+
+Everything here also works in a notebook on a laptop. For runs that resume, use `run` or the command line.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax import demo
+from tokalign_jax.alignment import methods, vectors
+from tokalign_jax.alignment.alignment import Alignment, Rule
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    InitializationConfig,
+    StageConfig,
+    TextConfig,
+    config_from_dict,
+)
+from tokalign_jax.errors import UserError
+from tokalign_jax.evaluation import bits_per_byte, samples
+from tokalign_jax.initialization.initialization import Side
+from tokalign_jax.initialization.start import make_start
+from tokalign_jax.models import hub, huggingface, lora
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import Params
+from tokalign_jax.parallel import sharding
+from tokalign_jax.planning import resolve
+from tokalign_jax.planning.machine import Machine
+from tokalign_jax.text import corpus, tokenizing
+from tokalign_jax.text.corpus import Document
+from tokalign_jax.text.editing import within_rows
+from tokalign_jax.training import loop
+from tokalign_jax.utils import paths
+from tokalign_jax.utils.progress import Log
+
+Texts = Sequence[str] | Mapping[str, Sequence[str]]
+"""Documents; or documents by language."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model: its constants, its weights and its tokenizer.
+
+    Attributes:
+      config: the architecture; `config.vocab_size` is the number of rows.
+      params: nested dict of arrays; the rows are `params["embed_tokens"]["embedding"]` and, where the head is not tied,
+        `params["lm_head"]["kernel"]`, both [rows, hidden size].
+      tokenizer: a fast tokenizer of transformers.
+      folder: the Hugging Face folder that it comes from, whose config.json `save` goes by.
+      losses: nats a token at each training step since it was loaded.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    losses: tuple[float, ...] = ()
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+def load_model(name: str, dtype: str | None = None) -> Model:
+    """Load a model and its tokenizer.
+
+    Args:
+      name: a folder in Hugging Face format, a hub name (`name@revision` pins one), or `embedded` for the demo's.
+      dtype: of the weights, such as `float32`; None: as stored.
+
+    Raises:
+      UserError: it is missing or broken, or of a family that is not known.
+    """
+    folder = hub.resolve(demo.source_model(name), what="model")
+    config, _ = hub.load_config(folder)
+    huggingface.check_weights(folder, config)
+    tokenizer = within_rows(hub.load_tokenizer(folder), config.vocab_size, f"model '{name}'")
+    params = huggingface.load_params(folder, config, dtype and jnp.dtype(dtype))
+    return Model(config, params, tokenizer, folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+      name: a folder, a hub name, or `embedded` for the demo's multilingual one.
+
+    Raises:
+      UserError: it is missing, or not of a kind that is known.
+    """
+    folder = hub.resolve(demo.target_tokenizer(name), what="tokenizer", weights=False)
+    tokenizer = hub.load_tokenizer(folder)
+    tokenizing.check(tokenizer)
+    return tokenizer
+
+
+def load_texts(
+    name: str = "embedded", *, language_field: str = "", budget_bytes: int = 5_000_000_000
+) -> dict[str, list[str]]:
+    """Read documents, by language.
+
+    Args:
+      name: files, a folder, a glob, a hub dataset, or `embedded` for the demo's.
+      language_field: field of a record with its language; empty: all documents are in one group, `all`.
+      budget_bytes: UTF-8 bytes to read.
+
+    Raises:
+      UserError: there is no such text.
+    """
+    if name == "embedded":
+        language_field = language_field or "language"
+    text = TextConfig(language_field=language_field, budget_bytes=budget_bytes)
+    config = Config(corpus=name, text=text)
+    corpus.check(config)
+    texts: dict[str, list[str]] = {}
+    for document in corpus.read(config):
+        texts.setdefault(document.language, []).append(document.text)
+    return texts
+
+
+def align(
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    texts: Texts = (),
+    method: str = "pieces",
+    *,
+    seed: int = 0,
+    log: Log = _silent,
+    **settings: Any,
+) -> Alignment:
+    """Say how each target token is made of source tokens.
+
+    Args:
+      texts: from which frequencies and co-occurrences are counted; `pieces`, `exact` and `random` need none.
+      method: see `tokalign help methods`. `distilled` aligns as `pieces` does; what sets it apart is `initialize` with text.
+      settings: further fields of `AlignmentConfig`.
+
+    Returns:
+      Mixtures of source rows, a rule and a score for every target token, as arrays.
+
+    Raises:
+      UserError: an unknown method or field, or a method that needs texts has none.
+    """
+    config = config_from_dict({"method": method, **settings}, AlignmentConfig, "alignment.")
+    documents = _documents(texts)
+    if method == "omp":
+        raise UserError("method 'omp' needs a donor model: use it by `tokalign run`")
+    if method in methods.NEED_VECTORS and not documents and not config.target_vectors:
+        raise UserError(f"method '{method}' learns from text: give align(..., texts=...)")
+    shards = [tokenizing.tokenize(tokenizer, documents) for tokenizer in (source, target)]
+    counts = [side.counts for side in shards]
+    inputs = methods.Inputs(config, source, target, *counts, seed, log)
+    if method in methods.NEED_VECTORS:
+        if method == "tokalign":
+            config = dataclasses.replace(config, vectors="glove")
+        shared = methods.pairs(inputs.spelled.exact)
+        of_source, of_target, _ = vectors.make(config, *shards, seed, log, shared)
+        inputs = dataclasses.replace(inputs, source=of_source, target=of_target)
+    made, _ = methods.make(inputs)
+    return made
+
+
+def explain(
+    alignment: Alignment,
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    token: int | str,
+) -> dict[str, Any]:
+    """Say what a target token's row is made of.
+
+    Args:
+      token: its id, or a text that is one token.
+
+    Returns:
+      `token`, `rule`, `score`, and by source token the weights of its `embedding` and `head` row.
+
+    Raises:
+      UserError: the text is not one token.
+    """
+    ids = (
+        [token] if isinstance(token, int) else target(token, add_special_tokens=False)["input_ids"]
+    )
+    if len(ids) != 1 or not 0 <= ids[0] < alignment.target_size:
+        raise UserError(f"{token!r} is not one token of the target tokenizer")
+
+    def weights(mixture: Any) -> dict[str, float]:
+        part = slice(*mixture.indptr[ids[0] : ids[0] + 2])
+        near = zip(mixture.ids[part].tolist(), mixture.weights[part].tolist())
+        return {_text(source, i): round(w, 4) for i, w in near if i < alignment.source_size}
+
+    return {
+        "token": target.decode(ids),
+        "rule": Rule(alignment.rules[ids[0]]).name.lower(),
+        "score": float(alignment.scores[ids[0]]),
+        "embedding": weights(alignment.embedding),
+        "head": weights(alignment.head),
+    }
+
+
+def initialize(
+    source: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    alignment: Alignment,
+    texts: Texts = (),
+    *,
+    seed: int = 0,
+    log: Log = _silent,
+    **settings: Any,
+) -> Model:
+    """Give a model rows for a new vocabulary; everything else stays as it is.
+
+    Args:
+      tokenizer: the new one.
+      alignment: of `source.tokenizer` and `tokenizer`.
+      texts: none: rows are the alignment's mixtures. With text, the model is then trained to keep what it knows, with the
+        source as teacher, on text that it writes itself and on these (method `distilled`).
+      settings: further fields of `InitializationConfig`, such as `distillation_tokens`.
+
+    Raises:
+      UserError: an unknown field, or a value that it cannot have.
+    """
+    documents = _documents(texts)
+    initialization = config_from_dict(settings, InitializationConfig, "initialization.")
+    config = Config(
+        seed=seed,
+        alignment=AlignmentConfig(method="distilled" if documents else "pieces"),
+        initialization=initialization,
+        compute=ComputeConfig(dtype=_compute_dtype()),
+    )
+    mesh = sharding.make_mesh()
+    shards = [tokenizing.tokenize(side, documents) for side in (source.tokenizer, tokenizer)]
+
+    def draw(tokens: int) -> Any:
+        order = np.random.default_rng(seed).permutation(len(documents))
+        left = tokens
+        for i in order.tolist():
+            if left <= 0:
+                return
+            yield documents[i]
+            left -= len(source.tokenizer(documents[i].text, add_special_tokens=False)["input_ids"])
+
+    side = Side(source.config, source.params, source.tokenizer, shards[0])
+    made = make_start(config, side, tokenizer, shards[1], alignment, draw, mesh, log)
+    params = _without_padding(made.config, made.params)
+    return Model(made.config, params, tokenizer, source.folder)
+
+
+def train(
+    model: Model,
+    texts: Texts,
+    *,
+    method: Literal["embedding", "lora", "full"] = "full",
+    steps: int = 100,
+    learning_rate: float = 5e-4,
+    batch_size: int = 8,
+    sequence_length: int = 256,
+    seed: int = 0,
+    log: Log = _silent,
+    **settings: Any,
+) -> Model:
+    """Train a model on text, by the next token.
+
+    Args:
+      method: what trains: `embedding` (the rows alone: Stage 1 of TokAlign), `lora`, whose adapters are merged at the end, or
+        `full`.
+      batch_size: sequences a step.
+      settings: further fields of `StageConfig`.
+
+    Returns:
+      The trained model, float32 where it was trained, with the loss of each step.
+
+    Raises:
+      UserError: the text is shorter than a sequence, or a setting does not fit.
+    """
+    values = {
+        "method": method,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "start_offset": 0,
+        **settings,
+    }
+    stage = config_from_dict(values, StageConfig, "stage1.")
+    none = dataclasses.replace(stage, steps=0)
+    compute = ComputeConfig(dtype=_compute_dtype())
+    config = Config(seed=seed, stage1=stage, stage2=none, compute=compute)
+    shards = tokenizing.tokenize(model.tokenizer, _documents(texts))
+    mesh = sharding.make_mesh()
+    setups = resolve.resolved_stages(config, model.config, mesh.devices.shape, Machine.of())
+    setup = setups["stage1"]
+    config = dataclasses.replace(config, compute=setup.compute)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+    with TemporaryDirectory() as folder:
+        result = loop.run_stage(
+            "stage1",
+            setup.stage,
+            config,
+            model.config,
+            model.params,
+            shards,
+            Path(folder),
+            0,
+            log,
+            mesh,
+        )
+    params = _without_padding(model.config, _merged(result.params, setup.stage))
+    losses = tuple(float(record["loss"]) for record in result.history)
+    return dataclasses.replace(model, params=params, losses=(*model.losses, *losses))
+
+
+def evaluate(model: Model, texts: Texts, *, sequence_length: int = 256) -> dict[str, float]:
+    """Measure bits per byte of text, by language and of `all` together; lower is better.
+
+    They can be compared across vocabularies, since every one spells the same bytes.
+    """
+    groups = _by_language(texts)
+    length = min(sequence_length, model.config.max_positions)
+    costs = bits_per_byte.evaluate_documents(
+        model.config,
+        model.params,
+        model.tokenizer,
+        groups,
+        sequence_length=length,
+        batch=8,
+        compute=ComputeConfig(dtype=_compute_dtype()),
+    )
+    found = {group: of.total.bits_per_byte for group, of in costs.items()}
+    if len(found) > 1:
+        found["all"] = bits_per_byte.summary([*costs.values()], 0)["bits_per_byte"]
+    return found
+
+
+def generate(model: Model, prompt: str, tokens: int = 32) -> str:
+    """Continue a text greedily; return what is added."""
+    (made,) = samples.continuations(
+        model.config, model.params, model.tokenizer, [prompt], tokens, _compute_dtype()
+    )
+    return made["continuation"]
+
+
+def save(model: Model, folder: str | Path, dtype: str = "source") -> Path:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers open.
+
+    Args:
+      folder: a new one, or an empty one.
+      dtype: of the weights; `source`: each as the source model stores it.
+
+    Raises:
+      UserError: the folder is not empty.
+    """
+    _, raw = hub.load_config(model.folder)
+    huggingface.save_checkpoint(
+        folder,
+        model.params,
+        model.config,
+        raw,
+        model.tokenizer,
+        dtypes=dtype,
+        source_folder=model.folder,
+    )
+    return Path(folder)
+
+
+def run(
+    config: Config | Mapping[str, Any],
+    workdir: str | Path,
+    stages: Sequence[str] | None = None,
+    log: Log = print,
+) -> Path:
+    """Do a whole run in a workdir, as `tokalign run` does: it skips what is finished and resumes what is not.
+
+    Args:
+      config: or a dict of its fields, such as `{"stage2": {"steps": 100}}`.
+      stages: only these, and unfinished ones that they need.
+
+    Returns:
+      The workdir; `export` in it is the adapted model.
+
+    Raises:
+      UserError: bad input, before any long work.
+    """
+    from tokalign_jax import pipeline
+    from tokalign_jax.utils import compiling
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+    compiling.prepare()
+    made = config if isinstance(config, Config) else config_from_dict(config)
+    return pipeline.run(made, Path(workdir), stages, log)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return a token's text; its name where it is not whole characters."""
+    text = tokenizer.decode([token])
+    return text if "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+
+
+def _by_language(texts: Texts) -> dict[str, list[str]]:
+    if isinstance(texts, str):
+        raise UserError("texts is a single string: give a list of documents, or a dict of them")
+    groups = texts if isinstance(texts, Mapping) else {"all": texts}
+    return {language: list(group) for language, group in groups.items()}
+
+
+def _documents(texts: Texts) -> list[Document]:
+    return [
+        Document(text, language, len(text.encode()))
+        for language, group in _by_language(texts).items()
+        for text in group
+    ]
+
+
+def _compute_dtype() -> Literal["float32", "bfloat16"]:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _merged(params: Params, stage: StageConfig) -> Params:
+    """Return parameters with adapters added to their kernels."""
+    spec, leaves = loop.lora_spec(stage), paths.flatten(params)
+    if spec is None:
+        return params
+    for name in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
+        adapter = lora.Adapter(spec, leaves.pop(f"{name}/lora_a"), leaves.pop(f"{name}/lora_b"))
+        kernel = jnp.array(leaves[f"{name}/kernel"])  # a copy: the original is the caller's
+        leaves[f"{name}/kernel"] = lora.merge_into(kernel, [adapter])
+    return paths.unflatten(leaves)
+
+
+def _without_padding(config: ModelConfig, params: Params) -> Params:
+    """Return parameters whose vocabulary matrices have the model's rows and no more."""
+    trim: Callable[[Any], Any] = lambda rows: rows[: config.vocab_size]  # noqa: E731
+    new = {**params, "embed_tokens": jax.tree.map(trim, params["embed_tokens"])}
+    if "lm_head" in params:
+        new["lm_head"] = {**params["lm_head"], "kernel": trim(params["lm_head"]["kernel"])}
+    return new
