@@ -127,6 +127,7 @@ def test_with_text_the_start_is_trained_by_the_source(source, tokenizer):
         (lambda s, t: ta.train(s, ["short"], steps=1, sequence_length=64), "fewer than"),
         (lambda s, t: ta.train(s, TEXTS, steps=1, learning_rat=1.0), "learning_rate"),
         (lambda s, t: ta.train(s, TEXTS, steps=-1), "stage1.steps"),
+        (lambda s, t: ta.train(s, TEXTS, objective="mixture"), "needs the source model"),
         (lambda s, t: ta.evaluate(s, "one text"), "single string"),
         (lambda s, t: ta.load_model("/nowhere/at/all"), "no such folder"),
         (lambda s, t: ta.load_texts("/nowhere/at/all"), "/nowhere/at/all"),

@@ -27,6 +27,7 @@ from tokalign_jax.config import (
     StageConfig,
     TextConfig,
     config_from_dict,
+    learns_from_source,
 )
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, samples
@@ -159,14 +160,13 @@ def align(
         raise UserError("method 'omp' needs a donor model: use it by `tokalign run`")
     if method in methods.NEED_VECTORS and not documents and not config.target_vectors:
         raise UserError(f"method '{method}' learns from text: give align(..., texts=...)")
-    shards = [tokenizing.tokenize(tokenizer, documents) for tokenizer in (source, target)]
-    counts = [side.counts for side in shards]
-    inputs = methods.Inputs(config, source, target, *counts, seed, log)
+    old, new = (tokenizing.tokenize(tokenizer, documents) for tokenizer in (source, target))
+    inputs = methods.Inputs(config, source, target, old.counts, new.counts, seed, log)
     if method in methods.NEED_VECTORS:
         if method == "tokalign":
             config = dataclasses.replace(config, vectors="glove")
         shared = methods.pairs(inputs.spelled.exact)
-        of_source, of_target, _ = vectors.make(config, *shards, seed, log, shared)
+        of_source, of_target, _ = vectors.make(config, old, new, seed, log, shared)
         inputs = dataclasses.replace(inputs, source=of_source, target=of_target)
     made, _ = methods.make(inputs)
     return made
@@ -294,12 +294,14 @@ def train(
         **settings,
     }
     stage = config_from_dict(values, StageConfig, "stage1.")
+    if learns_from_source(stage):
+        raise UserError(f"objective '{stage.objective}' needs the source model: use `tokalign run`")
     none = dataclasses.replace(stage, steps=0)
     compute = ComputeConfig(dtype=_compute_dtype())
     config = Config(seed=seed, stage1=stage, stage2=none, compute=compute)
     shards = tokenizing.tokenize(model.tokenizer, _documents(texts))
     mesh = sharding.make_mesh()
-    setups = resolve.resolved_stages(config, model.config, mesh.devices.shape, Machine.of())
+    setups = resolve.resolved_stages(config, model.config, mesh.devices.shape, Machine.of(), {})
     setup = setups["stage1"]
     config = dataclasses.replace(config, compute=setup.compute)
     if not flags.FLAGS.is_parsed():
@@ -406,7 +408,7 @@ def run(
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Return a token's text; its name where it is not whole characters."""
     text = tokenizer.decode([token])
-    return text if "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else str(text)
 
 
 def _by_language(texts: Texts) -> dict[str, list[str]]:
