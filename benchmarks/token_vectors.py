@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--c-iterations",
         type=int,
-        default=CONFIG.iterations,
+        default=CONFIG.glove.iterations,
         help="fewer are extrapolated linearly",
     )
     parser.add_argument(
@@ -223,9 +223,9 @@ def _run_c_side(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "vector-size": CONFIG.vector_size,
         "iter": arguments.c_iterations,
         "threads": arguments.threads,
-        "x-max": CONFIG.x_max,
-        "alpha": CONFIG.weight_power,
-        "eta": CONFIG.glove_learning_rate,
+        "x-max": CONFIG.glove.x_max,
+        "alpha": CONFIG.glove.alpha,
+        "eta": CONFIG.glove.learning_rate,
         "binary": 0,
         "input-file": "shuffled.bin",
         "vocab-file": "vocabulary.txt",
@@ -234,12 +234,12 @@ def _run_c_side(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     phases["glove"] = run(
         ["glove", *(word for name, value in settings.items() for word in (f"-{name}", value))]
     )
-    missing = CONFIG.iterations - arguments.c_iterations
+    missing = CONFIG.glove.iterations - arguments.c_iterations
     if missing and len(run.passes) > 1:
         a_pass = (run.passes[-1][0] - run.passes[0][0]) / (len(run.passes) - 1)
         phases["glove"] += missing * a_pass
     elif missing:
-        phases["glove"] *= CONFIG.iterations / arguments.c_iterations
+        phases["glove"] *= CONFIG.glove.iterations / arguments.c_iterations
     pairs = (work / "shuffled.bin").stat().st_size // 16
     # The program's cost is half of the published loss, a pair.
     return {
@@ -428,9 +428,9 @@ def _table(report: dict[str, Any]) -> str:
         accuracy = ", ".join(
             f"{name} {share:.3f}" for name, share in of_way["accuracy_at_1"].items()
         )
-        name, run = WAYS[way], of_way.get("passes_run", CONFIG.iterations)
-        if run != CONFIG.iterations:
-            name += f" ({run} passes run; time of {CONFIG.iterations} extrapolated, loss and accuracy not)"
+        name, run = WAYS[way], of_way.get("passes_run", CONFIG.glove.iterations)
+        if run != CONFIG.glove.iterations:
+            name += f" ({run} passes run; time of {CONFIG.glove.iterations} extrapolated, loss and accuracy not)"
         lines.append(
             f"| {name} | {_total(of_way):.1f} | {phases} | {memory} | {loss} | {accuracy} |"
         )

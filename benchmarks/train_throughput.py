@@ -302,7 +302,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     import jax.numpy as jnp
     import numpy as np
 
-    from tokalign_jax.config import ComputeConfig, MeshConfig, StageConfig
+    from tokalign_jax.config import ComputeConfig, MeshConfig, OptimizerConfig, StageConfig
     from tokalign_jax.parallel import sharding
     from tokalign_jax.planning.machine import peak_flops
     from tokalign_jax.training.loop import lora_spec, micro_batch
@@ -316,7 +316,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         batch_size=batch * arguments.accumulation,
         per_device_batch=batch // sharding.sequences_at_once(mesh),
         sequence_length=length,
-        row_damping=arguments.row_damping,
+        optimizer=OptimizerConfig(row_damping=arguments.row_damping),
     )
     chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
     compute = ComputeConfig(

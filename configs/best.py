@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
     config.stage2.batch_size = 64
     config.stage2.per_device_batch = "auto"
     config.stage2.learning_rate = 5e-4
-    config.stage2.row_damping = 0.3  # research.py has AdamW
+    config.stage2.optimizer.row_damping = 0.3  # research.py has AdamW
     config.stage2.start_offset = 0
     return config

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.text.budget_bytes = 5_000_000_000
 
     config.alignment.vector_size = 300
-    config.alignment.iterations = 15
+    config.alignment.glove.iterations = 15
     config.alignment.window = 15
     config.alignment.similarity_threshold = 0.4
 
@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
         stage.batch_size = 64
         stage.per_device_batch = 4
         stage.sequence_length = 2048
-        stage.weight_decay = 0.01
-        stage.row_damping = 0.0  # AdamW
+        stage.optimizer.weight_decay = 0.01
+        stage.optimizer.row_damping = 0.0  # AdamW
         stage.warmup_fraction = 0.03
     config.stage1.method = "embedding"
     config.stage1.learning_rate = 2e-5

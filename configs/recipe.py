@@ -38,10 +38,10 @@ def get_config() -> ConfigDict:
         stage.batch_size = 32
         stage.per_device_batch = 32
         stage.sequence_length = 1024
-        stage.checkpoint_every = 1000
-        stage.keep_checkpoints = 1
+        stage.checkpoints.every = 1000
+        stage.checkpoints.keep = 1
         stage.log_every = 60
-        stage.row_damping = 0.0  # AdamW, where a run's name does not say otherwise
+        stage.optimizer.row_damping = 0.0  # AdamW, where a run's name does not say otherwise
     config.stage1.method = "embedding"
     config.stage2.method = "full"
     config.stage2.learning_rate = 5e-5
@@ -79,7 +79,7 @@ def get_runs() -> dict[str, dict[str, Any]]:
         rows = {"stage2.learning_rate": 5e-4, "stage2.embedding_learning_rate": 1.6e-4}
         runs |= _alone("full@5.0e-04-rows@1.6e-04", 120, seed, rows)
         for rate in (1.6e-4, 5e-4, 1e-3):
-            damped = {"stage2.learning_rate": rate, "stage2.row_damping": 0.3}
+            damped = {"stage2.learning_rate": rate, "stage2.optimizer.row_damping": 0.3}
             runs |= _alone(f"full@{rate:.1e}-damped0.3", 120, seed, damped)
     # What AdamW does with rows of rare tokens.
     for field, values in {
@@ -87,12 +87,12 @@ def get_runs() -> dict[str, dict[str, Any]]:
         "row_damping": (0.1, 1.0),
     }.items():
         for value in values:
-            fields = {"stage2.learning_rate": 5e-4, f"stage2.{field}": value}
+            fields = {"stage2.learning_rate": 5e-4, f"stage2.optimizer.{field}": value}
             runs |= _alone(f"full@5.0e-04-{field}{value:g}", 120, 0, fields)
     for name, fields in {
         "": {},
-        "-epsilon1e-05": {"stage2.epsilon": 1e-5},
-        "-damped0.3": {"stage2.row_damping": 0.3},
+        "-epsilon1e-05": {"stage2.optimizer.epsilon": 1e-5},
+        "-damped0.3": {"stage2.optimizer.row_damping": 0.3},
     }.items():
         runs |= _alone(f"full@5.0e-04{name}", 480, 0, {"stage2.learning_rate": 5e-4} | fields)
     # Whether Stage 1 earns its tokens at larger budgets.
@@ -104,7 +104,7 @@ def get_runs() -> dict[str, dict[str, Any]]:
     for name, fields in {
         "offset0": {"stage2.start_offset": 0},
         "offset0.2": {"stage2.start_offset": 0.2},
-        "decay0.1": {"stage1.weight_decay": 0.1, "stage2.weight_decay": 0.1},
+        "decay0.1": {"stage1.optimizer.weight_decay": 0.1, "stage2.optimizer.weight_decay": 0.1},
         "rows@1.6e-04": {"stage2.embedding_learning_rate": 1.6e-4},
         "lora@5.0e-04": LORA,
         "lora@4.0e-03-rows@6.4e-04": LORA

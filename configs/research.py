@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.data.epochs = 10
 
     config.alignment.vector_size = 300
-    config.alignment.iterations = 15
+    config.alignment.glove.iterations = 15
     config.alignment.window = 15
     config.alignment.similarity_threshold = 0.3
 
@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
         stage.batch_size = 1024
         stage.per_device_batch = 4
         stage.sequence_length = 2048
-        stage.weight_decay = 0.01
-        stage.row_damping = 0.0  # AdamW
+        stage.optimizer.weight_decay = 0.01
+        stage.optimizer.row_damping = 0.0  # AdamW
         stage.warmup_fraction = 0.03
     config.stage1.method = "embedding"
     config.stage1.learning_rate = 6.4e-4

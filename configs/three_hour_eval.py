@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.text.budget_bytes = 1_000_000_000
 
     config.alignment.vector_size = 300
-    config.alignment.iterations = 15
+    config.alignment.glove.iterations = 15
     config.alignment.window = 15
     config.alignment.similarity_threshold = 0.3
 
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         stage.batch_size = 32
         stage.per_device_batch = 2
         stage.sequence_length = 1024
-        stage.weight_decay = 0.01
+        stage.optimizer.weight_decay = 0.01
         stage.warmup_fraction = 0.03
         stage.start_offset = 0
     config.stage1.method = "embedding"

@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
         stage.batch_size = 4
         stage.per_device_batch = 4
         stage.sequence_length = 256
-        stage.weight_decay = 0.01
+        stage.optimizer.weight_decay = 0.01
         stage.warmup_fraction = 0.03
-        stage.checkpoint_every = 40
+        stage.checkpoints.every = 40
     # Most tokens go to Stage 2, and rows get a higher rate than the body (docs/results/recipe.md).
     config.stage1.method = "embedding"
     config.stage1.steps = 40

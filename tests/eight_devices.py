@@ -46,7 +46,12 @@ from tokalign_jax.utils import paths
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
 STEP = replace(
-    STAGE, steps=3, batch_size=24, per_device_batch=1, checkpoint_every=3, row_damping=0.3
+    STAGE,
+    steps=3,
+    batch_size=24,
+    per_device_batch=1,
+    checkpoints=replace(STAGE.checkpoints, every=3),
+    optimizer=replace(STAGE.optimizer, row_damping=0.3),
 )
 
 

@@ -127,7 +127,7 @@ def test_the_first_loss_reported_is_that_of_the_start(way, monkeypatch):
 def start_of(counts, config) -> tuple[np.ndarray, np.ndarray]:
     """Where `train` starts with seed 0, in float64."""
     objective = glove.Objective(
-        config.glove_learning_rate * glove.RATE_SCALE, config.x_max, config.weight_power
+        config.glove.learning_rate * glove.RATE_SCALE, config.glove.x_max, config.glove.alpha
     )
     size = glove.block_size(len(counts.vocabulary))
     blocks = glove._start(counts, objective, config.vector_size, size, np.random.default_rng(0))

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tokalign_jax import config_files
 from tokalign_jax.config import (
     AFTER_PREVIOUS,
+    RENAMED,
     Config,
     config_from_dict,
     config_to_dict,
     default_config,
+    settings_of,
 )
 from tokalign_jax.errors import UserError
 
@@ -45,10 +48,14 @@ def test_recipes_hold_what_they_promise(name):
             batch,
             length,
         )
-        assert (stage.weight_decay, stage.warmup_fraction) == (0.01, 0.03)
+        assert (stage.optimizer.weight_decay, stage.warmup_fraction) == (0.01, 0.03)
     if method == "lora":
         assert dataclasses.astuple(config.stage2.lora) == (64, 16.0, 0.1)
-    assert (config.alignment.vector_size, config.alignment.window, config.alignment.iterations) == (
+    assert (
+        config.alignment.vector_size,
+        config.alignment.window,
+        config.alignment.glove.iterations,
+    ) == (
         300,
         15,
         15,
@@ -93,7 +100,7 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"stage2": {"lora": {"dropout": 1.0}}}, ("stage2.lora.dropout", "1.0")),
         ({"stage1": {"learning_rate": float("inf")}}, ("stage1.learning_rate", "inf", "finite")),
         ({"stage2": {"embedding_learning_rate": -1.0}}, ("stage2.embedding_learning_rate", "-1.0")),
-        ({"stage1": {"beta2": 1.0}}, ("stage1.beta2", "1.0")),
+        ({"stage1": {"optimizer": {"beta2": 1.0}}}, ("stage1.optimizer.beta2", "1.0")),
         ({"stage1": {"start_offset": -1}}, ("stage1.start_offset", "-1", "number of sequences")),
         ({"stage1": {"start_offset": 1.5}}, ("stage1.start_offset", "1.5", "below 1.0")),
         (
@@ -153,3 +160,62 @@ def test_every_number_has_bounds_which_hold_its_default():
 def test_whole_numbers_are_welcome_as_floats_and_lists_as_tuples():
     config = config_from_dict({"stage1": {"learning_rate": 1}, "corpus": ["a", "b"]})
     assert isinstance(config.stage1.learning_rate, float) and config.corpus == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("stage1.weight_decay", "stage1.optimizer.weight_decay", 0.5),
+        ("stage2.row_damping", "stage2.optimizer.row_damping", 0.0),
+        ("stage3.checkpoint_every", "stage3.checkpoints.every", 7),
+        ("stage2.keep_checkpoints", "stage2.checkpoints.keep", 9),
+        ("alignment.iterations", "alignment.glove.iterations", 3),
+        ("alignment.weight_power", "alignment.glove.alpha", 0.5),
+    ],
+)
+def test_a_key_of_the_version_before_is_taken_with_a_warning_that_names_the_new_one(
+    old, new, value, tmp_path
+):
+    def read(config):
+        for key in new.split("."):
+            config = getattr(config, key)
+        return config
+
+    group, key = old.split(".")
+    warns = f"'{old}' is now '{new}'"
+    with pytest.warns(FutureWarning, match=warns):
+        assert read(config_from_dict({group: {key: value}})) == value
+    with pytest.warns(FutureWarning, match=warns):
+        assert read(config_files.load("configs/best.py", [f"--config.{old}={value}"])) == value
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tokalign_jax.config import default_config\n\ndef get_config():\n"
+        f"    config = default_config()\n    config.{old} = {value}\n    return config\n"
+    )
+    with pytest.warns(FutureWarning, match=warns):
+        assert read(config_from_dict(config_files.load(str(file)))) == value
+    other = config_files.load(str(file), [f"--config.{new}={value + 1}"])
+    assert read(config_from_dict(other)) == value + 1
+
+
+def test_every_renamed_key_leads_to_a_field_and_is_none_itself():
+    for kind, names in RENAMED.items():
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        for old, new in names.items():
+            group, name = new.split(".")
+            assert old not in fields
+            assert hasattr(fields[group].default_factory(), name)
+
+
+def test_settings_without_effect_are_in_no_fingerprint():
+    one, other = (
+        config_from_dict({"stage1": changes}).stage1
+        for changes in (
+            {},
+            {"log_every": 3, "per_device_batch": 2, "checkpoints": {"every": 4, "keep": 5}},
+        )
+    )
+    assert one != other and settings_of(one) == settings_of(other)
+    assert settings_of(config_from_dict({"stage1": {"optimizer": {"beta1": 0.5}}}).stage1) != (
+        settings_of(one)
+    )

@@ -73,7 +73,7 @@ def arguments(
         "text.held_out_fraction": 0.1,
         "text.language_field": "lang",
         "alignment.vector_size": 16,
-        "alignment.iterations": 2,
+        "alignment.glove.iterations": 2,
         "alignment.pivots": 20,
         "alignment.min_count": 2,
         "initialization.distillation_tokens": 2000,
@@ -89,7 +89,7 @@ def arguments(
             f"{stage}.per_device_batch": 2,
             f"{stage}.batch_size": 4,
             f"{stage}.sequence_length": 32,
-            f"{stage}.checkpoint_every": 2,
+            f"{stage}.checkpoints.every": 2,
         }
     flags = [f"--config.{name}={value}" for name, value in small.items()]
     return ["main", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags, *more]
@@ -207,7 +207,7 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
 
     # A field without effect on results redoes nothing.
     assert "to be done again" not in run(
-        "--config.stage2.log_every=1", "--config.stage2.keep_checkpoints=3"
+        "--config.stage2.log_every=1", "--config.stage2.checkpoints.keep=3"
     )
 
 

@@ -26,8 +26,8 @@ from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
 from tokalign_jax.utils.stopping import Stopped
 
-LORA = dict(method="lora", steps=40, checkpoint_every=7)
-FULL = dict(steps=16, batch_size=8, checkpoint_every=100)
+LORA = dict(method="lora", steps=40, checkpoints=CheckpointConfig(every=7))
+FULL = dict(steps=16, batch_size=8, checkpoints=CheckpointConfig(every=100))
 
 
 def losses(folder):
@@ -83,7 +83,9 @@ def test_ended_at_a_random_step_and_run_again_it_ends_with_the_same_bits(tmp_pat
 @pytest.mark.parametrize(("fault", "who"), [("kill", 0), ("kill", 1), ("terminate", 1)])
 def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
     """Each reads its own half of every batch; both save the checkpoints, one writes the metrics."""
-    program = Program(tmp_path / "both", FULL | dict(per_device_batch=1, checkpoint_every=3))
+    program = Program(
+        tmp_path / "both", FULL | dict(per_device_batch=1, checkpoints=CheckpointConfig(every=3))
+    )
     both = together(program)
     both[who] = replace(both[who], fault=fault, fault_step=7)
     ended = run_programs(*both)
@@ -113,7 +115,7 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
 def test_two_hosts_train_together_and_go_on_after_one_is_lost(tmp_path, unbroken):
     if reason := why_not_hosts(tmp_path):
         pytest.skip(reason)
-    changes = FULL | dict(per_device_batch=1, checkpoint_every=3)
+    changes = FULL | dict(per_device_batch=1, checkpoints=CheckpointConfig(every=3))
     program = Program(tmp_path / "both", changes, devices=2, mesh=(2, 2, 1), own_host=True)
     both = together(program)
     # The first host is lost, which JAX notices at once: by its heartbeat only after 99 seconds.
@@ -180,7 +182,10 @@ def damage(checkpoint):
 
 
 def test_of_damaged_checkpoints_the_newest_whole_one_goes_on(tmp_path):
-    stage, checkpoints = replace(STAGE, keep_checkpoints=3), tmp_path / "checkpoints"
+    stage, checkpoints = (
+        replace(STAGE, checkpoints=replace(STAGE.checkpoints, keep=3)),
+        tmp_path / "checkpoints",
+    )
     whole = train(tmp_path, stage)
     assert newest(tmp_path) == 8
     damage(checkpoints / "8")

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokalign_jax.config import StageConfig
+from tokalign_jax.config import OptimizerConfig, StageConfig
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.utils import paths
 
@@ -24,8 +24,10 @@ SHAPES = {
 }
 MATRICES = {path for path in SHAPES if not path.endswith(("scale", "bias"))}
 STAGE = StageConfig(
-    method="full", steps=10, warmup_fraction=0.2, learning_rate=0.01, embedding_learning_rate=0.03, weight_decay=0.1,
-    clip_norm=0.5, beta1=0.8, beta2=0.9, epsilon=1e-3, row_damping=0.3,
+    method="full", steps=10, warmup_fraction=0.2, learning_rate=0.01, embedding_learning_rate=0.03,
+    optimizer=OptimizerConfig(
+        weight_decay=0.1, clip_norm=0.5, beta1=0.8, beta2=0.9, epsilon=1e-3, row_damping=0.3
+    ),
 )  # fmt: skip
 
 
@@ -90,13 +92,17 @@ def test_three_steps_match_a_float64_reference():
 
         norm = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
         for path in SHAPES:
-            gradient = gradients[path].astype(np.float64) * min(1.0, STAGE.clip_norm / norm)
+            gradient = gradients[path].astype(np.float64) * min(
+                1.0, STAGE.optimizer.clip_norm / norm
+            )
             first = 0.8 * moments[path][0] + 0.2 * gradient
             second = 0.9 * moments[path][1] + 0.1 * gradient**2
             moments[path] = first, second
             vocabulary = path.startswith(("embed", "lm_head"))
             corrected = second / (1 - 0.9 ** (update + 1))
-            floor = STAGE.epsilon + (0.3 * np.sqrt(corrected.mean()) if vocabulary else 0.0)
+            floor = STAGE.optimizer.epsilon + (
+                0.3 * np.sqrt(corrected.mean()) if vocabulary else 0.0
+            )
             adam = (first / (1 - 0.8 ** (update + 1))) / (np.sqrt(corrected) + floor)
             rate = (0.03 if vocabulary else 0.01) * expected_rate(update)
             decay = 0.1 if path in MATRICES else 0.0
@@ -108,7 +114,10 @@ def test_three_steps_match_a_float64_reference():
 def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
     labels = paths.label_tree(rules_for("embedding"), paths.unflatten(SHAPES))
     stage = StageConfig(
-        row_damping=0.0, steps=10, warmup_fraction=0.0, learning_rate=0.01, weight_decay=0.1
+        optimizer=OptimizerConfig(row_damping=0.0, weight_decay=0.1),
+        steps=10,
+        warmup_fraction=0.0,
+        learning_rate=0.01,
     )
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))
     gradients["final_norm"]["scale"] = np.full(4, 1e9, np.float32)
@@ -127,12 +136,11 @@ def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
 
 def test_embedding_rate_defaults_to_the_stage_rate():
     stage = StageConfig(
-        row_damping=0.0,
+        optimizer=OptimizerConfig(row_damping=0.0, weight_decay=0.0),
         method="lora",
         steps=10,
         warmup_fraction=0.0,
         learning_rate=0.02,
-        weight_decay=0.0,
     )
     labels = paths.label_tree(rules_for("lora"), paths.unflatten(SHAPES))
     tree, gradients = (paths.unflatten(random_tree(seed)) for seed in (0, 1))

@@ -84,10 +84,9 @@ def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_p
         method="lora",
         steps=1,
         warmup_fraction=0.0,
-        weight_decay=0.0,
+        optimizer=replace(STAGE.optimizer, weight_decay=0.0, row_damping=0.0),
         learning_rate=0.002,
         embedding_learning_rate=0.05,
-        row_damping=0.0,
     )
     first = paths.flatten(train(tmp_path / "one", stage).params)
     vocabulary = {"embed_tokens/embedding", "lm_head/kernel"}
@@ -157,9 +156,7 @@ def test_golden_steps_against_pytorch(tmp_path, family):
         steps=6,
         learning_rate=1e-2,
         embedding_learning_rate=3e-2,
-        row_damping=0.0,
-        weight_decay=0.1,
-        clip_norm=0.7,
+        optimizer=replace(STAGE.optimizer, row_damping=0.0, weight_decay=0.1, clip_norm=0.7),
         warmup_fraction=1 / 3,
     )
     history = train(tmp_path / "stage", stage, model, params=params).history
@@ -177,8 +174,8 @@ def test_golden_steps_against_pytorch(tmp_path, family):
             {"params": members, "lr": rate, "weight_decay": decay}
             for (rate, decay), members in groups.items()
         ],
-        betas=(stage.beta1, stage.beta2),
-        eps=stage.epsilon,
+        betas=(stage.optimizer.beta1, stage.optimizer.beta2),
+        eps=stage.optimizer.epsilon,
     )
     factors = [1 / 3, 2 / 3, 1.0, *(0.5 + 0.5 * np.cos(np.pi * k / 4) for k in (1, 2, 3))]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 5)])
@@ -193,7 +190,7 @@ def test_golden_steps_against_pytorch(tmp_path, family):
         )
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), stage.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), stage.optimizer.clip_norm)
         assert record["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert record["learning_rate"] == pytest.approx(

@@ -15,7 +15,14 @@ import jax
 import numpy as np
 from processes import become_host, free_port
 
-from tokalign_jax.config import ComputeConfig, Config, LoraConfig, MeshConfig, StageConfig
+from tokalign_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    LoraConfig,
+    MeshConfig,
+    StageConfig,
+)
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.rotary import Rope
@@ -70,7 +77,7 @@ STAGE = StageConfig(
     batch_size=4,
     per_device_batch=2,
     sequence_length=LENGTH,
-    checkpoint_every=3,
+    checkpoints=CheckpointConfig(every=3),
     log_every=4,
     start_offset=0,
     lora=LoraConfig(rank=3, alpha=6.0, dropout=0.1),

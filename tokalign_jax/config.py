@@ -9,6 +9,7 @@ import difflib
 import math
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,9 +37,17 @@ AUTO = "auto"
 """A number of sequences a device holds at once, or what layers keep: chosen by what fits (`planning.resolve`)."""
 
 
-def within(low: float, high: float, default: Any) -> Any:
-    """A field of numbers from `low` to `high`; past these, what a user meant is something else."""
-    return field(default=default, metadata={"within": (low, high)})
+def within(low: float, high: float, default: Any, effect: bool = True) -> Any:
+    """Declare a field of numbers from `low` to `high`; past these, what a user meant is something else.
+
+    Args:
+      effect: whether the result depends on it by more than rounding; else it is in no fingerprint.
+    """
+    return field(default=default, metadata={"within": (low, high), "effect": effect})
+
+
+class Bookkeeping:
+    """Base of groups of settings on which no result depends."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,20 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
+class GloveConfig:
+    """GloVe (Pennington et al. 2014), where `alignment.vectors` is `glove` or the method is `tokalign`."""
+
+    iterations: int = within(1, 10**5, 15)
+    """Passes over the co-occurrences."""
+    learning_rate: float = within(0, 10, 0.05)
+    """AdaGrad's rate."""
+    x_max: float = within(1e-3, 1e12, 10.0)
+    """Co-occurrences from this count on have full weight."""
+    alpha: float = within(0, 10, 0.75)
+    """Exponent of the weighting below `x_max`."""
+
+
+@dataclass(frozen=True)
 class AlignmentConfig:
     """Token vectors and how target tokens are made of source tokens."""
 
@@ -140,15 +163,8 @@ class AlignmentConfig:
     min_count: int = within(1, 10**12, 5)
     """Tokens seen fewer times get no vector."""
     vector_size: int = within(1, 10**5, 300)
-    """GloVe dimensions."""
-    iterations: int = within(1, 10**5, 15)
-    """GloVe passes over the co-occurrences."""
-    glove_learning_rate: float = within(0, 10, 0.05)
-    """GloVe AdaGrad rate."""
-    x_max: float = within(1e-3, 1e12, 10.0)
-    """GloVe: co-occurrences from this count on have full weight."""
-    weight_power: float = within(0, 10, 0.75)
-    """GloVe: exponent (alpha) of the weighting below `x_max`."""
+    """Dimensions of the token vectors."""
+    glove: GloveConfig = field(default_factory=GloveConfig)
     pivots: int = within(1, 10**8, 300)
     """Shared tokens to which method `tokalign` compares every vector (relative representation); others take all of them."""
     neighbours: int = within(1, 10**6, 10)
@@ -238,6 +254,35 @@ class ObjectiveWeights:
 
 
 @dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and what is done to its gradients; the learning rates are the stage's own."""
+
+    weight_decay: float = within(0, 10, 0.01)
+    """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
+    beta1: float = within(0, 0.99999, 0.9)
+    """AdamW's decay of the mean gradient."""
+    beta2: float = within(0, 0.99999, 0.95)
+    """AdamW's decay of the mean squared gradient."""
+    epsilon: float = within(1e-15, 1, 1e-8)
+    """AdamW's, beside the root of the second moment."""
+    row_damping: float = within(0, 1e3, 0.3)
+    """Embedding and head only: adds `row_damping * sqrt(mean(v))` to Adam's denominator, so that rows of
+    rare tokens, whose few gradients say little, move by less (docs/results/recipe.md); 0: AdamW."""
+    clip_norm: float = within(1e-12, 1e12, 1.0)
+    """Global norm to which the gradient of everything that trains is clipped."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Bookkeeping):
+    """When a stage saves what it has trained."""
+
+    every: int = within(1, 10**9, 250)
+    """Steps between checkpoints; a killed run loses at most this many."""
+    keep: int = within(1, 10**6, 2)
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One training stage."""
 
@@ -255,22 +300,10 @@ class StageConfig:
     """Peak rate of embedding and head in `lora` and `full` stages; None: the same as `learning_rate`."""
     warmup_fraction: float = within(0, 1, 0.03)
     """Share of the steps over which the rate rises from 0; a cosine then takes it down to 0."""
-    weight_decay: float = within(0, 10, 0.01)
-    """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
-    beta1: float = within(0, 0.99999, 0.9)
-    """AdamW's decay of the mean gradient."""
-    beta2: float = within(0, 0.99999, 0.95)
-    """AdamW's decay of the mean squared gradient."""
-    epsilon: float = within(1e-15, 1, 1e-8)
-    """AdamW's, beside the root of the second moment."""
-    row_damping: float = within(0, 1e3, 0.3)
-    """Of embedding and head also this many times the root of the whole matrix's mean second moment stands there: rows of rare tokens, whose
-    few gradients say little, move by less than AdamW would have them (docs/results/recipe.md); 0: AdamW."""
-    clip_norm: float = within(1e-12, 1e12, 1.0)
-    """Global norm to which the gradient of everything that trains is clipped."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = within(1, 2**24, 1024)
     """Sequences a step, over all devices: neither the rate nor the order of the data depends on how many there are."""
-    per_device_batch: int | str = within(1, 2**24, AUTO)
+    per_device_batch: int | str = within(1, 2**24, AUTO, effect=False)
     """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes. `auto`: as
     many as fit in its memory and are faster together (`planning.resolve`)."""
     sequence_length: int = within(1, 2**24, 2048)
@@ -280,13 +313,10 @@ class StageConfig:
     or `after_previous`. After a stage of another `sequence_length`, the tokens that it read carry over, rounded up to a whole sequence;
     each length has an order of its own, so some text may be met again."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    checkpoint_every: int = within(1, 10**9, 250)
-    """Steps between checkpoints; a killed run loses at most this many."""
-    keep_checkpoints: int = within(1, 10**6, 2)
-    """Newest checkpoints kept."""
-    log_every: int = within(1, 10**9, 10)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = within(1, 10**9, 10, effect=False)
     """Steps between lines on the terminal (the metrics file has every step)."""
-    max_skipped_in_a_row: int = within(1, 10**9, 5)
+    max_skipped_in_a_row: int = within(1, 10**9, 5, effect=False)
     """Non-finite steps in a row that stop the run."""
 
 
@@ -487,14 +517,28 @@ def learns_from_source(stage: StageConfig) -> bool:
 
 
 def settings_of(stage: StageConfig) -> dict[str, Any]:
-    """The settings of a stage that its result may depend on: without weights of terms that its
-    objective does not have."""
-    settings = config_to_dict(stage)
+    """Return the settings of a stage that its result may depend on.
+
+    Left out are those without effect, and weights of terms that its objective does not have.
+    """
+    settings = _with_effect(stage)
     if stage.objective == "next_token":
         del settings["objective"], settings["weights"]
     elif stage.objective == "distillation":
         del settings["weights"]["next_token"]
     return settings
+
+
+def _with_effect(group: Any) -> dict[str, Any]:
+    found = {}
+    for declared in dataclasses.fields(group):
+        value = getattr(group, declared.name)
+        if dataclasses.is_dataclass(value):
+            if not isinstance(value, Bookkeeping):
+                found[declared.name] = _with_effect(value)
+        elif declared.metadata.get("effect", True):
+            found[declared.name] = value
+    return found
 
 
 def _check_objective(stage: StageConfig, prefix: str) -> None:
@@ -514,12 +558,91 @@ def _check_objective(stage: StageConfig, prefix: str) -> None:
         )
 
 
+RENAMED: Mapping[type, Mapping[str, str]] = {
+    AlignmentConfig: {
+        "iterations": "glove.iterations",
+        "glove_learning_rate": "glove.learning_rate",
+        "x_max": "glove.x_max",
+        "weight_power": "glove.alpha",
+    },
+    StageConfig: {
+        **{
+            name: f"optimizer.{name}"
+            for name in ("weight_decay", "beta1", "beta2", "epsilon", "row_damping", "clip_norm")
+        },
+        "checkpoint_every": "checkpoints.every",
+        "keep_checkpoints": "checkpoints.keep",
+    },
+}
+"""By group: keys of the version before, and what they are called now."""
+
+
+def new_name(key: str) -> str:
+    """Return what a dotted config key is called now, with a warning where that is another name."""
+    *groups, last = key.split(".")
+    kind: type = Config
+    for group in groups:
+        hint = typing.get_type_hints(kind).get(group)
+        if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+            return key
+        kind = hint
+    now = _renamed(kind).get(last)
+    if now is None:
+        return key
+    renamed = ".".join([*groups, now])
+    warnings.warn(
+        f"config key '{key}' is now '{renamed}'; the old name will go with the next version",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return renamed
+
+
+def _renamed(kind: type) -> dict[str, str]:
+    return {old: new for base in kind.__mro__ for old, new in RENAMED.get(base, {}).items()}
+
+
+def rename_keys(values: Any, kind: type = Config, prefix: str = "") -> Any:
+    """Move what stands under keys of the version before to where it belongs now, in place; return `values`.
+
+    Args:
+      values: a dict or ConfigDict of any depth.
+    """
+    if not hasattr(values, "items"):
+        return values
+    for old, now in _renamed(kind).items():
+        if old in values:
+            group, name = now.split(".")
+            new_name(f"{prefix}{old}")
+            if group not in values:
+                values[group] = {}
+            values[group][name] = values[old]
+            del values[old]
+    for declared in dataclasses.fields(kind):
+        if declared.name in values and declared.default_factory is not dataclasses.MISSING:
+            group = type(declared.default_factory())
+            rename_keys(values[declared.name], group, f"{prefix}{declared.name}.")
+    return values
+
+
 def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
-    """Builds `kind` from a mapping (a dict or ConfigDict of any depth), field by field.
+    """Build `kind` from a mapping (a dict or ConfigDict of any depth), field by field.
+
+    Keys of the version before are taken too, with a warning.
 
     Raises:
       UserError: for a key that `kind` has not, naming the nearest one it has, or a value of another type.
     """
+    return _build(rename_keys(_copy(values), kind, prefix), kind, prefix)
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, Mapping) or hasattr(values, "items"):
+        return {key: _copy(value) for key, value in values.items()}
+    return values
+
+
+def _build(values: Any, kind: type, prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     arguments = {}
@@ -586,7 +709,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
             raise UserError(
                 f"config key '{name}' is a group of fields, not the single value {value!r}"
             )
-        return config_from_dict(value, typing.cast(type, hint), f"{name}.")
+        return _build(value, typing.cast(type, hint), f"{name}.")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise UserError(

@@ -7,6 +7,7 @@ folder importable, so that it can import its base.
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from types import ModuleType
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from tokalign_jax.config import new_name, rename_keys
 from tokalign_jax.errors import UserError
 
 RECIPES = Path(__file__).parent / "configs"
@@ -45,7 +47,8 @@ def get_config(name: str) -> config_dict.ConfigDict:
     file, _, argument = name.partition(":")
     path = find(file)
     try:
-        return load_module(path).get_config(*([argument] if argument else []))
+        values = load_module(path).get_config(*([argument] if argument else []))
+        return rename_keys(values)
     except Exception as error:
         raise UserError(_what_failed(path, error)) from error
 
@@ -94,9 +97,9 @@ def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config
       UserError: a flag that names no field, naming the nearest, or whose value is of another type.
     """
     fields = list(_flat_keys(values))
+    overrides = [_with_new_name(flag) for flag in overrides]
     for flag in overrides:
-        key = flag.partition("=")[0].removeprefix("--").removeprefix("no").removeprefix("config.")
-        if flag.startswith(("--config.", "--noconfig.")) and key not in fields:
+        if (key := _key_of(flag)) and key not in fields:
             raise UserError(_unknown_field(key, fields))
     argv = ["tokalign", *overrides]
     parsed = flags.FlagValues()
@@ -108,6 +111,17 @@ def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
     return parsed.config
+
+
+def _key_of(flag: str) -> str:
+    """Return the field that a flag overrides; empty: it is no override."""
+    match = re.match(r"--(?:no)?config\.([^=]*)", flag)
+    return match[1] if match else ""
+
+
+def _with_new_name(flag: str) -> str:
+    key = _key_of(flag)
+    return flag.replace(key, new_name(key), 1) if key else flag
 
 
 def _unknown_field(key: str, fields: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from tokalign_jax.config import Config, StageConfig, TextConfig
+from tokalign_jax.config import CheckpointConfig, Config, OptimizerConfig, StageConfig, TextConfig
 from tokalign_jax.demo import build
 from tokalign_jax.models import families, hub, huggingface, transformer
 from tokalign_jax.text.canonical import vocabulary_size
@@ -56,12 +56,12 @@ def main() -> None:
         steps=args.steps,
         learning_rate=2e-3,
         warmup_fraction=0.02,
-        weight_decay=0.1,
+        optimizer=OptimizerConfig(weight_decay=0.1),
         batch_size=args.batch,
         per_device_batch=args.batch,
         sequence_length=512,
         start_offset=0,
-        checkpoint_every=2000,
+        checkpoints=CheckpointConfig(every=2000),
     )
     config = Config(corpus=args.corpus, text=text, stage1=stage)
     build.pretrain(raw, tokenizer, config, args.output)

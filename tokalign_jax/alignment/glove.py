@@ -75,15 +75,15 @@ def train(
     """
     rng = np.random.default_rng(seed)
     objective = Objective(
-        config.glove_learning_rate * RATE_SCALE, config.x_max, config.weight_power
+        config.glove.learning_rate * RATE_SCALE, config.glove.x_max, config.glove.alpha
     )
     size = block_size(len(cooccurrence.vocabulary))
     blocks = _start(cooccurrence, objective, config.vector_size, size, rng)
     strata = jax.default_backend() != "cpu" if strata is None else strata
     steps = (_Strata if strata else _BlockByBlock)(cooccurrence, blocks, objective)
-    progress = Progress(log, what, config.iterations * steps.entries, "pairs")
+    progress = Progress(log, what, config.glove.iterations * steps.entries, "pairs")
     losses = []
-    for _ in range(config.iterations):
+    for _ in range(config.glove.iterations):
         parts = []
         for k in rng.permutation(len(steps)):
             parts.append(steps.take(k))

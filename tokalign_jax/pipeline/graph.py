@@ -66,10 +66,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
 
     def training(name: str) -> Stage:
         before = tuple(models[: models.index(name)])
-        stage = {
-            k: v for k, v in settings_of(getattr(config, name)).items() if k not in _WITHOUT_EFFECT
-        }
-        stage |= {k: getattr(type(getattr(config, name)), k) for k in _AS_BY_DEFAULT}
+        stage = settings_of(getattr(config, name))
         stage |= {"teacher": outside["teacher"]} if "teacher" in stage else {}
         text = ("tokens", "boundaries") if name in taught else ("tokens",)
         return Stage(
@@ -202,12 +199,6 @@ def _derivation(context: Context) -> Stage:
 def model_states(config: Config) -> list[str]:
     """The states that the model goes through."""
     return ["init", *training_stages(config)]
-
-
-_WITHOUT_EFFECT = ("log_every", "keep_checkpoints", "checkpoint_every", "per_device_batch")
-"""Fields of a training stage that change nothing in its result but rounding."""
-_AS_BY_DEFAULT = ("max_skipped_in_a_row",)
-"""Such fields that a fingerprint has as if they were not set: it was made with them once, and finished runs are to stay so."""
 
 
 def fingerprints(found: Sequence[Stage]) -> dict[str, str]:

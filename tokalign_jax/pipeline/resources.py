@@ -35,7 +35,7 @@ def check_disk(context: Context, wanted: set[str]) -> None:
         parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
         raise UserError(
             f"the disk of --workdir '{context.workdir}' has {free / 1e9:.2f} GB free but the run needs about "
-            f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or lower text.budget_bytes or keep_checkpoints"
+            f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or lower text.budget_bytes or checkpoints.keep"
         )
 
 

@@ -70,5 +70,5 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
         disk["boundaries"] = text // BYTES_PER_TOKEN * FLOAT
     for name, stage in training_stages(config).items():
         # What trains and Adam's two moments. A checkpoint is written before the oldest is deleted.
-        disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * (stage.keep_checkpoints + 1)
+        disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * (stage.checkpoints.keep + 1)
     return {**disk, "export": exported * everything}

@@ -250,7 +250,7 @@ def make_plan(
     if sum(sizes.values()) > disk_free:
         warnings.append(
             f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
-            f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.keep_checkpoints' for name in training)])}"
+            f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.checkpoints.keep' for name in training)])}"
         )
     if distills(config):
         init = _distillation(run, speed)

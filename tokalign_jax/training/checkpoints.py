@@ -249,7 +249,7 @@ def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
             ) from error
         raise UserError(
             f"{told}, and a checkpoint takes up to {needed / 1e9:.3f} GB. What was saved before is whole: free some room (or lower "
-            "keep_checkpoints) and run the same command again, which goes on from the newest checkpoint"
+            "checkpoints.keep) and run the same command again, which goes on from the newest checkpoint"
         ) from error
 
 

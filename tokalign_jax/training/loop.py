@@ -55,17 +55,9 @@ from tokalign_jax.utils.progress import Log, duration, quantity
 _AHEAD = 2
 """Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""
 
-_BOOKKEEPING = (
-    "batch_size",
-    "per_device_batch",
-    "teacher",
-    "start_offset",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "max_skipped_in_a_row",
-)
-"""Stage fields that may change in the middle of a run (the global batch and the resolved offset are compared by themselves)."""
+_COMPARED_APART = ("batch_size", "start_offset", "teacher")
+"""Stage fields that are in no checkpoint's fingerprint: of these the global batch, the resolved offset and the teacher's files are
+compared by themselves."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +215,7 @@ def run_stage(
         objective.make_loss,
         model_config,
         config.compute,
-        _without_bookkeeping(stage),
+        _as_compiled(stage),
         tuple(paths.flatten(trainable)),
         mesh,
     )
@@ -231,7 +223,7 @@ def run_stage(
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     with (
         naming_a_full_disk(folder, size),
-        Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints,
+        Checkpoints(Path(folder) / "checkpoints", stage.checkpoints.keep) as checkpoints,
     ):
         done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
         state = make_state(trainable) if state is None else state
@@ -280,7 +272,7 @@ def load_trained(
     like = paths.unflatten(
         {path: _abstract(path, leaf.shape, mesh) for path, leaf in paths.flatten(like).items()}
     )
-    with Checkpoints(Path(folder) / "checkpoints", stage.keep_checkpoints) as checkpoints:
+    with Checkpoints(Path(folder) / "checkpoints", stage.checkpoints.keep) as checkpoints:
         if checkpoints.newest() != stage.steps:
             raise UserError(
                 f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest is "
@@ -391,7 +383,7 @@ class _Run:
             jax.tree.map(lambda value: value.copy_to_host_async(), values)
             self.pending.append(values)
             stop = step < self.stage.steps and stopping.requested()
-            due = stop or step % self.stage.checkpoint_every == 0 or step == self.stage.steps
+            due = stop or step % self.stage.checkpoints.every == 0 or step == self.stage.steps
             self._catch_up(0 if due else _AHEAD)
             if due:
                 self._save(step, state, feed)
@@ -534,12 +526,13 @@ _INPUTS_OF_A_STEP = (
 """Stage fields that the compiled step takes as numbers, or sees in the shapes of its input."""
 
 
-def _without_bookkeeping(stage: StageConfig) -> StageConfig:
-    """The stage with what is not compiled into its step as it is by default."""
-    harmless = {*_BOOKKEEPING, *_INPUTS_OF_A_STEP}
-    return dataclasses.replace(
-        stage, **{f.name: f.default for f in dataclasses.fields(stage) if f.name in harmless}
-    )
+def _as_compiled(stage: StageConfig) -> StageConfig:
+    """Return the stage with what is not compiled into its step as it is by default."""
+    without = {*_COMPARED_APART, *_INPUTS_OF_A_STEP, "checkpoints"}
+    without |= {f.name for f in dataclasses.fields(stage) if not f.metadata.get("effect", True)}
+    plain = type(stage)()
+    names = [f.name for f in dataclasses.fields(stage) if f.name in without]
+    return dataclasses.replace(stage, **{name: getattr(plain, name) for name in names})
 
 
 def _stage_key(name: str, seed: int) -> jax.Array:
@@ -577,7 +570,7 @@ def _fingerprint(
         return list(sharding.padded_shape(path, (rows, *leaf.shape[1:])))
 
     facts = {
-        "stage": {k: v for k, v in settings_of(stage).items() if k not in _BOOKKEEPING},
+        "stage": {k: v for k, v in settings_of(stage).items() if k not in _COMPARED_APART},
         "seed": config.seed,
         "dtype": config.compute.dtype,
         "model": dataclasses.asdict(model_config),

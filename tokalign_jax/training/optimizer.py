@@ -80,7 +80,7 @@ def make_optimizer(
     """
     trains = jax.tree.map(lambda label: label != FROZEN, labels)
     return optax.chain(
-        optax.masked(optax.clip_by_global_norm(stage.clip_norm), trains),
+        optax.masked(optax.clip_by_global_norm(stage.optimizer.clip_norm), trains),
         optax.multi_transform(
             {
                 **{
@@ -103,13 +103,13 @@ def _adamw(stage: StageConfig, label: str, vocabulary: int | None) -> optax.Grad
 
     return optax.chain(
         scale_by_damped_adam(
-            stage.beta1,
-            stage.beta2,
-            stage.epsilon,
-            stage.row_damping if label == "embedding" else 0.0,
+            stage.optimizer.beta1,
+            stage.optimizer.beta2,
+            stage.optimizer.epsilon,
+            stage.optimizer.row_damping if label == "embedding" else 0.0,
             vocabulary,
         ),
-        optax.add_decayed_weights(stage.weight_decay, mask=_decays),
+        optax.add_decayed_weights(stage.optimizer.weight_decay, mask=_decays),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, by_rate),
     )
 
