@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import tiny_tokenizer
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.alignment.alignment import Rule
-from tokalign_jax.config import AlignmentConfig, Config, TextConfig
+from tokalign_jax.config import AlignmentConfig, Config, GloveConfig, TextConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import canonical, corpus, tokenizing
 
@@ -59,7 +59,7 @@ def made(tokenizers, tmp_path_factory):
             window=5,
             min_count=2,
             vector_size=16,
-            iterations=4,
+            glove=GloveConfig(iterations=4),
             pivots=100,
             similarity_threshold=0.02,
         ),

@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_alignment_cooccurrence import random_documents, shards_of
 from tokalign_jax.alignment import cooccurrence, glove
-from tokalign_jax.config import AlignmentConfig
+from tokalign_jax.config import AlignmentConfig, GloveConfig
 
 OBJECTIVE = glove.Objective(rate=0.2, x_max=10.0, power=0.75)
 
@@ -115,7 +115,7 @@ def trained(way: str, monkeypatch, counts, config, seed=0):
 def test_the_first_loss_reported_is_that_of_the_start(way, monkeypatch):
     """One pass at a rate of next to nothing: the sum over blocks, mirrors included, is the sum over all pairs."""
     counts = counts_of()
-    config = AlignmentConfig(vector_size=4, iterations=1, glove_learning_rate=1e-12)
+    config = AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=1, learning_rate=1e-12))
     _, losses = trained(way, monkeypatch, counts, config)
     words, contexts = start_of(counts, config)
     loss, _, _ = reference(words, contexts, *full_matrix(counts, len(words)))
@@ -148,7 +148,7 @@ def full_matrix(counts, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_pass_over_strata_is_adagrad_over_blocks_that_share_nothing():
     """Against float64: for each stratum in the order drawn, one step from its gradient at one point."""
-    counts, config = counts_of(), AlignmentConfig(vector_size=4, iterations=1)
+    counts, config = counts_of(), AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=1))
     vectors, losses = glove.train(counts, config, 0, lambda line: None, strata=True)
     rng = np.random.default_rng(0)
     words, contexts = start_of(counts, config)
@@ -170,14 +170,14 @@ def test_a_pass_over_strata_is_adagrad_over_blocks_that_share_nothing():
 
 
 def test_dense_and_pairwise_steps_learn_the_same(monkeypatch):
-    counts, config = counts_of(), AlignmentConfig(vector_size=8, iterations=3)
+    counts, config = counts_of(), AlignmentConfig(vector_size=8, glove=GloveConfig(iterations=3))
     results = [trained(way, monkeypatch, counts, config) for way in ("dense", "pairwise")]
     np.testing.assert_allclose(results[0][0], results[1][0], atol=2e-3)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3)
 
 
 def test_pairs_that_do_not_fit_the_device_are_copied_step_by_step(monkeypatch):
-    counts, config = counts_of(), AlignmentConfig(vector_size=4, iterations=2)
+    counts, config = counts_of(), AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=2))
     resident = glove.train(counts, config, 0, lambda line: None, strata=True)
     monkeypatch.setattr(glove, "_fits_device", lambda size: False)
     copied = glove.train(counts, config, 0, lambda line: None, strata=True)
@@ -187,7 +187,10 @@ def test_pairs_that_do_not_fit_the_device_are_copied_step_by_step(monkeypatch):
 @pytest.mark.parametrize("strata", [True, False])
 def test_the_loss_falls_as_with_one_adagrad_step_a_pair(strata):
     """Against the C program's loop in float64 with the published rate: the same loss after as many passes."""
-    counts, config = counts_of(vocabulary=200), AlignmentConfig(vector_size=10, iterations=10)
+    counts, config = (
+        counts_of(vocabulary=200),
+        AlignmentConfig(vector_size=10, glove=GloveConfig(iterations=10)),
+    )
     vectors, losses = glove.train(counts, config, 0, lambda line: None, strata=strata)
     assert vectors.shape == (len(counts.vocabulary), 10)
     assert np.isfinite(vectors).all()
@@ -225,7 +228,7 @@ def sgd(counts: cooccurrence.Cooccurrence, dimensions: int, passes: int) -> floa
 
 @WAYS
 def test_the_same_seed_gives_the_same_vectors(way, monkeypatch):
-    counts, config = counts_of(), AlignmentConfig(vector_size=4, iterations=2)
+    counts, config = counts_of(), AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=2))
     first, again, other = (trained(way, monkeypatch, counts, config, seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.allclose(first, other)
@@ -262,6 +265,10 @@ def test_block_sizes_leave_enough_steps():
 def test_no_pairs_leave_the_start(strata):
     counts = cooccurrence.count(shards_of([[1], [2], [1], [2]], 4), 5, 1, lambda line: None)
     vectors, losses = glove.train(
-        counts, AlignmentConfig(vector_size=4, iterations=2), 0, lambda line: None, strata=strata
+        counts,
+        AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=2)),
+        0,
+        lambda line: None,
+        strata=strata,
     )
     assert vectors.shape == (2, 4) and losses == [0.0, 0.0]

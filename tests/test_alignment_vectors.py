@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_alignment_cooccurrence import random_documents, shards_of
 from tokalign_jax.alignment import matching, ppmi, vectors
-from tokalign_jax.config import AlignmentConfig
+from tokalign_jax.config import AlignmentConfig, GloveConfig
 from tokalign_jax.errors import UserError
 
 CONFIG = AlignmentConfig(vectors="ppmi", vector_size=6, min_count=1, window=5)
@@ -68,7 +68,7 @@ def test_ppmi_with_and_without_shared_tokens(with_shared):
 
 def test_glove_is_measured_by_its_loss():
     source, target, _ = two_sides()
-    config = dataclasses.replace(CONFIG, vectors="glove", iterations=2)
+    config = dataclasses.replace(CONFIG, vectors="glove", glove=GloveConfig(iterations=2))
     of_source, _, measured = vectors.make(config, source, target, 0, silent)
     assert of_source.vectors.shape == (len(of_source.ids), 6)
     assert [len(losses) for losses in measured["glove_loss"].values()] == [2, 2]

@@ -75,7 +75,7 @@ def config_of(
         "batch_size": 4,
         "per_device_batch": 2,
         "sequence_length": 32,
-        "checkpoint_every": 2,
+        "checkpoints": {"every": 2},
         "log_every": 1,
     }
     taught = {
