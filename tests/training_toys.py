@@ -89,6 +89,7 @@ CONFIG = Config(compute=ComputeConfig(dtype="float32", remat="dots", loss_chunk=
 class ToyShards:
     tokens: np.ndarray
     opening: int | None = None
+    unlearned: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
 
 def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:

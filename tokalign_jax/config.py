@@ -56,6 +56,9 @@ class TextConfig:
 
     text_field: str = "text"
     """Field (column) that holds a document's text."""
+    messages_field: str = "messages"
+    """Field that holds the messages of a chat (objects with `role` and `content`); a record that has it
+    is a chat, written by the chat template and learned on the assistant's turns alone."""
     language_field: str = ""
     """Field that holds a document's language or domain, for results by language. Empty: all documents are one group, `all`."""
     group_by: Literal["language", "source"] = "language"
@@ -427,6 +430,10 @@ class Config:
     end_of_text: str = ""
     """Token that separates documents in the target tokenizer, added if it has none such; empty:
     chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn."""
+    chat: Literal["target", "source"] = "target"
+    """Chat template and special tokens of the new model: the target tokenizer's (the source's where it
+    has none but all special tokens of the source's), or the `source`'s, added where the target lacks
+    them, with the source's rows."""
     corpus: str | tuple[str, ...] = EMBEDDED
     """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`. Several may have weights, the shares of the
     text in bytes: `/data/a=0.7,/data/b=0.3`, or in Python {"/data/a": 0.7, "/data/b": 0.3}; without they count by their size."""

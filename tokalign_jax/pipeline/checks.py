@@ -1,5 +1,7 @@
 """What would fail later is found before any long work."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokalign_jax.alignment import alignment, methods, vectors
@@ -13,9 +15,29 @@ from tokalign_jax.pipeline import held_out
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.pipeline.inputs import open_tokenizer
 from tokalign_jax.planning import resolve
-from tokalign_jax.text import canonical, mining, numbers, pruning, tokenizing
+from tokalign_jax.text import canonical, chats, mining, numbers, pruning, tokenizing
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
+
+
+def chat_check(context: Context) -> documents.ChatCheck:
+    """What checks that a chat of the corpus can be written by the new model's chat template."""
+    inputs = context.inputs
+    # A tokenizer that is derived from the source's, and yet to be made, has its template.
+    tokenizer = inputs.source_tokenizer if inputs.derives else inputs.target_tokenizer
+    problem = functools.cache(lambda: chats.template_problem(tokenizer))
+
+    def check_chat(messages: Sequence[chats.Message]) -> None:
+        if problem():
+            raise UserError(
+                f"the corpus has chats, but target_tokenizer '{context.config.target_tokenizer}' cannot "
+                f"write them: {problem()}; keep the source's template with --config.chat=source, put a "
+                "chat_template.jinja beside its tokenizer.json, or read them as text with "
+                "--config.text.messages_field= (and --config.text.text_field)"
+            )
+        chats.write(tokenizer, messages)
+
+    return check_chat
 
 
 def check(context: Context) -> None:
@@ -47,7 +69,8 @@ def check(context: Context) -> None:
         ):
             context.log(
                 "warning: the source model has a chat template and the target tokenizer has none, so the exported model has "
-                "none: put a chat_template.jinja that writes the target's special tokens beside its tokenizer.json"
+                "none: keep the source's with --config.chat=source, or put a chat_template.jinja that writes the "
+                "target's special tokens beside its tokenizer.json"
             )
         if (closing := tokenizing.closing_id(context.inputs.target_tokenizer)) is not None:
             context.log(
@@ -58,7 +81,7 @@ def check(context: Context) -> None:
     if context.inputs.teacher_folder and context.inputs.teacher_model:
         _check_teacher(context, context.inputs.teacher_folder, context.inputs.teacher_model)
     _check_donor(context)
-    documents.check(config)
+    documents.check(config, chat_check(context))
     if not context.folder("init").exists():
         check_finite(context)
     _check_measures(context)

@@ -18,7 +18,7 @@ from tokalign_jax.config import (
 from tokalign_jax.pipeline import identities, stages, states
 from tokalign_jax.pipeline.context import Context
 
-FORMAT = 4
+FORMAT = 5
 """Version of the artifacts: a workdir of another version is redone."""
 
 
@@ -60,6 +60,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
     compute = {"compute": {"dtype": config.compute.dtype}}
     vocabularies = {name: outside[name] for name in ("source_tokenizer", "target_tokenizer")}
     vocabularies |= {"end_of_text": config.end_of_text} if config.end_of_text else {}
+    vocabularies |= {"chat": config.chat} if config.chat != Config.chat else {}
     derivation = [_derivation(context)] if context.inputs.derives else []
     target = tuple(stage.name for stage in derivation)  # what the target tokenizer comes from
     taught = [n for n, stage in training_stages(config).items() if learns_from_source(stage)]

@@ -17,6 +17,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning.memory import teachers
 from tokalign_jax.text import mining, pruning, tokenizing
 from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.text.chats import with_template
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.utils.progress import Log
 
@@ -102,7 +103,14 @@ class Inputs:
 
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = open_tokenizer(self.target_folder, self.config.end_of_text)
+        own = open_tokenizer(self.target_folder, self.config.end_of_text)
+        tokenizer = with_template(own, self.source_tokenizer, self.config.chat)
+        if tokenizer is not own:
+            added = sorted(set(tokenizer.get_vocab()) - set(own.get_vocab()))
+            self._log(
+                "chat: the new model has the source's chat template"
+                + (f"; special tokens added for it: {', '.join(added)}" if added else "")
+            )
         if (
             tokenizer.eos_token_id is None
         ):  # what ends documents in training is to end what the exported model writes

@@ -29,7 +29,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
 from tokalign_jax.parallel import distributed
 from tokalign_jax.pipeline import held_out, identities, resources
-from tokalign_jax.pipeline.checks import exports_as_llama, warn_of_llama
+from tokalign_jax.pipeline.checks import chat_check, exports_as_llama, warn_of_llama
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.pipeline.states import load_state, open_shards, state_of
 from tokalign_jax.planning import disk, worth
@@ -50,7 +50,8 @@ INSPECTION = "inspection.json"
 
 
 def corpus(context: Context) -> Mapping[str, Any]:
-    return documents.run(context.config, context.folder("corpus"), context.log)
+    folder = context.folder("corpus")
+    return documents.run(context.config, folder, context.log, chat_check(context))
 
 
 def extend(context: Context) -> Mapping[str, Any]:

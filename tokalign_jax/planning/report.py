@@ -31,6 +31,7 @@ from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
 from tokalign_jax.text import mining
 from tokalign_jax.text.canonical import vocabulary_size
+from tokalign_jax.text.chats import with_template
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.utils.progress import duration, quantity
 
@@ -188,7 +189,8 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
         target = hub.resolve(
             demo.target_tokenizer(config.target_tokenizer), what="target_tokenizer", weights=False
         )
-        size = vocabulary_size(hub.load_tokenizer(target, config.end_of_text))
+        own = hub.load_tokenizer(target, config.end_of_text)
+        size = vocabulary_size(with_template(own, hub.load_tokenizer(source), config.chat))
     multiple = config.initialization.rows_multiple_of
     source_rows, rows = model.vocab_size, -(-size // multiple) * multiple
     model = dataclasses.replace(model, vocab_size=rows)

@@ -27,7 +27,7 @@ from jaxtyping import Int
 from tokalign_jax import demo
 from tokalign_jax.config import Config, TextConfig
 from tokalign_jax.errors import UserError
-from tokalign_jax.text import reading
+from tokalign_jax.text import chats, reading
 from tokalign_jax.text.reading import Position, Record, Source
 from tokalign_jax.utils.progress import Log, Progress, quantity
 
@@ -64,7 +64,13 @@ EXPANSION = 5
 """Bytes of text in a byte of a compressed file, about."""
 
 _SCHEMA = pa.schema(
-    {"text": pa.string(), "language": pa.string(), "bytes": pa.int64(), "source": pa.string()}
+    {
+        "text": pa.string(),
+        "language": pa.string(),
+        "bytes": pa.int64(),
+        "source": pa.string(),
+        "chat": pa.string(),
+    }
 )
 _WEIGHT = re.compile(r"(.+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", re.IGNORECASE)
 """A name of the corpus with its weight behind it."""
@@ -75,15 +81,28 @@ class Document(NamedTuple):
     it is from."""
 
     text: str
+    """Of a chat the contents of its messages."""
     language: str
     bytes: int
     source: str = ""
+    chat: str = ""
+    """The messages of a chat as JSON (`chats.py`)."""
 
 
 # --- the artefact -----------------------------------------------------------------------------------------------------
 
 
-def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
+ChatCheck = Callable[[Sequence[chats.Message]], None]
+"""Raises `chats.Unusable` for messages that cannot be trained on."""
+
+
+def _any_chat(messages: Sequence[chats.Message]) -> None:
+    del messages
+
+
+def run(
+    config: Config, folder: Path, log: Log, check_chat: ChatCheck = _any_chat
+) -> dict[str, Any]:
     """Reads `config.corpus` into `folder`; returns what `summary.json` says.
 
     A document is held out when the first 8 bytes of its SHA-256, as a fraction of 2^64, lie below
@@ -96,7 +115,7 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob("*.parquet"), folder / "seen.sqlite"):
         leftover.unlink(missing_ok=True)
-    ledger = _Ledger(_settings(config), log)
+    ledger = _Ledger(_settings(config), log, check_chat)
     parts = _parts(config, ledger)
     streams = [stream for part in parts for stream in part.streams]
     train, held_out = _Writer(folder, "train-{:05d}", FILE_BYTES), _Writer(folder, "held_out", None)
@@ -136,14 +155,14 @@ def run(config: Config, folder: Path, log: Log) -> dict[str, Any]:
     return summary
 
 
-def check(config: Config) -> None:
+def check(config: Config, check_chat: ChatCheck = _any_chat) -> None:
     """Looks, before any long work, whether the corpus is there, readable, not empty, and has the
     fields named.
 
     Raises:
       UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
     """
-    ledger = _Ledger(_settings(config), lambda line: None)
+    ledger = _Ledger(_settings(config), lambda line: None, check_chat)
     streams, has_text = (
         [stream for part in _parts(config, ledger) for stream in part.streams],
         False,
@@ -218,10 +237,7 @@ def at(folder: Path, positions: Int[np.ndarray, "n"]) -> Iterator[Document]:
                     - first
                 )
                 if len(wanted):
-                    columns = (
-                        file.read_row_group(group, columns=_SCHEMA.names).take(wanted).to_pydict()
-                    )
-                    yield from (Document(*row) for row in zip(*columns.values()))
+                    yield from _documents(file.read_row_group(group).take(wanted))
                 first += rows
 
 
@@ -233,8 +249,11 @@ def held_out(folder: Path) -> Iterator[Document]:
 def _batches(path: Path) -> Iterator[list[Document]]:
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            columns = file.read_row_group(group, columns=_SCHEMA.names).to_pydict()
-            yield [Document(*row) for row in zip(*columns.values())]
+            yield _documents(file.read_row_group(group))
+
+
+def _documents(table: pa.Table) -> list[Document]:
+    return [Document(**row) for row in table.to_pylist()]
 
 
 def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> dict[str, Any]:
@@ -415,8 +434,8 @@ class _Seen(contextlib.AbstractContextManager):
 class _Ledger:
     """What the streams of a corpus count together."""
 
-    def __init__(self, config: TextConfig, log: Log):
-        self.config, self._log = config, log
+    def __init__(self, config: TextConfig, log: Log, check_chat: ChatCheck = _any_chat):
+        self.config, self._log, self.check_chat = config, log, check_chat
         self.counts: Counter[tuple[str, str]] = Counter()
         """By language and by what is counted."""
         self.sources: Counter[str] = Counter()
@@ -529,8 +548,10 @@ class _Stream:
 
     def _document(self, record: Record) -> tuple[Document, bytes] | None:
         try:
-            text, language = _text_and_language(record, self._ledger.config)
-        except _Unusable as problem:
+            text, language, chat = _text_of(record, self._ledger.config)
+            if chat:
+                self._ledger.check_chat(chat)
+        except (_Unusable, chats.Unusable) as problem:
             what = f"{self.source.name}, {record.place} {problem}"
             self._first = self._first or what
             self._refuse_if_all_unusable(FIRST_RECORDS)
@@ -547,9 +568,9 @@ class _Stream:
             return None
         # JSON may hold half a surrogate pair, which no UTF-8 can.
         encoded = text.encode("utf-8", errors="replace")
-        return Document(encoded.decode(), language, len(encoded), self._part), hashlib.sha256(
-            encoded
-        ).digest()
+        messages = json.dumps(chat, ensure_ascii=False) if chat else ""
+        document = Document(encoded.decode(), language, len(encoded), self._part, messages)
+        return document, hashlib.sha256(encoded + messages.encode()).digest()
 
     def _refuse_if_all_unusable(self, count: int) -> None:
         if self._first and not self._usable and self._read >= count:
@@ -649,8 +670,8 @@ def _sizes(streams: Sequence[_Stream]) -> list[float]:
     ]
 
 
-def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
-    """The two fields that matter; a null text is an empty one.
+def _text_of(record: Record, config: TextConfig) -> tuple[str, str, list[dict[str, str]]]:
+    """(text, language, messages of a chat) of a record; a null text is an empty one.
 
     Raises:
       _Unusable: the record is broken, lacks a field, or its text is none.
@@ -662,12 +683,17 @@ def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
         raise _Unusable(
             f"is of another kind: expected an object with fields, found {reading.brief(fields)}"
         )
-    for key, field in {
-        "text_field": config.text_field,
-        "language_field": config.language_field,
-    }.items():
+    chat = fields.get(config.messages_field) if config.messages_field else None
+    needed = {"text_field": config.text_field, "language_field": config.language_field}
+    if chat is not None:
+        del needed["text_field"]
+    for key, field in needed.items():
         if field and field not in fields:
             raise _Unusable(reading.no_field(field, key, fields))
+    language = _language(fields[config.language_field]) if config.language_field else ALL
+    if chat is not None:
+        messages = chats.messages_of(chat)
+        return chats.plain_text(messages), language, messages
     text = fields[config.text_field]
     if isinstance(text, bytes):
         try:
@@ -681,7 +707,7 @@ def _text_and_language(record: Record, config: TextConfig) -> tuple[str, str]:
             f"is of another kind: the field '{config.text_field}' holds {reading.brief(text)} instead of a string: name the field that "
             f"holds the text with --config.text.text_field=... (there are {sorted(fields)})"
         )
-    return text or "", _language(fields[config.language_field]) if config.language_field else ALL
+    return text or "", language, []
 
 
 def _language(value: Any) -> str:

@@ -417,16 +417,19 @@ def _columns(path: Path, schema: pa.Schema, config: TextConfig) -> list[str]:
       UserError: one is missing, or holds no text.
     """
     wanted = {"text_field": config.text_field, "language_field": config.language_field}
+    messages = config.messages_field if config.messages_field in schema.names else ""
+    if messages and config.text_field not in schema.names:
+        del wanted["text_field"]
     for key, field in wanted.items():
         if field and field not in schema.names:
             raise UserError(f"the corpus file '{path}' {no_field(field, key, schema.names)}")
-    kind = schema.field(config.text_field).type
+    kind = schema.field(config.text_field).type if "text_field" in wanted else pa.string()
     if not _is_text(kind):
         raise UserError(
             f"the corpus file '{path}' has type {kind} in its column '{config.text_field}', which is no text: name another one with "
             f"--config.text.text_field=... (there are {sorted(schema.names)}), or cast it to string"
         )
-    return [field for field in wanted.values() if field]
+    return [field for field in (*wanted.values(), messages) if field]
 
 
 def no_field(field: str, key: str, there: Iterable[str]) -> str:

@@ -17,9 +17,8 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.errors import UserError
-from tokalign_jax.text import corpus
-from tokalign_jax.text.boundaries import NONE, Boundaries, shared_boundaries, token_boundaries
-from tokalign_jax.text.canonical import plain_backend
+from tokalign_jax.text import chats, corpus
+from tokalign_jax.text.boundaries import NONE, Boundaries, shared_boundaries
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils.progress import Log, Progress
 
@@ -40,7 +39,7 @@ def run(
       source, target: tokenizer of each side and the shards that it made of the documents.
     """
     shards = source[1], target[1]
-    backends = [plain_backend(tokenizer) for tokenizer, _ in (source, target)]
+    encoders = [chats.Encoder(tokenizer, target[0]) for tokenizer, _ in (source, target)]
     kind = np.dtype("<i4" if len(shards[0]) < 1 << 31 else "<i8")
     progress = Progress(log, "boundaries", len(shards[1]), "tokens")
     shared = 0
@@ -49,10 +48,8 @@ def run(
     with (folder / _POSITIONS).open("wb") as file, ThreadPoolExecutor(2) as pool:
         bounds = zip(*(_bounds(side) for side in shards))
         for group in documents:
-            texts = [document.text for document in group]
-            sides = pool.map(
-                lambda backend, texts=texts: token_boundaries(backend, texts), backends
-            )
+            columns = [d.text for d in group], [d.chat for d in group]
+            sides = pool.map(lambda encoder, of=columns: encoder.boundaries(*of), encoders)
             for boundaries, (of_source, of_target) in zip(zip(*sides), bounds):
                 positions = _positions(*boundaries, of_source, of_target).astype(kind)
                 shared += int((positions != NONE).sum())

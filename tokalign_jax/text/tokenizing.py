@@ -1,7 +1,8 @@
 """Token shards: every training document as ids of the source and of the target tokenizer, memory-mapped.
 
 For each side a folder with `tokens.bin` (raw little-endian uint16, or uint32 past 65,536 tokens), `documents.npy`
-(int64: where each document ends; its last token is the end-of-text), `counts.npy` (int64 [V]: how often each id occurs)
+(int64: where each document ends; its last token is the end-of-text), `counts.npy` (int64 [V]: how often each id occurs),
+`unlearned.npy` (int64 [n, 2]: stretches of tokens that are read but not predicted)
 and `index.json` (type, sizes, what of a text the tokenizer does not keep, and documents, bytes, tokens, unknown ones among
 them and bytes per token by language).
 """
@@ -13,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -23,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
-from tokalign_jax.text import corpus
-from tokalign_jax.text.canonical import losses, plain_backend, special_ids, vocabulary_size
+from tokalign_jax.text import chats, corpus
+from tokalign_jax.text.canonical import losses, special_ids, vocabulary_size
 from tokalign_jax.text.special_tokens import end_of_text_id, ends_turn
 from tokalign_jax.utils.progress import Log, Progress
 
@@ -43,6 +44,9 @@ class TokenShards:
     """int64 [V]: occurrences of each id, end-of-text included."""
     index: dict[str, Any]
     """`index.json`."""
+    unlearned: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """int64 [n, 2]: stretches (begin, end) of tokens that are read but not predicted: turns of a chat
+    that are not the assistant's."""
 
     @property
     def opening(self) -> int | None:
@@ -63,7 +67,9 @@ class TokenShards:
             tokens = np.memmap(
                 folder / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r"
             )
-            documents, counts = np.load(folder / "documents.npy"), np.load(folder / "counts.npy")
+            documents, counts, unlearned = (
+                np.load(folder / f"{name}.npy") for name in ("documents", "counts", "unlearned")
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"'{folder}' holds no token shards ({error}): run the tokens stage again"
@@ -73,7 +79,7 @@ class TokenShards:
                 f"the token shards in '{folder}' are not whole: {len(tokens):,} tokens where index.json says "
                 f"{index['tokens']:,}: run the tokens stage again"
             )
-        return cls(tokens, documents, counts, index)
+        return cls(tokens, documents, counts, index, unlearned)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -92,7 +98,7 @@ def run(
     The text is read once and both tokenizers work on each batch at the same time, each with its own threads.
     """
     writers = [
-        ShardWriter(folder / side, tokenizer)
+        ShardWriter(folder / side, tokenizer, target_tokenizer)
         for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer))
     ]
     for side, tokenizer in zip(SIDES, (source_tokenizer, target_tokenizer)):
@@ -235,32 +241,43 @@ _COUNTED = ("documents", "bytes", "text_tokens", "unknown_tokens")
 class ShardWriter:
     """Appends documents to one side's shards."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PreTrainedTokenizerBase | None = None,
+    ):
+        """Args:
+        template: the tokenizer whose chat template writes chats; None: this one.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(
             missing_ok=True
         )  # written last: shards without it are not whole
         self._folder = folder
-        self._backend = plain_backend(tokenizer)
+        self._encoder = chats.Encoder(tokenizer, template)
         self._end, self._opening = end_of_text_id(tokenizer), opening_id(tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._losses = losses(tokenizer)
         self._counts = np.zeros(vocabulary_size(tokenizer), np.int64)
         self._dtype = np.dtype("<u2" if len(self._counts) <= 1 << 16 else "<u4")
         self._file = (folder / "tokens.bin").open("wb")
-        self._ends = array("q")
+        self._ends, self._unlearned = array("q"), array("q")
         self._tokens = 0
         self._languages: Counter[tuple[str, str]] = Counter()
 
     def add(self, documents: Sequence[corpus.Document]) -> None:
-        encodings = self._backend.encode_batch_fast(
-            [d.text for d in documents], add_special_tokens=False
-        )
-        written = [np.array([*encoding.ids, self._end], self._dtype) for encoding in encodings]
+        plain = [d.text for d in documents if not d.chat]
+        encodings = self._encoder.backend.encode_batch_fast(plain, add_special_tokens=False)
+        ids_of_plain = (encoding.ids for encoding in encodings)
+        read = [self._chat(d.chat) if d.chat else (next(ids_of_plain), None) for d in documents]
+        written = [np.array([*ids, self._end], self._dtype) for ids, _ in read]
         if written:  # counted together: each count goes through the whole vocabulary
             self._counts += np.bincount(np.concatenate(written), minlength=len(self._counts))
-        for document, ids in zip(documents, written):
+        for document, ids, (_, learned) in zip(documents, written, read):
             self._file.write(ids.tobytes())
+            if learned is not None:
+                self._mark(learned)
             self._tokens += len(ids)
             self._ends.append(self._tokens)
             unknown = (
@@ -269,8 +286,22 @@ class ShardWriter:
             for name, amount in zip(_COUNTED, (1, document.bytes, len(ids) - 1, unknown)):
                 self._languages[document.language, name] += amount
 
+    def _chat(self, chat: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of a chat, which of them are learned)."""
+        written = self._encoder.written(chat)
+        found = self._encoder.of_pieces([written.pieces])[0]
+        return found.ids, chats.is_learned(found.ends, written.learned)
+
+    def _mark(self, learned: np.ndarray) -> None:
+        """Notes which tokens of a chat that begins here are not learned, its end-of-text included."""
+        unlearned = np.concatenate([[False], ~learned, [True, False]])
+        edges = np.flatnonzero(unlearned[1:] != unlearned[:-1])
+        self._unlearned.extend((self._tokens + edges).tolist())
+
     def close(self) -> dict[str, Any]:
         self._file.close()
+        unlearned = np.frombuffer(self._unlearned, np.int64).reshape(-1, 2)
+        np.save(self._folder / "unlearned.npy", unlearned)
         np.save(self._folder / "documents.npy", np.frombuffer(self._ends, np.int64))
         np.save(self._folder / "counts.npy", self._counts)
         languages = {

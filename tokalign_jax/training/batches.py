@@ -12,7 +12,7 @@ A token that is read but not predicted (a user's turn of a chat) stands as ~id i
 number, which the losses ignore as a label (`read_and_predicted`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -28,13 +28,17 @@ _THREADS, _READY_BATCHES = 2, 8
 
 
 class Shards(Protocol):
-    """What is needed of `text.tokenizing.TokenShards`: one long array of token ids, and what sequences begin with."""
+    """What is needed of `text.tokenizing.TokenShards`: one long array of token ids, what sequences begin
+    with, and stretches (begin, end) of tokens that are not predicted."""
 
     @property
     def tokens(self) -> np.ndarray: ...
 
     @property
     def opening(self) -> int | None: ...
+
+    @property
+    def unlearned(self) -> np.ndarray: ...
 
 
 class Sequences(Protocol):
@@ -46,10 +50,12 @@ class Sequences(Protocol):
 
 
 class TokenSource:
-    """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one further, labels."""
+    """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one further,
+    labels (`read_and_predicted`)."""
 
     def __init__(self, shards: Shards, sequence_length: int):
         self._tokens, self._opening, self._length = shards.tokens, shards.opening, sequence_length
+        self._unlearned = shards.unlearned
 
     def __len__(self) -> int:
         return max(0, (len(self._tokens) - 1) // self._length)
@@ -57,9 +63,18 @@ class TokenSource:
     def __getitem__(self, index: int) -> Int32[np.ndarray, "T+1"]:
         start = int(index) * self._length
         sequence = np.asarray(self._tokens[start : start + self._length + 1]).astype(np.int32)
+        for begin, end in self._stretches(start, start + len(sequence)):
+            sequence[begin:end] = ~sequence[begin:end]
         if self._opening is not None:
             sequence[0] = self._opening
         return sequence
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What of the tokens from `start` to `stop` is not predicted, relative to `start`."""
+        begins, ends = self._unlearned.T
+        first, last = np.searchsorted(ends, start, "right"), np.searchsorted(begins, stop)
+        for begin, end in self._unlearned[first:last].tolist():
+            yield max(begin - start, 0), end - start
 
     def _getitems(self, indices: Sequence[int]) -> list[Any]:
         """grain's name for reading many at once; it spares its own work by item."""

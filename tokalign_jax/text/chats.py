@@ -1,0 +1,358 @@
+"""Chats as training text: messages written by the target's chat template, learned on the assistant's turns.
+
+A chat is a list of messages, objects with `role` and `content`. The target tokenizer's template writes
+them; the source model, as a teacher, reads the same text with its own special tokens of the same use
+(`special_tokens.counterpart`). What is learned is what the assistant says, up to and including the token
+that ends its turn.
+"""
+
+import bisect
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from tokalign_jax.errors import UserError
+from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
+from tokalign_jax.text.canonical import plain_backend, special_ids
+from tokalign_jax.text.special_tokens import (
+    SEPARATOR,
+    counterpart,
+    end_of_text_id,
+    ends_turn,
+    in_chat_template,
+    role_id,
+)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Message = Mapping[str, str]
+_EXAMPLE: tuple[Message, ...] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+"""What any chat template should write."""
+
+
+class Unusable(ValueError):
+    """What is wrong with a chat."""
+
+
+# --- Messages -----------------------------------------------------------------------------------
+
+
+def messages_of(value: Any) -> list[dict[str, str]]:
+    """The messages of a record, checked; contents in parts are joined.
+
+    Raises:
+      Unusable: `value` is no list of messages, or the assistant says nothing.
+    """
+    if not isinstance(value, list) or not value:
+        raise Unusable("has no list of messages: expected objects with 'role' and 'content'")
+    messages = [_message(number, message) for number, message in enumerate(value, start=1)]
+    if not any(_says(message) for message in messages):
+        raise Unusable(
+            "has no message of the role 'assistant' with text: there is nothing to learn"
+        )
+    return messages
+
+
+def _message(number: int, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or (missing := {"role", "content"} - value.keys()):
+        lacks = f"lacks '{min(missing)}'" if isinstance(value, dict) else "is no object"
+        raise Unusable(f"message {number} {lacks}: expected 'role' and 'content'")
+    role, content = value["role"], value["content"]
+    if role not in ROLES:
+        raise Unusable(f"message {number} has the role {role!r}; it must be one of {list(ROLES)}")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(content, str):
+        raise Unusable(f"message {number} has a content that is no text")
+    # JSON may hold half a surrogate pair, which no UTF-8 can.
+    return {"role": role, "content": content.encode("utf-8", errors="replace").decode()}
+
+
+def _says(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(message["content"].strip())
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """The contents alone, for what reads no chats: evaluation, mining, co-occurrence statistics."""
+    return "\n\n".join(message["content"] for message in messages if message["content"].strip())
+
+
+# --- Templates ----------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A stretch of a written chat: text, or a special token."""
+
+    start: int
+    """Where it begins in the whole chat, characters."""
+    text: str
+    special: int | None = None
+    """Its id in the tokenizer of the template."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
+
+
+class Written(NamedTuple):
+    """A chat as the template writes it."""
+
+    pieces: list[Piece]
+    learned: list[tuple[int, int]]
+    """The assistant's turns: (begin, end), characters of the whole chat."""
+
+
+def write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Written:
+    """The chat as the tokenizer's template writes it.
+
+    Raises:
+      Unusable: the template refuses the messages, or leaves out what the assistant says.
+    """
+    text = _apply(tokenizer, messages)
+    pieces = _pieces(tokenizer, text)
+    ends_of_special = [piece.end for piece in pieces if piece.special is not None]
+    learned, begin = [], 0
+    for number, message in enumerate(messages):
+        said = message["content"].strip()
+        if not _says(message):
+            # Contents may repeat: each is looked for behind the one before.
+            found = text.find(said, begin)
+            begin = found + len(said) if said and found >= 0 else begin
+            continue
+        prompt = _prompt(tokenizer, messages[:number])
+        is_prefix = prompt is not None and len(prompt) >= begin and text.startswith(prompt)
+        begin = len(prompt) if prompt is not None and is_prefix else begin
+        found = text.find(said, begin)
+        if found < 0:
+            raise Unusable(
+                f"cannot be written: the chat template leaves out or changes message {number + 1}"
+            )
+        end = found + len(said)
+        after = bisect.bisect_left(ends_of_special, end + 1)
+        stop = ends_of_special[after] if after < len(ends_of_special) else len(text)
+        if not _ends_there(pieces, end, stop):
+            stop = end
+        learned.append((begin if is_prefix else found, stop))
+        begin = stop
+    return Written(pieces, learned)
+
+
+def _ends_there(pieces: Sequence[Piece], end: int, stop: int) -> bool:
+    """Whether there is no text, only white space, between an answer's `end` and the special token that
+    ends at `stop`."""
+    texts = [p for p in pieces if p.special is None and end < p.end <= stop]
+    return not any(p.text[max(0, end - p.start) :].strip() for p in texts)
+
+
+def template_problem(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What keeps the tokenizer's chat template from being used; "" if nothing does."""
+    if not tokenizer.chat_template:
+        return "it has no chat template"
+    try:
+        write(tokenizer, _EXAMPLE)
+    except Unusable as error:
+        return f"its chat template fails at a question and an answer: a chat {error}"
+    return ""
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **how: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **how))
+    except (ValueError, TypeError, AttributeError, KeyError, jinja2.TemplateError) as error:
+        raise Unusable(f"cannot be written: the chat template says {str(error)[:160]!r}") from error
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
+    """What a model is given to answer these messages; None where the template refuses them."""
+    if not messages:
+        return None
+    try:
+        return _apply(tokenizer, messages, add_generation_prompt=True)
+    except Unusable:
+        return None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """The tokens of a question, written by the chat template, up to where the answer begins.
+
+    Raises:
+      Unusable: the template refuses it.
+    """
+    message = {"role": "user", "content": question}
+    pieces = _pieces(tokenizer, _apply(tokenizer, [message], add_generation_prompt=True))
+    return Encoder(tokenizer).of_pieces([pieces])[0].ids.tolist()
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Piece]:
+    """Text parted at special tokens, which may take the white space beside them."""
+    specials = {str(tokenizer.convert_ids_to_tokens(i)): i for i in special_ids(tokenizer)}
+    pattern = "|".join(
+        re.escape(token) for token in sorted(specials, key=len, reverse=True) if token
+    )
+    added, pieces, begin, strip = tokenizer.added_tokens_decoder, [], 0, False
+    for match in re.finditer(pattern, text) if pattern else ():
+        index = specials[match[0]]
+        token = added.get(index)
+        _add_text(pieces, text, begin, match.start(), strip, bool(token and token.lstrip))
+        pieces.append(Piece(match.start(), match[0], index))
+        begin, strip = match.end(), bool(token and token.rstrip)
+    _add_text(pieces, text, begin, len(text), strip, False)
+    return pieces
+
+
+def _add_text(
+    pieces: list[Piece], text: str, begin: int, end: int, left: bool, right: bool
+) -> None:
+    stretch = text[begin:end]
+    kept = stretch.lstrip() if left else stretch
+    begin += len(stretch) - len(kept)
+    kept = kept.rstrip() if right else kept
+    if kept:
+        pieces.append(Piece(begin, kept))
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """A tokenizer that reads documents and chats."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, writer: PreTrainedTokenizerBase | None = None
+    ):
+        """Args:
+        writer: the tokenizer whose template writes chats; None: this one.
+        """
+        self.backend, self.writer = plain_backend(tokenizer), writer or tokenizer
+        self._special: dict[int, int] = {}
+        for index in special_ids(self.writer):
+            if self.writer is tokenizer:
+                self._special[index] = index
+            elif match := counterpart(index, self.writer, tokenizer):
+                self._special[index] = match.token
+
+    def boundaries(self, texts: Sequence[str], chats: Sequence[str]) -> list[Boundaries]:
+        """Tokens of documents and where they end.
+
+        Args:
+          chats: for each text the messages as JSON, or "" where it is no chat.
+        """
+        pieces = [
+            self.written(chat).pieces if chat else [Piece(0, text)]
+            for text, chat in zip(texts, chats, strict=True)
+        ]
+        return self.of_pieces(pieces)
+
+    def written(self, chat: str) -> Written:
+        """A chat from its messages as JSON.
+
+        Raises:
+          UserError: the template refuses it.
+        """
+        try:
+            return write(self.writer, json.loads(chat))
+        except Unusable as error:
+            raise UserError(f"a chat of the corpus {error}: {chat[:160]}") from error
+
+    def of_pieces(self, documents: Sequence[Sequence[Piece]]) -> list[Boundaries]:
+        """Tokens of written chats; special tokens without a counterpart here are left out."""
+        texts = [p.text for pieces in documents for p in pieces if p.special is None]
+        encoded = iter(token_boundaries(self.backend, texts))
+        return [self._joined(pieces, encoded) for pieces in documents]
+
+    def _joined(self, pieces: Sequence[Piece], encoded: Any) -> Boundaries:
+        ids, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for piece in pieces:
+            if piece.special is None:
+                part = next(encoded)
+                ids.append(part.ids)
+                ends.append(np.where(part.ends == NONE, NONE, part.ends + piece.start))
+            elif piece.special in self._special:
+                ids.append(np.array([self._special[piece.special]]))
+                ends.append(np.array([piece.end]))
+        return Boundaries(np.concatenate(ids), np.concatenate(ends))
+
+
+def is_learned(
+    ends: Int[np.ndarray, "n"], learned: Sequence[tuple[int, int]]
+) -> Bool[np.ndarray, "n"]:
+    """Which tokens of a chat are the assistant's.
+
+    Args:
+      ends: `Boundaries.ends` of its tokens.
+    """
+    # A token that ends within a character belongs to the next one that does not.
+    known = np.where(ends == NONE, np.iinfo(np.int64).max, ends)
+    known = np.minimum.accumulate(known[::-1])[::-1]
+    found = np.zeros(len(ends), bool)
+    for begin, end in learned:
+        found |= (known > begin) & (known <= end)
+    return found
+
+
+# --- The template of the new vocabulary ---------------------------------------------------------
+
+
+def with_template(
+    target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, choice: str
+) -> PreTrainedTokenizerBase:
+    """The target tokenizer with the chat template that the new model is to have.
+
+    The source's, with its special tokens added where the target lacks them, if `choice` is `source`;
+    and where the target has no template but all special tokens that the source's writes. Else its own.
+
+    Raises:
+      UserError: `choice` is `source`, which has no template.
+    """
+    if choice == "source" and not source.chat_template:
+        raise UserError(
+            "chat=source keeps the source model's chat template, but its tokenizer has none: "
+            "leave out --config.chat"
+        )
+    if not source.chat_template or (choice != "source" and target.chat_template):
+        return target
+    needed = template_tokens(source)
+    known = target.get_vocab()
+    missing = [token for token in needed if token not in known]
+    if missing and choice != "source":
+        return target
+    found, end = copy.deepcopy(target), str(target.convert_ids_to_tokens(end_of_text_id(target)))
+    found.add_tokens(needed, special_tokens=True)
+    if len(set(found.get_vocab().values())) != len(known) + len(missing):
+        raise UserError(
+            f"target_tokenizer '{target.name_or_path}' cannot get the source's special tokens "
+            f"{missing}: the ids of its tokens have gaps"
+        )
+    found.chat_template = source.chat_template
+    for role in ("bos", "eos"):
+        token = getattr(source, f"{role}_token", None)
+        if token in needed:
+            setattr(found, f"{role}_token", token)
+    if end_of_text_id(found) != known[end]:
+        found.init_kwargs[SEPARATOR] = end
+    return found
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that the chat template writes or names, and the eos that ends a turn."""
+    try:
+        written = {p.special for p in write(tokenizer, _EXAMPLE).pieces}
+    except Unusable:
+        written = set()
+    tokens = []
+    for index in sorted(special_ids(tokenizer)):
+        token = str(tokenizer.convert_ids_to_tokens(index))
+        is_eos = index == role_id(tokenizer, "eos") and ends_turn(tokenizer, index)
+        if index in written or is_eos or in_chat_template(tokenizer, token):
+            tokens.append(token)
+    return tokens
