@@ -35,7 +35,7 @@ DOCUMENTS = [
 def test_both_sides_have_read_the_same_text(sides, tmp_path):
     (source, old), (target, new) = sides
     groups = [DOCUMENTS[:3], DOCUMENTS[3:]]
-    index = shared_boundaries.run(groups, *sides, tmp_path, lambda line: None)
+    index = shared_boundaries.run(groups, sides[0], sides[1], tmp_path, lambda line: None)
     positions = shared_boundaries.open_positions(tmp_path)
     assert len(positions) == len(new.tokens) and index["shared"] == (positions != NONE).sum()
     found = 0
@@ -55,7 +55,7 @@ def test_both_sides_have_read_the_same_text(sides, tmp_path):
 def test_missing_and_incomplete_boundaries_are_refused(sides, tmp_path):
     with pytest.raises(UserError, match="run the boundaries stage again"):
         shared_boundaries.open_positions(tmp_path)
-    shared_boundaries.run([DOCUMENTS], *sides, tmp_path, lambda line: None)
+    shared_boundaries.run([DOCUMENTS], sides[0], sides[1], tmp_path, lambda line: None)
     file = tmp_path / "positions.bin"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="incomplete"):
@@ -64,4 +64,4 @@ def test_missing_and_incomplete_boundaries_are_refused(sides, tmp_path):
 
 def test_shards_of_other_documents_are_noticed(sides, tmp_path):
     with pytest.raises(ValueError, match="tokens now has"):
-        shared_boundaries.run([DOCUMENTS[1:]], *sides, tmp_path, lambda line: None)
+        shared_boundaries.run([DOCUMENTS[1:]], sides[0], sides[1], tmp_path, lambda line: None)

@@ -13,6 +13,7 @@ from training_toys import (
     LENGTH,
     LLAMA,
     STAGE,
+    ToyShards,
     assert_same,
     source_text,
     toy_params,
@@ -143,8 +144,8 @@ def test_a_sequence_without_a_shared_boundary_has_no_positions():
 
 
 def test_both_sides_begin_with_what_their_tokenizers_put_before_texts():
-    text, shards = source_text(TEACHER.vocab_size), toy_shards()
-    shards.opening, text.shards.opening = 7, 9
+    text, shards = source_text(TEACHER.vocab_size), replace(toy_shards(), opening=7)
+    text = text._replace(shards=ToyShards(np.asarray(text.shards.tokens), opening=9))
     for index in range(50):
         item = PairedSource(shards, LENGTH, text, 16)[index]
         assert item["tokens"][0] == 7 and item["source"][0] == 9

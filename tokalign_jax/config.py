@@ -401,6 +401,11 @@ class EvaluationConfig:
     commas), or `embedded`; a suite of sums is added. Empty: none."""
     max_questions: int = within(0, 10**9, 0)
     """Questions of each suite, the first ones; 0: all."""
+    chat_questions: str = ""
+    """Questions that the source and the adapted model are asked through their chat templates and answer greedily: a
+    file of JSON lines with `question` and `answers` (any of which is right). Empty: none."""
+    reply_tokens: int = within(1, 10**6, 64)
+    """Tokens of a reply to a chat question, at most."""
     other_text: str | tuple[str, ...] = ""
     """Text of another kind than the corpus, in the same forms and with the same fields: measured, never trained on. Empty: none."""
 

@@ -38,6 +38,7 @@ from tokalign_jax.errors import UserError, exit_code
 from tokalign_jax.evaluation import (
     abilities,
     bits_per_byte,
+    chat_questions,
     downstream,
     drafting,
     measures,
@@ -204,6 +205,15 @@ def _parser() -> argparse.ArgumentParser:
         help="of each suite (0: all; with --workdir as the run has it)",
     )
     parser.add_argument(
+        "--chat-questions",
+        help="questions for the chat template, as config.evaluation.chat_questions; with --workdir the run's own if this is not given",
+    )
+    parser.add_argument(
+        "--reply-tokens",
+        type=arguments.at_least(1),
+        help="of a reply to them, at most (64, or what the run has)",
+    )
+    parser.add_argument(
         "--other-text",
         help="files of another kind of text; with --workdir the run's own if this is not given",
     )
@@ -318,8 +328,17 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         given.batch,
         ComputeConfig(dtype=dtype),
         given.seed,
+        _chat_questions(given, settings),
+        given.reply_tokens or settings.reply_tokens,
     )
     for subject in subjects:
+        chat_questions.check(
+            subject.tokenizer,
+            f"'{subject.name}'",
+            material.chat_questions,
+            material.reply_tokens,
+            subject.config.max_positions,
+        )
         abilities.check_lengths(subject.tokenizer, material.questions, subject.config.max_positions)
     if given.training_text:
         _training_corpus(given)
@@ -485,6 +504,15 @@ def _questions(given: argparse.Namespace, settings: EvaluationConfig) -> list[ab
     names = settings.abilities if given.abilities is None else given.abilities
     most = settings.max_questions if given.max_questions is None else given.max_questions
     return abilities.read(names, most) if names else []
+
+
+def _chat_questions(
+    given: argparse.Namespace, settings: EvaluationConfig
+) -> list[chat_questions.ChatQuestion]:
+    """The chat questions that are named, else the run's."""
+    name = settings.chat_questions if given.chat_questions is None else given.chat_questions
+    most = settings.max_questions if given.max_questions is None else given.max_questions
+    return chat_questions.read(name, most) if name else []
 
 
 def _corpus(given: argparse.Namespace, names: str) -> Config:

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import ComputeConfig
-from tokalign_jax.evaluation import abilities, bits_per_byte, fidelity
+from tokalign_jax.evaluation import abilities, bits_per_byte, chat_questions, fidelity
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.utils.progress import Log
 
@@ -43,6 +43,9 @@ class Material:
     compute: ComputeConfig
     seed: int
     """Of bootstrap draws."""
+    chat_questions: Sequence[chat_questions.ChatQuestion] = ()
+    reply_tokens: int = 64
+    """Tokens of a reply to a chat question, at most."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,19 @@ class Measured:
     other_costs: Mapping[str, bits_per_byte.Costs]
     right: Bool[np.ndarray, "N"]
     """Whether each question is answered right."""
+    replies: chat_questions.Replies | None = None
+    """To the chat questions."""
+    chat: Mapping[str, Any] | None = None
+    """Their summary, of a model that others are compared with."""
 
     @property
     def reference(self) -> "Reference":
         return Reference(
-            self.tokenizer, _readings(self.costs), _readings(self.other_costs), self.right
+            self.tokenizer,
+            _readings(self.costs),
+            _readings(self.other_costs),
+            self.right,
+            self.chat,
         )
 
 
@@ -70,6 +81,8 @@ class Reference:
     readings: fidelity.Readings
     other_readings: fidelity.Readings
     right: Bool[np.ndarray, "N"]
+    chat: Mapping[str, Any] | None = None
+    """Summary of its replies to chat questions."""
 
     def save(self, folder: Path) -> None:
         """Writes beside the source's `scores.json` what that does not hold."""
@@ -82,7 +95,8 @@ class Reference:
         cls, folder: Path, tokenizer: PreTrainedTokenizerBase, material: Material
     ) -> "Reference":
         """What `save` wrote of the same material."""
-        answers = json.loads((folder / SCORES).read_text(encoding="utf-8")).get("abilities")
+        scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        answers = scores.get("abilities")
         return cls(
             tokenizer,
             fidelity.load(folder / _READINGS, material.texts),
@@ -90,6 +104,7 @@ class Reference:
             if material.other_texts
             else {},
             abilities.right_of(answers) if answers else np.zeros(0, bool),
+            scores.get("chat"),
         )
 
 
@@ -143,7 +158,21 @@ def measure(
             mesh,
         )
         right = abilities.is_right(abilities.score(*arguments, log=log, what=f"abilities {name}"))
-    return Measured(tokenizer, costs, other_costs, right)
+    replies = chat = None
+    if material.chat_questions and asks:
+        replies = chat_questions.ask(
+            config,
+            params,
+            tokenizer,
+            material.chat_questions,
+            material.reply_tokens,
+            material.compute.dtype,
+            mesh,
+            log,
+            f"chat {name}",
+        )
+        chat = chat_questions.summary(material.chat_questions, replies, None, material.seed)
+    return Measured(tokenizer, costs, other_costs, right, replies, chat)
 
 
 def summary(measured: Measured, reference: Reference | None, material: Material) -> dict[str, Any]:
@@ -181,6 +210,13 @@ def summary(measured: Measured, reference: Reference | None, material: Material)
             content["abilities"] |= abilities.difference(
                 material.questions, *answers, kinds, material.seed
             )
+    if measured.replies:
+        content["chat"] = chat_questions.summary(
+            material.chat_questions,
+            measured.replies,
+            reference.chat if reference else None,
+            material.seed,
+        )
     return content
 
 

@@ -37,7 +37,7 @@ def sample(
 
     Args:
       prompts: token ids, at least one each and at most `length`.
-      temperature: divides the logits before the softmax.
+      temperature: divides the logits before the softmax; 0: the likeliest token each time.
     """
     at_once = BATCH.get(jax.default_backend(), OTHER_BATCH) * sharding.sequences_at_once(mesh)
     at_once = min(at_once, -(-len(prompts) // (n := sharding.sequences_at_once(mesh))) * n)
@@ -85,9 +85,11 @@ def _extend(
         def step(carry, position):
             token, cache = carry
             hidden, cache = model(token[:, None], None, dtype, "layer", 1, cache, position, length)
-            scores = last_logits(config, hidden[:, 0], params) / temperature
+            logits = last_logits(config, hidden[:, 0], params)
+            scores = logits / jnp.where(temperature > 0, temperature, 1.0)
             draws = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-            token = jax.vmap(jax.random.categorical)(draws, scores).astype(forced.dtype)
+            drawn = jax.vmap(jax.random.categorical)(draws, scores)
+            token = jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(forced.dtype)
             token = jnp.where(position + 1 < lengths, forced[:, position + 1], token)
             return (token, cache), token
 

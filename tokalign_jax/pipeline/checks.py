@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.errors import UserError
-from tokalign_jax.evaluation import abilities
+from tokalign_jax.evaluation import abilities, chat_questions
 from tokalign_jax.initialization.start import not_finite
 from tokalign_jax.models import hub, huggingface, opening
 from tokalign_jax.models.config import ModelConfig
@@ -143,6 +143,14 @@ def _check_measures(context: Context) -> None:
         abilities.check_lengths(
             tokenizer,
             held_out.questions(context.config),
+            context.inputs.source_model[0].max_positions,
+        )
+    for tokenizer, whose in zip(tokenizers, ("the source model", "the new model")):
+        chat_questions.check(
+            tokenizer,
+            whose,
+            held_out.chats(context.config),
+            context.config.evaluation.reply_tokens,
             context.inputs.source_model[0].max_positions,
         )
     if (other := held_out.other_config(context.config)) is not None:

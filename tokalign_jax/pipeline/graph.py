@@ -89,7 +89,11 @@ def graph(context: Context, exported: str) -> list[Stage]:
             ("corpus", *(() if state == "source" else (*target, "evaluate/source")), *reached),
             {
                 "evaluation": config_to_dict(config.evaluation)
-                | {"abilities": outside["questions"], "other_text": outside["other_text"]},
+                | {
+                    "abilities": outside["questions"],
+                    "chat_questions": outside["chat_questions"],
+                    "other_text": outside["other_text"],
+                },
                 "source_model": outside["source_model"],
                 **vocabularies,
                 **compute,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from tokalign_jax.config import Config
-from tokalign_jax.evaluation import abilities, bits_per_byte, measures
+from tokalign_jax.evaluation import abilities, bits_per_byte, chat_questions, measures
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text import corpus as documents
 
@@ -12,6 +12,14 @@ def questions(config: Config) -> list[abilities.Question]:
     """Return what every state is asked (`evaluation.abilities`); empty: nothing."""
     settings = config.evaluation
     return abilities.read(settings.abilities, settings.max_questions) if settings.abilities else []
+
+
+def chats(config: Config) -> list[chat_questions.ChatQuestion]:
+    """Return what every state is asked through its chat template; empty: nothing."""
+    settings = config.evaluation
+    if not settings.chat_questions:
+        return []
+    return chat_questions.read(settings.chat_questions, settings.max_questions)
 
 
 def other_config(config: Config) -> Config | None:
@@ -32,6 +40,8 @@ def material(context: Context) -> measures.Material:
         settings.batch,
         config.compute,
         config.seed,
+        chats(config),
+        settings.reply_tokens,
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tokalign_jax.config import Config
-from tokalign_jax.evaluation import abilities
+from tokalign_jax.evaluation import abilities, chat_questions
 from tokalign_jax.parallel import distributed
 from tokalign_jax.pipeline import held_out
 from tokalign_jax.pipeline.context import Context
@@ -35,6 +35,7 @@ def _identities(context: Context) -> dict[str, Any]:
     }
 
     questions = held_out.questions(context.config)
+    asked = held_out.chats(context.config)
     other = held_out.other_config(context.config)
 
     def texts_of(config: Config) -> list[str]:
@@ -54,6 +55,7 @@ def _identities(context: Context) -> dict[str, Any]:
         "alignment": digests.of([Path(file)]) if file else "",
         "vectors": {side: digests.of([Path(name)]) if name else "" for side, name in given.items()},
         "questions": abilities.digest(questions) if questions else "",
+        "chat_questions": chat_questions.digest(asked) if asked else "",
         "other_text": texts_of(other) if other else "",
         "teacher": digests.of(model_files(context.inputs.teacher_folder))
         if context.inputs.teacher_folder

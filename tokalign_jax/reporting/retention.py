@@ -16,7 +16,7 @@ from tokalign_jax.reporting.pages import Cell, Section, Soft
 States = Mapping[str, Mapping[str, Any]]
 
 TITLE = "What the model keeps"
-_MEASURES = ("abilities", "fidelity", "other_text")
+_MEASURES = ("abilities", "chat", "fidelity", "other_text")
 _FIDELITY = ("agreement", "divergence", "gap")
 _NOTHING = ""
 _EVERYTHING = "all"
@@ -51,6 +51,8 @@ def figures(of: Mapping[str, Any]) -> dict[str, float]:
         for name in _FIDELITY
         if faithful and faithful[name]["value"] is not None
     }
+    if chat := of.get("chat"):
+        found |= {"chat": chat["right"]["value"], "turns ended": chat["ended"]["value"]}
     return found | (
         {"other text": of["other_text"]["pooled"]["bits_per_byte"]} if "other_text" in of else {}
     )
@@ -67,6 +69,7 @@ def sections(states: States, titled: Callable[[str], str] = str) -> list[Section
     return [
         _overview(states, titled),
         *_suites(states, titled),
+        *_chat(states, titled),
         *_fidelity(states, titled),
         *_other_text(states, titled),
     ]
@@ -213,6 +216,28 @@ def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
     yield Section(
         "Abilities by suite", "Share of questions answered right.", header, rows, fold=True
     )
+
+
+def _chat(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
+    measured = {state: of["chat"] for state, of in states.items() if "chat" in of}
+    if not measured:
+        return
+    count = next(iter(measured.values()))["questions"]
+    rows: list[list[Cell]] = []
+    for state, of in measured.items():
+        further = (of.get(name) for name in ("difference", "kept"))
+        difference, kept = (found or {"value": None} for found in further)
+        row: list[Cell] = [titled(state), _with_interval(of["right"])]
+        row += [_with_interval(difference, "+"), _with_interval(kept), _with_interval(of["ended"])]
+        rows.append(row)
+    text = (
+        f"{count:,} questions asked through the chat template, answered greedily: the share answered "
+        "right, the difference on the same questions, the share right of those that the first model "
+        "answers right, and the share of replies that ended their turn. In brackets 95% intervals."
+    )
+    first = titled(next(iter(measured)))
+    header = ["state", "right", f"less {first}'s", f"of {first}'s right", "ended its turn"]
+    yield Section("Chat", text, header, rows)
 
 
 def _fidelity(states: States, titled: Callable[[str], str]) -> Iterator[Section]:

@@ -50,8 +50,8 @@ def run(
         for group in documents:
             columns = [d.text for d in group], [d.chat for d in group]
             sides = pool.map(lambda encoder, of=columns: encoder.boundaries(*of), encoders)
-            for boundaries, (of_source, of_target) in zip(zip(*sides), bounds):
-                positions = _positions(*boundaries, of_source, of_target).astype(kind)
+            for (one, other), (of_source, of_target) in zip(zip(*sides), bounds):
+                positions = _positions(one, other, of_source, of_target).astype(kind)
                 shared += int((positions != NONE).sum())
                 file.write(positions.tobytes())
                 progress.update(len(positions))
