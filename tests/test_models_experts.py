@@ -20,7 +20,8 @@ CASES = pytest.mark.parametrize(
 def both_ways(config):
     assert config.experts
     return [
-        replace(config, experts=replace(config.experts, computed=way)) for way in ("dense", "sparse")
+        replace(config, experts=replace(config.experts, computed=way))
+        for way in ("dense", "sparse")
     ]
 
 

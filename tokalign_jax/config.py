@@ -21,6 +21,9 @@ from tokalign_jax.errors import UserError
 EMBEDDED = "embedded"
 """Names the source model, target tokenizer or corpus that ships inside the package (`tokalign_jax/demo`)."""
 
+SELF = "self"
+"""Names, as (a part of) the corpus, text that the source model writes itself."""
+
 EXTEND = "extend"
 """As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
 
@@ -56,6 +59,8 @@ class TextConfig:
 
     text_field: str = "text"
     """Field (column) that holds a document's text."""
+    self_tokens: int = within(1000, 10**12, 4_000_000)
+    """Tokens that the source model writes where the corpus names `self`, prompts included."""
     messages_field: str = "messages"
     """Field that holds the messages of a chat (objects with `role` and `content`); a record that has it
     is a chat, written by the chat template and learned on the assistant's turns alone."""
@@ -440,8 +445,10 @@ class Config:
     has none but all special tokens of the source's), or the `source`'s, added where the target lacks
     them, with the source's rows."""
     corpus: str | tuple[str, ...] = EMBEDDED
-    """Local files (path or glob, several separated by commas), a hub dataset, or `embedded`. Several may have weights, the shares of the
-    text in bytes: `/data/a=0.7,/data/b=0.3`, or in Python {"/data/a": 0.7, "/data/b": 0.3}; without they count by their size."""
+    """Local files (path or glob, several separated by commas), a hub dataset, `embedded`, or `self`:
+    text that the source model writes (`text.self_tokens`; a folder of that name is `./self`). Several
+    may have weights, the shares of the text in bytes: `/data/a=0.7,self=0.3`, or in Python
+    {"/data/a": 0.7, "self": 0.3}; without weights they count by their size."""
     seed: int = within(0, 2**32 - 1, 0)
     """The root of every random choice."""
     text: TextConfig = field(default_factory=TextConfig)

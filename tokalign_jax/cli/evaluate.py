@@ -335,7 +335,7 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         chat_questions.check(
             subject.tokenizer,
             f"'{subject.name}'",
-            material.chat_questions,
+            material.asked,
             material.reply_tokens,
             subject.config.max_positions,
         )

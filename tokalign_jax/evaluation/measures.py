@@ -43,7 +43,8 @@ class Material:
     compute: ComputeConfig
     seed: int
     """Of bootstrap draws."""
-    chat_questions: Sequence[chat_questions.ChatQuestion] = ()
+    asked: Sequence[chat_questions.ChatQuestion] = ()
+    """Chat questions."""
     reply_tokens: int = 64
     """Tokens of a reply to a chat question, at most."""
 
@@ -159,19 +160,19 @@ def measure(
         )
         right = abilities.is_right(abilities.score(*arguments, log=log, what=f"abilities {name}"))
     replies = chat = None
-    if material.chat_questions and asks:
+    if material.asked and asks:
         replies = chat_questions.ask(
             config,
             params,
             tokenizer,
-            material.chat_questions,
+            material.asked,
             material.reply_tokens,
             material.compute.dtype,
             mesh,
             log,
             f"chat {name}",
         )
-        chat = chat_questions.summary(material.chat_questions, replies, None, material.seed)
+        chat = chat_questions.summary(material.asked, replies, None, material.seed)
     return Measured(tokenizer, costs, other_costs, right, replies, chat)
 
 
@@ -212,7 +213,7 @@ def summary(measured: Measured, reference: Reference | None, material: Material)
             )
     if measured.replies:
         content["chat"] = chat_questions.summary(
-            material.chat_questions,
+            material.asked,
             measured.replies,
             reference.chat if reference else None,
             material.seed,

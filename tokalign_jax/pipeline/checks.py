@@ -4,6 +4,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, chat_questions
@@ -22,9 +24,7 @@ from tokalign_jax.text.canonical import vocabulary_size
 
 def chat_check(context: Context) -> documents.ChatCheck:
     """What checks that a chat of the corpus can be written by the new model's chat template."""
-    inputs = context.inputs
-    # A tokenizer that is derived from the source's, and yet to be made, has its template.
-    tokenizer = inputs.source_tokenizer if inputs.derives else inputs.target_tokenizer
+    tokenizer = _template_tokenizer(context)
     problem = functools.cache(lambda: chats.template_problem(tokenizer))
 
     def check_chat(messages: Sequence[chats.Message]) -> None:
@@ -38,6 +38,18 @@ def chat_check(context: Context) -> documents.ChatCheck:
         chats.write(tokenizer, messages)
 
     return check_chat
+
+
+def can_chat(context: Context) -> bool:
+    """Whether the new model has a chat template that can be used."""
+    return not chats.template_problem(_template_tokenizer(context))
+
+
+def _template_tokenizer(context: Context) -> PreTrainedTokenizerBase:
+    """The tokenizer whose chat template the new model has."""
+    inputs = context.inputs
+    # A tokenizer that is derived from the source's, and yet to be made, has its template.
+    return inputs.source_tokenizer if inputs.derives else inputs.target_tokenizer
 
 
 def check(context: Context) -> None:
@@ -81,7 +93,8 @@ def check(context: Context) -> None:
     if context.inputs.teacher_folder and context.inputs.teacher_model:
         _check_teacher(context, context.inputs.teacher_folder, context.inputs.teacher_model)
     _check_donor(context)
-    documents.check(config, chat_check(context))
+    if (read := documents.without_self(config)) is not None:
+        documents.check(read, chat_check(context))
     if not context.folder("init").exists():
         check_finite(context)
     _check_measures(context)

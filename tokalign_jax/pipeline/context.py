@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from tokalign_jax.config import Config, training_stages
+from tokalign_jax.config import SELF, Config, training_stages
 from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.pipeline.inputs import Inputs
 from tokalign_jax.planning import advice, memory
+from tokalign_jax.text import corpus as documents
 from tokalign_jax.utils.digests import Digests
 from tokalign_jax.utils.progress import Log
 
@@ -31,6 +32,11 @@ class Context:
     def folder(self, stage: str) -> Path:
         """Return the folder of a stage's artifact."""
         return self.workdir / stage
+
+    @property
+    def corpus_config(self) -> Config:
+        """The config with the file that the source model wrote for `self`, where the corpus names that."""
+        return documents.with_self(self.config, self.folder(SELF) / documents.SELF_TEXT)
 
     @cached_property
     def mesh(self) -> Mesh:

@@ -9,14 +9,16 @@ from typing import Any
 from tokalign_jax.config import (
     EXTEND,
     PRUNE,
+    SELF,
     Config,
     config_to_dict,
     learns_from_source,
     settings_of,
     training_stages,
 )
-from tokalign_jax.pipeline import identities, stages, states
+from tokalign_jax.pipeline import checks, identities, stages, states
 from tokalign_jax.pipeline.context import Context
+from tokalign_jax.text import corpus as documents
 
 FORMAT = 5
 """Version of the artifacts: a workdir of another version is redone."""
@@ -63,6 +65,10 @@ def graph(context: Context, exported: str) -> list[Stage]:
     vocabularies |= {"chat": config.chat} if config.chat != Config.chat else {}
     derivation = [_derivation(context)] if context.inputs.derives else []
     target = tuple(stage.name for stage in derivation)  # what the target tokenizer comes from
+    text = config_to_dict(config.text)
+    tokens = text.pop("self_tokens")  # the stage `self` depends on it
+    writes = documents.has_self(config)
+    writing = [_writing(context, tokens, {**compute, **seed})] if writes else []
     taught = [n for n, stage in training_stages(config).items() if learns_from_source(stage)]
 
     def training(name: str) -> Stage:
@@ -107,11 +113,12 @@ def graph(context: Context, exported: str) -> list[Stage]:
     baselines = ["source", *(["random"] if config.evaluation.random_baseline else [])]
     reported = [*baselines, *reached]
     return [
+        *writing,
         Stage(
             "corpus",
             "read, de-duplicate and split the documents",
-            (),
-            {"corpus": outside["corpus"], "text": config_to_dict(config.text)},
+            tuple(stage.name for stage in writing),
+            {"corpus": outside["corpus"], "text": text},
             stages.corpus,
         ),
         *derivation,
@@ -172,6 +179,21 @@ def graph(context: Context, exported: str) -> list[Stage]:
             lambda c: stages.report(c, reported),
         ),
     ]
+
+
+def _writing(context: Context, tokens: int, settings: Mapping[str, Any]) -> Stage:
+    """The stage in which the source model writes a part of the corpus."""
+    outside = identities.identities(context)
+    sources = {name: outside[name] for name in ("source_model", "source_tokenizer")}
+    return Stage(
+        SELF,
+        "let the source model write text",
+        (),
+        {"self_tokens": tokens, "chats": checks.can_chat(context), **sources, **settings},
+        stages.write_self,
+        together=True,
+        is_whole=lambda c: (c.folder(SELF) / documents.SELF_TEXT).is_file(),
+    )
 
 
 def _boundaries(target: tuple[str, ...]) -> Stage:

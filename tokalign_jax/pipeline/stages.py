@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.alignment import alignment, methods
 from tokalign_jax.config import (
     AUTO,
+    SELF,
     DistillationConfig,
     StageConfig,
     learns_from_source,
@@ -22,14 +23,14 @@ from tokalign_jax.config import (
     training_stages,
 )
 from tokalign_jax.evaluation import measures, overlap, samples
-from tokalign_jax.initialization import contexts, initialization
+from tokalign_jax.initialization import contexts, initialization, self_corpus, self_text
 from tokalign_jax.initialization.start import make_start
 from tokalign_jax.models import hub, huggingface, opening
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
 from tokalign_jax.parallel import distributed
 from tokalign_jax.pipeline import held_out, identities, resources
-from tokalign_jax.pipeline.checks import chat_check, exports_as_llama, warn_of_llama
+from tokalign_jax.pipeline.checks import can_chat, chat_check, exports_as_llama, warn_of_llama
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.pipeline.states import load_state, open_shards, state_of
 from tokalign_jax.planning import disk, worth
@@ -51,7 +52,19 @@ INSPECTION = "inspection.json"
 
 def corpus(context: Context) -> Mapping[str, Any]:
     folder = context.folder("corpus")
-    return documents.run(context.config, folder, context.log, chat_check(context))
+    return documents.run(context.corpus_config, folder, context.log, chat_check(context))
+
+
+def write_self(context: Context) -> Mapping[str, Any]:
+    """Lets the source model write the part of the corpus that is called `self`."""
+    dtype = jnp.dtype(context.config.compute.dtype)
+    config, params = load_state(context, (), training_states.inference_dtype(dtype))
+    tokenizer = context.inputs.source_tokenizer
+    writer = self_text.Writer(config, params, tokenizer, dtype, context.mesh, context.config.seed)
+    tokens = context.config.text.self_tokens
+    written = self_corpus.write(writer, tokens, can_chat(context), context.log)
+    file = context.folder(SELF) / documents.SELF_TEXT
+    return distributed.on_first(lambda: self_corpus.save(written, file))
 
 
 def extend(context: Context) -> Mapping[str, Any]:

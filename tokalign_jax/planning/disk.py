@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tokalign_jax.config import Config, learns_from_source, training_stages
+from tokalign_jax.config import SELF, Config, learns_from_source, training_stages
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import FLOAT, parameters, shapes
@@ -30,8 +30,12 @@ def text_bytes(config: Config) -> int:
     files = [Path(name) for name in corpus.names(config)]
     # Compressed text expands to about five times its size; a hub dataset only has a budget.
     sizes = [
-        5 * file.stat().st_size if file.exists() else config.text.budget_bytes for file in files
+        5 * file.stat().st_size if file.exists() else config.text.budget_bytes
+        for file in files
+        if file != Path(SELF)
     ]
+    if corpus.has_self(config):
+        sizes.append(config.text.self_tokens * BYTES_PER_TOKEN)
     return min(config.text.budget_bytes, sum(sizes))
 
 

@@ -182,6 +182,15 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
         return None
 
 
+def around_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """What the template writes before a user's first message, and between it and the answer; None where
+    it has no such parts."""
+    mark = "@@@"
+    prompt = _prompt(tokenizer, [{"role": "user", "content": mark}])
+    before, found, after = (prompt or "").partition(mark)
+    return (before, after) if found and before and after else None
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     """The tokens of a question, written by the chat template, up to where the answer begins.
 

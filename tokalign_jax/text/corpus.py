@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from tokalign_jax import demo
-from tokalign_jax.config import Config, TextConfig
+from tokalign_jax.config import SELF, Config, TextConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import chats, reading
 from tokalign_jax.text.reading import Position, Record, Source
@@ -183,6 +183,33 @@ def check(config: Config, check_chat: ChatCheck = _any_chat) -> None:
 def names(config: Config) -> list[str]:
     """What the corpus is read from, in order: paths of local files, or names of hub datasets."""
     return [source.name for entry in _entries(config) for source in entry.sources]
+
+
+SELF_TEXT = "self_text.jsonl"
+"""File of text that the source model wrote. Its fields are its own, whatever `config.text` names."""
+_SELF_FIELDS = {"text_field": "text", "messages_field": "messages", "language_field": "language"}
+
+
+def has_self(config: Config) -> bool:
+    """Whether the corpus names text that the source model writes."""
+    return any(name == SELF for name, _ in _names(config))
+
+
+def with_self(config: Config, file: Path) -> Config:
+    """The config with the file of the source model's text instead of `self`."""
+    return _with_names(config, lambda name: str(file) if name == SELF else name)
+
+
+def without_self(config: Config) -> Config | None:
+    """The config without the source model's text; None where its corpus names nothing else."""
+    rest = [name for name, _ in _names(config) if name != SELF]
+    return _with_names(config, lambda name: "" if name == SELF else name) if rest else None
+
+
+def _with_names(config: Config, rename: Callable[[str], str]) -> Config:
+    renamed = [(rename(name), weight) for name, weight in _names(config)]
+    parts = [f"{name}={weight}" if weight else name for name, weight in renamed if name]
+    return dataclasses.replace(config, corpus=tuple(parts))
 
 
 def mixture(config: Config) -> list[str]:
@@ -496,9 +523,9 @@ class _Stream:
     """The documents of a source, one by one. `peek` and `take` go on where they were after
     `close`."""
 
-    def __init__(self, source: Source, part: str, ledger: _Ledger):
+    def __init__(self, source: Source, part: str, ledger: _Ledger, config: TextConfig):
         self.source, self.position, self.has_ended = source, Position(), False
-        self._part = part
+        self._part, self._config = part, config
         self.waiting = 0
         """Bytes of the document that comes next; 0 where it was not looked at."""
         self._ledger = ledger
@@ -548,7 +575,7 @@ class _Stream:
 
     def _document(self, record: Record) -> tuple[Document, bytes] | None:
         try:
-            text, language, chat = _text_of(record, self._ledger.config)
+            text, language, chat = _text_of(record, self._config)
             if chat:
                 self._ledger.check_chat(chat)
         except (_Unusable, chats.Unusable) as problem:
@@ -734,6 +761,7 @@ class _Entry(NamedTuple):
     name: str
     weight: float | None
     sources: list[Source]
+    config: TextConfig
 
 
 def _parts(config: Config, ledger: _Ledger) -> list[_Part]:
@@ -741,7 +769,7 @@ def _parts(config: Config, ledger: _Ledger) -> list[_Part]:
         _Part(
             entry.name,
             entry.weight,
-            [_Stream(source, entry.name, ledger) for source in entry.sources],
+            [_Stream(source, entry.name, ledger, entry.config) for source in entry.sources],
         )
         for entry in _entries(config)
     ]
@@ -753,8 +781,7 @@ def _entries(config: Config) -> list[_Entry]:
     Raises:
       UserError: it names nothing, what is not there, or gives weights to some of its names only.
     """
-    given = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
-    found = [_weighted(name) for names in given for name in reading.split(names)]
+    found = _names(config)
     if not found:
         raise UserError(
             "the corpus is an empty name: give files (path or glob), a hub dataset, or 'embedded'"
@@ -764,17 +791,40 @@ def _entries(config: Config) -> list[_Entry]:
         raise UserError(
             f"the corpus '{bare[0]}' has no weight, but others have: give all of them one, or none"
         )
-    names = [Path(name).name or name for name, _ in found]
+    names = [SELF if _is_self_text(name) else Path(name).name or name for name, _ in found]
     shown = names if len(set(names)) == len(names) else [name for name, _ in found]
     # A name that is not in the encoding of the locale has its bytes as lone surrogates.
     shown = [
         name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
         for name in shown
     ]
-    return [
-        _Entry(short, weight, reading.sources(demo.corpus(name), _settings(config)))
-        for short, (name, weight) in zip(shown, found)
-    ]
+    entries = []
+    for short, (name, weight) in zip(shown, found):
+        settings = _settings(config)
+        if _is_self_text(name):
+            language = settings.language_field and _SELF_FIELDS["language_field"]
+            own = {**_SELF_FIELDS, "language_field": language}
+            settings = dataclasses.replace(settings, **own)
+        sources = [_UNWRITTEN] if name == SELF else reading.sources(demo.corpus(name), settings)
+        entries.append(_Entry(short, weight, sources, settings))
+    return entries
+
+
+def _names(config: Config) -> list[tuple[str, float | None]]:
+    """The names in `config.corpus` and their weights."""
+    given = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
+    return [_weighted(name) for names in given for name in reading.split(names)]
+
+
+def _not_written(position: Position) -> Iterator[Record]:
+    raise ValueError(f"the text of the corpus '{SELF}' is yet to be written (`with_self`)")
+
+
+_UNWRITTEN = Source(SELF, None, _not_written)
+
+
+def _is_self_text(name: str) -> bool:
+    return Path(name).name == SELF_TEXT
 
 
 def _weighted(name: str) -> tuple[str, float | None]:
