@@ -1,6 +1,7 @@
 """A whole run whose Stage 1 learns from the source model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers import tiny_model_folder, tiny_tokenizer
@@ -56,7 +57,9 @@ def test_stages_learn_from_the_source_model(config, tmp_path):
 
 
 def test_the_plan_says_what_the_teacher_costs(config):
+    config = replace(config, corpus=f"{config.corpus}=0.7,self=0.3")
     table = plan_run(config, None, Machine.of(1, "1GB"), Speed(peak=1e12)).table()
     assert "stage1 (embedding, mixture with the source model)" in table
     assert "stage2 (lora, distillation with the source model)" in table
+    assert "self: the source model writes 4M tokens for the corpus" in table
     assert table.count("teacher (float32)") == 2 and "boundaries" in table

@@ -9,6 +9,7 @@ from test_pipeline import arguments, inputs  # noqa: F401 (a fixture)
 from tokalign_jax import main
 from tokalign_jax.cli import sweep
 from tokalign_jax.config import config_to_dict, default_config
+from tokalign_jax.configs import recipe_curves
 from tokalign_jax.errors import UserError
 
 CONFIG = """
@@ -120,3 +121,20 @@ def test_bad_runs_are_refused_before_anything_runs(runs, only, says):
 def test_a_config_without_runs_is_refused(tmp_path, capsys):
     assert sweep.main(["--config=configs/optimal.py", f"--workdir={tmp_path}"]) == 2
     assert "get_runs()" in capsys.readouterr().err
+
+
+def test_the_curves_are_runs_of_the_tokens_that_they_name():
+    runs = recipe_curves.get_runs()
+    configs = sweep.configs_of(recipe_curves.get_config(), runs)
+    assert len(configs) == len(runs) > 100
+    for name, config in configs.items():
+        if name == "start":
+            continue
+        millions = int(name.split("-")[-2].removesuffix("M"))
+        stages = config.stage1, config.stage2
+        tokens = sum(of.steps * of.batch_size * of.sequence_length for of in stages)
+        assert 0 <= tokens - millions * 1e6 <= 65_536
+        assert (config.stage1.steps > 0) == ("stage1" in name)
+        objective = "next_token" if name.startswith("pieces") else name.split("-")[0]
+        assert config.stage2.objective == objective
+    assert "mixture-full-3e-04-alone-16M-s0" in configs

@@ -19,7 +19,7 @@ def sides(tmp_path_factory):
         ("source", tiny_tokenizer(300, TEXTS)),
         ("target", tiny_tokenizer(420, TEXTS * 5, kind="metaspace")),
     ):
-        writer = tokenizing._Writer(folder / name, tokenizer)
+        writer = tokenizing.ShardWriter(folder / name, tokenizer)
         writer.add(DOCUMENTS)
         writer.close()
         found.append((tokenizer, TokenShards.open(folder / name)))

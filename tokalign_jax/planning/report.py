@@ -29,7 +29,7 @@ from tokalign_jax.planning.inference import Needs, Run, Source, needs
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
-from tokalign_jax.text import mining
+from tokalign_jax.text import corpus, mining
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.chats import with_template
 from tokalign_jax.text.editing import within_rows
@@ -113,11 +113,14 @@ class Plan:
     warnings: tuple[str, ...]
     worth: tuple[str, ...] = ()
     """Lines on whether the new vocabulary pays."""
+    written: int = 0
+    """Tokens that the source model writes for the corpus."""
 
     def table(self) -> str:
         """The plan as text for the terminal."""
         lines = [
             self._devices(),
+            *self._written(),
             *(self.init.table() if self.init else ["", "init"]),
             *self._untrained("init"),
         ]
@@ -138,6 +141,11 @@ class Plan:
         lines += self.worth
         lines += [f"\nwarning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _written(self) -> list[str]:
+        if not self.written:
+            return []
+        return ["", f"self: the source model writes {quantity(self.written)} tokens for the corpus"]
 
     def _untrained(self, name: str) -> list[str]:
         return [
@@ -260,10 +268,13 @@ def make_plan(
         init = _token_distillation(run, speed)
     else:
         init = _init(config, model, machine, speed, text_bytes)
+    written = config.text.self_tokens if corpus.has_self(config) else 0
     rows = {"source": run.source.rows, "target": model.vocab_size}
     length = min(config.stage2.sequence_length, model.max_positions)
     pays = tuple(worth.plan_lines(model, rows, run.source.itemsize, length))
-    return Plan(machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings), pays)
+    return Plan(
+        machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings), pays, written
+    )
 
 
 def _distillation(run: Run, speed: Speed) -> InitPlan:

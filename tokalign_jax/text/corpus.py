@@ -817,7 +817,10 @@ def _names(config: Config) -> list[tuple[str, float | None]]:
 
 
 def _not_written(position: Position) -> Iterator[Record]:
-    raise ValueError(f"the text of the corpus '{SELF}' is yet to be written (`with_self`)")
+    raise UserError(
+        f"the text '{SELF}' is written by a run whose config.corpus names it: here give files, such as "
+        f"the {SELF_TEXT} that it left in its workdir's folder '{SELF}' (a folder of that name is ./{SELF})"
+    )
 
 
 _UNWRITTEN = Source(SELF, None, _not_written)

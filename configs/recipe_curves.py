@@ -1,0 +1,98 @@
+"""How many tokens until a model is its source again: what is kept and fitted after 1M to 16M tokens.
+
+    tokalign sweep --config configs/recipe_curves.py --workdir runs/curves \\
+        --config.source_model=/models/smollm2 --config.target_tokenizer=/tokenizers/qwen3 \\
+        --config.corpus='/data/mix.jsonl.xz=0.7,self=0.3' --config.text.language_field=lang \\
+        --config.evaluation.abilities=/data/abilities --config.evaluation.other_text=/data/other.jsonl \\
+        --config.evaluation.chat_questions=/data/chat.jsonl
+
+With a model and a tokenizer alone it trains on text that the source model writes (`corpus=self`).
+
+Objectives x what trains x rates x with and without Stage 1 x tokens; every number of tokens is a run with
+a schedule of its own. `mixture-full-3e-04-alone-16M-s0` trains in full at 3e-4, without Stage 1, on 16M
+tokens; with `stage1` a quarter of the tokens goes to the rows first. The lines of `pieces` begin with the
+mean of the pieces and learn the next token, for comparison. All runs share corpus, alignment and start.
+`--only='mixture-full-*,next_token-full-*'` takes some of them. The comparison has one table of all, and
+`runs/curves/runs/NAME/report.json` what each measured.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tokalign_jax.config import default_config
+
+SEQUENCES, LENGTH = 64, 1024
+"""Of a step: 65,536 tokens."""
+MILLIONS = (1, 2, 4, 8, 16)
+OBJECTIVES = ("next_token", "mixture", "distillation")
+RATES: dict[str, tuple[float, ...]] = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 4e-3)}
+ROWS = 6.4e-4
+"""Peak rate of embedding and head in Stage 1, and beside LoRA."""
+
+
+def get_config() -> ConfigDict:
+    """What all runs have in common."""
+    config = default_config()
+    config.corpus = "self"
+    config.text.self_tokens = 8_000_000
+    config.text.held_out_fraction = 0.01
+    for stage in (config.stage1, config.stage2):
+        stage.batch_size = SEQUENCES
+        stage.sequence_length = LENGTH
+        stage.checkpoint_every = 100
+        stage.keep_checkpoints = 1
+    config.stage1.learning_rate = ROWS
+    config.stage2.start_offset = "after_previous"
+    config.evaluation.abilities = "embedded"
+    config.evaluation.bytes_per_language = 100_000
+    config.evaluation.random_baseline = False
+    return config
+
+
+def get_runs() -> dict[str, dict[str, Any]]:
+    """By name: the fields in which a run differs."""
+    runs: dict[str, dict[str, Any]] = {"start": {"stage1.steps": 0, "stage2.steps": 0}}
+    for millions in MILLIONS:
+        for objective in OBJECTIVES:
+            for method, rates in RATES.items():
+                for rate in rates:
+                    for with_stage1 in (False, True):
+                        runs |= _run(objective, method, rate, with_stage1, millions)
+        for rate in RATES["full"]:
+            runs |= _run("next_token", "full", rate, False, millions, "pieces")
+    # Whether what wins with one seed wins with others.
+    for seed in (1, 2):
+        for objective in OBJECTIVES:
+            for rate in RATES["full"]:
+                runs |= _run(objective, "full", rate, False, 16, seed=seed)
+    return runs
+
+
+def _run(
+    objective: str,
+    method: str,
+    rate: float,
+    with_stage1: bool,
+    millions: int,
+    start: str = "",
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    steps = millions * 1_000_000 // (SEQUENCES * LENGTH) + 1
+    of_stage1 = steps // 4 if with_stage1 else 0
+    fields: dict[str, Any] = {
+        "seed": seed,
+        "stage1.steps": of_stage1,
+        "stage1.objective": objective,
+        "stage2.steps": steps - of_stage1,
+        "stage2.objective": objective,
+        "stage2.method": method,
+        "stage2.learning_rate": rate,
+    }
+    if method == "lora":
+        fields["stage2.embedding_learning_rate"] = ROWS
+    if start:
+        fields["alignment.method"] = start
+    begins = "stage1" if with_stage1 else "alone"
+    name = f"{start or objective}-{method}-{rate:.0e}-{begins}-{millions}M-s{seed}"
+    return {name: fields}
