@@ -18,7 +18,7 @@ from tokalign_jax.text import corpus, tokenizing
 
 def test_passages_become_documents_and_chats():
     tokenizer = chatml()
-    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    start, end = (tokenizer.get_vocab()[f"<|im_{name}|>"] for name in ("start", "end"))
     chat = (
         Segment("", start),
         Segment("user\nWhat is it?", end),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tokalign_jax.text.special_tokens import end_of_text_id
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.training.batches import PairedSource, SourceText, TokenSource
 
+Kind = Literal["byte_level", "metaspace"]
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
@@ -43,7 +45,7 @@ CHAT = [
 ]
 
 
-def with_chat(template, specials, vocabulary=300, kind="byte_level", **roles):
+def with_chat(template, specials, vocabulary=300, kind: Kind = "byte_level", **roles):
     tokenizer = tiny_tokenizer(vocabulary, TEXTS * 2, kind=kind)
     tokenizer.add_tokens(list(specials), special_tokens=True)
     for role, token in roles.items():
@@ -58,7 +60,7 @@ def chatml(vocabulary=300, **how):
     )
 
 
-def gemma(kind="metaspace"):
+def gemma(kind: Kind = "metaspace"):
     tokens = ["<bos>", "<start_of_turn>", "<end_of_turn>"]
     return with_chat(GEMMA, tokens, 420, kind, bos_token="<bos>")
 

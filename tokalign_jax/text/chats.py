@@ -71,7 +71,8 @@ def _message(number: int, value: Any) -> dict[str, str]:
         raise Unusable(f"message {number} has the role {role!r}; it must be one of {list(ROLES)}")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str):
         raise Unusable(f"message {number} has a content that is no text")
     # JSON may hold half a surrogate pair, which no UTF-8 can.
@@ -167,7 +168,8 @@ def template_problem(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **how: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **how))
+        conversation = [dict(message) for message in messages]
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
     except (ValueError, TypeError, AttributeError, KeyError, jinja2.TemplateError) as error:
         raise Unusable(f"cannot be written: the chat template says {str(error)[:160]!r}") from error
 
