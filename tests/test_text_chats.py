@@ -200,7 +200,7 @@ def test_chats_and_texts_of_one_file_become_shards(tmp_path):
         if not document.chat:
             assert (of >= 0).all()
         elif target_shards.documents[number] <= len(read):
-            said = target.decode(of[of >= 0].tolist(), skip_special_tokens=True)
+            said = str(target.decode(of[of >= 0].tolist(), skip_special_tokens=True))
             own = [m["content"] for m in json.loads(document.chat) if m["role"] == "assistant"]
             assert said.replace(" ", "") == "".join(own).replace(" ", "")
             assert ~of[-1] == end
