@@ -51,8 +51,31 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 gc.set_threshold(50_000, 20, 100)
 
 
+WHOLE = (
+    "test_distributed",
+    "test_evaluation_command",
+    "test_initialization.py",
+    "test_initialization_token_distillation",
+    "test_locales",
+    "test_models_parity",
+    "test_pipeline",
+    "test_precision",
+    "test_sharding",
+    "test_sweep",
+    "test_tpu_scripts",
+    "test_training_faults",
+)
+"""Beginnings of files whose tests are of whole programs: several processes or devices, runs of the pipeline, every family."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that none of them is what several processes wait for in the end (xdist then has to be told
-    not to sort them: `--no-loadscope-reorder`)."""
+    """Mark tests of whole programs, and put files with slow ones first.
+
+    So none of these is what several processes wait for in the end (xdist then has to be told not to sort them:
+    `--no-loadscope-reorder`).
+    """
+    for item in items:
+        if item.path.name.startswith(WHOLE):
+            item.add_marker(pytest.mark.whole)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
