@@ -21,6 +21,7 @@ from training_toys import (
     train,
 )
 
+from tokalign_jax.config import CheckpointConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
