@@ -9,7 +9,12 @@ from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, InitializationConfig
-from tokalign_jax.initialization import initialization, row_features, self_text
+from tokalign_jax.initialization import (
+    initialization,
+    row_features,
+    self_distillation,
+    self_text,
+)
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.parallel import sharding
@@ -51,12 +56,12 @@ def distilled(sides, config=CONFIG, kept=0, devices=1):
     return paths.flatten(target.params), paths.flatten(result.params), result.facts, lines
 
 
-def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
-    before, after, facts, lines = distilled(sides)
-    assert (
-        facts["loss_after"] < facts["loss_before"]
-        and facts["distance_after"] < facts["distance_before"]
-    )
+def test_training_lowers_the_loss_and_leaves_special_tokens(sides, monkeypatch):
+    monkeypatch.setattr(self_distillation, "WRITTEN", (0.0, 1.0))
+    config = replace(CONFIG, initialization=replace(SETTINGS, corpus_share=0.0))
+    before, after, facts, lines = distilled(sides, config)
+    assert facts["loss_after"] < facts["loss_before"]
+    assert facts["distance_after"] < facts["distance_before"]
     assert before.keys() == after.keys()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert "layers/mlp/up_proj/kernel" in moved and "embed_tokens/embedding" in moved
@@ -134,3 +139,30 @@ def test_states_at_the_last_piece_are_the_model_s(sides):
     for row, pieces in enumerate(parts):
         whole = forward(source.config, source.params, np.array([[1, *pieces]]))
         np.testing.assert_allclose(found[-1][row], whole[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(64, 63), (65, 64), (7, 3), (5, 8), (1, 4)])
+def test_micro_batches_are_as_even_as_they_divide(count, at_once, monkeypatch):
+    size = 17
+    monkeypatch.setitem(self_distillation.MICRO_BATCH_TOKENS, "cpu", at_once * (size - 1))
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 9, (count, size)), random.integers(0, 9, (count, 20))
+    positions, weights = np.zeros((count, size - 1), int), np.ones((2, count))
+    batch = self_distillation.Batch(*rows, positions, *weights)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    rounds = self_distillation._rounds(batch, mesh)
+    real = (rounds.target >= 0).any(axis=-1).sum(axis=-1)
+    assert real.sum() == count and rounds.target.shape[1] <= at_once
+    assert len(real) == -(-count // at_once) and real.min() >= real.max() - len(real)
+    np.testing.assert_allclose(self_distillation._weights(rounds), real / count, rtol=1e-6)
+
+
+def test_tokens_that_the_text_does_not_hold_are_not_driven_down(sides):
+    before, after, facts, lines = distilled(sides)
+    _, _, aligned = sides
+    composed = np.flatnonzero(np.isin(aligned.rules, initialization.COMPOSED))
+    path = "lm_head/kernel" if "lm_head/kernel" in before else "embed_tokens/embedding"
+    assert facts["unseen_shift"] >= 0
+    moved = np.asarray(after[path])[composed] - np.asarray(before[path])[composed]
+    assert np.isfinite(moved).all() and np.abs(moved).max(axis=-1).min() > 0
+    assert any("are not in the text" in line for line in lines) == (facts["unseen_shift"] > 0)

@@ -6,6 +6,10 @@ words that the body never learned to spell. So the new model reads text that the
 (`self_text.py`), and a share of the corpus, and learns to find it as likely as the source does, with
 the same states (`training/cross_tokenizer.py`).
 
+The student's vocabulary is the tokens that this text holds, which makes a step as fast as its text
+needs, and drives no others down. What the rest takes of the probability is settled at the end
+(`unseen.py`).
+
 What trains:
 
 - rows: a table of changes, one for each token that the text holds, and a network that all composed
@@ -20,6 +24,7 @@ Letters: D model, V vocabulary, R rows in memory, F features, H hidden units, A 
 sequences, T target tokens of a sequence.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,11 +35,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokalign_jax.config import Config
+from tokalign_jax.initialization import unseen
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params
+from tokalign_jax.models.transformer import Params, forward
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import pairs as pairing
 from tokalign_jax.training import cross_tokenizer
@@ -125,6 +131,10 @@ def distill(
         most.
     """
     steps, judged = _batches(config, written, corpus, budget, models.student, mesh)
+    whole, whole_rows, vocabulary = params, rows, models.student.vocab_size
+    present, counts = _present((*steps, judged), vocabulary)
+    steps, judged = [_renumbered(batch, present) for batch in steps], _renumbered(judged, present)
+    params, rows, models = _part(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
     placed = sharding.place(params, mesh)
     frozen = {
@@ -171,17 +181,118 @@ def distill(
         "distance_after": float(after.distance),
     }
     if not gained:
-        return Result(params, facts)
-    return Result(_merged(state.trainable, frozen, params), facts)
+        return Result(whole, facts)
+    found = _merged(state.trainable, frozen, whole, whole_rows, present, mesh)
+    states = _final_states(state.trainable, frozen, _put(judged, mesh), **how)
+    real = sharding.to_host(states)[judged.target[..., 1:] >= 0][:STATES]
+    composed = whole_rows[_head(rows)].features.any(axis=1)
+    facts["unseen_shift"] = _leave_room(found, models.student, real, counts, composed, log)
+    return Result(found, facts)
 
 
-def _merged(trainable: dict[str, Any], frozen: dict[str, Any], params: Params) -> Params:
-    """The new model's parameters: rows on the host, as many as there were, and the body."""
+def _head(vocabulary: Iterable[str]) -> str:
+    """The path of the head among those of the vocabulary's matrices."""
+    return "lm_head/kernel" if "lm_head/kernel" in vocabulary else "embed_tokens/embedding"
+
+
+def _leave_room(
+    params: Params,
+    config: ModelConfig,
+    states: Float[np.ndarray, "N D"],
+    counts: Int[np.ndarray, "V"],
+    composed: Bool[np.ndarray, "V"],
+    log: Log,
+) -> float:
+    """Lowers the logits of composed tokens that the text does not hold, in place; by how many nats.
+
+    Args:
+      params: with rows on the host.
+      counts: of tokens in the text.
+    """
+    absent = np.flatnonzero(composed & (counts == 0))
+    if not len(absent):
+        return 0.0
+    group, leaf = _head([*paths.flatten(params)]).split("/")
+    rows = params[group][leaf]
+    probability = unseen.good_turing(counts, composed)
+    nats, change = unseen.shift(config, states, rows[: len(counts)], absent, probability)
+    rows[absent] += change
+    log(
+        f"self-distillation: {len(absent):,} composed tokens are not in the text: their logits are "
+        f"lowered by {nats:.1f} nats, to a probability of {probability:.2g} together"
+    )
+    return nats
+
+
+STATES = 2048
+"""States on which the probability of tokens that the text does not hold is measured."""
+
+
+def _present(
+    batches: Sequence[HostBatch], vocabulary: int
+) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "V"]]:
+    """The tokens that the text holds, and how often it holds each of V."""
+    counts = np.zeros(vocabulary, np.int64)
+    for batch in batches:
+        counts += np.bincount(batch.target[batch.target >= 0], minlength=vocabulary)
+    return np.flatnonzero(counts), counts
+
+
+def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:
+    known = batch.target >= 0
+    target = np.where(known, np.searchsorted(present, np.maximum(batch.target, 0)), batch.target)
+    return batch._replace(target=target.astype(np.int32))
+
+
+def _part(
+    params: Params, rows: Mapping[str, Rows], models: Models, present: Int[np.ndarray, "p"]
+) -> tuple[Params, dict[str, Rows], Models]:
+    """The new model with the rows of these tokens alone."""
+    leaves = paths.flatten(params)
+    for path in rows:
+        leaves[path] = np.asarray(leaves[path])[present]
+    part = {
+        path: of._replace(features=of.features[present], free=of.free[present])
+        for path, of in rows.items()
+    }
+    student = dataclasses.replace(models.student, vocab_size=len(present))
+    return paths.unflatten(leaves), part, models._replace(student=student)
+
+
+def _merged(
+    trainable: dict[str, Any],
+    frozen: dict[str, Any],
+    params: Params,
+    rows: Mapping[str, Rows],
+    present: Int[np.ndarray, "p"],
+    mesh: Mesh,
+) -> Params:
+    """The new model's parameters: all its rows, on the host, and the body.
+
+    Args:
+      trainable, frozen: of the rows of `present` tokens.
+      params, rows: of all.
+    """
     tables = jax.jit(_tables)(trainable, frozen)
     leaves = paths.flatten(params)
     for path, table in tables.items():
-        leaves[path] = sharding.to_host(table, slice(len(leaves[path])))
+        found = np.array(leaves[path], np.float32)
+        composed = np.flatnonzero(rows[path].features.any(axis=1))
+        for begin in range(0, len(composed), BLOCK):
+            ids = composed[begin : begin + BLOCK]
+            features = np.zeros((BLOCK, rows[path].features.shape[1]), np.float32)
+            features[: len(ids)] = rows[path].features[ids]
+            dtype = frozen["rows"][path]["features"].dtype
+            inputs = sharding.put(features.astype(dtype), NamedSharding(mesh, sharding.REPLICATED))
+            change = _changes(trainable["network"][path], inputs)
+            found[ids] += rows[path].deviation * sharding.to_host(change)[: len(ids)]
+        found[present] = sharding.to_host(table, slice(len(present)))
+        leaves[path] = found
     return paths.unflatten(leaves | trainable["body"])
+
+
+BLOCK = 16_384
+"""Rows that the shared network changes at once."""
 
 
 # --- A step ---------------------------------------------------------------------------------------
@@ -253,15 +364,15 @@ def _step(
         vocabulary = {kind: state.trainable[kind] for kind in ("table", "network")}
         tables, pull = jax.vjp(lambda trainable: _tables(trainable, frozen), vocabulary)
 
-        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        def add(sums: Any, of: tuple[Batch, Array]) -> tuple[Any, None]:
+            part, weight = of
             gradients, _ = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
                 tables, state.trainable["body"], frozen, part, models
             )
-            return jax.tree.map(jnp.add, sums, gradients), None
+            return jax.tree.map(lambda x, gradient: x + weight * gradient, sums, gradients), None
 
         zeros = jax.tree.map(jnp.zeros_like, (tables, state.trainable["body"]))
-        sums, _ = jax.lax.scan(add, zeros, batch)
-        of_tables, of_body = jax.tree.map(lambda x: x / len(batch.target), sums)
+        (of_tables, of_body), _ = jax.lax.scan(add, zeros, (batch, _weights(batch)))
         gradients = {**pull(of_tables)[0], "body": of_body}
         directions: Any
         directions, optimizer = _optimizer(models.student.vocab_size).update(
@@ -299,6 +410,23 @@ def _judge(
 
 
 @functools.partial(jax.jit, static_argnames=("models", "mesh"))
+def _final_states(
+    trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh
+) -> Float[Array, "A B T D"]:
+    with sharding.within(mesh):
+        body = trainable["body"] or frozen["body"]
+        params = paths.unflatten({**body, **_tables(trainable, frozen)})
+        dtype = jnp.dtype(models.compute.dtype)
+
+        def states(target: Array) -> Array:
+            read = jnp.maximum(target[:, :-1], 0)
+            hidden = forward(models.student, params, read, dtype=dtype, remat="layer", unroll=1)
+            return sharding.constrain(hidden, None)
+
+        return jax.lax.map(states, judged.target)
+
+
+@functools.partial(jax.jit, static_argnames=("models", "mesh"))
 def _terms(
     trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh
 ) -> Terms:
@@ -307,7 +435,13 @@ def _terms(
         terms = jax.lax.map(
             lambda part: _loss(tables, trainable["body"], frozen, part, models)[1], judged
         )
-        return jax.tree.map(jnp.mean, terms)
+        return jax.tree.map(lambda values: values @ _weights(judged), terms)
+
+
+def _weights(batch: Batch) -> Float[Array, "A"]:
+    """Each micro-batch's share of the tokens: its loss is a mean over its own."""
+    tokens = jnp.sum(batch.target[..., 1:] >= 0, axis=(1, 2)).astype(jnp.float32)
+    return tokens / jnp.maximum(tokens.sum(), 1.0)
 
 
 def _loss(
@@ -326,14 +460,17 @@ def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Floa
     tables: dict[str, Array] = {}
     for path, base in frozen["base"].items():
         known, network = frozen["rows"][path], trainable["network"][path]
-        x = known["features"]
-        linear, inner, outer = (
-            network[name].astype(x.dtype) for name in ("linear", "inner", "outer")
-        )
-        with compiling.products(x.dtype):
-            change = (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
+        change = _changes(network, known["features"])
         tables[path] = base + known["free"] * trainable["table"][path] + known["deviation"] * change
     return tables
+
+
+@jax.jit
+def _changes(network: dict[str, Array], x: Float[Array, "R F"]) -> Float[Array, "R D"]:
+    """What the shared network adds to rows, in units of the deviation of the source's rows."""
+    linear, inner, outer = (network[name].astype(x.dtype) for name in ("linear", "inner", "outer"))
+    with compiling.products(x.dtype):
+        return (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
 
 
 # --- Inputs ---------------------------------------------------------------------------------------
@@ -369,16 +506,9 @@ def _batches(
     length = min(LENGTH, model.max_positions - 1)
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
-    from_corpus = round(share * count)
-    counts, judged = (
-        (from_corpus, count - from_corpus),
-        (round(share * JUDGED), round((1 - share) * JUDGED)),
-    )
     drawn = [
-        _draw(of, count, left_out, length, weights, random)
-        for of, count, left_out, weights in zip(
-            (corpus, written), counts, judged, (CORPUS, WRITTEN)
-        )
+        _draw(of, round(part * count), round(part * JUDGED), length, weights, random)
+        for of, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
     trained, left_out = (_batch(map(np.concatenate, zip(*of))) for of in zip(*drawn))
     count = len(trained.target)
@@ -425,8 +555,9 @@ def _take(batch: HostBatch, chosen: Int[np.ndarray, "n"]) -> HostBatch:
 def _rounds(batch: HostBatch, mesh: Mesh) -> HostBatch:
     """[A, B, ...]: as many sequences at once as the devices read, filled up with empty ones."""
     devices, (count, size) = sharding.sequences_at_once(mesh), batch.target.shape
-    micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // size
-    at_once = devices * min(max(1, micro), -(-count // devices))
+    micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
+    each = -(-count // devices)  # rows of a device
+    at_once = devices * -(-each // -(-each // max(1, micro)))  # as even as they divide
     empty = pairing.NONE, 0, pairing.NONE, 0, 0
 
     def filled(values: np.ndarray, filling: int) -> np.ndarray:

@@ -1,0 +1,91 @@
+"""The probability of composed tokens that a start's training text does not hold.
+
+Training leaves them out of the softmax, so that it does not drive them down one and all; their rows
+come from what the shared network learned of other tokens. Together they then get the probability
+that Good and Turing's estimate leaves them: the share of the text's tokens that it holds once only.
+
+V tokens, N states, D model.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.transformer import adjust_logits
+from tokalign_jax.utils import compiling
+
+BLOCK = 16_384
+"""Rows whose logits exist at once."""
+MOST = 20.0
+"""Nats by which logits are lowered, at most."""
+HALVINGS = 40
+"""Steps of the bisection: `MOST` / 2^40 is below float32's resolution."""
+
+
+def good_turing(counts: Int[np.ndarray, "V"], among: Bool[np.ndarray, "V"]) -> float:
+    """Estimated probability of all tokens `among` these that text with these counts does not hold.
+
+    Where no token occurs once, one is taken to.
+    """
+    return float(max(1, (counts[among] == 1).sum()) / max(1, counts.sum()))
+
+
+def shift(
+    config: ModelConfig,
+    states: Float[np.ndarray, "N D"],
+    rows: Float[np.ndarray, "V D"],
+    unseen: Int[np.ndarray, "u"],
+    probability: float,
+) -> tuple[float, Float[np.ndarray, "D"]]:
+    """Finds how far the logits of `unseen` tokens must fall to have this mean probability together.
+
+    Args:
+      states: final states of the model, which the head reads.
+      rows: the head's.
+      unseen: token ids.
+      probability: at most; logits are never raised.
+
+    Returns:
+      (nats, change): the change of each of their rows that lowers the mean of its logits over the
+      states by so many nats.
+    """
+    others = np.setdiff1d(np.arange(len(rows)), unseen)
+    log_odds = _log_sum(config, states, rows[unseen]) - _log_sum(config, states, rows[others])
+    low, high = 0.0, MOST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        mean = (1 / (1 + np.exp(np.minimum(middle - log_odds, 700.0)))).mean()
+        low, high = (middle, high) if mean > probability else (low, middle)
+    mean_state = states.mean(axis=0, dtype=np.float64)
+    change = -high * mean_state / max(float(mean_state @ mean_state), 1e-9)
+    return high, change.astype(np.float32)
+
+
+def _log_sum(
+    config: ModelConfig, states: Float[np.ndarray, "N D"], rows: Float[np.ndarray, "V D"]
+) -> Float[np.ndarray, "N"]:
+    """float64: the logarithm of the sum over rows of the exponentials of their logits."""
+    total = np.full(len(states), -np.inf)
+    for begin in range(0, len(rows), BLOCK):
+        part = rows[begin : begin + BLOCK]
+        block = np.zeros((min(BLOCK, len(rows)), rows.shape[1]), np.float32)
+        block[: len(part)] = part
+        found = _block_log_sum(config, states, block, len(part))
+        total = np.logaddexp(total, np.asarray(found, np.float64))
+    return total
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _block_log_sum(
+    config: ModelConfig,
+    states: Float[Array, "N D"],
+    rows: Float[Array, "B D"],
+    count: Int[Array, ""],
+) -> Float[Array, "N"]:
+    with compiling.products(jnp.float32):
+        logits = adjust_logits(config, states.astype(jnp.float32) @ rows.T)
+    return jax.nn.logsumexp(jnp.where(jnp.arange(len(rows)) < count, logits, -jnp.inf), axis=-1)
