@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
     for stage in (config.stage1, config.stage2):
         stage.batch_size = SEQUENCES
         stage.sequence_length = LENGTH
-        stage.checkpoint_every = 100
-        stage.keep_checkpoints = 1
+        stage.checkpoints.every = 100
+        stage.checkpoints.keep = 1
     config.stage1.learning_rate = ROWS
     config.stage2.start_offset = "after_previous"
     config.evaluation.abilities = "embedded"
