@@ -1,6 +1,6 @@
 """What recovered most in the measurements so far: everything trains from the first step, from this project's own alignment.
 
-    python -m tokalign_jax.main --config configs/best.py --workdir runs/best \\
+    tokalign run --config configs/best.py --workdir runs/best \\
         --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer --config.corpus='/data/*.jsonl.xz'
 
 Evidence (docs/results/recipe.md; models of 5M and 19M parameters): at equal tokens a run without Stage 1 ends below one that spends half

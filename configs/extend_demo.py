@@ -1,7 +1,7 @@
 """The embedded default with its vocabulary extended: the English/code tokenizer of a small real model gets 6,000 tokens of eight
 languages, in minutes on two CPU cores. Its old tokens keep their ids and, at the start, their rows.
 
-python -m tokalign_jax.main --config configs/extend_demo.py --workdir runs/extend
+tokalign run --config configs/extend_demo.py --workdir runs/extend
 
 Expected, on held-out text of eight languages: less than half as many tokens (1.8 -> 3.9 bytes a token); bits per byte 1.35 of the source
 model, 3.10 with random new rows, 1.82 initialised, 1.78 after Stage 1, 1.58 after Stage 2 (replacing the vocabulary: 1.67, see

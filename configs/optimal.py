@@ -1,7 +1,7 @@
 """The conservative recipe: a low Stage 1 rate, LoRA in Stage 2, a higher threshold, an offset in proportion to the corpus.
 
-    python -m tokalign_jax.main --config configs/optimal.py --workdir runs/optimal
-    python -m tokalign_jax.main --config configs/optimal.py --workdir runs/mine \\
+    tokalign run --config configs/optimal.py --workdir runs/optimal
+    tokalign run --config configs/optimal.py --workdir runs/mine \\
         --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer --config.corpus='/data/*.jsonl.xz'
 
 Expected: the body of the model stays near where it was. Up to the budgets that were measured (a few hundred steps,

@@ -1,6 +1,6 @@
 """The A/B that the method's users name: Stage 1 rate x what Stage 2 trains x how the vocabulary starts, over seeds and budgets.
 
-    python -m tokalign_jax.sweep --config configs/recipe.py --workdir runs/recipe --config.source_model=/models/llama \\
+    tokalign sweep --config configs/recipe.py --workdir runs/recipe --config.source_model=/models/llama \\
         --config.target_tokenizer=/tokenizers/qwen3 --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang
 
 A run's name says where it stands: `own-6.4e-04-full-60-s0` starts from this project's alignment, trains 60 steps a stage, Stage 1 at

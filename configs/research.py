@@ -1,6 +1,6 @@
 """The recipe of the TokAlign paper (ACL 2025, section 4.1): a high Stage 1 rate, then full fine-tuning.
 
-    python -m tokalign_jax.main --config configs/research.py --workdir runs/research
+    tokalign run --config configs/research.py --workdir runs/research
 
 The paper reads 1,024 sequences of 2,048 tokens a step, on 8 devices 8 at a time and 16 times; 2,500 steps a
 stage; Stage 2 starts at sequence 2,560,000 = 2,500 x 1,024 of the shuffled stream, where Stage 1 stopped. Ten passes

@@ -1,6 +1,6 @@
 """What starts keep and fit, side by side: methods of alignment without any training stage.
 
-    python -m tokalign_jax.sweep --config configs/starts.py --workdir runs/starts \\
+    tokalign sweep --config configs/starts.py --workdir runs/starts \\
         --config.source_model=/models/smollm2 --config.target_tokenizer=/tokenizers/qwen3 \\
         --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang \\
         --config.evaluation.abilities=/data/abilities --config.evaluation.other_text=/data/other.jsonl

@@ -1,6 +1,6 @@
 """A judgement in about three hours on one GPU: 600 + 1,400 steps on 1 GB of text.
 
-    python -m tokalign_jax.main --config configs/three_hour_eval.py --workdir runs/three_hours
+    tokalign run --config configs/three_hour_eval.py --workdir runs/three_hours
 
 Expected: enough to compare two choices (an alignment, a rate, a threshold) on the same model; not yet measured at Pythia-1B's size.
 """

@@ -1,6 +1,6 @@
 """The embedded default: a small real model with an English/code vocabulary gets a multilingual one, in minutes on two CPU cores.
 
-python -m tokalign_jax.main --config configs/ultra_quick_demo.py --workdir runs/demo
+tokalign run --config configs/ultra_quick_demo.py --workdir runs/demo
 
 Expected, on held-out text of eight languages: half as many tokens (1.8 -> 3.7 bytes a token); bits per byte 1.35 of the source model,
 4.64 with random rows, 2.38 initialised, 2.19 after Stage 1, 1.77 after Stage 2; about five minutes on two CPU cores.

@@ -103,7 +103,7 @@ def load(run: Path) -> dict[str, Any]:
     ) as error:
         raise UserError(
             f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make it again: "
-            "python -m tokalign_jax.main --config ... --workdir ... --stages=report"
+            "tokalign run --config ... --workdir ... --stages=report"
         ) from error
     return content
 
@@ -113,7 +113,7 @@ def _report_of(run: Path) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise UserError(
-            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: python -m tokalign_jax.main --config ... "
+            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: tokalign run --config ... "
             f"--workdir {run} --stages=report"
         )
     return found

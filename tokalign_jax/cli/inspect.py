@@ -162,7 +162,7 @@ def _workdir(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
         ) from error
     if not record.get("finished"):
         raise UserError(
-            f"--workdir '{workdir}': its align stage is not finished; run it first: python -m tokalign_jax.main --config ... "
+            f"--workdir '{workdir}': its align stage is not finished; run it first: tokalign run --config ... "
             f"--workdir {workdir} --stages=align"
         )
     return run, record["settings"]

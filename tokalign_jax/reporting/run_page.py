@@ -28,7 +28,7 @@ OPEN = ("Most frequent uncertain rows", "Worst rows")
 Figure = str | tuple[str, Soft]
 """A number, and its interval if it has one."""
 
-COMMAND = "python -m tokalign_jax.main --config=config.py --workdir=runs/again"
+COMMAND = "tokalign run --config=config.py --workdir=runs/again"
 
 
 def write(content: Content, folder: Path) -> None:
