@@ -31,7 +31,7 @@ from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshC
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.models.config import Experts
+from tokalign_jax.models.config import Convolution, DeltaRule, Experts
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, corpus
@@ -410,6 +410,15 @@ def close(found, expected, tolerance):
 
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
 SPARSE = replace(MIXTURE, experts=Experts(4, 2, True, shared_size=24, computed="sparse"))
+HYBRID = replace(
+    LLAMA,
+    layer_kinds=tuple(
+        replace(LLAMA.layer_kinds[0], mixer=mixer)
+        for mixer in (("delta", "convolution", "attention") * LLAMA.num_layers)[: LLAMA.num_layers]
+    ),
+    delta=DeltaRule(2, 4, 8, 8, kernel_size=3),
+    convolution=Convolution(3, bias=True),
+)
 TIED = replace(NEOX, tie_word_embeddings=True)
 TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
 SOURCE = replace(LLAMA, vocab_size=53, max_positions=64)
@@ -423,6 +432,7 @@ CHECKS = {
     "training-full-three": (training, (1, 3, 1), LLAMA, "full"),
     "training-one-key-all": (training, SHAPES["all"], replace(LLAMA, num_kv_heads=1), "full"),
     "training-mixture-all": (training, SHAPES["all"], MIXTURE, "lora"),
+    "training-hybrid-all": (training, SHAPES["all"], HYBRID, "full"),
     "training-sparse-all": (training, SHAPES["all"], SPARSE, "full"),
     "training-sparse-lora-all": (training, SHAPES["all"], SPARSE, "lora"),
     "checkpoints": (checkpoints,),

@@ -97,6 +97,7 @@ _TEXT_MODELS = {
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
+    "qwen3_5": "qwen3_5_text",
     "smolvlm": "llama",
 }
 """model_type of the text model in each that sees images too."""
@@ -129,6 +130,13 @@ _GRANITE_MOE = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.3,
     "logits_scaling": 0.7,
+}
+_DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
 }
 _NO_MAMBA = {
     "mamba_n_heads": 4,
@@ -572,6 +580,45 @@ CASES = (
         {**_GRANITE_MOE, "shared_intermediate_size": 24, "attention_bias": True},
     ),
     Case(
+        "qwen3_5_text",
+        "gated delta rule, gated attention, partial rotary",
+        {**_DELTA, "num_hidden_layers": 4},
+    ),
+    Case(
+        "qwen3_5_text",
+        "as many key as value heads, biases, tied, layers out of step",
+        {
+            **_DELTA,
+            "num_hidden_layers": 3,
+            "linear_num_key_heads": 4,
+            "linear_key_head_dim": 4,
+            "linear_conv_kernel_dim": 3,
+            "layer_types": ["linear_attention", "full_attention", "full_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "lfm2",
+        "short convolutions, tied",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", _FULL, "conv", _FULL, "conv"],
+            "block_multiple_of": 8,
+        },
+    ),
+    Case(
+        "lfm2",
+        "biases, width as it is, untied",
+        {
+            "layer_types": [_FULL, "conv"],
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+    Case(
         "gemma3",
         "text model of images and text",
         {"head_dim": 16, "sliding_window": 12, "num_hidden_layers": 6, "tie_word_embeddings": True},
@@ -581,6 +628,11 @@ CASES = (
     Case("llava_onevision", "text model of images and text", {"tie_word_embeddings": True}),
     Case("internvl", "text model of images and text", {"head_dim": 8}),
     Case("idefics3", "text model of images and text", {"tie_word_embeddings": True}),
+    Case(
+        "qwen3_5",
+        "text model of images and text",
+        {**_DELTA, **_rope("default", mrope_section=[1, 1, 0], partial_rotary_factor=0.25)},
+    ),
     Case("smolvlm", "text model of images and text"),
     Case("qwen2_vl", "text model of images and text", _rope("default", mrope_section=[1, 1, 2])),
     Case(

@@ -1,4 +1,4 @@
-"""Dense families beside LLaMA, Qwen and Gemma, against PyTorch."""
+"""Families without experts beside LLaMA, Qwen and Gemma, against PyTorch."""
 
 import pytest
 from parity_cases import Case, check, of
@@ -17,6 +17,8 @@ FAMILIES = (
     "glm4",
     "granitemoehybrid",
     "helium",
+    "lfm2",
+    "qwen3_5_text",
     "hunyuan_v1_dense",
     "ministral",
     "ministral3",

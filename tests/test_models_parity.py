@@ -26,7 +26,11 @@ CONFIG = families.config_from_hf(tiny_model("llama", 90).config.to_dict())
 BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.family)
 
 
-@pytest.mark.parametrize("case", [LLAMA, CAPPED, WINDOWED, of("gpt2")[0]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [LLAMA, CAPPED, WINDOWED, of("gpt2")[0], of("ministral3")[0], *of("qwen3_5_text", "lfm2")],
+    ids=str,
+)
 def test_greedy_continuation_is_that_of_pytorch(case: Case, tmp_path):
     both = pair(case, tmp_path)
     for length in (1, 20):  # and 12 more: past the windows

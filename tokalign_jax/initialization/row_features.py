@@ -12,7 +12,6 @@ source tokens that spell it. Features of a token are
 Each of these blocks has mean 0 and deviation 1; a last feature is 1.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -25,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, forward
+from tokalign_jax.models.transformer import Params, first_layers, forward
 from tokalign_jax.parallel import sharding
 
 DEPTHS = (0.25, 1.0)
@@ -109,13 +108,8 @@ def _states(
         found = []
         for depth in DEPTHS:
             count = max(1, round(depth * config.num_layers))
-            part = dataclasses.replace(
-                config, num_layers=count, layer_kinds=config.layer_kinds[:count]
-            )
-            layers = jax.tree.map(lambda x, count=count: x[:count], params["layers"])
-            hidden = forward(
-                part, {**params, "layers": layers}, tokens, dtype=dtype, remat="layer", unroll=1
-            )
+            part, cut = first_layers(config, params, count)
+            hidden = forward(part, cut, tokens, dtype=dtype, remat="layer", unroll=1)
             found.append(
                 jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
             )

@@ -8,7 +8,7 @@ from tokalign_jax.models.rotary import Rope
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a layer's attention deals with positions: the one thing in which the layers of a model may differ."""
+    """In what the layers of a model may differ: what mixes their tokens, and how it deals with positions."""
 
     rope: Rope | None
     """None: without rotary embedding."""
@@ -16,6 +16,8 @@ class LayerKind:
     """A query sees this many latest positions, its own included; None: all before it."""
     query_growth: "QueryGrowth | None" = None
     """Queries grow with their position; None: they do not."""
+    mixer: Literal["attention", "convolution", "delta"] = "attention"
+    """What mixes tokens (`mixers`)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,29 @@ class QueryGrowth:
 
     beta: float
     original_positions: int
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """Sizes of layers with a gated delta rule (`recurrent.DeltaNet`)."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    """Of a key and query head."""
+    value_dim: int
+    """Of a value head."""
+    kernel_size: int
+    """Tokens that the convolution of queries, keys and values sees."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Constants of layers with a short convolution (`recurrent.ShortConvolution`)."""
+
+    kernel_size: int
+    bias: bool
+    """On the convolution and on its projections."""
 
 
 @dataclass(frozen=True)
@@ -120,4 +145,8 @@ class ModelConfig:
     """Factor of what attention and feed-forward add."""
     output_scale: float = 1.0
     """Factor of the hidden states after the final norm, so that hidden @ head are the logits."""
+    attention_gate: bool = False
+    """What attention gives is multiplied with a sigmoid of a projection of what it reads."""
+    delta: DeltaRule | None = None
+    convolution: Convolution | None = None
     experts: Experts | None = None

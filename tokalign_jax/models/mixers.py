@@ -1,4 +1,8 @@
-"""What mixes the tokens of a sequence in a layer: attention. Dimension letters: `transformer`."""
+"""What mixes the tokens of a sequence in a layer: attention; for others see `recurrent`.
+
+A mixer takes normed states, the layer's `Place`, keys of dropout, and its part of the cache when a
+text is continued, which it returns filled. Dimension letters: `transformer`.
+"""
 
 import functools
 from collections.abc import Hashable, Sequence
@@ -20,8 +24,8 @@ from tokalign_jax.models.rotary import Rotation, rotate
 _Item = TypeVar("_Item", bound=Hashable)
 
 
-Cache = tuple[Float[Array, "*L B S K H"], Float[Array, "*L B S K H"]]
-"""Keys and values of S positions, filled from the left; of all layers, or inside one without L."""
+Cache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+"""Keys and values of S positions, filled from the left."""
 
 
 class Place(NamedTuple):
@@ -33,6 +37,8 @@ class Place(NamedTuple):
     """Number of the layer's window among those of the model."""
     query_factor: Float[Array, "T"] | None
     """By position; None: 1."""
+    used: Int[Array, ""] | int | None
+    """Tokens that count where the cache is filled, the rest being padding; None: all."""
 
 
 class Attention(nnx.Module):
@@ -48,6 +54,7 @@ class Attention(nnx.Module):
         self.q_proj = project(config.hidden_size, queries, kept_as=projected)
         self.k_proj = project(config.hidden_size, keys, kept_as=projected)
         self.v_proj = project(config.hidden_size, keys, kept_as=None)
+        self.gate_proj = project(config.hidden_size, queries) if config.attention_gate else None
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
         self.q_norm = self._query_key_norm(config.num_heads)
         self.k_norm = self._query_key_norm(config.num_kv_heads)
@@ -71,7 +78,15 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, place.positions[0], axis=1)
             cache = k, v
             y = self._attend_cached(q, k, v, place)
-        return self.o_proj(y.reshape(*x.shape[:2], -1), out_key), cache
+        y = y.reshape(*x.shape[:2], -1)
+        if self.gate_proj is not None:
+            y = y * jax.nn.sigmoid(self.gate_proj(x, in_key))
+        return self.o_proj(y, out_key), cache
+
+    @staticmethod
+    def empty_cache(config: ModelConfig, batch: int, length: int) -> Any:
+        """Shapes of the cache of a layer."""
+        return ((batch, length, config.num_kv_heads, config.head_dim),) * 2
 
     def _clipped(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T NH"]:
         clip = self.config.qkv_clip

@@ -69,18 +69,15 @@ def wrap(body: Callable, policy: Policy, in_loop: bool = True) -> Callable:
 def activation_bytes(config: ModelConfig, policy: Policy, dtype: DTypeLike) -> int:
     """Bytes that all layers keep from the forward to the backward pass, per token of what a device holds at once.
 
-    Exact for layers that train, with fused attention; the einsum fallback keeps no log-sum-exp (4 N L bytes), and
-    frozen layers with a parallel residual keep N H L elements less there. Besides, a device needs room to work on
-    one layer and on one chunk of logits.
+    Exact for layers that train, with fused attention; the einsum fallback keeps no log-sum-exp (4 N
+    bytes a layer), and frozen layers with a parallel residual keep N H elements a layer less there.
+    Besides, a device needs room to work on one layer and on one chunk of logits.
 
     Args:
       dtype: type of the activations.
     """
-    heads = config.num_heads * config.head_dim
+    size = jnp.dtype(dtype).itemsize
     elements, floats = config.hidden_size, 0
-    if policy in ("attention", "dots"):
-        elements += 2 * heads + 2 * config.num_kv_heads * config.head_dim
-        floats += config.num_heads
     if policy == "dots":
         if config.experts:
             # The router's and the shared expert's; what the other experts compute is not kept.
@@ -93,4 +90,24 @@ def activation_bytes(config: ModelConfig, policy: Policy, dtype: DTypeLike) -> i
         # Results that are only added to the residual stream are of no use backwards.
         elements += config.hidden_size * (normed_after or not config.parallel_residual)
         elements += config.hidden_size * normed_after
-    return config.num_layers * (elements * jnp.dtype(dtype).itemsize + 4 * floats)
+    layers = config.num_layers * (elements * size + 4 * floats)
+    return layers + sum(
+        _mixer_bytes(config, kind.mixer, policy, size) for kind in config.layer_kinds
+    )
+
+
+def _mixer_bytes(config: ModelConfig, mixer: str, policy: Policy, size: int) -> int:
+    """What one layer's mixer keeps, beside its result, per token."""
+    heads = config.num_heads * config.head_dim
+    match mixer:
+        case "attention" if policy != "layer":
+            elements = 2 * heads + 2 * config.num_kv_heads * config.head_dim
+            elements += heads if config.attention_gate and policy == "dots" else 0
+            return size * elements + 4 * config.num_heads
+        case "delta" if policy == "dots" and config.delta:
+            delta = config.delta
+            keys, values = delta.num_key_heads * delta.key_dim, delta.num_value_heads
+            return size * 2 * (keys + values * delta.value_dim + values)
+        case "convolution" if policy == "dots":
+            return size * 3 * config.hidden_size
+    return 0

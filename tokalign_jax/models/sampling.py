@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, bind, last_logits
+from tokalign_jax.models.transformer import Params, bind, empty_cache, last_logits
 from tokalign_jax.parallel import sharding
 
 BATCH = {"cpu": 64}
@@ -79,8 +79,7 @@ def _extend(
     """`forced` with all tokens from `lengths` on drawn from the model."""
     with sharding.within(mesh):
         model, (batch, length) = bind(config, params), forced.shape
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        cache = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        cache = empty_cache(config, batch, length, dtype)
 
         def step(carry, position):
             token, cache = carry

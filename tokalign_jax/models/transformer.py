@@ -10,9 +10,11 @@ model has. Activations have the `dtype` of the caller, to which each layer casts
 softmax and routing are computed in float32.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,9 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.config import ModelConfig, QueryGrowth
 from tokalign_jax.models.experts import MixtureOfExperts
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.mixers import Attention, Cache, Place, numbered
+from tokalign_jax.models.mixers import Attention, Place, numbered
 from tokalign_jax.models.modules import MLP, Norm, apply, param, plus, scaled, split
+from tokalign_jax.models.recurrent import DeltaNet, ShortConvolution
 from tokalign_jax.models.rotary import Length, rotation
 from tokalign_jax.parallel import sharding
 from tokalign_jax.utils import compiling, paths
@@ -42,15 +45,26 @@ UNROLLED = 32
 # --- The definition ---------------------------------------------------------------------------------------------------
 
 
-class Block(nnx.Module):
-    """One layer: attention and feed-forward with their norms, one after the other or side by side."""
+MIXERS: dict[str, Any] = {
+    "attention": Attention,
+    "convolution": ShortConvolution,
+    "delta": DeltaNet,
+}
+"""By `LayerKind.mixer`; also the name of its parameters in a layer."""
 
-    def __init__(self, config: ModelConfig, lora: LoraSpec | None):
-        self.config = config
+Cache = dict[str, Any]
+"""Of each mixer: arrays with a leading axis for the layers that have it, or inside one without."""
+
+
+class Block(nnx.Module):
+    """One layer: mixer and feed-forward with their norms, one after the other or side by side."""
+
+    def __init__(self, config: ModelConfig, mixer: str, lora: LoraSpec | None):
+        self.config, self.mixer = config, mixer
         norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
         before, after = config.norm_placement != "after", config.norm_placement != "before"
         self.input_norm = norm() if before else None
-        self.attention = Attention(config, lora)
+        setattr(self, mixer, MIXERS[mixer](config, lora))
         self.attention_out_norm = norm() if after else None
         self.post_attention_norm = norm() if before and not config.shared_norm else None
         self.mlp = (
@@ -59,13 +73,13 @@ class Block(nnx.Module):
         self.mlp_out_norm = norm() if after else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        attention_key, mlp_key = split(key, 2)
+        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        mixer_key, mlp_key = split(key, 2)
         normed = apply(self.input_norm, x)
-        attended, cache = self.attention(normed, place, attention_key, cache)
+        mixed, cache = getattr(self, self.mixer)(normed, place, mixer_key, cache)
         scale = self.config.residual_scale
-        y = x + scaled(apply(self.attention_out_norm, attended), scale)
+        y = x + scaled(apply(self.attention_out_norm, mixed), scale)
         if not self.config.shared_norm:
             normed = apply(self.post_attention_norm, x if self.config.parallel_residual else y)
         # The product comes first: so the compiler adds to it what was before, in the product's kernel.
@@ -87,23 +101,68 @@ class Head(nnx.Module):
         self.kernel = param(config.vocab_size, config.hidden_size)
 
 
-class Transformer(nnx.Module):
-    """Tokens to hidden states. The head is only declared here: who needs logits applies it, in chunks or at once."""
+class Ends(nnx.Module):
+    """All but the layers. The head is only declared: what needs logits applies it, in chunks or at once."""
 
-    def __init__(self, config: ModelConfig, lora: LoraSpec | None):
-        self.config = config
+    def __init__(self, config: ModelConfig):
+        norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
         self.embed_tokens = Embed(config)
         self.embed_positions = Positions(config) if config.learned_positions else None
-        self.embed_norm = (
-            Norm(config, config.hidden_size, bias=config.norm_bias)
-            if config.embedding_norm
-            else None
-        )
-        self.layers = nnx.vmap(lambda: Block(config, lora), axis_size=config.num_layers)()
-        self.final_norm = Norm(
-            config, config.hidden_size, bias=config.norm_bias, gain=config.output_scale
-        )
+        self.embed_norm = norm() if config.embedding_norm else None
+        self.final_norm = norm(gain=config.output_scale)
         self.lm_head = None if config.tie_word_embeddings else Head(config)
+
+
+class Segment(NamedTuple):
+    """A run of layers whose mixers repeat: what one loop computes, `len(mixers)` layers a turn."""
+
+    before: tuple[str, ...]
+    """Mixers of the layers before it."""
+    mixers: tuple[str, ...]
+    """Of the layers of one turn."""
+    repeats: int
+
+    def take(self, stack: Any, mixer: str | None = None) -> Any:
+        """The segment's part, turn by turn, of a stack over all layers or over those of a mixer."""
+        first = len(self.before) if mixer is None else self.before.count(mixer)
+        each = len(self.mixers) if mixer is None else self.mixers.count(mixer)
+        count = each * self.repeats
+
+        def part(x: Array) -> Array:
+            x = x if count == len(x) else x[first : first + count]
+            return x if self._of_one_layer else x.reshape(self.repeats, each, *x.shape[1:])
+
+        return jax.tree.map(part, stack)
+
+    def of_layer(self, turn: Any, number: int) -> Any:
+        """What a layer, or the one of this number among those of its mixer, has of a turn's part."""
+        return turn if self._of_one_layer else jax.tree.map(lambda x: x[number], turn)
+
+    def of_turn(self, layers: Sequence[Any]) -> Any:
+        """The inverse of `of_layer`."""
+        return layers[0] if self._of_one_layer else jax.tree.map(_stacked, *layers)
+
+    def joined(self, turns: Any) -> Any:
+        """The inverse of `take`."""
+        if self._of_one_layer:
+            return turns
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), turns)
+
+    @property
+    def _of_one_layer(self) -> bool:
+        return len(self.mixers) == 1
+
+
+class Transformer:
+    """Tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig, lora: LoraSpec | None, params: Params):
+        self.config = config
+        self.layers = params["layers"]
+        ends = {name: part for name, part in params.items() if name != "layers"}
+        self.ends = nnx.merge(_ends(config)[0], ends)
+        mixers = dict.fromkeys(kind.mixer for kind in config.layer_kinds)
+        self._blocks = {mixer: _block(config, mixer, lora)[0] for mixer in mixers}
 
     def __call__(
         self,
@@ -115,9 +174,15 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
         length: Length | None = None,
+        used: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """`length` is that of the whole text, for rotary embeddings which look at it; None: T."""
-        config = self.config
+        """Final hidden states, and the filled cache.
+
+        Args:
+          length: of the whole text, for rotary embeddings which look at it; None: T.
+          used: tokens that count where the cache is filled, the rest being padding; None: all.
+        """
+        config, ends = self.config, self.ends
         positions = start + jnp.arange(tokens.shape[1])
         ropes, rope_of = numbered([kind.rope for kind in config.layer_kinds])
         _, window_of = numbered([kind.window for kind in config.layer_kinds])
@@ -130,37 +195,78 @@ class Transformer(nnx.Module):
         growths = [_query_factor(growth, positions) for growth in growing]
         if growing == [None]:
             growths = [None]
-        definition, weights = nnx.split(self.layers)
 
-        def layer(x, weights, by, window, growth, key, cache):
-            place = Place(positions, by, window, growth)
-            x, cache = nnx.merge(definition, weights)(x, place, key, cache)
+        def layer(x, weights, mixer, by, window, growth, key, cache):
+            place = Place(positions, by, window, growth, used)
+            x, cache = nnx.merge(self._blocks[mixer], weights)(x, place, key, cache)
             return sharding.by_sequence(x), cache
 
-        def turn(x, scanned):
-            weights, key, cache, rope, window, growth = scanned
-            return layer(x, weights, _nth(turns, rope), window, _nth(growths, growth), key, cache)
+        def numbered_layer(mixer, x, weights, rope, window, growth, key, cache):
+            by, growth = _nth(turns, rope), _nth(growths, growth)
+            return layer(x, weights, mixer, by, window, growth, key, cache)
 
         keys = None if key is None else split(key, config.num_layers)
-        x = sharding.by_sequence(sharding.look_up(self.embed_tokens.embedding[...], tokens, dtype))
-        x = self._placed(x, positions)
+        x = sharding.look_up(ends.embed_tokens.embedding[...], tokens, dtype)
+        x = self._placed(sharding.by_sequence(x), positions)
         unroll = _at_once(unroll, config.num_layers, remat)
         if unroll < config.num_layers:
-            numbers = map(jnp.array, (rope_of, window_of, growth_of))
-            scanned = weights, keys, cache, *numbers
-            x, cache = jax.lax.scan(rematerialization.wrap(turn, remat), x, scanned, unroll=unroll)
-            return self.final_norm(x), cache
-        still = jax.lax.stop_gradient(weights)
-        for i, slot in enumerate(_unstacked(weights, config.num_layers)):
+            numbers = tuple(map(jnp.array, (rope_of, window_of, growth_of)))
+            x, cache = self._looped(numbered_layer, x, numbers, keys, cache, remat, unroll)
+            return ends.final_norm(x), cache
+        still = jax.lax.stop_gradient(self.layers)
+        slots = {part: _unstacked(stack, _depth(stack)) for part, stack in self.layers.items()}
+        for i, (kind, parts) in enumerate(zip(config.layer_kinds, _parts(config, self.layers))):
 
-            def own(x, slot, key, i=i):
+            def own(x, slot, key, i=i, kind=kind, parts=parts):
+                weights = {
+                    part: _taken(slot[part], still[part], number) for part, number in parts.items()
+                }
                 place = turns[rope_of[i]], window_of[i], growths[growth_of[i]]
-                return layer(x, _taken(slot, still, i), *place, key, None)
+                return layer(x, weights, kind.mixer, *place, key, None)
 
+            slot = {part: slots[part][number] for part, number in parts.items()}
             x, _ = rematerialization.wrap(own, remat, in_loop=False)(
                 x, slot, None if keys is None else keys[i]
             )
-        return self.final_norm(x), None
+        return ends.final_norm(x), None
+
+    def _looped(
+        self,
+        layer: Callable,
+        x: Float[Array, "B T D"],
+        numbers: tuple[Array, ...],
+        keys: Any,
+        cache: Cache | None,
+        remat: rematerialization.Policy,
+        unroll: int,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """All layers by loops, one over each segment.
+
+        Args:
+          layer: (mixer, x, weights, *numbers, key, cache) -> x, cache.
+          numbers: of each layer.
+        """
+        filled: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
+        for segment in segments([kind.mixer for kind in self.config.layer_kinds]):
+            mixers = dict.fromkeys(segment.mixers)
+            weights = {
+                part: segment.take(stack, part if part in MIXERS else None)
+                for part, stack in self.layers.items()
+                if part in mixers or part not in MIXERS
+            }
+            states = cache and {mixer: segment.take(cache[mixer], mixer) for mixer in mixers}
+            turn = functools.partial(_turn, layer=layer, segment=segment, remat=remat)
+            x, states = jax.lax.scan(
+                turn,
+                x,
+                (weights, segment.take(keys), states, segment.take(numbers)),
+                unroll=min(max(1, unroll // len(segment.mixers)), segment.repeats),
+            )
+            for mixer, state in states.items():
+                filled[mixer].append(segment.joined(state))
+        if cache is None:
+            return x, None
+        return x, {mixer: jax.tree.map(_concatenated, *parts) for mixer, parts in filled.items()}
 
     def _placed(
         self, x: Float[Array, "B T D"], positions: Int[Array, "T"]
@@ -168,9 +274,9 @@ class Transformer(nnx.Module):
         """The embedding as the first layer reads it."""
         if self.config.embedding_scale != 1:
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
-        if self.embed_positions is not None:
-            x = plus(x, self.embed_positions.embedding[positions])
-        return apply(self.embed_norm, x)
+        if self.ends.embed_positions is not None:
+            x = plus(x, self.ends.embed_positions.embedding[positions])
+        return apply(self.ends.embed_norm, x)
 
 
 # --- Pure functions ---------------------------------------------------------------------------------------------------
@@ -271,14 +377,13 @@ def _continue(
     """
     model = _bind(config, None, params)
     batch, padded_length = prompt.shape
-    empty = jnp.zeros(
-        (config.num_layers, batch, padded_length + steps, config.num_kv_heads, config.head_dim),
-        dtype,
-    )
+    empty = empty_cache(config, batch, padded_length + steps, dtype)
 
-    def advance(tokens, last, cache, start):
+    def advance(tokens, last, cache, start, used=None):
         with compiling.products(dtype):
-            hidden, cache = model(tokens, None, dtype, "layer", 1, cache, start, length + steps)
+            hidden, cache = model(
+                tokens, None, dtype, "layer", 1, cache, start, length + steps, used
+            )
         scores = adjust_logits(config, _project(config, hidden[:, last], params))
         return scores.argmax(-1).astype(prompt.dtype), cache
 
@@ -286,13 +391,47 @@ def _continue(
         token, cache = carry
         return advance(token[:, None], 0, cache, position), token
 
-    first = advance(prompt, length - 1, (empty, empty), 0)
+    first = advance(prompt, length - 1, empty, 0, length)
     return jax.lax.scan(step, first, length + jnp.arange(steps))[1].T
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
+    """The cache of a text of up to `length` tokens before its first."""
+    counts = Counter(kind.mixer for kind in config.layer_kinds)
+    return {
+        mixer: tuple(
+            jnp.zeros((count, *shape), jnp.float32 if mixer == "delta" else dtype)
+            for shape in MIXERS[mixer].empty_cache(config, batch, length)
+        )
+        for mixer, count in counts.items()
+    }
 
 
 def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params:
     """Shapes of all parameters, as a tree of float32 ShapeDtypeStruct; with `lora` those of the adapters too."""
-    return nnx.to_pure_dict(_definition(config, lora)[1])
+    counts = Counter(kind.mixer for kind in config.layer_kinds)
+    layers = {}
+    for mixer, count in counts.items():
+        for part, tree in nnx.to_pure_dict(_block(config, mixer, lora)[1]).items():
+            depth = count if part == mixer else config.num_layers
+            layers[part] = jax.tree.map(
+                lambda leaf, depth=depth: jax.ShapeDtypeStruct((depth, *leaf.shape), leaf.dtype),
+                tree,
+            )
+    return {**nnx.to_pure_dict(_ends(config)[1]), "layers": layers}
+
+
+def first_layers(config: ModelConfig, params: Params, count: int) -> tuple[ModelConfig, Params]:
+    """The model of the first `count` layers."""
+    kinds = config.layer_kinds[:count]
+    mixers = Counter(kind.mixer for kind in kinds)
+    layers = {
+        part: jax.tree.map(lambda x, n=mixers[part] if part in MIXERS else count: x[:n], stack)
+        for part, stack in params["layers"].items()
+        if part not in MIXERS or mixers[part]
+    }
+    part = dataclasses.replace(config, num_layers=count, layer_kinds=kinds)
+    return part, {**params, "layers": layers}
 
 
 def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Params:
@@ -318,20 +457,97 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
 
 
 @functools.cache
-def _definition(config: ModelConfig, lora: LoraSpec | None) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, lora)))
+def _ends(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Ends(config)))
+
+
+@functools.cache
+def _block(
+    config: ModelConfig, mixer: str, lora: LoraSpec | None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, mixer, lora)))
 
 
 def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transformer:
     """The model that `params` belong to."""
-    definition, _ = _definition(config, lora)
     expected, given = (set(paths.flatten(tree)) for tree in (abstract_params(config, lora), params))
     if expected != given:
         raise ValueError(
             f"parameters do not fit the model: missing {sorted(expected - given)}, left over {sorted(given - expected)}"
             f" ({config}, {lora})"
         )
-    return nnx.merge(definition, params)
+    return Transformer(config, lora, params)
+
+
+def _turn(
+    x: Float[Array, "B T D"],
+    scanned: tuple[Any, ...],
+    *,
+    layer: Callable,
+    segment: Segment,
+    remat: rematerialization.Policy,
+) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+    """One turn of a segment's loop; gives the filled cache of each mixer."""
+    weights, keys, cache, numbers = scanned
+    seen: Counter[str] = Counter()
+    states: dict[str, list[Any]] = {}
+    for place, mixer in enumerate(segment.mixers):
+        own = {
+            part: segment.of_layer(stack, seen[mixer] if part == mixer else place)
+            for part, stack in weights.items()
+            if part == mixer or part not in MIXERS
+        }
+        state = cache and segment.of_layer(cache[mixer], seen[mixer])
+        body = rematerialization.wrap(functools.partial(layer, mixer), remat)
+        x, state = body(
+            x, own, *segment.of_layer(numbers, place), segment.of_layer(keys, place), state
+        )
+        if cache:
+            states.setdefault(mixer, []).append(state)
+        seen[mixer] += 1
+    return x, {mixer: segment.of_turn(parts) for mixer, parts in states.items()}
+
+
+def segments(mixers: Sequence[str]) -> list[Segment]:
+    """The layers in segments: from the first on, always the one that covers most layers."""
+    found: list[Segment] = []
+    start = 0
+    while start < len(mixers):
+        before, rest = tuple(mixers[:start]), tuple(mixers[start:])
+        best = Segment(before, rest[:1], 1)
+        for period in range(1, len(rest) // 2 + 1):
+            repeats = 1
+            while rest[repeats * period : (repeats + 1) * period] == rest[:period]:
+                repeats += 1
+            if repeats > 1 and repeats * period > best.repeats * len(best.mixers):
+                best = Segment(before, rest[:period], repeats)
+        found.append(best)
+        start += best.repeats * len(best.mixers)
+    return found
+
+
+def _stacked(*parts: Array) -> Array:
+    return jnp.stack(parts)
+
+
+def _concatenated(*parts: Array) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _parts(config: ModelConfig, layers: Params) -> Iterator[dict[str, int]]:
+    """Of each layer, its slice in the stack of each of its parts."""
+    seen: Counter[str] = Counter()
+    for i, kind in enumerate(config.layer_kinds):
+        yield {
+            part: seen[kind.mixer] if part == kind.mixer else i
+            for part in layers
+            if part == kind.mixer or part not in MIXERS
+        }
+        seen[kind.mixer] += 1
+
+
+def _depth(stack: Any) -> int:
+    return len(jax.tree.leaves(stack)[0])
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:

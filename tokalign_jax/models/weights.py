@@ -29,6 +29,8 @@ class Weight:
     """Other names that checkpoints use for it."""
     count: int = 1
     """How many there are of `{index}`."""
+    layers: tuple[int, ...] | None = None
+    """The layers that have it, in the order of the leaves' slices; None: all."""
 
     @property
     def stacked(self) -> int:
@@ -37,13 +39,14 @@ class Weight:
 
     def slices(self, num_layers: int) -> list[tuple[int, ...]]:
         """The slice of the leaves that each of its tensors fills; () is the whole."""
-        return list(
-            itertools.product(*(range(n) for n in (num_layers, self.count)[: self.stacked]))
-        )
+        layers = num_layers if self.layers is None else len(self.layers)
+        return list(itertools.product(*(range(n) for n in (layers, self.count)[: self.stacked])))
 
     def names(self, part: tuple[int, ...]) -> tuple[str, ...]:
         """All names that the tensor of the slice `part` may have, the usual one first."""
         numbers = dict(zip(("layer", "index"), part))
+        if part and self.layers is not None:
+            numbers["layer"] = self.layers[part[0]]
         return tuple(name.format(**numbers) for name in (self.name, *self.aliases))
 
 

@@ -5,6 +5,7 @@ import re
 
 from tokalign_jax.config import StageConfig, learns_from_source
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.recurrent import CHUNK
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import shapes
 from tokalign_jax.training import source_teacher
@@ -53,5 +54,12 @@ def products(model: ModelConfig, tree: paths.Tree) -> float:
 
 
 def attention(model: ModelConfig, length: int) -> float:
-    """FLOPs of attention in the forward pass for each token."""
-    return 4 * model.num_layers * model.num_heads * model.head_dim * length
+    """FLOPs of the mixers, but for their projections, in the forward pass for each token."""
+    mixers = [kind.mixer for kind in model.layer_kinds]
+    total = 4 * mixers.count("attention") * model.num_heads * model.head_dim * length
+    if model.delta is None:
+        return total
+    # Of each value head: the state is read twice and written, and tokens of a chunk read each other.
+    key, value = model.delta.key_dim, model.delta.value_dim
+    each = 2 * (3 * key * value + 2 * CHUNK * (key + value))
+    return total + mixers.count("delta") * model.delta.num_value_heads * each

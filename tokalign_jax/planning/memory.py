@@ -25,6 +25,7 @@ from tokalign_jax.config import (
 from tokalign_jax.models import remat
 from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.recurrent import CHUNK
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning.machine import Machine, MeshSizes
@@ -233,7 +234,7 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     model, compute, stage, mesh = setup.model, setup.compute, setup.stage, setup.mesh
     size = jnp.dtype(compute.dtype).itemsize
     active = model.experts.per_token if model.experts else 1
-    wide = model.num_heads * model.head_dim * 3 + 2 * model.num_kv_heads * model.head_dim
+    wide = max(_mixer_elements(model, kind.mixer, size) for kind in model.layer_kinds)
     wide += (3 if model.gated_mlp else 2) * model.intermediate_size * active
     narrow = 4 * model.hidden_size
     per_token = 2 * size * (wide // mesh[2] + narrow) + 3 * FLOAT * model.hidden_size
@@ -250,6 +251,19 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     # Attention logits without a fused kernel, and their gradients, for one block of queries.
     queries = stage.sequence_length if stage.sequence_length <= LONGEST_WHOLE else QUERY_BLOCK
     return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
+
+
+def _mixer_elements(model: ModelConfig, mixer: str, size: int) -> int:
+    """Activations of a mixer per token, in elements of `size` bytes, without attention logits."""
+    if mixer == "delta" and model.delta:
+        delta = model.delta
+        keys, values = delta.num_key_heads * delta.key_dim, delta.num_value_heads * delta.value_dim
+        # In float32, keys for each value head: projections, the chunk's system and its solution.
+        floats = delta.num_value_heads * (3 * delta.key_dim + 3 * delta.value_dim + 4 * CHUNK)
+        return 2 * (keys + values) + floats * FLOAT // size
+    if mixer == "convolution":
+        return 5 * model.hidden_size
+    return model.num_heads * model.head_dim * 3 + 2 * model.num_kv_heads * model.head_dim
 
 
 def gathered_bytes(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSizes) -> int:

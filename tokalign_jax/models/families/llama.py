@@ -1,6 +1,7 @@
 """LLaMA 1 to 3, and whatever else calls itself `llama` (SmolLM 1 and 2, TinyLlama, Yi, DeepSeek's small ones ...)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
@@ -151,6 +152,12 @@ def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight
             _name(names, f"mlp/{name}", f"mlp.{name}"), f"layers/mlp/{name}", config.mlp_bias
         )
     ]
+
+
+def only_in(mixer: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
+    """Weights that only the layers with this mixer have."""
+    layers = tuple(i for i, kind in enumerate(config.layer_kinds) if kind.mixer == mixer)
+    return [replace(weight, layers=layers) for weight in weights if layers]
 
 
 def _name(names: Names, ours: str, usual: str) -> str:

@@ -1,7 +1,7 @@
 """Reading config.json: what every family needs, in the spellings of transformers 5 and of older releases."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tokalign_jax.errors import UserError
@@ -329,14 +329,17 @@ def uniform(raw: Raw, kind: LayerKind) -> tuple[LayerKind, ...]:
     return (kind,) * required(raw, "num_hidden_layers")
 
 
-def layer_types(raw: Raw, default: Callable[[int], str]) -> list[str]:
+def layer_types(
+    raw: Raw, default: Callable[[int], str], kinds: Sequence[str] = (SLIDING, FULL)
+) -> list[str]:
     """`layer_types`, or where the file is older than the key, `default` of each layer's number.
 
     Raises:
-      UserError: there are others than full and sliding attention, or not one for each layer.
+      UserError: there are others than `kinds`, or not one for each layer.
     """
     layers = required(raw, "num_hidden_layers")
     types = raw.get("layer_types") or [default(layer) for layer in range(layers)]
-    if len(types) != layers or not set(types) <= {SLIDING, FULL}:
-        raise refuse(raw, "layer_types", f"'{SLIDING}' or '{FULL}' for each of the {layers} layers")
+    if len(types) != layers or not set(types) <= set(kinds):
+        known = " or ".join(f"'{kind}'" for kind in kinds)
+        raise refuse(raw, "layer_types", f"{known} for each of the {layers} layers")
     return list(types)

@@ -1,0 +1,220 @@
+"""Mixers with a state of fixed size: the gated delta rule and short convolutions.
+
+Dimension letters, beside those of `transformer`: W tokens of a convolution's kernel, N value heads, K
+key heads, H size of a key, U size of a value, C tokens of a chunk.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.lora import LoraSpec
+from tokalign_jax.models.mixers import Place
+from tokalign_jax.models.modules import Linear, param, split
+
+CHUNK = 64
+"""Tokens of a chunk, within which the delta rule is a few products of matrices."""
+
+Used = Int[Array, ""] | int | None
+"""Tokens that count, the rest being padding; None: all."""
+
+
+class CausalConvolution(nnx.Module):
+    """A convolution over time of each channel by itself, over the latest W tokens."""
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = False):
+        self.kernel = param(kernel_size, channels)
+        self.bias = param(channels) if bias else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: Float[Array, "B W-1 D"] | None, used: Used
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"] | None]:
+        """`state`: the inputs before `x`; None: there are none, and none are returned."""
+        kernel = self.kernel.astype(jnp.float32)
+        before, length = kernel.shape[0] - 1, x.shape[1]
+        if state is None:
+            seen = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+        else:
+            seen = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+            latest = length if used is None else used
+            state = jax.lax.dynamic_slice_in_dim(seen, latest, before, axis=1).astype(state.dtype)
+        parts = [seen[:, i : i + length].astype(jnp.float32) * kernel[i] for i in range(before + 1)]
+        y = sum(parts[1:], parts[0])
+        y = y if self.bias is None else y + self.bias.astype(jnp.float32)
+        return y.astype(x.dtype), state
+
+
+class ShortConvolution(nnx.Module):
+    """LFM2's double-gated convolution: o_proj(b * convolution(a * x)), all three projections of the input."""
+
+    def __init__(self, config: ModelConfig, lora: LoraSpec | None):
+        assert config.convolution is not None, "a convolution without its constants"
+        width, bias = config.hidden_size, config.convolution.bias
+        self.gate_proj = Linear(width, width, bias, lora)
+        self.output_gate_proj = Linear(width, width, bias, lora)
+        self.v_proj = Linear(width, width, bias, lora)
+        self.convolution = CausalConvolution(width, config.convolution.kernel_size, bias)
+        self.o_proj = Linear(width, width, bias, lora)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        in_key, out_key = split(key, 2)
+        gated = self.gate_proj(x, in_key) * self.v_proj(x, in_key)
+        state = None if cache is None else cache[0]
+        y, state = self.convolution(gated, state, place.used)
+        y = self.output_gate_proj(x, in_key) * y
+        return self.o_proj(y, out_key), None if cache is None else (state,)
+
+    @staticmethod
+    def empty_cache(config: ModelConfig, batch: int, length: int) -> Any:
+        """Shapes of the cache of a layer."""
+        assert config.convolution is not None, "a convolution without its constants"
+        return ((batch, config.convolution.kernel_size - 1, config.hidden_size),)
+
+
+class DeltaNet(nnx.Module):
+    """Qwen 3.5's gated delta rule (arXiv 2412.06464).
+
+    Queries, keys and values go through a short convolution and SiLU. A state [H, U] of each head
+    fades by a gate, is corrected towards the value at the key, and is read at the query. What is
+    read is normed and gated.
+    """
+
+    def __init__(self, config: ModelConfig, lora: LoraSpec | None):
+        assert config.delta is not None, "a delta rule without its sizes"
+        self.settings = delta = config.delta
+        self.epsilon = config.norm_epsilon
+        width = config.hidden_size
+        keys = delta.num_key_heads * delta.key_dim
+        values = delta.num_value_heads * delta.value_dim
+
+        def project(outputs: int) -> Linear:
+            return Linear(width, outputs, bias=False, lora=lora)
+
+        self.q_proj, self.k_proj, self.v_proj = project(keys), project(keys), project(values)
+        self.gate_proj = project(values)
+        self.beta_proj, self.decay_proj = (project(delta.num_value_heads) for _ in range(2))
+        self.q_convolution = CausalConvolution(keys, delta.kernel_size)
+        self.k_convolution = CausalConvolution(keys, delta.kernel_size)
+        self.v_convolution = CausalConvolution(values, delta.kernel_size)
+        self.log_decay, self.decay_bias = (param(delta.num_value_heads) for _ in range(2))
+        self.out_scale = param(delta.value_dim)
+        self.o_proj = Linear(values, width, bias=False, lora=lora)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        in_key, out_key = split(key, 2)
+        states = [None] * 4 if cache is None else list(cache)
+        projected = []
+        for i, name in enumerate(("q", "k", "v")):
+            y = getattr(self, f"{name}_proj")(x, in_key)
+            y, states[i] = getattr(self, f"{name}_convolution")(y, states[i], place.used)
+            size = self.settings.value_dim if name == "v" else self.settings.key_dim
+            projected.append(jax.nn.silu(y).reshape(*x.shape[:2], -1, size).astype(jnp.float32))
+        beta = jax.nn.sigmoid(self.beta_proj(x, in_key).astype(jnp.float32))
+        step = self.decay_proj(x, in_key).astype(jnp.float32) + self.decay_bias.astype(jnp.float32)
+        decay = -jnp.exp(self.log_decay.astype(jnp.float32)) * jax.nn.softplus(step)
+        if place.used is not None:  # padding neither fades the state nor writes to it
+            counts = (jnp.arange(x.shape[1]) < place.used)[:, None]
+            beta, decay = beta * counts, decay * counts
+        y, states[3] = delta_rule(*projected, decay, beta, states[3])
+        y = self._gated(y, self.gate_proj(x, in_key)).astype(x.dtype)
+        return self.o_proj(y, out_key), None if cache is None else tuple(states)
+
+    def _gated(
+        self, y: Float[Array, "B T N U"], gate: Float[Array, "B T NU"]
+    ) -> Float[Array, "B T NU"]:
+        scale = self.out_scale.astype(jnp.float32)
+        normed = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale
+        return normed.reshape(gate.shape) * jax.nn.silu(gate.astype(jnp.float32))
+
+    @staticmethod
+    def empty_cache(config: ModelConfig, batch: int, length: int) -> Any:
+        """Shapes of the cache of a layer: the convolutions' inputs, and the state."""
+        delta = config.delta
+        assert delta is not None, "a delta rule without its sizes"
+        keys = delta.num_key_heads * delta.key_dim
+        values = delta.num_value_heads * delta.value_dim
+        before = delta.kernel_size - 1
+        return (
+            *((batch, before, channels) for channels in (keys, keys, values)),
+            (batch, delta.num_value_heads, delta.key_dim, delta.value_dim),
+        )
+
+
+def delta_rule(
+    q: Float[Array, "B T K H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T N U"],
+    decay: Float[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    state: Float[Array, "B N H U"] | None,
+) -> tuple[Float[Array, "B T N U"], Float[Array, "B N H U"] | None]:
+    """For each token S = exp(decay) S, S += beta k (v - S k)^T, and S q / sqrt(H); q and k normalized.
+
+    All in float32, by chunks: within one the corrections of all tokens are the solution of a
+    triangular system, so that only the state goes from chunk to chunk, one after the other.
+
+    Args:
+      state: before the first token; None: zero, and none is returned.
+    """
+    given = state
+    _, length, key_heads, size = q.shape
+    heads = v.shape[2]
+    chunk = min(CHUNK, length)
+    q, k = (jnp.repeat(_unit(x), heads // key_heads, axis=2) for x in (q, k))
+    q = q * size**-0.5
+
+    def chunked(x: Array) -> Array:
+        """[B, T, N, ...] -> [chunks, B, N, C, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 3), (0, 2))
+
+    q, k, v, decay, beta = map(chunked, (q, k, v, decay, beta))
+    faded = jnp.cumsum(decay, axis=-1)
+    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
+    apart = jnp.where(causal, faded[..., :, None] - faded[..., None, :], -jnp.inf)
+    fading = jnp.exp(apart)
+    k_beta = k * beta[..., None]
+    system = jnp.where(
+        jnp.tril(causal, -1), jnp.einsum("cbnih,cbnjh->cbnij", k_beta, k) * fading, 0
+    )
+    sides = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(faded)[..., None]], axis=-1)
+    solved = jax.lax.linalg.triangular_solve(
+        system + jnp.eye(chunk), sides, left_side=True, lower=True, unit_diagonal=True
+    )
+    values, keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+    within = jnp.einsum("cbnih,cbnjh->cbnij", q, k) * fading
+    last = faded[..., -1:]
+    each = (
+        q * jnp.exp(faded)[..., None],
+        k * jnp.exp(last - faded)[..., None],
+        jnp.exp(last)[..., None],
+        values,
+        keys,
+        within,
+    )
+    if state is None:
+        state = jnp.zeros((*v.shape[1:3], size, v.shape[-1]), jnp.float32)
+
+    def step(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, fade, values, keys, within = now
+        new = values - keys @ state
+        return state * fade + jnp.swapaxes(k, -1, -2) @ new, q @ state + within @ new
+
+    state, y = jax.lax.scan(step, state.astype(jnp.float32), each)
+    y = jnp.moveaxis(y, (0, 2), (1, 3))
+    y = y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+    return y, None if given is None else state.astype(given.dtype)
+
+
+def _unit(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """`x` over its length."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
