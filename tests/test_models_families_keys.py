@@ -61,6 +61,7 @@ ONLY_WITH = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
     "layer_types": "use_sliding_window",
+    "full_attn_idxs": "layer_types",
     "original_max_position_embeddings": "rope_parameters",
     "intermediate_size": "moe_intermediate_size",
     "use_sliding_window": "layer_types",
