@@ -206,7 +206,7 @@ def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
         ),
         (
             added("<s> $A", ("<s>", 5)),
-            "as the id 5, which is the token .*: its model has no such row, or that of",
+            "as the id 5, which is the token .*: its model has no such row, or another",
         ),
         (
             added("$A </s>", ("</s>", 0)),

@@ -216,7 +216,7 @@ def test_of_damaged_checkpoints_the_newest_whole_one_goes_on(tmp_path):
         damage(checkpoints / str(step))
     lines.clear()
     again = train(tmp_path, stage, log=lines.append)
-    assert lines[3] == "stage: warning: no checkpoint is left that is whole; the stage begins anew"
+    assert lines[3] == "stage: warning: no intact checkpoint is left; the stage starts over"
     assert_same(again.params, whole.params)
     assert (checkpoints / "8.damaged1").is_dir()
 
@@ -231,7 +231,7 @@ def test_a_finished_stage_with_a_damaged_end_is_finished_no_more(tmp_path):
     assert is_finished(tmp_path, STAGE)
     with pytest.raises(
         Stopped,
-        match=r"8' is damaged .* renamed to '8.damaged'; the stage's last steps are taken anew",
+        match=r"8' is damaged .* renamed to '8.damaged'; run the command again to repeat",
     ):
         final()
     assert not is_finished(tmp_path, STAGE)

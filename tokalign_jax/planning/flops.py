@@ -17,10 +17,10 @@ def flops_per_token(
 ) -> float:
     """FLOPs of a training step for each token, without recomputation, attention over all T.
 
-    For each parameter of a matrix product (PaLM, appendix B): 2 forward, 2 backward to its input,
-    2 to its weights if these train. Attention: 4 N H T forward and twice that backward. A teacher
-    only runs forward; the source model reads its own tokens, and the student's likelihoods then take
-    a further product with the head.
+    For each parameter of a matrix product (PaLM, appendix B): 2 forward, 2 backward to its input, 2
+    to its weights if these train. Attention: 4 N H T forward and twice that backward. A teacher
+    only runs forward; the source model reads its own tokens, and the student's likelihoods then
+    take a further product with the head.
 
     Args:
       teacher: of the stage, if it has one.

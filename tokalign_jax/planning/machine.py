@@ -46,7 +46,8 @@ PEAKS = {
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,
 }
-"""Dense bfloat16 FLOP/s of a device by name (the makers' data sheets). A chip of TPU7x is two devices."""
+"""Dense bfloat16 FLOP/s of a device by name (the makers' data sheets). A chip of TPU7x is two
+devices."""
 
 
 BANDWIDTHS = {
@@ -136,7 +137,8 @@ class Machine:
         return self.kind == "cpu"
 
     def fuses(self, model: ModelConfig, compute: ComputeConfig) -> bool:
-        """Whether there is a fused attention kernel for this model's head size, type and soft-cap."""
+        """Whether there is a fused attention kernel for this model's head size, type and
+        soft-cap."""
         device = jax.devices()[0] if self.kind else None
         return self.fused_attention and has_kernel(
             model.head_dim, compute.dtype, model.attention_softcap, device

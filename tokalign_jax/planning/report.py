@@ -278,8 +278,8 @@ def make_plan(
 
 
 def _distillation(run: Run, speed: Speed) -> InitPlan:
-    """Writing is a forward pass a token; training one of Stage 2, or of Stage 1 for rows alone, with a
-    forward pass of the teacher."""
+    """Writing is a forward pass a token; training one of Stage 2, or of Stage 1 for rows alone,
+    with a forward pass of the teacher."""
     written, trained = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
     method = "full" if run.config.initialization.trains == "all" else "embedding"
     length = min(self_distillation.LENGTH, run.model.max_positions)
@@ -296,7 +296,8 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
 
 
 def _token_distillation(run: Run, speed: Speed) -> InitPlan:
-    """A step of Stage 1 and a forward pass of the teacher, both without the head, for each token."""
+    """A step of Stage 1 and a forward pass of the teacher, both without the head, for each
+    token."""
     settings = run.config.initialization.token_distillation
     length = settings.snippet_length + 1
     stage = dataclasses.replace(run.config.stage1, method="embedding", sequence_length=length)

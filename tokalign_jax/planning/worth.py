@@ -66,7 +66,8 @@ def break_even(cost: Cost, source_rows: int, target_rows: int) -> float:
 
 
 def largest_vocabulary(cost: Cost, source_rows: int, ratio: float) -> int:
-    """Rows at which a vocabulary whose tokens hold `ratio` times as much text stops paying; 0: none pays."""
+    """Rows at which a vocabulary whose tokens hold `ratio` times as much text stops paying; 0: none
+    pays."""
     return max(0, int((ratio * cost.of(source_rows) - cost.fixed) / cost.per_row))
 
 

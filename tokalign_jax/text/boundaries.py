@@ -36,7 +36,8 @@ def token_boundaries(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> lis
     adds to a text.
 
     Args:
-      backend: `canonical.plain_backend` of a tokenizer, which has no post-processor that would trim offsets.
+      backend: `canonical.plain_backend` of a tokenizer, without a post-processor that trims
+        offsets.
     """
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     return [

@@ -1,8 +1,9 @@
 """Canonical bytes: what a token stands for, however its tokenizer spells it.
 
-Tokenizers spell the same bytes differently: byte-level BPE writes a space as `Ġ` and every other byte as one printable
-character, SentencePiece writes it as `▁` and a byte without a character as `<0x0A>`, WordPiece marks what does not begin a
-word. Two tokens are the same when their bytes are. A string comparison misses most shared tokens and finds false friends.
+Tokenizers spell the same bytes differently: byte-level BPE writes a space as `Ġ` and every other
+byte as one printable character, SentencePiece writes it as `▁` and a byte without a character as
+`<0x0A>`, WordPiece marks continuations of words. Two tokens are equal if their bytes are. Comparing
+strings misses most shared tokens and finds false matches.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NO_SPACE_BEFORE = re.compile(
     r"[\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
-"""How words begin that text does not set off by a space: punctuation, Thai, Lao, Burmese, Khmer, kana and Chinese characters."""
+"""First characters of words that are not preceded by a space: punctuation, Thai, Lao, Burmese,
+Khmer, kana and Chinese characters."""
 
 _PROBES = {
     "capitals": "a Fox",
@@ -45,7 +47,8 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special tokens and unused ids."""
+    """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special and unused
+    ids."""
     return list(_listed(tokenizer).contents)
 
 
@@ -67,8 +70,9 @@ _LISTED: WeakKeyDictionary[PreTrainedTokenizerBase, _Listed] = WeakKeyDictionary
 
 
 def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
-    """Listed once: the library makes its vocabulary anew whenever it is asked, and an alignment asks often (150,000 tokens: 0.2 s, with
-    their bytes 0.4 s). Tokens and roles may be added; but not a normaliser, say, changed in place."""
+    """Cached, since the library rebuilds its vocabulary on every call (150,000 tokens: 0.2 s, with
+    their bytes 0.4 s). Tokens and roles may be added later; other components must not be changed in
+    place."""
     backend, special, added = (
         _backend(tokenizer),
         special_ids(tokenizer),
@@ -81,8 +85,9 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
         size = max(len(tokenizer), 1 + max(vocabulary.values()))
         known = _Listed(stamp, [""] * size, [None] * size)
         spelling = _spelling(tokenizer)
-        # Some vocabularies list their own tokens as added ones too (Gemma's runs of `▁`): text gets there by the model.
-        # In a byte-level one it is the library that finds such a token, unless that is special (`Ċ` as eos).
+        # Some vocabularies also list tokens of the model as added ones (Gemma's runs of `▁`); these
+        # are found by the model, in byte-level ones by the library unless they are special (`Ċ` as
+        # eos).
         by_model = {
             i
             for i, token in added.items()
@@ -106,7 +111,7 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
 def differing(
     one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> list[tuple[int, str, str]]:
-    """Ids of a tokenizer that are another token in the other one, and both tokens; what spells the same bytes is the same."""
+    """(id, token, other's token) of all ids whose tokens differ in bytes between two tokenizers."""
     (_, names, contents), (_, others, theirs) = _listed(one), _listed(other)
     others = others + [""] * (len(names) - len(others))
     theirs = theirs + [None] * (len(names) - len(theirs))
@@ -118,7 +123,8 @@ def differing(
 
 
 def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What of a text does not come back from its tokens, by the names of `_PROBES`; a space around the text is no loss.
+    """The kinds of text that decoding does not restore, by the names of `_PROBES`; surrounding
+    spaces aside.
 
     Bits per byte of a tokenizer that drops part of the text are too low to be compared.
     """
@@ -130,10 +136,10 @@ def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens that stand for no text: those flagged special, and those with a role (eos, pad, ...).
+    """Ids of tokens without text: those flagged special, and those with a role (eos, pad, ...).
 
-    Not all that the tokenizer calls special: of a converted SentencePiece model that is also what its author wanted whole,
-    such as line ends and runs of spaces, which text is cut into.
+    Not all that the tokenizer calls special: of a converted SentencePiece model that is also what
+    its author wanted whole, such as line ends and runs of spaces, which text is cut into.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     roles = (getattr(tokenizer, f"{role}_id") for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
@@ -151,10 +157,12 @@ _ALSO_TEXT: WeakKeyDictionary[
 
 
 def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int]:
-    """Those of these tokens that text is cut into as well: some tokenizers pad with `!`, and texts have exclamation marks.
+    """Those of these tokens that text is cut into as well: some tokenizers pad with `!`, and texts
+    have exclamation marks.
 
-    A Unigram model reads the name of a special token as that token until told not to (`plain_backend`), so there the
-    scores tell: special tokens have none. The model's own unknown token is never text.
+    A Unigram model reads the name of a special token as that token until told not to
+    (`plain_backend`), so there the scores tell: special tokens have none. The model's own unknown
+    token is never text.
     """
     backend = _backend(tokenizer)
     names = {
@@ -171,7 +179,8 @@ def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int
     if not names:
         return set()
     plain, spelling = _reading_all_as_text(backend), _spelling(tokenizer)
-    # What the decoder makes of the token is its name where it is an added one, even of byte-level's `Ċ`, a line break.
+    # What the decoder makes of the token is its name where it is an added one, even of byte-level's
+    # `Ċ`, a line break.
     shown = [backend.decode([i], skip_special_tokens=False) for i in names]
     bare = [spelling.decode(name).decode(errors="replace") for name in names.values()]
     cut = _cut(tokenizer, plain, [f"x{text}x" for text in (*shown, *bare)])
@@ -185,7 +194,8 @@ def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def index_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
-    """The id for each canonical byte string; where several share one, the first that `ids_by_bytes` lists."""
+    """The id for each canonical byte string; where several share one, the first that `ids_by_bytes`
+    lists."""
     return {content: ids[0] for content, ids in ids_by_bytes(tokenizer).items()}
 
 
@@ -208,8 +218,8 @@ def ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
 def unwritten_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that no text is ever cut into, because another token has the same bytes.
 
-    Such are `<0x2C>` beside `,` in SentencePiece vocabularies, and GPT-NeoX's runs of spaces, which it has once in its
-    model and once as added tokens.
+    Such are `<0x2C>` beside `,` in SentencePiece vocabularies, and GPT-NeoX's runs of spaces, which
+    it has once in its model and once as added tokens.
     """
     listed = _listed(tokenizer)
     known = _UNWRITTEN.get(tokenizer)
@@ -234,7 +244,8 @@ _SURROUNDINGS = (
     "か{0}か",
     "{0}{0}",
 )
-"""What a token's text is put into to see whether it is written: at the ends of words, within them, between words."""
+"""What a token's text is put into to see whether it is written: at the ends of words, within them,
+between words."""
 
 
 def _find_unwritten(tokenizer: PreTrainedTokenizerBase, listed: _Listed) -> frozenset[int]:
@@ -275,8 +286,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
-    """A copy of the Rust tokenizer that reads everything as text: no truncation, no padding, and `<|endoftext|>` in a
-    document is those characters, not the token.
+    """A copy of the Rust tokenizer that reads everything as text, without truncation and padding:
+    `<|endoftext|>` in a document is those characters, not the token.
 
     Raises:
       UserError: for a tokenizer without one (a "slow" tokenizer).
@@ -292,10 +303,11 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
 def _reading_all_as_text(
     backend: tokenizers.Tokenizer, hidden: Iterable[int] = ()
 ) -> tokenizers.Tokenizer:
-    """A copy for which the text in a document that spells a special token is that text; which cuts the same text the same way each time.
+    """A deterministic copy that reads the names of special tokens as text.
 
     Args:
-      hidden: ids of a Unigram model's vocabulary that no text may be cut into: for it a special token's name is a piece like all others.
+      hidden: ids of a Unigram model's vocabulary that must not match text: in it the names of
+        special tokens are ordinary pieces.
     """
     written = backend.to_str()
     if hidden := set(hidden):
@@ -311,7 +323,8 @@ def _reading_all_as_text(
         plain.model.dropout = None  # type: ignore[attr-defined]
     plain.no_truncation()
     plain.no_padding()
-    plain.post_processor = None  # type: ignore[assignment]  # it would trim the spaces of tokens off their offsets
+    # A post-processor would trim spaces from offsets.
+    plain.post_processor = None  # type: ignore[assignment]
     plain.encode_special_tokens = True
     return plain
 
@@ -339,10 +352,11 @@ def _cut(
 class PieceCutter:
     """Cuts bytes into ids of `tokenizer` whose canonical bytes join up to them again.
 
-    First choice is the tokenizer's own segmentation of the text; where that does not give the bytes back (they are no
-    UTF-8, or a normaliser or a prefixed space changes them) its bare model, without normaliser and pre-tokenizer; then
-    the longest matching tokens from left to right. A tokenizer that cannot spell a text (without capitals, say) gives
-    the tokens in which its model would read that text, if they are all known.
+    First choice is the tokenizer's own segmentation of the text; where that does not give the bytes
+    back (they are no UTF-8, or a normaliser or a prefixed space changes them) its bare model,
+    without normaliser and pre-tokenizer; then the longest matching tokens from left to right. A
+    tokenizer that cannot spell a text (without capitals, say) gives the tokens in which its model
+    would read that text, if they are all known.
 
     Args:
       avoid: ids that are never given.
@@ -405,11 +419,12 @@ class PieceCutter:
         return ids
 
 
-# --- spellings --------------------------------------------------------------------------------------------------------
+# --- spellings ------------------------------------------------------------------------------------
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The byte-level alphabet: printable Latin-1 stands for itself, the 68 other bytes are U+0100 and up in order."""
+    """The byte-level alphabet: printable Latin-1 maps to itself, the 68 other bytes to U+0100 and
+    up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -434,7 +449,8 @@ class _ByteLevel(_Plain):
     """One printable character a byte (GPT-2, GPT-NeoX, LLaMA 3, Qwen)."""
 
     _to_characters = _byte_alphabet()
-    # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: U+FFFF is no Latin-1.
+    # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: U+FFFF is no
+    # Latin-1.
     _to_bytes = {byte: 0xFFFF for byte in range(256)} | {
         ord(c): byte for byte, c in _to_characters.items()
     }
@@ -466,10 +482,11 @@ class _SentencePiece(_Plain):
 
 
 class _Words(_Plain):
-    """Words without the spaces around them, whose later pieces have a mark before them: `play ##ing` (BERT).
+    """Words without the spaces around them, whose later pieces have a mark before them: `play
+    ##ing` (BERT).
 
-    A first piece stands for a space and its text, unless it begins as words do that have no space before them: what most
-    texts have there, since the token itself does not say.
+    A first piece stands for a space and its text, unless it begins as words do that have no space
+    before them: what most texts have there, since the token itself does not say.
     """
 
     def __init__(self, mark: str):
@@ -494,7 +511,8 @@ class _Words(_Plain):
 
 
 class _WordEnds(_Plain):
-    """Words whose last piece has a mark behind it, which stands for the space there: `play ing</w>` (GPT-1, CLIP)."""
+    """Words whose last piece has a mark behind it, which stands for the space there: `play ing</w>`
+    (GPT-1, CLIP)."""
 
     def __init__(self, mark: str, inner: _Plain):
         self._mark, self._inner = mark, inner
@@ -510,7 +528,7 @@ class _WordEnds(_Plain):
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
-    """How a tokenizer spells bytes, from its own description of its normaliser, pre-tokenizer, decoder and model."""
+    """How a tokenizer spells bytes, by its normaliser, pre-tokenizer, decoder and model."""
     backend = _backend(tokenizer)
     parts = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer), *_parts(backend.decoder)]
     spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
@@ -528,7 +546,8 @@ def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
 
 
 def _is_of_words(backend: tokenizers.Tokenizer) -> bool:
-    """Whether tokens are words and their later pieces, and the white space between words is none of them."""
+    """Whether tokens are words and continuations, with the white space between words in none of
+    them."""
     model = backend.model
     by_words = isinstance(model, tokenizers.models.WordPiece | tokenizers.models.WordLevel)
     if not (by_words or getattr(model, "continuing_subword_prefix", None)):
@@ -543,8 +562,9 @@ def _makes_space(part: dict[str, Any]) -> bool:
 
 
 def _added_bytes(backend: tokenizers.Tokenizer, token: AddedToken) -> bytes:
-    """What an added token that the model does not know stands for: its text, which the library looks for in the
-    normalised text if so told, where a space may be a `▁`, or have been put before it."""
+    """What an added token that the model does not know stands for: its text, which the library
+    looks for in the normalised text if so told, where a space may be a `▁`, or have been put before
+    it."""
     if not (token.normalized and backend.normalizer):
         return token.content.encode()
     text = backend.normalizer.normalize_str(token.content)
@@ -555,7 +575,7 @@ def _added_bytes(backend: tokenizers.Tokenizer, token: AddedToken) -> bytes:
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """A normaliser, pre-tokenizer or decoder and, where it is a sequence, what that holds, as tokenizer.json has them."""
+    """A normaliser, pre-tokenizer or decoder, sequences flattened, as in tokenizer.json."""
     if component is not None:
         yield from _unfolded(json.loads(component.__getstate__()))
 

@@ -1,9 +1,10 @@
-"""Chats as training text: messages written by the target's chat template, learned on the assistant's turns.
+"""Chats as training text: messages written by the target's chat template, learned on the
+assistant's turns.
 
-A chat is a list of messages, objects with `role` and `content`. The target tokenizer's template writes
-them; the source model, as a teacher, reads the same text with its own special tokens of the same use
-(`special_tokens.counterpart`). What is learned is what the assistant says, up to and including the token
-that ends its turn.
+A chat is a list of messages, objects with `role` and `content`. The target tokenizer's template
+writes them; the source model, as a teacher, reads the same text with its own special tokens of the
+same use (`special_tokens.counterpart`). What is learned is what the assistant says, up to and
+including the token that ends its turn.
 """
 
 import bisect
@@ -149,8 +150,8 @@ def write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Wr
 
 
 def _ends_there(pieces: Sequence[Piece], end: int, stop: int) -> bool:
-    """Whether there is no text, only white space, between an answer's `end` and the special token that
-    ends at `stop`."""
+    """Whether there is no text, only white space, between an answer's `end` and the special token
+    that ends at `stop`."""
     texts = [p for p in pieces if p.special is None and end < p.end <= stop]
     return not any(p.text[max(0, end - p.start) :].strip() for p in texts)
 
@@ -185,8 +186,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
 
 
 def around_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """What the template writes before a user's first message, and between it and the answer; None where
-    it has no such parts."""
+    """What the template writes before a user's first message, and between it and the answer; None
+    where it has no such parts."""
     mark = "@@@"
     prompt = _prompt(tokenizer, [{"role": "user", "content": mark}])
     before, found, after = (prompt or "").partition(mark)
@@ -319,8 +320,9 @@ def with_template(
 ) -> PreTrainedTokenizerBase:
     """The target tokenizer with the chat template that the new model is to have.
 
-    The source's, with its special tokens added where the target lacks them, if `choice` is `source`;
-    and where the target has no template but all special tokens that the source's writes. Else its own.
+    The source's, with its special tokens added where the target lacks them, if `choice` is
+    `source`; and where the target has no template but all special tokens that the source's writes.
+    Else its own.
 
     Raises:
       UserError: `choice` is `source`, which has no template.

@@ -1,7 +1,7 @@
 """Documents: read, de-duplicated, drawn within a byte budget, and split into training and held-out
 text.
 
-The artefact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`,
+The artifact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`,
 `language`, `bytes`, `source`) and `summary.json`. Memory does not grow with the corpus: text is
 streamed, and the hashes that find duplicates live in a SQLite file that exists only while reading.
 """
@@ -89,7 +89,7 @@ class Document(NamedTuple):
     """The messages of a chat as JSON (`chats.py`)."""
 
 
-# --- the artefact -----------------------------------------------------------------------------------------------------
+# --- the artifact -------------------------------------------------------------------------------
 
 
 ChatCheck = Callable[[Sequence[chats.Message]], None]
@@ -110,7 +110,8 @@ def run(
     several documents with none, the one with its smallest hash is held out.
 
     Raises:
-      UserError: the corpus is missing, unreadable, empty, without the text field, or too small to be split.
+      UserError: the corpus is missing, unreadable, empty, without the text field, or too small to
+        split.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob("*.parquet"), folder / "seen.sqlite"):
@@ -186,7 +187,8 @@ def names(config: Config) -> list[str]:
 
 
 SELF_TEXT = "self_text.jsonl"
-"""File of text that the source model wrote. Its fields are its own, whatever `config.text` names."""
+"""File of text that the source model wrote. Its fields are its own, whatever `config.text`
+names."""
 _SELF_FIELDS = {"text_field": "text", "messages_field": "messages", "language_field": "language"}
 
 
@@ -348,7 +350,7 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     )
 
 
-# --- splitting and writing --------------------------------------------------------------------------------------------
+# --- splitting and writing ----------------------------------------------------------------------
 
 
 class _Split:
@@ -455,7 +457,7 @@ class _Seen(contextlib.AbstractContextManager):
         self._path.unlink(missing_ok=True)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 class _Ledger:

@@ -15,7 +15,8 @@ from tokalign_jax.text.canonical import vocabulary_size
 def edited(
     tokenizer: PreTrainedTokenizerBase, edit: Callable[[dict[str, Any], dict[str, Any]], None]
 ) -> PreTrainedTokenizerBase:
-    """`tokenizer` with the contents of its tokenizer.json and tokenizer_config.json as `edit` leaves them."""
+    """The tokenizer after `edit` changed the contents of its tokenizer.json and
+    tokenizer_config.json."""
     with tempfile.TemporaryDirectory(prefix="tokenizer_") as folder:
         tokenizer.save_pretrained(folder)
         files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
@@ -33,10 +34,10 @@ def edited(
 def within_rows(
     tokenizer: PreTrainedTokenizerBase, rows: int, whose: str
 ) -> PreTrainedTokenizerBase:
-    """`tokenizer` without the added tokens that a model of `rows` rows has none for.
+    """The tokenizer without added tokens past the `rows` rows of its model.
 
-    Some models are published so: Gemma 3 1B with a token for images, CodeLLaMA 34B with those for filling in. What the model
-    never met, text is to be cut without.
+    Some models are published with such tokens: Gemma 3 1B with one for images, CodeLLaMA 34B with
+    those for infilling.
 
     Args:
       whose: the model, for the error.
@@ -51,8 +52,9 @@ def within_rows(
     ]
     if any(index >= rows and token not in gone for token, index in tokenizer.get_vocab().items()):
         raise UserError(
-            f"{whose}: its tokenizer has {vocabulary_size(tokenizer):,} tokens but its matrices have only {rows:,} rows; the "
-            f"tokenizer is of another model: put the right tokenizer's files beside the weights"
+            f"{whose}: its tokenizer has {vocabulary_size(tokenizer):,} tokens but its matrices have only "
+            f"{rows:,} rows; the tokenizer belongs to another model: put the right tokenizer's files beside "
+            "the weights"
         )
 
     def leave_out(state: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """Extending a vocabulary: the source tokenizer with further tokens that are mined from text.
 
-Byte pair encoding goes on where the source stopped. Text is cut by the source tokenizer; of neighbouring tokens the most
-frequent pair becomes a token, again and again (Sennrich et al. 2016, section 3.2), and its merge comes behind all merges that
-there are. So every text is first cut as before, and then some neighbours are joined: no text gets longer, and no old token
-gets another id or another meaning. Characters that a SentencePiece vocabulary spells in bytes, or does not know, may become
-tokens, too (a text of unknown ones may get longer, since several may have been one unknown token).
+Byte pair encoding continues where the source stopped. Text is tokenised by the source tokenizer;
+repeatedly the most frequent pair of neighbouring tokens becomes a token (Sennrich et al. 2016,
+section 3.2), and its merge is appended to the existing ones. So every text is first tokenised as
+before, and then some neighbours
+are joined: no text gets longer, and no old token gets another id or meaning. Characters that a
+SentencePiece vocabulary spells in bytes, or does not know, may become tokens, too (a text of
+unknown ones may get longer, since several may have been one unknown token).
 """
 
 import heapq
@@ -33,13 +35,15 @@ from tokalign_jax.utils.progress import Log, Progress, quantity
 BATCH_BYTES = 4 << 20
 """Text that is cut at once."""
 LONGEST_WORD = 256
-"""Tokens of a word; longer ones are counted in parts, so that a line of base64 does not cost its square."""
+"""Tokens of a word, at most; longer ones are counted in parts, since cost is quadratic in the
+length."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Mined(NamedTuple):
-    """New tokens, as the tokenizer spells them, each with how many tokens fewer the text has for it."""
+    """New tokens, as the tokenizer spells them, each with the number of tokens that it saves in the
+    text."""
 
     characters: list[tuple[str, int]]
     """Characters that were spelled in bytes, the most useful first."""
@@ -50,7 +54,8 @@ class Mined(NamedTuple):
 def run(
     config: Config, corpus_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """Writes `tokenizer` with tokens mined from the training documents in `corpus_folder` (`config.extend`) to `folder`.
+    """Writes `tokenizer` with tokens mined from the training documents in `corpus_folder`
+    (`config.extend`) to `folder`.
 
     Returns: the sizes of both vocabularies, and the bytes that were read.
     """
@@ -75,8 +80,9 @@ def run(
 
 
 def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
-    """Training documents drawn at random, so that every part of the corpus has its share, of at most so many bytes: of one that is
-    larger than what is left, the beginning. Where chance, since there are few, draws less than half of that, those that come first."""
+    """Training documents of at most so many bytes, drawn at random so that each part of the corpus
+    has its share; the last one is truncated. If few documents make the draw less than half of that,
+    the first ones."""
     total = json.loads((corpus_folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
     random = np.random.default_rng(seed)
     texts = _drawn(corpus_folder, budget_bytes, lambda: random.random() < budget_bytes / total)
@@ -97,7 +103,7 @@ def _drawn(corpus_folder: Path, budget_bytes: int, wanted: Callable[[], bool]) -
 
 
 def largest_size(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that the extended vocabulary needs at most, which is all that is known of it before text is read."""
+    """Upper bound on the rows of the extended vocabulary, known before text is read."""
     return vocabulary_size(tokenizer) + config.extend.new_tokens + bool(config.end_of_text)
 
 
@@ -112,8 +118,8 @@ def extended_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """`tokenizer` with up to `new_tokens` more tokens, whose ids begin behind its largest one.
 
-    The same texts in the same order give the same tokenizer. A few tens of megabytes of text are enough, and as much as is
-    read in a minute or two.
+    The same texts in the same order give the same tokenizer. A few tens of megabytes of text are
+    enough, and as much as is read in a minute or two.
 
     Args:
       texts: what the new tokens are to be frequent in.
@@ -147,12 +153,12 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
     if marked or not is_bpe:
         kind = "BPE with marks within words" if marked else type(model).__name__
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' is of kind {kind}, whose vocabulary cannot be extended: only byte pair "
-            f"encoding has merges to go on with; give it another vocabulary (target_tokenizer) instead"
+            f"the tokenizer '{tokenizer.name_or_path}' is of kind {kind}, whose vocabulary cannot be extended: "
+            "only byte pair encoding has merges to continue; give another vocabulary (target_tokenizer) instead"
         )
 
 
-# --- the old vocabulary -----------------------------------------------------------------------------------------------
+# --- the old vocabulary ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,8 +195,8 @@ class _Vocabulary:
     def allows(self, token: str, longest: int) -> bool:
         """Whether `token`, the text of a pair, is one that this vocabulary might have had.
 
-        SentencePiece's are of one kind of characters (letters, digits, others) behind at most one `▁`, or all `▁`: there is
-        no pre-tokenizer that would see to it.
+        SentencePiece's are of one kind of characters (letters, digits, others) behind at most one
+        `▁`, or all `▁`: there is no pre-tokenizer that would see to it.
         """
         if len(token) > longest or any(len(run) > self.digits for run in re.findall(r"\d+", token)):
             return False
@@ -211,7 +217,8 @@ def _kind(character: str) -> str:
 def unknown_characters(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_count: int
 ) -> list[tuple[str, int]]:
-    """Characters that the vocabulary lacks, with the tokens that they would spare, the most useful first.
+    """Characters that the vocabulary lacks, with the tokens that they would spare, the most useful
+    first.
 
     A byte-level vocabulary lacks none. One without bytes gains a known token for an unknown.
     """
@@ -233,14 +240,15 @@ def unknown_characters(
     return sorted(((c, n) for c, n in spared.items() if n), key=lambda item: (-item[1], item[0]))
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def count_words(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], log: Log
 ) -> Counter[bytes]:
-    """How often each run of tokens occurs within which neighbours may be joined, as the bytes of int32 ids; only runs of
-    two tokens and more. They end where the pre-tokenizer cuts, before a `▁`, and at tokens that cannot be joined."""
+    """How often each run of tokens occurs within which neighbours may be joined, as the bytes of
+    int32 ids; only runs of two tokens and more. They end where the pre-tokenizer cuts, before a
+    `▁`, and at tokens that cannot be joined."""
     vocabulary, backend = _Vocabulary.of(tokenizer), plain_backend(tokenizer)
     mark = vocabulary.mark
     begins = np.array([bool(mark) and token.startswith(mark) for token in vocabulary.spelled])
@@ -282,7 +290,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# --- merges -----------------------------------------------------------------------------------------------------------
+# --- merges ---------------------------------------------------------------------------------------
 
 
 def mine(
@@ -292,10 +300,12 @@ def mine(
     min_count: int,
     longest: int,
 ) -> list[tuple[str, str, int]]:
-    """The next merges, in order: both tokens, and how often they stand side by side in `words` by then.
+    """The next merges, in order: both tokens, and how often they stand side by side in `words` by
+    then.
 
-    Of pairs that are as frequent, the one of the lowest ids comes first. A pair whose text is a token already is left: its
-    merge could set off old ones, and the text would no longer be cut as counted.
+    Of pairs that are as frequent, the one of the lowest ids comes first. A pair whose text is a
+    token already is left: its merge could set off old ones, and the text would no longer be cut as
+    counted.
     """
     vocabulary = _Vocabulary.of(tokenizer)
     spelled, known = list(vocabulary.spelled), set(vocabulary.spelled)
@@ -360,7 +370,8 @@ def _joined(tokens: list[int], pair: tuple[int, int], new: int) -> list[int]:
 def _best(
     characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str, int]], count: int
 ) -> Mined:
-    """The `count` tokens that spare the most. A merge spares no more than its characters do, so they are in with it."""
+    """The `count` tokens that save the most. A merge saves no more than its characters, so these
+    come first."""
     ranked = sorted(
         [(-n, 0, i) for i, (_, n) in enumerate(characters)]
         + [(-n, 1, i) for i, (*_, n) in enumerate(merges)]
@@ -369,7 +380,7 @@ def _best(
     return Mined(list(characters[: kept[0]]), list(merges[: kept[1]]))
 
 
-# --- the new tokenizer ------------------------------------------------------------------------------------------------
+# --- the new tokenizer ----------------------------------------------------------------------------
 
 
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrainedTokenizerBase:
@@ -380,8 +391,8 @@ def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrained
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
 
     def extend(state: dict[str, Any], settings: dict[str, Any]) -> None:
-        # Added tokens that the model does not have get their ids when they are read: those behind the model's, so that they
-        # would move. What the model has keeps its id.
+        # Added tokens that the model does not have get their ids when they are read: those behind
+        # the model's, so that they would move. What the model has keeps its id.
         state["model"]["vocab"] |= added | {
             token: i for i, token in enumerate(new, vocabulary_size(tokenizer))
         }

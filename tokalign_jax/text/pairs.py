@@ -18,15 +18,15 @@ from tokalign_jax.text.boundaries import NONE, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
 
 ROOM = 1.35
-"""Source tokens that a row has room for, in target tokens: documents that need more are cut there."""
+"""Source tokens that fit into a row, per target token; documents that need more are truncated."""
 PASSAGE, SHORTEST_PASSAGE = 1500, 80
 """Characters."""
 SHORTEST = 16
-"""Target tokens of a row that are left free rather than begin another document in them."""
+"""No document is started in the last so many target tokens of a row."""
 
 
 class Pair(NamedTuple):
-    """A document in the tokens of both sides, each behind the token that begins a document there."""
+    """A document in the tokens of both sides, each after that side's start-of-document token."""
 
     source: Int[np.ndarray, "n"]
     source_ends: Int[np.ndarray, "n"]
@@ -43,11 +43,12 @@ class Rows(NamedTuple):
     source: Int[np.ndarray, "B S"]
     """0 behind the last document."""
     positions: Int[np.ndarray, "B T"]
-    """The position in `source` that has read what this position of `target` has; `NONE`: there is none."""
+    """The position in `source` at which the same text has been read as at this position of
+    `target`; or `NONE`."""
 
 
 class Pairing(NamedTuple):
-    """Two tokenizers, the tokens with which documents begin, and the special tokens that they share."""
+    """Two tokenizers, their start-of-document tokens, and the special tokens that they share."""
 
     source: PreTrainedTokenizerBase
     target: PreTrainedTokenizerBase
@@ -80,8 +81,8 @@ class Pairing(NamedTuple):
 
 
 def passages(text: str) -> list[str]:
-    """The text in passages of at most `PASSAGE` characters, cut behind white space where there is any;
-    what is left over is dropped if it is shorter than `SHORTEST_PASSAGE`."""
+    """The text in passages of at most `PASSAGE` characters, divided after white space where
+    possible; a rest shorter than `SHORTEST_PASSAGE` is dropped."""
     found = []
     while len(text) > PASSAGE:
         cut = max(text.rfind(" ", 1, PASSAGE), text.rfind("\n", 1, PASSAGE)) + 1 or PASSAGE
@@ -118,7 +119,7 @@ class _Row:
         """As much of a document as the row has room for."""
         room, begin = most - len(self.target), len(self.source)
         target, ends = pair.target[:room], pair.target_ends[:room]
-        # The first source token that ends behind all of it, and what follows, is not read.
+        # Source tokens that end behind the target's last one are not read.
         last = ends.max()
         beyond = np.flatnonzero(pair.source_ends > last)
         stop = beyond[0] if len(beyond) else len(pair.source)

@@ -71,7 +71,7 @@ class Source(NamedTuple):
     """Streams the records from the first one on."""
 
 
-# --- what a name stands for -------------------------------------------------------------------------------------------
+# --- what a name stands for -----------------------------------------------------------------------
 
 
 def split(names: str) -> list[str]:
@@ -193,7 +193,7 @@ def _what_there_is(path: Path) -> str:
     )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _file(path: Path, config: TextConfig) -> Source:
@@ -453,7 +453,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(check(kind) for check in is_one) or str(kind) in ("string_view", "binary_view")
 
 
-# --- hub datasets -----------------------------------------------------------------------------------------------------
+# --- hub datasets ---------------------------------------------------------------------------------
 
 
 def _hub_records(name: str, config: TextConfig) -> Iterator[Record]:

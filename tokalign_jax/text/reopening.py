@@ -1,8 +1,10 @@
-"""Reads a tokenizer folder as its users do, with AutoTokenizer, and compares what it does with texts.
+"""Reads a tokenizer folder as its users do, with AutoTokenizer, and compares what it does with
+texts.
 
-transformers picks the class by `model_type` and `tokenizer_class`, and some classes rebuild normaliser
-and pre-tokenizer from their own code: the same tokenizer.json then gives other ids. As a script
-(`python reopening.py FOLDER`) this prints the reading as JSON; it imports nothing but transformers.
+transformers picks the class by `model_type` and `tokenizer_class`, and some classes rebuild
+normaliser and pre-tokenizer from their own code: the same tokenizer.json then gives other ids. As a
+script (`python reopening.py FOLDER`) this prints the reading as JSON; it imports nothing but
+transformers.
 """
 
 import json
@@ -56,11 +58,12 @@ TEXTS = (
     " ",
     "\n",
 )
-"""Short texts in many scripts, numbers, code, white space, contractions, emoji and odd characters."""
+"""Short texts in many scripts, numbers, code, white space, contractions, emoji and odd
+characters."""
 
 
 def read(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Ids of every text, with and without what the tokenizer adds, those decoded again, and roles."""
+    """Ids of every text with and without added special tokens, their decodings, and roles."""
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     roles = ("bos", "eos", "pad")
     return {
@@ -90,7 +93,7 @@ def difference(expected: Reading, found: Reading) -> str:
 
 
 def cut_difference(expected: Reading, found: Reading) -> str:
-    """The first text that two readings cut or decode differently, in words; "" where there is none."""
+    """A description of the first text that two tokenizers encode or decode differently, or ""."""
     for key, verb in (
         ("ids", "cut into"),
         ("bare", "cut into"),

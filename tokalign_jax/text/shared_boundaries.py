@@ -1,9 +1,9 @@
 """Shared boundaries of the token shards: for each target token, the source token that ends with it.
 
 The shards of both sides hold the same documents. Where a source token and a target token end at the
-same place of the text (`boundaries.py`), both models have read the same text, and the source model can
-teach there. The artifact is `positions.bin` (int32 or int64 for each target token: the position of the
-source token in the source's shards, or `NONE`) and `index.json`.
+same place of the text (`boundaries.py`), both models have read the same text, and the source model
+can teach there. The artifact is `positions.bin` (int32 or int64 for each target token: the position
+of the source token in the source's shards, or `NONE`) and `index.json`.
 """
 
 import json

@@ -14,7 +14,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.text.canonical import special_ids
 
 SEPARATOR = "document_separator"
-"""Key of tokenizer_config.json that names the token between documents, if it is not to be guessed."""
+"""Key of tokenizer_config.json that names the document separator explicitly."""
 
 _TEXT_ENDS = (
     "endoftext",
@@ -58,7 +58,7 @@ _SAME_USE = (
     ("fimmiddle", "mid", "middle", "fimend"),
     ("fimsuffix", "suf", "suffix", "fimhole"),
 )
-"""Special tokens of the same use: the end and the start of a turn; filling in the middle of a text."""
+"""Special tokens of the same use: end and start of a turn, and infilling."""
 
 
 class Counterpart(NamedTuple):
@@ -105,9 +105,11 @@ def role_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
 
 
 def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
-    """Whether the token `index` ends turns of a chat: by its name, or as an eos in the chat template.
+    """Whether the token `index` ends turns of a chat: by its name, or as an eos in the chat
+    template.
 
-    A token named as the end of a text does not, although LLaMA 2's template ends answers with `</s>`.
+    A token named as the end of a text does not, although LLaMA 2's template ends answers with
+    `</s>`.
     """
     if index is None:
         return False
@@ -190,6 +192,6 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     if index is None:
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' has no token {token!r}, which {SEPARATOR} in its "
-            f"tokenizer_config.json names as the end of documents: name one of its tokens, or take that line away"
+            f"tokenizer_config.json names as the end of documents: name one of its tokens, or remove the line"
         )
     return index

@@ -1,10 +1,14 @@
-"""Token shards: every training document as ids of the source and of the target tokenizer, memory-mapped.
+"""Token shards: the training documents as ids of the source and of the target tokenizer,
+memory-mapped.
 
-For each side a folder with `tokens.bin` (raw little-endian uint16, or uint32 past 65,536 tokens), `documents.npy`
-(int64: where each document ends; its last token is the end-of-text), `counts.npy` (int64 [V]: how often each id occurs),
-`unlearned.npy` (int64 [n, 2]: stretches of tokens that are read but not predicted)
-and `index.json` (type, sizes, what of a text the tokenizer does not keep, and documents, bytes, tokens, unknown ones among
-them and bytes per token by language).
+For each side a folder with
+
+- `tokens.bin`: raw little-endian uint16, or uint32 past 65,536 tokens;
+- `documents.npy` (int64): the end of each document, whose last token is the end-of-text;
+- `counts.npy` (int64 [V]): occurrences of each id;
+- `unlearned.npy` (int64 [n, 2]): stretches of tokens that are read but not predicted;
+- `index.json`: type, sizes, which text the tokenizer does not preserve, and by language documents,
+  bytes, tokens, unknown tokens and bytes per token.
 """
 
 import dataclasses
@@ -37,7 +41,7 @@ class TokenShards:
     """One side's tokens, opened for random access."""
 
     tokens: np.ndarray
-    """uint16 or uint32 [tokens], memory-mapped: all documents one behind the other."""
+    """uint16 or uint32 [tokens], memory-mapped: the documents concatenated."""
     documents: np.ndarray
     """int64 [documents]: the position past each document's end-of-text."""
     counts: np.ndarray
@@ -45,12 +49,12 @@ class TokenShards:
     index: dict[str, Any]
     """`index.json`."""
     unlearned: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    """int64 [n, 2]: stretches (begin, end) of tokens that are read but not predicted: turns of a chat
-    that are not the assistant's."""
+    """int64 [n, 2]: stretches (begin, end) of tokens that are read but not predicted: turns of a
+    chat that are not the assistant's."""
 
     @property
     def opening(self) -> int | None:
-        """`opening_id` of the tokenizer: what a sequence that begins anywhere in the text is to begin with."""
+        """`opening_id` of the tokenizer, with which every training sequence begins."""
         return self.index.get("opening")
 
     @classmethod
@@ -93,9 +97,11 @@ def run(
     folder: Path,
     log: Log,
 ) -> dict[str, Any]:
-    """Tokenises the training documents in `corpus_folder` with both tokenizers; returns both `index.json`.
+    """Tokenises the training documents in `corpus_folder` with both tokenizers; returns both
+    `index.json`.
 
-    The text is read once and both tokenizers work on each batch at the same time, each with its own threads.
+    The text is read once; both tokenizers process each batch concurrently, each with its own
+    threads.
     """
     writers = [
         ShardWriter(folder / side, tokenizer, target_tokenizer)
@@ -116,7 +122,8 @@ def run(
     for side, index in indices.items():
         if index["loses"]:
             log(
-                f"tokens: the {side} tokenizer does not keep {', '.join(index['loses'])} ({_unknown_share(index)})"
+                f"tokens: the {side} tokenizer does not keep {', '.join(index['loses'])} "
+                f"({_unknown_share(index)})"
             )
     return indices
 
@@ -140,8 +147,8 @@ def tokenize(
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Raises:
-      UserError: nothing can end a document (`end_of_text_id`), the tokenizer adds tokens to texts that
-        are not what it calls them (`check_added_tokens`), or there is text that it fails at.
+      UserError: the tokenizer has no token to end documents (`end_of_text_id`), adds wrong ids to
+        texts (`check_added_tokens`), or fails on some text.
     """
     end_of_text_id(tokenizer)
     check_added_tokens(tokenizer)
@@ -156,7 +163,7 @@ def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if eos is not None and eos != end:
         line += f"; its eos, {tokenizer.eos_token!r}, ends turns of a chat"
     elif ends_turn(tokenizer, end):
-        line = f"warning: {line}, although it ends turns of a chat: the tokenizer has no other end of text"
+        line = f"warning: {line}, although it ends turns of a chat: there is no other end-of-text token"
         line += (
             ", so the model learns that any text may end a turn; name one with --config.end_of_text"
         )
@@ -165,20 +172,20 @@ def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def opening_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer itself puts before every text (LLaMA's, Gemma's, BERT's); None where there is none.
+    """The token that the tokenizer prepends to every text (LLaMA's, Gemma's, BERT's), or None.
 
-    Such a model has never read anything without it, and some (Gemma) make little of a text that lacks it.
+    Such a model was never trained on text without it, and some (Gemma) perform badly on it.
     """
     return _added_to_text(tokenizer, 0)
 
 
 def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer itself puts behind every text (T5's eos, BERT's `[SEP]`); None where there is none."""
+    """The token that the tokenizer appends to every text (T5's eos, BERT's `[SEP]`), or None."""
     return _added_to_text(tokenizer, -1)
 
 
 def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None:
-    # Some vocabularies (of one script, of capitals) do not know an "a": then with the first token that they do know.
+    # Some vocabularies (of another script) lack "a": then with their first token that gives ids.
     for text in itertools.chain("a", tokenizer.get_vocab()):
         whole, bare = (
             tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False)
@@ -189,7 +196,8 @@ def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None
 
 
 def _beside(whole: list[int], bare: list[int], place: int) -> int | None:
-    """The first (`place` 0) or last (-1) of `whole`, unless `bare`, a part of it, begins or ends there."""
+    """The first (`place` 0) or last (-1) id of `whole`, unless its sub-sequence `bare` begins or
+    ends there."""
     starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
     if not starts:
         return None
@@ -200,8 +208,8 @@ def _beside(whole: list[int], bare: list[int], place: int) -> int | None:
 def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Raises:
-      UserError: the post-processor adds an id to texts that belongs to another token than it says, or
-        to none. A tokenizer that was retrained from another one may have kept that one's ids.
+      UserError: the post-processor adds an id to texts that does not belong to the token it names,
+        as after retraining a tokenizer from another one.
     """
     post_processor = cast(Any, tokenizer).backend_tokenizer.post_processor
     vocabulary = tokenizer.get_vocab()
@@ -215,13 +223,14 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         means = "no token" if other is None else f"the token {other!r}"
         remedy = "take it out" if known is None else f"write its id, {known}"
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' adds {token!r} to texts as the id {index}, which is {means}: its model has no "
-            f"such row, or that of something else; in its tokenizer.json, under post_processor, {remedy}"
+            f"the tokenizer '{tokenizer.name_or_path}' adds {token!r} to texts as the id {index}, which is "
+            f"{means}: its model has no such row, or another token's; in its tokenizer.json, under "
+            f"post_processor, {remedy}"
         )
 
 
 def _added_by(post_processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(token, id) of all that a post-processor adds, from its part of tokenizer.json."""
+    """(token, id) of all tokens that a post-processor adds, from its part of tokenizer.json."""
     for part in post_processor.get("processors", ()):
         yield from _added_by(part)
     for key in ("cls", "sep"):  # BERT's and RoBERTa's
@@ -293,7 +302,8 @@ class ShardWriter:
         return found.ids, chats.is_learned(found.ends, written.learned)
 
     def _mark(self, learned: np.ndarray) -> None:
-        """Notes which tokens of a chat that begins here are not learned, its end-of-text included."""
+        """Records the tokens of a chat starting here that are not learned, its end-of-text
+        included."""
         unlearned = np.concatenate([[False], ~learned, [True, False]])
         edges = np.flatnonzero(unlearned[1:] != unlearned[:-1])
         self._unlearned.extend((self._tokens + edges).tolist())

@@ -1,15 +1,15 @@
 """The stream of training sequences: a seeded global shuffle of fixed-length windows over the token
 shards, by grain.
 
-Sequence i holds tokens i T to i T + T; its last token is the next one's first, so that every token is
-predicted once. A token that the tokenizer puts before every text (bos) takes the first position of each
-sequence, which is only read. Position p of the stream is a sequence: pass p // N over the corpus, and
-within it number p % N in that pass's own order (N sequences a pass). Steps read the stream in order:
-step s of a stage that starts at `offset` reads positions offset + s G to offset + (s + 1) G, G the
-global batch, however many hosts share the work.
+Sequence i holds tokens i T to i T + T; its last token is the next one's first, so that every token
+is predicted once. A token that the tokenizer puts before every text (bos) takes the first position
+of each sequence, which is only read. Position p of the stream is a sequence: pass p // N over the
+corpus, and within it number p % N in that pass's own order (N sequences a pass). Steps read the
+stream in order: step s of a stage that starts at `offset` reads positions offset + s G to offset +
+(s + 1) G, G the global batch, however many hosts share the work.
 
-A token that is read but not predicted (a user's turn of a chat) stands as ~id in a sequence, a negative
-number, which the losses ignore as a label (`read_and_predicted`).
+A token that is read but not predicted (a user's turn of a chat) stands as ~id in a sequence, a
+negative number, which the losses ignore as a label (`read_and_predicted`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ _THREADS, _READY_BATCHES = 2, 8
 
 
 class Shards(Protocol):
-    """What is needed of `text.tokenizing.TokenShards`: one long array of token ids, what sequences begin
-    with, and stretches (begin, end) of tokens that are not predicted."""
+    """The part of `text.tokenizing.TokenShards` that training reads: token ids, the token that
+    sequences begin with, and stretches (begin, end) of tokens that are not predicted."""
 
     @property
     def tokens(self) -> np.ndarray: ...
@@ -50,8 +50,8 @@ class Sequences(Protocol):
 
 
 class TokenSource:
-    """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one further,
-    labels (`read_and_predicted`)."""
+    """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one
+    further, labels (`read_and_predicted`)."""
 
     def __init__(self, shards: Shards, sequence_length: int):
         self._tokens, self._opening, self._length = shards.tokens, shards.opening, sequence_length
@@ -77,7 +77,7 @@ class TokenSource:
             yield max(begin - start, 0), end - start
 
     def _getitems(self, indices: Sequence[int]) -> list[Any]:
-        """grain's name for reading many at once; it spares its own work by item."""
+        """Batched access, which grain calls by this name; it saves its overhead per item."""
         return [self[index] for index in indices]
 
 
@@ -93,10 +93,10 @@ class SourceText(NamedTuple):
 class PairedSource(TokenSource):
     """The sequences of `TokenSource`, each with the source tokens of its text.
 
-    Items are dicts of int32 arrays: `tokens` [T + 1]; `source` [S], which begins with the source token
-    that ends at the first shared boundary of the sequence; and `positions` [T], the position in `source`
-    after which the teacher has read the same text, or `NONE`. Of text that takes more than S source
-    tokens, the end has no positions.
+    Items are dicts of int32 arrays: `tokens` [T + 1]; `source` [S], which begins with the source
+    token that ends at the first shared boundary of the sequence; and `positions` [T], the position
+    in `source` after which the teacher has read the same text, or `NONE`. Of text that takes more
+    than S source tokens, the end has no positions.
     """
 
     def __init__(self, shards: Shards, sequence_length: int, text: SourceText, source_length: int):
@@ -142,11 +142,12 @@ def make_stream(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.DatasetIterator:
-    """This host's batches, int32 [accumulation, micro_batch / hosts, T + 1], one a step; of sequences that are dicts, dicts of such.
+    """Iterates over this host's batches, int32 [accumulation, micro_batch / hosts, T + 1], one a
+    step; for sequences that are dicts, dicts of such arrays.
 
-    The global array of a step, the hosts' parts side by side on axis 1, is the same for any number of hosts.
-    `get_state` and `set_state` save and restore the position exactly; the state does not depend on the number of hosts
-    either.
+    The global array of a step, the hosts' parts concatenated on axis 1, is the same for any number
+    of hosts. `get_state` and `set_state` save and restore the exact position, which does not depend
+    on the number of hosts either.
 
     Args:
       source: the sequences, N of them.
@@ -162,7 +163,7 @@ def make_stream(
         raise ValueError(
             f"a micro-batch of {micro_batch} sequences does not divide among {hosts} hosts"
         )
-    # grain adds the pass to its seed: neighbouring seeds would share orders if they were not spread first.
+    # grain adds the epoch to its seed: without hashing, neighbouring seeds would share orders.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     stream = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat(epochs or None)
     parts = stream.slice(slice(offset, None)).batch(micro_batch // hosts, drop_remainder=True)
@@ -176,13 +177,15 @@ def resolve_offset(
     """The stream position (sequences) at which a stage starts.
 
     Args:
-      start_offset: a number of sequences (int), a fraction of one pass (float below 1) or `after_previous`.
+      start_offset: a number of sequences (int), a fraction of one pass (float below 1) or
+        `after_previous`.
       sequences_per_pass: sequences of this stage's length in the corpus.
-      epochs: passes in the stream; 0: unbounded, though a number or fraction must still lie within the first pass.
+      epochs: passes in the stream; 0: unbounded, though a number or fraction must still lie within
+        the first pass.
       previous_end: the position after the last sequence that the stage before read.
 
     Raises:
-      UserError: for an offset that is past the stream's end, naming the length.
+      UserError: the offset is past the end of the stream.
     """
     if isinstance(start_offset, str):
         position, unbounded = previous_end, not epochs

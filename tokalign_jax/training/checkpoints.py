@@ -1,10 +1,11 @@
-"""Checkpoints of a stage, by Orbax: each is written aside and renamed when whole, so that a killed run leaves none in
-parts.
+"""Checkpoints of a stage, by Orbax: each is written aside and renamed when complete, so that a
+killed run leaves none in parts.
 
-A checkpoint `STEP/` has three items: `params` (what trains, float32), `optimizer` (all other arrays of the train state)
-and `position` (JSON: state of the data stream, next sequence, global batch, fingerprint of what shaped the run; a checksum
-of each array, and a digest of all this). Orbax notices files that are missing or cut when it reads them; what else a disk
-may do to them the checksums notice.
+A checkpoint `STEP/` has three items: `params` (what trains, float32), `optimizer` (all other arrays
+of the train state) and `position` (JSON: state of the data stream, next sequence, global batch,
+fingerprint of what shaped the run; a checksum of each array, and a digest of all this). Orbax
+notices files that are missing or cut when it reads them; what else a disk may do to them the
+checksums notice.
 """
 
 import errno
@@ -53,7 +54,8 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` stay. Use as a context: leaving it waits for the writing.
+    """The checkpoints in one folder; the newest `keep` stay. A context manager: leaving it waits
+    for writes.
 
     Of several processes all call each method together.
     """
@@ -103,7 +105,8 @@ class Checkpoints:
         return position
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of that step, bit for bit, with the structure and shardings of `like` (arrays, or only their shapes).
+        """The exact state of a step, with the structure and shardings of `like` (arrays or their
+        shapes).
 
         Raises:
           Damaged: it is not what was written.
@@ -129,7 +132,8 @@ class Checkpoints:
         return params
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that it is none any more but can be looked at; returns its new place."""
+        """Renames a damaged checkpoint, so that it is ignored but can be inspected; returns its new
+        path."""
 
         def rename() -> str:
             aside = unused(self.path(step).with_name(f"{step}.damaged"))
@@ -157,8 +161,9 @@ class Checkpoints:
         return self._read(step, read)
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
-        # Not through the manager: it waits for the other processes after reading, of which one may have failed to.
-        # Not strict: a vocabulary's matrices have as many rows of padding, all zeros, as the mesh asks for.
+        # Not through the manager, which waits for the other processes after reading: one may have
+        # failed. Not strict, since the number of padding rows (zeros) of vocabulary matrices
+        # depends on the mesh.
         args = ocp.args.StandardRestore(_abstract(like), strict=False)
         place = self._manager.directory / str(step) / item
         return self._read(step, lambda: ocp.StandardCheckpointHandler().restore(place, args=args))
@@ -201,8 +206,8 @@ class Checkpoints:
 def checksums(tree: paths.Tree) -> dict[str, int]:
     """A checksum of each array, by path; the same however it is split over devices.
 
-    The sum modulo 2^32 of its words, each times an odd number that goes with its place: no change of one word leaves it as
-    it was, and a change of many does once in 2^32 times.
+    The sum modulo 2^32 of its words, each times an odd number that goes with its place: no change
+    of one word leaves it as it was, and a change of many does once in 2^32 times.
     """
     leaves = paths.flatten(tree)
     return {path: int(value) for path, value in jax.device_get(_checksums(leaves)).items()}
@@ -254,7 +259,8 @@ def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
 
 
 def _found_no_room(error: BaseException | None) -> bool:
-    """Whether it, or what led to it, is the system's word that a disk or quota is full, or a file too large."""
+    """Whether an exception, or its cause, is the system's error for a full disk or quota or a file
+    limit."""
     if error is None:
         return False
     if _system_code(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -270,7 +276,7 @@ _OF_THE_STORAGE = {
     ).split()
     if hasattr(errno, name)
 }
-"""What the system says when the storage, a network or a limit is to blame, not what stands in a file."""
+"""System errors caused by storage, network or limits, not by the contents of a file."""
 
 
 def _system_code(error: BaseException) -> int | None:
@@ -289,7 +295,8 @@ def check_resumable(position: Position, global_batch: int, fingerprint: str, fol
     if position.global_batch != global_batch:
         raise UserError(
             f"the checkpoint '{folder}' was made with {position.global_batch} sequences a step, this run has "
-            f"{global_batch}: rate and data position would no longer fit; set batch_size={position.global_batch}, or use another workdir"
+            f"{global_batch}: rate and data position would no longer fit; set "
+            f"batch_size={position.global_batch}, or use another workdir"
         )
     if position.fingerprint != fingerprint:
         raise UserError(

@@ -33,7 +33,8 @@ from tokalign_jax.training.losses import head_of, token_nll, weighted_cross_entr
 TEMPERATURE = 100.0
 """t; the paper's."""
 LEAST_NATS = 1e-3
-"""A chunk's negative log-likelihood is taken to be at least this: the divergence has no bound at 0."""
+"""A chunk's negative log-likelihood is taken to be at least this: the divergence has no bound at
+0."""
 
 
 class Batch(NamedTuple):
@@ -133,7 +134,8 @@ def _likelihood_terms(
 
 
 class Chunks(NamedTuple):
-    """The text between consecutive shared boundaries of each row, [B, T] with what is behind the last."""
+    """The text between consecutive shared boundaries of each row, [B, T] with what is behind the
+    last."""
 
     student: Float[Array, "B T"]
     """Negative log-likelihood, nats."""
@@ -170,7 +172,8 @@ def chunk_nats(
 
 
 def divergence(student: Float[Array, "..."], teacher: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The binary divergence of chunks' likelihoods, from their negative logarithms (module docstring)."""
+    """The binary divergence of chunks' likelihoods, from their negative logarithms (module
+    docstring)."""
     log_p, log_q = (-jnp.maximum(nats, LEAST_NATS) / TEMPERATURE for nats in (teacher, student))
     log_not_p, log_not_q = (jnp.log(-jnp.expm1(x)) for x in (log_p, log_q))
     return TEMPERATURE * (
@@ -181,7 +184,8 @@ def divergence(student: Float[Array, "..."], teacher: Float[Array, "..."]) -> Fl
 def state_distance(
     student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], counts: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Squared distance between states over the variance of the teacher's: 1 for the best constant."""
+    """Squared distance between states over the variance of the teacher's: 1 for the best
+    constant."""
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     at = counts[..., None]
     mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)

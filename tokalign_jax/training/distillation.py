@@ -1,17 +1,20 @@
-"""Token-level distillation: at each position the student learns the teacher's distribution over the tokens that both have.
+"""Token-level distillation from a teacher with the target tokenizer: at each position the student
+learns the teacher's distribution over the tokens that both have.
 
-B batch, T length, D model (of the student; the teacher's may differ), V tokens that both have, R rows of a head (V and its padding),
-r of them on a device, C tokens of a chunk.
+B batch, T length, D model (of the student; the teacher's may differ), V tokens that both have, R
+rows of a head (V and its padding), r of them on a device, C tokens of a chunk.
 
-    loss = weight T^2 ((1 - reverse) KL(p || q) + reverse KL(q || p)) + (1 - weight) (next-token cross-entropy)
+    loss = weight T^2 ((1 - reverse) KL(p || q) + reverse KL(q || p))
+           + (1 - weight) (next-token cross-entropy)
 
-with p = softmax(teacher / T) and q = softmax(student / T) over V, T the temperature (Hinton et al. 2015, arXiv 1503.02531, section 2:
-gradients shrink as 1 / T^2, hence the factor). The forward divergence covers all that the teacher does, the reverse one keeps to what it
-does most (arXiv 2306.08543, section 2).
+with p = softmax(teacher / T) and q = softmax(student / T) over V, T the temperature (Hinton et al.
+2015, arXiv 1503.02531, section 2: gradients shrink as 1 / T^2, hence the factor). The forward
+divergence is mean-seeking, the reverse one mode-seeking (arXiv 2306.08543, section 2).
 
-As in `losses`: logits of both exist for C tokens at once and never whole, and the gradients for the student's states and head are made in
-the same pass, the head's summed in float32; where a mesh splits the heads' rows, each device has the logits of its own rows, and only
-states and a few numbers a token travel. The next-token term comes from the same logits.
+As in `losses`, logits of both are materialised for C tokens at once, and the gradients with respect
+to the student's states and head are computed in the same pass, the head's accumulated in float32;
+where a mesh shards the heads' rows, each device has the logits of its own rows, and only states and
+a few numbers a token are communicated. The next-token term uses the same logits.
 """
 
 import functools
@@ -54,21 +57,23 @@ from tokalign_jax.utils import compiling, paths
 
 
 class Teaching(NamedTuple):
-    """How states of student and teacher become a loss; all that is known when the program is compiled."""
+    """Static settings of the loss."""
 
     student: Head
     teacher: Head
     vocabulary: int
-    """V: ids that both have. Others have no part in the divergence; those of the student have one in the next-token term."""
+    """V: ids that both have. Others are not part of the divergence; the student's are part of the
+    next-token term."""
     reverse: float = 0.0
-    """Share of the reverse divergence, KL(student || teacher); the rest is the forward one, KL(teacher || student)."""
+    """Share of the reverse divergence, KL(student || teacher); the rest is the forward one,
+    KL(teacher || student)."""
     temperature: float = 1.0
     weight: float = 1.0
     """Share of the divergence in the loss; the rest is next-token cross-entropy."""
 
 
 class Teacher(NamedTuple):
-    """A model that teaches: it is frozen, in the compute type, and lies on the mesh as the student does."""
+    """A frozen model in the compute type, sharded like the student."""
 
     config: ModelConfig
     params: paths.Tree
@@ -76,21 +81,23 @@ class Teacher(NamedTuple):
     vocabulary: int
     """Ids that teacher and student both have, with the same tokens."""
     identity: str
-    """Tells its weights from those of another."""
+    """Digest of its files."""
 
 
 def objective(stage: DistillationConfig, teacher: Teacher) -> Objective:
-    """What a stage with a teacher minimises, as its settings have it."""
+    """The objective of Stage 3."""
     reverse = {"forward": 0.0, "reverse": 1.0, "mixed": stage.mixture}[stage.divergence]
-    lessons = Lessons(teacher.config, teacher.vocabulary, reverse, stage.temperature, stage.weight)
+    loss = TokenDistillation(
+        teacher.config, teacher.vocabulary, reverse, stage.temperature, stage.weight
+    )
     return Objective(
-        lessons, teacher.params, {"teacher": teacher.identity, "vocabulary": teacher.vocabulary}
+        loss, teacher.params, {"teacher": teacher.identity, "vocabulary": teacher.vocabulary}
     )
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Makes the loss of a stage with a teacher. It holds no weights, and equal ones make the same program."""
+class TokenDistillation:
+    """Makes the loss. It holds no arrays, and equal ones make the same program."""
 
     teacher: ModelConfig
     vocabulary: int
@@ -111,7 +118,8 @@ def make_distillation_loss(
     compute: ComputeConfig,
     lora: LoraSpec | None,
 ) -> Loss:
-    """The loss of a micro-batch, whose frozen tree is the pair (frozen parameters of the student, parameters of the teacher)."""
+    """The loss of a micro-batch, whose frozen tree is the pair (frozen parameters of the student,
+    parameters of the teacher)."""
     dtype = jnp.dtype(compute.dtype)
     remat = "dots" if compute.remat == "auto" else compute.remat
 
@@ -121,7 +129,7 @@ def make_distillation_loss(
         frozen, taught = frozen
         params = paths.merge(trainable, frozen)
         inputs, labels = read_and_predicted(tokens)
-        wanted = jax.lax.stop_gradient(forward(teacher, taught, inputs, dtype=dtype))
+        teacher_hidden = jax.lax.stop_gradient(forward(teacher, taught, inputs, dtype=dtype))
         hidden = forward(
             model,
             params,
@@ -132,14 +140,16 @@ def make_distillation_loss(
             remat=remat,
             unroll=compute.unroll,
         )
-        return distillation(hidden, head_matrix(params), wanted, head_matrix(taught), labels, how)
+        return distillation(
+            hidden, head_matrix(params), teacher_hidden, head_matrix(taught), labels, how
+        )
 
     return loss
 
 
 def with_rows(params: paths.Tree, vocabulary: int, mesh: Mesh) -> paths.Tree:
-    """Parameters on the mesh whose vocabulary's matrices have the rows of a model of `vocabulary` tokens, padding included
-    (`sharding.padded_shape`): rows past these are left out, missing ones are zeros."""
+    """Parameters with vocabulary matrices resized to `vocabulary` rows and their padding
+    (`sharding.padded_shape`): further rows are dropped, missing ones are zeros."""
 
     def fitted(path: str, leaf: jax.Array) -> jax.Array:
         shape = sharding.padded_shape(path, (vocabulary, *leaf.shape[1:]), mesh)
@@ -165,18 +175,20 @@ def distillation(
     labels: Int[Array, "B T"],
     how: Teaching,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The loss summed over tokens (nats, float32), and how many count. Differentiable in `hidden` and `head`; the teacher gets no gradient.
+    """(sum of the loss over tokens in nats, number of tokens that are not ignored). Differentiable
+    with respect to `hidden` and `head`; the teacher gets no gradient.
 
     Args:
-      hidden: the student's, after its final norm.
-      head: its output matrix, with its float32 masters; the gradient for it is summed over the chunks in float32.
-      teacher_hidden: of the same tokens.
-      teacher_head: with as many rows as `head`, so that devices have the same ids of both.
-      labels: token ids; at a negative one nothing counts, not the divergence either.
+      hidden: the student's states after its final norm.
+      head: its output matrix (float32 masters); its gradient is accumulated over chunks in float32.
+      teacher_hidden: the teacher's states for the same tokens.
+      teacher_head: with as many rows as `head`, so that devices hold the same ids of both.
+      labels: token ids; negative ones are ignored, in the divergence too.
     """
     if len(head) != len(teacher_head):
         raise ValueError(
-            f"the student's head has {len(head)} rows and the teacher's {len(teacher_head)}: `with_rows` makes them equal"
+            f"the student's head has {len(head)} rows and the teacher's {len(teacher_head)}: `with_rows` "
+            "makes them equal"
         )
     return _total(hidden, head, teacher_hidden, teacher_head, labels, how), jnp.sum(
         labels >= 0, dtype=jnp.float32
@@ -203,7 +215,7 @@ def _total_forward(
     labels: Array,
     how: Teaching,
 ):
-    """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
+    """(total, its gradients with respect to `hidden` and `head`, as residuals)."""
 
     def local(
         hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, labels: Array
@@ -229,7 +241,8 @@ def _total_forward(
         )
         (total, head_gradient), gradient = over_chunks(one_chunk, (states, teacher_states, targets))
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-        # Devices that have other rows have the loss of the same tokens: it is added up over `data` alone.
+        # Devices that hold other rows have the loss of the same tokens, so it is summed over `data`
+        # alone.
         return (
             over(DATA, total),
             gradient.astype(hidden.dtype),
@@ -264,7 +277,8 @@ def _loss(
     ids: Int[Array, "r"],
     how: Teaching,
 ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
-    """The loss of each token, over the rows of all devices, and its gradient for the student's logits here."""
+    """(loss of each token over the rows of all devices, its gradient with respect to the student's
+    local logits)."""
     loss, gradient = _divergence(logits, teacher_logits, ids < how.vocabulary, how)
     if how.weight < 1:
         log_q = _log_softmax(logits, ids < how.student.vocabulary)
@@ -282,9 +296,11 @@ def _divergence(
     known: Bool[Array, "r"],
     how: Teaching,
 ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
-    """T^2 times the divergence of each token over all `known` ids, and its gradient for the student's logits here.
+    """(T^2 times the divergence of each token over all `known` ids, its gradient with respect to
+    the student's local logits).
 
-    With q = softmax(s / T) and d = log q - log p: T dKL(p || q) / ds = q - p, and T dKL(q || p) / ds = q (d - KL(q || p)).
+    With q = softmax(s / T) and d = log q - log p: T dKL(p || q) / ds = q - p, and
+    T dKL(q || p) / ds = q (d - KL(q || p)).
     """
     log_q, log_p = (_log_softmax(x / how.temperature, known) for x in (logits, teacher_logits))
     q, p = jnp.exp(log_q), jnp.exp(log_p)
@@ -301,7 +317,7 @@ def _divergence(
 
 
 def _log_softmax(logits: Float[Array, "C r"], known: Bool[Array, "r"]) -> Float[Array, "C r"]:
-    """Log-probabilities over the `known` ids of all devices; those of others are so low that nothing is left of them."""
+    """Log-probabilities over the `known` ids of all devices; all others get probability 0."""
     logits = jnp.where(known, logits, LEAST)
     largest, total = largest_and_sum(logits)
     return logits - (largest + jnp.log(total))[:, None]

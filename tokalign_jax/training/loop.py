@@ -1,4 +1,5 @@
-"""Runs a training stage: everything around the pure step that touches files, devices or the clock."""
+"""Runs a training stage: everything around the pure step that touches files, devices or the
+clock."""
 
 import dataclasses
 import functools
@@ -53,11 +54,12 @@ from tokalign_jax.utils import paths, stopping
 from tokalign_jax.utils.progress import Log, duration, quantity
 
 _AHEAD = 2
-"""Steps handed to the device before the metrics of the first are asked for, and batches sent to it before they are needed."""
+"""Steps dispatched before the metrics of the first are read, and batches prefetched to the
+device."""
 
 _COMPARED_APART = ("batch_size", "start_offset", "teacher")
-"""Stage fields that are in no checkpoint's fingerprint: of these the global batch, the resolved offset and the teacher's files are
-compared by themselves."""
+"""Stage fields that are in no checkpoint's fingerprint: of these the global batch, the resolved
+offset and the teacher's files are compared by themselves."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ class StageResult:
     """A finished stage."""
 
     params: paths.Tree
-    """All parameters: what trained in float32 (adapters beside their kernels), the rest the very leaves that came in."""
+    """All parameters: trained ones in float32 (adapters beside their kernels), the others as
+    given."""
     stream_end: int
-    """Tokens into the shuffled stream at which it stopped reading: `previous_end` of the next stage."""
+    """Position in the shuffled stream (tokens) at which it stopped: `previous_end` of the next
+    stage."""
     tokens: int
     """Tokens trained on."""
     history: list[metrics.Record]
@@ -75,7 +79,8 @@ class StageResult:
 
 
 def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
-    """Sequences that all devices read at once: as many as `per_device_batch` lets, among those that divide a step.
+    """Sequences of a micro-batch over all devices: the largest divisor of a step's sequences that
+    `per_device_batch` allows.
 
     Raises:
       UserError: a step's sequences do not divide among the devices.
@@ -89,7 +94,8 @@ def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
 
 
 def held_at_once(name: str, stage: StageConfig, mesh: Mesh) -> list[int]:
-    """How many sequences a device can hold at once so that rounds of as many make a step, in increasing order.
+    """Possible micro-batch sizes of one device, in increasing order: those that divide its share of
+    a step.
 
     Raises:
       UserError: a step's sequences do not divide among the devices.
@@ -97,8 +103,9 @@ def held_at_once(name: str, stage: StageConfig, mesh: Mesh) -> list[int]:
     devices = sharding.sequences_at_once(mesh)
     if stage.batch_size % devices:
         raise UserError(
-            f"{name}.batch_size is {stage.batch_size} sequences, which do not divide among the {devices} devices that read sequences of "
-            f"their own (mesh.data x mesh.fsdp): set --config.{name}.batch_size to a multiple of {devices}, or use fewer devices"
+            f"{name}.batch_size={stage.batch_size} is not divisible by the {devices} data-parallel devices "
+            f"(mesh.data * mesh.fsdp): set --config.{name}.batch_size to a multiple of {devices}, or use "
+            "fewer devices"
         )
     each = stage.batch_size // devices
     return [n for n in range(1, each + 1) if each % n == 0]
@@ -119,8 +126,8 @@ def trains(stage: StageConfig, path: str) -> bool:
 
 
 def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
-    """What parameters, gradients and optimizer of a stage need in all: 16 bytes for each that trains (float32: itself, its gradient,
-    Adam's two moments), 2 for each that is frozen."""
+    """Bytes of parameters, gradients and optimizer state: 16 for each trained parameter (float32:
+    itself, its gradient, Adam's two moments), 2 for each frozen one."""
     leaves = paths.flatten(abstract_params(config, lora_spec(stage)))
     return sum(leaf.size * (16 if trains(stage, path) else 2) for path, leaf in leaves.items())
 
@@ -133,15 +140,16 @@ def plan_stage(
     shards: Shards,
     previous_end: int,
 ) -> tuple[int, int]:
-    """Where in the shuffled stream the stage reads: the number of its first sequence, and the tokens up to its end.
+    """(first sequence, end in tokens) of what a stage reads in the shuffled stream.
 
     Args:
-      previous_end: the second of these of the stage before; 0 for the first stage. Each sequence length has an order of its own, so
-        only how much was read can carry over from a stage with another: it is rounded up to a whole sequence.
+      previous_end: the end of the stage before; 0 for the first stage. Each sequence length has its
+        own order, so from a stage with another length only the amount read carries over, rounded up
+        to a whole sequence.
 
     Raises:
-      UserError: for what would stop the stage later: a sequence longer than the model's positions, a corpus shorter than
-        a sequence, an offset past the stream's end or a stream that ends too early.
+      UserError: a sequence longer than the model's positions, a corpus shorter than a sequence, an
+        offset past the end of the stream, or a stream that ends too early.
     """
     length = stage.sequence_length
     if not stage.steps:
@@ -183,24 +191,26 @@ def run_stage(
     mesh: Mesh | None = None,
     objective: Objective = NEXT_TOKEN,
 ) -> StageResult:
-    """Trains a stage, from the newest checkpoint in its folder if there is one; a finished stage is only loaded.
+    """Trains a stage, resuming from the newest checkpoint in its folder; a finished stage is only
+    loaded.
 
-    A run that is killed and started again ends with the same bits as one that was not.
+    A run that was killed and resumed ends with the same bits as an uninterrupted one.
 
     Args:
-      name: of the stage; names its random numbers too.
-      params: all parameters, without adapters; never changed. Leaves may be on the host. What does not train should be in the compute
-        type already, or there will be a copy. What trains is copied: who keeps no reference to it saves a float32 of each on the devices.
-      shards: tokens of the target tokenizer.
-      folder: of this stage alone; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
-      previous_end: tokens into the shuffled stream at which the stage before stopped reading.
-      log: takes progress lines.
-      mesh: of the devices to train on; None: all, as `sharding.make_mesh` has them.
+      name: of the stage; also seeds its random numbers.
+      params: all parameters, without adapters; never changed. Leaves may be on the host. Frozen
+        leaves should be in the compute type already, or they are copied. Trainable leaves are
+        copied; drop your reference to free their float32 buffers.
+      shards: the training text in tokens of the target tokenizer.
+      folder: of this stage alone; receives `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      previous_end: position in the shuffled stream (tokens) at which the stage before stopped.
+      log: receives progress lines.
+      mesh: of the devices to train on; None: all (`sharding.make_mesh`).
       objective: what the stage minimises.
 
     Raises:
-      UserError: for input that does not fit (`plan_stage`, `micro_batch`), a checkpoint of another run, or several steps in a row
-        without a finite loss and gradient.
+      UserError: invalid input (`plan_stage`, `micro_batch`), a checkpoint of another run, or
+        several consecutive steps without a finite loss and gradient.
     """
     start, end = plan_stage(name, stage, config, model_config, shards, previous_end)
     if not stage.steps:
@@ -227,7 +237,8 @@ def run_stage(
     ):
         done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
         state = make_state(trainable) if state is None else state
-        # Of what trains the state has copies. Where the caller keeps no reference, what it began with takes no memory any more.
+        # The state holds copies of what trains; the originals are freed unless the caller holds
+        # them.
         del params, trainable
         first = distributed.is_first()
         with metrics.Recorder(
@@ -254,17 +265,18 @@ def run_stage(
 def load_trained(
     folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """What a finished stage trained, adapters included, from its last checkpoint: float32, by path.
+    """The parameters that a finished stage trained, adapters included, from its last checkpoint:
+    float32, by path.
 
     Args:
       folder: of the stage.
-      model: that it trained.
-      mesh: of the devices that get the arrays, in the shapes and places of `sharding.place`.
+      model: the model that it trained.
+      mesh: of the devices that receive the arrays, sharded as `sharding.place` does.
 
     Raises:
       UserError: the folder has no checkpoint of the stage's last step.
-      Stopped: that checkpoint is damaged. It is set aside, so that the stage is no longer finished
-        (`is_finished`).
+      Stopped: that checkpoint is damaged. It is set aside, so that the stage no longer counts as
+        finished (`is_finished`).
     """
     if not stage.steps:
         return {}
@@ -283,12 +295,13 @@ def load_trained(
         except Damaged as damage:
             aside = checkpoints.set_aside(stage.steps)
             raise stopping.Stopped(
-                f"{damage}; it was renamed to '{aside.name}'; the stage's last steps are taken anew from the checkpoint before"
+                f"{damage}; it was renamed to '{aside.name}'; run the command again to repeat the stage's "
+                "last steps from the checkpoint before"
             ) from damage
 
 
 def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape and place of a float32 parameter on the mesh."""
+    """Shape and sharding of a float32 parameter on the mesh."""
     shape = sharding.padded_shape(path, shape, mesh)
     return jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh)
@@ -296,7 +309,8 @@ def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeSt
 
 
 def is_finished(folder: Path, stage: StageConfig) -> bool:
-    """Whether there is a checkpoint of the stage's last step in its folder (`load_trained` notices a damaged one)."""
+    """Whether a checkpoint of the stage's last step exists (`load_trained` detects a damaged
+    one)."""
     return (Path(folder) / "checkpoints" / str(stage.steps)).is_dir()
 
 
@@ -308,9 +322,10 @@ def _restore(
     like: TrainState,
     log: Log,
 ) -> tuple[int, Position | None, TrainState | None]:
-    """The newest checkpoint that is whole: its step, where it was in the data, and the state; (0, None, None) without one.
+    """(step, data position, state) of the newest intact checkpoint; (0, None, None) if there is
+    none.
 
-    Those that are damaged are set aside, and the log says so.
+    Damaged checkpoints are set aside with a warning.
     """
     while done := checkpoints.newest():
         try:
@@ -322,7 +337,7 @@ def _restore(
                 f"{name}: warning: {damage}; it was renamed to '{checkpoints.set_aside(done).name}'"
             )
             if not checkpoints.newest():
-                log(f"{name}: warning: no checkpoint is left that is whole; the stage begins anew")
+                log(f"{name}: warning: no intact checkpoint is left; the stage starts over")
         else:
             log(
                 f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}"
@@ -333,24 +348,25 @@ def _restore(
 
 @contextmanager
 def _naming_a_lost_process(name: str) -> Iterator[None]:
-    """What devices say of one that no longer answers is hard to read."""
+    """Turns the runtime's error about an unreachable device into one that names the process."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if distributed.count() == 1 or sharding.is_out_of_memory(error):
             raise
         raise distributed.ProcessFailed(
-            f"{name}: process {distributed.index()} could not go on with its step ({str(error).splitlines()[0][:200]}). If another process "
-            "or its machine was lost: the same command goes on from the newest checkpoint"
+            f"{name}: process {distributed.index()} failed in a step "
+            f"({str(error).splitlines()[0][:200]}). If another process or its machine was lost: run the same "
+            "command again to resume from the newest checkpoint"
         ) from error
 
 
 class _Run:
     """The steps of a stage.
 
-    The host stays ahead of the device: it hands over steps without waiting for the ones before, and looks at metrics a
-    few steps late. It catches up before each checkpoint, so that nothing is saved that has not been looked at. Asked to
-    stop, it does so after the step that it is at, with a checkpoint of it.
+    The host runs ahead of the device: it dispatches steps asynchronously and reads metrics a few
+    steps late. It catches up before each checkpoint, so that no unchecked state is saved. On a
+    request to stop it finishes the current step and checkpoints.
     """
 
     def __init__(
@@ -375,9 +391,8 @@ class _Run:
         for step in range(done + 1, self.stage.steps + 1):
             compiling = time.monotonic()
             state, values = train_step(state, frozen, feed.take(), key, self.schedule)
-            if (
-                step == done + 1
-            ):  # compilation is over once the first call returns, the step itself is not
+            if step == done + 1:
+                # The first call returns after compilation, before the step is done.
                 self.log(f"{self.name}: compiled in {duration(time.monotonic() - compiling)}")
                 self.recorder.start_clock()
             jax.tree.map(lambda value: value.copy_to_host_async(), values)
@@ -392,14 +407,17 @@ class _Run:
         return state
 
     def announce(self, state: TrainState, frozen: Any) -> None:
-        count = lambda tree: quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))  # noqa: E731
+        def count(tree: Any) -> str:
+            return quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+
         batch, length, devices = (
             self.stage.batch_size,
             self.stage.sequence_length,
             state.step.sharding.device_set,
         )
         self.log(
-            f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, {count(frozen)} are frozen; "
+            f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, "
+            f"{count(frozen)} are frozen; "
             f"{self.stage.steps:,} steps of {batch:,} x {length:,} = {quantity(batch * length)} tokens on "
             f"{len(devices)} {jax.devices()[0].platform} device{'s' if len(devices) > 1 else ''}"
         )
@@ -420,11 +438,13 @@ class _Run:
                 raise UserError(
                     f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last one step "
                     f"{self.recorder.step}, had a loss or gradient that is not finite ({good}): lower "
-                    f"{self.name}.learning_rate, or compute.dtype=float32, and look at the loss in metrics.jsonl"
+                    f"{self.name}.learning_rate, or set compute.dtype=float32, and look at the loss in "
+                    "metrics.jsonl"
                 )
 
     def _save(self, step: int, state: TrainState, feed: "_Feed") -> None:
-        self.recorder.flush()  # first the lines, then the checkpoint: none is missing when a run goes on from there
+        # Flush metrics before the checkpoint, so that a resumed run misses no line.
+        self.recorder.flush()
         batch = self.stage.batch_size
         position = Position(feed.position, self.start + step * batch, batch, self.fingerprint)
         self.checkpoints.save(step, state, position)
@@ -437,7 +457,7 @@ class _Run:
 
 
 class _Feed:
-    """Batches on the device a few steps before they are needed; `position` is the stream's after the last one taken."""
+    """Prefetches batches to the device; `position` is the stream's after the last batch taken."""
 
     def __init__(self, stream: grain.DatasetIterator, position: Position | None, mesh: Mesh):
         self._stream, self._mesh = stream, mesh
@@ -472,7 +492,7 @@ def _stream(
 
 @dataclass(frozen=True)
 class _Program:
-    """What is compiled for a stage."""
+    """The compiled program of a stage."""
 
     step: Step
     optimizer: Any
@@ -481,9 +501,9 @@ class _Program:
     def state_maker(
         self, trainable: paths.Tree
     ) -> tuple[Callable[[paths.Tree], TrainState], TrainState]:
-        """Makes the state before the first step of what trains, each array in its place; and the shapes and places of its arrays.
+        """(function that makes the initial state of trainable leaves, its shapes and shardings).
 
-        They are copies, not the caller's arrays: the step gives its input's memory to its output.
+        The state holds copies of the caller's arrays, since the step donates its input buffers.
         """
 
         def make(trainable: paths.Tree) -> TrainState:
@@ -507,7 +527,8 @@ def _program(
     trained: tuple[str, ...],
     mesh: Mesh,
 ) -> _Program:
-    """Made once for stages that differ in nothing that is compiled, as those of a sweep over rates do: JAX compiles by function."""
+    """Cached, so that stages which differ only in inputs of the step, as in a sweep over rates,
+    share one compiled program."""
     labels = paths.label_tree(rules_for(stage.method), paths.unflatten(dict.fromkeys(trained, 0)))
     optimizer = make_optimizer(stage, labels, model.vocab_size)
     loss = make_loss(model, compute, lora_spec(stage))
@@ -523,7 +544,7 @@ _INPUTS_OF_A_STEP = (
     "warmup_fraction",
     "sequence_length",
 )
-"""Stage fields that the compiled step takes as numbers, or sees in the shapes of its input."""
+"""Stage fields that are inputs of the compiled step, as numbers or as shapes."""
 
 
 def _as_compiled(stage: StageConfig) -> StageConfig:
@@ -545,7 +566,7 @@ def _with_adapters(stage: StageConfig, params: paths.Tree, key: jax.Array) -> pa
 
 
 def split(stage: StageConfig, params: paths.Tree) -> tuple[paths.Tree, paths.Tree]:
-    """What trains in this stage, and what is frozen."""
+    """(trainable, frozen) parameters of a stage."""
     return paths.split(params, lambda path: trains(stage, path))
 
 
@@ -562,10 +583,11 @@ def _fingerprint(
     start: int,
     objective: Objective,
 ) -> str:
-    """A hash of all that changes what a step computes: a checkpoint made under another one is of another run."""
+    """A hash of everything that changes what a step computes, by which checkpoints of another run
+    are recognised."""
 
     def shape(path: str, leaf: Any) -> list[int]:
-        """That of one device, since rows of padding depend on the mesh."""
+        """The shape on one device, since padding rows depend on the mesh."""
         rows = model_config.vocab_size if sharding.is_vocabulary(path) else len(leaf)
         return list(sharding.padded_shape(path, (rows, *leaf.shape[1:])))
 

@@ -1,12 +1,14 @@
 """Cross-entropy over a large vocabulary in little memory, on one device or many.
 
-B batch, T length, D model, V vocabulary, R rows of the head (V and its padding), C tokens of a chunk. Logits [B, T, V] never exist:
-tokens are taken C at a time, and because the gradient of a chunk's loss needs nothing but its own logits, both are computed in the
-same pass (three matrix products a chunk, where recomputing the logits in the backward pass takes four).
+B batch, T length, D model, V vocabulary, R rows of the head (V and its padding), C tokens of a
+chunk. Logits [B, T, V] are never materialised: tokens are processed in chunks of C, and since the
+gradient of a chunk's loss only needs its own logits, both are computed in the same pass (three
+matrix products a chunk, where recomputing the logits in the backward pass takes four).
 
-Where a mesh splits the head's rows, each device has the logits of its own rows for the tokens of all devices that hold other rows
-(vocabulary-parallel, as in arXiv 1909.08053, section 3): only hidden states, their gradients and a few numbers a token travel, and
-the gradient of the head stays where the rows are.
+Where a mesh shards the head's rows, each device computes the logits of its own rows for the tokens
+of all devices that hold other rows (vocabulary-parallel, as in arXiv 1909.08053, section 3): only
+hidden states, their gradients and a few numbers a token are communicated, and the gradient of the
+head stays with its rows.
 """
 
 import functools
@@ -38,32 +40,33 @@ from tokalign_jax.parallel.sharding import (
 from tokalign_jax.utils import compiling
 
 IGNORED = -1
-"""Label of a token that counts for nothing (any negative one does)."""
+"""Label of a token that has no loss (any negative label has none)."""
 LEAST = jnp.finfo(jnp.float32).min
-"""Logit of a row that is none; finite, so that differences of such are numbers."""
+"""Logit of padding rows; finite, so that differences of two are not NaN."""
 MOST = 70.0
-"""How far a logit counts above the label's in a loss that trains: a million rows' exponentials of it still have a sum in float32."""
+"""Bound on how far a logit exceeds the label's in the training loss: the sum of a million
+exponentials of it is still finite in float32."""
 
 
 _PARTS = (P(BATCH), P(VOCABULARY), P(BATCH))
-"""How hidden states, head and labels are split."""
+"""Sharding of hidden states, head and labels."""
 
 
 class Head(NamedTuple):
-    """How hidden states become a loss; all that is known when the program is compiled."""
+    """Static settings of the loss of an output head."""
 
     vocabulary: int
     """V: rows past it are padding and get no probability."""
     chunk: int
-    """C: tokens of a device whose logits exist at once; it need not divide B x T."""
+    """C: tokens per device whose logits are materialised at once; it need not divide B x T."""
     dtype: DTypeLike
-    """Type in which hidden and head are multiplied; logits and log-sum-exp are float32."""
+    """Type of the matrix products; logits and log-sum-exp are float32."""
     adjust: Callable[[Array], Array] | None = None
-    """What the model does to its logits one by one, such as a soft-cap."""
+    """Elementwise function of the logits, such as a soft-cap."""
 
 
 def head_of(config: ModelConfig, compute: ComputeConfig) -> Head:
-    """The head of a model, as `compute` has it."""
+    """The head settings of a model."""
     adjust = functools.partial(adjust_logits, config) if config.logit_softcap else None
     return Head(config.vocab_size, compute.loss_chunk, jnp.dtype(compute.dtype), adjust)
 
@@ -71,12 +74,12 @@ def head_of(config: ModelConfig, compute: ComputeConfig) -> Head:
 def cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The negative log-likelihoods of the labels, summed (nats, float32), and how many labels count.
+    """(sum of the labels' negative log-likelihoods in nats, number of labels that are not ignored).
 
     Args:
-      hidden: what the model gives after its final norm.
-      head: the output matrix, with its float32 masters; the gradient for it is summed over the chunks in float32.
-      labels: token ids; a negative one counts for nothing.
+      hidden: states after the final norm.
+      head: the output matrix (float32 masters); its gradient is accumulated over chunks in float32.
+      labels: token ids; negative ones are ignored.
     """
     return _total(hidden, head, labels, None, how), jnp.sum(labels >= 0, dtype=jnp.float32)
 
@@ -90,8 +93,9 @@ def weighted_cross_entropy(
 ) -> Float[Array, ""]:
     """The sum over tokens of weight times negative log-likelihood of the label (nats, float32).
 
-    The weights are constants: nothing is differentiated for them. Any loss that is a function of the
-    labels' likelihoods has the gradient of this one, with its derivatives for them as the weights.
+    The weights are constants without a gradient. Any loss that is a function of the labels'
+    likelihoods has the gradient of this one, with its derivatives with respect to them as the
+    weights.
 
     Args: as for `cross_entropy`.
     """
@@ -101,7 +105,8 @@ def weighted_cross_entropy(
 def token_nll(
     hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
 ) -> Float[Array, "B T"]:
-    """The negative log-likelihood of each label (nats, float32; 0 where the label is negative), for evaluation."""
+    """The negative log-likelihood of each label (nats, float32; 0 where the label is negative); for
+    evaluation, without a gradient."""
 
     def of_chunk(rows: Rows, states: Array, targets: Array) -> Array:
         return own(rows.nll(rows.logits(states)[0], targets))
@@ -112,7 +117,7 @@ def token_nll(
 def token_nll_and_likeliest(
     hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    """`token_nll`, and the id of the largest logit at each position (the lowest id where several are equal)."""
+    """`token_nll`, and the argmax of the logits at each position (the lowest id of equal ones)."""
 
     def of_chunk(rows: Rows, states: Array, targets: Array) -> tuple[Array, Array]:
         logits, _ = rows.logits(states)
@@ -124,7 +129,8 @@ def token_nll_and_likeliest(
 def _by_chunk(
     of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: Array, how: Head
 ) -> Any:
-    """Arrays [B, T] of what `of_chunk(rows, states [C, D], labels [C])` gives for each token of a chunk."""
+    """Arrays [B, T] of the results of `of_chunk(rows, states [C, D], labels [C])`, one for each
+    token."""
 
     def local(hidden: Array, head: Array, labels: Array) -> Any:
         rows = Rows(head.astype(how.dtype), how)
@@ -143,7 +149,7 @@ def _total(hidden: Array, head: Array, labels: Array, weights: Array | None, how
 
 
 def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | None, how: Head):
-    """The total, and its gradients for `hidden` and `head` as what the backward pass keeps."""
+    """(total, its gradients with respect to `hidden` and `head`, as residuals)."""
 
     def local(
         hidden: Array, head: Array, labels: Array, weights: Array | None
@@ -173,7 +179,7 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
 
 
 def _chunked(weights: Float[Array, "B T"] | None, chunk: int) -> Float[Array, "N C"] | None:
-    """Weights in the chunks that `chunks` makes of their tokens."""
+    """Weights in chunks, as `chunks` divides their tokens."""
     if weights is None:
         return None
     chunk = min(chunk, weights.size)
@@ -189,7 +195,7 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 class Rows(NamedTuple):
-    """The rows of the head that a device has, r of them; all where it is alone."""
+    """The shard of the head's rows on a device, r of them."""
 
     weight: Float[Array, "r D"]
     how: Head
@@ -197,14 +203,14 @@ class Rows(NamedTuple):
     def logits(
         self, states: Float[Array, "C D"]
     ) -> tuple[Float[Array, "C r"], Callable[[Array], Array]]:
-        """Logits, and what takes a gradient back through the model's adjustment of them."""
+        """(logits, pull-back of a gradient through the model's adjustment of them)."""
         return self._adjusted(jnp.dot(states, self.weight.T, preferred_element_type=jnp.float32))
 
     def nll(self, logits: Float[Array, "C r"], labels: Int[Array, "C"]) -> Float[Array, "C"]:
         """The loss of each token, over the rows of all devices."""
         ids = self.ids
         logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
-        # The label's logit by a mask, not a gather: there is one device that has it, and a mask fuses.
+        # The label's logit by a mask, not a gather: one device has it, and a mask can be fused.
         label_logits = over(
             VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1)
         )
@@ -212,7 +218,7 @@ class Rows(NamedTuple):
         return jnp.where(labels >= 0, jnp.log(total) + largest - label_logits, 0.0)
 
     def likeliest(self, logits: Float[Array, "C r"]) -> Int[Array, "C"]:
-        """The id of the largest logit over the rows of all devices; the lowest of equals."""
+        """The argmax of the logits over the rows of all devices; the lowest of equal ones."""
         logits = jnp.where(self.ids < self.how.vocabulary, logits, LEAST)
         best, largest = (
             jnp.argmax(logits, axis=-1) + row_part() * len(self.weight),
@@ -230,16 +236,18 @@ class Rows(NamedTuple):
         head_gradient: Float[Array, "r D"] | None,
         weights: Float[Array, "C"] | None = None,
     ) -> tuple[Float[Array, "C"], Float[Array, "C D"], Float[Array, "r D"]]:
-        """The loss of each token over the rows of all devices, and what the rows here give to its gradient for the states, and to that
-        for themselves, which is added to `head_gradient`.
+        """(loss of each token over the rows of all devices, this shard's part of its gradient with
+        respect to the states, gradient with respect to these rows, added to `head_gradient`).
 
-        Logits are read once. With z_v = exp(x_v - x_label), sum_v z_v is exp(loss) and z_v over it the probability of v: the products
-        take z as it is, and the sum divides what has no V left, the states' gradient and the states. So no largest logit is sought first.
-        What the label itself adds is no product: its row from the states' gradient, its state from the row's. A sum is at least 1, and
-        it is finite because a logit counts as at most `MOST` above the label's: beyond that, the loss is no longer the whole one.
+        Logits are read once. With z_v = exp(x_v - x_label), sum_v z_v is exp(loss) and z_v divided
+        by it the probability of v. The products take z unnormalised, and the sum divides arrays
+        without a V axis, the states' gradient and the states, so that no pass for the largest logit
+        is needed. The label's own term needs no product: its row is subtracted from the states'
+        gradient, its state from the row's. The sum is at least 1, and finite because logits are
+        clipped at `MOST` above the label's; beyond that the loss is no longer exact.
 
         Args:
-          weights: factors of the losses, constants; None: 1.
+          weights: factors of the losses, without a gradient; None: 1.
         """
         dtype, counts = self.how.dtype, labels >= 0
         factors = jnp.where(counts, 1.0 if weights is None else weights, 0.0).astype(jnp.float32)
@@ -256,7 +264,7 @@ class Rows(NamedTuple):
         slope = pull_label(counts.astype(jnp.float32))[:, None]
         of_label = factors[:, None] * slope
 
-        # The products run in `dtype` too: left to autodiff they would be float32 ones, several times slower.
+        # The products run in `dtype` too: by autodiff they would be float32, several times slower.
         z = pull(z).astype(dtype)
         gradient = (
             share * jnp.dot(z, self.weight, preferred_element_type=jnp.float32)
@@ -264,7 +272,8 @@ class Rows(NamedTuple):
         )
         shared = (share * wide).astype(dtype)
         own_gradient = plus(head_gradient, jnp.dot(z.T, shared, preferred_element_type=jnp.float32))
-        # For the label z is 1. Where it is all but certain, little is left of the two: the product's rounding is taken back.
+        # For the label z is 1. If it is almost certain the two terms nearly cancel, so the
+        # product's rounding error is subtracted.
         rounding = share * wide * slope - shared.astype(jnp.float32) * slope.astype(dtype).astype(
             jnp.float32
         )
@@ -273,7 +282,7 @@ class Rows(NamedTuple):
 
     @property
     def ids(self) -> Int[Array, "r"]:
-        """Their token ids."""
+        """The token ids of these rows."""
         return row_part() * len(self.weight) + jnp.arange(len(self.weight))
 
     def _adjusted(
@@ -287,7 +296,8 @@ class Rows(NamedTuple):
 
 def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
     """m = max_v x_v, and sum_v exp(x_v - m), over the rows of all devices."""
-    # On a GPU time goes by bytes; on a CPU by arithmetic, and a running sum would lose digits there.
+    # A GPU is bound by memory bandwidth, a CPU by arithmetic; there a running sum would lose
+    # digits.
     largest, total = jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=_in_two_passes)
     if sharding.current() is None:
         return largest, total
@@ -314,7 +324,7 @@ def _in_two_passes(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Floa
 def chunks(
     hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], chunk: int
 ) -> tuple[Float[Array, "N C D"], Int[Array, "N C"]]:
-    """Tokens in N chunks of C; the last one is filled up with tokens that count for nothing."""
+    """Tokens in N chunks of C; the last one is padded with ignored tokens."""
     tokens = labels.size
     chunk = min(chunk, tokens)
     filling = -tokens % chunk
@@ -324,9 +334,9 @@ def chunks(
 
 
 def over_chunks(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
-    """`one(sums, chunk) -> (sums, result)` of each chunk: the sums after the last, and all results in a row.
+    """(final sums, stacked results) of `one(sums, chunk) -> (sums, result)` over all chunks.
 
-    `pieces` are arrays [N, ...] as `chunks` makes them. Sums begin as None; `plus` adds to them.
+    `pieces` are arrays [N, ...], as `chunks` returns them. Sums begin as None; `plus` adds to them.
     """
     if jax.default_backend() == "gpu":
         return _from_the_first(one, pieces)
@@ -335,7 +345,8 @@ def over_chunks(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tupl
 
 
 def _from_the_first(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
-    """Writes and reads no zeros of the sums: the head's gradient is large. A CPU would keep this chunk's logits beside the others'."""
+    """Starts from the first chunk's sums instead of zeros, which saves writing and reading the
+    large gradient of the head. A CPU would keep this chunk's logits beside the others'."""
     sums, first = one(None, jax.tree.map(lambda x: x[0], pieces))
     sums, others = jax.lax.scan(one, sums, jax.tree.map(lambda x: x[1:], pieces))
     return sums, jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)

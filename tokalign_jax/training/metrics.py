@@ -1,4 +1,5 @@
-"""What a stage says while it trains: `metrics.jsonl` (a line a step), TensorBoard, progress lines, loss spikes."""
+"""Metrics of a training stage: `metrics.jsonl` (a line a step), TensorBoard, progress lines, loss
+spikes."""
 
 import json
 import math
@@ -14,8 +15,9 @@ from tokalign_jax.utils.files import write_whole
 from tokalign_jax.utils.progress import Log, duration, quantity
 
 Record = dict[str, Any]
-"""One step: step (from 1), loss (nats a token), learning_rate, gradient_norm, tokens (of the stage so far),
-tokens_per_second, seconds (of this step), skipped (steps so far). A loss or norm that is not finite is None."""
+"""One step: step (from 1), loss (nats a token), learning_rate, gradient_norm, tokens (of the stage
+so far), tokens_per_second, seconds (of this step), skipped (steps so far). A loss or norm that is
+not finite is None."""
 
 _WINDOW, _ENOUGH = 100, 20
 _SPIKE_SIGMAS, _SPIKE_RATIO = 6.0, 1.2
@@ -23,7 +25,8 @@ _SIGMA_PER_MAD = 1.4826  # of a normal distribution
 
 
 def is_spike(loss: float, recent: Sequence[float]) -> bool:
-    """Whether a loss stands out: more than 6 robust sigmas above the recent median and more than 1.2 times it."""
+    """Whether a loss stands out: more than 6 robust sigmas above the recent median and more than
+    1.2 times it."""
     if len(recent) < _ENOUGH:
         return False
     median = statistics.median(recent)
@@ -50,7 +53,8 @@ def _record(line: str) -> Record | None:
 
 
 class Recorder:
-    """Takes each step's metrics, in order; writes them where `writes` is set (one process of many)."""
+    """Records each step's metrics in order; writes them if `writes` is set (in one process of
+    several)."""
 
     def __init__(
         self,
@@ -111,7 +115,7 @@ class Recorder:
         self._report(record, finite=bool(metrics["finite"]))
 
     def flush(self) -> None:
-        """Makes sure that the lines so far outlive the process and the machine; a checkpoint may follow then."""
+        """Syncs all lines to disk, so that a checkpoint may follow."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -156,8 +160,8 @@ class Recorder:
 class _Board:
     """A file of scalars for TensorBoard.
 
-    Written at once: the usual writer of tensorboardX hands what it gets to a thread, which a full disk ends, and then waits
-    for it forever.
+    Written at once: the usual writer of tensorboardX hands what it gets to a thread, which a full
+    disk ends, and then waits for it forever.
     """
 
     def __init__(self, folder: Path, done: int):

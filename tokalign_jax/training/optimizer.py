@@ -23,17 +23,19 @@ _DECAY_RULES = ((r"(^|/)(scale|bias)$", "keeps"), ("", "decays"))
 
 
 def rules_for(method: str) -> tuple[tuple[str, str], ...]:
-    """The path rules of a stage: which parameters are `embedding` (and head), `lora`, `body` or `frozen`."""
+    """The path rules of a method: which parameters are `embedding` (and head), `lora`, `body` or
+    `frozen`."""
     return _RULES[method]
 
 
 class Schedule(NamedTuple):
-    """Learning rates over the updates of a stage: a line up to the peak over the warm-up, then a cosine to 0.
+    """Learning-rate schedule of a stage: linear warm-up to the peak, then cosine decay to 0.
 
-    With W warm-up updates of S, update u (from 0) takes peak (u + 1) / (W + 1) before W, then peak (1 + cos(pi (u - W) / (S - W))) / 2:
-    the rate is 0 just before the first update and just after the last, and no update is spent at rate 0.
+    With W warm-up updates of S, update u (from 0) has the rate peak (u + 1) / (W + 1) before W,
+    then peak (1 + cos(pi (u - W) / (S - W))) / 2: no update has rate 0.
 
-    Its numbers are inputs of the compiled step: one program serves runs that differ in rates or length alone.
+    Its numbers are inputs of the compiled step, so that runs which differ only in rates or length
+    share one program.
     """
 
     peaks: Mapping[str, float]
@@ -66,12 +68,13 @@ def schedule_of(stage: StageConfig) -> Schedule:
 def make_optimizer(
     stage: StageConfig, labels: Mapping[str, Any], vocabulary: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the gradient of all that trains by its global norm, then AdamW by label; `frozen` leaves get no update.
+    """Global-norm clipping of all trainable gradients, then AdamW by label; `frozen` leaves get no
+    update.
 
     Its `update` takes the rates of this update as `rates`, by label (`Schedule.rates`).
 
-    Decay is decoupled, rate x weight_decay x parameter, on matrices (embedding and head among them), not on norms and
-    biases.
+    Decay is decoupled, rate x weight_decay x parameter, on matrices (embedding and head among
+    them), not on norms and biases.
 
     Args:
       stage: decay, betas, epsilon, damping and clipping.
@@ -142,7 +145,8 @@ def scale_by_damped_adam(
 
 
 def _decays(tree: Any) -> Any:
-    """True where a leaf is a matrix. By name: norm scales are stacked over the layers, so their rank says nothing."""
+    """True for matrices, by name: norm scales are stacked over layers, so their rank does not
+    tell."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (
             paths.label(_DECAY_RULES, jax.tree_util.keystr(path, simple=True, separator="/"))

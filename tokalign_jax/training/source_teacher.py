@@ -1,18 +1,19 @@
 """Distillation from the source model in Stages 1 and 2, alone or beside the loss of the next token.
 
-The teacher is the source model, frozen, which reads the same text with its own tokenizer. Where tokens
-of both end at the same place of the text (`text/shared_boundaries.py`) both models have read the same
-bytes. The loss, summed over the text and divided by its target tokens:
+The teacher is the source model, frozen, which reads the same text with its own tokenizer. Where
+tokens of both end at the same place of the text (`text/shared_boundaries.py`) both models have read
+the same bytes. The loss, summed over the text and divided by its target tokens:
 
-- likelihood: the binary divergence between both models' likelihoods of the text from one shared boundary
-  to the next, a chunk, as in approximate likelihood matching (ALM, Minixhofer et al. 2025, arXiv
-  2503.20083; `cross_tokenizer.divergence`).
-- states: the squared distance between both models' final states at shared boundaries, over the variance
-  of the teacher's states in the sequence, where the next token is the same on both sides. Elsewhere the
-  two have to point at different tokens.
+- likelihood: the binary divergence between both models' likelihoods of the text from one shared
+  boundary to the next, a chunk, as in approximate likelihood matching (ALM, Minixhofer et al. 2025,
+  arXiv 2503.20083; `cross_tokenizer.divergence`).
+- states: the squared distance between both models' final states at shared boundaries, over the
+  variance of the teacher's states in the sequence, where the next token is the same on both sides.
+  Elsewhere the two have to point at different tokens.
 - next token, in a mixture: the cross-entropy.
 
-All terms are sums over sequences, so that the loss of a step does not depend on micro-batches or devices.
+All terms are sums over sequences, so that the loss of a step does not depend on micro-batches or
+devices.
 
 B batch, T target tokens, S source tokens, D model.
 """
@@ -156,8 +157,8 @@ def state_distances(
     positions: Int[Array, "B T"],
     counts: Bool[Array, "B T"],
 ) -> Float[Array, ""]:
-    """Sum of squared distances where `counts`, each over the variance of the teacher's states in its
-    sequence: 1 a position for the best constant."""
+    """Sum of squared distances where `counts`, each over the variance of the teacher's states in
+    its sequence: 1 a position for the best constant."""
     teacher = teacher.astype(jnp.float32)
     deviation = teacher - teacher.mean(axis=1, keepdims=True)
     variance = jnp.square(deviation).sum(axis=(1, 2)) / teacher.shape[1]

@@ -1,6 +1,7 @@
 """One optimizer step, pure: (state, frozen parameters, batch, key, schedule) -> (state, metrics).
 
-A accumulation (micro-batches), B sequences of a micro-batch over all devices, T tokens of a sequence.
+A accumulation (micro-batches), B sequences of a micro-batch over all devices, T tokens of a
+sequence.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,12 +29,12 @@ Batch = Int32[Array, "A B T+1"] | Mapping[str, Array]
 """What a step reads: token ids of the target tokenizer (`batches.read_and_predicted`), or several
 arrays [A, B, ...], of which `tokens` are these."""
 Loss = Callable[[Any, Any, Any, Array], tuple[Float[Array, ""], Float[Array, ""]]]
-"""(trainable, frozen, micro-batch, keys [B]) -> (sum of the loss over tokens in nats, number of tokens
-that it is a sum over). The loss of a step is the sum over its micro-batches by their tokens, so that it
-does not depend on how the step is divided.
+"""(trainable, frozen, micro-batch, keys [B]) -> (sum of the loss over tokens in nats, number of
+tokens that it is a sum over). The loss of a step is the sum over its micro-batches by their tokens,
+so that it does not depend on how the step is divided.
 
-The micro-batch is the batch without its first axis. `frozen` is any tree of arrays that never change;
-the loss alone looks into it.
+The micro-batch is the batch without its first axis. `frozen` is any tree of arrays that never
+change; the loss alone looks into it.
 """
 Metrics = dict[str, Array]
 Step = Callable[["TrainState", Any, Batch, Array, Schedule], tuple["TrainState", Metrics]]
@@ -44,25 +45,29 @@ class Objective:
     """What a stage minimises (`loop.run_stage`): `NEXT_TOKEN`, or a loss with a teacher.
 
     Teachers are a model with the target tokenizer (`distillation.objective`) or the source model
-    (`source_teacher.objective`). Step and loop are the same for all. An objective brings the arrays that
-    only its loss reads (`beside`: the teacher's parameters) and, where a sequence is more than token ids
-    of the target, the access to its sequences (`sequences`, whose items may be dicts: `Batch`).
+    (`source_teacher.objective`). Step and loop are the same for all. An objective brings the arrays
+    that only its loss reads (`beside`: the teacher's parameters) and, where a sequence is more than
+    token ids of the target, the access to its sequences (`sequences`, whose items may be dicts:
+    `Batch`).
     """
 
     make_loss: Callable[[ModelConfig, ComputeConfig, LoraSpec | None], Loss]
-    """The loss, whose frozen tree is the pair (the model's frozen parameters, `beside`); without `beside` the first of these alone."""
+    """Makes the loss, whose frozen tree is the pair (the model's frozen parameters, `beside`), or
+    the first of these alone without `beside`."""
     beside: Any = None
-    """Arrays on the mesh, in the types that they are computed in."""
+    """Arrays on the mesh, in the compute type."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What of it changes what a step computes, ready for JSON: a checkpoint made under other facts is of another run."""
+    """JSON-serialisable facts that change what a step computes: a checkpoint with other facts
+    belongs to another run."""
     sequences: Callable[[Shards, int], Sequences] = TokenSource
-    """(target shards, T) -> what the stream is made of; item i belongs to the same text as that of `TokenSource`."""
+    """(target shards, T) -> training sequences; item i has the same text as that of
+    `TokenSource`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes."""
+    """The state that a step updates."""
 
     step: Int32[Array, ""]
     """Steps done, skipped ones included: batches read."""
@@ -70,7 +75,7 @@ class TrainState:
     """What trains, in float32."""
     opt_state: Any
     skipped: Int32[Array, ""]
-    """Steps whose loss or gradient was not finite; they changed nothing but these counters."""
+    """Steps whose loss or gradient was not finite; they only advanced the counters."""
     skipped_in_a_row: Int32[Array, ""]
 
 
@@ -115,16 +120,17 @@ def make_train_step(
 ) -> Step:
     """The jitted step; it donates the state it is given.
 
-    Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is not
-    finite changes nothing but the counters (not even the optimizer's own count), and the learning rate
-    follows the steps that were not skipped.
+    Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is
+    not finite changes nothing but the counters (not even the optimizer's own count), and the
+    learning rate follows the steps that were not skipped.
 
     Metrics (scalars): loss (mean over tokens), gradient_norm (before clipping), learning_rate
     (`StageConfig.learning_rate` under the schedule), finite, tokens (of the step), skipped,
     skipped_in_a_row.
 
     Args:
-      dtype: of activations. Projections are cast to it once a step, before they travel between devices.
+      dtype: of activations. Projections are cast to it once a step, before they travel between
+        devices.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -197,7 +203,8 @@ def make_train_step(
 
 
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-"""Of the compiler, on a GPU: as commands set it for all programs (`compiling.py`), for a step that is used without them."""
+"""Compiler options on a GPU. Commands set them for all programs (`compiling.py`); here they serve
+steps used without a command."""
 
 
 def target_tokens(batch: Any) -> Array:
@@ -206,8 +213,8 @@ def target_tokens(batch: Any) -> Array:
 
 
 def _cast_projections(params: Any, dtype: DTypeLike) -> Any:
-    """Projections in the type that they are multiplied in. All else keeps its own: gradients of embedding and head are
-    summed in float32 where they arise, norms are computed in it."""
+    """Casts projections to the compute type. Other leaves keep float32: gradients of embedding and
+    head are accumulated, and norms computed, in it."""
     leaves = paths.flatten(params)
     return paths.unflatten(
         {path: x.astype(dtype) if "_proj/" in path else x for path, x in leaves.items()}
