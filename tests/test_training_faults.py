@@ -101,7 +101,7 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
         aborted = who == 0 and code == -signal.SIGABRT and "coordination service" in output
         told = (
             code == 1
-            and "If another process or its machine was lost: the same command goes on" in output
+            and "If another process or its machine was lost: run the same command again" in output
         )
         assert aborted or told, ended
         assert f"process {1 - who} of 2: joined. If one is lost" in output
