@@ -44,7 +44,7 @@ for rival in "${@:-mergekit deepfocus wechsel vocabtrimmer}"; do
             complete wechsel wechsel==0.0.4
             ;;
         vocabtrimmer)
-            make vocabtrimmer "$torch" transformers datasets sentencepiece tokenizers pandas requests tqdm
+            make vocabtrimmer "$torch" 'transformers<5' 'datasets<4' 'huggingface_hub<1' sentencepiece tokenizers pandas requests tqdm
             complete vocabtrimmer vocabtrimmer==0.0.2
             ;;
         *)
