@@ -1,11 +1,14 @@
-"""Ways to start a new vocabulary, compared: bits per byte after initialisation, after a probe of Stage 1 and after both stages.
+"""Ways to start a new vocabulary, compared: bits per byte after initialisation, after a probe of
+Stage 1 and after both stages.
 
-    PYTHONPATH=. python benchmarks/alignment.py --pair llama-en16k,qwen3 --pair neox-30m,qwen3 --corpus mix-train.jsonl.xz \\
+    PYTHONPATH=. python benchmarks/alignment.py --pair llama-en16k,qwen3 --pair neox-30m,qwen3 \\
+        --corpus mix-train.jsonl.xz \\
         --held-out held-out.jsonl.xz --language-field lang --workdir runs/alignment
 
-A pair is a model folder and a tokenizer folder. Starts are the methods of `alignment.method` by their names and `composed` with
-one thing changed (WAYS). Those of a pair read the same text, share token vectors and contexts, train on the same sequences in the
-same order, and are measured on the same held-out text. Writes `alignment.json` and prints a table for each pair.
+A pair is a model folder and a tokenizer folder. Starts are the methods of `alignment.method` by
+their names and `composed` with one thing changed (WAYS). Those of a pair read the same text, share
+token vectors and contexts, train on the same sequences in the same order, and are measured on the
+same held-out text. Writes `alignment.json` and prints a table for each pair.
 """
 
 import argparse
@@ -62,7 +65,8 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """What each start changes in the alignment's and in the initialisation's config."""
 RANDOM_ROWS = "random rows"
-"""The start whose rows are drawn from a normal distribution with each source column's mean and deviation."""
+"""The start whose rows are drawn from a normal distribution with each source column's mean and
+deviation."""
 GROUPS = ("en", "code", "math")
 """Languages reported by themselves; the others are pooled."""
 

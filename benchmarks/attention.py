@@ -1,19 +1,24 @@
-"""Causal self-attention by every kernel that runs here: time, rate and error, forward and with the backward pass.
+"""Causal self-attention by every kernel that runs here: time, rate and error, forward and with the
+backward pass.
 
     python benchmarks/attention.py --batch 8 --length 2048 --heads 8 --head-size 256
 
-One table. A kernel that cannot run on this platform, or not at this shape, stands in it with its reason.
+One table. A kernel that cannot run on this platform, or not at this shape, stands in it with its
+reason.
 
 - project: what `models.attention.attend` chooses.
 - cudnn: cuDNN's flash attention, as jax.nn has it.
 - blocked: the project's fallback, einsum and softmax by blocks of queries.
-- triton: the Pallas kernel that comes with jax (blocks of 64 forwards, of 32 backwards where heads are larger than 128).
+- triton: the Pallas kernel that comes with jax (blocks of 64 forwards, of 32 backwards where heads
+  are larger than 128).
 - mosaic: the Pallas kernel for Hopper that comes with jax; it has no causal backward pass.
-- tokamax-mosaic, tokamax-triton: tokamax's kernels with the blocks that it chooses itself, if it is installed.
+- tokamax-mosaic, tokamax-triton: tokamax's kernels with the blocks that it chooses itself, if it is
+  installed.
 
-TFLOP/s counts the pairs that a causal model needs, half of T x T: two products forwards, 2 B N T^2 H, and five more backwards
-(logits again, and gradients of weights, queries, keys and values), 7 B N T^2 H in all. The error is the largest difference from a
-float32 reference over its largest value, of the result and of the three gradients.
+TFLOP/s counts the pairs that a causal model needs, half of T x T: two products forwards, 2 B N T^2
+H, and five more backwards (logits again, and gradients of weights, queries, keys and values), 7 B N
+T^2 H in all. The error is the largest difference from a float32 reference over its largest value,
+of the result and of the three gradients.
 """
 
 import argparse
@@ -46,10 +51,12 @@ def main() -> None:
     device = jax.devices()[0]
     version = ", cuDNN " + str(_cudnn_version()) if device.platform == "gpu" else ""
     print(
-        f"{device.device_kind}{version}, jax {jax.__version__}; B, T, N, H = {shape}, K = {k.shape[2]}, {q.dtype}"
+        f"{device.device_kind}{version}, jax {jax.__version__}; B, T, N, H = {shape}, K = "
+        f"{k.shape[2]}, {q.dtype}"
     )
     print(
-        "| kernel | forward, ms | TFLOP/s | error | with backward, ms | TFLOP/s | error of dq, dk, dv |"
+        "| kernel | forward, ms | TFLOP/s | error | with backward, ms | TFLOP/s | error of dq, "
+        "dk, dv |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in arguments.kinds.split(",") if arguments.kinds else kernels:

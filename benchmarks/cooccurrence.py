@@ -1,14 +1,17 @@
 """How long co-occurrence counting takes, and in how much memory, at any number of tokens.
 
-    python benchmarks/cooccurrence.py --shards tokens/target --tokens 1000000000 --scratch /data --json counts.json
+    python benchmarks/cooccurrence.py --shards tokens/target --tokens 1000000000 --scratch /data \\
+        --json counts.json
 
-A corpus longer than the shards is made by repeating them, each time with a fresh seed: of every repetition after the first,
-a share (`--noise`) of the tokens is swapped for tokens drawn from the corpus, so that new pairs keep coming. `--growth` says
-how fast they come in the shards themselves: pairs ~ tokens^growth, from the second half of the shards against the first; the
-table has the same figure for the corpus that was made, between the shards and the whole.
+A corpus longer than the shards is made by repeating them, each time with a fresh seed: of every
+repetition after the first, a share (`--noise`) of the tokens is swapped for tokens drawn from the
+corpus, so that new pairs keep coming. `--growth` says how fast they come in the shards themselves:
+pairs ~ tokens^growth, from the second half of the shards against the first; the table has the same
+figure for the corpus that was made, between the shards and the whole.
 
-The floor is what the pairs alone must cost: on an accelerator the sorting of `window` keys a token, on a CPU their addition to
-a table that is in the cache, by all threads at once; both are measured here.
+The floor is what the pairs alone must cost: on an accelerator the sorting of `window` keys a token,
+on a CPU their addition to a table that is in the cache, by all threads at once; both are measured
+here.
 """
 
 import argparse
@@ -102,7 +105,8 @@ def main() -> None:
 def repeated(
     shards: TokenShards, tokens: int, noise: float, seed: int, folder: Path
 ) -> TokenShards:
-    """The shards as they are, then again and again with a share of the tokens swapped, until there are `tokens`."""
+    """The shards as they are, then again and again with a share of the tokens swapped, until there
+    are `tokens`."""
     end, length = shards.index["end_of_text"], len(shards)
     block, pool = 1 << 20, np.asarray(shards.tokens[:: max(length >> 22, 1)])
     pool = pool[pool != end]
@@ -127,7 +131,8 @@ def repeated(
 
 
 def write_repeated(source: Path, tokens: int, noise: float, folder: Path, seed: int = 0) -> int:
-    """Makes `folder` one of token shards, those of `source` repeated; returns how many tokens it has."""
+    """Makes `folder` one of token shards, those of `source` repeated; returns how many tokens it
+    has."""
     folder.mkdir(parents=True, exist_ok=True)
     made = repeated(TokenShards.open(source), tokens, noise, seed, folder)
     np.save(folder / "documents.npy", made.documents)
@@ -204,7 +209,8 @@ def adding_rate(workers: int | None) -> float:
 def sampled(peaks: dict[str, int]) -> Iterator[None]:
     """Puts into `peaks` how much memory there was at most, in bytes, looking five times a second.
 
-    `RssAnon` is the process's own, `VmRSS` includes files (tokens, spilled runs) that the system keeps while there is room.
+    `RssAnon` is the process's own, `VmRSS` includes files (tokens, spilled runs) that the system
+    keeps while there is room.
     """
     stop = threading.Event()
 

@@ -1,15 +1,20 @@
-"""From a corpus of any number of tokens to an alignment: seconds by step, memory of host and device at most, and the floor.
+"""From a corpus of any number of tokens to an alignment: seconds by step, memory of host and device
+at most, and the floor.
 
-    PYTHONPATH=. python benchmarks/corpus_to_alignment.py --source-tokenizer neox --target-tokenizer qwen3 \\
+    PYTHONPATH=. python benchmarks/corpus_to_alignment.py --source-tokenizer neox \\
+        --target-tokenizer qwen3 \\
         --corpus mix-train.jsonl.xz --tokens 1e9 --workdir runs/scale
 
-What is timed is the stage `align` in a process of its own, after its imports and tokenizers, with all compilation: counting both sides,
-vectors, matching, mixtures, files, BLEU-1. Tokenising is apart. A side with fewer than `--tokens` is made as long by repeating its
-documents, each time with a fresh seed: a share of the tokens (`--noise`) is swapped for others of the corpus, so that new pairs keep
-coming. Both sides are swapped by themselves, so time and memory are those of so long a corpus, but the alignment's quality is not.
+What is timed is the stage `align` in a process of its own, after its imports and tokenizers, with
+all compilation: counting both sides, vectors, matching, mixtures, files, BLEU-1. Tokenising is
+apart. A side with fewer than `--tokens` is made as long by repeating its documents, each time with
+a fresh seed: a share of the tokens (`--noise`) is swapped for others of the corpus, so that new
+pairs keep coming. Both sides are swapped by themselves, so time and memory are those of so long a
+corpus, but the alignment's quality is not.
 
-The floor is what the pairs alone must cost: sorting `window` keys a token on an accelerator, adding them to cells in the cache on a CPU.
-Host memory is the process's own (anonymous); with mapped files, which the system keeps while there is room, it is given, too.
+The floor is what the pairs alone must cost: sorting `window` keys a token on an accelerator, adding
+them to cells in the cache on a CPU. Host memory is the process's own (anonymous); with mapped
+files, which the system keeps while there is room, it is given, too.
 """
 
 import argparse
@@ -79,7 +84,8 @@ def main() -> None:
             for side, folder in zip(SIDES, real)
         ]
         print(
-            f"tokens: {[len(TokenShards.open(of)) for of in real]} real, {[of.result() for of in made]} to be read"
+            f"tokens: {[len(TokenShards.open(of)) for of in real]} real, "
+            f"{[of.result() for of in made]} to be read"
         )
     prepared = time.monotonic() - began
     with ProcessPoolExecutor(1, spawn) as pool:

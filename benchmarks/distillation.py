@@ -1,11 +1,14 @@
-"""Stage 3 with a teacher against the same stage without, at equal tokens: bits per byte before and after, tokens a second, seconds a step.
+"""Stage 3 with a teacher against the same stage without, at equal tokens: bits per byte before and
+after, tokens a second, seconds a step.
 
-    PYTHONPATH=. python benchmarks/distillation.py --teacher llama-en16k --corpus mix-train.jsonl.xz --language-field lang \\
+    PYTHONPATH=. python benchmarks/distillation.py --teacher llama-en16k --corpus mix-train.jsonl.xz \\
+        --language-field lang \\
         --workdir runs/distillation --steps 40 --sequences 4 --sequence-length 256 --dtype float32
 
-The source model gets the teacher's tokenizer in Stage 1 and Stage 2, once. From there each way (WAYS) trains on the same sequences in the
-same order at the same rates; `next token` is a Stage 3 without the teacher. All is done by the pipeline, in one workdir, so that a broken
-benchmark goes on where it was. Writes `distillation.json` and prints a table.
+The source model gets the teacher's tokenizer in Stage 1 and Stage 2, once. From there each way
+(WAYS) trains on the same sequences in the same order at the same rates; `next token` is a Stage 3
+without the teacher. All is done by the pipeline, in one workdir, so that a broken benchmark goes on
+where it was. Writes `distillation.json` and prints a table.
 """
 
 import argparse
@@ -150,7 +153,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
 
 
 def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
-    """What the ways are compared with: the source model, the teacher, and the student that all begin with."""
+    """What the ways are compared with: the source model, the teacher, and the student that all
+    begin with."""
     pipeline.run(config, workdir, ["evaluate/source", "evaluate/stage2"], print)
     context = Context(config, workdir, print)
     model, folder = context.inputs.teacher_model, context.inputs.teacher_folder

@@ -1,12 +1,15 @@
-"""How long the rows of a new vocabulary take, step by step, and in how much host memory; random rows, tokens and text.
+"""How long the rows of a new vocabulary take, step by step, and in how much host memory; random
+rows, tokens and text.
 
     PYTHONPATH=. python benchmarks/initialization.py --width 2048 --source 50304 --target 151669
 
-The model has one layer: what it reads is not measured here, but what is made of that. `mixtures`: the rows that an alignment makes of the
-source's, for embedding and head. `learned rows`: the regression for one of the two and what it says of the composed tokens. `frequencies`:
-how far head rows are moved, three rounds over 32,768 places. `tuning`: the rule of all rows, in as many steps as a run has, of 2,048
-tokens each. Each is run twice, the first time with its compilation. Memory is the largest resident set of the process so far; the source's
-rows and contexts of both vocabularies are in it.
+The model has one layer: what it reads is not measured here, but what is made of that. `mixtures`:
+the rows that an alignment makes of the source's, for embedding and head. `learned rows`: the
+regression for one of the two and what it says of the composed tokens. `frequencies`: how far head
+rows are moved, three rounds over 32,768 places. `tuning`: the rule of all rows, in as many steps as
+a run has, of 2,048 tokens each. Each is run twice, the first time with its compilation. Memory is
+the largest resident set of the process so far; the source's rows and contexts of both vocabularies
+are in it.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/loading.py --layers 32 --devices 8
 
-Makes a checkpoint of LLaMA 3's 8B shape in bfloat16 (zeros in sparse files, which take no room on the disk), reads it onto so many
-simulated CPU devices as a process of its own, and says how much host memory there was at most beside the arrays on the devices, and how
-large a part of them each device has. With --export it is written out again (16 GB for 32 layers).
+Makes a checkpoint of LLaMA 3's 8B shape in bfloat16 (zeros in sparse files, which take no room on
+the disk), reads it onto so many simulated CPU devices as a process of its own, and says how much
+host memory there was at most beside the arrays on the devices, and how large a part of them each
+device has. With --export it is written out again (16 GB for 32 layers).
 """
 
 import argparse
@@ -73,7 +74,8 @@ def main() -> None:
     for name, value in gigabytes.items():
         print(f"  {name.removesuffix('_bytes'):24} {value:8.2f} GB")
     print(
-        f"  largest file             {largest / 1e9:8.2f} GB; host memory beside the arrays: {beside:.2f} of it"
+        f"  largest file             {largest / 1e9:8.2f} GB; host memory beside the arrays: "
+        f"{beside:.2f} of it"
     )
     print(f"  seconds to read          {result['seconds']:8.0f}")
 

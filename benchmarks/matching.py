@@ -2,9 +2,10 @@
 
     python benchmarks/matching.py --source 50000 --target 262000 --dimensions 300
 
-Prints the seconds of each step (the second run of each: the first one compiles). CSLS takes a pass over all products of
-vectors, 2 x source x target x dimensions FLOP, and one over those of the most frequent target tokens: at the rate measured
-on one block, that is the floor. The work does not depend on what is in the vectors, and grows with the number of target tokens.
+Prints the seconds of each step (the second run of each: the first one compiles). CSLS takes a pass
+over all products of vectors, 2 x source x target x dimensions FLOP, and one over those of the most
+frequent target tokens: at the rate measured on one block, that is the floor. The work does not
+depend on what is in the vectors, and grows with the number of target tokens.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     source, target = (rng.standard_normal((n, arguments.dimensions), np.float32) for n in size)
     shared = np.stack([rng.permutation(n)[: arguments.pivots * 2] for n in size], axis=1)
-    pivots, judges = shared[: arguments.pivots], shared[arguments.pivots :]
+    pivots, validation = shared[: arguments.pivots], shared[arguments.pivots :]
     keys, queries = matching.common_space(
         jnp.asarray(source), jnp.asarray(target), jnp.asarray(pivots)
     )
@@ -51,13 +52,14 @@ def main() -> None:
             queries, keys, jnp.zeros(size[0]), arguments.neighbours
         ),
         "match, in all": lambda: matching.match(
-            source, target, pivots, judges, arguments.neighbours
+            source, target, pivots, validation, arguments.neighbours
         ),
         "match as published": lambda: published.match(source, target, pivots),
     }
     products = 2 * arguments.dimensions * size[0]
     print(
-        f"{jax.devices()[0].device_kind}: {size[1]:,} target x {size[0]:,} source tokens, {arguments.dimensions} dimensions"
+        f"{jax.devices()[0].device_kind}: {size[1]:,} target x {size[0]:,} source tokens, "
+        f"{arguments.dimensions} dimensions"
     )
     for name, step in steps.items():
         seconds = [_seconds(step) for _ in range(2)]

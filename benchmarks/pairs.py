@@ -1,9 +1,11 @@
-"""Makes the pairs that alignments are measured on and that cannot be had ready-made: a SentencePiece-style tokenizer, and a
-small GPT-NeoX language model.
+"""Makes the pairs that alignments are measured on and that cannot be had ready-made: a
+SentencePiece-style tokenizer, and a small GPT-NeoX language model.
 
     python benchmarks/pairs.py tokenizer --corpus mix-train.jsonl.xz --out pairs/sp24k
-    python benchmarks/pairs.py check --tokenizer pairs/sp24k --other llama-en16k --corpus mix-valid.jsonl.xz
-    python benchmarks/pairs.py model --corpus mix-train.jsonl.xz --tokenizer neox --out pairs/neox-30m    # one GPU, minutes
+    python benchmarks/pairs.py check --tokenizer pairs/sp24k --other llama-en16k \\
+        --corpus mix-valid.jsonl.xz
+    python benchmarks/pairs.py model --corpus mix-train.jsonl.xz --tokenizer neox \\
+        --out pairs/neox-30m    # one GPU, minutes
 """
 
 import argparse
@@ -25,7 +27,8 @@ SPACE = "▁"
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 COVERAGE = 0.9995
-"""Share of the characters of the text that get a token of their own; the others are spelled in bytes."""
+"""Share of the characters of the text that get a token of their own; the others are spelled in
+bytes."""
 WORDS = rf"{SPACE}+(?={SPACE})|{SPACE}?[\p{{L}}\p{{M}}]+|{SPACE}?[^{SPACE}\p{{L}}\p{{M}}\p{{N}}]+|\p{{N}}|{SPACE}+"
 """No merge crosses the border of a word, a single digit, a run of punctuation or one of spaces."""
 
@@ -123,8 +126,9 @@ def sample(corpus: str, size: int) -> list[str]:
 
 
 def sentencepiece_style(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer made like LLaMA 2's: `▁` for a space and before the first word, characters without a token in bytes
-    (line ends and tabs among them), single digits, `<unk>`, `<s>` and `</s>`.
+    """A BPE tokenizer made like LLaMA 2's: `▁` for a space and before the first word, characters
+    without a token in bytes (line ends and tabs among them), single digits, `<unk>`, `<s>` and
+    `</s>`.
 
     Args:
       vocabulary: tokens in all, those and the 256 bytes included.
@@ -174,7 +178,8 @@ def _lines(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _characters(texts: Sequence[str]) -> list[str]:
-    """The most frequent characters, `COVERAGE` of the text, and the space; of equally frequent ones the first in Unicode."""
+    """The most frequent characters, `COVERAGE` of the text, and the space; of equally frequent
+    ones the first in Unicode."""
     counts = Counter()
     for line in _lines(texts):
         counts.update(line)
@@ -199,7 +204,8 @@ def train_gpt_neox(
     learning_rate: float,
     layers: int,
 ) -> None:
-    """Pre-trains a GPT-NeoX model with `tokenizer` from random rows, and writes it to `out` in bf16."""
+    """Pre-trains a GPT-NeoX model with `tokenizer` from random rows, and writes it to `out` in
+    bf16."""
     stage = StageConfig(
         method="full",
         steps=steps,
@@ -222,7 +228,8 @@ def train_gpt_neox(
 def check_pair(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, corpus: str
 ) -> None:
-    """Prints how many of the documents come back from their tokens, and how many tokens both vocabularies have."""
+    """Prints how many of the documents come back from their tokens, and how many tokens both
+    vocabularies have."""
     contents, texts = (
         canonical.token_bytes(tokenizer),
         [document["text"].encode() for document in build.documents(corpus)],
@@ -232,10 +239,12 @@ def check_pair(
     known = canonical.index_by_bytes(other)
     shared = sum(content in known for content in contents if content)
     print(
-        f"{whole:,} of {len(texts):,} documents come back from their tokens, {sum(map(len, cut)):,} in all"
+        f"{whole:,} of {len(texts):,} documents come back from their tokens, "
+        f"{sum(map(len, cut)):,} in all"
     )
     print(
-        f"{shared:,} of {len(contents):,} tokens have one of {len(known):,} of the other with the same bytes"
+        f"{shared:,} of {len(contents):,} tokens have one of {len(known):,} of the other with the "
+        "same bytes"
     )
 
 

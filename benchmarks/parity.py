@@ -1,11 +1,13 @@
-"""How far each family is from PyTorch: random tiny models, one for each set of features, in float32 on the CPU.
+"""How far each family is from PyTorch: random tiny models, one for each set of features, in float32
+on the CPU.
 
     python benchmarks/parity.py            # prints the table and writes it into docs/models.md
     python benchmarks/parity.py gemma phi3 # prints the rows of these families only
 
-Largest differences: of logits at two lengths; of the gradients of embedding and head, relative to the largest element of
-each; of the logits of the exported folder, loaded by transformers. `effect` is how far the logits move when one of the
-constants that the family does not share with LLaMA 1 is taken away, the least of them all: what an error there would show.
+Largest differences: of logits at two lengths; of the gradients of embedding and head, relative to
+the largest element of each; of the logits of the exported folder, loaded by transformers. `effect`
+is how far the logits move when one of the constants that the family does not share with LLaMA 1 is
+taken away, the least of them all: what an error there would show.
 """
 
 import os

@@ -1,20 +1,25 @@
-"""Token vectors: Stanford's GloVe in C against this project's GloVe and PPMI, on the same token files, in one run.
+"""Token vectors: Stanford's GloVe in C against this project's GloVe and PPMI, on the same token
+files, in one run.
 
-    python benchmarks/token_vectors.py --glove_c GloVe --source-tokenizer llama-en16k --target-tokenizer qwen3 \\
+    python benchmarks/token_vectors.py --glove_c GloVe --source-tokenizer llama-en16k \\
+        --target-tokenizer qwen3 \\
         --corpus mix-train.jsonl.xz --workdir runs/token_vectors
 
-`--glove_c` is a checkout of https://github.com/stanfordnlp/GloVe (its `src` is compiled here with gcc). Instead of `--corpus`,
-`--tokens-source` and `--tokens-target` name folders of token shards that exist. Settings are the published ones: 300
-dimensions, window 15, minimum count 5, x_max 10, alpha 0.75, eta 0.05, 15 passes.
+`--glove_c` is a checkout of https://github.com/stanfordnlp/GloVe (its `src` is compiled here with
+gcc). Instead of `--corpus`, `--tokens-source` and `--tokens-target` name folders of token shards
+that exist. Settings are the published ones: 300 dimensions, window 15, minimum count 5, x_max 10,
+alpha 0.75, eta 0.05, 15 passes.
 
-The C programs read a document as one line of ids. Their windows end at a newline, as ours do at the end of a document; they
-drop rare tokens before windows are taken, as we do. So both have the same vocabulary and count the same.
+The C programs read a document as one line of ids. Their windows end at a newline, as ours do at the
+end of a document; they drop rare tokens before windows are taken, as we do. So both have the same
+vocabulary and count the same.
 
-Time is wall time of each phase, without writing the ids as text for C; ours includes compilation and the start of the device,
-but not that of Python. With `JAX_ENABLE_COMPILATION_CACHE=false` nothing was compiled before. Memory is the largest resident
-set of each program, ours in a process of its own. Alignment quality is the share of judges (a tenth of the shared tokens, never
-used) that find themselves by CSLS: with a map from 300 shared tokens, with one from all others, and directly where both sides
-have the same axes.
+Time is wall time of each phase, without writing the ids as text for C; ours includes compilation
+and the start of the device, but not that of Python. With `JAX_ENABLE_COMPILATION_CACHE=false`
+nothing was compiled before. Memory is the largest resident set of each program, ours in a process
+of its own. Alignment quality is the share of validation pairs (a tenth of the shared tokens, never
+used) that find themselves by CSLS: with a map from 300 shared tokens, with one from all others, and
+directly where both sides have the same axes.
 """
 
 import argparse
@@ -46,7 +51,8 @@ FLAGS = "-Ofast -march=native -funroll-loops -w"
 WAYS = {"c": "GloVe in C", "glove": "this project's GloVe", "ppmi": "this project's PPMI"}
 SEED = 0
 COMPILATION = "/jax/core/compile/backend_compile_duration"
-"""JAX's name of the event that a program was compiled (or taken from the cache of compiled programs)."""
+"""JAX's name of the event that a program was compiled (or taken from the cache of compiled
+programs)."""
 
 
 def main() -> None:
@@ -125,7 +131,8 @@ def main() -> None:
 
 
 def token_folders(arguments: argparse.Namespace, source_tokenizer, target_tokenizer) -> list[Path]:
-    """Folders of both sides' token shards, in `arguments.workdir` if they are not given; made if they are not there."""
+    """Folders of both sides' token shards, in `arguments.workdir` if they are not given; made if
+    they are not there."""
     if getattr(arguments, "tokens_source", None):
         return [arguments.tokens_source, arguments.tokens_target]
     config = Config(
@@ -251,7 +258,8 @@ def _run_c_side(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 class _Timed:
-    """Runs the programs in `folder`: seconds of each, the largest memory of any, and when a pass was done at what cost."""
+    """Runs the programs in `folder`: seconds of each, the largest memory of any, and when a pass
+    was done at what cost."""
 
     def __init__(self, folder: Path):
         self._folder, self.memory = folder, 0
@@ -278,7 +286,8 @@ class _Timed:
         watcher.join()
         if process.returncode:
             sys.exit(
-                f"{' '.join(words)} failed with {process.returncode}: {tail.decode(errors='replace')}"
+                f"{' '.join(words)} failed with {process.returncode}: "
+                f"{tail.decode(errors='replace')}"
             )
         return seconds
 
@@ -289,7 +298,8 @@ class _Timed:
 
 
 def _peak_memory(process: int | str = "self") -> int:
-    """Bytes that a process has had resident at most (a child's rusage would start from its parent's); 0 when it is gone."""
+    """Bytes that a process has had resident at most (a child's rusage would start from its
+    parent's); 0 when it is gone."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -368,29 +378,33 @@ def _in_process(function, *arguments) -> dict[str, Any]:
 
 
 def _accuracy(workdir: Path, way: str, folders: list[Path], shared: np.ndarray) -> dict[str, float]:
-    """Share of the judges that find themselves, by how the two sides are brought together."""
+    """Share of the validation whose token is matched right, by how the two sides are brought
+    together."""
     source, target = (_read(workdir, way, side, folder) for side, folder in zip(SIDES, folders))
     rows = vectors.shared_rows(source.ids, target.ids, shared)
-    few, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], CONFIG.pivots, SEED)
-    others = np.setdiff1d(np.arange(len(rows)), judges)
+    few, validation = matching.choose_pivots(rows[:, 0], rows[:, 1], CONFIG.pivots, SEED)
+    others = np.setdiff1d(np.arange(len(rows)), validation)
     found = {}
     for name, pivots in (
         (f"map from {len(few)}", few),
         (f"map from all {len(others):,} others", others),
     ):
         result = matching.match(
-            source.vectors, target.vectors, rows[pivots], rows[judges], CONFIG.neighbours
+            source.vectors, target.vectors, rows[pivots], rows[validation], CONFIG.neighbours
         )
         found[name] = result.accuracy
     if way == "ppmi":
         keys, queries = (matching.centred(jnp.asarray(side.vectors)) for side in (source, target))
         best, _ = matching.csls(queries, keys, CONFIG.neighbours)
-        found["no map"] = float(np.mean(np.asarray(best)[rows[judges, 1], 0] == rows[judges, 0]))
+        found["no map"] = float(
+            np.mean(np.asarray(best)[rows[validation, 1], 0] == rows[validation, 0])
+        )
     return found
 
 
 def _read(workdir: Path, way: str, side: str, folder: Path) -> vectors.Vectors:
-    """By falling frequency, ties by id, as C has them in another order: so that all ways have the same judges."""
+    """By falling frequency, ties by id, as C has them in another order: so that all ways have the
+    same validation pairs."""
     counts = TokenShards.open(folder).counts
     found = vectors.read(
         workdir / f"{way}-{side}.{'txt' if way == 'c' else 'npz'}", len(counts), f"{way}-{side}"
@@ -409,7 +423,8 @@ def _table(report: dict[str, Any]) -> str:
     tokens = ", ".join(f"{side} {count:,} tokens" for side, count in report["tokens"].items())
     lines = [f"{tokens}; {report['cores']} cores; ours on {report['device']}", ""]
     lines += [
-        "| | seconds | by phase (source + target) | memory, GB | loss | accuracy@1 of judges |",
+        "| | seconds | by phase (source + target) | memory, GB | loss | accuracy@1 of validation "
+        "pairs |",
         "|---|---|---|---|---|---|",
     ]
     for way, of_way in report["ways"].items():

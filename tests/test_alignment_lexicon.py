@@ -34,7 +34,7 @@ def test_a_hidden_rotation_is_found(e):
 
 def test_pairs_that_join_are_right_and_mend_the_map():
     source, target, _ = spaces(noise=0.8)
-    seeds, judges = same(np.arange(0, 900, 20)), same(np.arange(1, 900, 2))
+    seeds, validation = same(np.arange(0, 900, 20)), same(np.arange(1, 900, 2))
     keys, queries, joined = lexicon.common_space(source, target, seeds, 10)
     assert len(joined) > 200 and np.mean(joined[:, 0] == joined[:, 1]) > 0.95
     assert (
@@ -43,7 +43,9 @@ def test_pairs_that_join_are_right_and_mend_the_map():
     )
     assert len(set(joined[:, 0])) == len(set(joined[:, 1])) == len(joined)
     of_seeds = lexicon._mapped(keys, matching.centred(target), seeds)
-    alone, induced = (matching.retrieve(keys, q, judges, 10).accuracy for q in (of_seeds, queries))
+    alone, induced = (
+        matching.retrieve(keys, q, validation, 10).accuracy for q in (of_seeds, queries)
+    )
     assert induced > alone + 0.1
 
 

@@ -30,10 +30,10 @@ def rotation(d, seed=1):
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
 
 
-def split(n, pivots=300, judges=100, seed=2):
+def split(n, pivots=300, validation=100, seed=2):
     order = np.random.default_rng(seed).permutation(n)
     same = np.stack([order, order], axis=1)
-    return same[:pivots], same[pivots : pivots + judges]
+    return same[:pivots], same[pivots : pivots + validation]
 
 
 def test_relative_representations_are_whitened_cosines_to_the_pivots():
@@ -123,7 +123,7 @@ def test_a_space_matches_its_own_rotation():
     assert np.array_equal(found.source[:, 0], np.arange(600))
     assert found.accuracy == 1.0
     assert found.similarity.mean() > 0.97
-    assert found.similarity.min() > 0.8  # a hundred judges are no proof of certainty
+    assert found.similarity.min() > 0.8  # a hundred pairs are no proof of certainty
 
 
 def test_the_order_of_tokens_does_not_matter():
@@ -132,11 +132,11 @@ def test_the_order_of_tokens_does_not_matter():
     target = source @ rotation(24).astype(np.float32) + 0.3 * rng.normal(size=source.shape).astype(
         np.float32
     )
-    pivots, judges = split(600)
-    found = matching.match(source, target, pivots, judges, neighbours=10)
+    pivots, validation = split(600)
+    found = matching.match(source, target, pivots, validation, neighbours=10)
     order, place = rng.permutation(600), np.empty(600, int)
     place[order] = np.arange(600)  # row `order[i]` of before is row i of now
-    moved = [np.stack([pairs[:, 0], place[pairs[:, 1]]], axis=1) for pairs in (pivots, judges)]
+    moved = [np.stack([pairs[:, 0], place[pairs[:, 1]]], axis=1) for pairs in (pivots, validation)]
     again = matching.match(source, target[order], *moved, neighbours=10)
     assert np.mean(again.source == found.source[order]) > 0.995
     np.testing.assert_allclose(again.similarity, found.similarity[order], atol=0.02)
@@ -181,25 +181,25 @@ def test_platt_is_never_certain_and_never_falling():
 
 def test_pivots_and_judges_are_apart_and_pivots_frequent():
     ranks = np.random.default_rng(0).permutation(5000)
-    pivots, judges = matching.choose_pivots(ranks, np.arange(5000), 100, seed=0)
-    assert len(pivots) == 100 and len(judges) == 500
-    assert not set(pivots) & set(judges)
+    pivots, validation = matching.choose_pivots(ranks, np.arange(5000), 100, seed=0)
+    assert len(pivots) == 100 and len(validation) == 500
+    assert not set(pivots) & set(validation)
     worst = np.maximum(ranks, np.arange(5000))
-    assert worst[pivots].max() <= np.sort(worst)[100 * matching.PIVOT_POOL + len(judges)]
+    assert worst[pivots].max() <= np.sort(worst)[100 * matching.PIVOT_POOL + len(validation)]
     again, _ = matching.choose_pivots(ranks, np.arange(5000), 100, seed=0)
     other, _ = matching.choose_pivots(ranks, np.arange(5000), 100, seed=1)
     assert np.array_equal(pivots, again) and not np.array_equal(pivots, other)
-    everything, judges = matching.choose_pivots(ranks, np.arange(5000), 10**6, seed=0)
-    assert sorted([*everything, *judges]) == list(range(5000))
+    everything, validation = matching.choose_pivots(ranks, np.arange(5000), 10**6, seed=0)
+    assert sorted([*everything, *validation]) == list(range(5000))
 
 
 @pytest.mark.parametrize("share", ["1/10", "3/20", "1/3"])
 def test_the_share_of_judges_is_rounded_up(monkeypatch, share):
-    monkeypatch.setattr(matching, "JUDGE_SHARE", Fraction(share))
+    monkeypatch.setattr(matching, "VALIDATION_SHARE", Fraction(share))
     numerator, denominator = map(int, share.split("/"))
     for shared in range(1, 100):
-        _, judges = matching.choose_pivots(np.arange(shared), np.arange(shared), 5, seed=0)
-        assert len(judges) == -(-shared * numerator // denominator)
+        _, validation = matching.choose_pivots(np.arange(shared), np.arange(shared), 5, seed=0)
+        assert len(validation) == -(-shared * numerator // denominator)
 
 
 def test_the_temperature_is_the_one_that_judges_think_likeliest():
@@ -209,7 +209,7 @@ def test_the_temperature_is_the_one_that_judges_think_likeliest():
     np.testing.assert_allclose(weights.sum(axis=1), 1)
     drawn = np.array([rng.choice(6, p=w) for w in weights])  # whose own token is which of the six
     found = matching.Matches(np.tile(np.arange(6), (4000, 1)), scores, scores[:, 0], 0.0)
-    judges = np.stack([drawn, np.arange(4000)], axis=1)
-    assert matching.temperature(found, judges) == pytest.approx(0.05, rel=0.15)
+    validation = np.stack([drawn, np.arange(4000)], axis=1)
+    assert matching.temperature(found, validation) == pytest.approx(0.05, rel=0.15)
     nowhere = np.stack([np.full(4000, 99), np.arange(4000)], axis=1)
     assert matching.temperature(found, nowhere) == matching.TEMPERATURES[-1]

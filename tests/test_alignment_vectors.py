@@ -41,10 +41,10 @@ def test_judges_are_no_contexts(monkeypatch):
         == of_target.ids[rows[:, 1]]
     ).all()
     assert (np.diff(rows[:, 0]) > 0).all()
-    _, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], CONFIG.pivots, 7)
+    _, validation = matching.choose_pivots(rows[:, 0], rows[:, 1], CONFIG.pivots, 7)
     chosen = {tuple(pair) for pair in seen["columns"].tolist()}
-    assert len(judges) and chosen == {
-        tuple(pair) for i, pair in enumerate(rows.tolist()) if i not in set(judges)
+    assert len(validation) and chosen == {
+        tuple(pair) for i, pair in enumerate(rows.tolist()) if i not in set(validation)
     }
     assert measured == {"ppmi_shared_contexts": len(chosen)}
 

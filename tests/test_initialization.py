@@ -171,7 +171,7 @@ def test_halves_are_two_tokens_that_join_to_the_whole():
     for kind in ("byte_level", "metaspace"):
         tokenizer = tiny_tokenizer(400, TEXTS, kind)
         of = spelled(tokenizer)
-        ids, parts = composition.halves(tokenizer, np.arange(len(of)))
+        ids, parts = composition.binary_splits(tokenizer, np.arange(len(of)))
         assert len(ids) > 30
         assert all(of[whole] == of[left] + of[right] for whole, (left, right) in zip(ids, parts))
 

@@ -3,8 +3,8 @@
     benchmarks/rivals/environments.sh /tmp/rivals
     python benchmarks/rivals/compare.py --source models/smollm2 --target tokenizers/neox \\
         --donor donors/neox --environments /tmp/rivals --text train.jsonl.xz \\
-        --judge valid.jsonl.xz --other-text other.jsonl --abilities abilities --output runs/rivals \\
-        -- --config.text.budget_bytes=50000000
+        --judge valid.jsonl.xz --other-text other.jsonl --abilities abilities --output runs/rivals
+        \\ -- --config.text.budget_bytes=50000000
 
 A start is a method's model before any training: this project's own methods by `alignment.method`,
 and mergekit's `mergekit-tokensurgeon`, `deepfocus` and `wechsel` from their own packages. What

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 MakeRows = Callable[[PreTrainedTokenizerBase, PreTrainedTokenizerBase, torch.Tensor], torch.Tensor]
-"""(source tokenizer, target tokenizer, float32 rows of the source) -> float32 rows of the target."""
+"""(source tokenizer, target tokenizer, float32 rows of the source) -> float32 rows of the
+target."""
 
 
 def replace(source: str, target: str, output: Path, make: MakeRows) -> None:

@@ -1,4 +1,5 @@
-"""WECHSEL as its authors publish it (PyPI `wechsel`): wechsel_rows.py SOURCE TARGET TEXT.jsonl OUTPUT
+"""WECHSEL as its authors publish it (PyPI `wechsel`): wechsel_rows.py SOURCE TARGET TEXT.jsonl
+OUTPUT
 
 Run in the environment that `environments.sh` makes for it. WECHSEL asks for word vectors of the
 source's and of the target's language, aligned by a dictionary. Where both tokenizers serve the same

@@ -1,9 +1,10 @@
-"""The alignment: for every target token, which rows of the source model its own rows are made of.
+"""The alignment of a target vocabulary: the mixture of source rows for each target token's rows.
 
-Each target token gets a rule, a score, and two mixtures of source rows (weights sum to 1), one for the input embedding and
-one for the head. No row is zero or left out. `methods.py` makes alignments; here is what they are, and their files:
-`align_matrix.json` in the published form ({"target_id": source_id}, the heaviest source token of the embedding mixture),
-and `alignment.npz` with everything.
+Each target token has a rule, a score, and two mixtures of source rows (weights sum to 1), one for
+the input embedding and one for the head. No row is zero or left out. `methods.py` makes alignments;
+this module defines them and their files: `align_matrix.json` in the published form ({"target_id":
+source_id}, the heaviest source token of the embedding mixture), and `alignment.npz` with
+everything.
 """
 
 import json
@@ -25,70 +26,73 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.text import canonical
 
 HUBS = 10
-"""The hub share is that of the rows which point at this many source tokens."""
+"""The hub share is the share of rows that point at this many of the most used source tokens."""
 BLOCK = 4096
-"""Rows that a thread makes at once."""
+"""Rows that a thread computes at once."""
 THREADS = 8
 JSON_FILE, FILE = "align_matrix.json", "alignment.npz"
 
 
 class Rule(IntEnum):
-    """Where a target token's rows come from. The numbers are those in `alignment.npz`."""
+    """The source of a target token's rows. The numbers are stored in `alignment.npz`."""
 
     EXACT = 0
     """The source token with the same bytes."""
     SPECIAL = 1
-    """A special token: the source's of the same role (else its end-of-text), of the same text, or of the same use."""
+    """A special token of the same role (else the source's end of text), text, or use."""
     SIMILAR = 2
-    """The source tokens found by co-occurrence, by some methods mixed with the pieces of the text."""
+    """Source tokens matched by co-occurrence, in some methods mixed with the pieces."""
     PIECES = 3
-    """The text as the source tokenizer cuts it."""
+    """The token's text as the source tokenizer splits it."""
     MEAN = 4
-    """Nothing is known: the mean of all source rows."""
+    """The mean of all source rows, where nothing else is known."""
     GIVEN = 5
     """The source token that an alignment file names."""
     RANDOM = 6
-    """A source token drawn at random: only in the methods that others are measured against."""
+    """A random source token, only in baselines."""
     UNWRITTEN = 7
-    """A token that no text is cut into, since another one has the same bytes (`<0x2C>` beside `,`), where the source has no
-    such second token. Its embedding row is that of its bytes; its head row is the mean of all source rows, because with
-    the row of its bytes it would take half of the other token's probability. By Jensen's inequality it gets at most
-    1 / V_s of the source tokens' summed exponentials."""
+    """A token that no text is split into, since another one has the same bytes (`<0x2C>` beside
+    `,`), and the source has no such second token. Its embedding row is that of its bytes. Its head
+    row is the mean of all source rows: with the row of its bytes it would take half of the other
+    token's probability, while the mean gets at most 1 / V_s of the summed exponentials (Jensen)."""
 
 
 SURE = (Rule.EXACT, Rule.SPECIAL, Rule.UNWRITTEN)
-"""Rules that leave nothing to be found by co-occurrence."""
+"""Rules of tokens that are not matched by co-occurrence."""
 
 
 class Mixture(NamedTuple):
-    """A sparse matrix [V_t, V_s + 1] in compressed rows; column V_s stands for the mean of all source rows."""
+    """A sparse matrix [V_t, V_s + 1] in compressed rows; column V_s is the mean of all source
+    rows."""
 
     indptr: Int[np.ndarray, "V_t+1"]
     """int64: row i holds entries indptr[i] to indptr[i + 1]."""
     ids: Int[np.ndarray, "E"]
     """int32: source tokens."""
     weights: Float[np.ndarray, "E"]
-    """float32: positive, each row's sum is 1; only the method `omp` gives any other."""
+    """float32: positive, summing to 1 in each row; any numbers in method `omp`."""
     source_size: int
     """V_s"""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How each of V_t target tokens is made of V_s source tokens."""
+    """Mixtures of V_s source tokens for V_t target tokens."""
 
     embedding: Mixture
     head: Mixture
     rules: UInt8[np.ndarray, "V_t"]
     """`Rule` of each target token."""
     scores: Float[np.ndarray, "V_t"]
-    """float32: 1 for EXACT, SPECIAL, UNWRITTEN and GIVEN; else the similarity of the best match (calibrated, but in `tokalign`), 0 where
-    there is none."""
+    """float32: 1 for EXACT, SPECIAL, UNWRITTEN and GIVEN; else the similarity of the best match
+    (calibrated, except in `tokalign`), 0 without a match."""
     matches: Int[np.ndarray, "V_t"]
-    """int32: the best match by co-occurrence, whether used or not; -1 for exact and special tokens, or without a vector."""
+    """int32: the best match by co-occurrence, used or not; -1 for exact and special tokens, and for
+    tokens without a vector."""
     frequency_shift: Float[np.ndarray, "V_t"]
-    """float32: log frequency of the token, less the mean of those its head row is mixed from; 0 for exact, special and given
-    ones. `initialization` moves head rows by it along the direction in which the source model's rows change with frequency."""
+    """float32: log frequency of the token minus the mean of those that its head row is mixed from;
+    0 for exact, special and given tokens. `initialization` moves head rows by it along the slope of
+    the source model's rows with log frequency."""
     source_log_frequency: Float[np.ndarray, "V_s"]
     """float32"""
     source_fingerprint: str
@@ -106,9 +110,9 @@ class Alignment:
         return len(self.rules)
 
     def heaviest(self) -> Int[np.ndarray, "V_t"]:
-        """int32: the source token with the largest weight in each embedding mixture, of equals the last.
+        """Return the source token with the largest weight in each embedding mixture, int32.
 
-        A MEAN row, which has none, gives the source token that most other rows point at.
+        The last one of equals; for a MEAN row, the source token that most other rows point at.
         """
         indptr, ids, weights, source_size = self.embedding
         rows = np.repeat(np.arange(self.target_size), np.diff(indptr))
@@ -119,7 +123,7 @@ class Alignment:
         return result
 
 
-# --- making -----------------------------------------------------------------------------------------------------------
+# --- Making mixtures ------------------------------------------------------------------------------
 
 
 def mixture_of(
@@ -129,10 +133,11 @@ def mixture_of(
     size: int,
     source_size: int,
 ) -> Mixture:
-    """The mixture of V_t = `size` rows that these entries make: target token, source token (V_s: the mean of all rows), weight >= 0.
+    """Make a mixture of V_t = `size` rows from entries (target token, source token, weight >= 0).
 
-    A row keeps the order of its entries, of which one or more have a weight; those of the same source token are added up. Its weights may
-    have any sum.
+    The source token V_s is the mean of all rows. A row keeps the order of its entries; weights of
+    the same source token are added, and each row is normalized to sum to 1. Every row needs a
+    weight.
     """
     rows, ids, weights = (of[weights > 0] for of in (rows, ids, weights))
     keys = rows.astype(np.int64) * (source_size + 1) + ids
@@ -153,7 +158,7 @@ def replaced(
     ids: Int[np.ndarray, "E"],
     weights: Float[np.ndarray, "E"],
 ) -> Mixture:
-    """`mixture` with these entries, taken as they are, for the target tokens that have any; the others keep theirs.
+    """Return the mixture with the rows of these target tokens replaced by these entries.
 
     Args:
       rows: the target token of each entry.
@@ -174,14 +179,14 @@ def replaced(
 
 
 def with_mean(mixture: Mixture, targets: Int[np.ndarray, "n"]) -> Mixture:
-    """`mixture` with the mean of all source rows for these target tokens."""
+    """Return the mixture with the mean of all source rows for these target tokens."""
     return replaced(
         mixture, targets, np.full(len(targets), mixture.source_size), np.ones(len(targets))
     )
 
 
 def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
-    """The mixture in which each target token is one source token."""
+    """Make the mixture in which each target token is one source token."""
     n = len(source_ids)
     return Mixture(
         np.arange(n + 1, dtype=np.int64),
@@ -191,14 +196,14 @@ def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
     )
 
 
-# --- using ------------------------------------------------------------------------------------------------------------
+# --- Applying mixtures ----------------------------------------------------------------------------
 
 
 def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "V_t D"]:
-    """float32: the rows that a mixture makes of the source model's `rows` (any float type; added up in float32).
+    """Mix the source model's rows (of any float type) in float32.
 
-    A target token that is one source token has its row bit for bit. Source rows that hold NaN or infinity reach no other
-    row: they have no part in the mean, and stand for it.
+    A target token that is one source token gets its row bit for bit. Source rows with NaN or
+    infinity are left out of the mean of all rows, and replaced by it.
 
     Args:
       rows: R >= V_s; a source matrix may be padded, and only its first V_s rows count for the mean.
@@ -209,8 +214,8 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
     source_size = mixture.source_size
     if rows.shape[0] < source_size:
         raise UserError(
-            f"the source model's matrix has {rows.shape[0]:,} rows, its tokenizer {source_size:,} tokens: they do not belong "
-            "together; give the model folder its own tokenizer"
+            f"the source model's matrix has {rows.shape[0]:,} rows, its tokenizer {source_size:,} tokens: "
+            "they do not belong together; put the model's own tokenizer into its folder"
         )
     rows = rows[:source_size]
     finite = finite_rows(rows)
@@ -238,7 +243,7 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
 
 
 def finite_rows(rows: Float[np.ndarray, "R D"]) -> Bool[np.ndarray, "R"]:
-    """Which rows hold neither NaN nor infinity."""
+    """Return which rows have neither NaN nor infinity."""
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     return np.concatenate(
         [np.isfinite(block.astype(np.float32)).all(axis=1) for block in blocks]
@@ -247,10 +252,10 @@ def finite_rows(rows: Float[np.ndarray, "R D"]) -> Bool[np.ndarray, "R"]:
 
 
 def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict[str, Any]:
-    """Rows, and the share of the target corpus, by rule; and how many unmatched rows crowd at few source tokens.
+    """Summarize rows and the share of the target corpus by rule, and how concentrated matches are.
 
-    `hub_share` is of the tokens matched by co-occurrence and over the threshold; `hub_share_file` of all rows that no
-    rule of `SURE` made, as `align_matrix.json` has them.
+    `hub_share` counts tokens that use their match by co-occurrence, `hub_share_file` all rows of
+    `align_matrix.json` that are neither exact, special nor unwritten.
     """
     total = max(int(target_counts.sum()), 1)
     by_rule = {
@@ -271,9 +276,10 @@ def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """The summary, with the name of the method, for a person: a few lines."""
+    """Describe a summary (with the name of the method) in a few lines."""
     lines = [
-        f"alignment by {result['method']}: {result['target_size']:,} target tokens of {result['source_size']:,} source tokens"
+        f"alignment by {result['method']}: {result['target_size']:,} target tokens of "
+        f"{result['source_size']:,} source tokens"
     ]
     for name, part in result["rules"].items():
         if part["rows"]:
@@ -281,17 +287,18 @@ def describe(result: Mapping[str, Any]) -> list[str]:
                 f"  {name:9} {part['rows']:9,} rows  {part['frequency']:7.2%} of the corpus"
             )
     lines.append(
-        f"  hub share {result['hub_share']:.1%} of similar, {result['hub_share_file']:.1%} of all unmatched rows"
+        f"  hub share {result['hub_share']:.1%} of similar, {result['hub_share_file']:.1%} of all "
+        "unmatched rows"
     )
     lines += [f"  BLEU-1 {result['bleu_1']:.3f}"] if "bleu_1" in result else []
     return lines
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def save(alignment: Alignment, folder: Path) -> None:
-    """Writes `align_matrix.json` and `alignment.npz`, each whole or not at all."""
+    """Write `align_matrix.json` and `alignment.npz` atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = asdict(alignment)
     for side in ("embedding", "head"):
@@ -309,7 +316,7 @@ def save(alignment: Alignment, folder: Path) -> None:
 def load(
     path: Path, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> Alignment:
-    """Reads an alignment: a folder that `save` wrote, its `alignment.npz`, or any `align_matrix.json`.
+    """Read an alignment: a folder of `save`, its `alignment.npz`, or any `align_matrix.json`.
 
     Raises:
       UserError: when it cannot be read, or is of another vocabulary than the two tokenizers'.
@@ -322,8 +329,9 @@ def load(
         return read(path, source_tokenizer, target_tokenizer)
     except (OSError, ValueError, KeyError, AttributeError, EOFError) as error:
         raise UserError(
-            f"the alignment '{path}' cannot be read ({type(error).__name__}: {error}): it must be an {FILE} that this program "
-            f'wrote, or an {JSON_FILE} of the form {{"target_id": source_id}}'
+            f"the alignment '{path}' cannot be read ({type(error).__name__}: {error}): it must be "
+            "an "
+            f'{FILE} that this program wrote, or an {JSON_FILE} of the form {{"target_id": source_id}}'
         ) from error
 
 
@@ -392,8 +400,10 @@ def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
 
 def _other_vocabulary(path: Path, side: str, tokenizer: PreTrainedTokenizerBase, what: str) -> str:
     return (
-        f"the {side} tokenizer '{tokenizer.name_or_path}' has {canonical.vocabulary_size(tokenizer):,} tokens, the alignment "
-        f"'{path}' {what}: it belongs to another {side} tokenizer; name that one, or leave alignment.file empty to make an "
+        f"the {side} tokenizer '{tokenizer.name_or_path}' has "
+        f"{canonical.vocabulary_size(tokenizer):,} tokens, the alignment "
+        f"'{path}' {what}: it belongs to another {side} tokenizer; name that one, or leave "
+        "alignment.file empty to make an "
         f"alignment for this pair"
     )
 

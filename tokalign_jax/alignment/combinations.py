@@ -1,9 +1,10 @@
-"""Target tokens as linear combinations of the tokens that both vocabularies have: FOCUS and OMP.
+"""Linear combinations of shared tokens for target tokens: FOCUS and OMP.
 
-FOCUS (Dobler & de Melo 2023, arXiv 2305.14481) weights them by the sparsemax of their cosines with the target token in a space
-of token vectors. OMP (Goddard & Fernandes Neto 2025, arXiv 2506.06607; mergekit-tokensurgeon) approximates the target token's row
-in a donor model, which has the target vocabulary, by orthogonal matching pursuit over their rows there. Either way the same
-weights are then applied to the rows that these tokens have in the source model.
+FOCUS (Dobler & de Melo 2023, arXiv 2305.14481) weights shared tokens by the sparsemax of their
+cosines to the target token in a space of token vectors. OMP (Goddard & Fernandes Neto 2025, arXiv
+2506.06607; mergekit-tokensurgeon) approximates the target token's row in a donor model, which has
+the target vocabulary, by orthogonal matching pursuit over the shared tokens' rows there. The
+weights are then applied to the rows of these tokens in the source model.
 
 Letters: m target tokens, S shared tokens, d dimensions, k atoms, b block.
 """
@@ -20,24 +21,26 @@ from jaxtyping import Array, Float, Int
 from tokalign_jax.alignment.matching import unit
 
 SCORES = 2**25
-"""At most so many products of target and shared tokens, and numbers of bases (128 MiB), exist at once."""
+"""Products of target and shared tokens, and elements of bases (128 MiB), that exist at once, at
+most."""
 INDEPENDENT = 1e-5
-"""An atom adds something to those before it if more than this share of its length is outside of their span."""
+"""An atom is independent of earlier ones if more than this share of its norm is outside of their
+span."""
 
 
 class Combinations(NamedTuple):
     """Linear combinations of shared tokens, one for each of m target tokens, in coordinates."""
 
     rows: Int[np.ndarray, "E"]
-    """Which target token an entry belongs to, rising."""
+    """The target token of each entry, non-decreasing."""
     shared: Int[np.ndarray, "E"]
     weights: Float[np.ndarray, "E"]
     scores: Float[np.ndarray, "m"]
-    """From 0 to 1, how well the combination stands for the token: FOCUS's largest cosine, OMP's share of the squared length."""
+    """Quality from 0 to 1: FOCUS's largest cosine, OMP's explained share of the squared norm."""
 
 
 def focus(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"]) -> Combinations:
-    """Sparsemax of the cosines of target tokens with shared ones, S >= 1."""
+    """Weight shared tokens (S >= 1) by the sparsemax of their cosines to each target token."""
     found, table = [], unit(jnp.asarray(shared, jnp.float32))
     for block in _blocks(targets, len(shared)):
         cosines = jnp.matmul(unit(jnp.asarray(block)), table.T, precision="highest")
@@ -51,7 +54,7 @@ def focus(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"]) -
 def omp(
     targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"], atoms: int
 ) -> Combinations:
-    """Combinations of `atoms` shared tokens, or of all S if these are fewer, nearest to target tokens."""
+    """Approximate each target token by `atoms` shared tokens, or by all S if there are fewer."""
     found, table = [], jnp.asarray(shared, jnp.float32)
     atoms = min(atoms, len(shared))
     for block in _blocks(targets, max(len(shared), atoms * targets.shape[1])):
@@ -71,10 +74,11 @@ def omp(
 
 @jax.jit
 def sparsemax(scores: Float[Array, "b S"]) -> Float[Array, "b S"]:
-    """The nearest point of the probability simplex to each row (Martins & Astudillo 2016, eq. 2).
+    """Project each row onto the probability simplex (Martins & Astudillo 2016, eq. 2).
 
-    It is max(score - t, 0), with the threshold t at which that sums to 1. Michelot's iteration finds t without sorting: from
-    below, t becomes what makes the scores above it sum to 1, until it does not change.
+    The projection is max(score - t, 0) with the threshold t at which it sums to 1. Michelot's
+    iteration finds t without sorting: starting below, t is set to what makes the scores above it
+    sum to 1, until it no longer changes.
     """
 
     def raised(threshold: Float[Array, "b 1"]) -> Float[Array, "b 1"]:
@@ -97,10 +101,11 @@ def sparsemax(scores: Float[Array, "b S"]) -> Float[Array, "b S"]:
 def matching_pursuit(
     targets: Float[Array, "b d"], table: Float[Array, "S d"], atoms: int
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"], Float[Array, "b d"]]:
-    """(chosen rows of the table, their coefficients, what is left of the targets) by orthogonal matching pursuit.
+    """Run orthogonal matching pursuit; return (chosen rows, coefficients, residuals).
 
-    Each step chooses the row with the largest product with what is left, and takes away the projection on all rows chosen so
-    far; the coefficients are those of the least squares fit on the k = `atoms` <= S rows.
+    Each step chooses the row with the largest absolute product with the residual, and subtracts the
+    projection on all rows chosen so far. Coefficients are the least-squares fit on k = `atoms` <= S
+    rows.
     """
     product = functools.partial(jnp.einsum, precision="highest")
     batch = jnp.arange(len(targets))
@@ -111,7 +116,7 @@ def matching_pursuit(
         scores = scores.at[batch[:, None], chosen].set(-jnp.inf, mode="drop")
         new = scores.argmax(axis=1)
         atom = direction = table[new]
-        for _ in range(2):  # once more, for what rounding has left
+        for _ in range(2):  # reorthogonalized once, against rounding
             direction -= product("bk,bkd->bd", product("bkd,bd->bk", basis, direction), basis)
         size, length = (jnp.linalg.norm(of, axis=1, keepdims=True) for of in (direction, atom))
         direction = jnp.where(
@@ -127,14 +132,14 @@ def matching_pursuit(
     )
     left, basis, chosen = jax.lax.fori_loop(0, atoms, step, start)
     triangle = jnp.triu(product("bkd,bjd->bkj", basis, table[chosen]))
-    # An atom that added nothing has an empty row: its coefficient is 0.
+    # A dependent atom has an empty row: its coefficient becomes 0.
     triangle += jax.vmap(jnp.diag)((jnp.abs(basis).sum(axis=2) == 0).astype(jnp.float32))
     wanted = product("bkd,bd->bk", basis, targets)[..., None]
     return chosen, jax.scipy.linalg.solve_triangular(triangle, wanted)[..., 0], left
 
 
 def _blocks(targets: Float[np.ndarray, "m d"], numbers: int) -> Iterator[Float[np.ndarray, "b d"]]:
-    """Blocks of targets, each of which takes this many numbers."""
+    """Yield blocks of targets that each take `numbers` elements of memory."""
     size = max(1, SCORES // max(numbers, 1))
     for start in range(0, len(targets), size):
         yield np.asarray(targets[start : start + size], np.float32)

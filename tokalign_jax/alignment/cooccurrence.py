@@ -1,26 +1,23 @@
 """Co-occurrence counts of tokens in a window, weighted by 1/distance, exact and deterministic.
 
-As the C programs of GloVe do, tokens below the minimum count are dropped before windows are taken, so that the tokens
-around them move together; so is the end-of-text. Windows never cross a document.
+As in GloVe's C programs, tokens below the minimum count, and the end of text, are dropped before
+windows are taken, so that the tokens around them move together. Windows never cross documents.
 
-All sums are of integers: a pair at distance d adds lcm(1..window) / d. So the result depends neither on the order of
-adding nor on the cutting into chunks, threads, processes or devices.
+All sums are of integers: a pair at distance d adds lcm(1..window) / d. So the result depends
+neither on the order of additions nor on chunks, threads, processes or devices.
 
-A corpus of T tokens has `window` T pairs, and each must be added to its sum. How that is cheapest depends on the machine:
+A corpus of T tokens has `window` T pairs, each added to its sum:
 
-- On a CPU an addition to a cell that is in the cache is far cheaper than a pair's share of a sort. As in GloVe's C program,
-  pairs of frequent tokens have a dense table (here: all cells that expect more than `EXPECTED` pairs, as far as memory
-  goes), and only the others are sorted.
-- On an accelerator integers are sorted at nearly the speed of memory. Pairs are made, sorted and summed there, chunk by
-  chunk; what comes out is gathered in one buffer, which is itself sorted and summed whenever it is full.
+- On a CPU, an addition to a cached cell is far cheaper than a pair's share of a sort. As in GloVe's
+  C program, pairs of frequent tokens have a dense table (all cells that expect more than `EXPECTED`
+  pairs, as memory allows), and only the others are sorted.
+- On an accelerator, integers are sorted at nearly the speed of memory. Pairs are made, sorted and
+  summed there in chunks; the results are gathered in a buffer that is sorted and summed when it is
+  full.
 
-Either leaves runs: sorted pair keys (row << 32 | col) and the sum of each, on disk where they pass the memory budget. So
-memory does not depend on the length of the corpus.
-
-The floor is the adding of a token's 15 pairs to cells in the cache: 15 x 1.3 ns on the CPU where this was measured (2 cores at
-work on other things too). Counting takes 270 ns of processor time a token with 16,104 tokens in the vocabulary and 491 ns with
-65,618: a quarter to a third is adding to a table that the cache does not hold, the rest is making the pairs and sorting and
-merging those outside the table. benchmarks/cooccurrence.py measures both, on accelerators too.
+Both leave runs: sorted pair keys (row << 32 | col) and their sums, on disk past the memory budget.
+So memory does not depend on the length of the corpus. benchmarks/cooccurrence.py measures the
+speed.
 """
 
 import functools
@@ -47,19 +44,19 @@ from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils.progress import Log, Progress
 
 HOST_CHUNK = 1 << 15
-"""Tokens a CPU thread works on at once: what it makes of them at one distance stays in its cache."""
+"""Tokens of a CPU thread's chunk: its arrays of one distance fit in the cache."""
 DEVICE_CHUNK = 1 << 22
 """Tokens whose pairs an accelerator sorts at once."""
 HOST_THREADS = 4
-"""More do not help: NumPy holds the interpreter's lock while it adds to a table. Use processes (`count_part`)."""
+"""More do not help: NumPy holds the GIL while it adds to a table. Use processes (`count_part`)."""
 EXPECTED = 1.0
-"""A cell has a place in the dense table when so many pairs would meet there by chance."""
+"""Pairs that a cell of the dense table expects by chance, at least."""
 BLOCK = 1 << 15
-"""Pairs or cells of what a CPU thread makes a run of at once."""
+"""Pairs or cells that a CPU thread turns into a run at once."""
 READERS = 4
-"""Threads that make chunks for one accelerator."""
+"""Threads that prepare chunks for an accelerator."""
 FETCHED = 1 << 22
-"""Entries that come from a device at once."""
+"""Entries that are copied from a device at once."""
 DEVICE_ENTRY_BYTES = 128
 """Device memory for each entry (16 bytes) of the buffer while it is sorted and summed."""
 
@@ -68,19 +65,21 @@ _EMPTY = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Cooccurrence:
-    """A symmetric matrix X over the n tokens that are frequent enough; entries on and above its diagonal.
+    """A symmetric matrix X over the n tokens that are frequent enough, with the entries of its
+    upper triangle.
 
-    A large matrix is memory-mapped from files that have no name any more: they go when the arrays do.
+    A large matrix is memory-mapped from unnamed temporary files, which are freed with the arrays.
     """
 
     vocabulary: Int[np.ndarray, "n"]
-    """int32: token ids by falling frequency (ties by id); rows and columns number this list."""
+    """int32: token ids sorted by frequency (ties by id); rows and columns are indices of it."""
     rows: Int[np.ndarray, "E"]
     """int32, sorted."""
     cols: Int[np.ndarray, "E"]
     """int32, rows <= cols, sorted within a row."""
     counts: Float[np.ndarray, "E"]
-    """float64: X[row, col] = X[col, row] > 0. Each pair of places adds 1/d to both, so twice to the diagonal."""
+    """float64: X[row, col] = X[col, row] > 0. Each pair adds 1/d to both, so twice to the
+    diagonal."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,14 +87,14 @@ class Cooccurrence:
 
 @dataclass(frozen=True)
 class Resources:
-    """What counting may use. None of it changes a bit of the result."""
+    """Resources for counting; they do not change the result."""
 
     memory: int = 4 << 30
-    """Bytes of host memory, beside what the system keeps of files."""
+    """Bytes of host memory, without the system's file cache."""
     device_memory: int = 40 << 30
-    """Bytes of an accelerator's memory; at most two thirds of what it has are taken."""
+    """Bytes of an accelerator's memory; at most two thirds of it are used."""
     scratch: Path | None = None
-    """Folder for what does not fit into `memory` (16 bytes a pair, several times over); None: the system's own."""
+    """Folder for what does not fit into `memory`; None: the system's temporary folder."""
     workers: int | None = None
     """Threads on a CPU, or accelerators; None: all, and at most `HOST_THREADS` threads."""
     device: bool | None = None
@@ -106,14 +105,14 @@ class Resources:
 
 @dataclass(frozen=True)
 class Part:
-    """Exact sums over a part of the corpus, to be added to those of the others by `merge`."""
+    """Exact sums over a part of the corpus, for `merge`."""
 
     vocabulary: Int[np.ndarray, "n"]
     window: int
     runs: tuple[Sums, ...]
 
     def save(self, folder: Path) -> None:
-        """Writes the part to `folder`, which is made; `part.json` comes last."""
+        """Write the part to `folder`, `part.json` last."""
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "vocabulary.npy", self.vocabulary)
         entries = 0
@@ -128,10 +127,10 @@ class Part:
 
     @classmethod
     def open(cls, folder: Path) -> "Part":
-        """Opens what `save` wrote, memory-mapped.
+        """Open a part that `save` wrote, memory-mapped.
 
         Raises:
-          UserError: when the folder holds no whole part.
+          UserError: the folder holds no complete part.
         """
         try:
             index = json.loads((folder / "part.json").read_text(encoding="utf-8"))
@@ -158,10 +157,10 @@ def count(
     what: str = "co-occurrence",
     resources: Resources = Resources(),
 ) -> Cooccurrence:
-    """The co-occurrences of `shards`, each token with the `window` tokens to either side.
+    """Count co-occurrences of each token with the `window` tokens to either side.
 
     Raises:
-      UserError: when the sums do not fit into 64 bits, or the scratch folder has no room.
+      UserError: the sums do not fit into 64 bits, or the scratch folder is full.
     """
     return merge(
         [count_part(shards, window, min_count, log, what, resources)], log, what, resources
@@ -177,10 +176,11 @@ def count_part(
     resources: Resources = Resources(),
     part: tuple[int, int] = (0, 1),
 ) -> Part:
-    """What the (i, n)-th of n equal parts of the tokens adds to the co-occurrences of `shards`.
+    """Count the co-occurrences of part i of n equal parts of the tokens.
 
-    Pairs belong to the part that has their left token, so that parts can be cut anywhere. Hosts with files of their own
-    count all of them, with `shards.counts` the sum over all hosts: the vocabulary is made from it.
+    A pair belongs to the part of its left token, so that parts can be cut anywhere. Hosts with
+    their own files count all of these, with `shards.counts` summed over all hosts, since it makes
+    the vocabulary.
     """
     vocabulary, rank = _vocabulary(shards, min_count)
     frequency = shards.counts[vocabulary]
@@ -219,17 +219,19 @@ def merge(
     what: str = "co-occurrence",
     resources: Resources = Resources(),
 ) -> Cooccurrence:
-    """The sum of `parts`, exactly.
+    """Sum the parts exactly.
 
     Raises:
-      UserError: when they are of different vocabularies or windows.
+      UserError: they differ in vocabulary or window.
     """
     first = parts[0]
     for part in parts:
         if part.window != first.window or not np.array_equal(part.vocabulary, first.vocabulary):
             raise UserError(
-                f"parts of different co-occurrence counts: windows {first.window} and {part.window}, "
-                f"{len(first.vocabulary):,} and {len(part.vocabulary):,} tokens: count all parts with the same settings "
+                f"parts of different co-occurrence counts: windows {first.window} and "
+                f"{part.window}, "
+                f"{len(first.vocabulary):,} and {len(part.vocabulary):,} tokens: count all parts "
+                "with the same settings "
                 "and with the token counts of the whole corpus"
             )
     runs = [run for part in parts for run in part.runs]
@@ -255,7 +257,8 @@ def merge(
 
 
 def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The kept ids by falling frequency, and int32 [V] with each id's place among them (-1: dropped)."""
+    """Return the ids of the vocabulary by frequency, and each id's rank in it, int32 (-1:
+    dropped)."""
     frequency = shards.counts.copy()
     frequency[shards.index["end_of_text"]] = 0
     order = np.argsort(-frequency, kind="stable")
@@ -266,16 +269,17 @@ def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.nda
 
 
 def _check_sums_fit(most: int, window: int) -> None:
-    """No sum exceeds what the most frequent token can add with the whole window to either side."""
+    """Check the largest possible sum, of the most frequent token with its whole window."""
     unit = math.lcm(*range(1, window + 1))
     if 2 * most * sum(unit // d for d in range(1, window + 1)) >= _EMPTY:
         raise UserError(
-            f"a window of {window} is too wide for exact counts of a token seen {most:,} times: narrow it"
+            f"a window of {window} is too wide for exact counts of a token seen {most:,} times: "
+            "narrow it"
         )
 
 
 class _Share(NamedTuple):
-    """What one worker counts: the pairs whose left token is in [start, stop)."""
+    """The share of one worker: pairs whose left token is in [start, stop)."""
 
     shards: TokenShards
     rank: np.ndarray
@@ -296,7 +300,8 @@ class _Share(NamedTuple):
         return Runs(self.resources.memory // self.workers // 2, self.resources.scratch)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Kept tokens in their order: int32 ranks [m + k] and uint8 [m], how many of the next are in a token's window.
+        """Kept tokens in their order: int32 ranks [m + k] and uint8 [m], how many of the next are
+        in a token's window.
 
         The m are those in [start, stop), the k (at most `window`) follow them in the same document.
         """
@@ -318,11 +323,12 @@ class _Share(NamedTuple):
         return ranks[places[: whole + window]], np.minimum(ahead[:whole], window).astype(np.uint8)
 
 
-# --- On a CPU ---------------------------------------------------------------------------------------------------------
+# --- On a CPU -------------------------------------------------------------------------------------
 
 
 class _Table(NamedTuple):
-    """Sums of the pairs that are expected often: cells (row, col) with row <= col < ends[row], row by row."""
+    """Sums of the pairs that are expected often: cells (row, col) with row <= col < ends[row], row
+    by row."""
 
     sums: Int[np.ndarray, "cells+1"]
     """The last one is a bin: filling it costs less than picking out what would go there."""
@@ -333,7 +339,8 @@ class _Table(NamedTuple):
 
     @classmethod
     def empty(cls, frequency: np.ndarray, window: int, cells: int) -> "_Table":
-        """At most `cells`; two tokens seen f and g times among T are expected in 2 window f g / T pairs."""
+        """At most `cells`; two tokens seen f and g times among T are expected in 2 window f g / T
+        pairs."""
         n = len(frequency)
         place, rising = np.arange(n), frequency[::-1].astype(np.float64)
         least = EXPECTED * frequency.sum() / (2 * window)
@@ -359,9 +366,9 @@ class _Table(NamedTuple):
 
 
 def _count_on_host(share: _Share) -> list[Sums]:
-    """Frequent pairs by adding to a table, the others by sorting.
+    """Count frequent pairs in a table and the others by sorting.
 
-    What is sorted is (row, col, distance) packed into one int64, so that nothing is permuted.
+    The sort keys pack (row, col, distance) into one int64, so that no values are permuted.
     """
     chunk, pairs = share.resources.chunk or HOST_CHUNK, (share.stop - share.start) * share.window
     memory = (
@@ -386,7 +393,8 @@ def _count_on_host(share: _Share) -> list[Sums]:
 
 
 def _add(table: _Table, ranks: np.ndarray, ahead: np.ndarray, window: int) -> Iterator[np.ndarray]:
-    """Adds the pairs that have a cell to `table`, and yields the others, packed, distance by distance."""
+    """Add the pairs that have a cell to `table`; yield the others, packed, one array for each
+    distance."""
     bases, ends = table.bases[ranks], table.ends[ranks]
     unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
     for distance in range(1, window + 1):
@@ -396,7 +404,8 @@ def _add(table: _Table, ranks: np.ndarray, ahead: np.ndarray, window: int) -> It
         left, right = slice(size), slice(distance, distance + size)
         col = np.maximum(ranks[left], ranks[right])
         inside = ahead[left] >= distance
-        # Ends fall and bases rise with the row, which is the smaller rank: no look-up for each pair.
+        # Ends fall and bases rise with the row, which is the smaller rank: no look-up for each
+        # pair.
         dense = (col < np.maximum(ends[left], ends[right])) & inside
         cell = np.minimum(bases[left], bases[right])
         cell += col
@@ -408,7 +417,7 @@ def _add(table: _Table, ranks: np.ndarray, ahead: np.ndarray, window: int) -> It
 
 
 def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
-    """Sorts `packed` in place and sums it, block by block."""
+    """Sort `packed` in place and yield its sums in blocks."""
     packed.sort()
     unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
     weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)
@@ -419,12 +428,14 @@ def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
         yield summed(block >> bits, weights[block & ((1 << bits) - 1)])
 
 
-# --- On an accelerator ------------------------------------------------------------------------------------------------
+# --- On an accelerator ----------------------------------------------------------------------------
 
 
 def _count_on_device(share: _Share, device: Any) -> list[Sums]:
-    """Chunks are sorted and summed to the end of a buffer; a full buffer is too; if it stays half full it is a run."""
-    # A power of two of tokens at once, a power of eight of these in the buffer: texts of about a size share their programs.
+    """Sort and sum chunks to the end of a buffer; compact a full buffer; emit it as a run if half
+    full."""
+    # A power of two of tokens at once, a power of eight of these in the buffer: texts of about a
+    # size share their programs.
     tokens = max(share.stop - share.start, 1)
     chunk = share.resources.chunk or min(DEVICE_CHUNK, 1 << (tokens - 1).bit_length())
     made = chunk * share.window
@@ -439,10 +450,12 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
         padded[0][: len(ranks)], padded[1][: len(ahead)] = ranks, ahead
         return jax.device_put(padded, device)
 
-    # Keys are 64 bits wide here, and only here: the setting is this thread's. They are unsigned because XLA has a radix sort
+    # Keys are 64 bits wide here, and only here: the setting is this thread's. They are unsigned
+    # because XLA has a radix sort
     # for unsigned keys with 64-bit values, and none for signed ones.
     with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
-        # Put on the device by name, as the tokens are: or else the first chunk would have a program of its own.
+        # Put on the device by name, as the tokens are: or else the first chunk would have a
+        # program of its own.
         (keys, sums), used = jax.device_put(_empty(capacity), device), 0
         for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
             keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
@@ -468,7 +481,7 @@ def _empty(capacity: int):
 
 @functools.partial(jax.jit, static_argnames="window", donate_argnums=(0, 1))
 def _append(keys, sums, used, ranks, ahead, *, window: int):
-    """Writes the sums of a chunk's pairs behind the `used` entries; also their number."""
+    """Append the sums of a chunk's pairs after the `used` entries; return their number too."""
     chunk, bits, unit = len(ahead), window.bit_length(), math.lcm(*range(1, window + 1))
     ranks = ranks.astype(jnp.uint64)
     packed = []
@@ -488,12 +501,13 @@ def _append(keys, sums, used, ranks, ahead, *, window: int):
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _compacted(keys, sums):
-    """The buffer sorted, each key once; also how many there are."""
+    """Sort the buffer and merge equal keys; return their number too."""
     return _run_sums(*jax.lax.sort((keys, sums), num_keys=1, is_stable=False))
 
 
 def _run_sums(keys, values):
-    """Each key of a sorted list once, with the sum of its values, then empty ones; also how many are not.
+    """Each key of a sorted list once, with the sum of its values, then empty ones; also how many
+    are not.
 
     A running sum, read where runs end: no two threads add to the same place.
     """
@@ -509,7 +523,8 @@ def _run_sums(keys, values):
 
 
 def _fetched(keys: jax.Array, sums: jax.Array, used: int) -> Iterator[Sums]:
-    """The first `used` entries, in blocks, all of one size on the device so that only one program is compiled."""
+    """The first `used` entries, in blocks, all of one size on the device so that only one program
+    is compiled."""
     size = min(FETCHED, len(keys))
     for start in range(0, used, size):
         from_ = min(start, len(keys) - size)

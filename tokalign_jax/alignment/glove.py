@@ -1,20 +1,23 @@
-"""Token vectors by GloVe (Pennington et al. 2014), as a jitted program over dense blocks of the co-occurrence matrix.
+"""Token vectors by GloVe (Pennington et al. 2014), jitted over dense blocks of the co-occurrence
+matrix.
 
-The published loss is the sum over X_ij > 0 of f(X_ij) (w_i . c_j + b_i + c_j - log X_ij)^2 (eq. 8) with
-f(x) = min(1, (x / x_max)^alpha) (eq. 9). The C program takes one AdaGrad step a pair; scattered vectors are what an
-accelerator (and a vectorised CPU) is worst at. Here the vocabulary is sorted by frequency and cut into blocks, and a step
-is one AdaGrad step for the rows and columns of one block: three matrix products. Two things let the summed gradients of
-few steps do the work of the C program's many small ones (after 8 passes: loss 0.089 against 0.091 on 2M tokens, 64
-dimensions): biases start at their own least-squares fit, so that the first gradients do not fill the accumulators with
-what is only frequency; and the rate is `RATE_SCALE` times as large.
+The published loss is the sum over X_ij > 0 of f(X_ij) (w_i . c_j + b_i + c_j - log X_ij)^2 (eq. 8)
+with f(x) = min(1, (x / x_max)^alpha) (eq. 9). The C program takes an AdaGrad step for each pair,
+with scattered reads and writes that accelerators and vector units are slow at. Here the vocabulary
+is sorted by frequency and split into blocks, and a step is an AdaGrad step for the rows and columns
+of a block: three matrix products. Two changes let few steps with summed gradients match the C
+program's many small ones (after 8 passes: loss 0.089 against 0.091 on 2M tokens, 64 dimensions):
+biases start at their least-squares fit, so that the first gradients do not fill the accumulators
+with frequency alone; and the learning rate is `RATE_SCALE` times as large.
 
-A CPU goes through the blocks one by one, in random order, and computes those with few pairs pair by pair. An accelerator
-would wait for the launch of each of these small steps. Blocks (i, i + r mod m) of an m x m matrix share no parameters, so
-their steps can be taken in any order and so at once: there the step is over such a stratum (Gemulla et al. 2011, section
-4.2), m steps a pass, 6 n^2 (d + 2) operations (73k tokens at d = 300: 10 TFLOP a pass).
+A CPU processes blocks one by one in random order, and those with few pairs pair by pair. An
+accelerator would spend its time launching these small steps. Blocks (i, i + r mod m) of an m x m
+matrix share no parameters, so their steps can be taken at once: a step there covers such a stratum
+(Gemulla et al. 2011, section 4.2), with m steps a pass and 6 n^2 (d + 2) operations.
 
-Biases travel as columns: word rows are (w, b, 1), context rows (c, 1, b'), so that one product gives w . c + b + b'.
-Letters: n tokens, m blocks of B tokens, E pairs, d dimensions, S stored pairs of a block or a stratum (padded).
+Biases are stored as columns: word rows are (w, b, 1), context rows (c, 1, b'), so that one product
+gives w . c + b + b'. Letters: n tokens, m blocks of B tokens, E pairs, d dimensions, S stored pairs
+of a block or a stratum (padded).
 """
 
 import functools
@@ -32,19 +35,21 @@ from tokalign_jax.parallel import sharding
 from tokalign_jax.utils.progress import Log, Progress
 
 RATE_SCALE = 4.0
-"""A step here stands for a block of pairs, not for one: AdaGrad's rate is this much larger than the configured one."""
+"""Factor on AdaGrad's rate, since a step covers a block of pairs instead of one pair."""
 MAX_BLOCK = 512
-"""Tokens of a block. Larger blocks compute faster and learn less a pass: 1024 lags by about one pass in eight."""
+"""Tokens of a block. Larger ones are faster but learn less a pass: 1024 lags by one pass in
+eight."""
 MIN_BLOCKS = 16
-"""A small vocabulary has smaller blocks, so that every row still takes this many steps a pass."""
+"""A small vocabulary has smaller blocks, so that each row takes this many steps a pass."""
 DENSE_SHARE = 1 / 64
-"""On a CPU, a block with fewer of its cells filled is computed pair by pair."""
+"""On a CPU, a block with a smaller share of filled cells is computed pair by pair."""
 BIAS_ROUNDS = 8
-"""Damped fixed-point rounds that fit the starting biases."""
+"""Damped fixed-point iterations for the initial biases."""
 
 
 class Block(NamedTuple):
-    """The parameters of B neighbouring tokens and AdaGrad's sums of squares; all float32. With a leading axis, of m blocks."""
+    """Parameters of a block of B tokens and AdaGrad's sums of squares, float32; of m blocks with a
+    leading axis."""
 
     words: Float[Array, "*m B d+2"]
     contexts: Float[Array, "*m B d+2"]
@@ -53,7 +58,7 @@ class Block(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a step needs to know beside parameters and pairs."""
+    """Settings of a step."""
 
     rate: float
     x_max: float
@@ -68,10 +73,10 @@ def train(
     what: str = "GloVe",
     strata: bool | None = None,
 ) -> tuple[Float[np.ndarray, "n d"], list[float]]:
-    """Vectors (word + context) of `cooccurrence.vocabulary`, and the published loss over the pairs, in each pass.
+    """Train; return vectors (word + context) of the vocabulary and the published loss of each pass.
 
     Args:
-      strata: whether to take many blocks' steps at once; None: where there is an accelerator.
+      strata: whether to take the steps of many blocks at once; None: on accelerators.
     """
     rng = np.random.default_rng(seed)
     objective = Objective(
@@ -100,7 +105,7 @@ def train(
 
 
 def block_size(tokens: int) -> int:
-    """A power of two that cuts `tokens` into `MIN_BLOCKS` or more, between 8 and `MAX_BLOCK`."""
+    """Return a power of two, from 8 to `MAX_BLOCK`, that gives `MIN_BLOCKS` blocks or more."""
     return min(MAX_BLOCK, max(8, 1 << (max(tokens, 1) // MIN_BLOCKS).bit_length() >> 1))
 
 
@@ -112,13 +117,13 @@ def gradients(
     objective: Objective,
     dense: bool,
 ) -> tuple[Float[Array, ""], Float[Array, "*m B d+2"], Float[Array, "*m B d+2"]]:
-    """The published loss of a block (or of m of them), and half its gradient (as in the C program).
+    """Compute the published loss of one or m blocks, and half its gradient (as in the C program).
 
     Args:
-      words, contexts: the i-th block of words meets the i-th of contexts.
-      cells: the place of each pair, (i B + row) B + column; m B B for padding.
+      words, contexts: block i of words is paired with block i of contexts.
+      cells: index of each pair, (i B + row) B + column; m B B for padding.
       logs: log X of each pair.
-      dense: by matrix products over whole blocks, or (one block only) pair by pair; the results are the same.
+      dense: by matrix products over whole blocks, or (one block only) pair by pair.
     """
     side, shape = words.shape[-2], (*words.shape[:-1], words.shape[-2])
     weights = jnp.where(cells < math.prod(shape), _weight(logs, objective), 0.0)
@@ -152,7 +157,7 @@ def _step(
     length: int,
     dense: bool,
 ):
-    """One AdaGrad step on block (i, j) and, off the diagonal (`other` is given), on its mirror image (j, i)."""
+    """Take an AdaGrad step on block (i, j) and, off the diagonal, on its mirror image (j, i)."""
     cells = jax.lax.dynamic_slice(cells, (start,), (length,))
     logs = jax.lax.dynamic_slice(logs, (start,), (length,))
     side = own.words.shape[0]
@@ -188,7 +193,7 @@ def _step(
 def _stratum_step(
     blocks: Block, cells, logs, start, count, shift, objective: Objective, *, length: int
 ):
-    """One AdaGrad step on all blocks (i, i + shift mod m) at once."""
+    """Take an AdaGrad step on all blocks (i, i + shift mod m) at once."""
     cells = jax.lax.dynamic_slice(cells, (start,), (length,))
     logs = jax.lax.dynamic_slice(logs, (start,), (length,))
     blocks_, side, _ = blocks.words.shape
@@ -216,7 +221,7 @@ def _weight(logs, objective: Objective):
 
 
 def _scattered(cells, values, shape: tuple[int, ...]):
-    """The array of this shape that holds `values` at `cells` and zero elsewhere."""
+    """Scatter `values` at `cells` into zeros of this shape."""
     flat = (
         jnp.zeros(math.prod(shape), values.dtype)
         .at[cells]
@@ -232,7 +237,8 @@ def _start(
     size: int,
     rng: np.random.Generator,
 ) -> Block:
-    """All m blocks: vectors uniform in (-0.5, 0.5) / d as in the C program, fitted biases, sums of squares 1."""
+    """Initialize: vectors uniform in (-0.5, 0.5) / d as in the C program, fitted biases, squares
+    1."""
     n = len(cooccurrence.vocabulary)
     padded = -(-n // size) * size
     biases = np.zeros(padded)
@@ -249,7 +255,8 @@ def _start(
 
 
 def _biases(cooccurrence: Cooccurrence, objective: Objective) -> np.ndarray:
-    """float64 [n]: b that nearly minimises the loss with all vectors zero, log X_ij ~ b_i + b_j."""
+    """Fit biases that nearly minimize the loss with all vectors zero, log X_ij ~ b_i + b_j;
+    float64."""
     rows, cols, n = cooccurrence.rows, cooccurrence.cols, len(cooccurrence.vocabulary)
     logs = np.log(cooccurrence.counts)
     weights = np.exp(np.minimum(objective.power * (logs - np.log(objective.x_max)), 0.0))
@@ -269,10 +276,10 @@ def _biases(cooccurrence: Cooccurrence, objective: Objective) -> np.ndarray:
 
 
 class _BlockByBlock:
-    """A CPU's way: a step is over one block and its mirror image.
+    """Steps over one block and its mirror image, for CPUs.
 
-    A block's pairs are read as a slice padded to a power of two or four, so that only a few programs are compiled. Blocks
-    on the diagonal hold both triangles, others stand for their mirror image too.
+    A block's pairs are a slice padded to a power of two or four, so that few programs are compiled.
+    Diagonal blocks hold both triangles; others represent their mirror image too.
     """
 
     between_waits = 64
@@ -301,7 +308,7 @@ class _BlockByBlock:
         return len(self._names)
 
     def take(self, k: int, count: int | None = None) -> Float[Array, ""]:
-        """Takes the k-th step (with its first `count` pairs only) and returns the loss before it."""
+        """Take step k (with its first `count` pairs only) and return the loss before it."""
         i, j = self._place(k)
         self._blocks[i], other, loss = _step(
             self._blocks[i],
@@ -318,16 +325,17 @@ class _BlockByBlock:
         return loss
 
     def entries_of(self, k: int) -> int:
-        """How many entries of the matrix the k-th step is over."""
+        """Return the number of entries of step k."""
         i, j = self._place(k)
         return int(self._counts[k]) * (1 if i == j else 2)
 
     def vectors(self) -> Float[np.ndarray, "mB d+2"]:
-        """Words + contexts."""
+        """Return words + contexts."""
         return np.concatenate([np.asarray(block.words + block.contexts) for block in self._blocks])
 
     def _compile(self) -> None:
-        """Runs every program once, on no pairs, which leaves the blocks as they are: so that time left is told right."""
+        """Compile every program by running it on no pairs, so that time estimates do not include
+        it."""
         programs = {
             (len(set(self._place(k))) == 1, *self._shape(k).values()): k for k in range(len(self))
         }
@@ -335,7 +343,7 @@ class _BlockByBlock:
             self.take(k, count=0)
 
     def _place(self, k: int) -> tuple[int, int]:
-        """Row and column, in blocks, of the k-th block that is not empty."""
+        """Return row and column, in blocks, of the non-empty block k."""
         row, column = divmod(int(self._names[k]), len(self._blocks))
         return row, column
 
@@ -343,7 +351,8 @@ class _BlockByBlock:
         """The static arguments of the k-th block's step."""
         count = int(self._counts[k])
         dense = count >= DENSE_SHARE * self._side**2
-        # Padding costs a pair-by-pair step as much as pairs do, a dense one next to nothing; a program costs a second.
+        # Padding costs a pair-by-pair step as much as pairs do, a dense one next to nothing; a
+        # program costs a second.
         step = 2 if dense else 1
         return {
             "length": max(256, 1 << -(-(count - 1).bit_length() // step) * step),
@@ -354,8 +363,8 @@ class _BlockByBlock:
 class _Strata:
     """An accelerator's way: step r is over all blocks (i, i + r mod m), both triangles, dense.
 
-    The pairs are on the device where they fit (16 bytes each), else those of a step are copied to it. Memory beside them is
-    that of the parameters and of a few arrays [m, B, B].
+    The pairs are on the device where they fit (16 bytes each), else those of a step are copied to
+    it. Memory beside them is that of the parameters and of a few arrays [m, B, B].
     """
 
     between_waits = 8
@@ -386,7 +395,7 @@ class _Strata:
         return len(self._counts)
 
     def take(self, k: int) -> Float[Array, ""]:
-        """Takes the step over the k-th stratum and returns the loss before it."""
+        """Take the step over stratum k and return the loss before it."""
         start, cells, logs = int(self._starts[k]), self._cells, self._logs
         if not self._resident:
             here = slice(start, start + self._length)
@@ -398,15 +407,15 @@ class _Strata:
         return loss
 
     def entries_of(self, k: int) -> int:
-        """How many entries of the matrix the k-th step is over."""
+        """Return the number of entries of step k."""
         return int(self._counts[k])
 
     def vectors(self) -> Float[np.ndarray, "mB d+2"]:
-        """Words + contexts."""
+        """Return words + contexts."""
         words, contexts = self._blocks.words, self._blocks.contexts
         return np.asarray(words + contexts).reshape(-1, words.shape[-1])
 
 
 def _fits_device(size: int) -> bool:
-    """Whether `size` bytes leave most of the accelerator's memory free; a CPU's memory is the host's."""
+    """Return whether `size` bytes leave most of the device's memory free."""
     return size < sharding.device_memory(jax.devices()[0]) / 4

@@ -1,13 +1,13 @@
-"""A lexicon between two vocabularies, induced as between two languages (in the spirit of TokAlign++, arXiv 2605.13429).
+"""Bilingual lexicon induction between two vocabularies (compare TokAlign++, arXiv 2605.13429).
 
-One orthogonal map W = argmin sum ||x W - y||^2 takes target vectors x to the source vectors y of a dictionary (Procrustes:
-W = U V' where U S V' = X'Y), at first of the shared tokens. Then pairs that are each other's nearest by CSLS join it, where
-their score is as good as that of seeds which find themselves, and the map is fitted again, until the dictionary stays as it
-is (Artetxe et al. 2018 for words). Nothing is drawn at random.
+An orthogonal map W = argmin sum ||x W - y||^2 takes target vectors x to the source vectors y of a
+dictionary (Procrustes: W = U V' where U S V' = X'Y), which holds the shared tokens at first. Then
+pairs that are mutual nearest neighbours by CSLS join it, if they score as high as seeds that are
+matched right, and the map is fitted again, until the dictionary does not change (Artetxe et al.
+2018 for words). It is deterministic.
 
-Measured on llama-en16k and Qwen3's vocabulary, aligned on 5 MB, 300 dimensions: of 975 shared tokens that are no seeds 66.6%
-find themselves by the seeds alone, 67.2% at the end; of those of them that had joined the dictionary, 98% with themselves.
-Weighting pairs by 1 / sqrt(rank) gave 66.8% in the first round: not worth its idea.
+Measured on llama-en16k and Qwen3's vocabulary, aligned on 5 MB, 300 dimensions: accuracy@1 of 975
+validation pairs is 66.6% with the seeds alone and 67.2% at the end.
 """
 
 import jax
@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 from tokalign_jax.alignment import matching
 
 FREQUENT = 20_000
-"""Pairs are sought among so many of the most frequent tokens of each side: they are what a map is learned from best."""
+"""Most frequent tokens of each side among which pairs may join the dictionary."""
 ROUNDS = 4
-"""At most; measured, the dictionary changes by a pair or two after the second."""
+"""Rounds, at most; the dictionary hardly changes after the second."""
 JOIN_QUANTILE = 0.25
-"""Pairs join whose score is above this quantile of the scores of seeds that find themselves."""
+"""Pairs join if they score above this quantile of the seeds that are matched right."""
 
 
 def common_space(
@@ -31,7 +31,7 @@ def common_space(
     seeds: Int[np.ndarray, "S 2"],
     neighbours: int,
 ) -> tuple[Float[Array, "n d"], Float[Array, "m d"], Int[np.ndarray, "N 2"]]:
-    """Source and target vectors of norm 1 in the source's space, and the pairs that joined the seeds.
+    """Return normalized source and target vectors in the source's space, and the pairs that joined.
 
     Args:
       source, target: token vectors by falling frequency, each of its own dimensions.
@@ -56,7 +56,8 @@ def _mutual(
     seeds: Int[np.ndarray, "S 2"],
     neighbours: int,
 ) -> Int[np.ndarray, "N 2"]:
-    """Pairs (key, query), no seeds, that are each other's best by CSLS and score as seeds do that find themselves."""
+    """Return pairs (key, query) beside the seeds that are mutual best matches and score high
+    enough."""
     forth, scores = (np.asarray(a)[:, 0] for a in matching.csls(queries, keys, neighbours))
     back = np.asarray(matching.csls(keys, queries, neighbours)[0])[:, 0]
     mutual = back[forth] == np.arange(len(forth))
@@ -74,7 +75,7 @@ def _mutual(
 def _mapped(
     keys: Float[Array, "n d"], queries: Float[Array, "m e"], pairs: Int[Array, "N 2"]
 ) -> Float[Array, "m d"]:
-    """The queries under the orthogonal map that takes those of the pairs nearest to their keys, of norm 1."""
+    """Apply the orthogonal map fitted on the pairs to the queries, and normalize them."""
     with jax.default_matmul_precision("highest"):
         left, _, right = jnp.linalg.svd(
             queries[pairs[:, 1]].T @ keys[pairs[:, 0]], full_matrices=False

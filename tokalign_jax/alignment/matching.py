@@ -1,17 +1,18 @@
-"""Matching target tokens to source tokens by what both are near to.
+"""Matching of target tokens to source tokens by relative representations and CSLS.
 
-Two GloVe runs share no axes, but they share tokens. A vector x becomes its cosines to P of these, the pivots A: the relative
-representation x A' (Moschella et al. 2023; TokAlign, section 3.2). As published, a few directions that all pivots have much
-of drown the rest, and tokens along them are near to everything. So vectors are centred, and the representation is whitened:
-r(x) = x (A'A)^(-1/2) A', which keeps the length of x. Measured on 5 MB of text (share of 1,500 shared tokens that are no
-pivots and find themselves; 300, 1000, 4000 pivots): plain 0.22, 0.37, 0.44; orthogonal map 0.26, 0.52, 0.64; whitened 0.26,
-0.57, 0.69. Of r only products are needed, and those have a closed form that is as small as the vectors:
-r_t(x) . r_s(y) = x G_t^(-1/2) (A_t' A_s) G_s^(-1/2) y with G = A'A.
+Two sets of token vectors share no axes, but they share tokens. The relative representation of a
+vector x is its cosines to P shared tokens, the pivots A: x A' (Moschella et al. 2023; TokAlign,
+section 3.2). As published it is dominated by a few directions that all pivots have in common, and
+tokens along them are near to everything. So vectors are centred and the representation is whitened:
+r(x) = x (A'A)^(-1/2) A', which keeps the norm of x. Only products of r are needed, and they have a
+closed form of the size of the vectors: r_t(x) . r_s(y) = x G_t^(-1/2) (A_t' A_s) G_s^(-1/2) y with
+G = A'A. Measured on 5 MB of text (accuracy@1 of 1,500 validation pairs; 300, 1000, 4000 pivots):
+plain 0.22, 0.37, 0.44; orthogonal map 0.26, 0.52, 0.64; whitened 0.26, 0.57, 0.69.
 
-Retrieval is by CSLS (Conneau et al. 2018, eq. 3), which corrects what is left of hubs. A cosine says little by itself (the
-best of many is high by chance), so scores are calibrated on shared tokens that are not pivots, the judges: a similarity is
-the probability, fitted by Platt's method, that a judge with this score has found itself. (Of tokens that have no exact
-counterpart it says how near the match is to being one; it is no probability of theirs.)
+Retrieval is by CSLS (Conneau et al. 2018, eq. 3), which corrects for hubs. The best cosine of many
+is high by chance, so scores are calibrated on validation pairs, shared tokens that are not pivots:
+a similarity is the probability, by Platt scaling, that a validation pair of this score is matched
+right. For tokens without an exact counterpart it is an overestimate.
 
 Letters: Q queries, K keys, P pivots, d (source) and e (target) dimensions, k neighbours.
 """
@@ -28,59 +29,65 @@ from jaxtyping import Array, Float, Int
 
 QUERY_BLOCK = 1024
 SCORES = 2**25
-"""At most so many queries, and so many scores (128 MiB), exist at once."""
+"""Queries, and scores (128 MiB), that exist at once, at most."""
 AROUND = 2**16
-"""Hubness is measured against this many of the most frequent tokens of the other side; all of them would cost a pass over all products.
-
-Measured (llama-en16k to Qwen3's vocabulary, 15 MB of text, 42,242 target tokens with vectors, three splits of the judges): with all of them
-92.4 to 93.0% find themselves, with half 92.0 to 92.7, with a quarter 92.1 to 92.4.
-"""
+"""Most frequent tokens of the other side over which hubness is measured: all of them would take
+another pass over all products and gain less than a point of accuracy."""
 GROUP = 16
-"""Keys whose largest score is found first: the k best keys are in the k best groups, and sorting these is cheap."""
-MAX_JUDGES = 2000
-JUDGE_SHARE = Fraction(1, 10)
-"""Shared tokens that are kept from being pivots, to judge matches by: this share of them, at most that many."""
+"""Keys of a group: the k best keys are in the k groups with the largest maxima, which are cheap to
+sort."""
+MAX_VALIDATION = 2000
+VALIDATION_SHARE = Fraction(1, 10)
+"""Shared tokens that are validation pairs instead of pivots: this share, at most
+`MAX_VALIDATION`."""
 PIVOT_POOL = 10
 """Pivots are drawn from this many times as many of the most frequent shared tokens."""
 TEMPERATURES = tuple(float(t) for t in np.geomspace(1e-3, 1.0, 61))
-"""Of a softmax over scores, tried on the judges."""
+"""Candidates for the softmax temperature, chosen on the validation pairs."""
 RIDGE = 1e-3
-"""Added to the diagonal of G, in units of its mean: fewer pivots than dimensions leave G singular."""
+"""Added to the diagonal of G, in units of its mean: fewer pivots than dimensions leave G
+singular."""
 
 
 class Matches(NamedTuple):
-    """For each target token its k best source tokens, the best first."""
+    """The k best source tokens of each target token, best first."""
 
     source: Int[np.ndarray, "m k"]
     """int32: rows in the source vectors."""
     scores: Float[np.ndarray, "m k"]
     """float32: CSLS."""
     similarity: Float[np.ndarray, "m"]
-    """float32, of the best one, calibrated: 0 for what chance gives, 1 for the same token."""
+    """float32: calibrated similarity of the best one, from 0 (chance) to 1 (the same token)."""
     accuracy: float
-    """Share of the judges that find themselves (accuracy@1)."""
+    """accuracy@1 of the validation pairs."""
 
 
 def choose_pivots(
     source_rank: Int[np.ndarray, "S"], target_rank: Int[np.ndarray, "S"], pivots: int, seed: int
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "J"]]:
-    """Splits the S shared tokens: indices of pivots (drawn from those frequent on both sides) and of judges (from all).
+    """Split S shared tokens into pivots, frequent on both sides, and validation pairs, drawn from
+    all.
 
     Args:
-      source_rank: each shared token's place in the order of falling frequency, among source tokens.
+      source_rank: each shared token's rank by frequency among source tokens.
       target_rank: the same among target tokens.
-      pivots: how many to draw; fewer where there are not so many.
+      pivots: number of pivots, at most.
+
+    Returns:
+      Indices of pivots and of validation pairs.
     """
     rng = np.random.default_rng(seed)
     shared = len(source_rank)
-    judges = np.sort(rng.permutation(shared)[: min(MAX_JUDGES, math.ceil(shared * JUDGE_SHARE))])
+    validation = np.sort(
+        rng.permutation(shared)[: min(MAX_VALIDATION, math.ceil(shared * VALIDATION_SHARE))]
+    )
     by_frequency = np.argsort(np.maximum(source_rank, target_rank), kind="stable")
-    pool = by_frequency[~np.isin(by_frequency, judges)][: pivots * PIVOT_POOL]
-    return np.sort(rng.permutation(pool)[:pivots]), judges
+    pool = by_frequency[~np.isin(by_frequency, validation)][: pivots * PIVOT_POOL]
+    return np.sort(rng.permutation(pool)[:pivots]), validation
 
 
 def relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Array, "n P"]:
-    """The whitened relative representation r of each vector, with norm 1, written out (for tests and small spaces)."""
+    """Return the whitened relative representation of each vector, normalized; for tests."""
     vectors = centred(vectors)
     anchors = vectors[pivots]
     return unit(vectors @ _inverse_root(anchors.T @ anchors) @ anchors.T)
@@ -90,7 +97,7 @@ def relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Arr
 def common_space(
     source: Float[Array, "n d"], target: Float[Array, "m e"], pivots: Int[Array, "P 2"]
 ) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
-    """Vectors whose products are the cosines of the relative representations of source and target.
+    """Return vectors whose products are the cosines of the whitened relative representations.
 
     Args:
       pivots: rows (source, target) of the pivots.
@@ -119,7 +126,8 @@ def common_space(
 def nearest(
     queries: Float[Array, "Q d"], keys: Float[Array, "K d"], penalty: Float[Array, "K"], k: int
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """The k <= K largest of queries . keys - penalty for each query, falling, and their keys; [Q, K] never exists."""
+    """Return the k <= K largest values of queries . keys - penalty and their keys, in blocks of
+    queries."""
     group = GROUP if len(keys) >= GROUP * k else 1
     keys, penalty = _padded(keys, group), _padded(penalty, group, jnp.inf)
     fitting = max(SCORES // len(keys), 1).bit_length() - 1
@@ -128,7 +136,8 @@ def nearest(
 
     def of_block(queries: Float[Array, "b d"]):
         scores = jnp.matmul(queries, keys.T, precision="highest") - penalty
-        # Group j is keys j, j + groups, j + 2 groups ..: maxima over the first axis of a matrix are fast everywhere.
+        # Group j is keys j, j + groups, j + 2 groups ..: maxima over the first axis of a matrix
+        # are fast everywhere.
         grouped = scores.reshape(len(queries), group, -1)
         _, groups = jax.lax.top_k(grouped.max(axis=1), k)
         candidates = jnp.take_along_axis(grouped, groups[:, None, :], axis=2).reshape(
@@ -145,7 +154,7 @@ def nearest(
 def hubness(
     keys: Float[Array, "K d"], queries: Float[Array, "Q d"], neighbours: int
 ) -> Float[Array, "K"]:
-    """The mean cosine of each key with its `neighbours` nearest of the first `AROUND` queries: what is near to everything has much.
+    """Return the mean cosine of each key to its nearest queries among the first `AROUND`.
 
     Args:
       keys, queries: of norm 1; queries by falling frequency of their tokens.
@@ -160,12 +169,12 @@ def hubness(
 def csls(
     queries: Float[Array, "Q d"], keys: Float[Array, "K d"], neighbours: int, k: int = 1
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
-    """For each query the k keys with the largest cos(q, key) - (r_q + r_key) / 2, falling, and these scores.
+    """Return the k keys with the largest cos(q, key) - (r_q + r_key) / 2 of each query, and these
+    scores.
 
-    r_key is the key's hubness. r_q, which ranks nothing but tells good matches from bad ones, is the mean cosine with the query's
-    best keys (published: with its nearest, which would take another pass over all products, and calibrates no better. Measured
-    on 488 judges of llama-en16k and Qwen3's vocabulary: log-loss of the calibrated similarity 0.364 with the best, 0.375 with
-    the nearest).
+    r_key is the key's hubness. r_q does not change the ranking of a query's keys; it is the mean
+    cosine to the query's keys of the best scores (published: to its nearest keys, which takes
+    another pass over all products and calibrates no better).
 
     Args:
       queries, keys: of norm 1; queries by falling frequency of their tokens.
@@ -181,39 +190,39 @@ def match(
     source: Float[np.ndarray, "n d"],
     target: Float[np.ndarray, "m e"],
     pivots: Int[np.ndarray, "P 2"],
-    judges: Int[np.ndarray, "J 2"],
+    validation: Int[np.ndarray, "J 2"],
     neighbours: int,
     k: int = 1,
 ) -> Matches:
-    """The k source rows that fit each target row best, by whitened relative representations.
+    """Match each target row to its k best source rows by whitened relative representations.
 
     Args:
       source, target: token vectors, each of its own dimensions.
-      pivots, judges: rows (source, target) of shared tokens; no judge may be a pivot.
+      pivots, validation: rows (source, target) of shared tokens; disjoint.
       neighbours: nearest neighbours over which hubness is averaged.
     """
     keys, queries = common_space(
         np.asarray(source, np.float32), np.asarray(target, np.float32), pivots
     )
-    return retrieve(keys, queries, judges, neighbours, k)
+    return retrieve(keys, queries, validation, neighbours, k)
 
 
 def retrieve(
     keys: Float[Array, "n d"],
     queries: Float[Array, "m d"],
-    judges: Int[np.ndarray, "J 2"],
+    validation: Int[np.ndarray, "J 2"],
     neighbours: int,
     k: int = 1,
 ) -> Matches:
-    """The k source rows that fit each target row best, where both are in one space.
+    """Match each target row to its k best source rows in a common space.
 
     Args:
       keys, queries: source and target vectors of norm 1.
-      judges: rows (source, target) of shared tokens that had no part in making the space.
+      validation: rows (source, target) of shared tokens that the space was not fitted on.
     """
     found, scores = (np.asarray(a) for a in csls(queries, keys, neighbours, k))
-    right = found[judges[:, 1], 0] == judges[:, 0]
-    judged = scores[judges[:, 1], 0]
+    right = found[validation[:, 1], 0] == validation[:, 0]
+    judged = scores[validation[:, 1], 0]
     slope, offset = platt(judged[right], judged[~right])
     similarity = 1 / (1 + np.exp(-(slope * scores[:, 0].astype(np.float64) + offset)))
     return Matches(
@@ -222,12 +231,13 @@ def retrieve(
 
 
 def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple[float, float]:
-    """(slope >= 0, offset) of the probability 1 / (1 + exp(-slope score - offset)) that a match with this score is right.
+    """Fit (slope >= 0, offset) of the probability 1 / (1 + exp(-slope score - offset)) of a right
+    match.
+
+    Newton's method on the cross-entropy with the smoothed targets of Platt 1999, eq. 10.
 
     Args:
-      right, wrong: scores of matches known to be so.
-
-    Newton's method on the cross-entropy, with the smoothed targets of Platt 1999, eq. 10: few judges make no certainties.
+      right, wrong: scores of right and wrong matches.
     """
     scores = np.concatenate([right, wrong]).astype(np.float64)
     positives, negatives = len(right), len(wrong)
@@ -239,7 +249,8 @@ def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple
     weights = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
     for _ in range(50):
         probability = 1 / (1 + np.exp(-inputs @ weights))
-        # A unit Gaussian prior on the slope, in standard deviations of the score, keeps separable judges finite.
+        # A Gaussian prior on the slope, in standard deviations of the score: separable data have
+        # none.
         gradient = inputs.T @ (probability - target) + [weights[0] / 100, 0.0]
         curvature = (inputs.T * (probability * (1 - probability))) @ inputs + np.diag([1e-2, 1e-6])
         step = np.linalg.solve(curvature, gradient)
@@ -251,19 +262,20 @@ def platt(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> tuple
 def softmax_weights(
     scores: Float[np.ndarray, "m k"], temperature: float
 ) -> Float[np.ndarray, "m k"]:
-    """float64: weights exp(score / temperature), each row's sum is 1."""
+    """Return the softmax of scores over the temperature, float64."""
     powers = (scores.astype(np.float64) - scores.max(axis=1, keepdims=True)) / temperature
     return np.exp(powers) / np.exp(powers).sum(axis=1, keepdims=True)
 
 
-def temperature(found: Matches, judges: Int[np.ndarray, "J 2"]) -> float:
-    """The temperature at which `softmax_weights` gives the judges' own source tokens most (the largest mean log weight).
+def temperature(found: Matches, validation: Int[np.ndarray, "J 2"]) -> float:
+    """Return the temperature with the largest mean log weight of the validation pairs' own tokens.
 
-    Judges whose own token is not among the k say nothing of it; where none's is, weights are as equal as can be.
+    Pairs whose token is not among the k are ignored; if all are, the largest temperature is
+    returned.
     """
-    itself = found.source[judges[:, 1]] == judges[:, :1]
+    itself = found.source[validation[:, 1]] == validation[:, :1]
     among = itself.any(axis=1)
-    scores, itself = found.scores[judges[among, 1]], itself[among]
+    scores, itself = found.scores[validation[among, 1]], itself[among]
     if not len(scores):
         return TEMPERATURES[-1]
     gains = [np.log(softmax_weights(scores, t)[itself] + 1e-30).mean() for t in TEMPERATURES]
@@ -272,7 +284,7 @@ def temperature(found: Matches, judges: Int[np.ndarray, "J 2"]) -> float:
 
 @jax.jit
 def centred(vectors: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Rows of norm 1, less their mean, of norm 1 again."""
+    """Normalize rows, subtract their mean, normalize again."""
     vectors = unit(vectors)
     return unit(vectors - vectors.mean(axis=0))
 
@@ -295,7 +307,7 @@ def unit(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
 
 
 def _padded(rows: Array, block: int, value: float = 0.0) -> Array:
-    """`rows` and as many more as make its length a multiple of `block`."""
+    """Pad rows to a multiple of `block`."""
     missing = -len(rows) % block
     return jnp.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)], constant_values=value)
 

@@ -1,7 +1,8 @@
-"""How alignments are made: one function a method, and the steps that they share.
+"""Alignment methods, one function each, and the steps that they share.
 
-What a token's bytes say comes first, whatever the method (but `tokalign` and `random`, which are what they are elsewhere): the
-source token with the same bytes, the special token of the same role. The methods differ in the rest.
+All methods but `tokalign` and `random`, which follow what is published, match the same tokens
+first: those of the same bytes, and special tokens of the same role. They differ in all other
+tokens.
 """
 
 import dataclasses
@@ -28,29 +29,29 @@ from tokalign_jax.utils.progress import Log
 
 SUMMARY_FILE = "summary.json"
 NEED_VECTORS = frozenset({"composed", "tokalign", "lexicon", "topk", "focus"})
-"""Methods that read token vectors; for the others none are computed."""
+"""Methods that read token vectors; none are computed for the others."""
 NO_VECTORS = Vectors(np.zeros(0, np.int32), np.zeros((0, 1), np.float32))
 ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
-"""Special tokens with a meaning that models share; a token of several roles takes the first."""
+"""Roles of special tokens; a token with several roles counts for the first."""
 FEWEST_SHARED = 32
-"""With fewer shared tokens that have vectors nothing can be matched by co-occurrence."""
+"""Shared tokens with vectors that matching by co-occurrence needs at least."""
 
-# How a token that is matched by co-occurrence, but not surely so, is made of its match and of the pieces of its text.
-# Measured (llama-en16k, whose head is tied to the embedding, to Qwen3's vocabulary, aligned on 51 MB; bits per byte at the
-# start, en / code / math / other): pieces alone 2.081 / 1.815 / 2.091 / 3.309; with the match at 0.15 2.036 / 1.784 / 2.051 /
-# 3.288, 0.25 2.022 / 1.786 / 2.034 / 3.293, 0.35 2.013 / 1.797 / 2.026 / 3.312. A match alone is worse than the pieces alone.
+# Weights in the mixture of a co-occurrence match and the pieces of the token. A match alone is
+# worse
+# than the pieces alone; docs/results/alignment.md has the figures.
 MATCH_WEIGHT_EMBEDDING = 0.25
 """Weight of the match in the embedding row, times its similarity."""
 MATCH_WEIGHT_HEAD = 0.25
 """The same in the head row."""
 PIECE_DECAY = 0.5
-"""In the embedding row, each piece weighs this much of the one behind it: the last says most of what comes next."""
+"""In the embedding row a piece has this share of the next one's weight: the last tells most about
+what follows."""
 LEAST_SHARE = 1e-4
-"""In mixtures of `topk`, source tokens with less are left out."""
+"""Smallest weight in the mixtures of `topk`."""
 
 
 class Donor(NamedTuple):
-    """Rows of a model that has the target vocabulary, for method `omp`; R rows, not necessarily one for each token."""
+    """Rows of a model with the target vocabulary, for method `omp`; some tokens may have none."""
 
     embedding: Float[np.ndarray, "R D"]
     head: Float[np.ndarray, "R D"]
@@ -58,7 +59,7 @@ class Donor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a method has to make an alignment from."""
+    """Input of an alignment method."""
 
     config: AlignmentConfig
     source_tokenizer: PreTrainedTokenizerBase
@@ -70,9 +71,9 @@ class Inputs:
     log: Log
     source: Vectors = NO_VECTORS
     target: Vectors = NO_VECTORS
-    """Token vectors; empty for methods that need none."""
+    """Token vectors; empty for methods without."""
     known: "Spelled | None" = None
-    """What `spell` gave, where that is at hand."""
+    """The result of `spell`, if it was computed before."""
     donor: Donor | None = None
 
     @cached_property
@@ -81,7 +82,7 @@ class Inputs:
 
     @cached_property
     def source_size(self) -> int:
-        """V_s, of the tokenizer: the model's matrices may be padded to more rows."""
+        """V_s: tokens of the source tokenizer; the model's matrices may have more rows."""
         return canonical.vocabulary_size(self.source_tokenizer)
 
     @cached_property
@@ -90,22 +91,23 @@ class Inputs:
         return canonical.vocabulary_size(self.target_tokenizer)
 
 
-class Found(NamedTuple):
-    """What co-occurrence says of target tokens."""
+class CooccurrenceMatches(NamedTuple):
+    """The best source token of each target token by co-occurrence."""
 
     matches: Int[np.ndarray, "V_t"]
     """int32: the best source token; -1 without a vector."""
     scores: Float[np.ndarray, "V_t"]
     """float32: its calibrated similarity, from 0 to 1."""
     measured: dict[str, float]
-    """`accuracy_at_1`: the share of judged shared tokens that find themselves; empty where nothing was matched."""
+    """`accuracy_at_1`: share of validation pairs that match; empty if nothing was matched."""
 
 
 class Spelled(NamedTuple):
-    """What can be said of target tokens without a corpus."""
+    """What the bytes and roles of target tokens tell, without a corpus."""
 
     parts: list[list[int]]
-    """The source tokens that each is spelled with, in order: one where it is exact or special, none where they cannot."""
+    """Source tokens that spell each target token, in order: one if it is exact or special, none if
+    no source tokens spell it."""
     rules: UInt8[np.ndarray, "V_t"]
     """EXACT, SPECIAL, UNWRITTEN, PIECES or MEAN."""
 
@@ -115,7 +117,7 @@ class Spelled(NamedTuple):
         return {i: self.parts[i][0] for i in np.flatnonzero(self.rules == Rule.EXACT).tolist()}
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------
+# --- The stage ------------------------------------------------------------------------------------
 
 
 def run(
@@ -129,14 +131,15 @@ def run(
     donor: Donor | None = None,
     kept: Int[np.ndarray, "V_t"] | None = None,
 ) -> dict[str, Any]:
-    """Makes the alignment (or takes `config.alignment.file`), writes it to `folder` and returns its summary.
+    """Make the alignment, or read `config.alignment.file`; write it to `folder`; return its
+    summary.
 
     Args:
       corpus_folder: what `text.corpus.run` wrote; its held-out lines are scored.
       tokens_folder: what `text.tokenizing.run` wrote.
       donor: for method `omp`.
-      kept: where the target vocabulary is a part of the source's, the source token of each: no
-        method is asked.
+      kept: source token of each target token, if the target vocabulary is a part of the source's;
+        `config.alignment.method` then has no effect.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, target = (TokenShards.open(tokens_folder / side) for side in ("source", "target"))
@@ -175,7 +178,7 @@ def run(
         measured = found | measured
     alignment.save(made, folder)
     result = {"method": method, **alignment.summary(made, target.counts), **measured}
-    # A file may say otherwise of special tokens, and the published and the random method do not ask for roles.
+    # The others do not match special tokens by role, or a file may match them otherwise.
     if method not in ("file", "prune", "tokalign", "random"):
         result["special"] = special_rows(source_tokenizer, target_tokenizer)
     lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
@@ -187,15 +190,16 @@ def run(
 
 
 def make(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """The alignment by `inputs.config.method`, and what was measured on the way, by name."""
+    """Return the alignment by `inputs.config.method`, and its measurements by name."""
     return METHODS[inputs.config.method](inputs)
 
 
-# --- methods ----------------------------------------------------------------------------------------------------------
+# --- Methods --------------------------------------------------------------------------------------
 
 
 def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """This project's: the pieces of the text, corrected by co-occurrence and by frequency."""
+    """Mix the pieces of each token with its match by co-occurrence; correct the head for
+    frequency."""
     parts, rules = inputs.spelled
     found = similar_matches(inputs)
     similar = (
@@ -213,11 +217,12 @@ def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """TokAlign's as published (see `published.py`), to measure others against.
+    """TokAlign as published (`published.py`), the baseline for the other methods.
 
-    Tokens of the same string, special ones too, are the same; the rest goes to the argmax of the relative vectors, whatever
-    its score; a token without a vector gets a random source token. The only changes: draws have a seed, and are over the
-    tokenizer's V_s tokens, where the published ones are over all rows of the matrix, padding with them.
+    Tokens of the same string, special ones included, are matched; all others with a vector go to
+    the argmax of the relative vectors; tokens without a vector get a random source token. Two
+    changes: draws are seeded, and they are over the V_s tokens, not over the padding of the matrix
+    too.
     """
     rng = np.random.default_rng(inputs.seed)
     same = published.same_string(inputs.source_tokenizer, inputs.target_tokenizer)
@@ -238,7 +243,8 @@ def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
         rules[inputs.target.ids] = Rule.SIMILAR
     else:
         inputs.log(
-            "matching: no shared tokens have vectors; tokens without the same string get random ones"
+            "matching: no shared tokens have vectors; tokens without the same string get random "
+            "ones"
         )
     special = canonical.special_ids(inputs.target_tokenizer)
     for target, source in same.items():
@@ -247,19 +253,20 @@ def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """One source token each, by a self-learned orthogonal map (`lexicon.py`), for every token that has a vector, whatever
-    its score; the others are the mean of their pieces."""
+    """Match every token that has a vector to one source token by a self-learned orthogonal map
+    (`lexicon.py`); the others are the mean of their pieces."""
     found = _nothing(inputs)
     if split := split_shared(inputs):
-        seeds, judges = split
+        seeds, validation = split
         neighbours = inputs.config.neighbours
         keys, queries, joined = induction.common_space(
             inputs.source.vectors, inputs.target.vectors, seeds, neighbours
         )
-        best = matching.retrieve(keys, queries, judges, neighbours)
+        best = matching.retrieve(keys, queries, validation, neighbours)
         found = found_by(inputs, best)
         inputs.log(
-            f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; {_accuracy(best, judges)}"
+            f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; "
+            f"{_accuracy(best, validation)}"
         )
     similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
     matched = np.flatnonzero(similar)
@@ -269,23 +276,24 @@ def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """Mixtures of the `top_k` source tokens nearest by CSLS, weighted by a softmax whose temperature the judges choose; below
-    the threshold of similarity the mean of the pieces. Corrected for frequency."""
+    """Mix the `top_k` nearest source tokens by CSLS with softmax weights, whose temperature is
+    chosen on the validation pairs; below the similarity threshold take the mean of the pieces. The
+    head is corrected for frequency."""
     found, near, shares = _nothing(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
     if split := split_shared(inputs):
-        pivots, judges = split
+        pivots, validation = split
         config, k = inputs.config, min(inputs.config.top_k, len(inputs.source.ids))
         best = matching.match(
-            inputs.source.vectors, inputs.target.vectors, pivots, judges, config.neighbours, k
+            inputs.source.vectors, inputs.target.vectors, pivots, validation, config.neighbours, k
         )
-        temperature = matching.temperature(best, judges)
+        temperature = matching.temperature(best, validation)
         near, shares = (
             inputs.source.ids[best.source],
             matching.softmax_weights(best.scores, temperature),
         )
         found = found_by(inputs, best)
         found.measured["temperature"] = temperature
-        inputs.log(f"top {k}: temperature {temperature:.3g}; {_accuracy(best, judges)}")
+        inputs.log(f"top {k}: temperature {temperature:.3g}; {_accuracy(best, validation)}")
     similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
     similar &= found.scores >= inputs.config.similarity_threshold
     row, place = np.nonzero(similar[inputs.target.ids[: len(near)], None] & (shares > LEAST_SHARE))
@@ -295,10 +303,12 @@ def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def focus(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """FOCUS (Dobler & de Melo 2023): mixtures of the shared tokens, by the sparsemax of their cosines with the target token.
+    """FOCUS (Dobler & de Melo 2023): mix shared tokens by the sparsemax of their cosines to the
+    token.
 
-    The space is that of the target's token vectors, in which shared tokens are compared as target tokens; published are fastText
-    vectors of the target tokenizer's output. A token without a vector is the mean of its pieces, where the published one is random.
+    Two deviations from the paper: cosines are those of this project's vectors of the target tokens,
+    or of `alignment.target_vectors`, instead of fastText vectors trained on the tokenized text; and
+    a token without a vector is the mean of its pieces instead of a random draw.
     """
     vectors_of = dict(zip(inputs.target.ids.tolist(), range(len(inputs.target.ids))))
     shared = [
@@ -319,9 +329,11 @@ def focus(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def omp(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """OMP (Goddard & Fernandes Neto 2025; mergekit-tokensurgeon): combinations of shared tokens found in a donor model.
+    """OMP (Goddard & Fernandes Neto 2025; mergekit-tokensurgeon): combine shared tokens as in a
+    donor.
 
-    Each of the donor's two matrices gives the weights for the source's matrix of that kind. They may be negative.
+    The donor's embedding gives the weights for the source's embedding, its head those for the head.
+    Weights may be negative.
     """
     assert inputs.donor is not None
     size = min(map(len, inputs.donor))
@@ -342,14 +354,16 @@ def omp(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     found = {}
     for side, rows in inputs.donor._asdict().items():
         inputs.log(
-            f"omp: {len(wanted):,} target tokens of {inputs.config.atoms} of {len(exact):,} shared ones ({side})"
+            f"omp: {len(wanted):,} target tokens of {inputs.config.atoms} of {len(exact):,} "
+            f"shared ones ({side})"
         )
         found[side] = combinations.omp(rows[wanted], rows[targets], inputs.config.atoms)
     return _combined(inputs, wanted, sources, found), {}
 
 
 def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """FVT (Gee et al. 2022, Fast Vocabulary Transfer): exact matches, and else the plain mean of the pieces for both matrices.
+    """FVT (Gee et al. 2022, Fast Vocabulary Transfer): exact matches, and else the plain mean of
+    the pieces for both matrices.
 
     Beyond the paper, special tokens follow their roles. It needs no corpus.
     """
@@ -369,7 +383,7 @@ def exact(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def random(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """The lowest baseline: every target token a random source token."""
+    """Match every target token to a random source token: the lowest baseline."""
     ids = np.random.default_rng(inputs.seed).integers(inputs.source_size, size=inputs.target_size)
     return _one_to_one(inputs, ids, np.full(inputs.target_size, Rule.RANDOM), _nothing(inputs)), {}
 
@@ -390,7 +404,7 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
 """By the names of `AlignmentConfig.method`."""
 
 
-# --- what text says ---------------------------------------------------------------------------------------------------
+# --- Exact matches and pieces ---------------------------------------------------------------------
 
 
 def spell(
@@ -398,10 +412,10 @@ def spell(
     target_tokenizer: PreTrainedTokenizerBase,
     avoid: Set[int] = frozenset(),
 ) -> Spelled:
-    """Exact matches, special tokens by role, and the pieces of the rest as the source tokenizer cuts them.
+    """Match tokens by bytes and by role; split all others into source tokens.
 
     Args:
-      avoid: source tokens of which nothing is made.
+      avoid: source tokens that must not be used.
     """
     exact = exact_matches(source_tokenizer, target_tokenizer, avoid)
     special = special_matches(source_tokenizer, target_tokenizer, avoid)
@@ -424,7 +438,7 @@ def cut(
     ids: Sequence[int],
     avoid: Set[int] = frozenset(),
 ) -> list[list[int]]:
-    """The source tokens, but for those to `avoid`, that spell each of these target tokens, in order; none where they cannot."""
+    """Return the source tokens that spell each of these target tokens, without those to `avoid`."""
     contents = canonical.token_bytes(target_tokenizer)
     cutter = canonical.PieceCutter(source_tokenizer, avoid)
     return cutter.cut_all([_text_bytes(target_tokenizer, contents, i) for i in ids])
@@ -437,8 +451,9 @@ def exact_matches(
 ) -> dict[int, int]:
     """Target id -> source id where the canonical bytes are the same.
 
-    Where a tokenizer has several tokens of the same bytes, those that it writes are matched with each other, and those
-    that it does not write (`canonical.unwritten_ids`) with each other; among them the same name comes first.
+    Of several tokens of the same bytes, those that the tokenizers write are matched with each
+    other, as are those that they never write (`canonical.unwritten_ids`); a token of the same name
+    is preferred.
     """
     sources = {
         c: [j for j in ids if j not in avoid]
@@ -492,7 +507,8 @@ def special_matches(
 def _same_role(
     index: int, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> list[Counterpart]:
-    """The source token of the target token's first role, if there is one, then the source's end of text.
+    """Return the source token of the target token's first role, if any, then the source's end of
+    text.
 
     A source token that starts or ends turns stands for eos alone (SmolLM2's bos is `<|im_start|>`).
     """
@@ -513,9 +529,11 @@ def _same_role(
 def special_rows(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Every special target token and the source token that its rows come from, or `""` where they are made of its text.
+    """Describe every special target token and the source token of its rows; "" if it has only
+    pieces.
 
-    Each with `token`, `id`, `source`, `why`, and `in_chat_template`: whether the chat template writes it.
+    Keys: `token`, `id`, `source`, `why`, and `in_chat_template` (whether the chat template writes
+    it).
     """
     matches = special_matches(source_tokenizer, target_tokenizer)
     rows = []
@@ -538,30 +556,34 @@ def special_rows(
 def _text_bytes(
     tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | None], index: int
 ) -> bytes:
-    """What a token's pieces are cut from: its bytes, of a special token its text; nothing for an unused id."""
+    """Return a token's bytes, for a special token its text, for an unused id nothing."""
     content = contents[index]
     if content is None and index in tokenizer.added_tokens_decoder:
         return str(tokenizer.added_tokens_decoder[index]).encode()
     return content or b""
 
 
-# --- what co-occurrence says ------------------------------------------------------------------------------------------
+# --- Matches by co-occurrence ---------------------------------------------------------------------
 
 
 def split_shared(inputs: Inputs) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
-    """Rows (source, target) of shared tokens: those to compare with, and the judges; None of too few."""
+    """Split rows (source, target) of shared tokens into pivots and validation pairs; None if too
+    few."""
     shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(inputs.spelled.exact))
     if len(shared) < FEWEST_SHARED:
         inputs.log(
-            f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact match get their pieces"
+            f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact "
+            "match get their pieces"
         )
         return None
-    chosen, judges = matching.choose_pivots(shared[:, 0], shared[:, 1], len(shared), inputs.seed)
-    return shared[chosen], shared[judges]
+    chosen, validation = matching.choose_pivots(
+        shared[:, 0], shared[:, 1], len(shared), inputs.seed
+    )
+    return shared[chosen], shared[validation]
 
 
-def similar_matches(inputs: Inputs) -> Found:
-    """The best source token by whitened relative vectors for every target token with a vector."""
+def similar_matches(inputs: Inputs) -> CooccurrenceMatches:
+    """Match every target token with a vector by whitened relative vectors."""
     split = split_shared(inputs)
     if split is None:
         return _nothing(inputs)
@@ -569,30 +591,31 @@ def similar_matches(inputs: Inputs) -> Found:
         inputs.source.vectors, inputs.target.vectors, *split, inputs.config.neighbours
     )
     inputs.log(
-        f"matching: {len(inputs.target.ids):,} target tokens, {len(split[0]):,} pivots; {_accuracy(best, split[1])}"
+        f"matching: {len(inputs.target.ids):,} target tokens, {len(split[0]):,} pivots; "
+        f"{_accuracy(best, split[1])}"
     )
     return found_by(inputs, best)
 
 
-def found_by(inputs: Inputs, best: matching.Matches) -> Found:
-    """Matches of vector rows as matches of tokens."""
+def found_by(inputs: Inputs, best: matching.Matches) -> CooccurrenceMatches:
+    """Convert matches of vector rows to matches of tokens."""
     found = _nothing(inputs)
     found.matches[inputs.target.ids] = inputs.source.ids[best.source[:, 0]]
     found.scores[inputs.target.ids] = best.similarity
     return found._replace(measured={"accuracy_at_1": best.accuracy})
 
 
-def _accuracy(best: matching.Matches, judges: Int[np.ndarray, "J 2"]) -> str:
-    return f"of {len(judges):,} other shared tokens {best.accuracy:.1%} find themselves"
+def _accuracy(best: matching.Matches, validation: Int[np.ndarray, "J 2"]) -> str:
+    return f"of {len(validation):,} other shared tokens {best.accuracy:.1%} find themselves"
 
 
-def _nothing(inputs: Inputs) -> Found:
-    return Found(
+def _nothing(inputs: Inputs) -> CooccurrenceMatches:
+    return CooccurrenceMatches(
         np.full(inputs.target_size, -1, np.int32), np.zeros(inputs.target_size, np.float32), {}
     )
 
 
-# --- putting together -------------------------------------------------------------------------------------------------
+# --- Mixtures -------------------------------------------------------------------------------------
 
 
 def mix(
@@ -601,12 +624,12 @@ def mix(
     similarity: Float[np.ndarray, "V_t"],
     source_size: int,
 ) -> tuple[Mixture, Mixture]:
-    """What target tokens' embedding rows and head rows are made of.
+    """Return the mixtures of embedding rows and of head rows.
 
     Args:
-      parts: the source tokens that spell each, in order; none where they cannot.
-      matches: the source token found by co-occurrence; -1 for none.
-      similarity: of the matches, calibrated.
+      parts: source tokens that spell each target token; empty if none do.
+      matches: source token matched by co-occurrence; -1 for none.
+      similarity: calibrated similarity of the matches.
     """
     (rows, ids, behind), size = _pieces(parts, source_size), len(parts)
     matched, unknown = matches >= 0, np.array([not of for of in parts])
@@ -631,7 +654,7 @@ def else_pieces(
     sources: Int[np.ndarray, "E"],
     weights: Float[np.ndarray, "E"],
 ) -> Mixture:
-    """The mixture of these entries; a target token that has none is the plain mean of its pieces."""
+    """Make the mixture of these entries; a target token without any is the mean of its pieces."""
     rows, ids, _ = _pieces(inputs.spelled.parts, inputs.source_size)
     left = ~np.isin(rows, targets)
     entries = (
@@ -645,7 +668,10 @@ def else_pieces(
 def _pieces(
     parts: Sequence[Sequence[int]], source_size: int
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
-    """All pieces of V_t target tokens: whose each is, the source token (V_s where nothing spells it), how many are behind it."""
+    """List the pieces of all target tokens as (target token, source token, pieces after it).
+
+    The source token is V_s, the mean of all rows, where nothing spells the target token.
+    """
     known = [of or (source_size,) for of in parts]
     sizes = np.fromiter(map(len, known), np.int64, len(known))
     ids = np.fromiter(itertools.chain.from_iterable(known), np.int64, int(sizes.sum()))
@@ -657,7 +683,7 @@ def _pieces(
 
 
 def shifted(inputs: Inputs, made: Alignment) -> Alignment:
-    """`made`, with what is to be known to correct its head rows for frequency."""
+    """Return the alignment with the frequencies that correct its head rows."""
     source, target = log_frequency(inputs.source_counts), log_frequency(inputs.target_counts)
     shift = frequency_shift(made, source, target)
     return dataclasses.replace(made, frequency_shift=shift, source_log_frequency=source)
@@ -666,7 +692,8 @@ def shifted(inputs: Inputs, made: Alignment) -> Alignment:
 def frequency_shift(
     made: Alignment, source: Float[np.ndarray, "V_s"], target: Float[np.ndarray, "V_t"]
 ) -> Float[np.ndarray, "V_t"]:
-    """float32: log frequency of each target token, less that of what its head row is mixed from; 0 for tokens of the source."""
+    """Return log frequency of each target token minus that of its head mixture, float32; 0 if
+    exact."""
     mixed = alignment.apply(made.head, source[:, None])[:, 0]
     return np.where(np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL)), 0.0, target - mixed).astype(
         np.float32
@@ -674,7 +701,7 @@ def frequency_shift(
 
 
 def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
-    """float32: log of each token's share of the corpus; a token that it never has counts a half."""
+    """Return the log of each token's share of the corpus, float32; counts are smoothed by 0.5."""
     return np.log((counts + 0.5) / max(int(counts.sum()), 1)).astype(np.float32)
 
 
@@ -684,7 +711,8 @@ def _combined(
     sources: Int[np.ndarray, "S"],
     found: Mapping[str, combinations.Combinations],
 ) -> Alignment:
-    """The alignment in which the `wanted` target tokens are combinations of the source tokens `sources`, by matrix."""
+    """Make the alignment in which the `wanted` target tokens are combinations of these source
+    tokens."""
     none = np.zeros(0, np.int64)
     rest = else_pieces(inputs, none, none, np.zeros(0))
     embedding, head = (
@@ -700,16 +728,23 @@ def _combined(
 
 
 def _one_to_one(
-    inputs: Inputs, ids: Int[np.ndarray, "V_t"], rules: Int[np.ndarray, "V_t"], found: Found
+    inputs: Inputs,
+    ids: Int[np.ndarray, "V_t"],
+    rules: Int[np.ndarray, "V_t"],
+    found: CooccurrenceMatches,
 ) -> Alignment:
     mixture = alignment.one_to_one(ids, inputs.source_size)
     return _assembled(inputs, mixture, mixture, rules, found)
 
 
 def _assembled(
-    inputs: Inputs, embedding: Mixture, head: Mixture, rules: Int[np.ndarray, "V_t"], found: Found
+    inputs: Inputs,
+    embedding: Mixture,
+    head: Mixture,
+    rules: Int[np.ndarray, "V_t"],
+    found: CooccurrenceMatches,
 ) -> Alignment:
-    """The alignment of these mixtures, without a shift of frequency."""
+    """Make an alignment of these mixtures, without a frequency correction."""
     sure, unwritten = np.isin(rules, SURE), np.flatnonzero(rules == Rule.UNWRITTEN)
     if len(unwritten):
         head = alignment.with_mean(head, unwritten)
@@ -733,10 +768,10 @@ def without(
     target_tokenizer: PreTrainedTokenizerBase,
     target_counts: Int[np.ndarray, "V_t"],
 ) -> Alignment:
-    """`aligned` with nothing made of the source tokens `unusable`.
+    """Return the alignment with the source tokens `unusable` removed.
 
-    Mixtures lose them. Where nothing would be left, or the match is one of them, the next rule takes over: another exact or
-    special match, the pieces of the text without them, else the mean of all rows.
+    Where nothing is left of a mixture, or the match is one of these tokens, the next rule takes
+    over: another exact or special match, the pieces without them, else the mean of all rows.
     """
     avoided, size = np.array(sorted(unusable), np.int64), aligned.target_size
     parts, rules = spell(source_tokenizer, target_tokenizer, unusable)
@@ -784,7 +819,7 @@ def subset(
     target_tokenizer: PreTrainedTokenizerBase,
     kept: Int[np.ndarray, "V_t"],
 ) -> Alignment:
-    """The alignment of a vocabulary that is a part of the source's: every token is the one it was."""
+    """Make the alignment of a target vocabulary that is a part of the source's."""
     none = np.zeros(0, np.int64)
     inputs = Inputs(
         AlignmentConfig(), source_tokenizer, target_tokenizer, none, none, 0, lambda line: None
@@ -797,7 +832,7 @@ def subset(
 def from_pieces(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> Alignment:
-    """The method `pieces`, which needs nothing but the tokenizers."""
+    """Make the alignment by method `pieces`, which needs only the tokenizers."""
     none = np.zeros(0, np.int64)
     config = AlignmentConfig(method="pieces")
     return pieces(

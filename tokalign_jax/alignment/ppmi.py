@@ -1,24 +1,25 @@
-"""Token vectors by a truncated factorisation of positive pointwise mutual information, both vocabularies on the same axes.
+"""Token vectors by truncated SVD of positive pointwise mutual information, on shared axes.
 
-PPMI(w, c) = max(0, log p(w, c) / (p(w) p_s(c))) with p_s(c) proportional to count(c)^0.75 (Levy, Goldberg, Dagan 2015,
-sections 2.1 and 3.1); vectors are U S^p of its singular value decomposition (section 3.3). What is new is whose contexts
-are counted: only the P tokens that both vocabularies share. So the rows of a source token and of a target token stand over
-the same columns, are stacked to one matrix [n_s + n_t, P], and are factored together: tokens of both sides come out on the
-same axes, and no map between two spaces has to be learned from pivots. (Without shared tokens a side is factored by itself,
-over its own most frequent tokens.)
+PPMI(w, c) = max(0, log p(w, c) / (p(w) p_s(c))) with p_s(c) proportional to count(c)^0.75 (Levy,
+Goldberg, Dagan 2015, sections 2.1 and 3.1); vectors are U S^p of its singular value decomposition
+(section 3.3). Here contexts are only the P tokens that both vocabularies share. So rows of source
+and target tokens have the same columns, are stacked to one matrix [n_s + n_t, P] and factored
+together: tokens of both sides are on the same axes, and no map between two spaces is fitted.
+(Without shared tokens each side is factored alone, over its own most frequent tokens.)
 
-Measured on a byte-level vocabulary of 16k against Qwen3's (share of shared tokens which are no contexts that find
-themselves; 5 MB and 51 MB of text): GloVe with a map from all other shared tokens 0.71, 0.76; PPMI of each side by itself,
-with the same map, 0.81, 0.79; this 0.91, 0.92. With the 1,000 most frequent shared tokens as columns it is 0.89 (5 MB).
-p = 0 beats p = 0.5 (0.91 to 0.90, 0.92 to 0.90), so every axis counts the same.
+Measured on a byte-level vocabulary of 16k and Qwen3's (accuracy@1 of validation pairs; 5 MB and 51
+MB of text): GloVe with a map from all other shared tokens 0.71, 0.76; PPMI of each side alone, with
+the same map, 0.81, 0.79; this 0.91, 0.92. p = 0 beats p = 0.5 (0.91 to 0.90, 0.92 to 0.90), so all
+axes have the same weight.
 
-The decomposition is randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) from a seeded start. The
-matrix exists as sparse blocks of rows that are made dense, multiplied and dropped, so that all work is matrix products:
-(4 `SWEEPS` + 2) (n_s + n_t) P (d + `SPARE`) operations. These are two programs for all blocks of both sides; what is small is done
-on the host, where nothing is compiled. Half a million rows over 8,192 columns at d = 300 are 8 TFLOP, which
-is below a second on an accelerator; what takes longer there is the logarithms on the host.
+The decomposition is randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4)
+from a seeded start. The matrix is stored as sparse blocks of rows, which are made dense one after
+the other, so that all work is matrix products: (4 `SWEEPS` + 2) (n_s + n_t) P (d + `SPARE`)
+operations. Two compiled programs serve all blocks; small matrices are handled on the host. Half a
+million rows over 8,192 columns at d = 300 are 8 TFLOP.
 
-Letters: n tokens of a side, E pairs, P columns, R rows of a block, S stored cells of a block, k = d + `SPARE`.
+Letters: n tokens of a side, E pairs, P columns, R rows of a block, S stored cells of a block, k = d
++ `SPARE`.
 """
 
 import os
@@ -39,17 +40,18 @@ from tokalign_jax.alignment.runs import in_order
 from tokalign_jax.utils.progress import Log, Progress
 
 COLUMNS = 8192
-"""Contexts: at most so many shared tokens, the most frequent."""
+"""Contexts, at most: the most frequent shared tokens."""
 SMOOTHING = 0.75
-"""Exponent of the context counts; it takes away from PMI's love of rare contexts."""
+"""Exponent of the context counts, against PMI's bias towards rare contexts."""
 SWEEPS = 1
-"""Power iterations. A second one brings the singular values nearer to the true ones and the matches no gain (0.90)."""
+"""Power iterations. A second one improves the singular values but not the matches."""
 SPARE = 20
-"""Dimensions that the iteration carries beside those that are kept."""
+"""Oversampling of the subspace iteration, in dimensions."""
 THREADS = 8
 """Threads that compute logarithms, and that make blocks dense, each ahead by one."""
 CELLS = 1 << 23
-"""Cells of a dense block of rows (32 MiB: larger ones cost a CPU half as much again, in fresh pages of memory)."""
+"""Cells of a dense block of rows (32 MiB: larger ones cost a CPU half as much again, in fresh
+pages of memory)."""
 SLICE = 1 << 22
 """Pairs that a thread reads at once."""
 MEMORY = 1 << 30
@@ -84,12 +86,12 @@ def train(
     what: str = "PPMI",
     folder: Path | None = None,
 ) -> list[Float[np.ndarray, "n d"]]:
-    """Vectors of the vocabulary of every side, all on the same axes; of norm 1, or 0 for a token that met no context.
+    """Return vectors of each side's vocabulary on the same axes, normalized; 0 without any context.
 
     Args:
-      columns: for each side the places, in its vocabulary, of the contexts; those at the same index are the same context.
-      dimensions: d; there are fewer where there are fewer columns.
-      folder: for a matrix that does not fit into `MEMORY`; None: the system's own.
+      columns: places of the contexts in each side's vocabulary; equal indices are equal contexts.
+      dimensions: d, or fewer if there are fewer columns.
+      folder: for a matrix that does not fit into `MEMORY`; None: the system's temporary folder.
     """
     progress = Progress(log, what, (SWEEPS + 2) * sum(map(len, sides)), "pairs")
     width = len(columns[0])
@@ -128,10 +130,11 @@ def train(
 def shared_columns(
     shared: Int[np.ndarray, "S 2"], excluded: Int[np.ndarray, "J"]
 ) -> Int[np.ndarray, "P 2"]:
-    """The `COLUMNS` pairs that are most frequent on both sides, without those at the indices `excluded`.
+    """Return the `COLUMNS` shared pairs most frequent on both sides, without the indices
+    `excluded`.
 
     Args:
-      shared: places of each shared token in both vocabularies, which are sorted by falling frequency.
+      shared: places of each shared token in both vocabularies, which are sorted by frequency.
     """
     rank = shared.max(axis=1)
     order = np.argsort(rank, kind="stable")
@@ -141,9 +144,10 @@ def shared_columns(
 def positive_pmi(
     side: Cooccurrence, columns: Int[np.ndarray, "P"], rows: int, folder: Path | None = None
 ) -> Blocks:
-    """PPMI of all tokens of a side with the contexts `columns`, over the co-occurrences with these alone.
+    """Compute the PPMI of all tokens of a side with the contexts `columns`.
 
-    Pairs are read slice by slice and written where their block has room, so that memory is that of a few slices.
+    Pairs are read in slices and written to the place of their block, so that memory is that of a
+    few slices.
     """
     n, width = len(side.vocabulary), len(columns)
     place = np.full(n, -1, np.int32)
@@ -202,7 +206,8 @@ def positive_pmi(
 
 
 def _room(size: int, dtype: type, folder: Path | None) -> np.ndarray:
-    """An array to be written; past `MEMORY` bytes on disk, in a file that has no name and goes when the array does."""
+    """Allocate an array; past `MEMORY` bytes in an unnamed temporary file that is freed with the
+    array."""
     if size * np.dtype(dtype).itemsize <= MEMORY:
         return np.empty(size, dtype)
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -216,7 +221,7 @@ def block_rows(tokens: int, width: int) -> int:
 
 
 def _entries(side: Cooccurrence, place: Int[np.ndarray, "n"], start: int) -> Entries:
-    """The entries of a slice of the pairs, in both triangles, whose column is a context."""
+    """Return the entries of a slice of the pairs, of both triangles, whose column is a context."""
     rows, cols, counts = (
         np.asarray(of[start : start + SLICE]) for of in (side.rows, side.cols, side.counts)
     )
@@ -232,7 +237,7 @@ def _entries(side: Cooccurrence, place: Int[np.ndarray, "n"], start: int) -> Ent
 
 
 def _dense_blocks(matrix: Blocks) -> Iterator[Float[np.ndarray, "R P"]]:
-    """The blocks, all of one shape so that one program does for all; the next ones are made meanwhile."""
+    """Yield dense blocks of one shape, prefetched, so that one compiled program serves all."""
 
     def dense(start: int, end: int) -> Float[np.ndarray, "R P"]:
         block = np.zeros(matrix.rows * matrix.shape[1], np.float32)
@@ -253,12 +258,13 @@ def _orthonormal(columns: Float[np.ndarray, "P k"]) -> Float[np.ndarray, "P k"]:
 def _principal(
     projected: Sequence[Float[np.ndarray, "n k"]], dimensions: int
 ) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "d"]]:
-    """What turns M Q [N, k] into its principal axes, largest first, and their singular values."""
+    """Return the map from M Q [N, k] to its principal axes, largest first, and their singular
+    values."""
     gram = sum((rows.T @ rows).astype(np.float64) for rows in projected)
     values, axes = np.linalg.eigh(gram)
     largest = np.argsort(-values)[:dimensions]
     strengths = np.sqrt(np.maximum(values[largest], 0.0))
-    # p = 0: every axis counts the same. Axes of nothing but rounding stay nothing.
+    # p = 0: all axes have the same weight. Axes that are only rounding errors are zeroed.
     scale = np.where(strengths > 1e-4 * strengths[:1], 1 / np.maximum(strengths, 1e-30), 0.0)
     return (axes[:, largest] * scale).astype(np.float32), strengths
 

@@ -1,9 +1,10 @@
-"""TokAlign's matching exactly as published (arXiv 2506.03523, section 3.2), as the anchor that others are measured against.
+"""TokAlign's matching as published (arXiv 2506.03523, section 3.2), a baseline.
 
-Tokens are shared where their strings are the same. A vector x becomes its cosines to P pivots drawn at random from the
-shared tokens, r(x) = (cos(x, a_1), ..., cos(x, a_P)), each side with its own vectors of them, and a target token t goes to
-argmax_s r(t) . r(s). What that neglects is left neglected: representations are not normalised, so that source tokens whose
-vectors are near to all pivots win wherever they can (hubs), and one token written `Ġthe` and `▁the` is two.
+Tokens of the same string are shared. A vector x becomes its cosines to P pivots, drawn at random
+from the shared tokens: r(x) = (cos(x, a_1), ..., cos(x, a_P)), with each side's own vectors. A
+target token t is matched to argmax_s r(t) . r(s). Its faults are kept: representations are not
+normalized, so that source tokens near to all pivots attract many target tokens (hubs), and `Ġthe`
+and `▁the` are not shared.
 """
 
 import jax
@@ -18,7 +19,7 @@ from tokalign_jax.alignment import matching
 def same_string(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, int]:
-    """Target id -> source id of the tokens, special ones too, that both vocabularies write the same."""
+    """Return target id -> source id of tokens, special ones included, of the same string."""
     source = source_tokenizer.get_vocab()
     return {
         index: source[token]
@@ -32,14 +33,14 @@ def match(
     target: Float[np.ndarray, "m e"],
     pivots: Int[np.ndarray, "P 2"],
 ) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
-    """For each target row the source row with the largest product of relative vectors, in blocks.
+    """Match each target row to the source row with the largest product of relative vectors.
 
     Args:
       pivots: rows (source, target) of the pivots.
 
     Returns:
-      int32 source rows; and how near they are, float32 from 0 to 1: the cosine of the two relative vectors, which the
-      published method does not have.
+      Source rows, int32, and the cosine of the two relative vectors clipped to [0, 1], float32,
+      which is not part of the published method.
     """
     best, cosines = _best(np.asarray(source, np.float32), np.asarray(target, np.float32), pivots)
     return np.asarray(best), np.asarray(cosines)
@@ -58,6 +59,6 @@ def _best(
 
 
 def _relative(vectors: Float[Array, "n d"], pivots: Int[Array, "P"]) -> Float[Array, "n P"]:
-    """Cosines of each vector to the pivots."""
+    """Return the cosines of each vector to the pivots."""
     vectors = matching.unit(vectors)
     return jnp.matmul(vectors, vectors[pivots].T, precision="highest")

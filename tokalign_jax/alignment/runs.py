@@ -1,6 +1,6 @@
-"""Sparse vectors of integers too long for memory, as sorted runs: keys, each once, and the sum of each.
+"""Sums by key that may not fit in memory, as sorted runs of unique keys and their sums.
 
-Runs are kept in memory while they fit and on disk after that, and are added block by block.
+Runs are kept in memory while they fit, then on disk, and are merged in blocks.
 """
 
 import errno
@@ -30,14 +30,15 @@ Sums = tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]
 
 
 class Runs:
-    """Sorted runs, in memory while they fit, then on disk; `FAN_IN` of a level are merged to one of the next."""
+    """Sorted runs in memory, or on disk if they do not fit; `FAN_IN` of a level are merged to one
+    of the next."""
 
     def __init__(self, memory: int, scratch: Path | None):
         self._memory, self._scratch = memory, scratch
         self._levels: list[list[Sums]] = []
 
     def add(self, blocks: Iterable[Sums], entries: int, level: int = 0) -> None:
-        """Adds the run that `blocks` make one behind the other, with at most `entries`."""
+        """Add the run that consists of these blocks, with at most `entries` entries."""
         if not entries:
             return
         free = self._memory - sum(
@@ -58,7 +59,7 @@ class Runs:
 def merged(
     runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None
 ) -> Iterator[Sums]:
-    """The sum of `runs` as blocks of one run, each merged by itself from the same range of keys in every run."""
+    """Merge runs, yielding blocks of the result; each is made from one range of keys."""
     step = max(MERGE_BLOCK // max(len(runs), 1), 1)
     marks = np.sort(
         np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)])
@@ -91,7 +92,7 @@ def merged(
 
 
 def summed(keys: np.ndarray, values: np.ndarray) -> Sums:
-    """Sorted keys, each once, and the sum of its values."""
+    """Return unique sorted keys and the sum of the values of each."""
     if not len(keys):
         return keys, values
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
@@ -105,7 +106,8 @@ def kept(
     memory: int,
     scratch: Path | None,
 ) -> tuple[np.ndarray, ...]:
-    """Columns from blocks of them: in memory if `entries`, the most they can have, fit there, else in nameless files."""
+    """Concatenate blocks of columns in memory, or in unnamed files if `entries` do not fit in
+    memory."""
     length = 0
     if entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
         columns = [
@@ -129,7 +131,8 @@ def kept(
             raise
         raise UserError(
             f"co-occurrence sums do not fit into memory and cannot be written to "
-            f"'{scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with more room"
+            f"'{scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with "
+            "more room"
         ) from error
     return tuple(
         np.memmap(file, dtype, "r") if length else np.zeros(0, dtype)  # pyright: ignore[reportArgumentType]
@@ -138,7 +141,7 @@ def kept(
 
 
 def forget(*arrays: np.ndarray) -> None:
-    """Gives back the memory of arrays that are mapped from files; what is read again comes from the system's cache."""
+    """Release the resident pages of memory-mapped arrays."""
     for array in arrays:
         if isinstance(array, np.memmap) and array.mode == "r":
             array._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
@@ -147,7 +150,7 @@ def forget(*arrays: np.ndarray) -> None:
 def in_order(
     pool: ThreadPoolExecutor, ahead: int, function: Callable, arguments: Sequence[tuple]
 ) -> Iterator[tuple[tuple, Any]]:
-    """(arguments, result) one by one; `ahead` results are made before they are asked for."""
+    """Yield (arguments, result) in order, computing `ahead` results in advance."""
     waiting = deque()
     for k in range(len(arguments) + ahead):
         if k < len(arguments):

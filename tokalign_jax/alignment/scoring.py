@@ -1,4 +1,4 @@
-"""How good an alignment is, before any model is involved: BLEU-1 of mapped ids, and the share of hubs."""
+"""Scores of an alignment without a model: BLEU-1 of mapped ids, and the share of hubs."""
 
 import math
 from collections import Counter
@@ -19,7 +19,8 @@ def score(
     target_tokenizer: PreTrainedTokenizerBase,
     lines: Sequence[str],
 ) -> float:
-    """BLEU-1 of the lines' target ids, mapped to source ids, against their source ids (TokAlign, section 4.3)."""
+    """Return BLEU-1 of target ids mapped to source ids against source ids (TokAlign, section
+    4.3)."""
     source, target = (
         [
             encoding.ids
@@ -33,7 +34,7 @@ def score(
 
 
 def bleu_1(candidates: Iterable[Sequence[int]], references: Iterable[Sequence[int]]) -> float:
-    """Corpus-level unigram BLEU: clipped matches / candidate tokens, times exp(1 - references / candidates) if shorter."""
+    """Return corpus-level unigram BLEU with its brevity penalty."""
     matched = candidate_tokens = reference_tokens = 0
     for candidate, reference in zip(candidates, references, strict=True):
         matched += sum((Counter(candidate) & Counter(reference)).values())
@@ -46,20 +47,20 @@ def bleu_1(candidates: Iterable[Sequence[int]], references: Iterable[Sequence[in
 
 
 def held_out_lines(corpus_folder: Path, lines: int, seed: int) -> list[str]:
-    """`lines` lines with text from the held-out documents, drawn at random (all where there are fewer)."""
+    """Draw `lines` non-empty lines of the held-out documents, or return all if there are fewer."""
     count = sum(1 for _ in _lines(corpus_folder))
     chosen = set(np.random.default_rng(seed).permutation(count)[:lines].tolist())
     return [line for number, line in enumerate(_lines(corpus_folder)) if number in chosen]
 
 
 def _lines(corpus_folder: Path) -> Iterator[str]:
-    """Read twice rather than held: of a large corpus they are hundreds of megabytes."""
+    """Yield non-empty lines; they are read twice, since those of a large corpus fill the memory."""
     for document in corpus.held_out(corpus_folder):
         yield from (line for line in document.text.splitlines() if line.strip())
 
 
 def hub_share(pointed_at: Int[np.ndarray, "n"], hubs: int) -> float:
-    """The share of rows that point at the `hubs` source tokens which most rows point at."""
+    """Return the share of rows that point at the `hubs` most used source tokens."""
     if not len(pointed_at):
         return 0.0
     return float(

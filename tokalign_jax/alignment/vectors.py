@@ -1,4 +1,4 @@
-"""Token vectors of both sides: from co-occurrence in the same corpus, or a user's own."""
+"""Token vectors of both vocabularies, from co-occurrence in the corpus or from files."""
 
 import os
 from pathlib import Path
@@ -17,11 +17,14 @@ from tokalign_jax.utils.progress import Log
 FILE = "vectors.npz"
 FEWEST_COLUMNS = 32
 """With fewer shared tokens PPMI factors each side by itself."""
-FORMATS = "an .npz with ids [n] and vectors [n, d], or GloVe's text format with token ids for words (see config.AlignmentConfig)"
+FORMATS = (
+    "an .npz with ids [n] and vectors [n, d], or GloVe's text format with token ids for words (see "
+    "config.AlignmentConfig)"
+)
 
 
 class Vectors(NamedTuple):
-    """Token vectors of one side, by falling frequency."""
+    """Token vectors of one side, sorted by frequency."""
 
     ids: Int[np.ndarray, "n"]
     vectors: Float[np.ndarray, "n d"]
@@ -36,15 +39,16 @@ def make(
     shared: Int[np.ndarray, "S 2"] | None = None,
     folder: Path | None = None,
 ) -> tuple[Vectors, Vectors, dict[str, Any]]:
-    """Vectors of the source and the target tokens seen `min_count` times or more, and what was measured on the way.
+    """Make or read vectors of tokens seen `min_count` times or more; return them and measurements.
 
     Args:
-      shared: ids (source, target) of tokens of the same bytes. With them `ppmi` puts both sides on the same axes; those that
-        `matching.choose_pivots` makes judges of have no part in it. None: each side by itself.
-      folder: for co-occurrences that do not fit into memory; None: the system's own.
+      shared: ids (source, target) of tokens of the same bytes. `ppmi` puts both sides on the same
+        axes with them, leaving out the validation pairs of `matching.choose_pivots`. None: each
+        side alone.
+      folder: for co-occurrences that do not fit into memory; None: the system's temporary folder.
 
     Raises:
-      UserError: when the files of a user's own vectors will not do.
+      UserError: invalid files of vectors.
     """
     own = check(config, len(source.counts), len(target.counts))
     if own is not None:
@@ -52,7 +56,9 @@ def make(
             _by_frequency(side, shards.counts) for side, shards in zip(own, (source, target))
         )
         log(
-            f"vectors: {len(of_source.ids):,} of the source and {len(of_target.ids):,} of the target taken from files"
+            f"vectors: {len(of_source.ids):,} of the source and {len(of_target.ids):,} of the "
+            "target "
+            "read from files"
         )
         return of_source, of_target, {}
     resources = cooccurrence.Resources(scratch=folder)
@@ -64,7 +70,9 @@ def make(
     }
     if not all(len(side.vocabulary) for side in counts.values()):
         log(
-            f"vectors: no token stands min_count={config.min_count} times in the text; nothing can be matched by co-occurrence"
+            f"vectors: no token occurs min_count={config.min_count} times in the text; nothing "
+            "can be "
+            "matched by co-occurrence"
         )
         found, measured = (
             [np.zeros((len(side.vocabulary), 1), np.float32) for side in counts.values()],
@@ -116,12 +124,13 @@ def contexts(
     shared: Int[np.ndarray, "S 2"] | None,
     seed: int,
 ) -> Int[np.ndarray, "P 2"] | None:
-    """Places (source, target) of the contexts: shared tokens that matches will not be judged by."""
+    """Return places (source, target) of shared tokens that are contexts: those not used for
+    validation."""
     if shared is None:
         return None
     rows = shared_rows(source.vocabulary, target.vocabulary, shared)
-    _, judges = matching.choose_pivots(rows[:, 0], rows[:, 1], len(rows), seed)
-    columns = ppmi.shared_columns(rows, judges)
+    _, validation = matching.choose_pivots(rows[:, 0], rows[:, 1], len(rows), seed)
+    columns = ppmi.shared_columns(rows, validation)
     return columns if len(columns) >= FEWEST_COLUMNS else None
 
 
@@ -130,7 +139,7 @@ def shared_rows(
     target_ids: Int[np.ndarray, "m"],
     shared: Int[np.ndarray, "S 2"],
 ) -> Int[np.ndarray, "R 2"]:
-    """Rows (source, target) of those of the `shared` ids that have vectors on both sides, by source row."""
+    """Return rows (source, target) of the `shared` ids that have vectors on both sides."""
     places = []
     for ids, wanted in ((source_ids, shared[:, 0]), (target_ids, shared[:, 1])):
         place = np.full(max(ids.max(initial=-1), wanted.max(initial=-1)) + 1, -1, np.int32)
@@ -141,19 +150,21 @@ def shared_rows(
     return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
 
 
-# --- a user's own vectors ---------------------------------------------------------------------------------------------
+# --- Vectors from files ---------------------------------------------------------------------------
 
 
 def check(
     config: AlignmentConfig, source_size: int, target_size: int
 ) -> tuple[Vectors, Vectors] | None:
-    """The user's own vectors, read and validated; None where the config names none. To be called before long work, too.
+    """Read and validate the vectors that the config names; None if it names none.
 
     Args:
       source_size, target_size: sizes of the vocabularies.
 
     Raises:
-      UserError: when only one file is named, or one is missing, malformed, not finite, or has ids twice or out of range.
+      UserError: only one file is named, or a file is missing, malformed, not finite, or has
+      duplicate
+        ids or ids out of range.
     """
     paths = {
         "alignment.source_vectors": config.source_vectors,
@@ -166,9 +177,7 @@ def check(
     if len(missing) == 2:
         return None
     if missing:
-        raise UserError(
-            f"{missing[0]} is missing: vectors of both sides have to come from files, or of none"
-        )
+        raise UserError(f"{missing[0]} is missing: give files for both sides or for neither")
     source, target = (
         read(Path(path), size, name)
         for (name, path), size in zip(paths.items(), (source_size, target_size))
@@ -177,7 +186,7 @@ def check(
 
 
 def read(path: Path, size: int, name: str) -> Vectors:
-    """A user's vectors of one side; float32.
+    """Read vectors of one side, float32.
 
     Args:
       size: of the vocabulary that the ids belong to.
@@ -199,24 +208,28 @@ def read(path: Path, size: int, name: str) -> Vectors:
         or ids.dtype.kind not in "iu"
     ):
         raise UserError(
-            f"{name}: '{path}' has ids {ids.dtype}{list(ids.shape)} and vectors {vectors.dtype}{list(vectors.shape)}; "
+            f"{name}: '{path}' has ids {ids.dtype}{list(ids.shape)} and vectors "
+            f"{vectors.dtype}{list(vectors.shape)}; "
             f"give {FORMATS}"
         )
     outside = ids[(ids < 0) | (ids >= size)]
     if len(outside):
         raise UserError(
-            f"{name}: '{path}' has the token id {outside[0]}, but that vocabulary has ids 0 to {size - 1}: were these vectors "
-            "made with another tokenizer, or are the two files swapped?"
+            f"{name}: '{path}' has the token id {outside[0]}, but that vocabulary has ids 0 to "
+            f"{size - 1}: were these vectors made with another tokenizer, or are the two files "
+            "swapped?"
         )
     once, times = np.unique(ids, return_counts=True)
     if len(once) < len(ids):
         raise UserError(
-            f"{name}: '{path}' has the token id {once[times > 1][0]} more than once; leave one of them"
+            f"{name}: '{path}' has the token id {once[times > 1][0]} more than once; leave one of "
+            "them"
         )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise UserError(
-            f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; mend or drop it"
+            f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; mend or "
+            "drop it"
         )
     return Vectors(ids.astype(np.int32), vectors)
 
@@ -227,7 +240,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_text(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Lines `id x1 ... xd`; GloVe's last line, `<unk>`, is no token's."""
+    """Read lines `id x1 ... xd`; GloVe's last line, `<unk>`, is skipped."""
     ids, rows = [], []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -252,7 +265,8 @@ def _by_frequency(side: Vectors, counts: Int[np.ndarray, "V"]) -> Vectors:
 
 
 def save(folder: Path, source: Vectors, target: Vectors) -> None:
-    """Writes `vectors.npz`: both sides' ids and vectors; float16 keeps cosines to three digits at half the size."""
+    """Write ids and vectors of both sides to `vectors.npz`, in float16 if they fit (cosines to 3
+    digits)."""
     arrays = {}
     for side, vectors in (("source", source), ("target", target)):
         fits = np.abs(vectors.vectors).max(initial=0.0) < np.finfo(np.float16).max

@@ -1,9 +1,10 @@
-"""Head rows moved so that the model gives each token about as much probability as the text does.
+"""Calibration of head rows to the unigram frequencies of the text.
 
-A large vocabulary's composed rows compete with one another: some tokens come too often, most of what is rare comes too often a
-little. A softmax with biases that fits its data at best gives every token, on average over the text, its frequency. Rows without
-biases have one all the same: final states h have a direction u with u . h near 1 everywhere (least squares: u = (E h h')^-1 E h),
-so a row moved by b u raises its logit by b. The b follow from iterative scaling, b <- b + log(frequency / mean probability).
+The composed rows of a large vocabulary compete: some tokens get too much probability, and most rare
+tokens a little too much. A softmax with biases at its optimum gives every token, on average over
+the text, its frequency. Rows without biases can emulate one: final states h have a direction u with
+u . h near 1 (least squares: u = (E h h')^-1 E h), so moving a row by b u raises its logit by b. The
+b are found by iterative scaling, b <- b + log(frequency / mean probability).
 
 Letters: D model, V vocabulary, N places.
 """
@@ -24,14 +25,14 @@ from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils import compiling
 
 PLACES = 32_768
-"""Places of the text over which probabilities are averaged."""
+"""Positions of the text over which probabilities are averaged."""
 ROUNDS = 3
 LARGEST_STEP = 3.0
-"""Nats by which one round moves a token at most."""
+"""Largest change of a logit in a round, nats."""
 RIDGE = 1e-4
 """Added to the diagonal of E h h', in units of its mean."""
 CHUNK = 2048
-"""Places whose probabilities exist at once."""
+"""Positions whose probabilities exist at once."""
 
 
 def head_moves(
@@ -43,13 +44,13 @@ def head_moves(
     seed: int,
     fixed: Bool[np.ndarray, "V"] | None = None,
 ) -> tuple[Float[np.ndarray, "V"], Float[np.ndarray, "D"]]:
-    """(b in nats, u): head rows + b u give tokens their frequency in the text.
+    """Return (b in nats, u), with which head rows + b u give tokens their frequency in the text.
 
     Args:
       params: of the model with the new vocabulary.
-      mesh: where they are, or go.
+      mesh: that they are placed on.
       shards: text in its tokens.
-      fixed: tokens for which b is 0: the others alone get their frequency. None: there are no such tokens.
+      fixed: tokens with b = 0; None: none.
     """
     frequency = estimated_frequencies(shards.counts)
     params = sharding.place(params, mesh)
@@ -80,10 +81,10 @@ def head_moves(
 
 
 def estimated_frequencies(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
-    """float64: each token's probability, summing to 1, also of those that the text never has.
+    """Return smoothed token frequencies, float64, summing to 1.
 
-    By Good and Turing all unseen tokens together are as probable as those seen once are frequent; each of them is taken to be
-    less probable than a token that was seen.
+    Unseen tokens share the frequency of tokens seen once (Good-Turing); each of them gets less than
+    a token that was seen.
     """
     unseen = counts == 0
     share = (np.sum(counts == 1) + 0.5) / max(int(unseen.sum()), 1)
@@ -100,7 +101,8 @@ def mean_probability(
     config: ModelConfig,
     mesh: Mesh,
 ) -> Float[Array, "V"]:
-    """float32: the probability of each token, on average over all states, with `moves` added to its logit."""
+    """Return the mean probability of each token over all states, with `moves` added to logits,
+    float32."""
 
     def add(total, chunk):
         with compiling.products(chunk.dtype):
@@ -118,7 +120,7 @@ def mean_probability(
 
 
 def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndarray, "B T"]:
-    """Windows drawn at random, without overlap, of `PLACES` tokens in all, or of all the text where it is shorter."""
+    """Draw disjoint windows of `PLACES` tokens in total, or of all the text if it is shorter."""
     length = min(1024, config.max_positions, len(shards))
     windows = len(shards) // length
     chosen = np.sort(np.random.default_rng(seed).permutation(windows)[: max(1, PLACES // length)])
@@ -134,7 +136,7 @@ def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndar
 def _states(
     config: ModelConfig, params: Params, tokens: Int[Array, "B T"], *, dtype: DTypeLike, mesh: Mesh
 ) -> Float[Array, "N D"]:
-    """Final states, window by window, so that one window's activations exist at once on a device; all of them on every device."""
+    """Return final states, replicated; each device computes one window at a time."""
     groups = tokens.reshape(-1, sharding.sequences_at_once(mesh), tokens.shape[1])
     with sharding.within(mesh):
         states = jax.lax.map(lambda windows: forward(config, params, windows, dtype=dtype), groups)

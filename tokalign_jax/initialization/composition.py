@@ -1,13 +1,15 @@
-"""Rows composed by a rule that is learned from the source model's own tokens, in closed form.
+"""Rows of composed tokens by a ridge regression fitted on the source model's own tokens.
 
-Most source tokens are two others joined (the merges of a BPE are), and what row the model has for the whole is known. So a ridge
-regression from what is known of a token to its row is fitted on them and applied to the target tokens that the source has not:
+Most source tokens are the concatenation of two others (BPE merges are), and the model has a row for
+each. So a ridge regression from features of a token to its row is fitted on source tokens and
+applied to target tokens that the source lacks:
 
     row ~ [state before, state after, mean, first and last of the pieces' rows, log frequency, 1] B
 
-Mean states (`contexts.py`) of a token that was seen n times have noise of covariance S / n, S that of a single state. The rule for
-such tokens is the ridge solution under that noise, (X'WX + diag(S, S, 0) / n + r diag)^-1 X'WY: the rarer a token, the more its
-pieces say and the less its contexts. One rule is made for each range of n.
+Mean states (`contexts.py`) of a token seen n times have noise of covariance S / n, where S is the
+covariance of a single state. The solution under that noise is
+(X'WX + diag(S, S, 0) / n + r diag)^-1 X'WY: the rarer a token, the more its pieces count and the
+less its contexts. One solution is computed for each range of n.
 
 Letters: D model, V vocabulary, n tokens, P pieces, F = 5 D + 2 features.
 """
@@ -32,19 +34,19 @@ from tokalign_jax.text import canonical
 RIDGE = 1e-2
 """Added to the diagonal, in units of itself."""
 FEWEST_SEEN = 20
-"""A rule is fitted on tokens seen this often."""
+"""Occurrences of a token that the regression is fitted on, at least."""
 MOST_WEIGHT = 1000
-"""Tokens weigh by the square root of how often they were seen; from here on all the same."""
+"""Occurrences up to which a token's weight, their square root, grows."""
 RANGES = (1, 4, 16, 64, 256, 1024)
-"""Where the ranges of n begin."""
+"""Lower bounds of the ranges of n."""
 BLOCK = 4096
 """Tokens whose features exist at once on the device."""
 THREADS = 4
-"""Threads that put together blocks of features, each ahead of the device by as many."""
+"""Threads that prefetch blocks of features."""
 
 
 class Pieces(NamedTuple):
-    """The source tokens that each of n tokens is spelled with, in compressed rows; one or more each."""
+    """The source tokens that spell each of n tokens, one or more, in compressed rows."""
 
     indptr: Int[np.ndarray, "n+1"]
     ids: Int[np.ndarray, "P"]
@@ -67,7 +69,7 @@ class Tokens(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What is known of n tokens; float32."""
+    """Features of n tokens, float32."""
 
     before: Float[np.ndarray, "n D"]
     after: Float[np.ndarray, "n D"]
@@ -77,15 +79,16 @@ class Columns(NamedTuple):
     log_frequency: Float[np.ndarray, "n"]
 
 
-def halves(
+def binary_splits(
     tokenizer: PreTrainedTokenizerBase, counts: Int[np.ndarray, "V"], avoid: Set[int] = frozenset()
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Tokens that are two others joined, and these two; of several such pairs the one whose rarer token is most frequent.
-
-    It goes by bytes, so that it works for any kind of tokenizer.
+    """Split tokens into two others of the same bytes; the pair whose rarer token is most frequent.
 
     Args:
-      avoid: tokens that are left out, as a whole and as a half.
+      avoid: tokens that are neither split nor part of a split.
+
+    Returns:
+      Ids of the tokens that can be split, and the two parts of each.
     """
     index = {
         content: i for content, i in canonical.index_by_bytes(tokenizer).items() if i not in avoid
@@ -103,12 +106,12 @@ def halves(
 def learned_rows(
     rows: Float[np.ndarray, "V_s D"], known: Tokens, wanted: Tokens, reading: Reading
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Float[np.ndarray, "b D"]]]:
-    """Rows for the `wanted` tokens, by the rule that fits the `known` ones best: blocks of their places there, and float32 rows.
+    """Fit the regression on the `known` tokens and apply it to the `wanted` ones; yield blocks of
+    rows.
 
-    Products and solutions are float32, on the default device, which has a few matrices [F, F] and a block of features at once.
-    That is accurate enough because of the ridge, a hundredth of each diagonal: with the diagonal scaled to 1 no eigenvalue is
-    smaller than that, and float32 sums are off by some 1e-6. Measured against float64, with features of very different size
-    (D = 256): rows of deviation 0.047 differ by 6e-6 (root mean square), 2e-4 at most.
+    Products and solutions are float32 on the default device, which holds a few matrices [F, F] and
+    a block of features. The ridge, a hundredth of each diagonal, makes that accurate enough: with
+    the diagonal scaled to 1 no eigenvalue is smaller, and float32 sums are off by about 1e-6.
 
     Args:
       rows: float32, of the source model's matrix.
@@ -130,7 +133,7 @@ def learned_rows(
 def _normal_equations(
     rows: Float[np.ndarray, "V_s D"], known: Tokens, mean: Float[np.ndarray, "D"]
 ) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
-    """X'WX and X'WY over the known tokens, float32, weights summing to 1."""
+    """Return X'WX and X'WY over the known tokens, float32, with weights that sum to 1."""
     counts = known.contexts.counts[known.ids]
     weights = np.where(counts >= FEWEST_SEEN, np.sqrt(np.minimum(counts, MOST_WEIGHT)), 0.0)
     if not weights.any():  # so little text that nothing was seen often
@@ -148,7 +151,7 @@ def _normal_equations(
 def column_blocks(
     rows: Float[np.ndarray, "V_s D"], tokens: Tokens, chosen: Int[np.ndarray, "m"]
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Columns]]:
-    """Blocks of the `chosen` places in `tokens`, and what is known of these, filled up to `BLOCK`: one program for all."""
+    """Yield blocks of the `chosen` indices of `tokens`, and their features padded to `BLOCK`."""
     (indptr, ids), sizes = tokens.pieces, np.diff(tokens.pieces.indptr)
     shares = np.repeat((1 / sizes).astype(np.float32), sizes)
     means = scipy.sparse.csr_array((shares, ids, indptr), shape=(len(sizes), len(rows)))
@@ -173,7 +176,7 @@ def column_blocks(
 
 
 def _filled(values: Int[np.ndarray, "b"]) -> Int[np.ndarray, "n"]:
-    """`BLOCK` of them: the last one again and again."""
+    """Pad to `BLOCK` by repeating the last value."""
     return np.pad(values, (0, BLOCK - len(values)), mode="edge")
 
 
@@ -194,7 +197,7 @@ def _add(
     rows: Float[Array, "n D"],
     weights: Float[Array, "n"],
 ) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
-    """X'WX and X'WY with those of a block added."""
+    """Add a block to X'WX and X'WY."""
     features = _features(columns, mean)
     weighted = features * weights[:, None]
     gram += jnp.matmul(weighted.T, features, precision="highest")

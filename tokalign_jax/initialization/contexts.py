@@ -1,11 +1,10 @@
-"""What the source model makes of tokens in text: its mean final state before and after each.
+"""Mean final states of the source model before and after the tokens of both vocabularies.
 
-The source model reads text in its own tokens. Each of its states stands at a place in the text of a
-document, and there tokens of the target vocabulary begin and end too (`text/boundaries.py`). So the
-tokens of both vocabularies get mean states in one and the same space, with nothing to align: the state
-before a token is what it is predicted from (its head row has to do with that), the state after it is
-what the model makes of having read it (its embedding row has). Final states after the last norm,
-float32 sums.
+The source model reads text in its own tokens. Where one of its tokens ends, tokens of the target
+vocabulary may begin and end too (`text/boundaries.py`). So tokens of both vocabularies get mean
+states in the same space, without an alignment: the state before a token is what it is predicted
+from, which relates to its head row; the state after it relates to its embedding row. States are
+final ones, after the last norm; sums are float32.
 
 Letters: D model, V vocabulary, N places, B batch, T length.
 """
@@ -35,23 +34,24 @@ from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils.progress import Log, Progress
 
 NONE = -1
-"""Label of a place where no token of the vocabulary begins or ends."""
+"""Label of a position where no token of the vocabulary begins or ends."""
 WINDOW = 512
-"""Tokens that the model sees at once, where it has that many positions."""
+"""Context length in tokens, if the model has that many positions."""
 BATCH_TOKENS = {"cpu": 4096}
 OTHER_BATCH_TOKENS = 32_768
 """Tokens of a batch on a device, by backend."""
 FLUSHED = 32
-"""Batches whose moments are added up in float32 on the devices before they join the host's float64 sums: a [D, D] matrix goes there that
-much less often. Each addition rounds by 6e-8 of the sum at most, all of them by 2e-6, and by some 2e-7 as they fall: no more than the
-float32 product over the places of one batch rounds anyway."""
+"""Batches whose moments are summed in float32 on the devices before they are added to the host's
+float64 sums, so that a [D, D] matrix is copied less often. The sum's rounding error, about 2e-7, is
+that of the float32 product over one batch."""
 LOWEST_SHOWN = 8
-"""Languages that a line of the log names."""
+"""Languages listed in a line of the log."""
 BY_COLUMN = P(None, (*sharding.BATCH, sharding.TENSOR))
 
 
 class Places(NamedTuple):
-    """Source tokens of N places, one document behind the other, and what ends and begins there; int32 [N], `NONE` where nothing."""
+    """Source tokens at N positions of concatenated documents, and the tokens around them; int32,
+    `NONE` for none."""
 
     tokens: Int[np.ndarray, "N"]
     next_source: Int[np.ndarray, "N"]
@@ -69,11 +69,11 @@ class Contexts(NamedTuple):
     after: Float[np.ndarray, "V D"]
     """float32"""
     counts: Int[np.ndarray, "V"]
-    """int64: how often each was seen, before or after, whichever is less."""
+    """int64: occurrences with a state before, or with one after, whichever are fewer."""
 
 
 class Reading(NamedTuple):
-    """What one pass of the source model over text gives."""
+    """Statistics of one pass of the source model over text."""
 
     source: Contexts
     target: Contexts
@@ -84,7 +84,7 @@ class Reading(NamedTuple):
 
 
 def nothing(source_size: int, target_size: int, width: int) -> Reading:
-    """A reading in which no token was seen."""
+    """Return a reading in which no token was seen."""
     source, target = (
         Contexts(
             np.zeros((size, width), np.float32),
@@ -107,14 +107,15 @@ def read(
     log: Log,
     opening: int | None = None,
 ) -> Reading:
-    """Runs the source model over `places` and averages its states by token.
+    """Run the source model over `places` and average its states by token.
 
     Args:
       params: the source model's, on `mesh`.
       source_size, target_size: V of each tokenizer.
-      dtype: of weights and activations; sums are float32. The result does not depend on the order in which threads finish.
-      opening: the token that the model has met before every text, if there is one: it takes the first place of each window, which then
-        is no token's.
+      dtype: of weights and activations; sums are float32. The result does not depend on the order
+        in which threads finish.
+      opening: token that the model expects before every text, if any; it replaces the first token
+        of each window.
     """
     length = min(WINDOW, config.max_positions, len(places.tokens))
     batch = max(1, BATCH_TOKENS.get(jax.default_backend(), OTHER_BATCH_TOKENS) // length)
@@ -178,8 +179,8 @@ def read(
 
 
 def draw(shards: TokenShards, budget: int, seed: int) -> Int[np.ndarray, "d"]:
-    """The documents, drawn at random and then sorted, of which `find_places` needs to read text: together `budget` tokens or more,
-    if there are so many."""
+    """Draw documents of `budget` tokens in total, or all if there are fewer; return sorted
+    indices."""
     lengths = np.diff(shards.documents, prepend=0)
     order = np.random.default_rng(seed).permutation(len(lengths))
     needed = np.searchsorted(np.cumsum(lengths[order]), budget) + 1
@@ -193,10 +194,12 @@ def find_places(
     budget: int,
     log: Log = lambda line: None,
 ) -> Places:
-    """Every source token of the documents, `budget` of them at most, and the target tokens that begin and end where it ends.
+    """Every source token of the documents, `budget` of them at most, and the target tokens that
+    begin and end where it ends.
 
-    Where only one side ends a token there is a place without target tokens. That covers stretches in which both sides stand for
-    different text (a normaliser changed it, a token is unknown): the places before and after them are as good as any.
+    Where only one side ends a token there is a place without target tokens. That covers stretches
+    in which both sides stand for different text (a normaliser changed it, a token is unknown): the
+    places before and after them are as good as any.
     """
     backends = [plain_backend(tokenizer) for tokenizer in (source, target)]
     ends_of_text = [end_of_text_id(tokenizer) for tokenizer in (source, target)]
@@ -223,7 +226,8 @@ def find_places(
 def _places_of(
     source: Boundaries, target: Boundaries, length: int, ends_of_text: Sequence[int]
 ) -> Places:
-    """The places of one document; both sides get their end-of-text behind it, which ends at a place of its own."""
+    """The places of one document; both sides get their end-of-text behind it, which ends at a
+    place of its own."""
     (tokens, ends), (target_tokens, target_ends) = (
         (np.append(side.ids, end_of_text), np.append(side.ends, length + 1))
         for side, end_of_text in zip((source, target), ends_of_text)
@@ -301,7 +305,8 @@ def _add(
 def _add_by_label(
     sums: Float[Array, "V D"], states: Float[Array, "N D"], labels: Int[Array, "N"]
 ) -> Float[Array, "V D"]:
-    """Adds each state to the row of its label, in an order that is always the same (a plain scatter's is not on a GPU)."""
+    """Adds each state to the row of its label, in an order that is always the same (a plain
+    scatter's is not on a GPU)."""
     order = jnp.argsort(labels, stable=True)
     labels = labels[order]
     starts = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])[:, None]

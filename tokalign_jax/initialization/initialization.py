@@ -1,10 +1,13 @@
-"""Alignment + source parameters -> parameters for the new vocabulary. Everything but the vocabulary's rows is left as it is.
+"""Parameters for the new vocabulary from an alignment and the source's parameters.
 
-A mean of pieces is as likely as its pieces are, yet most of a large vocabulary is rare, and rows that nothing needs compete with
-those that something does. So head rows are moved by how much rarer their token is than what they are mixed from, along the
-direction in which the source model's own rows change with log frequency. Measured (llama-en16k -> Qwen3's vocabulary, exact matches
-and mean of pieces, counts from 5.4M tokens; bits per byte at the start, en / code / math / other): without 2.167 / 1.955 / 2.081 /
-4.427, with half of it 1.925 / 1.709 / 1.844 / 3.969, with all of it 1.916 / 1.670 / 1.826 / 4.008.
+Only rows of the vocabulary change, except in the learned starts that train the body.
+
+The mean of pieces is as likely as its pieces, while most tokens of a large vocabulary are rare, and
+their rows compete with those of frequent tokens. So head rows are moved by how much rarer their
+token is than its mixture, along the slope of the source's own rows with log frequency. Measured
+(llama-en16k -> Qwen3's vocabulary, exact matches and mean of pieces, counts of 5.4M tokens; bits
+per byte at the start, en / code / math / other): without 2.167 / 1.955 / 2.081 / 4.427, with 1.916
+/ 1.670 / 1.826 / 4.008.
 """
 
 import dataclasses
@@ -43,27 +46,29 @@ from tokalign_jax.training.cross_tokenizer import Models
 from tokalign_jax.utils.progress import Log
 
 MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
-"""Where the vocabulary's rows are; a tied model has the first alone."""
+"""Paths of the vocabulary's matrices; a tied model has only the first."""
 BLOCK = 4096
-"""Rows that are changed at once, so that what is added to them stays small."""
+"""Rows that are changed at once, to bound temporary memory."""
 COMPOSED = (Rule.PIECES, Rule.SIMILAR)
-"""Rules of tokens whose rows can be learned: they are spelled with source tokens, and are none of them."""
+"""Rules of tokens whose rows can be learned: spelled with source tokens, but not one of them."""
 
 
 def initialize(
     config: ModelConfig, params: dict, aligned: Alignment, multiple_of: int = 1, kept: int = 0
 ) -> tuple[ModelConfig, dict]:
-    """Rows of the new vocabulary as mixtures of source rows (TokAlign, step 4; the published one has one source row each).
+    """Make rows of the new vocabulary as mixtures of source rows (TokAlign, step 4).
 
     Args:
-      params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape [V_source, D].
+      params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape
+        [V_source, D].
       aligned: mixtures of V_target rows over V_source tokens.
-      multiple_of: the number of rows is one; those that it takes beyond V_target are the mean of the others.
-      kept: the first rows, which stay what they are where they are finite, whatever `aligned` says: all V_source where the
+      multiple_of: the number of rows is padded to a multiple of it, with the mean of all rows.
+      kept: number of first rows that are not changed if they are finite: all V_source rows if the
         vocabulary is extended.
 
     Returns:
-      The config with the new number of rows R, and parameters whose vocabulary matrices are [R, D], float32.
+      The config with the new number of rows R, and parameters whose vocabulary matrices are [R, D],
+      float32.
     """
     rows = sharding.to_host(params["embed_tokens"]["embedding"])
     new = dict(params)
@@ -87,7 +92,7 @@ def initialize(
 
 
 def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.ndarray, "V_t D"]:
-    """float32: rows of the new head from those of the source's, R >= V_source, mixed and corrected for frequency."""
+    """Mix the rows of the source's head (R >= V_source) and correct them for frequency, float32."""
     slope = frequency_slope(rows[: aligned.source_size], aligned.source_log_frequency)
     made = alignment.apply(aligned.head, rows)
     move(made, aligned.frequency_shift, slope)
@@ -97,7 +102,7 @@ def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.nd
 def move(
     rows: Float[np.ndarray, "V D"], by: Float[np.ndarray, "V"], direction: Float[np.ndarray, "D"]
 ) -> None:
-    """Adds `by` times `direction` to the rows, in place, block by block; where `by` is 0 rows keep every bit."""
+    """Add `by` times `direction` to the rows in place; rows with `by` = 0 are untouched."""
     moving = np.flatnonzero(by)
     for block in (moving[start : start + BLOCK] for start in range(0, len(moving), BLOCK)):
         rows[block] += by[block, None] * direction
@@ -106,9 +111,10 @@ def move(
 def frequency_slope(
     rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]
 ) -> Float[np.ndarray, "D"]:
-    """float32: the least-squares change of a row with its token's log frequency; 0 where all are as frequent.
+    """Return the least-squares slope of rows with log frequency, float32; 0 if all are equally
+    frequent.
 
-    Rows that hold NaN or infinity are left out.
+    Rows with NaN or infinity are left out.
     """
     finite = alignment.finite_rows(rows)
     if not finite.all():
@@ -127,16 +133,17 @@ class Side(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     shards: TokenShards
     unusable: frozenset[int] = frozenset()
-    """Tokens whose rows are not those of the model, as `usable` found them: nothing is learned from them."""
+    """Tokens whose rows were not finite (`usable`); nothing is learned from them."""
 
 
 def usable(params: Params, size: int) -> tuple[Params, frozenset[int]]:
-    """(parameters whose vocabulary matrices are finite, tokens of which a row was not).
+    """Replace rows that are not finite by the mean of the others; return parameters and their
+    tokens.
 
-    Some checkpoints have NaN in the rows of tokens that no text has. Such rows become the mean of the others.
+    Some checkpoints have NaN in the rows of tokens that no text has.
 
     Args:
-      size: tokens of the model's tokenizer; rows beyond them count for nothing, but may hold NaN as well.
+      size: tokens of the model's tokenizer; padding rows do not count for the mean.
     """
     new, unusable = dict(params), frozenset()
     for group, leaf in MATRICES:
@@ -154,7 +161,7 @@ def _finite(rows: Float[Array, "R D"]) -> Bool[Array, "R"]:
 
 
 def _with_mean(rows: Float[Array, "R D"], size: int) -> Float[Array, "R D"]:
-    """`rows`, those that are not finite replaced by the mean of the finite ones among the first `size`."""
+    """Replace rows that are not finite by the mean of the finite ones among the first `size`."""
     finite = _finite(rows)
     counted = (finite & (jnp.arange(len(rows)) < size))[:, None]
     total = jnp.where(counted, rows, 0).sum(axis=0, dtype=jnp.float32)
@@ -164,10 +171,11 @@ def _with_mean(rows: Float[Array, "R D"], size: int) -> Float[Array, "R D"]:
 def read(
     config: Config, source: Side, target: Side, documents: Iterable[Document], mesh: Mesh, log: Log
 ) -> contexts.Reading:
-    """What the source model makes of the tokens of both vocabularies in text: nothing where they never end at the same place.
+    """Read text with the source model: mean states around the tokens of both vocabularies.
 
     Args:
-      documents: as `contexts.draw` chooses them of the training text; `initialization.tokens` source tokens are read of them.
+      documents: as `contexts.draw` chooses them of the training text; `initialization.tokens`
+        source tokens are read of them.
     """
     places = contexts.find_places(
         documents, source.tokenizer, target.tokenizer, config.initialization.tokens, log
@@ -175,7 +183,8 @@ def read(
     sizes = len(source.shards.counts), len(target.shards.counts)
     if not (places.last_target != contexts.NONE).any():
         log(
-            "contexts: warning: no token of the target ends where one of the source ends, so that no row is learned from "
+            "contexts: warning: no token of the target ends where one of the source ends, so that "
+            "no row is learned from "
             "the source model's states"
         )
         return contexts.nothing(*sizes, source.config.hidden_size)
@@ -194,10 +203,11 @@ def learn(
     log: Log,
     kept: int = 0,
 ) -> Params:
-    """`target`'s parameters with the rows of composed tokens drawn to what the source model's own tokens teach.
+    """Move rows of composed tokens towards the regression fitted on the source's tokens
+    (`composition.py`).
 
-    Rows of tokens that were not seen in context stay as they are: what is learned from pieces alone is nearer to the rows of
-    tokens left out of the fit than their mixtures are, and yet gives more bits per byte.
+    Rows of tokens that were not seen in context are unchanged: from pieces alone the regression
+    predicts rows better than mixtures do, but gives more bits per byte.
 
     Args:
       target: as `initialize` made it of the source by `aligned`.
@@ -209,7 +219,9 @@ def learn(
     wanted = np.flatnonzero(composed & (reading.target.counts > 0))
     parts = methods.cut(source.tokenizer, target.tokenizer, wanted.tolist(), source.unusable)
     wanted, parts = wanted[[bool(of) for of in parts]], [of for of in parts if of]
-    known, known_parts = composition.halves(source.tokenizer, source.shards.counts, source.unusable)
+    known, known_parts = composition.binary_splits(
+        source.tokenizer, source.shards.counts, source.unusable
+    )
     new = dict(target.params)
     if len(wanted) and len(known):
         frequency = [methods.log_frequency(side.shards.counts) for side in (source, target)]
@@ -227,7 +239,8 @@ def learn(
                     made[ids] += config.initialization.learned * (learned - made[ids])
                 new[group] = {leaf: made}
         log(
-            f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} tokens"
+            f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} "
+            "tokens"
         )
     return new
 
@@ -239,13 +252,14 @@ def movable(
     counts: Int[np.ndarray, "V_t"],
     kept: int = 0,
 ) -> Bool[np.ndarray, "V_t"]:
-    """Which rows a start may move once they are mixed: composed ones, and those of the source that text uses anew.
+    """Return which rows a learned start may change: composed ones, and exact ones that occur in
+    text.
 
-    Special tokens, tokens that text never has, and the first `kept` rows stay what they are. So do all rows of the source
-    where one vocabulary has all tokens of the other: what they mean has not changed.
+    Special tokens, tokens that text never has, and the first `kept` rows are not changed, nor are
+    exact ones if one vocabulary contains the other: their use has not changed then.
 
     Args:
-      counts: how often the text has each target token.
+      counts: of each target token in the text.
     """
     exact = (aligned.rules == Rule.EXACT) & (counts > 0) & (not _contains(source, target))
     moving = exact | np.isin(aligned.rules, (*COMPOSED, Rule.MEAN))
@@ -254,7 +268,7 @@ def movable(
 
 
 def _contains(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether one of the vocabularies has every token of the other, special ones aside."""
+    """Return whether one of the vocabularies contains the other, special tokens aside."""
     texts, others = canonical.index_by_bytes(one).keys(), canonical.index_by_bytes(other).keys()
     return texts <= others or others <= texts
 
@@ -268,7 +282,7 @@ def calibrate(
     log: Log,
     kept: int = 0,
 ) -> Params:
-    """`target`'s parameters with head rows moved towards the probability that the text gives their tokens.
+    """Calibrate head rows to the frequencies of their tokens (`calibration.py`).
 
     Args:
       kept: the first rows, which stay what they are.
@@ -298,9 +312,9 @@ def tune(
     log: Log,
     kept: int = 0,
 ) -> tuning.Tuned:
-    """`target`'s parameters, with the rows that are `movable` moved by a rule that they share (`tuning.py`).
+    """Tune the `movable` rows by a linear map that they share (`tuning.py`).
 
-    Where the source has every token there is nothing to tune, and the rows stay the source's.
+    Without composed tokens nothing is tuned.
 
     Args:
       target: as `learn` made it.
@@ -474,8 +488,8 @@ def distill_tokens(
 def random_rows(
     config: ModelConfig, params: dict, size: int, key: jax.Array, kept: int = 0
 ) -> tuple[ModelConfig, dict]:
-    """The baseline: `size` rows drawn from a normal distribution with each source column's mean and deviation, but for the first
-    `kept`, which stay what they are."""
+    """The baseline: `size` rows drawn from a normal distribution with each source column's mean and
+    deviation, but for the first `kept`, which stay what they are."""
 
     def draw(rows: np.ndarray, key: jax.Array) -> np.ndarray:
         rows = sharding.to_host(rows)[: config.vocab_size].astype(np.float32)

@@ -44,7 +44,8 @@ TABLE = "embed_tokens/embedding"
 WARMUP = 0.5
 """Share of the steps over which the rate rises; it then falls linearly to 0."""
 HELD_OUT = 256
-"""Snippets that are left out of training, to judge the rows before and after it; at most a tenth."""
+"""Snippets that are left out of training, to judge the rows before and after it; at most a
+tenth."""
 
 
 class Snippets(NamedTuple):

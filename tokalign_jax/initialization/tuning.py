@@ -1,19 +1,21 @@
-"""Rows that the model itself corrects, all at once: tokens that are alike move alike.
+"""Tuning of all rows together by a linear map from features of tokens.
 
-Rows that are right one by one need not be right together: they compete for probability, and a model reads them in sequences that the
-source's tokens never made. A few steps of training would show it, but move no row of a token that they do not meet. So what trains
-here is not rows but a rule that all of them share,
+Rows that are good one by one need not be good together: they compete for probability, and the model
+reads them in sequences that it never met. A few steps of training would adapt them, but only rows
+of tokens in the text of these steps. So a linear map is trained that all rows share:
 
-    row_v <- row_v + x_v B,
+    row_v <- row_v + x_v B
 
-x_v being what is known of token v (`composition.py`: mean states before and after it, mean, first and last of its pieces' rows, log
-frequency) in its K principal components, and one. B, [K + 1, D], is all that trains, once for tokens whose rows were composed and
-once for those that the source has. It is so small that some ten thousand tokens of text settle it. The model's layers stay as they are.
+x_v are the K principal components of the features of token v (`composition.py`: mean states before
+and after it, mean, first and last of its pieces' rows, log frequency), and a one. Only B, [K + 1,
+D], trains, one for composed tokens and one for tokens of the source. It is so small that ten
+thousand tokens of text suffice. The layers are frozen.
 
-Adam's direction for B is scaled so that the rows of one step move by a share of their own deviation, whatever the model's width, its
-rows' size or the loss.
+Adam's update of B is scaled so that the rows of a step move by a share of their standard deviation,
+whatever the width of the model, the size of its rows, or the loss.
 
-Letters: D model, V vocabulary, R rows in memory, n tokens that move, F features, K components, A micro-batches, B sequences, T length.
+Letters: D model, V vocabulary, R rows in memory, n tokens that move, F features, K components, A
+micro-batches, B sequences, T length.
 """
 
 import functools
@@ -42,28 +44,29 @@ from tokalign_jax.utils import paths
 from tokalign_jax.utils.progress import Log, Progress
 
 COMPONENTS = 640
-"""K"""
+"""K, at most"""
 SAMPLE = 8192
-"""Tokens from which the components are found."""
+"""Tokens that the principal components are computed from."""
 STEPS = 120
 LEAST_TOKENS = 1024
-"""Of a step: a text too short for that has fewer steps, a longer one larger steps."""
+"""Tokens of a step, at least: shorter text gets fewer steps, longer text larger ones."""
 RATE = 0.014
-"""How far rows move in a step at the peak: root mean square, in units of the deviation of the source's rows."""
+"""RMS change of rows in a step at the peak, in units of the standard deviation of the source's
+rows."""
 WARMUP = 0.05
 LENGTH = 512
-"""T, where the model has that many positions."""
+"""T, if the model has that many positions."""
 MICRO_BATCH_TOKENS = {"cpu": 1024}
 OTHER_MICRO_BATCH_TOKENS = 8192
 """Tokens that a device reads at once, by backend."""
 JUDGED = 8
-"""Sequences that are left out, on which the rows before and after are judged."""
+"""Held-out sequences that decide whether the tuned rows are kept."""
 NONE = -1
-"""Fills sequences up to what all devices read at once: it counts for nothing."""
+"""Padding of sequences."""
 
 
 class Scales(NamedTuple):
-    """What features are brought to mean 0 and deviation 1 by, each of `Columns` as a whole; float32."""
+    """Offsets and factors that standardize features, one factor for each of `Columns`; float32."""
 
     offsets: Columns
     factors: Columns
@@ -72,12 +75,13 @@ class Scales(NamedTuple):
 class Tuned(NamedTuple):
     params: Params
     facts: Mapping[str, float]
-    """`tokens` read for it, `nats_before` and `nats_after` a token of text left out; none where nothing was tuned."""
+    """`tokens` read, `nats_before` and `nats_after` a held-out token; empty if nothing was
+    tuned."""
 
 
 class _State(NamedTuple):
     rule: dict[str, Float[Array, "G D"]]
-    """B of both kinds of tokens, one below the other (G = 2 (K + 1)), by path of the matrix."""
+    """B of both kinds of tokens, stacked (G = 2 (K + 1)), by path of the matrix."""
     moments: optax.OptState
     step: Int[Array, ""]
 
@@ -95,15 +99,16 @@ def tune(
     log: Log,
     seed: int,
 ) -> Tuned:
-    """`params` with the rows of `tokens` moved by the rule that predicts the text best; as they are where that gains nothing.
+    """Move the rows of `tokens` by the linear map that predicts the text best; keep it only if it
+    gains.
 
     Args:
       config, params: the model with the new vocabulary.
-      rows: float32, the source model's matrices by the paths that they have in `params`.
+      rows: float32, the source model's matrices by their paths in `params`.
       tokens: target tokens whose rows move, with their pieces in the source.
-      composed: which of them have rows that were composed.
+      composed: which of them are composed.
       shards: text in the new vocabulary's tokens.
-      budget: how many of its tokens are read at most; one sequence at least.
+      budget: tokens that are read, at most; at least one sequence is.
       compute: type of activations, and tokens whose logits exist at once.
     """
     size = len(shards.counts)
@@ -152,7 +157,7 @@ def tune(
 def _second(
     features: dict[str, Float[Array, "R G"]], count: Int[Array, ""]
 ) -> dict[str, Float[Array, "G G"]]:
-    """Mean products of the features of tokens that move."""
+    """Return the mean outer product of the features of tokens that move."""
     return {
         path: jnp.matmul(of.T, of, precision="highest") / count for path, of in features.items()
     }
@@ -208,7 +213,7 @@ def _step(
 def _judge(
     rule, params, features, batch: Int[Array, "A B T+1"], *, config, compute, mesh
 ) -> Float[Array, ""]:
-    """Mean negative log-likelihood of a token, nats."""
+    """Return the mean negative log-likelihood of a token, nats."""
     with sharding.within(mesh):
         tables = _tables(rule, params, features)
         totals, counts = jax.lax.map(
@@ -220,7 +225,7 @@ def _judge(
 def _tables(
     rule: dict[str, Array], params: Params, features: dict[str, Array]
 ) -> dict[str, Float[Array, "R D"]]:
-    """Both matrices of the vocabulary, or the one, with their rows moved."""
+    """Return the vocabulary's matrices with their rows moved."""
     leaves = paths.flatten(params)
     return {
         path: leaves[path] + jnp.matmul(of, rule[path], precision="highest")
@@ -235,7 +240,7 @@ def _loss(
     config: ModelConfig,
     compute: ComputeConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Negative log-likelihoods of the tokens, summed (nats), and how many they are."""
+    """Return the summed negative log-likelihood of the tokens in nats, and their number."""
     params = paths.unflatten(paths.flatten(params) | tables)
     inputs = jnp.maximum(tokens[:, :-1], 0)
     hidden = forward(
@@ -247,13 +252,11 @@ def _loss(
 def _batches(
     shards: TokenShards, config: ModelConfig, budget: int, mesh: Mesh, seed: int
 ) -> tuple[Int[np.ndarray, "S A B T+1"], Int[np.ndarray, "j B T+1"]]:
-    """Sequences drawn at random without overlap: those of all steps, and those that rows are judged on.
-
-    Which they are does not depend on the devices, only how many are read at once.
-    """
+    """Draw disjoint sequences for all steps, and held-out ones; independent of the devices."""
     length = min(LENGTH, config.max_positions, len(shards) - 1)
     source = TokenSource(shards, length)
-    # None is read twice, but where the text has too few: then they are judged on what they were tuned on.
+    # None is read twice, but where the text has too few: then they are judged on what they were
+    # tuned on.
     budget = min(budget // length, len(source) - JUDGED)
     steps = min(STEPS, max(1, budget // max(1, LEAST_TOKENS // length)))
     each = max(1, budget // steps)
@@ -264,7 +267,8 @@ def _batches(
 
 
 def _rounds(sequences: Int[np.ndarray, "n T+1"], mesh: Mesh) -> Int[np.ndarray, "A B T+1"]:
-    """As many at once as the devices read, filled up with sequences that count for nothing."""
+    """Group sequences into rounds of as many as the devices read at once, padded with empty
+    ones."""
     devices, size = sharding.sequences_at_once(mesh), sequences.shape[1]
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
     at_once = devices * min(max(1, micro), -(-len(sequences) // devices))
@@ -274,7 +278,7 @@ def _rounds(sequences: Int[np.ndarray, "n T+1"], mesh: Mesh) -> Int[np.ndarray, 
     )
 
 
-# --- What is known of tokens --------------------------------------------------------------------------------------------
+# --- Features of tokens ---------------------------------------------------------------------------
 
 
 def _features(
@@ -284,7 +288,8 @@ def _features(
     size: int,
     seed: int,
 ) -> Float[np.ndarray, "V G"]:
-    """float32: x_v and 1 in the columns of the token's kind, 0 in those of the other; only zeros for tokens that do not move."""
+    """Return features and a 1 in the columns of a token's kind, 0 elsewhere and for fixed tokens;
+    float32."""
     random = np.random.default_rng(seed)
     parts = []
     for kind in (composed, ~composed):
@@ -308,7 +313,7 @@ def _features(
 
 
 def _blocks(rows: Float[np.ndarray, "V_s D"], tokens: Tokens, chosen: Int[np.ndarray, "m"]):
-    """What is known of the `chosen` ones, block by block."""
+    """Yield the features of the `chosen` tokens in blocks."""
     for block, columns in composition.column_blocks(rows, tokens, chosen):
         yield Columns(*(of[: len(block)] for of in columns))
 
@@ -319,13 +324,14 @@ def _scales(columns: Columns) -> Scales:
         known = values[_seen(values)] if values.ndim > 1 else values
         offset = known.mean(axis=0) if len(known) else np.zeros(values.shape[1:], np.float32)
         offsets.append(offset)
-        # Of what is left: final states of large models have columns that are large and nearly the same for every token.
+        # Of what is left: final states of large models have columns that are large and nearly the
+        # same for every token.
         factors.append(np.float32(1 / ((known - offset).std() + 1e-6) if len(known) else 0.0))
     return Scales(Columns(*offsets), Columns(*factors))
 
 
 def _seen(values: Any) -> Any:
-    """[n] of mean states [n, D]: those of tokens that were seen in text."""
+    """Return which of the mean states [n, D] belong to tokens that were seen in text."""
     return (values != 0).any(axis=1)
 
 
@@ -344,9 +350,11 @@ def _described(columns: Columns, scales: Scales) -> Float[Array, "n F"]:
 def _principal(
     known: Float[Array, "n F"], key: Array, count: int
 ) -> tuple[Float[Array, "F"], Float[Array, "F K"]]:
-    """(mean, basis) of the first `count` principal components by subspace iteration (arXiv 0909.4061, algorithm 4.4).
+    """(mean, basis) of the first `count` principal components by subspace iteration (arXiv
+    0909.4061, algorithm 4.4).
 
-    The basis is scaled so that a component has a mean square of 1, on average over them; among themselves they keep their sizes.
+    The basis is scaled so that a component has a mean square of 1, on average over them; among
+    themselves they keep their sizes.
     """
     centre = known.mean(axis=0)
     known = known - centre
@@ -360,7 +368,7 @@ def _principal(
 
 
 def _on_rows(path: str, of: Float[np.ndarray, "V G"], rows: int, mesh: Mesh) -> Float[Array, "R G"]:
-    """Split over the mesh as the rows that they belong to."""
+    """Shard features as the rows that they belong to."""
     shape = sharding.padded_shape(path, (rows, of.shape[1]), mesh)
     return sharding.put(
         np.pad(of, ((0, shape[0] - len(of)), (0, 0))), sharding.sharding_of(path, shape, mesh)
