@@ -136,6 +136,7 @@ def write_repeated(source: Path, tokens: int, noise: float, folder: Path, seed: 
     folder.mkdir(parents=True, exist_ok=True)
     made = repeated(TokenShards.open(source), tokens, noise, seed, folder)
     np.save(folder / "documents.npy", made.documents)
+    np.save(folder / "unlearned.npy", np.zeros((0, 2), np.int64))
     np.save(folder / "counts.npy", made.counts)
     (folder / "index.json").write_text(json.dumps({**made.index, "tokens": len(made)}))
     return len(made)

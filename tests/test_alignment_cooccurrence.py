@@ -157,6 +157,7 @@ def save_shards(shards: TokenShards, folder: Path) -> None:
     folder.mkdir()
     shards.tokens.tofile(folder / "tokens.bin")
     np.save(folder / "documents.npy", shards.documents)
+    np.save(folder / "unlearned.npy", shards.unlearned)
     np.save(folder / "counts.npy", shards.counts)
     sizes = {"dtype": "uint16", "tokens": len(shards.tokens), "vocabulary": len(shards.counts)}
     (folder / "index.json").write_text(json.dumps({**shards.index, **sizes}))
