@@ -94,10 +94,12 @@ HostBatch = Any
 
 
 class Result(NamedTuple):
+    """The model after training, and what was measured."""
+
     params: Params
     facts: Mapping[str, float]
-    """`tokens` that were trained on; `loss_before`, `loss_after`, `distance_before`, `distance_after` on
-    sequences left out (`cross_tokenizer.Terms`)."""
+    """`tokens` trained on; `loss_before`, `loss_after`, `distance_before`, `distance_after` on held-out
+    sequences (`cross_tokenizer.Terms`); `unseen_shift`, nats (`unseen.shift`)."""
 
 
 class _State(NamedTuple):
@@ -120,7 +122,7 @@ def distill(
     mesh: Mesh,
     log: Log,
 ) -> Result:
-    """`params` trained towards `teacher`; as they are where that does not lower the loss on text left out.
+    """Trains `params` towards `teacher`; returns them as they are where text left out gains nothing.
 
     Args:
       params: the new model's; its matrices of the vocabulary in float32.
@@ -131,42 +133,23 @@ def distill(
         most.
     """
     steps, judged = _batches(config, written, corpus, budget, models.student, mesh)
-    whole, whole_rows, vocabulary = params, rows, models.student.vocab_size
-    present, counts = _present((*steps, judged), vocabulary)
+    present, counts = _present((*steps, judged), models.student.vocab_size)
     steps, judged = [_renumbered(batch, present) for batch in steps], _renumbered(judged, present)
-    params, rows, models = _part(params, rows, models, present)
+    few, few_rows, models = _restricted(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
-    placed = sharding.place(params, mesh)
-    frozen = {
-        "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh)),
-        "rows": {
-            path: _on_mesh(path, of, len(paths.flatten(params)[path]), dtype, mesh)
-            for path, of in rows.items()
-        },
-    }
-    leaves = paths.flatten(placed)
-    frozen["base"] = {path: leaves.pop(path) for path in rows}
-    if trains_body:
-        body = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), leaves)
-    else:
-        frozen["body"], body = {path: x.astype(dtype) for path, x in leaves.items()}, {}
-    state = _start(body, rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
-    how = {"models": models, "mesh": mesh}
-    before = _judge(state.trainable, frozen, judged, **how)
-    width = models.student.hidden_size
-    peaks = {
-        "body": BODY_RATE * min(1.0, (WIDTH / width) ** 0.5),
-        "network": NETWORK_RATE,
-        **{path: ROW_RATE * of.deviation for path, of in rows.items()},
-    }
-    schedule = Schedule(peaks, float(len(steps)), float(round(WARMUP * len(steps))))
+    frozen, body = _placed(few, teacher, few_rows, trains_body, dtype, mesh)
+    state = _start(body, few_rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
+    static = {"models": models, "mesh": mesh}
+
+    before = _judge(state.trainable, frozen, judged, **static)
+    schedule = _schedule(len(steps), rows, models.student.hidden_size)
     tokens = sum(int((batch.target >= 0).sum()) for batch in steps)
     progress = Progress(log, "self-distillation", tokens, "tokens")
     for batch in steps:
-        state = _step(state, frozen, _put(batch, mesh), schedule, **how)
-        state.step.block_until_ready()  # or what is printed runs ahead
+        state = _step(state, frozen, _put(batch, mesh), schedule, **static)
+        state.step.block_until_ready()  # so that the rate printed is that of steps done
         progress.update(tokens / len(steps))
-    after = _judge(state.trainable, frozen, judged, **how)
+    after = _judge(state.trainable, frozen, judged, **static)
     gained = float(after.loss) < float(before.loss)
     progress.done(
         f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f} to "
@@ -181,13 +164,48 @@ def distill(
         "distance_after": float(after.distance),
     }
     if not gained:
-        return Result(whole, facts)
-    found = _merged(state.trainable, frozen, whole, whole_rows, present, mesh)
-    states = _final_states(state.trainable, frozen, _put(judged, mesh), **how)
-    real = sharding.to_host(states)[judged.target[..., 1:] >= 0][:STATES]
-    composed = whole_rows[_head(rows)].features.any(axis=1)
-    facts["unseen_shift"] = _leave_room(found, models.student, real, counts, composed, log)
-    return Result(found, facts)
+        return Result(params, facts)
+    trained = _merged(state.trainable, frozen, params, rows, present, mesh)
+    states = sharding.to_host(_final_states(state.trainable, frozen, _put(judged, mesh), **static))
+    states = states[judged.target[..., 1:] >= 0][:STATES]
+    composed = rows[_head(rows)].features.any(axis=1)
+    facts["unseen_shift"] = _leave_room(trained, models.student, states, counts, composed, log)
+    return Result(trained, facts)
+
+
+def _placed(
+    params: Params,
+    teacher: Params,
+    rows: Mapping[str, Rows],
+    trains_body: bool,
+    dtype: Any,
+    mesh: Mesh,
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(frozen, body): what does not train, in `dtype` where it is only read, and float32 copies of
+    what does, but for the vocabulary's matrices."""
+    frozen: dict[str, Any] = {
+        "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh))
+    }
+    sizes = {path: len(leaf) for path, leaf in paths.flatten(params).items() if path in rows}
+    frozen["rows"] = {
+        path: _on_mesh(path, of, sizes[path], dtype, mesh) for path, of in rows.items()
+    }
+    leaves = paths.flatten(sharding.place(params, mesh))
+    frozen["base"] = {path: leaves.pop(path) for path in rows}
+    if trains_body:
+        return frozen, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), leaves)
+    frozen["body"] = {path: x.astype(dtype) for path, x in leaves.items()}
+    return frozen, {}
+
+
+def _schedule(steps: int, rows: Mapping[str, Rows], width: int) -> Schedule:
+    """Peak learning rates by part, warm-up and decay."""
+    peaks = {
+        "body": BODY_RATE * min(1.0, (WIDTH / width) ** 0.5),
+        "network": NETWORK_RATE,
+        **{path: ROW_RATE * of.deviation for path, of in rows.items()},
+    }
+    return Schedule(peaks, float(steps), float(round(WARMUP * steps)))
 
 
 def _head(vocabulary: Iterable[str]) -> str:
@@ -244,7 +262,7 @@ def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:
     return batch._replace(target=target.astype(np.int32))
 
 
-def _part(
+def _restricted(
     params: Params, rows: Mapping[str, Rows], models: Models, present: Int[np.ndarray, "p"]
 ) -> tuple[Params, dict[str, Rows], Models]:
     """The new model with the rows of these tokens alone."""
@@ -512,8 +530,9 @@ def _batches(
     ]
     trained, left_out = (_batch(map(np.concatenate, zip(*of))) for of in zip(*drawn))
     count = len(trained.target)
-    steps = max(1, count // min(MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS)))
-    order = np.array_split(random.permutation(count), steps)
+    size = min(count, MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS))
+    # Steps of one size, so that one program is compiled; what is left over is not read.
+    order = random.permutation(count)[: count - count % size].reshape(-1, size)
     return [_rounds(_take(trained, chosen), mesh) for chosen in order], _rounds(left_out, mesh)
 
 
