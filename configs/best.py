@@ -1,15 +1,20 @@
-"""What recovered most in the measurements so far: everything trains from the first step, from this project's own alignment.
+"""What recovered most in the measurements so far: everything trains from the first step, from this
+project's own alignment.
 
     tokalign run --config configs/best.py --workdir runs/best \\
-        --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer --config.corpus='/data/*.jsonl.xz'
+        --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer \\
+        --config.corpus='/data/*.jsonl.xz'
 
-Evidence (docs/results/recipe.md; models of 5M and 19M parameters): at equal tokens a run without Stage 1 ends below one that spends half
-of them on the rows alone, by 0.07 to 0.11 bits per byte with steps of 1,024 tokens on two pairs, by 0.07 with steps of 32,768 on an H100;
-there 5e-4 ends 0.09 below 1.6e-4 (with steps of 1,024 tokens 0.04 below on the smaller model, 0.04 above on the larger); damped rows gain
-another 0.01 to 0.04. In all 1.387 where two stages at the usual rates end at 1.603 (1e-3: 1.349).
+Evidence (docs/results/recipe.md; models of 5M and 19M parameters): at equal tokens a run without
+Stage 1 ends below one that spends half of them on the rows alone, by 0.07 to 0.11 bits per byte
+with steps of 1,024 tokens on two pairs, by 0.07 with steps of 32,768 on an H100; there 5e-4 ends
+0.09 below 1.6e-4 (with steps of 1,024 tokens 0.04 below on the smaller model, 0.04 above on the
+larger); damped rows gain another 0.01 to 0.04. In all 1.387 where two stages at the usual rates end
+at 1.603 (1e-3: 1.349).
 
-Not yet measured with 5,000 steps or models of a billion parameters: give those a stage2.learning_rate no higher than their pre-training's
-peak. Where memory does not allow full training, LoRA wants a higher rate and one of its own for the rows: stage2.method="lora",
+Not yet measured with 5,000 steps or models of a billion parameters: give those a
+stage2.learning_rate no higher than their pre-training's peak. Where memory does not allow full
+training, LoRA wants a higher rate and one of its own for the rows: stage2.method="lora",
 learning_rate=4e-3, embedding_learning_rate=6.4e-4.
 """
 

@@ -1,11 +1,13 @@
-"""The embedded default with its vocabulary extended: the English/code tokenizer of a small real model gets 6,000 tokens of eight
-languages, in minutes on two CPU cores. Its old tokens keep their ids and, at the start, their rows.
+"""The embedded default with its vocabulary extended: the English/code tokenizer of a small real
+model gets 6,000 tokens of eight languages, in minutes on two CPU cores. Its old tokens keep their
+ids and, at the start, their rows.
 
 tokalign run --config configs/extend_demo.py --workdir runs/extend
 
-Expected, on held-out text of eight languages: less than half as many tokens (1.8 -> 3.9 bytes a token); bits per byte 1.35 of the source
-model, 3.10 with random new rows, 1.82 initialised, 1.78 after Stage 1, 1.58 after Stage 2 (replacing the vocabulary: 1.67, see
-ultra_quick_demo.py); five to ten minutes on two CPU cores.
+Expected, on held-out text of eight languages: less than half as many tokens (1.8 -> 3.9 bytes a
+token); bits per byte 1.35 of the source model, 3.10 with random new rows, 1.82 initialised, 1.78
+after Stage 1, 1.58 after Stage 2 (replacing the vocabulary: 1.67, see ultra_quick_demo.py); five to
+ten minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +16,7 @@ from tokalign_jax.configs import ultra_quick_demo
 
 
 def get_config() -> ConfigDict:
+    """Return the recipe."""
     config = ultra_quick_demo.get_config()
     config.target_tokenizer = "extend"
     config.extend.new_tokens = 6_000

@@ -1,13 +1,16 @@
-"""The conservative recipe: a low Stage 1 rate, LoRA in Stage 2, a higher threshold, an offset in proportion to the corpus.
+"""The conservative recipe: a low Stage 1 rate, LoRA in Stage 2, a higher threshold, an offset in
+proportion to the corpus.
 
     tokalign run --config configs/optimal.py --workdir runs/optimal
     tokalign run --config configs/optimal.py --workdir runs/mine \\
-        --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer --config.corpus='/data/*.jsonl.xz'
+        --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer \\
+        --config.corpus='/data/*.jsonl.xz'
 
-Expected: the body of the model stays near where it was. Up to the budgets that were measured (a few hundred steps,
-docs/results/recipe.md) the evidence is against it: a Stage 1 rate of 2e-5 recovers a fraction of what 6.4e-4 does, LoRA at 5e-5 ends
-far behind full training at the same rate, and a run without Stage 1 ends below both; `configs/best.py` has what won there. This one is
-meant for the full 2,500 steps. Not yet measured at that size.
+Expected: the body of the model stays near where it was. Up to the budgets that were measured (a few
+hundred steps, docs/results/recipe.md) the evidence is against it: a Stage 1 rate of 2e-5 recovers a
+fraction of what 6.4e-4 does, LoRA at 5e-5 ends far behind full training at the same rate, and a run
+without Stage 1 ends below both; `configs/best.py` has what won there. This one is meant for the
+full 2,500 steps. Not yet measured at that size.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +19,7 @@ from tokalign_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
+    """Return the recipe."""
     config = default_config()
     config.source_model = "EleutherAI/pythia-1b"
     config.target_tokenizer = "Qwen/Qwen2-1.5B"

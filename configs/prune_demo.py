@@ -1,5 +1,6 @@
-"""The embedded default with its vocabulary pruned: the tokens that English text of the corpus does not
-need go, all others keep their rows. Nothing trains, so that no device is needed; a minute on two CPU cores.
+"""The embedded default with its vocabulary pruned: the tokens that English text of the corpus does
+not need go, all others keep their rows. Nothing trains, so that no device is needed; a minute on
+two CPU cores.
 
 tokalign run --config configs/prune_demo.py --workdir runs/prune
 """
@@ -10,6 +11,7 @@ from tokalign_jax.configs import ultra_quick_demo
 
 
 def get_config() -> ConfigDict:
+    """Return the recipe."""
     config = ultra_quick_demo.get_config()
     config.target_tokenizer = "prune"
     config.prune.min_count = 2

@@ -1,10 +1,13 @@
-"""The A/B that the method's users name: Stage 1 rate x what Stage 2 trains x how the vocabulary starts, over seeds and budgets.
+"""The A/B that the method's users name: Stage 1 rate x what Stage 2 trains x how the vocabulary
+starts, over seeds and budgets.
 
-    tokalign sweep --config configs/recipe.py --workdir runs/recipe --config.source_model=/models/llama \\
-        --config.target_tokenizer=/tokenizers/qwen3 --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang
+    tokalign sweep --config configs/recipe.py --workdir runs/recipe \\
+        --config.source_model=/models/llama --config.target_tokenizer=/tokenizers/qwen3 \\
+        --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang
 
-A run's name says where it stands: `own-6.4e-04-full-60-s0` starts from this project's alignment, trains 60 steps a stage, Stage 1 at
-6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` takes some of them. docs/results/recipe.md has what came of it on an H100.
+A run's name says where it stands: `own-6.4e-04-full-60-s0` starts from this project's alignment,
+trains 60 steps a stage, Stage 1 at 6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` takes some
+of them. docs/results/recipe.md has what came of it on an H100.
 """
 
 from typing import Any

@@ -1,19 +1,21 @@
-"""How many tokens until a model is its source again: what is kept and fitted after 1M to 16M tokens.
+"""How many tokens until a model is its source again: what is kept and fitted after 1M to 16M
+tokens.
 
     tokalign sweep --config configs/recipe_curves.py --workdir runs/curves \\
         --config.source_model=/models/smollm2 --config.target_tokenizer=/tokenizers/qwen3 \\
         --config.corpus='/data/mix.jsonl.xz=0.7,self=0.3' --config.text.language_field=lang \\
-        --config.evaluation.abilities=/data/abilities --config.evaluation.other_text=/data/other.jsonl \\
+        --config.evaluation.abilities=/data/abilities \\
+        --config.evaluation.other_text=/data/other.jsonl \\
         --config.evaluation.chat_questions=/data/chat.jsonl
 
 With a model and a tokenizer alone it trains on text that the source model writes (`corpus=self`).
 
-Objectives x what trains x rates x with and without Stage 1 x tokens; every number of tokens is a run with
-a schedule of its own. `mixture-full-3e-04-alone-16M-s0` trains in full at 3e-4, without Stage 1, on 16M
-tokens; with `stage1` a quarter of the tokens goes to the rows first. The lines of `pieces` begin with the
-mean of the pieces and learn the next token, for comparison. All runs share corpus, alignment and start.
-`--only='mixture-full-*,next_token-full-*'` takes some of them. The comparison has one table of all, and
-`runs/curves/runs/NAME/report.json` what each measured.
+Objectives x what trains x rates x with and without Stage 1 x tokens; every number of tokens is a
+run with a schedule of its own. `mixture-full-3e-04-alone-16M-s0` trains in full at 3e-4, without
+Stage 1, on 16M tokens; with `stage1` a quarter of the tokens goes to the rows first. The lines of
+`pieces` begin with the mean of the pieces and learn the next token, for comparison. All runs share
+corpus, alignment and start. `--only='mixture-full-*,next_token-full-*'` takes some of them. The
+comparison has one table of all, and `runs/curves/runs/NAME/report.json` what each measured.
 """
 
 from typing import Any

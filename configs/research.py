@@ -1,11 +1,13 @@
-"""The recipe of the TokAlign paper (ACL 2025, section 4.1): a high Stage 1 rate, then full fine-tuning.
+"""The recipe of the TokAlign paper (ACL 2025, section 4.1): a high Stage 1 rate, then full
+fine-tuning.
 
     tokalign run --config configs/research.py --workdir runs/research
 
-The paper reads 1,024 sequences of 2,048 tokens a step, on 8 devices 8 at a time and 16 times; 2,500 steps a
-stage; Stage 2 starts at sequence 2,560,000 = 2,500 x 1,024 of the shuffled stream, where Stage 1 stopped. Ten passes
-over 5 GB hold that many. Expected, as published for Pythia-1B -> Gemma: perplexity 1.2e2 after initialisation, 6.9 after training,
-six downstream tasks at 48.4 where the source model has 49.6. Not yet measured with this code at that size.
+The paper reads 1,024 sequences of 2,048 tokens a step, on 8 devices 8 at a time and 16 times; 2,500
+steps a stage; Stage 2 starts at sequence 2,560,000 = 2,500 x 1,024 of the shuffled stream, where
+Stage 1 stopped. Ten passes over 5 GB hold that many. Expected, as published for Pythia-1B -> Gemma:
+perplexity 1.2e2 after initialisation, 6.9 after training, six downstream tasks at 48.4 where the
+source model has 49.6. Not yet measured with this code at that size.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +16,7 @@ from tokalign_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
+    """Return the recipe."""
     config = default_config()
     config.source_model = "EleutherAI/pythia-1b"
     config.target_tokenizer = "Qwen/Qwen2-1.5B"

@@ -3,10 +3,12 @@
     tokalign sweep --config configs/starts.py --workdir runs/starts \\
         --config.source_model=/models/smollm2 --config.target_tokenizer=/tokenizers/qwen3 \\
         --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang \\
-        --config.evaluation.abilities=/data/abilities --config.evaluation.other_text=/data/other.jsonl
+        --config.evaluation.abilities=/data/abilities \\
+        --config.evaluation.other_text=/data/other.jsonl
 
-`--only='distilled*'` takes some of them. The table "What the model keeps" compares them by abilities,
-fidelity and bits per byte of both kinds of text; docs/results/start.md says what came of it.
+`--only='distilled*'` takes some of them. The table "What the model keeps" compares them by
+abilities, fidelity and bits per byte of both kinds of text; docs/results/start.md says what came of
+it.
 """
 
 from typing import Any

@@ -2,7 +2,8 @@
 
     tokalign run --config configs/three_hour_eval.py --workdir runs/three_hours
 
-Expected: enough to compare two choices (an alignment, a rate, a threshold) on the same model; not yet measured at Pythia-1B's size.
+Expected: enough to compare two choices (an alignment, a rate, a threshold) on the same model; not
+yet measured at Pythia-1B's size.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from tokalign_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
+    """Return the recipe."""
     config = default_config()
     config.source_model = "EleutherAI/pythia-1b"
     config.target_tokenizer = "Qwen/Qwen2-1.5B"

@@ -1,9 +1,11 @@
-"""The embedded default: a small real model with an English/code vocabulary gets a multilingual one, in minutes on two CPU cores.
+"""The embedded default: a small real model with an English/code vocabulary gets a multilingual one,
+in minutes on two CPU cores.
 
 tokalign run --config configs/ultra_quick_demo.py --workdir runs/demo
 
-Expected, on held-out text of eight languages: half as many tokens (1.8 -> 3.7 bytes a token); bits per byte 1.35 of the source model,
-4.64 with random rows, 2.38 initialised, 2.19 after Stage 1, 1.77 after Stage 2; about five minutes on two CPU cores.
+Expected, on held-out text of eight languages: half as many tokens (1.8 -> 3.7 bytes a token); bits
+per byte 1.35 of the source model, 4.64 with random rows, 2.38 initialised, 2.19 after Stage 1, 1.77
+after Stage 2; about five minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +14,7 @@ from tokalign_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
+    """Return the recipe."""
     config = default_config()
     config.source_model = "embedded"
     config.target_tokenizer = "embedded"

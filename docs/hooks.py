@@ -1,4 +1,4 @@
-"""MkDocs hooks: the reference pages are made from the code; links to files outside docs/ become plain text."""
+"""MkDocs hooks: make the reference pages from the code; unlink files outside docs/."""
 
 import contextlib
 import html

@@ -8,7 +8,8 @@
     model = ta.initialize(source, tokenizer, alignment)
     ta.save(model, "adapted")
 
-Names are loaded when first used, so that importing the package takes no time. `dir(tokalign_jax)` lists all of them.
+Names are loaded when first used, so that importing the package takes no time. `dir(tokalign_jax)`
+lists all of them.
 """
 
 import importlib

@@ -1,6 +1,7 @@
 """The Python API: every step of an adaptation as a function of arrays, without a workdir.
 
-Everything here also works in a notebook on a laptop. For runs that resume, use `run` or the command line.
+Everything here also works in a notebook on a laptop. For runs that resume, use `run` or the command
+line.
 """
 
 import dataclasses
@@ -56,8 +57,8 @@ class Model:
 
     Attributes:
       config: the architecture; `config.vocab_size` is the number of rows.
-      params: nested dict of arrays; the rows are `params["embed_tokens"]["embedding"]` and, where the head is not tied,
-        `params["lm_head"]["kernel"]`, both [rows, hidden size].
+      params: nested dict of arrays; the rows are `params["embed_tokens"]["embedding"]` and, where
+        the head is not tied, `params["lm_head"]["kernel"]`, both [rows, hidden size].
       tokenizer: a fast tokenizer of transformers.
       folder: the Hugging Face folder that it comes from, whose config.json `save` goes by.
       losses: nats a token at each training step since it was loaded.
@@ -78,7 +79,8 @@ def load_model(name: str, dtype: str | None = None) -> Model:
     """Load a model and its tokenizer.
 
     Args:
-      name: a folder in Hugging Face format, a hub name (`name@revision` pins one), or `embedded` for the demo's.
+      name: a folder in Hugging Face format, a hub name (`name@revision` pins one), or `embedded`
+        for the demo's.
       dtype: of the weights, such as `float32`; None: as stored.
 
     Raises:
@@ -114,7 +116,8 @@ def load_texts(
 
     Args:
       name: files, a folder, a glob, a hub dataset, or `embedded` for the demo's.
-      language_field: field of a record with its language; empty: all documents are in one group, `all`.
+      language_field: field of a record with its language; empty: all documents are in one group,
+        `all`.
       budget_bytes: UTF-8 bytes to read.
 
     Raises:
@@ -144,8 +147,10 @@ def align(
     """Say how each target token is made of source tokens.
 
     Args:
-      texts: from which frequencies and co-occurrences are counted; `pieces`, `exact` and `random` need none.
-      method: see `tokalign help methods`. `distilled` aligns as `pieces` does; what sets it apart is `initialize` with text.
+      texts: from which frequencies and co-occurrences are counted; `pieces`, `exact` and `random`
+        need none.
+      method: see `tokalign help methods`. `distilled` aligns as `pieces` does; what sets it apart
+        is `initialize` with text.
       settings: further fields of `AlignmentConfig`.
 
     Returns:
@@ -224,8 +229,9 @@ def initialize(
     Args:
       tokenizer: the new one.
       alignment: of `source.tokenizer` and `tokenizer`.
-      texts: none: rows are the alignment's mixtures. With text, the model is then trained to keep what it knows, with the
-        source as teacher, on text that it writes itself and on these (method `distilled`).
+      texts: none: rows are the alignment's mixtures. With text, the model is then trained to keep
+        what it knows, with the source as teacher, on text that it writes itself and on these
+        (method `distilled`).
       settings: further fields of `InitializationConfig`, such as `distillation_tokens`.
 
     Raises:
@@ -273,8 +279,8 @@ def train(
     """Train a model on text, by the next token.
 
     Args:
-      method: what trains: `embedding` (the rows alone: Stage 1 of TokAlign), `lora`, whose adapters are merged at the end, or
-        `full`.
+      method: what trains: `embedding` (the rows alone: Stage 1 of TokAlign), `lora`, whose adapters
+        are merged at the end, or `full`.
       batch_size: sequences a step.
       settings: further fields of `StageConfig`.
 
@@ -383,7 +389,8 @@ def run(
     stages: Sequence[str] | None = None,
     log: Log = print,
 ) -> Path:
-    """Do a whole run in a workdir, as `tokalign run` does: it skips what is finished and resumes what is not.
+    """Do a whole run in a workdir, as `tokalign run` does: it skips what is finished and resumes
+    what is not.
 
     Args:
       config: or a dict of its fields, such as `{"stage2": {"steps": 100}}`.

@@ -1,7 +1,9 @@
-"""The whole configuration as frozen dataclasses, one per stage; every field is documented where it is declared.
+"""The whole configuration as frozen dataclasses, one per stage; every field is documented where it
+is declared.
 
-A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the same names. It is turned into `Config` once,
-here, and from then on nothing looks anything up by string. A file states what makes up its recipe; the rest is as below.
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the same names. It is
+turned into `Config` once, here, and from then on nothing looks anything up by string. A file states
+what makes up its recipe; the rest is as below.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ from ml_collections.config_dict import ConfigDict, placeholder
 from tokalign_jax.errors import UserError
 
 EMBEDDED = "embedded"
-"""Names the source model, target tokenizer or corpus that ships inside the package (`tokalign_jax/demo`)."""
+"""Names the source model, target tokenizer or corpus that ships inside the package
+(`tokalign_jax/demo`)."""
 
 SELF = "self"
 """Names, as (a part of) the corpus, text that the source model writes itself."""
@@ -28,7 +31,8 @@ EXTEND = "extend"
 """As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
 
 PRUNE = "prune"
-"""As the target tokenizer: the source model's own, without tokens that the corpus does not need (`PruneConfig`)."""
+"""As the target tokenizer: the source model's own, without tokens that the corpus does not need
+(`PruneConfig`)."""
 
 DERIVED = (EXTEND, PRUNE)
 """Target tokenizers that a run makes from the source's, in a stage of that name."""
@@ -37,11 +41,13 @@ AFTER_PREVIOUS = "after_previous"
 """A start offset: the sequence after the last one that the previous training stage read."""
 
 AUTO = "auto"
-"""A number of sequences a device holds at once, or what layers keep: chosen by what fits (`planning.resolve`)."""
+"""A number of sequences a device holds at once, or what layers keep: chosen by what fits
+(`planning.resolve`)."""
 
 
 def within(low: float, high: float, default: Any, effect: bool = True) -> Any:
-    """Declare a field of numbers from `low` to `high`; past these, what a user meant is something else.
+    """Declare a field of numbers from `low` to `high`; past these, what a user meant is something
+    else.
 
     Args:
       effect: whether the result depends on it by more than rounding; else it is in no fingerprint.
@@ -62,36 +68,45 @@ class TextConfig:
     self_tokens: int = within(1000, 10**12, 4_000_000)
     """Tokens that the source model writes where the corpus names `self`, prompts included."""
     messages_field: str = "messages"
-    """Field that holds the messages of a chat (objects with `role` and `content`); a record that has it
-    is a chat, written by the chat template and learned on the assistant's turns alone."""
+    """Field that holds the messages of a chat (objects with `role` and `content`); a record that
+    has it is a chat, written by the chat template and learned on the assistant's turns alone."""
     language_field: str = ""
-    """Field that holds a document's language or domain, for results by language. Empty: all documents are one group, `all`."""
+    """Field that holds a document's language or domain, for results by language. Empty: all
+    documents are one group, `all`."""
     group_by: Literal["language", "source"] = "language"
-    """What results are told apart by: the language field, or which of several names in `corpus` a document is from."""
+    """What results are told apart by: the language field, or which of several names in `corpus` a
+    document is from."""
     hub_config: str = ""
     """Config name when `corpus` is a hub dataset."""
     hub_split: str = "train"
-    """Split when `corpus` is a hub dataset, or a folder that the library datasets saved several in."""
+    """Split when `corpus` is a hub dataset, or a folder that the library datasets saved several in.
+    """
     budget_bytes: int = within(1, 10**15, 5_000_000_000)
-    """UTF-8 bytes of text to keep, held-out documents included; where there is more, each file is read in proportion to its size."""
+    """UTF-8 bytes of text to keep, held-out documents included; where there is more, each file is
+    read in proportion to its size."""
     max_broken_share: float = within(0, 1, 0.001)
-    """Share of records (lines of JSON, rows, documents of plain text) that may be broken: not JSON, not UTF-8, without the text field, or
-    with something else than text in it. They are skipped and counted, 10 beside that share in any corpus; more of them are an error.
+    """Share of records (lines of JSON, rows, documents of plain text) that may be broken: not JSON,
+    not UTF-8, without the text field, or with something else than text in it. They are skipped and
+    counted, 10 beside that share in any corpus; more of them are an error.
     0: none may be."""
     held_out_fraction: float = within(0, 0.5, 0.005)
-    """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results are measured on them."""
+    """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results
+    are measured on them."""
 
 
 @dataclass(frozen=True)
 class ExtendConfig:
-    """Tokens that the source model's tokenizer gets, where the target tokenizer is `extend`; they are mined from the corpus."""
+    """Tokens that the source model's tokenizer gets, where the target tokenizer is `extend`; they
+    are mined from the corpus.
+    """
 
     new_tokens: int = within(1, 10**7, 8000)
     """Tokens to add; fewer come where the text has no more that are frequent enough."""
     min_count: int = within(1, 10**12, 10)
     """The fewest times that a new token must stand in the text that is read for it."""
     budget_bytes: int = within(1, 10**15, 50_000_000)
-    """UTF-8 bytes of training documents that are read for it, drawn at random from all of them; they are held in memory."""
+    """UTF-8 bytes of training documents that are read for it, drawn at random from all of them;
+    they are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +119,15 @@ class PruneConfig:
     """Tokens that stay, at most: the most frequent, beside bytes, special tokens and what the chat
     template is written with, which always stay; 0: no limit."""
     budget_bytes: int = within(1, 10**15, 1_000_000_000)
-    """UTF-8 bytes of training documents that are read for it, drawn at random from all of them; they are held in memory."""
+    """UTF-8 bytes of training documents that are read for it, drawn at random from all of them;
+    they are held in memory."""
 
 
 @dataclass(frozen=True)
 class GloveConfig:
-    """GloVe (Pennington et al. 2014), where `alignment.vectors` is `glove` or the method is `tokalign`."""
+    """GloVe (Pennington et al. 2014), where `alignment.vectors` is `glove` or the method is
+    `tokalign`.
+    """
 
     iterations: int = within(1, 10**5, 15)
     """Passes over the co-occurrences."""
@@ -138,22 +156,26 @@ class AlignmentConfig:
         "exact",
         "random",
     ] = "distilled"
-    """`distilled` (mean of the pieces, then trained on text of the source model's own and of the corpus
-    to keep what the source knows, see `InitializationConfig`), `composed` (fits the corpus better and
-    keeps less: pieces of the text, corrected by co-occurrence and frequency, by what the source model's own
-    tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign` (exactly as
-    published), `lexicon` (one source token each, by a self-learned orthogonal map), `topk` (weighted mixtures of several
-    source tokens), `focus` (FOCUS: mixtures of shared tokens, by cosines of target token vectors), `omp` (combinations of
-    shared tokens found in a donor model, as mergekit-tokensurgeon's), `token_distillation` (Token
+    """`distilled` (mean of the pieces, then trained on text of the source model's own and of the
+    corpus to keep what the source knows, see `InitializationConfig`), `composed` (fits the corpus
+    better and
+    keeps less: pieces of the text, corrected by co-occurrence and frequency, by what the source
+    model's own tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign`
+    (exactly as published), `lexicon` (one source token each, by a self-learned orthogonal map),
+    `topk` (weighted mixtures of several source tokens), `focus` (FOCUS: mixtures of shared tokens,
+    by cosines of target token vectors), `omp` (combinations of shared tokens found in a donor
+    model, as mergekit-tokensurgeon's), `token_distillation` (Token
     Distillation: the mean of the pieces, then input rows that give the source's hidden states, see
     `TokenDistillationConfig`); and the baselines `pieces` (FVT: mean of the pieces),
     `exact` (else random source tokens), `random`."""
     vectors: Literal["ppmi", "glove"] = "ppmi"
-    """Token vectors: a truncated factorisation of positive pointwise mutual information with the tokens that both sides share,
-    or GloVe of each side by itself. Method `tokalign` is GloVe's always."""
+    """Token vectors: a truncated factorisation of positive pointwise mutual information with the
+    tokens that both sides share, or GloVe of each side by itself. Method `tokalign` is GloVe's
+    always."""
     source_vectors: str = ""
-    """Vectors of the source tokens to use instead of computing them: an `.npz` of `ids` [n] and `vectors` [n, d], or GloVe's
-    text format with token ids for words. Given together with `target_vectors`, which alone do for method `focus`."""
+    """Vectors of the source tokens to use instead of computing them: an `.npz` of `ids` [n] and
+    `vectors` [n, d], or GloVe's text format with token ids for words. Given together with
+    `target_vectors`, which alone do for method `focus`."""
     target_vectors: str = ""
     """The same for the target tokens."""
     top_k: int = within(1, 10**6, 8)
@@ -163,23 +185,24 @@ class AlignmentConfig:
     atoms: int = within(1, 10**6, 64)
     """Method `omp`: shared tokens in a combination."""
     file: str = ""
-    """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id": source_id}) or
-    `alignment.npz`."""
+    """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id":
+    source_id}) or `alignment.npz`."""
     window: int = within(1, 20, 15)
-    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d. Past 20, the exact integers that these weights are
-    counted in overflow."""
+    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d. Past 20, the
+    exact integers that these weights are counted in overflow."""
     min_count: int = within(1, 10**12, 5)
     """Tokens seen fewer times get no vector."""
     vector_size: int = within(1, 10**5, 300)
     """Dimensions of the token vectors."""
     glove: GloveConfig = field(default_factory=GloveConfig)
     pivots: int = within(1, 10**8, 300)
-    """Shared tokens to which method `tokalign` compares every vector (relative representation); others take all of them."""
+    """Shared tokens to which method `tokalign` compares every vector (relative representation);
+    others take all of them."""
     neighbours: int = within(1, 10**6, 10)
     """Neighbours for the hubness correction (CSLS)."""
     similarity_threshold: float = within(0, 1, 0.3)
-    """Methods `composed` and `topk`: calibrated similarity (0: what chance gives, 1: the same) under which a target token falls
-    back to the pieces of its text."""
+    """Methods `composed` and `topk`: calibrated similarity (0: what chance gives, 1: the same)
+    under which a target token falls back to the pieces of its text."""
     bleu_lines: int = within(1, 10**9, 1000)
     """Held-out lines for BLEU-1 of the mapped target ids against the source ids."""
 
@@ -208,20 +231,23 @@ class TokenDistillationConfig:
 @dataclass(frozen=True)
 class InitializationConfig:
     """Rows of the new vocabulary. Method `distilled` trains the start with the source model as its
-    teacher; method `composed` learns rows from the source model's states and tunes them."""
+    teacher; method `composed` learns rows from the source model's states and tunes them.
+    """
 
     rows_multiple_of: int = within(1, 2**20, 1)
-    """Embedding and head get a number of rows that is a multiple of this (64 or 128 suits tensor cores of serving engines); rows without a
-    token are the mean of all others."""
+    """Embedding and head get a number of rows that is a multiple of this (64 or 128 suits tensor
+    cores of serving engines); rows without a token are the mean of all others."""
     distillation_tokens: int = within(0, 10**15, 4_000_000)
-    """Method `distilled`: the most target tokens on which the start is trained to keep what the source
-    model knows, and at most 80 for each token of the target vocabulary; 0: the mean of the pieces."""
+    """Method `distilled`: the most target tokens on which the start is trained to keep what the
+    source model knows, and at most 80 for each token of the target vocabulary; 0: the mean of the
+    pieces."""
     generated_tokens: int = within(0, 10**15, 1_800_000)
-    """Method `distilled`: the most tokens that the source model writes for it, and at most 40 for each
-    token of its vocabulary; 0: it reads the corpus alone."""
+    """Method `distilled`: the most tokens that the source model writes for it, and at most 40 for
+    each token of its vocabulary; 0: it reads the corpus alone."""
     corpus_share: float = within(0, 1, 0.35)
-    """Method `distilled`: share of the training sequences that are of the corpus, the others being the
-    source model's own text. More fits the corpus better, less keeps more of what the model knew."""
+    """Method `distilled`: share of the training sequences that are of the corpus, the others being
+    the source model's own text. More fits the corpus better, less keeps more of what the model
+    knew."""
     trains: Literal["all", "rows"] = "all"
     """Method `distilled`: the whole model, or the new rows alone, which needs less memory and keeps
     less: words of shared tokens that are split differently can only be learned by the body."""
@@ -231,9 +257,11 @@ class InitializationConfig:
     learned: float = within(0, 1, 0.5)
     """Share of a composed row that is learned; the rest is the alignment's mixture."""
     calibration: float = within(0, 1, 0.5)
-    """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1 all the way."""
+    """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1
+    all the way."""
     tuning: int = within(0, 10**15, 4_000_000)
-    """Target tokens of the corpus on which rows are then moved together, by a rule that all of them share; 0: they are not."""
+    """Target tokens of the corpus on which rows are then moved together, by a rule that all of them
+    share; 0: they are not."""
     token_distillation: TokenDistillationConfig = field(default_factory=TokenDistillationConfig)
 
 
@@ -251,14 +279,15 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """Weights of the terms of the loss of a stage whose objective is `distillation` or `mixture`."""
+    """Weights of the loss terms where a stage's objective is `distillation` or `mixture`."""
 
     next_token: float = within(0, 1e6, 1.0)
     """Next-token loss; of `mixture` alone."""
     likelihood: float = within(0, 1e6, 0.5)
     """Binary divergence between both models' likelihoods of the text between shared boundaries."""
     states: float = within(0, 1e6, 2.0)
-    """Squared distance between both models' final states at shared boundaries, over their variance."""
+    """Squared distance between both models' final states at shared boundaries, over their variance.
+    """
 
 
 @dataclass(frozen=True)
@@ -274,8 +303,9 @@ class OptimizerConfig:
     epsilon: float = within(1e-15, 1, 1e-8)
     """AdamW's, beside the root of the second moment."""
     row_damping: float = within(0, 1e3, 0.3)
-    """Embedding and head only: adds `row_damping * sqrt(mean(v))` to Adam's denominator, so that rows of
-    rare tokens, whose few gradients say little, move by less (docs/results/recipe.md); 0: AdamW."""
+    """Embedding and head only: adds `row_damping * sqrt(mean(v))` to Adam's denominator, so that
+    rows of rare tokens, whose few gradients say little, move by less (docs/results/recipe.md); 0:
+    AdamW."""
     clip_norm: float = within(1e-12, 1e12, 1.0)
     """Global norm to which the gradient of everything that trains is clipped."""
 
@@ -295,31 +325,37 @@ class StageConfig:
     """One training stage."""
 
     method: Literal["embedding", "lora", "full"] = "embedding"
-    """What trains: `embedding` (input embedding and head only), `lora` (those and adapters on every projection), `full`."""
+    """What trains: `embedding` (input embedding and head only), `lora` (those and adapters on every
+    projection), `full`."""
     objective: Literal["next_token", "distillation", "mixture"] = "next_token"
-    """Loss of Stages 1 and 2: `next_token`; `distillation`, with the source model as the teacher that
-    reads the same text with its own tokenizer (`training/source_teacher.py`); `mixture` of both."""
+    """Loss of Stages 1 and 2: `next_token`; `distillation`, with the source model as the teacher
+    that reads the same text with its own tokenizer (`training/source_teacher.py`); `mixture` of
+    both."""
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
     steps: int = within(0, 10**9, 2500)
     """Optimizer steps; 0 skips the stage."""
     learning_rate: float = within(0, 10, 6.4e-4)
     """Peak rate of what the stage trains; with `lora`, of the adapters."""
     embedding_learning_rate: float | None = within(0, 10, None)
-    """Peak rate of embedding and head in `lora` and `full` stages; None: the same as `learning_rate`."""
+    """Peak rate of embedding and head in `lora` and `full` stages; None: the same as
+    `learning_rate`."""
     warmup_fraction: float = within(0, 1, 0.03)
     """Share of the steps over which the rate rises from 0; a cosine then takes it down to 0."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = within(1, 2**24, 1024)
-    """Sequences a step, over all devices: neither the rate nor the order of the data depends on how many there are."""
+    """Sequences a step, over all devices: neither the rate nor the order of the data depends on how
+    many there are."""
     per_device_batch: int | str = within(1, 2**24, AUTO, effect=False)
-    """Sequences that a device holds at once, at most; gradients of a step's batch are summed over as many rounds as that takes. `auto`: as
-    many as fit in its memory and are faster together (`planning.resolve`)."""
+    """Sequences that a device holds at once, at most; gradients of a step's batch are summed over
+    as many rounds as that takes. `auto`: as many as fit in its memory and are faster together
+    (`planning.resolve`)."""
     sequence_length: int = within(1, 2**24, 2048)
     """Tokens a sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS
-    """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one pass over the corpus (float below 1),
-    or `after_previous`. After a stage of another `sequence_length`, the tokens that it read carry over, rounded up to a whole sequence;
-    each length has an order of its own, so some text may be met again."""
+    """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one
+    pass over the corpus (float below 1), or `after_previous`. After a stage of another
+    `sequence_length`, the tokens that it read carry over, rounded up to a whole sequence; each
+    length has an order of its own, so some text may be met again."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = within(1, 10**9, 10, effect=False)
@@ -330,20 +366,24 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig(StageConfig):
-    """A training stage in which a stronger model with the target tokenizer teaches: at each position the student learns its distribution
-    over the tokens (`training/distillation.py`)."""
+    """A training stage in which a stronger model with the target tokenizer teaches: at each
+    position the student learns its distribution over the tokens (`training/distillation.py`).
+    """
 
     teacher: str = ""
-    """Local folder or hub name (`name@revision` pins one) of a model whose tokenizer has the same tokens as the target tokenizer; empty:
-    no such stage."""
+    """Local folder or hub name (`name@revision` pins one) of a model whose tokenizer has the same
+    tokens as the target tokenizer; empty: no such stage."""
     divergence: Literal["forward", "reverse", "mixed"] = "forward"
-    """KL(teacher || student), which covers all that the teacher says; KL(student || teacher), which keeps to what it says most; or both."""
+    """KL(teacher || student), which covers all that the teacher says; KL(student || teacher), which
+    keeps to what it says most; or both."""
     mixture: float = within(0, 1, 0.5)
     """Share of the reverse divergence where they are `mixed`."""
     temperature: float = within(1e-3, 1e3, 1.0)
-    """By which the logits of both are divided; above 1 the less likely tokens have more of a say."""
+    """By which the logits of both are divided; above 1 the less likely tokens have more of a say.
+    """
     weight: float = within(0, 1, 1.0)
-    """Share of the divergence in the loss; the rest is the loss of the next token. 0: the teacher is not run."""
+    """Share of the divergence in the loss; the rest is the loss of the next token. 0: the teacher
+    is not run."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +391,8 @@ class DataConfig:
     """The stream of training sequences."""
 
     epochs: int = within(0, 10**6, 0)
-    """Passes over the corpus that the stream holds, each in another order; a start offset past its end is an error.
+    """Passes over the corpus that the stream holds, each in another order; a start offset past its
+    end is an error.
     0: as many as the steps need, while an offset must lie within the first pass."""
 
 
@@ -360,29 +401,34 @@ class ComputeConfig:
     """Precision and memory."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and of weights that do not train; what trains has float32 masters. With `float32`, products are float32 ones on
-    every device; GPUs and TPUs would take TensorFloat-32 or bfloat16 passes for them, which are faster."""
+    """Type of activations and of weights that do not train; what trains has float32 masters. With
+    `float32`, products are float32 ones on every device; GPUs and TPUs would take TensorFloat-32 or
+    bfloat16 passes for them, which are faster."""
     remat: Literal["auto", "dots", "attention", "layer"] = "auto"
-    """What a layer keeps for its backward pass: `dots` (results of all matrix products), `attention` (those around attention), `layer`
-    (its input alone; all else is computed again); `auto`: the most that fits in the memory of the devices."""
+    """What a layer keeps for its backward pass: `dots` (results of all matrix products),
+    `attention` (those around attention), `layer` (its input alone; all else is computed again);
+    `auto`: the most that fits in the memory of the devices."""
     loss_chunk: int = within(1, 2**24, 4096)
     """Tokens whose logits exist at once in the cross-entropy."""
     unroll: int = within(0, 10**4, 0)
-    """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer to compile. 0: all of up to 32 on GPUs,
-    unless `remat` is `layer`, where that gains nothing; else 1."""
+    """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer
+    to compile. 0: all of up to 32 on GPUs, unless `remat` is `layer`, where that gains nothing;
+    else 1."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along three axes; their product is the number of devices. 0: chosen, so that a model fits."""
+    """Devices along three axes; their product is the number of devices. 0: chosen, so that a model
+    fits.
+    """
 
     data: int = within(0, 10**6, 0)
     """Copies of the parameters; the batch is split over them."""
     fsdp: int = within(0, 10**6, 0)
     """Parts that parameters and optimizer state are split in; the batch is split over them too."""
     tensor: int = within(0, 10**6, 0)
-    """Parts that each layer's matrices, heads and the vocabulary are split in, for the same sequences; at most the devices of one
-    process. 0: 1."""
+    """Parts that each layer's matrices, heads and the vocabulary are split in, for the same
+    sequences; at most the devices of one process. 0: 1."""
 
 
 @dataclass(frozen=True)
@@ -398,21 +444,25 @@ class EvaluationConfig:
     random_baseline: bool = True
     """Also measure the model with every row of the new vocabulary drawn at random."""
     prompts: tuple[str, ...] = ()
-    """Texts that the source and the adapted model continue, greedily; empty: passages of held-out documents."""
+    """Texts that the source and the adapted model continue, greedily; empty: passages of held-out
+    documents."""
     sample_tokens: int = within(1, 10**6, 48)
     """Tokens of each continuation."""
     abilities: str = ""
-    """Multiple-choice questions that every state answers: a file of JSON lines, a folder with such files or a glob (several separated by
-    commas), or `embedded`; a suite of sums is added. Empty: none."""
+    """Multiple-choice questions that every state answers: a file of JSON lines, a folder with such
+    files or a glob (several separated by commas), or `embedded`; a suite of sums is added. Empty:
+    none."""
     max_questions: int = within(0, 10**9, 0)
     """Questions of each suite, the first ones; 0: all."""
     chat_questions: str = ""
-    """Questions that the source and the adapted model are asked through their chat templates and answer greedily: a
-    file of JSON lines with `question` and `answers` (any of which is right). Empty: none."""
+    """Questions that the source and the adapted model are asked through their chat templates and
+    answer greedily: a file of JSON lines with `question` and `answers` (any of which is right).
+    Empty: none."""
     reply_tokens: int = within(1, 10**6, 64)
     """Tokens of a reply to a chat question, at most."""
     other_text: str | tuple[str, ...] = ""
-    """Text of another kind than the corpus, in the same forms and with the same fields: measured, never trained on. Empty: none."""
+    """Text of another kind than the corpus, in the same forms and with the same fields: measured,
+    never trained on. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -424,7 +474,8 @@ class ExportConfig:
     max_shard_bytes: int = within(1_000_000, 10**15, 5_000_000_000)
     """Size past which the weights are split over several files."""
     push_to_hub: str = ""
-    """Hub repository (`owner/name`) that the folder is uploaded to when it is whole, made private if it is new; empty: none."""
+    """Hub repository (`owner/name`) that the folder is uploaded to when it is whole, made private
+    if it is new; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -432,21 +483,24 @@ class Config:
     """A whole run."""
 
     source_model: str = EMBEDDED
-    """Local folder or hub name (`name@revision` pins one) of the model that gets a new vocabulary, or `embedded`."""
+    """Local folder or hub name (`name@revision` pins one) of the model that gets a new vocabulary,
+    or `embedded`."""
     target_tokenizer: str = EMBEDDED
-    """Local folder or hub name of the tokenizer it gets, or `embedded`; `extend`: its own with further tokens, whose rows alone
-    are made anew; `prune`: its own without tokens that the corpus does not need, all rows as they were
-    (a folder of that name is `./extend`)."""
+    """Local folder or hub name of the tokenizer it gets, or `embedded`; `extend`: its own with
+    further tokens, whose rows alone are made anew; `prune`: its own without tokens that the corpus
+    does not need, all rows as they were (a folder of that name is `./extend`)."""
     end_of_text: str = ""
     """Token that separates documents in the target tokenizer, added if it has none such; empty:
-    chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn."""
+    chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn.
+    """
     chat: Literal["target", "source"] = "target"
-    """Chat template and special tokens of the new model: the target tokenizer's (the source's where it
-    has none but all special tokens of the source's), or the `source`'s, added where the target lacks
-    them, with the source's rows."""
+    """Chat template and special tokens of the new model: the target tokenizer's (the source's where
+    it has none but all special tokens of the source's), or the `source`'s, added where the target
+    lacks them, with the source's rows."""
     corpus: str | tuple[str, ...] = EMBEDDED
-    """Local files (path or glob, several separated by commas), a hub dataset, `embedded`, or `self`:
-    text that the source model writes (`text.self_tokens`; a folder of that name is `./self`). Several
+    """Local files (path or glob, several separated by commas), a hub dataset, `embedded`, or
+    `self`: text that the source model writes (`text.self_tokens`; a folder of that name is
+    `./self`). Several
     may have weights, the shares of the text in bytes: `/data/a=0.7,self=0.3`, or in Python
     {"/data/a": 0.7, "self": 0.3}; without weights they count by their size."""
     seed: int = within(0, 2**32 - 1, 0)
@@ -477,7 +531,7 @@ TRAINING = ("stage1", "stage2", "stage3")
 
 
 def training_stages(config: Config) -> dict[str, StageConfig]:
-    """The training stages that a run has, in order: those with steps, the third with a teacher too."""
+    """Return the training stages of a run in order: those with steps, the third with a teacher."""
     found = {name: getattr(config, name) for name in TRAINING}
     return {
         name: stage
@@ -487,7 +541,9 @@ def training_stages(config: Config) -> dict[str, StageConfig]:
 
 
 def reads_source(config: Config) -> bool:
-    """Whether the source model reads text for the rows of the start: method `composed` alone has any that it can teach."""
+    """Whether the source model reads text for the rows of the start: method `composed` alone has
+    any that it can teach.
+    """
     return (
         config.alignment.method == "composed"
         and not config.alignment.file
@@ -622,7 +678,8 @@ def _renamed(kind: type) -> dict[str, str]:
 
 
 def rename_keys(values: Any, kind: type = Config, prefix: str = "") -> Any:
-    """Move what stands under keys of the version before to where it belongs now, in place; return `values`.
+    """Move what stands under keys of the version before to where it belongs now, in place; return
+    `values`.
 
     Args:
       values: a dict or ConfigDict of any depth.
@@ -650,7 +707,8 @@ def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
     Keys of the version before are taken too, with a warning.
 
     Raises:
-      UserError: for a key that `kind` has not, naming the nearest one it has, or a value of another type.
+      UserError: for a key that `kind` has not, naming the nearest one it has, or a value of another
+        type.
     """
     return _build(rename_keys(_copy(values), kind, prefix), kind, prefix)
 
@@ -673,7 +731,8 @@ def _build(values: Any, kind: type, prefix: str) -> Any:
                 f"'{prefix}{near[0]}' (all: {', '.join(fields)})"
             )
         arguments[key] = _checked(value, hints[key], f"{prefix}{key}")
-    # A group that is only partly given keeps the defaults that its parent declares for it (stage1 and stage2 differ).
+    # A group that is only partly given keeps the defaults that its parent declares for it (stage1
+    # and stage2 differ).
     defaults: dict[str, Any] = {
         n: f.default_factory()
         for n, f in fields.items()
@@ -693,10 +752,13 @@ def _build(values: Any, kind: type, prefix: str) -> Any:
 
 
 def default_config() -> Any:
-    """A ConfigDict of all defaults, for a config file to change; every field can then be overridden on the command line."""
+    """A ConfigDict of all defaults, for a config file to change; every field can then be overridden
+    on the command line.
+    """
     values = ConfigDict(config_to_dict(Config()))
     for group, name in _OF_SEVERAL_TYPES:
-        # A placeholder of type `object` lets the command line give a number where the default is a word.
+        # A placeholder of type `object` lets the command line give a number where the default is a
+        # word.
         holder: Any = values[group] if group else values
         value = holder[name]
         del holder[name]
@@ -722,7 +784,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
-    """`value` as `hint` wants it; a whole number is welcome where a float is wanted, and a list where a tuple is."""
+    """`value` as `hint` wants it; a whole number is welcome where a float is wanted, and a list
+    where a tuple is.
+    """
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise UserError(
@@ -749,8 +813,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         isinstance(value, float) and not math.isfinite(value)
     ):
         raise UserError(
-            f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be {_type_name(hint)}"
-            + (", and finite" if isinstance(value, float) else "")
+            f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be "
+            f"{_type_name(hint)}" + (", and finite" if isinstance(value, float) else "")
         )
     if isinstance(value, tuple) and not all(isinstance(element, str) for element in value):
         raise UserError(f"config key '{name}' is {value!r}; each of its elements must be a string")
@@ -763,15 +827,18 @@ def _check_range(made: Any, prefix: str) -> None:
         value = getattr(made, declared.name)
         if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(
-                f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and at most {high}"
+                f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and "
+                f"at most {high}"
             )
     if isinstance(batch := getattr(made, "per_device_batch", 1), str) and batch != AUTO:
         raise UserError(
-            f"config key '{prefix}per_device_batch' is {batch!r}; it must be a number of sequences or '{AUTO}'"
+            f"config key '{prefix}per_device_batch' is {batch!r}; it must be a number of "
+            f"sequences or '{AUTO}'"
         )
     if not _is_offset(offset := getattr(made, "start_offset", 0)):
         raise UserError(
-            f"config key '{prefix}start_offset' is {offset!r}; it must be a number of sequences (without a decimal point), a "
+            f"config key '{prefix}start_offset' is {offset!r}; it must be a number of sequences "
+            f"(without a decimal point), a "
             f"fraction of one pass (at least 0.0 and below 1.0) or '{AFTER_PREVIOUS}'"
         )
 

@@ -1,7 +1,8 @@
-"""Config files: Python with `get_config()` that returns a `ConfigDict`, and overrides of its fields.
+"""Config files: Python with `get_config()` that returns a `ConfigDict`, and overrides of its
+fields.
 
-A recipe of the package is the module `tokalign_jax.configs.NAME`; any other file is loaded from its path, with its
-folder importable, so that it can import its base.
+A recipe of the package is the module `tokalign_jax.configs.NAME`; any other file is loaded from its
+path, with its folder importable, so that it can import its base.
 """
 
 import difflib
@@ -28,8 +29,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
     """Return the ConfigDict of a config file with fields overridden.
 
     Args:
-      name: a file, or the name of a recipe of the package, such as `configs/best.py`; behind a colon, an argument
-        for `get_config`.
+      name: a file, or the name of a recipe of the package, such as `configs/best.py`; behind a
+        colon, an argument for `get_config`.
       overrides: flags such as `--config.seed=1`.
 
     Raises:
@@ -42,7 +43,8 @@ def get_config(name: str) -> config_dict.ConfigDict:
     """Call `get_config()` of a config file.
 
     Raises:
-      UserError: there is no such file, or it is not Python with a function `get_config`, or that fails.
+      UserError: there is no such file, or it is not Python with a function `get_config`, or that
+        fails.
     """
     file, _, argument = name.partition(":")
     path = find(file)
@@ -54,7 +56,8 @@ def get_config(name: str) -> config_dict.ConfigDict:
 
 
 def find(file: str) -> Path:
-    """Return the config file of that path or, where there is none, the package's recipe of that name.
+    """Return the config file of that path or, where there is none, the package's recipe of that
+    name.
 
     Raises:
       UserError: there is neither.
@@ -144,6 +147,7 @@ def _what_failed(path: Path, error: Exception) -> str:
         lines.append(error.lineno)
     where = f"line {lines[-1]}: " if lines else ""
     return (
-        f"config file '{file}' cannot be used ({where}{type(error).__name__}: {error}): it must be "
+        f"config file '{file}' cannot be used ({where}{type(error).__name__}: {error}): it must "
+        f"be "
         "Python with a function get_config() that returns a ConfigDict, as configs/optimal.py has"
     )

@@ -1,4 +1,6 @@
-"""Every config field with its type, default, bounds and description, read from where it is declared."""
+"""Every config field with its type, default, bounds and description, read from where it is
+declared.
+"""
 
 import ast
 import dataclasses

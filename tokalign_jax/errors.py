@@ -14,19 +14,22 @@ T = TypeVar("T")
 class UserError(Exception):
     """Bad input, told in one paragraph: what offends, what was expected, and what to do about it.
 
-    Commands print the message without a traceback and exit with code 2. Everything else is a bug and keeps its traceback.
+    Commands print the message without a traceback and exit with code 2. Everything else is a bug
+    and keeps its traceback.
     """
 
 
 def degrade_output() -> None:
-    """Has characters that the terminal's encoding lacks printed as escapes (`\\u4e2d`) from now on, instead of failing."""
+    """Has characters that the terminal's encoding lacks printed as escapes (`\\u4e2d`) from now on,
+    instead of failing.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def unread() -> None:
-    """Sends what is still printed nowhere: its reader, such as `head`, has seen enough or is gone."""
+    """Send what is still printed nowhere: its reader, such as `head`, is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -38,9 +41,8 @@ def complain(text: str) -> None:
 
 @contextmanager
 def naming_long_paths() -> Iterator[None]:
-    """
-    Raises:
-      UserError: a path, from wherever it was given, is longer than a file system takes.
+    """Raises:
+    UserError: a path, from wherever it was given, is longer than a file system takes.
     """
     try:
         yield
@@ -50,13 +52,14 @@ def naming_long_paths() -> Iterator[None]:
         path = str(error.filename)
         longest = max(len(os.fsencode(name)) for name in path.split(os.sep))
         raise UserError(
-            f"the path '{path[:80]}...' is too long: its longest name has {longest:,} bytes, the whole {len(os.fsencode(path)):,}; "
+            f"the path '{path[:80]}...' is too long: its longest name has {longest:,} bytes, the "
+            f"whole {len(os.fsencode(path)):,}; "
             "file systems take 255 and about 4,000: choose a shorter one"
         ) from error
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command that prints; return 0, or 2 for bad input, which is told on the error output."""
+    """Run a command that prints; return 0, or 2 for bad input, which goes to the error output."""
     _, code = prepared(command)
     return code
 

@@ -3,7 +3,8 @@
     python -m tokalign_jax.main --config configs/optimal.py --workdir runs/mine
     python -m tokalign_jax.main --config configs/optimal.py --plan --plan_devices=8
 
-`--plan` with `--plan_devices`, `--plan_device_memory` ... is `tokalign plan` with `--devices`, `--device-memory` ...
+`--plan` with `--plan_devices`, `--plan_device_memory` ... is `tokalign plan` with `--devices`,
+`--device-memory` ...
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What the commands have in common: kinds of arguments, and the flags of a config and of a workdir."""
+"""Arguments that several commands have: their kinds, and the flags of a config and a workdir."""
 
 import argparse
 import difflib
@@ -90,7 +90,8 @@ def parse_run(
       (the flags, the config with its overrides).
 
     Raises:
-      UserError: an unknown flag, a config file that cannot be used, or a field that cannot have its value.
+      UserError: an unknown flag, a config file that cannot be used, or a field that cannot have its
+        value.
     """
     if any(flag == "--config" and not _has_value(argv, i) for i, flag in enumerate(argv)):
         raise UserError(
@@ -123,7 +124,8 @@ def workdir_of(given: argparse.Namespace) -> Path:
     """
     if not given.workdir:
         raise UserError(
-            "--workdir is missing: name a folder for everything the run leaves, such as --workdir runs/demo"
+            "--workdir is missing: name a folder for everything the run leaves, such as --workdir "
+            "runs/demo"
         )
     return given.workdir
 
@@ -144,5 +146,6 @@ def refuse_existing(flag: str, place: Path, overwrite: bool) -> None:
     if overwrite or not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     raise UserError(
-        f"{flag} '{place}' is there already; name a new one, or give {OVERWRITE} to replace what an earlier one left"
+        f"{flag} '{place}' is there already; name a new one, or give {OVERWRITE} to replace what "
+        f"an earlier one left"
     )

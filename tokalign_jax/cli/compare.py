@@ -2,8 +2,9 @@ r"""Several runs side by side: which settings differ, and what came of it.
 
     tokalign compare runs/a runs/b runs/c --output=runs/compared
 
-A run is named by its workdir, or by its report.json. The tables are printed; with --output, compare.json, compare.html and compare.png
-are written to that folder. Runs that differ in nothing but the seed are shown as one, with mean and spread.
+A run is named by its workdir, or by its report.json. The tables are printed; with --output,
+compare.json, compare.html and compare.png are written to that folder. Runs that differ in nothing
+but the seed are shown as one, with mean and spread.
 """
 
 import json
@@ -102,7 +103,8 @@ def load(run: Path) -> dict[str, Any]:
         statistics.StatisticsError,
     ) as error:
         raise UserError(
-            f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make it again: "
+            f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make "
+            f"it again: "
             "tokalign run --config ... --workdir ... --stages=report"
         ) from error
     return content
@@ -113,7 +115,8 @@ def _report_of(run: Path) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise UserError(
-            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: tokalign run --config ... "
+            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: tokalign "
+            f"run --config ... "
             f"--workdir {run} --stages=report"
         )
     return found

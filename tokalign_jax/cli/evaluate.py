@@ -1,11 +1,15 @@
-r"""Models side by side: bits per byte, what they keep of the first, tokens, speed, drafting, alignment, tasks.
+r"""Models side by side: bits per byte, what they keep of the first, tokens, speed, drafting,
+alignment, tasks.
 
-    tokalign evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang --output=out
-    tokalign evaluate --workdir=runs/demo --output=out          # a run's source model and its export, on its held-out text
-    tokalign evaluate --workdir=runs/demo --states=init,stage1,export --teacher=/models/large --output=out
+    tokalign evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang \
+        --output=out
+    tokalign evaluate --workdir=runs/demo --output=out     # a run's source model and its export
+    tokalign evaluate --workdir=runs/demo --states=init,stage1,export --teacher=/models/large \
+        --output=out
     tokalign evaluate --workdir=runs/demo --tasks=my_task --task-folder=/tasks --output=out
 
-The first model is the one that others are compared with. Writes `scores.json` and `scores.png` to the output folder.
+The first model is the one that others are compared with. Writes `scores.json` and `scores.png` to
+the output folder.
 """
 
 import argparse
@@ -197,7 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--abilities",
-        help="multiple-choice questions, as config.evaluation.abilities; with --workdir the run's own if this is not given",
+        help="multiple-choice questions, as config.evaluation.abilities; with --workdir the run's "
+        "own if this is not given",
     )
     parser.add_argument(
         "--max-questions",
@@ -206,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--chat-questions",
-        help="questions for the chat template, as config.evaluation.chat_questions; with --workdir the run's own if this is not given",
+        help="questions for the chat template, as config.evaluation.chat_questions; with "
+        "--workdir the run's own if this is not given",
     )
     parser.add_argument(
         "--reply-tokens",
@@ -270,7 +276,7 @@ def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
     return content
 
 
-# --- What is given ----------------------------------------------------------------------------------------------------
+# --- What is given -------------------------------------------------------------------------------
 
 
 def check(given: argparse.Namespace, log: Log) -> Inputs:
@@ -278,7 +284,8 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
     arguments.refuse_existing("--output", given.output, given.overwrite and given.output.is_dir())
     if bool(given.models) == bool(given.workdir) or not given.states:
         raise UserError(
-            "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with --states (not both)"
+            "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with "
+            "--states (not both)"
         )
     context = _context(given.workdir, log) if given.workdir else None
     if context:
@@ -292,7 +299,8 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         s.name for i, s in enumerate(subjects) if s.name in [of.name for of in subjects[:i]]
     ]:
         raise UserError(
-            f"two models are called '{twice[0]}': name each once, and give folders of one name different parents"
+            f"two models are called '{twice[0]}': name each once, and give folders of one name "
+            f"different parents"
         )
     settings = context.config.evaluation if context else EvaluationConfig()
     length = min(
@@ -308,13 +316,15 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         ]
     ):
         raise UserError(
-            f"--teacher '{given.teacher}' has another vocabulary than every model to be judged ({gaps[-1]}): give one with theirs"
+            f"--teacher '{given.teacher}' has another vocabulary than every model to be judged "
+            f"({gaps[-1]}): give one with theirs"
         )
     if not 0 < given.temperature < math.inf:
         raise UserError(f"--temperature is {given.temperature}; it must be above 0")
     if given.encoder and not (given.alignment or context):
         raise UserError(
-            "--encoder is for judging an alignment: give --alignment of --models too, or a --workdir"
+            "--encoder is for judging an alignment: give --alignment of --models too, or a "
+            "--workdir"
         )
     if given.tasks:
         downstream.check(given.tasks, given.task_folder)
@@ -350,10 +360,12 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         ):
             if needed > config.max_positions:
                 raise UserError(
-                    f"--prompt-tokens and --steps are {needed} tokens together, but {who} has {config.max_positions} positions: lower them"
+                    f"--prompt-tokens and --steps are {needed} tokens together, but {who} has "
+                    f"{config.max_positions} positions: lower them"
                 )
     log(
-        f"{', '.join(s.name for s in subjects)}: {sum(map(len, texts.values()))} held-out documents, {len(texts)} languages"
+        f"{', '.join(s.name for s in subjects)}: {sum(map(len, texts.values()))} held-out "
+        f"documents, {len(texts)} languages"
     )
     inputs = Inputs(
         given,
@@ -377,19 +389,23 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
 def _context(workdir: Path, log: Log) -> Context:
     if not (workdir / pipeline.STATE_FILE).is_file():
         raise UserError(
-            f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for folders give --models"
+            f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for "
+            f"folders give --models"
         )
     try:
         written = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--workdir '{workdir}' has no whole config.json ({error}): run its command again, which writes it"
+            f"--workdir '{workdir}' has no whole config.json ({error}): run its command again, "
+            f"which writes it"
         ) from error
     return Context(config_from_dict(written), workdir, log)
 
 
 def _refuse_stale(context: Context, names: Sequence[str]) -> None:
-    """States are of one run: what a later command with other settings has left behind is not judged beside what it made."""
+    """States are of one run: what a later command with other settings has left behind is not judged
+    beside what it made.
+    """
     models = pipeline.model_states(context.config)
     try:
         prints = [pipeline.fingerprints_of(context, exported) for exported in models]
@@ -407,7 +423,8 @@ def _refuse_stale(context: Context, names: Sequence[str]) -> None:
                 else "is not finished"
             )
             raise UserError(
-                f"--workdir '{context.workdir}': {name} {why}; run that command's stages to their end first, or name other --states"
+                f"--workdir '{context.workdir}': {name} {why}; run that command's stages to their "
+                f"end first, or name other --states"
             )
 
 
@@ -416,7 +433,8 @@ def _state(context: Context, name: str) -> Subject:
     if name == EXPORT:
         if not (context.folder(EXPORT) / "config.json").is_file():
             raise UserError(
-                f"--workdir '{context.workdir}' has no export yet: run its stages to the end, or name other --states"
+                f"--workdir '{context.workdir}' has no export yet: run its stages to the end, or "
+                f"name other --states"
             )
         return dataclasses.replace(_folder(str(context.folder(EXPORT)), []), name=EXPORT)
     if name == SOURCE:
@@ -432,7 +450,8 @@ def _state(context: Context, name: str) -> Subject:
     if name not in known or not context.folder(name).exists():
         there = [SOURCE, *(n for n in [*known, EXPORT] if context.folder(n).exists())]
         raise UserError(
-            f"--states names '{name}', which the run in '{context.workdir}' does not have; it has {', '.join(there)}"
+            f"--states names '{name}', which the run in '{context.workdir}' does not have; it has "
+            f"{', '.join(there)}"
         )
     states = known[: known.index(name) + 1]
     config, _ = hub.load_config(context.folder("init"))
@@ -454,7 +473,9 @@ def _loaded(context: Context, states: Sequence[str], dtype: DtypeOf) -> Any:
 
 
 def _folder(name: str, others: Sequence[str]) -> Subject:
-    """A model in Hugging Face format, called by its folder's name, with that of the folder above where others are called so too."""
+    """A model in Hugging Face format, called by its folder's name, with that of the folder above
+    where others are called so too.
+    """
     folder = hub.resolve(demo.source_model(name), what="model")
     config, _ = hub.load_config(folder)
     huggingface.check_weights(folder, config)
@@ -542,7 +563,9 @@ def _training(inputs: Inputs, log: Log) -> Iterator[list[documents.Document]] | 
 def _aligned(
     given: argparse.Namespace, context: Context | None, subjects: Sequence[Subject]
 ) -> alignment.Alignment | None:
-    """The alignment of a later subject's tokenizer to the first one's: that which is named, else the run's."""
+    """The alignment of a later subject's tokenizer to the first one's: that which is named, else
+    the run's.
+    """
     path = given.alignment or (context.folder("align") if context else None)
     if path is None or (not given.alignment and (len(subjects) < 2 or subjects[0].name != SOURCE)):
         return None
@@ -553,7 +576,7 @@ def _aligned(
     return alignment.load(path, subjects[0].tokenizer, subjects[1].tokenizer)
 
 
-# --- What is measured -------------------------------------------------------------------------------------------------
+# --- What is measured ----------------------------------------------------------------------------
 
 
 def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
@@ -685,7 +708,8 @@ def _speed(
     )
     of = found.summary([text for group in inputs.material.texts.values() for text in group], tokens)
     log(
-        f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} characters/s"
+        f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} "
+        f"characters/s"
     )
     return of
 

@@ -1,11 +1,13 @@
 r"""Why a target token got its rows, and a one-page report of an alignment.
 
-    tokalign inspect --workdir runs/demo                                  # the report, on the terminal
-    tokalign inspect --workdir runs/demo --token " Haus" --id 1234        # these tokens
-    tokalign inspect --workdir runs/demo --token "\n\t" --html page.html  # and the report with them, as a page
-    tokalign inspect --alignment align --source-model /models/pythia-1b --target-tokenizer /models/qwen3
+    tokalign inspect --workdir runs/demo                               # the report
+    tokalign inspect --workdir runs/demo --token " Haus" --id 1234     # these tokens
+    tokalign inspect --workdir runs/demo --token "\n\t" --html page.html # both, as a page
+    tokalign inspect --alignment align --source-model /models/pythia-1b \
+        --target-tokenizer /models/qwen3
 
-Tokens are named by their text, with \n, \t, \x0a (a byte) and \u00e9 for what is hard to type, or as the tokenizer spells them.
+Tokens are named by their text, with \n, \t, \x0a (a byte) and \u00e9 for what is hard to type, or
+as the tokenizer spells them.
 """
 
 import argparse
@@ -90,7 +92,8 @@ def show(given: argparse.Namespace, of: inspection.Subject) -> None:
             given.html.write_text(pages.html(title, [*tokens, *report]), encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"--html '{given.html}' cannot be written ({error}); name a file in a folder that exists"
+                f"--html '{given.html}' cannot be written ({error}); name a file in a folder that "
+                f"exists"
             ) from error
     print(
         "\n".join(pages.terminal(tokens or report)),
@@ -117,7 +120,8 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
             names["target_tokenizer"] = str(given.workdir / names["target_tokenizer"])
     elif not (given.alignment and all(names.values())):
         raise UserError(
-            "nothing to inspect: give --workdir of a run, or --alignment with --source-model and --target-tokenizer"
+            "nothing to inspect: give --workdir of a run, or --alignment with --source-model and "
+            "--target-tokenizer"
         )
     folders = {
         "source": hub.resolve(
@@ -157,12 +161,14 @@ def _workdir(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
         run, record = state["run"], state["stages"].get("align", {})
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"--workdir '{workdir}' is no workdir of a run (no readable {STATE_FILE}); for an alignment by itself give "
+            f"--workdir '{workdir}' is no workdir of a run (no readable {STATE_FILE}); for an "
+            f"alignment by itself give "
             "--alignment with --source-model and --target-tokenizer"
         ) from error
     if not record.get("finished"):
         raise UserError(
-            f"--workdir '{workdir}': its align stage is not finished; run it first: tokalign run --config ... "
+            f"--workdir '{workdir}': its align stage is not finished; run it first: tokalign run "
+            f"--config ... "
             f"--workdir {workdir} --stages=align"
         )
     return run, record["settings"]
@@ -196,7 +202,8 @@ def _space(
     if not file.exists():
         return (
             None,
-            f"there are no token vectors beside the alignment ('{file}' is missing; its method is '{method}')",
+            f"there are no token vectors beside the alignment ('{file}' is missing; its method is "
+            f"'{method}')",
         )
     with np.load(file) as arrays:
         source, target = (

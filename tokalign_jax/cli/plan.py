@@ -1,7 +1,7 @@
 """Print the memory, disk and time that a run would take, from configs, shapes and tokenizers alone.
 
     tokalign plan --config configs/best.py --config.source_model=/models/pythia-1b
-    tokalign plan --config configs/best.py --devices=8 --device-memory=80GB --tokens-per-second=400e3
+    tokalign plan --config configs/best.py --devices=8 --device-memory=80GB
 
 It plans for the devices here, or for those that --devices names. No weights and no text are read.
 """
@@ -17,7 +17,8 @@ def main(argv: Sequence[str], prefix: str = "") -> int:
     """Print the plan; return the exit code.
 
     Args:
-      prefix: of its flags, whose words `_` then separates; they had one where the plan was a flag of the run.
+      prefix: of its flags, whose words `_` then separates; they had one where the plan was a flag
+        of the run.
     """
     return exit_code(lambda: _plan(argv, prefix))
 

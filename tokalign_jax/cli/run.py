@@ -1,11 +1,12 @@
 """Give a model a new vocabulary.
 
     tokalign run --config configs/ultra_quick_demo.py --workdir runs/demo
-    tokalign run --config configs/best.py --workdir runs/mine --config.source_model=/models/pythia-1b
+    tokalign run --config configs/best.py --workdir runs/mine --config.source_model=/models/mine
     tokalign run --config configs/best.py --workdir runs/mine --stages=align,init,export
 
-The same command skips what is finished, resumes training from the newest checkpoint, and does again what a changed
-field concerns. `tokalign help config` lists the fields, `tokalign help files` what is in the workdir.
+The same command skips what is finished, resumes training from the newest checkpoint, and does again
+what a changed field concerns. `tokalign help config` lists the fields, `tokalign help files` what
+is in the workdir.
 """
 
 import argparse

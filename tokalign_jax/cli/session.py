@@ -1,4 +1,4 @@
-"""A command's work in this process, which may be one of several: its log, stopping, and exit code."""
+"""A command's work in one of possibly several processes: its log, stopping, and exit code."""
 
 import argparse
 import time
@@ -15,7 +15,7 @@ from tokalign_jax.utils.progress import Log, duration
 
 
 def session(given: argparse.Namespace, work: Callable[[Log], None]) -> int:
-    """Do `work`; return the exit code. Of several processes, one that fails ends all with its code."""
+    """Do `work`; return the exit code. A process that fails ends all others with its code."""
     start = time.monotonic()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's flags

@@ -1,14 +1,17 @@
-"""Many runs that differ in some settings, sharing all stages that they have in common, laid side by side.
+"""Many runs that differ in some settings, sharing all stages that they have in common, laid side by
+side.
 
     tokalign sweep --config configs/recipe.py --workdir runs/recipe
     tokalign sweep --config configs/recipe.py --workdir runs/recipe --only='own*' --config.seed=1
 
-The config file has `get_config()`, what all runs have in common, and `get_runs()`: by the name of each run the fields in which it differs,
-as {"stage1.learning_rate": 2e-5, ...}. Overrides on the command line are of the common part.
+The config file has `get_config()`, what all runs have in common, and `get_runs()`: by the name of
+each run the fields in which it differs, as {"stage1.learning_rate": 2e-5, ...}. Overrides on the
+command line are of the common part.
 
-All go through one workdir, `WORKDIR/work`, in turn: what a run shares with another is kept there and taken from there. No run is
-exported. What each leaves, its report, is in `WORKDIR/runs/NAME`, and the comparison of all in `WORKDIR/comparison`. The same command goes
-on after a stop, and does not repeat runs that are finished. Weights that no further run needs are removed, unless --keep.
+All go through one workdir, `WORKDIR/work`, in turn: what a run shares with another is kept there
+and taken from there. No run is exported. What each leaves, its report, is in `WORKDIR/runs/NAME`,
+and the comparison of all in `WORKDIR/comparison`. The same command goes on after a stop, and does
+not repeat runs that are finished. Weights that no further run needs are removed, unless --keep.
 """
 
 import argparse
@@ -67,7 +70,8 @@ def runs_of(file: str) -> Mapping[str, Mapping[str, Any]]:
     module = config_files.load_module(config_files.find(file.partition(":")[0]))
     if not hasattr(module, "get_runs"):
         raise UserError(
-            f"config file '{file}' has no get_runs(), which says in what the runs of a sweep differ: "
+            f"config file '{file}' has no get_runs(), which says in what the runs of a sweep "
+            f"differ: "
             '{"name of a run": {"stage1.learning_rate": 2e-5}, ...}; configs/recipe.py has one'
         )
     return module.get_runs()
@@ -84,13 +88,15 @@ def configs_of(
       only: patterns of names (`fnmatch`) of the runs to take; none: all.
 
     Raises:
-      UserError: an unknown field, a value of another type, a name that cannot be a folder's, or no run that fits `only`.
+      UserError: an unknown field, a value of another type, a name that cannot be a folder's, or no
+        run that fits `only`.
     """
     configs = {}
     for name, fields in runs.items():
         if not name or "/" in name or name.startswith("."):
             raise UserError(
-                f"'{name}' names a run, and so a folder: it must not be empty, begin with a dot, or contain '/'"
+                f"'{name}' names a run, and so a folder: it must not be empty, begin with a dot, "
+                f"or contain '/'"
             )
         if only and not any(fnmatch.fnmatch(name, pattern) for pattern in only):
             continue
@@ -125,7 +131,8 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     contexts = {name: Context(config, work, log, known) for name, config in configs.items()}
     if len({str(identities.run_identity(context)) for context in contexts.values()}) > 1:
         raise UserError(
-            "the runs of a sweep have one source model and one target tokenizer: make a sweep of each pair"
+            "the runs of a sweep have one source model and one target tokenizer: make a sweep of "
+            "each pair"
         )
     for context in contexts.values():
         distributed.on_first(lambda context=context: checks.check(context))

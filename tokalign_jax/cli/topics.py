@@ -80,7 +80,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def describe(name: str) -> list[str]:
-    """Return lines on a config field or on the fields of a group; of the whole config on its groups.
+    """Return lines on a config field or on the fields of a group; of the whole config on its
+    groups.
 
     Raises:
       UserError: there is no such field.

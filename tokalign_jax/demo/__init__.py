@@ -1,4 +1,5 @@
-"""The embedded default: a small real model, a multilingual tokenizer and text, so that a run needs nothing from outside.
+"""The embedded default: a small real model, a multilingual tokenizer and text, so that a run needs
+nothing from outside.
 
 `build.py` made them; `LICENSES/` says where the text comes from.
 """

@@ -3,9 +3,10 @@
     python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --out tokalign_jax/demo --steps text,tokenizers
     python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --out tokalign_jax/demo --steps model    # one GPU, minutes
 
-The corpus is JSON lines with `text`, `lang` and `source`. The source tokenizer sees English and code only, the source model
-reads everything: a model whose vocabulary suits its languages badly, which is what the demo mends. Documents of the sample that
-the demo holds out are kept from both tokenizers and from the model.
+The corpus is JSON lines with `text`, `lang` and `source`. The source tokenizer sees English and
+code only, the source model
+reads everything: a model whose vocabulary suits its languages badly, which is what the demo mends.
+Documents of the sample that the demo holds out are kept from both tokenizers and from the model.
 """
 
 import argparse
@@ -172,7 +173,9 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, batch: int) -> None:
-    """Pre-trains the source model from random rows with the project's own training loop and writes it in bf16."""
+    """Pre-trains the source model from random rows with the project's own training loop and writes
+    it in bf16.
+    """
     stage = StageConfig(
         method="full",
         steps=steps,
@@ -205,8 +208,10 @@ def pretrain(
 
     Args:
       raw: its config.json.
-      config: `corpus` and `text` are what it reads, `stage1` how it trains, `seed` its rows and the order of the text.
-      out: a new folder; an ordinary Hugging Face one, with every 50th line of the metrics beside the weights.
+      config: `corpus` and `text` are what it reads, `stage1` how it trains, `seed` its rows and the
+        order of the text.
+      out: a new folder; an ordinary Hugging Face one, with every 50th line of the metrics beside
+        the weights.
     """
     config = dataclasses.replace(
         config, compute=dataclasses.replace(config.compute, remat="dots", loss_chunk=16384)

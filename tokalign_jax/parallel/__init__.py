@@ -1,1 +1,3 @@
-"""Several devices and several processes: the mesh, placement of arrays, and agreement between processes."""
+"""Several devices and several processes: the mesh, placement of arrays, and agreement between
+processes.
+"""

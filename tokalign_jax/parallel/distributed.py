@@ -1,8 +1,8 @@
 """One of several processes: how they find each other, and how an end of one is an end of all.
 
-Processes talk through the key-value store of JAX's coordination service, which lives in the first one. Unlike a
-collective on the devices it carries text, has no timeout that a long stage of the first process could run into, and lets
-signals in while it waits.
+Processes talk through the key-value store of JAX's coordination service, which lives in the first
+one. Unlike a collective on the devices it carries text, has no timeout that a long stage of the
+first process could run into, and lets signals in while it waits.
 """
 
 import importlib.util
@@ -32,7 +32,8 @@ POLL = 0.5
 GRACE = 3.0
 """Seconds that a process gets to end by itself after another one failed."""
 PATIENCE = 60.0
-"""Seconds that processes wait for each other in order to stop or to fail, and for a key-value store that fails."""
+"""Seconds that processes wait for each other in order to stop or to fail, and for a key-value store
+that fails."""
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class ProcessFailed(RuntimeError):
     """Another process ended with an error that is not the user's."""
 
 
-# --- Who and how many ---------------------------------------------------------------------------------------------------
+# --- Who and how many ----------------------------------------------------------------------------
 
 
 def index() -> int:
@@ -55,15 +56,17 @@ def count() -> int:
 
 
 def is_first() -> bool:
+    """Whether this is the first process, which decides for all."""
     return index() == 0
 
 
 @contextmanager
 def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Iterator[None]:
-    """The part of a program in which its processes are joined; nothing at all where there is only one.
+    """The part of a program in which its processes are joined; nothing at all where there is only
+    one.
 
-    Before JAX is used for anything. Leaving it waits for the others; leaving it by an exception that is not theirs too
-    ends them with its message.
+    Before JAX is used for anything. Leaving it waits for the others; leaving it by an exception
+    that is not theirs too ends them with its message.
 
     Args: as for `start`.
     """
@@ -73,7 +76,8 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
         return
     # Said beforehand: when the first process is lost, JAX aborts the others without a word of ours.
     print(
-        f"process {index()} of {count()}: joined. If one is lost, JAX ends all; the same command then goes on from the "
+        f"process {index()} of {count()}: joined. If one is lost, JAX ends all; the same command "
+        f"then goes on from the "
         "newest checkpoint",
         file=sys.stderr,
         flush=True,
@@ -92,8 +96,8 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
 def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     """Joins the other processes, if this one is of several.
 
-    Several are: given by the arguments, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; the tasks of
-    a Slurm step; the workers of a Cloud TPU slice.
+    Several are: given by the arguments, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; the tasks of a Slurm step; the workers of a Cloud TPU slice.
 
     Args:
       coordinator: HOST:PORT of the first process, as the others reach it.
@@ -128,14 +132,17 @@ def _given(
             return None  # an address alone is only where the others' cluster detection is to meet
         if not all(given) or not (given[1].isdigit() and given[2].isdigit()):
             raise UserError(
-                f"{', '.join(f'{n}={v!r}' for n, v in zip(names, given))}: of several processes each needs all three, the "
+                f"{', '.join(f'{n}={v!r}' for n, v in zip(names, given))}: of several processes "
+                f"each needs all three, the "
                 "last two as numbers; set or unset all of them"
             )
         coordinator, processes, process = given[0], int(given[1]), int(given[2])
     if ":" not in coordinator or not 0 <= process < processes:
         raise UserError(
-            f"coordinator '{coordinator}', processes {processes}, process {process}: of several processes each needs all "
-            "three: --coordinator=HOST:PORT of the first, --processes=N, and --process from 0 to N - 1"
+            f"coordinator '{coordinator}', processes {processes}, process {process}: of several "
+            f"processes each needs all "
+            "three: --coordinator=HOST:PORT of the first, --processes=N, and --process from 0 to "
+            "N - 1"
         )
     if processes == 1:
         return None
@@ -148,8 +155,8 @@ def _given(
 
 
 def _slurm(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The tasks of a Slurm step (`srun`). JAX finds them by itself, but gives each task one GPU, the one of its local
-    number; here the tasks of a node share all GPUs of it.
+    """The tasks of a Slurm step (`srun`). JAX finds them by itself, but gives each task one GPU,
+    the one of its local number; here the tasks of a node share all GPUs of it.
 
     Raises:
       UserError: they cannot each have as many.
@@ -165,7 +172,8 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, Any] | None:
         return {"local_device_ids": list(range(gpus))}
     if gpus % tasks:
         raise UserError(
-            f"the {gpus} GPUs of a node do not divide among its {tasks} Slurm tasks: use --ntasks-per-node=1, or {gpus}"
+            f"the {gpus} GPUs of a node do not divide among its {tasks} Slurm tasks: use "
+            f"--ntasks-per-node=1, or {gpus}"
         )
     each = gpus // tasks
     first = each * int(environment.get("SLURM_LOCALID", 0))
@@ -208,7 +216,7 @@ def _metadata(name: str) -> str:
         return ""
 
 
-# --- Agreeing -----------------------------------------------------------------------------------------------------------
+# --- Agreeing ------------------------------------------------------------------------------------
 
 
 def barrier(name: str) -> None:
@@ -221,7 +229,8 @@ def barrier(name: str) -> None:
 
 
 def agree(error: BaseException | str | None) -> None:
-    """Every process calls this, with what went wrong in it, or None; if anything did in any, all raise that.
+    """Every process calls this, with what went wrong in it, or None; if anything did in any, all
+    raise that.
 
     Raises:
       UserError: one of them had a UserError, or gave text: with the same text in all processes.
@@ -232,7 +241,8 @@ def agree(error: BaseException | str | None) -> None:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What `function` returns, called by the first process only, in all processes; the others wait, however long it takes.
+    """What `function` returns, called by the first process only, in all processes; the others wait,
+    however long it takes.
 
     Args:
       function: returns what JSON can hold (of several processes; alone it may return anything).
@@ -269,7 +279,9 @@ _meetings = 0
 
 
 def _exchange(where: str, error: BaseException | None, value: Any) -> Any:
-    """The first process's value, unless any had an error: everyone tells the first, which tells everyone."""
+    """The first process's value, unless any had an error: everyone tells the first, which tells
+    everyone.
+    """
     global _meetings
     if count() == 1:
         if error is not None:
@@ -353,7 +365,8 @@ def _get(key: str) -> str | None:
 def _retried(
     call: Callable[[], T], patience: float | None = None, sleep: Callable[[float], Any] = time.sleep
 ) -> T:
-    """What `call` returns, called again every `POLL` seconds while the store fails; the first failure is a warning.
+    """What `call` returns, called again every `POLL` seconds while the store fails; the first
+    failure is a warning.
 
     Args:
       patience: seconds after which it gives up; None: `PATIENCE`.
@@ -368,11 +381,13 @@ def _retried(
         except jax.errors.JaxRuntimeError as error:
             waited = time.monotonic() - start
             if waited > (PATIENCE if patience is None else patience):
-                text = f"the key-value store of process 0 has not answered for {waited:.0f} seconds: {error}"
+                store = "the key-value store of process 0"
+                text = f"{store} has not answered for {waited:.0f} seconds: {error}"
                 raise ProcessFailed(text) from error
             if not failed:
                 failed = True
-                text = f"warning: the key-value store of process 0 does not answer, trying again: {error}"
+                store = "the key-value store of process 0"
+                text = f"warning: {store} does not answer, trying again: {error}"
                 print(f"\nprocess {index()}: {text}", file=sys.stderr, flush=True)
             sleep(POLL)
 
@@ -384,14 +399,16 @@ def _wait(key: str) -> str:
     return value
 
 
-# --- Ending together ----------------------------------------------------------------------------------------------------
+# --- Ending together -----------------------------------------------------------------------------
 
 _FAILED, _STOP, _LEFT = "tokalign_jax/failed", "tokalign_jax/stop", "tokalign_jax/left"
 """Folders of the store."""
 
 
 def fail(text: str, code: int) -> NoReturn:
-    """Ends this process, and all others with the same message and exit code, wherever they are. Never returns."""
+    """Ends this process, and all others with the same message and exit code, wherever they are.
+    Never returns.
+    """
     if count() > 1 and _store():
         with suppress(jax.errors.JaxRuntimeError):
             _tell(
@@ -421,7 +438,9 @@ class _Watch(threading.Thread):
         self._steps, self._last, self._holding = 0, None, False
 
     def reached(self) -> bool:
-        """Counts a step begun, the same ones in all processes; whether all stop here. Blocks while they agree."""
+        """Counts a step begun, the same ones in all processes; whether all stop here. Blocks while
+        they agree.
+        """
         with self._lock:
             self._steps += 1
             return self._last is not None and self._steps >= self._last
@@ -487,14 +506,17 @@ class _Watch(threading.Thread):
             return
         self._sleep(GRACE)
         print(
-            f"\nprocess {index()}: ended, since process {failure['process']} failed: {failure['text']}",
+            f"\nprocess {index()}: ended, since process {failure['process']} failed: "
+            f"{failure['text']}",
             file=sys.stderr,
         )
         _leave(failure["code"])
 
 
 def _leave(code: int) -> NoReturn:
-    """Exits without the farewell of JAX, in which each waits for all. The first, which carries the store, goes last."""
+    """Exits without the farewell of JAX, in which each waits for all. The first, which carries the
+    store, goes last.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if count() > 1 and _store():

@@ -1,11 +1,14 @@
-"""Where arrays live: one mesh of three axes over all devices, and path rules that say how each parameter is split over it.
+"""Where arrays live: one mesh of three axes over all devices, and path rules that say how each
+parameter is split over it.
 
-`data` copies parameters and splits the batch, `fsdp` splits both, `tensor` splits parameters alone. Rows of the vocabulary's matrices are
-split over `fsdp` and `tensor` together and never gathered: who looks up an embedding or multiplies by the head brings its tokens to the
-rows (`look_up` here, `training/losses.py`). All other matrices are split along two of their dimensions and put together by XLA, one layer
-at a time, where they are used.
+`data` copies parameters and splits the batch, `fsdp` splits both, `tensor` splits parameters alone.
+Rows of the vocabulary's matrices are split over `fsdp` and `tensor` together and never gathered:
+who looks up an embedding or multiplies by the head brings its tokens to the rows (`look_up` here,
+`training/losses.py`). All other matrices are split along two of their dimensions and put together
+by XLA, one layer at a time, where they are used.
 
-Model code asks for the mesh in context (`within`) and is ordinary code of one device where there is none.
+Model code asks for the mesh in context (`within`) and is ordinary code of one device where there is
+none.
 """
 
 import dataclasses
@@ -41,8 +44,8 @@ REPLICATED = P()
 
 VOCABULARY_LEAVES = r"(^|/)(embed_tokens/embedding|lm_head/kernel)$"
 ROWS = 256
-"""In memory, a vocabulary's matrices have a multiple of so many rows, which fits the tiles of matrix
-units, or of this and the devices that they are split over (`padded_shape`). Rows past the
+"""In memory, a vocabulary's matrices have a multiple of so many rows, which fits the tiles of
+matrix units, or of this and the devices that they are split over (`padded_shape`). Rows past the
 vocabulary are zeros without effect."""
 
 _INPUTS, _OUTPUTS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
@@ -63,10 +66,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"{_OUTPUTS}/lora_b$", P(None, None, FSDP)),
     ("", REPLICATED),
 )
-"""How a leaf is split, by its path; the same for the optimizer's arrays, whose paths end as their parameters' do."""
+"""How a leaf is split, by its path; the same for the optimizer's arrays, whose paths end as their
+parameters' do."""
 
 
-# --- The mesh ---------------------------------------------------------------------------------------------------------
+# --- The mesh ------------------------------------------------------------------------------------
 
 
 def make_mesh(
@@ -103,15 +107,18 @@ def arranged(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
     counts = Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:
         raise UserError(
-            f"the processes have unequal numbers of devices ({', '.join(map(str, counts.values()))}): give each as "
+            f"the processes have unequal numbers of devices "
+            f"({', '.join(map(str, counts.values()))}): give each as "
             f"many, for example by CUDA_VISIBLE_DEVICES"
         )
     tensor = shape[2]
     per_process = len(devices) // len(counts)
     if per_process % tensor:
         raise UserError(
-            f"mesh.tensor={tensor} does not divide the {per_process} devices of a process. The devices of a tensor "
-            f"group read the same sequences, so they must belong to one process: use a divisor of {per_process}, and "
+            f"mesh.tensor={tensor} does not divide the {per_process} devices of a process. The "
+            f"devices of a tensor "
+            f"group read the same sequences, so they must belong to one process: use a divisor of "
+            f"{per_process}, and "
             f"mesh.fsdp to split parameters further"
         )
     in_order = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
@@ -130,7 +137,8 @@ def arranged(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
 
 def _on_tori(slices: Sequence[Sequence[Any]], shape: Sizes) -> np.ndarray:
     """TPU slices along `data`, or along `fsdp` too where `data` is not a multiple of them; within
-    each, axes follow its torus."""
+    each, axes follow its torus.
+    """
     along_data = math.gcd(shape[0], len(slices))
     along_fsdp = len(slices) // along_data
     inner = (shape[0] // along_data, shape[1] // along_fsdp, shape[2])
@@ -157,7 +165,8 @@ def _is_torus(devices: Sequence[Any]) -> bool:
 
 def reader(mesh: Mesh) -> tuple[int, int]:
     """This process's place among the processes of the mesh in the order of the batch they read, and
-    how many they are."""
+    how many they are.
+    """
     order = list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
     return order.index(jax.process_index()), len(order)
 
@@ -187,7 +196,8 @@ def axis_sizes(
     both = config.data and config.fsdp
     if remainder or not rest or (both and rest != 1):
         raise UserError(
-            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not fit {devices} devices: "
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do "
+            f"not fit {devices} devices: "
             f"their product must be that (0 stands for what is left over)"
         )
     if config.fsdp:
@@ -214,7 +224,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def usable(config: MeshConfig, devices: int, batch_sizes: Sequence[int]) -> int:
-    """The devices that a run takes of those that there are: where the mesh is left to us, as many as divide the sequences of every step."""
+    """The devices that a run takes of those that there are: where the mesh is left to us, as many
+    as divide the sequences of every step.
+    """
     if any(dataclasses.astuple(config)):
         return devices
     return max(n for n in range(1, devices + 1) if all(size % n == 0 for size in batch_sizes))
@@ -236,17 +248,18 @@ def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-# --- Placing ----------------------------------------------------------------------------------------------------------
+# --- Placing -------------------------------------------------------------------------------------
 
 
 def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """By the first rule that the path matches; a dimension that its axes do not divide stays whole."""
+    """Return the first matching rule's sharding; a dimension that axes do not divide stays whole."""
     return fitting(paths.label(RULES, path), shape, mesh)
 
 
 def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
     """`spec` for an array of this shape. An axis that does not divide its dimension splits another
-    one of those that `spec` splits, or else none."""
+    one of those that `spec` splits, or else none.
+    """
     axes = [
         list((names,) if isinstance(names, str) else names or ())
         for names in (*spec, *[None] * len(shape))
@@ -282,7 +295,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
-    """Parameters on the mesh, vocabulary matrices padded (`ROWS`); an array that is there already is not copied."""
+    """Parameters on the mesh, vocabulary matrices padded (`ROWS`); an array that is there already
+    is not copied.
+    """
     return paths.unflatten(
         {path: _placed(path, leaf, mesh) for path, leaf in paths.flatten(params).items()}
     )
@@ -303,7 +318,9 @@ def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:
 
 
 def put(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same on all processes, as a global one; each process brings the parts of its own devices."""
+    """A host array, the same on all processes, as a global one; each process brings the parts of
+    its own devices.
+    """
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
@@ -313,7 +330,9 @@ def is_vocabulary(path: str) -> bool:
 
 
 def padded_shape(path: str, shape: Sequence[int], mesh: Mesh | None = None) -> tuple[int, ...]:
-    """The shape in memory on a mesh (None: of one device): as it is, but for the rows of a vocabulary's matrix."""
+    """The shape in memory on a mesh (None: of one device): as it is, but for the rows of a
+    vocabulary's matrix.
+    """
     if not is_vocabulary(path):
         return tuple(shape)
     rows, width = shape
@@ -322,7 +341,8 @@ def padded_shape(path: str, shape: Sequence[int], mesh: Mesh | None = None) -> t
 
 
 def to_host(array: Any, *index: int | slice) -> np.ndarray:
-    """`array[index]` in host memory of this process, put together from the parts that devices have: none ever holds all of it.
+    """`array[index]` in host memory of this process, put together from the parts that devices have:
+    none ever holds all of it.
 
     Of several processes all call this together.
     """
@@ -350,7 +370,9 @@ def to_host(array: Any, *index: int | slice) -> np.ndarray:
 def overlap(
     one: Sequence[range], other: Sequence[range]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What two boxes of an array share, as an index into the first and one into the second; empty slices where they share nothing."""
+    """What two boxes of an array share, as an index into the first and one into the second; empty
+    slices where they share nothing.
+    """
     both = [
         range(start := max(a.start, b.start), max(start, min(a.stop, b.stop)))
         for a, b in zip(one, other)
@@ -363,7 +385,9 @@ def overlap(
 
 
 def _part_to_host(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of an array of one device; on a CPU, where there is nothing to copy, without a program for it."""
+    """A part of an array of one device; on a CPU, where there is nothing to copy, without a program
+    for it.
+    """
     return (
         np.asarray(data)[index]
         if next(iter(data.devices())).platform == "cpu"
@@ -399,7 +423,7 @@ def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, BATCH)), local, shape)
 
 
-# --- Inside the model -------------------------------------------------------------------------------------------------
+# --- Inside the model ----------------------------------------------------------------------------
 
 
 def constrain(x: Array, *spec: Any) -> Array:
@@ -418,8 +442,9 @@ def look_up(
 ) -> Float[Array, "B T D"]:
     """Rows of the input embedding, in `dtype`.
 
-    The cast comes after the look-up: the gradient of the rows then adds up in the table's own type. Where rows are split over devices,
-    each brings those that it holds for the tokens of all; a sum over the devices, of which one alone has the row, is exact.
+    The cast comes after the look-up: the gradient of the rows then adds up in the table's own type.
+    Where rows are split over devices, each brings those that it holds for the tokens of all; a sum
+    over the devices, of which one alone has the row, is exact.
     """
 
     def rows(table: Array, tokens: Array) -> Array:
@@ -437,13 +462,14 @@ def look_up(
     )
 
 
-# --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing ---------------------------------
+# --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing ------------
 
 
 def by_device(local: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
     """`local` on each device's part of its inputs, split as these specs say.
 
-    Replication is not checked: sums over devices are in `local` itself, which nothing differentiates.
+    Replication is not checked: sums over devices are in `local` itself, which nothing
+    differentiates.
     """
     if current() is None:
         return local
@@ -463,8 +489,9 @@ def row_part() -> Array | int:
 def rows_of(
     table: Float[Array, "r D"], tokens: Int[Array, "..."]
 ) -> tuple[Float[Array, "... D"], Int[Array, "..."]]:
-    """The rows of tokens that this device has, zeros for others and for negative ids, and where in its table they are: for
-    others past its end."""
+    """The rows of tokens that this device has, zeros for others and for negative ids, and where in
+    its table they are: for others past its end.
+    """
     places = tokens - row_part() * len(table)
     places = jnp.where((tokens >= 0) & (places >= 0) & (places < len(table)), places, len(table))
     return jnp.take(table, places, axis=0, mode="fill", fill_value=0), places

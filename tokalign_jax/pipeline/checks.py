@@ -30,8 +30,10 @@ def chat_check(context: Context) -> documents.ChatCheck:
     def check_chat(messages: Sequence[chats.Message]) -> None:
         if problem():
             raise UserError(
-                f"the corpus has chats, but target_tokenizer '{context.config.target_tokenizer}' cannot "
-                f"write them: {problem()}; keep the source's template with --config.chat=source, put a "
+                f"the corpus has chats, but target_tokenizer '{context.config.target_tokenizer}' "
+                f"cannot "
+                f"write them: {problem()}; keep the source's template with --config.chat=source, "
+                f"put a "
                 "chat_template.jinja beside its tokenizer.json, or read them as text with "
                 "--config.text.messages_field= (and --config.text.text_field)"
             )
@@ -56,7 +58,8 @@ def check(context: Context) -> None:
     """Finds what would fail later, before any long work.
 
     Raises:
-      UserError: naming what is wrong with the model, a tokenizer, the corpus, the alignment file or a length.
+      UserError: naming what is wrong with the model, a tokenizer, the corpus, the alignment file or
+        a length.
     """
     config = context.config
     model, _ = context.inputs.source_model
@@ -80,14 +83,19 @@ def check(context: Context) -> None:
             and not context.inputs.target_tokenizer.chat_template
         ):
             context.log(
-                "warning: the source model has a chat template and the target tokenizer has none, so the exported model has "
-                "none: keep the source's with --config.chat=source, or put a chat_template.jinja that writes the "
+                "warning: the source model has a chat template and the target tokenizer has none, "
+                "so the exported model has "
+                "none: keep the source's with --config.chat=source, or put a chat_template.jinja "
+                "that writes the "
                 "target's special tokens beside its tokenizer.json"
             )
         if (closing := tokenizing.closing_id(context.inputs.target_tokenizer)) is not None:
             context.log(
-                f"warning: the target tokenizer puts '{context.inputs.target_tokenizer.convert_ids_to_tokens(closing)}' behind every text: "
-                "give the exported model its prompts with add_special_tokens=False, or it goes on from an end"
+                f"warning: the target tokenizer puts "
+                f"'{context.inputs.target_tokenizer.convert_ids_to_tokens(closing)}' behind every "
+                f"text: "
+                "give the exported model its prompts with add_special_tokens=False, or it goes on "
+                "from an end"
             )
     resolve.check_lengths(config, model)
     if context.inputs.teacher_folder and context.inputs.teacher_model:
@@ -103,7 +111,8 @@ def check(context: Context) -> None:
         taken = f"alignment.method '{config.alignment.method}'"
     if taken and (config.alignment.source_vectors or config.alignment.target_vectors):
         raise UserError(
-            f"{taken} makes no use of alignment.source_vectors and target_vectors: leave them out, or take "
+            f"{taken} makes no use of alignment.source_vectors and target_vectors: leave them "
+            f"out, or take "
             f"{', '.join(sorted(methods.NEED_VECTORS))} as the method and no file"
         )
     if config.alignment.file:
@@ -136,7 +145,8 @@ def _check_pruning(context: Context) -> None:
     for name in ("file", "donor", "source_vectors", "target_vectors"):
         if getattr(config, name):
             raise UserError(
-                f"alignment.{name} has no effect with target_tokenizer=prune, where every token has "
+                f"alignment.{name} has no effect with target_tokenizer=prune, where every token "
+                f"has "
                 "its own row: leave it out"
             )
     if end_of_text and end_of_text not in context.inputs.source_tokenizer.get_vocab():
@@ -169,7 +179,8 @@ def _check_measures(context: Context) -> None:
     if (other := held_out.other_config(context.config)) is not None:
         if same := set(documents.names(context.config)) & set(documents.names(other)):
             raise UserError(
-                f"evaluation.other_text names '{min(same)}', which is in the corpus too: name text that is not trained on"
+                f"evaluation.other_text names '{min(same)}', which is in the corpus too: name "
+                f"text that is not trained on"
             )
         documents.check(other)
     if not context.inputs.derives and (line := numbers.warning_line(*tokenizers)):
@@ -177,19 +188,23 @@ def _check_measures(context: Context) -> None:
 
 
 def _check_teacher(context: Context, folder: Path, model: ModelConfig) -> None:
-    """That the teacher is whole, and can say something about each token and sequence that the student reads."""
+    """That the teacher is whole, and can say something about each token and sequence that the
+    student reads.
+    """
     stage = context.config.stage3
     who = f"stage3.teacher '{stage.teacher}'"
     if context.inputs.derives:
         raise UserError(
             f"{who}: no model has the tokenizer that "
-            f"target_tokenizer={context.config.target_tokenizer} is yet to make; run Stage 3 in a run of its own, whose "
+            f"target_tokenizer={context.config.target_tokenizer} is yet to make; run Stage 3 in a "
+            f"run of its own, whose "
             "source model is this one's export, or leave stage3.teacher empty"
         )
     huggingface.check_weights(folder, model)
     if stage.sequence_length > model.max_positions:
         raise UserError(
-            f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is {stage.sequence_length:,}; set "
+            f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is "
+            f"{stage.sequence_length:,}; set "
             f"--config.stage3.sequence_length={model.max_positions} or less"
         )
     _check_same_tokenizer(context, who, folder)
@@ -201,8 +216,10 @@ def _check_teacher(context: Context, folder: Path, model: ModelConfig) -> None:
         canonical.special_ids(context.inputs.target_tokenizer) - met
     ):
         raise UserError(
-            f"{who} has {model.vocab_size:,} rows for the {context.inputs.target_size:,} tokens of the target tokenizer: it says "
-            "nothing of the last ones; take the tokenizer as that model has it (without end_of_text)"
+            f"{who} has {model.vocab_size:,} rows for the {context.inputs.target_size:,} tokens "
+            f"of the target tokenizer: it says "
+            "nothing of the last ones; take the tokenizer as that model has it (without "
+            "end_of_text)"
         )
 
 
@@ -212,15 +229,18 @@ def _check_donor(context: Context) -> None:
     if config.method != "omp" or config.file:
         if config.donor:
             raise UserError(
-                "alignment.donor is for alignment.method 'omp' alone: leave it out, or take that method and no file"
+                "alignment.donor is for alignment.method 'omp' alone: leave it out, or take that "
+                "method and no file"
             )
         return
     who = f"alignment.donor '{config.donor}'"
     if context.inputs.derives or not config.donor:
         raise UserError(
-            "alignment.method 'omp' needs alignment.donor, a model that has the target tokenizer already"
+            "alignment.method 'omp' needs alignment.donor, a model that has the target tokenizer "
+            "already"
             + (
-                f"; none has one that target_tokenizer={context.config.target_tokenizer} is yet to make: "
+                f"; none has one that target_tokenizer={context.config.target_tokenizer} is yet "
+                f"to make: "
                 "take another method"
                 if context.inputs.derives
                 else ""
@@ -239,8 +259,10 @@ def _check_same_tokenizer(context: Context, who: str, folder: Path) -> None:
     ):
         first, here, there = differing[0]
         raise UserError(
-            f"{who} has another tokenizer than target_tokenizer '{context.config.target_tokenizer}': {len(differing):,} of "
-            f"{context.inputs.target_size:,} ids are other tokens, the first is {first}, {here!r} here and {there!r} there; take "
+            f"{who} has another tokenizer than target_tokenizer "
+            f"'{context.config.target_tokenizer}': {len(differing):,} of "
+            f"{context.inputs.target_size:,} ids are other tokens, the first is {first}, {here!r} "
+            f"here and {there!r} there; take "
             "target_tokenizer from that model's folder, or another model"
         )
 
@@ -283,7 +305,8 @@ def _opening_problem(context: Context) -> str:
 
 
 MOST_UNUSABLE = 0.05
-"""Share of the source tokens whose rows may be not finite: reserved ones that were never trained. With more the model is broken."""
+"""Share of the source tokens whose rows may be not finite: reserved ones that were never trained.
+With more the model is broken."""
 
 
 def check_finite(context: Context) -> None:
@@ -298,6 +321,8 @@ def check_finite(context: Context) -> None:
     unusable = {i for found in rows.values() for i in found.tolist() if i < size}
     if len(unusable) > MOST_UNUSABLE * size:
         raise UserError(
-            f"source_model '{context.config.source_model}': {not_finite(unusable, context.inputs.source_tokenizer)}, of {size:,}: its "
-            "training diverged, or its files were damaged or badly converted; take another checkpoint of it"
+            f"source_model '{context.config.source_model}': "
+            f"{not_finite(unusable, context.inputs.source_tokenizer)}, of {size:,}: its "
+            "training diverged, or its files were damaged or badly converted; take another "
+            "checkpoint of it"
         )

@@ -35,12 +35,16 @@ class Context:
 
     @property
     def corpus_config(self) -> Config:
-        """The config with the file that the source model wrote for `self`, where the corpus names that."""
+        """The config with the file that the source model wrote for `self`, where the corpus names
+        that.
+        """
         return documents.with_self(self.config, self.folder(SELF) / documents.SELF_TEXT)
 
     @cached_property
     def mesh(self) -> Mesh:
-        """All devices, with as many parts as it takes for the training state of every stage to fit (`config.mesh`)."""
+        """All devices, with as many parts as it takes for the training state of every stage to fit
+        (`config.mesh`).
+        """
         stages, devices = training_stages(self.config).values(), jax.devices()
         if distributed.count() == 1:
             taken = sharding.usable(
@@ -48,7 +52,8 @@ class Context:
             )
             if taken < len(devices):
                 self.log(
-                    f"{taken} of {len(devices)} devices are used: more do not divide the sequences of a step; a batch_size that "
+                    f"{taken} of {len(devices)} devices are used: more do not divide the "
+                    f"sequences of a step; a batch_size that "
                     f"is a multiple of {len(devices)} would use all"
                 )
             devices = devices[:taken]

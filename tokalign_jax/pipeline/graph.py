@@ -32,11 +32,13 @@ class Stage:
       name: also its folder under the workdir.
       says: what it does, for the log.
       needs: names of the stages whose artefacts it reads.
-      settings: the part of the config (and the identity of outside files) that its result depends on.
+      settings: the part of the config (and the identity of outside files) that its result depends
+        on.
       run: writes the artefact into `context.folder(name)` and returns a summary for the record.
       resumes: whether an interrupted run continues from what is in its folder.
       together: whether all processes run it, each on its own devices; else the first alone does.
-      is_whole: whether all that it left when it finished is still there; if not it goes on with what is.
+      is_whole: whether all that it left when it finished is still there; if not it goes on with
+        what is.
     """
 
     name: str
@@ -53,7 +55,8 @@ def graph(context: Context, exported: str) -> list[Stage]:
     """All stages of a run in order.
 
     Args:
-      exported: the model state (`init` or a training stage) that is exported and reported as the last one.
+      exported: the model state (`init` or a training stage) that is exported and reported as the
+        last one.
     """
     config, outside = context.config, identities.identities(context)
     models = model_states(config)
@@ -229,7 +232,9 @@ def model_states(config: Config) -> list[str]:
 
 
 def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
-    """SHA-256 of each stage's settings and of the fingerprints of what it needs, in order of the stages."""
+    """SHA-256 of each stage's settings and of the fingerprints of what it needs, in order of the
+    stages.
+    """
     prints: dict[str, str] = {}
     for stage in found:
         content = {
@@ -244,5 +249,7 @@ def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
 
 
 def fingerprints_of(context: Context, exported: str = "") -> dict[str, str]:
-    """The fingerprints of all stages of a run that exports this state of the model, or its last one, by name."""
+    """The fingerprints of all stages of a run that exports this state of the model, or its last
+    one, by name.
+    """
     return fingerprints(graph(context, exported or model_states(context.config)[-1]))

@@ -23,7 +23,9 @@ def chats(config: Config) -> list[chat_questions.ChatQuestion]:
 
 
 def other_config(config: Config) -> Config | None:
-    """Return the config with `evaluation.other_text` for a corpus; None where there is no such text."""
+    """Return the config with `evaluation.other_text` for a corpus; None where there is no such
+    text.
+    """
     names = config.evaluation.other_text
     return dataclasses.replace(config, corpus=names) if names else None
 

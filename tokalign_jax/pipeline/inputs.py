@@ -35,6 +35,7 @@ class Inputs:
 
     @cached_property
     def source_folder(self) -> Path:
+        """Folder of the model that gets a new vocabulary."""
         return hub.resolve(demo.source_model(self.config.source_model), what="source_model")
 
     @property
@@ -49,11 +50,12 @@ class Inputs:
 
     @property
     def derives(self) -> bool:
-        """Whether a stage of the run makes the target tokenizer; there is none before it is done."""
+        """Whether a stage of the run makes the target tokenizer."""
         return self.config.target_tokenizer in DERIVED
 
     @cached_property
     def target_folder(self) -> Path:
+        """Folder of the tokenizer that it gets."""
         if self.derives:
             return self._workdir / self.config.target_tokenizer
         return hub.resolve(
@@ -64,6 +66,7 @@ class Inputs:
 
     @cached_property
     def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
+        """Constants of the source model, and its config.json."""
         return hub.load_config(self.source_folder)
 
     @cached_property
@@ -75,6 +78,7 @@ class Inputs:
 
     @cached_property
     def teacher_model(self) -> ModelConfig | None:
+        """Constants of the teacher of Stage 3; None without one."""
         return hub.load_config(self.teacher_folder)[0] if self.teacher_folder else None
 
     @property
@@ -97,12 +101,14 @@ class Inputs:
         if known is not whole:
             gone = set(whole.get_vocab()) - set(known.get_vocab())
             self._log(
-                f"source_model: it has no rows for {len(gone)} tokens, which are left out: {', '.join(sorted(gone)[:5])}"
+                f"source_model: it has no rows for {len(gone)} tokens, which are left out: "
+                f"{', '.join(sorted(gone)[:5])}"
             )
         return known
 
     @cached_property
     def target_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The new tokenizer, with an end of text and a chat template."""
         own = open_tokenizer(self.target_folder, self.config.end_of_text)
         tokenizer = with_template(own, self.source_tokenizer, self.config.chat)
         if tokenizer is not own:
@@ -130,7 +136,9 @@ class Inputs:
 
     @cached_property
     def kept(self) -> int:
-        """The first rows of the new vocabulary that are the source's: all of these where it is extended."""
+        """The first rows of the new vocabulary that are the source's: all of these where it is
+        extended.
+        """
         return vocabulary_size(self.source_tokenizer) if self.extends else 0
 
     @cached_property
@@ -140,11 +148,14 @@ class Inputs:
 
 
 def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model's folder that its results depend on."""
     return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
 
 
 def open_tokenizer(folder: Path, end_of_text: str = "") -> PreTrainedTokenizerBase:
-    """A folder's tokenizer, read again only when its files have changed: the runs of a sweep share it."""
+    """A folder's tokenizer, read again only when its files have changed: the runs of a sweep share
+    it.
+    """
     stamps = tuple(
         (file.name, file.stat().st_mtime_ns, file.stat().st_size)
         for file in tokenizer_files(folder)

@@ -19,8 +19,8 @@ OUTDATED = "outdated"
 class StageRecords:
     """`stages.json`: the books of a workdir.
 
-    Whatever moment a run ends at, they know of all that is there: of what is to be moved they have both places beforehand, and one of
-    them afterwards.
+    Whatever moment a run ends at, they know of all that is there: of what is to be moved they have
+    both places beforehand, and one of them afterwards.
     """
 
     def __init__(self, workdir: Path):
@@ -30,7 +30,8 @@ class StageRecords:
             content = json.loads(self._path.read_text(encoding="utf-8")) if self.exists else {}
         except ValueError as error:
             raise UserError(
-                f"'{self._path}' is damaged ({error}), and without it nobody knows which stages of the run are done: bring back a copy, or "
+                f"'{self._path}' is damaged ({error}), and without it nobody knows which stages "
+                f"of the run are done: bring back a copy, or "
                 "choose another --workdir (checkpoints and export in this one are not touched)"
             ) from error
         self.identity: dict[str, str] = content.get("run", {})
@@ -38,18 +39,23 @@ class StageRecords:
         self._outdated: dict[str, dict] = content.get(OUTDATED, {})
 
     def remember(self, identity: Mapping[str, str]) -> None:
+        """Record what makes this run another than one of other inputs."""
         self.identity = dict(identity)
         self._write()
 
     def put(self, name: str, record: Mapping[str, Any]) -> None:
+        """Replace a stage's record."""
         self.current[name] = dict(record)
         self._write()
 
     def finish(self, name: str, seconds: float, summary: Mapping[str, Any]) -> None:
+        """Record that a stage is finished."""
         self.count(name, seconds, finished=True, summary=summary)
 
     def count(self, name: str, seconds: float, **more: Any) -> None:
-        """Adds to the time that a stage took, which may be over several runs of the command, and writes `more` beside it."""
+        """Adds to the time that a stage took, which may be over several runs of the command, and
+        writes `more` beside it.
+        """
         record = self.current[name]
         self.put(name, {**record, "seconds": round(record.get("seconds", 0) + seconds, 2), **more})
 
@@ -97,7 +103,9 @@ class StageRecords:
 
 
 def read_records(workdir: Path) -> Mapping[str, Mapping[str, Any]]:
-    """What is known of each stage: fingerprint, settings, whether it is finished, its time and summary."""
+    """What is known of each stage: fingerprint, settings, whether it is finished, its time and
+    summary.
+    """
     return StageRecords(workdir).current
 
 
@@ -118,18 +126,22 @@ def lock(workdir: Path) -> Iterator[None]:
         opened = (workdir / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"--workdir '{workdir}' cannot be written to ({error.strerror}); name a folder that you may write to"
+            f"--workdir '{workdir}' cannot be written to ({error.strerror}); name a folder that "
+            f"you may write to"
         ) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process runs in --workdir '{workdir}'; wait for it, or choose another --workdir"
+                f"another process runs in --workdir '{workdir}'; wait for it, or choose another "
+                f"--workdir"
             ) from error
         except OSError as error:
             raise UserError(
-                f"--workdir '{workdir}' is on a file system that cannot lock files ({error.strerror}), so that a second run could write "
-                "over this one: mount it with locks (Lustre: -o flock), or choose another --workdir"
+                f"--workdir '{workdir}' is on a file system that cannot lock files "
+                f"({error.strerror}), so that a second run could write "
+                "over this one: mount it with locks (Lustre: -o flock), or choose another "
+                "--workdir"
             ) from error
         yield

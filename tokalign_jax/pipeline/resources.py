@@ -34,13 +34,17 @@ def check_disk(context: Context, wanted: set[str]) -> None:
     if sum(missing.values()) > free:
         parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
         raise UserError(
-            f"the disk of --workdir '{context.workdir}' has {free / 1e9:.2f} GB free but the run needs about "
-            f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or lower text.budget_bytes or checkpoints.keep"
+            f"the disk of --workdir '{context.workdir}' has {free / 1e9:.2f} GB free but the run "
+            f"needs about "
+            f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or "
+            f"lower text.budget_bytes or checkpoints.keep"
         )
 
 
 def warn_of_memory(context: Context, wanted: set[str]) -> None:
-    """Warns of stages to come that are not expected to fit a device or host memory, hours before they begin."""
+    """Warns of stages to come that are not expected to fit a device or host memory, hours before
+    they begin.
+    """
     names = {name.partition("/")[0] for name in wanted}
     for name, text in {
         **advice.too_large(setups(context)),
@@ -52,9 +56,8 @@ def warn_of_memory(context: Context, wanted: set[str]) -> None:
 
 @contextmanager
 def naming_full_memory(context: Context, name: str) -> Iterator[None]:
-    """
-    Raises:
-      UserError: a device had no room left for a stage's arrays: with what would fit.
+    """Raises:
+    UserError: a device had no room left for a stage's arrays: with what would fit.
     """
     try:
         yield
@@ -63,8 +66,10 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
             raise
         kind = name.partition("/")[0]
         others = {
-            "init": "use a larger one, or train the rows alone with --config.initialization.trains=rows",
-            "evaluate": f"lower --config.evaluation.batch (it is {context.config.evaluation.batch}), or use a larger one",
+            "init": "use a larger one, or train the rows alone with "
+            "--config.initialization.trains=rows",
+            "evaluate": f"lower --config.evaluation.batch (it is "
+            f"{context.config.evaluation.batch}), or use a larger one",
         }
         remedy = advice.too_large_untrained(_run(context)).get(
             kind, others.get(kind, "use a larger one")
@@ -72,13 +77,16 @@ def naming_full_memory(context: Context, name: str) -> Iterator[None]:
         if name in training_stages(context.config):
             stages = setups(context)
             held = stages[name].stage.per_device_batch
-            fewer = f"lower --config.{name}.per_device_batch (it is {held}) or --config.compute.loss_chunk"
+            fewer = f"lower --config.{name}.per_device_batch (it is {held})"
+            fewer += " or --config.compute.loss_chunk"
             remedy = advice.too_large(stages).get(
                 name, f"{fewer}, or set --config.compute.remat=layer"
             )
         raise UserError(
-            f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); {remedy}. Other programs on the "
-            "device leave it less. What is finished or saved is kept: the same command goes on from there"
+            f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); "
+            f"{remedy}. Other programs on the "
+            "device leave it less. What is finished or saved is kept: the same command goes on "
+            "from there"
         ) from error
 
 

@@ -1,11 +1,12 @@
-"""Run the stages in order: each is a folder under the workdir, skipped when finished and redone when its inputs changed.
+"""Run the stages in order: each is a folder under the workdir, skipped when finished and redone
+when its inputs changed.
 
-A stage whose fingerprint no longer fits is done again; what it had left is moved to `outdated/`, never deleted, and moved
-back when the old settings return. Training stages resume from their newest checkpoint; the others start over when they
-were interrupted.
+A stage whose fingerprint no longer fits is done again; what it had left is moved to `outdated/`,
+never deleted, and moved back when the old settings return. Training stages resume from their newest
+checkpoint; the others start over when they were interrupted.
 
-Of several processes the first decides, keeps the records and does what needs no model; the others join it in stages that
-do. They share the workdir.
+Of several processes the first decides, keeps the records and does what needs no model; the others
+join it in stages that do. They share the workdir.
 """
 
 import json
@@ -95,7 +96,9 @@ def _bring_up(stage: Stage, fingerprint: str, context: Context, state: StageReco
 
 
 def _is_due(stage: Stage, fingerprint: str, context: Context, state: StageRecords) -> bool:
-    """Whether the stage is to be run; if so its folder is ready, and the books say that it has begun."""
+    """Whether the stage is to be run; if so its folder is ready, and the books say that it has
+    begun.
+    """
     folder = context.folder(stage.name)
     record = state.current.get(stage.name)
     finished = (
@@ -108,7 +111,8 @@ def _is_due(stage: Stage, fingerprint: str, context: Context, state: StageRecord
         damaged = unused(folder.with_name(f"{folder.name}.damaged"))
         folder.rename(damaged)
         context.log(
-            f"{stage.name}: warning: what it left is not whole any more; it was renamed to '{damaged}'"
+            f"{stage.name}: warning: what it left is not whole any more; it was renamed to "
+            f"'{damaged}'"
         )
     if record and record["fingerprint"] != fingerprint:
         context.log(f"{stage.name}: to be done again, {_what_changed(record, stage)}")
@@ -119,7 +123,8 @@ def _is_due(stage: Stage, fingerprint: str, context: Context, state: StageRecord
     if folder.exists() and not (stage.resumes and stage.name in state.current):
         if stage.name not in state.current:
             raise UserError(
-                f"'{folder}' exists and is not of this run ({STATE_FILE} does not know it); move it away or choose another "
+                f"'{folder}' exists and is not of this run ({STATE_FILE} does not know it); move "
+                f"it away or choose another "
                 "--workdir"
             )
         shutil.rmtree(folder.resolve())  # our own, and unfinished
@@ -177,11 +182,13 @@ def _expand(selected: Sequence[str] | None, found: Mapping[str, Stage]) -> list[
         if name not in found:
             known = [n for n in found if "/" not in n] + ["evaluate"]
             raise UserError(
-                f"--stages names '{name}', which is no stage of this run; the stages are {', '.join(known)}"
+                f"--stages names '{name}', which is no stage of this run; the stages are "
+                f"{', '.join(known)}"
             )
     if not names:
         raise UserError(
-            f"--stages names none; the stages are {', '.join(found)}, or leave it out to run them all"
+            f"--stages names none; the stages are {', '.join(found)}, or leave it out to run them "
+            f"all"
         )
     return names
 
@@ -202,7 +209,8 @@ def _refuse_foreign(workdir: Path, state: StageRecords, identity: Mapping[str, s
     if marks := set(str(workdir.absolute())) & set("[]*?\\"):
         # Orbax looks for its files by patterns, and would find none of them.
         raise UserError(
-            f"--workdir '{workdir}' has {' '.join(sorted(marks))} in its path, where checkpoints could not be read again: name a folder "
+            f"--workdir '{workdir}' has {' '.join(sorted(marks))} in its path, where checkpoints "
+            f"could not be read again: name a folder "
             "whose path has none of [ ] * ? \\"
         )
     if workdir.exists() and not workdir.is_dir():
@@ -216,7 +224,8 @@ def _refuse_foreign(workdir: Path, state: StageRecords, identity: Mapping[str, s
         }
         if workdir.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
-                f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no {STATE_FILE}); nothing there is touched: "
+                f"--workdir '{workdir}' is not empty and holds no run of tokalign_jax (no "
+                f"{STATE_FILE}); nothing there is touched: "
                 "choose an empty or a new folder"
             )
         return
@@ -227,5 +236,6 @@ def _refuse_foreign(workdir: Path, state: StageRecords, identity: Mapping[str, s
             if state.identity.get(k) != v
         )
         raise UserError(
-            f"--workdir '{workdir}' belongs to another run ({differences}); choose another --workdir for this one"
+            f"--workdir '{workdir}' belongs to another run ({differences}); choose another "
+            f"--workdir for this one"
         )

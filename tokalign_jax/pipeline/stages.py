@@ -51,6 +51,7 @@ INSPECTION = "inspection.json"
 
 
 def corpus(context: Context) -> Mapping[str, Any]:
+    """Read, de-duplicate and split the documents."""
     folder = context.folder("corpus")
     return documents.run(context.corpus_config, folder, context.log, chat_check(context))
 
@@ -68,6 +69,7 @@ def write_self(context: Context) -> Mapping[str, Any]:
 
 
 def extend(context: Context) -> Mapping[str, Any]:
+    """Make the target tokenizer: the source's with tokens of the text."""
     return mining.run(
         context.config,
         context.folder("corpus"),
@@ -78,6 +80,7 @@ def extend(context: Context) -> Mapping[str, Any]:
 
 
 def prune(context: Context) -> Mapping[str, Any]:
+    """Make the target tokenizer: the source's without tokens that the text does not need."""
     return pruning.run(
         context.config,
         context.folder("corpus"),
@@ -88,6 +91,7 @@ def prune(context: Context) -> Mapping[str, Any]:
 
 
 def tokens(context: Context) -> Mapping[str, Any]:
+    """Tokenise the documents with both tokenizers."""
     return tokenizing.run(
         context.config,
         context.folder("corpus"),
@@ -111,6 +115,7 @@ def boundaries(context: Context) -> Mapping[str, Any]:
 
 
 def align(context: Context) -> Mapping[str, Any]:
+    """Align target tokens to source tokens, and table what came of it."""
     summary = methods.run(
         context.config,
         context.folder("corpus"),
@@ -153,7 +158,9 @@ def _inspected(context: Context) -> list[dict[str, Any]]:
 
 
 def init(context: Context) -> Mapping[str, Any]:
-    """Write an ordinary Hugging Face folder: the source model with the new vocabulary, not yet trained."""
+    """Write an ordinary Hugging Face folder: the source model with the new vocabulary, not yet
+    trained.
+    """
     inputs, config = context.inputs, context.config
     model, raw = inputs.source_model
     source_shards, target_shards = (
@@ -188,11 +195,13 @@ def init(context: Context) -> Mapping[str, Any]:
 
 
 MANY_PASSES = 4
-"""Passes over the text from which on it teaches little that is new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""Passes over the text from which on it teaches little that is new (Muennighoff et al. 2023, arXiv
+2305.16264)."""
 
 
 def stream_starts(context: Context, shards: tokenizing.TokenShards) -> dict[str, int]:
-    """How many tokens into the shuffled stream each training stage starts, all of them planned before the first begins.
+    """How many tokens into the shuffled stream each training stage starts, all of them planned
+    before the first begins.
 
     Raises:
       UserError: the text is too short for a stage (`loop.plan_stage`).
@@ -205,7 +214,8 @@ def stream_starts(context: Context, shards: tokenizing.TokenShards) -> dict[str,
 
 
 def check_stream(context: Context) -> None:
-    """What can be told of the training stages once the text is cut: told now, not after the alignment.
+    """What can be told of the training stages once the text is cut: told now, not after the
+    alignment.
 
     Raises:
       UserError: as `stream_starts`.
@@ -217,16 +227,19 @@ def check_stream(context: Context) -> None:
         passes = stage.steps * stage.batch_size * stage.sequence_length / size
         if passes > MANY_PASSES:
             context.log(
-                f"warning: {name} reads the {size:,} tokens of the text {passes:.0f} times over: take fewer steps, or give more text"
+                f"warning: {name} reads the {size:,} tokens of the text {passes:.0f} times over: "
+                f"take fewer steps, or give more text"
             )
 
 
 def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, Any]:
+    """Train one stage, from the states before it."""
     setup = resources.setups(context)[name]
     stage, compute = setup.stage, setup.compute
     if getattr(context.config, name).per_device_batch == AUTO:
         context.log(
-            f"{name}: per_device_batch=auto: at most {stage.per_device_batch} sequences at once on a device, remat={compute.remat}"
+            f"{name}: per_device_batch=auto: at most {stage.per_device_batch} sequences at once "
+            f"on a device, remat={compute.remat}"
         )
     dtype = training_states.training_dtype(stage, jnp.dtype(context.config.compute.dtype))
     config, *begun_with = load_state(context, before, dtype)
@@ -285,6 +298,7 @@ def _source_objective(context: Context, stage: StageConfig) -> Objective:
 
 
 def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
+    """Write the Hugging Face folder of the last state."""
     base, config, changes = state_of(context, states)
     _, raw = context.inputs.source_model
     folder = context.folder("export")
@@ -303,7 +317,8 @@ def _publish(
     """Opens a written folder as users do, adds model card and licence, and pushes it if asked to.
 
     Raises:
-      UserError: AutoTokenizer does not open it, or not as the tokenizer that the model was trained with.
+      UserError: AutoTokenizer does not open it, or not as the tokenizer that the model was trained
+        with.
     """
     opening.check_export(folder, context.inputs.target_tokenizer)
     terms = hub.copy_terms(context.inputs.source_folder, folder)
@@ -345,7 +360,8 @@ def _write(
 def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str, Any]:
     """Measures one state of the model and lets it continue the prompts; writes `scores.json`.
 
-    The evaluation of the source also keeps its likelihoods, token by token, for the fidelity of later states.
+    The evaluation of the source also keeps its likelihoods, token by token, for the fidelity of
+    later states.
     """
     settings = context.config.evaluation
     compute = context.config.compute
@@ -389,7 +405,9 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
 
 
 def _overlap(context: Context, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """How much of the held-out texts stands in the training text, with a warning where that is much."""
+    """How much of the held-out texts stands in the training text, with a warning where that is
+    much.
+    """
     folder = context.folder("corpus")
     total = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
     found = overlap.overlap(texts, documents.train_batches(folder), context.log, total)
@@ -420,6 +438,7 @@ def _worth(
 
 
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
+    """Gather what was measured, and write the page, tables and picture."""
     settings = context.config
     tokenizers = {
         "source": context.inputs.source_tokenizer,

@@ -17,7 +17,8 @@ from tokalign_jax.training import states as training_states
 def load_state(
     context: Context, states: Sequence[str], dtype: huggingface.DtypeOf = lambda path: None
 ) -> tuple[ModelConfig, dict]:
-    """The model after the last of `states` (`init` and training stages), on the mesh, adapters merged.
+    """The model after the last of `states` (`init` and training stages), on the mesh, adapters
+    merged.
 
     No states: the source model, its rows that are not finite replaced (`initialization.usable`).
 
@@ -34,7 +35,7 @@ def load_state(
 def state_of(
     context: Context, states: Sequence[str]
 ) -> tuple[Path, ModelConfig, training_states.Changes]:
-    """The folder of a state's stored weights, its model, and what the training stages have changed."""
+    """Return the folder of a state's stored weights, its model, and what training has changed."""
     folder = context.folder("init") if states else context.inputs.source_folder
     config, _ = hub.load_config(folder)
     trained = [(context.folder(name), getattr(context.config, name)) for name in states[1:]]

@@ -1,4 +1,4 @@
-"""The facts of a run for the model card of what it exports: all that its stages have left so far."""
+"""Facts of a run for the model card of its export: what its stages have left so far."""
 
 import json
 import platform

@@ -1,5 +1,7 @@
-"""Charts for a page (`pages.Section.markup`): SVG in the page's colours that stretches with the reader's width while its text keeps
-its size. Positions across are therefore percentages, those down are pixels."""
+"""Charts for a page (`pages.Section.markup`): SVG in the page's colours that stretches with the
+reader's width while its text keeps its size. Positions across are therefore percentages, those down
+are pixels.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -64,7 +66,8 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     height: int = 280,
 ) -> str:
-    """A chart of curves, the first on top, over a common x that begins at 0; "" where there is nothing to draw.
+    """A chart of curves, the first on top, over a common x that begins at 0; "" where there is
+    nothing to draw.
 
     Args:
       says: what it shows, for those who cannot see it.
@@ -104,7 +107,8 @@ def lines(
         )
     plot = bottom - top
     parts.append(
-        f'<svg viewBox="0 0 1000 {plot}" width="{width}%" height="{plot}" y="{top}" preserveAspectRatio="none">'
+        f'<svg viewBox="0 0 1000 {plot}" width="{width}%" height="{plot}" y="{top}" '
+        f'preserveAspectRatio="none">'
     )
     for curve, of in reversed(drawn):
         path = "".join(
@@ -134,8 +138,10 @@ def _apart(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:
 
 
 def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
-    """A row for each name on a common axis: the first dot is a reference, drawn as a stroke; the others are circles, the later the
-    stronger, joined from the first to the last; "" where there is nothing to draw."""
+    """A row for each name on a common axis: the first dot is a reference, drawn as a stroke; the
+    others are circles, the later the stronger, joined from the first to the last; "" where there is
+    nothing to draw.
+    """
     values = [
         v
         for of in rows.values()
@@ -158,18 +164,21 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
         told = ", ".join(f"{dot.name} {dot.value:.3f}" for dot in of)
         drawn = _row(of, across)
         parts.append(
-            f'<span>{escape(name)}</span><svg role="img" aria-label="{escape(name)}: {escape(told)}" width="100%" '
+            f'<span>{escape(name)}</span><svg role="img" aria-label="{escape(name)}: '
+            f'{escape(told)}" width="100%" '
             f'height="26">{grid}{drawn}</svg>'
         )
     labels = "".join(
         f'<text x="{across(x)}" y="13" text-anchor="middle">{short(x)}</text>' for x in at
     )
     parts.append(
-        f'<span></span><svg aria-hidden="true" width="100%" height="18" overflow="visible">{labels}</svg>'
+        f'<span></span><svg aria-hidden="true" width="100%" height="18" '
+        f'overflow="visible">{labels}</svg>'
     )
     names = list(dict.fromkeys(dot.name for of in rows.values() for dot in of))
     keys = "".join(
-        f'<span><svg width="12" height="12" aria-hidden="true">{_mark(i, len(names), "50%", 6, 5)}</svg> '
+        f'<span><svg width="12" height="12" '
+        f'aria-hidden="true">{_mark(i, len(names), "50%", 6, 5)}</svg> '
         f"{escape(name)}</span>"
         for i, name in enumerate(names)
     )

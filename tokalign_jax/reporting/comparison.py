@@ -1,7 +1,8 @@
-"""Several runs side by side, from what their reports say (report.json): which settings differ, and what came of it.
+"""Several runs side by side, from what their reports say (report.json): which settings differ, and
+what came of it.
 
-Runs that differ in nothing but the seed are one group, with mean and spread. `compare` makes a JSON-ready dict; `terminal`, `html` and
-`picture` show it.
+Runs that differ in nothing but the seed are one group, with mean and spread. `compare` makes a
+JSON-ready dict; `terminal`, `html` and `picture` show it.
 """
 
 import json
@@ -37,14 +38,16 @@ def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, 
       names: of the runs, such as their folders.
 
     Returns:
-      `differs`: names of the config's fields, other than the seed, that are not the same in all runs; `states` and `languages` of any
-      run; `warnings`: why the runs may not be comparable; `groups`, best first by the last state's bits per byte, each with
-        `name`: the fields that differ, with their values; `values`: the same by field; `runs`, `seeds`;
-        `bits_per_byte`: by state and language `mean`, `spread` (standard deviation; None of a single run) and `values`;
-        `kept`: by state `mean`, `spread` and `values` of abilities, fidelity and other text, where they were measured;
-        `bytes_per_token`: of the new vocabulary, by language;
-        `seconds`: of the whole run (None where no report has it), and `tokens_per_second` by training stage, as means;
-        `training`: by stage `tokens` and smoothed `loss`, the mean of the runs that are that far.
+      `differs`: names of the config's fields, other than the seed, that are not the same in all
+      runs; `states` and `languages` of any run; `warnings`: why the runs may not be comparable;
+      `groups`, best first by the last state's bits per byte, each with
+        `name`: the fields that differ, with their values; `values`: the same by field; `runs`,
+        `seeds`; `bits_per_byte`: by state and language `mean`, `spread` (standard deviation; None
+        of a single run) and `values`; `kept`: by state `mean`, `spread` and `values` of abilities,
+        fidelity and other text, where they were measured; `bytes_per_token`: of the new vocabulary,
+        by language; `seconds`: of the whole run (None where no report has it), and
+        `tokens_per_second` by training stage, as means; `training`: by stage `tokens` and smoothed
+        `loss`, the mean of the runs that are that far.
     """
     settings = [_settings(report) for report in reports]
     differs = [
@@ -130,7 +133,8 @@ def _group(
         }
         for report in reports
     ]
-    # Reports of other versions, or made by other tools, may lack what is only told beside the figures.
+    # Reports of other versions, or made by other tools, may lack what is only told beside the
+    # figures.
     times = [sum(report["seconds"].values()) for report in reports if report.get("seconds")]
     return {
         "bits_per_byte": {state: found for state in states if (found := measured(state))},
@@ -146,7 +150,9 @@ def _group(
 
 
 def _kept(reports: Sequence[Content], state: str) -> dict[str, dict[str, Any]]:
-    """What a state keeps, by the columns of the reports' tables; reports of a version before do not have it."""
+    """What a state keeps, by the columns of the reports' tables; reports of a version before do not
+    have it.
+    """
     found = [
         retention.figures(report.get("kept", {}).get("states", {}).get(state, {}))
         for report in reports
@@ -192,7 +198,8 @@ def _unlike(reports: Sequence[Content]) -> list[str]:
         json.dumps({name: of.get("bytes") for name, of in report["languages"].items()})
         for report in reports
     }
-    # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart. Older reports do not have it.
+    # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart.
+    # Older reports do not have it.
     digests = {digest for report in reports if (digest := report.get("held_out"))}
     answers = [
         of["abilities"]["digest"]
@@ -231,11 +238,13 @@ def _unlike(reports: Sequence[Content]) -> list[str]:
     ]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """The tables: what differs with the bits per byte of every state, then by language, the last state first."""
+    """The tables: what differs with the bits per byte of every state, then by language, the last
+    state first.
+    """
     groups, states = comparison["groups"], comparison["states"]
     languages = [name for name in comparison["languages"] if name != EVERYTHING]
     warnings = " ".join(f"Warning: {line}." for line in comparison["warnings"])
@@ -315,7 +324,9 @@ def _kept_section(comparison: Comparison) -> Iterator[Section]:
 
 
 def _same(comparison: Comparison) -> dict[str, float]:
-    """Bits per byte of the states that were there before anything could differ, where they are the same in all runs."""
+    """Bits per byte of the states that were there before anything could differ, where they are the
+    same in all runs.
+    """
     found = {}
     for state in [s for s in comparison["states"] if s in ("source", "random")]:
         values = {
@@ -362,7 +373,7 @@ def _runs(comparison: Comparison) -> Section:
     return Section("Runs", "", ("#", "seed", "from"), rows)
 
 
-# --- page and picture -------------------------------------------------------------------------------------------------
+# --- page and picture ----------------------------------------------------------------------------
 
 
 def html(comparison: Comparison) -> str:
@@ -429,7 +440,9 @@ def loss_chart(comparison: Comparison) -> str:
 
 
 def _label(rank: int, group: Mapping[str, Any]) -> str:
-    """A group in a chart: its place in the table, and its values in the order of the table's columns."""
+    """A group in a chart: its place in the table, and its values in the order of the table's
+    columns.
+    """
     return f"{rank}  {' · '.join(map(_value, group['values'].values())) or group['name']}"
 
 

@@ -1,4 +1,6 @@
-"""Curves of a report's content (`report.gather`): smoothed, thinned, and laid one behind the other; and the words for states."""
+"""Curves of a report's content (`report.gather`): smoothed, thinned, and laid one behind the other;
+and the words for states.
+"""
 
 import bisect
 import math
@@ -21,7 +23,9 @@ def titled(state: str) -> str:
 
 
 def smooth(losses: Sequence[float | None], window: int = WINDOW) -> list[float]:
-    """Mean of the last `window` losses up to each; skipped steps have none, and NaN where all of them were."""
+    """Mean of the last `window` losses up to each; skipped steps have none, and NaN where all of
+    them were.
+    """
     means, total, count = [], 0.0, 0
     for end, loss in enumerate(losses):
         gone = losses[end - window] if end >= window else None
@@ -43,7 +47,9 @@ class Curve(NamedTuple):
 def joined(
     training: Mapping[str, Any], smoothed: bool = True, points: int = 600
 ) -> dict[str, Curve]:
-    """The stages' losses, each stage's tokens counted on from the one before; at most so many points each."""
+    """The stages' losses, each stage's tokens counted on from the one before; at most so many
+    points each.
+    """
     start, found = 0, {}
     for stage, of in training.items():
         losses = (
@@ -71,7 +77,9 @@ def thinned(length: int, points: int) -> list[int]:
 
 
 def at(curve: Curve, tokens: float) -> float:
-    """The loss at so many tokens, on the straight line between the points around it; NaN outside of the curve."""
+    """The loss at so many tokens, on the straight line between the points around it; NaN outside of
+    the curve.
+    """
     place = bisect.bisect_left(curve.tokens, tokens)
     if place == len(curve.tokens) or tokens < curve.tokens[0]:
         return math.nan

@@ -1,6 +1,8 @@
-"""Why a target token got its rows, and where an alignment is weak: numbers from a finished alignment, and their tables.
+"""Why a target token got its rows, and where an alignment is weak: numbers from a finished
+alignment, and their tables.
 
-A row is *certain* where the two vocabularies name the same thing (rules EXACT, SPECIAL and GIVEN), and else *uncertain*.
+A row is *certain* where the two vocabularies name the same thing (rules EXACT, SPECIAL and GIVEN),
+and else *uncertain*.
 """
 
 import difflib
@@ -26,7 +28,8 @@ POOL = 256
 FEWEST_SHARED = 32
 """With fewer shared tokens that have vectors the two sides have no space in common."""
 USED_TEXT = 0.5
-"""The worst rows are those of the lowest scores among the most frequent uncertain ones that make up this share of the uncertain
+"""The worst rows are those of the lowest scores among the most frequent uncertain ones that make up
+this share of the uncertain
 text: tokens that are hardly used have no vector, so no score, and do no harm."""
 BINS = 10
 """Of the histogram of scores."""
@@ -37,25 +40,31 @@ OWN_SPACE = ("lexicon", "tokalign", "focus", "omp")
 SAYS = {
     "EXACT": "the source has a token of the same bytes",
     "SPECIAL": "the source's special token of the same role, text or use, else its end-of-text",
-    "SIMILAR": "matched by co-occurrence (omp: in the donor model), by most methods mixed with the pieces of the text",
+    "SIMILAR": "matched by co-occurrence (omp: in the donor model), by most methods mixed with "
+    "the pieces of the text",
     "PIECES": "the text as the source tokenizer cuts it",
     "MEAN": "the mean of all source rows, since nothing is known",
     "GIVEN": "named by an alignment file",
     "RANDOM": "a source token drawn at random",
-    "UNWRITTEN": "no text is cut into it, since another token has the same bytes; its head row is the mean of all",
+    "UNWRITTEN": "no text is cut into it, since another token has the same bytes; its head row is "
+    "the mean of all",
 }
 
 
-# --- tokens as text ---------------------------------------------------------------------------------------------------
+# --- tokens as text ------------------------------------------------------------------------------
 
 
 def readable(content: bytes) -> str:
-    r"""`content` as text that `unescape` reads back: UTF-8 where it is printable, else `\n`, `\t`, `\x0a`, `\u00a0`."""
+    r"""`content` as text that `unescape` reads back: UTF-8 where it is printable, else `\n`, `\t`,
+    `\x0a`, `\u00a0`.
+    """
     return "".join(map(_readable_character, content.decode("utf-8", "surrogateescape")))
 
 
 def unescape(text: str) -> bytes:
-    r"""The bytes that `text` names: `\n \r \t \\`, `\x0a` (a byte), `\u00e9` and `\U0001f600` (characters); all else as it is."""
+    r"""The bytes that `text` names: `\n \r \t \\`, `\x0a` (a byte), `\u00e9` and `\U0001f600`
+    (characters); all else as it is.
+    """
     parts = re.split(
         r"(\\(?:[nrt\\]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}))",
         text,
@@ -100,7 +109,9 @@ _CJK = re.compile(
 
 
 def kind(content: bytes | None, spelled: str) -> str:
-    """What sort of token it is, one of `KINDS`; `byte`: it holds bytes that are no whole characters."""
+    """What sort of token it is, one of `KINDS`; `byte`: it holds bytes that are no whole
+    characters.
+    """
     if content is None:
         return "special" if spelled else "unused"
     try:
@@ -114,7 +125,7 @@ def kind(content: bytes | None, spelled: str) -> str:
     return "CJK" if _CJK.search(text) else "other"
 
 
-# --- what is inspected ------------------------------------------------------------------------------------------------
+# --- what is inspected ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,16 +141,20 @@ class Vocabulary:
     """How often the corpus has each; None where it is not known."""
 
     def show(self, index: int) -> Code:
-        """The token for people; the mean of all rows where `index` is past the end (as in a `Mixture`)."""
+        """The token for people; the mean of all rows where `index` is past the end (as in a
+        `Mixture`).
+        """
         if index >= len(self.contents):
             return Code("mean of all rows")
         content = self.contents[index]
         return Code(readable(self.spelled[index].encode() if content is None else content))
 
     def count(self, index: int) -> str:
+        """Return how often the text has a token; empty where that is not known."""
         return "" if self.counts is None or index >= len(self.counts) else f"{self.counts[index]:,}"
 
     def kind(self, index: int) -> str:
+        """Return what kind of token it is."""
         return kind(self.contents[index], self.spelled[index])
 
 
@@ -151,7 +166,8 @@ def vocabulary(
 
 
 def find(target: Vocabulary, text: str) -> list[int]:
-    """Ids of the tokens that read `text`: by its bytes with escapes, else as the tokenizer spells them.
+    """Ids of the tokens that read `text`: by its bytes with escapes, else as the tokenizer spells
+    them.
 
     Raises:
       UserError: there is none; it names those that are spelled nearly so.
@@ -187,7 +203,9 @@ def common_space(
     target_vectors: Float[np.ndarray, "m e"],
     seed: int,
 ) -> Space | None:
-    """The space in which an alignment with these settings was matched; None where too few shared tokens have vectors."""
+    """The space in which an alignment with these settings was matched; None where too few shared
+    tokens have vectors.
+    """
     row_of = {int(token): row for row, token in enumerate(source_ids)}
     exact, heaviest = alignment.rules == Rule.EXACT, alignment.heaviest()
     shared = [
@@ -216,7 +234,8 @@ class Neighbour(NamedTuple):
 def neighbours(
     space: Space, target: int, count: int, around: int, also: Iterable[int] = ()
 ) -> list[Neighbour] | None:
-    """The `count` source tokens with the largest CSLS, falling; None where the target token has no vector.
+    """The `count` source tokens with the largest CSLS, falling; None where the target token has no
+    vector.
 
     Args:
       around: neighbours over which hubness is averaged, as for the alignment.
@@ -261,7 +280,7 @@ class Subject:
 
     @property
     def uncertain(self) -> np.ndarray:
-        """bool [V_t]"""
+        """Which target tokens have no certain source token; bool [V_t]."""
         return ~np.isin(self.alignment.rules, CERTAIN)
 
     @property
@@ -271,7 +290,7 @@ class Subject:
         return np.zeros(self.alignment.target_size, np.int64) if known is None else known
 
 
-# --- one token --------------------------------------------------------------------------------------------------------
+# --- one token -----------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -319,7 +338,8 @@ def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
     alignment, source, target = subject.alignment, subject.source, subject.target
     if not 0 <= index < alignment.target_size:
         raise UserError(
-            f"--id {index}: the target tokens of '{target.name}' are 0 to {alignment.target_size - 1}"
+            f"--id {index}: the target tokens of '{target.name}' are 0 to "
+            f"{alignment.target_size - 1}"
         )
     rule, match = Rule(int(alignment.rules[index])), int(alignment.matches[index])
     shift = float(alignment.frequency_shift[index])
@@ -374,7 +394,8 @@ def _after(subject: Subject, index: int) -> str:
     if subject.method == "distilled" and rule in (Rule.EXACT, Rule.PIECES):
         rows = "; rows of shared tokens stay with initialization.trains=rows" * (rule == Rule.EXACT)
         return (
-            "From this row initialization trains the start with the source model as teacher, unless "
+            "From this row initialization trains the start with the source model as teacher, "
+            "unless "
             f"initialization.distillation_tokens is 0{rows}."
         )
     if subject.method != "composed" or rule not in (Rule.EXACT, Rule.SIMILAR, Rule.PIECES):
@@ -383,7 +404,8 @@ def _after(subject: Subject, index: int) -> str:
     if rule == Rule.EXACT:
         return f"Initialization tunes the row together with all others, {unless} or the vocabulary is extended."
     return (
-        "From this mixture initialization draws the row to what the source model makes of the token in text, "
+        "From this mixture initialization draws the row to what the source model makes of the "
+        "token in text, "
         f"and tunes it together with all others, {unless}."
     )
 
@@ -421,7 +443,7 @@ def _weight(weight: float) -> str:
     return f"{weight:.3f}" if weight else ""
 
 
-# --- a whole alignment ------------------------------------------------------------------------------------------------
+# --- a whole alignment ---------------------------------------------------------------------------
 
 
 def report(subject: Subject, count: int = 12) -> list[Section]:
@@ -433,8 +455,10 @@ def report(subject: Subject, count: int = 12) -> list[Section]:
     return [
         Section(
             "What is aligned",
-            f"{alignment.target_size:,} target tokens ({subject.target.name}) made of {alignment.source_size:,} source tokens "
-            f"({subject.source.name}) by method '{subject.method}'; {len(uncertain):,} rows are uncertain"
+            f"{alignment.target_size:,} target tokens ({subject.target.name}) made of "
+            f"{alignment.source_size:,} source tokens "
+            f"({subject.source.name}) by method '{subject.method}'; {len(uncertain):,} rows are "
+            f"uncertain"
             + (f", {_share(subject, subject.uncertain):.2%} of the corpus." if subject.target.counts is not None else "."),
         ),
         Section(
@@ -450,7 +474,8 @@ def report(subject: Subject, count: int = 12) -> list[Section]:
             _histogram(subject),
         ),
         *(
-            Section(title, text, ("source token", "rows", "of these", "most frequent that point at it"), rows)
+            Section(title, text, ("source token", "rows", "of these", "most frequent that point "
+                                                                      "at it"), rows)
             for title, text, rows in (
                 _hub_table(subject, "Hubs: heaviest source tokens", uncertain, alignment.heaviest()[uncertain]),
                 _hub_table(subject, "Hubs: matches", *_matched(alignment)),
@@ -463,7 +488,8 @@ def report(subject: Subject, count: int = 12) -> list[Section]:
         ),
         Section(
             "Worst rows",
-            f"The lowest scores among the most frequent uncertain rows, those that make up {USED_TEXT:.0%} of the uncertain text.",
+            f"The lowest scores among the most frequent uncertain rows, those that make up "
+            f"{USED_TEXT:.0%} of the uncertain text.",
             header,
             listed(worst(subject.uncertain, subject.counts, alignment.scores)[:count]),
         ),
@@ -477,7 +503,9 @@ def report(subject: Subject, count: int = 12) -> list[Section]:
 
 
 def most_frequent(chosen: np.ndarray, counts: Int[np.ndarray, "V_t"]) -> Int[np.ndarray, "c"]:
-    """Ids where bool `chosen` is true and the corpus has them (all where it has none of them), falling by count."""
+    """Ids where bool `chosen` is true and the corpus has them (all where it has none of them),
+    falling by count.
+    """
     ids = np.flatnonzero(chosen)
     ids = ids[np.argsort(-counts[ids], kind="stable")]
     seen = ids[counts[ids] > 0]
@@ -487,7 +515,9 @@ def most_frequent(chosen: np.ndarray, counts: Int[np.ndarray, "V_t"]) -> Int[np.
 def worst(
     uncertain: np.ndarray, counts: Int[np.ndarray, "V_t"], scores: Float[np.ndarray, "V_t"]
 ) -> Int[np.ndarray, "c"]:
-    """Uncertain ids of the used text (`USED_TEXT`) by rising score, of equals the more frequent first."""
+    """Uncertain ids of the used text (`USED_TEXT`) by rising score, of equals the more frequent
+    first.
+    """
     ids = most_frequent(uncertain, counts)
     up_to, total = np.cumsum(counts[ids]), counts[ids].sum()
     if total:

@@ -76,7 +76,9 @@ class CardFacts:
 
 
 def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config (as a nested dict) that say how a model was made, by their dotted names."""
+    """The values of a config (as a nested dict) that say how a model was made, by their dotted
+    names.
+    """
     found = {}
     # A stage for distillation is none without a teacher.
     given = {stage: config.get(stage, {}) for stage in TRAINING}
@@ -101,7 +103,9 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def model_card(facts: CardFacts) -> str:
-    """README.md: metadata as the hub reads it, then how the model was made, from what, and what it measures."""
+    """README.md: metadata as the hub reads it, then how the model was made, from what, and what it
+    measures.
+    """
     settings = [(Code(name), Code(str(value))) for name, value in facts.settings.items()]
     sections = (
         _made(facts),
@@ -153,11 +157,13 @@ def special_section(special: Sequence[Mapping[str, Any]]) -> Section:
 
 
 def short_name(name: str) -> str:
-    """Of a model or tokenizer for people: a folder's own name, since where it lies on somebody's disk is nobody's business."""
+    """Of a model or tokenizer for people: a folder's own name, since where it lies on somebody's
+    disk is nobody's business.
+    """
     return name.partition("@")[0] if _hub_name(name) else Path(name).name
 
 
-# --- metadata ---------------------------------------------------------------------------------------------------------
+# --- metadata ------------------------------------------------------------------------------------
 
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
@@ -182,7 +188,9 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def _hub_name(name: str) -> str:
-    """The repository of a hub name, without its revision; "" for a folder, or what ships with the package."""
+    """The repository of a hub name, without its revision; "" for a folder, or what ships with the
+    package.
+    """
     repository = name.partition("@")[0]
     is_name = (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository)
@@ -191,7 +199,7 @@ def _hub_name(name: str) -> str:
     return repository if is_name else ""
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
+# --- sections ------------------------------------------------------------------------------------
 
 
 def _made(facts: CardFacts) -> str:
@@ -199,21 +207,25 @@ def _made(facts: CardFacts) -> str:
     if facts.target_tokenizer == EXTEND:
         lines = [f"# {literal(name)} with an extended vocabulary", ""]
         lines += [
-            f"The model {base} with more tokens in its own tokenizer: rows of its embedding and its head"
+            f"The model {base} with more tokens in its own tokenizer: rows of its embedding and "
+            f"its head"
         ]
         lines += ["were made for these, and trained by tokalign_jax."]
     elif facts.target_tokenizer == PRUNE:
         lines = [f"# {literal(name)} with a pruned vocabulary", ""]
         lines += [
-            f"The model {base} without the tokens that a corpus does not need; the others keep their rows."
+            f"The model {base} without the tokens that a corpus does not need; the others keep "
+            f"their rows."
         ]
     else:
         lines = [
-            f"# {literal(name)} with the vocabulary of {literal(short_name(facts.target_tokenizer))}",
+            f"# {literal(name)} with the vocabulary of "
+            f"{literal(short_name(facts.target_tokenizer))}",
             "",
         ]
         lines += [
-            f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of its embedding"
+            f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of "
+            f"its embedding"
         ]
         lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
     if facts.teacher:
@@ -266,7 +278,8 @@ def _figures(facts: CardFacts) -> list[Section]:
         return Section(title, text if rows else "", ("language", *values), rows)
 
     kept = (
-        f" The tokenizer does not keep {', '.join(facts.loses)} of a text; such figures are too low."
+        f" The tokenizer does not keep {', '.join(facts.loses)} of a text; such figures are too "
+        f"low."
         if facts.loses
         else ""
     )
@@ -274,7 +287,8 @@ def _figures(facts: CardFacts) -> list[Section]:
         figures(
             "Bits per byte on held-out text",
             facts.bits_per_byte,
-            f"`source` is the base model with its own tokenizer, on the same text; lower is better.{kept}",
+            f"`source` is the base model with its own tokenizer, on the same text; lower is "
+            f"better.{kept}",
         ),
         figures(
             "Bytes per token",
@@ -294,7 +308,7 @@ def _terms(facts: CardFacts) -> str:
     return "## Licence\n\nThe base model's folder says nothing of its licence; it holds for this model, too."
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- words ---------------------------------------------------------------------------------------
 
 
 def _link(name: str) -> str:

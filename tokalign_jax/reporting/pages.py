@@ -1,5 +1,6 @@
-"""Tables for people: one list of sections, as lines on a terminal, as Markdown, or as a single HTML page that needs nothing from
-outside."""
+"""Tables for people: one list of sections, as lines on a terminal, as Markdown, or as a single HTML
+page that needs nothing from outside.
+"""
 
 import re
 import textwrap
@@ -71,7 +72,9 @@ def terminal(sections: Sequence[Section]) -> list[str]:
 
 
 def markdown(sections: Sequence[Section], level: int = 2) -> str:
-    """Headings of `level`, paragraphs and tables; a section that has neither text nor rows is left out."""
+    """Headings of `level`, paragraphs and tables; a section that has neither text nor rows is left
+    out.
+    """
     blocks = []
     for section in sections:
         parts = [section.text, "\n".join(markdown_table(section.header, section.rows))]
@@ -82,7 +85,9 @@ def markdown(sections: Sequence[Section], level: int = 2) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Lines of a table that also lines up on a terminal, without columns of bars; none where there are no rows."""
+    """Lines of a table that also lines up on a terminal, without columns of bars; none where there
+    are no rows.
+    """
     if not rows:
         return []
     shown = [
@@ -107,22 +112,24 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
 def html(
     title: str, sections: Sequence[Section], layout: Literal["columns", "one", "broad"] = "columns"
 ) -> str:
-    """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the reader has it, and fit
-    for paper. Sections that say nothing are left out.
+    """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the
+    reader has it, and fit for paper. Sections that say nothing are left out.
 
     Args:
-      layout: sections in as many columns as there is room for, or one below the other, as wide as text reads well or broader.
+      layout: sections in as many columns as there is room for, or one below the other, as wide as
+        text reads well or broader.
     """
     body = "\n".join(_section(section) for section in sections if section.says)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body class="{layout}">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body "
+        f'class="{layout}">\n'
         f"<h1>{escape(title)}</h1>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
-# --- as JSON ----------------------------------------------------------------------------------------------------------
+# --- as JSON -------------------------------------------------------------------------------------
 
 
 def to_json(section: Section) -> dict[str, Any]:
@@ -156,7 +163,7 @@ def from_json(content: Mapping[str, Any]) -> Section:
     return Section(content["title"], content["text"], content["header"], rows)
 
 
-# --- terminal and Markdown --------------------------------------------------------------------------------------------
+# --- terminal and Markdown -----------------------------------------------------------------------
 
 
 def _table(section: Section) -> list[str]:
@@ -241,7 +248,7 @@ def _pad(text: str, width: int, right: bool) -> str:
     return room + text if right else text + room
 
 
-# --- HTML -------------------------------------------------------------------------------------------------------------
+# --- HTML ----------------------------------------------------------------------------------------
 
 
 def _section(section: Section) -> str:

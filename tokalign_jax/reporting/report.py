@@ -1,4 +1,6 @@
-"""The result of a run: report.json, from which report.html and report.md are made, report.png, and the table on the terminal."""
+"""The result of a run: report.json, from which report.html and report.md are made, report.png, and
+the table on the terminal.
+"""
 
 import importlib.metadata
 import json
@@ -40,10 +42,12 @@ def run(
     log: Log,
     shown: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Gathers what the stages left under `workdir`, writes the report into `folder` and prints its tables.
+    """Gathers what the stages left under `workdir`, writes the report into `folder` and prints its
+    tables.
 
     Args:
-      shown: what else the page shows: `passages` (`pieces.of_passages`), `inspection` (sections by `pages.to_json`).
+      shown: what else the page shows: `passages` (`pieces.of_passages`), `inspection` (sections by
+        `pages.to_json`).
     """
     content = gather(config, workdir, states, identity) | dict(shown or {})
     text = json.dumps(content, indent=1, ensure_ascii=False)
@@ -103,6 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def version(package: str) -> str:
+    """Return a package's version; empty where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -110,7 +115,9 @@ def version(package: str) -> str:
 
 
 def _languages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What was measured of each state, by language and over all of them; intervals where a state has them."""
+    """What was measured of each state, by language and over all of them; intervals where a state
+    has them.
+    """
     after = next(s for s in scores if s != "source")
     found = {}
     for language in figures(scores["source"]):
@@ -135,7 +142,9 @@ def figures(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _curve(path: Path) -> dict[str, Any]:
-    """Loss over tokens from a metrics file, and its totals; tokens per second are the median step's."""
+    """Loss over tokens from a metrics file, and its totals; tokens per second are the median
+    step's.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {
         "tokens": [row["tokens"] for row in rows],

@@ -94,8 +94,10 @@ def warning_lines(
         )
         if new_bits < bits and new_other > other:
             lines.append(
-                f"{step} bits per byte of held-out text fall from {bits:.3f} to {new_bits:.3f}, but those of other text rise from "
-                f"{other:.3f} to {new_other:.3f}: the model adapts to the corpus and forgets the rest"
+                f"{step} bits per byte of held-out text fall from {bits:.3f} to {new_bits:.3f}, "
+                f"but those of other text rise from "
+                f"{other:.3f} to {new_other:.3f}: the model adapts to the corpus and forgets the "
+                f"rest"
             )
         one, another = (states[state].get("abilities") for state in (before, after))
         if one and another and one["digest"] == another["digest"]:
@@ -103,7 +105,8 @@ def warning_lines(
             if "interval" in change and change["interval"][1] < 0:
                 low, high = change["interval"]
                 lines.append(
-                    f"{step} abilities fall from {one['mean']['accuracy']:.3f} to {another['mean']['accuracy']:.3f} "
+                    f"{step} abilities fall from {one['mean']['accuracy']:.3f} to "
+                    f"{another['mean']['accuracy']:.3f} "
                     f"(95% interval of the difference: {low:+.3f} to {high:+.3f})"
                 )
     return lines
@@ -115,7 +118,7 @@ def _bits(states: States, before: str, after: str, kind: str = "") -> list[float
     return [of["pooled"]["bits_per_byte"] if of else 0.0 for of in found]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def _overview(states: States, titled: Callable[[str], str]) -> Section:
@@ -147,14 +150,19 @@ def _explanation(states: States, has: Mapping[str, bool]) -> str:
     if has["abilities"]:
         chance = next(of["abilities"]["chance"] for of in states.values() if "abilities" in of)
         parts.append(
-            f"Ability: share of multiple-choice questions answered right, mean over suites (by chance {chance:.3f}), and the "
-            "difference on the same questions; then by how the two tokenizers cut question and right answer (number of questions): alike, "
-            "only the question otherwise, the answer with tokens that the source lacks, or the answer of shared tokens cut otherwise."
+            f"Ability: share of multiple-choice questions answered right, mean over suites (by "
+            f"chance {chance:.3f}), and the "
+            "difference on the same questions; then by how the two tokenizers cut question and "
+            "right answer (number of questions): alike, "
+            "only the question otherwise, the answer with tokens that the source lacks, or the "
+            "answer of shared tokens cut otherwise."
         )
     if has["fidelity"]:
         parts.append(
-            "Agreement: at how many shared boundaries of tokens the likeliest continuation is the source's. Divergence (nats a chunk) and "
-            "gap (bits a byte) between both models' likelihoods of the text between such boundaries: lower is better."
+            "Agreement: at how many shared boundaries of tokens the likeliest continuation is the "
+            "source's. Divergence (nats a chunk) and "
+            "gap (bits a byte) between both models' likelihoods of the text between such "
+            "boundaries: lower is better."
         )
     parts.append("In brackets 95% intervals.")
     return " ".join(parts)
@@ -231,8 +239,10 @@ def _chat(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
         row += [_with_interval(difference, "+"), _with_interval(kept), _with_interval(of["ended"])]
         rows.append(row)
     text = (
-        f"{count:,} questions asked through the chat template, answered greedily: the share answered "
-        "right, the difference on the same questions, the share right of those that the first model "
+        f"{count:,} questions asked through the chat template, answered greedily: the share "
+        f"answered "
+        "right, the difference on the same questions, the share right of those that the first "
+        "model "
         "answers right, and the share of replies that ended their turn. In brackets 95% intervals."
     )
     first = titled(next(iter(measured)))

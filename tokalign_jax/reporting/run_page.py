@@ -1,6 +1,8 @@
-"""The report for people, made of report.json alone: report.html, report.md and the tables of the terminal.
+"""The report for people, made of report.json alone: report.html, report.md and the tables of the
+terminal.
 
-python -m tokalign_jax.reporting.run_page runs/demo/report/report.json     # writes the first two beside it, anew
+python -m tokalign_jax.reporting.run_page runs/demo/report/report.json     # writes the first two
+beside it, anew
 """
 
 import itertools
@@ -60,7 +62,9 @@ def html(content: Content) -> str:
 
 
 def markdown(content: Content) -> str:
-    """The same for places that show Markdown, with the picture beside it and without what needs a page."""
+    """The same for places that show Markdown, with the picture beside it and without what needs a
+    page.
+    """
     continued = "\n".join(sample_lines(content))
     parts = [
         f"# {pages.literal(heading(content))}",
@@ -72,12 +76,13 @@ def markdown(content: Content) -> str:
         pages.markdown([_training(content), *_alignment(content)]),
         f"## Continued text\n\n```\n{continued}\n```" if continued else "",
         pages.markdown([_time(content)]),
-        f"## To make it again\n\n`{COMMAND}` with config.py:\n\n```python\n{config_file(content)}```",
+        f"## To make it again\n\n`{COMMAND}` with "
+        f"config.py:\n\n```python\n{config_file(content)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# --- what was done ----------------------------------------------------------------------------------------------------
+# --- what was done -------------------------------------------------------------------------------
 
 
 def heading(content: Content) -> str:
@@ -109,7 +114,8 @@ def sentences(content: Content) -> list[str]:
         content["languages"][EVERYTHING],
     )
     trained = [
-        f"{titled(stage)} ({config[stage]['method']}, {of_stage['steps']:,} steps{_teacher(config[stage])})"
+        f"{titled(stage)} ({config[stage]['method']}, {of_stage['steps']:,} "
+        f"steps{_teacher(config[stage])})"
         for stage, of_stage in content["training"].items()
     ]
     sizes = f"{alignment['source_size']:,} tokens became {alignment['target_size']:,}"
@@ -129,7 +135,8 @@ def sentences(content: Content) -> list[str]:
     ]
     per_token = of["bytes_per_token"]
     gained = (
-        f"On held-out text a token now holds {per_token['target']:.2f} bytes instead of {per_token['source']:.2f}, and a byte "
+        f"On held-out text a token now holds {per_token['target']:.2f} bytes instead of "
+        f"{per_token['source']:.2f}, and a byte "
         f"costs {bits[last]:.3f} bits where it cost the source model {bits['source']:.3f}"
     )
     return [done, gained + (f" ({', '.join(others)})." if others else ".")]
@@ -173,16 +180,20 @@ def _devices(content: Content) -> str:
 
 
 def warning_lines(content: Content) -> list[str]:
-    """What a reader must know: of lost text, numbers, text that was trained on, what states lose, and skipped steps."""
+    """What a reader must know: of lost text, numbers, text that was trained on, what states lose,
+    and skipped steps.
+    """
     states = {"source": "the source model", "target": "the model with the new vocabulary"}
     lost = [
-        f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte of {states[side]} are too low "
+        f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte "
+        f"of {states[side]} are too low "
         f"to be compared with those of another tokenizer"
         for side, lost in content["loses"].items()
         if lost
     ]
     skipped = [
-        f"warning: {of['skipped']} of {of['steps']} steps of {titled(stage)} were not finite and were skipped"
+        f"warning: {of['skipped']} of {of['steps']} steps of {titled(stage)} were not finite and "
+        f"were skipped"
         for stage, of in content["training"].items()
         if of["skipped"]
     ]
@@ -195,11 +206,13 @@ def _warnings(content: Content) -> Section:
     return Section("", markup=f'<div class="warning" role="note">{lines}</div>' if lines else "")
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------
 
 
 def score_table(content: Content) -> tuple[list[str], list[list[Figure]]]:
-    """Bytes per token and bits per byte, by language, as header and rows; intervals stand behind their figures."""
+    """Bytes per token and bits per byte, by language, as header and rows; intervals stand behind
+    their figures.
+    """
     states = content["states"]
     columns = [f"bits/byte {titled(s)}" if s == "source" else titled(s) for s in states]
     rows: list[list[Figure]] = []
@@ -227,7 +240,8 @@ def table(content: Content) -> list[str]:
 
 def _scores(content: Content) -> Section:
     text = (
-        "Held-out text; lower is better. Comparable across vocabularies, because every one spells the same bytes."
+        "Held-out text; lower is better. Comparable across vocabularies, because every one spells "
+        "the same bytes."
         + (
             " In brackets: 95% intervals."
             if any(of.get("interval") for of in content["languages"].values())
@@ -269,8 +283,10 @@ def _worth(content: Content) -> Section:
         lines.append((f"characters a second, {name}", *shown, f"{found[name]['change']:+.0%}"))
     last = {name: found[name]["largest_vocabulary"] for name in ("generation", "training")}
     text = (
-        "Estimated, not measured: generation of one sequence from the bytes of weights that a token "
-        "reads (without the cache of keys and values), training in full from the FLOPs of a token. "
+        "Estimated, not measured: generation of one sequence from the bytes of weights that a "
+        "token "
+        "reads (without the cache of keys and values), training in full from the FLOPs of a "
+        "token. "
         "For text that is split as this vocabulary splits it, generation is faster than with the "
         f"source's up to {last['generation']:,} rows, training up to {last['training']:,}."
     )
@@ -382,7 +398,7 @@ def loss_chart(training: Content) -> str:
     )
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
+# --- texts ---------------------------------------------------------------------------------------
 
 
 def _passages(content: Content) -> Section:
@@ -412,7 +428,9 @@ def _cut(of: Content, side: str) -> str:
 
 
 def _language(name: str) -> str:
-    """The attribute that tells a browser which letters and hyphens to use, where `name` may be a language."""
+    """The attribute that tells a browser which letters and hyphens to use, where `name` may be a
+    language.
+    """
     known = name.isascii() and name.islower() and name.isalpha() and len(name) == 2
     return f' lang="{name}"' if known else ""
 
@@ -421,7 +439,9 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 
 
 def _text(text: str, following: str = "") -> str:
-    """`text` with its line ends shown, several as one, and without characters that a page may not hold."""
+    """`text` with its line ends shown, several as one, and without characters that a page may not
+    hold.
+    """
     shown = escape(text.translate(_PICTURES).encode("utf-8", "replace").decode())
     broken = re.sub(r"\n+", lambda ends: "↵" * len(ends[0]) + "<br>", shown)
     return broken.removesuffix("<br>") if following == "\n" else broken
@@ -457,7 +477,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# --- the alignment ----------------------------------------------------------------------------------------------------
+# --- the alignment -------------------------------------------------------------------------------
 
 
 def _alignment(content: Content) -> Iterator[Section]:
@@ -480,7 +500,7 @@ def _alignment(content: Content) -> Iterator[Section]:
             yield Section(section.title, section.text, section.header, section.rows, fold=fold)
 
 
-# --- to make it again -------------------------------------------------------------------------------------------------
+# --- to make it again ----------------------------------------------------------------------------
 
 
 def _time(content: Content) -> Section:
@@ -509,9 +529,8 @@ def config_file(content: Content) -> str:
         if value != defaults.get(name, ...)
     ]
     return (
-        "from tokalign_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
-        + "".join(changed)
-        + "    return config\n"
+        "from tokalign_jax.config import default_config\n\n\ndef get_config():\n    config = "
+        "default_config()\n" + "".join(changed) + "    return config\n"
     )
 
 

@@ -1,6 +1,8 @@
-"""Several models side by side, as `evaluate.py` measures them: tables for the terminal and a picture.
+"""Several models side by side, as `evaluate.py` measures them: tables for the terminal and a
+picture.
 
-The content is that of its `scores.json` (docs/evaluation.md); the first model is the one that others are compared with.
+The content is that of its `scores.json` (docs/evaluation.md); the first model is the one that
+others are compared with.
 """
 
 import math
@@ -37,7 +39,8 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
 def warning_lines(content: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing."""
     lost = [
-        f"warning: the tokenizer of '{name}' does not keep {', '.join(of['loses'])} of a text: its bits per byte are too low to be compared"
+        f"warning: the tokenizer of '{name}' does not keep {', '.join(of['loses'])} of a text: "
+        f"its bits per byte are too low to be compared"
         for name, of in content["models"].items()
         if of["loses"]
     ]
@@ -67,7 +70,8 @@ def _bits(content: Mapping[str, Any]) -> Section:
         ]
         rows.append([language, str(of["documents"]), *figures, *differences])
     text = (
-        "Held-out text, lower is better. In brackets 95% intervals over documents; that of a difference is of the same documents for both, "
+        "Held-out text, lower is better. In brackets 95% intervals over documents; that of a "
+        "difference is of the same documents for both, "
         "and without 0 in it tells the two apart. Of few documents intervals are too narrow."
     )
     return Section(
@@ -109,7 +113,8 @@ def _speed(content: Mapping[str, Any]) -> Section:
             ]
         )
     text = (
-        "Greedy decoding, one sequence at a time: the median of steps per second, in brackets the slowest and the fastest, times the "
+        "Greedy decoding, one sequence at a time: the median of steps per second, in brackets the "
+        "slowest and the fastest, times the "
         "characters (bytes) that a token has in the held-out text."
     )
     return Section(
@@ -135,9 +140,11 @@ def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
             ]
             rows.append([language, *parts])
         text = (
-            f"Blocks of {content['settings']['gamma']} drafts. Greedy: how much of the teacher's own continuation is accepted, "
+            f"Blocks of {content['settings']['gamma']} drafts. Greedy: how much of the teacher's "
+            f"own continuation is accepted, "
             "and tokens a call of the teacher, counted out; sampled at temperature "
-            f"{content['settings']['temperature']:g}: the expected acceptance on held-out text, and tokens a call if positions are "
+            f"{content['settings']['temperature']:g}: the expected acceptance on held-out text, "
+            f"and tokens a call if positions are "
             "independent."
         )
         yield Section(
@@ -160,8 +167,10 @@ def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
         for language, by in of["languages"].items()
     ]
     text = (
-        f"Lines cut by the target tokenizer, each token replaced by the source token that the alignment names, against the line: BLEU-1 of "
-        f"the tokens ({of['bleu_1']:.3f} in all), and the mean cosine of embeddings by {of['embedded_by']}, beside that of unrelated lines."
+        f"Lines cut by the target tokenizer, each token replaced by the source token that the "
+        f"alignment names, against the line: BLEU-1 of "
+        f"the tokens ({of['bleu_1']:.3f} in all), and the mean cosine of embeddings by "
+        f"{of['embedded_by']}, beside that of unrelated lines."
     )
     yield Section(
         "Alignment", text, ["language", "lines", "BLEU-1", "similarity", "unrelated"], rows

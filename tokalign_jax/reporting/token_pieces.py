@@ -1,4 +1,6 @@
-"""Held-out passages as both tokenizers cut them, so that a person can see what a vocabulary does to a text."""
+"""Held-out passages as both tokenizers cut them, so that a person can see what a vocabulary does to
+a text.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,9 +33,11 @@ def of_passages(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[str, int]]]:
-    """Each text in pieces, each with the tokens that it is cut into: more than one where they share a character.
+    """Each text in pieces, each with the tokens that it is cut into: more than one where they share
+    a character.
 
-    The pieces joined are the text. What no token covers (a space that the tokenizer trims off) goes with the token behind it.
+    The pieces joined are the text. What no token covers (a space that the tokenizer trims off) goes
+    with the token behind it.
     """
     encodings = plain_backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
     return [

@@ -1,1 +1,3 @@
-"""Small tools that know nothing of models: files, digests, parameter paths, progress, compiling, stopping."""
+"""Small tools that know nothing of models: files, digests, parameter paths, progress, compiling,
+stopping.
+"""

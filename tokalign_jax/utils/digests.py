@@ -43,7 +43,8 @@ class Digests:
 
     def of(self, files: Sequence[Path]) -> str:
         """One digest of several files: names, sizes and contents, so the same for a copy of
-        them."""
+        them.
+        """
         sha = hashlib.sha256()
         for path, content in zip(files, self.each(files)):
             if content:

@@ -1,7 +1,8 @@
-"""Parameters by path: `layers/attention/q_proj/kernel` is the keys of the nested dict joined by "/".
+"""Parameters by path: `layers/attention/q_proj/kernel` is the keys of the nested dict joined by
+"/".
 
-One mechanism says what trains, what decays and how something is placed: an ordered list of (regular expression, label),
-the first match wins.
+One mechanism says what trains, what decays and how something is placed: an ordered list of (regular
+expression, label), the first match wins.
 """
 
 import re
@@ -48,12 +49,14 @@ def label(rules: Sequence[tuple[str, Label]], path: str) -> Label:
         if re.search(pattern, path):
             return label
     raise ValueError(
-        f"no rule matches parameter '{path}' (rules: {', '.join(repr(pattern) for pattern, _ in rules)})"
+        f"no rule matches parameter '{path}' (rules: "
+        f"{', '.join(repr(pattern) for pattern, _ in rules)})"
     )
 
 
 def label_tree(rules: Sequence[tuple[str, Any]], tree: Mapping[str, Any]) -> Tree:
-    """The tree with each leaf replaced by the label of the first rule whose expression is found in its path.
+    """The tree with each leaf replaced by the label of the first rule whose expression is found in
+    its path.
 
     Raises:
       ValueError: for a path that no rule matches, naming it.

@@ -1,4 +1,6 @@
-"""Progress lines that work without a terminal: share, rate and time left, at most one every few seconds."""
+"""Progress lines that work without a terminal: share, rate and time left, at most one every few
+seconds.
+"""
 
 import time
 from collections.abc import Callable

@@ -1,8 +1,9 @@
-"""A request to stop, by SIGTERM (a preemption, `scancel`, `kill`) or Ctrl-C: seen at the next good moment, not at once.
+"""A request to stop, by SIGTERM (a preemption, `scancel`, `kill`) or Ctrl-C: seen at the next good
+moment, not at once.
 
-Training looks between steps and writes a checkpoint first; other stages look at their next progress line and start over
-when the same command runs again. Of several processes one may be asked and all stop, training at the same step
-(`distributed` joins them).
+Training looks between steps and writes a checkpoint first; other stages look at their next progress
+line and start over when the same command runs again. Of several processes one may be asked and all
+stop, training at the same step (`distributed` joins them).
 """
 
 import os
@@ -16,11 +17,14 @@ EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on."""
 
 SAME_REQUEST = 1.0
-"""Seconds in which a second signal is the same request: some ask a process and its group, and so twice."""
+"""Seconds in which a second signal is the same request: some ask a process and its group, and so
+twice."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has left everything so that the same command goes on. `main` exits with 75."""
+    """The run was asked to stop and has left everything so that the same command goes on. `main`
+    exits with 75.
+    """
 
 
 class _Request:
@@ -36,7 +40,9 @@ _request = _Request()
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Turns the first SIGTERM or SIGINT into a request; another one, a second later or more, kills at once."""
+    """Turns the first SIGTERM or SIGINT into a request; another one, a second later or more, kills
+    at once.
+    """
     owner, before = os.getpid(), {}
     _request.when = None
 
@@ -73,27 +79,32 @@ def asked() -> bool:
 
 
 def requested() -> bool:
-    """Between the steps of a loop that all processes run: whether to stop now, the same answer for all at the same step."""
+    """Between the steps of a loop that all processes run: whether to stop now, the same answer for
+    all at the same step.
+    """
     return _request.agreed() if _request.agreed else asked()
 
 
 def check() -> None:
-    """
-    Raises:
-      Stopped: this process was asked to stop, and nobody waits for what it does (`alone`).
+    """Raises:
+    Stopped: this process was asked to stop, and nobody waits for what it does (`alone`).
     """
     if asked() and _request.alone:
         raise Stopped("asked to stop")
 
 
 def join(agreed: Callable[[], bool] | None) -> None:
-    """From now on `agreed` answers `requested` for several processes; with None this process is by itself again."""
+    """From now on `agreed` answers `requested` for several processes; with None this process is by
+    itself again.
+    """
     _request.agreed, _request.alone = agreed, agreed is None
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What one of several processes does by itself, while the others wait for its end: it may stop in the middle."""
+    """What one of several processes does by itself, while the others wait for its end: it may stop
+    in the middle.
+    """
     before, _request.alone = _request.alone, True
     try:
         yield
