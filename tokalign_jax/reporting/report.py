@@ -107,7 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def version(package: str) -> str:
-    """Return a package's version; empty where it is not installed."""
+    """Return a package's version, or say that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
