@@ -29,7 +29,7 @@ _MAIN = (
 )
 """What of a config says how a model was made, and of each training stage in it:"""
 
-_OF_STAGE = ("method", "steps", "learning_rate", "batch_size", "sequence_length")
+_OF_STAGE = ("method", "objective", "steps", "learning_rate", "batch_size", "sequence_length")
 _OF_STAGE += ("divergence", "mixture", "temperature", "weight")
 
 
