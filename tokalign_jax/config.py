@@ -471,6 +471,9 @@ class ExportConfig:
 
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Type of the written weights; `source`: each weight keeps the type it had."""
+    adapters: Literal["merged", "apart"] = "merged"
+    """Where adapters of LoRA go: into the weights, or (`apart`) into a PEFT folder `adapter` inside
+    the export, whose own weights are then what the adapters were trained on, with the new rows."""
     max_shard_bytes: int = within(1_000_000, 10**15, 5_000_000_000)
     """Size past which the weights are split over several files."""
     push_to_hub: str = ""

@@ -10,7 +10,7 @@ from tokalign_jax.alignment import alignment, methods, vectors
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, chat_questions
 from tokalign_jax.initialization.start import not_finite
-from tokalign_jax.models import hub, huggingface, opening
+from tokalign_jax.models import hub, huggingface, opening, peft
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
 from tokalign_jax.pipeline import held_out
@@ -61,6 +61,8 @@ def check(context: Context) -> None:
       UserError: naming what is wrong with the model, a tokenizer, the corpus, the alignment file or
         a length.
     """
+    if context.config.export.adapters == "apart":
+        peft.check(context.inputs.source_model[0])
     config = context.config
     model, _ = context.inputs.source_model
     huggingface.check_weights(context.inputs.source_folder, model)

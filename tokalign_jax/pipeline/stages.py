@@ -25,7 +25,7 @@ from tokalign_jax.config import (
 from tokalign_jax.evaluation import measures, overlap, samples
 from tokalign_jax.initialization import contexts, initialization, self_corpus, self_text
 from tokalign_jax.initialization.start import make_start
-from tokalign_jax.models import hub, huggingface, opening
+from tokalign_jax.models import hub, huggingface, opening, peft, serving
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
 from tokalign_jax.parallel import distributed
@@ -302,12 +302,18 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
     base, config, changes = state_of(context, states)
     _, raw = context.inputs.source_model
     folder = context.folder("export")
+    apart = changes.adapters if context.config.export.adapters == "apart" else {}
+    if apart:
+        changes = changes._replace(adapters={})
     read = training_states.reader(base, config, changes)
     if exports_as_llama(context):
         if context.inputs.derives:  # only now is there a tokenizer to try
             warn_of_llama(context)
         config, read, raw = qwen.as_llama(config, read, raw)
     _write(context, "export", config, read, raw, context.config.export.dtype)
+    if apart:
+        names = huggingface.stored_dtypes(context.inputs.source_folder)
+        peft.save_adapters(folder / peft.FOLDER, config, apart, names, distributed.is_first())
     return distributed.on_first(lambda: _publish(context, states, config, folder))
 
 
@@ -321,12 +327,16 @@ def _publish(
         with.
     """
     opening.check_export(folder, context.inputs.target_tokenizer)
+    target = None if context.inputs.derives else context.inputs.target_folder
+    written = hub.read_json(folder / "config.json") or {}
+    for warning in serving.warnings(written, context.inputs.target_tokenizer, target):
+        context.log(f"warning: {warning}")
     terms = hub.copy_terms(context.inputs.source_folder, folder)
     facts = card_facts.facts(
         context.config, context.workdir, states, model, context.inputs.source_folder, terms
     )
     (folder / CARD).write_text(model_card(facts), encoding="utf-8", errors="replace")
-    done = {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())}
+    done = {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*"))}
     if repository := context.config.export.push_to_hub:
         done["pushed_to"] = hub.push_to_hub(folder, repository)
         context.log(f"export: pushed to {done['pushed_to']}")
