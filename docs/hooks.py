@@ -1,7 +1,6 @@
 """MkDocs hooks: make the reference pages from the code; unlink files outside docs/."""
 
 import contextlib
-import html
 import inspect
 import io
 import re
@@ -29,7 +28,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def config_fields() -> str:
-    """Return a table of every group of config fields."""
+    """Return a list of the fields of every group."""
     lines: list[str] = []
     rows: dict[str, list[config_reference.Field]] = {"": []}
     groups: dict[str, config_reference.Field] = {}
@@ -44,17 +43,14 @@ def config_fields() -> str:
         lines += [f"## {title}", ""]
         if name:
             lines += [" ".join(groups[name].description.split()), ""]
-        lines += ["| field | type | default | bounds | |", "|---|---|---|---|---|"]
-        lines += [_row(field) for field in fields] + [""]
+        lines += [_entry(field) for field in fields] + [""]
     return "\n".join(lines)
 
 
-def _row(field: config_reference.Field) -> str:
-    bounds = "" if field.bounds is None else f"{field.bounds[0]:g} to {field.bounds[1]:g}"
-    text = html.escape(" ".join(field.description.split()), quote=False).replace("|", "\\|")
-    last = field.name.rpartition(".")[2]
-    kind = field.type.replace("|", "\\|")
-    return f"| `{last}` | `{kind}` | `{field.default!r}` | {bounds} | {text} |"
+def _entry(field: config_reference.Field) -> str:
+    bounds = "" if field.bounds is None else f", {field.bounds[0]:g} to {field.bounds[1]:g}"
+    name, text = field.name.rpartition(".")[2], " ".join(field.description.split())
+    return f"- **`{name}`** = `{field.default!r}` (`{field.type}`{bounds})<br>{text}"
 
 
 def api() -> str:
