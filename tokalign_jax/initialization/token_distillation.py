@@ -20,7 +20,7 @@ Letters: m new tokens, V source tokens, n snippets, S their length, B batch, D m
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +178,14 @@ def _merge(
 # --- Training -------------------------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    """Snippets on the devices."""
+
+    original: Int[Array, "B S"]
+    merged: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+
+
 class _State(NamedTuple):
     change: Float[Array, "R D"]
     """What is added to the table."""
@@ -277,10 +285,11 @@ _ADAM = optax.scale_by_adam(0.9, 0.999, 1e-8)
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnums=0)
 def _step(
-    state: _State, frozen: _Frozen, batch: Snippets, rate: Float[Array, ""], *, settings: _Settings
+    state: _State, frozen: _Frozen, batch: Batch, rate: Float[Array, ""], *, settings: _Settings
 ) -> _State:
     with sharding.within(settings.mesh):
         gradient = jax.grad(_loss)(state.change, frozen, batch, settings)
+        direction: Any
         direction, optimizer = _ADAM.update(gradient, state.optimizer)
         split = sharding.sharding_of(TABLE, state.change.shape, settings.mesh)
         change = jax.lax.with_sharding_constraint(state.change - rate * direction, split)
@@ -299,14 +308,14 @@ def _mean_loss(
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _loss_of(
-    change: Float[Array, "R D"], frozen: _Frozen, batch: Snippets, *, settings: _Settings
+    change: Float[Array, "R D"], frozen: _Frozen, batch: Batch, *, settings: _Settings
 ) -> Float[Array, ""]:
     with sharding.within(settings.mesh):
         return _loss(change, frozen, batch, settings)
 
 
 def _loss(
-    change: Float[Array, "R D"], frozen: _Frozen, batch: Snippets, settings: _Settings
+    change: Float[Array, "R D"], frozen: _Frozen, batch: Batch, settings: _Settings
 ) -> Float[Array, ""]:
     """The mean squared difference of hidden states over all tokens of `merged` and all of D."""
     table = frozen.model["embed_tokens"]["embedding"] + frozen.free * change
@@ -340,6 +349,6 @@ def _batches(
         )
 
 
-def _put(batch: Snippets, mesh: Mesh) -> Snippets:
+def _put(batch: Snippets, mesh: Mesh) -> Batch:
     split = NamedSharding(mesh, P(sharding.BATCH))
-    return Snippets(*(sharding.put(values, split) for values in batch))
+    return Batch(*(sharding.put(values, split) for values in batch))
