@@ -329,6 +329,7 @@ def _picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             textcoords="offset points",
         )
     axes.set_xscale("log")
+    axes.margins(x=0.15)
     axes.set_xlabel("minutes from text to model")
     axes.set_ylabel("mean ability")
     axes.legend(loc="lower right")
