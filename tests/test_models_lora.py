@@ -133,3 +133,22 @@ def _without(params):
     return paths.unflatten(
         {path: leaf for path, leaf in paths.flatten(params).items() if "lora" not in path}
     )
+
+
+def test_projections_that_read_the_same_share_a_product():
+    """In the lowered forward pass of a layer: products of inputs with A for two groups, not five."""
+    config = families.config_from_hf(tiny_model("llama", 60).config.to_dict())
+    spec = LoraSpec(rank=4, alpha=8.0, dropout=0.3)
+    text = (
+        jax.jit(lambda params, key: forward(config, params, TOKENS, lora=spec, dropout_key=key))
+        .lower(abstract_params(config, spec), jax.random.key(0))
+        .as_text()
+    )
+    plain = (
+        jax.jit(lambda params: forward(config, params, TOKENS))
+        .lower(abstract_params(config))
+        .as_text()
+    )
+    products = [program.count("stablehlo.dot_general") for program in (text, plain)]
+    # Seven with B; with A one for queries, keys and values, one for gate and up, two for the others.
+    assert products[0] - products[1] == 7 + 4

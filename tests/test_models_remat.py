@@ -9,11 +9,11 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from training_toys import LLAMA, NEOX
 
-from tokalign_jax.models import attention, remat
+from tokalign_jax.models import attention, remat, transformer
 from tokalign_jax.models.config import LayerKind
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.rotary import Rope
-from tokalign_jax.models.transformer import abstract_params, forward
+from tokalign_jax.models.transformer import abstract_params, forward, init_params
 from tokalign_jax.utils import paths
 
 TOKENS = 2, 64
@@ -171,7 +171,9 @@ def test_layers_without_a_loop_compute_nothing_again_and_the_same():
     for a, b in zip(jax.tree.leaves(looped(params)), jax.tree.leaves(flat(params))):
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=0)
     products = config.num_layers * looped.as_text().count(" dot(")
-    assert 0.9 * products < flat.as_text().count(" dot(") <= products
+    # Fewer, since adapters' first products, of which there is one for all that read the same, are
+    # computed again in a loop only.
+    assert 0.85 * products < flat.as_text().count(" dot(") <= products
 
 
 @pytest.mark.parametrize("policy, runs", [("dots", 1), ("attention", 1), ("layer", 2)])
@@ -196,3 +198,22 @@ def test_cudnn_attention_runs_again_only_where_nothing_is_kept(monkeypatch, poli
 def test_unknown_policy():
     with pytest.raises(ValueError, match="'everything': one of dots, attention, layer"):
         remat.wrap(lambda x: x, "everything")
+
+
+@pytest.mark.parametrize(
+    "layers, at_once",
+    [(16, 16), (36, 36), (40, 40), (48, 48), (61, 31), (64, 32), (80, 40), (126, 42)],
+)
+def test_deep_models_run_in_few_even_turns_on_gpus(layers, at_once, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert transformer._at_once(0, layers, "dots") == at_once
+    assert transformer._at_once(0, layers, "layer") == 1
+    assert transformer._at_once(5, layers, "dots") == 5
+
+
+def test_a_loop_whose_turns_do_not_divide_the_layers_is_the_same():
+    config = config_of("gated", layers=5)
+    params = init_params(config, jax.random.key(0), std=0.3)
+    text = jnp.arange(40)[None] % config.vocab_size
+    looped, at_once = (forward(config, params, text, unroll=unroll) for unroll in (3, 5))
+    np.testing.assert_allclose(looped, at_once, atol=1e-5)

@@ -18,7 +18,7 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.modules import Linear, Norm, apply, each, split
+from tokalign_jax.models.modules import Linear, Norm, apply, each, lows, split
 from tokalign_jax.models.rotary import Rotation, rotate
 
 _Item = TypeVar("_Item", bound=Hashable)
@@ -63,11 +63,16 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         in_key, out_key = split(key, 2)
-        readers: Any = each(x, 3)
-        for_q, for_k, for_v = readers
-        q = self._placed(self._clipped(self.q_proj(for_q, in_key)), self.q_norm, place)
-        k = self._placed(self._clipped(self.k_proj(for_k, in_key)), self.k_norm, place)
-        v = self._heads(self._clipped(self.v_proj(for_v, in_key)))
+        readers: Any = each(x, 4)
+        reading = [self.q_proj, self.k_proj, self.v_proj]
+        reading += [] if self.gate_proj is None else [self.gate_proj]
+        low = lows(reading, readers[3], in_key)
+        q, k, v = (
+            self._clipped(project(states, in_key, part))
+            for project, states, part in zip(reading, readers[:3], low)
+        )
+        q, k = self._placed(q, self.q_norm, place), self._placed(k, self.k_norm, place)
+        v = self._heads(v)
         v = checkpoint_name(v, rematerialization.ATTENTION)
         if place.query_factor is not None:
             q = (q * place.query_factor[:, None, None]).astype(q.dtype)
@@ -80,7 +85,7 @@ class Attention(nnx.Module):
             y = self._attend_cached(q, k, v, place)
         y = y.reshape(*x.shape[:2], -1)
         if self.gate_proj is not None:
-            y = y * jax.nn.sigmoid(self.gate_proj(x, in_key))
+            y = y * jax.nn.sigmoid(self.gate_proj(x, in_key, low[3]))
         return self.o_proj(y, out_key), cache
 
     @staticmethod

@@ -5,6 +5,7 @@ Dimension letters: `transformer`.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,15 +59,30 @@ class Linear(nnx.Module):
             self.lora_a = param(inputs, lora.rank)
             self.lora_b = param(lora.rank, outputs)
 
-    def __call__(self, x: Float[Array, "B T in"], key: jax.Array | None) -> Float[Array, "B T out"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T in"],
+        key: jax.Array | None,
+        low: Float[Array, "B T r"] | None = None,
+    ) -> Float[Array, "B T out"]:
+        """`low`: what `lows` gives for this map; None: it is computed here."""
         y = x @ self.kernel.astype(x.dtype)
         if self.lora:
-            dropped = dropout(x, self.lora.dropout, key)
-            # The factor where there are few numbers: in the rank.
-            low = scaled(dropped @ self.lora_a.astype(x.dtype), self.lora.scale)
+            (low,) = lows([self], x, key) if low is None else (low,)
             y += low @ self.lora_b.astype(x.dtype)
         y = y if self.kept_as is None else checkpoint_name(y, self.kept_as)
         return y if self.bias is None else plus(y, self.bias)
+
+
+def lows(linears: Sequence[Linear], x: Float[Array, "B T in"], key: jax.Array | None) -> list[Any]:
+    """alpha / rank dropout(x) A of linear maps that read the same, in one product; None without adapters."""
+    lora = linears[0].lora
+    if lora is None:
+        return [None] * len(linears)
+    a = jnp.concatenate([linear.lora_a[...].astype(x.dtype) for linear in linears], axis=-1)
+    # The factor where there are few numbers: in the rank.
+    low = scaled(dropout(x, lora.dropout, key) @ a, lora.scale)
+    return jnp.split(low, len(linears), axis=-1)
 
 
 @jax.custom_vjp
@@ -156,8 +172,11 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
         in_key, out_key = split(key, 2)
         activation: Any = self.xielu or ACTIVATIONS[self.activation]
-        y = self.up_proj(x, in_key)
-        y = activation(y) if self.gate_proj is None else activation(self.gate_proj(x, in_key)) * y
+        if self.gate_proj is None:
+            return self.down_proj(activation(self.up_proj(x, in_key)), out_key)
+        for_up, for_gate = lows([self.up_proj, self.gate_proj], x, in_key)
+        y = self.up_proj(x, in_key, for_up)
+        y = activation(self.gate_proj(x, in_key, for_gate)) * y
         return self.down_proj(y, out_key)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.mixers import Place
-from tokalign_jax.models.modules import Linear, param, split
+from tokalign_jax.models.modules import Linear, lows, param, split
 
 CHUNK = 64
 """Tokens of a chunk, within which the delta rule is a few products of matrices."""
@@ -64,10 +64,14 @@ class ShortConvolution(nnx.Module):
         self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
         in_key, out_key = split(key, 2)
-        gated = self.gate_proj(x, in_key) * self.v_proj(x, in_key)
+        reading = [self.gate_proj, self.v_proj, self.output_gate_proj]
+        gate, v, output_gate = (
+            project(x, in_key, low) for project, low in zip(reading, lows(reading, x, in_key))
+        )
+        gated = gate * v
         state = None if cache is None else cache[0]
         y, state = self.convolution(gated, state, place.used)
-        y = self.output_gate_proj(x, in_key) * y
+        y = output_gate * y
         return self.o_proj(y, out_key), None if cache is None else (state,)
 
     @staticmethod
@@ -111,20 +115,24 @@ class DeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         in_key, out_key = split(key, 2)
         states = [None] * 4 if cache is None else list(cache)
+        names = ("q", "k", "v", "gate", "beta", "decay")
+        reading = [getattr(self, f"{name}_proj") for name in names]
+        *qkv, gate, beta, decay = (
+            project(x, in_key, low) for project, low in zip(reading, lows(reading, x, in_key))
+        )
         projected = []
-        for i, name in enumerate(("q", "k", "v")):
-            y = getattr(self, f"{name}_proj")(x, in_key)
+        for i, (name, y) in enumerate(zip(names, qkv)):
             y, states[i] = getattr(self, f"{name}_convolution")(y, states[i], place.used)
             size = self.settings.value_dim if name == "v" else self.settings.key_dim
             projected.append(jax.nn.silu(y).reshape(*x.shape[:2], -1, size).astype(jnp.float32))
-        beta = jax.nn.sigmoid(self.beta_proj(x, in_key).astype(jnp.float32))
-        step = self.decay_proj(x, in_key).astype(jnp.float32) + self.decay_bias.astype(jnp.float32)
+        beta = jax.nn.sigmoid(beta.astype(jnp.float32))
+        step = decay.astype(jnp.float32) + self.decay_bias.astype(jnp.float32)
         decay = -jnp.exp(self.log_decay.astype(jnp.float32)) * jax.nn.softplus(step)
         if place.used is not None:  # padding neither fades the state nor writes to it
             counts = (jnp.arange(x.shape[1]) < place.used)[:, None]
             beta, decay = beta * counts, decay * counts
         y, states[3] = delta_rule(*projected, decay, beta, states[3])
-        y = self._gated(y, self.gate_proj(x, in_key)).astype(x.dtype)
+        y = self._gated(y, gate).astype(x.dtype)
         return self.o_proj(y, out_key), None if cache is None else tuple(states)
 
     def _gated(
