@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity_cases import of, pair, tokens
+from helpers import merge_adapters
+from parity_cases import of, our_logits, pair, tokens
 
 from tokalign_jax.models import remat
+from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.recurrent import CHUNK, delta_rule
 from tokalign_jax.models.transformer import abstract_params, forward, segments
 from tokalign_jax.planning import flops
+from tokalign_jax.utils import paths
 
 
 def token_by_token(q, k, v, decay, beta, state):
@@ -110,3 +113,18 @@ def test_only_layers_with_attention_count_as_such(tmp_path):
         config, layer_kinds=tuple(replace(k, mixer="attention") for k in config.layer_kinds)
     )
     assert flops.attention(config, 100) == flops.attention(whole, 100) * 2 / 5
+
+
+@pytest.mark.parametrize("case", [of("qwen3_5_text")[0], of("lfm2")[0]], ids=lambda c: c.family)
+def test_adapters_of_all_mixers_are_what_is_merged(case, tmp_path):
+    both = pair(case, tmp_path)
+    spec = LoraSpec(rank=2, alpha=6.0, dropout=0.0)
+    leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))
+    for i, path in enumerate(path for path in leaves if path.endswith("lora_b")):
+        leaves[path] = 0.1 * jax.random.normal(jax.random.key(i), leaves[path].shape)
+    params = paths.unflatten(leaves)
+    ours = our_logits(both.config, params, tokens(20), lora=spec)
+    assert np.abs(ours - our_logits(both.config, both.params, tokens(20))).max() > 0.01
+    np.testing.assert_allclose(
+        our_logits(both.config, merge_adapters(params, spec), tokens(20)), ours, atol=2e-4
+    )
