@@ -410,7 +410,9 @@ def test_auto_leaves_what_is_given():
 
 def test_the_disk_and_the_batch_are_looked_at():
     assert "--workdir" in planned(disk_free=1e9).warnings[-1]
-    with pytest.raises(UserError, match=r"stage1.batch_size=64 is not divisible by the 7 .* multiple of 7"):
+    with pytest.raises(
+        UserError, match=r"stage1.batch_size=64 is not divisible by the 7 .* multiple of 7"
+    ):
         planned(replace(CONFIG, mesh=MeshConfig(data=7)), devices=7)
 
 
