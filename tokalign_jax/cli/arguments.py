@@ -97,12 +97,12 @@ def parse_run(
         raise UserError(
             f"--config is given without a file; name one, such as --config {DEFAULT_CONFIG}"
         )
-    given, overrides = flags.parse_known_args(argv)
+    args, overrides = flags.parse_known_args(argv)
     known = [name for action in flags._actions for name in action.option_strings]
     for flag in overrides:
         if flag.startswith("-") and not flag.startswith(("--config.", "--noconfig.")):
             refuse_flag(flag, known)
-    return given, config_files.load(given.config, overrides)
+    return args, config_files.load(args.config, overrides)
 
 
 def _has_value(argv: Sequence[str], place: int) -> bool:
@@ -116,18 +116,18 @@ def refuse_flag(flag: str, known: Sequence[str]) -> NoReturn:
     raise UserError(f"unknown flag '{name}'; the nearest is '{near[0]}'")
 
 
-def workdir_of(given: argparse.Namespace) -> Path:
+def workdir_of(args: argparse.Namespace) -> Path:
     """Return the folder that --workdir names.
 
     Raises:
       UserError: it is missing.
     """
-    if not given.workdir:
+    if not args.workdir:
         raise UserError(
             "--workdir is missing: name a folder for everything the run leaves, such as --workdir "
             "runs/demo"
         )
-    return given.workdir
+    return args.workdir
 
 
 def add_overwrite(flags: argparse.ArgumentParser, flag: str) -> None:

@@ -34,12 +34,12 @@ def main(argv: Sequence[str]) -> int:
         help="folder for compare.json, compare.html and compare.png",
     )
     arguments.add_overwrite(parser, "--output")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
     def command() -> None:
-        if given.output:
-            arguments.refuse_existing("--output", given.output, given.overwrite)
-        print(run(given.runs, given.output))
+        if args.output:
+            arguments.refuse_existing("--output", args.output, args.overwrite)
+        print(run(args.runs, args.output))
 
     return exit_code(command)
 

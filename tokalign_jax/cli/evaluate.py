@@ -90,7 +90,7 @@ class Subject:
 class Inputs:
     """All that is measured on, checked."""
 
-    given: argparse.Namespace
+    args: argparse.Namespace
     context: Context | None
     """Of the run in `--workdir`."""
     subjects: Sequence[Subject]
@@ -104,14 +104,14 @@ class Inputs:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     start = time.monotonic()
     compiling.prepare(
-        alone=not (given.tasks or given.encoder)
+        alone=not (args.tasks or args.encoder)
     )  # which PyTorch computes on the same GPU
     return exit_code(
         lambda: run(
-            given,
+            args,
             lambda line: print(f"[{duration(time.monotonic() - start):>6}] {line}", flush=True),
         )
     )
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--text",
-        help="held-out files, as config.corpus; with --workdir the run's own if this is not given",
+        help="held-out files, as config.corpus; with --workdir the run's own by default",
     )
     parser.add_argument(
         "--training-text",
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--abilities",
         help="multiple-choice questions, as config.evaluation.abilities; with --workdir the run's "
-        "own if this is not given",
+        "own by default",
     )
     parser.add_argument(
         "--max-questions",
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chat-questions",
         help="questions for the chat template, as config.evaluation.chat_questions; with "
-        "--workdir the run's own if this is not given",
+        "--workdir the run's own by default",
     )
     parser.add_argument(
         "--reply-tokens",
@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--other-text",
-        help="files of another kind of text; with --workdir the run's own if this is not given",
+        help="files of another kind of text; with --workdir the run's own by default",
     )
     parser.add_argument("--tasks", type=arguments.names, default=[], help="tasks of lm-eval")
     parser.add_argument(
@@ -253,18 +253,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
+def run(args: argparse.Namespace, log: Log) -> dict[str, Any]:
     """Checks everything, measures, writes and prints; returns what `scores.json` says.
 
     Raises:
       UserError: bad input, before any long work.
     """
-    inputs = check(given, log)
+    inputs = check(args, log)
     content = measure(inputs, log)
-    (given.output / SCORES).write_text(
+    (args.output / SCORES).write_text(
         json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    side_by_side.picture(content, given.output / PICTURE)
+    side_by_side.picture(content, args.output / PICTURE)
     for line in (
         "",
         *pages.terminal(side_by_side.sections(content)),
@@ -272,31 +272,31 @@ def run(given: argparse.Namespace, log: Log) -> dict[str, Any]:
         *side_by_side.warning_lines(content),
     ):
         print(line)
-    print(f"written to {given.output / SCORES} and {given.output / PICTURE}")
+    print(f"written to {args.output / SCORES} and {args.output / PICTURE}")
     return content
 
 
-# --- What is given -------------------------------------------------------------------------------
+# --- Inputs ---------------------------------------------------------------------------------------
 
 
-def check(given: argparse.Namespace, log: Log) -> Inputs:
+def check(args: argparse.Namespace, log: Log) -> Inputs:
     """Reads all that is small, and finds what would fail later."""
-    arguments.refuse_existing("--output", given.output, given.overwrite and given.output.is_dir())
-    if bool(given.models) == bool(given.workdir) or not given.states:
+    arguments.refuse_existing("--output", args.output, args.overwrite and args.output.is_dir())
+    if bool(args.models) == bool(args.workdir) or not args.states:
         raise UserError(
             "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with "
             "--states (not both)"
         )
-    context = _context(given.workdir, log) if given.workdir else None
+    context = _context(args.workdir, log) if args.workdir else None
     if context:
-        _refuse_stale(context, given.states)
+        _refuse_stale(context, args.states)
     subjects = (
-        [_state(context, name) for name in given.states]
+        [_state(context, name) for name in args.states]
         if context
-        else [_folder(n, given.models) for n in given.models]
+        else [_folder(n, args.models) for n in args.models]
     )
     if twice := [
-        s.name for i, s in enumerate(subjects) if s.name in [of.name for of in subjects[:i]]
+        s.name for i, s in enumerate(subjects) if s.name in [entry.name for entry in subjects[:i]]
     ]:
         raise UserError(
             f"two models are called '{twice[0]}': name each once, and give folders of one name "
@@ -305,41 +305,41 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
     settings = context.config.evaluation if context else EvaluationConfig()
     length = min(
         [
-            given.sequence_length or settings.sequence_length,
+            args.sequence_length or settings.sequence_length,
             *(subject.config.max_positions for subject in subjects),
         ]
     )
-    teacher = _folder(given.teacher, [given.teacher]) if given.teacher else None
+    teacher = _folder(args.teacher, [args.teacher]) if args.teacher else None
     if teacher and all(
         gaps := [
             drafting.difference_of_vocabularies(s.tokenizer, teacher.tokenizer) for s in subjects
         ]
     ):
         raise UserError(
-            f"--teacher '{given.teacher}' has another vocabulary than every model to be judged "
+            f"--teacher '{args.teacher}' has another vocabulary than every model to be judged "
             f"({gaps[-1]}): give one with theirs"
         )
-    if not 0 < given.temperature < math.inf:
-        raise UserError(f"--temperature is {given.temperature}; it must be above 0")
-    if given.encoder and not (given.alignment or context):
+    if not 0 < args.temperature < math.inf:
+        raise UserError(f"--temperature is {args.temperature}; it must be above 0")
+    if args.encoder and not (args.alignment or context):
         raise UserError(
             "--encoder is for judging an alignment: give --alignment of --models too, or a "
             "--workdir"
         )
-    if given.tasks:
-        downstream.check(given.tasks, given.task_folder)
-    dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    texts = _texts(given, context, settings.bytes_per_language, log)
+    if args.tasks:
+        downstream.check(args.tasks, args.task_folder)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    texts = _texts(args, context, settings.bytes_per_language, log)
     material = measures.Material(
         texts,
-        _other_texts(given, context, settings, log),
-        _questions(given, settings),
+        _other_texts(args, context, settings, log),
+        _questions(args, settings),
         length,
-        given.batch,
+        args.batch,
         ComputeConfig(dtype=dtype),
-        given.seed,
-        _chat_questions(given, settings),
-        given.reply_tokens or settings.reply_tokens,
+        args.seed,
+        _chat_questions(args, settings),
+        args.reply_tokens or settings.reply_tokens,
     )
     for subject in subjects:
         chat_questions.check(
@@ -350,10 +350,10 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
             subject.config.max_positions,
         )
         abilities.check_lengths(subject.tokenizer, material.questions, subject.config.max_positions)
-    if given.training_text:
-        _training_corpus(given)
+    if args.training_text:
+        _training_corpus(args)
     if teacher:
-        needed = given.prompt_tokens + given.steps
+        needed = args.prompt_tokens + args.steps
         for who, config in (
             ("the teacher", teacher.config),
             *((f"'{s.name}'", s.config) for s in subjects),
@@ -368,20 +368,20 @@ def check(given: argparse.Namespace, log: Log) -> Inputs:
         f"documents, {len(texts)} languages"
     )
     inputs = Inputs(
-        given,
+        args,
         context,
         subjects,
         material,
         teacher,
-        _aligned(given, context, subjects),
-        similarity.sentence_encoder(given.encoder) if given.encoder else None,
+        _aligned(args, context, subjects),
+        similarity.sentence_encoder(args.encoder) if args.encoder else None,
         dtype,
     )
     try:
-        given.output.mkdir(parents=True, exist_ok=True)
+        args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--output '{given.output}' cannot be made ({error.strerror}): name another folder"
+            f"--output '{args.output}' cannot be made ({error.strerror}): name another folder"
         ) from error
     return inputs
 
@@ -408,14 +408,14 @@ def _refuse_stale(context: Context, names: Sequence[str]) -> None:
     """
     models = pipeline.model_states(context.config)
     try:
-        prints = [pipeline.fingerprints_of(context, exported) for exported in models]
+        fingerprints = [pipeline.fingerprints_of(context, exported) for exported in models]
     except UserError:
         return  # what the run was made of is not there any more
     books = pipeline.read_records(context.workdir)
-    for name in ("corpus", *(name for name in names if name in prints[0])):
+    for name in ("corpus", *(name for name in names if name in fingerprints[0])):
         record = books.get(name)
         if record and not (
-            record["finished"] and record["fingerprint"] in {of[name] for of in prints}
+            record["finished"] and record["fingerprint"] in {entry[name] for entry in fingerprints}
         ):
             why = (
                 "was made with other settings than the last command's"
@@ -494,80 +494,80 @@ def _folder(name: str, others: Sequence[str]) -> Subject:
 
 
 def _texts(
-    given: argparse.Namespace, context: Context | None, size: int, log: Log
+    args: argparse.Namespace, context: Context | None, size: int, log: Log
 ) -> dict[str, list[str]]:
     """The held-out text: what is named, else the run's."""
-    if given.text:
-        held_out = documents.read(_corpus(given, given.text), log)
+    if args.text:
+        held_out = documents.read(_corpus(args, args.text), log)
     elif context:
         held_out = documents.held_out(context.folder("corpus"))
     else:
         raise UserError(
             "--text is missing: name the files of held-out text, such as --text=heldout.jsonl"
         )
-    return bits_per_byte.choose(held_out, given.bytes_per_language or size)
+    return bits_per_byte.choose(held_out, args.bytes_per_language or size)
 
 
 def _other_texts(
-    given: argparse.Namespace, context: Context | None, settings: EvaluationConfig, log: Log
+    args: argparse.Namespace, context: Context | None, settings: EvaluationConfig, log: Log
 ) -> dict[str, list[str]]:
     """The text of another kind: what is named, else the run's."""
-    if given.other_text is None:
+    if args.other_text is None:
         return held_out.other_texts(context) if context else {}
-    if not given.other_text:
+    if not args.other_text:
         return {}
-    read = documents.read(_corpus(given, given.other_text), log)
-    return bits_per_byte.choose(read, given.bytes_per_language or settings.bytes_per_language)
+    read = documents.read(_corpus(args, args.other_text), log)
+    return bits_per_byte.choose(read, args.bytes_per_language or settings.bytes_per_language)
 
 
-def _questions(given: argparse.Namespace, settings: EvaluationConfig) -> list[abilities.Question]:
+def _questions(args: argparse.Namespace, settings: EvaluationConfig) -> list[abilities.Question]:
     """The questions that are named, else the run's."""
-    names = settings.abilities if given.abilities is None else given.abilities
-    most = settings.max_questions if given.max_questions is None else given.max_questions
+    names = settings.abilities if args.abilities is None else args.abilities
+    most = settings.max_questions if args.max_questions is None else args.max_questions
     return abilities.read(names, most) if names else []
 
 
 def _chat_questions(
-    given: argparse.Namespace, settings: EvaluationConfig
+    args: argparse.Namespace, settings: EvaluationConfig
 ) -> list[chat_questions.ChatQuestion]:
     """The chat questions that are named, else the run's."""
-    name = settings.chat_questions if given.chat_questions is None else given.chat_questions
-    most = settings.max_questions if given.max_questions is None else given.max_questions
+    name = settings.chat_questions if args.chat_questions is None else args.chat_questions
+    most = settings.max_questions if args.max_questions is None else args.max_questions
     return chat_questions.read(name, most) if name else []
 
 
-def _corpus(given: argparse.Namespace, names: str) -> Config:
+def _corpus(args: argparse.Namespace, names: str) -> Config:
     """`names` as a corpus, looked at."""
     config = Config(
         corpus=names,
-        text=TextConfig(text_field=given.text_field, language_field=given.language_field),
+        text=TextConfig(text_field=args.text_field, language_field=args.language_field),
     )
     documents.check(config)
     return config
 
 
-def _training_corpus(given: argparse.Namespace) -> Config:
+def _training_corpus(args: argparse.Namespace) -> Config:
     return _corpus(
-        argparse.Namespace(text_field=given.text_field, language_field=""), given.training_text
+        argparse.Namespace(text_field=args.text_field, language_field=""), args.training_text
     )
 
 
 def _training(inputs: Inputs, log: Log) -> Iterator[list[documents.Document]] | None:
     """The training text in batches, where it is known."""
-    given, context = inputs.given, inputs.context
-    if given.training_text:
-        return map(list, documents.in_groups(documents.read(_training_corpus(given), log)))
+    args, context = inputs.args, inputs.context
+    if args.training_text:
+        return map(list, documents.in_groups(documents.read(_training_corpus(args), log)))
     return documents.train_batches(context.folder("corpus")) if context else None
 
 
 def _aligned(
-    given: argparse.Namespace, context: Context | None, subjects: Sequence[Subject]
+    args: argparse.Namespace, context: Context | None, subjects: Sequence[Subject]
 ) -> alignment.Alignment | None:
     """The alignment of a later subject's tokenizer to the first one's: that which is named, else
     the run's.
     """
-    path = given.alignment or (context.folder("align") if context else None)
-    if path is None or (not given.alignment and (len(subjects) < 2 or subjects[0].name != SOURCE)):
+    path = args.alignment or (context.folder("align") if context else None)
+    if path is None or (not args.alignment and (len(subjects) < 2 or subjects[0].name != SOURCE)):
         return None
     if len(subjects) < 2:
         raise UserError(
@@ -576,12 +576,12 @@ def _aligned(
     return alignment.load(path, subjects[0].tokenizer, subjects[1].tokenizer)
 
 
-# --- What is measured ----------------------------------------------------------------------------
+# --- Measuring ------------------------------------------------------------------------------------
 
 
 def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     """Everything, as `scores.json` has it."""
-    given, subjects = inputs.given, inputs.subjects
+    args, subjects = inputs.args, inputs.subjects
     # First, and in a process of its own, while the memory of a GPU is free.
     tasks = _tasks(inputs, log)
     training = _training(inputs, log)
@@ -630,7 +630,7 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     return {
         "models": models,
         "differences": {
-            s.name: _difference(costs[s.name], costs[subjects[0].name], given.seed) for s in others
+            s.name: _difference(costs[s.name], costs[subjects[0].name], args.seed) for s in others
         },
         **(
             {"teacher": {"name": inputs.teacher.name, "folder": str(inputs.teacher.folder)}}
@@ -640,7 +640,7 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
         **aligned,
         **overlapping,
         "settings": {
-            **{k: _plain(v) for k, v in vars(given).items()},
+            **{k: _plain(v) for k, v in vars(args).items()},
             "sequence_length": inputs.material.sequence_length,
             "dtype": inputs.dtype,
         },
@@ -651,29 +651,32 @@ def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
 
 def _tasks(inputs: Inputs, log: Log) -> dict[str, dict[str, Any]]:
     """By model; states without a folder have none."""
-    given = inputs.given
-    within = [(s.name, s.folder) for s in inputs.subjects if s.folder] if given.tasks else []
+    args = inputs.args
+    within = [(s.name, s.folder) for s in inputs.subjects if s.folder] if args.tasks else []
     if not within:
         return {}
-    log(f"tasks: {', '.join(given.tasks)} on {', '.join(name for name, _ in within)}, by lm-eval")
+    log(f"tasks: {', '.join(args.tasks)} on {', '.join(name for name, _ in within)}, by lm-eval")
     found = downstream.run_apart(
-        [folder for _, folder in within], given.tasks, given.task_folder, given.limit
+        [folder for _, folder in within], args.tasks, args.task_folder, args.limit
     )
-    return {name: {"tasks": of} for (name, _), of in zip(within, found)}
+    return {name: {"tasks": entry} for (name, _), entry in zip(within, found)}
 
 
 def _scores(inputs: Inputs, costs: Mapping[str, bits_per_byte.Costs]) -> dict[str, Any]:
     """Bits per byte, bytes per token and fertility, by language and pooled."""
-    seed = inputs.given.seed
-    counted = {language: int(words(of).sum()) for language, of in inputs.material.texts.items()}
+    seed = inputs.args.seed
+    counted = {
+        language: int(words(entry).sum()) for language, entry in inputs.material.texts.items()
+    }
 
-    def with_words(of: dict[str, Any], count: int) -> dict[str, Any]:
-        return {**of, "words": count, "fertility": fertility(of["tokens"], count)}
+    def with_words(entry: dict[str, Any], count: int) -> dict[str, Any]:
+        return {**entry, "words": count, "fertility": fertility(entry["tokens"], count)}
 
     by_language = bits_per_byte.summaries(costs, seed)
     return {
         "languages": {
-            language: with_words(of, counted[language]) for language, of in by_language.items()
+            language: with_words(entry, counted[language])
+            for language, entry in by_language.items()
         },
         "pooled": with_words(bits_per_byte.summary([*costs.values()], seed), sum(counted.values())),
     }
@@ -683,8 +686,8 @@ def _difference(
     costs: Mapping[str, bits_per_byte.Costs], first: Mapping[str, bits_per_byte.Costs], seed: int
 ) -> dict[str, Any]:
     by_language = {
-        language: bits_per_byte.difference([of], [first[language]], seed)
-        for language, of in costs.items()
+        language: bits_per_byte.difference([entry], [first[language]], seed)
+        for language, entry in costs.items()
     }
     return {
         "languages": by_language,
@@ -695,23 +698,25 @@ def _difference(
 def _speed(
     inputs: Inputs, subject: Subject, model: drafting.Model, tokens: int, log: Log
 ) -> dict[str, Any]:
-    given, prompts = inputs.given, samples.passages(inputs.material.texts, 2)
+    args, prompts = inputs.args, samples.passages(inputs.material.texts, 2)
     params = jax.tree.map(lambda x: x.astype(inputs.dtype), model.params)
     found = speed.measure(
         model.config,
         params,
         subject.tokenizer,
         prompts,
-        steps=given.steps,
-        repeats=given.repeats,
+        steps=args.steps,
+        repeats=args.repeats,
         dtype=inputs.dtype,
     )
-    of = found.summary([text for group in inputs.material.texts.values() for text in group], tokens)
+    entry = found.summary(
+        [text for group in inputs.material.texts.values() for text in group], tokens
+    )
     log(
-        f"{subject.name}: {found.median:.1f} steps/s, {of['characters_per_second']:.0f} "
+        f"{subject.name}: {found.median:.1f} steps/s, {entry['characters_per_second']:.0f} "
         f"characters/s"
     )
-    return of
+    return entry
 
 
 def _drafting(
@@ -725,18 +730,18 @@ def _drafting(
 ) -> dict[str, Any]:
     if gap := drafting.difference_of_vocabularies(subject.tokenizer, big.tokenizer):
         return {"not_comparable": gap}
-    given = inputs.given
+    args = inputs.args
     return {
         "languages": drafting.acceptance(
             model,
             teacher,
             big.tokenizer,
             inputs.material.texts,
-            gamma=given.gamma,
-            temperature=given.temperature,
-            prompts=given.prompts,
-            length=given.prompt_tokens,
-            steps=given.steps,
+            gamma=args.gamma,
+            temperature=args.temperature,
+            prompts=args.prompts,
+            length=args.prompt_tokens,
+            steps=args.steps,
             dtype=inputs.dtype,
             mesh=mesh,
             log=log,
@@ -752,12 +757,12 @@ def _alignment(
     source, target = (subject.tokenizer for subject in inputs.subjects[:2])
     every = [
         (language, line)
-        for language, of in inputs.material.texts.items()
-        for text in of
+        for language, entry in inputs.material.texts.items()
+        for text in entry
         for line in text.splitlines()
         if line.strip()
     ]
-    chosen = np.random.default_rng(inputs.given.seed).permutation(len(every))[: inputs.given.lines]
+    chosen = np.random.default_rng(inputs.args.seed).permutation(len(every))[: inputs.args.lines]
     lines: dict[str, list[str]] = {}
     for i in np.sort(chosen):
         lines.setdefault(every[i][0], []).append(every[i][1])
@@ -767,13 +772,13 @@ def _alignment(
         model.config, model.params, source, inputs.dtype
     )
     by_language = similarity.compare(mapping, source, target, lines, encode)
-    for language, of in by_language.items():
-        of["bleu_1"] = scoring.score(mapping, source, target, lines[language])
+    for language, entry in by_language.items():
+        entry["bleu_1"] = scoring.score(mapping, source, target, lines[language])
     return {
         "bleu_1": scoring.score(
-            mapping, source, target, [line for of in lines.values() for line in of]
+            mapping, source, target, [line for entry in lines.values() for line in entry]
         ),
-        "embedded_by": Path(inputs.given.encoder).name
+        "embedded_by": Path(inputs.args.encoder).name
         if inputs.encoder
         else "the mean final states of the first model",
         "languages": by_language,

@@ -33,12 +33,12 @@ STATE_FILE = "stages.json"
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
 
     def command() -> None:
-        if given.html:
-            arguments.refuse_existing("--html", given.html, given.overwrite)
-        show(given, subject(given))
+        if args.html:
+            arguments.refuse_existing("--html", args.html, args.overwrite)
+        show(args, subject(args))
 
     return exit_code(command)
 
@@ -77,48 +77,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(given: argparse.Namespace, of: inspection.Subject) -> None:
+def show(args: argparse.Namespace, subject: inspection.Subject) -> None:
     """The named tokens, or the report where none is, on the terminal; both in the page."""
-    ids = [i for text in given.token for i in inspection.find(of.target, text)] + given.id
+    ids = [i for text in args.token for i in inspection.find(subject.target, text)] + args.id
     tokens = [
         section
         for i in dict.fromkeys(ids)
-        for section in inspection.explain(of, i, given.neighbours)
+        for section in inspection.explain(subject, i, args.neighbours)
     ]
-    report = inspection.report(of) if given.html or not tokens else []
-    if given.html:
-        title = f"Alignment of {of.target.name} to {of.source.name}"
+    report = inspection.report(subject) if args.html or not tokens else []
+    if args.html:
+        title = f"Alignment of {subject.target.name} to {subject.source.name}"
         try:
-            given.html.write_text(pages.html(title, [*tokens, *report]), encoding="utf-8")
+            args.html.write_text(pages.html(title, [*tokens, *report]), encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"--html '{given.html}' cannot be written ({error}); name a file in a folder that "
+                f"--html '{args.html}' cannot be written ({error}); name a file in a folder that "
                 f"exists"
             ) from error
     print(
         "\n".join(pages.terminal(tokens or report)),
-        *([f"\nwritten to {given.html}"] if given.html else []),
+        *([f"\nwritten to {args.html}"] if args.html else []),
         sep="\n",
     )
 
 
-def subject(given: argparse.Namespace) -> inspection.Subject:
+def subject(args: argparse.Namespace) -> inspection.Subject:
     """What is inspected, from a workdir or from an alignment and two tokenizers.
 
     Raises:
-      UserError: neither is given, or what is given holds no finished alignment.
+      UserError: neither is named, or it holds no finished alignment.
     """
     settings: dict[str, Any] = {}
     end_of_text = ""
-    names = {"source_model": given.source_model, "target_tokenizer": given.target_tokenizer}
-    if given.workdir:
-        run, settings = _workdir(given.workdir)
+    names = {"source_model": args.source_model, "target_tokenizer": args.target_tokenizer}
+    if args.workdir:
+        run, settings = _workdir(args.workdir)
         names = {role: name or run[role] for role, name in names.items()}
-        if (file := given.workdir / "config.json").is_file():
+        if (file := args.workdir / "config.json").is_file():
             end_of_text = json.loads(file.read_text(encoding="utf-8")).get("end_of_text", "")
         if names["target_tokenizer"] in DERIVED:
-            names["target_tokenizer"] = str(given.workdir / names["target_tokenizer"])
-    elif not (given.alignment and all(names.values())):
+            names["target_tokenizer"] = str(args.workdir / names["target_tokenizer"])
+    elif not (args.alignment and all(names.values())):
         raise UserError(
             "nothing to inspect: give --workdir of a run, or --alignment with --source-model and "
             "--target-tokenizer"
@@ -136,11 +136,11 @@ def subject(given: argparse.Namespace) -> inspection.Subject:
     if (folders["source"] / "config.json").is_file():
         rows = hub.load_config(folders["source"])[0].vocab_size
         tokenizers["source"] = within_rows(tokenizers["source"], rows, names["source_model"])
-    path = given.alignment or given.workdir / "align"
+    path = args.alignment or args.workdir / "align"
     found = alignment.load(path, tokenizers["source"], tokenizers["target"])
     sides = {
         side: inspection.vocabulary(
-            tokenizer, "/".join(folders[side].parts[-2:]), _counts(given.workdir, side)
+            tokenizer, "/".join(folders[side].parts[-2:]), _counts(args.workdir, side)
         )
         for side, tokenizer in tokenizers.items()
     }

@@ -43,15 +43,15 @@ def _plan(argv: Sequence[str], prefix: str) -> None:
     if prefix:  # taken by the run that it is the plan of, and without effect here
         flags.add_argument("--stages")
         arguments.add_processes(flags)
-    given, values = arguments.parse_run(flags, argv)
+    args, values = arguments.parse_run(flags, argv)
     config = config_from_dict(values)
 
     from tokalign_jax.planning.machine import Machine, Speed
     from tokalign_jax.planning.report import plan_run
     from tokalign_jax.utils import compiling
 
-    if not given.devices:
+    if not args.devices:
         compiling.prepare()  # of the devices here the run gets as much memory
-    machine = Machine.of(given.devices, given.device_memory, given.host_memory)
-    speed = Speed.of(given.tokens_per_second, given.throughput, given.mfu, given.peak)
-    print(plan_run(config, given.workdir, machine, speed).table())
+    machine = Machine.of(args.devices, args.device_memory, args.host_memory)
+    speed = Speed.of(args.tokens_per_second, args.throughput, args.mfu, args.peak)
+    print(plan_run(config, args.workdir, machine, speed).table())

@@ -36,12 +36,12 @@ def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None
         "--stages", type=arguments.names, help="only these, and unfinished ones that they need"
     )
     arguments.add_processes(flags)
-    given, values = arguments.parse_run(flags, argv)
-    config, workdir = config_from_dict(values), arguments.workdir_of(given)
+    args, values = arguments.parse_run(flags, argv)
+    config, workdir = config_from_dict(values), arguments.workdir_of(args)
 
     def work(log: Log) -> None:
         from tokalign_jax import pipeline
 
-        pipeline.run(config, workdir, given.stages, log)
+        pipeline.run(config, workdir, args.stages, log)
 
-    return given, work
+    return args, work

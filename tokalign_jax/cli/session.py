@@ -14,14 +14,14 @@ from tokalign_jax.utils import compiling, stopping
 from tokalign_jax.utils.progress import Log, duration
 
 
-def session(given: argparse.Namespace, work: Callable[[Log], None]) -> int:
+def session(args: argparse.Namespace, work: Callable[[Log], None]) -> int:
     """Do `work`; return the exit code. A process that fails ends all others with its code."""
     start = time.monotonic()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
     try:
         with (
-            distributed.running(given.coordinator, given.processes, given.process),
+            distributed.running(args.coordinator, args.processes, args.process),
             stopping.listening(),
             naming_long_paths(),
         ):
@@ -29,7 +29,7 @@ def session(given: argparse.Namespace, work: Callable[[Log], None]) -> int:
             work(logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
             taken = duration(time.monotonic() - start)
-            _print(f"finished in {taken}; everything is in {workdir_of(given)}")
+            _print(f"finished in {taken}; everything is in {workdir_of(args)}")
         return 0
     except stopping.Stopped as stopped:
         complain(f"{_process()}{stopped}: the same command goes on from here")

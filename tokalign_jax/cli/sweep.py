@@ -55,10 +55,10 @@ def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None
     )
     flags.add_argument("--keep", action="store_true", help="keep the weights of all runs")
     arguments.add_processes(flags)
-    given, values = arguments.parse_run(flags, argv)
-    workdir = arguments.workdir_of(given)
-    configs = configs_of(values, runs_of(given.config), given.only)
-    return given, lambda log: run(configs, workdir, given.keep, log)
+    args, values = arguments.parse_run(flags, argv)
+    workdir = arguments.workdir_of(args)
+    configs = configs_of(values, runs_of(args.config), args.only)
+    return args, lambda log: run(configs, workdir, args.keep, log)
 
 
 def runs_of(file: str) -> Mapping[str, Mapping[str, Any]]:

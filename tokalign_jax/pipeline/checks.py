@@ -55,7 +55,7 @@ def _template_tokenizer(context: Context) -> PreTrainedTokenizerBase:
 
 
 def check(context: Context) -> None:
-    """Finds what would fail later, before any long work.
+    """Find what would fail later, before any long work.
 
     Raises:
       UserError: naming what is wrong with the model, a tokenizer, the corpus, the alignment file or
@@ -141,7 +141,7 @@ def _check_two_readings(context: Context) -> None:
 
 
 def _check_pruning(context: Context) -> None:
-    """That the source's tokenizer can be pruned, and that nothing else is to make its alignment."""
+    """Check that the source's tokenizer can be pruned, and nothing else makes its alignment."""
     pruning.check(context.inputs.source_tokenizer)
     config, end_of_text = context.config.alignment, context.config.end_of_text
     for name in ("file", "donor", "source_vectors", "target_vectors"):
@@ -159,7 +159,7 @@ def _check_pruning(context: Context) -> None:
 
 
 def _check_measures(context: Context) -> None:
-    """Whether questions and other text can be measured, and what is to be known of numbers."""
+    """Check that questions and other text can be measured; warn of numbers."""
     tokenizers = [
         context.inputs.source_tokenizer,
         *([] if context.inputs.derives else [context.inputs.target_tokenizer]),
@@ -226,7 +226,7 @@ def _check_teacher(context: Context, folder: Path, model: ModelConfig) -> None:
 
 
 def _check_donor(context: Context) -> None:
-    """That method `omp` has a donor with the target tokenizer, and no other method has one."""
+    """Check that method `omp` has a donor with the target tokenizer, and no other method one."""
     config = context.config.alignment
     if config.method != "omp" or config.file:
         if config.donor:
@@ -312,7 +312,7 @@ With more the model is broken."""
 
 
 def check_finite(context: Context) -> None:
-    """Reads all weights of the source model, before the work that a broken one would waste.
+    """Read all weights of the source model, before the work that a broken one would waste.
 
     Raises:
       UserError: a weight of its layers, or the rows of many tokens, hold NaN or infinity.

@@ -30,24 +30,24 @@ class Stage:
 
     Attributes:
       name: also its folder under the workdir.
-      says: what it does, for the log.
+      description: what it does, for the log.
       needs: names of the stages whose artefacts it reads.
       settings: the part of the config (and the identity of outside files) that its result depends
         on.
       run: writes the artefact into `context.folder(name)` and returns a summary for the record.
       resumes: whether an interrupted run continues from what is in its folder.
-      together: whether all processes run it, each on its own devices; else the first alone does.
+      on_all_processes: whether all processes run it, each on its own devices; else the first.
       is_whole: whether all that it left when it finished is still there; if not it goes on with
         what is.
     """
 
     name: str
-    says: str
+    description: str
     needs: tuple[str, ...]
     settings: Mapping[str, Any]
     run: Callable[[Context], Mapping[str, Any] | None]
     resumes: bool = False
-    together: bool = False
+    on_all_processes: bool = False
     is_whole: Callable[[Context], bool] = lambda context: True
 
 
@@ -86,7 +86,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
             {name: stage, "data": config_to_dict(config.data), **compute, **seed},
             lambda c: stages.train(c, name, before),
             resumes=True,
-            together=True,
+            on_all_processes=True,
             is_whole=lambda c: states.is_trained(c, name),
         )
 
@@ -109,7 +109,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
                 **seed,
             },
             lambda c: stages.evaluate(c, state, reached),
-            together=True,
+            on_all_processes=True,
         )
 
     reached = models[: models.index(exported) + 1]
@@ -160,7 +160,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
                 **seed,
             },
             stages.init,
-            together=True,
+            on_all_processes=True,
             is_whole=lambda c: states.has_model(c, "init"),
         ),
         *(training(name) for name in models[1:]),
@@ -171,7 +171,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
             tuple(reached),
             {"export": config_to_dict(config.export)},
             lambda c: stages.export(c, reached),
-            together=True,
+            on_all_processes=True,
             is_whole=lambda c: states.has_model(c, "export"),
         ),
         Stage(
@@ -194,7 +194,7 @@ def _writing(context: Context, tokens: int, settings: Mapping[str, Any]) -> Stag
         (),
         {"self_tokens": tokens, "chats": checks.can_chat(context), **sources, **settings},
         stages.write_self,
-        together=True,
+        on_all_processes=True,
         is_whole=lambda c: (c.folder(SELF) / documents.SELF_TEXT).is_file(),
     )
 
@@ -231,25 +231,21 @@ def model_states(config: Config) -> list[str]:
     return ["init", *training_stages(config)]
 
 
-def fingerprints(found: Sequence[Stage]) -> dict[str, str]:
-    """SHA-256 of each stage's settings and of the fingerprints of what it needs, in order of the
-    stages.
-    """
-    prints: dict[str, str] = {}
-    for stage in found:
+def fingerprints(stages_in_order: Sequence[Stage]) -> dict[str, str]:
+    """Return, by stage, the SHA-256 of its settings and of the fingerprints of what it needs."""
+    result: dict[str, str] = {}
+    for stage in stages_in_order:
         content = {
             "settings": stage.settings,
-            "needs": {n: prints[n] for n in stage.needs},
+            "needs": {n: result[n] for n in stage.needs},
             "format": FORMAT,
         }
-        prints[stage.name] = hashlib.sha256(
+        result[stage.name] = hashlib.sha256(
             json.dumps(content, sort_keys=True, default=str).encode()
         ).hexdigest()
-    return prints
+    return result
 
 
 def fingerprints_of(context: Context, exported: str = "") -> dict[str, str]:
-    """The fingerprints of all stages of a run that exports this state of the model, or its last
-    one, by name.
-    """
+    """Return the fingerprints of the stages of a run that exports this state, or the last one."""
     return fingerprints(graph(context, exported or model_states(context.config)[-1]))

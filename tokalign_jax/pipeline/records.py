@@ -17,10 +17,9 @@ OUTDATED = "outdated"
 
 
 class StageRecords:
-    """`stages.json`: the books of a workdir.
+    """The content of `stages.json`.
 
-    Whatever moment a run ends at, they know of all that is there: of what is to be moved they have
-    both places beforehand, and one of them afterwards.
+    Crash-safe: before an artifact moves, the file records both paths; afterwards only the new one.
     """
 
     def __init__(self, workdir: Path):
@@ -60,7 +59,7 @@ class StageRecords:
         self.put(name, {**record, "seconds": round(record.get("seconds", 0) + seconds, 2), **more})
 
     def set_aside(self, name: str, folder: Path) -> None:
-        """Moves an artefact that no longer fits to `outdated/NAME-FINGERPRINT`."""
+        """Move an artifact that no longer fits to `outdated/NAME-FINGERPRINT`."""
         record = self.current[name]
         if folder.exists():
             key = f"{name.replace('/', '-')}-{record['fingerprint'][:12]}"
@@ -75,7 +74,7 @@ class StageRecords:
         self._write()
 
     def restore(self, name: str, fingerprint: str, folder: Path) -> bool:
-        """Brings back an artefact made with these very settings; True if it was finished."""
+        """Bring back an artifact made with these settings; return whether it was finished."""
         key = f"{name.replace('/', '-')}-{fingerprint[:12]}"
         place = self._workdir / OUTDATED / key
         if key not in self._outdated or not place.exists() or folder.exists():
@@ -89,7 +88,7 @@ class StageRecords:
         return record["finished"]
 
     def drop(self, keep: Set[str]) -> None:
-        """Removes artefacts that are aside, but for those with these fingerprints."""
+        """Remove artifacts that are aside, but for those with these fingerprints."""
         for key in [
             key for key, record in self._outdated.items() if record["fingerprint"] not in keep
         ]:
@@ -110,13 +109,13 @@ def read_records(workdir: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def drop_outdated(workdir: Path, keep: Set[str]) -> None:
-    """Removes what stands in `outdated/` but for the stages with these fingerprints."""
+    """Remove what is in `outdated/`, but for the stages with these fingerprints."""
     StageRecords(workdir).drop(keep)
 
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keeps a second process out of a workdir; the lock goes with the process, however it ends.
+    """Keep a second process out of a workdir; the lock goes with the process, however it ends.
 
     Raises:
       UserError: another process has it, or it cannot be written to.

@@ -31,7 +31,7 @@ from tokalign_jax.utils.progress import Log, duration
 
 
 def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log) -> Path:
-    """Runs the selected stages, and unfinished ones that they need.
+    """Run the selected stages, and unfinished ones that they need.
 
     Args:
       workdir: holds everything the run leaves; made if absent.
@@ -57,13 +57,13 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     on_first(lambda: resources.check_disk(context, wanted))
     on_first(lambda: resources.warn_of_memory(context, wanted))
 
-    prints = fingerprints(list(found.values()))
+    by_stage = fingerprints(list(found.values()))
     with lock(workdir) if is_first() else nullcontext():
         state = StageRecords(workdir)
         on_first(lambda: _begin(context, state))
         for stage in found.values():
             if stage.name in wanted:
-                _bring_up(stage, prints[stage.name], context, state)
+                _bring_up(stage, by_stage[stage.name], context, state)
                 if stage.name == "tokens" and wanted & {*TRAINING}:
                     on_first(lambda: stages.check_stream(context))
     return workdir
@@ -77,14 +77,18 @@ def _begin(context: Context, state: StageRecords) -> None:
 
 
 def _bring_up(stage: Stage, fingerprint: str, context: Context, state: StageRecords) -> None:
-    """Skips, restores, resumes or runs one stage."""
+    """Skip, restore, resume or run one stage."""
     stopping.check()
     if not on_first(lambda: _is_due(stage, fingerprint, context, state)):
         return
     start = time.time()
     try:
         with resources.naming_full_memory(context, stage.name), naming_a_full_disk(context.workdir):
-            summary = stage.run(context) if stage.together else on_first(lambda: stage.run(context))
+            summary = (
+                stage.run(context)
+                if stage.on_all_processes
+                else on_first(lambda: stage.run(context))
+            )
     except BaseException:
         if stage.resumes and is_first():
             with suppress(OSError):  # a full disk is told by what found it first
@@ -128,7 +132,7 @@ def _is_due(stage: Stage, fingerprint: str, context: Context, state: StageRecord
                 "--workdir"
             )
         shutil.rmtree(folder.resolve())  # our own, and unfinished
-    context.log(f"{stage.name}: {stage.says}")
+    context.log(f"{stage.name}: {stage.description}")
     record = {
         "fingerprint": fingerprint,
         "settings": stage.settings,
@@ -205,7 +209,7 @@ def _closure(found: Mapping[str, Stage], names: Sequence[str]) -> set[str]:
 
 
 def _refuse_foreign(workdir: Path, state: StageRecords, identity: Mapping[str, str]) -> None:
-    """A workdir is a run's own: empty, or begun with the same source model and target tokenizer."""
+    """Refuse a workdir that is neither empty nor of a run with the same model and tokenizer."""
     if marks := set(str(workdir.absolute())) & set("[]*?\\"):
         # Orbax looks for its files by patterns, and would find none of them.
         raise UserError(

@@ -50,13 +50,17 @@ def facts(
         rules=aligned.get("rules", {}),
         corpus=corpus.names(config),
         corpus_bytes={
-            language: of["train_bytes"]
-            for language, of in _read(workdir / "corpus" / "summary.json")
+            language: entry["train_bytes"]
+            for language, entry in _read(workdir / "corpus" / "summary.json")
             .get("languages", {})
             .items()
         },
-        bits_per_byte={titled(s): _figures(of, "bits_per_byte") for s, of in scores.items() if of},
-        bytes_per_token={side: _figures(of, "bytes_per_token") for side, of in sides.items() if of},
+        bits_per_byte={
+            titled(s): _figures(entry, "bits_per_byte") for s, entry in scores.items() if entry
+        },
+        bytes_per_token={
+            side: _figures(entry, "bytes_per_token") for side, entry in sides.items() if entry
+        },
         loses=indices["target"].get("loses", ()),
         special=aligned.get("special", ()),
         versions={
@@ -68,7 +72,7 @@ def facts(
 
 def _figures(scores: Mapping[str, Any], name: str) -> dict[str, float]:
     """By language, and over the bytes of all where there are several."""
-    found = {language: of[name] for language, of in figures(scores).items()}
+    found = {language: entry[name] for language, entry in figures(scores).items()}
     return (
         found if len(found) > 2 else {language: found[language] for language in scores["languages"]}
     )

@@ -74,7 +74,7 @@ def lines(
       marks: places along x where something begins, and its name.
     """
     drawn = [(c, [(x, y) for x, y in zip(c.x, c.y) if math.isfinite(y)]) for c in curves]
-    points = [point for curve, of in drawn if curve.counts for point in of]
+    points = [point for curve, row in drawn if curve.counts for point in row]
     if not points:
         return ""
     right = max(x for x, _ in points) or 1
@@ -110,16 +110,16 @@ def lines(
         f'<svg viewBox="0 0 1000 {plot}" width="{width}%" height="{plot}" y="{top}" '
         f'preserveAspectRatio="none">'
     )
-    for curve, of in reversed(drawn):
+    for curve, row in reversed(drawn):
         path = "".join(
             f"{'L' if i else 'M'}{1000 * x / right:.1f} {down(y) - top:.1f}"
-            for i, (x, y) in enumerate(of)
+            for i, (x, y) in enumerate(row)
         )
         parts.append(
             f'<path d="{path}" style="{curve.style}"><title>{escape(curve.name)}</title></path>'
         )
     parts.append("</svg>")
-    ends = [(down(of[-1][1]), curve) for curve, of in drawn if curve.label and of]
+    ends = [(down(row[-1][1]), curve) for curve, row in drawn if curve.label and row]
     for y, curve in _apart(ends):
         parts.append(
             f'<text class="name" x="{width + 0.8}%" y="{y + 4:.1f}">{escape(curve.label)}</text>'
@@ -144,8 +144,8 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
     """
     values = [
         v
-        for of in rows.values()
-        for dot in of
+        for row in rows.values()
+        for dot in row
         for v in (dot.value, *(dot.interval or ()))
         if math.isfinite(v)
     ]
@@ -160,9 +160,9 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
         f'<line class="grid" x1="{across(x)}" x2="{across(x)}" y1="0" y2="26"/>' for x in at
     )
     parts = []
-    for name, of in rows.items():
-        told = ", ".join(f"{dot.name} {dot.value:.3f}" for dot in of)
-        drawn = _row(of, across)
+    for name, row in rows.items():
+        told = ", ".join(f"{dot.name} {dot.value:.3f}" for dot in row)
+        drawn = _row(row, across)
         parts.append(
             f'<span>{escape(name)}</span><svg role="img" aria-label="{escape(name)}: '
             f'{escape(told)}" width="100%" '
@@ -175,7 +175,7 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
         f'<span></span><svg aria-hidden="true" width="100%" height="18" '
         f'overflow="visible">{labels}</svg>'
     )
-    names = list(dict.fromkeys(dot.name for of in rows.values() for dot in of))
+    names = list(dict.fromkeys(dot.name for row in rows.values() for dot in row))
     keys = "".join(
         f'<span><svg width="12" height="12" '
         f'aria-hidden="true">{_mark(i, len(names), "50%", 6, 5)}</svg> '
@@ -190,17 +190,17 @@ def dots(rows: Mapping[str, Sequence[Dot]], *, says: str) -> str:
     )
 
 
-def _row(of: Sequence[Dot], across) -> str:
-    circles, parts = [dot for dot in of[1:] if math.isfinite(dot.value)], []
+def _row(row: Sequence[Dot], across) -> str:
+    circles, parts = [dot for dot in row[1:] if math.isfinite(dot.value)], []
     if len(circles) > 1:
         x1, x2 = across(circles[0].value), across(circles[-1].value)
         parts.append(f'<line class="path" x1="{x1}" x2="{x2}" y1="13" y2="13"/>')
-    for i, dot in enumerate(of):
+    for i, dot in enumerate(row):
         if dot.interval and all(map(math.isfinite, dot.interval)):
             x1, x2 = map(across, dot.interval)
             parts.append(f'<line class="interval" x1="{x1}" x2="{x2}" y1="13" y2="13"/>')
         if math.isfinite(dot.value):
-            parts.append(_mark(i, len(of), across(dot.value), 13, 9))
+            parts.append(_mark(i, len(row), across(dot.value), 13, 9))
     return "".join(parts)
 
 

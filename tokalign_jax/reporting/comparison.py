@@ -52,12 +52,12 @@ def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, 
     settings = [_settings(report) for report in reports]
     differs = [
         field
-        for field in dict.fromkeys(field for of in settings for field in of)
-        if field != SEED and len({json.dumps(of.get(field)) for of in settings}) > 1
+        for field in dict.fromkeys(field for entry in settings for field in entry)
+        if field != SEED and len({json.dumps(entry.get(field)) for entry in settings}) > 1
     ]
     grouped: dict[str, list[int]] = {}
-    for i, of in enumerate(settings):
-        grouped.setdefault(json.dumps([of.get(field) for field in differs]), []).append(i)
+    for i, entry in enumerate(settings):
+        grouped.setdefault(json.dumps([entry.get(field) for field in differs]), []).append(i)
     states = _ordered(report["states"] for report in reports)
     languages = _ordered(report["languages"] for report in reports)
     groups = []
@@ -112,24 +112,24 @@ def _group(
                 report["languages"].get(language, {}).get("bits_per_byte", {}).get(state)
                 for report in reports
             ]
-            if values := [of for of in bits if of is not None]:
+            if values := [entry for entry in bits if entry is not None]:
                 found[language] = _statistics(values)
         return found
 
     stages = _ordered(report["training"] for report in reports)
     trained = {
-        stage: [of for report in reports if (of := report["training"].get(stage))]
+        stage: [entry for report in reports if (entry := report["training"].get(stage))]
         for stage in stages
     }
     speeds = {
-        stage: [of["tokens_per_second"] for of in runs if "tokens_per_second" in of]
+        stage: [entry["tokens_per_second"] for entry in runs if "tokens_per_second" in entry]
         for stage, runs in trained.items()
     }
     per_token = [
         {
-            name: of["bytes_per_token"]["target"]
-            for name, of in report["languages"].items()
-            if "bytes_per_token" in of
+            name: entry["bytes_per_token"]["target"]
+            for name, entry in report["languages"].items()
+            if "bytes_per_token" in entry
         }
         for report in reports
     ]
@@ -140,11 +140,13 @@ def _group(
         "bits_per_byte": {state: found for state in states if (found := measured(state))},
         "kept": {state: found for state in states if (found := _kept(reports, state))},
         "bytes_per_token": {
-            name: statistics.fmean(of[name] for of in per_token if name in of)
+            name: statistics.fmean(entry[name] for entry in per_token if name in entry)
             for name in _ordered(per_token)
         },
         "seconds": statistics.fmean(times) if times else None,
-        "tokens_per_second": {stage: statistics.fmean(of) for stage, of in speeds.items() if of},
+        "tokens_per_second": {
+            stage: statistics.fmean(entry) for stage, entry in speeds.items() if entry
+        },
         "training": {stage: _mean_curve(runs) for stage, runs in trained.items()},
     }
 
@@ -158,7 +160,7 @@ def _kept(reports: Sequence[Content], state: str) -> dict[str, dict[str, Any]]:
         for report in reports
     ]
     names = _ordered(found)
-    return {name: _statistics([of[name] for of in found if name in of]) for name in names}
+    return {name: _statistics([entry[name] for entry in found if name in entry]) for name in names}
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 
 def _mean_curve(runs: Sequence[Content]) -> dict[str, list[float]]:
     """The mean of the runs' smoothed losses, at the tokens of the longest."""
-    smoothed = [curves.joined({"": of}, points=POINTS)[""] for of in runs]
+    smoothed = [curves.joined({"": entry}, points=POINTS)[""] for entry in runs]
     longest = max(smoothed, key=lambda curve: curve.tokens[-1] if curve.tokens else 0)
     means = []
     for tokens in longest.tokens:
@@ -195,28 +197,28 @@ def _states(report: Content) -> Iterable[Mapping[str, Any]]:
 def _unlike(reports: Sequence[Content]) -> list[str]:
     """Why figures of these runs may not be comparable."""
     text = {
-        json.dumps({name: of.get("bytes") for name, of in report["languages"].items()})
+        json.dumps({name: entry.get("bytes") for name, entry in report["languages"].items()})
         for report in reports
     }
     # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart.
     # Older reports do not have it.
     digests = {digest for report in reports if (digest := report.get("held_out"))}
     answers = [
-        of["abilities"]["digest"]
+        entry["abilities"]["digest"]
         for report in reports
-        for of in _states(report)
-        if "abilities" in of
+        for entry in _states(report)
+        if "abilities" in entry
     ]
     devices = {", ".join(report["devices"]) for report in reports if report.get("devices")}
     known = [report["versions"] for report in reports if report.get("versions")]
     versions = {
-        name: {of.get(name) for of in known}
-        for name in dict.fromkeys(name for of in known for name in of)
+        name: {entry.get(name) for entry in known}
+        for name in dict.fromkeys(name for entry in known for name in entry)
     }
     several = [
-        f"{name} ({', '.join(sorted(map(str, of)))})"
-        for name, of in versions.items()
-        if len(of) > 1
+        f"{name} ({', '.join(sorted(map(str, entry)))})"
+        for name, entry in versions.items()
+        if len(entry) > 1
     ]
     return [
         *(
@@ -316,8 +318,8 @@ def _kept_section(comparison: Comparison) -> Iterator[Section]:
     columns = _ordered(found)
     if columns:
         rows = [
-            [f"{rank}", *(_figure(of.get(name)) for name in columns)]
-            for rank, of in enumerate(found, 1)
+            [f"{rank}", *(_figure(entry.get(name)) for name in columns)]
+            for rank, entry in enumerate(found, 1)
         ]
         text = "Of the last state, as in the runs' reports: abilities and agreement higher is better, all else lower is better."
         yield Section(retention.TITLE, text, ["#", *columns], rows)
@@ -342,11 +344,11 @@ def _same(comparison: Comparison) -> dict[str, float]:
     return found
 
 
-def _figure(of: Mapping[str, Any] | None) -> Cell:
-    if not of:
+def _figure(entry: Mapping[str, Any] | None) -> Cell:
+    if not entry:
         return ""
-    mean = f"{of['mean']:.3f}"
-    return mean if of["spread"] is None else (mean, Soft(f" ±{of['spread']:.3f}"))
+    mean = f"{entry['mean']:.3f}"
+    return mean if entry["spread"] is None else (mean, Soft(f" ±{entry['spread']:.3f}"))
 
 
 def _value(value: Any) -> str:
@@ -396,17 +398,19 @@ def html(comparison: Comparison) -> str:
 def _states_chart(comparison: Comparison) -> str:
     """A row for each group; the last state's spread is drawn to either side of its mean."""
 
-    def dot(state: str, of: Mapping[str, Any]) -> charts.Dot:
-        spread = of["spread"] if state == comparison["states"][-1] else None
+    def dot(state: str, entry: Mapping[str, Any]) -> charts.Dot:
+        spread = entry["spread"] if state == comparison["states"][-1] else None
         return charts.Dot(
-            titled(state), of["mean"], spread and (of["mean"] - spread, of["mean"] + spread)
+            titled(state),
+            entry["mean"],
+            spread and (entry["mean"] - spread, entry["mean"] + spread),
         )
 
     rows = {
         _label(rank, group): [
-            dot(state, of[EVERYTHING])
-            for state, of in group["bits_per_byte"].items()
-            if EVERYTHING in of and state != "random"
+            dot(state, entry[EVERYTHING])
+            for state, entry in group["bits_per_byte"].items()
+            if EVERYTHING in entry and state != "random"
         ]
         for rank, group in enumerate(comparison["groups"], 1)
     }
@@ -471,14 +475,14 @@ def picture(comparison: Comparison, path: Path) -> None:
         colour = shades(place if len(groups) <= FEW else place / len(groups))
         for curve in curves.joined(group["training"], smoothed=False).values():
             left.plot(*curve, color=colour, linewidth=1.4)
-        of = {
+        entry = {
             s: group["bits_per_byte"][s][EVERYTHING] for s in states if s in group["bits_per_byte"]
         }
-        for i, (state, figures) in enumerate(of.items()):
+        for i, (state, figures) in enumerate(entry.items()):
             look = (
                 {"fmt": "k|"}
                 if state == "source"
-                else {"fmt": "o", "color": colour, "alpha": (i + 1) / len(of)}
+                else {"fmt": "o", "color": colour, "alpha": (i + 1) / len(entry)}
             )
             right.errorbar(figures["mean"], place, xerr=figures["spread"], markersize=8, **look)
     left.set(title="Training loss", xlabel="tokens", ylabel="nats per token")

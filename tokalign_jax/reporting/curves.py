@@ -51,15 +51,15 @@ def joined(
     points each.
     """
     start, found = 0, {}
-    for stage, of in training.items():
+    for stage, entry in training.items():
         losses = (
-            smooth(of["loss"])
+            smooth(entry["loss"])
             if smoothed
-            else [math.nan if loss is None else loss for loss in of["loss"]]
+            else [math.nan if loss is None else loss for loss in entry["loss"]]
         )
         kept = thinned(len(losses), points)
-        found[stage] = Curve([start + of["tokens"][i] for i in kept], [losses[i] for i in kept])
-        start += of["tokens"][-1] if of["tokens"] else 0
+        found[stage] = Curve([start + entry["tokens"][i] for i in kept], [losses[i] for i in kept])
+        start += entry["tokens"][-1] if entry["tokens"] else 0
     return found
 
 

@@ -82,7 +82,9 @@ def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     # A stage for distillation is none without a teacher.
     given = {stage: config.get(stage, {}) for stage in TRAINING}
-    stages = [stage for stage, of in given.items() if of.get("steps") and of.get("teacher", True)]
+    stages = [
+        stage for stage, entry in given.items() if entry.get("steps") and entry.get("teacher", True)
+    ]
     for name in (*_MAIN, *(f"{stage}.{name}" for stage in stages for name in _OF_STAGE)):
         value: Any = config
         for part in name.split("."):
@@ -131,9 +133,9 @@ def model_card(facts: CardFacts) -> str:
 def rules_section(rules: Mapping[str, Mapping[str, float]]) -> Section:
     """How the rows of the new vocabulary were made, from `CardFacts.rules`."""
     rows = [
-        (name, f"{int(of['rows']):,}", f"{of['frequency']:.2%}", Bar(of["frequency"]))
-        for name, of in rules.items()
-        if of["rows"]
+        (name, f"{int(entry['rows']):,}", f"{entry['frequency']:.2%}", Bar(entry["frequency"]))
+        for name, entry in rules.items()
+        if entry["rows"]
     ]
     return Section("Rows of the new vocabulary", "", ("rule", "rows", "of the text", ""), rows)
 
@@ -142,13 +144,13 @@ def special_section(special: Sequence[Mapping[str, Any]]) -> Section:
     """Special tokens and where their rows came from (`CardFacts.special`)."""
     rows = [
         (
-            Code(of["token"]),
-            str(of["id"]),
-            Code(of["source"]),
-            of["why"],
-            "yes" if of["in_chat_template"] else "",
+            Code(entry["token"]),
+            str(entry["id"]),
+            Code(entry["source"]),
+            entry["why"],
+            "yes" if entry["in_chat_template"] else "",
         )
-        for of in special
+        for entry in special
     ]
     text = "Where their rows came from; the rest is made of the pieces of its text." if rows else ""
     return Section(

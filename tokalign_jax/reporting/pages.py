@@ -135,10 +135,10 @@ def html(
 def to_json(section: Section) -> dict[str, Any]:
     """The section as plain dicts and lists."""
 
-    def cell(of: Cell) -> Any:
-        if isinstance(of, Code | Soft | Bar):
-            return {type(of).__name__.lower(): of[0]}
-        return of if isinstance(of, str) else [cell(part) for part in of]
+    def cell(content: Cell) -> Any:
+        if isinstance(content, Code | Soft | Bar):
+            return {type(content).__name__.lower(): content[0]}
+        return content if isinstance(content, str) else [cell(part) for part in content]
 
     rows = [[cell(c) for c in row] for row in section.rows]
     return {
@@ -153,11 +153,11 @@ def from_json(content: Mapping[str, Any]) -> Section:
     """The section that `to_json` made `content` of."""
     kinds = {"code": Code, "soft": Soft, "bar": Bar}
 
-    def cell(of: Any) -> Any:
-        if isinstance(of, Mapping):
-            ((kind, value),) = of.items()
+    def cell(content: Any) -> Any:
+        if isinstance(content, Mapping):
+            ((kind, value),) = content.items()
             return kinds[kind](value)
-        return of if isinstance(of, str) else tuple(map(cell, of))
+        return content if isinstance(content, str) else tuple(map(cell, content))
 
     rows = [[cell(c) for c in row] for row in content["rows"]]
     return Section(content["title"], content["text"], content["header"], rows)

@@ -121,16 +121,16 @@ def _languages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
     after = next(s for s in scores if s != "source")
     found = {}
     for language in figures(scores["source"]):
-        of = {state: figures(content)[language] for state, content in scores.items()}
+        entry = {state: figures(content)[language] for state, content in scores.items()}
         found[language] = {
-            "bytes": of["source"]["bytes"],
+            "bytes": entry["source"]["bytes"],
             "bytes_per_token": {
-                "source": of["source"]["bytes_per_token"],
-                "target": of[after]["bytes_per_token"],
+                "source": entry["source"]["bytes_per_token"],
+                "target": entry[after]["bytes_per_token"],
             },
-            "bits_per_byte": {state: of[state]["bits_per_byte"] for state in scores},
+            "bits_per_byte": {state: entry[state]["bits_per_byte"] for state in scores},
             "interval": {
-                state: of[state]["interval"] for state in scores if "interval" in of[state]
+                state: entry[state]["interval"] for state in scores if "interval" in entry[state]
             },
         }
     return {EVERYTHING: found[EVERYTHING]} if len(found) == 2 else found
@@ -187,7 +187,7 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     states, languages = content["states"], content["languages"]
     width = 0.8 / len(states)
     for i, state in enumerate(states):
-        heights = [of["bits_per_byte"][state] for of in languages.values()]
+        heights = [entry["bits_per_byte"][state] for entry in languages.values()]
         positions = [x + (i - (len(states) - 1) / 2) * width for x in range(len(languages))]
         right.bar(positions, heights, width, label=titled(state))
     right.set(

@@ -32,14 +32,14 @@ _CUTS = {
 def gathered(scores: States) -> dict[str, dict[str, Any]]:
     """What the tables are made of, from each state's scores.json."""
     return {
-        state: {name: of[name] for name in ("pooled", *_MEASURES) if of.get(name)}
-        for state, of in scores.items()
+        state: {name: entry[name] for name in ("pooled", *_MEASURES) if entry.get(name)}
+        for state, entry in scores.items()
     }
 
 
-def figures(of: Mapping[str, Any]) -> dict[str, float]:
+def figures(entry: Mapping[str, Any]) -> dict[str, float]:
     """What one state keeps in single figures, by the columns of the table."""
-    answers, faithful = of.get("abilities", {}), of.get("fidelity", {}).get("pooled") or {}
+    answers, faithful = entry.get("abilities", {}), entry.get("fidelity", {}).get("pooled") or {}
     found = {"ability": answers["mean"]["accuracy"]} if answers else {}
     found |= {
         _CUTS[kind]: answers["by_cut"][kind]["accuracy"]
@@ -51,10 +51,12 @@ def figures(of: Mapping[str, Any]) -> dict[str, float]:
         for name in _FIDELITY
         if faithful and faithful[name]["value"] is not None
     }
-    if chat := of.get("chat"):
+    if chat := entry.get("chat"):
         found |= {"chat": chat["right"]["value"], "turns ended": chat["ended"]["value"]}
     return found | (
-        {"other text": of["other_text"]["pooled"]["bits_per_byte"]} if "other_text" in of else {}
+        {"other text": entry["other_text"]["pooled"]["bits_per_byte"]}
+        if "other_text" in entry
+        else {}
     )
 
 
@@ -64,7 +66,7 @@ def sections(states: States, titled: Callable[[str], str] = str) -> list[Section
     Args:
       titled: what a state is called in tables.
     """
-    if not any(name in of for of in states.values() for name in _MEASURES):
+    if not any(name in entry for entry in states.values() for name in _MEASURES):
         return []
     return [
         _overview(states, titled),
@@ -89,7 +91,7 @@ def warning_lines(
     for before, after in itertools.pairwise(trained):
         step = f"warning: from {titled(before)} to {titled(after)}"
         (bits, new_bits), (other, new_other) = (
-            [round(of, 3) for of in pair]
+            [round(entry, 3) for entry in pair]
             for pair in (_bits(states, before, after), _bits(states, before, after, "other_text"))
         )
         if new_bits < bits and new_other > other:
@@ -115,14 +117,14 @@ def warning_lines(
 def _bits(states: States, before: str, after: str, kind: str = "") -> list[float]:
     """Bits per byte of two states; 0 where they were not measured."""
     found = [states[state].get(kind, {}) if kind else states[state] for state in (before, after)]
-    return [of["pooled"]["bits_per_byte"] if of else 0.0 for of in found]
+    return [entry["pooled"]["bits_per_byte"] if entry else 0.0 for entry in found]
 
 
 # --- tables --------------------------------------------------------------------------------------
 
 
 def _overview(states: States, titled: Callable[[str], str]) -> Section:
-    has = {name: any(name in of for of in states.values()) for name in _MEASURES}
+    has = {name: any(name in entry for entry in states.values()) for name in _MEASURES}
     source, *_ = states
     questions = _questions_by_cut(states)
     header = ["state"]
@@ -132,15 +134,15 @@ def _overview(states: States, titled: Callable[[str], str]) -> Section:
     header += _FIDELITY if has["fidelity"] else []
     header += ["bits/byte", *(["other text"] if has["other_text"] else [])]
     rows: list[list[Cell]] = []
-    for state, of in states.items():
+    for state, entry in states.items():
         row: list[Cell] = [titled(state)]
         if has["abilities"]:
-            row += [*_mean(of), *(_by_cut(states, state, kind) for kind in questions)]
+            row += [*_mean(entry), *(_by_cut(states, state, kind) for kind in questions)]
         if has["fidelity"]:
-            row += _fidelity_cells(of.get("fidelity", {}).get("pooled"))
-        row.append(f"{of['pooled']['bits_per_byte']:.3f}")
+            row += _fidelity_cells(entry.get("fidelity", {}).get("pooled"))
+        row.append(f"{entry['pooled']['bits_per_byte']:.3f}")
         if has["other_text"]:
-            row.append(_figure(of.get("other_text", {}).get("pooled", {}).get("bits_per_byte")))
+            row.append(_figure(entry.get("other_text", {}).get("pooled", {}).get("bits_per_byte")))
         rows.append(row)
     return Section(TITLE, _explanation(states, has), header, rows)
 
@@ -148,7 +150,9 @@ def _overview(states: States, titled: Callable[[str], str]) -> Section:
 def _explanation(states: States, has: Mapping[str, bool]) -> str:
     parts = []
     if has["abilities"]:
-        chance = next(of["abilities"]["chance"] for of in states.values() if "abilities" in of)
+        chance = next(
+            entry["abilities"]["chance"] for entry in states.values() if "abilities" in entry
+        )
         parts.append(
             f"Ability: share of multiple-choice questions answered right, mean over suites (by "
             f"chance {chance:.3f}), and the "
@@ -168,8 +172,8 @@ def _explanation(states: States, has: Mapping[str, bool]) -> str:
     return " ".join(parts)
 
 
-def _mean(of: Mapping[str, Any]) -> list[Cell]:
-    found = of.get("abilities")
+def _mean(entry: Mapping[str, Any]) -> list[Cell]:
+    found = entry.get("abilities")
     if not found:
         return [_NOTHING, _NOTHING]
     less = found.get("difference", {}).get("mean")
@@ -179,11 +183,14 @@ def _mean(of: Mapping[str, Any]) -> list[Cell]:
 def _questions_by_cut(states: States) -> dict[str, int | str]:
     """Questions of each kind; of models with different tokenizers all numbers."""
     found: dict[str, list[int]] = {}
-    for of in states.values():
-        for kind, by in of.get("abilities", {}).get("by_cut", {}).items():
+    for entry in states.values():
+        for kind, by in entry.get("abilities", {}).get("by_cut", {}).items():
             found.setdefault(kind, []).append(by["questions"])
     counts = {kind: list(dict.fromkeys(found[kind])) for kind in _CUTS if kind in found}
-    return {kind: of[0] if len(of) == 1 else "/".join(map(str, of)) for kind, of in counts.items()}
+    return {
+        kind: entry[0] if len(entry) == 1 else "/".join(map(str, entry))
+        for kind, entry in counts.items()
+    }
 
 
 def _by_cut(states: States, state: str, kind: str) -> Cell:
@@ -191,27 +198,31 @@ def _by_cut(states: States, state: str, kind: str) -> Cell:
     own = states[state].get("abilities", {})
     if "by_cut" in own:
         return _figure(own["by_cut"].get(kind, {}).get("accuracy"))
-    others = {of["abilities"]["by_cut"].get(kind, {}).get("source") for of in _compared(states)}
+    others = {
+        entry["abilities"]["by_cut"].get(kind, {}).get("source") for entry in _compared(states)
+    }
     return _figure(others.pop()) if own and len(others) == 1 else _NOTHING
 
 
 def _compared(states: States) -> Iterator[Mapping[str, Any]]:
-    return (of for of in states.values() if "by_cut" in of.get("abilities", {}))
+    return (entry for entry in states.values() if "by_cut" in entry.get("abilities", {}))
 
 
-def _fidelity_cells(of: Mapping[str, Any] | None) -> list[Cell]:
-    return [_figure(of[name]["value"]) if of else _NOTHING for name in _FIDELITY]
+def _fidelity_cells(entry: Mapping[str, Any] | None) -> list[Cell]:
+    return [_figure(entry[name]["value"]) if entry else _NOTHING for name in _FIDELITY]
 
 
 def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
-    answered = {state: of["abilities"] for state, of in states.items() if "abilities" in of}
+    answered = {
+        state: entry["abilities"] for state, entry in states.items() if "abilities" in entry
+    }
     if not answered:
         return
     last, final = [*answered.items()][-1]
     first = next(iter(answered.values()))
     rows: list[list[Cell]] = []
-    for suite, of in first["suites"].items():
-        row: list[Cell] = [suite, f"{of['questions']:,}"]
+    for suite, entry in first["suites"].items():
+        row: list[Cell] = [suite, f"{entry['questions']:,}"]
         row += [f"{found['suites'][suite]['accuracy']:.3f}" for found in answered.values()]
         rows.append(
             [
@@ -227,16 +238,20 @@ def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
 
 
 def _chat(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
-    measured = {state: of["chat"] for state, of in states.items() if "chat" in of}
+    measured = {state: entry["chat"] for state, entry in states.items() if "chat" in entry}
     if not measured:
         return
     count = next(iter(measured.values()))["questions"]
     rows: list[list[Cell]] = []
-    for state, of in measured.items():
-        further = (of.get(name) for name in ("difference", "kept"))
+    for state, entry in measured.items():
+        further = (entry.get(name) for name in ("difference", "kept"))
         difference, kept = (found or {"value": None} for found in further)
-        row: list[Cell] = [titled(state), _with_interval(of["right"])]
-        row += [_with_interval(difference, "+"), _with_interval(kept), _with_interval(of["ended"])]
+        row: list[Cell] = [titled(state), _with_interval(entry["right"])]
+        row += [
+            _with_interval(difference, "+"),
+            _with_interval(kept),
+            _with_interval(entry["ended"]),
+        ]
         rows.append(row)
     text = (
         f"{count:,} questions asked through the chat template, answered greedily: the share "
@@ -252,38 +267,43 @@ def _chat(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
 
 def _fidelity(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
     measured = {
-        state: of["fidelity"]["languages"] for state, of in states.items() if "fidelity" in of
+        state: entry["fidelity"]["languages"]
+        for state, entry in states.items()
+        if "fidelity" in entry
     }
     if not measured or len(next(iter(measured.values()))) < 2:
         return
     last, final = [*measured.items()][-1]
     rows: list[list[Cell]] = []
-    for language, of in final.items():
-        row: list[Cell] = [language, f"{of['chunks']:,}"]
+    for language, entry in final.items():
+        row: list[Cell] = [language, f"{entry['chunks']:,}"]
         row += [
             _figure(found.get(language, {}).get("agreement", {}).get("value"))
             for found in measured.values()
         ]
-        rows.append([*row, *(_with_interval(of[name]) for name in ("divergence", "gap"))])
+        rows.append([*row, *(_with_interval(entry[name]) for name in ("divergence", "gap"))])
     header = ["language", "chunks", *(f"agreement {titled(state)}" for state in measured)]
     header += [f"{name} {titled(last)}" for name in ("divergence", "gap")]
     yield Section("Fidelity by language", "On held-out text.", header, rows, fold=True)
 
 
 def _other_text(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
-    measured = {state: of["other_text"] for state, of in states.items() if "other_text" in of}
+    measured = {
+        state: entry["other_text"] for state, entry in states.items() if "other_text" in entry
+    }
     if not measured:
         return
     by_state = {
-        state: {**of["languages"], _EVERYTHING: of["pooled"]} for state, of in measured.items()
+        state: {**entry["languages"], _EVERYTHING: entry["pooled"]}
+        for state, entry in measured.items()
     }
     rows: list[list[Cell]] = [
         [
             language,
-            f"{of['bytes']:,}",
+            f"{entry['bytes']:,}",
             *(f"{found[language]['bits_per_byte']:.3f}" for found in by_state.values()),
         ]
-        for language, of in next(iter(by_state.values())).items()
+        for language, entry in next(iter(by_state.values())).items()
     ]
     text = "Bits per byte of text of another kind, which nothing was trained on."
     yield Section(
@@ -291,15 +311,15 @@ def _other_text(states: States, titled: Callable[[str], str]) -> Iterator[Sectio
     )
 
 
-def _signed(of: Mapping[str, Any]) -> Cell:
-    return _with_interval({**of, "value": of["difference"]}, "+")
+def _signed(entry: Mapping[str, Any]) -> Cell:
+    return _with_interval({**entry, "value": entry["difference"]}, "+")
 
 
-def _with_interval(of: Mapping[str, Any], sign: str = "") -> Cell:
-    figure = _figure(of["value"], sign)
-    if "interval" not in of:
+def _with_interval(entry: Mapping[str, Any], sign: str = "") -> Cell:
+    figure = _figure(entry["value"], sign)
+    if "interval" not in entry:
         return figure
-    low, high = of["interval"]
+    low, high = entry["interval"]
     return figure, Soft(f" [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 

@@ -108,7 +108,7 @@ def _vocabulary(config: Content) -> str:
 
 def sentences(content: Content) -> list[str]:
     """What was done, and what came of it."""
-    config, alignment, of = (
+    config, alignment, entry = (
         content["config"],
         content["alignment"],
         content["languages"][EVERYTHING],
@@ -127,13 +127,13 @@ def sentences(content: Content) -> list[str]:
         done += f" and with the source model as teacher on {quantity(tuned['tokens'])} tokens"
     listed = " and ".join(filter(None, [", ".join(trained[:-1]), *trained[-1:]]))
     done += f" and trained on {quantity(_tokens(content))} tokens in {listed}." if trained else "."
-    bits, last = of["bits_per_byte"], content["states"][-1]
+    bits, last = entry["bits_per_byte"], content["states"][-1]
     others = [
         f"{bits[state]:.3f} {when}"
         for state, when in (("init", "right after initialisation"), ("random", "with random rows"))
         if state in bits and state != last
     ]
-    per_token = of["bytes_per_token"]
+    per_token = entry["bytes_per_token"]
     gained = (
         f"On held-out text a token now holds {per_token['target']:.2f} bytes instead of "
         f"{per_token['source']:.2f}, and a byte "
@@ -143,8 +143,8 @@ def sentences(content: Content) -> list[str]:
 
 
 def _opening(content: Content) -> Section:
-    of, states = content["languages"][EVERYTHING], content["states"]
-    bits, per_token = of["bits_per_byte"], of["bytes_per_token"]
+    entry, states = content["languages"][EVERYTHING], content["states"]
+    bits, per_token = entry["bits_per_byte"], entry["bytes_per_token"]
     figures = [
         (
             f"{per_token['source']:.2f} → {per_token['target']:.2f}",
@@ -171,7 +171,7 @@ def _teacher(stage: Content) -> str:
 
 def _tokens(content: Content) -> int:
     """That were trained on, in all stages."""
-    return sum(of["tokens"][-1] for of in content["training"].values() if of["tokens"])
+    return sum(entry["tokens"][-1] for entry in content["training"].values() if entry["tokens"])
 
 
 def _devices(content: Content) -> str:
@@ -192,10 +192,10 @@ def warning_lines(content: Content) -> list[str]:
         if lost
     ]
     skipped = [
-        f"warning: {of['skipped']} of {of['steps']} steps of {titled(stage)} were not finite and "
+        f"warning: {entry['skipped']} of {entry['steps']} steps of {titled(stage)} were not finite and "
         f"were skipped"
-        for stage, of in content["training"].items()
-        if of["skipped"]
+        for stage, entry in content["training"].items()
+        if entry["skipped"]
     ]
     found = [content.get(part, {}).get("warnings", ()) for part in ("overlap", "kept")]
     return [*lost, *filter(None, [content.get("numbers")]), *itertools.chain(*found), *skipped]
@@ -216,9 +216,9 @@ def score_table(content: Content) -> tuple[list[str], list[list[Figure]]]:
     states = content["states"]
     columns = [f"bits/byte {titled(s)}" if s == "source" else titled(s) for s in states]
     rows: list[list[Figure]] = []
-    for language, of in content["languages"].items():
-        per_token, intervals = of["bytes_per_token"], of.get("interval", {})
-        bits = [_with_interval(of["bits_per_byte"][s], intervals.get(s)) for s in states]
+    for language, entry in content["languages"].items():
+        per_token, intervals = entry["bytes_per_token"], entry.get("interval", {})
+        bits = [_with_interval(entry["bits_per_byte"][s], intervals.get(s)) for s in states]
         rows.append([language, f"{per_token['source']:.2f}", f"{per_token['target']:.2f}", *bits])
     return ["language", "bytes/token source", "target", *columns], rows
 
@@ -244,7 +244,7 @@ def _scores(content: Content) -> Section:
         "the same bytes."
         + (
             " In brackets: 95% intervals."
-            if any(of.get("interval") for of in content["languages"].values())
+            if any(entry.get("interval") for entry in content["languages"].values())
             else ""
         )
         + (" Random rows are in the table only." if "random" in content["states"] else "")
@@ -255,11 +255,11 @@ def _scores(content: Content) -> Section:
     )  # between them intervals would lie on one another
     rows = {
         language: [
-            charts.Dot(titled(s), bits, of.get("interval", {}).get(s) if s in ends else None)
-            for s, bits in of["bits_per_byte"].items()
+            charts.Dot(titled(s), bits, entry.get("interval", {}).get(s) if s in ends else None)
+            for s, bits in entry["bits_per_byte"].items()
             if s != "random"  # so far from the others that these could not be told apart
         ]
-        for language, of in content["languages"].items()
+        for language, entry in content["languages"].items()
     }
     chart = charts.dots(rows, says="Bits per byte by language and state")
     return Section("Bits per byte", text, *score_table(content), markup=chart)
@@ -328,8 +328,8 @@ def _overlap(content: Content) -> Section:
         return Section("")
     text = f"In passages of {found['window']} characters or more."
     rows = [
-        (language, f"{of['share']:.2%}", Bar(of["share"]))
-        for language, of in found["languages"].items()
+        (language, f"{entry['share']:.2%}", Bar(entry["share"]))
+        for language, entry in found["languages"].items()
     ]
     return Section(
         "Held-out text that also stands in the training text",
@@ -346,15 +346,15 @@ def _training(content: Content) -> Section:
         (
             titled(stage),
             config[stage]["method"],
-            f"{of['steps']:,}",
-            quantity(of["tokens"][-1] if of["tokens"] else 0),
+            f"{entry['steps']:,}",
+            quantity(entry["tokens"][-1] if entry["tokens"] else 0),
             _rate(config[stage]),
-            f"{curves.smooth(of['loss'])[-1]:.3f}" if of["loss"] else "",
-            f"{of['skipped']}",
-            quantity(of["tokens_per_second"]) if "tokens_per_second" in of else "",
+            f"{curves.smooth(entry['loss'])[-1]:.3f}" if entry["loss"] else "",
+            f"{entry['skipped']}",
+            quantity(entry["tokens_per_second"]) if "tokens_per_second" in entry else "",
             duration(content["seconds"].get(stage, 0)),
         )
-        for stage, of in training.items()
+        for stage, entry in training.items()
     ]
     header = (
         "stage",
@@ -405,25 +405,25 @@ def _passages(content: Content) -> Section:
     """The same text cut by either tokenizer."""
     found = content.get("passages", ())
     markup = "\n".join(
-        f'<div class="sides">{_cut(of, "source")}\n{_cut(of, "target")}</div>'
-        for of in found
-        if of["source"]
+        f'<div class="sides">{_cut(entry, "source")}\n{_cut(entry, "target")}</div>'
+        for entry in found
+        if entry["source"]
     )
     text = "Held-out passages; a colour ends where a token does. A small figure counts the tokens that share a character."
     return Section("The same text in tokens", text if markup else "", markup=markup)
 
 
-def _cut(of: Content, side: str) -> str:
-    count = sum(tokens for _, tokens in of[side])
-    starts = [text[:1] for text, _ in of[side][1:]] + [""]
+def _cut(entry: Content, side: str) -> str:
+    count = sum(tokens for _, tokens in entry[side])
+    starts = [text[:1] for text, _ in entry[side][1:]] + [""]
     spans = "".join(
         f"<span>{_text(text, start)}{f'<sup>{tokens}</sup>' if tokens > 1 else ''}</span>"
-        for (text, tokens), start in zip(of[side], starts)
+        for (text, tokens), start in zip(entry[side], starts)
     )
     name = {"source": "source tokenizer", "target": "new tokenizer"}[side]
     return (
-        f"<div><h3>{escape(of['language'])} <small>{name}: {count} tokens</small></h3>"
-        f'<p class="pieces" dir="auto"{_language(of["language"])}>{spans}</p></div>'
+        f"<div><h3>{escape(entry['language'])} <small>{name}: {count} tokens</small></h3>"
+        f'<p class="pieces" dir="auto"{_language(entry["language"])}>{spans}</p></div>'
     )
 
 
@@ -506,7 +506,7 @@ def _alignment(content: Content) -> Iterator[Section]:
 def _time(content: Content) -> Section:
     seconds, versions = content["seconds"], content["versions"]
     longest = max(seconds.values(), default=0) or 1
-    rows = [(name, duration(of), Bar(of / longest)) for name, of in seconds.items()]
+    rows = [(name, duration(entry), Bar(entry / longest)) for name, entry in seconds.items()]
     text = f"{duration(sum(seconds.values()))} on {_devices(content)}"
     text += (
         f", {content['date']}" if "date" in content else ""

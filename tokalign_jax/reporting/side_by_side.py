@@ -39,25 +39,28 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
 def warning_lines(content: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing."""
     lost = [
-        f"warning: the tokenizer of '{name}' does not keep {', '.join(of['loses'])} of a text: "
+        f"warning: the tokenizer of '{name}' does not keep {', '.join(entry['loses'])} of a text: "
         f"its bits per byte are too low to be compared"
-        for name, of in content["models"].items()
-        if of["loses"]
+        for name, entry in content["models"].items()
+        if entry["loses"]
     ]
     return [*lost, *(overlap.warning_lines(content["overlap"]) if "overlap" in content else [])]
 
 
-def _rows(of: Mapping[str, Any]) -> dict[str, Any]:
+def _rows(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Languages and, behind them, all together where there are several."""
-    return {**of["languages"], **({EVERYTHING: of["pooled"]} if len(of["languages"]) > 1 else {})}
+    return {
+        **entry["languages"],
+        **({EVERYTHING: entry["pooled"]} if len(entry["languages"]) > 1 else {}),
+    }
 
 
 def _bits(content: Mapping[str, Any]) -> Section:
-    by_model = {name: _rows(of) for name, of in content["models"].items()}
+    by_model = {name: _rows(entry) for name, entry in content["models"].items()}
     first, *others = by_model
-    less = {name: _rows(of) for name, of in content["differences"].items()}
+    less = {name: _rows(entry) for name, entry in content["differences"].items()}
     rows = []
-    for language, of in by_model[first].items():
+    for language, entry in by_model[first].items():
         figures = [
             _with_interval(
                 f"{by_model[name][language]['bits_per_byte']:.3f}", by_model[name][language]
@@ -68,7 +71,7 @@ def _bits(content: Mapping[str, Any]) -> Section:
             _with_interval(f"{less[name][language]['difference']:+.3f}", less[name][language], "+")
             for name in others
         ]
-        rows.append([language, str(of["documents"]), *figures, *differences])
+        rows.append([language, str(entry["documents"]), *figures, *differences])
     text = (
         "Held-out text, lower is better. In brackets 95% intervals over documents; that of a "
         "difference is of the same documents for both, "
@@ -85,8 +88,11 @@ def _bits(content: Mapping[str, Any]) -> Section:
 def _tokens(content: Mapping[str, Any]) -> Section:
     models = content["models"]
     rows = [
-        [language, *(f"{_rows(of)[language]['bytes_per_token']:.2f}" for of in models.values())]
-        + [_figure(_rows(of)[language]["fertility"], ".2f") for of in models.values()]
+        [
+            language,
+            *(f"{_rows(entry)[language]['bytes_per_token']:.2f}" for entry in models.values()),
+        ]
+        + [_figure(_rows(entry)[language]["fertility"], ".2f") for entry in models.values()]
         for language in _rows(next(iter(models.values())))
     ]
     text = "Words are runs of letters, marks and digits; in scripts without spaces each character is one."
@@ -100,8 +106,8 @@ def _tokens(content: Mapping[str, Any]) -> Section:
 
 def _speed(content: Mapping[str, Any]) -> Section:
     rows = []
-    for name, of in content["models"].items():
-        speed = of["generation"]
+    for name, entry in content["models"].items():
+        speed = entry["generation"]
         spread = Soft(" [{:.1f}, {:.1f}]".format(*speed["slowest_and_fastest"]))
         rows.append(
             [
@@ -125,8 +131,8 @@ def _speed(content: Mapping[str, Any]) -> Section:
 def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
     if "teacher" not in content:
         return
-    for name, of in content["models"].items():
-        title, found = f"{name} as a draft for {content['teacher']['name']}", of["drafting"]
+    for name, entry in content["models"].items():
+        title, found = f"{name} as a draft for {content['teacher']['name']}", entry["drafting"]
         if "not_comparable" in found:
             yield Section(title, f"Not comparable: {found['not_comparable']}.")
             continue
@@ -134,8 +140,8 @@ def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
         for language, by in found["languages"].items():
             greedy, sampled = (by[how] if by else {} for how in ("greedy", "sampled"))
             parts = [
-                _figure(of.get(key), form)
-                for of in (greedy, sampled)
+                _figure(entry.get(key), form)
+                for entry in (greedy, sampled)
                 for key, form in (("rate", ".1%"), ("tokens_per_call", ".2f"))
             ]
             rows.append([language, *parts])
@@ -155,7 +161,7 @@ def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
 def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
     if "alignment" not in content:
         return
-    of = content["alignment"]
+    entry = content["alignment"]
     rows = [
         [
             language,
@@ -164,13 +170,13 @@ def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
             f"{by['similarity']:.3f}",
             _figure(by["unrelated"], ".3f"),
         ]
-        for language, by in of["languages"].items()
+        for language, by in entry["languages"].items()
     ]
     text = (
         f"Lines cut by the target tokenizer, each token replaced by the source token that the "
         f"alignment names, against the line: BLEU-1 of "
-        f"the tokens ({of['bleu_1']:.3f} in all), and the mean cosine of embeddings by "
-        f"{of['embedded_by']}, beside that of unrelated lines."
+        f"the tokens ({entry['bleu_1']:.3f} in all), and the mean cosine of embeddings by "
+        f"{entry['embedded_by']}, beside that of unrelated lines."
     )
     yield Section(
         "Alignment", text, ["language", "lines", "BLEU-1", "similarity", "unrelated"], rows
@@ -178,7 +184,7 @@ def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def _tasks(content: Mapping[str, Any]) -> Iterator[Section]:
-    models = {name: of["tasks"] for name, of in content["models"].items() if "tasks" in of}
+    models = {name: entry["tasks"] for name, entry in content["models"].items() if "tasks" in entry}
     if not models:
         return
     known = {
@@ -190,7 +196,7 @@ def _tasks(content: Mapping[str, Any]) -> Iterator[Section]:
     rows = []
     for task, metric in known:
         found = [tasks.get(task, {}).get(metric) for tasks in models.values()]
-        rows.append([task, metric, *(_with_error(of) if of else _NOTHING for of in found)])
+        rows.append([task, metric, *(_with_error(entry) if entry else _NOTHING for entry in found)])
     yield Section(
         "Tasks", "By lm-eval with PyTorch; ± standard error.", ["task", "metric", *models], rows
     )
@@ -201,23 +207,23 @@ def _overlap(content: Mapping[str, Any]) -> Iterator[Section]:
         return
     found = content["overlap"]
     rows = [
-        [language, f"{of['characters']:,}", f"{of['share']:.1%}"]
-        for language, of in found["languages"].items()
+        [language, f"{entry['characters']:,}", f"{entry['share']:.1%}"]
+        for language, entry in found["languages"].items()
     ]
     text = f"Held-out characters in passages of {found['window']} or more that also stand in the training text."
     yield Section("Overlap", text, ["language", "characters", "share"], rows)
 
 
-def _with_interval(figure: str, of: Mapping[str, Any], sign: str = "") -> Cell:
-    if "interval" not in of:
+def _with_interval(figure: str, entry: Mapping[str, Any], sign: str = "") -> Cell:
+    if "interval" not in entry:
         return figure
-    low, high = of["interval"]
+    low, high = entry["interval"]
     return figure, Soft(f" [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
-def _with_error(of: Mapping[str, float]) -> Cell:
-    error = of["standard_error"]
-    return f"{of['value']:.3f}" + ("" if error is None else f" ±{error:.3f}")
+def _with_error(entry: Mapping[str, float]) -> Cell:
+    error = entry["standard_error"]
+    return f"{entry['value']:.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -235,8 +241,8 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     languages = list(_rows(next(iter(models.values()))))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     width = 0.8 / len(models)
-    for i, (name, of) in enumerate(models.items()):
-        rows = [_rows(of)[language] for language in languages]
+    for i, (name, entry) in enumerate(models.items()):
+        rows = [_rows(entry)[language] for language in languages]
         places = [x + (i - (len(models) - 1) / 2) * width for x in range(len(languages))]
         heights = [row["bits_per_byte"] for row in rows]
         left.bar(
