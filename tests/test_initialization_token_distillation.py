@@ -1,5 +1,6 @@
 """Token Distillation: snippets, the loss against PyTorch, and what may move."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from test_pipeline import arguments, write_corpus
 from transformers import AutoModelForCausalLM
 
+from tokalign_jax import main
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import (
     AlignmentConfig,
@@ -157,3 +160,25 @@ def test_text_without_new_tokens_leaves_the_mean_of_the_pieces(sides):
         result.rows, np.asarray(target.params["embed_tokens"]["embedding"])
     )
     assert result.facts == {} and "no new token is in the text" in lines[0]
+
+
+def test_a_run_starts_by_it(tmp_path, tokenizers):
+    source, target = tokenizers
+    corpus = write_corpus(tmp_path)
+    target.save_pretrained(tmp_path / "target")
+    folder = tiny_model_folder(tmp_path / "source", "llama", tied=True, tokenizer=source)
+    inputs = {"llama": folder, "target": tmp_path / "target", "corpus": corpus}
+    group = "--config.initialization.token_distillation"
+    chosen = "--config.alignment.method=token_distillation", f"{group}.snippets=2"
+    run = arguments(inputs, "llama", tmp_path / "run", "starts", *chosen, "--stages=init")
+    assert main.main(run) == 0
+    record = json.loads((tmp_path / "run" / "stages.json").read_text())["stages"]["init"]
+    facts = record["summary"]["tuned"]
+    assert 0 < facts["snippets"] <= 2 * target.vocab_size
+    before = huggingface.load_params(folder, hub.load_config(folder)[0])["embed_tokens"][
+        "embedding"
+    ]
+    made = tmp_path / "run" / "init"
+    after = huggingface.load_params(made, hub.load_config(made)[0])["embed_tokens"]["embedding"]
+    known = {row.tobytes() for row in np.asarray(before, np.float32)}
+    assert 0.5 < np.mean([row.tobytes() in known for row in np.asarray(after)]) < 1

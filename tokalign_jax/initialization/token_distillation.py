@@ -244,10 +244,10 @@ def train(
         progress.update(tokens / len(trained))
     after = _mean_loss(state, frozen, judged, settings)
     gained = not judged or after < before
-    progress.done(
-        f"{len(rows):,} rows; mean squared difference {before:.4g} to {after:.4g} on text left out"
-        + ("" if gained else ": left as they were")
+    told = (
+        f"; mean squared difference {before:.4g} to {after:.4g} on text left out" if judged else ""
     )
+    progress.done(f"{len(rows):,} rows{told}" + ("" if gained else ": left as they were"))
     if gained:
         size = len(params["embed_tokens"]["embedding"])
         rows = rows + sharding.to_host(state.change, slice(size, size + len(rows)))
