@@ -158,7 +158,8 @@ def _init_on_host(run: Run) -> dict[str, int]:
         }
     if distills_tokens(run.config):
         settings = run.config.initialization.token_distillation
-        snippets = 3 * 4 * settings.most_snippets * (settings.snippet_length + 1)
+        count = min(settings.most_snippets, settings.snippets * run.model.vocab_size)
+        snippets = 3 * 4 * count * (settings.snippet_length + 1)
         return {
             "new rows (float32)": new_rows + 2 * rows,
             "source rows": stored + source_rows,
