@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 from tokalign_jax import __version__, config_files, config_reference, main
 from tokalign_jax.cli import app, arguments, plan, run, topics
+from tokalign_jax.config import AlignmentConfig
 from tokalign_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -54,6 +56,11 @@ def test_help_on_a_field_gives_default_bounds_and_description():
 def test_an_unknown_topic_is_answered_with_the_nearest(topic, near, capsys):
     assert app.main(["help", topic]) == 2
     assert f"'{near}'" in capsys.readouterr().err
+
+
+def test_the_topic_of_methods_names_all_of_them():
+    for method in typing.get_args(typing.get_type_hints(AlignmentConfig)["method"]):
+        assert f"\n  {method} " in topics.METHODS.replace("\n", " \n"), method
 
 
 def test_every_field_is_described():

@@ -29,11 +29,15 @@ METHODS = """\
   topk        weighted mixtures of several source tokens
   focus       mixtures of shared tokens (FOCUS, Dobler and de Melo 2023)
   omp         orthogonal matching pursuit in a donor model (as mergekit-tokensurgeon)
+  token_distillation
+              mean of the pieces, then input rows that give the source's hidden states
+              (Token Distillation, Dobler et al. 2025)
   pieces      mean of the pieces (FVT, Gee et al. 2022); needs no training
   exact       shared tokens, else random source tokens
   random      random source tokens
 
---config.target_tokenizer=extend keeps the tokenizer and adds tokens mined from the corpus."""
+--config.target_tokenizer=extend keeps the tokenizer and adds tokens mined from the corpus,
+--config.target_tokenizer=prune leaves out those that the corpus does not need."""
 
 FILES = """\
 A workdir holds a folder for each stage, and stages.json with what is known of each:
