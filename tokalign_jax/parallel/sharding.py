@@ -252,7 +252,7 @@ def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
 
 
 def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Return the first matching rule's sharding; a dimension that axes do not divide stays whole."""
+    """Return the first matching rule's sharding; a dimension not divisible by axes stays whole."""
     return fitting(paths.label(RULES, path), shape, mesh)
 
 

@@ -125,7 +125,8 @@ def lines(
             f'<text class="name" x="{width + 0.8}%" y="{y + 4:.1f}">{escape(curve.label)}</text>'
         )
     inner = "\n".join([*parts, *labels])
-    return f'<svg class="chart" role="img" aria-label="{escape(says)}" width="100%" height="{height}">\n{inner}\n</svg>'
+    label = f'role="img" aria-label="{escape(says)}"'
+    return f'<svg class="chart" {label} width="100%" height="{height}">\n{inner}\n</svg>'
 
 
 def _apart(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:

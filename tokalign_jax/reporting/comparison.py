@@ -302,7 +302,8 @@ def _overview(comparison: Comparison, warnings: str) -> Section:
         ]
         rows.append([*row, "" if group["seconds"] is None else duration(group["seconds"])])
     count = sum(len(group["runs"]) for group in groups)
-    text = f"{count} runs, best first by the last state; bits per byte of all held-out text, lower is better."
+    text = f"{count} runs, best first by the last state; bits per byte of all held-out text, lower "
+    text += "is better."
     text += " Of several seeds: mean ± standard deviation." if several else ""
     text += (
         f" In all of them: {', '.join(f'{titled(s)} {bits:.3f}' for s, bits in same.items())}."
@@ -321,7 +322,8 @@ def _kept_section(comparison: Comparison) -> Iterator[Section]:
             [f"{rank}", *(_figure(entry.get(name)) for name in columns)]
             for rank, entry in enumerate(found, 1)
         ]
-        text = "Of the last state, as in the runs' reports: abilities and agreement higher is better, all else lower is better."
+        text = "Of the last state, as in the runs' reports: abilities and agreement higher is "
+        text += "better, all else lower is better."
         yield Section(retention.TITLE, text, ["#", *columns], rows)
 
 
@@ -429,7 +431,8 @@ def loss_chart(comparison: Comparison) -> str:
             last = stage == [*joined][-1]
             style = f"stroke: {colour}; stroke-width: 1.75"
             drawn.append(charts.Curve(name, *curve, style=style, label=f"{rank}" if last else ""))
-        swatch = f'<svg width="16" height="10" aria-hidden="true"><line x2="16" y1="5" y2="5" style="stroke: {colour}"/></svg>'
+        line = f'<line x2="16" y1="5" y2="5" style="stroke: {colour}"/>'
+        swatch = f'<svg width="16" height="10" aria-hidden="true">{line}</svg>'
         keys.append(f"<span>{swatch} {escape(name)}</span>")
     chart = charts.lines(
         drawn[::-1],

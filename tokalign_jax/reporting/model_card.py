@@ -307,7 +307,8 @@ def _terms(facts: CardFacts) -> str:
     if licence or files:
         known = f"The licence of the base model, {licence}, holds for this one." if licence else ""
         return f"## Licence\n\n{known or 'The terms of the base model hold for this one.'}{files}"
-    return "## Licence\n\nThe base model's folder says nothing of its licence; it holds for this model, too."
+    text = "The base model's folder says nothing of its licence; it holds for this model, too."
+    return f"## Licence\n\n{text}"
 
 
 # --- words ---------------------------------------------------------------------------------------

@@ -409,7 +409,8 @@ def _passages(content: Content) -> Section:
         for entry in found
         if entry["source"]
     )
-    text = "Held-out passages; a colour ends where a token does. A small figure counts the tokens that share a character."
+    text = "Held-out passages; a colour ends where a token does. A small figure counts the tokens "
+    text += "that share a character."
     return Section("The same text in tokens", text if markup else "", markup=markup)
 
 
@@ -515,7 +516,8 @@ def _time(content: Content) -> Section:
 
 
 def _again(content: Content) -> Section:
-    text = "Save this as config.py. Every field that is not in it has the default of the version named above."
+    text = "Save this as config.py. Every field that is not in it has the default of the version "
+    text += "named above."
     markup = f"<pre>{escape(COMMAND)}</pre>\n<pre>{escape(config_file(content))}</pre>"
     return Section("To make it again", text, markup=markup)
 

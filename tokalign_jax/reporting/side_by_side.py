@@ -95,7 +95,8 @@ def _tokens(content: Mapping[str, Any]) -> Section:
         + [_figure(_rows(entry)[language]["fertility"], ".2f") for entry in models.values()]
         for language in _rows(next(iter(models.values())))
     ]
-    text = "Words are runs of letters, marks and digits; in scripts without spaces each character is one."
+    text = "Words are runs of letters, marks and digits; in scripts without spaces each character "
+    text += "is one."
     return Section(
         "Tokens",
         text,
@@ -210,7 +211,8 @@ def _overlap(content: Mapping[str, Any]) -> Iterator[Section]:
         [language, f"{entry['characters']:,}", f"{entry['share']:.1%}"]
         for language, entry in found["languages"].items()
     ]
-    text = f"Held-out characters in passages of {found['window']} or more that also stand in the training text."
+    text = f"Held-out characters in passages of {found['window']} or more that also stand in the "
+    text += "training text."
     yield Section("Overlap", text, ["language", "characters", "share"], rows)
 
 
@@ -231,7 +233,7 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def picture(content: Mapping[str, Any], path: Path) -> None:
-    """Bits per byte with their intervals (left) and bytes per token (right), by language and model."""
+    """Draw bits per byte with intervals, and bytes per token, by language and model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -71,6 +71,7 @@ class Progress:
         share = 100 * self._count / self._total
         remaining = f", {duration(left)} left" if left != float("inf") else ""
         return (
-            f"{self._what}: {quantity(self._count)} of {quantity(self._total)} {self._unit}".rstrip()
+            f"{self._what}: {quantity(self._count)} of "
+            f"{quantity(self._total)} {self._unit}".rstrip()
             + f" ({share:.0f}%), {quantity(rate)}/s{remaining}"
         )
