@@ -28,7 +28,7 @@ def both_ways(config):
 @CASES
 def test_states_and_gradients_are_the_same(case, tmp_path):
     both = pair(case, tmp_path)
-    text = tokens(23, batch=3)
+    text = jnp.asarray(tokens(23, batch=3))
 
     def loss(params, config):
         hidden = forward(config, params, text)
@@ -55,7 +55,7 @@ def test_adapters_and_their_dropout_are_the_same(case, tmp_path):
     leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))
     for i, path in enumerate(path for path in leaves if path.endswith("lora_b")):
         leaves[path] = 0.2 * jax.random.normal(jax.random.key(i), leaves[path].shape)
-    params, text = paths.unflatten(leaves), tokens(23, batch=3)
+    params, text = paths.unflatten(leaves), jnp.asarray(tokens(23, batch=3))
 
     def loss(params, config):
         hidden = forward(config, params, text, lora=spec, dropout_key=jax.random.key(5))

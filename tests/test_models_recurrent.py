@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,9 @@ def test_delta_rule_by_chunks_is_that_token_by_token(length):
     beta = draw.uniform(size=(2, length, 4)).astype(np.float32)
     state = draw.normal(size=(2, 4, 8, 6)).astype(np.float32)
     expected, last = token_by_token(q, k, v, decay, beta, state)
-    y, found = delta_rule(*map(jnp.asarray, (q, k, v, decay, beta, state)))
+    inputs: Any = map(jnp.asarray, (q, k, v, decay, beta, state))
+    y, found = delta_rule(*inputs)
+    assert found is not None
     np.testing.assert_allclose(y, expected, atol=2e-5)
     np.testing.assert_allclose(found, last, atol=2e-5)
 
@@ -65,7 +68,7 @@ def test_segments_are_the_layers_in_order():
 @pytest.mark.parametrize("case", of("qwen3_5_text", "lfm2"), ids=str)
 def test_loops_are_the_layers_one_by_one(case, tmp_path):
     both = pair(case, tmp_path)
-    text = tokens(20)
+    text = jnp.asarray(tokens(20))
 
     def loss(params, unroll, policy):
         hidden = forward(both.config, params, text, unroll=unroll, remat=policy)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_an_exported_draft_gives_the_text_of_the_larger_model(tmp_path):
     both = pair(draft, tmp_path / "draft")
     drafting = reference(export(both, tmp_path / "written"))
     larger = replace(draft, settings={**draft.settings, "num_hidden_layers": 4})
-    target = pair(larger, tmp_path / "target").reference
+    target: Any = pair(larger, tmp_path / "target").reference
     prompt = torch.tensor(tokens(12, batch=1)).long()
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     alone = target.generate(prompt, **options)

@@ -4,6 +4,7 @@ Dimension letters, beside those of `transformer`: W tokens of a convolution's ke
 key heads, H size of a key, U size of a value, C tokens of a chunk.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ class CausalConvolution(nnx.Module):
             latest = length if used is None else used
             state = jax.lax.dynamic_slice_in_dim(seen, latest, before, axis=1).astype(state.dtype)
         parts = [seen[:, i : i + length].astype(jnp.float32) * kernel[i] for i in range(before + 1)]
-        y = sum(parts[1:], parts[0])
+        y = functools.reduce(jnp.add, parts)
         y = y if self.bias is None else y + self.bias.astype(jnp.float32)
         return y.astype(x.dtype), state
 
@@ -114,7 +115,7 @@ class DeltaNet(nnx.Module):
         self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
         in_key, out_key = split(key, 2)
-        states = [None] * 4 if cache is None else list(cache)
+        states: list[Any] = [None] * 4 if cache is None else list(cache)
         names = ("q", "k", "v", "gate", "beta", "decay")
         reading = [getattr(self, f"{name}_proj") for name in names]
         *qkv, gate, beta, decay = (
@@ -131,7 +132,8 @@ class DeltaNet(nnx.Module):
         if place.used is not None:  # padding neither fades the state nor writes to it
             counts = (jnp.arange(x.shape[1]) < place.used)[:, None]
             beta, decay = beta * counts, decay * counts
-        y, states[3] = delta_rule(*projected, decay, beta, states[3])
+        q, k, v = projected
+        y, states[3] = delta_rule(q, k, v, decay, beta, states[3])
         y = self._gated(y, gate).astype(x.dtype)
         return self.o_proj(y, out_key), None if cache is None else tuple(states)
 

@@ -214,7 +214,7 @@ class Transformer:
             numbers = tuple(map(jnp.array, (rope_of, window_of, growth_of)))
             x, cache = self._looped(numbered_layer, x, numbers, keys, cache, remat, unroll)
             return ends.final_norm(x), cache
-        still = jax.lax.stop_gradient(self.layers)
+        still: Any = jax.lax.stop_gradient(self.layers)
         slots = {part: _unstacked(stack, _depth(stack)) for part, stack in self.layers.items()}
         for i, (kind, parts) in enumerate(zip(config.layer_kinds, _parts(config, self.layers))):
 
