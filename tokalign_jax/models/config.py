@@ -8,7 +8,7 @@ from tokalign_jax.models.rotary import Rope
 
 @dataclass(frozen=True)
 class LayerKind:
-    """In what the layers of a model may differ: what mixes their tokens, and how it deals with positions."""
+    """In what the layers of a model may differ: the mixer, and its use of positions."""
 
     rope: Rope | None
     """None: without rotary embedding."""
@@ -123,9 +123,9 @@ class ModelConfig:
     norm_plus_one: bool = False
     """Norms multiply with 1 + scale."""
     norm_placement: Literal["before", "after", "both"] = "before"
-    """Where attention and feed-forward have their norms: on what they read, on what they give, or on both."""
+    """Where attention and feed-forward have their norms: on their input, output, or both."""
     shared_norm: bool = False
-    """With `parallel_residual`: attention and feed-forward read the layer's input through one norm."""
+    """With `parallel_residual`: attention and feed-forward share one norm of the input."""
     query_key_norm: Literal["head", "each_head", "width"] | None = None
     """Norms of queries and keys: over H with one scale for all heads, over H with a scale for
     each head, or over all heads together."""
@@ -140,7 +140,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     """c: logits x become c tanh(x / c) (`transformer.adjust_logits`)."""
     embedding_scale: float = 1.0
-    """Factor of the embedding on its way into the first layer; in the type of the activations, as transformers has it."""
+    """Factor of the embedding before the first layer, in the type of the activations."""
     residual_scale: float = 1.0
     """Factor of what attention and feed-forward add."""
     output_scale: float = 1.0

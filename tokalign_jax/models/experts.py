@@ -1,7 +1,7 @@
 """Mixtures of experts in the place of a feed-forward layer (arXiv 1701.06538).
 
-Each token goes through a few of the experts, weighted by the router's probabilities, and through the
-shared expert if there is one. Both ways to compute that are exact and have no capacity:
+Each token goes through a few of the experts, weighted by the router's probabilities, and through
+the shared expert if there is one. Both ways to compute that are exact and have no capacity:
 
 - sparse: the tokens, sorted by expert, times the experts' matrices in grouped products
   (`jax.lax.ragged_dot`), on each device for the tokens that it has;
@@ -89,7 +89,7 @@ class ExpertMLP(nnx.Module):
         in_key, out_key = split(key, 2)
         gate, up = self.gate_proj.dense(x, in_key), self.up_proj.dense(x, in_key)
         y = ACTIVATIONS[self.activation](gate) * up
-        # Weighted before the last product, so that it sums over experts and [E, B, T, D] never exists.
+        # Weighted before the last product, which then sums over experts: [E, B, T, D] never exists.
         # In the type of the weights, in which their gradient is then summed over the width.
         weighted = y * jnp.moveaxis(weights, -1, 0)[..., None]
         return self.down_proj.dense(weighted.astype(x.dtype), out_key)
@@ -103,7 +103,7 @@ class ExpertMLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The chosen experts for each token, on each device for its own tokens.
 
-        Experts' matrices are put together over `fsdp` for it, and split over `tensor` by their width.
+        Experts' matrices are gathered over `fsdp` and split over `tensor` by their width.
         """
         in_key, out_key = split(key, 2)
         rate = self.lora.dropout if self.lora else 0.0

@@ -29,12 +29,12 @@ Cache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 
 
 class Place(NamedTuple):
-    """Where a layer's attention looks from and how far."""
+    """What a mixer needs to know of a layer's positions."""
 
     positions: Int[Array, "T"]
     by: Rotation
     window: Int[Array, ""] | int
-    """Number of the layer's window among those of the model."""
+    """Index of the layer's window among those of the model."""
     query_factor: Float[Array, "T"] | None
     """By position; None: 1."""
     used: Int[Array, ""] | int | None
@@ -48,7 +48,8 @@ class Attention(nnx.Module):
         self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         project = functools.partial(Linear, bias=config.attention_bias, lora=lora)
-        # Queries and keys are kept as attention reads them, turned; but where a norm comes before, as its gradient needs them.
+        # Queries and keys are kept rotated, as attention reads them; where a norm comes before, as the
+        # norm's gradient needs them.
         self.kept_turned = config.query_key_norm is None or config.rotate_before_norm
         projected = None if self.kept_turned else rematerialization.ATTENTION
         self.q_proj = project(config.hidden_size, queries, kept_as=projected)
@@ -146,7 +147,7 @@ class Attention(nnx.Module):
         place: Place,
     ) -> Float[Array, "B T N H"]:
         windows, _ = numbered([kind.window for kind in self.config.layer_kinds])
-        # One branch a window, so that each knows its own when it is compiled, as fused kernels must.
+        # One branch per window, so that each is static, as fused kernels need it.
         branches = [functools.partial(attend, window=window, **self._logits) for window in windows]
         if isinstance(place.window, int) or len(branches) == 1:
             return branches[place.window if isinstance(place.window, int) else 0](q, k, v)

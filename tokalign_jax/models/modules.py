@@ -21,7 +21,7 @@ from tokalign_jax.models.lora import LoraSpec
 
 
 def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x Phi(x), in float32 inside. By erf: erfc, which jax.nn.gelu takes, is several times the arithmetic and no memory less."""
+    """GELU, computed in float32 by erf: jax.nn.gelu's erfc costs several times the arithmetic."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
@@ -46,10 +46,12 @@ class Linear(nnx.Module):
         lora: LoraSpec | None,
         kept_as: str | None = rematerialization.PROJECTED,
     ):
-        """`kept_as`: what policies that keep x W for the backward pass call it; None: no policy keeps it.
+        """Declare the parameters.
 
-        It is kept before the bias is added: the product is then free of it, and on a GPU one without a bias takes its weights
-        from the stack of all layers where they are, while one with it needs a copy of them.
+        Args:
+          kept_as: checkpoint name of x W, for remat policies; None: no policy keeps it. It is named
+            before the bias is added: on a GPU, a product without a bias reads its weights from the
+            stack of all layers in place, while one with a bias needs a copy of them.
         """
         self.kernel = param(inputs, outputs)
         self.bias = param(outputs) if bias else None
@@ -75,7 +77,10 @@ class Linear(nnx.Module):
 
 
 def lows(linears: Sequence[Linear], x: Float[Array, "B T in"], key: jax.Array | None) -> list[Any]:
-    """alpha / rank dropout(x) A of linear maps that read the same, in one product; None without adapters."""
+    """alpha / rank dropout(x) A for linear maps that share their input, in one product.
+
+    None for each without adapters.
+    """
     lora = linears[0].lora
     if lora is None:
         return [None] * len(linears)
@@ -87,11 +92,11 @@ def lows(linears: Sequence[Linear], x: Float[Array, "B T in"], key: jax.Array | 
 
 @jax.custom_vjp
 def plus(x: Float[Array, "*B N"], added: Float[Array, "*A N"]) -> Float[Array, "*B N"]:
-    """x + a in the type of x; the gradient of a, which has the last axes of x, is summed over the others in float32.
+    """x + a in the type of x; the gradient of a is summed over x's leading axes in float32.
 
-    Autodiff sums it in the type of x, and one after the other a sum in bfloat16 grows no more once it is some hundred times its
-    terms. XLA for NVIDIA sums in a tree, with a relative error of 5e-3 over 16,384 tokens, on its way through what comes before:
-    left so, as a sum in float32 would be a pass of its own over memory.
+    Autodiff sums it in the type of x, and a sequential sum in bfloat16 stops growing at some hundred
+    times its terms. XLA for NVIDIA sums in a tree, with a relative error of 5e-3 over 16,384 tokens,
+    fused into the operation before: left so, as a float32 sum would be a pass of its own over memory.
     """
     return x + added.astype(x.dtype)
 
@@ -187,8 +192,7 @@ def param(*shape: int) -> nnx.Param:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normed(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float) -> Array:
-    """`x`, less its mean where `centred`, over the root of its mean square along the last axis, times `scale`, plus `bias`; all
-    in float32, the result in the type of `x`."""
+    """Layer norm (`centred`) or RMS norm over the last axis, in float32; the result has the type of `x`."""
     return _norm(x, scale, bias, centred, epsilon)
 
 
@@ -212,8 +216,8 @@ def _normed_forward(x: Array, scale: Array, bias: Array | None, centred: bool, e
 def _normed_backward(
     centred: bool, epsilon: float, kept: tuple[Array, Array, Array | None], gradient: Array
 ):
-    """As autodiff has it, but sums over tokens begin at `x` again, with moments of their own: the normed tokens, shared with the
-    gradient of `x`, would be an array in float32."""
+    """Autodiff's gradient, with sums over tokens that recompute the moments from `x`: sharing the
+    normed tokens with the gradient of `x` would keep a float32 array."""
     x, scale, bias = kept
     (x_gradient,) = jax.vjp(lambda x: _norm(x, scale, bias, centred, epsilon), x)[1](gradient)
     wide, tokens = gradient.astype(jnp.float32), tuple(range(x.ndim - scale.ndim))
@@ -227,8 +231,8 @@ _normed.defvjp(_normed_forward, _normed_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def each(x: Float[Array, "..."], times: int) -> list[Any]:
-    """`x` for each of the products that read it. What comes back from the later is added to what came from the earlier, in this
-    order: so the compiler does it in the kernel of the product, where autodiff's order takes a pass of its own."""
+    """`x` for each of the products that read it. Gradients are added in the order of the readers, which
+    the compiler fuses into the products; autodiff's order takes a pass of its own."""
     return [x] * times
 
 
@@ -257,7 +261,8 @@ def split(key: jax.Array | None, count: int):
 
 
 def scaled(x: Array, factor: float) -> Array:
-    """`x` times a number, in the type of `x`; multiplied in float32, since a half-precision factor is off by up to 0.4%."""
+    """`x` times a number, in the type of `x`; multiplied in float32, as a bfloat16 factor is off by up
+    to 0.4%."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
@@ -266,8 +271,8 @@ def dropout(
 ) -> Float[Array, "*E B T D"]:
     """Drops a share of `x` that is `rate`.
 
-    An element's chance is a hash of its number in its sequence, seeded by the sequence's key: computed where it is used,
-    where bits of a cipher are a program of their own and an array in memory.
+    The mask is a hash of each element's index in its sequence, seeded by the sequence's key: it fuses
+    with its use, where random bits are a program of their own and an array in memory.
     """
     if key is None or rate == 0:
         return x
@@ -283,8 +288,8 @@ def dropout_mask(number: UInt32[Array, "..."], key: jax.Array, rate: float) -> B
 
 
 def _hash(x: UInt32[Array, "..."], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
-    """A hash of 32-bit integers: three rounds of shift and product, with the published constants of `triple32`
-    (C. Wellons, Prospecting for hash functions), and half of the seed before each of the first two."""
+    """A hash of 32-bit integers: `triple32` (C. Wellons, Prospecting for hash functions), with half of
+    the seed mixed in before each of the first two rounds."""
     x ^= seed[0]
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB) + seed[1]
     x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)

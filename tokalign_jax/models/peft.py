@@ -1,4 +1,4 @@
-"""Adapters as a folder of PEFT (https://github.com/huggingface/peft), beside the model that they are for."""
+"""Write adapters as a folder that PEFT reads (https://github.com/huggingface/peft)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

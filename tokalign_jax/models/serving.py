@@ -1,4 +1,4 @@
-"""What programs other than transformers would do with an exported folder: warnings with a remedy."""
+"""Warnings, with a remedy, of what llama.cpp and vLLM would refuse in an exported folder."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ def known_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def cuts(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """How tokenizer.json cuts text before BPE: expressions, and names of pre-tokenizers that have their own."""
+    """How tokenizer.json splits text before BPE: expressions, and names of other pre-tokenizers."""
     whole = state.get("pre_tokenizer") or {}
     found = []
     for part in whole.get("pretokenizers", [whole]):
@@ -100,7 +100,7 @@ def cuts(state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _rows(config: Mapping[str, Any], tokenizer_folder: Path | None) -> Iterator[str]:
-    """Draft and target model must have as many rows in vLLM; transformers then needs no tokenizers."""
+    """A draft must have as many rows as its target in vLLM, and in transformers without tokenizers."""
     other = tokenizer_folder and hub.read_json(tokenizer_folder / "config.json")
     if not other:
         return

@@ -1,13 +1,14 @@
-"""A decoder-only transformer: defined in Flax NNX, run as pure functions of a plain nested dict of arrays.
+"""A decoder-only transformer, defined in Flax NNX and run as pure functions of a nested dict of arrays.
 
-Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N heads, K key-value
-heads, H head size, L layers, F intermediate, E experts.
+Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N
+heads, K key-value heads, H head size, L layers, F intermediate, E experts.
 
-The modules declare which parameters exist (`abstract_params`) and what is computed from them (`forward`); arrays are in
-them for the length of a call. All leaves under `layers` are stacked over L, and one compiled layer body is scanned over
-them. Layers may differ in window and rotary embedding: the scan hands each the numbers of its own among the few that the
-model has. Activations have the `dtype` of the caller, to which each layer casts its own weights; norms, rotary embedding,
-softmax and routing are computed in float32.
+The modules declare the parameters (`abstract_params`) and the computation (`forward`); they hold arrays
+only during a call. Leaves under `layers` are stacked over L, or for a mixer over the layers that have
+it, and one compiled body is scanned over each run of layers whose mixers repeat (`Segment`). Layers may
+differ in window and rotary embedding: the scan passes each layer the indices of its own. Activations
+have the caller's `dtype`, to which each layer casts its weights; norms, rotary embedding, softmax and
+routing are computed in float32.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ UNROLLED = 48
 turns of as even a number of layers. Compilation takes longer by as much, about a second a layer."""
 
 
-# --- The definition ---------------------------------------------------------------------------------------------------
+# --- The definition -------------------------------------------------------------------------------
 
 
 MIXERS: dict[str, Any] = {
@@ -83,7 +84,7 @@ class Block(nnx.Module):
         y = x + scaled(apply(self.attention_out_norm, mixed), scale)
         if not self.config.shared_norm:
             normed = apply(self.post_attention_norm, x if self.config.parallel_residual else y)
-        # The product comes first: so the compiler adds to it what was before, in the product's kernel.
+        # The product comes first, so that the compiler fuses the addition into its kernel.
         return scaled(apply(self.mlp_out_norm, self.mlp(normed, mlp_key)), scale) + y, cache
 
 
@@ -103,7 +104,7 @@ class Head(nnx.Module):
 
 
 class Ends(nnx.Module):
-    """All but the layers. The head is only declared: what needs logits applies it, in chunks or at once."""
+    """All but the layers. The head is only declared: the loss applies it, in chunks or at once."""
 
     def __init__(self, config: ModelConfig):
         norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
@@ -136,7 +137,7 @@ class Segment(NamedTuple):
         return jax.tree.map(part, stack)
 
     def of_layer(self, turn: Any, number: int) -> Any:
-        """What a layer, or the one of this number among those of its mixer, has of a turn's part."""
+        """A layer's slice of one turn, by its index among the layers that share the stack."""
         return turn if self._of_one_layer else jax.tree.map(lambda x: x[number], turn)
 
     def of_turn(self, layers: Sequence[Any]) -> Any:
@@ -280,7 +281,7 @@ class Transformer:
         return apply(self.ends.embed_norm, x)
 
 
-# --- Pure functions ---------------------------------------------------------------------------------------------------
+# --- Pure functions -------------------------------------------------------------------------------
 
 
 def forward(
@@ -298,12 +299,12 @@ def forward(
 
     Args:
       lora: says that `params` hold adapters, and of which kind.
-      dropout_key: draws the adapters' dropout, one key or one a sequence [B] (what is drawn then does not depend on which sequences
-        are computed together); None: no dropout.
+      dropout_key: of the adapters' dropout, one key or one per sequence [B] (the masks then do not
+        depend on which sequences are batched together); None: no dropout.
       remat: what each layer keeps for the backward pass; of no effect without one.
-      unroll: layers in one turn of the compiled loop over them, at most all. With all of them there is no loop, and what layers
-        keep for the backward pass is not copied into a stack: faster, for a compilation that grows with depth. 0: all of up to
-        `UNROLLED` on GPUs, where layers keep more than their input; else 1.
+      unroll: layers per iteration of the compiled loop. With all of them there is no loop, and
+        residuals are not copied into a stack: faster, but compilation time grows with depth. 0: on
+        GPUs, where layers keep more than their input, all of up to `UNROLLED`; else 1.
 
     Raises:
       ValueError: `params` are not those of `config` and `lora`.
@@ -317,14 +318,14 @@ def forward(
 
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
-    """The matrix that turns hidden states into logits: the head, or when tied the input embedding."""
+    """The output matrix: the head, or when tied the input embedding."""
     return (
         params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
     )
 
 
 def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What the model does to its logits one by one: the soft-cap, for the families that have one, else nothing."""
+    """Apply the logit soft-cap, for the families that have one."""
     if config.logit_softcap is None:
         return logits
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
@@ -348,8 +349,8 @@ def generate(
 ) -> Int[Array, "B T+steps"]:
     """`prompt` and its greedy continuation by `steps` tokens.
 
-    Rotary embeddings that look at the length of the text take that of the whole, `prompt` and continuation, for each
-    of its tokens.
+    Length-dependent rotary embeddings use the length of prompt and continuation together, for every
+    token.
 
     Raises:
       UserError: the model has no positions for so long a text.
@@ -374,7 +375,7 @@ def _continue(
 ) -> Int[Array, "B steps"]:
     """The greedy continuation of the first `length` tokens, with a cache of keys and values.
 
-    The cache is filled from the whole prompt; what is after `length` is out of sight until it is overwritten.
+    The cache is filled from the padded prompt; padding is masked until it is overwritten.
     """
     model = _bind(config, None, params)
     batch, padded_length = prompt.shape
@@ -409,7 +410,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) 
 
 
 def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params:
-    """Shapes of all parameters, as a tree of float32 ShapeDtypeStruct; with `lora` those of the adapters too."""
+    """All parameters as float32 ShapeDtypeStructs; with `lora`, adapters included."""
     counts = Counter(kind.mixer for kind in config.layer_kinds)
     layers = {}
     for mixer, count in counts.items():
@@ -436,7 +437,7 @@ def first_layers(config: ModelConfig, params: Params, count: int) -> tuple[Model
 
 
 def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Params:
-    """Float32 parameters to pre-train from: matrices normal with deviation `std`, norms neutral, biases zero."""
+    """Random float32 parameters: matrices normal with deviation `std`, norms neutral, biases zero."""
 
     def init(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         match path.rpartition("/")[2]:
@@ -454,7 +455,7 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
     )
 
 
-# --- Small things -----------------------------------------------------------------------------------------------------
+# --- Small things ---------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -474,7 +475,8 @@ def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transfo
     expected, given = (set(paths.flatten(tree)) for tree in (abstract_params(config, lora), params))
     if expected != given:
         raise ValueError(
-            f"parameters do not fit the model: missing {sorted(expected - given)}, left over {sorted(given - expected)}"
+            f"parameters do not fit the model: missing {sorted(expected - given)}, "
+            f"left over {sorted(given - expected)}"
             f" ({config}, {lora})"
         )
     return Transformer(config, lora, params)
@@ -578,7 +580,7 @@ def _project(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _unstacked(stack: Any, layers: int) -> list[Any]:
-    """What each layer has of a stack; the gradients are put together once, and not again for each of what reads them."""
+    """Slice a stack into layers; gradients are stacked once, not again for each reader."""
     return [_layer_of(stack, i) for i in range(layers)]
 
 
@@ -597,10 +599,10 @@ _unstacked.defvjp(_unstacked_forward, _unstacked_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _taken(slot: Any, stack: Any, layer: int) -> Any:
-    """What a layer has of the stack, whose gradient goes to `slot`.
+    """A layer's slice of the stack; its gradient goes to `slot`.
 
-    So a layer that is computed again takes its weights from the stack again, where a slice would be a copy that lives from the
-    forward to the backward pass; a product that is the only reader of its slice takes it in place.
+    A layer that is recomputed then slices the stack again, instead of keeping a copy from the forward
+    to the backward pass; a product that is the only reader of its slice reads it in place.
     """
     return _layer_of(stack, layer)
 
@@ -619,7 +621,8 @@ def _at_once(unroll: int, layers: int, remat: rematerialization.Policy) -> int:
     """Layers in one turn of the loop over them."""
     if unroll:
         return min(unroll, layers)
-    # A loop copies what layers keep into a stack and out of it: on two GPUs 8% of a step with `dots`; `layer` keeps next to nothing.
+    # A loop copies residuals into a stack and out of it: 8% of a step with `dots` on two GPUs;
+    # `layer` keeps next to nothing.
     pays = jax.default_backend() == "gpu" and remat != "layer"
     if not pays:
         return 1
@@ -643,6 +646,6 @@ def _query_factor(growth: QueryGrowth | None, positions: Int[Array, "T"]) -> Flo
 def _check_length(config: ModelConfig, length: int) -> None:
     if config.learned_positions and length > config.max_positions:
         raise UserError(
-            f"a text of {length:,} tokens is too long for this model: it has learned {config.max_positions:,} positions "
-            f"and no others; use sequences of at most {config.max_positions:,} tokens"
+            f"a text of {length:,} tokens is too long for this model: it has learned "
+            f"{config.max_positions:,} positions and no others; use sequences of at most {config.max_positions:,} tokens"
         )

@@ -1,4 +1,4 @@
-"""Apertus: norms on queries and keys, and a feed-forward of two matrices whose activation has parameters."""
+"""Apertus: norms on queries and keys, and an ungated feed-forward whose activation has parameters."""
 
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import llama, reading

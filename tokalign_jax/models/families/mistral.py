@@ -1,4 +1,4 @@
-"""Mistral and Ministral: LLaMA in which all or some layers may have a window; Ministral 3's queries grow with position."""
+"""Mistral and Ministral: LLaMA with windows; Ministral 3's queries grow with their position."""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig, QueryGrowth
 from tokalign_jax.models.families import llama, reading

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE and OLMoE with a tensor for each expert on the hub, Granite with one for all.
+"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE and OLMoE (a tensor per expert), Granite (one for all).
 
 Qwen 2 MoE and Granite (shared) have an expert that all tokens go through beside.
 """

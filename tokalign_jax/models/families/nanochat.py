@@ -1,4 +1,4 @@
-"""nanochat: norms without parameters, one of them on the embedding, and rotary embedding that turns the other way."""
+"""nanochat: norms without parameters, also on the embedding; rotary embedding of opposite sign."""
 
 from collections.abc import Sequence
 

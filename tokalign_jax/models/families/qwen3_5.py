@@ -1,4 +1,4 @@
-"""Qwen 3.5 (text): three layers with a gated delta rule to each with full attention, whose output is gated."""
+"""Qwen 3.5 (text): three layers with a gated delta rule to each with gated full attention."""
 
 from collections.abc import Sequence
 from typing import Any
