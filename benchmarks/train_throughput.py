@@ -1,28 +1,33 @@
-"""Tokens a second, MFU, memory and compile time of training steps, of this project and of PyTorch on the same work.
+"""Tokens a second, MFU, memory and compile time of training steps, of this project and of PyTorch
+on the same work.
 
     python benchmarks/train_throughput.py --model pythia-1b --vocabulary 151936 --method embedding,full --torch --out runs/throughput
 
-Random weights in a published shape, or in that of any config.json of a supported family; nothing is downloaded. Each
-measurement is a process of its own, so that its peak memory is its own. Of this project it is the step of the
-training loop itself: mixed precision, clipping, AdamW, donated buffers; first over one fixed batch, then with batches
-from shuffled token shards as in training, to see whether input keeps up. `--torch` adds PyTorch + transformers:
-torch.compile, SDPA, fused AdamW, clipping, and only what the method trains requires gradients (LoRA is left out: not
-part of transformers).
+Random weights in a published shape, or in that of any config.json of a supported family; nothing is
+downloaded. Each measurement is a process of its own, so that its peak memory is its own. Of this
+project it is the step of the training loop itself: mixed precision, clipping, AdamW, donated
+buffers; first over one fixed batch, then with batches from shuffled token shards as in training, to
+see whether input keeps up. `--torch` adds PyTorch + transformers: torch.compile, SDPA, fused AdamW,
+clipping, and only what the method trains requires gradients (LoRA is left out: not part of
+transformers).
 
-MFU is the share of the devices' peak that goes into operations which the mathematics needs: a token takes, for each
-parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it trains, 2 to itself; attention takes 12
-N H T a layer, counted over all T x T pairs as is common (PaLM, appendix B; `planning.flops`). `causal MFU` counts
-only the half of the pairs that a causal model needs. Recomputation counts for nothing in either.
+MFU is the share of the devices' peak that goes into operations which the mathematics needs: a token
+takes, for each parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it
+trains, 2 to itself; attention takes 12 N H T a layer, counted over all T x T pairs as is common
+(PaLM, appendix B; `planning.flops`). `causal MFU` counts only the half of the pairs that a causal
+model needs. Recomputation counts for nothing in either.
 
 Mixtures of experts, here the first 4 of Qwen3-30B-A3B's 48 layers, in one command each way:
 
     for way in dense sparse; do python benchmarks/train_throughput.py --model qwen3-30b-a3b-4 --method full \
         --batch 4 --experts $way --torch --out runs/experts-$way; done
 
-(`JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING=1` has grouped products computed by a Triton kernel.)
+(`JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING=1` has grouped products computed by a Triton
+kernel.)
 
 Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
-`throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels and its compiled program.
+`throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels
+and its compiled program.
 """
 
 import argparse
@@ -244,7 +249,9 @@ def _together(method: str, arguments: argparse.Namespace, **variant: Any) -> Row
 
 
 def _apart(worker: str, method: str, arguments: argparse.Namespace, **variant: Any) -> Row:
-    """One measurement in a process of its own; what it reports goes to the terminal, its row comes back."""
+    """One measurement in a process of its own; what it reports goes to the terminal, its row comes
+    back.
+    """
     what = {"implementation": worker, "method": method, **variant}
     own = {
         "method": method,
@@ -428,7 +435,9 @@ def _labels(stage: Any, model: Any) -> Any:
 
 
 def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any) -> tuple[Any, Any]:
-    """A train state and frozen parameters, made on their devices: no array is ever whole on one if the rules split it."""
+    """A train state and frozen parameters, made on their devices: no array is ever whole on one if
+    the rules split it.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -540,7 +549,9 @@ KINDS = (
 
 
 def _profile(work: Callable[[], Any], steps: int, file: Path) -> None:
-    """Writes the times of the kernels of `work`, which is so many steps, and says their shares by kind."""
+    """Writes the times of the kernels of `work`, which is so many steps, and says their shares by
+    kind.
+    """
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -611,7 +622,9 @@ def kind_of(name: str) -> str:
 
 
 def _has_kernels(plane: str, line: str) -> bool:
-    """Of a GPU the streams, of a TPU the line of operations, of a CPU the threads that run compiled code."""
+    """Of a GPU the streams, of a TPU the line of operations, of a CPU the threads that run compiled
+    code.
+    """
     if plane.startswith("/device:GPU"):
         return line.startswith("Stream")
     return line == "XLA Ops" if plane.startswith("/device:TPU") else "XLA" in line

@@ -1,8 +1,9 @@
 """Settings for all tests: CPU, no network, deterministic, and little time for compiling.
 
-Nearly all of the time went into compiling programs for next to no data. So XLA makes the same operations of them, but writes these
-down the short way: without LLVM's optimizations, and without MLIR, which costs most of what is left. What one process has
-compiled is there for all. These are variables, so that the processes that tests start have them too.
+Nearly all of the time went into compiling programs for next to no data. So XLA makes the same
+operations of them, but writes these down the short way: without LLVM's optimizations, and without
+MLIR, which costs most of what is left. What one process has compiled is there for all. These are
+variables, so that the processes that tests start have them too.
 """
 
 import atexit
@@ -47,7 +48,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Tracing makes objects by the million and hardly any garbage: looking for it took a tenth of the time.
+# Tracing makes objects by the million and hardly any garbage: looking for it took a tenth of the
+# time.
 gc.set_threshold(50_000, 20, 100)
 
 
@@ -65,7 +67,9 @@ WHOLE = (
     "test_tpu_scripts",
     "test_training_faults",
 )
-"""Beginnings of files whose tests are of whole programs: several processes or devices, runs of the pipeline, every family."""
+"""Beginnings of files whose tests are of whole programs: several processes or devices, runs of the
+pipeline, every family.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

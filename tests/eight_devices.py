@@ -1,4 +1,6 @@
-"""What eight devices compute, against what one does. Run as a program on eight simulated devices, it prints each check's error, or none."""
+"""What eight devices compute, against what one does. Run as a program on eight simulated devices,
+it prints each check's error, or none.
+"""
 
 import functools
 import json
@@ -63,7 +65,9 @@ def mesh_of(shape=(1, 1, 1)):
 
 
 def vocabulary(shape):
-    """Look-up, loss and their gradients, with rows that only fill the matrix up, and with a soft-cap."""
+    """Look-up, loss and their gradients, with rows that only fill the matrix up, and with a
+    soft-cap.
+    """
     rng = np.random.default_rng(0)
     rows, _ = sharding.padded_shape("lm_head/kernel", (VOCABULARY, 16), mesh_of(shape))
     table = np.zeros((rows, 16), np.float32)
@@ -95,7 +99,9 @@ def vocabulary(shape):
 
 
 def divergence(shape):
-    """Distillation and its gradients, with rows that only fill the matrices up, ids that one of both has, and a soft-cap."""
+    """Distillation and its gradients, with rows that only fill the matrices up, ids that one of
+    both has, and a soft-cap.
+    """
     rng = np.random.default_rng(0)
     heads = [np.zeros((sharding.ROWS, width), np.float32) for width in (16, 12)]
     for head in heads:
@@ -210,8 +216,9 @@ def checkpoints():
 
 
 def sums_over_devices(dtype):
-    """(type, shape) of what a step with copies of the parameters sums over its devices, as partitioned, before a CPU
-    rewrites it."""
+    """(type, shape) of what a step with copies of the parameters sums over its devices, as
+    partitioned, before a CPU rewrites it.
+    """
     mesh, compute = mesh_of((4, 1, 1)), ComputeConfig(dtype=dtype, loss_chunk=7)
     params = sharding.place(toy_params(LLAMA), mesh)
     optimizer = make_optimizer(STEP, paths.label_tree(rules_for("full"), params), LLAMA.vocab_size)
@@ -233,11 +240,14 @@ def sums_over_devices(dtype):
 
 
 def gradient_types():
-    """Gradients of layers' matrices are summed over devices in the compute type, all others in float32."""
+    """Gradients of layers' matrices are summed over devices in the compute type, all others in
+    float32.
+    """
     matrices = {"8,16", "16,16", "16,24", "24,16"}
     others = {"256,16", "16", ""}  # embedding and head, norms, loss
     for dtype, short in (("bfloat16", "bf16"), ("float32", "f32")):
-        # Beside them sums along axes of one device, which are none, of states and of numbers a token.
+        # Beside them sums along axes of one device, which are none, of states and of numbers a
+        # token.
         found = {
             (kind, shape) for kind, shape in sums_over_devices(dtype) if shape in matrices | others
         }
@@ -273,7 +283,9 @@ def files(shape):
 
 
 def after_training(shape):
-    """A state with adapters, loaded in the compute type and exported, is the same on the mesh as on one device."""
+    """A state with adapters, loaded in the compute type and exported, is the same on the mesh as on
+    one device.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder, stage = Path(name), replace(STEP, method="lora")
         (folder / "config.json").write_text('{"model_type": "llama"}')

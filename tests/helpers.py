@@ -42,7 +42,9 @@ _FAMILIES = {
 def tiny_model(
     family: str, vocab_size: int, tied: bool = False, seed: int = 0, **config: Any
 ) -> torch.nn.Module:
-    """A random PyTorch model of `family` in eval mode; `config` adds to, or overrides, its Hugging Face config."""
+    """A random PyTorch model of `family` in eval mode; `config` adds to, or overrides, its Hugging
+    Face config.
+    """
     config_class, model_class, defaults = _FAMILIES[family]
     sizes = {
         "hidden_size": 32,
@@ -78,7 +80,9 @@ def tiny_model_folder(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """`folder`, with a random model as `tiny_model` makes it, and a tokenizer (a byte-level one unless given)."""
+    """`folder`, with a random model as `tiny_model` makes it, and a tokenizer (a byte-level one
+    unless given).
+    """
     tokenizer = tokenizer or tiny_tokenizer(vocab_size, TEXTS)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model(family, vocab_size, tied, seed, **{**ids, **config}).to(
@@ -94,8 +98,8 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A BPE tokenizer with at most `vocab_size` tokens, trained on `texts`.
 
-    `byte_level` is made like GPT-NeoX's (needs 257 tokens), `metaspace` like LLaMA 2's with byte fallback (needs 259 and
-    those of the characters in `texts`).
+    `byte_level` is made like GPT-NeoX's (needs 257 tokens), `metaspace` like LLaMA 2's with byte
+    fallback (needs 259 and those of the characters in `texts`).
     """
     return _byte_level(vocab_size, texts) if kind == "byte_level" else _metaspace(vocab_size, texts)
 
@@ -158,7 +162,9 @@ QWEN_WORDS = LLAMA_3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 def _split_byte_level(
     words: str, special: dict[str, str], normalizer: Any = None, **model: Any
 ) -> Any:
-    """Byte-level BPE that cuts text by a regular expression of its own (tiktoken's, LLaMA 3's, Qwen's)."""
+    """Byte-level BPE that cuts text by a regular expression of its own (tiktoken's, LLaMA 3's,
+    Qwen's).
+    """
 
     def make(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(models.BPE(**model))
@@ -216,7 +222,9 @@ def _sentence_piece_bpe(
 
 
 def _unigram(normalizer: Any, prepend_scheme: str, byte_fallback: bool, **special: str) -> Any:
-    """SentencePiece's Unigram as it is converted: Metaspace, with or without bytes for what is unknown."""
+    """SentencePiece's Unigram as it is converted: Metaspace, with or without bytes for what is
+    unknown.
+    """
 
     def make(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
         trained = Tokenizer(models.Unigram())

@@ -1,4 +1,5 @@
-"""Random tiny models, one for each set of features of a family, and how far ours is from PyTorch's on them.
+"""Random tiny models, one for each set of features of a family, and how far ours is from PyTorch's
+on them.
 
 The tests and `benchmarks/parity.py` share the list.
 """
@@ -741,7 +742,9 @@ def logit_error(pair: Pair, lengths: Sequence[int] = LENGTHS) -> float:
 
 
 def gradient_error(pair: Pair) -> float:
-    """The largest difference from PyTorch's gradients of embedding and head, relative to the largest element of each."""
+    """The largest difference from PyTorch's gradients of embedding and head, relative to the
+    largest element of each.
+    """
     text = tokens(LENGTHS[1])
     vocabulary = {
         name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params
@@ -783,10 +786,11 @@ def export(pair: Pair, folder: Path) -> Path:
 
 
 def check(case: Case, folder: Path) -> None:
-    """Asserts that ours is the model of PyTorch, and that what we write is the checkpoint that we read.
+    """Asserts that ours is the model of PyTorch, and that what we write is the checkpoint that we
+    read.
 
-    Gradients, and a second length, are compared once a family, the length also where it changes the model: the rest of a
-    family goes through the same code.
+    Gradients, and a second length, are compared once a family, the length also where it changes the
+    model: the rest of a family goes through the same code.
     """
     both = pair(case, folder / "source")
     shapes = {

@@ -19,7 +19,8 @@ def free_port() -> int:
 
 
 def become_host(number: int, folder: Path) -> None:
-    """Gives this process and those that it starts a boot id of their own, in a private mount namespace.
+    """Gives this process and those that it starts a boot id of their own, in a private mount
+    namespace.
 
     Raises:
       OSError: that is not permitted.

@@ -1,4 +1,6 @@
-"""The alignment: a rule and a mixture for every row, files that come back as they were, other vocabularies refused."""
+"""The alignment: a rule and a mixture for every row, files that come back as they were, other
+vocabularies refused.
+"""
 
 import dataclasses
 import json
@@ -31,7 +33,9 @@ def sentences(from_words: list[str], count: int, seed: int) -> list[str]:
 
 
 def tokenizer_pair():
-    """A byte-level source, and a SentencePiece-like target with more words and a few more special tokens."""
+    """A byte-level source, and a SentencePiece-like target with more words and a few more special
+    tokens.
+    """
     source = tiny_tokenizer(600, sentences(ENGLISH, 50, 0))
     target = tiny_tokenizer(800, sentences(ENGLISH + GERMAN, 100, 1), kind="metaspace")
     target.add_special_tokens(

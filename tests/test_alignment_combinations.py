@@ -64,7 +64,8 @@ BY_DEEPFOCUS = [
     [0.45689, 0.14056, 0.0, 0.36084, 0.0417],
     [0.28138, 0.16051, 0.12273, 0.43538, 0.0],
 ]
-"""What deepfocus 1.0.1 makes of these vectors, with the rows of an identity matrix as the source's."""
+"""What deepfocus 1.0.1 makes of these vectors, with the rows of an identity matrix as the source's.
+"""
 
 
 def test_focus_weights_are_those_of_deepfocus():

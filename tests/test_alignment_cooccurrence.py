@@ -45,7 +45,9 @@ def random_documents(
 def brute_force(
     documents: list[list[int]], window: int, min_count: int
 ) -> dict[tuple[int, int], Fraction]:
-    """GloVe's definition, token by token: rare tokens dropped first, both directions, no document left."""
+    """GloVe's definition, token by token: rare tokens dropped first, both directions, no document
+    left.
+    """
     frequency = Counter(token for document in documents for token in document)
     counts: Counter[tuple[int, int]] = Counter()
     for document in documents:

@@ -1,4 +1,6 @@
-"""GloVe: loss and gradient against float64, the block program against a plain loop, and that it learns."""
+"""GloVe: loss and gradient against float64, the block program against a plain loop, and that it
+learns.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ def random_block(side: int, dimensions: int, pairs: int, seed: int = 0):
 
 
 def reference(words, contexts, cells, counts):
-    """Equations 8 and 9, pair by pair in float64; the gradient without its factor 2, as the C program has it."""
+    """Equations 8 and 9, pair by pair in float64; the gradient without its factor 2, as the C
+    program has it.
+    """
     side = len(words)
     for_words, for_contexts = np.zeros_like(words), np.zeros_like(contexts)
     for cell, count in zip(cells, counts):
@@ -38,7 +42,9 @@ def reference(words, contexts, cells, counts):
 
 
 def published_loss(words, contexts, cells, counts):
-    """Equation 8 with the weights of equation 9, in float64: J = sum f(X_ij) (w_i . c_j + b_i + b_j - log X_ij)^2."""
+    """Equation 8 with the weights of equation 9, in float64: J = sum f(X_ij) (w_i . c_j + b_i + b_j
+    - log X_ij)^2.
+    """
     i, j = np.divmod(cells, len(words))
     product = np.sum(words[i, :-2] * contexts[j, :-2], axis=1) + words[i, -2] + contexts[j, -1]
     return np.sum(
@@ -113,7 +119,9 @@ def trained(way: str, monkeypatch, counts, config, seed=0):
 
 @WAYS
 def test_the_first_loss_reported_is_that_of_the_start(way, monkeypatch):
-    """One pass at a rate of next to nothing: the sum over blocks, mirrors included, is the sum over all pairs."""
+    """One pass at a rate of next to nothing: the sum over blocks, mirrors included, is the sum over
+    all pairs.
+    """
     counts = counts_of()
     config = AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=1, learning_rate=1e-12))
     _, losses = trained(way, monkeypatch, counts, config)
@@ -147,7 +155,9 @@ def full_matrix(counts, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_pass_over_strata_is_adagrad_over_blocks_that_share_nothing():
-    """Against float64: for each stratum in the order drawn, one step from its gradient at one point."""
+    """Against float64: for each stratum in the order drawn, one step from its gradient at one
+    point.
+    """
     counts, config = counts_of(), AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=1))
     vectors, losses = glove.train(counts, config, 0, lambda line: None, strata=True)
     rng = np.random.default_rng(0)
@@ -186,7 +196,9 @@ def test_pairs_that_do_not_fit_the_device_are_copied_step_by_step(monkeypatch):
 
 @pytest.mark.parametrize("strata", [True, False])
 def test_the_loss_falls_as_with_one_adagrad_step_a_pair(strata):
-    """Against the C program's loop in float64 with the published rate: the same loss after as many passes."""
+    """Against the C program's loop in float64 with the published rate: the same loss after as many
+    passes.
+    """
     counts, config = (
         counts_of(vocabulary=200),
         AlignmentConfig(vector_size=10, glove=GloveConfig(iterations=10)),
@@ -200,7 +212,9 @@ def test_the_loss_falls_as_with_one_adagrad_step_a_pair(strata):
 
 
 def sgd(counts: cooccurrence.Cooccurrence, dimensions: int, passes: int) -> float:
-    """Published GloVe: for each pair in random order an AdaGrad step of rate 0.05, accumulators from 1."""
+    """Published GloVe: for each pair in random order an AdaGrad step of rate 0.05, accumulators
+    from 1.
+    """
     rng = np.random.default_rng(0)
     n = len(counts.vocabulary)
     off = counts.rows != counts.cols

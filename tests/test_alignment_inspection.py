@@ -1,4 +1,6 @@
-"""Inspection: tokens as text, the order of weak rows, neighbours against NumPy, the page's markup, and the command."""
+"""Inspection: tokens as text, the order of weak rows, neighbours against NumPy, the page's markup,
+and the command.
+"""
 
 import json
 from html.parser import HTMLParser
@@ -25,7 +27,9 @@ SHARED = 120
 
 
 def synthetic(source_tokenizer, target_tokenizer, seed=0) -> Alignment:
-    """Shared ids are exact; the rest alternate between similar and pieces, of two source tokens each."""
+    """Shared ids are exact; the rest alternate between similar and pieces, of two source tokens
+    each.
+    """
     rng = np.random.default_rng(seed)
     m, n = (canonical.vocabulary_size(t) for t in (source_tokenizer, target_tokenizer))
     rules = np.where(
@@ -57,7 +61,9 @@ def tokenizers():
 
 @pytest.fixture(scope="module")
 def vectors(tokenizers):
-    """Both sides' ids, in some order and not all of them, and vectors that agree on shared tokens but for noise."""
+    """Both sides' ids, in some order and not all of them, and vectors that agree on shared tokens
+    but for noise.
+    """
     rng = np.random.default_rng(1)
     source_ids, target_ids = (
         rng.permutation(260).astype(np.int32),

@@ -1,4 +1,6 @@
-"""The induced lexicon: hidden rotations are found from few seeds, and what joins the dictionary is right."""
+"""The induced lexicon: hidden rotations are found from few seeds, and what joins the dictionary is
+right.
+"""
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from tokalign_jax.alignment import lexicon, matching
 
 
 def spaces(n=900, d=24, e=24, noise=0.35, seed=0):
-    """Source vectors, and the same under a hidden rotation (into e >= d dimensions) and noise; token i is token i."""
+    """Source vectors, and the same under a hidden rotation (into e >= d dimensions) and noise;
+    token i is token i.
+    """
     rng = np.random.default_rng(seed)
     source = rng.normal(size=(n, d)) * np.linspace(1.5, 0.5, d)
     rotation = np.linalg.qr(rng.normal(size=(e, e)))[0][:d]

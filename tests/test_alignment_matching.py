@@ -1,4 +1,6 @@
-"""Matching: relative representations, blocked retrieval and CSLS against NumPy, calibration at both ends."""
+"""Matching: relative representations, blocked retrieval and CSLS against NumPy, calibration at both
+ends.
+"""
 
 from fractions import Fraction
 
@@ -84,8 +86,9 @@ def test_blocked_retrieval_is_retrieval_from_the_whole_matrix(monkeypatch, queri
 
 @pytest.mark.parametrize(("queries", "around"), [(80, 2**16), (90, 30)])
 def test_csls_is_the_published_score(monkeypatch, queries, around):
-    """The ranking is, with hubness against the most frequent queries; and the score but for r_q, the mean cosine with the best keys
-    instead of the nearest."""
+    """The ranking is, with hubness against the most frequent queries; and the score but for r_q,
+    the mean cosine with the best keys instead of the nearest.
+    """
     monkeypatch.setattr(matching, "AROUND", around)
     rng = np.random.default_rng(0)
     queries, keys = unit(rng.normal(size=(queries, 12))), unit(rng.normal(size=(120, 12)))

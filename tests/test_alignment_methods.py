@@ -1,4 +1,6 @@
-"""Methods of alignment: every one gives whole alignments, that follow what tokens are and not how they are numbered."""
+"""Methods of alignment: every one gives whole alignments, that follow what tokens are and not how
+they are numbered.
+"""
 
 import dataclasses
 import json
@@ -43,7 +45,9 @@ def counts(tokenizer) -> np.ndarray:
 
 
 def inputs(source, target, method="composed", seed=0, d=24, noise=0.3, **config) -> Inputs:
-    """Vectors in which tokens of the same bytes are the same but for noise and a rotation, and others have none in common."""
+    """Vectors in which tokens of the same bytes are the same but for noise and a rotation, and
+    others have none in common.
+    """
     rng = np.random.default_rng(5)
     source_bytes, target_bytes = canonical.token_bytes(source), canonical.token_bytes(target)
     names = sorted({c for c in (*source_bytes, *target_bytes) if c is not None})

@@ -1,4 +1,6 @@
-"""PPMI vectors: the matrix by its definition, the factorisation against an exact one, and that both sides share axes."""
+"""PPMI vectors: the matrix by its definition, the factorisation against an exact one, and that both
+sides share axes.
+"""
 
 import numpy as np
 import pytest
@@ -54,7 +56,9 @@ def test_the_matrix_is_the_published_one(rows, memory, monkeypatch):
 
 
 def test_vectors_are_the_left_singular_vectors():
-    """With as many dimensions as the iteration has, the products of rows are those of an exact decomposition's."""
+    """With as many dimensions as the iteration has, the products of rows are those of an exact
+    decomposition's.
+    """
     columns = np.arange(12)
     (vectors,) = ppmi.train([COUNTS], [columns], 12, 0, lambda line: None)
     left, _, _ = np.linalg.svd(by_definition(COUNTS, columns), full_matrices=False)
@@ -76,7 +80,9 @@ def test_few_dimensions_take_nearly_all_of_the_strength(monkeypatch):
 
 
 def test_the_same_tokens_under_other_ids_get_the_same_vectors():
-    """Two sides with the same text under permuted ids: each token finds itself on the shared axes, context or not."""
+    """Two sides with the same text under permuted ids: each token finds itself on the shared axes,
+    context or not.
+    """
     documents, vocabulary = random_documents(5, documents=80, longest=80, vocabulary=40), 40
     rng = np.random.default_rng(0)
     renamed = np.concatenate([[0], 1 + rng.permutation(vocabulary - 1)])

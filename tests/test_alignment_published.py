@@ -1,4 +1,6 @@
-"""TokAlign as published against an independent NumPy float64 reference, written from the paper's formula."""
+"""TokAlign as published against an independent NumPy float64 reference, written from the paper's
+formula.
+"""
 
 import numpy as np
 

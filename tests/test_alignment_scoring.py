@@ -13,7 +13,8 @@ from tokalign_jax.text import corpus
 
 
 def test_bleu_1_by_hand():
-    # 3 of 4 match (the second 7 is clipped, as the reference has one); as long as the reference: no penalty.
+    # 3 of 4 match (the second 7 is clipped, as the reference has one); as long as the reference: no
+    # penalty.
     assert scoring.bleu_1([[7, 7, 1, 2]], [[7, 1, 2, 3]]) == pytest.approx(3 / 4)
     # 2 of 2 match, but the reference has 4 tokens: exp(1 - 4 / 2).
     assert scoring.bleu_1([[1, 2]], [[1, 2, 3, 4]]) == pytest.approx(math.exp(-1))

@@ -1,6 +1,8 @@
-"""The rule for each kind of token, both ways between byte-level and SentencePiece-style vocabularies.
+"""The rule for each kind of token, both ways between byte-level and SentencePiece-style
+vocabularies.
 
-The tokenizers here have exactly the words they are given, so that every test can name the tokens that it expects.
+The tokenizers here have exactly the words they are given, so that every test can name the tokens
+that it expects.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,9 @@ TO_CHARACTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False
 def chained(
     words: Sequence[str], first: Sequence[str]
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges by which every word grows from its first character; of two, the earlier wins."""
+    """Vocabulary and merges by which every word grows from its first character; of two, the earlier
+    wins.
+    """
     vocabulary = {token: i for i, token in enumerate(first)}
     merges = []
     for word in words:
@@ -53,7 +57,9 @@ def byte_level(
 
 
 def sentence_piece(*words: str, **roles: str) -> PreTrainedTokenizerFast:
-    """Like Gemma's: `▁` for a space, a token for every character of the words, `<0x00>` to `<0xFF>` for the rest."""
+    """Like Gemma's: `▁` for a space, a token for every character of the words, `<0x00>` to `<0xFF>`
+    for the rest.
+    """
     spelled = [word.replace(" ", "▁") for word in words]
     characters = sorted({c for word in spelled for c in word} | {"▁"})
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
@@ -115,7 +121,9 @@ def test_a_leading_space_is_a_space_however_it_is_written():
 
 
 def test_the_same_string_for_other_bytes_is_no_match():
-    """`Ã` is the byte C3 in a byte-level vocabulary and a character, C3 83, elsewhere; `Ġ` a space, or a letter of Maltese."""
+    """`Ã` is the byte C3 in a byte-level vocabulary and a character, C3 83, elsewhere; `Ġ` a space,
+    or a letter of Maltese.
+    """
     byte, piece = byte_level(), sentence_piece("Ã", "Ġ")
     assert {"Ã", "Ġ"} <= set(byte.get_vocab()) & set(piece.get_vocab())
     assert_pieces(byte, piece, "Ã", b"\xc3", b"\x83")
@@ -140,7 +148,9 @@ def test_a_character_beats_the_byte_token_of_its_byte():
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"tokalign", "random", "omp"}))
 def test_a_byte_token_beside_its_character_takes_none_of_its_probability(method):
-    """With the same head row both would get half of it, though no text is cut into `<0x41>` where there is an `A`."""
+    """With the same head row both would get half of it, though no text is cut into `<0x41>` where
+    there is an `A`.
+    """
     byte, piece = byte_level(), sentence_piece("A")
     double = piece.convert_tokens_to_ids("<0x41>")
     assert canonical.unwritten_ids(piece) == {double, piece.convert_tokens_to_ids("<0x20>")}
@@ -309,7 +319,9 @@ def test_an_end_of_text_that_is_text_stays_text():
 
 
 def test_the_end_of_a_turn_is_the_end_of_text_where_it_is_the_eos():
-    """As Qwen3 has it: `<|im_end|>` ends, `<|endoftext|>` pads; the source has the second, as its end, and no chat."""
+    """As Qwen3 has it: `<|im_end|>` ends, `<|endoftext|>` pads; the source has the second, as its
+    end, and no chat.
+    """
     target = byte_level(
         first=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         eos_token="<|im_end|>",
@@ -356,7 +368,9 @@ def test_an_id_that_no_token_has_gets_the_mean_of_all_rows():
 
 
 def test_rare_and_unseen_tokens_are_their_pieces_and_less_likely():
-    """A token seen too rarely has no vector: nothing is matched, and its head row is moved by how rare it is."""
+    """A token seen too rarely has no vector: nothing is matched, and its head row is moved by how
+    rare it is.
+    """
     words = ["ab", "cd", "ef", "gh"]
     source, target = byte_level(*words), byte_level(*words, "abcd", "abef", "abgh")
     rng = np.random.default_rng(0)

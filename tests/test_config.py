@@ -22,7 +22,8 @@ from tokalign_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {
-    # name: (stage 1 rate, stage 2 rate, steps, method, sequences, batch, length, threshold, offset, budget)
+    # name: (stage 1 rate, stage 2 rate, steps, method, sequences, batch, length, threshold, offset,
+    # budget)
     "research": (6.4e-4, 5e-5, (2500, 2500), "full", 1024, 4, 2048, 0.3, 2_560_000, 5e9),
     "optimal": (2e-5, 5e-5, (2500, 2500), "lora", 64, 4, 2048, 0.4, 0.2, 5e9),
     "three_hour_eval": (5e-4, 5e-5, (600, 1400), "lora", 32, 2, 1024, 0.3, 0, 1e9),

@@ -1,4 +1,6 @@
-"""Digests of outside files: an edit of any byte is noticed, and what did not change is not read again."""
+"""Digests of outside files: an edit of any byte is noticed, and what did not change is not read
+again.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""Several processes on loopback: agreeing, ending together, stopping at the same step. Run as a program, it is one of them."""
+"""Several processes on loopback: agreeing, ending together, stopping at the same step. Run as a
+program, it is one of them.
+"""
 
 import json
 import math
@@ -106,7 +108,9 @@ def first_fails_alone(folder: Path) -> None:
 
 
 def steps(folder: Path) -> None:
-    """A loop like that of training, one process ahead of the other; each is free to begin up to two steps early."""
+    """A loop like that of training, one process ahead of the other; each is free to begin up to two
+    steps early.
+    """
     (folder / str(distributed.index())).write_text(str(os.getpid()))
     for step in range(10_000):
         if stopping.requested():
@@ -128,7 +132,9 @@ def first_works_alone(folder: Path) -> None:
 
 
 def batches(folder: Path) -> None:
-    """Global batches on a mesh whose tensor groups are of one process each, and on one where they are not."""
+    """Global batches on a mesh whose tensor groups are of one process each, and on one where they
+    are not.
+    """
     devices = np.array(jax.devices())
     local = (100 * distributed.index() + np.arange(2))[None, :, None].repeat(3, 2)
     said = []
@@ -406,7 +412,8 @@ def test_half_of_what_is_needed_is_refused(flags, environment, words):
             None,
         ),  # a batch script itself
         ({"SLURM_STEP_NUM_TASKS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
-        # One task a node has all GPUs of it; one task a GPU has the one it sees, or else that of its number.
+        # One task a node has all GPUs of it; one task a GPU has the one it sees, or else that of
+        # its number.
         (
             {
                 "SLURM_STEP_NUM_TASKS": "2",

@@ -107,7 +107,9 @@ def test_a_question_too_long_for_the_model_is_named(model):
 
 
 def test_kinds_of_cut():
-    """Letters are tokens of both; only the target has `ab` and only the source `fg`, while both have `cd`, `de` and ` x`."""
+    """Letters are tokens of both; only the target has `ab` and only the source `fg`, while both
+    have `cd`, `de` and ` x`.
+    """
 
     def tokenizer(*merges):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers

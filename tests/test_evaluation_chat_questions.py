@@ -30,8 +30,10 @@ QUESTIONS = [
 
 
 def chain(tokenizer, text, then):
-    """A model that says `text` after the line end of a prompt, and `then` goes on with that token for
-    ever: the next token depends on the last one alone."""
+    """A model that says `text` after the line end of a prompt, and `then` goes on with that token
+    for
+    ever: the next token depends on the last one alone.
+    """
     size = len(tokenizer)
     model = replace(
         LLAMA,

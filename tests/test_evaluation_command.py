@@ -1,4 +1,6 @@
-"""`python -m tokalign_jax.evaluate`: one whole run over tiny models, a run's workdir, and what is refused."""
+"""`python -m tokalign_jax.evaluate`: one whole run over tiny models, a run's workdir, and what is
+refused.
+"""
 
 import argparse
 import json
@@ -23,7 +25,9 @@ LANGUAGES = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two models whose tokenizers differ, a second one with the tokenizer of the latter, and text in two languages."""
+    """Two models whose tokenizers differ, a second one with the tokenizer of the latter, and text
+    in two languages.
+    """
     folder = tmp_path_factory.mktemp("models")
     small = tiny_tokenizer(280, TEXTS)
     for seed, (name, tokenizer) in enumerate(
@@ -178,7 +182,8 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         evaluate.check(
             arguments(workdir=tmp_path, states="source,stage1", output=tmp_path / "out"), silent
         )
-    # What a later command with other settings left behind, or has not finished, is not judged beside the rest.
+    # What a later command with other settings left behind, or has not finished, is not judged
+    # beside the rest.
     for record, told in (
         ({"fingerprint": "of before", "finished": True}, "export was made with other settings"),
         ({"fingerprint": "of before", "finished": False}, "export is not finished"),

@@ -42,7 +42,9 @@ def read(folder, texts=DOCUMENTS, length=LENGTH):
 
 
 def prefixes(folder, text):
-    """By PyTorch: by how many bytes have been read, the log-likelihood so far and the likeliest next token's bytes."""
+    """By PyTorch: by how many bytes have been read, the log-likelihood so far and the likeliest
+    next token's bytes.
+    """
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder).eval(),

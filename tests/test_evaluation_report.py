@@ -359,7 +359,9 @@ def test_passages_come_by_language_and_side():
 
 
 def test_names_are_no_markup_in_markdown():
-    """Against a reader of CommonMark: of what a name may hold nothing becomes a tag, link, emphasis or another column."""
+    """Against a reader of CommonMark: of what a name may hold nothing becomes a tag, link, emphasis
+    or another column.
+    """
     markdown_it = pytest.importorskip("markdown_it")
     names = [
         NASTY,

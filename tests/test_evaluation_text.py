@@ -31,7 +31,9 @@ def test_interval_is_that_of_documents_drawn_one_by_one():
 
 
 def test_groups_are_drawn_by_themselves():
-    """Documents that are all alike within their language leave no doubt, however different the languages are."""
+    """Documents that are all alike within their language leave no doubt, however different the
+    languages are.
+    """
     alike = [1.0] * 5 + [3.0] * 7
     low, high = intervals.of_ratio(np.array(alike), np.ones(12), [5, 7], seed=0) or (0, 0)
     assert low == high == pytest.approx(sum(alike) / 12)
@@ -48,7 +50,9 @@ def test_draws_do_not_depend_on_how_many_are_in_memory(monkeypatch):
 
 
 def test_the_interval_of_a_difference_is_narrower_than_those_of_both():
-    """One document is much harder than another for both models; that one is better by a tenth is certain all the same."""
+    """One document is much harder than another for both models; that one is better by a tenth is
+    certain all the same.
+    """
     random = np.random.default_rng(0)
     size = np.full(30, 1000)
     hard = random.uniform(300, 3000, 30)
@@ -91,7 +95,9 @@ def test_fertility_of_nothing_is_none():
 
 
 def brute_force(held_out: str, training: list[str]) -> int:
-    """Characters of `held_out` in passages of WINDOW characters that begin at a word and stand in a training document."""
+    """Characters of `held_out` in passages of WINDOW characters that begin at a word and stand in a
+    training document.
+    """
 
     def begins(text: str, at: int) -> bool:
         return at == 0 or text[at - 1] <= " " or text[at] >= "\u0e00"

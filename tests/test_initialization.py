@@ -1,4 +1,6 @@
-"""Rows of the new vocabulary: mixtures, what the source model teaches of them, and how often they are predicted."""
+"""Rows of the new vocabulary: mixtures, what the source model teaches of them, and how often they
+are predicted.
+"""
 
 import dataclasses
 import itertools
@@ -206,7 +208,8 @@ def learning_problem(seen: int, noise: float = 0.0):
             ids, composition.Pieces.of([parts[i] for i in ids]), frequency, of
         )
 
-    # The pieces' rows must stay what the features say, so whole tokens have rows of their own behind them.
+    # The pieces' rows must stay what the features say, so whole tokens have rows of their own
+    # behind them.
     source_rows = np.concatenate([rows, truth.astype(np.float32)])
     whole = tokens(known, exact)
     whole = whole._replace(ids=known + size, log_frequency=np.tile(frequency, 2))
@@ -228,7 +231,9 @@ def test_a_linear_rule_is_found(monkeypatch):
 
 
 def test_rarer_tokens_lean_on_their_pieces():
-    """Under noise the rule for its size does better than the rule for exact contexts, and better than no contexts."""
+    """Under noise the rule for its size does better than the rule for exact contexts, and better
+    than no contexts.
+    """
     errors = {}
     for seen in (2, 300):
         rows, known, wanted, reading, truth = learning_problem(seen=seen, noise=1.5)
@@ -265,7 +270,8 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
         )
         return float((frequency * np.log(frequency / probability)).sum())
 
-    # exact only as far as one direction is a bias; here it is one of 32 dimensions of a random model
+    # exact only as far as one direction is a bias; here it is one of 32 dimensions of a random
+    # model
     assert distance(head[: len(frequency)] + moves[:, None] * direction) < 0.6 * distance(head)
     chunks = jnp.asarray(
         states[: len(states) // 8 * 8].reshape(8, -1, config.hidden_size), jnp.float32
@@ -329,7 +335,9 @@ def start(
     unusable=frozenset(),
     **settings,
 ):
-    """A new vocabulary's start, as the stage `init` makes it: alignment, parameters mixed and at the end, counts."""
+    """A new vocabulary's start, as the stage `init` makes it: alignment, parameters mixed and at
+    the end, counts.
+    """
     config, params = model
     shards = [shards_of(tokenizer, documents) for tokenizer in (source, target)]
     given = AlignmentConfig(method=method), source, target, *(side.counts for side in shards)
@@ -374,7 +382,9 @@ def loaded(folder, tied=False, tokenizer=None, **settings):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("calibrated", [0.5, 1.0])
 def test_special_and_unseen_tokens_of_the_source_stay(tmp_path, tied, calibrated):
-    """Neither the tokens of a chat nor an added token that plain text never has may become less likely."""
+    """Neither the tokens of a chat nor an added token that plain text never has may become less
+    likely.
+    """
     roles = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
     source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(420, OTHER)
     for tokenizer in (source, target):
@@ -394,7 +404,9 @@ def test_special_and_unseen_tokens_of_the_source_stay(tmp_path, tied, calibrated
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"random"}))
 @pytest.mark.parametrize("target", ["itself", "renumbered", "fewer", "more", "other roles"])
 def test_tokens_that_the_source_has_are_the_sources(tmp_path, method, target):
-    """One vocabulary within the other: every shared row is the source's, bit for bit, whatever the method."""
+    """One vocabulary within the other: every shared row is the source's, bit for bit, whatever the
+    method.
+    """
     source = tiny_tokenizer(300 if target == "more" else 320, TEXTS, "metaspace")
     made = {
         "itself": lambda: source,
@@ -450,7 +462,9 @@ def test_unseen_tokens_are_as_probable_as_good_and_turing_say():
 
 
 def tuned(folder, tied, kept=0, budget=40_000, target=None):
-    """A tiny model with a new vocabulary, and its parameters before and after tuning on the text of these tests."""
+    """A tiny model with a new vocabulary, and its parameters before and after tuning on the text of
+    these tests.
+    """
     folder = tiny_model_folder(folder, "llama", vocab_size=320, tied=tied)
     model, _ = hub.load_config(folder)
     params, source = huggingface.load_params(folder, model), AutoTokenizer.from_pretrained(folder)
@@ -645,7 +659,9 @@ def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), column
     [(True, ("embed_tokens",)), (False, ("lm_head",)), (False, ("embed_tokens",))],
 )
 def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
-    """Whatever the rows of unused tokens hold, and whether these are special, text or padding rows, it leaves no trace."""
+    """Whatever the rows of unused tokens hold, and whether these are special, text or padding rows,
+    it leaves no trace.
+    """
     source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(420, OTHER)
     for tokenizer in (source, target):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})

@@ -1,4 +1,6 @@
-"""What Python writes where its locale is not UTF-8: files in UTF-8 all the same, and a log that degrades."""
+"""What Python writes where its locale is not UTF-8: files in UTF-8 all the same, and a log that
+degrades.
+"""
 
 import ast
 import json

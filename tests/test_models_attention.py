@@ -23,7 +23,9 @@ def arrays(batch=2, length=20, heads=4, groups=2, size=8, dtype=jnp.float32):
 
 
 def reference(q, k, v, upstream, *, scale, window=None, softcap=None):
-    """The output, and the gradients of sum(output * upstream), by loops over sequences and heads in float64."""
+    """The output, and the gradients of sum(output * upstream), by loops over sequences and heads in
+    float64.
+    """
     q, k, v, upstream = (np.asarray(x, np.float64) for x in (q, k, v, upstream))
     y, gradients = np.zeros_like(q), [np.zeros_like(x) for x in (q, k, v)]
     shared = q.shape[2] // k.shape[2]
@@ -96,7 +98,9 @@ def test_query_heads_share_key_value_heads_in_order(groups):
 
 @pytest.mark.parametrize("fallback", ["whole", "blocked"])
 def test_half_precision_loses_no_more_than_its_roundings(fallback):
-    """Sums and softmax are float32: the error stays that of rounding inputs and outputs, however many blocks there are."""
+    """Sums and softmax are float32: the error stays that of rounding inputs and outputs, however
+    many blocks there are.
+    """
     q, k, v, upstream = arrays(batch=1, length=256, dtype=jnp.bfloat16)
     if fallback == "whole":
         attend = lambda *x: whole(*x, 0.3, None, None)  # noqa: E731
@@ -131,7 +135,9 @@ def test_memory_of_long_sequences_grows_with_their_length_not_its_square():
 
 
 def test_mask_says_which_keys_a_query_sees():
-    """A cache filled up to 6 of 12 keys, three queries at its end: as the last three of causal attention over six."""
+    """A cache filled up to 6 of 12 keys, three queries at its end: as the last three of causal
+    attention over six.
+    """
     q, k, v, _ = arrays(length=12)
     visible = jnp.arange(12) <= 3 + jnp.arange(3)[:, None]
     got = attention.attend(q[:, 3:6], k, v, scale=0.3, mask=visible)
@@ -215,11 +221,15 @@ def test_kernel_by_device(monkeypatch, device, dtype, size, softcap, expected):
 # --- Several devices --------------------------------------------------------------------------------------------------
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
-"""(data, fsdp, tensor). The last but one splits more than the key-value heads, the last more than all heads."""
+"""(data, fsdp, tensor). The last but one splits more than the key-value heads, the last more than
+all heads.
+"""
 
 
 def test_eight_devices_give_what_one_gives():
-    """Of the fallback, and of a kernel that sees only its own sequences and heads: in a process that has eight."""
+    """Of the fallback, and of a kernel that sees only its own sequences and heads: in a process
+    that has eight.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_NUM_CPU_DEVICES": "8",

@@ -1,4 +1,6 @@
-"""Every key of a family's config class in transformers is read, refused, or known to be of no effect."""
+"""Every key of a family's config class in transformers is read, refused, or known to be of no
+effect.
+"""
 
 from collections.abc import Iterator
 from typing import Any

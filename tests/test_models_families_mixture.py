@@ -91,7 +91,8 @@ def test_the_text_model_of_newer_names_and_its_config(tmp_path):
 
 
 def test_what_a_nested_config_leaves_out_is_the_default_of_its_class(tmp_path):
-    # As google/gemma-3-4b-it has it: transformers writes nested configs without the defaults of their class.
+    # As google/gemma-3-4b-it has it: transformers writes nested configs without the defaults of
+    # their class.
     text = {
         "hidden_size": 2560,
         "intermediate_size": 10240,

@@ -1,4 +1,6 @@
-"""Names to folders, configs and tokenizers: what is found, what is fetched, and what is said where nothing is."""
+"""Names to folders, configs and tokenizers: what is found, what is fetched, and what is said where
+nothing is.
+"""
 
 import base64
 import json
@@ -300,7 +302,9 @@ def test_tokenizers_with_code_of_their_own_are_read_from_their_data(tmp_path):
     ],
 )
 def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp_path):
-    """Classes of transformers may make another tokenizer of tokenizer.json than it says; what is written stays as read."""
+    """Classes of transformers may make another tokenizer of tokenizer.json than it says; what is
+    written stays as read.
+    """
     folder = _saved(
         tmp_path / "in", kind, **({"tokenizer_class": tokenizer_class} if tokenizer_class else {})
     )
@@ -316,7 +320,9 @@ def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp
 
 
 def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path):
-    """A chat model's turns end with another token than its documents; without it generation would not stop."""
+    """A chat model's turns end with another token than its documents; without it generation would
+    not stop.
+    """
     source, target = (tokenizer_of_kind(kind, TEXTS) for kind in ("llama3", "qwen"))
     source.add_special_tokens({"extra_special_tokens": ["<|gone|>", "<|eot_id|>"]})
     target.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})

@@ -150,5 +150,6 @@ def test_projections_that_read_the_same_share_a_product():
         .as_text()
     )
     products = [program.count("stablehlo.dot_general") for program in (text, plain)]
-    # Seven with B; with A one for queries, keys and values, one for gate and up, two for the others.
+    # Seven with B; with A one for queries, keys and values, one for gate and up, two for the
+    # others.
     assert products[0] - products[1] == 7 + 4

@@ -1,4 +1,6 @@
-"""What all families have in common: continuation, causality, precision, parameters; their logits have files of their own."""
+"""What all families have in common: continuation, causality, precision, parameters; their logits
+have files of their own.
+"""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""What layers keep and compute again: bytes and products of compiled programs, against what is promised."""
+"""What layers keep and compute again: bytes and products of compiled programs, against what is
+promised.
+"""
 
 from dataclasses import replace
 
@@ -32,7 +34,9 @@ def config_of(model: str, layers: int = 4):
 
 
 def step_of(config, policy, trains_layers):
-    """The sum of the hidden states as a function of (trainable, frozen, tokens), and the shapes of these."""
+    """The sum of the hidden states as a function of (trainable, frozen, tokens), and the shapes of
+    these.
+    """
     leaves = paths.flatten(abstract_params(config))
     trainable = {
         path: leaf
@@ -54,7 +58,9 @@ def compiled(config, policy, trains_layers):
 
 
 def bytes_kept(config, policy, trains_layers) -> int:
-    """Of all layers, per token: what goes from the forward to the backward pass, stacked over the layers."""
+    """Of all layers, per token: what goes from the forward to the backward pass, stacked over the
+    layers.
+    """
     loss, shapes = step_of(config, policy, trains_layers)
     kept = jax.eval_shape(
         lambda trainable, *others: jax.vjp(lambda t: loss(t, *others), trainable)[1], *shapes
@@ -116,8 +122,9 @@ AGAIN = {
     "model, trains_layers", [*((model, False) for model in MODELS), ("parallel", True)]
 )
 def test_no_product_but_those_of_the_table_is_computed_again(model, policy, trains_layers):
-    """Forwards each once, backwards one for its input and, where it trains, one for its weight. Attention has two
-    products forwards, and backwards four and its logits again."""
+    """Forwards each once, backwards one for its input and, where it trains, one for its weight.
+    Attention has two products forwards, and backwards four and its logits again.
+    """
     projections = PRODUCTS[model]
     needed = projections * (3 if trains_layers else 2) + 2 + 5
     again = AGAIN.get((model, policy), (0, 0))[trains_layers]

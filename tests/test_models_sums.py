@@ -1,4 +1,6 @@
-"""Gradients that are sums over tokens, sequences or the width of a layer are summed in float32, whatever a layer computes in."""
+"""Gradients that are sums over tokens, sequences or the width of a layer are summed in float32,
+whatever a layer computes in.
+"""
 
 import re
 

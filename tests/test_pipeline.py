@@ -157,7 +157,8 @@ def test_every_config_runs_from_end_to_end(
     )
     assert "| all" in printed and "the model" in printed
 
-    # The export is an ordinary Hugging Face folder with the new vocabulary, and says what the last state says.
+    # The export is an ordinary Hugging Face folder with the new vocabulary, and says what the last
+    # state says.
     model = AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(workdir / "export")
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().weight.shape[0]
@@ -277,8 +278,9 @@ def test_a_run_as_users_compile_it_ends_where_one_of_these_tests_does(inputs, tm
 
 @pytest.mark.slow
 def test_what_does_not_train_comes_out_bit_for_bit(inputs, tmp_path):
-    """A bfloat16 source through a start of rows alone and Stage 1, computed in bfloat16: same names, types and bits, but for the
-    vocabulary's rows."""
+    """A bfloat16 source through a start of rows alone and Stage 1, computed in bfloat16: same
+    names, types and bits, but for the vocabulary's rows.
+    """
     source = AutoTokenizer.from_pretrained(inputs["gpt_neox"])
     folder = tiny_model_folder(
         tmp_path / "bf16", "gpt_neox", 320, tokenizer=source, dtype="bfloat16"
@@ -422,7 +424,9 @@ def test_a_donor_gives_combinations_or_is_refused(inputs, tmp_path, capsys):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_source_model_with_broken_rows(inputs, tmp_path, capsys, tied):
-    """Rows of a few unused tokens are left out, and named; more of them, or broken layers, are refused beforehand."""
+    """Rows of a few unused tokens are left out, and named; more of them, or broken layers, are
+    refused beforehand.
+    """
     source = tiny_tokenizer(300, [" ".join(WORDS)])
     source.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
     folder = tiny_model_folder(tmp_path / "source", "llama", 320, tied, source)
@@ -496,7 +500,8 @@ def test_a_full_disk_is_foreseen(inputs, tmp_path, capsys, monkeypatch):
 def test_a_full_device_is_foreseen_and_told_with_what_would_fit(
     inputs, tmp_path, capsys, monkeypatch
 ):
-    # A device of one megabyte: enough for Stage 1 of this model, as far as the plan can say, not for Stage 2.
+    # A device of one megabyte: enough for Stage 1 of this model, as far as the plan can say, not
+    # for Stage 2.
     monkeypatch.setattr("tokalign_jax.parallel.sharding.device_memory", lambda device: 1e6)
 
     def full(*_, **__):
@@ -641,7 +646,9 @@ def test_command_line_exit_codes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(inputs, tmp_path):
-    """Every stage, with parameters split over the devices of both; then the same command has nothing left to do."""
+    """Every stage, with parameters split over the devices of both; then the same command has
+    nothing left to do.
+    """
     overrides = (
         "--config.compute.dtype=float32",
         "--config.mesh.fsdp=2",

@@ -27,7 +27,9 @@ class Context:
 
 
 def bring_up(workdir: Path, rate: float, **more) -> Context:
-    """A run of one stage, which writes its rate, in a process that knows what is in the workdir and no more."""
+    """A run of one stage, which writes its rate, in a process that knows what is in the workdir and
+    no more.
+    """
 
     def work(context):
         (context.folder("train") / "rate").write_text(str(rate))

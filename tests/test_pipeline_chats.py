@@ -1,4 +1,6 @@
-"""A whole run on chats: the source's template kept, chats in the corpus, questions through the template."""
+"""A whole run on chats: the source's template kept, chats in the corpus, questions through the
+template.
+"""
 
 import json
 

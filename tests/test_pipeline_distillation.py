@@ -49,7 +49,9 @@ TOKENIZER = tiny_tokenizer(300, ["a"])
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, Path]:
-    """A source model, a target tokenizer, and a teacher of another family that has it and more rows than it needs."""
+    """A source model, a target tokenizer, and a teacher of another family that has it and more rows
+    than it needs.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     corpus = write_corpus(folder)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]

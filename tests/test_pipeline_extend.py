@@ -1,4 +1,6 @@
-"""Whole runs that extend the source's vocabulary, and the tokenizers that a run takes, on tiny local models."""
+"""Whole runs that extend the source's vocabulary, and the tokenizers that a run takes, on tiny
+local models.
+"""
 
 import json
 import shutil
@@ -29,7 +31,9 @@ SHORT = "--config.stage2.steps=0"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, Path]:
-    """A tiny model whose matrices have more rows than its tokenizer has tokens, a corpus, and tokenizers of other kinds."""
+    """A tiny model whose matrices have more rows than its tokenizer has tokens, a corpus, and
+    tokenizers of other kinds.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     corpus = write_corpus(folder)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
@@ -290,7 +294,9 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
 
 
 def test_added_tokens_that_the_source_has_no_rows_for_are_left_out(inputs, tmp_path):
-    """As in Gemma 3 1B, whose tokenizer has one for images behind its last row, and in fine-tuned models with a late pad token."""
+    """As in Gemma 3 1B, whose tokenizer has one for images behind its last row, and in fine-tuned
+    models with a late pad token.
+    """
     folder = tmp_path / "model"
     shutil.copytree(inputs["llama"], folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

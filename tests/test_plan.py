@@ -1,4 +1,5 @@
-"""The plan against reality: trees of parameters, what XLA says that compiled train steps take, what steps took on GPUs.
+"""The plan against reality: trees of parameters, what XLA says that compiled train steps take, what
+steps took on GPUs.
 
 Run as a program, it compiles the steps of `CASES` for simulated devices and prints their memory.
 """
@@ -84,7 +85,9 @@ def settings(model: str, method: str, sequences: int, remat: str):
 def compiled_memory(
     name: str, method: str, sizes: MeshSizes, sequences: int, remat: str
 ) -> dict[str, int]:
-    """Bytes on each device of the arguments and of the temporaries of a real step, compiled and not run."""
+    """Bytes on each device of the arguments and of the temporaries of a real step, compiled and not
+    run.
+    """
     model, stage, compute = settings(name, method, sequences, remat)
     mesh = sharding.make_mesh(
         MeshConfig(*sizes), devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
@@ -222,7 +225,8 @@ def setup_of(stage, compute, model=PYTHIA_1B, mesh=(1, 1, 1), room=math.inf, fus
 
 
 ON_GPUS = [
-    # model, rows, method, mesh, sequences of 2,048 tokens, remat, GiB at most in use on an H200 (docs/results/throughput.md)
+    # model, rows, method, mesh, sequences of 2,048 tokens, remat, GiB at most in use on an H200
+    # (docs/results/throughput.md)
     ("pythia-1b", 151_936, "embedding", (1, 1, 1), 8, "dots", 22.99),
     ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "dots", 33.09),
     ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "layer", 25.01),
@@ -438,13 +442,16 @@ def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
 
 
 def test_what_the_start_takes():
-    """4 for each parameter of a layer and 6 for each of the head where rows are tuned; 2 where text is only read, without the head."""
+    """4 for each parameter of a layer and 6 for each of the head where rows are tuned; 2 where text
+    is only read, without the head.
+    """
     layers, head, attention = 16 * 12 * 2048**2, 151_936 * 2048, 4 * 16 * 2048 * 512
     found = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).init
     assert found and (found.read, found.tuned) == (20_000_000, 4_000_000)
     operations = 4e6 * (4 * layers + 6 * head + 3 * attention) + 20e6 * (2 * layers + attention)
     assert found.seconds == pytest.approx(operations / 5e14)
-    # Text of another language than the source's may be a token a byte to it: what it reads is said as the most.
+    # Text of another language than the source's may be a token a byte to it: what it reads is said
+    # as the most.
     little = planned(text=8_000_000).init
     assert little and (little.read, little.tuned) == (8_000_000, 2_000_000)
     short = replace(CONFIG, initialization=InitializationConfig(tokens=5_000, tuning=0))
@@ -459,7 +466,9 @@ def test_what_the_start_takes():
 
 
 def test_operations_are_the_usual_count():
-    """6 for each parameter of a product that trains, 4 for each that does not, 12 L N H T for attention."""
+    """6 for each parameter of a product that trains, 4 for each that does not, 12 L N H T for
+    attention.
+    """
     matrices = 16 * 12 * 2048**2
     head, attention = 151_936 * 2048, 12 * 16 * 2048 * 2048
     full = flops_per_token(PYTHIA_1B, CONFIG.stage2)

@@ -1,4 +1,6 @@
-"""`compute.dtype=float32` means float32 products on every device, and factors are not rounded to bfloat16."""
+"""`compute.dtype=float32` means float32 products on every device, and factors are not rounded to
+bfloat16.
+"""
 
 import functools
 import re
@@ -125,7 +127,9 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize("model", [LLAMA, MIXTURE], ids=["dense", "mixture"])
 def test_no_factor_is_rounded_to_the_compute_type(model):
-    """A number that multiplies bfloat16 activations is converted to bfloat16 first: 0.22 is 0.13% less there."""
+    """A number that multiplies bfloat16 activations is converted to bfloat16 first: 0.22 is 0.13%
+    less there.
+    """
     model = replace(model, residual_scale=0.22)
     lora = LoraSpec(rank=3, alpha=1.0, dropout=0.1)
     params = add_lora(toy_params(model), lora, jax.random.key(0))

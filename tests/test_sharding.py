@@ -1,4 +1,6 @@
-"""Eight simulated devices give what one gives, however they are arranged (`eight_devices` has the checks), and refusals."""
+"""Eight simulated devices give what one gives, however they are arranged (`eight_devices` has the
+checks), and refusals.
+"""
 
 import dataclasses
 import itertools

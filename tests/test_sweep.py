@@ -1,4 +1,6 @@
-"""A sweep: what runs share is done once, what is finished is not repeated, and each gives what it gives alone."""
+"""A sweep: what runs share is done once, what is finished is not repeated, and each gives what it
+gives alone.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Where tokens end in the original text, for every kind of tokenizer, against the bytes that tokens stand for."""
+"""Where tokens end in the original text, for every kind of tokenizer, against the bytes that tokens
+stand for.
+"""
 
 import itertools
 import unicodedata
@@ -49,7 +51,9 @@ def test_ends_increase_and_lie_within_the_text(kind):
     "kind", [k for k in (*EXACT, *PREFIXED, *REAL) if k not in ("qwen", "tokenizers/qwen3")]
 )
 def test_what_was_read_up_to_a_boundary_is_the_text_up_to_it(kind):
-    """For kinds that keep every byte (behind a prefixed space), and where no normaliser changes the text."""
+    """For kinds that keep every byte (behind a prefixed space), and where no normaliser changes the
+    text.
+    """
     content, backend = read(kind)
     for text in CASES:
         normalizer = backend.normalizer

@@ -1,4 +1,6 @@
-"""Documents: formats, duplicates, the budget, the held-out split, and errors that say what is wrong."""
+"""Documents: formats, duplicates, the budget, the held-out split, and errors that say what is
+wrong.
+"""
 
 import bz2
 import dataclasses

@@ -1,4 +1,6 @@
-"""Every kind of tokenizer: what its tokens stand for, in 28 languages and code, and what it does not keep."""
+"""Every kind of tokenizer: what its tokens stand for, in 28 languages and code, and what it does
+not keep.
+"""
 
 import functools
 import itertools
@@ -139,7 +141,8 @@ def test_the_plain_backend_differs_only_in_special_tokens(kind):
     theirs = tokenizer(kind)(texts, add_special_tokens=False, split_special_tokens=True)[
         "input_ids"
     ]
-    # For a Unigram model a special token's name is a piece like all others, also where it is told to split them.
+    # For a Unigram model a special token's name is a piece like all others, also where it is told
+    # to split them.
     told = len(texts) - isinstance(read(kind)[1].model, models.Unigram)
     assert plain[:told] == theirs[:told]
     special = canonical.special_ids(tokenizer(kind)) - {tokenizer(kind).unk_token_id}
@@ -326,7 +329,9 @@ def test_a_normalised_added_token_of_llama_2s_kind_begins_with_a_space():
 
 
 def test_a_token_of_the_model_that_is_listed_as_added_is_what_the_model_spells():
-    """Gemma's runs of `▁` are in its vocabulary and among its added tokens; text with spaces becomes them by the model."""
+    """Gemma's runs of `▁` are in its vocabulary and among its added tokens; text with spaces
+    becomes them by the model.
+    """
     state = json.loads(tokenizer("gemma").backend_tokenizer.to_str())
     listed = {
         "content": "▁▁",
@@ -346,7 +351,9 @@ def test_a_token_of_the_model_that_is_listed_as_added_is_what_the_model_spells()
 
 
 def test_extra_tokens_that_are_not_flagged_special_are_text():
-    """transformers calls what a SentencePiece model has as its user's symbols (Gemma's line ends) extra special tokens."""
+    """transformers calls what a SentencePiece model has as its user's symbols (Gemma's line ends)
+    extra special tokens.
+    """
     made = with_added("gemma", AddedToken("\n", special=False, normalized=False))
     made.extra_special_tokens = ["\n"]
     line_end = made.convert_tokens_to_ids("\n")

@@ -1,4 +1,6 @@
-"""Extending a vocabulary: old tokens stay, no text gets longer, and the tokens are the ones that counting says."""
+"""Extending a vocabulary: old tokens stay, no text gets longer, and the tokens are the ones that
+counting says.
+"""
 
 import itertools
 import json
@@ -78,7 +80,9 @@ def test_the_text_still_comes_back(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merges_are_the_most_frequent_pairs_counted_anew_each_time(kind):
-    """Against the definition: encode all text with what there is, count neighbours, take the most frequent pair."""
+    """Against the definition: encode all text with what there is, count neighbours, take the most
+    frequent pair.
+    """
     old = source(kind)
     words = mining.count_words(old, DOMAIN, lambda line: None)
     found = mining.mine(old, words, 12, 2, 24)

@@ -1,7 +1,9 @@
-"""The scripts of `tpu/`, against a stand-in `gcloud` that records its calls and plays states and workers on this machine.
+"""The scripts of `tpu/`, against a stand-in `gcloud` that records its calls and plays states and
+workers on this machine.
 
-What it is asked to run on a worker really runs here, in a home of that worker's own: quoting, detaching and exit codes
-are the scripts' own. Only what a worker would install or mount is a stand-in.
+What it is asked to run on a worker really runs here, in a home of that worker's own: quoting,
+detaching and exit codes are the scripts' own. Only what a worker would install or mount is a
+stand-in.
 """
 
 import json
@@ -310,7 +312,8 @@ def test_a_killed_job_is_told_from_one_that_never_was(world):
 
 
 def watch(world: World, expect: int = 0, **settings: str) -> subprocess.CompletedProcess:
-    # The stand-in for `sleep` does not sleep, so a job of the tests has time to end between two looks only by this.
+    # The stand-in for `sleep` does not sleep, so a job of the tests has time to end between two
+    # looks only by this.
     (world.bin / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
     return world.run("watch.sh", "--", "--workdir", "w", expect=expect, **settings)
 

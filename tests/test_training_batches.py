@@ -1,4 +1,6 @@
-"""The stream: a permutation of all sequences a pass, exact offsets and states, the same steps for any hosts."""
+"""The stream: a permutation of all sequences a pass, exact offsets and states, the same steps for
+any hosts.
+"""
 
 import itertools
 
@@ -27,7 +29,9 @@ def stream(seed=0, epochs=2, offset=0, accumulation=1, micro_batch=1, **hosts):
 
 
 def sequence_ids(batches):
-    """Which sequences a stream read, by their first token, in order [steps, accumulation, micro-batch]."""
+    """Which sequences a stream read, by their first token, in order [steps, accumulation,
+    micro-batch].
+    """
     return np.stack([batch[..., 0] // T for batch in batches])
 
 

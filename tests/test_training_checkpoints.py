@@ -1,4 +1,6 @@
-"""Checkpoints: every bit comes back or none, the newest stay, what a killed run left in parts is no checkpoint."""
+"""Checkpoints: every bit comes back or none, the newest stay, what a killed run left in parts is no
+checkpoint.
+"""
 
 import errno
 import os

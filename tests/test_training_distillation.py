@@ -1,4 +1,6 @@
-"""The chunked distillation loss against the published formula in float64, with whole logits and autodiff."""
+"""The chunked distillation loss against the published formula in float64, with whole logits and
+autodiff.
+"""
 
 import functools
 
@@ -65,7 +67,9 @@ def reference(hidden, head, teacher_hidden, teacher_head, labels, how, caps=(Non
 
 
 def measured(data, how):
-    """As `reference`; three times the loss, so that the backward pass must scale by what comes from above."""
+    """As `reference`; three times the loss, so that the backward pass must scale by what comes from
+    above.
+    """
     hidden, head, teacher_hidden, teacher_head, labels = data
 
     def loss(hidden, head):
@@ -126,7 +130,9 @@ def test_who_is_the_teacher_has_nothing_to_learn(data):
 
 
 def test_gradients_keep_their_size_at_high_temperature(data):
-    """In the limit the gradient for the logits is the difference of the centred logits over V (Hinton et al., equation 4)."""
+    """In the limit the gradient for the logits is the difference of the centred logits over V
+    (Hinton et al., equation 4).
+    """
     hidden, head, teacher_hidden, teacher_head, labels = (np.asarray(x, np.float64) for x in data)
     _, gradient, _ = measured(data, teaching(temperature=1000.0))
     logits, teacher_logits = (
@@ -140,7 +146,9 @@ def test_gradients_keep_their_size_at_high_temperature(data):
 
 
 def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
-    """Only the inputs of the products are rounded: on rounded inputs, float64 gives the same value to float32."""
+    """Only the inputs of the products are rounded: on rounded inputs, float64 gives the same value
+    to float32.
+    """
     *arrays, labels = data
     how = teaching(dtype=jnp.bfloat16, reverse=0.5, temperature=2.0, weight=0.5)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in arrays]
@@ -177,8 +185,9 @@ def test_heads_of_different_rows_are_refused(data):
 
 
 def test_logits_are_never_whole():
-    """The compiled value and gradient need far less memory than the [B T, V] logits of one of the two in float32, and hardly
-    more for four times the tokens."""
+    """The compiled value and gradient need far less memory than the [B T, V] logits of one of the
+    two in float32, and hardly more for four times the tokens.
+    """
     vocabulary, width, chunk = 8192, 8, 128
 
     def temporaries(tokens):

@@ -1,4 +1,6 @@
-"""What may happen to a long run: kills, requests to stop, lost processes, another mesh, damaged checkpoints, full disks."""
+"""What may happen to a long run: kills, requests to stop, lost processes, another mesh, damaged
+checkpoints, full disks.
+"""
 
 import random
 import shutil
@@ -97,7 +99,8 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
     else:
         assert ended[who][0] == -signal.SIGKILL, ended
         code, output = ended[1 - who]
-        # With the first process goes the coordination service, and JAX may abort before the failed step is told.
+        # With the first process goes the coordination service, and JAX may abort before the failed
+        # step is told.
         aborted = who == 0 and code == -signal.SIGABRT and "coordination service" in output
         told = (
             code == 1

@@ -93,7 +93,9 @@ def test_undifferentiated_value_is_the_differentiated_one(data):
 
 
 def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
-    """Only the inputs of the products are rounded: on rounded inputs, float64 gives the same value to float32."""
+    """Only the inputs of the products are rounded: on rounded inputs, float64 gives the same value
+    to float32.
+    """
     hidden, head, labels = data
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, head)]
     expected, _, head_gradient, _ = reference(*rounded, labels)
@@ -116,7 +118,9 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     ids=["capped", "far apart", "both"],
 )
 def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
-    """The soft-cap's slope is in the gradients of label and others; with logits far apart some labels lose more than 50 nats."""
+    """The soft-cap's slope is in the gradients of label and others; with logits far apart some
+    labels lose more than 50 nats.
+    """
     hidden, head, labels = data
     hidden = scale * hidden
     expected, hidden_gradient, head_gradient, nll = reference(hidden, head, labels, cap)
@@ -133,7 +137,9 @@ def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
 
 
 def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
-    """What is left of its label's row and state, 1e-3 of either, is less than bfloat16 rounds away from what cancels."""
+    """What is left of its label's row and state, 1e-3 of either, is less than bfloat16 rounds away
+    from what cancels.
+    """
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(1, 1, D)).astype(jnp.bfloat16)
     head = np.stack([np.zeros(D), hidden[0, 0].astype(np.float64)]).astype(jnp.bfloat16)

@@ -1,4 +1,6 @@
-"""A stage whose loss reads more than the model and token ids: further arrays in its batches, and arrays that only it knows."""
+"""A stage whose loss reads more than the model and token ids: further arrays in its batches, and
+arrays that only it knows.
+"""
 
 from dataclasses import replace
 
@@ -22,7 +24,9 @@ class WithFirst(TokenSource):
 
 
 def next_token_and(beside, facts):
-    """The loss of the next token, and `beside` for each sequence that does not come with its own first token."""
+    """The loss of the next token, and `beside` for each sequence that does not come with its own
+    first token.
+    """
 
     def make(model, compute, lora):
         plain = make_loss(model, compute, lora)

@@ -71,7 +71,9 @@ def test_schedule_rises_to_the_peak_and_falls_to_zero():
 
 
 def test_three_steps_match_a_float64_reference():
-    """Clipping over everything, moments, bias correction, damping of rows, schedule, a rate by group, decay of matrices only."""
+    """Clipping over everything, moments, bias correction, damping of rows, schedule, a rate by
+    group, decay of matrices only.
+    """
     params, expected = random_tree(0), {k: v.astype(np.float64) for k, v in random_tree(0).items()}
     labels = paths.label_tree(
         [("^(embed_tokens|lm_head)", "embedding"), ("lora_", "lora"), ("", "body")],
@@ -129,7 +131,8 @@ def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
     )
     for path, update in updates.items():
         assert np.any(update) == path.startswith(("embed_tokens", "lm_head")), path
-    # Adam's first step is sign-like whatever the clipping, as long as the gradient was not crushed towards epsilon.
+    # Adam's first step is sign-like whatever the clipping, as long as the gradient was not crushed
+    # towards epsilon.
     step = updates["lm_head/kernel"] + 0.01 * 0.1 * tree["lm_head"]["kernel"]
     np.testing.assert_allclose(np.abs(step), 0.01, rtol=1e-3)
 

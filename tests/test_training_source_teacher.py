@@ -181,7 +181,9 @@ def test_a_stage_is_resumed_with_the_same_bits(tmp_path, method, objective):
 
 
 def test_the_loss_does_not_depend_on_micro_batches(tmp_path):
-    """Sequences have unlike numbers of chunks; micro-batches of 1 and of 4 still make the same step."""
+    """Sequences have unlike numbers of chunks; micro-batches of 1 and of 4 still make the same
+    step.
+    """
     stage = replace(STAGE, objective="mixture", steps=2)
     one, other = (
         train(tmp_path / str(n), replace(stage, per_device_batch=n), objective=taught(stage))

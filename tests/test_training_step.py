@@ -1,4 +1,6 @@
-"""What each method trains, and one step against PyTorch, against other splits of the batch, and over several devices."""
+"""What each method trains, and one step against PyTorch, against other splits of the batch, and
+over several devices.
+"""
 
 from dataclasses import replace
 
@@ -48,7 +50,8 @@ def changed(before, after):
     "model", FAMILIES, ids=lambda m: f"{m.model_type}{'-tied' if m.tie_word_embeddings else ''}"
 )
 def test_embedding_stage_changes_embedding_and_head_alone(tmp_path, model):
-    # In float16, and computed in bfloat16: the frozen leaves of the result must be the given ones, not rounded copies.
+    # In float16, and computed in bfloat16: the frozen leaves of the result must be the given ones,
+    # not rounded copies.
     given = jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float16)), toy_params(model))
     config = replace(CONFIG, compute=replace(CONFIG.compute, dtype="bfloat16", remat="layer"))
     before = jax.tree.map(np.copy, given)
@@ -71,7 +74,8 @@ def test_full_stage_changes_everything(tmp_path, model):
     before = jax.tree.map(np.array, params)
     result = train(tmp_path, replace(STAGE, steps=2), model, params=params)
     assert_same(params, before)
-    # Shifting all keys alike changes no attention weight: the key bias has no gradient but rounding.
+    # Shifting all keys alike changes no attention weight: the key bias has no gradient but
+    # rounding.
     assert changed(before, result.params) >= set(paths.flatten(before)) - {
         "layers/attention/k_proj/bias"
     }
@@ -98,7 +102,8 @@ def test_lora_stage_changes_adapters_embedding_and_head_at_their_own_rates(tmp_p
         if path.endswith("_proj/kernel")
     }
     assert adapters == {f"layers/{path}/lora_{factor}" for path in projections for factor in "ab"}
-    # Adam's first update is the rate times a sign. B starts at 0; A has no gradient as long as B is 0.
+    # Adam's first update is the rate times a sign. B starts at 0; A has no gradient as long as B is
+    # 0.
     for path in adapters:
         if path.endswith("lora_b"):
             assert np.abs(first[path]).max() == pytest.approx(0.002, rel=1e-3), path
@@ -146,7 +151,9 @@ def test_accumulation_equals_one_large_batch():
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_golden_steps_against_pytorch(tmp_path, family):
-    """The losses of six steps of clipped AdamW with two rates, warm-up and cosine, against a PyTorch loop in float32."""
+    """The losses of six steps of clipped AdamW with two rates, warm-up and cosine, against a
+    PyTorch loop in float32.
+    """
     reference = tiny_model(family, VOCABULARY)
     reference.save_pretrained(tmp_path / "model")
     model, _ = hub.load_config(tmp_path / "model")

@@ -100,8 +100,9 @@ def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
 
 
 def source_text(vocabulary: int, tokens: int = 4000, seed: int = 1) -> SourceText:
-    """Source tokens of the toy shards' text: one or two for each target token, and a shared boundary
-    after three of four target tokens."""
+    """Source tokens of the toy shards' text: one or two for each target token, and a shared
+    boundary after three of four target tokens.
+    """
     random = np.random.default_rng(seed)
     ends = np.cumsum(random.integers(1, 3, tokens)) - 1
     positions = np.where(random.random(tokens) < 0.75, ends, NONE)
@@ -120,7 +121,9 @@ def train(
     config: Config = CONFIG,
     **given,
 ):
-    """A stage of a tiny model, from `given` params, shards, previous_end, name or log, or the toy ones."""
+    """A stage of a tiny model, from `given` params, shards, previous_end, name or log, or the toy
+    ones.
+    """
     arguments = {
         "name": "stage",
         "params": None,
@@ -164,12 +167,15 @@ class Program:
     devices: int = 1
     mesh: tuple[int, int, int] = (0, 0, 0)
     process: tuple[int, int, int] = (0, 1, 0)
-    """Of several that train together: the port of the first, how many there are, which of them this is."""
+    """Of several that train together: the port of the first, how many there are, which of them this
+    is.
+    """
     own_host: bool = False
     """Whether it pretends to be on a host of its own (`processes.become_host`)."""
     fault: str = ""
-    """What befalls it when it tells of step `fault_step`: `kill` (a moment later), `terminate` (SIGTERM), or `full` (from
-    then on no file can have more than 10 kB)."""
+    """What befalls it when it tells of step `fault_step`: `kill` (a moment later), `terminate`
+    (SIGTERM), or `full` (from then on no file can have more than 10 kB).
+    """
     fault_step: int = 0
 
     @property
@@ -235,7 +241,9 @@ class Running:
         self._process.start()
 
     def end(self, seconds: float = 240.0) -> tuple[int, str]:
-        """Waits for it; its exit code (the negative signal of one that was killed) and what it said."""
+        """Waits for it; its exit code (the negative signal of one that was killed) and what it
+        said.
+        """
         self._process.join(seconds)
         code = self._process.exitcode
         self._process.kill()
@@ -276,7 +284,9 @@ def unpadded(params: paths.Tree, vocabulary: int = VOCABULARY) -> paths.Tree:
 def final_params(
     folder: Path, stage: StageConfig, params: paths.Tree, model: ModelConfig = LLAMA
 ) -> paths.Tree:
-    """What a finished stage ended with: its last checkpoint, and what was frozen of the `params` it began with."""
+    """What a finished stage ended with: its last checkpoint, and what was frozen of the `params` it
+    began with.
+    """
     trained = unpadded(load_trained(folder, stage, model, sharding.make_mesh()), model.vocab_size)
     return paths.unflatten(paths.flatten(params) | paths.flatten(trained))
 

@@ -70,9 +70,8 @@ def read(names: str, max_questions: int = 0) -> list[Question]:
     """The questions of all suites in `names`, and the generated suite `sums` unless one of that
     name is there.
 
-    Args:
-      names: a file of JSON lines, a folder with such files (`*.jsonl`) or a glob; several separated by commas.
-      max_questions: of each suite, the first ones; 0: all.
+    Args: names: a file of JSON lines, a folder with such files (`*.jsonl`) or a glob; several
+      separated by commas. max_questions: of each suite, the first ones; 0: all.
 
     Raises:
       UserError: there is no such file, or a line is no question; names the file and the line.
@@ -175,7 +174,8 @@ SUMS = "sums"
 
 def sums(count: int = 60) -> list[Question]:
     """Additions of two numbers of two digits, always the same ones."""
-    # Steps through 90 and 89 numbers that have no factor in common with these, so that neither repeats soon nor their sum.
+    # Steps through 90 and 89 numbers that have no factor in common with these, so that neither
+    # repeats soon nor their sum.
     pairs = [(10 + 37 * i % 90, 10 + 61 * i % 89) for i in range(count)]
     choices = [[a + b, *_near(a + b, i % 5)] for i, (a, b) in enumerate(pairs)]
     return [
@@ -373,9 +373,9 @@ def difference(
 ) -> dict[str, Any]:
     """A model's answers less the source's, with 95% intervals over the same questions, for JSON.
 
-    Returns:
-      `difference` (of the `mean` over suites and of each of the `suites`), and `by_cut`: by kind of cut its questions, the
-      accuracy of the model and of the source on them, and their difference; questions of all suites count alike there.
+    Returns: `difference` (of the `mean` over suites and of each of the `suites`), and `by_cut`: by
+      kind of cut its questions, the accuracy of the model and of the source on them, and their
+      difference; questions of all suites count alike there.
     """
     suites, less = _rows_of_suites(questions), right.astype(float) - source_right
     by_cut = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in KINDS_OF_CUT}

@@ -1,10 +1,12 @@
-"""Bits per byte: what a model needs for held-out text, comparable across tokenizers because every one spells the same bytes.
+"""Bits per byte: what a model needs for held-out text, comparable across tokenizers because every
+one spells the same bytes.
 
     bits per byte = sum of -log2 p(token | tokens before it) / UTF-8 bytes of the text
 
-Each document begins with end-of-text (or the tokenizer's beginning-of-text) as context, as in training. A document longer than
-a window is cut into windows that do not overlap; a token that the tokenizer puts before every text begins each of them. Costs are
-kept by document, so that intervals can be had (`intervals.py`).
+Each document begins with end-of-text (or the tokenizer's beginning-of-text) as context, as in
+training. A document longer than a window is cut into windows that do not overlap; a token that the
+tokenizer puts before every text begins each of them. Costs are kept by document, so that intervals
+can be had (`intervals.py`).
 """
 
 import math
@@ -69,7 +71,9 @@ class Costs:
     bytes: Int[np.ndarray, "N"]
     """int64"""
     beginnings: Sequence[TokenCosts] = ()
-    """What each document's first window cost, token by token, with the likeliest tokens; only where asked for."""
+    """What each document's first window cost, token by token, with the likeliest tokens; only where
+    asked for.
+    """
 
     @property
     def total(self) -> Score:
@@ -77,12 +81,16 @@ class Costs:
 
 
 def summaries(costs: Mapping[str, Costs], seed: int) -> dict[str, dict[str, Any]]:
-    """Each group's `Score.summary`, with its documents and the 95% `interval` of its bits per byte where there are two or more."""
+    """Each group's `Score.summary`, with its documents and the 95% `interval` of its bits per byte
+    where there are two or more.
+    """
     return {group: summary([of], seed) for group, of in costs.items()}
 
 
 def summary(groups: Sequence[Costs], seed: int) -> dict[str, Any]:
-    """The sums over `groups` and what follows from them, for JSON; documents are drawn again within each group."""
+    """The sums over `groups` and what follows from them, for JSON; documents are drawn again within
+    each group.
+    """
     nats, _, size = pooled(groups)
     counts = [len(of.nats) for of in groups]
     interval = intervals.of_ratio(nats / math.log(2), size, counts, seed)
@@ -95,7 +103,8 @@ def summary(groups: Sequence[Costs], seed: int) -> dict[str, Any]:
 
 
 def difference(one: Sequence[Costs], other: Sequence[Costs], seed: int) -> dict[str, Any]:
-    """How many bits per byte `one` needs less `other`, with its 95% `interval`, from the same documents of both.
+    """How many bits per byte `one` needs less `other`, with its 95% `interval`, from the same
+    documents of both.
 
     Raises:
       ValueError: the documents are not the same.
@@ -150,7 +159,8 @@ def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[
 
 
 def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token before a document's first: the one that the tokenizer adds, else bos, else the separator.
+    """The token before a document's first: the one that the tokenizer adds, else bos, else the
+    separator.
 
     A bos that begins turns (SmolLM2's `<|im_start|>`) is passed over: no document began behind it.
     """
@@ -190,14 +200,12 @@ def evaluate_documents(
 ) -> dict[str, Costs]:
     """What every document of every language costs.
 
-    Args:
-      params: weights of the model, [V, D] matrices at least as long as the tokenizer.
-      texts: documents by language.
-      sequence_length: tokens of a window; must not exceed the model's positions.
-      batch: windows that a device reads at once.
-      compute: type of activations and weights; the log-sum-exp is float32 always.
-      mesh: of the devices to run on, where `params` are or go; None: all devices.
-      beginnings: also keep each token's cost and the likeliest token in each document's first window.
+    Args: params: weights of the model, [V, D] matrices at least as long as the tokenizer. texts:
+      documents by language. sequence_length: tokens of a window; must not exceed the model's
+      positions. batch: windows that a device reads at once. compute: type of activations and
+      weights; the log-sum-exp is float32 always. mesh: of the devices to run on, where `params` are
+      or go; None: all devices. beginnings: also keep each token's cost and the likeliest token in
+      each document's first window.
 
     Returns:
       Costs by language, documents in the order of `texts`.

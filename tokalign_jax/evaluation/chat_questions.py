@@ -1,8 +1,10 @@
-"""Questions asked through the chat template, answered greedily: which answers are right, which turns end.
+"""Questions asked through the chat template, answered greedily: which answers are right, which
+turns end.
 
-A question has several accepted answers; a reply is right if it holds one of them in whole words, whatever
-else it says. A reply ends its turn if the model writes a token that ends a turn or a document, at which
-`generate` of transformers stops too. Intervals and differences are over the same questions.
+A question has several accepted answers; a reply is right if it holds one of them in whole words,
+whatever else it says. A reply ends its turn if the model writes a token that ends a turn or a
+document, at which `generate` of transformers stops too. Intervals and differences are over the same
+questions.
 """
 
 import hashlib
@@ -103,8 +105,8 @@ def check(
     positions: int,
 ) -> None:
     """
-    Raises:
-      UserError: the tokenizer has no usable chat template, or a model of so many positions cannot read a
+    Raises: UserError: the tokenizer has no usable chat template, or a model of so many positions
+      cannot read a
         question and write a reply.
     """
     if not questions:

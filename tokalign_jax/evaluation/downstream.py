@@ -1,7 +1,9 @@
-"""Downstream tasks through EleutherAI's lm-evaluation-harness, with its own PyTorch model: what others will measure of the exported folder.
+"""Downstream tasks through EleutherAI's lm-evaluation-harness, with its own PyTorch model: what
+others will measure of the exported folder.
 
-An optional extra (`pip install 'tokalign_jax[lm-eval]'`). Tasks are the harness's own, which fetch their data, or those of a local folder
-(YAML files as the harness reads them, with data beside them), which need no network: paths in them are taken from that folder.
+An optional extra (`pip install 'tokalign_jax[lm-eval]'`). Tasks are the harness's own, which fetch
+their data, or those of a local folder (YAML files as the harness reads them, with data beside
+them), which need no network: paths in them are taken from that folder.
 """
 
 import contextlib
@@ -42,7 +44,9 @@ def check(tasks: Sequence[str], task_folder: Path | None) -> None:
 def run_apart(
     folders: Sequence[Path], tasks: Sequence[str], task_folder: Path | None, limit: int
 ) -> list[dict[str, Any]]:
-    """`run` for each folder in a process of its own, whose memory, on a GPU too, is free again when it ends."""
+    """`run` for each folder in a process of its own, whose memory, on a GPU too, is free again when
+    it ends.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return [pool.submit(run, folder, tasks, task_folder, limit).result() for folder in folders]
 
@@ -55,8 +59,8 @@ def run(
     Args:
       limit: examples of each task; 0: all.
 
-    Returns:
-      For JSON: by task, each metric by its name (as "acc", "acc_norm") with `value` and `standard_error` (None where there is none).
+    Returns: For JSON: by task, each metric by its name (as "acc", "acc_norm") with `value` and
+      `standard_error` (None where there is none).
     """
     manager = _manager(tasks, task_folder)
     model = str(
@@ -96,7 +100,9 @@ def _metrics(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manager(tasks: Sequence[str], task_folder: Path | None) -> Any:
-    """What finds the tasks: the folder's own where they are all there, since reading the harness's takes long."""
+    """What finds the tasks: the folder's own where they are all there, since reading the harness's
+    takes long.
+    """
     _quiet()
     try:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]

@@ -1,16 +1,20 @@
-"""How good a model drafts for a teacher with the same vocabulary, in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
+"""How good a model drafts for a teacher with the same vocabulary, in speculative decoding
+(Leviathan et al. 2023, arXiv 2211.17192).
 
-The draft proposes `gamma` tokens, the teacher reads them all in one call, keeps those up to the first that it rejects and adds one of its
-own. Which are kept follows from what both models say at each position, so no such decoding need be run:
+The draft proposes `gamma` tokens, the teacher reads them all in one call, keeps those up to the
+first that it rejects and adds one of its own. Which are kept follows from what both models say at
+each position, so no such decoding need be run:
 
-- greedy: a token is kept where the draft's most likely token is the teacher's. The teacher continues prompts by its own greedy choice; the
-  draft reads the continuations; blocks of drafts are then counted out exactly (`calls`).
-- sampled, at a temperature: a drafted token is kept with probability sum_v min(p(v), q(v)) (their corollary 3.6), p the teacher's and q the
-  draft's distribution. Its mean over the positions of held-out text is their alpha, from which the tokens a call follow for positions that
-  are independent (their equation 1).
+- greedy: a token is kept where the draft's most likely token is the teacher's. The teacher
+  continues prompts by its own greedy choice; the draft reads the continuations; blocks of drafts
+  are then counted out exactly (`calls`).
+- sampled, at a temperature: a drafted token is kept with probability sum_v min(p(v), q(v)) (their
+  corollary 3.6), p the teacher's and q the draft's distribution. Its mean over the positions of
+  held-out text is their alpha, from which the tokens a call follow for positions that are
+  independent (their equation 1).
 
-Letters: B batch, T length, D model, V tokens of the vocabulary, R rows of a head (V and its padding), C tokens of a chunk. Logits of both
-models exist for C tokens at once, never [B, T, V].
+Letters: B batch, T length, D model, V tokens of the vocabulary, R rows of a head (V and its
+padding), C tokens of a chunk. Logits of both models exist for C tokens at once, never [B, T, V].
 """
 
 import functools
@@ -59,7 +63,9 @@ class Agreement(NamedTuple):
 def difference_of_vocabularies(
     draft: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> str:
-    """Why two tokenizers cannot draft for each other, with the tokens each has and the first that differ; empty where they are the same."""
+    """Why two tokenizers cannot draft for each other, with the tokens each has and the first that
+    differ; empty where they are the same.
+    """
     differing = {i: (own, its) for i, own, its in canonical.differing(draft, teacher)}
     differing |= {i: (own, its) for i, its, own in canonical.differing(teacher, draft)}
     if not differing:
@@ -97,9 +103,9 @@ def acceptance(
       prompts: how many windows of `length` tokens a language gives, spread evenly over its text.
       steps: tokens of each greedy continuation.
 
-    Returns:
-      For JSON, by language, None where the text has no window of `length` tokens: `prompts`, `greedy` with the `rate` of agreement and the
-      `tokens_per_call`, `sampled` with `rate` and `tokens_per_call`, and `agreement` of the most likely tokens on the text itself.
+    Returns: For JSON, by language, None where the text has no window of `length` tokens: `prompts`,
+      `greedy` with the `rate` of agreement and the `tokens_per_call`, `sampled` with `rate` and
+      `tokens_per_call`, and `agreement` of the most likely tokens on the text itself.
     """
     start, each, backend = (
         first_context(tokenizer),
@@ -150,7 +156,8 @@ def _of_language(
 
 
 def calls(kept: Bool[np.ndarray, "B T"], gamma: int) -> int:
-    """Teacher calls that it takes to write B continuations of T tokens, in each of which `gamma` tokens are drafted.
+    """Teacher calls that it takes to write B continuations of T tokens, in each of which `gamma`
+    tokens are drafted.
 
     Args:
       kept: whether the draft, after what came before, proposes the token that the teacher chooses.
@@ -167,7 +174,9 @@ def calls(kept: Bool[np.ndarray, "B T"], gamma: int) -> int:
 
 
 def tokens_per_call(rate: float, gamma: int) -> float:
-    """Expected tokens a teacher call, where each draft is kept with probability `rate` whatever the others (Leviathan, equation 1)."""
+    """Expected tokens a teacher call, where each draft is kept with probability `rate` whatever the
+    others (Leviathan, equation 1).
+    """
     return float(sum(rate**i for i in range(gamma + 1)))
 
 
@@ -180,7 +189,9 @@ def _agreement(
     mesh: Mesh,
     ids: Int[Array, "B T"],
 ) -> Agreement:
-    """`agreement` of both models reading `ids`, a batch that is filled up so that it divides among the devices."""
+    """`agreement` of both models reading `ids`, a batch that is filled up so that it divides among
+    the devices.
+    """
     filling = -len(ids) % sharding.sequences_at_once(mesh)
     padded = np.pad(np.asarray(ids), ((0, filling), (0, 0)))
     inputs = sharding.put(padded, NamedSharding(mesh, P(sharding.BATCH)))

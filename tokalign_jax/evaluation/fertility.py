@@ -1,8 +1,10 @@
 """Fertility: tokens per word.
 
-A word is a run of Unicode letters, marks and digits, with apostrophes inside it ("don't" is one); punctuation and space are none. Chinese
-and Japanese write no spaces: there each ideograph and kana counts as one (as in Unicode's annex 29). In Thai, Lao, Khmer and Burmese,
-whose words only a dictionary finds, each letter with its marks does. For these languages fertility is tokens per character.
+A word is a run of Unicode letters, marks and digits, with apostrophes inside it ("don't" is one);
+punctuation and space are none. Chinese and Japanese write no spaces: there each ideograph and kana
+counts as one (as in Unicode's annex 29). In Thai, Lao, Khmer and Burmese, whose words only a
+dictionary finds, each letter with its marks does. For these languages fertility is tokens per
+character.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,13 @@
-"""Bootstrap intervals of ratios of sums over documents, such as bits per byte (Efron and Tibshirani 1993, chapter 13).
+"""Bootstrap intervals of ratios of sums over documents, such as bits per byte (Efron and Tibshirani
+1993, chapter 13).
 
-Documents are drawn again with replacement, as often as there are, within each group (language) by itself, since how much of each there is
-was a choice. Every draw gives the ratio anew; the interval holds the middle 95% of these. Two models are told apart by the interval of
-their difference on the *same* documents: what is hard for both then does not count as doubt about which is better.
+Documents are drawn again with replacement, as often as there are, within each group (language) by
+itself, since how much of each there is was a choice. Every draw gives the ratio anew; the interval
+holds the middle 95% of these. Two models are told apart by the interval of their difference on the
+*same* documents: what is hard for both then does not count as doubt about which is better.
 
-The letters: N documents, S draws. With few documents (under about ten) such intervals are too narrow.
+The letters: N documents, S draws. With few documents (under about ten) such intervals are too
+  narrow.
 """
 
 from collections.abc import Sequence
@@ -26,11 +29,11 @@ def of_ratio(
     sizes: Sequence[int],
     seed: int,
 ) -> Interval | None:
-    """The interval of sum(numerators) / sum(denominators); None where there is but one document to draw from.
+    """The interval of sum(numerators) / sum(denominators); None where there is but one document to
+    draw from.
 
-    Args:
-      sizes: documents of each group, in order; they sum to N. Groups of one document always count as they are.
-      seed: of the draws; the result is the same for the same seed.
+    Args: sizes: documents of each group, in order; they sum to N. Groups of one document always
+      count as they are. seed: of the draws; the result is the same for the same seed.
     """
     if max(sizes, default=0) < 2:
         return None

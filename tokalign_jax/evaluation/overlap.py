@@ -1,9 +1,11 @@
 """How much of held-out text also stands in the training text, letter by letter.
 
-Passages of `WINDOW` characters that begin where a word begins are looked for; the share is that of the held-out characters which such
-passages cover, so that a copied page counts by its length and a common phrase not at all. (GPT-3, arXiv 2005.14165, appendix C, looks
-for 13 words in a row, which there are none of in a script without spaces.) Training text is streamed, and only 64-bit hashes of the
-held-out passages are in memory. A character is one of UTF-16's units here, of which rare ones have two.
+Passages of `WINDOW` characters that begin where a word begins are looked for; the share is that of
+the held-out characters which such passages cover, so that a copied page counts by its length and a
+common phrase not at all. (GPT-3, arXiv 2005.14165, appendix C, looks for 13 words in a row, which
+there are none of in a script without spaces.) Training text is streamed, and only 64-bit hashes of
+the held-out passages are in memory. A character is one of UTF-16's units here, of which rare ones
+have two.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +23,9 @@ WARN_ABOVE = 0.1
 """Share of a language's held-out characters past which there is a warning."""
 
 _BETWEEN = 0xFFFF
-"""Parts documents; no character, so that a passage over two documents is equal to none in a document."""
+"""Parts documents; no character, so that a passage over two documents is equal to none in a
+document.
+"""
 _WITHOUT_SPACES = 0x0E00
 """From Thai on are the scripts that write no spaces: there a passage begins at each character."""
 _BUCKETS = 24
@@ -37,7 +41,8 @@ def overlap(
     log: Log = lambda line: None,
     total: float = 0,
 ) -> dict[str, Any]:
-    """The share of the characters of `texts`, by language, that stand in the training documents of any language.
+    """The share of the characters of `texts`, by language, that stand in the training documents of
+    any language.
 
     Args:
       texts: held-out documents by language.
@@ -83,7 +88,9 @@ def warning_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
-    """Where passages begin: at a character that follows white space or the beginning, or is of a script without spaces."""
+    """Where passages begin: at a character that follows white space or the beginning, or is of a
+    script without spaces.
+    """
     last = len(content) - WINDOW
     if last < 0:
         return np.zeros(0, np.int64)

@@ -12,7 +12,9 @@ from tokalign_jax.parallel import sharding
 
 
 def passages(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
-    """From the middle of the longest document of each of the first languages: up to `length` characters of whole words."""
+    """From the middle of the longest document of each of the first languages: up to `length`
+    characters of whole words.
+    """
     return [
         _passage(max(documents, key=len), length) for _, documents in sorted(texts.items())[:count]
     ]
@@ -43,7 +45,8 @@ def continuations(
         whole = sharding.to_host(
             transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype))
         )[0].tolist()
-        # Decoded together: some decoders drop the space before the first token of what they are given.
+        # Decoded together: some decoders drop the space before the first token of what they are
+        # given.
         before, text = (
             tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, whole)
         )

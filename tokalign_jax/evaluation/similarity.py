@@ -1,12 +1,13 @@
 """How much of a text an alignment keeps, by embeddings (TokAlign, section 4.3).
 
-Lines are cut by the target tokenizer, each token is replaced by the source token that the alignment names, and what comes out is compared
-with the line as the source tokenizer decodes it.
+Lines are cut by the target tokenizer, each token is replaced by the source token that the alignment
+names, and what comes out is compared with the line as the source tokenizer decodes it.
 
     similarity = mean over lines of the cosine of the two texts' embeddings
 
-Embeddings are those of a sentence encoder, or without one the mean final states of the source model. Any two texts have a cosine well above
-0 in most such spaces; `unrelated`, that of each decoding with the next line's text, says where nothing in common begins.
+Embeddings are those of a sentence encoder, or without one the mean final states of the source
+model. Any two texts have a cosine well above 0 in most such spaces; `unrelated`, that of each
+decoding with the next line's text, says where nothing in common begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,8 @@ def compare(
     lines: Mapping[str, Sequence[str]],
     encode: Encoder,
 ) -> dict[str, dict[str, Any]]:
-    """The similarity by language, each with the cosine of `unrelated` lines (None for a single line) and how many `lines` there are.
+    """The similarity by language, each with the cosine of `unrelated` lines (None for a single
+    line) and how many `lines` there are.
 
     Args:
       mapping: the source token of each target token.

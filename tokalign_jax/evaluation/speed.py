@@ -2,10 +2,12 @@
 
     characters per second for equal text = decoding steps per second x characters per token of that text
 
-A step gives one token, whichever it is; how much text that is depends on the text, and greedy continuations of two models are different
-texts. So steps are timed on greedy decoding with the cache of keys and values, one sequence at a time, and turned into characters (or
-bytes) by the tokens which each tokenizer needs for the same held-out text. The time of a prompt of up to 64 tokens is in it; compiling
-is not: the first run does not count. The median of the others is told, with the fastest and the slowest.
+A step gives one token, whichever it is; how much text that is depends on the text, and greedy
+continuations of two models are different texts. So steps are timed on greedy decoding with the
+cache of keys and values, one sequence at a time, and turned into characters (or bytes) by the
+tokens which each tokenizer needs for the same held-out text. The time of a prompt of up to 64
+tokens is in it; compiling is not: the first run does not count. The median of the others is told,
+with the fastest and the slowest.
 """
 
 import statistics

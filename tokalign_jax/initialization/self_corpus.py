@@ -1,7 +1,9 @@
-"""The source model's own text as a corpus: what `self_text` writes, as records of a JSON lines file.
+"""The source model's own text as a corpus: what `self_text` writes, as records of a JSON lines
+file.
 
-Free text becomes a document; a question and its answer become a chat, which the new model's template then
-writes. Chats whose answer was cut off are left out, since a template would end them there.
+Free text becomes a document; a question and its answer become a chat, which the new model's
+template then writes. Chats whose answer was cut off are left out, since a template would end them
+there.
 """
 
 import json

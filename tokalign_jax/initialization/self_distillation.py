@@ -1,10 +1,11 @@
-"""A start that keeps what the source model knows: trained on little text, with the source as teacher.
+"""A start that keeps what the source model knows: trained on little text, with the source as
+teacher.
 
 The mean of pieces (FVT) makes rows that are right one by one, but not together: composed tokens do
 not get the probability of their pieces, and words that the new tokenizer splits in another way are
 words that the body never learned to spell. So the new model reads text that the source wrote
-(`self_text.py`), and a share of the corpus, and learns to find it as likely as the source does, with
-the same states (`training/cross_tokenizer.py`).
+(`self_text.py`), and a share of the corpus, and learns to find it as likely as the source does,
+with the same states (`training/cross_tokenizer.py`).
 
 The student's vocabulary is the tokens that this text holds, which makes a step as fast as its text
 needs, and drives no others down. What the rest takes of the probability is settled at the end
@@ -57,8 +58,9 @@ LEAST_SEQUENCES, MOST_SEQUENCES = 4, 64
 MOST_PASSES = 4
 """Over the text."""
 BODY_RATE = 2e-4
-"""Peak rate of the body for a model of the width `WIDTH`, and of narrower ones; of wider ones less, by
-the root of the ratio."""
+"""Peak rate of the body for a model of the width `WIDTH`, and of narrower ones; of wider ones less,
+by the root of the ratio.
+"""
 WIDTH = 576
 ROW_RATE = 0.01
 """Peak rate of the table, in units of the deviation of the source's rows."""
@@ -98,13 +100,15 @@ class Result(NamedTuple):
 
     params: Params
     facts: Mapping[str, float]
-    """`tokens` trained on; `loss_before`, `loss_after`, `distance_before`, `distance_after` on held-out
-    sequences (`cross_tokenizer.Terms`); `unseen_shift`, nats (`unseen.shift`)."""
+    """`tokens` trained on; `loss_before`, `loss_after`, `distance_before`, `distance_after` on
+    held-out sequences (`cross_tokenizer.Terms`); `unseen_shift`, nats (`unseen.shift`).
+    """
 
 
 class _State(NamedTuple):
     trainable: dict[str, Any]
-    """`table` and `network` by the path of a matrix, and `body`, a tree of the rest of the model."""
+    """`table` and `network` by the path of a matrix, and `body`, a tree of the rest of the model.
+    """
     optimizer: optax.OptState
     step: Int[Array, ""]
 
@@ -122,14 +126,13 @@ def distill(
     mesh: Mesh,
     log: Log,
 ) -> Result:
-    """Trains `params` towards `teacher`; returns them as they are where text left out gains nothing.
+    """Trains `params` towards `teacher`; returns them as they are where text left out gains
+    nothing.
 
-    Args:
-      params: the new model's; its matrices of the vocabulary in float32.
-      teacher: the source model's.
-      rows: by path of the matrix in `params`.
-      written, corpus: the source model's own text, and the corpus's.
-      budget: target tokens to train on; text is met again where there is less, `MOST_PASSES` times at
+    Args: params: the new model's; its matrices of the vocabulary in float32. teacher: the source
+      model's. rows: by path of the matrix in `params`. written, corpus: the source model's own
+      text, and the corpus's. budget: target tokens to train on; text is met again where there is
+      less, `MOST_PASSES` times at
         most.
     """
     steps, judged = _batches(config, written, corpus, budget, models.student, mesh)
@@ -544,8 +547,9 @@ def _draw(
     weights: tuple[float, float],
     random: np.random.Generator,
 ) -> tuple[HostBatch, HostBatch]:
-    """`count` sequences to train on, again and again in other orders where there are too few, and about
-    `left_out` others."""
+    """`count` sequences to train on, again and again in other orders where there are too few, and
+    about `left_out` others.
+    """
     if not count or not pairs:
         none = (
             np.zeros((0, length + 1), np.int32),

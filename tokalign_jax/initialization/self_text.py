@@ -147,8 +147,9 @@ class Writer(NamedTuple):
 
 
 def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, bytes of each) of tokens that are letters behind a space; where a vocabulary has no such
-    tokens, of all that are letters."""
+    """(ids, bytes of each) of tokens that are letters behind a space; where a vocabulary has no
+    such tokens, of all that are letters.
+    """
     texts = {}
     for i, content in enumerate(canonical.token_bytes(tokenizer)):
         if content:

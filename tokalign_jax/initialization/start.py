@@ -1,7 +1,8 @@
 """The start: an alignment and a source model become the parameters that training begins with.
 
-Rows are mixed by the alignment; then, by method `distilled`, the model is trained with the source as its teacher or,
-by method `composed`, rows are learned from the source's states, calibrated and tuned.
+Rows are mixed by the alignment; then, by method `distilled`, the model is trained with the source
+as its teacher or, by method `composed`, rows are learned from the source's states, calibrated and
+tuned.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -84,7 +85,9 @@ Learned = tuple[Params, Mapping[str, float]]
 
 
 def _learned_start(config: Config) -> Callable[..., Learned] | None:
-    """Return what goes on from the alignment's mixtures with the source as teacher, if anything does."""
+    """Return what goes on from the alignment's mixtures with the source as teacher, if anything
+    does.
+    """
     if distills(config):
         return _distill
     if distills_tokens(config):

@@ -59,7 +59,8 @@ def attention(model: ModelConfig, length: int) -> float:
     total = 4 * mixers.count("attention") * model.num_heads * model.head_dim * length
     if model.delta is None:
         return total
-    # Of each value head: the state is read twice and written, and tokens of a chunk read each other.
+    # Of each value head: the state is read twice and written, and tokens of a chunk read each
+    # other.
     key, value = model.delta.key_dim, model.delta.value_dim
     each = 2 * (3 * key * value + 2 * CHUNK * (key + value))
     return total + mixers.count("delta") * model.delta.num_value_heads * each
