@@ -146,7 +146,7 @@ def _reference(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         return jax.jit(lambda *of: jax.lax.map(one, of))(*(x.astype(jnp.float32) for x in inputs))
 
 
-# --- Kernels ----------------------------------------------------------------------------------------------------------
+# --- Kernels ------------------------------------------------------------------------------------
 
 
 def _kernels(size: int) -> dict[str, Kernel]:

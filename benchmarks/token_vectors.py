@@ -127,7 +127,7 @@ def main() -> None:
     print(_table(report))
 
 
-# --- what goes in -----------------------------------------------------------------------------------------------------
+# --- what goes in -------------------------------------------------------------------------------
 
 
 def token_folders(arguments: argparse.Namespace, source_tokenizer, target_tokenizer) -> list[Path]:
@@ -167,7 +167,7 @@ def _write_lines(folder: Path, path: Path) -> None:
             start = end
 
 
-# --- the ways ---------------------------------------------------------------------------------------------------------
+# --- the ways -----------------------------------------------------------------------------------
 
 
 def _run_c(arguments: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def _in_process(function, *arguments) -> dict[str, Any]:
         return pool.apply(function, arguments)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------------
 
 
 def _accuracy(workdir: Path, way: str, folders: list[Path], shared: np.ndarray) -> dict[str, float]:

@@ -300,7 +300,7 @@ def _report(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
-# --- This project -----------------------------------------------------------------------------------------------------
+# --- This project -------------------------------------------------------------------------------
 
 
 def measure(arguments: argparse.Namespace) -> Row:
@@ -535,7 +535,7 @@ def _row(
     }
 
 
-# --- A profile --------------------------------------------------------------------------------------------------------
+# --- A profile ----------------------------------------------------------------------------------
 
 KINDS = (
     ("attention", r"fmha|flash|cudnn.*(sdpa|attention)|splash"),
@@ -630,7 +630,7 @@ def _has_kernels(plane: str, line: str) -> bool:
     return line == "XLA Ops" if plane.startswith("/device:TPU") else "XLA" in line
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
+# --- PyTorch ------------------------------------------------------------------------------------
 
 
 def measure_torch(arguments: argparse.Namespace) -> Row:
@@ -694,7 +694,7 @@ def measure_torch(arguments: argparse.Namespace) -> Row:
     return _row(arguments, timing, 1, kind, peak) | {"version": torch.__version__}
 
 
-# --- Results ----------------------------------------------------------------------------------------------------------
+# --- Results ------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Row]) -> str:

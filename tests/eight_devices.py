@@ -61,7 +61,7 @@ def mesh_of(shape=(1, 1, 1)):
     return sharding.make_mesh(MeshConfig(*shape), devices=jax.devices()[: np.prod(shape)])
 
 
-# --- The vocabulary ---------------------------------------------------------------------------------------------------
+# --- The vocabulary -----------------------------------------------------------------------------
 
 
 def vocabulary(shape):
@@ -131,7 +131,7 @@ def divergence(shape):
     close(results[1], results[0], 1e-5)
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------
 
 REFERENCES: dict = {}
 
@@ -256,7 +256,7 @@ def gradient_types():
         }
 
 
-# --- Files, evaluation, initialisation -----------------------------------------------------------------------------------
+# --- Files, evaluation, initialisation ----------------------------------------------------------
 
 
 def files(shape):

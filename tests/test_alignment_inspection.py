@@ -111,7 +111,7 @@ def workdir(tmp_path_factory, tokenizers, vectors):
     return folder
 
 
-# --- tokens as text ---------------------------------------------------------------------------------------------------
+# --- tokens as text -----------------------------------------------------------------------------
 
 
 @given(st.binary(max_size=40))
@@ -173,7 +173,7 @@ def test_an_unknown_token_names_those_spelled_nearly_so(subject):
     assert "'new'" in str(error.value)
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------------
 
 
 def unit(rows):
@@ -294,7 +294,7 @@ def test_an_id_out_of_range(subject):
         inspection.explain(subject, 276)
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
+# --- pages --------------------------------------------------------------------------------------
 
 
 class Reader(HTMLParser):
@@ -356,7 +356,7 @@ def test_columns_line_up_on_a_terminal():
     assert len(pages.terminal([Section("T", rows=[("x" * 500,)])])[1]) < 110
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def test_a_workdir_and_a_bare_alignment(workdir, capsys, tmp_path):

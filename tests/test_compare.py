@@ -158,7 +158,7 @@ def test_the_page_and_the_picture(count, tmp_path):
         assert (tmp_path / "made" / "here" / "compare.png").stat().st_size > 10_000
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path, capsys):

@@ -62,7 +62,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     ]
 
 
-# --- Scenes, each played by every process -------------------------------------------------------------------------------
+# --- Scenes, each played by every process -------------------------------------------------------
 
 
 def agreeing(folder: Path) -> None:
@@ -158,7 +158,7 @@ def fails(error: Exception):
     return function
 
 
-# --- What they show -----------------------------------------------------------------------------------------------------
+# --- What they show -----------------------------------------------------------------------------
 
 
 def test_values_and_errors_reach_both(tmp_path):
@@ -217,7 +217,7 @@ def test_a_signal_to_one_stops_both(tmp_path, scene, asked):
         assert ended[0][1] == ended[1][1] != "", "at the same step"
 
 
-# --- A store that fails -------------------------------------------------------------------------------------------------
+# --- A store that fails -------------------------------------------------------------------------
 
 
 class Store:
@@ -355,7 +355,7 @@ def test_a_process_that_cannot_hear_where_the_others_stop_ends(watches, monkeypa
     )
 
 
-# --- Who is of several --------------------------------------------------------------------------------------------------
+# --- Who is of several --------------------------------------------------------------------------
 
 
 def test_one_process_is_left_alone():

@@ -110,7 +110,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------
 
 
 def test_the_page_is_whole_self_contained_and_says_everything():
@@ -215,7 +215,7 @@ def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
     assert "the target tokenizer does not keep capitals, tabs" in line and "too low" in line
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------
 
 
 def test_what_was_read_to_tune_rows_is_told():
@@ -309,7 +309,7 @@ def test_charts_of_nothing_and_of_one_point():
         Reader(made)
 
 
-# --- what stages leave ------------------------------------------------------------------------------------------------
+# --- what stages leave --------------------------------------------------------------------------
 
 
 def test_languages_of_all_states_with_their_intervals():

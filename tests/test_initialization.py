@@ -322,7 +322,7 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
     assert learned["layers"] is new["layers"]
 
 
-# --- Which rows a start moves -----------------------------------------------------------------------------------------
+# --- Which rows a start moves -------------------------------------------------------------------
 
 
 def start(
@@ -458,7 +458,7 @@ def test_unseen_tokens_are_as_probable_as_good_and_turing_say():
         ).all()
 
 
-# --- Tuning -----------------------------------------------------------------------------------------------------------
+# --- Tuning -------------------------------------------------------------------------------------
 
 
 def tuned(folder, tied, kept=0, budget=40_000, target=None):
@@ -639,7 +639,7 @@ def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
     np.testing.assert_allclose(new["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-4)
 
 
-# --- Rows that are not finite -----------------------------------------------------------------------------------------
+# --- Rows that are not finite -------------------------------------------------------------------
 
 
 def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), columns=slice(None)):

@@ -159,7 +159,7 @@ def test_refuses_what_it_cannot_mean():
         attention.attend(q[:, 1:], k, v, scale=1.0)
 
 
-# --- Kernels ----------------------------------------------------------------------------------------------------------
+# --- Kernels ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_kernel_by_device(monkeypatch, device, dtype, size, softcap, expected):
     assert (kernel and kernel.func.__name__) == expected
 
 
-# --- Several devices --------------------------------------------------------------------------------------------------
+# --- Several devices ----------------------------------------------------------------------------
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 """(data, fsdp, tensor). The last but one splits more than the key-value heads, the last more than

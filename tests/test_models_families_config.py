@@ -167,7 +167,7 @@ def test_every_family_has_cases_and_a_config_here():
         assert len(config.layer_kinds) == config.num_layers == LAYERS
 
 
-# --- Spellings ----------------------------------------------------------------------------------------------------------
+# --- Spellings ----------------------------------------------------------------------------------
 
 LLAMA3 = {
     "factor": 8.0,
@@ -347,7 +347,7 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
     assert set(stored(tmp_path / "out")) == set(bare)
 
 
-# --- Refusals -----------------------------------------------------------------------------------------------------------
+# --- Refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def fake(tmp_path, monkeypatch):
     return Hub(tmp_path, monkeypatch)
 
 
-# --- What is fetched ----------------------------------------------------------------------------------------------------
+# --- What is fetched ----------------------------------------------------------------------------
 
 
 def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
@@ -153,7 +153,7 @@ def test_an_index_cannot_lead_elsewhere(fake):
             hub.resolve("me/odd", what="source model")
 
 
-# --- What is refused ----------------------------------------------------------------------------------------------------
+# --- What is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_local_folder_is_itself(tmp_path):
     assert hub.resolve(str(tmp_path), what="source model") == tmp_path
 
 
-# --- Tokenizers ---------------------------------------------------------------------------------------------------------
+# --- Tokenizers ---------------------------------------------------------------------------------
 
 
 def _saved(folder: Path, kind: str = "llama3", **settings) -> Path:
@@ -465,7 +465,7 @@ def test_ids_with_gaps_get_no_new_token(tmp_path):
         hub.load_tokenizer(tmp_path, "<|done|>")
 
 
-# --- Out ----------------------------------------------------------------------------------------------------------------
+# --- Out ----------------------------------------------------------------------------------------
 
 
 def test_terms_go_along(tmp_path):

@@ -47,7 +47,7 @@ def _edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# --- Reading ------------------------------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -184,7 +184,7 @@ def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
         _load(folder)
 
 
-# --- Writing ------------------------------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -285,7 +285,7 @@ def test_the_written_type_can_be_chosen(tmp_path):
         )
 
 
-# --- What is refused ----------------------------------------------------------------------------------------------------
+# --- What is refused ----------------------------------------------------------------------------
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -367,7 +367,7 @@ def test_what_is_not_implemented_is_named(family, changes, message, tmp_path):
         hub.load_config(folder)
 
 
-# --- Weights that are not finite ----------------------------------------------------------------------------------------
+# --- Weights that are not finite ----------------------------------------------------------------
 
 
 def _spoil(folder: Path, name: str, index, value: float) -> None:

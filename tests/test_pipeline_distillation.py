@@ -117,7 +117,7 @@ def records(workdir: Path) -> dict:
     return json.loads((workdir / "stages.json").read_text())["stages"]
 
 
-# --- Runs ---------------------------------------------------------------------------------------------------------------
+# --- Runs ---------------------------------------------------------------------------------------
 
 
 def test_a_run_with_a_teacher(inputs, run):
@@ -262,7 +262,7 @@ def test_a_teacher_needs_no_rows_for_special_tokens_that_no_text_has(inputs, tmp
         checks.check(context(end_of_text="<image>"))
 
 
-# --- The plan -----------------------------------------------------------------------------------------------------------
+# --- The plan -----------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": 4000, "hidden_size": 64, "intermediate_size": 128, "max_positions": 512}
 STUDENT = replace(LLAMA, **SIZES, head_dim=16)

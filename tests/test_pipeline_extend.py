@@ -212,7 +212,7 @@ def test_text_to_mine_is_drawn_from_the_whole_corpus(run):
     )
 
 
-# --- Tokenizers of a run ------------------------------------------------------------------------------------------------
+# --- Tokenizers of a run ------------------------------------------------------------------------
 
 
 def test_what_ends_documents_is_the_eos_of_the_export(inputs, tmp_path):

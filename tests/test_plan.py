@@ -152,7 +152,7 @@ def test_memory_is_what_compiled_steps_take(compiled, case):
     assert 0.9 < rest / compiled[case]["temporaries"] < 1.6
 
 
-# --- Parameters ---------------------------------------------------------------------------------------------------------
+# --- Parameters ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -188,7 +188,7 @@ def test_elements_of_a_device_are_those_of_placed_arrays():
     )
 
 
-# --- The whole plan -----------------------------------------------------------------------------------------------------
+# --- The whole plan -----------------------------------------------------------------------------
 
 
 def model_of(name, rows):

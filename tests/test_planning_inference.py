@@ -52,7 +52,7 @@ def plan_of(room="80GB", host="512GB", config=CONFIG):
     return make_plan(config, LLAMA_8B, machine, Speed(), 10**9, 2, 1e15, None, SOURCE)
 
 
-# --- Evaluation and export never need more than training ------------------------------------------
+# --- Evaluation and export never need more than training ----------------------------------------
 
 
 def test_what_trains_on_a_card_can_be_evaluated_and_exported_there():
@@ -77,7 +77,7 @@ def test_no_state_takes_more_to_evaluate_than_it_took_to_train(method):
         assert sum(needs[name].device.values()) < memory.needed(setup), name
 
 
-# --- Estimates against programs and allocations ----------------------------------------------------
+# --- Estimates against programs and allocations -------------------------------------------------
 
 
 def placed(tree, mesh):
@@ -173,7 +173,7 @@ def test_learned_rows_take_what_is_allocated_on_the_host():
     assert found < work
 
 
-# --- Plan and warnings ------------------------------------------------------------------------------
+# --- Plan and warnings --------------------------------------------------------------------------
 
 
 def test_the_plan_has_all_stages_with_device_and_host_memory():
@@ -231,7 +231,7 @@ def test_a_run_warns_of_stages_to_come(monkeypatch, tmp_path):
     assert [line.split()[1] for line in lines] == ["stage2", "export"]
 
 
-# --- Host memory ------------------------------------------------------------------------------------
+# --- Host memory --------------------------------------------------------------------------------
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -290,7 +290,7 @@ def test_host_memory_is_what_the_system_or_the_control_group_has_left(case, tmp_
     assert available_host_memory(write(tmp_path, files)) == expected
 
 
-# --- A start that is distilled ----------------------------------------------------------------------
+# --- A start that is distilled ------------------------------------------------------------------
 
 DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
 

@@ -45,7 +45,7 @@ def test_eight_devices_give_what_one_gives(results, check):
     assert not error, error
 
 
-# --- The mesh on hardware that is not here ----------------------------------------------------------------------------
+# --- The mesh on hardware that is not here ------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -344,7 +344,7 @@ def test_documents_are_read_by_their_positions(tmp_path, monkeypatch):
         ]
 
 
-# --- the budget -------------------------------------------------------------------------------------------------------
+# --- the budget ---------------------------------------------------------------------------------
 
 
 def inputs(tmp_path: Path) -> Path:
@@ -424,7 +424,7 @@ def test_what_was_not_read_is_said(tmp_path):
     )
 
 
-# --- what is wrong with records and files -----------------------------------------------------------------------------
+# --- what is wrong with records and files -------------------------------------------------------
 
 BROKEN = {
     "not JSON": '{"text": "cut o',
@@ -688,7 +688,7 @@ def test_a_language_called_all_is_told_from_all_languages(tmp_path):
     assert [*summary["languages"]] == ["'all'", "en"]
 
 
-# --- several parts with weights ---------------------------------------------------------------------------------------
+# --- several parts with weights -----------------------------------------------------------------
 
 
 def parts(folder: Path, **documents: int) -> dict[str, Path]:

@@ -230,7 +230,7 @@ def test_what_is_lost_is_named(kind):
         assert found == lost.get(kind, [])
 
 
-# --- special tokens and chats -------------------------------------------------------------------------------------------
+# --- special tokens and chats -------------------------------------------------------------------
 
 
 def with_special(kind: str, *tokens: str, **settings) -> PreTrainedTokenizerFast:
@@ -290,7 +290,7 @@ def test_what_ends_documents_has_the_end_of_texts_rows_without_a_role():
     assert match == (source.eos_token_id, "ends a document")
 
 
-# --- added tokens -------------------------------------------------------------------------------------------------------
+# --- added tokens -------------------------------------------------------------------------------
 
 
 def with_added(kind: str, *tokens: AddedToken) -> PreTrainedTokenizerFast:

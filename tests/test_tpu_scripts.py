@@ -184,7 +184,7 @@ def test_shellcheck_has_nothing_to_say():
     assert done.returncode == 0, done.stdout
 
 
-# --- One script at a time -----------------------------------------------------------------------------------------------
+# --- One script at a time -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spot", "expected"), [("1", True), ("0", False)])
@@ -308,7 +308,7 @@ def test_a_killed_job_is_told_from_one_that_never_was(world):
     assert "exited 137" in world.run("status.sh").stdout
 
 
-# --- Seeing a run through -----------------------------------------------------------------------------------------------
+# --- Seeing a run through -----------------------------------------------------------------------
 
 
 def watch(world: World, expect: int = 0, **settings: str) -> subprocess.CompletedProcess:

@@ -76,7 +76,7 @@ def test_the_newest_are_kept_and_parts_are_no_checkpoint(tmp_path, state):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
 
 
-# --- Damage -------------------------------------------------------------------------------------------------------------
+# --- Damage -------------------------------------------------------------------------------------
 
 
 def largest(folder):

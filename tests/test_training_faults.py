@@ -55,7 +55,7 @@ def unbroken(tmp_path_factory):
     return programs
 
 
-# --- Ends of a process --------------------------------------------------------------------------------------------------
+# --- Ends of a process --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken):
             np.testing.assert_allclose(final_of(other)[path], leaf, atol=2e-5, err_msg=path)
 
 
-# --- Disks --------------------------------------------------------------------------------------------------------------
+# --- Disks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def final(folder, stage):
     return final_params(folder, stage, toy_params())
 
 
-# --- Resuming -----------------------------------------------------------------------------------------------------------
+# --- Resuming -----------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -91,7 +91,7 @@ def test_the_final_parameters_of_adapters_load(tmp_path):
     assert_same(final(tmp_path, stage), result.params)
 
 
-# --- Steps that are not finite ------------------------------------------------------------------------------------------
+# --- Steps that are not finite ------------------------------------------------------------------
 
 
 def poisoned_params():
@@ -197,7 +197,7 @@ def test_several_in_a_row_stop_and_name_the_last_good_checkpoint(tmp_path):
         )
 
 
-# --- Where a stage reads ------------------------------------------------------------------------------------------------
+# --- Where a stage reads ------------------------------------------------------------------------
 
 
 def test_a_stage_reads_on_where_the_one_before_stopped(tmp_path):

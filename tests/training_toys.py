@@ -148,7 +148,7 @@ def assert_same(first: paths.Tree, second: paths.Tree) -> None:
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
 
 
-# --- Programs -----------------------------------------------------------------------------------------------------------
+# --- Programs -----------------------------------------------------------------------------------
 
 _FORKS = multiprocessing.get_context("forkserver")
 # Importing JAX and all else takes longer than to train a toy.

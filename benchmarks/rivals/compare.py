@@ -119,7 +119,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     return args, own
 
 
-# --- Making starts --------------------------------------------------------------------------------
+# --- Making starts ------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace, own: Sequence[str], folder: Path, *more: str) -> list[str]:
@@ -236,7 +236,7 @@ def _made(output: Path) -> list[str]:
     return [name for name in _attempted(output) if (output / MODELS / name).exists()]
 
 
-# --- Judging --------------------------------------------------------------------------------------
+# --- Judging ------------------------------------------------------------------------------------
 
 
 def _judge(args: argparse.Namespace) -> Mapping[str, Any]:

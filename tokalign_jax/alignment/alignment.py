@@ -123,7 +123,7 @@ class Alignment:
         return result
 
 
-# --- Making mixtures ------------------------------------------------------------------------------
+# --- Making mixtures ----------------------------------------------------------------------------
 
 
 def mixture_of(
@@ -196,7 +196,7 @@ def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
     )
 
 
-# --- Applying mixtures ----------------------------------------------------------------------------
+# --- Applying mixtures --------------------------------------------------------------------------
 
 
 def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "V_t D"]:
@@ -214,8 +214,8 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
     source_size = mixture.source_size
     if rows.shape[0] < source_size:
         raise UserError(
-            f"the source model's matrix has {rows.shape[0]:,} rows, its tokenizer {source_size:,} tokens: "
-            "they do not belong together; put the model's own tokenizer into its folder"
+            f"the source model's matrix has {rows.shape[0]:,} rows, its tokenizer {source_size:,}"
+            " tokens: they do not belong together; put the model's own tokenizer into its folder"
         )
     rows = rows[:source_size]
     finite = finite_rows(rows)
@@ -294,7 +294,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-# --- Files ----------------------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------
 
 
 def save(alignment: Alignment, folder: Path) -> None:
@@ -331,7 +331,8 @@ def load(
         raise UserError(
             f"the alignment '{path}' cannot be read ({type(error).__name__}: {error}): it must be "
             "an "
-            f'{FILE} that this program wrote, or an {JSON_FILE} of the form {{"target_id": source_id}}'
+            f'{FILE} that this program wrote, or an {JSON_FILE} of the form {{"target_id":'
+            " source_id}"
         ) from error
 
 
@@ -404,7 +405,7 @@ def _other_vocabulary(path: Path, side: str, tokenizer: PreTrainedTokenizerBase,
         f"{canonical.vocabulary_size(tokenizer):,} tokens, the alignment "
         f"'{path}' {what}: it belongs to another {side} tokenizer; name that one, or leave "
         "alignment.file empty to make an "
-        f"alignment for this pair"
+        "alignment for this pair"
     )
 
 

@@ -323,7 +323,7 @@ class _Share(NamedTuple):
         return ranks[places[: whole + window]], np.minimum(ahead[:whole], window).astype(np.uint8)
 
 
-# --- On a CPU -------------------------------------------------------------------------------------
+# --- On a CPU -----------------------------------------------------------------------------------
 
 
 class _Table(NamedTuple):
@@ -428,7 +428,7 @@ def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
         yield summed(block >> bits, weights[block & ((1 << bits) - 1)])
 
 
-# --- On an accelerator ----------------------------------------------------------------------------
+# --- On an accelerator --------------------------------------------------------------------------
 
 
 def _count_on_device(share: _Share, device: Any) -> list[Sums]:

@@ -117,7 +117,7 @@ class Spelled(NamedTuple):
         return {i: self.parts[i][0] for i in np.flatnonzero(self.rules == Rule.EXACT).tolist()}
 
 
-# --- The stage ------------------------------------------------------------------------------------
+# --- The stage ----------------------------------------------------------------------------------
 
 
 def run(
@@ -194,7 +194,7 @@ def make(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     return METHODS[inputs.config.method](inputs)
 
 
-# --- Methods --------------------------------------------------------------------------------------
+# --- Methods ------------------------------------------------------------------------------------
 
 
 def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
@@ -404,7 +404,7 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
 """By the names of `AlignmentConfig.method`."""
 
 
-# --- Exact matches and pieces ---------------------------------------------------------------------
+# --- Exact matches and pieces -------------------------------------------------------------------
 
 
 def spell(
@@ -563,7 +563,7 @@ def _text_bytes(
     return content or b""
 
 
-# --- Matches by co-occurrence ---------------------------------------------------------------------
+# --- Matches by co-occurrence -------------------------------------------------------------------
 
 
 def split_shared(inputs: Inputs) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
@@ -615,7 +615,7 @@ def _nothing(inputs: Inputs) -> CooccurrenceMatches:
     )
 
 
-# --- Mixtures -------------------------------------------------------------------------------------
+# --- Mixtures -----------------------------------------------------------------------------------
 
 
 def mix(

@@ -130,12 +130,12 @@ def kept(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES):
             raise
         raise UserError(
-            f"co-occurrence sums do not fit into memory and cannot be written to "
+            "co-occurrence sums do not fit into memory and cannot be written to "
             f"'{scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with "
             "more room"
         ) from error
     return tuple(
-        np.memmap(file, dtype, "r") if length else np.zeros(0, dtype)  # pyright: ignore[reportArgumentType]
+        (np.memmap(file, dtype, "r") if length else np.zeros(0, dtype))  # pyright: ignore[reportArgumentType]
         for file, dtype in zip(files, dtypes)
     )
 

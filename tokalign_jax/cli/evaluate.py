@@ -276,7 +276,7 @@ def run(args: argparse.Namespace, log: Log) -> dict[str, Any]:
     return content
 
 
-# --- Inputs ---------------------------------------------------------------------------------------
+# --- Inputs -------------------------------------------------------------------------------------
 
 
 def check(args: argparse.Namespace, log: Log) -> Inputs:
@@ -576,7 +576,7 @@ def _aligned(
     return alignment.load(path, subjects[0].tokenizer, subjects[1].tokenizer)
 
 
-# --- Measuring ------------------------------------------------------------------------------------
+# --- Measuring ----------------------------------------------------------------------------------
 
 
 def measure(inputs: Inputs, log: Log) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Question:
         return [self.text + choice for choice in self.choices]
 
 
-# --- Suites -----------------------------------------------------------------------------------------------------------
+# --- Suites -------------------------------------------------------------------------------------
 
 
 def read(names: str, max_questions: int = 0) -> list[Question]:
@@ -100,7 +100,8 @@ def _files(names: str) -> list[Path]:
         if not found:
             why = "has no *.jsonl files" if path.is_dir() else "names no file"
             raise UserError(
-                f"abilities '{name}' {why}: give a file of JSON lines, a folder with such files or a glob"
+                f"abilities '{name}' {why}: give a file of JSON lines, a folder with such files or"
+                " a glob"
             )
         files += found
     return files
@@ -150,11 +151,13 @@ def _question(line: str, where: str) -> Question:
             )
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
         raise UserError(
-            f"{where}: 'choices' is {choices!r}; it must be two texts or more, none empty, the right one first"
+            f"{where}: 'choices' is {choices!r}; it must be two texts or more, none empty, the"
+            " right one first"
         )
     if choices[0] in choices[1:]:
         raise UserError(
-            f"{where}: the right choice {choices[0]!r} is there twice; it may be there once, as the first"
+            f"{where}: the right choice {choices[0]!r} is there twice; it may be there once, as the"
+            " first"
         )
     # A wrong choice that is there twice changes no answer.
     return Question(record["task"], record["question"], tuple(dict.fromkeys(choices)))
@@ -195,7 +198,7 @@ def _near(right: int, smaller: int) -> list[int]:
     ]
 
 
-# --- Scoring ----------------------------------------------------------------------------------------------------------
+# --- Scoring ------------------------------------------------------------------------------------
 
 
 def beginning_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -272,13 +275,13 @@ def _tokens(
     for text, ids in zip(texts, tokens):
         if len(ids) > positions:
             raise UserError(
-                f"abilities: {text[:80]!r}... has {len(ids):,} tokens, but the model reads {positions:,} at most: "
-                "shorten the question, or leave it out"
+                f"abilities: {text[:80]!r}... has {len(ids):,} tokens, but the model reads"
+                f" {positions:,} at most: shorten the question, or leave it out"
             )
     return tokens
 
 
-# --- How two tokenizers cut a question --------------------------------------------------------------------------------
+# --- How two tokenizers cut a question ----------------------------------------------------------
 
 
 def kinds_of_cut(
@@ -328,7 +331,7 @@ def _answer_start(cut: Boundaries, question_length: int) -> int:
     return int(within[-1]) + 1 if len(within) else 0
 
 
-# --- What came of it --------------------------------------------------------------------------------------------------
+# --- What came of it ----------------------------------------------------------------------------
 
 
 def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]:

@@ -113,14 +113,16 @@ def check(
         return
     if problem := chats.template_problem(tokenizer):
         raise UserError(
-            f"chat questions cannot be asked of {whose}: {problem}; add a chat_template.jinja to its "
-            "folder, keep the source's with --config.chat=source in a run, or ask no chat questions"
+            f"chat questions cannot be asked of {whose}: {problem}; add a chat_template.jinja to"
+            " its folder, keep the source's with --config.chat=source in a run, or ask no chat"
+            " questions"
         )
     longest = max(len(prompt) for prompt in _prompts(tokenizer, questions))
     if longest + reply_tokens > positions:
         raise UserError(
-            f"a chat question has {longest:,} tokens for {whose}, and a reply up to {reply_tokens:,}, but "
-            f"the model has {positions:,} positions: shorten the question or lower reply_tokens"
+            f"a chat question has {longest:,} tokens for {whose}, and a reply up to"
+            f" {reply_tokens:,}, but the model has {positions:,} positions: shorten the question or"
+            " lower reply_tokens"
         )
 
 
@@ -158,8 +160,8 @@ def ask(
     right = [is_right(text, of.answers) for text, of in zip(texts, questions)]
     replies = Replies(texts, np.array(right), np.array(ended))
     log(
-        f"{what}: {replies.right.mean():.1%} of {len(questions):,} right, {replies.ended.mean():.1%} "
-        "ended their turn"
+        f"{what}: {replies.right.mean():.1%} of {len(questions):,} right,"
+        f" {replies.ended.mean():.1%} ended their turn"
     )
     return replies
 

@@ -28,7 +28,8 @@ def check(tasks: Sequence[str], task_folder: Path | None) -> None:
     """
     if task_folder and not task_folder.is_dir():
         raise UserError(
-            f"--task-folder '{task_folder}': there is no such folder; name the one that holds the tasks' YAML files"
+            f"--task-folder '{task_folder}': there is no such folder; name the one that holds the"
+            " tasks' YAML files"
         )
     manager = _manager(tasks, task_folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:

@@ -73,8 +73,9 @@ def difference_of_vocabularies(
     first = min(differing)
     one, other = (repr(token) if token else "none" for token in differing[first])
     return (
-        f"the draft's vocabulary has {len(draft.get_vocab()):,} tokens and the teacher's {len(teacher.get_vocab()):,}; "
-        f"{len(differing):,} ids differ, the first is {first}: {one} in the draft's, {other} in the teacher's"
+        f"the draft's vocabulary has {len(draft.get_vocab()):,} tokens and the teacher's"
+        f" {len(teacher.get_vocab()):,}; {len(differing):,} ids differ, the first is {first}: {one}"
+        f" in the draft's, {other} in the teacher's"
     )
 
 

@@ -80,8 +80,9 @@ def overlap(
 def warning_lines(found: Mapping[str, Any]) -> list[str]:
     """A line for each language whose share is above `warn_above`."""
     return [
-        f"warning: {of['share']:.1%} of the held-out text of '{language}' stands in the training text, in passages of "
-        f"{found['window']} characters or more: its bits per byte may be too low; take out what was copied"
+        f"warning: {of['share']:.1%} of the held-out text of '{language}' stands in the training"
+        f" text, in passages of {found['window']} characters or more: its bits per byte may be too"
+        " low; take out what was copied"
         for language, of in found["languages"].items()
         if of["share"] > found["warn_above"]
     ]

@@ -59,9 +59,9 @@ def compare(
         found[language] = {
             "lines": len(of),
             "similarity": _mean_cosine(*embedded),
-            "unrelated": _mean_cosine(embedded[0], np.roll(embedded[1], 1, axis=0))
-            if len(of) > 1
-            else None,
+            "unrelated": (
+                _mean_cosine(embedded[0], np.roll(embedded[1], 1, axis=0)) if len(of) > 1 else None
+            ),
         }
     return found
 
@@ -107,12 +107,13 @@ def sentence_encoder(folder: str) -> Encoder:
         from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
-            "--encoder needs sentence-transformers, which is not installed: pip install 'tokalign_jax[encoder]', or leave --encoder out to "
-            "embed text by the source model"
+            "--encoder needs sentence-transformers, which is not installed: pip install"
+            " 'tokalign_jax[encoder]', or leave --encoder out to embed text by the source model"
         ) from error
     if not Path(folder).expanduser().is_dir():
         raise UserError(
-            f"--encoder '{folder}': there is no such folder; give the folder of a sentence encoder in Hugging Face format"
+            f"--encoder '{folder}': there is no such folder; give the folder of a sentence encoder"
+            " in Hugging Face format"
         )
     try:
         model: Any = SentenceTransformer(str(Path(folder).expanduser()), local_files_only=True)
@@ -121,8 +122,8 @@ def sentence_encoder(folder: str) -> Encoder:
         )  # now, rather than after an hour
     except Exception as error:  # whatever its many parts raise
         raise UserError(
-            f"--encoder '{folder}' cannot be used as a sentence encoder ({type(error).__name__}: {error}); give a model that "
-            "sentence-transformers reads"
+            f"--encoder '{folder}' cannot be used as a sentence encoder ({type(error).__name__}:"
+            f" {error}); give a model that sentence-transformers reads"
         ) from error
     return lambda texts: np.asarray(model.encode(list(texts), show_progress_bar=False))
 

@@ -329,9 +329,9 @@ def tune(
     frequency = methods.log_frequency(target.shards.counts)
     tokens = composition.Tokens(ids, composition.Pieces.of(parts), frequency, reading.target)
     rows = {
-        f"{group}/{leaf}": sharding.to_host(source.params[group][leaf])[
-            : aligned.source_size
-        ].astype(np.float32)
+        f"{group}/{leaf}": (
+            sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
+        )
         for group, leaf in MATRICES
         if group in source.params
     }

@@ -155,8 +155,8 @@ def distill(
     after = _judge(state.trainable, frozen, judged, **static)
     gained = float(after.loss) < float(before.loss)
     progress.done(
-        f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f} to "
-        f"{after.distance:.3f} nats a chunk on text left out"
+        f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f}"
+        f" to {after.distance:.3f} nats a chunk on text left out"
         + ("" if gained else ": left as it was")
     )
     facts = {
@@ -316,7 +316,7 @@ BLOCK = 16_384
 """Rows that the shared network changes at once."""
 
 
-# --- A step ---------------------------------------------------------------------------------------
+# --- A step -------------------------------------------------------------------------------------
 
 
 def _start(
@@ -494,7 +494,7 @@ def _changes(network: dict[str, Array], x: Float[Array, "R F"]) -> Float[Array, 
         return (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
 
 
-# --- Inputs ---------------------------------------------------------------------------------------
+# --- Inputs -------------------------------------------------------------------------------------
 
 
 def _on_mesh(path: str, of: Rows, rows: int, dtype: Any, mesh: Mesh) -> dict[str, Array]:

@@ -65,7 +65,7 @@ class Result(NamedTuple):
     """`snippets` trained on, `tokens` in them, `loss_before` and `loss_after` on those left out."""
 
 
-# --- Finding snippets -----------------------------------------------------------------------------
+# --- Finding snippets ---------------------------------------------------------------------------
 
 
 class Finder(NamedTuple):
@@ -175,7 +175,7 @@ def _merge(
     return _Merged(tokens[kept], kept)
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):

@@ -278,7 +278,7 @@ def _rounds(sequences: Int[np.ndarray, "n T+1"], mesh: Mesh) -> Int[np.ndarray, 
     )
 
 
-# --- Features of tokens ---------------------------------------------------------------------------
+# --- Features of tokens -------------------------------------------------------------------------
 
 
 def _features(

@@ -42,7 +42,7 @@ class ProcessFailed(RuntimeError):
     """Another process ended with an error that is not the user's."""
 
 
-# --- Who and how many ----------------------------------------------------------------------------
+# --- Who and how many ---------------------------------------------------------------------------
 
 
 def index() -> int:
@@ -216,7 +216,7 @@ def _metadata(name: str) -> str:
         return ""
 
 
-# --- Agreeing ------------------------------------------------------------------------------------
+# --- Agreeing -----------------------------------------------------------------------------------
 
 
 def barrier(name: str) -> None:
@@ -399,7 +399,7 @@ def _wait(key: str) -> str:
     return value
 
 
-# --- Ending together -----------------------------------------------------------------------------
+# --- Ending together ----------------------------------------------------------------------------
 
 _FAILED, _STOP, _LEFT = "tokalign_jax/failed", "tokalign_jax/stop", "tokalign_jax/left"
 """Folders of the store."""

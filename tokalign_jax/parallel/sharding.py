@@ -70,7 +70,7 @@ RULES: tuple[tuple[str, P], ...] = (
 parameters' do."""
 
 
-# --- The mesh ------------------------------------------------------------------------------------
+# --- The mesh -----------------------------------------------------------------------------------
 
 
 def make_mesh(
@@ -248,7 +248,7 @@ def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-# --- Placing -------------------------------------------------------------------------------------
+# --- Placing ------------------------------------------------------------------------------------
 
 
 def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -423,7 +423,7 @@ def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, BATCH)), local, shape)
 
 
-# --- Inside the model ----------------------------------------------------------------------------
+# --- Inside the model ---------------------------------------------------------------------------
 
 
 def constrain(x: Array, *spec: Any) -> Array:
@@ -462,7 +462,7 @@ def look_up(
     )
 
 
-# --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing ------------
+# --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing -----------
 
 
 def by_device(local: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:

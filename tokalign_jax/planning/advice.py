@@ -48,8 +48,8 @@ def what_would_fit(setup: Setup) -> str:
     else:
         remedy = "no settings change that: use more or larger devices"
     return (
-        f"{setup.name} will not fit: it needs about {format_bytes(needed(setup))} on each device, which has "
-        f"{format_bytes(room)} for arrays; {remedy}"
+        f"{setup.name} will not fit: it needs about {format_bytes(needed(setup))} on each device,"
+        f" which has {format_bytes(room)} for arrays; {remedy}"
     )
 
 
@@ -60,8 +60,9 @@ def not_split(model: ModelConfig, mesh: MeshSizes) -> list[str]:
         return []
     sizes = f"{model.hidden_size:,} and {model.intermediate_size:,}"
     return [
-        f"mesh.fsdp x mesh.tensor splits parameters in {parts}, but each device holds {held:.0%} of them: matrices of layers whose "
-        f"sizes ({sizes}) are no multiples of that stay whole; other numbers of parts save more memory"
+        f"mesh.fsdp x mesh.tensor splits parameters in {parts}, but each device holds {held:.0%} of"
+        f" them: matrices of layers whose sizes ({sizes}) are no multiples of that stay whole;"
+        " other numbers of parts save more memory"
     ]
 
 
@@ -125,7 +126,8 @@ def too_large_untrained(run: Run) -> dict[str, str]:
             short.append(f"{format_bytes(device)} on each device, which has {room} for arrays")
         if host > run.machine.host_memory:
             short.append(
-                f"{format_bytes(host)} of host memory, of which {format_bytes(run.machine.host_memory)} are free"
+                f"{format_bytes(host)} of host memory, of which"
+                f" {format_bytes(run.machine.host_memory)} are free"
             )
         if short:
             warnings[name] = (

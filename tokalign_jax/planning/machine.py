@@ -190,8 +190,12 @@ class Speed:
         if not peak:
             return None
         rate = self.mfu * peak * machine.devices / (flops / tokens)
-        return tokens / rate, (
-            f"assuming {self.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on each device, {quantity(rate)} tokens/s; not measured"
+        return (
+            tokens / rate,
+            (
+                f"assuming {self.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on each device,"
+                f" {quantity(rate)} tokens/s; not measured"
+            ),
         )
 
 
@@ -293,5 +297,6 @@ def _measured(file: Path) -> dict[str, float]:
         return {row["method"]: row["tokens_per_second"] / row["devices"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--throughput={file}: expected a JSON list of rows with method, tokens_per_second and devices ({error})"
+            f"--throughput={file}: expected a JSON list of rows with method, tokens_per_second and"
+            f" devices ({error})"
         ) from error

@@ -84,7 +84,10 @@ class InitPlan(NamedTuple):
 
     def table(self) -> list[str]:
         if self.distilled:
-            work = f"init: the source model writes {quantity(self.read)} tokens at most; the start is trained on "
+            work = (
+                f"init: the source model writes {quantity(self.read)} tokens at most; the start is"
+                " trained on "
+            )
             return [
                 "",
                 f"{work}{quantity(self.tuned)}, with it as teacher",
@@ -127,10 +130,15 @@ class Plan:
         for stage in self.stages:
             lines += [
                 "",
-                f"{stage.name} ({stage.method}{stage.objective}): {quantity(stage.trained)} parameters "
-                f"train, {quantity(stage.frozen)} are frozen",
-                f"  {stage.steps:,} steps of {stage.sequences:,} x {stage.length:,} tokens, each in {stage.accumulation} "
-                f"micro-batch{'es' * (stage.accumulation > 1)}: {quantity(stage.tokens)} tokens",
+                (
+                    f"{stage.name} ({stage.method}{stage.objective}): {quantity(stage.trained)}"
+                    f" parameters train, {quantity(stage.frozen)} are frozen"
+                ),
+                (
+                    f"  {stage.steps:,} steps of {stage.sequences:,} x {stage.length:,} tokens,"
+                    f" each in {stage.accumulation} micro-batch{'es' * (stage.accumulation > 1)}:"
+                    f" {quantity(stage.tokens)} tokens"
+                ),
                 *_time(stage.seconds, stage.speed),
                 *_listed("memory of a device", stage.memory),
             ]
@@ -162,7 +170,10 @@ class Plan:
             else f"{format_bytes(machine.memory)} each for arrays"
         )
         many = "s" * (machine.devices > 1)
-        return f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor}; {room}"
+        return (
+            f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor};"
+            f" {room}"
+        )
 
 
 def _time(seconds: float | None, speed: str) -> list[str]:
@@ -259,8 +270,10 @@ def make_plan(
     sizes = disk.disk_bytes(config, model, text_bytes, exported)
     if sum(sizes.values()) > disk_free:
         warnings.append(
-            f"the disk has {format_bytes(disk_free)} free but the run needs about {format_bytes(sum(sizes.values()))}: use another "
-            f"one for --workdir, or lower {' or '.join(['text.budget_bytes', *(f'{name}.checkpoints.keep' for name in training)])}"
+            f"the disk has {format_bytes(disk_free)} free but the run needs about"
+            f" {format_bytes(sum(sizes.values()))}: use another "
+            "one for --workdir, or lower"
+            f" {' or '.join(['text.budget_bytes', *(f'{name}.checkpoints.keep' for name in training)])}"
         )
     if distills(config):
         init = _distillation(run, speed)

@@ -86,6 +86,7 @@ def check_lengths(config: Config, model: ModelConfig) -> None:
     }.items():
         if length > model.max_positions:
             raise UserError(
-                f"config.{name} is {length} but source_model '{config.source_model}' has {model.max_positions} positions; "
-                f"set --config.{name}={model.max_positions} or less"
+                f"config.{name} is {length} but source_model '{config.source_model}' has"
+                f" {model.max_positions} positions; set --config.{name}={model.max_positions} or"
+                " less"
             )

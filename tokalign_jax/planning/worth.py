@@ -126,6 +126,12 @@ def plan_lines(
     return [
         "",
         f"is it worth it? {rows['source']:,} rows become {rows['target']:,}: a token must hold",
-        f"  {needed['generation']:.2f} times as much text for generation to be as fast (estimated from bytes of weights)",
-        f"  {needed['training']:.2f} times as much text for training to be as fast (estimated from FLOPs)",
+        (
+            f"  {needed['generation']:.2f} times as much text for generation to be as fast"
+            " (estimated from bytes of weights)"
+        ),
+        (
+            f"  {needed['training']:.2f} times as much text for training to be as fast (estimated"
+            " from FLOPs)"
+        ),
     ]

@@ -240,7 +240,7 @@ def _unlike(reports: Sequence[Content]) -> list[str]:
     ]
 
 
-# --- tables --------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------
 
 
 def sections(comparison: Comparison) -> list[Section]:
@@ -377,7 +377,7 @@ def _runs(comparison: Comparison) -> Section:
     return Section("Runs", "", ("#", "seed", "from"), rows)
 
 
-# --- page and picture ----------------------------------------------------------------------------
+# --- page and picture ---------------------------------------------------------------------------
 
 
 def html(comparison: Comparison) -> str:

@@ -40,18 +40,22 @@ OWN_SPACE = ("lexicon", "tokalign", "focus", "omp")
 SAYS = {
     "EXACT": "the source has a token of the same bytes",
     "SPECIAL": "the source's special token of the same role, text or use, else its end-of-text",
-    "SIMILAR": "matched by co-occurrence (omp: in the donor model), by most methods mixed with "
-    "the pieces of the text",
+    "SIMILAR": (
+        "matched by co-occurrence (omp: in the donor model), by most methods mixed with "
+        "the pieces of the text"
+    ),
     "PIECES": "the text as the source tokenizer cuts it",
     "MEAN": "the mean of all source rows, since nothing is known",
     "GIVEN": "named by an alignment file",
     "RANDOM": "a source token drawn at random",
-    "UNWRITTEN": "no text is cut into it, since another token has the same bytes; its head row is "
-    "the mean of all",
+    "UNWRITTEN": (
+        "no text is cut into it, since another token has the same bytes; its head row is "
+        "the mean of all"
+    ),
 }
 
 
-# --- tokens as text ------------------------------------------------------------------------------
+# --- tokens as text -----------------------------------------------------------------------------
 
 
 def readable(content: bytes) -> str:
@@ -125,7 +129,7 @@ def kind(content: bytes | None, spelled: str) -> str:
     return "CJK" if _CJK.search(text) else "other"
 
 
-# --- what is inspected ---------------------------------------------------------------------------
+# --- what is inspected --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,7 @@ class Subject:
         return np.zeros(self.alignment.target_size, np.int64) if known is None else known
 
 
-# --- one token -----------------------------------------------------------------------------------
+# --- one token ----------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -402,7 +406,10 @@ def _after(subject: Subject, index: int) -> str:
         return ""
     unless = "unless initialization.tokens or initialization.tuning is 0"
     if rule == Rule.EXACT:
-        return f"Initialization tunes the row together with all others, {unless} or the vocabulary is extended."
+        return (
+            f"Initialization tunes the row together with all others, {unless} or the vocabulary is"
+            " extended."
+        )
     return (
         "From this mixture initialization draws the row to what the source model makes of the "
         "token in text, "
@@ -422,7 +429,10 @@ def _neighbour_section(subject: Subject, index: int, match: int, count: int) -> 
          "match" if n.source == match else "")
         for n in found
     ]  # fmt: skip
-    text = "In the space that both sides share; CSLS is the cosine less what either token has of it with everything."
+    text = (
+        "In the space that both sides share; CSLS is the cosine less what either token has of it"
+        " with everything."
+    )
     if subject.method in OWN_SPACE:
         text += f" Method '{subject.method}' found its matches in another one."
     return Section(title, text, ("token", "id", "CSLS", "cosine", "in the corpus", ""), rows)
@@ -443,7 +453,7 @@ def _weight(weight: float) -> str:
     return f"{weight:.3f}" if weight else ""
 
 
-# --- a whole alignment ---------------------------------------------------------------------------
+# --- a whole alignment --------------------------------------------------------------------------
 
 
 def report(subject: Subject, count: int = 12) -> list[Section]:

@@ -121,15 +121,15 @@ def html(
     """
     body = "\n".join(_section(section) for section in sections if section.says)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body "
         f'class="{layout}">\n'
         f"<h1>{escape(title)}</h1>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
-# --- as JSON -------------------------------------------------------------------------------------
+# --- as JSON ------------------------------------------------------------------------------------
 
 
 def to_json(section: Section) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def from_json(content: Mapping[str, Any]) -> Section:
     return Section(content["title"], content["text"], content["header"], rows)
 
 
-# --- terminal and Markdown -----------------------------------------------------------------------
+# --- terminal and Markdown ----------------------------------------------------------------------
 
 
 def _table(section: Section) -> list[str]:
@@ -248,7 +248,7 @@ def _pad(text: str, width: int, right: bool) -> str:
     return room + text if right else text + room
 
 
-# --- HTML ----------------------------------------------------------------------------------------
+# --- HTML ---------------------------------------------------------------------------------------
 
 
 def _section(section: Section) -> str:
@@ -285,7 +285,10 @@ _RIGHT = ' class="number"'
 
 def _field(cell: Cell, right: bool) -> str:
     if isinstance(cell, Bar):
-        return f'<td class="bar"><div style="width:{100 * min(max(cell.share, 0.0), 1.0):.2f}%"></div></td>'
+        return (
+            '<td class="bar"><div'
+            f' style="width:{100 * min(max(cell.share, 0.0), 1.0):.2f}%"></div></td>'
+        )
     return f"<td{_RIGHT if right else ''}>{_markup(cell)}</td>"
 
 

@@ -120,7 +120,7 @@ def _bits(states: States, before: str, after: str, kind: str = "") -> list[float
     return [entry["pooled"]["bits_per_byte"] if entry else 0.0 for entry in found]
 
 
-# --- tables --------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------
 
 
 def _overview(states: States, titled: Callable[[str], str]) -> Section:

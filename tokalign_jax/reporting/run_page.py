@@ -76,13 +76,15 @@ def markdown(content: Content) -> str:
         pages.markdown([_training(content), *_alignment(content)]),
         f"## Continued text\n\n```\n{continued}\n```" if continued else "",
         pages.markdown([_time(content)]),
-        f"## To make it again\n\n`{COMMAND}` with "
-        f"config.py:\n\n```python\n{config_file(content)}```",
+        (
+            f"## To make it again\n\n`{COMMAND}` with "
+            f"config.py:\n\n```python\n{config_file(content)}```"
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# --- what was done -------------------------------------------------------------------------------
+# --- what was done ------------------------------------------------------------------------------
 
 
 def heading(content: Content) -> str:
@@ -187,13 +189,13 @@ def warning_lines(content: Content) -> list[str]:
     lost = [
         f"warning: the {side} tokenizer does not keep {', '.join(lost)} of a text: bits per byte "
         f"of {states[side]} are too low "
-        f"to be compared with those of another tokenizer"
+        "to be compared with those of another tokenizer"
         for side, lost in content["loses"].items()
         if lost
     ]
     skipped = [
-        f"warning: {entry['skipped']} of {entry['steps']} steps of {titled(stage)} were not finite and "
-        f"were skipped"
+        f"warning: {entry['skipped']} of {entry['steps']} steps of {titled(stage)} were not finite"
+        " and were skipped"
         for stage, entry in content["training"].items()
         if entry["skipped"]
     ]
@@ -206,7 +208,7 @@ def _warnings(content: Content) -> Section:
     return Section("", markup=f'<div class="warning" role="note">{lines}</div>' if lines else "")
 
 
-# --- figures -------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------
 
 
 def score_table(content: Content) -> tuple[list[str], list[list[Figure]]]:
@@ -398,7 +400,7 @@ def loss_chart(training: Content) -> str:
     )
 
 
-# --- texts ---------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------
 
 
 def _passages(content: Content) -> Section:
@@ -478,7 +480,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# --- the alignment -------------------------------------------------------------------------------
+# --- the alignment ------------------------------------------------------------------------------
 
 
 def _alignment(content: Content) -> Iterator[Section]:
@@ -501,7 +503,7 @@ def _alignment(content: Content) -> Iterator[Section]:
             yield Section(section.title, section.text, section.header, section.rows, fold=fold)
 
 
-# --- to make it again ----------------------------------------------------------------------------
+# --- to make it again ---------------------------------------------------------------------------
 
 
 def _time(content: Content) -> Section:

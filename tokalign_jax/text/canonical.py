@@ -344,8 +344,9 @@ def _cut(
         ]
     except Exception as error:  # the library raises Exception itself
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' cannot read every text ({error}): give its tokenizer.json a token for what it "
-            f"does not know (model.unk_token), or take another one"
+            f"the tokenizer '{tokenizer.name_or_path}' cannot read every text ({error}): give its"
+            " tokenizer.json a token for what it does not know (model.unk_token), or take"
+            " another one"
         ) from error
 
 
@@ -419,7 +420,7 @@ class PieceCutter:
         return ids
 
 
-# --- spellings ------------------------------------------------------------------------------------
+# --- spellings ----------------------------------------------------------------------------------
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -594,7 +595,8 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) works in Python, without a "
-            f"tokenizer.json: convert it to that form, with transformers' convert_slow_tokenizer if it knows the kind"
+            f"the tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) works in"
+            " Python, without a tokenizer.json: convert it to that form, with transformers'"
+            " convert_slow_tokenizer if it knows the kind"
         )
     return backend

@@ -176,8 +176,7 @@ def check(config: Config, check_chat: ChatCheck = _any_chat) -> None:
     if not has_text:
         raise UserError(
             ledger.first
-            or f"the corpus '{_named(config.corpus)}' is empty: no document with text in "
-            f"{_named(stream.source.name for stream in streams)}"
+            or f"the corpus '{_named(config.corpus)}' is empty: no document with text in {_named(stream.source.name for stream in streams)}"
         )
 
 
@@ -324,8 +323,8 @@ def _unread(not_read: dict[str, Any], parts: Sequence["_Part"], budget: int, sto
     if not stopped:
         why = f"'{ended[0]}' has no more text, and without it the weights would not hold"
     return (
-        f"corpus: {why}: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} bytes, in "
-        f"{not_read['files']} of {files} files, were not read{share}"
+        f"corpus: {why}: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} bytes,"
+        f" in {not_read['files']} of {files} files, were not read{share}"
     )
 
 
@@ -340,13 +339,20 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     )
     if stopped:
         budget = config.text.budget_bytes
-        return f"{corpus} gave {found} documents within text.budget_bytes={budget:,}; two or more are needed: raise it"
+        return (
+            f"{corpus} gave {found} documents within text.budget_bytes={budget:,}; two or more are"
+            " needed: raise it"
+        )
     if not found:
-        return f"{corpus} is empty: it has no document with text in the field '{config.text.text_field}'{skipped}"
+        return (
+            f"{corpus} is empty: it has no document with text in the field"
+            f" '{config.text.text_field}'{skipped}"
+        )
     return (
-        f"{corpus} gave {summary['train_documents']} documents to train on and {summary['held_out_documents']} to hold out; at "
-        "least one of each is needed: give more documents (those of a .txt file end at blank lines), or another "
-        f"text.held_out_fraction than {config.text.held_out_fraction}{skipped}"
+        f"{corpus} gave {summary['train_documents']} documents to train on and"
+        f" {summary['held_out_documents']} to hold out; at least one of each is needed: give more"
+        " documents (those of a .txt file end at blank lines), or another text.held_out_fraction"
+        f" than {config.text.held_out_fraction}{skipped}"
     )
 
 
@@ -443,8 +449,8 @@ class _Seen(contextlib.AbstractContextManager):
         self._database = sqlite3.connect(path, isolation_level=None)
         # Nothing here outlives the run, so nothing needs to survive a crash.
         self._database.executescript(
-            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; PRAGMA cache_size=-200000;"
-            "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN;"
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; PRAGMA"
+            " cache_size=-200000;CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN;"
         )
 
     def is_new(self, digest: bytes) -> bool:
@@ -484,8 +490,9 @@ class _Ledger:
         share = self.config.max_broken_share
         if self.broken > (SPARED + share * self.records if share else 0):
             raise UserError(
-                f"{self.broken:,} of the first {self.records:,} records of the corpus cannot be used, more than "
-                f"text.max_broken_share={share:g} allows (beside {SPARED}); the first of them: {self.first}"
+                f"{self.broken:,} of the first {self.records:,} records of the corpus cannot be"
+                f" used, more than text.max_broken_share={share:g} allows (beside {SPARED}); the"
+                f" first of them: {self.first}"
             )
 
     def language(self, name: str) -> str:
@@ -501,19 +508,21 @@ class _Ledger:
     def _warn_of_languages(self) -> None:
         if not self._pooled:
             self._log(
-                f"corpus: warning: text.language_field '{self.config.language_field}' has more than {MOST_LANGUAGES:,} values; "
-                f"documents of all further ones count as '{OTHER}': name a field that has fewer, or leave it empty"
+                f"corpus: warning: text.language_field '{self.config.language_field}' has more than"
+                f" {MOST_LANGUAGES:,} values; documents of all further ones count as '{OTHER}':"
+                " name a field that has fewer, or leave it empty"
             )
 
     def report(self) -> None:
         if self.broken:
             self._log(
-                f"corpus: warning: {self.broken:,} of {self.records:,} records could not be used and were skipped "
-                f"(text.max_broken_share); the first: {self.first}"
+                f"corpus: warning: {self.broken:,} of {self.records:,} records could not be used"
+                f" and were skipped (text.max_broken_share); the first: {self.first}"
             )
         if self._pooled:
             self._log(
-                f"corpus: {self._pooled:,} documents are of languages past the first {MOST_LANGUAGES:,}: '{OTHER}'"
+                f"corpus: {self._pooled:,} documents are of languages past the first"
+                f" {MOST_LANGUAGES:,}: '{OTHER}'"
             )
 
 
@@ -604,7 +613,8 @@ class _Stream:
     def _refuse_if_all_unusable(self, count: int) -> None:
         if self._first and not self._usable and self._read >= count:
             raise UserError(
-                f"none of the first {self._read} records of a corpus file can be used: {self._first}"
+                f"none of the first {self._read} records of a corpus file can be used:"
+                f" {self._first}"
             )
 
 
@@ -733,8 +743,9 @@ def _text_of(record: Record, config: TextConfig) -> tuple[str, str, list[dict[st
             ) from error
     if not isinstance(text, str | None):
         raise _Unusable(
-            f"is of another kind: the field '{config.text_field}' holds {reading.brief(text)} instead of a string: name the field that "
-            f"holds the text with --config.text.text_field=... (there are {sorted(fields)})"
+            f"is of another kind: the field '{config.text_field}' holds {reading.brief(text)}"
+            " instead of a string: name the field that holds the text with"
+            f" --config.text.text_field=... (there are {sorted(fields)})"
         )
     return text or "", language, []
 
@@ -820,8 +831,9 @@ def _names(config: Config) -> list[tuple[str, float | None]]:
 
 def _not_written(position: Position) -> Iterator[Record]:
     raise UserError(
-        f"the text '{SELF}' is written by a run whose config.corpus names it: here give files, such as "
-        f"the {SELF_TEXT} that it left in its workdir's folder '{SELF}' (a folder of that name is ./{SELF})"
+        f"the text '{SELF}' is written by a run whose config.corpus names it: here give files, such"
+        f" as the {SELF_TEXT} that it left in its workdir's folder '{SELF}' (a folder of that name"
+        f" is ./{SELF})"
     )
 
 

@@ -52,9 +52,9 @@ def within_rows(
     ]
     if any(index >= rows and token not in gone for token, index in tokenizer.get_vocab().items()):
         raise UserError(
-            f"{whose}: its tokenizer has {vocabulary_size(tokenizer):,} tokens but its matrices have only "
-            f"{rows:,} rows; the tokenizer belongs to another model: put the right tokenizer's files beside "
-            "the weights"
+            f"{whose}: its tokenizer has {vocabulary_size(tokenizer):,} tokens but its matrices"
+            f" have only {rows:,} rows; the tokenizer belongs to another model: put the right"
+            " tokenizer's files beside the weights"
         )
 
     def leave_out(state: dict[str, Any], settings: dict[str, Any]) -> None:

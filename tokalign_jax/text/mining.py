@@ -68,8 +68,9 @@ def run(
     log(f"extend: {after - before:,} new tokens behind {before:,}")
     if after == before:
         log(
-            f"extend: warning: nothing stands {settings.min_count} times in the {quantity(sum(map(len, texts)))} characters that were "
-            "read and is not a token yet: lower extend.min_count, or give more text"
+            f"extend: warning: nothing stands {settings.min_count} times in the"
+            f" {quantity(sum(map(len, texts)))} characters that were read and is not a token yet:"
+            " lower extend.min_count, or give more text"
         )
     extended.save_pretrained(str(folder))
     return {
@@ -136,7 +137,8 @@ def extended_tokenizer(
     words = count_words(cutting, texts, log)
     mined = _best(characters, mine(cutting, words, new_tokens, min_count, longest), new_tokens)
     log(
-        f"extend: {len(mined.characters):,} characters and {len(mined.merges):,} merges of {len(words):,} different words"
+        f"extend: {len(mined.characters):,} characters and {len(mined.merges):,} merges of"
+        f" {len(words):,} different words"
     )
     return _with_tokens(tokenizer, mined)
 
@@ -153,12 +155,13 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
     if marked or not is_bpe:
         kind = "BPE with marks within words" if marked else type(model).__name__
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' is of kind {kind}, whose vocabulary cannot be extended: "
-            "only byte pair encoding has merges to continue; give another vocabulary (target_tokenizer) instead"
+            f"the tokenizer '{tokenizer.name_or_path}' is of kind {kind}, whose vocabulary cannot"
+            " be extended: only byte pair encoding has merges to continue; give another vocabulary"
+            " (target_tokenizer) instead"
         )
 
 
-# --- the old vocabulary ---------------------------------------------------------------------------
+# --- the old vocabulary -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ def unknown_characters(
     return sorted(((c, n) for c, n in spared.items() if n), key=lambda item: (-item[1], item[0]))
 
 
-# --- words ----------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------
 
 
 def count_words(
@@ -290,7 +293,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# --- merges ---------------------------------------------------------------------------------------
+# --- merges -------------------------------------------------------------------------------------
 
 
 def mine(
@@ -380,7 +383,7 @@ def _best(
     return Mined(list(characters[: kept[0]]), list(merges[: kept[1]]))
 
 
-# --- the new tokenizer ----------------------------------------------------------------------------
+# --- the new tokenizer --------------------------------------------------------------------------
 
 
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrainedTokenizerBase:

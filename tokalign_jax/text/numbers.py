@@ -24,7 +24,8 @@ def warning_line(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBas
         one, other = ("|".join(number_pieces(tokenizer, number)) for tokenizer in (source, target))
         if one != other:
             return (
-                f"warning: the tokenizers cut numbers differently: {number} is {one} for the source and {other} for the target, so the "
-                "model may lose arithmetic; config.evaluation.abilities measures it (suite `sums`)"
+                f"warning: the tokenizers cut numbers differently: {number} is {one} for the source"
+                f" and {other} for the target, so the model may lose arithmetic;"
+                " config.evaluation.abilities measures it (suite `sums`)"
             )
     return ""

@@ -149,7 +149,7 @@ def prune(
     return Pruned(_with(tokenizer, new_ids), order)
 
 
-# --- What stays -----------------------------------------------------------------------------------
+# --- What stays ---------------------------------------------------------------------------------
 
 
 def _ids(state: Mapping[str, Any]) -> dict[str, int]:
@@ -200,7 +200,7 @@ def _built_from(state: Mapping[str, Any]) -> Callable[[str], Iterable[str]]:
     return parts
 
 
-# --- The new tokenizer ----------------------------------------------------------------------------
+# --- The new tokenizer --------------------------------------------------------------------------
 
 
 def _with(

@@ -71,7 +71,7 @@ class Source(NamedTuple):
     """Streams the records from the first one on."""
 
 
-# --- what a name stands for -----------------------------------------------------------------------
+# --- what a name stands for ---------------------------------------------------------------------
 
 
 def split(names: str) -> list[str]:
@@ -130,7 +130,8 @@ def _of_hub(name: str, path: Path, config: TextConfig) -> Source:
     )
     if looks_local:
         raise UserError(
-            f"the corpus file '{brief(name)[1:-1]}' does not exist (looked from {Path.cwd()}): {_what_there_is(path)}"
+            f"the corpus file '{brief(name)[1:-1]}' does not exist (looked from {Path.cwd()}):"
+            f" {_what_there_is(path)}"
         )
     return Source(name, None, lambda position: _hub_records(name, config))
 
@@ -144,7 +145,8 @@ def _split_folder(folder: Path, split: str) -> Path:
     splits = json.loads(listed.read_text(encoding="utf-8"))["splits"]
     if split not in splits:
         raise UserError(
-            f"the corpus folder '{folder}' has no split '{split}': name one of {', '.join(splits)} with --config.text.hub_split"
+            f"the corpus folder '{folder}' has no split '{split}': name one of {', '.join(splits)}"
+            " with --config.text.hub_split"
         )
     return folder / split
 
@@ -173,11 +175,13 @@ def _listed(state: Path) -> list[str]:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"'{state}' does not list the data files of a saved dataset ({brief(error)}): save it again, or name its .arrow files"
+            f"'{state}' does not list the data files of a saved dataset ({brief(error)}): save it"
+            " again, or name its .arrow files"
         ) from error
     if missing := [name for name in names if not (state.parent / name).is_file()]:
         raise UserError(
-            f"the corpus folder '{state.parent}' lacks '{missing[0]}', which its state.json lists: copy it again"
+            f"the corpus folder '{state.parent}' lacks '{missing[0]}', which its state.json lists:"
+            " copy it again"
         )
     return names
 
@@ -193,7 +197,7 @@ def _what_there_is(path: Path) -> str:
     )
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 def _file(path: Path, config: TextConfig) -> Source:
@@ -228,12 +232,13 @@ def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
         raise
     except EOFError as error:
         raise UserError(
-            f"the corpus file '{name}' is cut off: its compressed data ends before its end; copy or download it again"
+            f"the corpus file '{name}' is cut off: its compressed data ends before its end; copy or"
+            " download it again"
         ) from error
     except Exception as error:
         raise UserError(
-            f"the corpus file '{name}' cannot be read: {type(error).__name__}: {brief(error)}. It must be UTF-8 text, "
-            f"whole, and of the kind its ending says ({SUPPORTED})"
+            f"the corpus file '{name}' cannot be read: {type(error).__name__}: {brief(error)}. It"
+            f" must be UTF-8 text, whole, and of the kind its ending says ({SUPPORTED})"
         ) from error
 
 
@@ -426,15 +431,19 @@ def _columns(path: Path, schema: pa.Schema, config: TextConfig) -> list[str]:
     kind = schema.field(config.text_field).type if "text_field" in wanted else pa.string()
     if not _is_text(kind):
         raise UserError(
-            f"the corpus file '{path}' has type {kind} in its column '{config.text_field}', which is no text: name another one with "
-            f"--config.text.text_field=... (there are {sorted(schema.names)}), or cast it to string"
+            f"the corpus file '{path}' has type {kind} in its column '{config.text_field}', which"
+            " is no text: name another one with --config.text.text_field=... (there are"
+            f" {sorted(schema.names)}), or cast it to string"
         )
     return [field for field in (*wanted.values(), messages) if field]
 
 
 def no_field(field: str, key: str, there: Iterable[str]) -> str:
     """What is wrong with something that lacks a field."""
-    return f"has no field '{field}'; it has {sorted(there)}: name the right one with --config.text.{key}=..."
+    return (
+        f"has no field '{field}'; it has {sorted(there)}: name the right one with"
+        f" --config.text.{key}=..."
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -453,7 +462,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(check(kind) for check in is_one) or str(kind) in ("string_view", "binary_view")
 
 
-# --- hub datasets ---------------------------------------------------------------------------------
+# --- hub datasets -------------------------------------------------------------------------------
 
 
 def _hub_records(name: str, config: TextConfig) -> Iterator[Record]:
@@ -474,9 +483,10 @@ def _hub_records(name: str, config: TextConfig) -> Iterator[Record]:
         raise
     except Exception as error:
         raise UserError(
-            f"the corpus '{name}' is no local file, and could not be had as a hub data set (config "
-            f"'{config.hub_config}', split '{config.hub_split}'): {type(error).__name__}: {brief(error)}. Without a "
-            f"network, point --config.corpus to local files ({SUPPORTED}) or run with --config.corpus={EMBEDDED}"
+            f"the corpus '{name}' is no local file, and could not be had as a hub data set (config"
+            f" '{config.hub_config}', split '{config.hub_split}'): {type(error).__name__}:"
+            f" {brief(error)}. Without a network, point --config.corpus to local files"
+            f" ({SUPPORTED}) or run with --config.corpus={EMBEDDED}"
         ) from error
 
 

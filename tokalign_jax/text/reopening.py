@@ -22,7 +22,10 @@ Reading = Mapping[str, Any]
 """What a tokenizer makes of `TEXTS`, as `read` gives it."""
 
 TEXTS = (
-    "The quick brown fox jumps over the lazy dog. It's 7:05 p.m., and they'll say we've don'ted I'M.",
+    (
+        "The quick brown fox jumps over the lazy dog. It's 7:05 p.m., and they'll say we've don'ted"
+        " I'M."
+    ),
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich; Straße, ÄÖÜ.",
     "Portez ce vieux whisky au juge blond qui fume : l'été dernier, « ça » coûtait 12,50 €.",
     "El pingüino Wenceslao hizo kilómetros. ¿Qué tal? ¡Año 2023!",
@@ -45,9 +48,15 @@ TEXTS = (
     "키스의 고유조건은 입술끼리 만나야 하고 특별한 기술은 필요치 않다. ㄱㄴㄷ",
     "ქართული ენა. Հայերեն լեզու. አማርኛ ቋንቋ. བོད་སྐད། ᏣᎳᎩ ꙮ",
     "0 1 12 123 1234 12345 1234567890 3.14159 1,000,000 0x7fff 1e-05 ½ ² ① Ⅳ 20% $9.99",
-    "def f(x: int = 0) -> dict[str, list]:\n    if x >= 10 and x != 3:\n\t\treturn {'a': [x**2]}  # note\n",
+    (
+        "def f(x: int = 0) -> dict[str, list]:\n    if x >= 10 and x != 3:\n\t\treturn {'a':"
+        " [x**2]}  # note\n"
+    ),
     '#include <stdio.h>\nint main(void) { printf("%d\\n", a[i]->b & 0xFF); /* c */ return 0; }\r\n',
-    '<div class="a-b_c">&amp; &lt;</div> https://example.org/a?b=c&d=e#f me@example.org C:\\dir\\file',
+    (
+        '<div class="a-b_c">&amp; &lt;</div> https://example.org/a?b=c&d=e#f me@example.org'
+        " C:\\dir\\file"
+    ),
     "\\frac{1}{2} $x_{i}^{2}$ ∑∞√≤ α→β {{ x }} snake_case camelCase CONSTANT_CASE kebab-case",
     " one space  two   three\t\ttabs \n\n\n lines \r\n   trailing   ",
     "    four\n        eight\n\u00a0no break\u2003em\u3000wide\u200bzero",

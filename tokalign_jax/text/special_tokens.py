@@ -92,9 +92,10 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
         repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special_ids(tokenizer))[:10]
     )
     raise UserError(
-        f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so nothing can end a "
-        f"document: set eos_token in its tokenizer_config.json to one of its tokens (special ones: {shown or 'none'}), "
-        f"or, if it is the target's, --config.end_of_text to one of them or to a new one, such as <|endoftext|>"
+        f"the tokenizer '{tokenizer.name_or_path}' has neither an eos, a sep nor a bos token, so"
+        " nothing can end a document: set eos_token in its tokenizer_config.json to one of its"
+        f" tokens (special ones: {shown or 'none'}), or, if it is the target's,"
+        " --config.end_of_text to one of them or to a new one, such as <|endoftext|>"
     )
 
 
@@ -191,7 +192,8 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     index = tokenizer.get_vocab().get(token)
     if index is None:
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no token {token!r}, which {SEPARATOR} in its "
-            f"tokenizer_config.json names as the end of documents: name one of its tokens, or remove the line"
+            f"the tokenizer '{tokenizer.name_or_path}' has no token {token!r}, which {SEPARATOR} in"
+            " its tokenizer_config.json names as the end of documents: name one of its tokens, or"
+            " remove the line"
         )
     return index

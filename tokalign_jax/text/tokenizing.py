@@ -80,8 +80,8 @@ class TokenShards:
             ) from error
         if len(tokens) != index["tokens"] or len(counts) != index["vocabulary"]:
             raise UserError(
-                f"the token shards in '{folder}' are not whole: {len(tokens):,} tokens where index.json says "
-                f"{index['tokens']:,}: run the tokens stage again"
+                f"the token shards in '{folder}' are not whole: {len(tokens):,} tokens where"
+                f" index.json says {index['tokens']:,}: run the tokens stage again"
             )
         return cls(tokens, documents, counts, index, unlearned)
 
@@ -163,7 +163,10 @@ def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if eos is not None and eos != end:
         line += f"; its eos, {tokenizer.eos_token!r}, ends turns of a chat"
     elif ends_turn(tokenizer, end):
-        line = f"warning: {line}, although it ends turns of a chat: there is no other end-of-text token"
+        line = (
+            f"warning: {line}, although it ends turns of a chat: there is no other end-of-text"
+            " token"
+        )
         line += (
             ", so the model learns that any text may end a turn; name one with --config.end_of_text"
         )
@@ -223,9 +226,9 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         means = "no token" if other is None else f"the token {other!r}"
         remedy = "take it out" if known is None else f"write its id, {known}"
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' adds {token!r} to texts as the id {index}, which is "
-            f"{means}: its model has no such row, or another token's; in its tokenizer.json, under "
-            f"post_processor, {remedy}"
+            f"the tokenizer '{tokenizer.name_or_path}' adds {token!r} to texts as the id {index},"
+            f" which is {means}: its model has no such row, or another token's; in its"
+            f" tokenizer.json, under post_processor, {remedy}"
         )
 
 

@@ -197,8 +197,8 @@ def resolve_offset(
     if position >= length and not unbounded:
         passes = "one pass" if epochs <= 1 else f"{epochs} passes"
         raise UserError(
-            f"start_offset {start_offset!r} is sequence {position:,}, but the stream has {length:,} sequences "
-            f"({passes} over a corpus of {sequences_per_pass:,}): choose an offset from 0 to {length - 1:,}, more "
-            "passes (data.epochs) or a larger corpus"
+            f"start_offset {start_offset!r} is sequence {position:,}, but the stream has {length:,}"
+            f" sequences ({passes} over a corpus of {sequences_per_pass:,}): choose an offset from"
+            f" 0 to {length - 1:,}, more passes (data.epochs) or a larger corpus"
         )
     return position

@@ -184,7 +184,10 @@ class Checkpoints:
             raise  # nothing is wrong with the files
         except Exception as error:
             if (code := _system_code(error)) in _OF_THE_STORAGE:
-                told = f"the checkpoint '{self.path(step)}' could not be read ({' '.join(str(error).split())[:200]})"
+                told = (
+                    f"the checkpoint '{self.path(step)}' could not be read"
+                    f" ({' '.join(str(error).split())[:200]})"
+                )
                 if code in (errno.EPERM, errno.EACCES):
                     raise UserError(
                         f"{told}: see that this user may read it, and run the same command again"
@@ -200,7 +203,10 @@ class Checkpoints:
 
     def _damage(self, step: int, what: str) -> str:
         what = " ".join(what.split())
-        return f"the checkpoint '{self.path(step)}' is damaged ({what[:200]}{'...' if len(what) > 200 else ''})"
+        return (
+            f"the checkpoint '{self.path(step)}' is damaged"
+            f" ({what[:200]}{'...' if len(what) > 200 else ''})"
+        )
 
 
 def checksums(tree: paths.Tree) -> dict[str, int]:
@@ -250,11 +256,13 @@ def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
         )
         if not needed:
             raise UserError(
-                f"{told}. What was finished before is whole: free some room and run the same command again"
+                f"{told}. What was finished before is whole: free some room and run the same"
+                " command again"
             ) from error
         raise UserError(
-            f"{told}, and a checkpoint takes up to {needed / 1e9:.3f} GB. What was saved before is whole: free some room (or lower "
-            "checkpoints.keep) and run the same command again, which goes on from the newest checkpoint"
+            f"{told}, and a checkpoint takes up to {needed / 1e9:.3f} GB. What was saved before is"
+            " whole: free some room (or lower checkpoints.keep) and run the same command again,"
+            " which goes on from the newest checkpoint"
         ) from error
 
 
@@ -294,14 +302,15 @@ def check_resumable(position: Position, global_batch: int, fingerprint: str, fol
     """
     if position.global_batch != global_batch:
         raise UserError(
-            f"the checkpoint '{folder}' was made with {position.global_batch} sequences a step, this run has "
-            f"{global_batch}: rate and data position would no longer fit; set "
-            f"batch_size={position.global_batch}, or use another workdir"
+            f"the checkpoint '{folder}' was made with {position.global_batch} sequences a step,"
+            f" this run has {global_batch}: rate and data position would no longer fit; set"
+            f" batch_size={position.global_batch}, or use another workdir"
         )
     if position.fingerprint != fingerprint:
         raise UserError(
-            f"the checkpoint '{folder}' is of a run with other settings (stage, seed, model or corpus): "
-            f"continue with the settings that it began with, or remove '{folder.parent}' to train the stage anew"
+            f"the checkpoint '{folder}' is of a run with other settings (stage, seed, model or"
+            f" corpus): continue with the settings that it began with, or remove '{folder.parent}'"
+            " to train the stage anew"
         )
 
 

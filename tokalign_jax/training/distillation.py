@@ -187,8 +187,8 @@ def distillation(
     """
     if len(head) != len(teacher_head):
         raise ValueError(
-            f"the student's head has {len(head)} rows and the teacher's {len(teacher_head)}: `with_rows` "
-            "makes them equal"
+            f"the student's head has {len(head)} rows and the teacher's {len(teacher_head)}:"
+            " `with_rows` makes them equal"
         )
     return _total(hidden, head, teacher_hidden, teacher_head, labels, how), jnp.sum(
         labels >= 0, dtype=jnp.float32

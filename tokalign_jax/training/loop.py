@@ -103,9 +103,9 @@ def held_at_once(name: str, stage: StageConfig, mesh: Mesh) -> list[int]:
     devices = sharding.sequences_at_once(mesh)
     if stage.batch_size % devices:
         raise UserError(
-            f"{name}.batch_size={stage.batch_size} is not divisible by the {devices} data-parallel devices "
-            f"(mesh.data * mesh.fsdp): set --config.{name}.batch_size to a multiple of {devices}, or use "
-            "fewer devices"
+            f"{name}.batch_size={stage.batch_size} is not divisible by the {devices} data-parallel"
+            f" devices (mesh.data * mesh.fsdp): set --config.{name}.batch_size to a multiple of"
+            f" {devices}, or use fewer devices"
         )
     each = stage.batch_size // devices
     return [n for n in range(1, each + 1) if each % n == 0]
@@ -156,14 +156,15 @@ def plan_stage(
         return 0, previous_end
     if length > model_config.max_positions:
         raise UserError(
-            f"{name}.sequence_length is {length:,} tokens, but the model has {model_config.max_positions:,} "
-            f"positions: set --config.{name}.sequence_length={model_config.max_positions} or less"
+            f"{name}.sequence_length is {length:,} tokens, but the model has"
+            f" {model_config.max_positions:,} positions: set"
+            f" --config.{name}.sequence_length={model_config.max_positions} or less"
         )
     sequences = len(TokenSource(shards, length))
     if not sequences:
         raise UserError(
-            f"the corpus has {len(shards.tokens):,} tokens, fewer than the {length + 1:,} of one training "
-            f"sequence: use a larger corpus or a shorter {name}.sequence_length"
+            f"the corpus has {len(shards.tokens):,} tokens, fewer than the {length + 1:,} of one"
+            f" training sequence: use a larger corpus or a shorter {name}.sequence_length"
         )
     start = resolve_offset(
         stage.start_offset, sequences, config.data.epochs, -(-previous_end // length)
@@ -171,9 +172,10 @@ def plan_stage(
     available, end = sequences * config.data.epochs, start + stage.steps * stage.batch_size
     if available and end > available:
         raise UserError(
-            f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of {stage.batch_size:,}), but the stream "
-            f"ends at {available:,} ({config.data.epochs} passes over {sequences:,}): set data.epochs to "
-            f"{-(-end // sequences)} or more (0: as many as needed), or take fewer steps"
+            f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of"
+            f" {stage.batch_size:,}), but the stream ends at {available:,} ({config.data.epochs}"
+            f" passes over {sequences:,}): set data.epochs to {-(-end // sequences)} or more (0: as"
+            " many as needed), or take fewer steps"
         )
     return start, end * length
 
@@ -287,16 +289,16 @@ def load_trained(
     with Checkpoints(Path(folder) / "checkpoints", stage.checkpoints.keep) as checkpoints:
         if checkpoints.newest() != stage.steps:
             raise UserError(
-                f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest is "
-                f"{checkpoints.newest() or 'none'}): run the stage to its end first"
+                f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest"
+                f" is {checkpoints.newest() or 'none'}): run the stage to its end first"
             )
         try:
             return paths.flatten(checkpoints.restore_params(stage.steps, like))
         except Damaged as damage:
             aside = checkpoints.set_aside(stage.steps)
             raise stopping.Stopped(
-                f"{damage}; it was renamed to '{aside.name}'; run the command again to repeat the stage's "
-                "last steps from the checkpoint before"
+                f"{damage}; it was renamed to '{aside.name}'; run the command again to repeat the"
+                " stage's last steps from the checkpoint before"
             ) from damage
 
 
@@ -340,7 +342,8 @@ def _restore(
                 log(f"{name}: warning: no intact checkpoint is left; the stage starts over")
         else:
             log(
-                f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of {stage.steps}"
+                f"{name}: {'finished' if done == stage.steps else 'resumed'} at step {done} of"
+                f" {stage.steps}"
             )
             return done, position, state
     return 0, None, None
@@ -355,9 +358,9 @@ def _naming_a_lost_process(name: str) -> Iterator[None]:
         if distributed.count() == 1 or sharding.is_out_of_memory(error):
             raise
         raise distributed.ProcessFailed(
-            f"{name}: process {distributed.index()} failed in a step "
-            f"({str(error).splitlines()[0][:200]}). If another process or its machine was lost: run the same "
-            "command again to resume from the newest checkpoint"
+            f"{name}: process {distributed.index()} failed in a step"
+            f" ({str(error).splitlines()[0][:200]}). If another process or its machine was lost:"
+            " run the same command again to resume from the newest checkpoint"
         ) from error
 
 
@@ -416,10 +419,10 @@ class _Run:
             state.step.sharding.device_set,
         )
         self.log(
-            f"{self.name}: {self.stage.method}: {count(state.params)} parameters train, "
-            f"{count(frozen)} are frozen; "
-            f"{self.stage.steps:,} steps of {batch:,} x {length:,} = {quantity(batch * length)} tokens on "
-            f"{len(devices)} {jax.devices()[0].platform} device{'s' if len(devices) > 1 else ''}"
+            f"{self.name}: {self.stage.method}: {count(state.params)} parameters train,"
+            f" {count(frozen)} are frozen; {self.stage.steps:,} steps of {batch:,} x {length:,} ="
+            f" {quantity(batch * length)} tokens on {len(devices)} {jax.devices()[0].platform}"
+            f" device{'s' if len(devices) > 1 else ''}"
         )
 
     def _catch_up(self, ahead: int) -> None:
@@ -436,10 +439,10 @@ class _Run:
                     else "no checkpoint yet"
                 )
                 raise UserError(
-                    f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last one step "
-                    f"{self.recorder.step}, had a loss or gradient that is not finite ({good}): lower "
-                    f"{self.name}.learning_rate, or set compute.dtype=float32, and look at the loss in "
-                    "metrics.jsonl"
+                    f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last"
+                    f" one step {self.recorder.step}, had a loss or gradient that is not finite"
+                    f" ({good}): lower {self.name}.learning_rate, or set compute.dtype=float32, and"
+                    " look at the loss in metrics.jsonl"
                 )
 
     def _save(self, step: int, state: TrainState, feed: "_Feed") -> None:

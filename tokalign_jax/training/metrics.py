@@ -136,13 +136,15 @@ class Recorder:
         step, loss = record["step"], record["loss"]
         if not finite:
             self._log(
-                f"{self._name}: step {step} is not finite and was skipped ({record['skipped']} so far)"
+                f"{self._name}: step {step} is not finite and was skipped ({record['skipped']} so"
+                " far)"
             )
         if loss is not None:
             if is_spike(loss, self._recent):
                 self._log(
-                    f"{self._name}: the loss spikes at step {step}: {loss:.3f}, where the {len(self._recent)} before have "
-                    f"a median of {statistics.median(self._recent):.3f}"
+                    f"{self._name}: the loss spikes at step {step}: {loss:.3f}, where the"
+                    f" {len(self._recent)} before have a median of"
+                    f" {statistics.median(self._recent):.3f}"
                 )
             self._recent.append(loss)
         if step % self._every == 0 or step == self._steps:
@@ -151,8 +153,8 @@ class Recorder:
             rate = (self._tokens - self._line_tokens) / elapsed
             self._line_time, self._line_tokens, self._line_step = self._last, self._tokens, step
             self._log(
-                f"{self._name}: step {step} of {self._steps}, loss {'not finite' if loss is None else f'{loss:.3f}'}, "
-                f"{quantity(rate)} tokens/s"
+                f"{self._name}: step {step} of {self._steps}, loss"
+                f" {'not finite' if loss is None else f'{loss:.3f}'}, {quantity(rate)} tokens/s"
                 + (f", {duration(left)} left" if step < self._steps else "")
             )
 
