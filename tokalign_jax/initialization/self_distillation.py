@@ -171,7 +171,7 @@ def distill(
     trained = _merged(state.trainable, frozen, params, rows, present, mesh)
     states = sharding.to_host(_final_states(state.trainable, frozen, _put(judged, mesh), **static))
     states = states[judged.target[..., 1:] >= 0][:STATES]
-    composed = rows[_head(rows)].features.any(axis=1)
+    composed = np.asarray(rows[_head(rows)].features.any(axis=1))
     facts["unseen_shift"] = _leave_room(trained, models.student, states, counts, composed, log)
     return Result(trained, facts)
 

@@ -1,1 +1,3 @@
-"""One decoder for several families: its constants, its pure functions, and Hugging Face folders in and out."""
+"""One decoder for several families: its constants, its pure functions, and Hugging Face folders in
+and out.
+"""

@@ -1,19 +1,22 @@
 """Causal attention: one function, and the fastest exact way to compute it on each platform.
 
-B batch, T queries, S keys, N query heads, K key-value heads (query head n reads key-value head n K / N), H head size.
+B batch, T queries, S keys, N query heads, K key-value heads (query head n reads key-value head n K
+/ N), H head size.
 
-- GPU: cuDNN's flash attention. It has no soft-cap, takes half precision only, and knows head sizes up to a bound.
+- GPU: cuDNN's flash attention. It has no soft-cap, takes half precision only, and knows head sizes
+  up to a bound.
 - TPU: splash attention, jax's own fused kernel: causal and local masks, soft-cap, grouped heads.
-- Everywhere else, and for what a kernel cannot do: einsum and softmax in float32. Over long sequences it takes the
-  queries block by block and computes each block's logits again in the backward pass, so that [B, N, T, S] never exists.
+- Everywhere else, and for what a kernel cannot do: einsum and softmax in float32. Over long
+  sequences it takes the queries block by block and computes each block's logits again in the
+  backward pass, so that [B, N, T, S] never exists.
 
-`jax.nn.dot_product_attention` on XLA is the same einsum and softmax (products with float32 sums, float32 softmax), but
-it has no soft-cap and keeps float32 logits of all T x S pairs for the backward pass. tokamax has fused kernels with a
-soft-cap for recent GPUs too, but needs a profiler among others and is before its 0.1: not worth a dependency for
-one family of models.
+`jax.nn.dot_product_attention` on XLA is the same einsum and softmax (products with float32 sums,
+float32 softmax), but it has no soft-cap and keeps float32 logits of all T x S pairs for the
+backward pass. tokamax has fused kernels with a soft-cap for recent GPUs too, but needs a profiler
+among others and is before its 0.1: not worth a dependency for one family of models.
 
-The kernels are opaque to the partitioner, so under a mesh they run in a shard_map: B over (data, fsdp), heads over
-tensor. The rest is left to the partitioner.
+The kernels are opaque to the partitioner, so under a mesh they run in a shard_map: B over (data,
+fsdp), heads over tensor. The rest is left to the partitioner.
 """
 
 import functools
@@ -37,7 +40,9 @@ from tokalign_jax.parallel import sharding
 QUERY_BLOCK = 256
 """Queries whose logits exist at once in the blocked fallback."""
 LONGEST_WHOLE = 256
-"""Up to this many queries the fallback takes them all at once; from there on blocks are faster too, not only leaner."""
+"""Up to this many queries the fallback takes them all at once; from there on blocks are faster too,
+not only leaner.
+"""
 _LANES = 128
 """A TPU tile's width: splash attention takes lengths that are multiples of it."""
 
@@ -54,13 +59,13 @@ def attend(
     softcap: float | None = None,
     mask: Bool[Array, "*B T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(cap(scale q k^T)) v over the keys that each query sees, softmax in float32, in the type of `q`.
+    """softmax(cap(scale q k^T)) v over the keys that each query sees, softmax in float32, in the
+    type of `q`.
 
-    Args:
-      scale: factor of the logits.
-      window: a query sees this many latest keys, itself included; None: all before it.
-      softcap: c of cap(x) = c tanh(x / c), applied before the mask; None: no cap.
-      mask: which keys each query sees, the same for all heads; None: causal, T being S. It says all, so that `window`
+    Args: scale: factor of the logits. window: a query sees this many latest keys, itself included;
+      None: all before it. softcap: c of cap(x) = c tanh(x / c), applied before the mask; None: no
+      cap. mask: which keys each query sees, the same for all heads; None: causal, T being S. It
+      says all, so that `window`
         must be in it.
 
     Raises:
@@ -89,7 +94,7 @@ def attend(
     return checkpoint_name(y, remat.ATTENTION)
 
 
-# --- Fused kernels ----------------------------------------------------------------------------------------------------
+# --- Fused kernels ------------------------------------------------------------------------------
 
 
 def _fused(
@@ -105,7 +110,9 @@ def _fused(
 
 
 def has_kernel(head_dim: int, dtype: DTypeLike, softcap: float | None, device: Any = None) -> bool:
-    """Whether the device has a kernel of its own for heads of this size, which keeps no logits. No device: an NVIDIA one since Hopper."""
+    """Whether the device has a kernel of its own for heads of this size, which keeps no logits. No
+    device: an NVIDIA one since Hopper.
+    """
     if device is not None and device.platform == "tpu":
         return True
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
@@ -113,7 +120,9 @@ def has_kernel(head_dim: int, dtype: DTypeLike, softcap: float | None, device: A
 
 
 def _largest_head(device: Any) -> int:
-    """The largest head size of cuDNN's flash attention on this device: 0 if it is not NVIDIA's or too old."""
+    """The largest head size of cuDNN's flash attention on this device: 0 if it is not NVIDIA's or
+    too old.
+    """
     capability = "9.0" if device is None else str(getattr(device, "compute_capability", ""))
     if not capability.replace(".", "").isdigit() or float(capability) < 8:
         return 0
@@ -176,8 +185,8 @@ def _splash(
 def _over_mesh(kernel: _Kernel, q: Array, k: Array, v: Array) -> Array:
     """`kernel` on each device's own sequences and heads, under the mesh in context if there is one.
 
-    What does not divide is not split: each device then computes it whole. Where key-value heads are too few to be
-    split, they are repeated, one for each query head.
+    What does not divide is not split: each device then computes it whole. Where key-value heads are
+    too few to be split, they are repeated, one for each query head.
     """
     mesh = sharding.current()
     if mesh is None:
@@ -188,18 +197,19 @@ def _over_mesh(kernel: _Kernel, q: Array, k: Array, v: Array) -> Array:
     if heads and k.shape[2] % parts:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     spec = PartitionSpec(batch, None, heads)
-    # Pallas and cuDNN calls say nothing of how their results vary over the mesh, so that is not checked.
+    # Pallas and cuDNN calls say nothing of how their results vary over the mesh, so that is not
+    # checked.
     return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-# --- The fallback -----------------------------------------------------------------------------------------------------
+# --- The fallback -------------------------------------------------------------------------------
 
 
 def _whole(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None) -> Array:
     """All queries at once, by what `mask` [*B, T, S] lets them see."""
     batch, length, heads, size = q.shape
-    # A product of half-precision arrays with float32 sums, backwards too: `preferred_element_type` alone would make
-    # the backward products float32 ones.
+    # A product of half-precision arrays with float32 sums, backwards too: `preferred_element_type`
+    # alone would make the backward products float32 ones.
     exact = {
         jnp.bfloat16: jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
         jnp.float16: jax.lax.DotAlgorithmPreset.F16_F16_F32,

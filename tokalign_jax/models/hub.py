@@ -1,7 +1,9 @@
-"""Hugging Face folders but for their weights: names to folders, configs and tokenizers in and out, folders to the hub.
+"""Hugging Face folders but for their weights: names to folders, configs and tokenizers in and out,
+folders to the hub.
 
-Of a repository only what is plain data is ever fetched: safetensors, JSON, text, SentencePiece models, chat templates and
-licences. Pickles are never read, and code that comes with a model is never run.
+Of a repository only what is plain data is ever fetched: safetensors, JSON, text, SentencePiece
+models, chat templates and licences. Pickles are never read, and code that comes with a model is
+never run.
 """
 
 import importlib.util
@@ -34,7 +36,9 @@ TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "USE-POLI
 """Files that say what may be done with a model, as patterns."""
 
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Files that a tokenizer may be made of, as patterns; those of a model's config and index are among them."""
+"""Files that a tokenizer may be made of, as patterns; those of a model's config and index are among
+them.
+"""
 
 _DATA = (*TOKENIZER, "README.md", *TERMS)
 
@@ -70,21 +74,22 @@ def _is_of_old_vocabulary(key: str) -> bool:
     return key in _OLD_VOCABULARY or re.search(r"_token_(ids?|index)$", key) is not None
 
 
-# --- Names to folders -------------------------------------------------------------------------------------------------
+# --- Names to folders ---------------------------------------------------------------------------
 
 
 def resolve(name: str, *, what: str, weights: bool = True) -> Path:
-    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins a branch, tag or commit).
+    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins a
+    branch, tag or commit).
 
-    The hub's own settings hold: `HF_TOKEN` for what is private or gated, `HF_HOME` for the cache, and `HF_HUB_OFFLINE=1`
-    to use the cache alone.
+    The hub's own settings hold: `HF_TOKEN` for what is private or gated, `HF_HOME` for the cache,
+    and `HF_HUB_OFFLINE=1` to use the cache alone.
 
     Args:
       what: what is being looked for ("source model"), for the error.
       weights: fetch the safetensors too, not only configs and tokenizer files.
 
-    Raises:
-      UserError: there is no such folder, the repository cannot be had, or has no weights in safetensors.
+    Raises: UserError: there is no such folder, the repository cannot be had, or has no weights in
+      safetensors.
     """
     if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
@@ -97,13 +102,15 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
             files = sorted(set(index["weight_map"].values())) if index else [SINGLE]
             if odd := [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
                 raise UserError(
-                    f"{what} '{name}': its {INDEX} lists '{odd[0]}', which is no safetensors file beside it"
+                    f"{what} '{name}': its {INDEX} lists '{odd[0]}', which is no safetensors file"
+                    " beside it"
                 )
             folder = _fetched(name, [*_DATA, *files], what)
     if weights and (folder / "adapter_config.json").is_file() and _has_weights(folder):
         raise UserError(
-            f"{what} '{name}' has an adapter beside its weights (adapter_config.json), which would be left out: merge it into them first "
-            "(peft's merge_and_unload), or take adapter_config.json away if they are what is meant"
+            f"{what} '{name}' has an adapter beside its weights (adapter_config.json), which would"
+            " be left out: merge it into them first (peft's merge_and_unload), or take"
+            " adapter_config.json away if they are what is meant"
         )
     if weights and not _has_weights(folder):
         names = (
@@ -119,7 +126,10 @@ def _has_weights(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-_ELSEWHERE = "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships with the package"
+_ELSEWHERE = (
+    "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships"
+    " with the package"
+)
 
 
 def _fetched(name: str, patterns: Sequence[str], what: str) -> Path:
@@ -139,8 +149,8 @@ def _fetched(name: str, patterns: Sequence[str], what: str) -> Path:
         )
     except Exception as error:  # Whatever stopped it (network, name, gate, disk), it is told with what can be done.
         raise UserError(
-            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub ({_reason(error)}): "
-            f"{_remedy(error, repository, revision)}, or {_ELSEWHERE}"
+            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub"
+            f" ({_reason(error)}): {_remedy(error, repository, revision)}, or {_ELSEWHERE}"
         ) from error
 
 
@@ -159,13 +169,20 @@ def _remedy(error: Exception, repository: str, revision: str) -> str:
     download = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     if constants.HF_HUB_OFFLINE:
         return (
-            f"HF_HUB_OFFLINE is set and the cache ({constants.HF_HUB_CACHE}) has no such snapshot; unset it, or run "
-            f"`{download}` where there is a network and take the cache along (HF_HOME)"
+            f"HF_HUB_OFFLINE is set and the cache ({constants.HF_HUB_CACHE}) has no such snapshot;"
+            f" unset it, or run `{download}` where there is a network and take the cache along"
+            " (HF_HOME)"
         )
     if isinstance(error, errors.GatedRepoError):
-        return f"accept its terms on https://huggingface.co/{repository} and set HF_TOKEN to a token of that account"
+        return (
+            f"accept its terms on https://huggingface.co/{repository} and set HF_TOKEN to a token"
+            " of that account"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"there is no revision '{revision}'; see https://huggingface.co/{repository}/commits/main"
+        return (
+            f"there is no revision '{revision}'; see"
+            f" https://huggingface.co/{repository}/commits/main"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return "check the name; if it is private, set HF_TOKEN"
     return "check the name and the network"
@@ -189,10 +206,14 @@ def _no_safetensors(name: str, files: Iterable[str]) -> str:
         at = "'{}', revision='{}'".format(*name.split("@", 1))
     out = f"{Path(name.partition('@')[0]).name}-safetensors"
     if "adapter_config.json" in files:
-        code = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({at}).merge_and_unload()"
+        code = (
+            "from peft import AutoPeftModelForCausalLM as M;"
+            f" M.from_pretrained({at}).merge_and_unload()"
+        )
         return (
-            f"is an adapter, not a whole model: merge it into its base first "
-            f"(`python -c \"{code}.save_pretrained('{out}')\"`), copy the tokenizer's files there, and give that folder"
+            "is an adapter, not a whole model: merge it into its base first (`python -c"
+            f" \"{code}.save_pretrained('{out}')\"`), copy the tokenizer's files there, and give"
+            " that folder"
         )
 
     def convert(options: str = "") -> str:
@@ -204,28 +225,34 @@ def _no_safetensors(name: str, files: Iterable[str]) -> str:
 
     if pickled := [file for file in files if file.endswith(_PICKLES)]:
         return (
-            f"has its weights in '{pickled[0]}' and not in {SINGLE}: pickles can run any code when they are read, and "
-            f"never are here; if you trust it, convert it where PyTorch is ({convert()}) and give that folder, or name a "
-            f"revision that has safetensors (name@revision)"
+            f"has its weights in '{pickled[0]}' and not in {SINGLE}: pickles can run any code when"
+            " they are read, and never are here; if you trust it, convert it where PyTorch is"
+            f" ({convert()}) and give that folder, or name a revision that has safetensors"
+            " (name@revision)"
         )
     for ending, kind in _OTHER_FORMATS.items():
         if found := [file for file in files if file.endswith(ending)]:
             way = convert(f", gguf_file='{found[0]}'" if ending == ".gguf" else "")
             return (
-                f"has its weights in '{found[0]}' ({kind} format) and neither {SINGLE} nor {INDEX}: give the model's "
-                f"original folder; where there is none, transformers may convert it ({way})"
+                f"has its weights in '{found[0]}' ({kind} format) and neither {SINGLE} nor {INDEX}:"
+                " give the model's original folder; where there is none, transformers may convert"
+                f" it ({way})"
             )
-    return f"has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other formats with save_pretrained"
+    return (
+        f"has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other formats with"
+        " save_pretrained"
+    )
 
 
-# --- In ---------------------------------------------------------------------------------------------------------------
+# --- In -----------------------------------------------------------------------------------------
 
 
 def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's constants, and its config.json as it is; of a multimodal model that of its text model alone.
+    """The model's constants, and its config.json as it is; of a multimodal model that of its text
+    model alone.
 
-    Raises:
-      UserError: no readable config.json, an unsupported model_type, or a flag that is not implemented.
+    Raises: UserError: no readable config.json, an unsupported model_type, or a flag that is not
+      implemented.
     """
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
@@ -235,9 +262,10 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     raw = text_config(raw)
     if "auto_map" in raw and raw.get("model_type") not in FAMILIES:
         raise UserError(
-            f"model folder '{folder}' brings its own code (config.json: model_type '{raw.get('model_type')}', auto_map), "
-            f"which is never run: choose a source model of one of the families {', '.join(sorted(FAMILIES))}, or one of "
-            f"the same weights that was converted to one of them"
+            f"model folder '{folder}' brings its own code (config.json: model_type"
+            f" '{raw.get('model_type')}', auto_map), which is never run: choose a source model of"
+            f" one of the families {', '.join(sorted(FAMILIES))}, or one of the same weights that"
+            " was converted to one of them"
         )
     return config_from_hf(raw), raw
 
@@ -255,7 +283,8 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str, Any]:
-    """The values of a config.json or generation_config.json that loading or generation would fail at.
+    """The values of a config.json or generation_config.json that loading or generation would fail
+    at.
 
     Args:
       rows: of the model: what token ids must be below.
@@ -292,7 +321,8 @@ def warn_of_values_left_out(
     ]
     if found:
         log(
-            f"warning: the export leaves out values of the source model that are out of range: {', '.join(found)}"
+            "warning: the export leaves out values of the source model that are out of range:"
+            f" {', '.join(found)}"
         )
 
 
@@ -323,9 +353,9 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
         Exception
     ) as error:  # transformers raises anything, from OSError to panics of its Rust part.
         raise UserError(
-            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}: {_reason(error)}): expected "
-            f"tokenizer.json and tokenizer_config.json as save_pretrained writes them; the folder holds "
-            f"{_listing(folder)}"
+            f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}:"
+            f" {_reason(error)}): expected tokenizer.json and tokenizer_config.json as"
+            f" save_pretrained writes them; the folder holds {_listing(folder)}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not backend.get_vocab_size(with_added_tokens=False):
@@ -354,7 +384,8 @@ def _set_document_separator(
     tokenizer.init_kwargs[SEPARATOR] = end_of_text
     if end_of_text_id(tokenizer) != known.get(end_of_text, max(known.values()) + 1):
         raise UserError(
-            f"tokenizer '{name}' cannot get the token '{end_of_text}': the ids of its tokens have gaps; name one of them"
+            f"tokenizer '{name}' cannot get the token '{end_of_text}': the ids of its tokens have"
+            " gaps; name one of them"
         )
 
 
@@ -365,22 +396,27 @@ _VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*vocab*", "*.bpe", "tekken.j
 def _check_tokenizer_files(
     name: Path | str, folder: Path, settings: Mapping[str, Any], has_json: bool
 ) -> None:
-    """Says what is missing where transformers' own error would not, or where it would make a tokenizer of nothing but special tokens."""
+    """Says what is missing where transformers' own error would not, or where it would make a
+    tokenizer of nothing but special tokens.
+    """
     if has_json:
         return
     if "auto_map" in settings:
         raise UserError(
-            f"tokenizer '{name}' is code that comes with it (tokenizer_config.json: auto_map), which is never run, and has "
-            f"no tokenizer.json: take one of the same model that was converted to tokenizer.json"
+            f"tokenizer '{name}' is code that comes with it (tokenizer_config.json: auto_map),"
+            " which is never run, and has no tokenizer.json: take one of the same model that was"
+            " converted to tokenizer.json"
         )
     if not any(file for kind in _VOCABULARIES for file in folder.glob(kind)):
         raise UserError(
-            f"tokenizer '{name}' cannot be read, as it has no vocabulary: there is neither tokenizer.json in '{folder}' nor a file that it "
-            f"is made from (tokenizer.model, vocab.json, vocab.txt); the folder holds {_listing(folder)}: copy them there, or give the "
-            "folder that has them"
+            f"tokenizer '{name}' cannot be read, as it has no vocabulary: there is neither"
+            f" tokenizer.json in '{folder}' nor a file that it is made from (tokenizer.model,"
+            f" vocab.json, vocab.txt); the folder holds {_listing(folder)}: copy them there, or"
+            " give the folder that has them"
         )
     for file in sorted(folder.glob("*.model")):
-        # SentencePiece's files are protocol buffers that begin with this tag; tiktoken's are base64 text.
+        # SentencePiece's files are protocol buffers that begin with this tag; tiktoken's are base64
+        # text.
         needed = (
             ("sentencepiece", "google.protobuf")
             if file.read_bytes()[:1] == b"\n"
@@ -389,18 +425,20 @@ def _check_tokenizer_files(
         missing = [module for module in needed if not _is_installed(module)]
         if missing:
             raise UserError(
-                f"tokenizer '{name}' has only '{file.name}', and to convert it {' and '.join(missing)} must be installed: "
-                f"pip install 'tokalign_jax[convert]', or give a folder that has tokenizer.json"
+                f"tokenizer '{name}' has only '{file.name}', and to convert it"
+                f" {' and '.join(missing)} must be installed: pip install 'tokalign_jax[convert]',"
+                " or give a folder that has tokenizer.json"
             )
         if "tokenizer_class" not in settings and not (folder / "config.json").is_file():
             raise UserError(
-                f"tokenizer '{name}' has only '{file.name}', which does not say all (whether a space is put before a text, "
-                f"say): name its tokenizer_class ('LlamaTokenizer', say) in a tokenizer_config.json beside it"
+                f"tokenizer '{name}' has only '{file.name}', which does not say all (whether a"
+                " space is put before a text, say): name its tokenizer_class ('LlamaTokenizer',"
+                " say) in a tokenizer_config.json beside it"
             )
     if (folder / "tekken.json").is_file():
         raise UserError(
-            f"tokenizer '{name}' has only tekken.json, the form of mistral-common: take it from a repository in "
-            f"transformers' form, which has tokenizer.json"
+            f"tokenizer '{name}' has only tekken.json, the form of mistral-common: take it from a"
+            " repository in transformers' form, which has tokenizer.json"
         )
 
 
@@ -415,7 +453,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-# --- Out --------------------------------------------------------------------------------------------------------------
+# --- Out ----------------------------------------------------------------------------------------
 
 
 def save_config_and_tokenizer(
@@ -424,10 +462,11 @@ def save_config_and_tokenizer(
     tokenizer: "PreTrainedTokenizerBase",
     source_folder: Path | str | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and the tokenizer; both configs get its bos, eos, pad.
+    """Writes config.json, generation_config.json and the tokenizer; both configs get its bos, eos,
+    pad.
 
-    The generation config's eos ids are the tokenizer's eos, the counterparts of the source's eos ids
-    and the document separator. config.json has a list where the source's has one.
+    The generation config's eos ids are the tokenizer's eos, the counterparts of the source's eos
+    ids and the document separator. config.json has a list where the source's has one.
 
     Args:
       config: the source's config.json with the new vocabulary size.
@@ -458,8 +497,8 @@ def save_config_and_tokenizer(
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Writes a tokenizer so that transformers 4 and 5 open it as tokenizer.json says.
 
-    The class is `PreTrainedTokenizerFast`, which both have and which rebuilds nothing. The remaining
-    settings are those in which version 4 would differ by its defaults.
+    The class is `PreTrainedTokenizerFast`, which both have and which rebuilds nothing. The
+    remaining settings are those in which version 4 would differ by its defaults.
     """
     tokenizer.save_pretrained(str(folder))
     settings = read_json(folder / "tokenizer_config.json") or {}
@@ -522,7 +561,8 @@ def copy_terms(source_folder: Path | str, folder: Path) -> list[str]:
 def push_to_hub(
     folder: Path | str, repository: str, private: bool = True, revision: str | None = None
 ) -> str:
-    """Uploads a finished folder to the hub repository `repository`, made if there is none; returns its address.
+    """Uploads a finished folder to the hub repository `repository`, made if there is none; returns
+    its address.
 
     Args:
       private: of a repository that is made; one that exists stays as it is.
@@ -539,7 +579,8 @@ def push_to_hub(
         )
     if get_token() is None:
         raise UserError(
-            f"'{folder}' cannot be pushed to '{repository}' without a token: set HF_TOKEN to one with the right to write"
+            f"'{folder}' cannot be pushed to '{repository}' without a token: set HF_TOKEN to one"
+            " with the right to write"
         )
     api = HfApi()
     try:
@@ -554,14 +595,14 @@ def push_to_hub(
         )
     except Exception as error:  # as in `_fetched`
         raise UserError(
-            f"'{folder}' cannot be pushed to '{repository}' ({_reason(error)}): check the name ('user/model'), the network, "
-            f"and that HF_TOKEN may write there; the folder itself is whole, and `hf upload {repository} {folder}` "
-            f"does the same"
+            f"'{folder}' cannot be pushed to '{repository}' ({_reason(error)}): check the name"
+            " ('user/model'), the network, and that HF_TOKEN may write there; the folder itself is"
+            f" whole, and `hf upload {repository} {folder}` does the same"
         ) from error
     return f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

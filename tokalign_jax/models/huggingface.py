@@ -1,7 +1,7 @@
 """Weights of Hugging Face folders, in and out. No PyTorch on the way.
 
-They are read and written through the family's weight table (`weights`): every tensor of a checkpoint is used exactly
-once, every leaf filled, every shape checked.
+They are read and written through the family's weight table (`weights`): every tensor of a
+checkpoint is used exactly once, every leaf filled, every shape checked.
 """
 
 import functools
@@ -52,12 +52,12 @@ _FLOATS = {
 }
 """Types of weights, as safetensors spells them."""
 
-# --- Reading weights --------------------------------------------------------------------------------------------------
+# --- Reading weights -----------------------------------------------------------------------------
 
 
 def check_weights(folder: Path | str, config: ModelConfig) -> None:
-    """Compares names, types and shapes of the stored weights with what `config` needs; reads none, but for a second copy of a tied
-    embedding.
+    """Compares names, types and shapes of the stored weights with what `config` needs; reads none,
+    but for a second copy of a tied embedding.
 
     Raises:
       UserError: as `load_params`.
@@ -73,16 +73,16 @@ def load_params(
     mesh: Mesh | None = None,
     skip: Collection[str] = (),
 ) -> Params:
-    """All parameters, read block by block: in host memory are never more than one block and the file that it is in.
+    """All parameters, read block by block: in host memory are never more than one block and the
+    file that it is in.
 
-    Args:
-      dtype: of all leaves, or of each by its path; None: as stored.
-      skip: paths of leaves that are left out.
-      mesh: each leaf goes straight to the parts of it on this mesh (`sharding.RULES`), vocabulary matrices with padding rows. None: on
+    Args: dtype: of all leaves, or of each by its path; None: as stored. skip: paths of leaves that
+      are left out. mesh: each leaf goes straight to the parts of it on this mesh
+      (`sharding.RULES`), vocabulary matrices with padding rows. None: on
         the default device, without padding.
 
-    Raises:
-      UserError: a file is missing or broken; a weight is missing, fits nowhere, or has an unexpected shape or type.
+    Raises: UserError: a file is missing or broken; a weight is missing, fits nowhere, or has an
+      unexpected shape or type.
     """
     folder, stored = Path(folder), _stored(Path(folder))
     matched = _match(folder, stored, config)
@@ -123,7 +123,8 @@ Reader = Callable[..., np.ndarray]
 def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
     """Reads parameters of a folder tensor by tensor; nothing stays in memory.
 
-    It takes the index of a layer (and expert or head), or a slice of the rows of a vocabulary's matrix.
+    It takes the index of a layer (and expert or head), or a slice of the rows of a vocabulary's
+    matrix.
 
     Raises:
       UserError: as `load_params`.
@@ -153,7 +154,8 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
 
 
 def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np.ndarray, "n"]]:
-    """Rows of the vocabulary's matrices that hold NaN or infinity, by the path of the matrix; reads every weight.
+    """Rows of the vocabulary's matrices that hold NaN or infinity, by the path of the matrix; reads
+    every weight.
 
     Raises:
       UserError: another weight holds NaN or infinity, or as `load_params`.
@@ -180,8 +182,9 @@ def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise UserError(
-            f"weights of '{folder}' hold NaN or infinity: {', '.join(broken[:5])}{more}; its training diverged, or its files were "
-            "damaged or badly converted: take another checkpoint of it"
+            f"weights of '{folder}' hold NaN or infinity: {', '.join(broken[:5])}{more}; its"
+            " training diverged, or its files were damaged or badly converted: take another"
+            " checkpoint of it"
         )
     return rows
 
@@ -199,8 +202,10 @@ def _non_finite(tensor: np.ndarray) -> Int[np.ndarray, "n"]:
 
 
 def _type_of_all(dtypes: set[np.dtype]) -> np.dtype:
-    """What holds a leaf whose tensors are stored in these: float32, which is exact but for float64, unless all are of one narrower type."""
-    (first, *others) = dtypes
+    """What holds a leaf whose tensors are stored in these: float32, which is exact but for float64,
+    unless all are of one narrower type.
+    """
+    first, *others = dtypes
     return first if not others and first.itemsize < 4 else np.dtype(np.float32)
 
 
@@ -218,14 +223,18 @@ class _Stored(NamedTuple):
 
     file: Path
     key: str
-    """Its name there; one of a multimodal model goes by the name that it has in the text model alone."""
+    """Its name there; one of a multimodal model goes by the name that it has in the text model
+    alone.
+    """
     dtype: str
     """As safetensors spells it."""
     shape: tuple[int, ...]
 
 
 class _Leaf:
-    """A parameter that is being filled: whole on the host, or the parts of it that this process's devices have."""
+    """A parameter that is being filled: whole on the host, or the parts of it that this process's
+    devices have.
+    """
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh | None):
         self._dtype, self._sharding = dtype, None
@@ -234,7 +243,8 @@ class _Leaf:
             return
         self._shape = sharding.padded_shape(path, shape, mesh)
         self._sharding = sharding.sharding_of(path, self._shape, mesh)
-        # As bits: where there is no bfloat16 arithmetic, XLA would write a block by way of float32 of the whole array.
+        # As bits: where there is no bfloat16 arithmetic, XLA would write a block by way of float32
+        # of the whole array.
         self._bits = np.dtype(f"uint{8 * dtype.itemsize}")
         self._parts: list[tuple[Any, tuple[range, ...], jax.Array]] = []
         for device, index in self._sharding.addressable_devices_indices_map(self._shape).items():
@@ -259,7 +269,8 @@ class _Leaf:
             here, inside = sharding.overlap(covers, ranges)
             if all(along.start < along.stop for along in here):
                 cut = block[here].astype(self._dtype, copy=False).view(self._bits)
-                # A transposed view goes as it lies in memory: the device turns it faster than NumPy does.
+                # A transposed view goes as it lies in memory: the device turns it faster than NumPy
+                # does.
                 turned = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
                 there = jax.device_put(
                     np.ascontiguousarray(cut.swapaxes(-1, -2) if turned else cut), device
@@ -291,7 +302,9 @@ def _from_bits(array: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequence[np.ndarray]]]:
-    """The leaves of a stored tensor, and where they begin: all at once, or a vocabulary's matrix, which is its own leaf, by rows."""
+    """The leaves of a stored tensor, and where they begin: all at once, or a vocabulary's matrix,
+    which is its own leaf, by rows.
+    """
     shape = tensor.get_shape()
     size = math.prod(shape) * _FLOATS[tensor.get_dtype()].itemsize
     if not sharding.is_vocabulary(weight.leaves[0]) or size <= _BLOCK_BYTES:
@@ -319,8 +332,8 @@ def _stored(folder: Path) -> dict[str, _Stored]:
         names = sorted(set(index["weight_map"].values()))
     else:
         raise UserError(
-            f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other "
-            f"formats with transformers' save_pretrained"
+            f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read;"
+            " convert other formats with transformers' save_pretrained"
         )
     model_type = (hub.read_json(folder / "config.json") or {}).get("model_type")
     found = {}
@@ -345,8 +358,8 @@ def _open(file: Path) -> Iterator[Any]:
         ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"'{file}' is not a whole safetensors file ({error}): it was cut off or damaged on its way; copy or "
-            f"download it again"
+            f"'{file}' is not a whole safetensors file ({error}): it was cut off or damaged on its"
+            " way; copy or download it again"
         ) from error
     with tensors:
         yield tensors
@@ -385,14 +398,17 @@ def _match(
     if unused:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
-            f"'{folder}' has weights for which a {config.model_type} model with its config.json has no place: "
-            f"{', '.join(unused[:5])}{more}; either config.json is of another model, or parts of it are not implemented"
+            f"'{folder}' has weights for which a {config.model_type} model with its config.json has"
+            f" no place: {', '.join(unused[:5])}{more}; either config.json is of another model, or"
+            " parts of it are not implemented"
         )
     return matched
 
 
 def _tied(weight: Weight, config: ModelConfig) -> tuple[str, ...]:
-    """Names under which a tied model's embedding may be stored instead: those of the head that it is."""
+    """Names under which a tied model's embedding may be stored instead: those of the head that it
+    is.
+    """
     if not (config.tie_word_embeddings and weight.leaves == ("embed_tokens/embedding",)):
         return ()
     return family(config.model_type).HEAD.names(())
@@ -404,8 +420,8 @@ def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, 
             return name
     is_head = names[0] in ("lm_head.weight", "embed_out.weight")
     raise UserError(
-        f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes needs: a shard is "
-        f"missing, or config.json is of another model"
+        f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes"
+        " needs: a shard is missing, or config.json is of another model"
         + (
             ', or lacks "tie_word_embeddings": true, if the head is the input embedding'
             if is_head
@@ -417,13 +433,14 @@ def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, 
 def _check_tensor(name: str, tensor: _Stored, expected: tuple[int, ...]) -> None:
     if tensor.dtype not in _FLOATS:
         raise UserError(
-            f"weight '{name}' is stored as {tensor.dtype}, which is not one of {', '.join(_FLOATS)}: quantized "
-            f"weights cannot be adapted; use the model's original weights"
+            f"weight '{name}' is stored as {tensor.dtype}, which is not one of"
+            f" {', '.join(_FLOATS)}: quantized weights cannot be adapted; use the model's original"
+            " weights"
         )
     if tensor.shape != expected:
         raise UserError(
-            f"weight '{name}' has shape {list(tensor.shape)} where config.json asks for {list(expected)}: "
-            f"config.json and safetensors are of different models"
+            f"weight '{name}' has shape {list(tensor.shape)} where config.json asks for"
+            f" {list(expected)}: config.json and safetensors are of different models"
         )
 
 
@@ -432,7 +449,9 @@ def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _tensor_shape(weight: Weight, leaf_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The checkpoint shape of a tensor whose leaves have these shapes: `join` tells, from arrays without content."""
+    """The checkpoint shape of a tensor whose leaves have these shapes: `join` tells, from arrays
+    without content.
+    """
     shapes = [leaf_shapes[leaf][weight.stacked :] for leaf in weight.leaves]
     return weight.join([np.broadcast_to(np.int8(0), shape) for shape in shapes]).shape
 
@@ -440,7 +459,9 @@ def _tensor_shape(weight: Weight, leaf_shapes: Mapping[str, tuple[int, ...]]) ->
 def _check_copies_of_embedding(
     stored: Mapping[str, _Stored], matched: Sequence[tuple[Weight, _Places]], config: ModelConfig
 ) -> None:
-    """A tied model's checkpoint may store its embedding a second time, as the head, but nothing else there."""
+    """A tied model's checkpoint may store its embedding a second time, as the head, but nothing
+    else there.
+    """
     if not config.tie_word_embeddings:
         return
     head = family(config.model_type).HEAD
@@ -458,8 +479,8 @@ def _check_copies_of_embedding(
             if all(_same(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
                 continue
         raise UserError(
-            f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding: set "
-            f"tie_word_embeddings to false to use both, or remove '{name}'"
+            f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding:"
+            f" set tie_word_embeddings to false to use both, or remove '{name}'"
         )
 
 
@@ -470,7 +491,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     )
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -487,15 +508,16 @@ def save_checkpoint(
 ) -> None:
     """Writes a new folder that AutoModelForCausalLM and AutoTokenizer load.
 
-    It holds safetensors (split, with an index, when larger than `max_shard_bytes`), the source's config.json and
-    generation_config.json with the new vocabulary size and the bos, eos and pad ids of `tokenizer`, and the tokenizer.
+    It holds safetensors (split, with an index, when larger than `max_shard_bytes`), the source's
+    config.json and generation_config.json with the new vocabulary size and the bos, eos and pad ids
+    of `tokenizer`, and the tokenizer.
 
-    Args:
-      params: without adapters; on any devices, with or without the padding rows of `sharding.place`. Or what reads them part by part.
-      raw_config: the source's config.json.
+    Args: params: without adapters; on any devices, with or without the padding rows of
+      `sharding.place`. Or what reads them part by part. raw_config: the source's config.json.
       dtypes: the type of all written weights, or `source`: each as `source_folder` stores it.
-      source_folder: the source model, for its names of weights, its types and its generation config.
-      writes: False in all but one of several processes. All call this: each brings its parts of the arrays.
+      source_folder: the source model, for its names of weights, its types and its generation
+      config. writes: False in all but one of several processes. All call this: each brings its
+      parts of the arrays.
 
     Raises:
       UserError: the folder is not empty, or the tokenizer has more tokens than the model has rows.
@@ -512,8 +534,9 @@ def save_checkpoint(
         )
     if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {vocabulary_size(tokenizer):,} tokens but the model has only {config.vocab_size:,} rows: some "
-            f"tokens would have none; give the model at least as many rows"
+            f"the tokenizer has {vocabulary_size(tokenizer):,} tokens but the model has only"
+            f" {config.vocab_size:,} rows: some tokens would have none; give the model at least as"
+            " many rows"
         )
     new: dict[str, Any] = {"vocab_size": config.vocab_size}
     if dtypes != "source":  # one key, the one that is there: readers prefer the one or the other
@@ -537,7 +560,9 @@ def write_weights(
     max_shard_bytes: int,
     writes: bool = True,
 ) -> None:
-    """The weights alone, and their index where they are several files. Args: as for `save_checkpoint`; `stored` are its source's."""
+    """The weights alone, and their index where they are several files. Args: as for
+    `save_checkpoint`; `stored` are its source's.
+    """
     shapes = _leaf_shapes(config)
     read = params if callable(params) else _reader(params, shapes)
     tensors = []
@@ -572,7 +597,8 @@ def _reader(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
     leaves = paths.flatten(params)
     if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes, leaves)):
         raise ValueError(
-            f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected {shapes}"
+            f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected"
+            f" {shapes}"
         )
     return lambda path, *index: sharding.to_host(leaves[path], *index)
 
@@ -604,7 +630,9 @@ class _Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def blocks(self, read: Reader, vocabulary: int) -> Iterator[np.ndarray]:
-        """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at once."""
+        """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at
+        once.
+        """
         path = self.weight.leaves[0]
         if not sharding.is_vocabulary(path):
             parts = [read(path, *self.part) for path in self.weight.leaves]
@@ -618,7 +646,8 @@ class _Tensor:
 def _write_file(
     path: Path | None, tensors: Sequence[_Tensor], read: Reader, vocabulary: int
 ) -> None:
-    """A safetensors file (https://huggingface.co/docs/safetensors), block by block; the library's own writer wants all of it in memory.
+    """A safetensors file (https://huggingface.co/docs/safetensors), block by block; the library's
+    own writer wants all of it in memory.
 
     Args:
       path: None: another process writes; this one only brings its parts of the arrays.
@@ -645,7 +674,9 @@ def _write_file(
 
 
 def _shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
-    """`tensors` in order, in as many shards as their size asks for; one larger than a shard has a file to itself."""
+    """`tensors` in order, in as many shards as their size asks for; one larger than a shard has a
+    file to itself.
+    """
     shards, room = [], 0
     for tensor in tensors:
         if not shards or tensor.size > room:

@@ -119,4 +119,6 @@ PRE_TOKENIZERS = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
 }
-"""The cuts of a byte-level pre-tokenizer (`serving.cuts`) -> the name under which llama.cpp makes them."""
+"""The cuts of a byte-level pre-tokenizer (`serving.cuts`) -> the name under which llama.cpp makes
+them.
+"""

@@ -1,8 +1,10 @@
-"""Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) dropout(x) A B on every projection of every layer.
+"""Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) dropout(x) A B on every projection
+of every layer.
 
-L layers, E experts, r rank. The factors are float32 leaves beside the kernel they adapt: `lora_a` [L, in, r] and `lora_b`
-[L, r, out], for experts [L, E, in, r] and [L, E, r, out]. A mixture's router keeps to its kernel: which experts a token
-goes to is no matter of the vocabulary, and would jump.
+L layers, E experts, r rank. The factors are float32 leaves beside the kernel they adapt: `lora_a`
+[L, in, r] and `lora_b` [L, r, out], for experts [L, E, in, r] and [L, E, r, out]. A mixture's
+router keeps to its kernel: which experts a token goes to is no matter of the vocabulary, and would
+jump.
 """
 
 import functools
@@ -23,8 +25,9 @@ class LoraSpec:
     rank: int
     alpha: float
     dropout: float
-    """Share of a projection's inputs that the adapter does not see, drawn anew for each input while training:
-    projections that read the same lose the same."""
+    """Share of a projection's inputs that the adapter does not see, drawn anew for each input while
+    training: projections that read the same lose the same.
+    """
 
     @property
     def scale(self) -> float:
@@ -64,9 +67,8 @@ def merged(
     Not compiled as one program: XLA would contract product and sum into fused multiply-adds, and
     the digits of an exported model would depend on how it was merged.
 
-    Args:
-      kernel: [in, out] of one layer or expert, or [E, in, out] of all experts of a layer; of any float type.
-      index: of the layer (and expert) in the adapters.
+    Args: kernel: [in, out] of one layer or expert, or [E, in, out] of all experts of a layer; of
+      any float type. index: of the layer (and expert) in the adapters.
     """
     place, total = np.array(index, np.int32), jnp.asarray(kernel).astype(jnp.float32)
     for spec, a, b in adapters:

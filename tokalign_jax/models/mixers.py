@@ -48,8 +48,8 @@ class Attention(nnx.Module):
         self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         project = functools.partial(Linear, bias=config.attention_bias, lora=lora)
-        # Queries and keys are kept rotated, as attention reads them; where a norm comes before, as the
-        # norm's gradient needs them.
+        # Queries and keys are kept rotated, as attention reads them; where a norm comes before, as
+        # the norm's gradient needs them.
         self.kept_turned = config.query_key_norm is None or config.rotate_before_norm
         projected = None if self.kept_turned else rematerialization.ATTENTION
         self.q_proj = project(config.hidden_size, queries, kept_as=projected)

@@ -94,9 +94,10 @@ def lows(linears: Sequence[Linear], x: Float[Array, "B T in"], key: jax.Array | 
 def plus(x: Float[Array, "*B N"], added: Float[Array, "*A N"]) -> Float[Array, "*B N"]:
     """x + a in the type of x; the gradient of a is summed over x's leading axes in float32.
 
-    Autodiff sums it in the type of x, and a sequential sum in bfloat16 stops growing at some hundred
-    times its terms. XLA for NVIDIA sums in a tree, with a relative error of 5e-3 over 16,384 tokens,
-    fused into the operation before: left so, as a float32 sum would be a pass of its own over memory.
+    Autodiff sums it in the type of x, and a sequential sum in bfloat16 stops growing at some
+    hundred times its terms. XLA for NVIDIA sums in a tree, with a relative error of 5e-3 over
+    16,384 tokens, fused into the operation before: left so, as a float32 sum would be a pass of its
+    own over memory.
     """
     return x + added.astype(x.dtype)
 
@@ -192,7 +193,9 @@ def param(*shape: int) -> nnx.Param:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normed(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float) -> Array:
-    """Layer norm (`centred`) or RMS norm over the last axis, in float32; the result has the type of `x`."""
+    """Layer norm (`centred`) or RMS norm over the last axis, in float32; the result has the type of
+    `x`.
+    """
     return _norm(x, scale, bias, centred, epsilon)
 
 
@@ -231,8 +234,9 @@ _normed.defvjp(_normed_forward, _normed_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def each(x: Float[Array, "..."], times: int) -> list[Any]:
-    """`x` for each of the products that read it. Gradients are added in the order of the readers, which
-    the compiler fuses into the products; autodiff's order takes a pass of its own."""
+    """`x` for each of the products that read it. Gradients are added in the order of the readers,
+    which the compiler fuses into the products; autodiff's order takes a pass of its own.
+    """
     return [x] * times
 
 
@@ -261,8 +265,9 @@ def split(key: jax.Array | None, count: int):
 
 
 def scaled(x: Array, factor: float) -> Array:
-    """`x` times a number, in the type of `x`; multiplied in float32, as a bfloat16 factor is off by up
-    to 0.4%."""
+    """`x` times a number, in the type of `x`; multiplied in float32, as a bfloat16 factor is off by
+    up to 0.4%.
+    """
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
@@ -271,8 +276,8 @@ def dropout(
 ) -> Float[Array, "*E B T D"]:
     """Drops a share of `x` that is `rate`.
 
-    The mask is a hash of each element's index in its sequence, seeded by the sequence's key: it fuses
-    with its use, where random bits are a program of their own and an array in memory.
+    The mask is a hash of each element's index in its sequence, seeded by the sequence's key: it
+    fuses with its use, where random bits are a program of their own and an array in memory.
     """
     if key is None or rate == 0:
         return x
@@ -288,8 +293,9 @@ def dropout_mask(number: UInt32[Array, "..."], key: jax.Array, rate: float) -> B
 
 
 def _hash(x: UInt32[Array, "..."], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
-    """A hash of 32-bit integers: `triple32` (C. Wellons, Prospecting for hash functions), with half of
-    the seed mixed in before each of the first two rounds."""
+    """A hash of 32-bit integers: `triple32` (C. Wellons, Prospecting for hash functions), with half
+    of the seed mixed in before each of the first two rounds.
+    """
     x ^= seed[0]
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB) + seed[1]
     x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)

@@ -40,14 +40,15 @@ def check_export(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         found = reopening.read_afresh(folder)
     except RuntimeError as error:
         raise UserError(
-            f"AutoTokenizer cannot open the exported folder '{folder}' ({error}): check that transformers is "
-            "installed completely, then run the same command again"
+            f"AutoTokenizer cannot open the exported folder '{folder}' ({error}): check that"
+            " transformers is installed completely, then run the same command again"
         ) from error
     if problem := reopening.difference(reopening.read(tokenizer), found):
         raise UserError(
-            f"AutoTokenizer opens the exported folder '{folder}' as {found['class']}, which reads texts otherwise "
-            f"than the target tokenizer does: {problem}. Open the folder with transformers.PreTrainedTokenizerFast, or "
-            "install another version of transformers and run the same command again"
+            f"AutoTokenizer opens the exported folder '{folder}' as {found['class']}, which reads"
+            f" texts otherwise than the target tokenizer does: {problem}. Open the folder with"
+            " transformers.PreTrainedTokenizerFast, or install another version of transformers and"
+            " run the same command again"
         )
 
 
@@ -67,8 +68,8 @@ def two_readings(folder: Path, opened: PreTrainedTokenizerBase) -> str:
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
     problem = reopening.cut_difference(reopening.read(plain), reopening.read(opened))
     return problem and (
-        f"by {type(opened).__name__}, the class that transformers opens it with here, which is followed, "
-        f"{problem} by tokenizer.json"
+        f"by {type(opened).__name__}, the class that transformers opens it with here, which is"
+        f" followed, {problem} by tokenizer.json"
     )
 
 
@@ -78,7 +79,10 @@ def _other_vocabulary(folder: Path, model: Mapping[str, Any]) -> str:
     if vocabulary and isinstance(known, dict):
         for token, index in known.items():
             if vocabulary.get(token, index) != index:
-                return f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json {index}, which is followed"
+                return (
+                    f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json"
+                    f" {index}, which is followed"
+                )
     file = folder / "merges.txt"
     if not file.is_file() or "merges" not in model:
         return ""
@@ -87,7 +91,13 @@ def _other_vocabulary(folder: Path, model: Mapping[str, Any]) -> str:
     merges = [line for line in lines if line and not line.startswith("#version")]
     for number, (one, other) in enumerate(zip(merges, listed), start=1):
         if one != other:
-            return f"merge {number} is {one!r} in merges.txt and {other!r} in tokenizer.json, which is followed"
+            return (
+                f"merge {number} is {one!r} in merges.txt and {other!r} in tokenizer.json, which is"
+                " followed"
+            )
     if len(merges) != len(listed):
-        return f"merges.txt has {len(merges):,} merges, tokenizer.json {len(listed):,}; the latter is followed"
+        return (
+            f"merges.txt has {len(merges):,} merges, tokenizer.json {len(listed):,}; the latter is"
+            " followed"
+        )
     return ""

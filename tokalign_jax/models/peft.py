@@ -30,8 +30,9 @@ def check(config: ModelConfig) -> None:
     """
     if config.experts is not None:
         raise UserError(
-            f"export.adapters=apart: PEFT has no adapters for the experts of a '{config.model_type}' model, which "
-            "transformers keeps in one parameter a layer; use export.adapters=merged"
+            "export.adapters=apart: PEFT has no adapters for the experts of a"
+            f" '{config.model_type}' model, which transformers keeps in one parameter a layer; use"
+            " export.adapters=merged"
         )
 
 

@@ -1,7 +1,7 @@
 """Mixers with a state of fixed size: the gated delta rule and short convolutions.
 
-Dimension letters, beside those of `transformer`: W tokens of a convolution's kernel, N value heads, K
-key heads, H size of a key, U size of a value, C tokens of a chunk.
+Dimension letters, beside those of `transformer`: W tokens of a convolution's kernel, N value heads,
+K key heads, H size of a key, U size of a value, C tokens of a chunk.
 """
 
 import functools
@@ -50,7 +50,9 @@ class CausalConvolution(nnx.Module):
 
 
 class ShortConvolution(nnx.Module):
-    """LFM2's double-gated convolution: o_proj(b * convolution(a * x)), all three projections of the input."""
+    """LFM2's double-gated convolution: o_proj(b * convolution(a * x)), all three projections of the
+    input.
+    """
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
         assert config.convolution is not None, "a convolution without its constants"
@@ -166,7 +168,8 @@ def delta_rule(
     beta: Float[Array, "B T N"],
     state: Float[Array, "B N H U"] | None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N H U"] | None]:
-    """For each token S = exp(decay) S, S += beta k (v - S k)^T, and S q / sqrt(H); q and k normalized.
+    """For each token S = exp(decay) S, S += beta k (v - S k)^T, and S q / sqrt(H); q and k
+    normalized.
 
     All in float32, by chunks: within one the corrections of all tokens are the solution of a
     triangular system, so that only the state goes from chunk to chunk, one after the other.

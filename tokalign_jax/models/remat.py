@@ -2,8 +2,9 @@
 
 B batch, T length, D model, N heads, K key-value heads, H head size, F intermediate, L layers.
 
-A layer's input is always kept. Results of matrix products are dear to compute again; norms, rotations and activation
-functions cost next to nothing. So a policy says which products' results are kept, and all else is computed again:
+A layer's input is always kept. Results of matrix products are dear to compute again; norms,
+rotations and activation functions cost next to nothing. So a policy says which products' results
+are kept, and all else is computed again:
 
 | policy | kept beside the layer's input | products computed again |
 |---|---|---|
@@ -11,12 +12,14 @@ functions cost next to nothing. So a policy says which products' results are kep
 | `attention` | results of q_proj, k_proj, v_proj, and of attention | those of the feed-forward but the last, and o_proj |
 | `layer` | nothing | all but the last |
 
-What the backward pass has no use for is not kept: a product that is only added to the residual stream, and where a
-layer is frozen, what only the gradients of its weights would need. `activation_bytes` has the sizes.
+What the backward pass has no use for is not kept: a product that is only added to the residual
+stream, and where a layer is frozen, what only the gradients of its weights would need.
+`activation_bytes` has the sizes.
 
-To keep everything that autodiff would use is not offered: it holds three times the memory of `dots` (float32
-intermediates of norms, several copies of the feed-forward's width) and saves no product. Nor is moving what is kept to
-host memory: `layer` keeps so little that there is next to nothing to move.
+To keep everything that autodiff would use is not offered: it holds three times the memory of `dots`
+(float32 intermediates of norms, several copies of the feed-forward's width) and saves no product.
+Nor is moving what is kept to host memory: `layer` keeps so little that there is next to nothing to
+move.
 """
 
 from collections.abc import Callable
@@ -33,7 +36,9 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 """From the most memory to the least, and from the least work to the most."""
 
 ATTENTION = "attention"
-"""Checkpoint name of what attention takes and gives: results of q_proj, k_proj and v_proj, and the kernel's."""
+"""Checkpoint name of what attention takes and gives: results of q_proj, k_proj and v_proj, and the
+kernel's.
+"""
 PROJECTED = "projected"
 """Checkpoint name of the results of all other projections."""
 
@@ -67,7 +72,8 @@ def wrap(body: Callable, policy: Policy, in_loop: bool = True) -> Callable:
 
 
 def activation_bytes(config: ModelConfig, policy: Policy, dtype: DTypeLike) -> int:
-    """Bytes that all layers keep from the forward to the backward pass, per token of what a device holds at once.
+    """Bytes that all layers keep from the forward to the backward pass, per token of what a device
+    holds at once.
 
     Exact for layers that train, with fused attention; the einsum fallback keeps no log-sum-exp (4 N
     bytes a layer), and frozen layers with a parallel residual keep N H elements a layer less there.

@@ -1,9 +1,12 @@
-"""Rotary position embedding (arXiv 2104.09864, equation 34) in the half-rotation layout of Hugging Face weights.
+"""Rotary position embedding (arXiv 2104.09864, equation 34) in the half-rotation layout of Hugging
+Face weights.
 
-B batch, T length, N heads, H head size, R rotary size (the leading part of H that turns; the rest passes).
+B batch, T length, N heads, H head size, R rotary size (the leading part of H that turns; the rest
+passes).
 
-Pair i of R / 2 turns by the angle position x frequency[i]. A scaling changes the frequencies, and some the length of what
-is turned, so that a model reads further than it was pre-trained for. Two of them look at the length of the text.
+Pair i of R / 2 turns by the angle position x frequency[i]. A scaling changes the frequencies, and
+some the length of what is turned, so that a model reads further than it was pre-trained for. Two of
+them look at the length of the text.
 """
 
 import math
@@ -38,7 +41,9 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """Dynamic NTK: past `max_positions` theta grows with the length of the text, so that the longest wave just fits."""
+    """Dynamic NTK: past `max_positions` theta grows with the length of the text, so that the
+    longest wave just fits.
+    """
 
     factor: float
     max_positions: int
@@ -59,10 +64,11 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """LLaMA 3.1's: long waves are stretched by `factor`, short ones kept, those between are blended.
+    """LLaMA 3.1's: long waves are stretched by `factor`, short ones kept, those between are
+    blended.
 
-    A wave is short when it fits more than `high_frequency_factor` times into `original_positions`, the length of
-    pre-training, and long when fewer than `low_frequency_factor` times.
+    A wave is short when it fits more than `high_frequency_factor` times into `original_positions`,
+    the length of pre-training, and long when fewer than `low_frequency_factor` times.
     """
 
     factor: float
@@ -86,10 +92,11 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071, section 3.2): as LLaMA 3.1's, but blended along the index of the frequency.
+    """YaRN (arXiv 2309.00071, section 3.2): as LLaMA 3.1's, but blended along the index of the
+    frequency.
 
-    The blend ends at the frequencies that turn `beta_fast` and `beta_slow` times within `original_positions`; with
-    `truncate` at the whole indices around them.
+    The blend ends at the frequencies that turn `beta_fast` and `beta_slow` times within
+    `original_positions`; with `truncate` at the whole indices around them.
     """
 
     factor: float
@@ -177,7 +184,9 @@ def rotation(positions: Int[Array, "T"], rope: Rope | None, size: int, length: L
 
 @jax.custom_vjp
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x[i], x[i + R/2]), i < R/2, in float32; the result has the type of `x`. `by` gets no gradient."""
+    """Turns the pairs (x[i], x[i + R/2]), i < R/2, in float32; the result has the type of `x`. `by`
+    gets no gradient.
+    """
     cosine, sine = (part[:, None, :] for part in by)
     half = cosine.shape[-1]
     first, second = (
@@ -196,12 +205,16 @@ def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
 def _in_place(
     x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]
 ) -> Float[Array, "B T N H"]:
-    """Where only a part turns, the rest stays where it is in memory: that saves a GPU a pass over it."""
+    """Where only a part turns, the rest stays where it is in memory: that saves a GPU a pass over
+    it.
+    """
     return jax.lax.dynamic_update_slice_in_dim(x, turned, 0, axis=-1)
 
 
 def _beside(x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]) -> Float[Array, "B T N H"]:
-    """The same, written anew. XLA for CPUs would turn `x` within itself, and of one head read what it has overwritten (jaxlib 0.10.2)."""
+    """The same, written anew. XLA for CPUs would turn `x` within itself, and of one head read what
+    it has overwritten (jaxlib 0.10.2).
+    """
     return jnp.concatenate([turned, x[..., turned.shape[-1] :]], axis=-1)
 
 
@@ -210,7 +223,9 @@ def _rotate_forward(x: Float[Array, "B T N H"], by: Rotation):
 
 
 def _rotate_backward(by: Rotation, gradient: Float[Array, "B T N H"]):
-    """The transpose turns the other way; autodiff would write the whole for it, not the part in its place."""
+    """The transpose turns the other way; autodiff would write the whole for it, not the part in its
+    place.
+    """
     cosine, sine = by
     # Held, so that the bias's gradient is a sum of this and not of what was here before it.
     return jax.lax.optimization_barrier(rotate(gradient, (cosine, -sine))), None

@@ -36,21 +36,23 @@ def _llama_cpp(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     kind = state.get("model", {}).get("type")
     if kind != "BPE":
         yield (
-            f"llama.cpp cannot serve this model: it has no decoder with a {kind or 'slow'} tokenizer; serve it "
-            "with transformers or vLLM, or choose a target tokenizer of type BPE"
+            f"llama.cpp cannot serve this model: it has no decoder with a {kind or 'slow'}"
+            " tokenizer; serve it with transformers or vLLM, or choose a target tokenizer of"
+            " type BPE"
         )
         return
     if config.get("model_type") in _NEEDS_SENTENCE_PIECE:
         yield (
-            f"llama.cpp's converter reads '{config['model_type']}' models with a SentencePiece tokenizer.model only, "
-            "which no export has: serve it with transformers or vLLM"
+            f"llama.cpp's converter reads '{config['model_type']}' models with a SentencePiece"
+            " tokenizer.model only, which no export has: serve it with transformers or vLLM"
         )
         return
     if state["model"].get("byte_fallback"):
         if config.get("model_type") not in _TAKE_SENTENCE_PIECE:
             yield (
-                f"llama.cpp's converter reads '{config.get('model_type')}' models with a SentencePiece tokenizer "
-                "from tokenizer.model only, which no export has: serve it with transformers or vLLM"
+                f"llama.cpp's converter reads '{config.get('model_type')}' models with a"
+                " SentencePiece tokenizer from tokenizer.model only, which no export has: serve it"
+                " with transformers or vLLM"
             )
         return
     known = known_vocabulary(tokenizer)
@@ -59,14 +61,15 @@ def _llama_cpp(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     name = llama_cpp.PRE_TOKENIZERS.get(cuts(state))
     if name is None:
         yield (
-            "llama.cpp does not cut text as this tokenizer does, so that a converted model would read other ids: "
-            "serve it with transformers or vLLM, or choose a target tokenizer that cuts as GPT-2, SmolLM, LLaMA 3 "
-            "or Qwen do"
+            "llama.cpp does not cut text as this tokenizer does, so that a converted model would"
+            " read other ids: serve it with transformers or vLLM, or choose a target tokenizer that"
+            " cuts as GPT-2, SmolLM, LLaMA 3 or Qwen do"
         )
         return
     yield (
-        f"llama.cpp's convert_hf_to_gguf.py stops at a vocabulary that it has not met ('BPE pre-tokenizer was not "
-        f"recognized'): this one is cut as '{name}' says; docs/serving.md has the command that tells it so"
+        "llama.cpp's convert_hf_to_gguf.py stops at a vocabulary that it has not met ('BPE"
+        f" pre-tokenizer was not recognized'): this one is cut as '{name}' says; docs/serving.md"
+        " has the command that tells it so"
     )
 
 
@@ -107,7 +110,7 @@ def _rows(config: Mapping[str, Any], tokenizer_folder: Path | None) -> Iterator[
     rows = (other.get("text_config") or other).get("vocab_size")
     if isinstance(rows, int) and rows > config["vocab_size"]:
         yield (
-            f"the model has {config['vocab_size']:,} rows and the one that the target tokenizer comes with "
-            f"{rows:,}: vLLM and transformers' assistant_model refuse the one as a draft of the other; "
-            f"--config.initialization.rows_multiple_of={rows} gives it as many"
+            f"the model has {config['vocab_size']:,} rows and the one that the target tokenizer"
+            f" comes with {rows:,}: vLLM and transformers' assistant_model refuse the one as a"
+            f" draft of the other; --config.initialization.rows_multiple_of={rows} gives it as many"
         )

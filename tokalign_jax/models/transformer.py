@@ -1,14 +1,15 @@
-"""A decoder-only transformer, defined in Flax NNX and run as pure functions of a nested dict of arrays.
+"""A decoder-only transformer, defined in Flax NNX and run as pure functions of a nested dict of
+arrays.
 
 Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N
 heads, K key-value heads, H head size, L layers, F intermediate, E experts.
 
-The modules declare the parameters (`abstract_params`) and the computation (`forward`); they hold arrays
-only during a call. Leaves under `layers` are stacked over L, or for a mixer over the layers that have
-it, and one compiled body is scanned over each run of layers whose mixers repeat (`Segment`). Layers may
-differ in window and rotary embedding: the scan passes each layer the indices of its own. Activations
-have the caller's `dtype`, to which each layer casts its weights; norms, rotary embedding, softmax and
-routing are computed in float32.
+The modules declare the parameters (`abstract_params`) and the computation (`forward`); they hold
+arrays only during a call. Leaves under `layers` are stacked over L, or for a mixer over the layers
+that have it, and one compiled body is scanned over each run of layers whose mixers repeat
+(`Segment`). Layers may differ in window and rotary embedding: the scan passes each layer the
+indices of its own. Activations have the caller's `dtype`, to which each layer casts its weights;
+norms, rotary embedding, softmax and routing are computed in float32.
 """
 
 import dataclasses
@@ -40,11 +41,13 @@ Params = dict[str, Any]
 
 
 UNROLLED = 48
-"""Layers up to which the loop over them is unrolled by default, where that pays; deeper models loop over
-turns of as even a number of layers. Compilation takes longer by as much, about a second a layer."""
+"""Layers up to which the loop over them is unrolled by default, where that pays; deeper models loop
+over turns of as even a number of layers. Compilation takes longer by as much, about a second a
+layer.
+"""
 
 
-# --- The definition -------------------------------------------------------------------------------
+# --- The definition -----------------------------------------------------------------------------
 
 
 MIXERS: dict[str, Any] = {
@@ -219,7 +222,7 @@ class Transformer:
         slots = {part: _unstacked(stack, _depth(stack)) for part, stack in self.layers.items()}
         for i, (kind, parts) in enumerate(zip(config.layer_kinds, _parts(config, self.layers))):
 
-            def own(x, slot, key, i=i, kind=kind, parts=parts):
+            def own(x: Any, slot: Any, key: Any, i=i, kind=kind, parts=parts):
                 weights = {
                     part: _taken(slot[part], still[part], number) for part, number in parts.items()
                 }
@@ -281,7 +284,7 @@ class Transformer:
         return apply(self.ends.embed_norm, x)
 
 
-# --- Pure functions -------------------------------------------------------------------------------
+# --- Pure functions -----------------------------------------------------------------------------
 
 
 def forward(
@@ -455,7 +458,7 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
     )
 
 
-# --- Small things ---------------------------------------------------------------------------------
+# --- Small things -------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -601,8 +604,8 @@ _unstacked.defvjp(_unstacked_forward, _unstacked_backward)
 def _taken(slot: Any, stack: Any, layer: int) -> Any:
     """A layer's slice of the stack; its gradient goes to `slot`.
 
-    A layer that is recomputed then slices the stack again, instead of keeping a copy from the forward
-    to the backward pass; a product that is the only reader of its slice reads it in place.
+    A layer that is recomputed then slices the stack again, instead of keeping a copy from the
+    forward to the backward pass; a product that is the only reader of its slice reads it in place.
     """
     return _layer_of(stack, layer)
 
@@ -646,6 +649,7 @@ def _query_factor(growth: QueryGrowth | None, positions: Int[Array, "T"]) -> Flo
 def _check_length(config: ModelConfig, length: int) -> None:
     if config.learned_positions and length > config.max_positions:
         raise UserError(
-            f"a text of {length:,} tokens is too long for this model: it has learned "
-            f"{config.max_positions:,} positions and no others; use sequences of at most {config.max_positions:,} tokens"
+            f"a text of {length:,} tokens is too long for this model: it has learned"
+            f" {config.max_positions:,} positions and no others; use sequences of at most"
+            f" {config.max_positions:,} tokens"
         )

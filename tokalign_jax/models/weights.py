@@ -1,8 +1,10 @@
-"""A family's weight table: which tensor of a Hugging Face checkpoint fills which leaves of the parameters, and back.
+"""A family's weight table: which tensor of a Hugging Face checkpoint fills which leaves of the
+parameters, and back.
 
-A table is a list of `Weight`. Layer tensors are named once, with `{layer}` for the number; they fill slice `layer` of
-leaves that are stacked over L. Where a layer has several of one kind (experts, heads), `{index}` is their number, and they
-fill slice `layer, index`. Reading applies `split`, and writing its inverse `join`.
+A table is a list of `Weight`. Layer tensors are named once, with `{layer}` for the number; they
+fill slice `layer` of leaves that are stacked over L. Where a layer has several of one kind
+(experts, heads), `{index}` is their number, and they fill slice `layer, index`. Reading applies
+`split`, and writing its inverse `join`.
 """
 
 import itertools
@@ -106,9 +108,11 @@ def _indices(order: Order | None) -> tuple[Any, Any]:
 
 
 def fused(name: str, leaves: Sequence[str], sizes: Sequence[int], outputs: int) -> Weight:
-    """One tensor for several projections, whose outputs (`sizes`) follow each other on its axis `outputs`.
+    """One tensor for several projections, whose outputs (`sizes`) follow each other on its axis
+    `outputs`.
 
-    That is -2 for PyTorch's matrices [..., out, in], and -1 for [..., in, out] as ours are, and for biases.
+    That is -2 for PyTorch's matrices [..., out, in], and -1 for [..., in, out] as ours are, and for
+    biases.
     """
     ends = np.cumsum(sizes)[:-1]
 

@@ -1,7 +1,7 @@
 """The model families, one file each: how config.json becomes a `ModelConfig`, and the weight table.
 
-A module has MODEL_TYPES, `config_from_hf`, `weights`, HEAD (the row of the head, which a tied model may store too) and
-BUFFERS (an expression for tensors in old checkpoints that hold no parameters).
+A module has MODEL_TYPES, `config_from_hf`, `weights`, HEAD (the row of the head, which a tied model
+may store too) and BUFFERS (an expression for tensors in old checkpoints that hold no parameters).
 """
 
 import re
@@ -73,8 +73,8 @@ FAMILIES = {name: module for module in _MODULES for name in module.MODEL_TYPES}
 
 
 _PER_LAYER_EMBEDDINGS = (
-    "each layer has an embedding table of the vocabulary's size of its own, whose rows would need a "
-    "start too"
+    "each layer has an embedding table of the vocabulary's size of its own, whose rows would need a"
+    " start too"
 )
 _HEAD_BIAS = "its head has a bias for each token, which would need a start too"
 REFUSED = {
@@ -97,13 +97,14 @@ def family(model_type: str | None) -> ModuleType:
     """
     if model_type in REFUSED:
         raise UserError(
-            f"model_type '{model_type}' is not supported: {REFUSED[model_type]}; choose a source model of another family"
+            f"model_type '{model_type}' is not supported: {REFUSED[model_type]}; choose a source"
+            " model of another family"
         )
     if model_type not in FAMILIES:
         raise UserError(
-            f"model_type '{model_type}' is not supported: choose a source model of one of the families "
-            f"{', '.join(sorted(FAMILIES))}, or of {', '.join(multimodal.MODEL_TYPES)} for its text model alone (the "
-            f"model_type in its config.json)"
+            f"model_type '{model_type}' is not supported: choose a source model of one of the"
+            f" families {', '.join(sorted(FAMILIES))}, or of {', '.join(multimodal.MODEL_TYPES)}"
+            " for its text model alone (the model_type in its config.json)"
         )
     return FAMILIES[model_type]
 
@@ -118,9 +119,11 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
-    """The weight table of `config`, in the layout of the checkpoint whose tensors are `stored`, or the usual one.
+    """The weight table of `config`, in the layout of the checkpoint whose tensors are `stored`, or
+    the usual one.
 
-    Checkpoints of the model without its head, as the first of GPT-2 and embedding models are, lack the first part of names.
+    Checkpoints of the model without its head, as the first of GPT-2 and embedding models are, lack
+    the first part of names.
     """
     module = family(config.model_type)
     packed = config.experts is not None and any(
@@ -150,7 +153,8 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_name(model_type: str | None, name: str) -> str | None:
-    """The name of a tensor of a `model_type` checkpoint, or if that is multimodal the one in its text model's own.
+    """The name of a tensor of a `model_type` checkpoint, or if that is multimodal the one in its
+    text model's own.
 
     None: it is of no part of the text model.
     """

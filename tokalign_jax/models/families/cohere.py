@@ -1,4 +1,5 @@
-"""Cohere's Command and Aya: parallel layers with one norm, scaled logits, interleaved rotary embedding.
+"""Cohere's Command and Aya: parallel layers with one norm, scaled logits, interleaved rotary
+embedding.
 
 Cohere 2 (Command R7B, Command A) has windows, and no rotary embedding in layers without one.
 """

@@ -1,7 +1,8 @@
 """Gemma 1, 2 and 3 (text): embeddings scaled by sqrt(D), norms that multiply with 1 + w.
 
-Gemma 2 and 3 have norms before and after attention and feed-forward, and alternate between layers with and without a
-window. Gemma 2 caps logits; Gemma 3 has norms on queries and keys, and another rotary base in layers with a window.
+Gemma 2 and 3 have norms before and after attention and feed-forward, and alternate between layers
+with and without a window. Gemma 2 caps logits; Gemma 3 has norms on queries and keys, and another
+rotary base in layers with a window.
 """
 
 from typing import Any
@@ -18,9 +19,10 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a Gemma model.
 
-    Files leave `tie_word_embeddings` out where it is on, which all releases have. `attention_bias` is younger than the
-    format: without it there are no biases. `layer_types` too: without it every second layer of Gemma 2 has no window,
-    and of Gemma 3 every `sliding_window_pattern`th.
+    Files leave `tie_word_embeddings` out where it is on, which all releases have. `attention_bias`
+    is younger than the
+    format: without it there are no biases. `layer_types` too: without it every second layer of
+    Gemma 2 has no window, and of Gemma 3 every `sliding_window_pattern`th.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
@@ -41,7 +43,8 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 def _gemma(raw: Raw) -> dict[str, Any]:
     reading.check_flags(raw, ("attention_bias",))
-    # The first files say "gelu" where the model was trained with the approximation by tanh, as later ones say.
+    # The first files say "gelu" where the model was trained with the approximation by tanh, as
+    # later ones say.
     legacy = required(raw, "hidden_act") == "gelu" and raw.get("hidden_activation") in (
         None,
         "gelu_pytorch_tanh",
@@ -107,7 +110,9 @@ def _sandwiched(raw: Raw) -> dict[str, Any]:
 
 
 def _rope(raw: Raw, kind: str):
-    """Gemma 3's rotary embedding of one kind of layer; older files scale that of layers without a window only."""
+    """Gemma 3's rotary embedding of one kind of layer; older files scale that of layers without a
+    window only.
+    """
     if rope := reading.rope_of_kind(raw, kind):
         return rope
     if kind == FULL:

@@ -1,4 +1,5 @@
-"""GLM 4 (9B and the 0414 models): interleaved partial rotary embedding, fused gate and up projection.
+"""GLM 4 (9B and the 0414 models): interleaved partial rotary embedding, fused gate and up
+projection.
 
 The 0414 models (`glm4`) have norms before and after attention and feed-forward.
 """

@@ -1,4 +1,6 @@
-"""GPT-2: learned positions, and projections that are stored as [in, out], queries, keys and values as one."""
+"""GPT-2: learned positions, and projections that are stored as [in, out], queries, keys and values
+as one.
+"""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
@@ -14,9 +16,9 @@ BUFFERS = r"attn\.(bias|masked_bias)$"
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a GPT-2 model.
 
-    Files leave `tie_word_embeddings` out where it is on, and `n_inner` where it is 4 n_embd. `scale_attn_weights` is
-    younger than the format: without it attention logits are divided by sqrt(H). `reorder_and_upcast_attn` asks for
-    float32 logits of attention, which they always are.
+    Files leave `tie_word_embeddings` out where it is on, and `n_inner` where it is 4 n_embd.
+    `scale_attn_weights` is younger than the format: without it attention logits are divided by
+    sqrt(H). `reorder_and_upcast_attn` asks for float32 logits of attention, which they always are.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.

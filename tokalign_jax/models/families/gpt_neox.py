@@ -18,7 +18,8 @@ BUFFERS = r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$"
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a GPT-NeoX model.
 
-    `use_parallel_residual` and `attention_bias` are younger than the format: older files mean that they are on.
+    `use_parallel_residual` and `attention_bias` are younger than the format: older files mean that
+      they are on.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.

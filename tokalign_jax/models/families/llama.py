@@ -1,4 +1,6 @@
-"""LLaMA 1 to 3, and whatever else calls itself `llama` (SmolLM 1 and 2, TinyLlama, Yi, DeepSeek's small ones ...)."""
+"""LLaMA 1 to 3, and whatever else calls itself `llama` (SmolLM 1 and 2, TinyLlama, Yi, DeepSeek's
+small ones ...).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,8 +20,8 @@ BUFFERS = r"rotary_emb\.inv_freq$"
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a LLaMA model.
 
-    Where keys that are younger than the format (head_dim, num_key_value_heads, rope_theta, the biases) are absent, the
-    value is the one that the code of that time had built in.
+    Where keys that are younger than the format (head_dim, num_key_value_heads, rope_theta, the
+    biases) are absent, the value is the one that the code of that time had built in.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.

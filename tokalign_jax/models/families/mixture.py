@@ -1,4 +1,5 @@
-"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE and OLMoE (a tensor per expert), Granite (one for all).
+"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE and OLMoE (a tensor per expert), Granite (one for
+all).
 
 Qwen 2 MoE and Granite (shared) have an expert that all tokens go through beside.
 """
@@ -25,7 +26,8 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a mixture of experts. What concerns training alone (auxiliary loss, jitter) is left aside.
+    """The constants of a mixture of experts. What concerns training alone (auxiliary loss, jitter)
+    is left aside.
 
     Keys that are younger than the format: `attention_bias` (Qwen 3; without it there are no
     biases), `qkv_bias` (Qwen 2; without it queries, keys and values have biases).
@@ -59,7 +61,9 @@ def weights(config: ModelConfig) -> list[Weight]:
 
 
 def packed_weights(config: ModelConfig) -> list[Weight]:
-    """The weight table of checkpoints that transformers 5 writes as its modules are: the experts of a layer in one tensor."""
+    """The weight table of checkpoints that transformers 5 writes as its modules are: the experts of
+    a layer in one tensor.
+    """
     if config.model_type in ("granitemoe", "granitemoeshared"):
         return _granite_weights(config)
     return [

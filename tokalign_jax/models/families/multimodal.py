@@ -1,4 +1,5 @@
-"""Models of images and text whose text part is one of our families: it is taken alone, as a causal LM.
+"""Models of images and text whose text part is one of our families: it is taken alone, as a causal
+LM.
 
 Their config.json has the text model's under `text_config`, without what is the default of its
 transformers class; their weights have the text model's behind a prefix. What is adapted and
@@ -74,13 +75,14 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     text = _with_class_of_its_own(raw)
     if text.get("model_type") not in ARCHITECTURES:
         raise UserError(
-            f"the text model of this '{raw['model_type']}' model is of model_type {text.get('model_type')!r} (text_config "
-            f"in its config.json), which is not supported: choose one whose text model is of one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"the text model of this '{raw['model_type']}' model is of model_type"
+            f" {text.get('model_type')!r} (text_config in its config.json), which is not supported:"
+            f" choose one whose text model is of one of {', '.join(ARCHITECTURES)}"
         )
     from transformers import CONFIG_MAPPING  # Slow to import, and only needed here.
 
-    # Files leave out what is the default of the text model's class, so that only the class can complete them.
+    # Files leave out what is the default of the text model's class, so that only the class can
+    # complete them.
     whole = CONFIG_MAPPING[text["model_type"]](**text).to_dict()
     above = {
         key: raw[key]

@@ -1,4 +1,6 @@
-"""Phi-3, Phi-3.5 and Phi-4 (mini too): LLaMA with fused projections, partial rotary embedding and LongRoPE."""
+"""Phi-3, Phi-3.5 and Phi-4 (mini too): LLaMA with fused projections, partial rotary embedding and
+LongRoPE.
+"""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
@@ -14,8 +16,8 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a Phi-3 model.
 
-    `partial_rotary_factor` is younger than the format: without it the whole head turns. The first files call LongRoPE
-    `su`.
+    `partial_rotary_factor` is younger than the format: without it the whole head turns. The first
+    files call LongRoPE `su`.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.

@@ -1,4 +1,6 @@
-"""Qwen 2 and 2.5, LLaMA with biases on queries, keys and values, and Qwen 3, with norms on queries and keys instead."""
+"""Qwen 2 and 2.5, LLaMA with biases on queries, keys and values, and Qwen 3, with norms on queries
+and keys instead.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,8 +23,9 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a Qwen model.
 
-    `layer_types` and `attention_bias` (Qwen 3) are younger than the format: without the first, layers from
-    `max_window_layers` on have the window if `use_sliding_window`; without the second there are no biases.
+    `layer_types` and `attention_bias` (Qwen 3) are younger than the format: without the first,
+    layers from `max_window_layers` on have the window if `use_sliding_window`; without the second
+    there are no biases.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.

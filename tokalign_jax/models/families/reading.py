@@ -1,4 +1,6 @@
-"""Reading config.json: what every family needs, in the spellings of transformers 5 and of older releases."""
+"""Reading config.json: what every family needs, in the spellings of transformers 5 and of older
+releases.
+"""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -76,7 +78,7 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# --- Single keys ------------------------------------------------------------------------------------------------------
+# --- Single keys --------------------------------------------------------------------------------
 
 
 def required(raw: Raw, key: str) -> Any:
@@ -104,14 +106,15 @@ def nullable(raw: Raw, key: str) -> Any:
 def refuse(raw: Raw, flag: str, implemented: str) -> UserError:
     """The error for a config flag that asks for something that is not there."""
     return UserError(
-        f"the model's config.json sets '{flag}' to {raw.get(flag)!r}, which is not implemented for model_type "
-        f"'{raw.get('model_type')}' (implemented: {implemented}): choose another model, as this one would be computed "
-        f"wrongly"
+        f"the model's config.json sets '{flag}' to {raw.get(flag)!r}, which is not implemented for"
+        f" model_type '{raw.get('model_type')}' (implemented: {implemented}): choose another model,"
+        " as this one would be computed wrongly"
     )
 
 
 def check_flags(raw: Raw, implemented: Collection[str] = ()) -> None:
-    """Refuses a model that is quantized, or whose config.json asks for what another family has and this one has not.
+    """Refuses a model that is quantized, or whose config.json asks for what another family has and
+    this one has not.
 
     Args:
       implemented: the flags that this family reads.
@@ -127,8 +130,9 @@ def check_flags(raw: Raw, implemented: Collection[str] = ()) -> None:
             else quantization
         )
         raise UserError(
-            f"the model's config.json has a 'quantization_config' (method {method}): quantized weights cannot be "
-            f"adapted; give the original model in float32, float16 or bfloat16, from which this one was made"
+            f"the model's config.json has a 'quantization_config' (method {method}): quantized"
+            " weights cannot be adapted; give the original model in float32, float16 or bfloat16,"
+            " from which this one was made"
         )
     for flag, harmless in _FLAGS.items():
         if flag not in implemented and raw.get(flag) is not None and raw[flag] not in harmless:
@@ -147,12 +151,12 @@ def activation(raw: Raw, key: str = "hidden_act") -> Any:
 
 def _missing(key: str) -> UserError:
     return UserError(
-        f"the model's config.json has no '{key}': it is needed to rebuild the model exactly; add the value with "
-        f"which the model was trained"
+        f"the model's config.json has no '{key}': it is needed to rebuild the model exactly; add"
+        " the value with which the model was trained"
     )
 
 
-# --- Rotary embedding -------------------------------------------------------------------------------------------------
+# --- Rotary embedding ---------------------------------------------------------------------------
 
 
 def rope(
@@ -164,13 +168,12 @@ def rope(
 ) -> Rope:
     """The rotary embedding that config.json describes.
 
-    transformers 5 keeps all of it in `rope_parameters`; older files have `rope_theta` and `partial_rotary_factor` on
-    their own, scaling in `rope_scaling`, and its kind under `type`.
+    transformers 5 keeps all of it in `rope_parameters`; older files have `rope_theta` and
+    `partial_rotary_factor` on their own, scaling in `rope_scaling`, and its kind under `type`.
 
-    Args:
-      theta: the value where the file says none.
-      fraction: the share of a head that turns where the file says none; None: the family has no partial rotary embedding.
-      alpha: dynamic scaling with an `alpha` is a larger base and no scaling.
+    Args: theta: the value where the file says none. fraction: the share of a head that turns where
+      the file says none; None: the family has no partial rotary embedding. alpha: dynamic scaling
+      with an `alpha` is a larger base and no scaling.
 
     Raises:
       UserError: a constant is missing, or the scaling is not implemented.
@@ -192,7 +195,8 @@ def rope(
 
 
 def rope_of_kind(raw: Raw, kind: str) -> Rope | None:
-    """The rotary embedding of one kind of layers, in files that tell it by kind; None in older ones.
+    """The rotary embedding of one kind of layers, in files that tell it by kind; None in older
+    ones.
 
     Raises:
       UserError: `rope_parameters` does not say of which kind it is.
@@ -219,8 +223,8 @@ def _rope_settings(raw: Raw) -> dict[str, Any]:
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if new and old and any(new.get(key) != value for key, value in old.items()):
         raise UserError(
-            f"the model's config.json has both 'rope_parameters' ({new}) and 'rope_scaling' ({old}), which differ: keep "
-            f"the one with which the model was trained"
+            f"the model's config.json has both 'rope_parameters' ({new}) and 'rope_scaling'"
+            f" ({old}), which differ: keep the one with which the model was trained"
         )
     apart = {
         key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None
@@ -283,7 +287,7 @@ def _yarn_magnitude(settings: Raw, factor: float) -> float:
     return float(computed if given is None else given)
 
 
-# --- The whole --------------------------------------------------------------------------------------------------------
+# --- The whole ----------------------------------------------------------------------------------
 
 _USUAL: dict[str, Callable[[Raw], Any]] = {
     "model_type": lambda raw: raw["model_type"],
@@ -311,11 +315,12 @@ _USUAL: dict[str, Callable[[Raw], Any]] = {
 
 
 def decoder(raw: Raw, **constants: Any) -> ModelConfig:
-    """A decoder as most families have it: RMS norms, gated feed-forward, no biases, all layers alike, LLaMA's spellings.
+    """A decoder as most families have it: RMS norms, gated feed-forward, no biases, all layers
+    alike, LLaMA's spellings.
 
-    `constants` stand in the place of what would be read, or add to it. Without num_key_value_heads every query head has
-    its own: the key is younger than the format. Without tie_word_embeddings the head is a matrix of its own, which is
-    what the files leave out.
+    `constants` stand in the place of what would be read, or add to it. Without num_key_value_heads
+    every query head has its own: the key is younger than the format. Without tie_word_embeddings
+    the head is a matrix of its own, which is what the files leave out.
 
     Raises:
       UserError: a constant is missing, or has a value that is not implemented.

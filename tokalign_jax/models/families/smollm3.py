@@ -12,9 +12,9 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a SmolLM3 model.
 
-    `no_rope_layers` has a 1 for each layer with rotary embedding; without it every `no_rope_layer_interval`th has none.
-    Without `layer_types` the layers without rotary embedding have the window if `use_sliding_window`. Files leave
-    `tie_word_embeddings` out where it is on.
+    `no_rope_layers` has a 1 for each layer with rotary embedding; without it every
+    `no_rope_layer_interval`th has none. Without `layer_types` the layers without rotary embedding
+    have the window if `use_sliding_window`. Files leave `tie_word_embeddings` out where it is on.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.

@@ -1,4 +1,6 @@
-"""StableLM: LLaMA with layer norms and partial rotary embedding; some have biases, norms for each head, or parallel layers."""
+"""StableLM: LLaMA with layer norms and partial rotary embedding; some have biases, norms for each
+head, or parallel layers.
+"""
 
 from dataclasses import replace
 
@@ -16,8 +18,8 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 def config_from_hf(raw: Raw) -> ModelConfig:
     """The constants of a StableLM model.
 
-    `use_qkv_bias`, `qk_layernorm` and `use_parallel_residual` are younger than the format: older files mean that they
-    are off.
+    `use_qkv_bias`, `qk_layernorm` and `use_parallel_residual` are younger than the format: older
+    files mean that they are off.
 
     Raises:
       UserError: a constant is missing, or a flag asks for what is not implemented.
