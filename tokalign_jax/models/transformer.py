@@ -219,7 +219,7 @@ class Transformer:
             x, cache = self._looped(numbered_layer, x, numbers, keys, cache, remat, unroll)
             return ends.final_norm(x), cache
         still: Any = jax.lax.stop_gradient(self.layers)
-        slots = {part: _unstacked(stack, _depth(stack)) for part, stack in self.layers.items()}
+        slots: Any = {part: _unstacked(stack, _depth(stack)) for part, stack in self.layers.items()}
         for i, (kind, parts) in enumerate(zip(config.layer_kinds, _parts(config, self.layers))):
 
             def own(x: Any, slot: Any, key: Any, i=i, kind=kind, parts=parts):
