@@ -722,7 +722,7 @@ def tokens(length: int, batch: int = 2) -> np.ndarray:
 
 def reference_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor(tokens).long()).logits.numpy()
+        return model(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
 
 
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -105,11 +105,11 @@ def test_what_changed_in_its_middle_changes_the_run(tmp_path):
     alignment = AlignmentConfig(source_vectors=str(vectors), target_vectors=str(path))
     config = Config(corpus=f"{path},{text}", source_model=str(model), alignment=alignment)
 
-    def identities():
+    def of_run():
         found = identities.identities(Context(config, tmp_path / "run", quiet))
         return {**found, **found["vectors"], "vectors": None}
 
-    before = identities()
+    before = of_run()
     for changed, keys in (
         (text, ["corpus"]),
         (weights, ["source_model"]),
@@ -119,6 +119,6 @@ def test_what_changed_in_its_middle_changes_the_run(tmp_path):
         with changed.open("r+b") as file:
             file.seek(changed.stat().st_size // 2)
             file.write(b"0")
-        after = identities()
+        after = of_run()
         assert [name for name in after if after[name] != before[name]] == keys
         before = after

@@ -159,7 +159,9 @@ def test_a_stage_is_resumed_with_the_same_bits(tmp_path, method, objective):
     stage = replace(STAGE, method=method, objective=objective)
     whole = train(tmp_path / "whole", stage, objective=taught(stage))
     if method == "full":
-        assert whole.history[-1]["loss"] < whole.history[0]["loss"]
+        losses = [record["loss"] for record in whole.history]
+        half = len(losses) // 2  # batches differ more than one step changes
+        assert sum(losses[half:]) < sum(losses[:half])
 
     class Killed(Exception):
         pass

@@ -136,7 +136,8 @@ def distill(
         most.
     """
     steps, judged = _batches(config, written, corpus, budget, models.student, mesh)
-    present, counts = _present((*steps, judged), models.student.vocab_size)
+    size = len(next(iter(rows.values())).features)
+    present, counts = _present((*steps, judged), size)
     steps, judged = [_renumbered(batch, present) for batch in steps], _renumbered(judged, present)
     few, few_rows, models = _restricted(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
