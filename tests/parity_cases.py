@@ -750,7 +750,7 @@ def gradient_error(pair: Pair) -> float:
         name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params
     }
     gradients = _gradients(pair.config, vocabulary, pair.params, text)
-    scores = pair.reference(torch.tensor(text).long()).logits[:, :-1].flatten(0, 1)
+    scores = pair.reference(torch.tensor(text).long(), use_cache=False).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(scores, torch.tensor(text[:, 1:]).long().flatten()).backward()
     return max(
         _relative(gradients["embed_tokens"]["embedding"], pair.reference.get_input_embeddings()),

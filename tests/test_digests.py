@@ -11,6 +11,7 @@ import pytest
 
 from tokalign_jax import demo
 from tokalign_jax.config import AlignmentConfig, Config
+from tokalign_jax.pipeline import identities
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.utils import digests
 from tokalign_jax.utils.digests import Digests
