@@ -147,11 +147,13 @@ def test_micro_batches_are_as_even_as_they_divide(count, at_once, monkeypatch):
     positions, weights = np.zeros((count, size - 1), int), np.ones((2, count))
     batch = self_distillation.Batch(*rows, positions, *weights)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    rounds = self_distillation._rounds(batch, mesh)
+    rounds = self_distillation._micro_batches(batch, mesh)
     real = (rounds.target >= 0).any(axis=-1).sum(axis=-1)
     assert real.sum() == count and rounds.target.shape[1] <= at_once
     assert len(real) == -(-count // at_once) and real.min() >= real.max() - len(real)
-    np.testing.assert_allclose(self_distillation._weights(rounds), real / count, rtol=1e-6)
+    np.testing.assert_allclose(
+        self_distillation._micro_batch_weights(rounds), real / count, rtol=1e-6
+    )
 
 
 def test_tokens_that_the_text_does_not_hold_are_not_driven_down(sides):

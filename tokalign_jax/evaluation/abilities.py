@@ -26,6 +26,7 @@ from tokalign_jax import demo
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import intervals
+from tokalign_jax.evaluation.question_files import read_questions
 from tokalign_jax.evaluation.token_costs import Window, token_costs
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
@@ -108,17 +109,8 @@ def _files(names: str) -> list[Path]:
 
 
 def _read_file(path: Path) -> list[Question]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"abilities '{path}' cannot be read ({error}): it must be JSON lines in UTF-8"
-        ) from error
-    questions = [
-        _question(line, f"abilities '{path}', line {i}")
-        for i, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    remedy = "it must be JSON lines in UTF-8"
+    questions = read_questions("abilities", path, remedy, _question)
     if not questions:
         raise UserError(
             f"abilities '{path}' has no questions: take it away, or add lines such as {_EXAMPLE}"

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import intervals
+from tokalign_jax.evaluation.question_files import read_questions
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.sampling import sample
 from tokalign_jax.text import chats
@@ -57,17 +58,8 @@ def read(name: str, most: int = 0) -> list[ChatQuestion]:
       UserError: the file cannot be read, or a line is no question.
     """
     path = Path(name).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"chat questions '{path}' cannot be read ({error}): name a file of JSON lines in UTF-8"
-        ) from error
-    found = [
-        _question(line, f"chat questions '{path}', line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    remedy = "name a file of JSON lines in UTF-8"
+    found = read_questions("chat questions", path, remedy, _question)
     if not found:
         raise UserError(f"chat questions '{path}' is empty: add lines such as {_EXAMPLE}")
     return found[: most or len(found)]

@@ -73,8 +73,8 @@ WRITTEN = (0.5, 1.0)
 """Weights of next-token loss and likelihood divergence on text of the source model."""
 CORPUS = (1.0, 0.5)
 """The same on text of the corpus."""
-JUDGED = 64
-"""Sequences that are left out of training, on which the model before and after it is judged."""
+HELD_OUT = 64
+"""Sequences that are left out of training, on which the model is measured before and after it."""
 MICRO_BATCH_TOKENS = {"cpu": 1024}
 OTHER_MICRO_BATCH_TOKENS = 16_384
 """Target tokens that a device reads at once, by backend."""
@@ -135,17 +135,20 @@ def distill(
       less, `MOST_PASSES` times at
         most.
     """
-    steps, judged = _batches(config, written, corpus, budget, models.student, mesh)
+    steps, held_out = _batches(config, written, corpus, budget, models.student, mesh)
     size = len(next(iter(rows.values())).features)
-    present, counts = _present((*steps, judged), size)
-    steps, judged = [_renumbered(batch, present) for batch in steps], _renumbered(judged, present)
-    few, few_rows, models = _restricted(params, rows, models, present)
+    present, counts = _tokens_in_text((*steps, held_out), size)
+    steps, held_out = (
+        [_renumbered(batch, present) for batch in steps],
+        _renumbered(held_out, present),
+    )
+    few, few_rows, models = _restrict_vocabulary(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
-    frozen, body = _placed(few, teacher, few_rows, trains_body, dtype, mesh)
+    frozen, body = _place(few, teacher, few_rows, trains_body, dtype, mesh)
     state = _start(body, few_rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
     static = {"models": models, "mesh": mesh}
 
-    before = _judge(state.trainable, frozen, judged, **static)
+    before = _evaluate(state.trainable, frozen, held_out, **static)
     schedule = _schedule(len(steps), rows, models.student.hidden_size)
     tokens = sum(int((batch.target >= 0).sum()) for batch in steps)
     progress = Progress(log, "self-distillation", tokens, "tokens")
@@ -153,7 +156,7 @@ def distill(
         state = _step(state, frozen, _put(batch, mesh), schedule, **static)
         state.step.block_until_ready()  # so that the rate printed is that of steps done
         progress.update(tokens / len(steps))
-    after = _judge(state.trainable, frozen, judged, **static)
+    after = _evaluate(state.trainable, frozen, held_out, **static)
     gained = float(after.loss) < float(before.loss)
     progress.done(
         f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f}"
@@ -170,14 +173,18 @@ def distill(
     if not gained:
         return Result(params, facts)
     trained = _merged(state.trainable, frozen, params, rows, present, mesh)
-    states = sharding.to_host(_final_states(state.trainable, frozen, _put(judged, mesh), **static))
-    states = states[judged.target[..., 1:] >= 0][:STATES]
+    states = sharding.to_host(
+        _final_states(state.trainable, frozen, _put(held_out, mesh), **static)
+    )
+    states = states[held_out.target[..., 1:] >= 0][:STATES]
     composed = np.asarray(rows[_head(rows)].features.any(axis=1))
-    facts["unseen_shift"] = _leave_room(trained, models.student, states, counts, composed, log)
+    facts["unseen_shift"] = _calibrate_unseen(
+        trained, models.student, states, counts, composed, log
+    )
     return Result(trained, facts)
 
 
-def _placed(
+def _place(
     params: Params,
     teacher: Params,
     rows: Mapping[str, Rows],
@@ -217,7 +224,7 @@ def _head(vocabulary: Iterable[str]) -> str:
     return "lm_head/kernel" if "lm_head/kernel" in vocabulary else "embed_tokens/embedding"
 
 
-def _leave_room(
+def _calibrate_unseen(
     params: Params,
     config: ModelConfig,
     states: Float[np.ndarray, "N D"],
@@ -250,7 +257,7 @@ STATES = 2048
 """States on which the probability of tokens that the text does not hold is measured."""
 
 
-def _present(
+def _tokens_in_text(
     batches: Sequence[HostBatch], vocabulary: int
 ) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "V"]]:
     """The tokens that the text holds, and how often it holds each of V."""
@@ -266,7 +273,7 @@ def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:
     return batch._replace(target=target.astype(np.int32))
 
 
-def _restricted(
+def _restrict_vocabulary(
     params: Params, rows: Mapping[str, Rows], models: Models, present: Int[np.ndarray, "p"]
 ) -> tuple[Params, dict[str, Rows], Models]:
     """The new model with the rows of these tokens alone."""
@@ -394,7 +401,7 @@ def _step(
             return jax.tree.map(lambda x, gradient: x + weight * gradient, sums, gradients), None
 
         zeros = jax.tree.map(jnp.zeros_like, (tables, state.trainable["body"]))
-        (of_tables, of_body), _ = jax.lax.scan(add, zeros, (batch, _weights(batch)))
+        (of_tables, of_body), _ = jax.lax.scan(add, zeros, (batch, _micro_batch_weights(batch)))
         gradients = {**pull(of_tables)[0], "body": of_body}
         directions: Any
         directions, optimizer = _optimizer(models.student.vocab_size).update(
@@ -418,22 +425,27 @@ def _step(
         return _State(trainable, optimizer, state.step + 1)
 
 
-def _judge(
+def _evaluate(
     trainable: dict[str, Any],
     frozen: dict[str, Any],
-    judged: HostBatch,
+    held_out: HostBatch,
     *,
     models: Models,
     mesh: Mesh,
 ) -> Terms:
     return jax.tree.map(
-        np.asarray, _terms(trainable, frozen, _put(judged, mesh), models=models, mesh=mesh)
+        np.asarray, _terms(trainable, frozen, _put(held_out, mesh), models=models, mesh=mesh)
     )
 
 
 @functools.partial(jax.jit, static_argnames=("models", "mesh"))
 def _final_states(
-    trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh
+    trainable: dict[str, Any],
+    frozen: dict[str, Any],
+    held_out: Batch,
+    *,
+    models: Models,
+    mesh: Mesh,
 ) -> Float[Array, "A B T D"]:
     with sharding.within(mesh):
         body = trainable["body"] or frozen["body"]
@@ -445,22 +457,27 @@ def _final_states(
             hidden = forward(models.student, params, read, dtype=dtype, remat="layer", unroll=1)
             return sharding.constrain(hidden, None)
 
-        return jax.lax.map(states, judged.target)
+        return jax.lax.map(states, held_out.target)
 
 
 @functools.partial(jax.jit, static_argnames=("models", "mesh"))
 def _terms(
-    trainable: dict[str, Any], frozen: dict[str, Any], judged: Batch, *, models: Models, mesh: Mesh
+    trainable: dict[str, Any],
+    frozen: dict[str, Any],
+    held_out: Batch,
+    *,
+    models: Models,
+    mesh: Mesh,
 ) -> Terms:
     with sharding.within(mesh):
         tables = _tables(trainable, frozen)
         terms = jax.lax.map(
-            lambda part: _loss(tables, trainable["body"], frozen, part, models)[1], judged
+            lambda part: _loss(tables, trainable["body"], frozen, part, models)[1], held_out
         )
-        return jax.tree.map(lambda values: values @ _weights(judged), terms)
+        return jax.tree.map(lambda values: values @ _micro_batch_weights(held_out), terms)
 
 
-def _weights(batch: Batch) -> Float[Array, "A"]:
+def _micro_batch_weights(batch: Batch) -> Float[Array, "A"]:
     """Each micro-batch's share of the tokens: its loss is a mean over its own."""
     tokens = jnp.sum(batch.target[..., 1:] >= 0, axis=(1, 2)).astype(jnp.float32)
     return tokens / jnp.maximum(tokens.sum(), 1.0)
@@ -522,14 +539,16 @@ def _batches(
     model: ModelConfig,
     mesh: Mesh,
 ) -> tuple[list[HostBatch], HostBatch]:
-    """The batches of all steps, on the host, and the one that is judged on; which they are does not
-    depend on the devices."""
+    """Make the batches of all steps and the held-out one, on the host.
+
+    They do not depend on the devices.
+    """
     random = np.random.default_rng([config.seed, 5])
     length = min(LENGTH, model.max_positions - 1)
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
     drawn = [
-        _draw(of, round(part * count), round(part * JUDGED), length, weights, random)
+        _draw(of, round(part * count), round(part * HELD_OUT), length, weights, random)
         for of, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
     trained, left_out = (_batch(map(np.concatenate, zip(*of))) for of in zip(*drawn))
@@ -537,7 +556,9 @@ def _batches(
     size = min(count, MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS))
     # Steps of one size, so that one program is compiled; what is left over is not read.
     order = random.permutation(count)[: count - count % size].reshape(-1, size)
-    return [_rounds(_take(trained, chosen), mesh) for chosen in order], _rounds(left_out, mesh)
+    return [_micro_batches(_take(trained, chosen), mesh) for chosen in order], _micro_batches(
+        left_out, mesh
+    )
 
 
 def _draw(
@@ -576,7 +597,7 @@ def _take(batch: HostBatch, chosen: Int[np.ndarray, "n"]) -> HostBatch:
     return _batch(values[chosen] for values in batch)
 
 
-def _rounds(batch: HostBatch, mesh: Mesh) -> HostBatch:
+def _micro_batches(batch: HostBatch, mesh: Mesh) -> HostBatch:
     """[A, B, ...]: as many sequences at once as the devices read, filled up with empty ones."""
     devices, (count, size) = sharding.sequences_at_once(mesh), batch.target.shape
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
