@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,21 +54,22 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 gc.set_threshold(50_000, 20, 100)
 
 
+TESTS = Path(__file__).parent
+
 WHOLE = (
-    "test_distributed",
-    "test_evaluation_command",
-    "test_initialization.py",
-    "test_initialization_token_distillation",
-    "test_locales",
-    "test_models_parity",
-    "test_pipeline",
-    "test_precision",
-    "test_sharding",
-    "test_sweep",
-    "test_tpu_scripts",
-    "test_training_faults",
+    "cli/test_evaluate.py",
+    "cli/test_sweep.py",
+    "initialization/test_initialization.py",
+    "initialization/test_token_distillation.py",
+    "models/test_parity.py",
+    "parallel/",
+    "pipeline/",
+    "tpu/",
+    "training/test_faults.py",
+    "training/test_precision.py",
+    "utils/test_locales.py",
 )
-"""Beginnings of files whose tests are of whole programs: several processes or devices, runs of the
+"""Files and folders with tests of whole programs: several processes or devices, runs of the
 pipeline, every family.
 """
 
@@ -75,11 +77,26 @@ pipeline, every family.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests of whole programs, and put files with slow ones first.
 
-    So none of these is what several processes wait for in the end (xdist then has to be told not to sort them:
-    `--no-loadscope-reorder`).
+    So none of these is what several processes wait for in the end (xdist then has to be told not
+    to sort them: `--no-loadscope-reorder`).
     """
     for item in items:
-        if item.path.name.startswith(WHOLE):
+        if item.path.relative_to(TESTS).as_posix().startswith(WHOLE):
             item.add_marker(pytest.mark.whole)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory_maps() -> Iterator[None]:
+    """Drop compiled programs before there are too many of them for one process.
+
+    XLA maps each into memory, and crashes at Linux' limit of 65,530 maps a process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax  # not before the variables above are set
+
+        jax.clear_caches()
+        gc.collect()

@@ -43,8 +43,14 @@ def become_host(number: int, folder: Path) -> None:
 
 def why_not_hosts(folder: Path) -> str:
     """Why processes here cannot pretend to be on hosts of their own; empty if they can."""
-    command = f"import processes, pathlib; processes.become_host(0, pathlib.Path({str(folder)!r}))"
+    command = (
+        "import pathlib; from tests.processes import become_host;"
+        f" become_host(0, pathlib.Path({str(folder)!r}))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", command], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", command],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     return "".join(done.stderr.splitlines()[-1:]) if done.returncode else ""

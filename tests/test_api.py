@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokalign_jax as ta
+from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from tokalign_jax.utils import paths
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -154,7 +154,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
 
     The first three kinds are exact and held all the time. The rest is held during a part of a step:
     in float32 on a CPU, 1.0 to 1.3 times what XLA then allocates; in bfloat16 on one, two and four
-    GPUs, the sum of all kinds is 0.99 to 1.22 times what was in use (tests/test_plan.py).
+    GPUs, the sum of all kinds is 0.99 to 1.22 times what was in use (tests/planning/test_plan.py).
     """
     stage, compute, model, mesh = setup.stage, setup.compute, setup.model, setup.mesh
     trained, frozen = shapes(model, stage)

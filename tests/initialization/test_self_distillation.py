@@ -1,0 +1,167 @@
+"""The start that is trained with the source model as its teacher."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from tokalign_jax.alignment import methods
+from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, InitializationConfig
+from tokalign_jax.initialization import (
+    initialization,
+    row_features,
+    self_distillation,
+    self_text,
+)
+from tokalign_jax.initialization.initialization import Side
+from tokalign_jax.models import hub, huggingface
+from tokalign_jax.parallel import sharding
+from tokalign_jax.text.canonical import token_bytes
+from tokalign_jax.text.corpus import Document
+from tokalign_jax.utils import paths
+
+SETTINGS = InitializationConfig(distillation_tokens=3000, generated_tokens=600, corpus_share=0.5)
+CONFIG = Config(
+    alignment=AlignmentConfig(method="distilled"),
+    initialization=SETTINGS,
+    compute=ComputeConfig(dtype="float32", loss_chunk=64),
+)
+DOCUMENTS = [Document(text, "en", len(text)) for text in TEXTS * 6]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def sides(request, tmp_path_factory):
+    tokenizers = tiny_tokenizer(300, TEXTS), tiny_tokenizer(340, TEXTS)
+    folder = tiny_model_folder(
+        tmp_path_factory.mktemp("source"), "llama", tied=request.param, tokenizer=tokenizers[0]
+    )
+    config, _ = hub.load_config(folder)
+    params = huggingface.load_params(folder, config)
+    aligned = methods.from_pieces(*tokenizers)
+    new_config, new = initialization.initialize(config, params, aligned)
+    return (
+        Side(config, params, tokenizers[0], None),
+        Side(new_config, new, tokenizers[1], None),
+        aligned,
+    )
+
+
+def distilled(sides, config=CONFIG, kept=0, devices=1):
+    source, target, aligned = sides
+    mesh, lines = sharding.make_mesh(devices=jax.devices()[:devices]), []
+    how = DOCUMENTS, mesh, lines.append, kept
+    result = initialization.distill(config, source, target, aligned, *how)
+    return paths.flatten(target.params), paths.flatten(result.params), result.facts, lines
+
+
+def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
+    before, after, facts, lines = distilled(sides)
+    assert facts["loss_after"] < facts["loss_before"]
+    assert before.keys() == after.keys()
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert "layers/mlp/up_proj/kernel" in moved and "embed_tokens/embedding" in moved
+    _, _, aligned = sides
+    special = np.flatnonzero(aligned.rules == methods.Rule.SPECIAL)
+    assert len(special)
+    for path in before:
+        if sharding.is_vocabulary(path):
+            assert after[path].shape == before[path].shape
+            np.testing.assert_array_equal(after[path][special], before[path][special])
+    assert any("self-distillation" in line for line in lines)
+
+
+def test_rows_alone_leave_the_body_and_the_source_s_rows(sides):
+    config = replace(CONFIG, initialization=replace(SETTINGS, trains="rows"))
+    before, after, facts, _ = distilled(sides, config)
+    _, _, aligned = sides
+    composed = np.isin(aligned.rules, initialization.COMPOSED)
+    assert facts["loss_after"] < facts["loss_before"]
+    for path, rows in before.items():
+        if sharding.is_vocabulary(path):
+            np.testing.assert_array_equal(
+                np.asarray(after[path])[~composed], np.asarray(rows)[~composed]
+            )
+            assert (np.asarray(after[path])[composed] != np.asarray(rows)[composed]).any()
+        else:
+            assert after[path] is rows
+
+
+def test_an_extension_keeps_its_first_rows(sides):
+    before, after, _, _ = distilled(sides, kept=310)
+    for path, rows in before.items():
+        old, new = np.asarray(rows), np.asarray(after[path])
+        np.testing.assert_array_equal(
+            new[:310] if sharding.is_vocabulary(path) else new,
+            old[: len(new)][:310] if sharding.is_vocabulary(path) else old,
+        )
+
+
+def test_nothing_is_trained_where_no_token_is_composed(sides):
+    source, _, _ = sides
+    aligned = methods.from_pieces(source.tokenizer, source.tokenizer)
+    config, params = initialization.initialize(source.config, source.params, aligned)
+    target = Side(config, params, source.tokenizer, None)
+    result = initialization.distill(
+        CONFIG, source, target, aligned, DOCUMENTS, sharding.make_mesh(), print
+    )
+    assert result.params is params and not result.facts
+
+
+def test_the_source_model_writes_text_of_its_own(sides):
+    source, _, _ = sides
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    writer = self_text.Writer(source.config, source.params, source.tokenizer, np.float32, mesh, 0)
+    passages = writer.write(2000, lambda line: None)
+    assert len(passages) > 10 and all(segment.text for passage in passages for segment in passage)
+    assert passages == writer.write(2000, lambda line: None)
+    assert passages != writer._replace(seed=1).write(2000, lambda line: None)
+
+
+def test_words_begin_behind_a_space():
+    tokenizer = tiny_tokenizer(400, TEXTS * 3)
+    ids, sizes = self_text.word_beginnings(tokenizer)
+    contents = [token_bytes(tokenizer)[i] for i in ids]
+    assert b" the" in contents and [len(content) for content in contents] == sizes.tolist()
+    assert all(content[:1] == b" " and content[1:].decode().isalpha() for content in contents)
+
+
+def test_states_at_the_last_piece_are_the_model_s(sides):
+    source, _, _ = sides
+    parts, mesh = [[5, 9], [7], [20, 30, 40]], sharding.make_mesh(devices=jax.devices()[:1])
+    from tokalign_jax.models.transformer import forward
+
+    found = row_features.last_piece_states(source.config, source.params, parts, 1, np.float32, mesh)
+    for row, pieces in enumerate(parts):
+        whole = forward(source.config, source.params, np.array([[1, *pieces]]))
+        np.testing.assert_allclose(found[-1][row], whole[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(64, 63), (65, 64), (7, 3), (5, 8), (1, 4)])
+def test_micro_batches_are_as_even_as_they_divide(count, at_once, monkeypatch):
+    size = 17
+    monkeypatch.setitem(self_distillation.MICRO_BATCH_TOKENS, "cpu", at_once * (size - 1))
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 9, (count, size)), random.integers(0, 9, (count, 20))
+    positions, weights = np.zeros((count, size - 1), int), np.ones((2, count))
+    batch = self_distillation.Batch(*rows, positions, *weights)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    rounds = self_distillation._micro_batches(batch, mesh)
+    real = (rounds.target >= 0).any(axis=-1).sum(axis=-1)
+    assert real.sum() == count and rounds.target.shape[1] <= at_once
+    assert len(real) == -(-count // at_once) and real.min() >= real.max() - len(real)
+    np.testing.assert_allclose(
+        self_distillation._micro_batch_weights(rounds), real / count, rtol=1e-6
+    )
+
+
+def test_tokens_that_the_text_does_not_hold_are_not_driven_down(sides):
+    before, after, facts, lines = distilled(sides)
+    _, _, aligned = sides
+    composed = np.flatnonzero(np.isin(aligned.rules, initialization.COMPOSED))
+    path = "lm_head/kernel" if "lm_head/kernel" in before else "embed_tokens/embedding"
+    assert facts["unseen_shift"] >= 0
+    moved = np.asarray(after[path])[composed] - np.asarray(before[path])[composed]
+    assert np.isfinite(moved).all() and np.abs(moved).max(axis=-1).min() > 0
+    assert any("are not in the text" in line for line in lines) == (facts["unseen_shift"] > 0)

@@ -1,0 +1,277 @@
+"""Attention against a plain float64 reference: each implementation, values and gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokalign_jax.config import MeshConfig
+from tokalign_jax.models import attention
+from tokalign_jax.parallel import sharding
+
+
+def arrays(batch=2, length=20, heads=4, groups=2, size=8, dtype=jnp.float32):
+    """Queries, keys, values and what comes back to the output."""
+    random = np.random.default_rng(0)
+    shapes = [(batch, length, n, size) for n in (heads, groups, groups, heads)]
+    return [jnp.asarray(2 * random.standard_normal(shape), dtype) for shape in shapes]
+
+
+def reference(q, k, v, upstream, *, scale, window=None, softcap=None):
+    """The output, and the gradients of sum(output * upstream), by loops over sequences and heads in
+    float64.
+    """
+    q, k, v, upstream = (np.asarray(x, np.float64) for x in (q, k, v, upstream))
+    y, gradients = np.zeros_like(q), [np.zeros_like(x) for x in (q, k, v)]
+    shared = q.shape[2] // k.shape[2]
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        near = b, slice(None), n // shared
+        for t in range(q.shape[1]):
+            seen = range(0 if window is None else max(0, t - window + 1), t + 1)
+            raw = np.array([scale * q[b, t, n] @ k[near][s] for s in seen])
+            capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
+            slope = 1 if softcap is None else 1 - np.tanh(raw / softcap) ** 2
+            weights = np.exp(capped - capped.max())
+            weights /= weights.sum()
+            y[b, t, n] = weights @ v[near][seen]
+            to_weights = v[near][seen] @ upstream[b, t, n]
+            to_raw = slope * weights * (to_weights - weights @ to_weights)
+            gradients[0][b, t, n] += scale * to_raw @ k[near][seen]
+            gradients[1][near][seen] += scale * np.outer(to_raw, q[b, t, n])
+            gradients[2][near][seen] += np.outer(weights, upstream[b, t, n])
+    return y, *gradients
+
+
+def value_and_gradients(attend, *inputs):
+    @jax.jit
+    def both(q, k, v, upstream):
+        y, pull = jax.vjp(attend, q, k, v)
+        return y, *pull(upstream)
+
+    return both(*inputs)
+
+
+def check(got, expected, tolerance):
+    for name, a, b in zip(("output", "q", "k", "v"), got, expected):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), err_msg=name
+        )
+
+
+OPTIONS = {
+    "causal": {},
+    "window of one": {"window": 1},
+    "window past the start": {"window": 100},
+    "window and softcap": {"window": 7, "softcap": 3.0},
+}
+
+
+def whole(q, k, v, scale, window, softcap):
+    positions = jnp.arange(q.shape[1])
+    return attention._whole(
+        q, k, v, attention._visible(positions, positions, window), scale, softcap
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("block", [None, 8], ids=["whole", "blocks"])
+def test_fallback_equals_the_reference(options, block):
+    options = {"window": None, "softcap": None, "scale": 0.3} | options
+    q, k, v, upstream = arrays()
+    fallback = attention._blocked if block else whole
+    extra = {"block": block} if block else {}
+    got = value_and_gradients(lambda *x: fallback(*x, **options, **extra), q, k, v, upstream)
+    check(got, reference(q, k, v, upstream, **options), 2e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_query_heads_share_key_value_heads_in_order(groups):
+    q, k, v, upstream = arrays(groups=groups)
+    got = value_and_gradients(lambda *x: attention.attend(*x, scale=0.3), q, k, v, upstream)
+    check(got, reference(q, k, v, upstream, scale=0.3), 2e-6)
+
+
+@pytest.mark.parametrize("fallback", ["whole", "blocked"])
+def test_half_precision_loses_no_more_than_its_roundings(fallback):
+    """Sums and softmax are float32: the error stays that of rounding inputs and outputs, however
+    many blocks there are.
+    """
+    q, k, v, upstream = arrays(batch=1, length=256, dtype=jnp.bfloat16)
+    if fallback == "whole":
+        attend = lambda *x: whole(*x, 0.3, None, None)  # noqa: E731
+    else:
+        attend = lambda *x: attention._blocked(*x, 0.3, None, None, 8)  # noqa: E731
+    got = value_and_gradients(attend, q, k, v, upstream)
+    assert all(x.dtype == jnp.bfloat16 for x in got)
+    check(got, reference(q, k, v, upstream, scale=0.3), 1e-2)
+
+
+def test_attend_takes_long_sequences_by_blocks():
+    q, k, v, upstream = arrays(length=attention.LONGEST_WHOLE + 30, batch=1, heads=2, groups=1)
+    got = value_and_gradients(
+        lambda *x: attention.attend(*x, scale=0.3, window=40), q, k, v, upstream
+    )
+    check(got, value_and_gradients(lambda *x: whole(*x, 0.3, 40, None), q, k, v, upstream), 2e-6)
+
+
+def test_memory_of_long_sequences_grows_with_their_length_not_its_square():
+    def temporary(length):
+        q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, length, 2, 2, 16))
+        loss = lambda *x: attention.attend(*x, scale=0.3).sum()  # noqa: E731
+        return (
+            jax.jit(jax.grad(loss, (0, 1, 2)))
+            .lower(q, k, v)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
+
+    assert temporary(4096) < 2.5 * temporary(2048)
+
+
+def test_mask_says_which_keys_a_query_sees():
+    """A cache filled up to 6 of 12 keys, three queries at its end: as the last three of causal
+    attention over six.
+    """
+    q, k, v, _ = arrays(length=12)
+    visible = jnp.arange(12) <= 3 + jnp.arange(3)[:, None]
+    got = attention.attend(q[:, 3:6], k, v, scale=0.3, mask=visible)
+    expected = attention.attend(q[:, :6], k[:, :6], v[:, :6], scale=0.3)[:, 3:]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    by_sequence = jnp.stack([visible, jnp.zeros_like(visible).at[:, 0].set(True)])
+    got = attention.attend(q[:, 3:6], k, v, scale=0.3, mask=by_sequence)
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-6)
+    np.testing.assert_allclose(got[1], np.repeat(v[1, :1], 2, axis=1).repeat(3, axis=0), atol=1e-6)
+
+
+def test_refuses_what_it_cannot_mean():
+    q, k, v, _ = arrays()
+    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+        attention.attend(q, *arrays(groups=3)[1:3], scale=1.0)
+    with pytest.raises(ValueError, match="put it in the mask"):
+        attention.attend(q, k, v, scale=1.0, window=3, mask=jnp.ones((20, 20), bool))
+    with pytest.raises(ValueError, match="19 queries over 20 keys"):
+        attention.attend(q[:, 1:], k, v, scale=1.0)
+
+
+# --- Kernels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 50, "softcap": 3.0}], ids=["causal", "window and softcap"]
+)
+def test_splash_attention_equals_the_fallback(options):
+    """Interpreted; 200 positions are no multiple of a tile."""
+    options = {"window": None, "softcap": None, "scale": 0.3} | options
+    inputs = arrays(batch=1, length=200)
+    got = value_and_gradients(lambda *x: attention._splash(*x, **options, interpret=True), *inputs)
+    check(
+        got,
+        [np.asarray(x) for x in value_and_gradients(lambda *x: whole(*x, **options), *inputs)],
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "length, heads, groups, size", [(2048, 8, 8, 256), (600, 4, 1, 64), (256, 4, 4, 80)]
+)
+def test_splash_attention_lowers_for_a_tpu(length, heads, groups, size):
+    shapes = [
+        jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, groups, groups)
+    ]
+    attend = lambda *x: attention._splash(*x, scale=0.1, window=300, softcap=30.0)  # noqa: E731
+    loss = jax.jit(jax.value_and_grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2)))
+    text = loss.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+    assert (
+        text.count("tpu_custom_call") == 3
+    )  # forwards, and backwards for queries and for keys and values
+
+
+class Device:
+    def __init__(self, platform, capability):
+        self.platform, self.compute_capability = platform, capability
+
+
+@pytest.mark.parametrize(
+    "device, dtype, size, softcap, expected",
+    [
+        (Device("gpu", "9.0"), jnp.bfloat16, 256, None, "_cudnn"),
+        (Device("gpu", "8.0"), jnp.bfloat16, 128, None, "_cudnn"),
+        (Device("gpu", "8.0"), jnp.bfloat16, 256, None, None),
+        (Device("gpu", "7.5"), jnp.float16, 64, None, None),
+        (Device("gpu", "gfx942"), jnp.bfloat16, 64, None, None),
+        (Device("gpu", "9.0"), jnp.float32, 64, None, None),
+        (Device("gpu", "9.0"), jnp.bfloat16, 60, None, None),
+        (Device("gpu", "9.0"), jnp.bfloat16, 64, 30.0, None),
+        (Device("tpu", None), jnp.float32, 64, 30.0, "_splash"),
+        (Device("cpu", None), jnp.bfloat16, 64, None, None),
+    ],
+)
+def test_kernel_by_device(monkeypatch, device, dtype, size, softcap, expected):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    kernel = attention._fused(jax.ShapeDtypeStruct((2, 20, 4, size), dtype), 0.1, None, softcap)
+    assert (kernel and kernel.func.__name__) == expected
+
+
+# --- Several devices ----------------------------------------------------------------------------
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+"""(data, fsdp, tensor). The last but one splits more than the key-value heads, the last more than
+all heads.
+"""
+
+
+def test_eight_devices_give_what_one_gives():
+    """Of the fallback, and of a kernel that sees only its own sequences and heads: in a process
+    that has eight.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_NUM_CPU_DEVICES": "8",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2 * len(MESHES) + 1
+
+
+def check_fallback(shape):
+    inputs = arrays(batch=8)
+    attend = lambda *x: attention.attend(*x, scale=0.3, window=7, softcap=3.0)  # noqa: E731
+    split = lambda *x: attend(*map(sharding.by_sequence, x))  # noqa: E731
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape))):
+        got = value_and_gradients(split, *inputs)
+    check(got, reference(*inputs, scale=0.3, window=7, softcap=3.0), 2e-6)
+    print("fallback equal on", shape)
+
+
+def check_kernel(shape, batch=8, heads=4, groups=2, part=None):
+    inputs = arrays(batch=batch, heads=heads, groups=groups)
+    seen = set()
+
+    def kernel(q, k, v):
+        seen.add((len(q), q.shape[2], k.shape[2]))
+        return whole(q, k, v, 0.3, None, None)
+
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape))):
+        got = value_and_gradients(lambda *x: attention._over_mesh(kernel, *x), *inputs)
+    check(got, reference(*inputs, scale=0.3), 2e-6)
+    heads_of_one = {1: (4, 2), 2: (2, 1), 4: (1, 1), 8: (4, 2)}[shape[2]]
+    assert seen == {part or (batch // (shape[0] * shape[1]), *heads_of_one)}
+    print("kernel equal on", shape)
+
+
+if __name__ == "__main__":
+    attention.LONGEST_WHOLE = attention.QUERY_BLOCK = 8
+    for mesh_shape in MESHES:
+        check_fallback(mesh_shape)
+        check_kernel(mesh_shape)
+    check_kernel(
+        (2, 2, 2), batch=3, heads=3, groups=3, part=(3, 3, 3)
+    )  # what does not divide is not split

@@ -1,0 +1,78 @@
+"""Experts computed sparsely are those computed densely, to the last dropout."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.parity_cases import of, pair, tokens
+from tokalign_jax.models.lora import LoraSpec, add_lora
+from tokalign_jax.models.transformer import forward
+from tokalign_jax.utils import paths
+
+CASES = pytest.mark.parametrize(
+    "case", [of("qwen2_moe")[0], of("qwen3_moe")[0], of("granitemoeshared")[0]], ids=str
+)
+
+
+def both_ways(config):
+    assert config.experts
+    return [
+        replace(config, experts=replace(config.experts, computed=way))
+        for way in ("dense", "sparse")
+    ]
+
+
+@CASES
+def test_states_and_gradients_are_the_same(case, tmp_path):
+    both = pair(case, tmp_path)
+    text = jnp.asarray(tokens(23, batch=3))
+
+    def loss(params, config):
+        hidden = forward(config, params, text)
+        return jnp.sin(hidden).sum(), hidden
+
+    dense, sparse = (
+        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(both.params, config)
+        for config in both_ways(both.config)
+    )
+    np.testing.assert_allclose(sparse[0][1], dense[0][1], atol=2e-5)
+    for path, gradient in paths.flatten(dense[1]).items():
+        np.testing.assert_allclose(
+            paths.flatten(sparse[1])[path],
+            gradient,
+            atol=2e-5 * max(1, np.abs(gradient).max()),
+            err_msg=path,
+        )
+
+
+@CASES
+def test_adapters_and_their_dropout_are_the_same(case, tmp_path):
+    both = pair(case, tmp_path)
+    spec = LoraSpec(rank=3, alpha=6.0, dropout=0.4)
+    leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))
+    for i, path in enumerate(path for path in leaves if path.endswith("lora_b")):
+        leaves[path] = 0.2 * jax.random.normal(jax.random.key(i), leaves[path].shape)
+    params, text = paths.unflatten(leaves), jnp.asarray(tokens(23, batch=3))
+
+    def loss(params, config):
+        hidden = forward(config, params, text, lora=spec, dropout_key=jax.random.key(5))
+        return jnp.sin(hidden).sum(), hidden
+
+    dense, sparse = (
+        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params, config)
+        for config in both_ways(both.config)
+    )
+    np.testing.assert_allclose(sparse[0][1], dense[0][1], atol=5e-5)
+    plain = forward(both.config, params, text, lora=spec)
+    assert np.abs(dense[0][1] - plain).max() > 0.01, "nothing was dropped"
+    for path, gradient in paths.flatten(dense[1]).items():
+        if "lora" in path:
+            np.testing.assert_allclose(
+                paths.flatten(sparse[1])[path],
+                gradient,
+                atol=5e-5 * max(1, np.abs(gradient).max()),
+                err_msg=path,
+            )

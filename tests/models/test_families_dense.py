@@ -1,0 +1,41 @@
+"""Families without experts beside LLaMA, Qwen and Gemma, against PyTorch."""
+
+import pytest
+
+from tests.models.parity_cases import Case, check, of
+from tokalign_jax.errors import UserError
+from tokalign_jax.models import families
+
+FAMILIES = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "glm",
+    "glm4",
+    "granitemoehybrid",
+    "helium",
+    "lfm2",
+    "qwen3_5_text",
+    "hunyuan_v1_dense",
+    "ministral",
+    "ministral3",
+    "nanochat",
+    "nemotron",
+    "olmo",
+    "seed_oss",
+    "starcoder2",
+)
+
+
+@pytest.mark.parametrize("case", of(*FAMILIES), ids=str)
+def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
+    check(case, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", families.REFUSED)
+def test_families_that_nearly_fit_are_refused_with_the_reason(model_type):
+    with pytest.raises(UserError, match=rf"'{model_type}' is not supported: .*(start too|causal)"):
+        families.family(model_type)

@@ -1,0 +1,10 @@
+"""LLaMA and those that differ little from it, against PyTorch."""
+
+import pytest
+
+from tests.models.parity_cases import Case, check, of
+
+
+@pytest.mark.parametrize("case", of("llama", "gpt_neox", "mistral", "granite", "stablelm"), ids=str)
+def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
+    check(case, tmp_path)

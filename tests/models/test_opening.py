@@ -1,0 +1,214 @@
+"""What transformers makes of an exported folder: the tokenizer that the model was trained with."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.helpers import KINDS, SHARED, TEXTS, tokenizer_of_kind
+from tests.models import parity_cases
+from tests.pipeline.test_runs import arguments, write_corpus
+from tokalign_jax import main
+from tokalign_jax.errors import UserError
+from tokalign_jax.models import hub, huggingface, opening
+from tokalign_jax.models.families import FAMILIES, qwen
+from tokalign_jax.parallel import sharding
+from tokalign_jax.text import reopening
+from tokalign_jax.utils import paths
+
+WORDS = [*TEXTS, *reopening.TEXTS]
+FOURTH = "TRANSFORMERS_4_PYTHON"
+
+
+def made(kind: str) -> PreTrainedTokenizerFast:
+    return tokenizer_of_kind(kind, WORDS, 1600)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_opens_every_kind_as_itself(kind):
+    tokenizer = made(kind)
+    others = FAMILIES if kind in ("gpt2", "llama2", "t5") else ("llama",)
+    for model_type in set(others) - {"qwen2"}:
+        assert opening.difference_by_type({"model_type": model_type}, tokenizer) == "", model_type
+    # This class cuts by its own expression, whatever tokenizer_config.json names.
+    told = opening.difference_by_type({"model_type": "qwen2"}, tokenizer)
+    assert told.startswith("Qwen2Tokenizer: ") == (kind != "qwen")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "neox"])
+def test_transformers_opens_published_tokenizers_as_themselves(name):
+    if not (SHARED / "tokenizers" / name).is_dir():
+        pytest.skip(f"needs {SHARED / 'tokenizers' / name}")
+    tokenizer = hub.load_tokenizer(SHARED / "tokenizers" / name)
+    assert opening.difference_by_type({"model_type": "llama"}, tokenizer) == ""
+    assert (opening.difference_by_type({"model_type": "qwen2"}, tokenizer) == "") == (
+        name == "qwen3"
+    )
+
+
+def test_an_export_that_opens_otherwise_is_refused(tmp_path):
+    tokenizer = made("mistral")
+    hub.save_tokenizer(tokenizer, tmp_path)
+    hub.write_json(tmp_path / "config.json", {"model_type": "llama"})
+    opening.check_export(tmp_path, tokenizer)
+    hub.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    with pytest.raises(
+        UserError, match=r"as Qwen2Tokenizer, which reads texts otherwise.*is cut into.*instead of"
+    ):
+        opening.check_export(tmp_path, tokenizer)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="AutoTokenizer cannot open the exported folder"):
+        opening.check_export(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "llama2", "mistral", "t5", "bert"])
+def test_transformers_4_opens_it_alike(kind, tmp_path):
+    if not (python := os.environ.get(FOURTH)):
+        pytest.skip(f"needs {FOURTH}, a Python interpreter that has transformers 4")
+    tokenizer = made(kind)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
+    tokenizer.chat_template = "{{ messages[0].content }}<|more|>\n"
+    tokenizer.clean_up_tokenization_spaces = True  # which version 5 ignores, but for WordPiece
+    hub.save_tokenizer(tokenizer, tmp_path)
+    for model_type in ("llama", "qwen2", "gemma2"):
+        hub.write_json(tmp_path / "config.json", {"model_type": model_type})
+        found = reopening.read_afresh(tmp_path, python)
+        assert reopening.difference(reopening.read(tokenizer), found) == ""
+        assert found["class"] == "PreTrainedTokenizerFast"
+
+
+def test_what_version_4_would_take_otherwise_is_written(tmp_path):
+    tokenizer = made("gpt2")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
+    tokenizer.clean_up_tokenization_spaces = True
+    hub.save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    expected = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|more|>"],
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+    }
+    assert {key: written[key] for key in expected} == expected
+    assert not {"extra_special_tokens", "backend", "is_local", "local_files_only"} & set(written)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.extra_special_tokens == ["<|more|>"] and "token_type_ids" not in again("a")
+
+
+def case_of(family: str, **settings) -> parity_cases.Case:
+    """The first parity case of a family that has no windows, with more settings."""
+    case = next(
+        case for case in parity_cases.of(family) if not case.settings.get("use_sliding_window")
+    )
+    return replace(case, settings={**case.settings, **settings})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "phi3"])
+def test_an_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, tmp_path):
+    """Opened by AutoTokenizer and AutoModelForCausalLM, of the text itself."""
+    tokenizer = tokenizer_of_kind("llama2", TEXTS, 400)
+    both = parity_cases.pair(case_of(family, vocab_size=400), tmp_path / "source")
+    leaves = paths.flatten(both.params)
+    config, raw, read = (
+        both.config,
+        both.raw,
+        lambda path, *index: sharding.to_host(leaves[path], *index),
+    )
+    if opening.difference_by_type(raw, tokenizer):
+        assert family == "qwen2" and qwen.is_llama(config)
+        config, read, raw = qwen.as_llama(config, read, raw)
+        assert hub.config_from_hf(raw) == config
+    written = tmp_path / "written"
+    huggingface.save_checkpoint(written, read, config, raw, tokenizer, source_folder=both.folder)
+    opened = AutoTokenizer.from_pretrained(written)
+    ids = opened("the model said: don't 2023\n")["input_ids"]
+    assert opened.decode(ids, skip_special_tokens=True) == "the model said: don't 2023\n"
+    text = np.array([ids])
+    expected = parity_cases.reference_logits(both.reference, text)
+    np.testing.assert_allclose(
+        parity_cases.reference_logits(parity_cases.reference(written), text), expected, atol=1e-5
+    )
+    stored = huggingface.stored_dtypes(written)
+    assert len(set(stored.values())) == 1
+    assert any(name.endswith("o_proj.bias") for name in stored) == (family == "qwen2")
+
+
+def test_a_qwen2_model_with_windows_is_not_rewritten(tmp_path):
+    windowed = [
+        case for case in parity_cases.of("qwen2") if case.settings.get("use_sliding_window")
+    ]
+    assert windowed
+    both = parity_cases.pair(windowed[0], tmp_path)
+    assert not qwen.is_llama(both.config)
+
+
+def test_a_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
+    """The whole way, from the command: the source is Qwen 2's, the target's spaces are `▁`."""
+    corpus = write_corpus(tmp_path)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    parity_cases.pair(case_of("qwen2"), tmp_path / "source")
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    target = tokenizer_of_kind("llama2", texts, 500)
+    target.save_pretrained(tmp_path / "target")
+    inputs = {"corpus": corpus, "target": tmp_path / "target", "qwen2": tmp_path / "source"}
+    more = ("--config.alignment.method=pieces", "--stages=init,export")
+    assert main.main(arguments(inputs, "qwen2", tmp_path / "run", "ultra_quick_demo", *more)) == 0
+    printed = capsys.readouterr().out
+    assert "opens the exported tokenizer, beside model_type 'qwen2', as Qwen2Tokenizer" in printed
+    assert "chat: the new model has the source's chat template" in printed
+    opened = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
+    assert opened(texts[:5])["input_ids"] == target(texts[:5])["input_ids"]
+    ids = torch.tensor(opened(texts[:1])["input_ids"])
+    config, _ = hub.load_config(tmp_path / "run" / "init")
+    params = huggingface.load_params(tmp_path / "run" / "init", config, jnp.float32)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "run" / "export", dtype=torch.float32
+        )
+        found = model(ids).logits.numpy()
+    assert type(model).__name__ == "LlamaForCausalLM"
+    np.testing.assert_allclose(
+        found, parity_cases.our_logits(config, params, ids.numpy()), atol=0.05
+    )
+
+
+def two_readings(folder: Path) -> str:
+    return opening.two_readings(folder, hub.load_tokenizer(folder))
+
+
+def test_files_that_contradict_each_other_are_told(tmp_path):
+    tokenizer = made("llama3")
+    tokenizer.save_pretrained(tmp_path)
+    assert two_readings(tmp_path) == ""
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # The class cuts numbers otherwise than the file does.
+    hub.write_json(
+        tmp_path / "tokenizer_config.json", settings | {"tokenizer_class": "GPT2Tokenizer"}
+    )
+    told = two_readings(tmp_path)
+    assert told.startswith(
+        "by GPT2Tokenizer, the class that transformers opens it with here, which is followed, "
+    )
+    assert told.endswith(" by tokenizer.json")
+    hub.write_json(
+        tmp_path / "config.json", {"model_type": "olmo2"}
+    )  # beside which the file is followed
+    assert two_readings(tmp_path) == ""
+    state = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    merges = [" ".join(merge) for merge in state["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    hub.write_json(tmp_path / "vocab.json", state["vocab"])
+    assert two_readings(tmp_path) == ""
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *reversed(merges), ""]))
+    assert two_readings(tmp_path).startswith(
+        f"merge 1 is {merges[-1]!r} in merges.txt and {merges[0]!r} in tokenizer.json"
+    )
+    hub.write_json(tmp_path / "vocab.json", state["vocab"] | {"a": 7})
+    assert "vocab.json gives 'a' the id 7" in two_readings(tmp_path)

@@ -1,0 +1,67 @@
+"""Warnings of what llama.cpp and vLLM would refuse."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import SHARED, TEXTS, tokenizer_of_kind
+from tests.models.parity_cases import export, of, pair, reference, tokens
+from tokalign_jax.models import hub, serving
+
+
+def warned(kind: str, model_type: str = "llama", rows: int = 2000, folder=None) -> str:
+    config = {"model_type": model_type, "vocab_size": rows}
+    return " ".join(serving.warnings(config, tokenizer_of_kind(kind, TEXTS), folder))
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("llama3", "llama-bpe"), ("qwen", "qwen2"), ("gpt2", "gpt-2")]
+)
+def test_vocabularies_that_the_converter_has_not_met_are_named(kind, name):
+    assert f"cut as '{name}' says; docs/serving.md" in warned(kind)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "gpt1"])
+def test_tokenizers_that_llama_cpp_has_not_are_named(kind):
+    assert "llama.cpp" in warned(kind)
+    assert "transformers or vLLM" in warned(kind)
+
+
+def test_sentence_piece_is_read_for_some_families():
+    assert not warned("llama2")
+    assert "tokenizer.model" in warned("llama2", "qwen3")
+    assert "tokenizer.model" in warned("qwen", "gemma2")
+
+
+def test_a_draft_of_other_rows_is_named_with_the_setting(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 2304}))
+    assert "rows_multiple_of=2304" in warned("llama2", folder=tmp_path)
+    assert not warned("llama2", rows=2304, folder=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 2304}}))
+    assert "rows_multiple_of=2304" in warned("llama2", folder=tmp_path)
+
+
+@pytest.mark.skipif(
+    not (SHARED / "tokenizers/qwen3").exists(), reason="the shared tokenizer is not at hand"
+)
+def test_a_published_vocabulary_is_known():
+    tokenizer = hub.load_tokenizer(SHARED / "tokenizers/qwen3")
+    assert serving.known_vocabulary(tokenizer) == "qwen2"
+    assert not serving.warnings({"model_type": "llama", "vocab_size": 151669}, tokenizer, None)
+
+
+def test_an_exported_draft_gives_the_text_of_the_larger_model(tmp_path):
+    draft = of("llama")[0]
+    both = pair(draft, tmp_path / "draft")
+    drafting = reference(export(both, tmp_path / "written"))
+    larger = replace(draft, settings={**draft.settings, "num_hidden_layers": 4})
+    target: Any = pair(larger, tmp_path / "target").reference
+    prompt = torch.tensor(tokens(12, batch=1)).long()
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    alone = target.generate(prompt, **options)
+    together = target.generate(prompt, assistant_model=drafting, **options)
+    np.testing.assert_array_equal(together, alone)

@@ -1,0 +1,478 @@
+"""What eight devices compute, against what one does. Run as a program on eight simulated devices,
+it prints each check's error, or none.
+"""
+
+import functools
+import json
+import re
+import sys
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import AutoTokenizer
+
+from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from tests.training.toys import (
+    CONFIG,
+    LENGTH,
+    LLAMA,
+    NEOX,
+    STAGE,
+    VOCABULARY,
+    source_text,
+    toy_params,
+    toy_shards,
+    unpadded,
+)
+from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
+from tokalign_jax.evaluation import abilities, bits_per_byte
+from tokalign_jax.initialization import calibration, composition, contexts, tuning
+from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models.config import Convolution, DeltaRule, Experts
+from tokalign_jax.models.transformer import generate
+from tokalign_jax.parallel import sharding
+from tokalign_jax.text import canonical, corpus
+from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
+from tokalign_jax.training import source_teacher, states
+from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
+from tokalign_jax.training.loop import load_trained, run_stage
+from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
+from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
+from tokalign_jax.training.step import init_state, make_loss, make_train_step
+from tokalign_jax.utils import paths
+
+SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
+STEP = replace(
+    STAGE,
+    steps=3,
+    batch_size=24,
+    per_device_batch=1,
+    checkpoints=replace(STAGE.checkpoints, every=3),
+    optimizer=replace(STAGE.optimizer, row_damping=0.3),
+)
+
+
+def mesh_of(shape=(1, 1, 1)):
+    return sharding.make_mesh(MeshConfig(*shape), devices=jax.devices()[: np.prod(shape)])
+
+
+# --- The vocabulary -----------------------------------------------------------------------------
+
+
+def vocabulary(shape):
+    """Look-up, loss and their gradients, with rows that only fill the matrix up, and with a
+    soft-cap.
+    """
+    rng = np.random.default_rng(0)
+    rows, _ = sharding.padded_shape("lm_head/kernel", (VOCABULARY, 16), mesh_of(shape))
+    table = np.zeros((rows, 16), np.float32)
+    table[:VOCABULARY] = rng.normal(size=(VOCABULARY, 16))
+    batch = (24, 7)
+    tokens = rng.integers(0, VOCABULARY, batch)
+    labels = np.where(rng.random(batch) < 0.1, -1, rng.integers(0, VOCABULARY, batch))
+    for adjust in (None, lambda x: 3 * jnp.tanh(x / 3)):
+        how = Head(VOCABULARY, 5, jnp.float32, adjust)
+
+        def loss(table, head, mesh, how=how):
+            with sharding.within(mesh):
+                hidden = sharding.look_up(table, tokens, jnp.float32) * 0.5
+                total, count = cross_entropy(hidden, head, jnp.asarray(labels), how)
+                each = token_nll_and_likeliest(
+                    *jax.lax.stop_gradient((hidden, head)), jnp.asarray(labels), how
+                )
+                return 2.0 * total / count, each
+
+        results = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            split = sharding.sharding_of("lm_head/kernel", table.shape, mesh)
+            placed = [sharding.put(x, split) for x in (table, table[:, ::-1])]
+            step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+            results.append(step(*placed, mesh))
+            assert jax.tree.leaves(results[-1])[-1].shape == table.shape
+        close(results[1], results[0], 1e-5)
+        assert not np.asarray(results[1][1][1])[VOCABULARY:].any()  # no gradient for the filling
+
+
+def divergence(shape):
+    """Distillation and its gradients, with rows that only fill the matrices up, ids that one of
+    both has, and a soft-cap.
+    """
+    rng = np.random.default_rng(0)
+    heads = [np.zeros((sharding.ROWS, width), np.float32) for width in (16, 12)]
+    for head in heads:
+        head[:VOCABULARY] = rng.normal(size=(VOCABULARY, head.shape[1]))
+    states = [rng.normal(size=(8, 7, head.shape[1])).astype(np.float32) for head in heads]
+    labels = np.where(rng.random((8, 7)) < 0.1, -1, rng.integers(0, VOCABULARY, (8, 7)))
+    student = Head(VOCABULARY, 5, jnp.float32, lambda x: 3 * jnp.tanh(x / 3))
+    how = Teaching(student, Head(VOCABULARY - 1, 5, jnp.float32), VOCABULARY - 2, 0.3, 2.0, 0.6)
+
+    def loss(hidden, head, teacher_hidden, teacher_head, mesh):
+        with sharding.within(mesh):
+            total, count = distillation(
+                hidden, head, teacher_hidden, teacher_head, jnp.asarray(labels), how
+            )
+            return 2.0 * total / count
+
+    results = []
+    for mesh in (mesh_of(), mesh_of(shape)):
+        rows = sharding.sharding_of("lm_head/kernel", heads[0].shape, mesh)
+        sequences = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
+        placed = [
+            sharding.put(x, where)
+            for of in zip(states, heads)
+            for x, where in zip(of, (sequences, rows))
+        ]
+        results.append(jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)(*placed, mesh))
+    close(results[1], results[0], 1e-5)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+REFERENCES: dict = {}
+
+
+def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
+    stage = replace(STEP, method=method)
+    config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7, unroll=unroll))
+    arguments = (
+        name,
+        stage,
+        config,
+        model,
+        toy_params(model),
+        toy_shards(),
+        Path(folder),
+        0,
+        lambda line: None,
+        mesh,
+    )
+    if not teacher:
+        return run_stage(*arguments)
+    taught = taught_by_source if teacher == SOURCE else taught_by
+    return run_stage(*arguments, taught(teacher, model, mesh))
+
+
+def taught_by_source(source, model, mesh):
+    """An objective whose teacher has other tokens, at which chunks differ in length."""
+    del model
+    teacher = source_teacher.Teacher(source, sharding.place(toy_params(source, 1), mesh), "")
+    stage = replace(STEP, objective="mixture")
+    return source_teacher.objective(stage, teacher, source_text(source.vocab_size))
+
+
+def taught_by(teacher, model, mesh):
+    """An objective with a teacher whose vocabulary's matrices have more rows than the student's."""
+    params = sharding.place(toy_params(teacher), mesh)
+    params = with_rows(params, model.vocab_size, mesh)
+    return objective(
+        DistillationConfig(divergence="mixed"), Teacher(teacher, params, model.vocab_size, "")
+    )
+
+
+def training(shape, model, method, teacher=None, unroll=0):
+    key = (model, method, teacher)
+    with tempfile.TemporaryDirectory() as folder:
+        if key not in REFERENCES:
+            REFERENCES[key] = trained("stage", model, method, mesh_of(), f"{folder}/one", teacher)
+        one = REFERENCES[key]  # with a loop over layers
+        many = trained("stage", model, method, mesh_of(shape), f"{folder}/many", teacher, unroll)
+        again = load_trained(
+            Path(f"{folder}/many"), replace(STEP, method=method), model, mesh_of(shape)
+        )
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(
+            [r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5
+        )
+    without = "layers/attention/k_proj/bias"  # has no gradient but rounding, which Adam makes as large as any other
+    trees = (unpadded(of.params, model.vocab_size) for of in (many, one))
+    close(*(paths.split(tree, lambda path: path != without)[0] for tree in trees), 1e-4)
+    ended_with = paths.flatten(many.params)
+    close(paths.unflatten(again), paths.unflatten({path: ended_with[path] for path in again}), 0)
+    parts = shape[1] * shape[2]
+    for path, leaf in paths.flatten(many.params).items():
+        by_rule = sharding.sharding_of(path, leaf.shape, mesh_of(shape))
+        assert leaf.sharding.is_equivalent_to(by_rule, leaf.ndim), (path, leaf.sharding, by_rule)
+        if parts > 1 and path.endswith(("embedding", "lm_head/kernel")):
+            assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
+    if parts > 1:
+        assert any(
+            "_proj/kernel" in p and not x.sharding.is_fully_replicated
+            for p, x in paths.flatten(many.params).items()
+        )
+
+
+def checkpoints():
+    """A checkpoint is the same on every mesh, however many rows of padding there are."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = trained("stage", LLAMA, "full", mesh_of((1, 3, 1)), folder)
+        for shape in ((1, 1, 1), (2, 2, 2), (1, 5, 1)):
+            read = load_trained(Path(folder), replace(STEP, method="full"), LLAMA, mesh_of(shape))
+            close(unpadded(paths.unflatten(read)), unpadded(written.params), 0)
+
+
+def sums_over_devices(dtype):
+    """(type, shape) of what a step with copies of the parameters sums over its devices, as
+    partitioned, before a CPU rewrites it.
+    """
+    mesh, compute = mesh_of((4, 1, 1)), ComputeConfig(dtype=dtype, loss_chunk=7)
+    params = sharding.place(toy_params(LLAMA), mesh)
+    optimizer = make_optimizer(STEP, paths.label_tree(rules_for("full"), params), LLAMA.vocab_size)
+    state = init_state(params, optimizer)
+    state = jax.device_put(state, sharding.shardings(state, mesh))
+    batch = sharding.global_batch(np.zeros((2, 4, LENGTH + 1), np.int32), mesh)
+    step = make_train_step(make_loss(LLAMA, compute, None), optimizer, jnp.dtype(dtype), mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_pass_re": "spmd.*",
+            "xla_dump_hlo_as_text": True,
+        }
+        step.lower(state, {}, batch, jax.random.key(0), schedule_of(STEP)).compile(
+            compiler_options=dump
+        )
+        (program,) = Path(folder).glob("*after_spmd-partitioning*")
+        return set(re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", program.read_text()))
+
+
+def gradient_types():
+    """Gradients of layers' matrices are summed over devices in the compute type, all others in
+    float32.
+    """
+    matrices = {"8,16", "16,16", "16,24", "24,16"}
+    others = {"256,16", "16", ""}  # embedding and head, norms, loss
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "f32")):
+        # Beside them sums along axes of one device, which are none, of states and of numbers a
+        # token.
+        found = {
+            (kind, shape) for kind, shape in sums_over_devices(dtype) if shape in matrices | others
+        }
+        assert found == {(short, shape) for shape in matrices} | {
+            ("f32", shape) for shape in others
+        }
+
+
+# --- Files, evaluation, initialisation ----------------------------------------------------------
+
+
+def files(shape):
+    """In from safetensors and out again, in several files, on the mesh as on the host."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model_folder(Path(folder) / "model", "llama")
+        config, raw = hub.load_config(model)
+        host, placed = (
+            huggingface.load_params(model, config),
+            huggingface.load_params(model, config, mesh=mesh_of(shape)),
+        )
+        close(unpadded(placed, config.vocab_size), host, 0)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        for name, params in (("host", host), ("placed", placed)):
+            out = Path(folder) / name
+            huggingface.save_checkpoint(
+                out, params, config, raw, tokenizer, source_folder=model, max_shard_bytes=30_000
+            )
+        written = [
+            sorted((Path(folder) / name).glob("*.safetensors")) for name in ("host", "placed")
+        ]
+        assert len(written[0]) > 1 and [f.name for f in written[0]] == [f.name for f in written[1]]
+        assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*written))
+
+
+def after_training(shape):
+    """A state with adapters, loaded in the compute type and exported, is the same on the mesh as on
+    one device.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, stage = Path(name), replace(STEP, method="lora")
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        exact = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), toy_params(LLAMA))
+        huggingface.write_weights(folder, exact, LLAMA, "float32", {}, 10**9)
+        trained("stage", LLAMA, "lora", mesh_of(shape), folder / "stage")
+        loaded = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            load = functools.partial(states.load_changes, LLAMA, [(folder / "stage", stage)], mesh)
+            out = folder / f"export-{mesh.size}"
+            out.mkdir()
+            read = states.reader(folder, LLAMA, load())
+            huggingface.write_weights(out, read, LLAMA, "bfloat16", {}, 10**9)
+            dtype = states.inference_dtype("bfloat16")
+            params = states.assemble(folder, LLAMA, load(), dtype, mesh)
+            loaded.append(
+                (unpadded(params, LLAMA.vocab_size), (out / "model.safetensors").read_bytes())
+            )
+        (one, written), (many, written_by_many) = loaded
+        close(many, one, 0)
+        assert written == written_by_many
+        stored = paths.flatten(huggingface.load_params(folder / "export-1", LLAMA, "float32"))
+        for path, leaf in paths.flatten(one).items():
+            np.testing.assert_array_equal(
+                stored[path], leaf.astype("bfloat16").astype("float32"), path
+            )
+
+
+def reading(shape):
+    """Bits per byte, abilities, contexts of tokens, frequencies of head rows, continued texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model_folder(Path(folder), "llama", vocab_size=320)
+        config, _ = hub.load_config(model)
+        source, target = AutoTokenizer.from_pretrained(model), tiny_tokenizer(400, TEXTS)
+        shards = [shards_of(tokenizer) for tokenizer in (source, target)]
+        documents = [corpus.Document(text, "all", len(text.encode())) for text in TEXTS]
+        places = contexts.find_places(documents, source, target, 10**6)
+        results = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            params = huggingface.load_params(model, config, mesh=mesh)
+            scores = bits_per_byte.evaluate(
+                config,
+                params,
+                source,
+                {"a": TEXTS, "b": TEXTS[:1]},
+                sequence_length=32,
+                batch=2,
+                mesh=mesh,
+            )
+            questions = abilities.sums(5)
+            answered = abilities.score(
+                config, params, source, questions, shards[0].index["end_of_text"], mesh=mesh
+            )
+            sizes = [len(s.counts) for s in shards]
+            read = contexts.read(
+                config, params, places, *sizes, jnp.float32, mesh, lambda line: None
+            )
+            moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
+            prompt = jnp.asarray([shards[0].tokens[:9]])
+            rows = {
+                path: sharding.to_host(of, slice(config.vocab_size))
+                for path, of in paths.flatten(params).items()
+                if sharding.is_vocabulary(path)
+            }
+            ids = np.arange(sizes[0])
+            tokens = composition.Tokens(
+                ids, composition.Pieces.of([[i] for i in ids]), shards[0].counts, read.source
+            )
+            compute, log = ComputeConfig(dtype="float32"), lambda line: None
+            tuned, _ = tuning.tune(
+                config,
+                params,
+                rows,
+                tokens,
+                ids % 2 == 0,
+                shards[0],
+                1000,
+                compute,
+                mesh,
+                log,
+                seed=0,
+            )
+            results.append(
+                (
+                    [s.bits_per_byte for s in scores.values()],
+                    answered,
+                    read,
+                    moves,
+                    generate(config, params, prompt, 5),
+                    [
+                        sharding.to_host(of, slice(sizes[0]))
+                        for path, of in paths.flatten(tuned).items()
+                        if path in rows
+                    ],
+                )
+            )
+        close(results[1], results[0], 2e-4)
+
+
+def shards_of(tokenizer):
+    end = end_of_text_id(tokenizer)
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS * 4]
+    flat = np.concatenate([np.array(of) for of in ids])
+    counts = np.bincount(flat, minlength=canonical.vocabulary_size(tokenizer))
+    return TokenShards(flat, np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end})
+
+
+def automatic():
+    """The mesh that is chosen: copies while they fit, then parts."""
+    assert sharding.axis_sizes(MeshConfig(), 8, 10, 100) == (8, 1, 1)
+    assert sharding.axis_sizes(MeshConfig(), 8, 150, 100) == (2, 4, 1)
+    assert sharding.axis_sizes(MeshConfig(), 8, 10**6, 100) == (1, 8, 1)
+    assert sharding.axis_sizes(MeshConfig(tensor=2), 8, 150, 100) == (2, 2, 2)
+    assert sharding.axis_sizes(MeshConfig(data=2), 8, 10, 100) == (2, 4, 1)
+    assert sharding.axis_sizes(MeshConfig(fsdp=2), 8, 10, 100) == (4, 2, 1)
+    assert [sharding.usable(MeshConfig(), 8, sizes) for sizes in ([4], [64, 32], [6], [1], [])] == [
+        4,
+        8,
+        6,
+        1,
+        8,
+    ]
+    assert sharding.usable(MeshConfig(fsdp=2), 8, [4]) == 8
+    assert sharding.make_mesh(Config().mesh).shape == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def close(found, expected, tolerance):
+    found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (found, expected))
+    for (path, one), (_, other) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            one, other, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
+SPARSE = replace(MIXTURE, experts=Experts(4, 2, True, shared_size=24, computed="sparse"))
+HYBRID = replace(
+    LLAMA,
+    layer_kinds=tuple(
+        replace(LLAMA.layer_kinds[0], mixer=mixer)
+        for mixer in (("delta", "convolution", "attention") * LLAMA.num_layers)[: LLAMA.num_layers]
+    ),
+    delta=DeltaRule(2, 4, 8, 8, kernel_size=3),
+    convolution=Convolution(3, bias=True),
+)
+TIED = replace(NEOX, tie_word_embeddings=True)
+TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
+SOURCE = replace(LLAMA, vocab_size=53, max_positions=64)
+CHECKS = {
+    "automatic": (automatic,),
+    **{f"vocabulary-{name}": (vocabulary, shape) for name, shape in SHAPES.items()},
+    "vocabulary-three": (vocabulary, (1, 3, 1)),
+    "vocabulary-six": (vocabulary, (1, 2, 3)),
+    "divergence-all": (divergence, SHAPES["all"]),
+    **{f"training-full-{name}": (training, shape, LLAMA, "full") for name, shape in SHAPES.items()},
+    "training-full-three": (training, (1, 3, 1), LLAMA, "full"),
+    "training-one-key-all": (training, SHAPES["all"], replace(LLAMA, num_kv_heads=1), "full"),
+    "training-mixture-all": (training, SHAPES["all"], MIXTURE, "lora"),
+    "training-hybrid-all": (training, SHAPES["all"], HYBRID, "full"),
+    "training-sparse-all": (training, SHAPES["all"], SPARSE, "full"),
+    "training-sparse-lora-all": (training, SHAPES["all"], SPARSE, "lora"),
+    "checkpoints": (checkpoints,),
+    "gradient-types": (gradient_types,),
+    "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
+    "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
+    "training-tied-all": (training, SHAPES["all"], TIED, "full"),
+    "training-unrolled-all": (training, SHAPES["all"], LLAMA, "full", None, LLAMA.num_layers),
+    "training-taught-all": (training, SHAPES["all"], LLAMA, "full", TEACHER),
+    "training-source-all": (training, SHAPES["all"], LLAMA, "full", SOURCE),
+    "training-source-lora-fsdp": (training, SHAPES["fsdp"], LLAMA, "lora", SOURCE),
+    "files": (files, SHAPES["all"]),
+    "after-training-all": (after_training, SHAPES["all"]),
+    "files-six": (files, (1, 2, 3)),
+    "reading-all": (reading, SHAPES["all"]),
+    "reading-three": (reading, (1, 3, 1)),
+}
+
+
+def main(names):
+    for name in names or CHECKS:
+        check, *arguments = CHECKS[name]
+        try:
+            check(*arguments)
+            print(json.dumps([name, ""]), flush=True)
+        except Exception:
+            print(json.dumps([name, traceback.format_exc()]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

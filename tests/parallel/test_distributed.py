@@ -1,0 +1,512 @@
+"""Several processes on loopback: agreeing, ending together, stopping at the same step. Run as a
+program, it is one of them.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from tests.processes import free_port
+from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import distributed, sharding
+from tokalign_jax.utils import stopping
+
+CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
+
+
+def start_processes(
+    scene: str, folder: Path, count: int = 2, devices: int = 1
+) -> list[subprocess.Popen]:
+    port = free_port()
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, scene, str(folder)],
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, last line of output and errors of each; none may hang."""
+    try:
+        ended = [(process, *process.communicate(timeout=60)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    # The line before the last is gloo's own.
+    return [
+        (process.returncode, "".join(output.splitlines()[-1:]), errors)
+        for process, output, errors in ended
+    ]
+
+
+# --- Scenes, each played by every process -------------------------------------------------------
+
+
+def agreeing(folder: Path) -> None:
+    """Values and errors from either side, one after the other in the same processes."""
+    said = [distributed.on_first(lambda: {"from": distributed.index(), "pair": (1, 2)})]
+    attempts = [
+        lambda: distributed.on_first(fails(UserError("bad corpus"))),
+        lambda: distributed.on_first(fails(KeyError("bug"))),
+        lambda: distributed.agree(UserError("only here") if distributed.index() == 1 else None),
+        lambda: distributed.agree("text" if distributed.is_first() else None),
+        lambda: distributed.agree(ValueError("odd") if distributed.index() == 1 else None),
+        lambda: distributed.agree(stopping.Stopped("asked") if distributed.index() == 1 else None),
+        lambda: distributed.barrier("here" if distributed.is_first() else "there"),
+        lambda: distributed.agree(None),
+    ]
+    for attempt in attempts:
+        try:
+            said.append(attempt())
+        except Exception as error:
+            said.append([type(error).__name__, str(error)])
+    # The devices of both are joined, too.
+    total = jax.experimental.multihost_utils.process_allgather(
+        jax.numpy.full(1, distributed.index() + 1)
+    ).sum()
+    print(json.dumps([*said, int(total)]))
+
+
+def first_is_slow(folder: Path) -> None:
+    print(json.dumps(distributed.on_first(lambda: time.sleep(1.2) or "worth waiting for")))
+
+
+def second_fails_alone(folder: Path) -> None:
+    """The first one waits in a collective, which would never end."""
+    if distributed.index() == 1:
+        raise UserError("the second cannot read its part")
+    jax.experimental.multihost_utils.sync_global_devices("forever")
+
+
+def first_fails_alone(folder: Path) -> None:
+    if distributed.is_first():
+        raise UserError("the first cannot read its part")
+    jax.experimental.multihost_utils.sync_global_devices("forever")
+
+
+def steps(folder: Path) -> None:
+    """A loop like that of training, one process ahead of the other; each is free to begin up to two
+    steps early.
+    """
+    (folder / str(distributed.index())).write_text(str(os.getpid()))
+    for step in range(10_000):
+        if stopping.requested():
+            print(json.dumps(step))
+            raise stopping.Stopped("asked to stop")
+        time.sleep(0.01 * (1 + distributed.index()))
+
+
+def first_works_alone(folder: Path) -> None:
+    def work() -> None:
+        (folder / str(distributed.index())).write_text(str(os.getpid()))
+        while True:
+            time.sleep(0.01)
+            stopping.check()
+
+    if not distributed.is_first():
+        (folder / str(distributed.index())).write_text(str(os.getpid()))
+    distributed.on_first(work)
+
+
+def batches(folder: Path) -> None:
+    """Global batches on a mesh whose tensor groups are of one process each, and on one where they
+    are not.
+    """
+    devices = np.array(jax.devices())
+    local = (100 * distributed.index() + np.arange(2))[None, :, None].repeat(3, 2)
+    said = []
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+        try:
+            batch = sharding.global_batch(
+                local, Mesh(devices[order].reshape(2, 1, 2), sharding.AXES)
+            )
+            said.append(
+                [batch.shape[1], np.asarray(batch.addressable_shards[0].data)[0, :, 0].tolist()]
+            )
+        except ValueError as error:
+            said.append(type(error).__name__)
+    print(json.dumps(said))
+
+
+def fails(error: Exception):
+    def function():
+        raise error
+
+    return function
+
+
+# --- What they show -----------------------------------------------------------------------------
+
+
+def test_values_and_errors_reach_both(tmp_path):
+    (code0, output0, errors), (code1, output1, _) = finish(start_processes("agreeing", tmp_path))
+    assert (code0, code1) == (0, 0), errors
+    first, second = json.loads(output0), json.loads(output1)
+    assert first[0] == second[0] == {"from": 0, "pair": [1, 2]}
+    assert first[1] == second[1] == ["UserError", "bad corpus"]
+    assert first[2][0] == "KeyError" and second[2] == ["ProcessFailed", "process 0 failed: 'bug'"]
+    assert first[3] == second[3] == ["UserError", "only here"]
+    assert first[4] == second[4] == ["UserError", "text"]
+    assert first[5] == ["ProcessFailed", "process 1 failed: odd"] and second[5] == [
+        "ValueError",
+        "odd",
+    ]
+    assert first[6] == second[6] == ["Stopped", "asked"]
+    assert first[7] == second[7] and "it is at 'there' where process 0 is at 'here'" in first[7][1]
+    assert first[8] is second[8] is None
+    assert first[9] == second[9] == 3
+
+
+def test_three_processes_wait_for_the_first(tmp_path):
+    ended = finish(start_processes("first_is_slow", tmp_path, count=3))
+    assert [(code, output) for code, output, _ in ended] == [(0, '"worth waiting for"')] * 3
+
+
+def test_a_batch_is_of_all_processes_or_refused(tmp_path):
+    ended = finish(start_processes("batches", tmp_path, devices=2))
+    assert [output for _, output, _ in ended] == [
+        f'[[4, {part}], "ValueError"]' for part in ("[0, 1]", "[100, 101]")
+    ], ended
+
+
+@pytest.mark.parametrize(("scene", "who"), [("second_fails_alone", 1), ("first_fails_alone", 0)])
+def test_an_error_in_one_ends_both_with_its_message_and_code(tmp_path, scene, who):
+    ended = finish(start_processes(scene, tmp_path))
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert (
+        f"process {who} failed: the {('first', 'second')[who]} cannot read its part"
+        in ended[1 - who][2]
+    )
+
+
+@pytest.mark.parametrize(("scene", "asked"), [("steps", 0), ("steps", 1), ("first_works_alone", 1)])
+def test_a_signal_to_one_stops_both(tmp_path, scene, asked):
+    processes = start_processes(scene, tmp_path)
+    pids = [tmp_path / "0", tmp_path / "1"]
+    while not all(pid.exists() and pid.read_text() for pid in pids) and all(
+        p.poll() is None for p in processes
+    ):
+        time.sleep(0.05)
+    processes[asked].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [code for code, _, _ in ended] == [75, 75], ended
+    if scene == "steps":
+        assert ended[0][1] == ended[1][1] != "", "at the same step"
+
+
+# --- A store that fails -------------------------------------------------------------------------
+
+
+class Store:
+    """A key-value store in memory; `failing` calls fail first."""
+
+    def __init__(self, failing: float = 0):
+        self.values, self.failing = {}, failing
+
+    def _answer(self):
+        if self.failing > 0:
+            self.failing -= 1
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
+
+    def key_value_set(self, key, value):
+        self._answer()
+        if key in self.values:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.values[key] = value
+        self._answer()
+
+    def key_value_dir_get(self, folder):
+        self._answer()
+        return [
+            (key, value) for key, value in list(self.values.items()) if key.startswith(f"{folder}/")
+        ]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        self._answer()
+        time.sleep(milliseconds / 1000)
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.values[key]
+
+
+class Watch(distributed._Watch):
+    """That of process `number`, in a thread of this one; it looks at requests `late` seconds late."""
+
+    def __init__(self, number, late=0.0):
+        super().__init__()
+        self.number, self.late = number, late
+
+    def _agree_to_stop(self):
+        time.sleep(self.late)
+        super()._agree_to_stop()
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Starts watches over a store; both poll fast and have little patience."""
+    started = []
+
+    def start(store, *all_of_them):
+        monkeypatch.setattr(distributed, "_store", lambda: store)
+        monkeypatch.setattr(distributed, "count", lambda: len(all_of_them))
+        monkeypatch.setattr(
+            distributed, "index", lambda: getattr(threading.current_thread(), "number", 0)
+        )
+        monkeypatch.setattr(distributed, "POLL", 0.01)
+        monkeypatch.setattr(distributed, "PATIENCE", 0.3)
+        started.extend(all_of_them)
+        for watch in all_of_them:
+            watch.start()
+
+    yield start
+    for watch in started:
+        watch.close()
+    stopping._request.when = None
+
+
+def stops_of(watches):
+    """The step at which each stops, from threads that take steps at their own pace."""
+    found = [0] * len(watches)
+
+    def steps(number, pause):
+        while not watches[number].reached() and found[number] < 1000:
+            found[number] += 1
+            time.sleep(pause)
+
+    threads = [
+        threading.Thread(target=steps, args=(i, 0.002 * (i + 1))) for i in range(len(watches))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+@pytest.mark.parametrize(("failing", "late"), [(0, 0.0), (0, 0.6), (7, 0.0)])
+def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_a_while(
+    watches, capsys, failing, late
+):
+    store = Store()
+    both = Watch(0), Watch(1, late)
+    watches(store, *both)
+    asking = threading.Timer(0.1, lambda: (setattr(store, "failing", failing), stopping.ask()))
+    asking.start()
+    first, second = stops_of(both)
+    assert first == second and 0 < first < 1000
+    assert ("does not answer, trying again" in capsys.readouterr().err) == bool(failing)
+
+
+def test_a_store_that_fails_for_longer_than_patience_is_asked_again(watches):
+    store = Store(failing=math.inf)
+    both = Watch(0), Watch(1)
+    watches(store, *both)
+    time.sleep(0.5)
+    assert all(watch.is_alive() for watch in both)
+    store.failing = 0
+    stopping.ask()
+    first, second = stops_of(both)
+    assert first == second
+
+
+def test_a_process_that_cannot_hear_where_the_others_stop_ends(watches, monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(distributed, "_leave", lambda code: left.append(code))
+    store = Store()
+    watch = Watch(0)
+    watches(store, watch, Watch(1, late=0.1))
+    monkeypatch.setattr(
+        watch,
+        "_wait",
+        lambda key: (setattr(store, "failing", math.inf), super(Watch, watch)._wait(key)),
+    )
+    stopping.ask()
+    until = time.monotonic() + 10
+    while not left and time.monotonic() < until:
+        time.sleep(0.01)
+    assert left[0] == 75
+    assert (
+        "ended without a checkpoint: the key-value store of process 0 has not answered"
+        in capsys.readouterr().err
+    )
+
+
+# --- Who is of several --------------------------------------------------------------------------
+
+
+def test_one_process_is_left_alone():
+    with distributed.running():
+        assert not jax.distributed.is_initialized()
+    assert (distributed.count(), distributed.index(), distributed.is_first()) == (1, 0, True)
+    assert distributed.on_first(lambda: {1}) == {1}
+    distributed.barrier("anywhere")
+    with pytest.raises(UserError, match="as given"):
+        distributed.agree("as given")
+
+
+ALL_THREE = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+def test_flags_come_before_the_environment():
+    found = distributed._given("", 0, -1, ALL_THREE)
+    assert found and (
+        found["coordinator_address"],
+        found["num_processes"],
+        found["process_id"],
+    ) == ("host:1", 4, 3)
+    found = distributed._given("other:2", 2, 0, ALL_THREE)
+    assert found and (
+        found["coordinator_address"],
+        found["num_processes"],
+        found["process_id"],
+    ) == ("other:2", 2, 0)
+    assert distributed._given("", 0, -1, {}) is None
+    assert distributed._given("host:1", 1, 0, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        (("host:1", 2, -1), {}, "--process"),
+        (("host", 2, 0), {}, "HOST:PORT"),
+        (("host:1", 2, 2), {}, "process 2"),
+        (("", 0, -1), {**ALL_THREE, "JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID=''"),
+        (("", 0, -1), {**ALL_THREE, "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
+    ],
+)
+def test_half_of_what_is_needed_is_refused(flags, environment, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        distributed._given(*flags, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            None,
+        ),  # a batch script itself
+        ({"SLURM_STEP_NUM_TASKS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        # One task a node has all GPUs of it; one task a GPU has the one it sees, or else that of
+        # its number.
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+            },
+            {"local_device_ids": [0, 1, 2, 3]},
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+                "CUDA_VISIBLE_DEVICES": "3",
+            },
+            {"local_device_ids": [0]},
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+            },
+            {},
+        ),
+    ],
+)
+def test_slurm(environment, expected):
+    assert distributed._slurm(environment) == expected
+
+
+def slurm(tasks_per_node, **others):
+    return {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, **others}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "expected"),
+    [
+        # Whole nodes without --gpus: nothing is set, and a task sees all.
+        (8, slurm("1(x8)"), list(range(8))),
+        (8, slurm("2(x4)", SLURM_LOCALID="1"), [4, 5, 6, 7]),
+        (8, slurm("8", SLURM_LOCALID="3"), None),  # the one of its number, as JAX has it
+        (6, slurm("2(x2),4", SLURM_LOCALID="1", SLURM_NODEID="1"), [3, 4, 5]),
+        (6, slurm("2(x2),1(x4)", SLURM_LOCALID="0", SLURM_NODEID="3"), list(range(6))),
+        (0, slurm("2(x4)", SLURM_LOCALID="1"), None),
+        # Several tasks that see the same GPUs, or each its own.
+        (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3"), [2, 3]),
+        (
+            9,
+            slurm(
+                "2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_GPUS_ON_NODE="4"
+            ),
+            [2, 3],
+        ),
+        (
+            9,
+            slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="2,3", SLURM_GPUS_ON_NODE="4"),
+            [0, 1],
+        ),
+    ],
+)
+def test_the_tasks_of_a_slurm_node_share_all_its_gpus(monkeypatch, gpus, environment, expected):
+    monkeypatch.setattr(distributed, "_gpus_here", lambda: gpus)
+    assert (distributed._slurm(environment) or {}).get("local_device_ids") == expected
+
+
+def test_slurm_tasks_that_cannot_share_the_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "_gpus_here", lambda: 8)
+    with pytest.raises(
+        UserError, match=r"8 GPUs of a node do not divide among its 3 .*--ntasks-per-node=1"
+    ):
+        distributed._slurm(slurm("3(x2)"))
+
+
+def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    asked = []
+    monkeypatch.setattr(
+        distributed, "_metadata", lambda name: asked.append(name) or "a:1:10.0.0.1,b:2:10.0.0.2"
+    )
+    assert distributed._tpu({"TPU_SKIP_MDS_QUERY": "1"}) is None and not asked
+    assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one"}) is None and not asked
+    assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one,two"}) == {}
+    assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one", "MEGASCALE_NUM_SLICES": "2"}) == {}
+    assert distributed._tpu({}) == {} and asked == ["worker-network-endpoints"]
+
+
+if __name__ == "__main__":
+    import jax.experimental.multihost_utils
+
+    try:
+        with distributed.running(), stopping.listening():
+            globals()[sys.argv[1]](Path(sys.argv[2]))
+    except stopping.Stopped:
+        sys.exit(75)
+    except Exception as caught:
+        distributed.fail(str(caught), CODES.get(type(caught), 1))

@@ -1,0 +1,104 @@
+"""A corpus that the source model writes, alone and beside others."""
+
+import json
+
+import pytest
+
+from tests.helpers import tiny_model_folder, tiny_tokenizer
+from tests.pipeline.test_runs import write_corpus
+from tests.text.test_chats import CHATML, chatml
+from tokalign_jax import pipeline
+from tokalign_jax.config import Config, TextConfig, config_from_dict
+from tokalign_jax.errors import UserError
+from tokalign_jax.initialization import self_corpus
+from tokalign_jax.initialization.self_text import Segment
+from tokalign_jax.planning import disk
+from tokalign_jax.text import corpus, tokenizing
+
+
+def test_passages_become_documents_and_chats():
+    tokenizer = chatml()
+    start, end = (tokenizer.get_vocab()[f"<|im_{name}|>"] for name in ("start", "end"))
+    chat = (
+        Segment("", start),
+        Segment("user\nWhat is it?", end),
+        Segment("\n", start),
+        Segment("assistant\nA dog.", end),
+    )
+    unfinished = (*chat[:3], Segment("assistant\nA do"))
+    found = list(self_corpus.records([(Segment("a text"),), chat, unfinished], tokenizer))
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A dog."},
+    ]
+    assert found == [
+        {"text": "a text", "language": "self"},
+        {"messages": messages, "language": "self"},
+    ]
+
+
+def test_self_is_named_beside_other_text(tmp_path):
+    config = Config(corpus=("/data/a=0.7,self=0.3",))
+    assert corpus.has_self(config) and not corpus.has_self(Config(corpus="/data/self"))
+    named = corpus.with_self(config, tmp_path / corpus.SELF_TEXT)
+    assert named.corpus == ("/data/a=0.7", f"{tmp_path / corpus.SELF_TEXT}=0.3")
+    rest = corpus.without_self(config)
+    assert rest is not None and rest.corpus == ("/data/a=0.7",)
+    assert corpus.without_self(Config(corpus="self")) is None
+    assert corpus.names(Config(corpus="self")) == ["self"]
+    assert disk.text_bytes(Config(corpus="self")) == 4 * Config().text.self_tokens
+    with pytest.raises(UserError, match="weight"):
+        corpus.names(Config(corpus="self,/data/a=0.7"))
+
+
+def test_its_text_has_fields_of_its_own(tmp_path):
+    """Whatever fields the other text has; results are told apart by source or language."""
+    records = [{"text": f"text {i}", "language": "self"} for i in range(5)]
+    self_corpus.save(records, tmp_path / corpus.SELF_TEXT)
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"body": f"b {i}", "lang": "en"}) for i in range(5)))
+    names = f"{tmp_path / corpus.SELF_TEXT},{other}"
+    for text, groups in (
+        (TextConfig(text_field="body", language_field="lang"), {"self", "en"}),
+        (TextConfig(text_field="body", group_by="source"), {"self", "other.jsonl"}),
+        (TextConfig(text_field="body"), {"all"}),
+    ):
+        config = Config(corpus=names, text=text)
+        corpus.check(config)
+        found = list(corpus.read(config))
+        assert len(found) == 10 and {d.language for d in found} == groups
+        assert {d.source for d in found} == {"self", "other.jsonl"}
+
+
+@pytest.mark.parametrize("names", ["self", "{corpus}=0.6,self=0.4"])
+def test_a_run_reads_what_the_source_model_wrote(tmp_path, names):
+    text = write_corpus(tmp_path)
+    texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    source = tiny_tokenizer(300, texts[:10])
+    source.chat_template = CHATML.replace("<|im_end|>", "<|endoftext|>")
+    tiny_model_folder(tmp_path / "source", "llama", 320, tied=True, tokenizer=source)
+    tiny_tokenizer(420, texts).save_pretrained(tmp_path / "target")
+    config = config_from_dict(
+        {
+            "source_model": str(tmp_path / "source"),
+            "target_tokenizer": str(tmp_path / "target"),
+            "corpus": names.format(corpus=text),
+            "text": {"self_tokens": 6000, "held_out_fraction": 0.1, "group_by": "source"},
+            "compute": {"dtype": "float32"},
+            "stage1": {"steps": 0},
+            "stage2": {"steps": 0},
+            "evaluation": {"sequence_length": 32},
+        }
+    )
+    lines = []
+    pipeline.run(config, tmp_path / "run", ["tokens"], lines.append)
+    found = pipeline.read_records(tmp_path / "run")
+    assert found["self"]["summary"]["documents"] > 10 and found["corpus"]["needs"] == ["self"]
+    summary = json.loads((tmp_path / "run" / "corpus" / "summary.json").read_text())
+    assert "self" in summary["languages"] and summary["sources"]["self"] > 1000
+    shards = tokenizing.TokenShards.open(tmp_path / "run" / "tokens" / "target")
+    assert shards.index["languages"]["self"]["documents"] > 5
+    # The same command writes nothing anew.
+    lines.clear()
+    pipeline.run(config, tmp_path / "run", ["tokens"], lines.append)
+    assert "self: finished, skipped" in lines and "corpus: finished, skipped" in lines

@@ -1,0 +1,326 @@
+"""Memory of stages that do not train, against programs and allocations; warnings of it."""
+
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests.planning.test_plan import MODELS, model_of, setup_of
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    EvaluationConfig,
+    InitializationConfig,
+    StageConfig,
+    TokenDistillationConfig,
+)
+from tokalign_jax.evaluation import token_costs
+from tokalign_jax.initialization import composition, contexts
+from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.parallel import sharding
+from tokalign_jax.pipeline import resources
+from tokalign_jax.pipeline.context import Context
+from tokalign_jax.planning import advice, inference, memory
+from tokalign_jax.planning.inference import Run, Source
+from tokalign_jax.planning.machine import Machine, Speed, available_host_memory
+from tokalign_jax.planning.report import make_plan
+from tokalign_jax.planning.resolve import resolve
+from tokalign_jax.utils import paths
+
+LLAMA_8B = model_of("llama-8b", 151_669)
+SOURCE = Source(128_256, 2)
+LORA = StageConfig(method="lora", batch_size=64, per_device_batch=4)
+CONFIG = Config(
+    alignment=AlignmentConfig(method="composed"),
+    stage1=replace(LORA, method="embedding"),
+    stage2=LORA,
+)
+
+
+def run_of(config=CONFIG, mesh=(1, 1, 1), room="80GB", host="512GB"):
+    return Run(config, SOURCE, LLAMA_8B, mesh, Machine.of(int(np.prod(mesh)), room, host))
+
+
+def plan_of(room="80GB", host="512GB", config=CONFIG):
+    machine = Machine.of(1, room, host)
+    return make_plan(config, LLAMA_8B, machine, Speed(), 10**9, 2, 1e15, None, SOURCE)
+
+
+# --- Evaluation and export never need more than training ----------------------------------------
+
+
+def test_what_trains_on_a_card_can_be_evaluated_and_exported_there():
+    """Llama-3.1-8B with adapters on a card of 80 GB: float32 and a merged copy would not fit."""
+    needs = inference.needs(run_of())
+    setup = resolve(setup_of(LORA, ComputeConfig(), LLAMA_8B, room=80e9))
+    training = memory.needed(setup)
+    for name in ("evaluate", "export"):
+        assert sum(needs[name].device.values()) < 0.5 * training, name
+    assert not plan_of().warnings
+    model, adapted = (memory.elements(abstract_params(LLAMA_8B), (1, 1, 1)), 6.98e9)
+    assert 4 * (model + adapted) > 0.92 * 60e9, "float32, and every kernel once more"
+
+
+@pytest.mark.parametrize("method", ["embedding", "lora", "full"])
+def test_no_state_takes_more_to_evaluate_than_it_took_to_train(method):
+    stage = replace(LORA, method=method)
+    config = Config(stage1=replace(LORA, method="embedding"), stage2=stage)
+    setup = resolve(setup_of(stage, ComputeConfig(), LLAMA_8B, room=1e12))
+    needs = inference.needs(run_of(config))
+    for name in ("evaluate", "export"):
+        assert sum(needs[name].device.values()) < memory.needed(setup), name
+
+
+# --- Estimates against programs and allocations -------------------------------------------------
+
+
+def placed(tree, mesh):
+    """Shapes in their places, float32."""
+
+    def place(path, leaf):
+        shape = sharding.padded_shape(path, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=sharding.sharding_of(path, shape, mesh)
+        )
+
+    return paths.unflatten({path: place(path, leaf) for path, leaf in paths.flatten(tree).items()})
+
+
+@pytest.fixture(params=MODELS)
+def small(request):
+    """A small model and a run of it in float32, in which XLA for CPUs casts nothing."""
+    model = MODELS[request.param]
+    config = Config(
+        compute=ComputeConfig(dtype="float32", loss_chunk=256),
+        evaluation=EvaluationConfig(batch=8, sequence_length=256),
+    )
+    machine = Machine(1, 1e12, fused_attention=False)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return Run(config, Source(3000, 4), model, (1, 1, 1), machine), mesh
+
+
+def test_evaluation_takes_what_its_program_takes(small):
+    run, mesh = small
+    tokens = jax.ShapeDtypeStruct(
+        (8, 256), jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH))
+    )
+    params, options = (
+        placed(abstract_params(run.model), mesh),
+        dict(config=run.model, compute=run.config.compute),
+    )
+    lowered = token_costs._batch_costs.lower(
+        params, tokens, tokens, **options, mesh=mesh, likeliest=False
+    )
+    found = lowered.compile().memory_analysis()
+    model, work = inference.needs(run)["evaluate"].device.values()
+    assert 0 <= found.argument_size_in_bytes - model < 20_000
+    assert 1 < work / found.temp_size_in_bytes < 1.7
+
+
+def test_reading_text_takes_what_its_program_takes(small):
+    run, mesh = small
+    model, width, shape = run.source_model, run.model.hidden_size, (16, 256)
+    sums = [jax.ShapeDtypeStruct((size, width), jnp.float32) for size in (3000, 3000, 4000, 4000)]
+    moments = tuple(jax.ShapeDtypeStruct((width,) * n, jnp.float32) for n in (1, 2))
+    tokens = jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH))
+    )
+    labels = [jax.ShapeDtypeStruct(shape, jnp.int32)] * 4
+    params = placed(abstract_params(model), mesh)
+    lowered = contexts._add.lower(
+        sums,
+        moments,
+        params,
+        tokens,
+        labels,
+        5,
+        config=model,
+        dtype=jnp.dtype("float32"),
+        mesh=mesh,
+    )
+    found = lowered.compile().memory_analysis().temp_size_in_bytes
+    places = 16 * 256
+    assert 0.95 < (inference._forward(run, model, places, 256) + 5 * places * run.row) / found < 1.7
+
+
+def test_learned_rows_take_what_is_allocated_on_the_host():
+    model = replace(MODELS["llama"], vocab_size=40_000)
+    run = Run(CONFIG, Source(20_000, 4), model, (1, 1, 1), Machine(1, 1e12))
+    random, width = np.random.default_rng(0), model.hidden_size
+
+    def tokens(count):
+        states = np.zeros((count, width), np.float32)
+        pieces = composition.Pieces.of(random.integers(0, run.source.rows, (count, 2)).tolist())
+        seen = contexts.Contexts(states, states, np.full(count, 500))
+        return composition.Tokens(np.arange(count), pieces, np.zeros(count, np.float32), seen)
+
+    known, wanted = tokens(run.source.rows), tokens(model.vocab_size)
+    reading = contexts.Reading(known.contexts, wanted.contexts, np.zeros(width), np.eye(width))
+    rows = random.normal(size=(run.source.rows, width)).astype(np.float32)
+    tracemalloc.start()
+    for _ in composition.learned_rows(rows, known, wanted, reading):
+        pass
+    _, found = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kinds = inference.needs(run)["init"].host
+    (work,) = (size for kind, size in kinds.items() if kind.startswith("largest"))
+    assert found < work
+
+
+# --- Plan and warnings --------------------------------------------------------------------------
+
+
+def test_the_plan_has_all_stages_with_device_and_host_memory():
+    table = plan_of().table()
+    before_training, _, after = table.partition("stage1 (embedding)")
+    assert (
+        "init" in before_training
+        and "host memory" in before_training
+        and "source model as stored" in before_training
+    )
+    assert "\nevaluate\n" in after and "model (bfloat16)" in after and "\nexport\n" in after
+    needs = plan_of().untrained
+    # float32: new rows of both matrices, two mean states of every token of both vocabularies.
+    new_rows, states = 2 * 151_669 * 4096 * 4, 2 * (151_669 + 128_256) * 4096 * 4
+    assert [*needs["init"].host.values()][:2] == [new_rows, states]
+    mixtures = replace(CONFIG, initialization=InitializationConfig(tokens=0))
+    assert sum(inference.needs(run_of(mixtures))["init"].host.values()) < new_rows + 2 * states
+
+
+def test_a_host_that_is_too_small_is_warned_of_with_what_would_fit():
+    (warning,) = plan_of(host="27GB").warnings
+    assert warning.startswith("init will not fit: it needs about ") and "of host memory" in warning
+    for setting in ("initialization.tuning=0", "initialization.tokens=0"):
+        assert setting in warning
+    assert "no settings change that" in plan_of(host="4GB").warnings[0]
+
+
+def test_a_device_that_is_too_small_is_warned_of_with_what_would_fit():
+    crowded = replace(CONFIG, evaluation=EvaluationConfig(batch=512))
+    (warning,) = [w for w in plan_of("48GB", config=crowded).warnings if w.startswith("evaluate")]
+    assert "on each device" in warning and "evaluation.batch=" in warning
+    batch = int(warning.partition("evaluation.batch=")[2].split(",")[0])
+    fits = replace(CONFIG, evaluation=EvaluationConfig(batch=batch))
+    assert not [w for w in plan_of("48GB", config=fits).warnings if w.startswith("evaluate")]
+    split = run_of(mesh=(8, 1, 1), room="16GB")
+    assert "mesh.fsdp=" in advice.too_large_untrained(split)["evaluate"]
+
+
+def test_arrays_of_cpu_devices_are_in_host_memory():
+    needs = inference.needs(run_of())["evaluate"]
+    device, host = sum(needs.device.values()), sum(needs.host.values())
+    assert needs.on_host(Machine(2, 1e12)) == host
+    assert needs.on_host(Machine(2, 1e12, "cpu", False)) == host + 2 * device
+
+
+def test_a_run_warns_of_stages_to_come(monkeypatch, tmp_path):
+    lines = []
+    context = Context(Config(), tmp_path, lines.append)
+    small = Machine(1, 1e6, fused_attention=False, host_memory=1e6)
+    monkeypatch.setattr(resources.Machine, "of", lambda: small)
+    resources.warn_of_memory(context, {"init", "evaluate/init", "corpus"})
+    assert [line.split()[1] for line in lines] == ["init", "evaluate"]
+    lines.clear()
+    resources.warn_of_memory(context, {"stage2", "export"})
+    assert [line.split()[1] for line in lines] == ["stage2", "export"]
+
+
+# --- Host memory --------------------------------------------------------------------------------
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 64 kB\nMemAvailable:      32 kB\n"}
+V2 = "sys/fs/cgroup/job/step"
+V1 = "sys/fs/cgroup/memory/docker/abc"
+HOSTS = {
+    "nothing known": ({}, float("inf")),
+    "no limit": (
+        MEMINFO | {"proc/self/cgroup": "0::/job/step\n", f"{V2}/memory.max": "max\n"},
+        32 * 1024,
+    ),
+    "limit of the job": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "0::/job/step\n",
+            f"{V2}/memory.max": "max\n",
+            "sys/fs/cgroup/job/memory.max": "20000\n",
+            "sys/fs/cgroup/job/memory.current": "9000\n",
+            "sys/fs/cgroup/job/memory.stat": "anon 3000\nfile 5000\n",
+        },
+        16_000,
+    ),
+    "first version": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "5:devices:/\n4:memory:/docker/abc\n",
+            f"{V1}/memory.limit_in_bytes": "10000\n",
+            f"{V1}/memory.usage_in_bytes": "4000\n",
+            f"{V1}/memory.stat": "cache 1\ntotal_cache 1000\n",
+        },
+        7_000,
+    ),
+    "mounted as the root": (
+        MEMINFO
+        | {
+            "proc/self/cgroup": "0::/host/path\n",
+            "sys/fs/cgroup/memory.max": "10000",
+            "sys/fs/cgroup/memory.current": "1000",
+        },
+        9_000,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_host_memory_is_what_the_system_or_the_control_group_has_left(case, tmp_path):
+    files, expected = HOSTS[case]
+    assert available_host_memory(write(tmp_path, files)) == expected
+
+
+# --- A start that is distilled ------------------------------------------------------------------
+
+DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
+
+
+def test_distillation_is_planned_and_rows_alone_need_less():
+    table = plan_of(config=DISTILLED).table()
+    assert "writes 1.8M tokens at most; the start is trained on 4M, with it as teacher" in table
+    needed = inference.needs(run_of(DISTILLED))["init"].device
+    rows = replace(DISTILLED, initialization=InitializationConfig(trains="rows"))
+    less = inference.needs(run_of(rows))["init"].device
+    body = 8_030_261_248 - 2 * 128_256 * 4096
+    assert needed["body"] == 20 * body and less["body"] == 2 * body
+    none = replace(DISTILLED, initialization=InitializationConfig(distillation_tokens=0))
+    assert (
+        "init" in inference.needs(run_of(none))
+        and "teacher" not in inference.needs(run_of(none))["init"].device
+    )
+
+
+def test_a_device_that_is_too_small_to_distill_is_warned_of():
+    (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
+    assert "initialization.trains=rows" in warning
+
+
+def test_token_distillation_is_planned():
+    config = replace(CONFIG, alignment=AlignmentConfig(method="token_distillation"))
+    needed = inference.needs(run_of(config))["init"]
+    source_rows = run_of(config).source.rows
+    assert needed.device["rows of both vocabularies"] >= 24 * (source_rows + 128_256) * 4096
+    settings = TokenDistillationConfig(most_snippets=1000)
+    few = replace(config, initialization=InitializationConfig(token_distillation=settings))
+    assert "reads 51k tokens at most; rows are tuned on 51k" in plan_of(config=few).table()
+    assert inference.needs(run_of(few))["init"].host["snippets"] < needed.host["snippets"]

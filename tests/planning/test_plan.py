@@ -1,0 +1,515 @@
+"""The plan against reality: trees of parameters, what XLA says that compiled train steps take, what
+steps took on GPUs.
+
+Run as a program, it compiles the steps of `CASES` for simulated devices and prints their memory.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.training.toys import LLAMA, NEOX
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    InitializationConfig,
+    LoraConfig,
+    MeshConfig,
+    StageConfig,
+)
+from tokalign_jax.errors import UserError
+from tokalign_jax.main import main
+from tokalign_jax.models import families, remat
+from tokalign_jax.models.lora import add_lora
+from tokalign_jax.models.transformer import init_params
+from tokalign_jax.parallel import sharding
+from tokalign_jax.planning import machine, memory, resolve
+from tokalign_jax.planning.flops import flops_per_token
+from tokalign_jax.planning.machine import Machine, MeshSizes, Speed
+from tokalign_jax.planning.report import make_plan
+from tokalign_jax.training import loop
+from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
+from tokalign_jax.training.step import init_state, make_loss, make_train_step
+from tokalign_jax.utils import compiling, paths
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import train_throughput
+
+SIZES = {
+    "vocab_size": 4000,  # in memory 4,096
+    "hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 512,
+    "num_layers": 4,
+    "max_positions": 512,
+    "layer_kinds": LLAMA.layer_kinds[:1] * 4,
+}
+MODELS = {"llama": replace(LLAMA, **SIZES), "neox": replace(NEOX, **SIZES)}
+STAGE = StageConfig(
+    method="full",
+    steps=4,
+    batch_size=32,
+    per_device_batch=4,
+    sequence_length=256,
+    lora=LoraConfig(rank=8),
+)
+COMPUTE = ComputeConfig(dtype="float32", remat="layer", loss_chunk=256)
+CASES = [
+    # model, method, mesh, sequences of a step, remat
+    ("llama", "embedding", (1, 1, 1), 4, "layer"),
+    ("neox", "lora", (1, 1, 1), 4, "layer"),
+    ("llama", "full", (1, 1, 1), 8, "dots"),
+    ("neox", "full", (2, 2, 2), 16, "attention"),
+]
+
+
+def settings(model: str, method: str, sequences: int, remat: str):
+    return (
+        MODELS[model],
+        replace(STAGE, method=method, batch_size=sequences),
+        replace(COMPUTE, remat=remat),
+    )
+
+
+def compiled_memory(
+    name: str, method: str, sizes: MeshSizes, sequences: int, remat: str
+) -> dict[str, int]:
+    """Bytes on each device of the arguments and of the temporaries of a real step, compiled and not
+    run.
+    """
+    model, stage, compute = settings(name, method, sequences, remat)
+    mesh = sharding.make_mesh(
+        MeshConfig(*sizes), devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
+    )
+
+    def placed(tree):
+        in_memory = {
+            p: jax.ShapeDtypeStruct(sharding.padded_shape(p, x.shape), x.dtype)
+            for p, x in paths.flatten(tree).items()
+        }
+        return lying(paths.unflatten(in_memory))
+
+    def lying(tree):
+        where = sharding.shardings(tree, mesh)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where
+        )
+
+    trained, frozen = map(placed, memory.shapes(model, stage))
+    optimizer = make_optimizer(stage, paths.label_tree(rules_for(stage.method), trained))
+    state = lying(jax.eval_shape(lambda params: init_state(params, optimizer), trained))
+    together = loop.micro_batch("stage", stage, mesh)
+    batch = jax.ShapeDtypeStruct(
+        (sequences // together, together, stage.sequence_length + 1),
+        jnp.int32,
+        sharding=jax.NamedSharding(mesh, jax.P(None, sharding.BATCH)),
+    )
+    step = make_train_step(
+        make_loss(model, compute, loop.lora_spec(stage)), optimizer, jnp.float32, mesh
+    )
+    found = (
+        step.lower(state, frozen, batch, jax.random.key(0), schedule_of(stage))
+        .compile()
+        .memory_analysis()
+    )
+    return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, int]]:
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_NUM_CPU_DEVICES": "8",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_memory_is_what_compiled_steps_take(compiled, case):
+    name, method, mesh, sequences, remat = CASES[case]
+    model, stage, compute = settings(name, method, sequences, remat)
+    kinds = list(memory.stage_memory(setup_of(stage, compute, model, mesh, fused=False)).values())
+    state, rest = sum(kinds[:3]), sum(kinds[3:])
+    # Besides the state: a batch of token ids, a key and counters.
+    batch = 4 * sequences // (mesh[0] * mesh[1]) * (stage.sequence_length + 1)
+    assert 0 <= compiled[case]["arguments"] - state - batch < 1000
+    assert 0.9 < rest / compiled[case]["temporaries"] < 1.6
+
+
+# --- Parameters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["embedding", "lora", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_real_trees(name, method, tied):
+    model = replace((LLAMA if name == "llama" else NEOX), tie_word_embeddings=tied)
+    stage = replace(STAGE, method=method, lora=LoraConfig(rank=3))
+
+    def make(key):
+        params = init_params(model, key)
+        spec = loop.lora_spec(stage)
+        return add_lora(params, spec, key) if spec else params
+
+    params = jax.eval_shape(make, jax.random.key(0))
+    trained, frozen = memory.shapes(model, stage)
+    leaves = paths.flatten(params)
+    for tree, trains in ((trained, True), (frozen, False)):
+        real = {
+            path: leaf.shape for path, leaf in leaves.items() if loop.trains(stage, path) == trains
+        }
+        assert {path: leaf.shape for path, leaf in paths.flatten(tree).items()} == real
+        assert memory.parameters(tree) == sum(leaves[path].size for path in real)
+
+
+def test_elements_of_a_device_are_those_of_placed_arrays():
+    params = init_params(LLAMA, jax.random.key(0))
+    placed = jax.tree.leaves(
+        sharding.place(params, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1]))
+    )
+    assert memory.elements(memory.shapes(LLAMA, STAGE)[0], (1, 1, 1)) == sum(
+        leaf.size for leaf in placed
+    )
+
+
+# --- The whole plan -----------------------------------------------------------------------------
+
+
+def model_of(name, rows):
+    """A shape that the benchmark measures, with a vocabulary of so many rows."""
+    return families.config_from_hf(train_throughput.MODELS[name] | {"vocab_size": rows})
+
+
+PYTHIA_1B = model_of("pythia-1b", 151_936)
+CONFIG = Config(
+    alignment=AlignmentConfig(method="composed"),
+    stage1=StageConfig(
+        method="embedding", batch_size=64, per_device_batch=4, start_offset=0, steps=100
+    ),
+    stage2=StageConfig(method="full", batch_size=64, per_device_batch=4, steps=200),
+    compute=ComputeConfig(remat="dots"),
+)
+
+
+def planned(
+    config=CONFIG,
+    devices=1,
+    room="80GB",
+    speed=Speed(),  # noqa: B008
+    disk_free=1e15,
+    text=5_000_000_000,
+):
+    return make_plan(config, PYTHIA_1B, Machine.of(devices, room), speed, text, 2, disk_free)
+
+
+def setup_of(stage, compute, model=PYTHIA_1B, mesh=(1, 1, 1), room=math.inf, fused=True):
+    return memory.Setup(
+        "stage", stage, compute, model, mesh, Machine(1, room, fused_attention=fused)
+    )
+
+
+ON_GPUS = [
+    # model, rows, method, mesh, sequences of 2,048 tokens, remat, GiB at most in use on an H200
+    # (docs/results/throughput.md)
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 8, "dots", 22.99),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "dots", 33.09),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 8, "layer", 25.01),
+    ("pythia-1b", 262_144, "full", (1, 1, 1), 32, "dots", 70.52),
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 32, "dots", 50.72),
+    ("pythia-1b", 151_936, "embedding", (1, 1, 1), 64, "dots", 88.23),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 16, "dots", 42.35),
+    ("pythia-1b", 151_936, "full", (1, 1, 1), 32, "dots", 60.86),
+    ("pythia-1b", 151_936, "embedding", (1, 2, 1), 16, "dots", 20.74),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "dots", 24.87),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 8, "dots", 20.29),
+    ("pythia-1b", 151_936, "full", (2, 1, 1), 16, "dots", 35.91),
+    ("pythia-1b", 151_936, "full", (1, 1, 2), 16, "dots", 21.98),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "attention", 20.87),
+    ("pythia-1b", 151_936, "full", (1, 2, 1), 16, "layer", 17.18),
+    ("llama-8b", 151_936, "full", (1, 2, 1), 8, "layer", 65.69),
+    ("pythia-1b", 151_936, "embedding", (1, 4, 1), 32, "dots", 18.54),
+    ("pythia-1b", 151_936, "full", (1, 4, 1), 32, "dots", 20.58),
+    ("pythia-1b", 151_936, "full", (4, 1, 1), 32, "dots", 35.92),
+    ("pythia-1b", 151_936, "lora", (1, 1, 1), 8, "dots", 24.64),
+    ("llama-8b", 128_256, "full", (1, 4, 1), 16, "layer", 36.49),
+    ("llama-8b", 128_256, "lora", (1, 4, 1), 16, "dots", 38.18),
+]
+
+
+@pytest.mark.parametrize("model, rows, method, mesh, sequences, remat, found", ON_GPUS)
+def test_memory_is_what_gpus_took(model, rows, method, mesh, sequences, remat, found):
+    held = sequences // (mesh[0] * mesh[1])
+    stage = StageConfig(
+        method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048
+    )
+    kinds = memory.stage_memory(
+        setup_of(stage, ComputeConfig(remat=remat), model_of(model, rows), mesh)
+    )
+    assert 0.98 < sum(kinds.values()) / 2**30 / found < 1.25
+
+
+def test_a_plan_of_a_model_that_fits():
+    found = planned(devices=8)
+    one, two = found.stages
+    # Pythia-1B has 805,736,448 parameters beside its two matrices.
+    assert (one.trained, one.frozen) == (2 * 151_936 * 2048, 805_736_448)
+    assert (two.trained, two.frozen) == (one.trained + one.frozen, 0)
+    assert (one.tokens, two.tokens) == (100 * 64 * 2048, 200 * 64 * 2048)
+    assert found.mesh == (8, 1, 1) and one.accumulation == 2 and not found.warnings
+    assert one.memory["Adam's two moments (float32)"] == 8 * (-(-151_936 // 256) * 256) * 2 * 2048
+    assert found.disk["init"] == 4 * two.trained and found.disk["export"] == 2 * two.trained
+    assert found.disk["stage2"] == 3 * 12 * two.trained, (
+        "two checkpoints are kept, and a third is on its way"
+    )
+    for words in (
+        "stage1 (embedding): 622M parameters train",
+        "806M are frozen",
+        "13.1M tokens",
+        "time unknown",
+        "disk",
+    ):
+        assert words in found.table(), found.table()
+
+
+def test_what_will_not_fit_is_told_with_what_would():
+    (warning,) = [w for w in planned(room="24GB").warnings if w.startswith("stage2")]
+    assert "stage2.method=lora together" in warning, (
+        "the state alone is too large, and adapters alone do not do"
+    )
+    settings = dict(
+        part.split("=")
+        for part in warning.partition("it would with ")[2].split(" together")[0].split(", ")
+    )
+    lean = replace(
+        CONFIG,
+        stage2=replace(
+            CONFIG.stage2, method="lora", per_device_batch=int(settings["stage2.per_device_batch"])
+        ),
+        compute=replace(
+            CONFIG.compute,
+            remat=settings["compute.remat"],
+            loss_chunk=int(settings["compute.loss_chunk"]),
+        ),
+    )
+    assert not [w for w in planned(lean, room="24GB").warnings if w.startswith("stage2")]
+    assert "no settings change that" in planned(room="4GB").table()
+    # More sequences than fit: fewer at once, or less kept of each.
+    crowded = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=64))
+    (warning,) = [w for w in planned(crowded).warnings if w.startswith("stage1")]
+    assert "stage1.per_device_batch=" in warning and "compute.remat=" in warning
+    at_once = int(warning.partition("stage1.per_device_batch=")[2].split()[0])
+    fits = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=at_once))
+    assert not [w for w in planned(fits).warnings if w.startswith("stage1")]
+    copies = replace(CONFIG, mesh=MeshConfig(data=8))
+    assert "mesh.fsdp=" in planned(copies, devices=8, room="24GB").table()
+    assert planned(devices=8, room="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
+
+
+def test_auto_keeps_the_most_that_fits():
+    auto = replace(CONFIG, compute=ComputeConfig())
+    kept = lambda found: [kind for stage in found.stages for kind in stage.memory if "kept" in kind]  # noqa: E731
+    assert kept(planned(auto)) == ["activations kept (remat=dots)"] * 2
+    crowded = replace(
+        auto,
+        stage1=replace(CONFIG.stage1, per_device_batch=16),
+        stage2=replace(CONFIG.stage2, steps=0),
+    )
+    needs = [
+        planned(replace(crowded, compute=ComputeConfig(remat=p))).stages[0].total
+        for p in remat.POLICIES
+    ]
+    assert needs[0] > needs[1] > needs[2]
+    for policy, enough in zip(remat.POLICIES, needs):
+        assert kept(planned(crowded, room=f"{enough / machine.USABLE + 1:.0f}")) == [
+            f"activations kept (remat={policy})"
+        ]
+    found = planned(crowded, room=f"{needs[2] / 2:.0f}")
+    assert kept(found) == ["activations kept (remat=layer)"] and found.warnings
+
+
+def chosen(room, method="full", sequences=64, length=2048, remat="auto", fused=True):
+    """Sequences at once and policy, and whether so much fits by the estimate."""
+    stage = StageConfig(method=method, batch_size=sequences, sequence_length=length)
+    setup = resolve.resolve(setup_of(stage, ComputeConfig(remat=remat), room=room, fused=fused))
+    return (
+        setup.stage.per_device_batch,
+        setup.compute.remat,
+        needed(setup.stage, setup.compute) <= room,
+    )
+
+
+def needed(stage, compute):
+    return memory.needed(setup_of(stage, compute))
+
+
+@pytest.mark.parametrize("method", ["embedding", "lora", "full"])
+def test_auto_holds_as_many_sequences_as_fit_and_are_faster_together(method):
+    assert chosen(130e9, method) == (32, "dots", True), "65,536 tokens: more are no faster"
+    assert chosen(130e9, method, sequences=48)[0] == 24, "rounds of as many make a step"
+    assert chosen(130e9, method, sequences=2, length=131_072)[0] == 1, "one sequence is the least"
+    assert chosen(math.inf, method, fused=False)[0] == 2, "4,096 tokens on a CPU"
+    assert chosen(10e9, method) == (1, "layer", False), (
+        "the least there is, of which the plan then warns"
+    )
+    for room in (45e9, 60e9, 74e9):
+        n, policy, fits = chosen(room, method)
+        more = StageConfig(method=method, batch_size=64, per_device_batch=2 * n)
+        assert (
+            fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * room
+        ) or n == 32
+
+
+def test_sequences_are_fewer_before_more_is_computed_again_while_they_fill_the_device():
+    choices = [chosen(room * 1e9)[:2] for room in (40, 45, 60, 74, 130)]
+    assert choices == [(1, "dots"), (4, "attention"), (8, "dots"), (16, "dots"), (32, "dots")]
+    assert resolve.SATURATING_TOKENS == 4 * 2048
+
+
+def test_models_without_a_kernel_for_attention_hold_its_logits():
+    capped = replace(PYTHIA_1B, attention_softcap=50.0)
+    here = Machine(1, 80e9, "NVIDIA H100 80GB HBM3")
+    with pytest.MonkeyPatch.context() as patch:
+        for capability, fuses in (("9.0", True), ("8.0", False)):  # heads of 256
+            hopper = type("Device", (), {"platform": "gpu", "compute_capability": capability})
+            patch.setattr(jax, "devices", lambda device=hopper: [device])
+            assert here.fuses(PYTHIA_1B, ComputeConfig()) == fuses
+            assert not here.fuses(capped, ComputeConfig()) and not here.fuses(
+                PYTHIA_1B, ComputeConfig(dtype="float32")
+            )
+    there = Machine(1, 100e9)
+    assert there.fuses(PYTHIA_1B, ComputeConfig()) and not there.fuses(capped, ComputeConfig())
+    many = replace(PYTHIA_1B, num_heads=64, num_kv_heads=64, head_dim=32)
+    setups = [
+        setup_of(StageConfig(method="full"), ComputeConfig(), model, room=100e9)
+        for model in (many, replace(many, attention_softcap=50.0))
+    ]
+    held = [resolve.resolve(setup).stage.per_device_batch for setup in setups]
+    assert held == [32, 16]
+
+
+def test_auto_leaves_what_is_given():
+    assert chosen(130e9, remat="layer")[:2] == (32, "layer")
+    stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")
+    setup = setup_of(stage, compute, room=130e9)
+    assert resolve.resolve(setup) == setup
+    with pytest.raises(ValueError, match="per_device_batch=auto is not resolved"):
+        memory.stage_memory(setup_of(StageConfig(), compute))
+
+
+def test_the_disk_and_the_batch_are_looked_at():
+    assert "--workdir" in planned(disk_free=1e9).warnings[-1]
+    with pytest.raises(
+        UserError, match=r"stage1.batch_size=64 is not divisible by the 7 .* multiple of 7"
+    ):
+        planned(replace(CONFIG, mesh=MeshConfig(data=7)), devices=7)
+
+
+def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
+    tokens = 100 * 64 * 2048
+    assert planned(speed=Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(
+        tokens / 1e5
+    )
+    rows = [{"method": "embedding", "tokens_per_second": 4e4, "devices": 2}]
+    (tmp_path / "throughput.json").write_text(json.dumps(rows))
+    measured = planned(devices=4, speed=Speed.of(0, str(tmp_path / "throughput.json"), 0.4, ""))
+    assert (
+        measured.stages[0].seconds == pytest.approx(tokens / (4 * 2e4))
+        and measured.stages[1].seconds is None
+    )
+    assumed = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).stages[1]
+    assert assumed.seconds == pytest.approx(
+        assumed.tokens * flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14
+    )
+    assert "assuming 50%" in assumed.speed and "not measured" in assumed.speed
+    with pytest.raises(UserError, match="--throughput"):
+        Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
+
+
+def test_what_the_start_takes():
+    """4 for each parameter of a layer and 6 for each of the head where rows are tuned; 2 where text
+    is only read, without the head.
+    """
+    layers, head, attention = 16 * 12 * 2048**2, 151_936 * 2048, 4 * 16 * 2048 * 512
+    found = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).init
+    assert found and (found.read, found.tuned) == (20_000_000, 4_000_000)
+    operations = 4e6 * (4 * layers + 6 * head + 3 * attention) + 20e6 * (2 * layers + attention)
+    assert found.seconds == pytest.approx(operations / 5e14)
+    # Text of another language than the source's may be a token a byte to it: what it reads is said
+    # as the most.
+    little = planned(text=8_000_000).init
+    assert little and (little.read, little.tuned) == (8_000_000, 2_000_000)
+    short = replace(CONFIG, initialization=InitializationConfig(tokens=5_000, tuning=0))
+    assert planned(short).init == (5_000, 0, None, "", False)
+    table = planned(short).table()
+    assert "reads 5000 tokens at most\n" in table and "time unknown" in table
+    for without in (
+        replace(CONFIG, initialization=InitializationConfig(tokens=0)),
+        replace(CONFIG, alignment=AlignmentConfig(method="pieces")),
+    ):
+        assert planned(without).init is None and "init:" not in planned(without).table()
+
+
+def test_operations_are_the_usual_count():
+    """6 for each parameter of a product that trains, 4 for each that does not, 12 L N H T for
+    attention.
+    """
+    matrices = 16 * 12 * 2048**2
+    head, attention = 151_936 * 2048, 12 * 16 * 2048 * 2048
+    full = flops_per_token(PYTHIA_1B, CONFIG.stage2)
+    assert full == 6 * (matrices + head) + attention
+    assert flops_per_token(PYTHIA_1B, CONFIG.stage1) == 4 * matrices + 6 * head + attention
+
+
+@pytest.mark.parametrize("text", ["80", "80GB", "80 gb", "74.5GiB"])
+def test_memory_is_a_number_with_a_unit(text):
+    expected = {"80": 80.0, "74.5GiB": 74.5 * 2**30}.get(text, 80e9)
+    assert Machine.of(8, text).memory == pytest.approx(machine.USABLE * expected)
+
+
+@pytest.mark.parametrize("text", ["much", "80XB", "1.2.3GB"])
+def test_memory_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="--device-memory"):
+        Machine.of(8, text)
+
+
+def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
+    flags = ["--plan_devices=4", "--plan_device_memory=16GB", "--plan_tokens_per_second=1e6"]
+    assert main(["main", "--plan", "--workdir", str(tmp_path / "run"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "4 devices, mesh data=4" in printed
+        and "stage2 (full)" in printed
+        and "warning" not in printed
+    )
+    assert not list(tmp_path.iterdir())
+    assert main(["main", "--plan", "--plan_devices=1", "--plan_device_memory=5MB"]) == 0
+    assert "warning: stage1 will not fit" in capsys.readouterr().out
+
+
+def test_the_devices_here_are_planned_with_as_they_are_in_a_run(monkeypatch, capsys):
+    """Of which a command takes more memory than JAX would; of others nothing is started."""
+    prepared = []
+    monkeypatch.setattr(compiling, "prepare", lambda: prepared.append(True))
+    assert main(["main", "--plan", "--plan_devices=1"]) == 0 and not prepared
+    assert main(["main", "--plan"]) == 0 and prepared
+    assert "1 device" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    print(json.dumps([compiled_memory(*case) for case in CASES]))

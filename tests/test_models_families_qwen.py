@@ -1,9 +1,0 @@
-"""Qwen, SmolLM3 and OLMo, against PyTorch."""
-
-import pytest
-from parity_cases import Case, check, of
-
-
-@pytest.mark.parametrize("case", of("qwen2", "qwen3", "smollm3", "olmo2", "olmo3"), ids=str)
-def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
-    check(case, tmp_path)

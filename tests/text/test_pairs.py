@@ -1,0 +1,69 @@
+"""Documents in two tokenizers' tokens, packed into rows."""
+
+import numpy as np
+import pytest
+
+from tests.helpers import TEXTS, tiny_tokenizer
+from tokalign_jax.text import pairs
+from tokalign_jax.text.boundaries import NONE
+
+
+@pytest.fixture(scope="module")
+def pairing():
+    source = tiny_tokenizer(300, TEXTS)
+    target = tiny_tokenizer(420, TEXTS * 5)
+    starts = source.eos_token_id, target.eos_token_id
+    return pairs.Pairing(source, target, starts, {source.eos_token_id: target.eos_token_id})
+
+
+def read(tokenizer, tokens):
+    return tokenizer.decode([t for t in tokens if t >= 0], skip_special_tokens=True)
+
+
+def test_positions_have_read_the_same_text(pairing):
+    documents = pairing.pair([((text, None),) for text in TEXTS])
+    packed = pairs.pack(documents, [2, 0, 1, 0], 40)
+    found = 0
+    for target, source, positions in zip(*packed):
+        for place, position in enumerate(positions.tolist()):
+            if position != NONE:
+                one = read(pairing.target, target[: place + 1].tolist())
+                assert one == read(pairing.source, source[: position + 1].tolist())
+                found += 1
+    assert found > 40
+
+
+def test_rows_hold_all_text_until_they_are_full(pairing):
+    documents = pairing.pair([((text, None),) for text in TEXTS])
+    packed = pairs.pack(documents, range(len(documents)), 1000)
+    assert len(packed.target) == 1
+    assert read(pairing.target, packed.target[0].tolist()) == "".join(TEXTS)
+    assert read(pairing.source, packed.source[0].tolist()).startswith("".join(TEXTS))
+
+
+def test_special_tokens_stand_on_both_sides_or_on_none(pairing):
+    end = pairing.source.eos_token_id
+    known, unknown = pairing.pair(
+        [(("a dog", end), (" sleeps", None)), (("a dog", 7), (" sleeps", None))]
+    )
+    assert (known.source == end).sum() == 2 and (
+        known.target == pairing.target.eos_token_id
+    ).sum() == 2
+    at = np.flatnonzero(known.source == end)[1]
+    assert (
+        known.source_ends[at]
+        == known.target_ends[np.flatnonzero(known.target == pairing.target.eos_token_id)[1]]
+        == 6
+    )
+    assert (unknown.source == 7).sum() == pairing.source("a dog sleeps")["input_ids"].count(7)
+    assert unknown.source_ends[-1] == unknown.target_ends[-1] == len("a dog sleeps")
+
+
+def test_passages_are_cut_behind_white_space_and_lose_nothing_long():
+    text = "word " * 1000 + "end"
+    found = pairs.passages(text)
+    assert all(len(passage) <= pairs.PASSAGE for passage in found)
+    assert (
+        text.startswith("".join(found)) and len(text) - len("".join(found)) < pairs.SHORTEST_PASSAGE
+    )
+    assert pairs.passages("short") == ["short"]

@@ -1,0 +1,123 @@
+"""Distillation across tokenizers against float64 NumPy and against autodiff through whole logits."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.training.toys import LLAMA, toy_params
+from tokalign_jax.config import ComputeConfig
+from tokalign_jax.models import transformer
+from tokalign_jax.parallel import sharding
+from tokalign_jax.training import cross_tokenizer
+from tokalign_jax.training.cross_tokenizer import Batch, Models, Weights
+
+COMPUTE = ComputeConfig(dtype="float32", loss_chunk=10)
+TEACHER = replace(LLAMA, vocab_size=53)
+MODELS = Models(LLAMA, TEACHER, COMPUTE)
+# Two rows. The first: chunks of 1+1, 2+1 and 1+2 tokens (target + source), then one without an end.
+POSITIONS = np.array([[0, 1, -1, 2, 4, -1], [0, -1, 3, 4, 5, -1]])
+
+
+def batch(seed=0):
+    random = np.random.default_rng(seed)
+    target = random.integers(0, LLAMA.vocab_size, (2, 7)).astype(np.int32)
+    target[1, -1] = -1
+    source = random.integers(0, TEACHER.vocab_size, (2, 8)).astype(np.int32)
+    weights = np.array([1.0, 0.5], np.float32), np.array([0.5, 1.0], np.float32)
+    return Batch(target, source, POSITIONS.astype(np.int32), *weights)
+
+
+def whole_loss(params, teacher, of, weights):
+    """The loss by its formulas, with whole logits and Python loops over chunks; jnp, for autodiff."""
+
+    def nll(config, params, tokens, labels):
+        logits = jax.nn.log_softmax(transformer.logits(config, params, tokens))
+        return -jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+
+    target, source = jnp.asarray(of.target), jnp.asarray(of.source)
+    student_nll = nll(LLAMA, params, jnp.maximum(target[:, :-1], 0), target[:, 1:])
+    teacher_nll = nll(TEACHER, teacher, source[:, :-1], source[:, 1:])
+    hidden = transformer.forward(LLAMA, params, jnp.maximum(target[:, :-1], 0))
+    taught = transformer.forward(TEACHER, teacher, source)
+    count = (of.target[:, 1:] >= 0).sum()
+    next_token, likelihood, chunks, pairs = 0.0, 0.0, 0, []
+    for row in range(2):
+        shared = [(t, p) for t, p in enumerate(of.positions[row].tolist()) if p >= 0]
+        alike = {t for (t, p), (u, q) in itertools.pairwise(shared) if u == t + 1 and q == p + 1}
+        for t in range(6):
+            if of.target[row, t + 1] >= 0:
+                factor = 1.0 if t in alike else weights.emphasis
+                next_token += of.next_token[row] * factor * student_nll[row, t] / count
+                if t in alike:
+                    pairs.append((hidden[row, t], taught[row, of.positions[row, t]]))
+        for (t, p), (u, q) in itertools.pairwise(shared):
+            nats_q, nats_p = student_nll[row, t:u].sum(), teacher_nll[row, p:q].sum()
+            log_p, log_q = (
+                -nats_p / cross_tokenizer.TEMPERATURE,
+                -nats_q / cross_tokenizer.TEMPERATURE,
+            )
+            p_, q_ = jnp.exp(log_p), jnp.exp(log_q)
+            each = p_ * (log_p - log_q) + (1 - p_) * jnp.log((1 - p_) / (1 - q_))
+            factor = 1.0 if t in alike else weights.emphasis
+            likelihood += of.likelihood[row] * factor * cross_tokenizer.TEMPERATURE * each
+            chunks += 1
+    own, theirs = (jnp.stack(states) for states in zip(*pairs))
+    states = jnp.square(own - theirs).sum() / jnp.square(theirs - theirs.mean(0)).sum()
+    return next_token + likelihood / chunks + weights.states * states
+
+
+def test_loss_and_gradients_match_the_formulas():
+    params, teacher, weights = toy_params(LLAMA, 0), toy_params(TEACHER, 1), Weights()
+    params, teacher = (
+        jax.tree.map(lambda x: 3 * jnp.asarray(x), tree) for tree in (params, teacher)
+    )
+    of = batch()
+    expected, expected_gradients = jax.value_and_grad(whole_loss)(params, teacher, of, weights)
+    (value, terms), gradients = jax.jit(
+        jax.value_and_grad(cross_tokenizer.loss, argnums=1, has_aux=True), static_argnums=(0, 4)
+    )(MODELS, params, teacher, of, weights)
+    np.testing.assert_allclose(value, expected, rtol=2e-5)
+    np.testing.assert_allclose(terms.loss, expected, rtol=2e-5)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)):
+        np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max() + 1e-3))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_next_token():
+    params = toy_params(LLAMA, 0)
+    tokens = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 8)).astype(np.int32)
+    same = Batch(
+        tokens[:, :7],
+        tokens,
+        np.tile(np.arange(6, dtype=np.int32), (2, 1)),
+        *np.zeros((2, 2), np.float32),
+    )
+    models = Models(LLAMA, LLAMA, COMPUTE)
+    value, terms = cross_tokenizer.loss(models, params, params, same, Weights())
+    assert abs(float(value)) < 1e-5 and float(terms.states) < 1e-6 and float(terms.distance) < 1e-5
+
+
+def test_divergence_is_the_binary_one_in_float64():
+    student, teacher = np.array([0.5, 3.0, 20.0]), np.array([0.7, 1.0, 40.0])
+    p, q = (np.exp(-nats / cross_tokenizer.TEMPERATURE) for nats in (teacher, student))
+    expected = cross_tokenizer.TEMPERATURE * (
+        p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    )
+    np.testing.assert_allclose(cross_tokenizer.divergence(student, teacher), expected, rtol=1e-3)
+
+
+def test_the_loss_is_the_same_over_several_devices():
+    """Rows of the vocabulary split over the mesh, on as many devices as there are."""
+    params, teacher, of = toy_params(LLAMA, 0), toy_params(TEACHER, 1), batch()
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    placed = sharding.place(params, mesh), sharding.place(teacher, mesh)
+
+    @jax.jit
+    def on_mesh(params, teacher):
+        with sharding.within(mesh):
+            return cross_tokenizer.loss(MODELS, params, teacher, of, Weights())[0]
+
+    alone, _ = cross_tokenizer.loss(MODELS, params, teacher, of, Weights())
+    np.testing.assert_allclose(on_mesh(*placed), alone, rtol=1e-5)
