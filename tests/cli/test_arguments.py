@@ -11,7 +11,7 @@ from tokalign_jax.errors import UserError
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    given = evaluate._parser().parse_args(["--workdir=~/run", "--output=out"])
+    given = evaluate.parser().parse_args(["--workdir=~/run", "--output=out"])
     assert (given.workdir, given.output) == (Path("/home/me/run"), Path("out"))
 
 
@@ -20,7 +20,7 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
 )
 def test_numbers_have_a_least_value(wrong, capsys):
     with pytest.raises(SystemExit):
-        evaluate._parser().parse_args([wrong, "--output=out"])
+        evaluate.parser().parse_args([wrong, "--output=out"])
     assert wrong.partition("=")[0] in (told := capsys.readouterr().err) and (
         "at least" in told or "invalid int" in told
     )

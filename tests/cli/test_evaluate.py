@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from tokalign_jax.cli import evaluate
+from tokalign_jax.cli import evaluate, evaluate_inputs
 from tokalign_jax.config import Config, TextConfig, config_to_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, bits_per_byte
@@ -59,7 +59,7 @@ def arguments(*given: str, **named: object) -> argparse.Namespace:
         "--language-field=lang",
     ]
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
-    return evaluate._parser().parse_args([*quick, *flags, *given])
+    return evaluate.parser().parse_args([*quick, *flags, *given])
 
 
 def silent(line: str) -> None:
@@ -149,7 +149,7 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
         and "warning: 50.0% of the held-out text of 'en'" in shown
     )
     with pytest.raises(UserError, match="is there already"):
-        evaluate.check(given, silent)
+        evaluate_inputs.check(given, silent)
 
 
 def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
@@ -166,20 +166,22 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         (folders / "align_matrix.json").read_text()
     )
     with pytest.raises(UserError, match="has no export yet"):
-        evaluate.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
+        evaluate_inputs.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
     (tmp_path / "export").symlink_to(folders / "small")
-    inputs = evaluate.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
-    assert [s.name for s in inputs.subjects] == ["source", "export"] and inputs.aligned is not None
+    inputs = evaluate_inputs.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
+    assert [s.name for s in inputs.models] == ["source", "export"] and inputs.aligned is not None
     held_out = [document.text for document in corpus.held_out(tmp_path / "corpus")]
     assert sorted(text for of in inputs.material.texts.values() for text in of) == sorted(held_out)
     training = [
-        document for group in evaluate._training(inputs, silent) or () for document in group
+        document
+        for group in evaluate_inputs.training_text(inputs, silent) or ()
+        for document in group
     ]
     assert len(training) + len(held_out) == 4
     with pytest.raises(
         UserError, match=r"'stage1', which the run .* does not have; it has source, export"
     ):
-        evaluate.check(
+        evaluate_inputs.check(
             arguments(workdir=tmp_path, states="source,stage1", output=tmp_path / "out"), silent
         )
     # What a later command with other settings left behind, or has not finished, is not judged
@@ -190,7 +192,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
     ):
         (tmp_path / "stages.json").write_text(json.dumps({"stages": {"export": record}}))
         with pytest.raises(UserError, match=told):
-            evaluate.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
+            evaluate_inputs.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         ({"workdir": "large"}, "is no workdir of a run"),
         (
             {"models": "small", "text": "text.jsonl", "encoder": "large"},
-            "--encoder is for judging an alignment",
+            "--encoder scores an alignment, and there is none",
         ),
         (
             {"models": "small", "text": "text.jsonl", "training_text": "nowhere.jsonl"},
@@ -248,7 +250,7 @@ def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):
         for name, value in named.items()
     }
     with pytest.raises(UserError, match=told):
-        evaluate.check(arguments(**paths, output=tmp_path / "out"), silent)
+        evaluate_inputs.check(arguments(**paths, output=tmp_path / "out"), silent)
     assert not (tmp_path / "out").exists()
 
 
