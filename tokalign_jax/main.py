@@ -1,9 +1,9 @@
-"""`python -m tokalign_jax.main`: `tokalign run` by its first name, with the flags that it had.
+"""The old name of `tokalign run` and `tokalign plan`: `python -m tokalign_jax.main`.
 
     python -m tokalign_jax.main --config configs/optimal.py --workdir runs/mine
     python -m tokalign_jax.main --config configs/optimal.py --plan --plan_devices=8
 
-`--plan` with `--plan_devices`, `--plan_device_memory` ... is `tokalign plan` with `--devices`,
+The flags `--plan_devices`, `--plan_device_memory` ... are those of `tokalign plan`: `--devices`,
 `--device-memory` ...
 """
 

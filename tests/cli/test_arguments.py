@@ -34,6 +34,6 @@ def test_what_is_there_is_left_alone(tmp_path):
     )  # an empty folder
     (tmp_path / "page.html").touch()
     for place in (tmp_path, tmp_path / "page.html"):
-        with pytest.raises(UserError, match=r"--html .* is there already.*--overwrite"):
+        with pytest.raises(UserError, match=r"--html .* exists already.*--overwrite"):
             arguments.refuse_existing("--html", place, parser.parse_args([]).overwrite)
         arguments.refuse_existing("--html", place, parser.parse_args(["--overwrite"]).overwrite)

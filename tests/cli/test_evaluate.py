@@ -148,7 +148,7 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
         shown.count("Not comparable") == 1
         and "warning: 50.0% of the held-out text of 'en'" in shown
     )
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         evaluate_inputs.check(given, silent)
 
 

@@ -114,7 +114,7 @@ def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(
         raise AssertionError("went on")
 
     assert run(monkeypatch, work) == 75
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(number) == before
     assert run(monkeypatch, lambda log: Progress(log, "tokens", 1).update()) == 0, (
         "asked once, for one run"

@@ -92,7 +92,7 @@ def test_runs_are_the_common_config_with_their_fields():
     common = default_config()
     common.stage2.steps = 7
     runs = {"a": {"stage1.learning_rate": 1, "seed": 3}, "b": {"corpus": ("x", "y")}}
-    found = sweep.configs_of(common, runs)
+    found = sweep.build_configs(common, runs)
     assert (found["a"].stage1.learning_rate, found["a"].seed, found["a"].stage2.steps) == (
         1.0,
         3,
@@ -100,9 +100,9 @@ def test_runs_are_the_common_config_with_their_fields():
     )
     assert (
         found["b"].corpus == ("x", "y")
-        and found["b"].stage1 == sweep.configs_of(common, {"c": {}})["c"].stage1
+        and found["b"].stage1 == sweep.build_configs(common, {"c": {}})["c"].stage1
     )
-    assert [*sweep.configs_of(common, runs, ["b*"])] == ["b"]
+    assert [*sweep.build_configs(common, runs, ["b*"])] == ["b"]
     assert config_to_dict(found["b"])["stage2"]["steps"] == 7
 
 
@@ -117,7 +117,7 @@ def test_runs_are_the_common_config_with_their_fields():
 )
 def test_bad_runs_are_refused_before_anything_runs(runs, only, says):
     with pytest.raises(UserError, match=says):
-        sweep.configs_of(ConfigDict(default_config()), runs, only)
+        sweep.build_configs(ConfigDict(default_config()), runs, only)
 
 
 def test_a_config_without_runs_is_refused(tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_a_config_without_runs_is_refused(tmp_path, capsys):
 
 def test_the_curves_are_runs_of_the_tokens_that_they_name():
     runs = recipe_curves.get_runs()
-    configs = sweep.configs_of(recipe_curves.get_config(), runs)
+    configs = sweep.build_configs(recipe_curves.get_config(), runs)
     assert len(configs) == len(runs) > 100
     for name, config in configs.items():
         if name == "start":

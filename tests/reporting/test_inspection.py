@@ -410,7 +410,7 @@ def test_without_vectors_the_page_says_so(workdir, tokenizers, tmp_path, capsys)
         (["--workdir", "{work}", "--id", "99999"], "0 to 275"),
         (["--workdir", "{work}", "--token", "qqqqq"], "nearest are"),
         (["--workdir", "{work}", "--html", "{tmp}/no/folder/page.html"], "cannot be written"),
-        (["--workdir", "{work}", "--html", "{tmp}/stages.json"], "is there already"),
+        (["--workdir", "{work}", "--html", "{tmp}/stages.json"], "exists already"),
     ],
 )
 def test_what_a_user_can_mend(arguments, says, workdir, tmp_path, capsys):

@@ -5,10 +5,10 @@
 
 Exit codes:
     0   success
-    1   a bug (with its traceback)
-    2   bad input (with a paragraph that says what to do)
-    75  stopped by SIGTERM or Ctrl-C; what was done is kept, and the same command goes on
-    134 by JAX: another process was lost without a word
+    1   a bug, with its traceback
+    2   bad input, with a message that names the remedy
+    75  stopped by SIGTERM or Ctrl-C; progress is kept, and the same command resumes
+    134 JAX aborted, because it lost another process of the run
 """
 
 import argparse
@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": "measure models side by side on held-out text",
     "inspect": "explain why tokens got their rows",
     "compare": "compare finished runs",
-    "sweep": "do many runs that share their common stages, and compare them",
+    "sweep": "run many configs that share their common stages, and compare them",
     "help": "explain a topic: a command, a config field, methods, files or exit codes",
 }
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
     Args:
-      argv: its name and arguments; None: those of this process.
+      argv: name of the command and its arguments; None: the arguments of this process.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code(lambda: topics.main(argv[1:]))
         command = importlib.import_module(f"tokalign_jax.cli.{chosen.command}")
         return command.main(argv[1:])
-    except SystemExit as ended:  # of argparse: --help, --version, or a flag that does not fit
+    except SystemExit as ended:  # argparse: --help, --version or a bad flag
         return int(ended.code or 0)
 
 
@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="tokalign",
         usage="tokalign [--version] [--help] COMMAND ...",
         description="Give a pre-trained language model a new vocabulary.",
-        epilog=f"commands:\n{commands}\n\n`tokalign COMMAND --help` lists the flags of one.",
+        epilog=f"commands:\n{commands}\n\n`tokalign COMMAND --help` lists the flags of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tokalign_jax {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     return parser

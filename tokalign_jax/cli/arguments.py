@@ -1,4 +1,4 @@
-"""Arguments that several commands have: their kinds, and the flags of a config and a workdir."""
+"""Arguments that several commands share: parsers of values, and flags of configs and workdirs."""
 
 import argparse
 import difflib
@@ -16,24 +16,24 @@ DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 
 
 def path(text: str) -> Path:
-    """Parse a path, `~` for the home folder: shells leave it alone in `--workdir=~/run`."""
+    """Parse a path and expand `~`, which shells do not do in `--workdir=~/run`."""
     return Path(text).expanduser()
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `low` on."""
+    """Return a parser of integers that are at least `low`."""
 
     def number(text: str) -> int:
         if (value := int(text)) < low:
             raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least {low}")
         return value
 
-    number.__name__ = "int"  # how argparse names it in "invalid int value"
+    number.__name__ = "int"  # for argparse's message "invalid int value"
     return number
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of numbers from `low` to `high`."""
+    """Return a parser of numbers between `low` and `high`, inclusive."""
 
     def number(text: str) -> float:
         if not low <= (value := float(text)) <= high:
@@ -50,7 +50,11 @@ def names(text: str) -> list[str]:
 
 
 def parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the flags of a command, whose help begins with `description`."""
+    """Return an empty parser of a command's flags.
+
+    Args:
+      description: how its help begins.
+    """
     return argparse.ArgumentParser(
         prog=f"tokalign {command}",
         description=description,
@@ -60,7 +64,7 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_run(flags: argparse.ArgumentParser, default: str = DEFAULT_CONFIG) -> None:
-    """Add the flags that say what a run is: its config file, and its workdir."""
+    """Add the flags of a run: its config file, overrides and workdir."""
     flags.add_argument("--config", default=default, metavar="FILE", help=f"config file ({default})")
     flags.add_argument(
         "--config.FIELD",
@@ -68,52 +72,55 @@ def add_run(flags: argparse.ArgumentParser, default: str = DEFAULT_CONFIG) -> No
         metavar="VALUE",
         help="override a field: --config.stage1.steps=7; `tokalign help config` lists them",
     )
-    flags.add_argument("--workdir", type=path, help="folder for everything that the run leaves")
+    flags.add_argument("--workdir", type=path, help="folder for everything the run writes")
 
 
 def add_processes(flags: argparse.ArgumentParser) -> None:
-    """Add the flags of one of several processes."""
+    """Add the flags of a multi-process run."""
     group = flags.add_argument_group(
-        "several processes", "where neither Slurm nor a TPU slice says which this is"
+        "several processes", "not needed under Slurm or on a TPU slice"
     )
-    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first")
-    group.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, default=-1, metavar="I", help="which, from 0")
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="address of process 0"
+    )
+    group.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
+    group.add_argument(
+        "--process", type=int, default=-1, metavar="I", help="index of this process, from 0"
+    )
 
 
 def parse_run(
     flags: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, config_dict.ConfigDict]:
-    """Parse the flags of a command that `add_run` was called for.
+    """Parse the flags of a command, `add_run`'s among them.
 
     Returns:
-      (the flags, the config with its overrides).
+      The flags, and the config with its overrides.
 
     Raises:
-      UserError: an unknown flag, a config file that cannot be used, or a field that cannot have its
-        value.
+      UserError: an unknown flag, a config file that cannot be loaded, or a bad override.
     """
     if any(flag == "--config" and not _has_value(argv, i) for i, flag in enumerate(argv)):
         raise UserError(
-            f"--config is given without a file; name one, such as --config {DEFAULT_CONFIG}"
+            f"--config has no value; name a config file, such as --config {DEFAULT_CONFIG}"
         )
     args, overrides = flags.parse_known_args(argv)
-    known = [name for action in flags._actions for name in action.option_strings]
+    options = [name for action in flags._actions for name in action.option_strings]
     for flag in overrides:
         if flag.startswith("-") and not flag.startswith(("--config.", "--noconfig.")):
-            refuse_flag(flag, known)
+            refuse_flag(flag, options)
     return args, config_files.load(args.config, overrides)
 
 
-def _has_value(argv: Sequence[str], place: int) -> bool:
-    return place + 1 < len(argv) and not argv[place + 1].startswith("--")
+def _has_value(argv: Sequence[str], index: int) -> bool:
+    return index + 1 < len(argv) and not argv[index + 1].startswith("--")
 
 
-def refuse_flag(flag: str, known: Sequence[str]) -> NoReturn:
-    """Raise a UserError that names an unknown flag, and the nearest that is known."""
+def refuse_flag(flag: str, options: Sequence[str]) -> NoReturn:
+    """Raise a UserError that names an unknown flag and the most similar option."""
     name = flag.partition("=")[0]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    raise UserError(f"unknown flag '{name}'; the nearest is '{near[0]}'")
+    nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.0)[0]
+    raise UserError(f"unknown flag '{name}'; the nearest is '{nearest}'")
 
 
 def workdir_of(args: argparse.Namespace) -> Path:
@@ -124,28 +131,25 @@ def workdir_of(args: argparse.Namespace) -> Path:
     """
     if not args.workdir:
         raise UserError(
-            "--workdir is missing: name a folder for everything the run leaves, such as --workdir "
-            "runs/demo"
+            "--workdir is missing: name a folder for everything the run writes, such as "
+            "--workdir runs/demo"
         )
     return args.workdir
 
 
 def add_overwrite(flags: argparse.ArgumentParser, flag: str) -> None:
-    """Add the flag that lets a command replace what `flag` names."""
-    flags.add_argument(
-        OVERWRITE, action="store_true", help=f"replace what is in {flag} from before"
-    )
+    """Add the flag that allows a command to overwrite the path of `flag`."""
+    flags.add_argument(OVERWRITE, action="store_true", help=f"overwrite an existing {flag}")
 
 
-def refuse_existing(flag: str, place: Path, overwrite: bool) -> None:
-    """Refuse to write over a file, or a folder that is not empty, unless told to.
+def refuse_existing(flag: str, path: Path, overwrite: bool) -> None:
+    """Refuse to write over a file, or into a folder that is not empty.
 
     Raises:
-      UserError: `place` is there already.
+      UserError: `path` exists and `overwrite` is not set.
     """
-    if overwrite or not place.exists() or (place.is_dir() and not any(place.iterdir())):
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     raise UserError(
-        f"{flag} '{place}' is there already; name a new one, or give {OVERWRITE} to replace what "
-        f"an earlier one left"
+        f"{flag} '{path}' exists already; name a new one, or replace it with {OVERWRITE}"
     )

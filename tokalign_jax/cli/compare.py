@@ -1,10 +1,10 @@
-r"""Several runs side by side: which settings differ, and what came of it.
+r"""Compare finished runs: the settings in which they differ, and their results.
 
     tokalign compare runs/a runs/b runs/c --output=runs/compared
 
-A run is named by its workdir, or by its report.json. The tables are printed; with --output,
-compare.json, compare.html and compare.png are written to that folder. Runs that differ in nothing
-but the seed are shown as one, with mean and spread.
+A run is named by its workdir or by its report.json. The tables are printed; with --output,
+compare.json, compare.html and compare.png are written to that folder. Runs that differ only in the
+seed are shown as one, with mean and spread.
 """
 
 import json
@@ -19,7 +19,7 @@ from tokalign_jax.reporting import comparison
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = arguments.parser("compare", __doc__)
     parser.add_argument(
         "runs",
@@ -45,12 +45,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] = ()) -> str:
-    """Compares runs, and writes compare.json, compare.html and compare.png.
+    """Compare runs, and write compare.json, compare.html and compare.png.
 
     Args:
-      runs: their workdirs, or their report.json.
+      runs: workdirs, or files report.json.
       output: folder for the files; None: none are written.
-      names: of the runs; by default their paths.
+      names: names of the runs; by default their paths.
 
     Returns:
       The tables for the terminal.
@@ -58,9 +58,10 @@ def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] =
     Raises:
       UserError: one of the runs has no report or is named twice, or the folder cannot be written.
     """
-    reports = [_report_of(path).resolve() for path in runs]
-    if twice := next((path for i, path in enumerate(runs) if reports[i] in reports[:i]), None):
-        raise UserError(f"run '{twice}' is named twice: name each run once")
+    reports = [_report_file(path).resolve() for path in runs]
+    for i, path in enumerate(runs):
+        if reports[i] in reports[:i]:
+            raise UserError(f"run '{path}' is named twice: name each run once")
     compared = comparison.compare(
         [load(path) for path in runs], names or [str(path) for path in runs]
     )
@@ -72,27 +73,27 @@ def run(runs: Sequence[Path], output: Path | None = None, names: Sequence[str] =
 
 
 def load(run: Path) -> dict[str, Any]:
-    """A run's report.
+    """Load the report of a run.
 
     Args:
-      run: its workdir, the folder of its report, or report.json itself.
+      run: the workdir, the folder of the report, or report.json itself.
 
     Raises:
-      UserError: there is none, or it is not one.
+      UserError: the report is missing or damaged.
     """
-    found = _report_of(run)
+    file = _report_file(run)
     try:
-        content = json.loads(found.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         missing = {"config", "states", "languages", "training"} - set(content)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"'{found}' is no report.json of a run ({error}); name a workdir or its report.json"
+            f"'{file}' is no report.json of a run ({error}); name a workdir or its report.json"
         ) from error
     if missing:
         raise UserError(
-            f"'{found}' is no report.json of a run: it has no {', '.join(sorted(missing))}"
+            f"'{file}' is no report.json of a run: it has no {', '.join(sorted(missing))}"
         )
-    try:  # alone, so that the error names the one that is at fault
+    try:  # each report alone, so that the error names the damaged one
         comparison.html(comparison.compare([content]))
     except (
         KeyError,
@@ -103,27 +104,25 @@ def load(run: Path) -> dict[str, Any]:
         statistics.StatisticsError,
     ) as error:
         raise UserError(
-            f"'{found}' is no whole report.json of a run ({type(error).__name__}: {error}); make "
-            f"it again: "
+            f"'{file}' is damaged ({type(error).__name__}: {error}); write it again: "
             "tokalign run --config ... --workdir ... --stages=report"
         ) from error
     return content
 
 
-def _report_of(run: Path) -> Path:
+def _report_file(run: Path) -> Path:
     candidates = [run / "report" / "report.json", run / "report.json"] if run.is_dir() else [run]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"run '{run}' has no report ('{candidates[0]}' is missing); make it first: tokalign "
-            f"run --config ... "
-            f"--workdir {run} --stages=report"
-        )
-    return found
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"run '{run}' has no report ('{candidates[0]}' is missing); write it first: "
+        f"tokalign run --config ... --workdir {run} --stages=report"
+    )
 
 
 def write(compared: comparison.Comparison, folder: Path) -> None:
-    """Writes compare.json, compare.html and compare.png.
+    """Write compare.json, compare.html and compare.png.
 
     Raises:
       UserError: the folder cannot be written.

@@ -1,22 +1,23 @@
-r"""Why a target token got its rows, and a one-page report of an alignment.
+r"""Explain why target tokens got their rows, and summarise an alignment on one page.
 
     tokalign inspect --workdir runs/demo                               # the report
-    tokalign inspect --workdir runs/demo --token " Haus" --id 1234     # these tokens
+    tokalign inspect --workdir runs/demo --token " Haus" --id 1234     # two tokens
     tokalign inspect --workdir runs/demo --token "\n\t" --html page.html # both, as a page
     tokalign inspect --alignment align --source-model /models/pythia-1b \
         --target-tokenizer /models/qwen3
 
-Tokens are named by their text, with \n, \t, \x0a (a byte) and \u00e9 for what is hard to type, or
-as the tokenizer spells them.
+Tokens are named by their text, with the escapes \n, \t, \x0a (a byte) and \u00e9, or as the
+tokenizer spells them.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax import demo
 from tokalign_jax.alignment import alignment, vectors
@@ -32,7 +33,7 @@ STATE_FILE = "stages.json"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args(argv)
 
     def command() -> None:
@@ -46,23 +47,23 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser("inspect", __doc__)
     parser.add_argument(
-        "--workdir", type=arguments.path, help="of a run whose align stage is finished"
+        "--workdir", type=arguments.path, help="workdir of a run whose align stage is finished"
     )
     parser.add_argument(
         "--alignment",
         type=arguments.path,
-        help="folder or file of an alignment, instead of a workdir",
+        help="alignment (folder or file), instead of a workdir",
     )
     parser.add_argument(
         "--source-model",
-        help="folder or hub name; with --alignment, or where the workdir's has moved",
+        help="folder or hub name; with --alignment, or if the run's model was moved",
     )
-    parser.add_argument("--target-tokenizer", help="the same of the target tokenizer")
+    parser.add_argument("--target-tokenizer", help="likewise the target tokenizer")
     parser.add_argument(
-        "--token", action="append", default=[], help="a target token's text (may be repeated)"
+        "--token", action="append", default=[], help="text of a target token (repeatable)"
     )
     parser.add_argument(
-        "--id", action="append", default=[], type=int, help="a target token's id (may be repeated)"
+        "--id", action="append", default=[], type=int, help="id of a target token (repeatable)"
     )
     parser.add_argument(
         "--html", type=arguments.path, help="write the report and the named tokens to this page"
@@ -71,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
         "--neighbours",
         type=arguments.at_least(1),
         default=10,
-        help="source tokens to list by co-occurrence",
+        help="nearest source tokens to list (10)",
     )
     arguments.add_overwrite(parser, "--html")
     return parser
 
 
 def show(args: argparse.Namespace, subject: inspection.Subject) -> None:
-    """The named tokens, or the report where none is, on the terminal; both in the page."""
+    """Print the named tokens, or the report if none is named; write both to the page."""
     ids = [i for text in args.token for i in inspection.find(subject.target, text)] + args.id
     tokens = [
         section
@@ -103,16 +104,16 @@ def show(args: argparse.Namespace, subject: inspection.Subject) -> None:
 
 
 def subject(args: argparse.Namespace) -> inspection.Subject:
-    """What is inspected, from a workdir or from an alignment and two tokenizers.
+    """Open the alignment to inspect, from a workdir or by its flags.
 
     Raises:
-      UserError: neither is named, or it holds no finished alignment.
+      UserError: neither is named, or there is no finished alignment.
     """
+    names = {"source_model": args.source_model, "target_tokenizer": args.target_tokenizer}
     settings: dict[str, Any] = {}
     end_of_text = ""
-    names = {"source_model": args.source_model, "target_tokenizer": args.target_tokenizer}
     if args.workdir:
-        run, settings = _workdir(args.workdir)
+        run, settings = _read_run(args.workdir)
         names = {role: name or run[role] for role, name in names.items()}
         if (file := args.workdir / "config.json").is_file():
             end_of_text = json.loads(file.read_text(encoding="utf-8")).get("end_of_text", "")
@@ -123,53 +124,58 @@ def subject(args: argparse.Namespace) -> inspection.Subject:
             "nothing to inspect: give --workdir of a run, or --alignment with --source-model and "
             "--target-tokenizer"
         )
-    folders = {
-        "source": hub.resolve(
-            demo.source_model(names["source_model"]), what="source_model", weights=False
-        ),
-        "target": hub.resolve(
-            demo.target_tokenizer(names["target_tokenizer"]), what="target_tokenizer", weights=False
-        ),
-    }
-    ends = {"source": "", "target": end_of_text}
-    tokenizers = {side: hub.load_tokenizer(folder, ends[side]) for side, folder in folders.items()}
-    if (folders["source"] / "config.json").is_file():
-        rows = hub.load_config(folders["source"])[0].vocab_size
-        tokenizers["source"] = within_rows(tokenizers["source"], rows, names["source_model"])
+    folders = _folders(names)
+    tokenizers = _open_tokenizers(folders, names["source_model"], end_of_text)
     path = args.alignment or args.workdir / "align"
-    found = alignment.load(path, tokenizers["source"], tokenizers["target"])
+    aligned = alignment.load(path, tokenizers["source"], tokenizers["target"])
     sides = {
         side: inspection.vocabulary(
             tokenizer, "/".join(folders[side].parts[-2:]), _counts(args.workdir, side)
         )
         for side, tokenizer in tokenizers.items()
     }
-    of_alignment = settings.get("alignment", {})
-    around = of_alignment.get("neighbours", AlignmentConfig.neighbours)
+    neighbours = settings.get("alignment", {}).get("neighbours", AlignmentConfig.neighbours)
     method = _method(path)
-    space, reason = _space(found, path, settings.get("seed", 0), method)
+    space, reason = _space(aligned, path, settings.get("seed", 0), method)
     cut = canonical.PieceCutter(tokenizers["source"])
     return inspection.Subject(
-        found, sides["source"], sides["target"], cut, space, reason, method, around
+        aligned, sides["source"], sides["target"], cut, space, reason, method, neighbours
     )
 
 
-def _workdir(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Where a run's model and tokenizer are, and the settings of its align stage."""
+def _folders(names: Mapping[str, str]) -> dict[str, Path]:
+    source = demo.source_model(names["source_model"])
+    target = demo.target_tokenizer(names["target_tokenizer"])
+    return {
+        "source": hub.resolve(source, what="source_model", weights=False),
+        "target": hub.resolve(target, what="target_tokenizer", weights=False),
+    }
+
+
+def _open_tokenizers(
+    folders: Mapping[str, Path], source_model: str, end_of_text: str
+) -> dict[str, PreTrainedTokenizerBase]:
+    source = hub.load_tokenizer(folders["source"])
+    if (folders["source"] / "config.json").is_file():
+        rows = hub.load_config(folders["source"])[0].vocab_size
+        source = within_rows(source, rows, source_model)
+    return {"source": source, "target": hub.load_tokenizer(folders["target"], end_of_text)}
+
+
+def _read_run(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the names of a run's model and tokenizer, and the settings of its align stage."""
     try:
         state = json.loads((workdir / STATE_FILE).read_text(encoding="utf-8"))
         run, record = state["run"], state["stages"].get("align", {})
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"--workdir '{workdir}' is no workdir of a run (no readable {STATE_FILE}); for an "
-            f"alignment by itself give "
-            "--alignment with --source-model and --target-tokenizer"
+            "alignment without a run give --alignment with --source-model and --target-tokenizer"
         ) from error
     if not record.get("finished"):
         raise UserError(
-            f"--workdir '{workdir}': its align stage is not finished; run it first: tokalign run "
-            f"--config ... "
-            f"--workdir {workdir} --stages=align"
+            f"--workdir '{workdir}': its align stage is not finished; run it first: "
+            f"tokalign run --config ... --workdir {workdir} --stages=align"
         )
     return run, record["settings"]
 
@@ -180,12 +186,12 @@ def _counts(workdir: Path | None, side: str) -> np.ndarray | None:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """A file in the folder of an alignment."""
+    """Return the path of a file in the folder of an alignment."""
     return (path if path.is_dir() else path.parent) / name
 
 
 def _method(path: Path) -> str:
-    """How an alignment was made, where its summary says so."""
+    """Return the method of an alignment, by its summary."""
     file = _beside(path, "summary.json")
     return (
         json.loads(file.read_text(encoding="utf-8")).get("method", "unknown")
@@ -195,19 +201,19 @@ def _method(path: Path) -> str:
 
 
 def _space(
-    found: alignment.Alignment, path: Path, seed: int, method: str
+    aligned: alignment.Alignment, path: Path, seed: int, method: str
 ) -> tuple[inspection.Space | None, str]:
-    """The token vectors beside an alignment in one space, or why there is none."""
+    """Return the token vectors beside an alignment in one space, or the reason for None."""
     file = _beside(path, vectors.FILE)
     if not file.exists():
-        return (
-            None,
+        reason = (
             f"there are no token vectors beside the alignment ('{file}' is missing; its method is "
-            f"'{method}')",
+            f"'{method}')"
         )
+        return None, reason
     with np.load(file) as arrays:
         source, target = (
             (arrays[f"{side}_ids"], arrays[f"{side}_vectors"]) for side in ("source", "target")
         )
-    space = inspection.common_space(found, *source, *target, seed)
+    space = inspection.common_space(aligned, *source, *target, seed)
     return space, "" if space else "too few tokens with an exact match have vectors"

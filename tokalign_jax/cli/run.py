@@ -4,9 +4,9 @@
     tokalign run --config configs/best.py --workdir runs/mine --config.source_model=/models/mine
     tokalign run --config configs/best.py --workdir runs/mine --stages=align,init,export
 
-The same command skips what is finished, resumes training from the newest checkpoint, and does again
-what a changed field concerns. `tokalign help config` lists the fields, `tokalign help files` what
-is in the workdir.
+Repeating the command skips finished stages, resumes training from the newest checkpoint, and
+redoes the stages that a changed field affects. `tokalign help config` lists the fields,
+`tokalign help files` the content of the workdir.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     work, code = prepared(lambda: _work(argv))
     if work is None:
         return code
-    # JAX is loaded after the flags are read, so that a mistyped one is answered at once.
+    # JAX is imported after the flags are parsed, so that a mistyped flag fails at once.
     from tokalign_jax.cli.session import session
 
     return session(*work)
@@ -33,7 +33,9 @@ def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None
     flags = arguments.parser("run", __doc__)
     arguments.add_run(flags)
     flags.add_argument(
-        "--stages", type=arguments.names, help="only these, and unfinished ones that they need"
+        "--stages",
+        type=arguments.names,
+        help="run only these stages, and unfinished ones that they need",
     )
     arguments.add_processes(flags)
     args, values = arguments.parse_run(flags, argv)

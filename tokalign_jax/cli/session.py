@@ -1,4 +1,4 @@
-"""A command's work in one of possibly several processes: its log, stopping, and exit code."""
+"""Frame of a long command, in one or several processes: log, signals, errors, exit code."""
 
 import argparse
 import time
@@ -15,7 +15,10 @@ from tokalign_jax.utils.progress import Log, duration
 
 
 def session(args: argparse.Namespace, work: Callable[[Log], None]) -> int:
-    """Do `work`; return the exit code. A process that fails ends all others with its code."""
+    """Call `work` with a log; return the exit code.
+
+    A process that fails ends all others with its exit code.
+    """
     start = time.monotonic()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
@@ -28,11 +31,11 @@ def session(args: argparse.Namespace, work: Callable[[Log], None]) -> int:
             compiling.prepare()
             work(logger() if distributed.is_first() else lambda line: None)
         if distributed.is_first():
-            taken = duration(time.monotonic() - start)
-            _print(f"finished in {taken}; everything is in {workdir_of(args)}")
+            elapsed = duration(time.monotonic() - start)
+            _print(f"finished in {elapsed}; everything is in {workdir_of(args)}")
         return 0
     except stopping.Stopped as stopped:
-        complain(f"{_process()}{stopped}: the same command goes on from here")
+        complain(f"{_process()}{stopped}: the same command resumes from here")
         return stopping.EXIT_CODE
     except UserError as error:
         complain(f"{_process()}error: {error}")
@@ -45,7 +48,7 @@ def session(args: argparse.Namespace, work: Callable[[Log], None]) -> int:
 
 
 def logger() -> Log:
-    """Return a log that prints lines with the time since now."""
+    """Return a log that prefixes each line with the time since this call."""
     start = time.monotonic()
     return lambda line: _print(f"[{duration(time.monotonic() - start):>6}] {line}")
 
@@ -55,14 +58,14 @@ def _process() -> str:
 
 
 def _end_all(text: str, code: int) -> int:
-    """Return `code`, after which the other processes end with it too."""
+    """Make all processes exit with `code`; return it."""
     if distributed.count() > 1:
         distributed.fail(text, code)
     return code
 
 
 def _print(line: str) -> None:
-    """Print; logging is best-effort: a closed pipe or a full disk must not end the run."""
+    """Print a line, best-effort: a closed pipe or a full disk must not end the run."""
     try:
         print(line, flush=True)
     except OSError:

@@ -1,17 +1,16 @@
-"""Many runs that differ in some settings, sharing all stages that they have in common, laid side by
-side.
+"""Run many configs that share all stages they have in common, and compare them.
 
     tokalign sweep --config configs/recipe.py --workdir runs/recipe
     tokalign sweep --config configs/recipe.py --workdir runs/recipe --only='own*' --config.seed=1
 
-The config file has `get_config()`, what all runs have in common, and `get_runs()`: by the name of
-each run the fields in which it differs, as {"stage1.learning_rate": 2e-5, ...}. Overrides on the
-command line are of the common part.
+The config file has `get_config()`, the settings that all runs share, and `get_runs()`, which maps
+the name of each run to the fields in which it differs: {"stage1.learning_rate": 2e-5, ...}.
+Overrides on the command line apply to all runs.
 
-All go through one workdir, `WORKDIR/work`, in turn: what a run shares with another is kept there
-and taken from there. No run is exported. What each leaves, its report, is in `WORKDIR/runs/NAME`,
-and the comparison of all in `WORKDIR/comparison`. The same command goes on after a stop, and does
-not repeat runs that are finished. Weights that no further run needs are removed, unless --keep.
+The runs use one workdir, `WORKDIR/work`, one after the other, so that each stage they share is done
+once. No run is exported. The report of each is in `WORKDIR/runs/NAME`, the comparison of all in
+`WORKDIR/comparison`. Repeating the command resumes after a stop and skips finished runs. Weights
+that no further run needs are removed, unless --keep.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from tokalign_jax.utils.progress import Log
 
 DEFAULT_CONFIG = "configs/recipe.py"
 DONE = "fingerprint.txt"
-"""In a run's folder: the fingerprint of the report that is there. Written last."""
+"""File with the fingerprint of the report in a run's folder; written last."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,52 +50,52 @@ def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None
         "--only",
         type=arguments.names,
         default=[],
-        help="runs whose names fit one of these patterns",
+        help="run only those whose names match one of these patterns",
     )
     flags.add_argument("--keep", action="store_true", help="keep the weights of all runs")
     arguments.add_processes(flags)
     args, values = arguments.parse_run(flags, argv)
     workdir = arguments.workdir_of(args)
-    configs = configs_of(values, runs_of(args.config), args.only)
+    configs = build_configs(values, load_runs(args.config), args.only)
     return args, lambda log: run(configs, workdir, args.keep, log)
 
 
-def runs_of(file: str) -> Mapping[str, Mapping[str, Any]]:
-    """What `get_runs()` of a config file returns.
+def load_runs(file: str) -> Mapping[str, Mapping[str, Any]]:
+    """Call `get_runs()` of a config file.
 
     Raises:
-      UserError: it has none.
+      UserError: the file has no such function.
     """
     module = config_files.load_module(config_files.find(file.partition(":")[0]))
     if not hasattr(module, "get_runs"):
         raise UserError(
-            f"config file '{file}' has no get_runs(), which says in what the runs of a sweep "
-            f"differ: "
-            '{"name of a run": {"stage1.learning_rate": 2e-5}, ...}; configs/recipe.py has one'
+            f"config file '{file}' has no get_runs(), which returns the fields in which the runs "
+            'of a sweep differ: {"name of a run": {"stage1.learning_rate": 2e-5}, ...}; see '
+            "configs/recipe.py"
         )
     return module.get_runs()
 
 
-def configs_of(
+def build_configs(
     common: ConfigDict, runs: Mapping[str, Mapping[str, Any]], only: Sequence[str] = ()
 ) -> dict[str, Config]:
-    """The config of each run.
+    """Build the config of each run.
 
     Args:
-      common: what runs have in common.
+      common: the settings that all runs share.
       runs: fields in which each differs, by dotted name.
-      only: patterns of names (`fnmatch`) of the runs to take; none: all.
+      only: patterns (`fnmatch`) of the names of runs to take; empty: all.
 
     Raises:
       UserError: an unknown field, a value of another type, a name that cannot be a folder's, or no
-        run that fits `only`.
+        run that matches `only`.
     """
     configs = {}
     for name, fields in runs.items():
         if not name or "/" in name or name.startswith("."):
             raise UserError(
-                f"'{name}' names a run, and so a folder: it must not be empty, begin with a dot, "
-                f"or contain '/'"
+                f"run name '{name}' cannot name a folder: it must not be empty, begin with a dot "
+                "or contain '/'"
             )
         if only and not any(fnmatch.fnmatch(name, pattern) for pattern in only):
             continue
@@ -109,15 +108,15 @@ def configs_of(
             group[last] = value
         configs[name] = config_from_dict(values)
     if not configs:
-        raise UserError(f"--only={','.join(only)} fits none of the runs: {', '.join(runs)}")
+        raise UserError(f"--only={','.join(only)} matches none of the runs: {', '.join(runs)}")
     return configs
 
 
 def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> None:
-    """Does the runs that are not done yet, and compares all that are.
+    """Do the runs that are not finished yet, and compare all.
 
     Raises:
-      UserError: bad input of any of the runs, before the first begins.
+      UserError: bad input to any of the runs, before the first begins.
     """
     from tokalign_jax import pipeline
     from tokalign_jax.cli import compare
@@ -127,51 +126,49 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     from tokalign_jax.utils import digests
 
     work = workdir / "work"
-    known = digests.Digests(work, log)
-    contexts = {name: Context(config, work, log, known) for name, config in configs.items()}
+    shared = digests.Digests(work, log)
+    contexts = {name: Context(config, work, log, shared) for name, config in configs.items()}
     if len({str(identities.run_identity(context)) for context in contexts.values()}) > 1:
         raise UserError(
-            "the runs of a sweep have one source model and one target tokenizer: make a sweep of "
-            "each pair"
+            "the runs of a sweep must have the same source model and target tokenizer: make a "
+            "sweep for each pair"
         )
     for context in contexts.values():
         distributed.on_first(lambda context=context: checks.check(context))
-    wanted = {name: pipeline.fingerprints_of(context) for name, context in contexts.items()}
+    fingerprints = {name: pipeline.fingerprints_of(context) for name, context in contexts.items()}
     if distributed.is_first():
-        known.save()
-    places = {name: workdir / "runs" / name for name in configs}
-    missing = [name for name in configs if _fingerprint(places[name]) != wanted[name]["report"]]
+        shared.save()
+    folders = {name: workdir / "runs" / name for name in configs}
+    missing = [
+        name for name in configs if _fingerprint(folders[name]) != fingerprints[name]["report"]
+    ]
     for number, name in enumerate(missing, start=1):
         log(f"run {number} of {len(missing)}: {name}")
         pipeline.run(
             configs[name], work, ["report"], lambda line, name=name: log(f"{name}: {line}")
         )
         if distributed.is_first():
-            _publish(work / "report", places[name], wanted[name]["report"], workdir / "outdated")
+            fingerprint = fingerprints[name]["report"]
+            _publish(work / "report", folders[name], fingerprint, workdir / "outdated")
             if not keep:
-                pipeline.drop_outdated(
-                    work, {stage for other in missing[number:] for stage in wanted[other].values()}
-                )
+                needed = {f for other in missing[number:] for f in fingerprints[other].values()}
+                pipeline.drop_outdated(work, needed)
     if distributed.is_first():
-        log(
-            compare.run(
-                [places[name] / "report.json" for name in configs],
-                workdir / "comparison",
-                list(configs),
-            )
-        )
+        reports = [folders[name] / "report.json" for name in configs]
+        log(compare.run(reports, workdir / "comparison", list(configs)))
 
 
-def _publish(report: Path, place: Path, fingerprint: str, outdated: Path) -> None:
-    """A copy of a run's report; one of the same name with other settings is put aside."""
-    if place.exists():
-        aside = outdated / f"{place.name}-{_fingerprint(place)[:12] or 'unfinished'}"
-        shutil.rmtree(aside, ignore_errors=True)  # the same, aside since before
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        place.rename(aside)
-    shutil.copytree(report, place)
-    (place / DONE).write_text(fingerprint + "\n", encoding="utf-8")
+def _publish(report: Path, folder: Path, fingerprint: str, outdated: Path) -> None:
+    """Copy a run's report to `folder`; move an older one of other settings to `outdated`."""
+    if folder.exists():
+        moved = outdated / f"{folder.name}-{_fingerprint(folder)[:12] or 'unfinished'}"
+        shutil.rmtree(moved, ignore_errors=True)  # an older one of the same settings
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(moved)
+    shutil.copytree(report, folder)
+    (folder / DONE).write_text(fingerprint + "\n", encoding="utf-8")
 
 
-def _fingerprint(place: Path) -> str:
-    return (place / DONE).read_text(encoding="utf-8").strip() if (place / DONE).is_file() else ""
+def _fingerprint(folder: Path) -> str:
+    file = folder / DONE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

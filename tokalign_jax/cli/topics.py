@@ -1,10 +1,10 @@
 """Explain a topic.
 
-tokalign help                     # the topics
+tokalign help                     # lists the topics
 tokalign help run                 # a command's flags
 tokalign help config              # the groups of config fields
-tokalign help config.stage2       # the fields of one, or one of them
-tokalign help methods             # ways to make the new rows
+tokalign help config.stage2       # the fields of a group, or a single field
+tokalign help methods             # methods to initialise the new rows
 """
 
 import difflib
@@ -19,51 +19,51 @@ COMMANDS = ("run", "plan", "evaluate", "inspect", "compare", "sweep")
 WIDTH = 96
 
 METHODS = """\
---config.alignment.method= says how target tokens are made of source tokens:
+--config.alignment.method= selects how rows of target tokens are made from source tokens:
 
   distilled   mean of the pieces, then trained with the source model as teacher (the default)
-  composed    corrected by co-occurrence and frequency and tuned on the corpus: fits it better,
-              keeps less of what the model knew
+  composed    pieces corrected by co-occurrence and frequency, and tuned on the corpus: fits
+              the corpus better, retains less of the model's knowledge
   tokalign    one source token each, as published (TokAlign, Li et al. 2025)
   lexicon     one source token each, by a self-learned orthogonal map (Artetxe et al. 2018)
   topk        weighted mixtures of several source tokens
   focus       mixtures of shared tokens (FOCUS, Dobler and de Melo 2023)
   omp         orthogonal matching pursuit in a donor model (as mergekit-tokensurgeon)
   token_distillation
-              mean of the pieces, then input rows that give the source's hidden states
+              mean of the pieces, then input rows fitted to the source's hidden states
               (Token Distillation, Dobler et al. 2025)
   pieces      mean of the pieces (FVT, Gee et al. 2022); needs no training
   exact       shared tokens, else random source tokens
   random      random source tokens
 
 --config.target_tokenizer=extend keeps the tokenizer and adds tokens mined from the corpus,
---config.target_tokenizer=prune leaves out those that the corpus does not need."""
+--config.target_tokenizer=prune removes tokens that the corpus does not need."""
 
 FILES = """\
-A workdir holds a folder for each stage, and stages.json with what is known of each:
+A workdir holds a folder for each stage, and stages.json with the record of each:
 
-  corpus/    documents, de-duplicated, and those held out
-  tokens/    the corpus in tokens of both tokenizers
+  corpus/    de-duplicated documents, split into training and held-out
+  tokens/    the corpus, tokenised with both tokenizers
   align/     alignment.npz, align_matrix.json, token vectors
   init/      the model with its new rows, as a Hugging Face folder
-  stage1/    checkpoints, metrics.jsonl and TensorBoard events; so stage2/ and stage3/
+  stage1/    checkpoints, metrics.jsonl and TensorBoard events; likewise stage2/, stage3/
   evaluate/  scores.json of each state of the model
   export/    the adapted model, as a Hugging Face folder
   report/    report.html, report.md, report.json, report.png
-  outdated/  what was made with other settings; it comes back when they do"""
+  outdated/  results of other settings; restored when the settings return"""
 
 EXIT_CODES = """\
   0    success
   1    a bug, with its traceback
-  2    bad input, with a paragraph that says what to do
-  75   stopped by SIGTERM or Ctrl-C; what was done is kept, and the same command goes on
+  2    bad input, with a message that names the remedy
+  75   stopped by SIGTERM or Ctrl-C; progress is kept, and the same command resumes
   134  another process of the run was lost"""
 
 TEXTS = {"methods": METHODS, "files": FILES, "exit-codes": EXIT_CODES}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print what is known of the topic that is named.
+    """Print the help on a topic.
 
     Raises:
       UserError: there is no such topic.
@@ -78,32 +78,34 @@ def main(argv: Sequence[str]) -> None:
     elif topic in ("", "help", "-h"):
         print(__doc__, f"Topics: {', '.join((*COMMANDS, 'config', *TEXTS))}", sep="\n")
     else:
-        known = (*COMMANDS, "config", *TEXTS)
-        near = difflib.get_close_matches(topic, known, n=1, cutoff=0.0)[0]
-        raise UserError(f"there is no topic '{topic}'; the nearest is '{near}'")
+        topics = (*COMMANDS, "config", *TEXTS)
+        nearest = difflib.get_close_matches(topic, topics, n=1, cutoff=0.0)[0]
+        raise UserError(f"there is no topic '{topic}'; the nearest is '{nearest}'")
 
 
 def describe(name: str) -> list[str]:
-    """Return lines on a config field or on the fields of a group; of the whole config on its
-    groups.
+    """Return lines on a config field, or on all fields of a group.
+
+    Args:
+      name: dotted name of the field or group; "" for the top level.
 
     Raises:
       UserError: there is no such field.
     """
-    known = {field.name: field for field in config_reference.fields()}
-    if name and name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown config key '{name}'; the nearest is '{near}'")
+    fields = {field.name: field for field in config_reference.fields()}
+    if name and name not in fields:
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown config key '{name}'; the nearest is '{nearest}'")
+    if name and not fields[name].is_group:
+        return _entry(fields[name])
     prefix = f"{name}." if name else ""
-    inside = [
+    members = [
         field
-        for path, field in known.items()
+        for path, field in fields.items()
         if path.startswith(prefix) and "." not in path[len(prefix) :] and path != name
     ]
-    lines = textwrap.wrap(known[name].description, WIDTH) if name else []
-    if name and not known[name].is_group:
-        return _entry(known[name])
-    for field in inside:
+    lines = textwrap.wrap(fields[name].description, WIDTH) if name else []
+    for field in members:
         lines += ["", *_entry(field)]
     return lines if name else lines[1:]
 
