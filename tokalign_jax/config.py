@@ -362,6 +362,14 @@ class StageConfig:
     """Steps between lines on the terminal (the metrics file has every step)."""
     max_skipped_in_a_row: int = within(1, 10**9, 5, effect=False)
     """Non-finite steps in a row that stop the run."""
+    validation_every: int = within(0, 10**9, 0, effect=False)
+    """Steps between measurements of the next-token loss on held-out text (the last step is measured
+    too); 0: never. The checkpoint with the lowest loss is kept."""
+    validation_sequences: int = within(1, 2**20, 64, effect=False)
+    """Held-out sequences of `sequence_length` tokens that a validation reads, at most."""
+    result: Literal["last", "best"] = field(default="last", metadata={"effect": False})
+    """Checkpoint from which later stages, evaluation and export go on: the `last`, or the `best`
+    by validation loss. No effect on the training itself."""
 
 
 @dataclass(frozen=True)
@@ -607,6 +615,17 @@ def settings_of(stage: StageConfig) -> dict[str, Any]:
     return settings
 
 
+def selection_of(stage: StageConfig) -> dict[str, int]:
+    """Return the settings that decide which checkpoint of a stage is its result.
+
+    They are part of the fingerprints of what reads the result, not of the stage itself. Empty for
+    the last checkpoint.
+    """
+    if stage.result == "last":
+        return {}
+    return {"every": stage.validation_every, "sequences": stage.validation_sequences}
+
+
 def _with_effect(group: Any) -> dict[str, Any]:
     found = {}
     for declared in dataclasses.fields(group):
@@ -751,6 +770,11 @@ def _build(values: Any, kind: type, prefix: str) -> Any:
     _check_range(made, prefix)
     if isinstance(made, StageConfig):
         _check_objective(made, prefix)
+        if made.result == "best" and not made.validation_every:
+            raise UserError(
+                f"config key '{prefix}result' is 'best', but nothing is validated: set "
+                f"{prefix}validation_every above 0, or {prefix}result=last"
+            )
     return made
 
 

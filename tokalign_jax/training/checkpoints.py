@@ -3,7 +3,8 @@ killed run leaves none in parts.
 
 A checkpoint `STEP/` has three items: `params` (what trains, float32), `optimizer` (all other arrays
 of the train state) and `position` (JSON: state of the data stream, next sequence, global batch,
-fingerprint of what shaped the run; a checksum of each array, and a digest of all this). Orbax
+fingerprint of what shaped the run, validation losses so far; a checksum of each array, and a digest
+of all this). Orbax
 notices files that are missing or cut when it reads them; what else a disk may do to them the
 checksums notice.
 """
@@ -14,7 +15,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from jaxtyping import Array, UInt32
 from tokalign_jax.errors import UserError
 from tokalign_jax.parallel import distributed
 from tokalign_jax.training.step import TrainState
+from tokalign_jax.training.validation import Validations
 from tokalign_jax.utils import paths
 from tokalign_jax.utils.files import unused
 from tokalign_jax.utils.stopping import Stopped
@@ -51,17 +53,35 @@ class Position:
     """Sequences a step."""
     fingerprint: str
     """Of everything that changes what a step computes."""
+    validations: Validations | None = None
+    """The validations up to this step; None where there are none."""
+
+
+class _NewestAndBest:
+    """Preservation policy of Orbax: the newest `keep` checkpoints, and the best one."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        newest = sorted(info.step for info in checkpoints)[-self.keep :]
+        return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints in one folder; the newest `keep` stay. A context manager: leaving it waits
-    for writes.
+    """The checkpoints in one folder: the newest `keep`, and the one with the lowest validation loss
+    according to the newest. A context manager: leaving it waits for writes.
 
     Of several processes all call each method together.
     """
 
     def __init__(self, folder: Path, keep: int = 1):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._policy = _NewestAndBest(keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -80,8 +100,12 @@ class Checkpoints:
         return Path(self._manager.directory) / str(step)
 
     def save(self, step: int, state: TrainState, position: Position) -> None:
-        """Copies the arrays off the devices now, and writes them while training goes on."""
+        """Copies the arrays off the devices now, and writes them while training goes on.
+
+        Crash-safe: checkpoints that are no longer kept are deleted once the new one is complete.
+        """
         params, optimizer = _items(state)
+        self._policy.best = position.validations.best if position.validations else None
         content = {**asdict(position), "checksums": checksums({"params": params, **optimizer})}
         self._manager.save(
             step,
@@ -147,18 +171,7 @@ class Checkpoints:
     def _position(self, step: int) -> tuple[Position, dict[str, int]]:
         """And the checksums of the arrays."""
 
-        def read() -> tuple[Position, dict[str, int]]:
-            content = dict(
-                ocp.JsonCheckpointHandler().restore(
-                    self._manager.directory / str(step) / "position"
-                )
-            )
-            if content.pop("digest") != _digest(content):
-                raise ValueError("the digest of position does not fit")
-            written = content.pop("checksums")
-            return Position(**content), written
-
-        return self._read(step, read)
+        return self._read(step, lambda: _read_position(Path(self.path(step))))
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
         # Not through the manager, which waits for the other processes after reading: one may have
@@ -207,6 +220,31 @@ class Checkpoints:
             f"the checkpoint '{self.path(step)}' is damaged"
             f" ({what[:200]}{'...' if len(what) > 200 else ''})"
         )
+
+
+def position_of(folder: Path) -> Position | None:
+    """Return the position of a checkpoint by its folder; None if it cannot be read.
+
+    Any process can call it alone.
+    """
+    try:
+        return _read_position(folder)[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_position(folder: Path) -> tuple[Position, dict[str, int]]:
+    """(position, checksums of the arrays) of a checkpoint.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
+    content = dict(ocp.JsonCheckpointHandler().restore(folder / "position"))
+    if content.pop("digest") != _digest(content):
+        raise ValueError("the digest of position does not fit")
+    written = content.pop("checksums")
+    validations = Validations.from_json(content.pop("validations", None))
+    return Position(**content, validations=validations), written
 
 
 def checksums(tree: paths.Tree) -> dict[str, int]:

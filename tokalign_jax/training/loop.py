@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from tokalign_jax.config import ComputeConfig, Config, StageConfig, settings_of
@@ -25,7 +26,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import distributed, sharding
-from tokalign_jax.training import metrics
+from tokalign_jax.training import metrics, validation
 from tokalign_jax.training.batches import (
     Sequences,
     Shards,
@@ -39,6 +40,7 @@ from tokalign_jax.training.checkpoints import (
     Position,
     check_resumable,
     naming_a_full_disk,
+    position_of,
 )
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import (
@@ -50,6 +52,7 @@ from tokalign_jax.training.step import (
     init_state,
     make_train_step,
 )
+from tokalign_jax.training.validation import Validations, Validator
 from tokalign_jax.utils import paths, stopping
 from tokalign_jax.utils.progress import Log, duration, quantity
 
@@ -67,8 +70,8 @@ class StageResult:
     """A finished stage."""
 
     params: paths.Tree
-    """All parameters: trained ones in float32 (adapters beside their kernels), the others as
-    given."""
+    """All parameters after the step that `StageConfig.result` selects: trained ones in float32
+    (adapters beside their kernels), the others as given."""
     stream_end: int
     """Position in the shuffled stream (tokens) at which it stopped: `previous_end` of the next
     stage."""
@@ -192,6 +195,7 @@ def run_stage(
     log: Log,
     mesh: Mesh | None = None,
     objective: Objective = NEXT_TOKEN,
+    held_out: Shards | None = None,
 ) -> StageResult:
     """Trains a stage, resuming from the newest checkpoint in its folder; a finished stage is only
     loaded.
@@ -209,15 +213,18 @@ def run_stage(
       log: receives progress lines.
       mesh: of the devices to train on; None: all (`sharding.make_mesh`).
       objective: what the stage minimises.
+      held_out: text for the validations of a stage that has any, in tokens of the target tokenizer.
 
     Raises:
-      UserError: invalid input (`plan_stage`, `micro_batch`), a checkpoint of another run, or
-        several consecutive steps without a finite loss and gradient.
+      UserError: invalid input (`plan_stage`, `micro_batch`), a checkpoint of another run, several
+        consecutive steps without a finite loss and gradient, or a best checkpoint that cannot be
+        told because earlier steps were not validated.
     """
     start, end = plan_stage(name, stage, config, model_config, shards, previous_end)
     if not stage.steps:
         return StageResult(params, end, 0, [])
     mesh = mesh or sharding.make_mesh(config.mesh)
+    sequences = _held_out_sequences(name, stage, held_out)
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
     params = sharding.place(_with_adapters(stage, params, adapter_key), mesh)
     trainable, frozen = split(stage, params)
@@ -238,6 +245,7 @@ def run_stage(
         Checkpoints(Path(folder) / "checkpoints", stage.checkpoints.keep) as checkpoints,
     ):
         done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
+        validations = _resumed_validations(name, stage, done, position, checkpoints)
         state = make_state(trainable) if state is None else state
         # The state holds copies of what trains; the originals are freed unless the caller holds
         # them.
@@ -253,22 +261,111 @@ def run_stage(
                     position,
                     mesh,
                 )
-                run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log)
-                dtype = jnp.dtype(config.compute.dtype)
+                cast = _cast(frozen, jnp.dtype(config.compute.dtype))
+                validator = None
+                if sequences is not None and validations is not None:
+                    batches = validation.batched(sequences, micro_batch(name, stage, mesh), mesh)
+                    validator = Validator(
+                        functools.partial(program.measure, frozen=cast, batches=batches),
+                        len(sequences),
+                        validations,
+                    )
+                run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log, validator)
                 run.announce(state, frozen)
-                given = _cast(frozen, dtype)
-                given = given if objective.beside is None else (given, objective.beside)
+                inputs = cast if objective.beside is None else (cast, objective.beside)
                 with _naming_a_lost_process(name):
-                    state = run(program.step, state, given, feed, dropout_key)
+                    state = run(program.step, state, inputs, feed, dropout_key)
+                validations = validator.record if validator else None
+        trained = _selected(name, stage, state.params, validations, checkpoints, like)
     tokens = stage.steps * stage.batch_size * stage.sequence_length
-    return StageResult(paths.merge(state.params, frozen), end, tokens, recorder.history)
+    return StageResult(paths.merge(trained, frozen), end, tokens, recorder.history)
+
+
+def _held_out_sequences(
+    name: str, stage: StageConfig, held_out: Shards | None
+) -> np.ndarray | None:
+    """The sequences of a stage's validations; None if it has none."""
+    if not stage.validation_every:
+        return None
+    if held_out is None:
+        raise ValueError(f"{name} validates but has no held-out text: see `run_stage`")
+    return validation.held_out_sequences(
+        held_out, stage.sequence_length, stage.validation_sequences
+    )
+
+
+def _resumed_validations(
+    name: str, stage: StageConfig, done: int, position: Position | None, checkpoints: Checkpoints
+) -> Validations | None:
+    """The record with which a stage goes on; None if it does not validate.
+
+    A record that was made with other settings, or begun late, is not complete: the best of it need
+    not be the best of the stage.
+
+    Raises:
+      UserError: the result of the stage is its best checkpoint, and the record is not complete.
+    """
+    if not stage.validation_every:
+        return None
+    empty = Validations.of_stage(stage)
+    record = position.validations if position else empty
+    if record is not None and record.covers(stage, done):
+        return record
+    if stage.result == "best":
+        raise UserError(_without_best(name, stage, checkpoints.path(done).parent.parent))
+    same = record is not None and dataclasses.replace(record, losses=()) == empty
+    return record if same else empty
+
+
+def _without_best(name: str, stage: StageConfig, folder: Path) -> str:
+    return (
+        f"{name}.result is 'best', but the steps of {name} so far were not all validated every"
+        f" {stage.validation_every} steps on {stage.validation_sequences} sequences, or the best"
+        f" checkpoint is gone: set --config.{name}.result=last, or the settings that they were"
+        f" validated with, or remove '{folder}' to train the stage anew"
+    )
+
+
+def _selected(
+    name: str,
+    stage: StageConfig,
+    last: paths.Tree,
+    validations: Validations | None,
+    checkpoints: Checkpoints,
+    like: TrainState,
+) -> paths.Tree:
+    """The trained parameters that are the result of a stage, given those after its last step."""
+    best = validations.best if validations and stage.result == "best" else stage.steps
+    if best == stage.steps:
+        return last
+    if best is None or not checkpoints.path(best).is_dir():
+        raise UserError(_without_best(name, stage, checkpoints.path(stage.steps).parent.parent))
+    checkpoints.wait()
+    return _intact_params(checkpoints, best, like.params)
+
+
+def _intact_params(checkpoints: Checkpoints, step: int, like: paths.Tree) -> paths.Tree:
+    """The parameters of a checkpoint.
+
+    Raises:
+      Stopped: the checkpoint is damaged; it is set aside.
+    """
+    try:
+        return checkpoints.restore_params(step, like)
+    except Damaged as damage:
+        aside = checkpoints.set_aside(step)
+        raise stopping.Stopped(
+            f"{damage}; it was renamed to '{aside.name}'; run the command again to repeat the"
+            " stage's last steps from the checkpoint before"
+        ) from damage
 
 
 def load_trained(
     folder: Path, stage: StageConfig, model: ModelConfig, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """The parameters that a finished stage trained, adapters included, from its last checkpoint:
-    float32, by path.
+    """The parameters that a finished stage trained, adapters included: float32, by path.
+
+    They are those of the checkpoint that `StageConfig.result` selects.
 
     Args:
       folder: of the stage.
@@ -276,7 +373,8 @@ def load_trained(
       mesh: of the devices that receive the arrays, sharded as `sharding.place` does.
 
     Raises:
-      UserError: the folder has no checkpoint of the stage's last step.
+      UserError: the folder has no checkpoint of the stage's last step, or none that is known to be
+        its best.
       Stopped: that checkpoint is damaged. It is set aside, so that the stage no longer counts as
         finished (`is_finished`).
     """
@@ -292,14 +390,10 @@ def load_trained(
                 f"'{folder}' has no checkpoint of step {stage.steps}, the stage's last (the newest"
                 f" is {checkpoints.newest() or 'none'}): run the stage to its end first"
             )
-        try:
-            return paths.flatten(checkpoints.restore_params(stage.steps, like))
-        except Damaged as damage:
-            aside = checkpoints.set_aside(stage.steps)
-            raise stopping.Stopped(
-                f"{damage}; it was renamed to '{aside.name}'; run the command again to repeat the"
-                " stage's last steps from the checkpoint before"
-            ) from damage
+        step = _result_step(folder, stage)
+        if step is None:
+            raise UserError(_without_best("the stage", stage, Path(folder)))
+        return paths.flatten(_intact_params(checkpoints, step, like))
 
 
 def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -311,9 +405,21 @@ def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeSt
 
 
 def is_finished(folder: Path, stage: StageConfig) -> bool:
-    """Whether a checkpoint of the stage's last step exists (`load_trained` detects a damaged
-    one)."""
-    return (Path(folder) / "checkpoints" / str(stage.steps)).is_dir()
+    """Whether the stage has taken its last step and the checkpoint that is its result exists
+    (`load_trained` detects a damaged one)."""
+    return _result_step(folder, stage) is not None
+
+
+def _result_step(folder: Path, stage: StageConfig) -> int | None:
+    """The step of the checkpoint that is the result of a finished stage; None: there is none."""
+    checkpoints = Path(folder) / "checkpoints"
+    step: int | None = stage.steps
+    if stage.result == "best":
+        position = position_of(checkpoints / str(stage.steps))
+        record = position.validations if position else None
+        step = record.best if record and record.covers(stage, stage.steps) else None
+    exists = (checkpoints / str(stage.steps)).is_dir() and (checkpoints / str(step)).is_dir()
+    return step if exists else None
 
 
 def _restore(
@@ -381,11 +487,13 @@ class _Run:
         checkpoints: Checkpoints,
         recorder: metrics.Recorder,
         log: Log,
+        validator: Validator | None,
     ):
         self.name, self.stage, self.start, self.fingerprint = name, stage, start, fingerprint
         self.schedule = schedule_of(stage)
         self.checkpoints, self.recorder, self.log = checkpoints, recorder, log
         self.pending: deque[Any] = deque()
+        self.validator = validator
 
     def __call__(
         self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array
@@ -402,6 +510,8 @@ class _Run:
             self.pending.append(values)
             stop = step < self.stage.steps and stopping.requested()
             due = stop or step % self.stage.checkpoints.every == 0 or step == self.stage.steps
+            if self.validator and validation.is_due(self.stage, step):
+                due |= self._validate(self.validator, step, state)
             self._catch_up(0 if due else _AHEAD)
             if due:
                 self._save(step, state, feed)
@@ -428,28 +538,41 @@ class _Run:
     def _catch_up(self, ahead: int) -> None:
         """Records all but the newest `ahead` steps."""
         while len(self.pending) > ahead:
-            values = jax.device_get(self.pending.popleft())
-            self.recorder.add(values)
-            if values["skipped_in_a_row"] >= self.stage.max_skipped_in_a_row:
-                self.recorder.flush()
-                newest = self.checkpoints.newest()
-                good = (
-                    f"the last good checkpoint is '{self.checkpoints.path(newest)}'"
-                    if newest
-                    else "no checkpoint yet"
-                )
-                raise UserError(
-                    f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last"
-                    f" one step {self.recorder.step}, had a loss or gradient that is not finite"
-                    f" ({good}): lower {self.name}.learning_rate, or set compute.dtype=float32, and"
-                    " look at the loss in metrics.jsonl"
-                )
+            self._record(jax.device_get(self.pending.popleft()))
+
+    def _record(self, values: dict[str, Any], validated: metrics.Validation | None = None) -> None:
+        self.recorder.add(values, validated)
+        if values["skipped_in_a_row"] < self.stage.max_skipped_in_a_row:
+            return
+        self.recorder.flush()
+        newest = self.checkpoints.newest()
+        good = (
+            f"the last good checkpoint is '{self.checkpoints.path(newest)}'"
+            if newest
+            else "no checkpoint yet"
+        )
+        raise UserError(
+            f"{self.name} stopped: {values['skipped_in_a_row']} steps in a row, the last one step"
+            f" {self.recorder.step}, had a loss or gradient that is not finite ({good}): lower"
+            f" {self.name}.learning_rate, or set compute.dtype=float32, and look at the loss in"
+            " metrics.jsonl"
+        )
+
+    def _validate(self, validator: Validator, step: int, state: TrainState) -> bool:
+        """Validate after the newest step and record both; whether it is the best so far."""
+        self._catch_up(1)
+        values = jax.device_get(self.pending.popleft())
+        validated = validator(step, state.params)
+        self._record(values, validated)
+        return validated.best == step
 
     def _save(self, step: int, state: TrainState, feed: "_Feed") -> None:
         # Flush metrics before the checkpoint, so that a resumed run misses no line.
         self.recorder.flush()
         batch = self.stage.batch_size
-        position = Position(feed.position, self.start + step * batch, batch, self.fingerprint)
+        read = self.start + step * batch
+        validations = self.validator.record if self.validator else None
+        position = Position(feed.position, read, batch, self.fingerprint, validations)
         self.checkpoints.save(step, state, position)
 
     def _stop(self, step: int) -> NoReturn:
@@ -499,6 +622,7 @@ class _Program:
 
     step: Step
     optimizer: Any
+    measure: validation.Measure
     mesh: Mesh
 
     def state_maker(
@@ -534,10 +658,11 @@ def _program(
     share one compiled program."""
     labels = paths.label_tree(rules_for(stage.method), paths.unflatten(dict.fromkeys(trained, 0)))
     optimizer = make_optimizer(stage, labels, model.vocab_size)
-    loss = make_loss(model, compute, lora_spec(stage))
-    return _Program(
-        make_train_step(loss, optimizer, jnp.dtype(compute.dtype), mesh), optimizer, mesh
+    lora = lora_spec(stage)
+    step = make_train_step(
+        make_loss(model, compute, lora), optimizer, jnp.dtype(compute.dtype), mesh
     )
+    return _Program(step, optimizer, validation.make_measure(model, compute, lora, mesh), mesh)
 
 
 _INPUTS_OF_A_STEP = (

@@ -9,15 +9,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokalign_jax.utils.files import write_whole
 from tokalign_jax.utils.progress import Log, duration, quantity
 
 Record = dict[str, Any]
 """One step: step (from 1), loss (nats a token), learning_rate, gradient_norm, tokens (of the stage
-so far), tokens_per_second, seconds (of this step), skipped (steps so far). A loss or norm that is
-not finite is None."""
+so far), tokens_per_second, seconds (of this step), skipped (steps so far); after a validation also
+validation_loss (nats a token). A loss or norm that is not finite is None."""
 
 _WINDOW, _ENOUGH = 100, 20
 _SPIKE_SIGMAS, _SPIKE_RATIO = 6.0, 1.2
@@ -50,6 +50,17 @@ def _record(line: str) -> Record | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
+
+
+class Validation(NamedTuple):
+    """A validation after a step."""
+
+    loss: float
+    """Mean next-token loss (nats a token)."""
+    seconds: float
+    sequences: int
+    best: int | None
+    """The step with the lowest loss so far."""
 
 
 class Recorder:
@@ -93,10 +104,15 @@ class Recorder:
         self._last = self._line_time = time.monotonic()
         self._line_tokens, self._line_step = self._tokens, self.step
 
-    def add(self, metrics: dict[str, Any]) -> None:
-        """One step more, from what the train step returned, fetched."""
+    def add(self, metrics: dict[str, Any], validation: Validation | None = None) -> None:
+        """Record a step, from what the train step returned (fetched) and the validation after it.
+
+        Time that the validation took is not counted as training.
+        """
         now = time.monotonic()
-        seconds, self._last = now - self._last, now
+        aside = validation.seconds if validation else 0.0
+        seconds, self._last = now - self._last - aside, now
+        self._line_time += aside
         tokens = int(metrics["tokens"])
         self._tokens += tokens
         self.step += 1
@@ -110,9 +126,13 @@ class Recorder:
             "seconds": round(seconds, 6),
             "skipped": int(metrics["skipped"]),
         }
+        if validation:
+            record["validation_loss"] = _finite(validation.loss)
         self.history.append(record)
         self._write(record)
         self._report(record, finite=bool(metrics["finite"]))
+        if validation:
+            self._report_validation(validation)
 
     def flush(self) -> None:
         """Syncs all lines to disk, so that a checkpoint may follow."""
@@ -126,9 +146,9 @@ class Recorder:
         if not (self._file and self._board):
             return
         self._file.write(json.dumps(record) + "\n")
-        keys = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
+        keys = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "validation_loss")
         self._board.add(
-            {f"{self._name}/{key}": record[key] for key in keys if record[key] is not None},
+            {f"{self._name}/{key}": record[key] for key in keys if record.get(key) is not None},
             record["step"],
         )
 
@@ -157,6 +177,17 @@ class Recorder:
                 f" {'not finite' if loss is None else f'{loss:.3f}'}, {quantity(rate)} tokens/s"
                 + (f", {duration(left)} left" if step < self._steps else "")
             )
+
+    def _report_validation(self, validation: Validation) -> None:
+        loss = f"{validation.loss:.4f}" if math.isfinite(validation.loss) else "not finite"
+        rank = ""
+        if validation.best:
+            first = validation.best == self.step
+            rank = ", the lowest so far" if first else f"; the lowest is step {validation.best}'s"
+        self._log(
+            f"{self._name}: step {self.step}, validation loss {loss} on"
+            f" {validation.sequences} held-out sequences{rank}"
+        )
 
 
 class _Board:

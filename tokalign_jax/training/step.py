@@ -136,7 +136,7 @@ def make_train_step(
 
     def gradients_of(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
         """Mean loss over the tokens of all micro-batches, and its gradients."""
-        params = _cast_projections(params, dtype)
+        params = cast_projections(params, dtype)
 
         accumulation, sequences = target_tokens(batch).shape[:2]
 
@@ -212,7 +212,7 @@ def target_tokens(batch: Any) -> Array:
     return batch["tokens"] if isinstance(batch, Mapping) else batch
 
 
-def _cast_projections(params: Any, dtype: DTypeLike) -> Any:
+def cast_projections(params: Any, dtype: DTypeLike) -> Any:
     """Casts projections to the compute type. Other leaves keep float32: gradients of embedding and
     head are accumulated, and norms computed, in it."""
     leaves = paths.flatten(params)
