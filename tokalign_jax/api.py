@@ -302,6 +302,11 @@ def train(
     stage = config_from_dict(values, StageConfig, "stage1.")
     if learns_from_source(stage):
         raise UserError(f"objective '{stage.objective}' needs the source model: use `tokalign run`")
+    if stage.validation_every:
+        raise UserError(
+            "validation_every needs the held-out text of a run: leave it out and use `evaluate`, or"
+            " use `tokalign run`"
+        )
     none = dataclasses.replace(stage, steps=0)
     compute = ComputeConfig(dtype=_compute_dtype())
     config = Config(seed=seed, stage1=stage, stage2=none, compute=compute)

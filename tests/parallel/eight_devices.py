@@ -34,16 +34,18 @@ from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import Convolution, DeltaRule, Experts
+from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
 from tokalign_jax.training import source_teacher, states
 from tokalign_jax.training.distillation import Teacher, Teaching, distillation, objective, with_rows
-from tokalign_jax.training.loop import load_trained, run_stage
+from tokalign_jax.training.loop import load_trained, lora_spec, run_stage, split
 from tokalign_jax.training.losses import Head, cross_entropy, token_nll_and_likeliest
 from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
 from tokalign_jax.training.step import init_state, make_loss, make_train_step
+from tokalign_jax.training.validation import batched, held_out_sequences, make_measure
 from tokalign_jax.utils import paths
 
 SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
@@ -213,6 +215,21 @@ def checkpoints():
         for shape in ((1, 1, 1), (2, 2, 2), (1, 5, 1)):
             read = load_trained(Path(folder), replace(STEP, method="full"), LLAMA, mesh_of(shape))
             close(unpadded(paths.unflatten(read)), unpadded(written.params), 0)
+
+
+def validation(shape, method):
+    """The validation loss, of batches that are filled up with ignored sequences."""
+    lora = lora_spec(replace(STEP, method=method))
+    sequences = held_out_sequences(toy_shards(LENGTH * 11 + 5, 3), LENGTH, 20)
+    results = []
+    for mesh in (mesh_of(), mesh_of(shape)):
+        params = toy_params(LLAMA)
+        params = add_lora(params, lora, jax.random.key(1)) if lora else params
+        parts = split(replace(STEP, method=method), sharding.place(params, mesh))
+        compute = replace(CONFIG.compute, loss_chunk=7)
+        measure = make_measure(LLAMA, compute, lora, mesh)
+        results.append(measure(parts[0], frozen=parts[1], batches=batched(sequences, 8, mesh)))
+    close(results[1], results[0], 1e-6)
 
 
 def sums_over_devices(dtype):
@@ -448,6 +465,8 @@ CHECKS = {
     "training-sparse-all": (training, SHAPES["all"], SPARSE, "full"),
     "training-sparse-lora-all": (training, SHAPES["all"], SPARSE, "lora"),
     "checkpoints": (checkpoints,),
+    "validation-all": (validation, SHAPES["all"], "full"),
+    "validation-lora-fsdp": (validation, SHAPES["fsdp"], "lora"),
     "gradient-types": (gradient_types,),
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),

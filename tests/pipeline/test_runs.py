@@ -213,6 +213,35 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
 
 
 @pytest.mark.slow
+def test_the_best_checkpoint_by_validation_is_exported(inputs, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    validated = ("--config.stage2.validation_every=1", "--config.stage2.learning_rate=0.3")
+    skipped = ("--config.evaluation.random_baseline=False", "--stages=export,report")
+
+    def run(*more: str) -> str:
+        given = arguments(inputs, "llama", workdir, "optimal", *validated, *skipped, *more)
+        assert main.main(given) == 0
+        return capsys.readouterr().out
+
+    assert "stage2: step 1, validation loss" in run()
+    record = json.loads((workdir / "report" / "report.json").read_text())["training"]["stage2"]
+    measured = record["validation"]["validation_loss"]
+    assert len(measured) == 3 and min(measured) < measured[-1]  # that rate is far too high
+    last = (workdir / "export" / "model.safetensors").read_bytes()
+
+    # Another result trains nothing again, only what reads it is redone.
+    said = run("--config.stage2.result=best")
+    assert "stage2: finished, skipped" in said and "stage1: finished, skipped" in said
+    assert "export: to be done again" in said and "evaluate/stage2: to be done again" in said
+    assert "evaluate/stage1: finished, skipped" in said
+    best = (workdir / "export" / "model.safetensors").read_bytes()
+    assert best != last
+    # Turning validation off, or the last as the result, brings the other export back.
+    assert "export: done before with these settings, restored" in run()
+    assert (workdir / "export" / "model.safetensors").read_bytes() == last
+
+
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_never_killed(inputs, tmp_path):
     steps = (
         "--config.stage1.steps=6",

@@ -287,6 +287,21 @@ def test_a_plan_of_a_model_that_fits():
         assert words in found.table(), found.table()
 
 
+def test_validations_are_part_of_disk_memory_and_time():
+    fast = Speed.of(1e5, "", 0.4, "")
+    plain = planned(speed=fast)
+    stage = replace(CONFIG.stage2, validation_every=30, validation_sequences=5)
+    found = planned(replace(CONFIG, stage2=stage), speed=fast)
+    assert "  7 validations on at most 5 held-out sequences" in found.table()
+    assert "validation" not in plain.table()
+    assert found.disk["stage2"] == plain.disk["stage2"] / 3 * 4  # the best one stays
+    one, two = (plan.stages[1] for plan in (plain, found))
+    assert two.memory["held-out sequences (int32)"] == 5 * 2049 * 4
+    # A forward pass takes a third of a training step's operations where all parameters train.
+    assert two.seconds == pytest.approx(one.seconds + 7 * 5 * 2048 / 3 / 1e5, rel=1e-6)
+    assert found.stages[0] == plain.stages[0]
+
+
 def test_what_will_not_fit_is_told_with_what_would():
     (warning,) = [w for w in planned(room="24GB").warnings if w.startswith("stage2")]
     assert "stage2.method=lora together" in warning, (

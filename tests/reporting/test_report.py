@@ -287,6 +287,22 @@ def test_curves_are_smoothed_joined_and_thinned():
     )
 
 
+def test_validation_losses_are_drawn_and_the_lowest_is_told():
+    made = content()
+    made["training"]["stage2"]["validation"] = {
+        "step": [10, 20, 30],
+        "tokens": [80, 160, 240],
+        "validation_loss": [4.5, None, 4.75],
+    }
+    drawn = curves.validations(made["training"])
+    assert list(drawn) == ["stage2"] and drawn["stage2"].tokens == [320, 400, 480]
+    assert math.isnan(drawn["stage2"].loss[1])
+    html = run_page.loss_chart(made["training"])
+    assert "stage 2 on held-out text: 4.750" in html and "stroke-dasharray" in html
+    table = run_page._training(made)
+    assert [row[6] for row in table.rows] == ["", "4.500 (step 10)", ""]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (1.32, 1.38, [1.32, 1.34, 1.36, 1.38]), (0, 307200, [0, 1e5, 2e5, 3e5]),

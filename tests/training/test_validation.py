@@ -15,9 +15,14 @@ from tests.training.toys import (
     LLAMA,
     STAGE,
     VOCABULARY,
+    Program,
     ToyShards,
     assert_same,
+    final_of,
     final_params,
+    finish,
+    run_programs,
+    together,
     toy_params,
     train,
     unpadded,
@@ -227,3 +232,25 @@ def test_settings():
             config_from_dict({"stage1": {name: -1}})
     with pytest.raises(ValueError, match="no held-out text"):
         train("", STAGE)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_as_one_does(tmp_path):
+    changes = {
+        "validation_every": 2,
+        "result": "best",
+        "learning_rate": 0.5,
+        "checkpoints": CheckpointConfig(every=3, keep=1),
+    }
+    one = Program(tmp_path / "one", changes, devices=2)
+    two = Program(tmp_path / "two", changes, fault="kill", fault_step=5)
+    finish(one)
+    run_programs(*together(two))
+    finish(*together(replace(two, fault="")))
+    found = [losses(read(folder / "metrics.jsonl")) for folder in (one.folder, two.folder)]
+    assert [step for step, _ in found[1]] == [2, 4, 6, 8]
+    np.testing.assert_allclose(*([loss for _, loss in of] for of in found), rtol=1e-4)
+    assert saved(one.folder) == saved(two.folder)
+    ended = [final_of(program) for program in (one, two)]
+    for path, leaf in ended[0].items():
+        np.testing.assert_allclose(ended[1][path], leaf, rtol=1e-3, atol=1e-3, err_msg=path)

@@ -214,7 +214,8 @@ class Program:
     def _train(self) -> None:
         config = replace(CONFIG, mesh=MeshConfig(*self.mesh))
         stage = replace(STAGE, log_every=1, **self.changes)
-        params = train(self.folder, stage, config=config, log=self._log).params
+        held_out = toy_shards(300, seed=7)
+        params = train(self.folder, stage, config=config, log=self._log, held_out=held_out).params
         if distributed.is_first():
             with (self.folder / "final.npz").open("wb") as file:
                 np.savez(file, **paths.flatten(params))

@@ -13,6 +13,7 @@ from tokalign_jax.config import (
     Config,
     config_to_dict,
     learns_from_source,
+    selection_of,
     settings_of,
     training_stages,
 )
@@ -83,7 +84,13 @@ def graph(context: Context, exported: str) -> list[Stage]:
             name,
             f"train ({getattr(config, name).method})",
             (*text, *before),
-            {name: stage, "data": config_to_dict(config.data), **compute, **seed},
+            {
+                name: stage,
+                "data": config_to_dict(config.data),
+                **compute,
+                **seed,
+                **_results(config, before),
+            },
             lambda c: stages.train(c, name, before),
             resumes=True,
             on_all_processes=True,
@@ -107,6 +114,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
                 **vocabularies,
                 **compute,
                 **seed,
+                **_results(config, reached),
             },
             lambda c: stages.evaluate(c, state, reached),
             on_all_processes=True,
@@ -169,7 +177,7 @@ def graph(context: Context, exported: str) -> list[Stage]:
             "export",
             f"write the Hugging Face folder of {exported}",
             tuple(reached),
-            {"export": config_to_dict(config.export)},
+            {"export": config_to_dict(config.export), **_results(config, reached)},
             lambda c: stages.export(c, reached),
             on_all_processes=True,
             is_whole=lambda c: states.has_model(c, "export"),
@@ -182,6 +190,17 @@ def graph(context: Context, exported: str) -> list[Stage]:
             lambda c: stages.report(c, reported),
         ),
     ]
+
+
+def _results(config: Config, states: Sequence[str]) -> dict[str, Any]:
+    """Settings of a stage that reads these states: which checkpoint is the result of each.
+
+    Empty where all are the last ones.
+    """
+    stages = training_stages(config)
+    chosen = {name: selection_of(stages[name]) for name in states if name in stages}
+    chosen = {name: settings for name, settings in chosen.items() if settings}
+    return {"results": chosen} if chosen else {}
 
 
 def _writing(context: Context, tokens: int, settings: Mapping[str, Any]) -> Stage:

@@ -247,6 +247,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     starts = stream_starts(context, shards)
     settings = dataclasses.replace(context.config, compute=compute)
     objective = _objective(context, stage, config)
+    validation_text = held_out.validation_shards(context, name)
     result = loop.run_stage(
         name,
         stage,
@@ -259,6 +260,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
         context.log,
         context.mesh,
         objective,
+        validation_text,
     )
     return {"stream_end": result.stream_end, "tokens": result.tokens}
 

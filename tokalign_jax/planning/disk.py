@@ -73,6 +73,8 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
     if any(learns_from_source(stage) for stage in training_stages(config).values()):
         disk["boundaries"] = text // BYTES_PER_TOKEN * FLOAT
     for name, stage in training_stages(config).items():
-        # What trains and Adam's two moments. A checkpoint is written before the oldest is deleted.
-        disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * (stage.checkpoints.keep + 1)
+        # What trains and Adam's two moments. A checkpoint is written before the oldest is deleted;
+        # the one with the lowest validation loss stays besides the newest.
+        count = stage.checkpoints.keep + 1 + bool(stage.validation_every)
+        disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * count
     return {**disk, "export": exported * everything}

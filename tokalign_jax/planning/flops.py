@@ -41,6 +41,12 @@ def flops_per_token(
     return total + forward * read / length
 
 
+def forward_flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
+    """FLOPs of the model's forward pass for each token of a stage's sequences."""
+    weights = sum(products(model, tree) for tree in shapes(model, stage))
+    return 2 * weights + attention(model, stage.sequence_length)
+
+
 def products(model: ModelConfig, tree: paths.Tree) -> float:
     """Parameters of matrix products that are used for a token."""
     active = model.experts.per_token / model.experts.count if model.experts else 1.0

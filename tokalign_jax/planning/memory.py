@@ -171,6 +171,8 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     logits += teacher_logits
     work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
+    readers = mesh[0] * mesh[1]
+    validated = stage.validation_sequences * (stage.sequence_length + 1) // readers
     cast_projections = 0 if size == FLOAT else size * elements(_only("_proj/", trained), mesh)
     return {
         "parameters that train (float32)": train,
@@ -180,6 +182,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
         f"projections that train, in {compute.dtype}": cast_projections,
         "gradients (float32)": train,
         "gradients summed over micro-batches (float32)": train if accumulation > 1 else 0,
+        "held-out sequences (int32)": FLOAT * validated if stage.validation_every else 0,
         f"activations kept (remat={compute.remat})": kept_bytes(model, compute, tokens, mesh),
         f"largest work at once ({most})": work[most],
     }

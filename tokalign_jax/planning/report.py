@@ -33,6 +33,7 @@ from tokalign_jax.text import corpus, mining
 from tokalign_jax.text.canonical import vocabulary_size
 from tokalign_jax.text.chats import with_template
 from tokalign_jax.text.editing import within_rows
+from tokalign_jax.training import validation
 from tokalign_jax.utils.progress import duration, quantity
 
 
@@ -59,6 +60,10 @@ class StagePlan:
     """Source of `seconds`."""
     objective: str = ""
     """Named where it is not the loss of the next token."""
+    validations: int = 0
+    """Validations on held-out text; `seconds` includes them."""
+    validation_sequences: int = 0
+    """Sequences of each, at most."""
 
     @property
     def tokens(self) -> int:
@@ -139,6 +144,7 @@ class Plan:
                     f" each in {stage.accumulation} micro-batch{'es' * (stage.accumulation > 1)}:"
                     f" {quantity(stage.tokens)} tokens"
                 ),
+                *_validations(stage),
                 *_time(stage.seconds, stage.speed),
                 *_listed("memory of a device", stage.memory),
             ]
@@ -174,6 +180,13 @@ class Plan:
             f"{machine.devices} device{many}{kind}, mesh data={data} fsdp={fsdp} tensor={tensor};"
             f" {room}"
         )
+
+
+def _validations(stage: StagePlan) -> list[str]:
+    if not stage.validations:
+        return []
+    count, most = stage.validations, stage.validation_sequences
+    return [f"  {count:,} validation{'s' * (count > 1)} on at most {most:,} held-out sequences"]
 
 
 def _time(seconds: float | None, speed: str) -> list[str]:
@@ -352,7 +365,11 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
     # Measured speeds of a method are without a teacher.
     kind = "distillation" if setup.teacher else stage.method
     each = flops.flops_per_token(model, stage, setup.teacher)
-    known = speed.seconds(tokens, tokens * each, kind, setup.machine)
+    validations = validation.count(stage)
+    # A validation takes as long as training on as many tokens as have its FLOPs.
+    read = validations * stage.validation_sequences * stage.sequence_length
+    operations = tokens * each + read * flops.forward_flops_per_token(model, stage)
+    known = speed.seconds(round(operations / each), operations, kind, setup.machine)
     return StagePlan(
         setup.name,
         stage.method,
@@ -365,4 +382,6 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
         memory.stage_memory(setup),
         *(known or (None, "")),
         f", {stage.objective} with the source model" if learns_from_source(stage) else "",
+        validations,
+        stage.validation_sequences,
     )

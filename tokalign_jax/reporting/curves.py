@@ -63,6 +63,18 @@ def joined(
     return found
 
 
+def validations(training: Mapping[str, Any]) -> dict[str, Curve]:
+    """The validation losses of stages that have any, tokens counted on as in `joined`."""
+    start, found = 0, {}
+    for stage, entry in training.items():
+        measured = entry.get("validation", {})
+        if tokens := measured.get("tokens"):
+            losses = [math.nan if loss is None else loss for loss in measured["validation_loss"]]
+            found[stage] = Curve([start + n for n in tokens], losses)
+        start += entry["tokens"][-1] if entry["tokens"] else 0
+    return found
+
+
 def starts(joined: Mapping[str, Curve]) -> list[tuple[float, str]]:
     """Where each stage begins, and what it is called."""
     ends = [0.0, *(curve.tokens[-1] for curve in joined.values() if curve.tokens)]

@@ -149,6 +149,10 @@ def _curve(path: Path) -> dict[str, Any]:
     return {
         "tokens": [row["tokens"] for row in rows],
         "loss": [row["loss"] for row in rows],
+        "validation": {
+            key: [row[key] for row in rows if "validation_loss" in row]
+            for key in ("step", "tokens", "validation_loss")
+        },
         "steps": len(rows),
         "skipped": rows[-1]["skipped"] if rows else 0,
         "seconds": sum(row["seconds"] for row in rows),
@@ -179,6 +183,8 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     for stage, smooth in curves.joined(content["training"]).items():
         (line,) = left.plot(*raw[stage], linewidth=0.8, alpha=0.35)
         left.plot(*smooth, label=titled(stage), color=line.get_color(), linewidth=1.8)
+    for stage, validated in curves.validations(content["training"]).items():
+        left.plot(*validated, "o--", markersize=3, label=f"{titled(stage)}, held-out text")
     left.set(title="Training loss", xlabel="tokens", ylabel="nats per token")
     if content["training"]:
         left.legend()

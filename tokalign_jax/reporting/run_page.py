@@ -352,6 +352,7 @@ def _training(content: Content) -> Section:
             quantity(entry["tokens"][-1] if entry["tokens"] else 0),
             _rate(config[stage]),
             f"{curves.smooth(entry['loss'])[-1]:.3f}" if entry["loss"] else "",
+            _lowest_validation(entry),
             f"{entry['skipped']}",
             quantity(entry["tokens_per_second"]) if "tokens_per_second" in entry else "",
             duration(content["seconds"].get(stage, 0)),
@@ -365,16 +366,26 @@ def _training(content: Content) -> Section:
         "tokens",
         "rate",
         "last loss",
+        "lowest validation loss",
         "skipped",
         "tokens/s",
         "time",
     )
     text = (
-        f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps."
+        f"Loss in nats per token, each step's and the mean of {curves.WINDOW} steps; dashed:"
+        " next-token loss on held-out text."
         if rows
         else ""
     )
     return Section("Training", text, header, rows, markup=loss_chart(training))
+
+
+def _lowest_validation(entry: Content) -> str:
+    """The lowest validation loss of a stage and the step after which it was measured."""
+    measured = entry.get("validation", {})
+    losses = zip(measured.get("validation_loss", ()), measured.get("step", ()))
+    lowest = min(((loss, step) for loss, step in losses if loss is not None), default=None)
+    return f"{lowest[0]:.3f} (step {lowest[1]:,})" if lowest else ""
 
 
 def _rate(stage: Content) -> str:
@@ -391,7 +402,13 @@ def loss_chart(training: Content) -> str:
     drawn += [
         charts.Curve(titled(s), *curve, style=faint, counts=False) for s, curve in raw.items()
     ]
+    dashed = "stroke: var(--accent); stroke-width: 2; stroke-dasharray: 5 4"
+    validated = {
+        f"{titled(s)} on held-out text": curve for s, curve in curves.validations(training).items()
+    }
+    drawn += [charts.Curve(name, *curve, style=dashed) for name, curve in validated.items()]
     last = {titled(s): curve.loss[-1] for s, curve in smooth.items() if curve.loss}
+    last |= {name: curve.loss[-1] for name, curve in validated.items()}
     says = "Training loss over tokens. At the end of " + ", ".join(
         f"{s}: {loss:.3f}" for s, loss in last.items()
     )

@@ -83,6 +83,11 @@ def is_due(stage: StageConfig, step: int) -> bool:
     return step % stage.validation_every == 0 or step == stage.steps
 
 
+def count(stage: StageConfig) -> int:
+    """Number of validations of a whole stage."""
+    return -(-stage.steps // stage.validation_every) if stage.validation_every else 0
+
+
 def held_out_sequences(shards: Shards, length: int, most: int) -> Int32[np.ndarray, "S T+1"]:
     """The first sequences of held-out text, at most `most`; the last is filled with ignored tokens.
 
@@ -90,8 +95,8 @@ def held_out_sequences(shards: Shards, length: int, most: int) -> Int32[np.ndarr
       UserError: the text has no token to predict.
     """
     tokens = np.asarray(shards.tokens[: most * length + 1])
-    count = -(-(len(tokens) - 1) // length)
-    padded = np.zeros(max(count, 0) * length + 1, tokens.dtype)
+    rows = max(0, -(-(len(tokens) - 1) // length))
+    padded = np.zeros(rows * length + 1, tokens.dtype)
     padded[: len(tokens)] = tokens[: len(padded)]
     filling = np.array([[len(tokens), len(padded)]], np.int64)
     unlearned = shards.unlearned[shards.unlearned[:, 0] < len(tokens)]
