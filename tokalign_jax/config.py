@@ -12,7 +12,7 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -362,6 +362,9 @@ class StageConfig:
     """Steps between lines on the terminal (the metrics file has every step)."""
     max_skipped_in_a_row: int = within(1, 10**9, 5, effect=False)
     """Non-finite steps in a row that stop the run."""
+    profile_steps: tuple[int, ...] = within(1, 10**9, (), effect=False)
+    """First and last step, such as (20, 22), of which a JAX trace is written to
+    `WORKDIR/STAGE/profile`; empty: none."""
     validation_every: int = within(0, 10**9, 0, effect=False)
     """Steps between measurements of the next-token loss on held-out text (the last step is measured
     too); 0: never. The checkpoint with the lowest loss is kept."""
@@ -843,16 +846,24 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
             f"config key '{name}' is {value!r} of type {type(value).__name__}; it must be "
             f"{_type_name(hint)}" + (", and finite" if isinstance(value, float) else "")
         )
-    if isinstance(value, tuple) and not all(isinstance(element, str) for element in value):
-        raise UserError(f"config key '{name}' is {value!r}; each of its elements must be a string")
+    if isinstance(value, tuple):
+        _check_elements(value, options, name)
     return value
+
+
+def _check_elements(value: tuple[Any, ...], options: Sequence[Any], name: str) -> None:
+    (kind,) = {typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple}
+    if any(not isinstance(element, kind) or isinstance(element, bool) for element in value):
+        what = {str: "a string", int: "a whole number"}[kind]
+        raise UserError(f"config key '{name}' is {value!r}; each of its elements must be {what}")
 
 
 def _check_range(made: Any, prefix: str) -> None:
     for declared in dataclasses.fields(made):
         low, high = declared.metadata.get("within", (-math.inf, math.inf))
         value = getattr(made, declared.name)
-        if isinstance(value, int | float) and not low <= value <= high:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(n, int | float) and not low <= n <= high for n in numbers):
             raise UserError(
                 f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and "
                 f"at most {high}"
@@ -861,6 +872,12 @@ def _check_range(made: Any, prefix: str) -> None:
         raise UserError(
             f"config key '{prefix}per_device_batch' is {batch!r}; it must be a number of "
             f"sequences or '{AUTO}'"
+        )
+    steps = getattr(made, "profile_steps", ())
+    if steps and not (len(steps) == 2 and steps[0] <= steps[1]):
+        raise UserError(
+            f"config key '{prefix}profile_steps' is {steps}; it must be the first and the last "
+            f"step to trace, such as (20, 22), or () for none"
         )
     if not _is_offset(offset := getattr(made, "start_offset", 0)):
         raise UserError(

@@ -43,6 +43,7 @@ from tokalign_jax.training.checkpoints import (
     position_of,
 )
 from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
+from tokalign_jax.training.profiling import Profiler
 from tokalign_jax.training.step import (
     NEXT_TOKEN,
     Batch,
@@ -251,9 +252,12 @@ def run_stage(
         # them.
         del params, trainable
         first = distributed.is_first()
-        with metrics.Recorder(
-            name, Path(folder), stage.steps, done, stage.log_every, log, writes=first
-        ) as recorder:
+        with (
+            metrics.Recorder(
+                name, Path(folder), stage.steps, done, stage.log_every, log, writes=first
+            ) as recorder,
+            Profiler(Path(folder) / "profile", stage.profile_steps) as profiler,
+        ):
             if done < stage.steps:
                 source = objective.sequences(shards, stage.sequence_length)
                 feed = _Feed(
@@ -270,7 +274,9 @@ def run_stage(
                         len(sequences),
                         validations,
                     )
-                run = _Run(name, stage, start, fingerprint, checkpoints, recorder, log, validator)
+                run = _Run(
+                    name, stage, start, fingerprint, checkpoints, recorder, log, validator, profiler
+                )
                 run.announce(state, frozen)
                 inputs = cast if objective.beside is None else (cast, objective.beside)
                 with _naming_a_lost_process(name):
@@ -488,18 +494,22 @@ class _Run:
         recorder: metrics.Recorder,
         log: Log,
         validator: Validator | None,
+        profiler: Profiler,
     ):
         self.name, self.stage, self.start, self.fingerprint = name, stage, start, fingerprint
         self.schedule = schedule_of(stage)
         self.checkpoints, self.recorder, self.log = checkpoints, recorder, log
         self.pending: deque[Any] = deque()
-        self.validator = validator
+        self.validator, self.profiler = validator, profiler
 
     def __call__(
         self, train_step: Step, state: TrainState, frozen: Any, feed: "_Feed", key: jax.Array
     ) -> TrainState:
         done = self.recorder.step
         for step in range(done + 1, self.stage.steps + 1):
+            if self.profiler.starts(step):
+                self._catch_up(0)
+                self.profiler.start()
             compiling = time.monotonic()
             state, values = train_step(state, frozen, feed.take(), key, self.schedule)
             if step == done + 1:
@@ -508,6 +518,10 @@ class _Run:
                 self.recorder.start_clock()
             jax.tree.map(lambda value: value.copy_to_host_async(), values)
             self.pending.append(values)
+            if self.profiler.ends(step):
+                jax.block_until_ready((state, values))
+                self.profiler.stop()
+                self.log(f"{self.name}: trace written to '{self.profiler.folder}'")
             stop = step < self.stage.steps and stopping.requested()
             due = stop or step % self.stage.checkpoints.every == 0 or step == self.stage.steps
             if self.validator and validation.is_due(self.stage, step):
