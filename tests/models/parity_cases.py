@@ -821,4 +821,4 @@ def check(case: Case, folder: Path) -> None:
 
 def stored(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint."""
-    return load_file(folder / huggingface.SINGLE)
+    return load_file(folder / huggingface.WEIGHTS_FILE)

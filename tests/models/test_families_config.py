@@ -336,7 +336,7 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         "h.0.attn.bias": bare["wte.weight"][:1],
         "h.1.attn.masked_bias": bare["wte.weight"][:1],
     }
-    save_file({**bare, **masks}, both.folder / huggingface.SINGLE)
+    save_file({**bare, **masks}, both.folder / huggingface.WEIGHTS_FILE)
     params = huggingface.load_params(both.folder, both.config, "float32")
     assert (
         params["embed_positions"]["embedding"] == both.params["embed_positions"]["embedding"]
@@ -450,13 +450,15 @@ def test_weights_of_a_part_that_is_not_there_are_named(tmp_path):
     model(case).save_pretrained(tmp_path)
     config, raw = hub.load_config(tmp_path)
     plain = families.config_from_hf({**raw, "model_type": "llama"})
-    with pytest.raises(UserError, match=r"no place: model\.layers\.0\.self_attn\.k_norm\.weight"):
+    with pytest.raises(
+        UserError, match=r"does not have: model\.layers\.0\.self_attn\.k_norm\.weight"
+    ):
         huggingface.check_weights(tmp_path, plain)
     tensors = {
         name: tensor
         for name, tensor in stored(tmp_path).items()
         if "layers.1.self_attn.q_norm" not in name
     }
-    save_file(tensors, tmp_path / huggingface.SINGLE)
+    save_file(tensors, tmp_path / huggingface.WEIGHTS_FILE)
     with pytest.raises(UserError, match=r"no weight 'model\.layers\.1\.self_attn\.q_norm\.weight'"):
         huggingface.check_weights(tmp_path, config)

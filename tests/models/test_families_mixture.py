@@ -81,7 +81,7 @@ def test_adapters_are_on_every_expert_and_merge(tmp_path):
 def test_the_text_model_of_newer_names_and_its_config(tmp_path):
     case = of("gemma3")[0]
     both = pair(case, tmp_path / "source")
-    file = both.folder / huggingface.SINGLE
+    file = both.folder / huggingface.WEIGHTS_FILE
     renamed = {
         name.replace("language_model.model.", "model.language_model."): torch.tensor(
             tensor.astype(np.float32)

@@ -116,10 +116,10 @@ def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
     folder = fake.repository(
         "me/large", **{name.replace(".", "__"): "x" for name in (*data, *shards, *others)}
     )
-    (folder / hub.INDEX).write_text(index)
+    (folder / hub.INDEX_FILE).write_text(index)
     _write(folder / "original", **{"params__json": "{}", "consolidated__safetensors": "x"})
     found = hub.resolve("me/large", what="source model")
-    assert {path.name for path in found.iterdir()} == {*data, *shards, hub.INDEX}
+    assert {path.name for path in found.iterdir()} == {*data, *shards, hub.INDEX_FILE}
     assert not set(fake.fetched) & {*others, "original/params.json"}
 
 
@@ -130,7 +130,7 @@ def test_a_tokenizer_needs_no_weights(fake):
     ]
     assert {p.name for p in hub.resolve("me/small", what="source model").iterdir()} == {
         "tokenizer.json",
-        hub.SINGLE,
+        hub.WEIGHTS_FILE,
     }
 
 
@@ -146,10 +146,10 @@ def test_a_revision_is_pinned_behind_an_at(fake):
 def test_an_index_cannot_lead_elsewhere(fake):
     for file in ("../../secret.safetensors", "sub/model.safetensors", "model.bin", "/etc/passwd"):
         fake.repository("me/odd", **{"config__json": "{}"})
-        (fake._folder("me/odd", None) / hub.INDEX).write_text(
+        (fake._folder("me/odd", None) / hub.INDEX_FILE).write_text(
             json.dumps({"weight_map": {"a": file}})
         )
-        with pytest.raises(UserError, match="no safetensors file beside it"):
+        with pytest.raises(UserError, match="not a safetensors file in the same folder"):
             hub.resolve("me/odd", what="source model")
 
 
@@ -191,7 +191,7 @@ def test_an_adapter_beside_the_weights_is_not_left_out_without_a_word(tmp_path):
 
 def test_the_command_that_converts_is_a_program():
     for name in ("/models/x", "me/old@v1"):
-        text = hub._no_safetensors(name, ["pytorch_model.bin"])
+        text = hub._explain_missing_safetensors(name, ["pytorch_model.bin"])
         program = text.split('python -c "')[1].split('"`')[0]
         compile(program, "command", "exec")
         assert (
@@ -257,7 +257,7 @@ def test_offline_is_honoured_and_told(tmp_path, monkeypatch):
 
 
 def test_a_local_folder_is_itself(tmp_path):
-    save_file({"a": np.zeros(1, np.float32)}, tmp_path / hub.SINGLE)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / hub.WEIGHTS_FILE)
     assert hub.resolve(str(tmp_path), what="source model") == tmp_path
 
 
@@ -368,9 +368,9 @@ def test_values_out_of_range_are_named_and_left_out(tmp_path):
         good | bad | ids | {"mask_token_id": 7, "image_token_index": 8},
     )
     lines: list[str] = []
-    hub.warn_of_values_left_out(source, config, 300, lines.append)
+    hub.warn_dropped_values(source, config, 300, lines.append)
     assert len(lines) == 1 and lines[0].startswith(
-        "warning: the export leaves out values of the source model"
+        "warning: the export drops values of the source model"
     )
     for key, value in (bad | ids).items():
         assert (f"{key}={value!r} (generation_config.json)" in lines[0]) == (value is not None)
@@ -390,11 +390,11 @@ def test_values_out_of_range_are_named_and_left_out(tmp_path):
     GenerationConfig.from_pretrained(out).validate(strict=True)
     hub.write_json(source / "generation_config.json", good)
     lines.clear()
-    hub.warn_of_values_left_out(source, {"eos_token_id": [0, 299]}, 300, lines.append)
+    hub.warn_dropped_values(source, {"eos_token_id": [0, 299]}, 300, lines.append)
     assert not lines
     (source / "generation_config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"generation_config\.json' holds no JSON object but list"):
-        hub.warn_of_values_left_out(source, {}, 300, lines.append)
+        hub.warn_dropped_values(source, {}, 300, lines.append)
 
 
 def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
 
 
 def test_other_tokenizer_files_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer .* cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer .* has no vocabulary and cannot be read"):
         hub.load_tokenizer(tmp_path)
     (tmp_path / "tekken.json").write_text("{}")
     with pytest.raises(UserError, match="has only tekken"):
@@ -429,7 +429,8 @@ def test_a_vocabulary_that_was_not_copied_is_missed(kind, tmp_path):
     """transformers makes a tokenizer of special tokens alone."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     with pytest.raises(
-        UserError, match=r"has no vocabulary.*the folder holds tokenizer_config.json: copy them"
+        UserError,
+        match=r"has no vocabulary.*the folder contains tokenizer_config.json: copy the missing",
     ):
         hub.load_tokenizer(tmp_path)
 
@@ -437,7 +438,7 @@ def test_a_vocabulary_that_was_not_copied_is_missed(kind, tmp_path):
 def test_an_empty_vocabulary_is_missed(tmp_path):
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
     _edit(tmp_path / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
-    with pytest.raises(UserError, match="has not one token"):
+    with pytest.raises(UserError, match="empty vocabulary"):
         hub.load_tokenizer(tmp_path)
 
 
@@ -473,7 +474,11 @@ def test_terms_go_along(tmp_path):
         tmp_path / "source", LICENSE="l", NOTICE__txt="n", USE_POLICY__md="u", config__json="{}"
     )
     (tmp_path / "out").mkdir()
-    assert hub.copy_terms(source, tmp_path / "out") == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
+    assert hub.copy_license_files(source, tmp_path / "out") == [
+        "LICENSE",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+    ]
     assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {
         "LICENSE": "l", "NOTICE.txt": "n", "USE_POLICY.md": "u",
     }  # fmt: skip

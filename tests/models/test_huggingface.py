@@ -204,7 +204,7 @@ def test_a_written_model_is_the_one_that_was_read(family, tied, tmp_path):
     }
     for name, weight in before.items():
         np.testing.assert_array_equal(after[name], weight)
-    index = json.loads((target / huggingface.INDEX).read_text())
+    index = json.loads((target / huggingface.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in after.values())
     assert all((target / file).stat().st_size < 50_000 for file in index["weight_map"].values())
     jax.tree.map(np.testing.assert_array_equal, _load(target)[2], params)
@@ -294,7 +294,9 @@ def test_damaged_files_are_named(tmp_path):
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:5], b""):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"model\.safetensors' is not a whole safetensors file"):
+        with pytest.raises(
+            UserError, match=r"model\.safetensors' is not a complete safetensors file"
+        ):
             _load(folder)
     file.unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
@@ -321,9 +323,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     cases = {
         f"no weight '{name}'": {k: v for k, v in weights.items() if k != name},
-        r"no place: model\.layers\.0\.self_attn\.q_norm\.weight": weights
+        r"does not have: model\.layers\.0\.self_attn\.q_norm\.weight": weights
         | {"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32)},
-        f"'{name}' has shape .*47, 32.* asks for .*48, 32": weights | {name: weights[name][1:]},
+        f"'{name}' has shape .*47, 32.* requires .*48, 32": weights | {name: weights[name][1:]},
         f"'{name}' is stored as I8": weights | {name: weights[name].astype(np.int8)},
     }
     config, _ = hub.load_config(folder)

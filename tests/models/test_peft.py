@@ -56,7 +56,7 @@ def test_factors_multiply_to_what_is_merged(case, tmp_path):
     huggingface.write_weights(tmp_path, merged, both.config, "float32", names, 10**12)
     huggingface.write_weights(both.folder, both.params, both.config, "float32", names, 10**12)
     after, before = (
-        load_file(tmp_path / huggingface.SINGLE),
+        load_file(tmp_path / huggingface.WEIGHTS_FILE),
         load_file(both.folder / "model.safetensors"),
     )
     factors = load_file(tmp_path / "adapter/adapter_model.safetensors")

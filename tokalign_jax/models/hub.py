@@ -1,9 +1,7 @@
-"""Hugging Face folders but for their weights: names to folders, configs and tokenizers in and out,
-folders to the hub.
+"""Hugging Face folders except their weights: resolving names, configs, tokenizers, uploads.
 
-Of a repository only what is plain data is ever fetched: safetensors, JSON, text, SentencePiece
-models, chat templates and licences. Pickles are never read, and code that comes with a model is
-never run.
+Only data files of a repository are downloaded: safetensors, JSON, text, SentencePiece models, chat
+templates and licences. Pickles are never read, and code shipped with a model is never run.
 """
 
 import importlib.util
@@ -29,18 +27,16 @@ from tokalign_jax.text.special_tokens import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The files of weights: the only one, or what lists them."""
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+"""Names of an unsharded weight file, and of the index of a sharded one."""
 
-TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "USE-POLICY*")
-"""Files that say what may be done with a model, as patterns."""
+LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "USE-POLICY*")
+"""Glob patterns of files with a model's terms of use."""
 
-TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Files that a tokenizer may be made of, as patterns; those of a model's config and index are among
-them.
-"""
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Glob patterns of tokenizer files; they also match a model's config and weight index."""
 
-_DATA = (*TOKENIZER, "README.md", *TERMS)
+_DATA_FILES = (*TOKENIZER_FILES, "README.md", *LICENSE_FILES)
 
 _CODE = (".py", ".pyc", ".so", ".sh")
 
@@ -56,7 +52,7 @@ _OTHER_FORMATS = {
 
 _ROLES = ("bos", "eos", "pad")
 
-_OLD_VOCABULARY = (
+_SOURCE_ONLY_KEYS = (
     "auto_map",
     "tokenizer_class",
     "bad_words_ids",
@@ -66,75 +62,77 @@ _OLD_VOCABULARY = (
     "sequence_bias",
     "suppress_tokens",
 )
-"""Config keys about the source's tokenizer or its token ids, like all keys that end in `_token_id`,
-which mean nothing with another vocabulary; and about code that is not carried over."""
+"""Config keys that are dropped on export, besides all that end in `_token_id`: they refer to the
+source's tokenizer, its token ids, or code that is not copied."""
 
 
-def _is_of_old_vocabulary(key: str) -> bool:
-    return key in _OLD_VOCABULARY or re.search(r"_token_(ids?|index)$", key) is not None
+def _depends_on_source(key: str) -> bool:
+    return key in _SOURCE_ONLY_KEYS or re.search(r"_token_(ids?|index)$", key) is not None
 
 
 # --- Names to folders ---------------------------------------------------------------------------
 
 
 def resolve(name: str, *, what: str, weights: bool = True) -> Path:
-    """The local folder `name`, or a snapshot of the hub repository `name` (`name@revision` pins a
-    branch, tag or commit).
+    """Returns the local folder `name`, or a snapshot of the hub repository `name`.
 
-    The hub's own settings hold: `HF_TOKEN` for what is private or gated, `HF_HOME` for the cache,
-    and `HF_HUB_OFFLINE=1` to use the cache alone.
+    `name@revision` pins a branch, tag or commit. The usual environment variables apply: `HF_TOKEN`
+    for private or gated repositories, `HF_HOME` for the cache, `HF_HUB_OFFLINE=1` to use only the
+    cache.
 
     Args:
-      what: what is being looked for ("source model"), for the error.
-      weights: fetch the safetensors too, not only configs and tokenizer files.
+      name: a path, or a repository as `user/model`.
+      what: a description for error messages, such as "source model".
+      weights: also download the safetensors, not only configs and tokenizer files.
 
-    Raises: UserError: there is no such folder, the repository cannot be had, or has no weights in
-      safetensors.
+    Raises:
+      UserError: the folder does not exist, the repository cannot be downloaded, or there are no
+        safetensors.
     """
     if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{what} '{name}': there is no such folder; {_ELSEWHERE}")
+        raise UserError(f"{what} '{name}': there is no such folder; {_LOCAL_ALTERNATIVE}")
     else:
-        folder = _fetched(name, _DATA, what)
+        folder = _download(name, _DATA_FILES, what)
         if weights:
-            index = read_json(folder / INDEX)
-            files = sorted(set(index["weight_map"].values())) if index else [SINGLE]
-            if odd := [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
+            index = read_json(folder / INDEX_FILE)
+            files = sorted(set(index["weight_map"].values())) if index else [WEIGHTS_FILE]
+            if bad := [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
                 raise UserError(
-                    f"{what} '{name}': its {INDEX} lists '{odd[0]}', which is no safetensors file"
-                    " beside it"
+                    f"{what} '{name}': {INDEX_FILE} lists '{bad[0]}', which is not a safetensors"
+                    " file in the same folder"
                 )
-            folder = _fetched(name, [*_DATA, *files], what)
+            folder = _download(name, [*_DATA_FILES, *files], what)
     if weights and (folder / "adapter_config.json").is_file() and _has_weights(folder):
         raise UserError(
             f"{what} '{name}' has an adapter beside its weights (adapter_config.json), which would"
-            " be left out: merge it into them first (peft's merge_and_unload), or take"
-            " adapter_config.json away if they are what is meant"
+            " be ignored: merge it into the weights first (peft's merge_and_unload), or delete"
+            " adapter_config.json to use the weights alone"
         )
     if weights and not _has_weights(folder):
         names = (
             [path.name for path in folder.iterdir()]
             if folder == Path(name).expanduser()
-            else _listed(name)
+            else _list_repository_files(name)
         )
-        raise UserError(f"{what} '{name}' {_no_safetensors(name, names)}")
+        raise UserError(f"{what} '{name}' {_explain_missing_safetensors(name, names)}")
     return folder
 
 
 def _has_weights(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
-_ELSEWHERE = (
-    "give the path of a local Hugging Face folder instead, or 'embedded' for the one that ships"
-    " with the package"
+_LOCAL_ALTERNATIVE = (
+    "give the path of a local Hugging Face folder instead, or 'embedded' for the one included in"
+    " the package"
 )
 
 
-def _fetched(name: str, patterns: Sequence[str], what: str) -> Path:
-    """The folder in the cache with the files of a repository's top level that `patterns` name."""
-    # Here, since importing it reads HF_HUB_OFFLINE and costs time.
+def _download(name: str, patterns: Sequence[str], what: str) -> Path:
+    """Downloads a repository's top-level files that match `patterns`; returns the cache folder."""
+    # Imported here because the import reads HF_HUB_OFFLINE and is slow.
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -147,15 +145,16 @@ def _fetched(name: str, patterns: Sequence[str], what: str) -> Path:
                 ignore_patterns=["*/*", *(f"*{ending}" for ending in (*_CODE, *_PICKLES))],
             )
         )
-    except Exception as error:  # Whatever stopped it (network, name, gate, disk), it is told with what can be done.
+    except Exception as error:  # Network, name, access and disk errors come as many types.
         raise UserError(
-            f"{what} '{name}' is not a local folder and cannot be had from the Hugging Face hub"
-            f" ({_reason(error)}): {_remedy(error, repository, revision)}, or {_ELSEWHERE}"
+            f"{what} '{name}' is not a local folder and cannot be downloaded from the Hugging Face"
+            f" hub ({_reason(error)}): {_remedy(error, repository, revision)},"
+            f" or {_LOCAL_ALTERNATIVE}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the token."""
+    """Returns the first line of an error message with the access token masked."""
     from huggingface_hub import get_token
 
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -170,13 +169,13 @@ def _remedy(error: Exception, repository: str, revision: str) -> str:
     if constants.HF_HUB_OFFLINE:
         return (
             f"HF_HUB_OFFLINE is set and the cache ({constants.HF_HUB_CACHE}) has no such snapshot;"
-            f" unset it, or run `{download}` where there is a network and take the cache along"
-            " (HF_HOME)"
+            f" unset it, or run `{download}` on a machine with a network connection and copy its"
+            " cache (HF_HOME)"
         )
     if isinstance(error, errors.GatedRepoError):
         return (
             f"accept its terms on https://huggingface.co/{repository} and set HF_TOKEN to a token"
-            " of that account"
+            " of the same account"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return (
@@ -188,71 +187,71 @@ def _remedy(error: Exception, repository: str, revision: str) -> str:
     return "check the name and the network"
 
 
-def _listed(name: str) -> list[str]:
-    """The names of a repository's files; none where they cannot be had."""
+def _list_repository_files(name: str) -> list[str]:
+    """Returns the file names in a repository, or [] if they cannot be listed."""
     from huggingface_hub import HfApi
 
     repository, _, revision = name.partition("@")
     try:
         return HfApi().list_repo_files(repository, revision=revision or None)
-    except Exception:  # it only explains an error
+    except Exception:  # The list only improves another error's message.
         return []
 
 
-def _no_safetensors(name: str, files: Iterable[str]) -> str:
-    """What there is instead of weights that can be read, and the way out."""
-    files, at = sorted(files), f"'{name}'"
+def _explain_missing_safetensors(name: str, files: Iterable[str]) -> str:
+    """Returns an error message that says which format was found instead, and how to convert it."""
+    files, location = sorted(files), f"'{name}'"
     if not Path(name).expanduser().is_dir() and "@" in name:
-        at = "'{}', revision='{}'".format(*name.split("@", 1))
+        location = "'{}', revision='{}'".format(*name.split("@", 1))
     out = f"{Path(name.partition('@')[0]).name}-safetensors"
     if "adapter_config.json" in files:
         code = (
             "from peft import AutoPeftModelForCausalLM as M;"
-            f" M.from_pretrained({at}).merge_and_unload()"
+            f" M.from_pretrained({location}).merge_and_unload()"
         )
         return (
-            "is an adapter, not a whole model: merge it into its base first (`python -c"
-            f" \"{code}.save_pretrained('{out}')\"`), copy the tokenizer's files there, and give"
+            "is an adapter, not a whole model: merge it into its base model first (`python -c"
+            f" \"{code}.save_pretrained('{out}')\"`), copy the tokenizer files there, and give"
             " that folder"
         )
 
     def convert(options: str = "") -> str:
         return (
             '`python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"M.from_pretrained({at}, dtype='auto'{options}).save_pretrained('{out}'); "
-            f"T.from_pretrained({at}{options}).save_pretrained('{out}')\"`"
+            f"M.from_pretrained({location}, dtype='auto'{options}).save_pretrained('{out}'); "
+            f"T.from_pretrained({location}{options}).save_pretrained('{out}')\"`"
         )
 
     if pickled := [file for file in files if file.endswith(_PICKLES)]:
         return (
-            f"has its weights in '{pickled[0]}' and not in {SINGLE}: pickles can run any code when"
-            " they are read, and never are here; if you trust it, convert it where PyTorch is"
-            f" ({convert()}) and give that folder, or name a revision that has safetensors"
+            f"has its weights in '{pickled[0]}' and not in {WEIGHTS_FILE}: loading a pickle can run"
+            " any code, so pickles are never read; if you trust it, convert it where PyTorch is"
+            f" installed ({convert()}) and give that folder, or name a revision with safetensors"
             " (name@revision)"
         )
     for ending, kind in _OTHER_FORMATS.items():
-        if found := [file for file in files if file.endswith(ending)]:
-            way = convert(f", gguf_file='{found[0]}'" if ending == ".gguf" else "")
+        if matches := [file for file in files if file.endswith(ending)]:
+            command = convert(f", gguf_file='{matches[0]}'" if ending == ".gguf" else "")
             return (
-                f"has its weights in '{found[0]}' ({kind} format) and neither {SINGLE} nor {INDEX}:"
-                " give the model's original folder; where there is none, transformers may convert"
-                f" it ({way})"
+                f"has its weights in '{matches[0]}' ({kind} format) and neither {WEIGHTS_FILE} nor"
+                f" {INDEX_FILE}: give the model's original folder; if there is none, transformers"
+                f" may be able to convert it ({command})"
             )
     return (
-        f"has neither {SINGLE} nor {INDEX}: only safetensors are read; convert other formats with"
-        " save_pretrained"
+        f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors are supported; convert"
+        " other formats with save_pretrained"
     )
 
 
-# --- In -----------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------
 
 
 def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's constants, and its config.json as it is; of a multimodal model that of its text
-    model alone.
+    """Returns the model's config and its raw config.json (for a multimodal model, the text part).
 
-    Raises: UserError: no readable config.json, an unsupported model_type, or a flag that is not
-      implemented.
+    Raises:
+      UserError: config.json is missing or unreadable, its model_type is unsupported, or it sets
+        an option that is not implemented.
     """
     raw = read_json(Path(folder) / "config.json")
     if raw is None:
@@ -262,32 +261,32 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     raw = text_config(raw)
     if "auto_map" in raw and raw.get("model_type") not in FAMILIES:
         raise UserError(
-            f"model folder '{folder}' brings its own code (config.json: model_type"
+            f"model folder '{folder}' needs its own code (config.json: model_type"
             f" '{raw.get('model_type')}', auto_map), which is never run: choose a source model of"
-            f" one of the families {', '.join(sorted(FAMILIES))}, or one of the same weights that"
-            " was converted to one of them"
+            f" one of the families {', '.join(sorted(FAMILIES))}, or a conversion of the same"
+            " weights to one of them"
         )
     return config_from_hf(raw), raw
 
 
 def load_generation_config(folder: Path | str) -> dict[str, Any] | None:
-    """generation_config.json, if the folder has one."""
+    """Returns generation_config.json, or None if the folder has none."""
     return read_json(Path(folder) / "generation_config.json")
 
 
 _AT_LEAST_ONE = ("max_length", "max_new_tokens", "num_beams", "num_return_sequences")
-_WHOLE = ("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k")
+_NON_NEGATIVE = ("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k")
 _POSITIVE = ("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time")
-_SHARE = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_UNIT_INTERVAL = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str, Any]:
-    """The values of a config.json or generation_config.json that loading or generation would fail
-    at.
+    """Returns the config values that would make loading or generation fail.
 
     Args:
-      rows: of the model: what token ids must be below.
+      config: the contents of a config.json or generation_config.json.
+      rows: the number of embedding rows, an exclusive upper bound for token ids.
     """
 
     def is_valid(key: str, value: Any) -> bool:
@@ -296,11 +295,11 @@ def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str,
         if key == "early_stopping":
             return value in (True, False, "never")
         is_number = type(value) in (int, float)
-        if key in (*_AT_LEAST_ONE, *_WHOLE):
+        if key in (*_AT_LEAST_ONE, *_NON_NEGATIVE):
             return type(value) is int and value >= (key in _AT_LEAST_ONE)
         if key in _POSITIVE:
             return is_number and 0 < value < math.inf
-        return is_number and 0 <= value <= 1 if key in _SHARE else True
+        return is_number and 0 <= value <= 1 if key in _UNIT_INTERVAL else True
 
     return {
         key: value
@@ -309,60 +308,57 @@ def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str,
     }
 
 
-def warn_of_values_left_out(
+def warn_dropped_values(
     folder: Path | str, config: Mapping[str, Any], rows: int, log: Callable[[str], None]
 ) -> None:
-    """Names the values of the source's configs that an export leaves out (`out_of_range`)."""
+    """Logs the values of the source's configs that an export drops (`out_of_range`)."""
     files = {"config.json": config, "generation_config.json": load_generation_config(folder) or {}}
-    found = [
+    dropped = [
         f"{key}={value!r} ({name})"
-        for name, of in files.items()
-        for key, value in out_of_range(of, rows).items()
+        for name, content in files.items()
+        for key, value in out_of_range(content, rows).items()
     ]
-    if found:
+    if dropped:
         log(
-            "warning: the export leaves out values of the source model that are out of range:"
-            f" {', '.join(found)}"
+            "warning: the export drops values of the source model that are out of range:"
+            f" {', '.join(dropped)}"
         )
 
 
 def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local folder or hub repository; code that comes with it is never run.
+    """Loads the tokenizer of a local folder or hub repository, without running its own code.
 
     Args:
+      name: a path, or a repository as `user/model`.
       end_of_text: the token that separates documents, instead of the one chosen by
-        `special_tokens.end_of_text_id`; added behind all others where it does not exist.
+        `special_tokens.end_of_text_id`. If it is not in the vocabulary, it is appended.
 
     Raises:
-      UserError: it cannot be had or read.
+      UserError: it cannot be downloaded or read.
     """
     folder = resolve(str(name), what="tokenizer", weights=False)
     settings = read_json(folder / "tokenizer_config.json") or {}
     has_json = (folder / "tokenizer.json").is_file()
     _check_tokenizer_files(name, folder, settings, has_json)
-    from transformers import (
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-    )  # Slow to import, and not needed for weights.
+    # Imported here because the import is slow and not needed for weights.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # tokenizer.json says all that code beside it would do.
+    # tokenizer.json fully specifies the tokenizer, so custom code (auto_map) is not needed.
     kind = PreTrainedTokenizerFast if has_json and "auto_map" in settings else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises anything, from OSError to panics of its Rust part.
+    except Exception as error:  # Anything from OSError to panics of the Rust library.
         raise UserError(
             f"tokenizer '{name}' cannot be read from '{folder}' ({type(error).__name__}:"
-            f" {_reason(error)}): expected tokenizer.json and tokenizer_config.json as"
-            f" save_pretrained writes them; the folder holds {_listing(folder)}"
+            f" {_reason(error)}): expected tokenizer.json and tokenizer_config.json as written by"
+            f" save_pretrained; the folder contains {_listing(folder)}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not backend.get_vocab_size(with_added_tokens=False):
         raise UserError(
-            f"tokenizer '{name}' has not one token in '{folder}': copy or download it again"
+            f"tokenizer '{name}' has an empty vocabulary in '{folder}': copy or download it again"
         )
-    tokenizer.init_kwargs.pop("auto_map", None)  # that code does not go along
+    tokenizer.init_kwargs.pop("auto_map", None)  # The code is not exported with the tokenizer.
     if end_of_text:
         _set_document_separator(name, tokenizer, end_of_text)
     return tokenizer
@@ -371,74 +367,72 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
 def _set_document_separator(
     name: Path | str, tokenizer: "PreTrainedTokenizerBase", end_of_text: str
 ) -> None:
-    """Makes `end_of_text` the document separator, and the eos unless that ends turns of a chat.
+    """Makes `end_of_text` the document separator, and the eos unless the eos ends chat turns.
 
     Raises:
-      UserError: the token is new and would not get the id behind all others.
+      UserError: the token is new and would not get the next free id.
     """
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     if ends_turn(tokenizer, role_id(tokenizer, "eos")):
         tokenizer.add_tokens(end_of_text, special_tokens=True)
     else:
         tokenizer.add_special_tokens({"eos_token": end_of_text})
     tokenizer.init_kwargs[SEPARATOR] = end_of_text
-    if end_of_text_id(tokenizer) != known.get(end_of_text, max(known.values()) + 1):
+    next_id = max(vocabulary.values()) + 1
+    if end_of_text_id(tokenizer) != vocabulary.get(end_of_text, next_id):
         raise UserError(
-            f"tokenizer '{name}' cannot get the token '{end_of_text}': the ids of its tokens have"
-            " gaps; name one of them"
+            f"the token '{end_of_text}' cannot be added to tokenizer '{name}': its token ids have"
+            " gaps; choose a token of its vocabulary"
         )
 
 
-_VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*vocab*", "*.bpe", "tekken.json")
-"""Files, one of which a tokenizer without tokenizer.json has its tokens in."""
+_VOCABULARY_FILES = ("*.model", "*.tiktoken", "*.spm", "*vocab*", "*.bpe", "tekken.json")
+"""Glob patterns of vocabulary files in a tokenizer folder without tokenizer.json."""
 
 
 def _check_tokenizer_files(
     name: Path | str, folder: Path, settings: Mapping[str, Any], has_json: bool
 ) -> None:
-    """Says what is missing where transformers' own error would not, or where it would make a
-    tokenizer of nothing but special tokens.
+    """Refuses folders for which transformers' own error would not name what is missing.
+
+    Also refuses those that it would load as a tokenizer of special tokens alone.
     """
     if has_json:
         return
     if "auto_map" in settings:
         raise UserError(
-            f"tokenizer '{name}' is code that comes with it (tokenizer_config.json: auto_map),"
-            " which is never run, and has no tokenizer.json: take one of the same model that was"
-            " converted to tokenizer.json"
+            f"tokenizer '{name}' is defined by its own code (tokenizer_config.json: auto_map),"
+            " which is never run, and has no tokenizer.json: use a conversion of the same"
+            " tokenizer to tokenizer.json"
         )
-    if not any(file for kind in _VOCABULARIES for file in folder.glob(kind)):
+    if not any(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern)):
         raise UserError(
-            f"tokenizer '{name}' cannot be read, as it has no vocabulary: there is neither"
-            f" tokenizer.json in '{folder}' nor a file that it is made from (tokenizer.model,"
-            f" vocab.json, vocab.txt); the folder holds {_listing(folder)}: copy them there, or"
-            " give the folder that has them"
+            f"tokenizer '{name}' has no vocabulary and cannot be read: there is neither"
+            f" tokenizer.json in '{folder}' nor a file to convert (tokenizer.model, vocab.json,"
+            f" vocab.txt); the folder contains {_listing(folder)}: copy the missing files there,"
+            " or give the folder that has them"
         )
     for file in sorted(folder.glob("*.model")):
-        # SentencePiece's files are protocol buffers that begin with this tag; tiktoken's are base64
-        # text.
-        needed = (
-            ("sentencepiece", "google.protobuf")
-            if file.read_bytes()[:1] == b"\n"
-            else ("tiktoken",)
-        )
+        # A SentencePiece file is a protocol buffer that begins with this tag; tiktoken's is base64.
+        is_sentencepiece = file.read_bytes()[:1] == b"\n"
+        needed = ("sentencepiece", "google.protobuf") if is_sentencepiece else ("tiktoken",)
         missing = [module for module in needed if not _is_installed(module)]
         if missing:
             raise UserError(
                 f"tokenizer '{name}' has only '{file.name}', and to convert it"
                 f" {' and '.join(missing)} must be installed: pip install 'tokalign_jax[convert]',"
-                " or give a folder that has tokenizer.json"
+                " or give a folder with tokenizer.json"
             )
         if "tokenizer_class" not in settings and not (folder / "config.json").is_file():
             raise UserError(
-                f"tokenizer '{name}' has only '{file.name}', which does not say all (whether a"
-                " space is put before a text, say): name its tokenizer_class ('LlamaTokenizer',"
-                " say) in a tokenizer_config.json beside it"
+                f"tokenizer '{name}' has only '{file.name}', which does not contain all settings"
+                " (such as whether a leading space is added): name its tokenizer_class (such as"
+                " 'LlamaTokenizer') in a tokenizer_config.json beside it"
             )
     if (folder / "tekken.json").is_file():
         raise UserError(
-            f"tokenizer '{name}' has only tekken.json, the form of mistral-common: take it from a"
-            " repository in transformers' form, which has tokenizer.json"
+            f"tokenizer '{name}' has only tekken.json, the format of mistral-common: use a"
+            " repository in transformers' format, with tokenizer.json"
         )
 
 
@@ -449,11 +443,11 @@ def _listing(folder: Path) -> str:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # Its parent package is missing.
         return False
 
 
-# --- Out ----------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------
 
 
 def save_config_and_tokenizer(
@@ -462,14 +456,16 @@ def save_config_and_tokenizer(
     tokenizer: "PreTrainedTokenizerBase",
     source_folder: Path | str | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and the tokenizer; both configs get its bos, eos,
-    pad.
+    """Writes config.json, generation_config.json and the tokenizer.
 
-    The generation config's eos ids are the tokenizer's eos, the counterparts of the source's eos
-    ids and the document separator. config.json has a list where the source's has one.
+    Both configs get the tokenizer's bos, eos and pad ids. The eos ids of the generation config are
+    the tokenizer's eos, the counterparts of the source's eos ids, and the document separator;
+    config.json gets the same list if the source's eos is a list.
 
     Args:
+      folder: an existing folder.
       config: the source's config.json with the new vocabulary size.
+      tokenizer: the new tokenizer.
       source_folder: the source model, for its generation config and its tokenizer.
     """
     generation_config = (load_generation_config(source_folder) if source_folder else None) or {
@@ -477,99 +473,107 @@ def save_config_and_tokenizer(
     }
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
     old = [*_as_list(generation_config.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
-    ends = _all_ends(old, load_tokenizer(source_folder) if source_folder else None, tokenizer)
-    listed = {"eos_token_id": ends} if len(ends) > 1 else {}
+    eos = _eos_ids(old, load_tokenizer(source_folder) if source_folder else None, tokenizer)
+    eos_list = {"eos_token_id": eos} if len(eos) > 1 else {}
     for name, source in {
         "config.json": config,
         "generation_config.json": generation_config,
     }.items():
         invalid = out_of_range(source)
-        kept = {
-            key: of
-            for key, of in source.items()
-            if key not in invalid and not _is_of_old_vocabulary(key)
+        content = {
+            key: value
+            for key, value in source.items()
+            if key not in invalid and not _depends_on_source(key)
         }
         is_list = source is generation_config or isinstance(source.get("eos_token_id"), list)
-        write_json(folder / name, kept | ids | (listed if is_list else {}))
+        write_json(folder / name, content | ids | (eos_list if is_list else {}))
     save_tokenizer(tokenizer, folder)
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Writes a tokenizer so that transformers 4 and 5 open it as tokenizer.json says.
+    """Writes a tokenizer so that transformers 4 and 5 both follow its tokenizer.json.
 
-    The class is `PreTrainedTokenizerFast`, which both have and which rebuilds nothing. The
-    remaining settings are those in which version 4 would differ by its defaults.
+    The class is `PreTrainedTokenizerFast`, which exists in both and rebuilds nothing. The other
+    settings are those whose defaults differ in version 4.
     """
     tokenizer.save_pretrained(str(folder))
     settings = read_json(folder / "tokenizer_config.json") or {}
-    kept = {key: value for key, value in settings.items() if key not in _OF_THIS_PROCESS}
-    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings = {key: value for key, value in settings.items() if key not in _LOADER_KEYS}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     state = read_json(folder / "tokenizer.json") or {}
-    # Version 5 ignores it for BPE, whose spaces it would take away; version 4 does not.
+    # Version 5 ignores this for BPE, where it would delete spaces; version 4 does not.
     is_bpe = state["model"]["type"] == "BPE"
-    kept["clean_up_tokenization_spaces"] = (
+    settings["clean_up_tokenization_spaces"] = (
         bool(tokenizer.clean_up_tokenization_spaces) and not is_bpe
     )
-    # Version 4 adds token_type_ids by default, which decoders refuse.
-    kept["model_input_names"] = ["input_ids", "attention_mask"]
-    # Version 4 rewrites a pre-tokenizer that says otherwise.
-    kept["add_prefix_space"] = (state.get("pre_tokenizer") or {}).get("add_prefix_space", False)
-    # Version 4 has no list under the key of version 5, which reads the old one as well.
-    if isinstance(kept.get("extra_special_tokens"), list):
-        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
-    write_json(folder / "tokenizer_config.json", kept)
+    # Version 4 adds token_type_ids by default, which decoders reject.
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    # Version 4 rewrites the pre-tokenizer if this setting differs from it.
+    pre_tokenizer = state.get("pre_tokenizer") or {}
+    settings["add_prefix_space"] = pre_tokenizer.get("add_prefix_space", False)
+    # Version 4 accepts no list under the new key; version 5 also reads the old key.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", settings)
 
 
-_OF_THIS_PROCESS = ("backend", "is_local", "local_files_only")
-"""Keys that transformers 5 writes into tokenizer_config.json, about how it was read here."""
+_LOADER_KEYS = ("backend", "is_local", "local_files_only")
+"""Keys of transformers 5's tokenizer_config.json that describe how the tokenizer was loaded."""
 
 
 def _as_list(ids: Any) -> list[Any]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
-def _all_ends(
+def _eos_ids(
     old: Sequence[Any],
     source_tokenizer: "PreTrainedTokenizerBase | None",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[int]:
-    """The eos of `tokenizer`, the counterparts of the source's eos ids `old`, and its separator."""
-    found = [role_id(tokenizer, "eos")]
+    """Returns the eos of `tokenizer`, the counterparts of the source's eos ids, the separator."""
+    ids = [role_id(tokenizer, "eos")]
     if source_tokenizer is not None:
-        # The source's separator has the new one as its counterpart, whatever its text.
-        known = set(source_tokenizer.get_vocab().values()) - {end_of_text_id(source_tokenizer)}
+        # The counterpart of the source's separator is the new separator, added below.
+        vocabulary = set(source_tokenizer.get_vocab().values())
+        candidates = vocabulary - {end_of_text_id(source_tokenizer)}
         matches = [
             counterpart(i, source_tokenizer, tokenizer)
             for i in old
-            if type(i) is int and i in known
+            if type(i) is int and i in candidates
         ]
-        found += [match.token for match in matches if match is not None]
-    found.append(end_of_text_id(tokenizer))
-    return [i for i in dict.fromkeys(found) if i is not None]
+        ids += [match.token for match in matches if match is not None]
+    ids.append(end_of_text_id(tokenizer))
+    return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-def copy_terms(source_folder: Path | str, folder: Path) -> list[str]:
-    """Copies the files that say what may be done with the source model; returns their names."""
+def copy_license_files(source_folder: Path | str, folder: Path) -> list[str]:
+    """Copies the source model's licence and terms of use; returns their file names."""
     files = sorted(
-        {path for pattern in TERMS for path in Path(source_folder).glob(pattern) if path.is_file()}
+        {
+            path
+            for pattern in LICENSE_FILES
+            for path in Path(source_folder).glob(pattern)
+            if path.is_file()
+        }
     )
     for path in files:
-        shutil.copyfile(path, folder / path.name)  # the content behind the cache's links
+        shutil.copyfile(path, folder / path.name)  # Follows the symbolic links of the hub cache.
     return [path.name for path in files]
 
 
 def push_to_hub(
     folder: Path | str, repository: str, private: bool = True, revision: str | None = None
 ) -> str:
-    """Uploads a finished folder to the hub repository `repository`, made if there is none; returns
-    its address.
+    """Uploads a finished folder to a hub repository, created if needed; returns its URL.
 
     Args:
-      private: of a repository that is made; one that exists stays as it is.
-      revision: a branch to push to, made if there is none; else the main one.
+      folder: the folder to upload.
+      repository: as `user/model`.
+      private: visibility of a new repository; an existing one keeps its own.
+      revision: the branch to push to, created if needed; None is the default branch.
 
     Raises:
-      UserError: there is no token in the environment, or the hub refuses.
+      UserError: no token is set, or the hub rejects the upload.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -580,7 +584,7 @@ def push_to_hub(
     if get_token() is None:
         raise UserError(
             f"'{folder}' cannot be pushed to '{repository}' without a token: set HF_TOKEN to one"
-            " with the right to write"
+            " with write access"
         )
     api = HfApi()
     try:
@@ -593,11 +597,11 @@ def push_to_hub(
             revision=revision,
             commit_message="Upload the model with its new vocabulary",
         )
-    except Exception as error:  # as in `_fetched`
+    except Exception as error:  # Many types, as in `_download`.
         raise UserError(
             f"'{folder}' cannot be pushed to '{repository}' ({_reason(error)}): check the name"
             " ('user/model'), the network, and that HF_TOKEN may write there; the folder itself is"
-            f" whole, and `hf upload {repository} {folder}` does the same"
+            f" complete, and `hf upload {repository} {folder}` uploads it"
         ) from error
     return f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
 
@@ -606,14 +610,18 @@ def push_to_hub(
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`; None when there is no such file."""
+    """Returns the JSON object in `path`, or None if the file does not exist.
+
+    Raises:
+      UserError: the file is not JSON, or not an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(
-            f"'{path}' is not valid JSON ({error}): it was cut off or damaged; copy it again"
+            f"'{path}' is not valid JSON ({error}): the file is truncated or damaged; copy it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(

@@ -1,7 +1,7 @@
-"""Weights of Hugging Face folders, in and out. No PyTorch on the way.
+"""Reading and writing the weights of Hugging Face folders, without PyTorch.
 
-They are read and written through the family's weight table (`weights`): every tensor of a
-checkpoint is used exactly once, every leaf filled, every shape checked.
+Both directions use the family's weight table (`weights`): every tensor of a checkpoint is used
+exactly once, every leaf is filled, and every shape is checked.
 """
 
 import functools
@@ -29,7 +29,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import family, text_name, weight_table
-from tokalign_jax.models.hub import INDEX, SINGLE
+from tokalign_jax.models.hub import INDEX_FILE, WEIGHTS_FILE
 from tokalign_jax.models.transformer import Params, abstract_params
 from tokalign_jax.models.weights import Weight
 from tokalign_jax.parallel import sharding
@@ -39,10 +39,10 @@ from tokalign_jax.utils import paths
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
+_SHARD_FILE = "model-{number:05d}-of-{count:05d}.safetensors"
 
 DtypeOf = Callable[[str], DTypeLike | None]
-"""The type of a parameter by its path; None: as stored."""
+"""A function from a parameter's path to its dtype; None keeps the stored dtype."""
 
 _FLOATS = {
     "F64": np.dtype(np.float64),
@@ -50,20 +50,21 @@ _FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-"""Types of weights, as safetensors spells them."""
+"""NumPy dtypes of weights by their names in safetensors."""
 
 # --- Reading weights -----------------------------------------------------------------------------
 
 
 def check_weights(folder: Path | str, config: ModelConfig) -> None:
-    """Compares names, types and shapes of the stored weights with what `config` needs; reads none,
-    but for a second copy of a tied embedding.
+    """Checks the names, dtypes and shapes of the stored weights against `config`.
+
+    Reads no weights, except a stored second copy of a tied embedding.
 
     Raises:
-      UserError: as `load_params`.
+      UserError: as for `load_params`.
     """
-    stored = _stored(Path(folder))
-    _check_copies_of_embedding(stored, _match(Path(folder), stored, config), config)
+    stored = _stored_tensors(Path(folder))
+    _check_tied_head(stored, _match(Path(folder), stored, config), config)
 
 
 def load_params(
@@ -73,35 +74,40 @@ def load_params(
     mesh: Mesh | None = None,
     skip: Collection[str] = (),
 ) -> Params:
-    """All parameters, read block by block: in host memory are never more than one block and the
-    file that it is in.
+    """Loads all parameters block by block.
 
-    Args: dtype: of all leaves, or of each by its path; None: as stored. skip: paths of leaves that
-      are left out. mesh: each leaf goes straight to the parts of it on this mesh
-      (`sharding.RULES`), vocabulary matrices with padding rows. None: on
-        the default device, without padding.
+    Host memory holds at most one block and the file that it is read from.
 
-    Raises: UserError: a file is missing or broken; a weight is missing, fits nowhere, or has an
-      unexpected shape or type.
+    Args:
+      folder: a Hugging Face folder.
+      config: its model's config.
+      dtype: of all leaves, or a function of the path; None keeps the stored dtype.
+      mesh: each leaf is placed on this mesh directly, sharded by `sharding.RULES` and with
+        vocabulary rows padded. None puts leaves on the default device without padding.
+      skip: paths of leaves that are not loaded.
+
+    Raises:
+      UserError: a file is missing or damaged; a weight is missing, unexpected, or has the wrong
+        shape or dtype.
     """
-    folder, stored = Path(folder), _stored(Path(folder))
+    folder, stored = Path(folder), _stored_tensors(Path(folder))
     matched = _match(folder, stored, config)
     shapes = _leaf_shapes(config)
     leaves: dict[str, _Leaf] = {}
-    for weight, places in matched:
-        own = _type_of_all({_FLOATS[stored[name].dtype] for _, name in places})
+    for weight, sources in matched:
+        own = _common_dtype({_FLOATS[stored[name].dtype] for _, name in sources})
         for path in weight.leaves:
             if path not in skip:
                 leaves[path] = _Leaf(
                     path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh
                 )
-    # File by file: a mapped file counts as memory until it is closed.
+    # Grouped by file: a memory-mapped file counts as memory until it is closed.
     by_file = sorted(
         (
             (stored[name].file, weight, part, name)
-            for weight, places in matched
+            for weight, sources in matched
             if not leaves.keys().isdisjoint(weight.leaves)
-            for part, name in places
+            for part, name in sources
         ),
         key=lambda item: item[0],
     )
@@ -112,24 +118,23 @@ def load_params(
                     for path, block in zip(weight.leaves, blocks, strict=True):
                         if path in leaves:
                             leaves[path].write(block, (*part, *start))
-    _check_copies_of_embedding(stored, matched, config)
+    _check_tied_head(stored, matched, config)
     return paths.unflatten({path: leaf.array() for path, leaf in leaves.items()})
 
 
 Reader = Callable[..., np.ndarray]
-"""`read(path, *index)`: a parameter, indexed, in host memory."""
+"""`read(path, *index)` returns a parameter, indexed, in host memory."""
 
 
 def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
-    """Reads parameters of a folder tensor by tensor; nothing stays in memory.
+    """Returns a reader that loads a folder's parameters tensor by tensor, without caching.
 
-    It takes the index of a layer (and expert or head), or a slice of the rows of a vocabulary's
-    matrix.
+    The index is that of a layer (and expert or head), or a slice of a vocabulary matrix's rows.
 
     Raises:
-      UserError: as `load_params`.
+      UserError: as for `load_params`.
     """
-    folder, stored, shapes = Path(folder), _stored(Path(folder)), _leaf_shapes(config)
+    folder, stored, shapes = Path(folder), _stored_tensors(Path(folder)), _leaf_shapes(config)
     places = {
         path: (weight, number, {part: stored[name] for part, name in parts})
         for weight, parts in _match(folder, stored, config)
@@ -138,15 +143,13 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
 
     def read(path: str, *index: Any) -> np.ndarray:
         weight, number, tensors = places[path]
-        if len(index) < weight.stacked:  # asked for in one tensor, stored in several
+        if len(index) < weight.stacked:  # The requested array is stored as several tensors.
             return np.stack([read(path, *index, i) for i in range(shapes[path][len(index)])])
         part, rest = index[: weight.stacked], index[weight.stacked :]
         tensor = tensors[part]
         with _open(tensor.file) as file:
             block = file.get_slice(tensor.key)
-            if sharding.is_vocabulary(
-                path
-            ):  # it is its own leaf: no more of it is read than asked for
+            if sharding.is_vocabulary(path):  # One leaf per tensor: read only the requested rows.
                 return block[rest or slice(None)]
             return weight.split(block[...])[number][rest]
 
@@ -154,16 +157,17 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
 
 
 def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np.ndarray, "n"]]:
-    """Rows of the vocabulary's matrices that hold NaN or infinity, by the path of the matrix; reads
-    every weight.
+    """Returns the rows with NaN or infinity of each vocabulary matrix, by its path.
+
+    Reads every weight.
 
     Raises:
-      UserError: another weight holds NaN or infinity, or as `load_params`.
+      UserError: another weight holds NaN or infinity, or as for `load_params`.
     """
-    folder, stored = Path(folder), _stored(Path(folder))
+    folder, stored = Path(folder), _stored_tensors(Path(folder))
     matched = _match(folder, stored, config)
     by_file = sorted(
-        ((stored[name].file, weight, name) for weight, places in matched for _, name in places),
+        ((stored[name].file, weight, name) for weight, sources in matched for _, name in sources),
         key=lambda item: item[0],
     )
     rows: dict[str, np.ndarray] = {}
@@ -182,18 +186,17 @@ def non_finite_rows(folder: Path | str, config: ModelConfig) -> dict[str, Int[np
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise UserError(
-            f"weights of '{folder}' hold NaN or infinity: {', '.join(broken[:5])}{more}; its"
-            " training diverged, or its files were damaged or badly converted: take another"
-            " checkpoint of it"
+            f"weights of '{folder}' hold NaN or infinity: {', '.join(broken[:5])}{more}; the"
+            " training diverged, or files were damaged or badly converted: use another checkpoint"
+            " of this model"
         )
     return rows
 
 
 def _non_finite(tensor: np.ndarray) -> Int[np.ndarray, "n"]:
-    """Indices along the first axis at which something is NaN or infinite."""
-    if (
-        tensor.dtype.itemsize == 2
-    ):  # all bits of the exponent: faster than arithmetic that the host does not have
+    """Returns the indices along the first axis of entries with NaN or infinity."""
+    if tensor.dtype.itemsize == 2:
+        # Tests the exponent bits: faster than arithmetic in a dtype that the CPU lacks.
         exponent = 0x7C00 if tensor.dtype == np.float16 else 0x7F80
         finite = (tensor.view(np.uint16) & exponent) != exponent
     else:
@@ -201,40 +204,38 @@ def _non_finite(tensor: np.ndarray) -> Int[np.ndarray, "n"]:
     return np.flatnonzero(~finite.reshape(len(tensor), -1).all(axis=1))
 
 
-def _type_of_all(dtypes: set[np.dtype]) -> np.dtype:
-    """What holds a leaf whose tensors are stored in these: float32, which is exact but for float64,
-    unless all are of one narrower type.
+def _common_dtype(dtypes: set[np.dtype]) -> np.dtype:
+    """Returns the dtype of a leaf whose tensors are stored in `dtypes`.
+
+    That is float32 (exact except for float64), unless all share one narrower dtype.
     """
     first, *others = dtypes
     return first if not others and first.itemsize < 4 else np.dtype(np.float32)
 
 
 def stored_dtypes(folder: Path | str) -> dict[str, np.dtype]:
-    """The type of every float tensor in the folder's safetensors, by its name there."""
+    """Returns the dtype of every float tensor in a folder's safetensors, by its name."""
     return {
         name: _FLOATS[tensor.dtype]
-        for name, tensor in _stored(Path(folder)).items()
+        for name, tensor in _stored_tensors(Path(folder)).items()
         if tensor.dtype in _FLOATS
     }
 
 
-class _Stored(NamedTuple):
+class _StoredTensor(NamedTuple):
     """A tensor of a checkpoint."""
 
     file: Path
     key: str
-    """Its name there; one of a multimodal model goes by the name that it has in the text model
-    alone.
+    """Its name in the file. A multimodal model's tensors are looked up by their text model names.
     """
     dtype: str
-    """As safetensors spells it."""
+    """As named by safetensors."""
     shape: tuple[int, ...]
 
 
 class _Leaf:
-    """A parameter that is being filled: whole on the host, or the parts of it that this process's
-    devices have.
-    """
+    """A parameter being filled: the whole array on the host, or this process's shards of it."""
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh | None):
         self._dtype, self._sharding = dtype, None
@@ -243,8 +244,8 @@ class _Leaf:
             return
         self._shape = sharding.padded_shape(path, shape, mesh)
         self._sharding = sharding.sharding_of(path, self._shape, mesh)
-        # As bits: where there is no bfloat16 arithmetic, XLA would write a block by way of float32
-        # of the whole array.
+        # Stored as unsigned integers: without native bfloat16 arithmetic, XLA would convert the
+        # whole array to float32 for each block that is written.
         self._bits = np.dtype(f"uint{8 * dtype.itemsize}")
         self._parts: list[tuple[Any, tuple[range, ...], jax.Array]] = []
         for device, index in self._sharding.addressable_devices_indices_map(self._shape).items():
@@ -255,7 +256,7 @@ class _Leaf:
             self._parts.append((device, ranges, zeros))
 
     def write(self, block: np.ndarray, start: tuple[int, ...]) -> None:
-        """Puts a block where it begins; dimensions in front that it lacks count one."""
+        """Writes a block at index `start`; leading dimensions that it lacks have size one."""
         dimensions = len(self._host.shape if self._sharding is None else self._shape)
         start = start + (0,) * (dimensions - len(start))
         block = block.reshape((1,) * (dimensions - block.ndim) + block.shape)
@@ -264,21 +265,22 @@ class _Leaf:
                 tuple(slice(first, first + size) for first, size in zip(start, block.shape))
             ] = block
             return
-        for place, (device, ranges, part) in enumerate(self._parts):
+        for i, (device, ranges, part) in enumerate(self._parts):
             covers = [range(first, first + size) for first, size in zip(start, block.shape)]
             here, inside = sharding.overlap(covers, ranges)
             if all(along.start < along.stop for along in here):
                 cut = block[here].astype(self._dtype, copy=False).view(self._bits)
-                # A transposed view goes as it lies in memory: the device turns it faster than NumPy
-                # does.
-                turned = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
-                there = jax.device_put(
-                    np.ascontiguousarray(cut.swapaxes(-1, -2) if turned else cut), device
+                # Transposed views are copied in memory order and transposed on the device, which
+                # is faster than in NumPy.
+                transposed = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
+                on_device = jax.device_put(
+                    np.ascontiguousarray(cut.swapaxes(-1, -2) if transposed else cut), device
                 )
                 offset = np.array([along.start for along in inside], np.int32)
-                self._parts[place] = device, ranges, _update(part, there, offset, turned)
+                self._parts[i] = device, ranges, _update(part, on_device, offset, transposed)
 
     def array(self) -> jax.Array:
+        """Returns the filled array and releases the buffers of its parts."""
         if self._sharding is None:
             return jnp.asarray(self._host)
         parts = [_from_bits(part, self._dtype) for _, _, part in self._parts]
@@ -286,13 +288,13 @@ class _Leaf:
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
 
 
-@functools.partial(jax.jit, static_argnames="turned", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
 def _update(
-    array: jax.Array, block: jax.Array, start: Int[jax.Array, "n"], turned: bool
+    array: jax.Array, block: jax.Array, start: Int[jax.Array, "n"], transposed: bool
 ) -> jax.Array:
-    """Writes a block, or its transpose, into an array, in its memory."""
+    """Writes a block (or its transpose) into the donated array."""
     return jax.lax.dynamic_update_slice(
-        array, jnp.swapaxes(block, -1, -2) if turned else block, tuple(start)
+        array, jnp.swapaxes(block, -1, -2) if transposed else block, tuple(start)
     )
 
 
@@ -302,8 +304,9 @@ def _from_bits(array: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequence[np.ndarray]]]:
-    """The leaves of a stored tensor, and where they begin: all at once, or a vocabulary's matrix,
-    which is its own leaf, by rows.
+    """Yields the leaves of a stored tensor with their start index.
+
+    A vocabulary matrix, which is a leaf of its own, comes in blocks of rows; others come whole.
     """
     shape = tensor.get_shape()
     size = math.prod(shape) * _FLOATS[tensor.get_dtype()].itemsize
@@ -317,35 +320,35 @@ def _blocks(tensor: Any, weight: Weight) -> Iterator[tuple[tuple[int, ...], Sequ
 
 
 _BLOCK_BYTES = 64 << 20
-"""What is read of a large matrix at once."""
+"""Size of a block of a vocabulary matrix."""
 
 
 def _dtype_of(path: str, dtype: DTypeLike | DtypeOf | None) -> DTypeLike | None:
     return dtype(path) if isinstance(dtype, types.FunctionType) else cast(DTypeLike | None, dtype)
 
 
-def _stored(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of the folder by its name; of a multimodal model those of its text model."""
-    if (folder / SINGLE).is_file():
-        names = [SINGLE]
-    elif index := hub.read_json(folder / INDEX):
+def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
+    """Returns the folder's tensors by name; of a multimodal model, those of its text model."""
+    if (folder / WEIGHTS_FILE).is_file():
+        names = [WEIGHTS_FILE]
+    elif index := hub.read_json(folder / INDEX_FILE):
         names = sorted(set(index["weight_map"].values()))
     else:
         raise UserError(
-            f"model folder '{folder}' has neither {SINGLE} nor {INDEX}: only safetensors are read;"
-            " convert other formats with transformers' save_pretrained"
+            f"model folder '{folder}' has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only"
+            " safetensors are supported; convert other formats with transformers' save_pretrained"
         )
     model_type = (hub.read_json(folder / "config.json") or {}).get("model_type")
-    found = {}
+    stored = {}
     for file in names:
         with _open(folder / file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 if (name := text_name(model_type, key)) is not None:
                     tensor = tensors.get_slice(key)
-                    found[name] = _Stored(
+                    stored[name] = _StoredTensor(
                         folder / file, key, tensor.get_dtype(), tuple(tensor.get_shape())
                     )
-    return found
+    return stored
 
 
 @contextmanager
@@ -354,42 +357,45 @@ def _open(file: Path) -> Iterator[Any]:
         tensors = safe_open(file, framework="numpy")
     except FileNotFoundError as error:
         raise UserError(
-            f"'{file}', which {INDEX} lists, is missing: copy or download it again"
+            f"'{file}', which {INDEX_FILE} lists, is missing: copy or download it again"
         ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"'{file}' is not a whole safetensors file ({error}): it was cut off or damaged on its"
-            " way; copy or download it again"
+            f"'{file}' is not a complete safetensors file ({error}): it is truncated or damaged;"
+            " copy or download it again"
         ) from error
     with tensors:
         yield tensors
 
 
-_Places = list[tuple[tuple[int, ...], str]]
-"""Slices of the leaves, and the stored names of the tensors that fill them."""
+_Sources = list[tuple[tuple[int, ...], str]]
+"""Indices of the slices of a weight's leaves, each with the name of the tensor that fills it."""
 
 
 def _match(
-    folder: Path, stored: Mapping[str, _Stored], config: ModelConfig
-) -> list[tuple[Weight, _Places]]:
-    """Every row of the weight table with its stored tensors; none is missing or left over."""
+    folder: Path, stored: Mapping[str, _StoredTensor], config: ModelConfig
+) -> list[tuple[Weight, _Sources]]:
+    """Pairs every weight of the table with its stored tensors; all must be present and used."""
     module = family(config.model_type)
     matched = [
         (
             weight,
             [
-                (part, _stored_name(folder, stored, weight.names(part) + _tied(weight, config)))
+                (
+                    part,
+                    _stored_name(folder, stored, weight.names(part) + _tied_names(weight, config)),
+                )
                 for part in weight.slices(config.num_layers)
             ],
         )
         for weight in weight_table(config, stored)
     ]
     shapes = _leaf_shapes(config)
-    for weight, places in matched:
+    for weight, sources in matched:
         expected = _tensor_shape(weight, shapes)
-        for _, name in places:
+        for _, name in sources:
             _check_tensor(name, stored[name], expected)
-    used = {name for _, places in matched for _, name in places}
+    used = {name for _, sources in matched for _, name in sources}
     if config.tie_word_embeddings:
         used |= {module.HEAD.name, *module.HEAD.aliases}
     unused = sorted(
@@ -398,30 +404,28 @@ def _match(
     if unused:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
-            f"'{folder}' has weights for which a {config.model_type} model with its config.json has"
-            f" no place: {', '.join(unused[:5])}{more}; either config.json is of another model, or"
-            " parts of it are not implemented"
+            f"'{folder}' has weights that a {config.model_type} model with its config.json does"
+            f" not have: {', '.join(unused[:5])}{more}; either config.json belongs to another"
+            " model, or the model uses options that are not implemented"
         )
     return matched
 
 
-def _tied(weight: Weight, config: ModelConfig) -> tuple[str, ...]:
-    """Names under which a tied model's embedding may be stored instead: those of the head that it
-    is.
-    """
+def _tied_names(weight: Weight, config: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the head, under which a tied embedding may be stored instead."""
     if not (config.tie_word_embeddings and weight.leaves == ("embed_tokens/embedding",)):
         return ()
     return family(config.model_type).HEAD.names(())
 
 
-def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, ...]) -> str:
+def _stored_name(folder: Path, stored: Mapping[str, _StoredTensor], names: tuple[str, ...]) -> str:
     for name in names:
         if name in stored:
             return name
     is_head = names[0] in ("lm_head.weight", "embed_out.weight")
     raise UserError(
-        f"'{folder}' has no weight '{names[0]}', which the model that its config.json describes"
-        " needs: a shard is missing, or config.json is of another model"
+        f"'{folder}' has no weight '{names[0]}', which its config.json requires: a shard is"
+        " missing, or config.json belongs to another model"
         + (
             ', or lacks "tie_word_embeddings": true, if the head is the input embedding'
             if is_head
@@ -430,17 +434,17 @@ def _stored_name(folder: Path, stored: Mapping[str, _Stored], names: tuple[str, 
     )
 
 
-def _check_tensor(name: str, tensor: _Stored, expected: tuple[int, ...]) -> None:
+def _check_tensor(name: str, tensor: _StoredTensor, expected: tuple[int, ...]) -> None:
     if tensor.dtype not in _FLOATS:
         raise UserError(
             f"weight '{name}' is stored as {tensor.dtype}, which is not one of"
-            f" {', '.join(_FLOATS)}: quantized weights cannot be adapted; use the model's original"
+            f" {', '.join(_FLOATS)}: quantized weights are not supported; use the model's original"
             " weights"
         )
     if tensor.shape != expected:
         raise UserError(
-            f"weight '{name}' has shape {list(tensor.shape)} where config.json asks for"
-            f" {list(expected)}: config.json and safetensors are of different models"
+            f"weight '{name}' has shape {list(tensor.shape)} but config.json requires"
+            f" {list(expected)}: config.json and safetensors belong to different models"
         )
 
 
@@ -449,46 +453,42 @@ def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _tensor_shape(weight: Weight, leaf_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The checkpoint shape of a tensor whose leaves have these shapes: `join` tells, from arrays
-    without content.
-    """
+    """Returns a tensor's shape in the checkpoint, from `join` applied to zero-stride arrays."""
     shapes = [leaf_shapes[leaf][weight.stacked :] for leaf in weight.leaves]
     return weight.join([np.broadcast_to(np.int8(0), shape) for shape in shapes]).shape
 
 
-def _check_copies_of_embedding(
-    stored: Mapping[str, _Stored], matched: Sequence[tuple[Weight, _Places]], config: ModelConfig
+def _check_tied_head(
+    stored: Mapping[str, _StoredTensor],
+    matched: Sequence[tuple[Weight, _Sources]],
+    config: ModelConfig,
 ) -> None:
-    """A tied model's checkpoint may store its embedding a second time, as the head, but nothing
-    else there.
-    """
+    """Checks that a tied model's stored head, if any, equals its embedding."""
     if not config.tie_word_embeddings:
         return
     head = family(config.model_type).HEAD
     embedding = next(
-        places[0][1] for weight, places in matched if weight.leaves == ("embed_tokens/embedding",)
+        sources[0][1] for weight, sources in matched if weight.leaves == ("embed_tokens/embedding",)
     )
     for name in {head.name, *head.aliases} & set(stored) - {embedding}:
-        with _open(stored[name].file) as one, _open(stored[embedding].file) as other:
+        with _open(stored[name].file) as head_file, _open(stored[embedding].file) as embed_file:
             pairs = zip(
                 *(
                     _blocks(file.get_slice(stored[key].key), head)
-                    for file, key in ((one, name), (other, embedding))
+                    for file, key in ((head_file, name), (embed_file, embedding))
                 )
             )
-            if all(_same(ours[0], theirs[0]) for (_, ours), (_, theirs) in pairs):
+            if all(_equal(a[0], b[0]) for (_, a), (_, b) in pairs):
                 continue
         raise UserError(
-            f"config.json says tie_word_embeddings, but '{name}' differs from the input embedding:"
+            f"config.json sets tie_word_embeddings, but '{name}' differs from the input embedding:"
             f" set tie_word_embeddings to false to use both, or remove '{name}'"
         )
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays hold the same numbers, NaN being the same as NaN."""
-    return one.shape == other.shape and bool(
-        np.all((one == other) | ((one != one) & (other != other)))
-    )
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Compares two arrays, treating NaN as equal to NaN."""
+    return a.shape == b.shape and bool(np.all((a == b) | ((a != a) & (b != b))))
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -508,20 +508,28 @@ def save_checkpoint(
 ) -> None:
     """Writes a new folder that AutoModelForCausalLM and AutoTokenizer load.
 
-    It holds safetensors (split, with an index, when larger than `max_shard_bytes`), the source's
+    It contains safetensors (sharded, with an index, if larger than `max_shard_bytes`), the source's
     config.json and generation_config.json with the new vocabulary size and the bos, eos and pad ids
     of `tokenizer`, and the tokenizer.
 
-    Args: params: without adapters; on any devices, with or without the padding rows of
-      `sharding.place`. Or what reads them part by part. raw_config: the source's config.json.
-      dtypes: the type of all written weights, or `source`: each as `source_folder` stores it.
-      source_folder: the source model, for its names of weights, its types and its generation
-      config. writes: False in all but one of several processes. All call this: each brings its
-      parts of the arrays.
+    In a multi-process run all processes must call this, since each holds shards of the arrays.
+
+    Args:
+      folder: the new folder.
+      params: parameters without adapters, on any devices, with or without the padding rows of
+        `sharding.place`; or a reader of them.
+      config: the model's config.
+      raw_config: the source's config.json.
+      tokenizer: the new tokenizer.
+      dtypes: the dtype of all written weights, or `source` for the dtype of each weight in
+        `source_folder`.
+      source_folder: the source model, for its weight names, dtypes and generation config.
+      max_shard_bytes: the maximum size of a weight file.
+      writes: True in the one process that writes the files.
 
     Raises:
       UserError: the folder is not empty, or the tokenizer has more tokens than the model has rows.
-      ValueError: the parameters are not those of `config`, or `source` has no folder.
+      ValueError: the parameters do not match `config`, or `source_folder` is missing.
     """
     if dtypes == "source" and source_folder is None:
         raise ValueError("dtypes 'source' needs a source_folder")
@@ -530,16 +538,16 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
     if writes and any(folder.iterdir()):
         raise UserError(
-            f"'{folder}' is not empty: a model is written into a new folder only; move it away"
+            f"'{folder}' is not empty: models are written to new folders only; move it away"
         )
     if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {vocabulary_size(tokenizer):,} tokens but the model has only"
-            f" {config.vocab_size:,} rows: some tokens would have none; give the model at least as"
-            " many rows"
+            f" {config.vocab_size:,} rows: give the model at least as many rows as there are"
+            " tokens"
         )
     new: dict[str, Any] = {"vocab_size": config.vocab_size}
-    if dtypes != "source":  # one key, the one that is there: readers prefer the one or the other
+    if dtypes != "source":  # Keep to the one key that is present: readers differ in precedence.
         name = "torch_dtype" if "torch_dtype" in raw_config else "dtype"
         raw_config = {
             key: value for key, value in raw_config.items() if key not in ("dtype", "torch_dtype")
@@ -560,8 +568,9 @@ def write_weights(
     max_shard_bytes: int,
     writes: bool = True,
 ) -> None:
-    """The weights alone, and their index where they are several files. Args: as for
-    `save_checkpoint`; `stored` are its source's.
+    """Writes the weights alone, with an index if they are sharded.
+
+    Args as for `save_checkpoint`; `stored` has the dtypes of the source's weights.
     """
     shapes = _leaf_shapes(config)
     read = params if callable(params) else _reader(params, shapes)
@@ -569,44 +578,51 @@ def write_weights(
     for weight in weight_table(config, stored):
         shape = _tensor_shape(weight, shapes)
         for part in weight.slices(config.num_layers):
-            usual, *others = weight.names(part) + _tied(weight, config)
-            name = next((n for n in (usual, *others) if n in stored), usual)
-            # A bias that the source does not have (`qwen.as_llama`) is stored as its weight is.
-            alike = name if name in stored else re.sub(r"\.bias$", ".weight", name)
-            dtype = stored[alike] if dtypes == "source" else np.dtype(dtypes)
-            tensors.append(_Tensor(name, weight, part, dtype, shape))
+            default, *others = weight.names(part) + _tied_names(weight, config)
+            name = next((n for n in (default, *others) if n in stored), default)
+            # A bias that the source lacks (`qwen.as_llama`) gets the dtype of its weight.
+            reference = name if name in stored else re.sub(r"\.bias$", ".weight", name)
+            dtype = stored[reference] if dtypes == "source" else np.dtype(dtypes)
+            tensors.append(_OutputTensor(name, weight, part, dtype, shape))
     shards = _shards(tensors, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else SHARD.format(number=number, count=len(shards))
-        _write_file(folder / file if writes else None, shard, read, config.vocab_size)
+        file = (
+            WEIGHTS_FILE
+            if len(shards) == 1
+            else _SHARD_FILE.format(number=number, count=len(shards))
+        )
+        _write_shard(folder / file if writes else None, shard, read, config.vocab_size)
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1 and writes:
         total = sum(tensor.size for tensor in tensors)
         hub.write_json(
-            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
 
 
 def _reader(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
-    """Reads parameters that are in memory.
+    """Returns a reader of parameters that are in memory.
 
     Raises:
-      ValueError: they do not have these shapes, with or without padding rows.
+      ValueError: their shapes differ from `shapes`, with or without padding rows.
     """
     leaves = paths.flatten(params)
-    if {path: leaf.shape for path, leaf in leaves.items()} not in (shapes, _padded(shapes, leaves)):
+    if {path: leaf.shape for path, leaf in leaves.items()} not in (
+        shapes,
+        _padded_shapes(shapes, leaves),
+    ):
         raise ValueError(
-            f"parameters do not fit the model: they are {jax.tree.map(jnp.shape, leaves)}, expected"
-            f" {shapes}"
+            f"parameters do not fit the model: shapes are {jax.tree.map(jnp.shape, leaves)},"
+            f" expected {shapes}"
         )
     return lambda path, *index: sharding.to_host(leaves[path], *index)
 
 
-def _padded(
+def _padded_shapes(
     shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes with the rows of padding that the meshes of these leaves ask for."""
+    """Returns the shapes including the padding rows required by the meshes of `leaves`."""
 
     def mesh(path: str) -> Mesh | None:
         return getattr(getattr(leaves.get(path), "sharding", None), "mesh", None)
@@ -615,7 +631,7 @@ def _padded(
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _OutputTensor:
     """A tensor to be written."""
 
     name: str
@@ -626,13 +642,11 @@ class _Tensor:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def blocks(self, read: Reader, vocabulary: int) -> Iterator[np.ndarray]:
-        """The tensor, a vocabulary's matrix by rows, so that little of it is in host memory at
-        once.
-        """
+        """Yields the tensor, a vocabulary matrix in blocks of rows to limit host memory."""
         path = self.weight.leaves[0]
         if not sharding.is_vocabulary(path):
             parts = [read(path, *self.part) for path in self.weight.leaves]
@@ -643,24 +657,27 @@ class _Tensor:
             yield read(path, slice(first, min(first + step, vocabulary))).astype(self.dtype)
 
 
-def _write_file(
-    path: Path | None, tensors: Sequence[_Tensor], read: Reader, vocabulary: int
+def _write_shard(
+    path: Path | None, tensors: Sequence[_OutputTensor], read: Reader, vocabulary: int
 ) -> None:
-    """A safetensors file (https://huggingface.co/docs/safetensors), block by block; the library's
-    own writer wants all of it in memory.
+    """Writes a safetensors file (https://huggingface.co/docs/safetensors) block by block.
+
+    The library's own writer needs the whole file in memory.
 
     Args:
-      path: None: another process writes; this one only brings its parts of the arrays.
+      path: None if another process writes, and this one only contributes its array shards.
+      tensors: the file's tensors.
       read: reads the parameters.
+      vocabulary: the number of rows of the vocabulary matrices.
     """
-    # In the order of the library's own.
+    # The order that the library writes.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        spelled = next(name for name, dtype in _FLOATS.items() if dtype == tensor.dtype)
+        dtype_name = next(name for name, dtype in _FLOATS.items() if dtype == tensor.dtype)
         header[tensor.name] = {
-            "dtype": spelled,
+            "dtype": dtype_name,
             "shape": tensor.shape,
             "data_offsets": [end, end := end + tensor.size],
         }
@@ -673,15 +690,13 @@ def _write_file(
                 file.write(np.ascontiguousarray(block).view(np.uint8).data)
 
 
-def _shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
-    """`tensors` in order, in as many shards as their size asks for; one larger than a shard has a
-    file to itself.
-    """
-    shards, room = [], 0
+def _shards(tensors: Sequence[_OutputTensor], max_bytes: int) -> list[list[_OutputTensor]]:
+    """Splits `tensors`, in order, into shards; a tensor above the limit gets its own shard."""
+    shards, free = [], 0
     for tensor in tensors:
-        if not shards or tensor.size > room:
+        if not shards or tensor.size > free:
             shards.append([])
-            room = max_bytes
+            free = max_bytes
         shards[-1].append(tensor)
-        room -= tensor.size
+        free -= tensor.size
     return shards

@@ -69,7 +69,7 @@ def check(context: Context) -> None:
     source_size = vocabulary_size(context.inputs.source_tokenizer)
     tokenizing.check(context.inputs.source_tokenizer)
     _check_two_readings(context)
-    hub.warn_of_values_left_out(
+    hub.warn_dropped_values(
         context.inputs.source_folder, context.inputs.source_model[1], model.vocab_size, context.log
     )
     if context.inputs.extends:
