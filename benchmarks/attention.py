@@ -157,7 +157,7 @@ def _kernels(size: int) -> dict[str, Kernel]:
         "cudnn": functools.partial(
             jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation="cudnn"
         ),
-        "blocked": lambda q, k, v: attention._blocked(
+        "blocked": lambda q, k, v: attention._blocked_attention(
             q, k, v, scale, None, None, attention.QUERY_BLOCK
         ),
         "triton": functools.partial(_triton, scale=scale),

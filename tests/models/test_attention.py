@@ -73,8 +73,8 @@ OPTIONS = {
 
 def whole(q, k, v, scale, window, softcap):
     positions = jnp.arange(q.shape[1])
-    return attention._whole(
-        q, k, v, attention._visible(positions, positions, window), scale, softcap
+    return attention._dense_attention(
+        q, k, v, attention._causal_mask(positions, positions, window), scale, softcap
     )
 
 
@@ -83,7 +83,7 @@ def whole(q, k, v, scale, window, softcap):
 def test_fallback_equals_the_reference(options, block):
     options = {"window": None, "softcap": None, "scale": 0.3} | options
     q, k, v, upstream = arrays()
-    fallback = attention._blocked if block else whole
+    fallback = attention._blocked_attention if block else whole
     extra = {"block": block} if block else {}
     got = value_and_gradients(lambda *x: fallback(*x, **options, **extra), q, k, v, upstream)
     check(got, reference(q, k, v, upstream, **options), 2e-6)
@@ -105,14 +105,16 @@ def test_half_precision_loses_no_more_than_its_roundings(fallback):
     if fallback == "whole":
         attend = lambda *x: whole(*x, 0.3, None, None)  # noqa: E731
     else:
-        attend = lambda *x: attention._blocked(*x, 0.3, None, None, 8)  # noqa: E731
+        attend = lambda *x: attention._blocked_attention(*x, 0.3, None, None, 8)  # noqa: E731
     got = value_and_gradients(attend, q, k, v, upstream)
     assert all(x.dtype == jnp.bfloat16 for x in got)
     check(got, reference(q, k, v, upstream, scale=0.3), 1e-2)
 
 
 def test_attend_takes_long_sequences_by_blocks():
-    q, k, v, upstream = arrays(length=attention.LONGEST_WHOLE + 30, batch=1, heads=2, groups=1)
+    q, k, v, upstream = arrays(
+        length=attention.MAX_UNBLOCKED_QUERIES + 30, batch=1, heads=2, groups=1
+    )
     got = value_and_gradients(
         lambda *x: attention.attend(*x, scale=0.3, window=40), q, k, v, upstream
     )
@@ -151,11 +153,11 @@ def test_mask_says_which_keys_a_query_sees():
 
 def test_refuses_what_it_cannot_mean():
     q, k, v, _ = arrays()
-    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         attention.attend(q, *arrays(groups=3)[1:3], scale=1.0)
-    with pytest.raises(ValueError, match="put it in the mask"):
+    with pytest.raises(ValueError, match="include the window in it"):
         attention.attend(q, k, v, scale=1.0, window=3, mask=jnp.ones((20, 20), bool))
-    with pytest.raises(ValueError, match="19 queries over 20 keys"):
+    with pytest.raises(ValueError, match="got 19 and 20"):
         attention.attend(q[:, 1:], k, v, scale=1.0)
 
 
@@ -214,7 +216,9 @@ class Device:
 )
 def test_kernel_by_device(monkeypatch, device, dtype, size, softcap, expected):
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    kernel = attention._fused(jax.ShapeDtypeStruct((2, 20, 4, size), dtype), 0.1, None, softcap)
+    kernel = attention._select_kernel(
+        jax.ShapeDtypeStruct((2, 20, 4, size), dtype), 0.1, None, softcap
+    )
     assert (kernel and kernel.func.__name__) == expected
 
 
@@ -260,7 +264,7 @@ def check_kernel(shape, batch=8, heads=4, groups=2, part=None):
         return whole(q, k, v, 0.3, None, None)
 
     with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape))):
-        got = value_and_gradients(lambda *x: attention._over_mesh(kernel, *x), *inputs)
+        got = value_and_gradients(lambda *x: attention._shard_kernel(kernel, *x), *inputs)
     check(got, reference(*inputs, scale=0.3), 2e-6)
     heads_of_one = {1: (4, 2), 2: (2, 1), 4: (1, 1), 8: (4, 2)}[shape[2]]
     assert seen == {part or (batch // (shape[0] * shape[1]), *heads_of_one)}
@@ -268,7 +272,7 @@ def check_kernel(shape, batch=8, heads=4, groups=2, part=None):
 
 
 if __name__ == "__main__":
-    attention.LONGEST_WHOLE = attention.QUERY_BLOCK = 8
+    attention.MAX_UNBLOCKED_QUERIES = attention.QUERY_BLOCK = 8
     for mesh_shape in MESHES:
         check_fallback(mesh_shape)
         check_kernel(mesh_shape)

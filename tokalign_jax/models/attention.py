@@ -1,22 +1,21 @@
-"""Causal attention: one function, and the fastest exact way to compute it on each platform.
+"""Causal attention with the fastest exact implementation on each platform.
 
-B batch, T queries, S keys, N query heads, K key-value heads (query head n reads key-value head n K
-/ N), H head size.
+Dimensions: B batch, T queries, S keys, N query heads, K key-value heads (query head n reads
+key-value head n K / N), H head size.
 
-- GPU: cuDNN's flash attention. It has no soft-cap, takes half precision only, and knows head sizes
-  up to a bound.
-- TPU: splash attention, jax's own fused kernel: causal and local masks, soft-cap, grouped heads.
-- Everywhere else, and for what a kernel cannot do: einsum and softmax in float32. Over long
-  sequences it takes the queries block by block and computes each block's logits again in the
-  backward pass, so that [B, N, T, S] never exists.
+- GPU: cuDNN's flash attention. It has no soft-cap, supports half precision only, and limits the
+  head size.
+- TPU: splash attention, JAX's fused Pallas kernel: causal and local masks, soft-cap, grouped heads.
+- Otherwise: einsum and softmax in float32. Over long sequences the queries are processed in blocks
+  whose logits are recomputed in the backward pass, so that [B, N, T, S] is never materialized.
 
-`jax.nn.dot_product_attention` on XLA is the same einsum and softmax (products with float32 sums,
-float32 softmax), but it has no soft-cap and keeps float32 logits of all T x S pairs for the
-backward pass. tokamax has fused kernels with a soft-cap for recent GPUs too, but needs a profiler
-among others and is before its 0.1: not worth a dependency for one family of models.
+`jax.nn.dot_product_attention` on XLA computes the same (products with float32 sums, float32
+softmax), but has no soft-cap and keeps the float32 logits of all T x S pairs for the backward pass.
+tokamax has fused kernels with a soft-cap for recent GPUs too, but it is before its 0.1 and depends
+on a profiler among others: not worth a dependency for one family of models.
 
 The kernels are opaque to the partitioner, so under a mesh they run in a shard_map: B over (data,
-fsdp), heads over tensor. The rest is left to the partitioner.
+fsdp), heads over tensor. The fallback is left to the partitioner.
 """
 
 import functools
@@ -38,13 +37,11 @@ from tokalign_jax.models import remat
 from tokalign_jax.parallel import sharding
 
 QUERY_BLOCK = 256
-"""Queries whose logits exist at once in the blocked fallback."""
-LONGEST_WHOLE = 256
-"""Up to this many queries the fallback takes them all at once; from there on blocks are faster too,
-not only leaner.
-"""
+"""Number of queries per block in the blocked fallback."""
+MAX_UNBLOCKED_QUERIES = 256
+"""Longest sequence for which the fallback is not blocked; beyond it blocks are also faster."""
 _LANES = 128
-"""A TPU tile's width: splash attention takes lengths that are multiples of it."""
+"""Width of a TPU tile: splash attention requires lengths that are multiples of it."""
 
 _Kernel = Callable[[Array, Array, Array], Array]
 
@@ -59,48 +56,52 @@ def attend(
     softcap: float | None = None,
     mask: Bool[Array, "*B T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(cap(scale q k^T)) v over the keys that each query sees, softmax in float32, in the
-    type of `q`.
+    """Computes softmax(cap(scale q k^T)) v over the visible keys of each query.
 
-    Args: scale: factor of the logits. window: a query sees this many latest keys, itself included;
-      None: all before it. softcap: c of cap(x) = c tanh(x / c), applied before the mask; None: no
-      cap. mask: which keys each query sees, the same for all heads; None: causal, T being S. It
-      says all, so that `window`
-        must be in it.
+    The softmax is in float32, the result in the dtype of `q`.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      scale: factor of the logits.
+      window: number of latest keys that a query sees, itself included; None for all before it.
+      softcap: c of cap(x) = c tanh(x / c), applied before the mask; None for no cap.
+      mask: the keys that each query sees, shared by all heads; it must include any window. None
+        for causal attention, where T = S.
 
     Raises:
-      ValueError: heads that do not divide; a mask and a window; no mask, and T is not S.
+      ValueError: N is not a multiple of K, both a mask and a window are given, or T differs from S
+        without a mask.
     """
     (length, heads), (keys, groups) = q.shape[1:3], k.shape[1:3]
     if heads % groups:
-        raise ValueError(
-            f"{heads} query heads cannot share {groups} key-value heads: need a multiple"
-        )
+        raise ValueError(f"{heads} query heads are not a multiple of {groups} key-value heads")
     if mask is not None:
         if window is not None:
-            raise ValueError(f"a window of {window} beside a mask: put it in the mask")
-        return _whole(q, k, v, mask, scale, softcap)
+            raise ValueError(f"both a mask and window={window} given: include the window in it")
+        return _dense_attention(q, k, v, mask, scale, softcap)
     if length != keys:
-        raise ValueError(f"causal attention of {length} queries over {keys} keys: give a mask")
+        raise ValueError(f"causal attention needs T = S, got {length} and {keys}: pass a mask")
     window = None if window is None or window >= length else window
-    kernel = _fused(q, scale, window, softcap)
+    kernel = _select_kernel(q, scale, window, softcap)
     if kernel is not None:
-        return _over_mesh(kernel, q, k, v)
-    if length <= LONGEST_WHOLE:
+        return _shard_kernel(kernel, q, k, v)
+    if length <= MAX_UNBLOCKED_QUERIES:
         positions = jnp.arange(length)
-        y = _whole(q, k, v, _visible(positions, positions, window), scale, softcap)
+        y = _dense_attention(q, k, v, _causal_mask(positions, positions, window), scale, softcap)
     else:
-        y = _blocked(q, k, v, scale, window, softcap, QUERY_BLOCK)
+        y = _blocked_attention(q, k, v, scale, window, softcap, QUERY_BLOCK)
     return checkpoint_name(y, remat.ATTENTION)
 
 
 # --- Fused kernels ------------------------------------------------------------------------------
 
 
-def _fused(
+def _select_kernel(
     q: Float[Array, "B T N H"], scale: float, window: int | None, softcap: float | None
 ) -> _Kernel | None:
-    """The device's own kernel for causal attention, if it has one for this."""
+    """Returns the device's fused kernel for causal attention, or None if it has no suitable one."""
     device = jax.devices()[0]
     if not has_kernel(q.shape[-1], q.dtype, softcap, device):
         return None
@@ -110,19 +111,18 @@ def _fused(
 
 
 def has_kernel(head_dim: int, dtype: DTypeLike, softcap: float | None, device: Any = None) -> bool:
-    """Whether the device has a kernel of its own for heads of this size, which keeps no logits. No
-    device: an NVIDIA one since Hopper.
+    """Tells if `device` has a fused attention kernel for this head size, dtype and soft-cap.
+
+    Without a device, assumes an NVIDIA GPU of the Hopper generation or later.
     """
     if device is not None and device.platform == "tpu":
         return True
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return softcap is None and half and head_dim % 8 == 0 and head_dim <= _largest_head(device)
+    is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return softcap is None and is_half and head_dim % 8 == 0 and head_dim <= _max_head_dim(device)
 
 
-def _largest_head(device: Any) -> int:
-    """The largest head size of cuDNN's flash attention on this device: 0 if it is not NVIDIA's or
-    too old.
-    """
+def _max_head_dim(device: Any) -> int:
+    """Returns the largest head size of cuDNN's flash attention; 0 without an NVIDIA GPU >= 8.0."""
     capability = "9.0" if device is None else str(getattr(device, "compute_capability", ""))
     if not capability.replace(".", "").isdigit() or float(capability) < 8:
         return 0
@@ -130,9 +130,15 @@ def _largest_head(device: Any) -> int:
 
 
 def _cudnn(q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
-    before = None if window is None else (window - 1, 0)
+    left_window = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, local_window_size=before, implementation="cudnn"
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        local_window_size=left_window,
+        implementation="cudnn",
     )
 
 
@@ -146,7 +152,7 @@ def _splash(
     softcap: float | None,
     interpret: bool = False,
 ) -> Array:
-    """Queries and keys are filled up to whole tiles at the end, where causality hides them."""
+    """Splash attention; pads the sequence end to whole tiles, which the causal mask hides."""
     length, heads = q.shape[1:3]
     padded = length + -length % _LANES
     shape = padded, padded
@@ -182,11 +188,11 @@ def _splash(
     return y.swapaxes(1, 2)[:, :length]
 
 
-def _over_mesh(kernel: _Kernel, q: Array, k: Array, v: Array) -> Array:
-    """`kernel` on each device's own sequences and heads, under the mesh in context if there is one.
+def _shard_kernel(kernel: _Kernel, q: Array, k: Array, v: Array) -> Array:
+    """Runs `kernel` per device on its own sequences and heads, under the current mesh if any.
 
-    What does not divide is not split: each device then computes it whole. Where key-value heads are
-    too few to be split, they are repeated, one for each query head.
+    A dimension that is not divisible by its mesh axis is replicated. If there are too few key-value
+    heads to shard, they are repeated, one for each query head.
     """
     mesh = sharding.current()
     if mesh is None:
@@ -197,20 +203,21 @@ def _over_mesh(kernel: _Kernel, q: Array, k: Array, v: Array) -> Array:
     if heads and k.shape[2] % parts:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     spec = PartitionSpec(batch, None, heads)
-    # Pallas and cuDNN calls say nothing of how their results vary over the mesh, so that is not
-    # checked.
+    # Pallas and cuDNN calls do not declare how results vary over the mesh: skip that check.
     return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-# --- The fallback -------------------------------------------------------------------------------
+# --- Fallback -----------------------------------------------------------------------------------
 
 
-def _whole(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None) -> Array:
-    """All queries at once, by what `mask` [*B, T, S] lets them see."""
+def _dense_attention(
+    q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None
+) -> Array:
+    """Attention with the logits of all queries at once, under a `mask` [*B, T, S]."""
     batch, length, heads, size = q.shape
-    # A product of half-precision arrays with float32 sums, backwards too: `preferred_element_type`
-    # alone would make the backward products float32 ones.
-    exact = {
+    # Half-precision products with float32 sums, in the backward pass too: with
+    # `preferred_element_type` alone the backward products would be in float32.
+    algorithms = {
         jnp.bfloat16: jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
         jnp.float16: jax.lax.DotAlgorithmPreset.F16_F16_F32,
     }
@@ -219,7 +226,7 @@ def _whole(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: flo
         "BTKGH,BSKH->BKGTS",
         grouped,
         k,
-        precision=exact.get(q.dtype.type),
+        precision=algorithms.get(q.dtype.type),
         preferred_element_type=jnp.float32,
     )
     if softcap is not None:
@@ -229,7 +236,7 @@ def _whole(q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: flo
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, heads, size)
 
 
-def _blocked(
+def _blocked_attention(
     q: Array,
     k: Array,
     v: Array,
@@ -238,31 +245,31 @@ def _blocked(
     softcap: float | None,
     block: int,
 ) -> Array:
-    """Causal, `block` queries at a time over the keys that any of them sees, in O(T block) memory."""
+    """Causal attention, `block` queries at a time, in O(T block) memory."""
     batch, length, *head = q.shape
     blocks = -(-length // block)
-    filled = jnp.pad(q, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
+    padded = jnp.pad(q, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
     span = length if window is None else min(length, window - 1 + block)
 
     @jax.checkpoint
     def one_block(item: tuple[Array, Array]) -> Array:
         start, queries = item
         first = jnp.clip(start + block - span, 0, length - span)
-        # Sums over the blocks of what goes back to keys and values are float32 ones.
-        near_k, near_v = (
-            jax.lax.dynamic_slice_in_dim(x, first, span, axis=1).astype(q.dtype)
-            for x in (wide_k, wide_v)
+        # Slices of float32 arrays, so that the gradients of keys and values are summed over blocks
+        # in float32.
+        block_k, block_v = (
+            jax.lax.dynamic_slice_in_dim(x, first, span, axis=1).astype(q.dtype) for x in (k32, v32)
         )
-        mask = _visible(start + jnp.arange(block), first + jnp.arange(span), window)
-        return _whole(queries, near_k, near_v, mask, scale, softcap)
+        mask = _causal_mask(start + jnp.arange(block), first + jnp.arange(span), window)
+        return _dense_attention(queries, block_k, block_v, mask, scale, softcap)
 
-    wide_k, wide_v = (x.astype(jnp.float32) for x in (k, v))
-    queries = filled.reshape(batch, blocks, block, *head).swapaxes(0, 1)
+    k32, v32 = (x.astype(jnp.float32) for x in (k, v))
+    queries = padded.reshape(batch, blocks, block, *head).swapaxes(0, 1)
     y = jax.lax.map(one_block, (block * jnp.arange(blocks), queries))
     return y.swapaxes(0, 1).reshape(batch, blocks * block, *head)[:, :length]
 
 
-def _visible(queries: Array, keys: Array, window: int | None) -> Bool[Array, "T S"]:
-    """Which keys are not after a query, nor `window` or more before it; all by position."""
+def _causal_mask(queries: Array, keys: Array, window: int | None) -> Bool[Array, "T S"]:
+    """Returns the mask of keys at or before a query and fewer than `window` positions before it."""
     distance = queries[:, None] - keys
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -1,12 +1,11 @@
-"""Rotary position embedding (arXiv 2104.09864, equation 34) in the half-rotation layout of Hugging
-Face weights.
+"""Rotary position embedding (RoPE, arXiv 2104.09864, equation 34), Hugging Face's half-rotation.
 
-B batch, T length, N heads, H head size, R rotary size (the leading part of H that turns; the rest
-passes).
+Dimensions: B batch, T length, N heads, H head size, R rotary size (only the first R of H entries
+are rotated).
 
-Pair i of R / 2 turns by the angle position x frequency[i]. A scaling changes the frequencies, and
-some the length of what is turned, so that a model reads further than it was pre-trained for. Two of
-them look at the length of the text.
+Pair i of R / 2 is rotated by the angle position x frequency[i]. A scaling changes the frequencies,
+and some scale the magnitude too, to extend the context beyond that of pre-training. Two scalings
+depend on the length of the text.
 """
 
 import math
@@ -17,33 +16,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Rotation = tuple[Float[Array, "T R/2"], Float[Array, "T R/2"]]
-"""Cosine and sine of every position's angles."""
+"""Cosine and sine of each position's angles."""
 
 Length = int | Int[Array, ""]
-"""Tokens of the whole text, known when the program is compiled or not."""
+"""Number of tokens of the whole text, static or traced."""
 
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Positions are divided by `factor` (arXiv 2306.15595)."""
+    """Position interpolation (arXiv 2306.15595): divides positions by `factor`."""
 
     factor: float
 
     def apply(
         self, frequencies: Float[Array, "R/2"], theta: float, length: Length
     ) -> Float[Array, "R/2"]:
+        """Returns the scaled frequencies."""
         return frequencies / self.factor
 
     @property
     def magnitude(self) -> float:
+        """Factor of the cosine and sine."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """Dynamic NTK: past `max_positions` theta grows with the length of the text, so that the
-    longest wave just fits.
-    """
+    """Dynamic NTK: beyond `max_positions`, theta grows so that the longest wave fits the text."""
 
     factor: float
     max_positions: int
@@ -51,6 +50,7 @@ class DynamicScaling:
     def apply(
         self, frequencies: Float[Array, "R/2"], theta: float, length: Length
     ) -> Float[Array, "R/2"]:
+        """Returns the scaled frequencies."""
         size = 2 * len(frequencies)
         length = jnp.maximum(length, self.max_positions)
         growth = self.factor * length / self.max_positions - (self.factor - 1)
@@ -59,16 +59,16 @@ class DynamicScaling:
 
     @property
     def magnitude(self) -> float:
+        """Factor of the cosine and sine."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """LLaMA 3.1's: long waves are stretched by `factor`, short ones kept, those between are
-    blended.
+    """Llama 3.1's scaling: stretches long waves by `factor`, keeps short ones, blends in between.
 
-    A wave is short when it fits more than `high_frequency_factor` times into `original_positions`,
-    the length of pre-training, and long when fewer than `low_frequency_factor` times.
+    A wave is short if it fits more than `high_frequency_factor` times into `original_positions`,
+    the context length of pre-training, and long if it fits fewer than `low_frequency_factor` times.
     """
 
     factor: float
@@ -79,29 +79,30 @@ class Llama3Scaling:
     def apply(
         self, frequencies: Float[Array, "R/2"], theta: float, length: Length
     ) -> Float[Array, "R/2"]:
+        """Returns the scaled frequencies."""
         turns = self.original_positions * frequencies / (2 * math.pi)
-        kept = (turns - self.low_frequency_factor) / (
+        unscaled = (turns - self.low_frequency_factor) / (
             self.high_frequency_factor - self.low_frequency_factor
         )
-        return _blend(frequencies, kept, self.factor)
+        return _blend(frequencies, unscaled, self.factor)
 
     @property
     def magnitude(self) -> float:
+        """Factor of the cosine and sine."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071, section 3.2): as LLaMA 3.1's, but blended along the index of the
-    frequency.
+    """YaRN (arXiv 2309.00071, section 3.2): as `Llama3Scaling`, with a blend linear in the index.
 
-    The blend ends at the frequencies that turn `beta_fast` and `beta_slow` times within
-    `original_positions`; with `truncate` at the whole indices around them.
+    The blend runs between the frequencies that make `beta_fast` and `beta_slow` turns within
+    `original_positions`, rounded outwards to whole indices if `truncate`.
     """
 
     factor: float
     magnitude: float
-    """What queries and keys are multiplied with (the paper's square root of 1/t)."""
+    """Factor of queries and keys (the paper's square root of 1/t)."""
     beta_fast: float
     beta_slow: float
     original_positions: int
@@ -110,6 +111,7 @@ class YarnScaling:
     def apply(
         self, frequencies: Float[Array, "R/2"], theta: float, length: Length
     ) -> Float[Array, "R/2"]:
+        """Returns the scaled frequencies."""
         size = 2 * len(frequencies)
 
         def index(turns: float) -> float:
@@ -129,20 +131,21 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """LongRoPE (arXiv 2402.13753): every frequency has a divisor of its own, found by search.
+    """LongRoPE (arXiv 2402.13753): divides each frequency by a factor found by search.
 
-    `long` holds them for texts of more than `original_positions` tokens, `short` for all others.
+    `long` applies to texts of more than `original_positions` tokens, `short` to all others.
     """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     magnitude: float
-    """What queries and keys are multiplied with."""
+    """Factor of queries and keys."""
     original_positions: int
 
     def apply(
         self, frequencies: Float[Array, "R/2"], theta: float, length: Length
     ) -> Float[Array, "R/2"]:
+        """Returns the scaled frequencies."""
         return frequencies / jnp.where(
             length > self.original_positions, jnp.array(self.long), jnp.array(self.short)
         )
@@ -153,88 +156,90 @@ RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | Lon
 
 @dataclass(frozen=True)
 class Rope:
-    """The constants of one rotary embedding."""
+    """Constants of a rotary embedding."""
 
     size: int
-    """R."""
+    """R, the number of rotated entries of a head."""
     theta: float
     scaling: RopeScaling | None
 
 
 def rotation(positions: Int[Array, "T"], rope: Rope | None, size: int, length: Length) -> Rotation:
-    """Cosine and sine for `positions`, float32.
+    """Returns the float32 cosine and sine of the angles at `positions`.
 
     Args:
-      rope: None: nothing turns.
-      size: R, for when nothing turns.
-      length: of the whole text, which `positions` may be a part of.
+      positions: positions in the text.
+      rope: constants; None for the identity.
+      size: R of the identity.
+      length: number of tokens of the whole text, of which `positions` may be a part.
     """
     if rope is None:
         return jnp.ones((len(positions), size // 2)), jnp.zeros((len(positions), size // 2))
     frequencies = rope.theta ** (-jnp.arange(0, rope.size, 2, dtype=jnp.float32) / rope.size)
     magnitude = 1.0
     if rope.scaling is not None:
-        frequencies, magnitude = (
-            rope.scaling.apply(frequencies, rope.theta, length),
-            rope.scaling.magnitude,
-        )
+        frequencies = rope.scaling.apply(frequencies, rope.theta, length)
+        magnitude = rope.scaling.magnitude
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
 
 @jax.custom_vjp
-def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x[i], x[i + R/2]), i < R/2, in float32; the result has the type of `x`. `by`
-    gets no gradient.
+def rotate(x: Float[Array, "B T N H"], cos_sin: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (x[i], x[i + R/2]), i < R/2, in float32; returns the dtype of `x`.
+
+    `cos_sin` gets no gradient.
     """
-    cosine, sine = (part[:, None, :] for part in by)
+    cosine, sine = (part[:, None, :] for part in cos_sin)
     half = cosine.shape[-1]
     first, second = (
         x[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half))
     )
-    turned = jnp.concatenate(
+    rotated = jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
     ).astype(x.dtype)
     if 2 * half == x.shape[-1]:
-        return turned
+        return rotated
     if x.shape[-2] == 1:
-        return _beside(x, turned)
-    return jax.lax.platform_dependent(x, turned, cuda=_in_place, default=_beside)
+        return _concatenate_rest(x, rotated)
+    return jax.lax.platform_dependent(x, rotated, cuda=_update_prefix, default=_concatenate_rest)
 
 
-def _in_place(
-    x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]
+def _update_prefix(
+    x: Float[Array, "B T N H"], rotated: Float[Array, "B T N R"]
 ) -> Float[Array, "B T N H"]:
-    """Where only a part turns, the rest stays where it is in memory: that saves a GPU a pass over
-    it.
+    """Overwrites the first R entries: on GPU the rest of `x` then needs no pass over memory."""
+    return jax.lax.dynamic_update_slice_in_dim(x, rotated, 0, axis=-1)
+
+
+def _concatenate_rest(
+    x: Float[Array, "B T N H"], rotated: Float[Array, "B T N R"]
+) -> Float[Array, "B T N H"]:
+    """Writes a new array.
+
+    XLA on CPU would rotate `x` in place and, with a single head, read what it has already
+    overwritten (jaxlib 0.10.2).
     """
-    return jax.lax.dynamic_update_slice_in_dim(x, turned, 0, axis=-1)
+    return jnp.concatenate([rotated, x[..., rotated.shape[-1] :]], axis=-1)
 
 
-def _beside(x: Float[Array, "B T N H"], turned: Float[Array, "B T N R"]) -> Float[Array, "B T N H"]:
-    """The same, written anew. XLA for CPUs would turn `x` within itself, and of one head read what
-    it has overwritten (jaxlib 0.10.2).
-    """
-    return jnp.concatenate([turned, x[..., turned.shape[-1] :]], axis=-1)
+def _rotate_forward(x: Float[Array, "B T N H"], cos_sin: Rotation):
+    return rotate(x, cos_sin), cos_sin
 
 
-def _rotate_forward(x: Float[Array, "B T N H"], by: Rotation):
-    return rotate(x, by), by
-
-
-def _rotate_backward(by: Rotation, gradient: Float[Array, "B T N H"]):
-    """The transpose turns the other way; autodiff would write the whole for it, not the part in its
-    place.
-    """
-    cosine, sine = by
-    # Held, so that the bias's gradient is a sum of this and not of what was here before it.
+def _rotate_backward(cos_sin: Rotation, gradient: Float[Array, "B T N H"]):
+    """Rotates the gradient backwards; autodiff would write the whole array, not only a prefix."""
+    cosine, sine = cos_sin
+    # The barrier makes the bias's gradient a sum of this result, not of its input.
     return jax.lax.optimization_barrier(rotate(gradient, (cosine, -sine))), None
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
-def _blend(frequencies: Float[Array, "R/2"], kept: jax.Array, factor: float) -> Float[Array, "R/2"]:
-    """Frequencies where `kept` is 1 and more, divided by `factor` where it is 0 and less."""
-    kept = jnp.clip(kept, 0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / factor
+def _blend(
+    frequencies: Float[Array, "R/2"], unscaled: jax.Array, factor: float
+) -> Float[Array, "R/2"]:
+    """Interpolates from frequencies / factor (`unscaled` <= 0) to frequencies (`unscaled` >= 1)."""
+    unscaled = jnp.clip(unscaled, 0, 1)
+    return unscaled * frequencies + (1 - unscaled) * frequencies / factor

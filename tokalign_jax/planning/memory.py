@@ -23,7 +23,7 @@ from tokalign_jax.config import (
     training_stages,
 )
 from tokalign_jax.models import remat
-from tokalign_jax.models.attention import LONGEST_WHOLE, QUERY_BLOCK
+from tokalign_jax.models.attention import MAX_UNBLOCKED_QUERIES, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.recurrent import CHUNK
 from tokalign_jax.models.transformer import abstract_params
@@ -252,7 +252,9 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     if setup.machine.fuses(model, compute):
         return tokens * per_token
     # Attention logits without a fused kernel, and their gradients, for one block of queries.
-    queries = stage.sequence_length if stage.sequence_length <= LONGEST_WHOLE else QUERY_BLOCK
+    queries = (
+        stage.sequence_length if stage.sequence_length <= MAX_UNBLOCKED_QUERIES else QUERY_BLOCK
+    )
     return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
 
 
