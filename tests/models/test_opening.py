@@ -35,9 +35,9 @@ def test_transformers_opens_every_kind_as_itself(kind):
     tokenizer = made(kind)
     others = FAMILIES if kind in ("gpt2", "llama2", "t5") else ("llama",)
     for model_type in set(others) - {"qwen2"}:
-        assert opening.difference_by_type({"model_type": model_type}, tokenizer) == "", model_type
+        assert opening.class_difference({"model_type": model_type}, tokenizer) == "", model_type
     # This class cuts by its own expression, whatever tokenizer_config.json names.
-    told = opening.difference_by_type({"model_type": "qwen2"}, tokenizer)
+    told = opening.class_difference({"model_type": "qwen2"}, tokenizer)
     assert told.startswith("Qwen2Tokenizer: ") == (kind != "qwen")
 
 
@@ -46,10 +46,8 @@ def test_transformers_opens_published_tokenizers_as_themselves(name):
     if not (SHARED / "tokenizers" / name).is_dir():
         pytest.skip(f"needs {SHARED / 'tokenizers' / name}")
     tokenizer = hub.load_tokenizer(SHARED / "tokenizers" / name)
-    assert opening.difference_by_type({"model_type": "llama"}, tokenizer) == ""
-    assert (opening.difference_by_type({"model_type": "qwen2"}, tokenizer) == "") == (
-        name == "qwen3"
-    )
+    assert opening.class_difference({"model_type": "llama"}, tokenizer) == ""
+    assert (opening.class_difference({"model_type": "qwen2"}, tokenizer) == "") == (name == "qwen3")
 
 
 def test_an_export_that_opens_otherwise_is_refused(tmp_path):
@@ -59,7 +57,7 @@ def test_an_export_that_opens_otherwise_is_refused(tmp_path):
     opening.check_export(tmp_path, tokenizer)
     hub.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
     with pytest.raises(
-        UserError, match=r"as Qwen2Tokenizer, which reads texts otherwise.*is cut into.*instead of"
+        UserError, match=r"as Qwen2Tokenizer, which tokenizes differently.*is cut into.*instead of"
     ):
         opening.check_export(tmp_path, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -121,7 +119,7 @@ def test_an_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, 
         both.raw,
         lambda path, *index: sharding.to_host(leaves[path], *index),
     )
-    if opening.difference_by_type(raw, tokenizer):
+    if opening.class_difference(raw, tokenizer):
         assert family == "qwen2" and qwen.is_llama(config)
         config, read, raw = qwen.as_llama(config, read, raw)
         assert hub.config_from_hf(raw) == config
@@ -180,7 +178,7 @@ def test_a_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
 
 
 def two_readings(folder: Path) -> str:
-    return opening.two_readings(folder, hub.load_tokenizer(folder))
+    return opening.file_contradiction(folder, hub.load_tokenizer(folder))
 
 
 def test_files_that_contradict_each_other_are_told(tmp_path):
@@ -194,7 +192,7 @@ def test_files_that_contradict_each_other_are_told(tmp_path):
     )
     told = two_readings(tmp_path)
     assert told.startswith(
-        "by GPT2Tokenizer, the class that transformers opens it with here, which is followed, "
+        "by GPT2Tokenizer, the class that transformers opens it with, which is used, "
     )
     assert told.endswith(" by tokenizer.json")
     hub.write_json(

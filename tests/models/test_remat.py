@@ -213,9 +213,9 @@ def test_unknown_policy():
 )
 def test_deep_models_run_in_few_even_turns_on_gpus(layers, at_once, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert transformer._at_once(0, layers, "dots") == at_once
-    assert transformer._at_once(0, layers, "layer") == 1
-    assert transformer._at_once(5, layers, "dots") == 5
+    assert transformer._layers_per_iteration(0, layers, "dots") == at_once
+    assert transformer._layers_per_iteration(0, layers, "layer") == 1
+    assert transformer._layers_per_iteration(5, layers, "dots") == 5
 
 
 def test_a_loop_whose_turns_do_not_divide_the_layers_is_the_same():

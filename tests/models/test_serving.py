@@ -22,7 +22,7 @@ def warned(kind: str, model_type: str = "llama", rows: int = 2000, folder=None) 
     "kind, name", [("llama3", "llama-bpe"), ("qwen", "qwen2"), ("gpt2", "gpt-2")]
 )
 def test_vocabularies_that_the_converter_has_not_met_are_named(kind, name):
-    assert f"cut as '{name}' says; docs/serving.md" in warned(kind)
+    assert f"has the pre-tokenizer '{name}'; docs/serving.md" in warned(kind)
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "gpt1"])
@@ -50,7 +50,7 @@ def test_a_draft_of_other_rows_is_named_with_the_setting(tmp_path):
 )
 def test_a_published_vocabulary_is_known():
     tokenizer = hub.load_tokenizer(SHARED / "tokenizers/qwen3")
-    assert serving.known_vocabulary(tokenizer) == "qwen2"
+    assert serving.recognized_vocabulary(tokenizer) == "qwen2"
     assert not serving.warnings({"model_type": "llama", "vocab_size": 151669}, tokenizer, None)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from tests.models.parity_cases import Case, of, settings
 from tokalign_jax.models import families
-from tokalign_jax.models.modules import plus
+from tokalign_jax.models.modules import add_broadcast
 from tokalign_jax.models.transformer import abstract_params, forward
 
 
@@ -39,7 +39,9 @@ def test_what_is_added_to_all_tokens_has_the_sum_of_their_gradients(dtype):
     """Of one sign, as a sum of such terms in bfloat16 stops at some hundred of them."""
     gradient = jnp.abs(jax.random.normal(jax.random.key(0), (4, 512, 8), dtype))
     bias, positions = jnp.ones(8), jnp.ones((512, 8))
-    _, pull = jax.vjp(lambda b, p: plus(plus(jnp.zeros_like(gradient), p), b), bias, positions)
+    _, pull = jax.vjp(
+        lambda b, p: add_broadcast(add_broadcast(jnp.zeros_like(gradient), p), b), bias, positions
+    )
     exact = np.asarray(gradient, np.float64)
     for got, axes in zip(jax.jit(pull)(gradient), ((0, 1), 0)):
         assert got.dtype == jnp.float32

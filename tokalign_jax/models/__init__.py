@@ -1,3 +1,1 @@
-"""One decoder for several families: its constants, its pure functions, and Hugging Face folders in
-and out.
-"""
+"""The decoder: its config, its pure functions, and reading and writing Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""What distinguishes one decoder from another: the constants of `transformer.Transformer`."""
+"""Architecture constants of a model, read by `transformer.Transformer`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,21 +8,21 @@ from tokalign_jax.models.rotary import Rope
 
 @dataclass(frozen=True)
 class LayerKind:
-    """In what the layers of a model may differ: the mixer, and its use of positions."""
+    """The properties in which a model's layers may differ."""
 
     rope: Rope | None
-    """None: without rotary embedding."""
+    """Rotary embedding; None for none."""
     window: int | None = None
-    """A query sees this many latest positions, its own included; None: all before it."""
+    """Number of latest positions that a query sees, its own included; None for all."""
     query_growth: "QueryGrowth | None" = None
-    """Queries grow with their position; None: they do not."""
+    """Growth of queries with their position; None for none."""
     mixer: Literal["attention", "convolution", "delta"] = "attention"
-    """What mixes tokens (`mixers`)."""
+    """The token mixer (`mixers`)."""
 
 
 @dataclass(frozen=True)
 class QueryGrowth:
-    """Factor of the query at position p: 1 + beta ln(1 + floor(p / original_positions))."""
+    """Position-dependent query factor: 1 + beta ln(1 + floor(p / original_positions))."""
 
     beta: float
     original_positions: int
@@ -30,56 +30,56 @@ class QueryGrowth:
 
 @dataclass(frozen=True)
 class DeltaRule:
-    """Sizes of layers with a gated delta rule (`recurrent.DeltaNet`)."""
+    """Sizes of gated delta rule layers (`recurrent.DeltaNet`)."""
 
     num_key_heads: int
     num_value_heads: int
     key_dim: int
-    """Of a key and query head."""
+    """Size of a key and query head."""
     value_dim: int
-    """Of a value head."""
+    """Size of a value head."""
     kernel_size: int
-    """Tokens that the convolution of queries, keys and values sees."""
+    """Kernel size of the convolutions of queries, keys and values."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """Constants of layers with a short convolution (`recurrent.ShortConvolution`)."""
+    """Constants of short convolution layers (`recurrent.ShortConvolution`)."""
 
     kernel_size: int
     bias: bool
-    """On the convolution and on its projections."""
+    """Adds biases to the convolution and its projections."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of each feed-forward layer."""
+    """Constants of a mixture of experts that replaces each feed-forward layer."""
 
     count: int
     """E."""
     per_token: int
-    """How many of them a token goes through: those of the largest router probabilities."""
+    """Number of experts per token: those of the largest router probabilities."""
     normalized: bool
-    """Their probabilities are divided by their sum."""
+    """Divides the chosen experts' probabilities by their sum."""
     shared_size: int | None = None
-    """Width of an expert that all tokens go through beside; None: there is none."""
+    """Width of an additional expert for all tokens; None for none."""
     shared_gate: bool = False
-    """The shared expert is weighted by a sigmoid of the token."""
+    """Weights the shared expert by a sigmoid of the token."""
     computed: Literal["auto", "dense", "sparse"] = "auto"
-    """See `experts`; `auto`: sparse where the backend has a kernel for it."""
+    """Implementation (`experts`); `auto` is sparse on backends with a kernel for it."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every constant comes from the checkpoint's config.json (`families`); none has a default.
+    """A decoder's constants, all read from the checkpoint's config.json (`families`).
 
-    What only some families have does: it is absent.
+    Only features that some families lack have defaults, which turn them off.
     """
 
     model_type: str
-    """The Hugging Face family: names the weight table that reads and writes this model."""
+    """The Hugging Face family, which selects the weight table for reading and writing."""
     vocab_size: int
-    """V: rows of the input embedding and of the head, padding rows included."""
+    """V: rows of the input embedding and of the head, including padding rows."""
     hidden_size: int
     """D."""
     num_layers: int
@@ -91,15 +91,15 @@ class ModelConfig:
     head_dim: int
     """H."""
     intermediate_size: int
-    """F: width of the feed-forward layer, or of one expert."""
+    """F: width of the feed-forward layer, or of an expert."""
     activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "xielu"]
-    """`xielu` (arXiv 2411.13010) has parameters of its own in each layer."""
+    """Activation function; `xielu` (arXiv 2411.13010) has parameters in each layer."""
     gated_mlp: bool
     """down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))."""
     norm: Literal["rms", "layer"]
     norm_epsilon: float
     parallel_residual: bool
-    """Attention and feed-forward both read the layer's input, and their sum is added to it."""
+    """Attention and feed-forward both read the layer's input; their sum is added to it."""
     attention_bias: bool
     """Biases on q_proj, k_proj and v_proj."""
     attention_out_bias: bool
@@ -108,12 +108,12 @@ class ModelConfig:
     tie_word_embeddings: bool
     """The head is the input embedding."""
     max_positions: int
-    """The longest sequence that the model was made for, in tokens."""
+    """Maximum sequence length in tokens."""
     layer_kinds: tuple[LayerKind, ...]
-    """Of each layer."""
+    """The kind of each layer."""
 
     learned_positions: bool = False
-    """A learned vector per position, up to `max_positions`, is added to the embedding."""
+    """Adds a learned vector per position, up to `max_positions`, to the embedding."""
     embedding_norm: bool = False
     """A norm between the embedding and the first layer."""
     norm_scale: bool = True
@@ -121,32 +121,32 @@ class ModelConfig:
     norm_bias: bool = False
     """Norms of the residual stream have a learned bias."""
     norm_plus_one: bool = False
-    """Norms multiply with 1 + scale."""
+    """Norms multiply by 1 + scale."""
     norm_placement: Literal["before", "after", "both"] = "before"
-    """Where attention and feed-forward have their norms: on their input, output, or both."""
+    """Position of the norms of attention and feed-forward: on their input, output, or both."""
     shared_norm: bool = False
-    """With `parallel_residual`: attention and feed-forward share one norm of the input."""
+    """With `parallel_residual`: attention and feed-forward share one input norm."""
     query_key_norm: Literal["head", "each_head", "width"] | None = None
     """Norms of queries and keys: over H with one scale for all heads, over H with a scale for
     each head, or over all heads together."""
     rotate_before_norm: bool = False
-    """Queries and keys are rotated before their norms, not after."""
+    """Rotates queries and keys before their norms instead of after."""
     qkv_clip: float | None = None
-    """Queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected."""
+    """Clips projected queries, keys and values to [-qkv_clip, qkv_clip]."""
     attention_scale: float | None = None
-    """Factor of the attention logits; None: 1 / sqrt(H)."""
+    """Factor of the attention logits; None for 1 / sqrt(H)."""
     attention_softcap: float | None = None
     """c: attention logits x become c tanh(x / c)."""
     logit_softcap: float | None = None
     """c: logits x become c tanh(x / c) (`transformer.adjust_logits`)."""
     embedding_scale: float = 1.0
-    """Factor of the embedding before the first layer, in the type of the activations."""
+    """Factor of the embedding before the first layer, in the activation dtype."""
     residual_scale: float = 1.0
-    """Factor of what attention and feed-forward add."""
+    """Factor of the outputs of attention and feed-forward."""
     output_scale: float = 1.0
-    """Factor of the hidden states after the final norm, so that hidden @ head are the logits."""
+    """Factor of the hidden states after the final norm, so that hidden @ head gives the logits."""
     attention_gate: bool = False
-    """What attention gives is multiplied with a sigmoid of a projection of what it reads."""
+    """Multiplies attention's output by a sigmoid of a projection of its input."""
     delta: DeltaRule | None = None
     convolution: Convolution | None = None
     experts: Experts | None = None

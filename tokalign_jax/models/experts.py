@@ -1,14 +1,14 @@
-"""Mixtures of experts in the place of a feed-forward layer (arXiv 1701.06538).
+"""Mixtures of experts that replace a feed-forward layer (arXiv 1701.06538).
 
 Each token goes through a few of the experts, weighted by the router's probabilities, and through
-the shared expert if there is one. Both ways to compute that are exact and have no capacity:
+the shared expert if there is one. Both implementations are exact and without a capacity limit:
 
-- sparse: the tokens, sorted by expert, times the experts' matrices in grouped products
-  (`jax.lax.ragged_dot`), on each device for the tokens that it has;
-- dense: all experts compute all tokens, and those that a token is not sent to count for nothing, at
-  E / per_token times the arithmetic. For backends without a kernel for grouped products (CPUs).
+- sparse: grouped products (`jax.lax.ragged_dot`) of the tokens, sorted by expert, with the experts'
+  matrices, on each device for its own tokens;
+- dense: all experts compute all tokens, with weight zero where a token is not routed, at E /
+  per_token times the arithmetic. For backends without a kernel for grouped products (CPU).
 
-Dimension letters: `transformer`; R rows: a token as often as it has experts.
+Dimensions: see `transformer`; R rows, one for each pair of token and chosen expert.
 """
 
 import functools
@@ -29,19 +29,19 @@ from tokalign_jax.models.modules import (
     dropout,
     dropout_mask,
     param,
-    scaled,
-    split,
+    scale_in_float32,
+    split_keys,
 )
 from tokalign_jax.parallel import sharding
 
 
 class ExpertLinear(nnx.Module):
-    """The linear maps of all experts, with their adapters."""
+    """Linear maps of all experts, with their adapters."""
 
     def __init__(
         self, experts: int, inputs: int, outputs: int, lora: LoraSpec | None, summed: bool = False
     ):
-        """`summed`: `dense` sums over the experts."""
+        """Declares the parameters; with `summed`, `dense` sums over the experts."""
         self.kernel = param(experts, inputs, outputs)
         self.outputs = "bto" if summed else "ebto"
         self.lora = lora
@@ -52,19 +52,19 @@ class ExpertLinear(nnx.Module):
     def dense(
         self, x: Float[Array, "*E B T in"], key: jax.Array | None
     ) -> Float[Array, "*E B T out"]:
-        """y[e] = x[e] W[e], or x W[e] where `x` is the same for all experts."""
+        """Computes y[e] = x[e] W[e], or x W[e] if `x` is shared by all experts."""
         inputs = "ebti" if x.ndim == 4 else "bti"
         y = jnp.einsum(f"{inputs},eio->{self.outputs}", x, self.kernel.astype(x.dtype))
         if self.lora:
             x = dropout(x, self.lora.dropout, key)
-            low = scaled(
+            low = scale_in_float32(
                 jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype)), self.lora.scale
             )
             y += jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
         return y
 
     def weights(self) -> dict[str, Array]:
-        """What `grouped` needs."""
+        """Returns the arrays that `_product` needs."""
         names = ("kernel", "lora_a", "lora_b") if self.lora else ("kernel",)
         return {name: getattr(self, name)[...] for name in names}
 
@@ -85,12 +85,12 @@ class ExpertMLP(nnx.Module):
     def dense(
         self, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], key: jax.Array | None
     ) -> Float[Array, "B T D"]:
-        """All experts for all tokens."""
-        in_key, out_key = split(key, 2)
+        """Applies all experts to all tokens."""
+        in_key, out_key = split_keys(key, 2)
         gate, up = self.gate_proj.dense(x, in_key), self.up_proj.dense(x, in_key)
         y = ACTIVATIONS[self.activation](gate) * up
-        # Weighted before the last product, which then sums over experts: [E, B, T, D] never exists.
-        # In the type of the weights, in which their gradient is then summed over the width.
+        # Weighted before the last product, which sums over experts, so that [E, B, T, D] is never
+        # materialized; in the dtype of the weights, so that their gradient is summed in it.
         weighted = y * jnp.moveaxis(weights, -1, 0)[..., None]
         return self.down_proj.dense(weighted.astype(x.dtype), out_key)
 
@@ -101,18 +101,18 @@ class ExpertMLP(nnx.Module):
         weights: Float[Array, "B T k"],
         key: jax.Array | None,
     ) -> Float[Array, "B T D"]:
-        """The chosen experts for each token, on each device for its own tokens.
+        """Applies the chosen experts of each token, on each device for its own tokens.
 
-        Experts' matrices are gathered over `fsdp` and split over `tensor` by their width.
+        The experts' matrices are gathered over `fsdp` and split over `tensor` by their width.
         """
-        in_key, out_key = split(key, 2)
+        in_key, out_key = split_keys(key, 2)
         rate = self.lora.dropout if self.lora else 0.0
         projections = {
             name: getattr(self, name).weights() for name in ("gate_proj", "up_proj", "down_proj")
         }
         compute = functools.partial(self._grouped, rate=rate)
-        seen = dropout(x, rate, in_key) if rate and in_key is not None else None
-        arguments = (x, seen, chosen, weights, out_key, projections)
+        adapter_x = dropout(x, rate, in_key) if rate and in_key is not None else None
+        arguments = (x, adapter_x, chosen, weights, out_key, projections)
         mesh = sharding.current()
         if mesh is None:
             return compute(*arguments, axis=None)
@@ -125,8 +125,12 @@ class ExpertMLP(nnx.Module):
         inputs["lora_b"] = inputs["kernel"]
         outputs = dict.fromkeys(("kernel", "lora_a"), PartitionSpec(None, axis)) | {"lora_b": whole}
         specs = {
-            name: {part: by[part] for part in projections[name]}
-            for name, by in (("gate_proj", inputs), ("up_proj", inputs), ("down_proj", outputs))
+            name: {part: part_specs[part] for part in projections[name]}
+            for name, part_specs in (
+                ("gate_proj", inputs),
+                ("up_proj", inputs),
+                ("down_proj", outputs),
+            )
         }
         return jax.shard_map(
             functools.partial(compute, axis=axis),
@@ -137,7 +141,7 @@ class ExpertMLP(nnx.Module):
     def _grouped(
         self,
         x: Float[Array, "B T D"],
-        seen: Float[Array, "B T D"] | None,
+        adapter_x: Float[Array, "B T D"] | None,
         chosen: Int[Array, "B T k"],
         weights: Float[Array, "B T k"],
         key: jax.Array | None,
@@ -146,38 +150,46 @@ class ExpertMLP(nnx.Module):
         rate: float,
         axis: str | None,
     ) -> Float[Array, "B T D"]:
-        """`sparse` on one device, which has a part of the width under a mesh axis.
+        """Computes `sparse` on one device, which under a mesh axis holds a part of the width.
 
         Args:
-          seen: `x` as adapters see it, where they see less.
+          x: tokens.
+          adapter_x: the adapters' input after dropout, or None if it is `x`.
+          chosen: experts of each token.
+          weights: weights of these experts.
+          key: dropout key of each sequence.
+          projections: the arrays of each projection.
+          rate: dropout rate.
+          axis: the mesh axis that splits the width.
         """
         *batch, width = x.shape
         order = jnp.argsort(chosen.reshape(-1), stable=True)
-        back = jnp.argsort(order)
+        inverse = jnp.argsort(order)
         sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
         product = functools.partial(_product, sizes=sizes, scale=self.lora and self.lora.scale)
 
         def rows(tokens: Float[Array, "B T D"]) -> Float[Array, "R D"]:
             repeated = jnp.repeat(tokens.reshape(-1, 1, width), chosen.shape[-1], axis=1)
-            return _permuted(repeated.reshape(-1, width), order, back)
+            return _permute(repeated.reshape(-1, width), order, inverse)
 
-        plain = rows(x)
-        seen_rows = plain if seen is None else rows(seen)
-        gate = product(plain, seen_rows, projections["gate_proj"])
-        up = product(plain, seen_rows, projections["up_proj"])
+        x_rows = rows(x)
+        adapter_rows = x_rows if adapter_x is None else rows(adapter_x)
+        gate = product(x_rows, adapter_rows, projections["gate_proj"])
+        up = product(x_rows, adapter_rows, projections["up_proj"])
         y = ACTIVATIONS[self.activation](gate) * up
-        by_row = _permuted(weights.reshape(-1, 1), order, back)
-        y = (y * by_row).astype(x.dtype)
-        seen_rows = y
-        if seen is not None and key is not None:
-            kept = self._kept(y, key, chosen, order, rate, axis)
-            seen_rows = jnp.where(kept, scaled(y, 1 / (1 - rate)), 0)
-        out = product(y, seen_rows, projections["down_proj"])
-        total = _permuted(out, back, order).reshape(*batch, -1, width).astype(jnp.float32).sum(-2)
+        row_weights = _permute(weights.reshape(-1, 1), order, inverse)
+        y = (y * row_weights).astype(x.dtype)
+        adapter_rows = y
+        if adapter_x is not None and key is not None:
+            keep = self._keep_mask(y, key, chosen, order, rate, axis)
+            adapter_rows = jnp.where(keep, scale_in_float32(y, 1 / (1 - rate)), 0)
+        out = product(y, adapter_rows, projections["down_proj"])
+        out = _permute(out, inverse, order).reshape(*batch, -1, width)
+        total = out.astype(jnp.float32).sum(-2)
         total = total if axis is None else jax.lax.psum(total, axis)
         return total.astype(x.dtype)
 
-    def _kept(
+    def _keep_mask(
         self,
         y: Float[Array, "R F"],
         key: jax.Array,
@@ -186,19 +198,19 @@ class ExpertMLP(nnx.Module):
         rate: float,
         axis: str | None,
     ) -> Array:
-        """Dropout's mask of rows, which is that of `dense`: by expert, position and element."""
+        """Returns the rows' dropout mask, equal to that of `dense`."""
         _, length, choices = chosen.shape
         token = order // choices
         parts = 1 if axis is None else jax.lax.axis_size(axis)
         first = 0 if axis is None else jax.lax.axis_index(axis) * y.shape[-1]
         row = chosen.reshape(-1)[order] * length + token % length
-        number = row[:, None] * (y.shape[-1] * parts) + first + jnp.arange(y.shape[-1])
+        index = row[:, None] * (y.shape[-1] * parts) + first + jnp.arange(y.shape[-1])
         mask = functools.partial(dropout_mask, rate=rate)
-        return jax.vmap(mask)(number.astype(jnp.uint32), key[token // length])
+        return jax.vmap(mask)(index.astype(jnp.uint32), key[token // length])
 
 
 class MixtureOfExperts(nnx.Module):
-    """Each token through its few experts, and through the shared one if there is one."""
+    """Router, experts, and optionally a shared expert that all tokens go through."""
 
     def __init__(self, config: ModelConfig, experts: Experts, lora: LoraSpec | None):
         self.settings = experts
@@ -210,7 +222,8 @@ class MixtureOfExperts(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
-        key, shared_key = split(key, 2) if self.shared else (key, None)
+        """Applies the mixture; `key` is for dropout in the adapters."""
+        key, shared_key = split_keys(key, 2) if self.shared else (key, None)
         probabilities = jax.nn.softmax(self.router(x.astype(jnp.float32), None))
         weights, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
         if self.settings.normalized:
@@ -218,14 +231,14 @@ class MixtureOfExperts(nnx.Module):
         if self._is_sparse:
             y = self.experts.sparse(x, chosen, weights, key)
         else:
-            places = jax.nn.one_hot(chosen, self.settings.count, dtype=jnp.float32)
-            y = self.experts.dense(x, jnp.einsum("btk,btke->bte", weights, places), key)
+            one_hot = jax.nn.one_hot(chosen, self.settings.count, dtype=jnp.float32)
+            y = self.experts.dense(x, jnp.einsum("btk,btke->bte", weights, one_hot), key)
         if self.shared is None:
             return y
         shared = self.shared(x, shared_key)
         if self.shared_gate is not None:
-            open_ = jax.nn.sigmoid(self.shared_gate(x, None).astype(jnp.float32))
-            shared = (open_ * shared).astype(x.dtype)
+            gate = jax.nn.sigmoid(self.shared_gate(x, None).astype(jnp.float32))
+            shared = (gate * shared).astype(x.dtype)
         return y + shared
 
     @property
@@ -237,29 +250,31 @@ class MixtureOfExperts(nnx.Module):
 
 def _product(
     x: Float[Array, "R in"],
-    seen: Float[Array, "R in"],
+    adapter_x: Float[Array, "R in"],
     weights: dict[str, Array],
     *,
     sizes: Int[Array, "E"],
     scale: float | None,
 ) -> Float[Array, "R out"]:
-    """Rows times the matrices of their experts; `seen` is what the adapters multiply."""
+    """Multiplies rows with their experts' matrices, and `adapter_x` with the adapters."""
     y = jax.lax.ragged_dot(x, weights["kernel"].astype(x.dtype), sizes)
     if scale is not None:
-        low = scaled(jax.lax.ragged_dot(seen, weights["lora_a"].astype(x.dtype), sizes), scale)
+        low = scale_in_float32(
+            jax.lax.ragged_dot(adapter_x, weights["lora_a"].astype(x.dtype), sizes), scale
+        )
         y += jax.lax.ragged_dot(low, weights["lora_b"].astype(x.dtype), sizes)
     return y
 
 
 @jax.custom_vjp
-def _permuted(
-    x: Float[Array, "R D"], order: Int[Array, "R"], back: Int[Array, "R"]
+def _permute(
+    x: Float[Array, "R D"], order: Int[Array, "R"], inverse: Int[Array, "R"]
 ) -> Float[Array, "R D"]:
-    """Rows in another order, whose inverse is `back`. Autodiff would scatter the gradients."""
+    """Permutes rows, and gradients by the `inverse` permutation, where autodiff would scatter."""
     return x[order]
 
 
-_permuted.defvjp(
-    lambda x, order, back: (x[order], back),
-    lambda back, gradient: (gradient[back], None, None),
+_permute.defvjp(
+    lambda x, order, inverse: (x[order], inverse),
+    lambda inverse, gradient: (gradient[inverse], None, None),
 )

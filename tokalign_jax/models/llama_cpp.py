@@ -1,7 +1,7 @@
-"""What llama.cpp knows of tokenizers (release of November 2026, convert_hf_to_gguf.py).
+"""Tokenizer tables of llama.cpp (release of November 2026, convert_hf_to_gguf.py).
 
-It tells BPE vocabularies apart by a hash of the ids of one text, and keeps of their pre-tokenizers
-only a name; its own code then cuts text as that name says.
+llama.cpp identifies a BPE vocabulary by a hash of the ids of one text, and stores only the name of
+its pre-tokenizer, which its own code implements.
 """
 
 TEXT = (
@@ -119,6 +119,4 @@ PRE_TOKENIZERS = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
 }
-"""The cuts of a byte-level pre-tokenizer (`serving.cuts`) -> the name under which llama.cpp makes
-them.
-"""
+"""Steps of a byte-level pre-tokenizer (`serving.pre_tokenizer_steps`) -> llama.cpp's name."""

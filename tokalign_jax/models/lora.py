@@ -1,10 +1,10 @@
-"""Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) dropout(x) A B on every projection
-of every layer.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on every projection of every layer.
+
+y = x W + (alpha / rank) dropout(x) A B.
 
 L layers, E experts, r rank. The factors are float32 leaves beside the kernel they adapt: `lora_a`
-[L, in, r] and `lora_b` [L, r, out], for experts [L, E, in, r] and [L, E, r, out]. A mixture's
-router keeps to its kernel: which experts a token goes to is no matter of the vocabulary, and would
-jump.
+[L, in, r] and `lora_b` [L, r, out], for experts [L, E, in, r] and [L, E, r, out]. The router of a
+mixture of experts has none: routing does not depend on the vocabulary, and changes abruptly.
 """
 
 import functools
@@ -22,25 +22,28 @@ from tokalign_jax.utils import paths
 
 @dataclass(frozen=True)
 class LoraSpec:
+    """Hyperparameters of the adapters."""
+
     rank: int
     alpha: float
     dropout: float
-    """Share of a projection's inputs that the adapter does not see, drawn anew for each input while
-    training: projections that read the same lose the same.
+    """Share of a projection's inputs that the adapter drops during training. Projections with the
+    same input share the mask.
     """
 
     @property
     def scale(self) -> float:
+        """Factor of A B."""
         return self.alpha / self.rank
 
 
 def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str, Any]:
-    """`params` with adapters beside each kernel of the layers; they change nothing yet.
+    """Adds adapters to the kernels of the layers, initialized to change nothing.
 
     A is uniform in +-1/sqrt(in), B zero.
     """
     leaves = paths.flatten(params)
-    projections = _projections(leaves)
+    projections = _projection_paths(leaves)
     for name, k in zip(projections, jax.random.split(key, len(projections))):
         *stack, inputs, outputs = leaves[f"{name}/kernel"].shape
         bound = inputs**-0.5
@@ -52,7 +55,7 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
 
 
 class Adapter(NamedTuple):
-    """The trained adapter of one stacked kernel [*S, in, out], S the layers (and experts)."""
+    """The trained adapter of a stacked kernel [*S, in, out], S being layers (and experts)."""
 
     spec: LoraSpec
     a: Float[Array, "*S in r"]
@@ -62,17 +65,21 @@ class Adapter(NamedTuple):
 def merged(
     kernel: Any, adapters: Sequence[Adapter], index: tuple[int, ...]
 ) -> Float[Array, "*E in out"]:
-    """One layer's kernel with its adapters added, in float32.
+    """Returns one layer's kernel in float32 with its adapters added.
 
-    Not compiled as one program: XLA would contract product and sum into fused multiply-adds, and
-    the digits of an exported model would depend on how it was merged.
+    Not jitted as a whole: XLA would contract product and sum into fused multiply-adds, and the
+    digits of an exported model would depend on how it was merged.
 
-    Args: kernel: [in, out] of one layer or expert, or [E, in, out] of all experts of a layer; of
-      any float type. index: of the layer (and expert) in the adapters.
+    Args:
+      kernel: [in, out] of a layer or expert, or [E, in, out] of all experts of a layer; any float
+        dtype.
+      adapters: the adapters of the stacked kernel.
+      index: index of the layer (and expert) in the stack.
     """
-    place, total = np.array(index, np.int32), jnp.asarray(kernel).astype(jnp.float32)
+    position, total = np.array(index, np.int32), jnp.asarray(kernel).astype(jnp.float32)
     for spec, a, b in adapters:
-        update = jnp.matmul(_take(a, place), _take(b, place), precision=jax.lax.Precision.HIGHEST)
+        a, b = _take(a, position), _take(b, position)
+        update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         total = total + spec.scale * update
     return total
 
@@ -80,19 +87,19 @@ def merged(
 def merge_into(
     kernel: Float[Array, "*S in out"], adapters: Sequence[Adapter]
 ) -> Float[Array, "*S in out"]:
-    """The stacked kernel, in its own type, with its adapters added one layer at a time, in place.
+    """Adds adapters to a stacked kernel in its own dtype, in place, one layer at a time.
 
-    `kernel` is donated: beside it and the adapters only a few float32 matrices of one layer exist.
+    `kernel` is donated; additional memory is a few float32 matrices of one layer.
     """
     for index in np.ndindex(kernel.shape[:-2]):
-        place = np.array(index, np.int32)
-        kernel = _put(kernel, merged(_take(kernel, place), adapters, index), place)
+        position = np.array(index, np.int32)
+        kernel = _put(kernel, merged(_take(kernel, position), adapters, index), position)
     return kernel
 
 
 @jax.jit
 def _take(stack: Float[Array, "*S in out"], index: Int[Array, "s"]) -> Float[Array, "*E in out"]:
-    """`stack[index]`, by one program for all indices."""
+    """Returns `stack[index]`, compiled once for all indices."""
     rest = stack.shape[len(index) :]
     start = (*index, *(0 for _ in rest))
     return jax.lax.dynamic_slice(stack, start, (1,) * len(index) + rest).reshape(rest)
@@ -106,8 +113,8 @@ def _put(
     return jax.lax.dynamic_update_slice(stack, matrix, (*index, 0, 0))
 
 
-def _projections(leaves: dict[str, Any]) -> list[str]:
-    """Paths of the layers' projections, always in one order."""
+def _projection_paths(leaves: dict[str, Any]) -> list[str]:
+    """Returns the sorted paths of the layers' projections."""
     ending = "_proj/kernel"
     return sorted(
         path.removesuffix("/kernel")

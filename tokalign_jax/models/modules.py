@@ -1,6 +1,6 @@
 """Building blocks of the decoder's layers: linear maps with adapters, norms, feed-forward.
 
-Dimension letters: `transformer`.
+Dimensions: see `transformer`.
 """
 
 import functools
@@ -21,7 +21,7 @@ from tokalign_jax.models.lora import LoraSpec
 
 
 def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU, computed in float32 by erf: jax.nn.gelu's erfc costs several times the arithmetic."""
+    """GELU by erf in float32: the erfc of jax.nn.gelu costs several times the arithmetic."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
@@ -36,7 +36,7 @@ ACTIVATIONS = {
 
 
 class Linear(nnx.Module):
-    """y = x W + b, and with adapters + (alpha / rank) dropout(x) A B."""
+    """Linear map y = x W + b, plus (alpha / rank) dropout(x) A B with adapters."""
 
     def __init__(
         self,
@@ -44,19 +44,23 @@ class Linear(nnx.Module):
         outputs: int,
         bias: bool,
         lora: LoraSpec | None,
-        kept_as: str | None = rematerialization.PROJECTED,
+        remat_name: str | None = rematerialization.PROJECTIONS,
     ):
-        """Declare the parameters.
+        """Declares the parameters.
 
         Args:
-          kept_as: checkpoint name of x W, for remat policies; None: no policy keeps it. It is named
-            before the bias is added: on a GPU, a product without a bias reads its weights from the
-            stack of all layers in place, while one with a bias needs a copy of them.
+          inputs: input size.
+          outputs: output size.
+          bias: adds a bias.
+          lora: adds adapters.
+          remat_name: checkpoint name of x W for remat policies; None if no policy saves it. The
+            bias is added to the named array: on GPU, a product without a fused bias reads its
+            weights from the stack of all layers in place, while a fused one needs a copy.
         """
         self.kernel = param(inputs, outputs)
         self.bias = param(outputs) if bias else None
         self.lora = lora
-        self.kept_as = kept_as
+        self.remat_name = remat_name
         if lora:
             self.lora_a = param(inputs, lora.rank)
             self.lora_b = param(lora.rank, outputs)
@@ -67,50 +71,50 @@ class Linear(nnx.Module):
         key: jax.Array | None,
         low: Float[Array, "B T r"] | None = None,
     ) -> Float[Array, "B T out"]:
-        """`low`: what `lows` gives for this map; None: it is computed here."""
+        """Applies the map; `low` is its result of `lora_down`, if computed already."""
         y = x @ self.kernel.astype(x.dtype)
         if self.lora:
-            (low,) = lows([self], x, key) if low is None else (low,)
+            (low,) = lora_down([self], x, key) if low is None else (low,)
             y += low @ self.lora_b.astype(x.dtype)
-        y = y if self.kept_as is None else checkpoint_name(y, self.kept_as)
-        return y if self.bias is None else plus(y, self.bias)
+        y = y if self.remat_name is None else checkpoint_name(y, self.remat_name)
+        return y if self.bias is None else add_broadcast(y, self.bias)
 
 
-def lows(linears: Sequence[Linear], x: Float[Array, "B T in"], key: jax.Array | None) -> list[Any]:
-    """alpha / rank dropout(x) A for linear maps that share their input, in one product.
+def lora_down(
+    linears: Sequence[Linear], x: Float[Array, "B T in"], key: jax.Array | None
+) -> list[Any]:
+    """Computes alpha / rank dropout(x) A for maps that share their input, in one product.
 
-    None for each without adapters.
+    Returns None for each map if there are no adapters.
     """
     lora = linears[0].lora
     if lora is None:
         return [None] * len(linears)
     a = jnp.concatenate([linear.lora_a[...].astype(x.dtype) for linear in linears], axis=-1)
-    # The factor where there are few numbers: in the rank.
-    low = scaled(dropout(x, lora.dropout, key) @ a, lora.scale)
+    # Scaled in the rank, the smallest dimension.
+    low = scale_in_float32(dropout(x, lora.dropout, key) @ a, lora.scale)
     return jnp.split(low, len(linears), axis=-1)
 
 
 @jax.custom_vjp
-def plus(x: Float[Array, "*B N"], added: Float[Array, "*A N"]) -> Float[Array, "*B N"]:
-    """x + a in the type of x; the gradient of a is summed over x's leading axes in float32.
+def add_broadcast(x: Float[Array, "*B N"], added: Float[Array, "*A N"]) -> Float[Array, "*B N"]:
+    """Adds a lower-rank array in the dtype of x, summing its gradient in float32.
 
-    Autodiff sums it in the type of x, and a sequential sum in bfloat16 stops growing at some
-    hundred times its terms. XLA for NVIDIA sums in a tree, with a relative error of 5e-3 over
-    16,384 tokens, fused into the operation before: left so, as a float32 sum would be a pass of its
-    own over memory.
+    Autodiff would sum that gradient over x's leading axes in the dtype of x, and a sequential sum
+    in bfloat16 stops growing at some hundred times its terms. On NVIDIA GPUs the native sum is
+    kept: XLA sums in a tree, with a relative error of 5e-3 over 16,384 tokens, fused into the
+    operation before it; a float32 sum would take a pass over memory.
     """
     return x + added.astype(x.dtype)
 
 
-def _plus_forward(x: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return plus(x, added), added
+def _add_forward(x: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return add_broadcast(x, added), added
 
 
-def _plus_backward(added: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    axes, wide = (
-        tuple(range(gradient.ndim - added.ndim)),
-        jnp.promote_types(gradient.dtype, jnp.float32),
-    )
+def _add_backward(added: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(gradient.ndim - added.ndim))
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
     summed = jax.lax.platform_dependent(
         gradient,
         cuda=lambda gradient: jax.lax.reduce_sum(gradient, axes).astype(wide),
@@ -119,20 +123,21 @@ def _plus_backward(added: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ja
     return gradient, summed.astype(added.dtype)
 
 
-plus.defvjp(_plus_forward, _plus_backward)
+add_broadcast.defvjp(_add_forward, _add_backward)
 
 
 class Norm(nnx.Module):
-    """Layer norm (mean removed) or RMS norm over the last axis."""
+    """Layer norm or RMS norm over the last axis."""
 
     def __init__(self, config: ModelConfig, *shape: int, bias: bool = False, gain: float = 1.0):
-        """`shape`: of the scale; `gain`: one more factor of the result."""
+        """Declares a scale (and bias) of `shape`; the result is multiplied by `gain`."""
         self.config = config
         self.gain = gain
         self.scale = param(*shape) if config.norm_scale else None
         self.bias = param(*shape) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Normalizes `x` in float32, keeping its dtype."""
         if self.scale is None:
             scale = jnp.full(x.shape[-1:], self.gain, jnp.float32)
         else:
@@ -151,6 +156,7 @@ class XIELU(nnx.Module):
         self.beta, self.epsilon = param(), param()
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Applies the activation."""
         wide = x.astype(jnp.float32)
         beta, epsilon = (
             jax.lax.stop_gradient(leaf.astype(jnp.float32)) for leaf in (self.beta, self.epsilon)
@@ -166,7 +172,7 @@ class MLP(nnx.Module):
     """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None, width: int | None = None):
-        """`width`: F, where it is not the model's."""
+        """Declares the projections; `width` is F if it differs from the model's."""
         self.activation = config.activation
         self.xielu = XIELU() if config.activation == "xielu" else None
         width = width or config.intermediate_size
@@ -176,26 +182,25 @@ class MLP(nnx.Module):
         self.down_proj = linear(width, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
-        in_key, out_key = split(key, 2)
+        """Applies the feed-forward; `key` is for dropout in the adapters."""
+        in_key, out_key = split_keys(key, 2)
         activation: Any = self.xielu or ACTIVATIONS[self.activation]
         if self.gate_proj is None:
             return self.down_proj(activation(self.up_proj(x, in_key)), out_key)
-        for_up, for_gate = lows([self.up_proj, self.gate_proj], x, in_key)
-        y = self.up_proj(x, in_key, for_up)
-        y = activation(self.gate_proj(x, in_key, for_gate)) * y
+        up_low, gate_low = lora_down([self.up_proj, self.gate_proj], x, in_key)
+        y = self.up_proj(x, in_key, up_low)
+        y = activation(self.gate_proj(x, in_key, gate_low)) * y
         return self.down_proj(y, out_key)
 
 
 def param(*shape: int) -> nnx.Param:
-    """Declares a parameter; only its shape is ever looked at."""
+    """Declares a parameter, of which only the shape is used."""
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normed(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: float) -> Array:
-    """Layer norm (`centred`) or RMS norm over the last axis, in float32; the result has the type of
-    `x`.
-    """
+    """Layer norm (`centred`) or RMS norm over the last axis, in float32; keeps the dtype of `x`."""
     return _norm(x, scale, bias, centred, epsilon)
 
 
@@ -206,7 +211,7 @@ def _norm(x: Array, scale: Array, bias: Array | None, centred: bool, epsilon: fl
 
 
 def _moments(x: Array, centred: bool, epsilon: float) -> tuple[Array, Array]:
-    """What a norm takes off, and what it then multiplies with."""
+    """Returns the mean (zero unless `centred`) and the reciprocal standard deviation."""
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True) if centred else jnp.zeros_like(wide[..., :1])
     return mean, jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
@@ -217,11 +222,13 @@ def _normed_forward(x: Array, scale: Array, bias: Array | None, centred: bool, e
 
 
 def _normed_backward(
-    centred: bool, epsilon: float, kept: tuple[Array, Array, Array | None], gradient: Array
+    centred: bool, epsilon: float, residuals: tuple[Array, Array, Array | None], gradient: Array
 ):
-    """Autodiff's gradient, with sums over tokens that recompute the moments from `x`: sharing the
-    normed tokens with the gradient of `x` would keep a float32 array."""
-    x, scale, bias = kept
+    """Autodiff's gradient, but recomputes the moments from `x` for the sums over tokens.
+
+    Sharing the normed tokens with the gradient of `x` would keep a float32 array alive.
+    """
+    x, scale, bias = residuals
     (x_gradient,) = jax.vjp(lambda x: _norm(x, scale, bias, centred, epsilon), x)[1](gradient)
     wide, tokens = gradient.astype(jnp.float32), tuple(range(x.ndim - scale.ndim))
     mean, factor = jax.lax.optimization_barrier(_moments(x, centred, epsilon))
@@ -233,30 +240,33 @@ _normed.defvjp(_normed_forward, _normed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def each(x: Float[Array, "..."], times: int) -> list[Any]:
-    """`x` for each of the products that read it. Gradients are added in the order of the readers,
-    which the compiler fuses into the products; autodiff's order takes a pass of its own.
+def fan_out(x: Float[Array, "..."], times: int) -> list[Any]:
+    """Copies `x` for each product that reads it, adding gradients in the order of the readers.
+
+    The compiler fuses additions in that order into the products; autodiff's order takes an
+    additional pass.
     """
     return [x] * times
 
 
-def _each_forward(x: Array, times: int):
-    return each(x, times), None
+def _fan_out_forward(x: Array, times: int):
+    return fan_out(x, times), None
 
 
-def _each_backward(times: int, _: None, gradients: list[Array]):
-    return (functools.reduce(lambda total, one: one + total, gradients),)
+def _fan_out_backward(times: int, _: None, gradients: list[Array]):
+    return (functools.reduce(lambda total, part: part + total, gradients),)
 
 
-each.defvjp(_each_forward, _each_backward)
+fan_out.defvjp(_fan_out_forward, _fan_out_backward)
 
 
-def apply(norm: Norm | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
+def apply_norm(norm: Norm | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Applies a norm, or the identity for None."""
     return x if norm is None else norm(x)
 
 
-def split(key: jax.Array | None, count: int):
-    """`count` times as many keys: [count, B] from [B]."""
+def split_keys(key: jax.Array | None, count: int):
+    """Splits each key: [count, B] from [B], or a list of None."""
     return (
         [None] * count
         if key is None
@@ -264,37 +274,36 @@ def split(key: jax.Array | None, count: int):
     )
 
 
-def scaled(x: Array, factor: float) -> Array:
-    """`x` times a number, in the type of `x`; multiplied in float32, as a bfloat16 factor is off by
-    up to 0.4%.
-    """
+def scale_in_float32(x: Array, factor: float) -> Array:
+    """Multiplies in float32, keeping the dtype: a bfloat16 factor is off by up to 0.4%."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def dropout(
     x: Float[Array, "*E B T D"], rate: float, key: jax.Array | None
 ) -> Float[Array, "*E B T D"]:
-    """Drops a share of `x` that is `rate`.
+    """Zeroes a share `rate` of the elements and scales the others by 1 / (1 - rate).
 
-    The mask is a hash of each element's index in its sequence, seeded by the sequence's key: it
-    fuses with its use, where random bits are a program of their own and an array in memory.
+    The mask is a hash of each element's index in its sequence, seeded by the sequence's key. It
+    fuses with its use, whereas random bits are a computation and an array of their own.
     """
     if key is None or rate == 0:
         return x
     *shape, width = (*x.shape[:-3], *x.shape[-2:])
-    number = jax.lax.iota(jnp.uint32, math.prod(shape) * width).reshape(*shape, width)
-    kept = jax.vmap(lambda key: dropout_mask(number, key, rate), out_axes=-3)(key)
-    return jnp.where(kept, scaled(x, 1 / (1 - rate)), 0)
+    index = jax.lax.iota(jnp.uint32, math.prod(shape) * width).reshape(*shape, width)
+    keep = jax.vmap(lambda key: dropout_mask(index, key, rate), out_axes=-3)(key)
+    return jnp.where(keep, scale_in_float32(x, 1 / (1 - rate)), 0)
 
 
-def dropout_mask(number: UInt32[Array, "..."], key: jax.Array, rate: float) -> Bool[Array, "..."]:
-    """Which elements of a sequence, by their numbers in it, `dropout` keeps."""
-    return _hash(number, jax.random.key_data(key)) >= np.uint32(rate * 2**32)
+def dropout_mask(index: UInt32[Array, "..."], key: jax.Array, rate: float) -> Bool[Array, "..."]:
+    """Returns True for the elements that `dropout` keeps, by their index in a sequence."""
+    return _hash(index, jax.random.key_data(key)) >= np.uint32(rate * 2**32)
 
 
 def _hash(x: UInt32[Array, "..."], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
-    """A hash of 32-bit integers: `triple32` (C. Wellons, Prospecting for hash functions), with half
-    of the seed mixed in before each of the first two rounds.
+    """Hashes 32-bit integers by `triple32` (C. Wellons, Prospecting for hash functions).
+
+    Half of the seed is mixed in before each of the first two rounds.
     """
     x ^= seed[0]
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB) + seed[1]

@@ -1,7 +1,7 @@
-"""Whether AutoTokenizer reads a folder as its tokenizer.json says, and an export as it was trained.
+"""Checks that AutoTokenizer follows a folder's tokenizer.json, before and after an export.
 
-transformers forces a tokenizer class by some values of `model_type`, and some classes rebuild
-normaliser and pre-tokenizer: Qwen 2's cuts every vocabulary by Qwen's expression.
+transformers forces a tokenizer class for some values of `model_type`, and some classes rebuild the
+normalizer and pre-tokenizer: Qwen 2's applies Qwen's regular expression to every vocabulary.
 """
 
 import tempfile
@@ -16,10 +16,11 @@ from tokalign_jax.models import hub
 from tokalign_jax.text import reopening
 
 
-def difference_by_type(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """How AutoTokenizer reads `tokenizer` otherwise when exported beside this config.json; else "".
+def class_difference(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Describes how AutoTokenizer would change `tokenizer` if exported with this config.json.
 
-    In words that begin with the class.
+    Returns:
+      A description that begins with the tokenizer class, or "" if nothing changes.
     """
     with tempfile.TemporaryDirectory(prefix="export_") as name:
         folder = Path(name)
@@ -31,73 +32,74 @@ def difference_by_type(config: Mapping[str, Any], tokenizer: PreTrainedTokenizer
 
 
 def check_export(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Opens an exported folder as its users do, in a process of its own, and compares.
+    """Opens an exported folder in a new process, as its users do, and compares the tokenizers.
 
     Raises:
-      UserError: it cannot be opened, or reads texts otherwise than `tokenizer`.
+      UserError: the folder cannot be opened, or tokenizes differently from `tokenizer`.
     """
     try:
-        found = reopening.read_afresh(folder)
+        reopened = reopening.read_afresh(folder)
     except RuntimeError as error:
         raise UserError(
-            f"AutoTokenizer cannot open the exported folder '{folder}' ({error}): check that"
-            " transformers is installed completely, then run the same command again"
+            f"AutoTokenizer cannot open the exported folder '{folder}' ({error}): check that the"
+            " installation of transformers is complete, then run the same command again"
         ) from error
-    if problem := reopening.difference(reopening.read(tokenizer), found):
+    if problem := reopening.difference(reopening.read(tokenizer), reopened):
         raise UserError(
-            f"AutoTokenizer opens the exported folder '{folder}' as {found['class']}, which reads"
-            f" texts otherwise than the target tokenizer does: {problem}. Open the folder with"
+            f"AutoTokenizer opens the exported folder '{folder}' as {reopened['class']}, which"
+            f" tokenizes differently from the target tokenizer: {problem}. Open the folder with"
             " transformers.PreTrainedTokenizerFast, or install another version of transformers and"
             " run the same command again"
         )
 
 
-def two_readings(folder: Path, opened: PreTrainedTokenizerBase) -> str:
-    """How the files of a tokenizer's folder contradict each other, in words; "" where they do not.
+def file_contradiction(folder: Path, opened: PreTrainedTokenizerBase) -> str:
+    """Describes how the files of a tokenizer folder contradict each other; "" if they agree.
 
     Args:
-      opened: the folder's tokenizer as AutoTokenizer gives it.
+      folder: the tokenizer's folder.
+      opened: the same tokenizer, opened by AutoTokenizer.
     """
     state = hub.read_json(folder / "tokenizer.json")
     if state is None:
         return ""
-    if problem := _other_vocabulary(folder, state["model"]):
+    if problem := _vocabulary_contradiction(folder, state["model"]):
         return problem
     if type(opened) is PreTrainedTokenizerFast:
         return ""
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
     problem = reopening.cut_difference(reopening.read(plain), reopening.read(opened))
     return problem and (
-        f"by {type(opened).__name__}, the class that transformers opens it with here, which is"
-        f" followed, {problem} by tokenizer.json"
+        f"by {type(opened).__name__}, the class that transformers opens it with, which is used,"
+        f" {problem} by tokenizer.json"
     )
 
 
-def _other_vocabulary(folder: Path, model: Mapping[str, Any]) -> str:
-    """How vocab.json or merges.txt contradict the model of the tokenizer.json beside them."""
-    known, vocabulary = model.get("vocab"), hub.read_json(folder / "vocab.json")
-    if vocabulary and isinstance(known, dict):
-        for token, index in known.items():
+def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
+    """Describes how vocab.json or merges.txt contradict the model of tokenizer.json."""
+    token_ids, vocabulary = model.get("vocab"), hub.read_json(folder / "vocab.json")
+    if vocabulary and isinstance(token_ids, dict):
+        for token, index in token_ids.items():
             if vocabulary.get(token, index) != index:
                 return (
-                    f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json"
-                    f" {index}, which is followed"
+                    f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json gives"
+                    f" it {index}; tokenizer.json is used"
                 )
     file = folder / "merges.txt"
     if not file.is_file() or "merges" not in model:
         return ""
-    listed = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    expected = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     lines = file.read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    for number, (one, other) in enumerate(zip(merges, listed), start=1):
-        if one != other:
+    for number, (ours, theirs) in enumerate(zip(merges, expected), start=1):
+        if ours != theirs:
             return (
-                f"merge {number} is {one!r} in merges.txt and {other!r} in tokenizer.json, which is"
-                " followed"
+                f"merge {number} is {ours!r} in merges.txt and {theirs!r} in tokenizer.json;"
+                " tokenizer.json is used"
             )
-    if len(merges) != len(listed):
+    if len(merges) != len(expected):
         return (
-            f"merges.txt has {len(merges):,} merges, tokenizer.json {len(listed):,}; the latter is"
-            " followed"
+            f"merges.txt has {len(merges):,} merges, tokenizer.json has {len(expected):,};"
+            " tokenizer.json is used"
         )
     return ""

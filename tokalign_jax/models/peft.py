@@ -1,4 +1,4 @@
-"""Write adapters as a folder that PEFT reads (https://github.com/huggingface/peft)."""
+"""Writing adapters as a folder for PEFT (https://github.com/huggingface/peft)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,25 +19,25 @@ from tokalign_jax.parallel import sharding
 from tokalign_jax.utils import paths
 
 FOLDER = "adapter"
-"""Name of the folder, inside the model's."""
+"""Name of the adapter folder within the model's folder."""
 
 
 def check(config: ModelConfig) -> None:
-    """Refuses models whose adapters PEFT has no module for.
+    """Refuses models whose adapters PEFT does not support.
 
     Raises:
-      UserError: the model has experts, which are no modules of their own in transformers.
+      UserError: the model has experts, which are not modules in transformers.
     """
     if config.experts is not None:
         raise UserError(
             "export.adapters=apart: PEFT has no adapters for the experts of a"
-            f" '{config.model_type}' model, which transformers keeps in one parameter a layer; use"
-            " export.adapters=merged"
+            f" '{config.model_type}' model, which transformers stores as one parameter per layer;"
+            " use export.adapters=merged"
         )
 
 
 class _Factors(NamedTuple):
-    """One adapter of a module: W + B A, scale and all."""
+    """The factors of a module's adapter: W + B A, including the scale."""
 
     a: np.ndarray
     """[r, in]"""
@@ -54,25 +54,27 @@ def save_adapters(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, in float32.
 
-    Several adapters of one kernel become one of their ranks' sum; so do those of projections that
-    are one tensor in the checkpoint, with zeros where they do not meet.
+    Several adapters of a kernel are combined into one whose rank is their sum; so are the adapters
+    of projections that are one tensor in the checkpoint, as a block-diagonal matrix.
 
     Args:
-      adapters: by path of the kernel.
+      folder: the new folder.
+      config: the model's config.
+      adapters: adapters by the path of their kernel.
       stored: names of the checkpoint's tensors.
-      writes: False in all but one of several processes; all call this.
+      writes: True in the one process that writes; all processes must call this.
     """
     check(config)
-    factors = {path: [_factors(one) for one in several] for path, several in adapters.items()}
+    factors = {path: [_factors(adapter) for adapter in group] for path, group in adapters.items()}
     shapes = {path: leaf.shape for path, leaf in paths.flatten(abstract_params(config)).items()}
     modules: dict[str, _Factors] = {}
     for weight in weight_table(config, stored):
         if factors.keys().isdisjoint(weight.leaves):
             continue
         for part in weight.slices(config.num_layers):
-            usual, *others = weight.names(part)
-            name = next((name for name in (usual, *others) if name in stored), usual)
-            module = _of_module(weight, part, factors, shapes, _is_transposed(config))
+            default, *others = weight.names(part)
+            name = next((name for name in (default, *others) if name in stored), default)
+            module = _module_factors(weight, part, factors, shapes, _is_transposed(config))
             modules[name.removesuffix(".weight")] = module
     if not writes:
         return
@@ -87,16 +89,16 @@ def save_adapters(
 
 
 def _config(config: ModelConfig, modules: Mapping[str, _Factors]) -> dict[str, Any]:
-    """Ranks are those of the factors, into which the scale is multiplied: alpha is the rank."""
+    """Returns the settings; alpha is the rank, since the factors include the scale."""
     ranks = {name: len(factors.a) for name, factors in modules.items()}
-    usual = min(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    default = min(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != default}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
+        "r": default,
+        "lora_alpha": default,
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": 0.0,
@@ -107,12 +109,12 @@ def _config(config: ModelConfig, modules: Mapping[str, _Factors]) -> dict[str, A
 
 
 def _is_transposed(config: ModelConfig) -> bool:
-    """Whether weights are stored as [in, out]."""
+    """Tells if weights are stored as [in, out]."""
     return config.model_type == "gpt2"
 
 
 def _factors(adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
-    """Both factors on the host, [L, in, r] and [L, r, out], the second with the scale in it."""
+    """Returns both factors on the host, [L, in, r] and [L, r, out], the second scaled."""
     spec, a, b = adapter
     return _host(a), np.float32(spec.scale) * _host(b)
 
@@ -121,14 +123,14 @@ def _host(x: jax.Array) -> np.ndarray:
     return np.asarray(sharding.to_host(x), np.float32)
 
 
-def _of_module(
+def _module_factors(
     weight: Weight,
     part: tuple[int, ...],
     factors: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
     shapes: Mapping[str, tuple[int, ...]],
     transposed: bool,
 ) -> _Factors:
-    """The adapters of a module's projections as one; `transposed`: its weight is [in, out]."""
+    """Combines the adapters of a module's projections; `transposed`: its weight is [in, out]."""
     layer = part[0]
     parts = [
         (number, a[layer], b[layer])
@@ -141,5 +143,7 @@ def _of_module(
     for number, a, b in parts:
         blocks[number][first : first + a.shape[1]] = b
         first += a.shape[1]
-    joined = weight.join(blocks)
-    return _Factors(np.concatenate([a.T for _, a, _ in parts]), joined.T if transposed else joined)
+    b_joined = weight.join(blocks)
+    return _Factors(
+        np.concatenate([a.T for _, a, _ in parts]), b_joined.T if transposed else b_joined
+    )

@@ -1,7 +1,7 @@
-"""Mixers with a state of fixed size: the gated delta rule and short convolutions.
+"""Mixers with a state of fixed size: gated delta rule and short convolution.
 
-Dimension letters, beside those of `transformer`: W tokens of a convolution's kernel, N value heads,
-K key heads, H size of a key, U size of a value, C tokens of a chunk.
+Dimensions, besides those of `transformer`: W kernel size of a convolution, N value heads, K key
+heads, H key size, U value size, C chunk length.
 """
 
 import functools
@@ -14,48 +14,48 @@ from jaxtyping import Array, Float, Int
 
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.mixers import Place
-from tokalign_jax.models.modules import Linear, lows, param, split
+from tokalign_jax.models.mixers import LayerContext
+from tokalign_jax.models.modules import Linear, lora_down, param, split_keys
 
 CHUNK = 64
-"""Tokens of a chunk, within which the delta rule is a few products of matrices."""
+"""Chunk length, within which the delta rule is computed by a few matrix products."""
 
-Used = Int[Array, ""] | int | None
-"""Tokens that count, the rest being padding; None: all."""
+NumValid = Int[Array, ""] | int | None
+"""Number of tokens that are not padding; None for all."""
 
 
 class CausalConvolution(nnx.Module):
-    """A convolution over time of each channel by itself, over the latest W tokens."""
+    """Depthwise causal convolution over time with kernel size W."""
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = False):
         self.kernel = param(kernel_size, channels)
         self.bias = param(channels) if bias else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: Float[Array, "B W-1 D"] | None, used: Used
+        self, x: Float[Array, "B T D"], state: Float[Array, "B W-1 D"] | None, num_valid: NumValid
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"] | None]:
-        """`state`: the inputs before `x`; None: there are none, and none are returned."""
+        """Convolves `x` after `state`, the W - 1 inputs before it; without a state returns None."""
         kernel = self.kernel.astype(jnp.float32)
-        before, length = kernel.shape[0] - 1, x.shape[1]
+        history, length = kernel.shape[0] - 1, x.shape[1]
         if state is None:
-            seen = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+            padded = jnp.pad(x, ((0, 0), (history, 0), (0, 0)))
         else:
-            seen = jnp.concatenate([state.astype(x.dtype), x], axis=1)
-            latest = length if used is None else used
-            state = jax.lax.dynamic_slice_in_dim(seen, latest, before, axis=1).astype(state.dtype)
-        parts = [seen[:, i : i + length].astype(jnp.float32) * kernel[i] for i in range(before + 1)]
+            padded = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+            end = length if num_valid is None else num_valid
+            state = jax.lax.dynamic_slice_in_dim(padded, end, history, axis=1).astype(state.dtype)
+        parts = [
+            padded[:, i : i + length].astype(jnp.float32) * kernel[i] for i in range(history + 1)
+        ]
         y = functools.reduce(jnp.add, parts)
         y = y if self.bias is None else y + self.bias.astype(jnp.float32)
         return y.astype(x.dtype), state
 
 
 class ShortConvolution(nnx.Module):
-    """LFM2's double-gated convolution: o_proj(b * convolution(a * x)), all three projections of the
-    input.
-    """
+    """LFM2's double-gated convolution: o_proj(b * convolution(a * v)), a, b, v projections of x."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
-        assert config.convolution is not None, "a convolution without its constants"
+        assert config.convolution is not None, "the config has no convolution"
         width, bias = config.hidden_size, config.convolution.bias
         self.gate_proj = Linear(width, width, bias, lora)
         self.output_gate_proj = Linear(width, width, bias, lora)
@@ -64,36 +64,37 @@ class ShortConvolution(nnx.Module):
         self.o_proj = Linear(width, width, bias, lora)
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
+        self, x: Float[Array, "B T D"], context: LayerContext, key: jax.Array | None, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        in_key, out_key = split(key, 2)
-        reading = [self.gate_proj, self.v_proj, self.output_gate_proj]
+        """Applies the gated convolution over time; returns the result and the updated cache."""
+        in_key, out_key = split_keys(key, 2)
+        readers = [self.gate_proj, self.v_proj, self.output_gate_proj]
         gate, v, output_gate = (
-            project(x, in_key, low) for project, low in zip(reading, lows(reading, x, in_key))
+            project(x, in_key, low) for project, low in zip(readers, lora_down(readers, x, in_key))
         )
         gated = gate * v
         state = None if cache is None else cache[0]
-        y, state = self.convolution(gated, state, place.used)
+        y, state = self.convolution(gated, state, context.num_valid)
         y = output_gate * y
         return self.o_proj(y, out_key), None if cache is None else (state,)
 
     @staticmethod
     def empty_cache(config: ModelConfig, batch: int, length: int) -> Any:
-        """Shapes of the cache of a layer."""
-        assert config.convolution is not None, "a convolution without its constants"
+        """Returns the shapes of a layer's cache."""
+        assert config.convolution is not None, "the config has no convolution"
         return ((batch, config.convolution.kernel_size - 1, config.hidden_size),)
 
 
 class DeltaNet(nnx.Module):
     """Qwen 3.5's gated delta rule (arXiv 2412.06464).
 
-    Queries, keys and values go through a short convolution and SiLU. A state [H, U] of each head
-    fades by a gate, is corrected towards the value at the key, and is read at the query. What is
-    read is normed and gated.
+    Queries, keys and values go through a short convolution and SiLU. Each head's state [H, U] is
+    decayed, corrected towards the value at the key, and read at the query. The result is normed and
+    gated.
     """
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None):
-        assert config.delta is not None, "a delta rule without its sizes"
+        assert config.delta is not None, "the config has no delta rule"
         self.settings = delta = config.delta
         self.epsilon = config.norm_epsilon
         width = config.hidden_size
@@ -114,26 +115,27 @@ class DeltaNet(nnx.Module):
         self.o_proj = Linear(values, width, bias=False, lora=lora)
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
+        self, x: Float[Array, "B T D"], context: LayerContext, key: jax.Array | None, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        in_key, out_key = split(key, 2)
+        """Applies the delta rule over time; returns the result and the updated cache."""
+        in_key, out_key = split_keys(key, 2)
         states: list[Any] = [None] * 4 if cache is None else list(cache)
         names = ("q", "k", "v", "gate", "beta", "decay")
-        reading = [getattr(self, f"{name}_proj") for name in names]
+        readers = [getattr(self, f"{name}_proj") for name in names]
         *qkv, gate, beta, decay = (
-            project(x, in_key, low) for project, low in zip(reading, lows(reading, x, in_key))
+            project(x, in_key, low) for project, low in zip(readers, lora_down(readers, x, in_key))
         )
         projected = []
         for i, (name, y) in enumerate(zip(names, qkv)):
-            y, states[i] = getattr(self, f"{name}_convolution")(y, states[i], place.used)
+            y, states[i] = getattr(self, f"{name}_convolution")(y, states[i], context.num_valid)
             size = self.settings.value_dim if name == "v" else self.settings.key_dim
             projected.append(jax.nn.silu(y).reshape(*x.shape[:2], -1, size).astype(jnp.float32))
         beta = jax.nn.sigmoid(beta.astype(jnp.float32))
         step = decay.astype(jnp.float32) + self.decay_bias.astype(jnp.float32)
         decay = -jnp.exp(self.log_decay.astype(jnp.float32)) * jax.nn.softplus(step)
-        if place.used is not None:  # padding neither fades the state nor writes to it
-            counts = (jnp.arange(x.shape[1]) < place.used)[:, None]
-            beta, decay = beta * counts, decay * counts
+        if context.num_valid is not None:  # Padding neither decays the state nor writes to it.
+            is_valid = (jnp.arange(x.shape[1]) < context.num_valid)[:, None]
+            beta, decay = beta * is_valid, decay * is_valid
         q, k, v = projected
         y, states[3] = delta_rule(q, k, v, decay, beta, states[3])
         y = self._gated(y, gate).astype(x.dtype)
@@ -148,14 +150,14 @@ class DeltaNet(nnx.Module):
 
     @staticmethod
     def empty_cache(config: ModelConfig, batch: int, length: int) -> Any:
-        """Shapes of the cache of a layer: the convolutions' inputs, and the state."""
+        """Returns the shapes of a layer's cache: inputs of the convolutions, and the state."""
         delta = config.delta
-        assert delta is not None, "a delta rule without its sizes"
+        assert delta is not None, "the config has no delta rule"
         keys = delta.num_key_heads * delta.key_dim
         values = delta.num_value_heads * delta.value_dim
-        before = delta.kernel_size - 1
+        history = delta.kernel_size - 1
         return (
-            *((batch, before, channels) for channels in (keys, keys, values)),
+            *((batch, history, channels) for channels in (keys, keys, values)),
             (batch, delta.num_value_heads, delta.key_dim, delta.value_dim),
         )
 
@@ -168,16 +170,21 @@ def delta_rule(
     beta: Float[Array, "B T N"],
     state: Float[Array, "B N H U"] | None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N H U"] | None]:
-    """For each token S = exp(decay) S, S += beta k (v - S k)^T, and S q / sqrt(H); q and k
-    normalized.
+    """Computes S = exp(decay) S, S += beta k (v - S k)^T and S q / sqrt(H) for each token.
 
-    All in float32, by chunks: within one the corrections of all tokens are the solution of a
-    triangular system, so that only the state goes from chunk to chunk, one after the other.
+    q and k are normalized. Everything is in float32 and in chunks: within a chunk the corrections
+    of all tokens solve a triangular system, so that only the state is passed sequentially from
+    chunk to chunk.
 
     Args:
-      state: before the first token; None: zero, and none is returned.
+      q: queries.
+      k: keys.
+      v: values.
+      decay: logarithm of the state's decay factor.
+      beta: strength of the correction.
+      state: the state before the first token; None for zero, and to return None.
     """
-    given = state
+    initial = state
     _, length, key_heads, size = q.shape
     heads = v.shape[2]
     chunk = min(CHUNK, length)
@@ -191,24 +198,26 @@ def delta_rule(
         return jnp.moveaxis(x, (1, 3), (0, 2))
 
     q, k, v, decay, beta = map(chunked, (q, k, v, decay, beta))
-    faded = jnp.cumsum(decay, axis=-1)
+    log_decay = jnp.cumsum(decay, axis=-1)
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-    apart = jnp.where(causal, faded[..., :, None] - faded[..., None, :], -jnp.inf)
-    fading = jnp.exp(apart)
+    difference = jnp.where(causal, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
+    decay_matrix = jnp.exp(difference)
     k_beta = k * beta[..., None]
     system = jnp.where(
-        jnp.tril(causal, -1), jnp.einsum("cbnih,cbnjh->cbnij", k_beta, k) * fading, 0
+        jnp.tril(causal, -1), jnp.einsum("cbnih,cbnjh->cbnij", k_beta, k) * decay_matrix, 0
     )
-    sides = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(faded)[..., None]], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        system + jnp.eye(chunk), sides, left_side=True, lower=True, unit_diagonal=True
+    right_sides = jnp.concatenate(
+        [v * beta[..., None], k_beta * jnp.exp(log_decay)[..., None]], axis=-1
     )
-    values, keys = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
-    within = jnp.einsum("cbnih,cbnjh->cbnij", q, k) * fading
-    last = faded[..., -1:]
-    each = (
-        q * jnp.exp(faded)[..., None],
-        k * jnp.exp(last - faded)[..., None],
+    solution = jax.lax.linalg.triangular_solve(
+        system + jnp.eye(chunk), right_sides, left_side=True, lower=True, unit_diagonal=True
+    )
+    values, keys = solution[..., : v.shape[-1]], solution[..., v.shape[-1] :]
+    within = jnp.einsum("cbnih,cbnjh->cbnij", q, k) * decay_matrix
+    last = log_decay[..., -1:]
+    chunks = (
+        q * jnp.exp(log_decay)[..., None],
+        k * jnp.exp(last - log_decay)[..., None],
         jnp.exp(last)[..., None],
         values,
         keys,
@@ -217,17 +226,17 @@ def delta_rule(
     if state is None:
         state = jnp.zeros((*v.shape[1:3], size, v.shape[-1]), jnp.float32)
 
-    def step(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
-        q, k, fade, values, keys, within = now
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, state_decay, values, keys, within = inputs
         new = values - keys @ state
-        return state * fade + jnp.swapaxes(k, -1, -2) @ new, q @ state + within @ new
+        return state * state_decay + jnp.swapaxes(k, -1, -2) @ new, q @ state + within @ new
 
-    state, y = jax.lax.scan(step, state.astype(jnp.float32), each)
+    state, y = jax.lax.scan(step, state.astype(jnp.float32), chunks)
     y = jnp.moveaxis(y, (0, 2), (1, 3))
     y = y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
-    return y, None if given is None else state.astype(given.dtype)
+    return y, None if initial is None else state.astype(initial.dtype)
 
 
 def _unit(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """`x` over its length."""
+    """Normalizes `x` to unit length."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)

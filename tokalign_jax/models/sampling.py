@@ -1,4 +1,4 @@
-"""Random continuations of many prompts at once, with a cache of keys and values."""
+"""Batched random sampling of continuations, with a key-value cache."""
 
 import functools
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, bind, empty_cache, last_logits
+from tokalign_jax.models.transformer import Params, bind, empty_cache, logits_from_hidden
 from tokalign_jax.parallel import sharding
 
-BATCH = {"cpu": 64}
-OTHER_BATCH = 1024
-"""Sequences that a device extends at once, by backend."""
+BATCH_SIZE = {"cpu": 64}
+DEFAULT_BATCH_SIZE = 1024
+"""Sequences per device in a batch, by backend."""
 
 
 def sample(
@@ -30,45 +30,51 @@ def sample(
     dtype: DTypeLike,
     mesh: Mesh,
 ) -> list[list[int]]:
-    """Each prompt with the tokens that the model draws after it, `length` tokens in all.
+    """Samples continuations of prompts to `length` tokens in all; returns prompt and continuation.
 
-    What is drawn for a prompt depends on the seed, on its place in `prompts` and on nothing else
-    but rounding.
+    Apart from rounding, a sample depends only on the seed and on the index of its prompt.
 
     Args:
-      prompts: token ids, at least one each and at most `length`.
-      temperature: divides the logits before the softmax; 0: the likeliest token each time.
+      config: the model's config.
+      params: its parameters.
+      prompts: token ids, at least one and at most `length` each.
+      length: number of tokens of each result.
+      temperature: divides the logits before the softmax; 0 for greedy decoding.
+      seed: random seed.
+      dtype: dtype of the activations.
+      mesh: the mesh over which sequences are distributed.
     """
-    at_once = BATCH.get(jax.default_backend(), OTHER_BATCH) * sharding.sequences_at_once(mesh)
-    at_once = min(at_once, -(-len(prompts) // (n := sharding.sequences_at_once(mesh))) * n)
-    split = NamedSharding(mesh, P(sharding.BATCH))
-    drawn: list[list[int]] = []
-    for start in range(0, len(prompts), at_once):
-        part = prompts[start : start + at_once]
-        forced = np.zeros((at_once, length), np.int32)
-        for row, prompt in zip(forced, part):
+    devices = sharding.sequences_at_once(mesh)
+    batch = BATCH_SIZE.get(jax.default_backend(), DEFAULT_BATCH_SIZE) * devices
+    batch = min(batch, -(-len(prompts) // devices) * devices)
+    by_sequence = NamedSharding(mesh, P(sharding.BATCH))
+    samples: list[list[int]] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        padded = np.zeros((batch, length), np.int32)
+        for row, prompt in zip(padded, part):
             row[: len(prompt)] = prompt
-        lengths = np.ones(at_once, np.int32)
+        lengths = np.ones(batch, np.int32)
         lengths[: len(part)] = [len(prompt) for prompt in part]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(seed), start + jnp.arange(at_once)
+            jax.random.key(seed), start + jnp.arange(batch)
         )
         inputs = (
-            sharding.put(forced, split),
-            sharding.put(lengths, split),
+            sharding.put(padded, by_sequence),
+            sharding.put(lengths, by_sequence),
             keys,
             jnp.float32(temperature),
         )
         tokens = _extend(config, params, *inputs, dtype=jnp.dtype(dtype), mesh=mesh)
-        drawn += sharding.to_host(tokens)[: len(part)].tolist()
-    return drawn
+        samples += sharding.to_host(tokens)[: len(part)].tolist()
+    return samples
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
 def _extend(
     config: ModelConfig,
     params: Params,
-    forced: Int[Array, "B T"],
+    prompts: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     keys: Array,
     temperature: Float[Array, ""],
@@ -76,21 +82,21 @@ def _extend(
     dtype: DTypeLike,
     mesh: Mesh,
 ) -> Int[Array, "B T"]:
-    """`forced` with all tokens from `lengths` on drawn from the model."""
+    """Replaces all tokens of `prompts` from `lengths` on by samples from the model."""
     with sharding.within(mesh):
-        model, (batch, length) = bind(config, params), forced.shape
+        model, (batch, length) = bind(config, params), prompts.shape
         cache = empty_cache(config, batch, length, dtype)
 
         def step(carry, position):
             token, cache = carry
             hidden, cache = model(token[:, None], None, dtype, "layer", 1, cache, position, length)
-            logits = last_logits(config, hidden[:, 0], params)
+            logits = logits_from_hidden(config, hidden[:, 0], params)
             scores = logits / jnp.where(temperature > 0, temperature, 1.0)
-            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-            drawn = jax.vmap(jax.random.categorical)(draws, scores)
-            token = jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(forced.dtype)
-            token = jnp.where(position + 1 < lengths, forced[:, position + 1], token)
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+            sampled = jax.vmap(jax.random.categorical)(step_keys, scores)
+            token = jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(prompts.dtype)
+            token = jnp.where(position + 1 < lengths, prompts[:, position + 1], token)
             return (token, cache), token
 
-        _, tokens = jax.lax.scan(step, (forced[:, 0], cache), jnp.arange(length - 1))
-        return jnp.concatenate([forced[:, :1], tokens.T], axis=1)
+        _, tokens = jax.lax.scan(step, (prompts[:, 0], cache), jnp.arange(length - 1))
+        return jnp.concatenate([prompts[:, :1], tokens.T], axis=1)

@@ -1,4 +1,4 @@
-"""Warnings, with a remedy, of what llama.cpp and vLLM would refuse in an exported folder."""
+"""Warnings about features of an exported folder that llama.cpp or vLLM do not support."""
 
 import hashlib
 import json
@@ -10,24 +10,24 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.models import hub, llama_cpp
 
-_NEEDS_SENTENCE_PIECE = ("gemma", "gemma2")
-"""Families for which llama.cpp's converter wants a tokenizer.model and nothing else."""
+_SENTENCEPIECE_MODEL_ONLY = ("gemma", "gemma2")
+"""Families that llama.cpp's converter reads with a SentencePiece tokenizer.model only."""
 
-
-_TAKE_SENTENCE_PIECE = ("llama", "mistral", "mixtral")
-"""Families for which it reads SentencePiece's BPE from tokenizer.json."""
+_SENTENCEPIECE_FROM_JSON = ("llama", "mistral", "mixtral")
+"""Families whose SentencePiece BPE the converter reads from tokenizer.json."""
 
 
 def warnings(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path | None
 ) -> list[str]:
-    """What to know before the model is served, in sentences.
+    """Returns warnings, as sentences, about serving the model.
 
     Args:
       config: the exported config.json.
-      tokenizer_folder: where the target tokenizer was read from; it may be a model's.
+      tokenizer: the exported tokenizer.
+      tokenizer_folder: source of the target tokenizer, which may be a model's folder.
     """
-    return [*_llama_cpp(config, tokenizer), *_rows(config, tokenizer_folder)]
+    return [*_llama_cpp(config, tokenizer), *_draft_rows(config, tokenizer_folder)]
 
 
 def _llama_cpp(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -36,81 +36,86 @@ def _llama_cpp(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     kind = state.get("model", {}).get("type")
     if kind != "BPE":
         yield (
-            f"llama.cpp cannot serve this model: it has no decoder with a {kind or 'slow'}"
+            f"llama.cpp cannot serve this model: it supports no decoder with a {kind or 'slow'}"
             " tokenizer; serve it with transformers or vLLM, or choose a target tokenizer of"
             " type BPE"
         )
         return
-    if config.get("model_type") in _NEEDS_SENTENCE_PIECE:
+    if config.get("model_type") in _SENTENCEPIECE_MODEL_ONLY:
         yield (
             f"llama.cpp's converter reads '{config['model_type']}' models with a SentencePiece"
-            " tokenizer.model only, which no export has: serve it with transformers or vLLM"
+            " tokenizer.model only, which exports do not have: serve it with transformers or vLLM"
         )
         return
     if state["model"].get("byte_fallback"):
-        if config.get("model_type") not in _TAKE_SENTENCE_PIECE:
+        if config.get("model_type") not in _SENTENCEPIECE_FROM_JSON:
             yield (
                 f"llama.cpp's converter reads '{config.get('model_type')}' models with a"
-                " SentencePiece tokenizer from tokenizer.model only, which no export has: serve it"
-                " with transformers or vLLM"
+                " SentencePiece tokenizer from tokenizer.model only, which exports do not have:"
+                " serve it with transformers or vLLM"
             )
         return
-    known = known_vocabulary(tokenizer)
-    if known:
+    if recognized_vocabulary(tokenizer):
         return
-    name = llama_cpp.PRE_TOKENIZERS.get(cuts(state))
+    name = llama_cpp.PRE_TOKENIZERS.get(pre_tokenizer_steps(state))
     if name is None:
         yield (
-            "llama.cpp does not cut text as this tokenizer does, so that a converted model would"
-            " read other ids: serve it with transformers or vLLM, or choose a target tokenizer that"
-            " cuts as GPT-2, SmolLM, LLaMA 3 or Qwen do"
+            "llama.cpp does not support this tokenizer's pre-tokenizer, so a converted model would"
+            " read different ids: serve it with transformers or vLLM, or choose a target tokenizer"
+            " with the pre-tokenizer of GPT-2, SmolLM, LLaMA 3 or Qwen"
         )
         return
     yield (
-        "llama.cpp's convert_hf_to_gguf.py stops at a vocabulary that it has not met ('BPE"
-        f" pre-tokenizer was not recognized'): this one is cut as '{name}' says; docs/serving.md"
-        " has the command that tells it so"
+        "llama.cpp's convert_hf_to_gguf.py stops at unknown vocabularies ('BPE pre-tokenizer was"
+        f" not recognized'): this one has the pre-tokenizer '{name}'; docs/serving.md has the"
+        " command that registers it"
     )
 
 
-def known_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The name by which llama.cpp's converter recognizes a vocabulary, or None."""
+def recognized_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the name that llama.cpp's converter has for a vocabulary, or None."""
     ids = str(tokenizer.encode(llama_cpp.TEXT))
-    digits = hashlib.sha256(ids.encode()).hexdigest()[:12]
+    prefix = hashlib.sha256(ids.encode()).hexdigest()[:12]
     for name, hashes in llama_cpp.VOCABULARIES.items():
-        if digits in hashes.split():
+        if prefix in hashes.split():
             return name
     return None
 
 
-def cuts(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """How tokenizer.json splits text before BPE: expressions, and names of other pre-tokenizers."""
-    whole = state.get("pre_tokenizer") or {}
-    found = []
-    for part in whole.get("pretokenizers", [whole]):
+def pre_tokenizer_steps(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the pre-tokenizer of a tokenizer.json as regular expressions and type names.
+
+    A step that cannot be expressed so is returned alone, as its string representation.
+    """
+    pre_tokenizer = state.get("pre_tokenizer") or {}
+    steps = []
+    for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         match part:
             case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated"}:
-                found.append(expression)
+                steps.append(expression)
             case {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}:
                 continue
             case {"type": "Digits", "individual_digits": True}:
-                found.append("Digits")
+                steps.append("Digits")
             case {"type": "ByteLevel", "add_prefix_space": False}:
-                found.append("ByteLevel")
+                steps.append("ByteLevel")
             case _:
                 return (f"{part}",)
-    return tuple(found)
+    return tuple(steps)
 
 
-def _rows(config: Mapping[str, Any], tokenizer_folder: Path | None) -> Iterator[str]:
-    """A draft must have as many rows as its target in vLLM, and in transformers without tokenizers."""
+def _draft_rows(config: Mapping[str, Any], tokenizer_folder: Path | None) -> Iterator[str]:
+    """Warns if the model and that of the target tokenizer differ in their number of rows.
+
+    vLLM, and transformers without tokenizers, require equal rows of a draft and its target.
+    """
     other = tokenizer_folder and hub.read_json(tokenizer_folder / "config.json")
     if not other:
         return
     rows = (other.get("text_config") or other).get("vocab_size")
     if isinstance(rows, int) and rows > config["vocab_size"]:
         yield (
-            f"the model has {config['vocab_size']:,} rows and the one that the target tokenizer"
-            f" comes with {rows:,}: vLLM and transformers' assistant_model refuse the one as a"
-            f" draft of the other; --config.initialization.rows_multiple_of={rows} gives it as many"
+            f"the model has {config['vocab_size']:,} rows and the target tokenizer's model"
+            f" {rows:,}: vLLM and transformers' assistant_model accept neither as a draft of the"
+            f" other; set --config.initialization.rows_multiple_of={rows} to give it as many"
         )

@@ -1,15 +1,14 @@
-"""A decoder-only transformer, defined in Flax NNX and run as pure functions of a nested dict of
-arrays.
+"""Decoder-only transformer: Flax NNX modules, used as pure functions of a nested dict of arrays.
 
-Dimension letters, here and in the rest of the package: B batch, T length, D model, V vocabulary, N
-heads, K key-value heads, H head size, L layers, F intermediate, E experts.
+Dimensions, here and in the rest of the package: B batch, T length, D model, V vocabulary, N heads,
+K key-value heads, H head size, L layers, F intermediate, E experts.
 
 The modules declare the parameters (`abstract_params`) and the computation (`forward`); they hold
-arrays only during a call. Leaves under `layers` are stacked over L, or for a mixer over the layers
-that have it, and one compiled body is scanned over each run of layers whose mixers repeat
-(`Segment`). Layers may differ in window and rotary embedding: the scan passes each layer the
-indices of its own. Activations have the caller's `dtype`, to which each layer casts its weights;
-norms, rotary embedding, softmax and routing are computed in float32.
+arrays only during a call. Leaves under `layers` are stacked over L, a mixer's over the layers that
+use it. Each run of layers with a repeating pattern of mixers (`Segment`) is one scan with one
+compiled body. Layers may differ in window and rotary embedding, which the scan passes as indices.
+Activations have the caller's `dtype`, to which each layer casts its weights; norms, rotary
+embedding, softmax and routing are computed in float32.
 """
 
 import dataclasses
@@ -29,8 +28,16 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.config import ModelConfig, QueryGrowth
 from tokalign_jax.models.experts import MixtureOfExperts
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.mixers import Attention, Place, numbered
-from tokalign_jax.models.modules import MLP, Norm, apply, param, plus, scaled, split
+from tokalign_jax.models.mixers import Attention, LayerContext, unique_with_indices
+from tokalign_jax.models.modules import (
+    MLP,
+    Norm,
+    add_broadcast,
+    apply_norm,
+    param,
+    scale_in_float32,
+    split_keys,
+)
 from tokalign_jax.models.recurrent import DeltaNet, ShortConvolution
 from tokalign_jax.models.rotary import Length, rotation
 from tokalign_jax.parallel import sharding
@@ -40,14 +47,15 @@ Params = dict[str, Any]
 """A nested dict of arrays; docs/architecture.md lists the paths."""
 
 
-UNROLLED = 48
-"""Layers up to which the loop over them is unrolled by default, where that pays; deeper models loop
-over turns of as even a number of layers. Compilation takes longer by as much, about a second a
-layer.
+MAX_UNROLLED = 48
+"""Number of layers up to which the loop over them is fully unrolled by default, where that pays.
+
+Deeper models loop over groups of layers of about equal size. Compilation takes about a second more
+per unrolled layer.
 """
 
 
-# --- The definition -----------------------------------------------------------------------------
+# --- Modules ------------------------------------------------------------------------------------
 
 
 MIXERS: dict[str, Any] = {
@@ -55,14 +63,14 @@ MIXERS: dict[str, Any] = {
     "convolution": ShortConvolution,
     "delta": DeltaNet,
 }
-"""By `LayerKind.mixer`; also the name of its parameters in a layer."""
+"""Mixer classes by `LayerKind.mixer`, which is also the name of their parameters in a layer."""
 
 Cache = dict[str, Any]
-"""Of each mixer: arrays with a leading axis for the layers that have it, or inside one without."""
+"""Arrays of each mixer; the leading axis is that of its layers, absent within a layer."""
 
 
 class Block(nnx.Module):
-    """One layer: mixer and feed-forward with their norms, one after the other or side by side."""
+    """A layer: mixer and feed-forward with their norms, sequential or parallel."""
 
     def __init__(self, config: ModelConfig, mixer: str, lora: LoraSpec | None):
         self.config, self.mixer = config, mixer
@@ -78,36 +86,45 @@ class Block(nnx.Module):
         self.mlp_out_norm = norm() if after else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Place, key: jax.Array | None, cache: Any
+        self, x: Float[Array, "B T D"], context: LayerContext, key: jax.Array | None, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        mixer_key, mlp_key = split(key, 2)
-        normed = apply(self.input_norm, x)
-        mixed, cache = getattr(self, self.mixer)(normed, place, mixer_key, cache)
+        """Computes the layer; returns its result and the updated cache."""
+        mixer_key, mlp_key = split_keys(key, 2)
+        normed = apply_norm(self.input_norm, x)
+        mixed, cache = getattr(self, self.mixer)(normed, context, mixer_key, cache)
         scale = self.config.residual_scale
-        y = x + scaled(apply(self.attention_out_norm, mixed), scale)
+        y = x + scale_in_float32(apply_norm(self.attention_out_norm, mixed), scale)
         if not self.config.shared_norm:
-            normed = apply(self.post_attention_norm, x if self.config.parallel_residual else y)
-        # The product comes first, so that the compiler fuses the addition into its kernel.
-        return scaled(apply(self.mlp_out_norm, self.mlp(normed, mlp_key)), scale) + y, cache
+            normed = apply_norm(self.post_attention_norm, x if self.config.parallel_residual else y)
+        # The product is the first operand so that the compiler fuses the addition into its kernel.
+        return scale_in_float32(
+            apply_norm(self.mlp_out_norm, self.mlp(normed, mlp_key)), scale
+        ) + y, cache
 
 
 class Embed(nnx.Module):
+    """The input embedding."""
+
     def __init__(self, config: ModelConfig):
         self.embedding = param(config.vocab_size, config.hidden_size)
 
 
 class Positions(nnx.Module):
+    """Learned position embeddings."""
+
     def __init__(self, config: ModelConfig):
         self.embedding = param(config.max_positions, config.hidden_size)
 
 
 class Head(nnx.Module):
+    """The output matrix."""
+
     def __init__(self, config: ModelConfig):
         self.kernel = param(config.vocab_size, config.hidden_size)
 
 
-class Ends(nnx.Module):
-    """All but the layers. The head is only declared: the loss applies it, in chunks or at once."""
+class OuterModules(nnx.Module):
+    """All modules but the layers. The head is only declared: the loss applies it, in chunks."""
 
     def __init__(self, config: ModelConfig):
         norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
@@ -119,53 +136,57 @@ class Ends(nnx.Module):
 
 
 class Segment(NamedTuple):
-    """A run of layers whose mixers repeat: what one loop computes, `len(mixers)` layers a turn."""
+    """A run of layers with a repeating pattern of mixers, computed by one scan.
+
+    An iteration of the scan computes `len(mixers)` layers.
+    """
 
     before: tuple[str, ...]
-    """Mixers of the layers before it."""
+    """Mixers of the preceding layers."""
     mixers: tuple[str, ...]
-    """Of the layers of one turn."""
+    """Mixers of the layers of one iteration."""
     repeats: int
+    """Number of iterations."""
 
-    def take(self, stack: Any, mixer: str | None = None) -> Any:
-        """The segment's part, turn by turn, of a stack over all layers or over those of a mixer."""
+    def slice_stack(self, stack: Any, mixer: str | None = None) -> Any:
+        """Returns the segment's part, by iteration, of a stack over all layers or a mixer's."""
         first = len(self.before) if mixer is None else self.before.count(mixer)
         each = len(self.mixers) if mixer is None else self.mixers.count(mixer)
         count = each * self.repeats
 
         def part(x: Array) -> Array:
             x = x if count == len(x) else x[first : first + count]
-            return x if self._of_one_layer else x.reshape(self.repeats, each, *x.shape[1:])
+            return x if self._has_one_layer else x.reshape(self.repeats, each, *x.shape[1:])
 
         return jax.tree.map(part, stack)
 
-    def of_layer(self, turn: Any, number: int) -> Any:
-        """A layer's slice of one turn, by its index among the layers that share the stack."""
-        return turn if self._of_one_layer else jax.tree.map(lambda x: x[number], turn)
+    def select_layer(self, iteration: Any, number: int) -> Any:
+        """Returns a layer's slice of an iteration, by its index in the stack of the iteration."""
+        return iteration if self._has_one_layer else jax.tree.map(lambda x: x[number], iteration)
 
-    def of_turn(self, layers: Sequence[Any]) -> Any:
-        """The inverse of `of_layer`."""
-        return layers[0] if self._of_one_layer else jax.tree.map(_stacked, *layers)
+    def stack_layers(self, layers: Sequence[Any]) -> Any:
+        """Inverts `select_layer`."""
+        return layers[0] if self._has_one_layer else jax.tree.map(_stack_arrays, *layers)
 
-    def joined(self, turns: Any) -> Any:
-        """The inverse of `take`."""
-        if self._of_one_layer:
-            return turns
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), turns)
+    def flatten(self, iterations: Any) -> Any:
+        """Inverts `slice_stack`."""
+        if self._has_one_layer:
+            return iterations
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), iterations)
 
     @property
-    def _of_one_layer(self) -> bool:
+    def _has_one_layer(self) -> bool:
         return len(self.mixers) == 1
 
 
 class Transformer:
-    """Tokens to hidden states."""
+    """A model bound to its parameters; maps tokens to hidden states."""
 
     def __init__(self, config: ModelConfig, lora: LoraSpec | None, params: Params):
         self.config = config
         self.layers = params["layers"]
-        ends = {name: part for name, part in params.items() if name != "layers"}
-        self.ends = nnx.merge(_ends(config)[0], ends)
+        outer = {name: part for name, part in params.items() if name != "layers"}
+        self.outer = nnx.merge(_outer_modules(config)[0], outer)
         mixers = dict.fromkeys(kind.mixer for kind in config.layer_kinds)
         self._blocks = {mixer: _block(config, mixer, lora)[0] for mixer in mixers}
 
@@ -179,109 +200,126 @@ class Transformer:
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
         length: Length | None = None,
-        used: Int[Array, ""] | int | None = None,
+        num_valid: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final hidden states, and the filled cache.
+        """Returns the final hidden states and the updated cache.
 
         Args:
-          length: of the whole text, for rotary embeddings which look at it; None: T.
-          used: tokens that count where the cache is filled, the rest being padding; None: all.
+          tokens: token ids.
+          key: dropout keys, one per sequence; None for no dropout.
+          dtype: dtype of the activations.
+          remat: rematerialization policy.
+          unroll: layers per iteration, as for `forward`.
+          cache: cache of the preceding tokens; None for none.
+          start: position of the first token.
+          length: number of tokens of the whole text, for length-dependent rotary embeddings; None
+            for T.
+          num_valid: number of tokens that are not padding when the cache is filled; None for all.
         """
-        config, ends = self.config, self.ends
+        config, outer = self.config, self.outer
         positions = start + jnp.arange(tokens.shape[1])
-        ropes, rope_of = numbered([kind.rope for kind in config.layer_kinds])
-        _, window_of = numbered([kind.window for kind in config.layer_kinds])
+        ropes, rope_index = unique_with_indices([kind.rope for kind in config.layer_kinds])
+        _, window_index = unique_with_indices([kind.window for kind in config.layer_kinds])
         size = max((rope.size for rope in ropes if rope), default=0)
-        turns = [
+        angles = [
             rotation(positions, rope, size, tokens.shape[1] if length is None else length)
             for rope in ropes
         ]
-        growing, growth_of = numbered([kind.query_growth for kind in config.layer_kinds])
-        growths = [_query_factor(growth, positions) for growth in growing]
-        if growing == [None]:
-            growths = [None]
+        growth_kinds, growth_index = unique_with_indices(
+            [kind.query_growth for kind in config.layer_kinds]
+        )
+        query_factors = [_query_factor(growth, positions) for growth in growth_kinds]
+        if growth_kinds == [None]:
+            query_factors = [None]
 
-        def layer(x, weights, mixer, by, window, growth, key, cache):
-            place = Place(positions, by, window, growth, used)
-            x, cache = nnx.merge(self._blocks[mixer], weights)(x, place, key, cache)
+        def layer(x, weights, mixer, cos_sin, window, query_factor, key, cache):
+            context = LayerContext(positions, cos_sin, window, query_factor, num_valid)
+            x, cache = nnx.merge(self._blocks[mixer], weights)(x, context, key, cache)
             return sharding.by_sequence(x), cache
 
-        def numbered_layer(mixer, x, weights, rope, window, growth, key, cache):
-            by, growth = _nth(turns, rope), _nth(growths, growth)
-            return layer(x, weights, mixer, by, window, growth, key, cache)
+        def indexed_layer(mixer, x, weights, rope, window, growth, key, cache):
+            cos_sin, query_factor = _select(angles, rope), _select(query_factors, growth)
+            return layer(x, weights, mixer, cos_sin, window, query_factor, key, cache)
 
-        keys = None if key is None else split(key, config.num_layers)
-        x = sharding.look_up(ends.embed_tokens.embedding[...], tokens, dtype)
-        x = self._placed(sharding.by_sequence(x), positions)
-        unroll = _at_once(unroll, config.num_layers, remat)
+        keys = None if key is None else split_keys(key, config.num_layers)
+        x = sharding.look_up(outer.embed_tokens.embedding[...], tokens, dtype)
+        x = self._embedded(sharding.by_sequence(x), positions)
+        unroll = _layers_per_iteration(unroll, config.num_layers, remat)
         if unroll < config.num_layers:
-            numbers = tuple(map(jnp.array, (rope_of, window_of, growth_of)))
-            x, cache = self._looped(numbered_layer, x, numbers, keys, cache, remat, unroll)
-            return ends.final_norm(x), cache
-        still: Any = jax.lax.stop_gradient(self.layers)
-        slots: Any = {part: _unstacked(stack, _depth(stack)) for part, stack in self.layers.items()}
-        for i, (kind, parts) in enumerate(zip(config.layer_kinds, _parts(config, self.layers))):
+            indices = tuple(map(jnp.array, (rope_index, window_index, growth_index)))
+            x, cache = self._loop(indexed_layer, x, indices, keys, cache, remat, unroll)
+            return outer.final_norm(x), cache
+        frozen: Any = jax.lax.stop_gradient(self.layers)
+        slots: Any = {part: _unstack(stack, _depth(stack)) for part, stack in self.layers.items()}
+        parts_by_layer = _stack_indices(config, self.layers)
+        for i, (kind, parts) in enumerate(zip(config.layer_kinds, parts_by_layer)):
 
-            def own(x: Any, slot: Any, key: Any, i=i, kind=kind, parts=parts):
+            def body(x: Any, slot: Any, key: Any, i=i, kind=kind, parts=parts):
                 weights = {
-                    part: _taken(slot[part], still[part], number) for part, number in parts.items()
+                    part: _slice_for_remat(slot[part], frozen[part], number)
+                    for part, number in parts.items()
                 }
-                place = turns[rope_of[i]], window_of[i], growths[growth_of[i]]
-                return layer(x, weights, kind.mixer, *place, key, None)
+                inputs = angles[rope_index[i]], window_index[i], query_factors[growth_index[i]]
+                return layer(x, weights, kind.mixer, *inputs, key, None)
 
             slot = {part: slots[part][number] for part, number in parts.items()}
-            x, _ = rematerialization.wrap(own, remat, in_loop=False)(
+            x, _ = rematerialization.wrap(body, remat, in_loop=False)(
                 x, slot, None if keys is None else keys[i]
             )
-        return ends.final_norm(x), None
+        return outer.final_norm(x), None
 
-    def _looped(
+    def _loop(
         self,
         layer: Callable,
         x: Float[Array, "B T D"],
-        numbers: tuple[Array, ...],
+        indices: tuple[Array, ...],
         keys: Any,
         cache: Cache | None,
         remat: rematerialization.Policy,
         unroll: int,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """All layers by loops, one over each segment.
+        """Computes all layers by one scan over each segment.
 
         Args:
-          layer: (mixer, x, weights, *numbers, key, cache) -> x, cache.
-          numbers: of each layer.
+          layer: (mixer, x, weights, *indices, key, cache) -> x, cache.
+          x: embedded tokens.
+          indices: each layer's rope, window and query growth, by number.
+          keys: dropout keys of each layer.
+          cache: the cache, or None.
+          remat: rematerialization policy.
+          unroll: layers per iteration.
         """
-        filled: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
+        updated: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
         for segment in segments([kind.mixer for kind in self.config.layer_kinds]):
             mixers = dict.fromkeys(segment.mixers)
             weights = {
-                part: segment.take(stack, part if part in MIXERS else None)
+                part: segment.slice_stack(stack, part if part in MIXERS else None)
                 for part, stack in self.layers.items()
                 if part in mixers or part not in MIXERS
             }
-            states = cache and {mixer: segment.take(cache[mixer], mixer) for mixer in mixers}
-            turn = functools.partial(_turn, layer=layer, segment=segment, remat=remat)
+            states = cache and {mixer: segment.slice_stack(cache[mixer], mixer) for mixer in mixers}
+            step = functools.partial(_segment_step, layer=layer, segment=segment, remat=remat)
             x, states = jax.lax.scan(
-                turn,
+                step,
                 x,
-                (weights, segment.take(keys), states, segment.take(numbers)),
+                (weights, segment.slice_stack(keys), states, segment.slice_stack(indices)),
                 unroll=min(max(1, unroll // len(segment.mixers)), segment.repeats),
             )
             for mixer, state in states.items():
-                filled[mixer].append(segment.joined(state))
+                updated[mixer].append(segment.flatten(state))
         if cache is None:
             return x, None
-        return x, {mixer: jax.tree.map(_concatenated, *parts) for mixer, parts in filled.items()}
+        return x, {mixer: jax.tree.map(_concatenate, *parts) for mixer, parts in updated.items()}
 
-    def _placed(
+    def _embedded(
         self, x: Float[Array, "B T D"], positions: Int[Array, "T"]
     ) -> Float[Array, "B T D"]:
-        """The embedding as the first layer reads it."""
+        """Scales, positions and norms the embedded tokens for the first layer."""
         if self.config.embedding_scale != 1:
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
-        if self.ends.embed_positions is not None:
-            x = plus(x, self.ends.embed_positions.embedding[positions])
-        return apply(self.ends.embed_norm, x)
+        if self.outer.embed_positions is not None:
+            x = add_broadcast(x, self.outer.embed_positions.embedding[positions])
+        return apply_norm(self.outer.embed_norm, x)
 
 
 # --- Pure functions -----------------------------------------------------------------------------
@@ -298,20 +336,24 @@ def forward(
     remat: rematerialization.Policy = "dots",
     unroll: int = 1,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in `dtype`.
+    """Returns the hidden states after the final norm, in `dtype`.
 
     Args:
-      lora: says that `params` hold adapters, and of which kind.
-      dropout_key: of the adapters' dropout, one key or one per sequence [B] (the masks then do not
-        depend on which sequences are batched together); None: no dropout.
-      remat: what each layer keeps for the backward pass; of no effect without one.
-      unroll: layers per iteration of the compiled loop. With all of them there is no loop, and
-        residuals are not copied into a stack: faster, but compilation time grows with depth. 0: on
-        GPUs, where layers keep more than their input, all of up to `UNROLLED`; else 1.
+      config: the model's config.
+      params: its parameters.
+      tokens: token ids.
+      lora: the adapters in `params`; None for none.
+      dropout_key: for the adapters' dropout: one key, or one per sequence [B], whose masks are
+        then independent of how sequences are batched. None for no dropout.
+      dtype: dtype of the activations.
+      remat: rematerialization policy for the backward pass.
+      unroll: layers per iteration of the compiled loop. With all layers there is no loop, and
+        residuals are not copied into a stack: faster, but compilation time grows with depth. 0
+        unrolls up to `MAX_UNROLLED` layers on GPU if layers save more than their input, else 1.
 
     Raises:
-      ValueError: `params` are not those of `config` and `lora`.
-      UserError: the model has no positions for so long a text.
+      ValueError: `params` do not match `config` and `lora`.
+      UserError: the text is longer than the model's learned positions.
     """
     _check_length(config, tokens.shape[1])
     if dropout_key is not None and not dropout_key.shape:
@@ -321,14 +363,14 @@ def forward(
 
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
-    """The output matrix: the head, or when tied the input embedding."""
+    """Returns the output matrix: the head, or the input embedding if tied."""
     return (
         params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
     )
 
 
 def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Apply the logit soft-cap, for the families that have one."""
+    """Applies the logit soft-cap of the families that have one."""
     if config.logit_softcap is None:
         return logits
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
@@ -337,7 +379,7 @@ def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Arr
 def logits(
     config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options
 ) -> Float[Array, "B T V"]:
-    """All logits in float32, for short inputs; `options` are those of `forward`."""
+    """Returns all logits in float32, for short inputs; `options` as for `forward`."""
     return adjust_logits(
         config, _project(config, forward(config, params, tokens, **options), params)
     )
@@ -350,17 +392,16 @@ def generate(
     steps: int,
     dtype: DTypeLike = jnp.float32,
 ) -> Int[Array, "B T+steps"]:
-    """`prompt` and its greedy continuation by `steps` tokens.
+    """Returns `prompt` and its greedy continuation by `steps` tokens.
 
-    Length-dependent rotary embeddings use the length of prompt and continuation together, for every
-    token.
+    Length-dependent rotary embeddings use the total length for every token.
 
     Raises:
-      UserError: the model has no positions for so long a text.
+      UserError: the text is longer than the model's learned positions.
     """
     length = prompt.shape[1]
     _check_length(config, length + steps)
-    # Padded, so that prompts of all lengths run through a few programs.
+    # Padded so that few programs serve prompts of all lengths.
     padded = jnp.pad(prompt, ((0, 0), (0, -length % 64)))
     return jnp.concatenate(
         [prompt, _continue(config, params, padded, length, steps, jnp.dtype(dtype))], axis=1
@@ -376,7 +417,7 @@ def _continue(
     steps: int,
     dtype: DTypeLike,
 ) -> Int[Array, "B steps"]:
-    """The greedy continuation of the first `length` tokens, with a cache of keys and values.
+    """Greedily continues the first `length` tokens, with a key-value cache.
 
     The cache is filled from the padded prompt; padding is masked until it is overwritten.
     """
@@ -384,10 +425,10 @@ def _continue(
     batch, padded_length = prompt.shape
     empty = empty_cache(config, batch, padded_length + steps, dtype)
 
-    def advance(tokens, last, cache, start, used=None):
+    def advance(tokens, last, cache, start, num_valid=None):
         with compiling.products(dtype):
             hidden, cache = model(
-                tokens, None, dtype, "layer", 1, cache, start, length + steps, used
+                tokens, None, dtype, "layer", 1, cache, start, length + steps, num_valid
             )
         scores = adjust_logits(config, _project(config, hidden[:, last], params))
         return scores.argmax(-1).astype(prompt.dtype), cache
@@ -401,7 +442,7 @@ def _continue(
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
-    """The cache of a text of up to `length` tokens before its first."""
+    """Returns an empty cache for texts of up to `length` tokens."""
     counts = Counter(kind.mixer for kind in config.layer_kinds)
     return {
         mixer: tuple(
@@ -413,7 +454,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) 
 
 
 def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params:
-    """All parameters as float32 ShapeDtypeStructs; with `lora`, adapters included."""
+    """Returns all parameters as float32 ShapeDtypeStructs, with adapters if `lora` is given."""
     counts = Counter(kind.mixer for kind in config.layer_kinds)
     layers = {}
     for mixer, count in counts.items():
@@ -423,11 +464,11 @@ def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params
                 lambda leaf, depth=depth: jax.ShapeDtypeStruct((depth, *leaf.shape), leaf.dtype),
                 tree,
             )
-    return {**nnx.to_pure_dict(_ends(config)[1]), "layers": layers}
+    return {**nnx.to_pure_dict(_outer_modules(config)[1]), "layers": layers}
 
 
 def first_layers(config: ModelConfig, params: Params, count: int) -> tuple[ModelConfig, Params]:
-    """The model of the first `count` layers."""
+    """Returns the config and parameters of a model of the first `count` layers."""
     kinds = config.layer_kinds[:count]
     mixers = Counter(kind.mixer for kind in kinds)
     layers = {
@@ -440,7 +481,7 @@ def first_layers(config: ModelConfig, params: Params, count: int) -> tuple[Model
 
 
 def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Params:
-    """Random float32 parameters: matrices normal with deviation `std`, norms neutral, biases zero."""
+    """Returns random float32 parameters: normal matrices, neutral norms, zero biases."""
 
     def init(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         match path.rpartition("/")[2]:
@@ -458,12 +499,12 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
     )
 
 
-# --- Small things -------------------------------------------------------------------------------
+# --- Helpers ------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _ends(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Ends(config)))
+def _outer_modules(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: OuterModules(config)))
 
 
 @functools.cache
@@ -474,18 +515,19 @@ def _block(
 
 
 def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transformer:
-    """The model that `params` belong to."""
-    expected, given = (set(paths.flatten(tree)) for tree in (abstract_params(config, lora), params))
-    if expected != given:
+    expected, actual = (
+        set(paths.flatten(tree)) for tree in (abstract_params(config, lora), params)
+    )
+    if expected != actual:
         raise ValueError(
-            f"parameters do not fit the model: missing {sorted(expected - given)}, "
-            f"left over {sorted(given - expected)}"
+            f"parameters do not fit the model: missing {sorted(expected - actual)}, "
+            f"unexpected {sorted(actual - expected)}"
             f" ({config}, {lora})"
         )
     return Transformer(config, lora, params)
 
 
-def _turn(
+def _segment_step(
     x: Float[Array, "B T D"],
     scanned: tuple[Any, ...],
     *,
@@ -493,30 +535,34 @@ def _turn(
     segment: Segment,
     remat: rematerialization.Policy,
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-    """One turn of a segment's loop; gives the filled cache of each mixer."""
-    weights, keys, cache, numbers = scanned
+    """Computes one iteration of a segment's scan; returns the updated cache of each mixer."""
+    weights, keys, cache, indices = scanned
     seen: Counter[str] = Counter()
     states: dict[str, list[Any]] = {}
-    for place, mixer in enumerate(segment.mixers):
+    for position, mixer in enumerate(segment.mixers):
         own = {
-            part: segment.of_layer(stack, seen[mixer] if part == mixer else place)
+            part: segment.select_layer(stack, seen[mixer] if part == mixer else position)
             for part, stack in weights.items()
             if part == mixer or part not in MIXERS
         }
-        state = cache and segment.of_layer(cache[mixer], seen[mixer])
+        state = cache and segment.select_layer(cache[mixer], seen[mixer])
         body = rematerialization.wrap(functools.partial(layer, mixer), remat)
         x, state = body(
-            x, own, *segment.of_layer(numbers, place), segment.of_layer(keys, place), state
+            x,
+            own,
+            *segment.select_layer(indices, position),
+            segment.select_layer(keys, position),
+            state,
         )
         if cache:
             states.setdefault(mixer, []).append(state)
         seen[mixer] += 1
-    return x, {mixer: segment.of_turn(parts) for mixer, parts in states.items()}
+    return x, {mixer: segment.stack_layers(parts) for mixer, parts in states.items()}
 
 
 def segments(mixers: Sequence[str]) -> list[Segment]:
-    """The layers in segments: from the first on, always the one that covers most layers."""
-    found: list[Segment] = []
+    """Splits layers into segments, greedily from the first, each covering the most layers."""
+    result: list[Segment] = []
     start = 0
     while start < len(mixers):
         before, rest = tuple(mixers[:start]), tuple(mixers[start:])
@@ -527,21 +573,21 @@ def segments(mixers: Sequence[str]) -> list[Segment]:
                 repeats += 1
             if repeats > 1 and repeats * period > best.repeats * len(best.mixers):
                 best = Segment(before, rest[:period], repeats)
-        found.append(best)
+        result.append(best)
         start += best.repeats * len(best.mixers)
-    return found
+    return result
 
 
-def _stacked(*parts: Array) -> Array:
+def _stack_arrays(*parts: Array) -> Array:
     return jnp.stack(parts)
 
 
-def _concatenated(*parts: Array) -> Array:
+def _concatenate(*parts: Array) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _parts(config: ModelConfig, layers: Params) -> Iterator[dict[str, int]]:
-    """Of each layer, its slice in the stack of each of its parts."""
+def _stack_indices(config: ModelConfig, layers: Params) -> Iterator[dict[str, int]]:
+    """Yields each layer's index in the stack of each of its parts."""
     seen: Counter[str] = Counter()
     for i, kind in enumerate(config.layer_kinds):
         yield {
@@ -557,18 +603,18 @@ def _depth(stack: Any) -> int:
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
-    """The model that `params` belong to, to be called with a cache; `forward` calls it without one.
+    """Binds parameters to a model that can be called with a cache (`forward` uses none).
 
     Raises:
-      ValueError: `params` are not those of `config`.
+      ValueError: `params` do not match `config`.
     """
     return _bind(config, None, params)
 
 
-def last_logits(
+def logits_from_hidden(
     config: ModelConfig, hidden: Float[Array, "... D"], params: Params
 ) -> Float[Array, "... V"]:
-    """The logits of final states, float32, as the model adjusts them (soft-cap)."""
+    """Returns the float32 logits of final hidden states, with soft-cap."""
     return adjust_logits(config, _project(config, hidden, params))
 
 
@@ -577,64 +623,64 @@ def _project(
 ) -> Float[Array, "... V"]:
     head = head_matrix(params).astype(hidden.dtype)
     with compiling.products(hidden.dtype):
-        every = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-    return every[..., : config.vocab_size]  # without rows that only fill the matrix up
+        padded = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    return padded[..., : config.vocab_size]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _unstacked(stack: Any, layers: int) -> list[Any]:
-    """Slice a stack into layers; gradients are stacked once, not again for each reader."""
-    return [_layer_of(stack, i) for i in range(layers)]
+def _unstack(stack: Any, layers: int) -> list[Any]:
+    """Slices a stack into layers; their gradients are stacked once instead of for each reader."""
+    return [_layer_slice(stack, i) for i in range(layers)]
 
 
-def _unstacked_forward(stack: Any, layers: int):
-    return _unstacked(stack, layers), None
+def _unstack_forward(stack: Any, layers: int):
+    return _unstack(stack, layers), None
 
 
-def _unstacked_backward(layers: int, _: None, gradients: list[Any]):
+def _unstack_backward(layers: int, _: None, gradients: list[Any]):
     return (
         jax.lax.optimization_barrier(jax.tree.map(lambda *parts: jnp.stack(parts), *gradients)),
     )
 
 
-_unstacked.defvjp(_unstacked_forward, _unstacked_backward)
+_unstack.defvjp(_unstack_forward, _unstack_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _taken(slot: Any, stack: Any, layer: int) -> Any:
-    """A layer's slice of the stack; its gradient goes to `slot`.
+def _slice_for_remat(slot: Any, stack: Any, layer: int) -> Any:
+    """Returns a layer's slice of the stack; its gradient goes to `slot`.
 
-    A layer that is recomputed then slices the stack again, instead of keeping a copy from the
-    forward to the backward pass; a product that is the only reader of its slice reads it in place.
+    A recomputed layer then slices the stack again instead of keeping a copy until the backward
+    pass; a product that is the only reader of its slice reads it in place.
     """
-    return _layer_of(stack, layer)
+    return _layer_slice(stack, layer)
 
 
-_taken.defvjp(
-    lambda slot, stack, layer: (_taken(slot, stack, layer), None),
+_slice_for_remat.defvjp(
+    lambda slot, stack, layer: (_slice_for_remat(slot, stack, layer), None),
     lambda layer, _, gradient: (gradient, None),
 )
 
 
-def _layer_of(stack: Any, layer: int) -> Any:
+def _layer_slice(stack: Any, layer: int) -> Any:
     return jax.tree.map(lambda x: x[layer], stack)
 
 
-def _at_once(unroll: int, layers: int, remat: rematerialization.Policy) -> int:
-    """Layers in one turn of the loop over them."""
+def _layers_per_iteration(unroll: int, layers: int, remat: rematerialization.Policy) -> int:
+    """Returns the number of layers per iteration of the loop."""
     if unroll:
         return min(unroll, layers)
-    # A loop copies residuals into a stack and out of it: 8% of a step with `dots` on two GPUs;
-    # `layer` keeps next to nothing.
+    # A loop copies residuals into a stack and out of it, which takes 8% of a step with `dots` on
+    # two GPUs; `layer` saves next to nothing.
     pays = jax.default_backend() == "gpu" and remat != "layer"
     if not pays:
         return 1
-    turns = -(-layers // UNROLLED)
-    return -(-layers // turns)
+    iterations = -(-layers // MAX_UNROLLED)
+    return -(-layers // iterations)
 
 
-def _nth(items: Sequence[Any], number: Int[Array, ""]) -> Any:
-    """The item of this number, among trees of arrays of the same shapes."""
+def _select(items: Sequence[Any], number: Int[Array, ""]) -> Any:
+    """Selects an item by a traced index, from trees of arrays of equal shapes."""
     if len(items) == 1:
         return items[0]
     return jax.tree.map(lambda *parts: jnp.stack(parts)[number], *items)
@@ -649,7 +695,7 @@ def _query_factor(growth: QueryGrowth | None, positions: Int[Array, "T"]) -> Flo
 def _check_length(config: ModelConfig, length: int) -> None:
     if config.learned_positions and length > config.max_positions:
         raise UserError(
-            f"a text of {length:,} tokens is too long for this model: it has learned"
-            f" {config.max_positions:,} positions and no others; use sequences of at most"
+            f"a text of {length:,} tokens is too long for this model, which has learned"
+            f" {config.max_positions:,} positions: use sequences of at most"
             f" {config.max_positions:,} tokens"
         )

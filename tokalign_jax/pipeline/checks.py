@@ -136,7 +136,7 @@ def _check_two_readings(context: Context) -> None:
         else {f"target_tokenizer '{context.config.target_tokenizer}'": context.inputs.target_folder}
     )
     for whose, folder in folders.items():
-        if contradiction := opening.two_readings(folder, open_tokenizer(folder)):
+        if contradiction := opening.file_contradiction(folder, open_tokenizer(folder)):
             context.log(f"warning: the files of {whose} give two tokenizations: {contradiction}")
 
 
@@ -297,7 +297,7 @@ def warn_of_llama(context: Context) -> None:
 def _opening_problem(context: Context) -> str:
     """Say how transformers would open the exported tokenizer other than it is; empty: as it is."""
     _, raw = context.inputs.source_model
-    difference = opening.difference_by_type(raw, context.inputs.target_tokenizer)
+    difference = opening.class_difference(raw, context.inputs.target_tokenizer)
     beside = f"beside model_type '{raw['model_type']}'"
     return (
         f"transformers opens the exported tokenizer, {beside}, as {difference}"

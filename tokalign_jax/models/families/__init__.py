@@ -1,7 +1,8 @@
-"""The model families, one file each: how config.json becomes a `ModelConfig`, and the weight table.
+"""Model families, one module each: reading config.json, and the weight table.
 
-A module has MODEL_TYPES, `config_from_hf`, `weights`, HEAD (the row of the head, which a tied model
-may store too) and BUFFERS (an expression for tensors in old checkpoints that hold no parameters).
+A module has MODEL_TYPES, `config_from_hf`, `weights`, HEAD (the table row of the head, which tied
+models may store too) and BUFFERS (a regular expression for tensors of old checkpoints that are not
+parameters).
 """
 
 import re
@@ -69,11 +70,11 @@ _MODULES = (
 )
 
 FAMILIES = {name: module for module in _MODULES for name in module.MODEL_TYPES}
-"""Module of each model_type."""
+"""Module by model_type."""
 
 
 _PER_LAYER_EMBEDDINGS = (
-    "each layer has an embedding table of the vocabulary's size of its own, whose rows would need a"
+    "each of its layers has an embedding table of the vocabulary's size, whose rows would need a"
     " start too"
 )
 _HEAD_BIAS = "its head has a bias for each token, which would need a start too"
@@ -83,17 +84,17 @@ REFUSED = {
     "gemma4": _PER_LAYER_EMBEDDINGS,
     "gemma4_text": _PER_LAYER_EMBEDDINGS,
     "gptj": _HEAD_BIAS,
-    "paligemma": "prompts see each other in both directions, so its text model is no causal LM",
+    "paligemma": "its prompts use bidirectional attention, so its text model is no causal LM",
     "phi": _HEAD_BIAS,
 }
-"""Families that would nearly fit, with the reason why they do not."""
+"""Unsupported families that are close to a supported one, with the reason."""
 
 
 def family(model_type: str | None) -> ModuleType:
-    """The module of `model_type`.
+    """Returns the module of `model_type`.
 
     Raises:
-      UserError: there is none.
+      UserError: the family is not supported.
     """
     if model_type in REFUSED:
         raise UserError(
@@ -103,27 +104,27 @@ def family(model_type: str | None) -> ModuleType:
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type '{model_type}' is not supported: choose a source model of one of the"
-            f" families {', '.join(sorted(FAMILIES))}, or of {', '.join(multimodal.MODEL_TYPES)}"
-            " for its text model alone (the model_type in its config.json)"
+            f" families {', '.join(sorted(FAMILIES))}, or, for its text model alone, of"
+            f" {', '.join(multimodal.MODEL_TYPES)} (the model_type in its config.json)"
         )
     return FAMILIES[model_type]
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """The constants that a config.json declares.
+    """Reads a model's config from its config.json.
 
     Raises:
-      UserError: the family is not supported, a constant is missing, or a flag is not implemented.
+      UserError: the family is not supported, a constant is missing, or an option is not
+        implemented.
     """
     return family(raw.get("model_type")).config_from_hf(raw)
 
 
 def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
-    """The weight table of `config`, in the layout of the checkpoint whose tensors are `stored`, or
-    the usual one.
+    """Returns the weight table in the layout of the checkpoint with the tensors `stored`.
 
-    Checkpoints of the model without its head, as the first of GPT-2 and embedding models are, lack
-    the first part of names.
+    Without `stored` it is the default layout. Checkpoints of the base model without its head, such
+    as the first of GPT-2 and embedding models, lack the first component of names.
     """
     module = family(config.model_type)
     packed = config.experts is not None and any(
@@ -131,16 +132,17 @@ def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weig
     )
     table = module.packed_weights(config) if packed else module.weights(config)
     return [
-        replace(weight, aliases=(*weight.aliases, _BASE.sub("", weight.name))) for weight in table
+        replace(weight, aliases=(*weight.aliases, _BASE_PREFIX.sub("", weight.name)))
+        for weight in table
     ]
 
 
-_BASE = re.compile(r"^(model|gpt_neox|transformer)\.")
-"""What is before the names of all weights but the head's."""
+_BASE_PREFIX = re.compile(r"^(model|gpt_neox|transformer)\.")
+"""First component of the names of all weights except the head's."""
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw`, or if it is of a multimodal model the config.json of its text model alone.
+    """Returns `raw`, or for a multimodal model the config.json of its text model.
 
     Raises:
       UserError: the text model's family is not supported.
@@ -153,9 +155,9 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_name(model_type: str | None, name: str) -> str | None:
-    """The name of a tensor of a `model_type` checkpoint, or if that is multimodal the one in its
-    text model's own.
+    """Maps a tensor's name in a `model_type` checkpoint to its name in the text model's.
 
-    None: it is of no part of the text model.
+    Returns:
+      The name, unchanged unless the model is multimodal; None for tensors outside the text model.
     """
     return multimodal.text_name(name) if model_type in multimodal.MODEL_TYPES else name

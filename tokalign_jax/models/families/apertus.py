@@ -1,9 +1,9 @@
-"""Apertus: norms on queries and keys, and an ungated feed-forward whose activation has parameters."""
+"""Apertus: norms on queries and keys, ungated feed-forward, activation with parameters."""
 
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.reading import Raw
-from tokalign_jax.models.weights import Weight, same
+from tokalign_jax.models.weights import Weight, direct
 
 MODEL_TYPES = ("apertus",)
 
@@ -11,17 +11,17 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of an Apertus model.
+    """Reads the config of an Apertus model.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias",))
     bias = raw.get("attention_bias", False)
-    learned = raw.get("hidden_act") == "xielu"
+    is_xielu = raw.get("hidden_act") == "xielu"
     return reading.decoder(
         raw,
-        activation="xielu" if learned else reading.activation(raw),
+        activation="xielu" if is_xielu else reading.activation(raw),
         attention_bias=bias,
         attention_out_bias=bias,
         gated_mlp=False,
@@ -30,9 +30,9 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     names = {"input_norm": "attention_layernorm", "post_attention_norm": "feedforward_layernorm"}
-    learned = {
+    xielu = {
         "alpha_p": "alpha_positive",
         "alpha_n": "alpha_negative",
         "beta": "beta",
@@ -41,8 +41,8 @@ def weights(config: ModelConfig) -> list[Weight]:
     return [
         *llama.weights(config, names),
         *(
-            same(f"{llama.LAYER}.mlp.act_fn.{theirs}", f"layers/mlp/xielu/{ours}")
-            for theirs, ours in learned.items()
+            direct(f"{llama.LAYER}.mlp.act_fn.{theirs}", f"layers/mlp/xielu/{ours}")
+            for theirs, ours in xielu.items()
             if config.activation == "xielu"
         ),
     ]

@@ -1,6 +1,6 @@
-"""Arcee (AFM) and Nemotron: LLaMA with a feed-forward of two matrices and the square of ReLU.
+"""Arcee (AFM) and Nemotron: LLaMA with an ungated feed-forward and squared ReLU.
 
-Nemotron has layer norms that multiply with 1 + w, and rotates a part of each head.
+Nemotron has layer norms that multiply by 1 + w, and partial rotary embedding.
 """
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
@@ -13,35 +13,35 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of an Arcee or Nemotron model.
+    """Reads the config of an Arcee or Nemotron model.
 
-    `attention_bias` and `mlp_bias` are off where the file leaves them out, and
-    `partial_rotary_factor` (Nemotron) is then 0.5, as in their classes.
+    As in their classes, `attention_bias` and `mlp_bias` default to false and
+    `partial_rotary_factor` (Nemotron) to 0.5.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
-    nemotron = raw["model_type"] == "nemotron"
-    known = ("attention_bias", "mlp_bias")
-    reading.check_flags(raw, (*known, "partial_rotary_factor") if nemotron else known)
+    is_nemotron = raw["model_type"] == "nemotron"
+    flags = ("attention_bias", "mlp_bias")
+    reading.check_flags(raw, (*flags, "partial_rotary_factor") if is_nemotron else flags)
     bias = raw.get("attention_bias", False)
-    own = (
+    norm_constants = (
         {
             "norm": "layer",
             "norm_bias": True,
             "norm_plus_one": True,
             "norm_epsilon": required(raw, "norm_eps"),
         }
-        if nemotron
+        if is_nemotron
         else {}
     )
-    rope = reading.rope(raw, fraction=0.5 if nemotron else None)
+    rope = reading.rope(raw, fraction=0.5 if is_nemotron else None)
     return reading.decoder(
         raw,
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=raw.get("mlp_bias", False),
         gated_mlp=False,
-        layer_kinds=reading.uniform(raw, LayerKind(rope)),
-        **own,
+        layer_kinds=reading.uniform_layers(raw, LayerKind(rope)),
+        **norm_constants,
     )

@@ -1,7 +1,6 @@
-"""Cohere's Command and Aya: parallel layers with one norm, scaled logits, interleaved rotary
-embedding.
+"""Cohere's Command and Aya: parallel layers with one norm, scaled logits, interleaved rotation.
 
-Cohere 2 (Command R7B, Command A) has windows, and no rotary embedding in layers without one.
+Cohere 2 (Command R7B, Command A) has layers with windows, and the others no rotary embedding.
 """
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
@@ -15,23 +14,23 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Cohere model.
+    """Reads the config of a Cohere model.
 
-    Files leave `tie_word_embeddings` out where it is on. Without `layer_types` every
-    `sliding_window_pattern`th layer of Cohere 2 has no window.
+    `tie_word_embeddings` defaults to true. Without `layer_types`, every `sliding_window_pattern`th
+    layer of Cohere 2 has no window.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
-    second = raw["model_type"] == "cohere2"
-    own = ("layer_types", "sliding_window") if second else ("use_qk_norm",)
-    reading.check_flags(raw, ("attention_bias", "logit_scale", *own))
+    is_cohere2 = raw["model_type"] == "cohere2"
+    flags = ("layer_types", "sliding_window") if is_cohere2 else ("use_qk_norm",)
+    reading.check_flags(raw, ("attention_bias", "logit_scale", *flags))
     bias = raw.get("attention_bias", False)
     return reading.decoder(
         raw,
         layer_kinds=_layer_kinds(raw)
-        if second
-        else reading.uniform(raw, LayerKind(reading.rope(raw))),
+        if is_cohere2
+        else reading.uniform_layers(raw, LayerKind(reading.rope(raw))),
         norm="layer",
         norm_epsilon=required(raw, "layer_norm_eps"),
         parallel_residual=True,
@@ -56,5 +55,5 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
-    return llama.weights(config, order=llama.interleaved(config))
+    """Returns the weight table."""
+    return llama.weights(config, order=llama.interleaved_order(config))

@@ -11,12 +11,12 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of an ERNIE or Helium model.
+    """Reads the config of an ERNIE or Helium model.
 
-    Files of ERNIE leave `tie_word_embeddings` out where it is on, and `use_bias` where it is off.
+    ERNIE's `tie_word_embeddings` defaults to true and its `use_bias` to false.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     if raw["model_type"] == "helium":
         reading.check_flags(raw, ("attention_bias", "mlp_bias"))
@@ -37,5 +37,5 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
-    return llama.weights(config, order=llama.interleaved(config))
+    """Returns the weight table."""
+    return llama.weights(config, order=llama.interleaved_order(config))

@@ -1,6 +1,6 @@
 """EXAONE 4: norms after attention and feed-forward only, and on queries and keys of each head.
 
-Where some layers have a window, the others have no rotary embedding.
+If some layers have a window, the others have no rotary embedding.
 """
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
@@ -13,12 +13,12 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of an EXAONE 4 model.
+    """Reads the config of an EXAONE 4 model.
 
-    Without `layer_types` every `sliding_window_pattern`th layer has no window.
+    Without `layer_types`, every `sliding_window_pattern`th layer has no window.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("layer_types", "sliding_window"))
     return reading.decoder(
@@ -31,7 +31,7 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
     if window is None:
         if SLIDING in (raw.get("layer_types") or ()):
             raise reading.refuse(raw, "layer_types", f"only '{FULL}' without sliding_window")
-        return reading.uniform(raw, LayerKind(rope))
+        return reading.uniform_layers(raw, LayerKind(rope))
 
     def default(layer: int) -> str:
         return SLIDING if (layer + 1) % required(raw, "sliding_window_pattern") else FULL

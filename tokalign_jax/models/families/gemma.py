@@ -1,7 +1,7 @@
-"""Gemma 1, 2 and 3 (text): embeddings scaled by sqrt(D), norms that multiply with 1 + w.
+"""Gemma 1, 2 and 3 (text): embeddings scaled by sqrt(D), norms that multiply by 1 + w.
 
 Gemma 2 and 3 have norms before and after attention and feed-forward, and alternate between layers
-with and without a window. Gemma 2 caps logits; Gemma 3 has norms on queries and keys, and another
+with and without a window. Gemma 2 has soft-caps; Gemma 3 has norms on queries and keys, and another
 rotary base in layers with a window.
 """
 
@@ -17,15 +17,14 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Gemma model.
+    """Reads the config of a Gemma model.
 
-    Files leave `tie_word_embeddings` out where it is on, which all releases have. `attention_bias`
-    is younger than the
-    format: without it there are no biases. `layer_types` too: without it every second layer of
-    Gemma 2 has no window, and of Gemma 3 every `sliding_window_pattern`th.
+    `tie_word_embeddings` defaults to true, the value of all releases. `attention_bias` is newer
+    than the format and defaults to no biases. So is `layer_types`: without it every second layer of
+    Gemma 2 has no window, and every `sliding_window_pattern`th of Gemma 3.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     read = {"gemma": _gemma, "gemma2": _gemma2, "gemma3_text": _gemma3}[raw["model_type"]]
     hidden_size, bias = required(raw, "hidden_size"), raw.get("attention_bias", False)
@@ -43,8 +42,8 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 def _gemma(raw: Raw) -> dict[str, Any]:
     reading.check_flags(raw, ("attention_bias",))
-    # The first files say "gelu" where the model was trained with the approximation by tanh, as
-    # later ones say.
+    # The first files name "gelu", although the model was trained with the tanh approximation that
+    # later files name.
     legacy = required(raw, "hidden_act") == "gelu" and raw.get("hidden_activation") in (
         None,
         "gelu_pytorch_tanh",
@@ -60,7 +59,7 @@ def _gemma2(raw: Raw) -> dict[str, Any]:
     rope, window = reading.rope(raw), required(raw, "sliding_window")
     types = reading.layer_types(raw, lambda layer: FULL if layer % 2 else SLIDING)
     return {
-        **_sandwiched(raw),
+        **_shared_constants(raw),
         "layer_kinds": tuple(
             LayerKind(rope, window if kind == SLIDING else None) for kind in types
         ),
@@ -92,15 +91,15 @@ def _gemma3(raw: Raw) -> dict[str, Any]:
         SLIDING: LayerKind(_rope(raw, SLIDING), required(raw, "sliding_window")),
     }
     return {
-        **_sandwiched(raw),
+        **_shared_constants(raw),
         "layer_kinds": tuple(kinds[kind] for kind in reading.layer_types(raw, default)),
         "logit_softcap": raw.get("final_logit_softcapping"),
         "query_key_norm": "head",
     }
 
 
-def _sandwiched(raw: Raw) -> dict[str, Any]:
-    """What Gemma 2 and 3 share. Old files call the activation as other families do."""
+def _shared_constants(raw: Raw) -> dict[str, Any]:
+    """Reads constants shared by Gemma 2 and 3; old files use the activation key of others."""
     key = "hidden_activation" if raw.get("hidden_activation") else "hidden_act"
     return {
         "activation": reading.activation(raw, key),
@@ -110,10 +109,11 @@ def _sandwiched(raw: Raw) -> dict[str, Any]:
 
 
 def _rope(raw: Raw, kind: str):
-    """Gemma 3's rotary embedding of one kind of layer; older files scale that of layers without a
-    window only.
+    """Reads Gemma 3's rotary embedding of a layer type.
+
+    Older files scale only that of layers without a window.
     """
-    if rope := reading.rope_of_kind(raw, kind):
+    if rope := reading.rope_by_kind(raw, kind):
         return rope
     if kind == FULL:
         return reading.rope(raw)

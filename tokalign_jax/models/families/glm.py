@@ -1,5 +1,4 @@
-"""GLM 4 (9B and the 0414 models): interleaved partial rotary embedding, fused gate and up
-projection.
+"""GLM 4 (9B and 0414): interleaved partial rotary embedding, fused gate and up projection.
 
 The 0414 models (`glm4`) have norms before and after attention and feed-forward.
 """
@@ -15,22 +14,22 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a GLM model. Without `partial_rotary_factor` half of each head is rotated.
+    """Reads the config of a GLM model; half of each head is rotated by default.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias", "partial_rotary_factor"))
     return reading.decoder(
         raw,
         attention_bias=reading.required(raw, "attention_bias"),
-        layer_kinds=reading.uniform(raw, LayerKind(reading.rope(raw, fraction=0.5))),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(reading.rope(raw, fraction=0.5))),
         norm_placement="both" if raw["model_type"] == "glm4" else "before",
     )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     names = {
         "attention_out_norm": "post_self_attn_layernorm",
         "post_attention_norm": "post_attention_layernorm",
@@ -38,9 +37,9 @@ def weights(config: ModelConfig) -> list[Weight]:
     }
     gate_up = [f"layers/mlp/{name}/kernel" for name in ("gate_proj", "up_proj")]
     return [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config, names),
-        *llama.attention(config, order=llama.interleaved(config)),
+        *llama.attention(config, order=llama.interleaved_order(config)),
         fused(
             f"{llama.LAYER}.mlp.gate_up_proj.weight",
             gate_up,

@@ -1,27 +1,25 @@
-"""GPT-2: learned positions, and projections that are stored as [in, out], queries, keys and values
-as one.
-"""
+"""GPT-2: learned positions, projections stored as [in, out], fused queries, keys and values."""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
 from tokalign_jax.models.families.reading import Raw, required
-from tokalign_jax.models.weights import Weight, fused, norm, same
+from tokalign_jax.models.weights import Weight, direct, fused, norm
 
 MODEL_TYPES = ("gpt2",)
 
 BUFFERS = r"attn\.(bias|masked_bias)$"
-"""Tensors in old checkpoints that hold no parameters."""
+"""Tensors of old checkpoints that are not parameters."""
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a GPT-2 model.
+    """Reads the config of a GPT-2 model.
 
-    Files leave `tie_word_embeddings` out where it is on, and `n_inner` where it is 4 n_embd.
-    `scale_attn_weights` is younger than the format: without it attention logits are divided by
-    sqrt(H). `reorder_and_upcast_attn` asks for float32 logits of attention, which they always are.
+    `tie_word_embeddings` defaults to true, `n_inner` to 4 n_embd. `scale_attn_weights` is newer
+    than the format and defaults to dividing attention logits by sqrt(H). `reorder_and_upcast_attn`
+    requests float32 attention logits, which are always used.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw)
     width, heads = required(raw, "n_embd"), required(raw, "n_head")
@@ -50,12 +48,12 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     layer, width = "transformer.h.{layer}", config.hidden_size
     qkv = [f"layers/attention/{name}" for name in ("q_proj", "k_proj", "v_proj")]
     return [
-        same("transformer.wte.weight", "embed_tokens/embedding"),
-        same("transformer.wpe.weight", "embed_positions/embedding"),
+        direct("transformer.wte.weight", "embed_tokens/embedding"),
+        direct("transformer.wpe.weight", "embed_positions/embedding"),
         *norm(f"{layer}.ln_1", "layers/input_norm", bias=True),
         fused(
             f"{layer}.attn.c_attn.weight",
@@ -75,8 +73,8 @@ def weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
-HEAD = same("lm_head.weight", "lm_head/kernel")
+HEAD = direct("lm_head.weight", "lm_head/kernel")
 
 
 def _projection(name: str, path: str) -> list[Weight]:
-    return [same(f"{name}.weight", f"{path}/kernel"), same(f"{name}.bias", f"{path}/bias")]
+    return [direct(f"{name}.weight", f"{path}/kernel"), direct(f"{name}.bias", f"{path}/bias")]

@@ -7,22 +7,21 @@ import numpy as np
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
 from tokalign_jax.models.families.reading import Raw, required
-from tokalign_jax.models.weights import Weight, linear, norm, same
+from tokalign_jax.models.weights import Weight, direct, linear, norm
 
 MODEL_TYPES = ("gpt_neox",)
 
 BUFFERS = r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$"
-"""Tensors in old checkpoints that hold no parameters."""
+"""Tensors of old checkpoints that are not parameters."""
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a GPT-NeoX model.
+    """Reads the config of a GPT-NeoX model.
 
-    `use_parallel_residual` and `attention_bias` are younger than the format: older files mean that
-      they are on.
+    `use_parallel_residual` and `attention_bias` are newer than the format and default to true.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(
         raw, ("attention_bias", "partial_rotary_factor", "rotary_pct", "use_parallel_residual")
@@ -45,15 +44,15 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=True,
-        layer_kinds=reading.uniform(raw, LayerKind(rope)),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(rope)),
     )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     hf, ours = "gpt_neox.layers.{layer}", "layers"
     return [
-        same("gpt_neox.embed_in.weight", "embed_tokens/embedding"),
+        direct("gpt_neox.embed_in.weight", "embed_tokens/embedding"),
         *norm(f"{hf}.input_layernorm", f"{ours}/input_norm", bias=True),
         *_query_key_value(f"{hf}.attention.query_key_value", f"{ours}/attention", config),
         *linear(f"{hf}.attention.dense", f"{ours}/attention/o_proj", config.attention_out_bias),
@@ -65,11 +64,11 @@ def weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
-HEAD = same("embed_out.weight", "lm_head/kernel", aliases=("lm_head.weight",))
+HEAD = direct("embed_out.weight", "lm_head/kernel", aliases=("lm_head.weight",))
 
 
 def _query_key_value(name: str, path: str, config: ModelConfig) -> list[Weight]:
-    """The fused projection: its rows run over heads, then over query, key and value, then over H."""
+    """Maps the fused projection, rows [head, query or key or value, H]."""
     heads, size = config.num_heads, config.head_dim
 
     def split(tensor: np.ndarray) -> list[np.ndarray]:

@@ -1,5 +1,8 @@
-"""Granite 3, and Granite 4 without Mamba layers: LLaMA with a multiplier for embedding, attention,
-residual stream and logits each. Granite 4 may have no rotary embedding."""
+"""Granite 3, and Granite 4 without Mamba layers.
+
+LLaMA with multipliers for embedding, attention, residual stream and logits. Granite 4 may have no
+rotary embedding.
+"""
 
 from typing import Any
 
@@ -14,19 +17,19 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Granite model.
+    """Reads the config of a Granite model.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     if raw["model_type"] == "granitemoehybrid":
         return _granite4(raw)
     reading.check_flags(raw, ("attention_bias", "mlp_bias", *MULTIPLIERS))
     return reading.decoder(
         raw,
-        layer_kinds=reading.uniform(raw, LayerKind(reading.rope(raw))),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(reading.rope(raw))),
         mlp_bias=raw.get("mlp_bias", False),
-        **multiplied(raw),
+        **shared_constants(raw),
     )
 
 
@@ -36,11 +39,11 @@ MULTIPLIERS = (
     "logits_scaling",
     "residual_multiplier",
 )
-"""Keys that `multiplied` reads beside `attention_bias`."""
+"""Keys that `shared_constants` reads besides `attention_bias`."""
 
 
-def multiplied(raw: Raw) -> dict[str, Any]:
-    """What all Granite models have in common."""
+def shared_constants(raw: Raw) -> dict[str, Any]:
+    """Reads the constants that all Granite models share."""
     bias = raw.get("attention_bias", False)
     return {
         "attention_bias": bias,
@@ -53,8 +56,8 @@ def multiplied(raw: Raw) -> dict[str, Any]:
 
 
 def _granite4(raw: Raw) -> ModelConfig:
-    known = ("attention_bias", "layer_types", "layers_block_type", "position_embedding_type")
-    reading.check_flags(raw, (*known, *MULTIPLIERS))
+    flags = ("attention_bias", "layer_types", "layers_block_type", "position_embedding_type")
+    reading.check_flags(raw, (*flags, *MULTIPLIERS))
     types = raw.get("layer_types") or raw.get("layers_block_type")
     if not types or not set(types) <= {"attention", FULL}:
         raise reading.refuse(raw, "layer_types", f"only 'attention' or '{FULL}': no Mamba layers")
@@ -65,19 +68,19 @@ def _granite4(raw: Raw) -> ModelConfig:
     return reading.decoder(
         raw,
         intermediate_size=required(raw, "shared_intermediate_size"),
-        layer_kinds=reading.uniform(raw, LayerKind(rope)),
-        **multiplied(raw),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(rope)),
+        **shared_constants(raw),
     )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table; Granite 4 has gate and up projection in one tensor."""
+    """Returns the weight table; Granite 4 has gate and up projection in one tensor."""
     if config.model_type == "granite":
         return llama.weights(config)
     gate_up = [f"layers/mlp/{name}/kernel" for name in ("gate_proj", "up_proj")]
     block = f"{llama.LAYER}.shared_mlp"
     return [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config),
         *llama.attention(config),
         fused(f"{block}.input_linear.weight", gate_up, (config.intermediate_size,) * 2, outputs=-2),

@@ -1,4 +1,4 @@
-"""Hunyuan (dense): LLaMA with norms on queries and keys after they are rotated."""
+"""Hunyuan (dense): LLaMA with norms on rotated queries and keys."""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
@@ -11,13 +11,13 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Hunyuan model.
+    """Reads the config of a Hunyuan model.
 
-    Dynamic scaling with an `alpha` is another base, whatever the length of the text. The class
-    has no key for its norms of queries and keys; files that have `use_qk_norm` have it on.
+    Dynamic scaling with an `alpha` is another base, independent of the length of the text. The
+    class always has norms of queries and keys; files with `use_qk_norm` set it to true.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias", "use_qk_norm"))
     if raw.get("use_qk_norm") is False:
@@ -29,12 +29,12 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         attention_out_bias=bias,
         query_key_norm="head",
         rotate_before_norm=True,
-        layer_kinds=reading.uniform(raw, LayerKind(reading.rope(raw, alpha=True))),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(reading.rope(raw, alpha=True))),
     )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     names = {
         "attention/q_norm": "self_attn.query_layernorm",
         "attention/k_norm": "self_attn.key_layernorm",

@@ -1,4 +1,4 @@
-"""LFM2: layers with a short convolution, and between them some with attention."""
+"""LFM2: layers with a short convolution, interspersed with layers with attention."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ from tokalign_jax.models.config import Convolution, LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.llama import LAYER
 from tokalign_jax.models.families.reading import FULL, Raw, required
-from tokalign_jax.models.weights import Weight, fused, linear, same
+from tokalign_jax.models.weights import Weight, direct, fused, linear
 
 MODEL_TYPES = ("lfm2",)
 
@@ -19,21 +19,20 @@ CONVOLUTION = "conv"
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of an LFM2 model.
+    """Reads the config of an LFM2 model.
 
-    Older files name the layers with attention in `full_attn_idxs`, and call `intermediate_size`
-    and `tie_word_embeddings` `block_ff_dim` and `tie_embedding`. Files leave the latter out where
-    it is on.
+    Older files list the layers with attention in `full_attn_idxs`, and name `intermediate_size` and
+    `tie_word_embeddings` `block_ff_dim` and `tie_embedding`, which defaults to true.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("layer_types",))
     rope = reading.rope(raw)
-    attending = raw.get("full_attn_idxs")
+    attention_layers = raw.get("full_attn_idxs")
 
     def default(layer: int) -> str:
-        return FULL if attending is None or layer in attending else CONVOLUTION
+        return FULL if attention_layers is None or layer in attention_layers else CONVOLUTION
 
     mixers: dict[str, Any] = {CONVOLUTION: "convolution", FULL: "attention"}
     types = reading.layer_types(raw, default, (CONVOLUTION, FULL))
@@ -45,18 +44,18 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         layer_kinds=tuple(LayerKind(rope, mixer=mixers[kind]) for kind in types),
         query_key_norm="head",
         tie_word_embeddings=raw.get("tie_embedding", raw.get("tie_word_embeddings", True)),
-        convolution=Convolution(required(raw, "conv_L_cache"), required_bool(raw, "conv_bias")),
+        convolution=Convolution(required(raw, "conv_L_cache"), _required_bool(raw, "conv_bias")),
     )
 
 
-def required_bool(raw: Raw, key: str) -> bool:
+def _required_bool(raw: Raw, key: str) -> bool:
     return bool(required(raw, key))
 
 
 def _intermediate_size(raw: Raw) -> int:
-    """Two thirds of the key, times a factor, rounded up to a multiple; or the key itself."""
+    """Returns the width, by default two thirds of the key, rounded up to a multiple."""
     size = raw.get("block_ff_dim") or required(raw, "intermediate_size")
-    if not required_bool(raw, "block_auto_adjust_ff_dim"):
+    if not _required_bool(raw, "block_auto_adjust_ff_dim"):
         return size
     size = int(2 * size / 3)
     if raw.get("block_ffn_dim_multiplier") is None:
@@ -66,7 +65,7 @@ def _intermediate_size(raw: Raw) -> int:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table. The norm after the last layer is called embedding_norm."""
+    """Returns the weight table; the final norm is named embedding_norm."""
     names = {
         "input_norm": "operator_norm",
         "post_attention_norm": "ffn_norm",
@@ -77,23 +76,23 @@ def weights(config: ModelConfig) -> list[Weight]:
         "mlp/up_proj": "feed_forward.w3",
         "mlp/down_proj": "feed_forward.w2",
     }
-    ends = [
+    outer = [
         replace(weight, name="model.embedding_norm.weight")
         if weight.name == "model.norm.weight"
         else weight
-        for weight in llama.ends(config)
+        for weight in llama.outer_weights(config)
     ]
     return [
-        *ends,
+        *outer,
         *llama.norms(config, names),
         *llama.mlp(config, names),
-        *llama.only_in("attention", config, llama.attention(config, names)),
-        *llama.only_in("convolution", config, _convolution(config)),
+        *llama.restrict_to_mixer("attention", config, llama.attention(config, names)),
+        *llama.restrict_to_mixer("convolution", config, _convolution(config)),
     ]
 
 
 def _convolution(config: ModelConfig) -> list[Weight]:
-    assert config.convolution is not None, "a convolution without its constants"
+    assert config.convolution is not None, "the config has no convolution"
     theirs, ours, width = f"{LAYER}.conv", "layers/convolution", config.hidden_size
     bias = config.convolution.bias
     parts = [f"{ours}/{name}" for name in ("gate_proj", "output_gate_proj", "v_proj")]
@@ -110,6 +109,6 @@ def _convolution(config: ModelConfig) -> list[Weight]:
             lambda tensor: (np.ascontiguousarray(tensor[:, 0].T),),
             lambda leaves: leaves[0].T[:, None],
         ),
-        *([same(f"{theirs}.conv.bias", f"{ours}/convolution/bias")] if bias else []),
+        *([direct(f"{theirs}.conv.bias", f"{ours}/convolution/bias")] if bias else []),
         *linear(f"{theirs}.out_proj", f"{ours}/o_proj", bias),
     ]

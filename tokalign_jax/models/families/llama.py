@@ -1,6 +1,4 @@
-"""LLaMA 1 to 3, and whatever else calls itself `llama` (SmolLM 1 and 2, TinyLlama, Yi, DeepSeek's
-small ones ...).
-"""
+"""LLaMA 1 to 3 and other models of type `llama` (SmolLM 1 and 2, TinyLlama, Yi, small DeepSeek)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -9,22 +7,22 @@ from types import MappingProxyType
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import reading
 from tokalign_jax.models.families.reading import Raw
-from tokalign_jax.models.weights import Order, Weight, linear, norm, same
+from tokalign_jax.models.weights import Order, Weight, direct, linear, norm
 
 MODEL_TYPES = ("llama",)
 
 BUFFERS = r"rotary_emb\.inv_freq$"
-"""Tensors in old checkpoints that hold no parameters."""
+"""Tensors of old checkpoints that are not parameters."""
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a LLaMA model.
+    """Reads the config of a LLaMA model.
 
-    Where keys that are younger than the format (head_dim, num_key_value_heads, rope_theta, the
-    biases) are absent, the value is the one that the code of that time had built in.
+    Keys that are newer than the format (head_dim, num_key_value_heads, rope_theta, the biases)
+    default to the values built into earlier code.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias", "mlp_bias", "partial_rotary_factor"))
     attention_bias = raw.get("attention_bias", False)
@@ -33,47 +31,49 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=raw.get("mlp_bias", False),
-        layer_kinds=reading.uniform(raw, LayerKind(reading.rope(raw, theta=10000.0))),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(reading.rope(raw, theta=10000.0))),
     )
 
 
 Names = Mapping[str, str]
-"""Our path below `layers/` -> the name below `model.layers.{layer}.`, where it is not LLaMA's."""
+"""Path below `layers/` -> name below `model.layers.{layer}.`, where it differs from LLaMA's."""
 
 
 def weights(
     config: ModelConfig, names: Names = MappingProxyType({}), order: Order | None = None
 ) -> list[Weight]:
-    """The weight table under LLaMA's names, which most families took over.
+    """Returns the weight table with LLaMA's names, which most families use.
 
     Args:
-      names: other names of single modules.
-      order: of the elements of each query and key, where the rotary embedding pairs them
-        otherwise (`interleaved`). Only their products count, which no order changes.
+      config: the model's config.
+      names: names of modules that differ.
+      order: permutation of the elements of each query and key, for rotary embeddings that pair
+        them differently (`interleaved_order`). Attention depends only on their products, which a
+        common permutation does not change.
     """
     return [
-        *ends(config),
+        *outer_weights(config),
         *norms(config, names),
         *attention(config, names, order),
         *mlp(config, names),
     ]
 
 
-def interleaved(config: ModelConfig) -> Order:
-    """The order of a head whose neighbours are pairs: ours are half the rotary size apart."""
+def interleaved_order(config: ModelConfig) -> Order:
+    """Returns the permutation from interleaved pairs to pairs half the rotary size apart."""
     size = max((kind.rope.size for kind in config.layer_kinds if kind.rope), default=0)
     return [*range(0, size, 2), *range(1, size, 2), *range(size, config.head_dim)]
 
 
-HEAD = same("lm_head.weight", "lm_head/kernel")
+HEAD = direct("lm_head.weight", "lm_head/kernel")
 
 LAYER = "model.layers.{layer}"
 
 
-def ends(config: ModelConfig) -> list[Weight]:
-    """All that is not of a layer."""
+def outer_weights(config: ModelConfig) -> list[Weight]:
+    """Returns the weights outside the layers."""
     return [
-        same("model.embed_tokens.weight", "embed_tokens/embedding"),
+        direct("model.embed_tokens.weight", "embed_tokens/embedding"),
         *norm("model.norm", "final_norm", config.norm_bias, config.norm_scale),
         *([] if config.tie_word_embeddings else [HEAD]),
     ]
@@ -82,7 +82,7 @@ def ends(config: ModelConfig) -> list[Weight]:
 def attention(
     config: ModelConfig, names: Names = MappingProxyType({}), order: Order | None = None
 ) -> list[Weight]:
-    """Projections, and norms of queries and keys. Args: as for `weights`."""
+    """Returns the projections, and the norms of queries and keys; args as for `weights`."""
     biases = dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.attention_bias)
     projections = biases | {"o_proj": config.attention_out_bias}
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
@@ -95,7 +95,7 @@ def attention(
                 _name(names, f"attention/{name}", f"self_attn.{name}"),
                 f"layers/attention/{name}",
                 bias,
-                order=_in_heads(order, heads[name]) if order and name in heads else None,
+                order=_repeat_by_head(order, heads[name]) if order and name in heads else None,
             )
         ),
         *(
@@ -111,14 +111,17 @@ def attention(
     ]
 
 
-def _in_heads(order: Order, heads: int) -> Order:
+def _repeat_by_head(order: Order, heads: int) -> Order:
     return [head * len(order) + element for head in range(heads) for element in order]
 
 
 def norms(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight]:
-    """Those of the layers. A norm after attention alone has the name that otherwise the one before
-    the MLP has."""
-    usual = {
+    """Returns the layers' norms.
+
+    With norms only after attention, Hugging Face gives the norm after attention the name that
+    otherwise denotes the norm before the MLP.
+    """
+    module_names = {
         "before": {
             "input_layernorm": "input_norm",
             "post_attention_layernorm": "post_attention_norm",
@@ -136,7 +139,7 @@ def norms(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weig
     }[config.norm_placement]
     return [
         weight
-        for theirs, ours in usual.items()
+        for theirs, ours in module_names.items()
         if not (config.shared_norm and ours == "post_attention_norm")
         for weight in norm(
             _name(names, ours, theirs), f"layers/{ours}", config.norm_bias, config.norm_scale
@@ -145,7 +148,7 @@ def norms(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weig
 
 
 def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight]:
-    """The feed-forward projections."""
+    """Returns the feed-forward projections."""
     projections = ("gate_proj", "up_proj", "down_proj")[0 if config.gated_mlp else 1 :]
     return [
         weight
@@ -156,11 +159,11 @@ def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight
     ]
 
 
-def only_in(mixer: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
-    """Weights that only the layers with this mixer have."""
+def restrict_to_mixer(mixer: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
+    """Restricts weights to the layers with this mixer."""
     layers = tuple(i for i, kind in enumerate(config.layer_kinds) if kind.mixer == mixer)
     return [replace(weight, layers=layers) for weight in weights if layers]
 
 
-def _name(names: Names, ours: str, usual: str) -> str:
-    return f"{LAYER}.{names.get(ours, usual)}"
+def _name(names: Names, ours: str, default: str) -> str:
+    return f"{LAYER}.{names.get(ours, default)}"

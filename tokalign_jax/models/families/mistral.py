@@ -10,13 +10,13 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Mistral model.
+    """Reads the config of a Mistral model.
 
-    Ministral without `layer_types` has the window in all layers. `llama_4_scaling_beta` among
-    Ministral 3's rotary settings is the growth of its queries.
+    Ministral without `layer_types` has the window in all layers. Ministral 3's rotary settings
+    include `llama_4_scaling_beta`, the growth of its queries.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     if raw["model_type"] == "ministral":
         return _ministral(raw)
@@ -31,7 +31,7 @@ def config_from_hf(raw: Raw) -> ModelConfig:
             )
         rotary = {**raw, "rope_parameters": settings, "rope_scaling": None}
     kind = LayerKind(reading.rope(rotary), nullable(raw, "sliding_window"), growth)
-    return reading.decoder(raw, layer_kinds=reading.uniform(raw, kind))
+    return reading.decoder(raw, layer_kinds=reading.uniform_layers(raw, kind))
 
 
 def _ministral(raw: Raw) -> ModelConfig:

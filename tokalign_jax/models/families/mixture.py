@@ -1,7 +1,7 @@
-"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE and OLMoE (a tensor per expert), Granite (one for
-all).
+"""Mixtures of experts: Mixtral, Qwen 2 and 3 MoE, OLMoE and Granite MoE.
 
-Qwen 2 MoE and Granite (shared) have an expert that all tokens go through beside.
+Granite stores all experts of a layer in one tensor, the others one tensor per expert. Qwen 2 MoE
+and Granite (shared) also have an expert for all tokens.
 """
 
 from dataclasses import replace
@@ -26,27 +26,26 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a mixture of experts. What concerns training alone (auxiliary loss, jitter)
-    is left aside.
+    """Reads the config of a mixture of experts; training settings (jitter, losses) are ignored.
 
-    Keys that are younger than the format: `attention_bias` (Qwen 3; without it there are no
-    biases), `qkv_bias` (Qwen 2; without it queries, keys and values have biases).
+    Keys that are newer than the format: `attention_bias` (Qwen 3; defaults to no biases) and
+    `qkv_bias` (Qwen 2; defaults to biases on queries, keys and values).
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     return reading.decoder(raw, **_READERS[raw["model_type"]](raw))
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table of checkpoints as on the hub."""
+    """Returns the weight table of checkpoints on the hub."""
     if config.model_type in ("granitemoe", "granitemoeshared"):
         return _granite_weights(config)
     mixtral = config.model_type == "mixtral"
     block = f"{LAYER}.block_sparse_moe" if mixtral else f"{LAYER}.mlp"
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if mixtral else {}
     return [
-        *_all_but_experts(config, f"{block}.gate"),
+        *_other_weights(config, f"{block}.gate"),
         *(
             weight
             for ours in ("gate_proj", "up_proj", "down_proj")
@@ -61,13 +60,11 @@ def weights(config: ModelConfig) -> list[Weight]:
 
 
 def packed_weights(config: ModelConfig) -> list[Weight]:
-    """The weight table of checkpoints that transformers 5 writes as its modules are: the experts of
-    a layer in one tensor.
-    """
+    """Returns the weight table of checkpoints saved by transformers 5, with packed experts."""
     if config.model_type in ("granitemoe", "granitemoeshared"):
         return _granite_weights(config)
     return [
-        *_all_but_experts(config, f"{LAYER}.mlp.gate"),
+        *_other_weights(config, f"{LAYER}.mlp.gate"),
         *_packed(config, f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"),
     ]
 
@@ -85,13 +82,13 @@ def _granite_weights(config: ModelConfig) -> list[Weight]:
     block, shared = f"{LAYER}.block_sparse_moe", f"{LAYER}.shared_mlp"
     size = _experts(config).shared_size
     leaves = [f"layers/mlp/shared/{name}/kernel" for name in ("gate_proj", "up_proj")]
-    younger = {
+    aliases = {
         f"{block}.input_linear.weight": f"{block}.experts.gate_up_proj",
         f"{block}.output_linear.weight": f"{block}.experts.down_proj",
         f"{block}.router.layer.weight": f"{block}.router.weight",
     }
     table = [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config),
         *llama.attention(config),
         *linear(f"{block}.router.layer", "layers/mlp/router", bias=False),
@@ -103,17 +100,17 @@ def _granite_weights(config: ModelConfig) -> list[Weight]:
             *linear(f"{shared}.output_linear", "layers/mlp/shared/down_proj", bias=False),
         ]
     return [
-        replace(weight, aliases=(younger[weight.name],)) if weight.name in younger else weight
+        replace(weight, aliases=(aliases[weight.name],)) if weight.name in aliases else weight
         for weight in table
     ]
 
 
-def _all_but_experts(config: ModelConfig, router: str) -> list[Weight]:
+def _other_weights(config: ModelConfig, router: str) -> list[Weight]:
     experts = _experts(config)
     shared = ("gate_proj", "up_proj", "down_proj") if experts.shared_size else ()
     gates = ("shared_expert_gate",) if experts.shared_gate else ()
     return [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config),
         *llama.attention(config),
         *linear(router, "layers/mlp/router", bias=False),
@@ -133,7 +130,7 @@ def _all_but_experts(config: ModelConfig, router: str) -> list[Weight]:
 
 
 def _experts(config: ModelConfig) -> Experts:
-    assert config.experts is not None, "a mixture without experts"
+    assert config.experts is not None, "the config has no experts"
     return config.experts
 
 
@@ -141,7 +138,7 @@ def _mixtral(raw: Raw) -> dict[str, Any]:
     reading.check_flags(raw, ("num_local_experts", "sliding_window"))
     kind = LayerKind(reading.rope(raw), raw.get("sliding_window"))
     return {
-        "layer_kinds": reading.uniform(raw, kind),
+        "layer_kinds": reading.uniform_layers(raw, kind),
         "experts": Experts(
             required(raw, "num_local_experts"),
             required(raw, "num_experts_per_tok"),
@@ -163,14 +160,14 @@ def _olmoe(raw: Raw) -> dict[str, Any]:
 
 def _granite(raw: Raw) -> dict[str, Any]:
     reading.check_flags(raw, ("attention_bias", "num_local_experts", *granite.MULTIPLIERS))
-    shared = raw["model_type"] == "granitemoeshared"
+    has_shared = raw["model_type"] == "granitemoeshared"
     return {
-        **granite.multiplied(raw),
+        **granite.shared_constants(raw),
         "experts": Experts(
             required(raw, "num_local_experts"),
             required(raw, "num_experts_per_tok"),
             normalized=True,
-            shared_size=(raw.get("shared_intermediate_size") or None) if shared else None,
+            shared_size=(raw.get("shared_intermediate_size") or None) if has_shared else None,
         ),
     }
 
@@ -181,14 +178,14 @@ def _qwen2(raw: Raw) -> dict[str, Any]:
     )
     _check_all_layers_have_experts(raw)
     rope, window = reading.rope(raw), raw.get("sliding_window")
-    windowed = raw.get("use_sliding_window", False)
+    use_window = raw.get("use_sliding_window", False)
 
     def default(layer: int) -> str:
-        before = windowed and layer < required(raw, "max_window_layers")
-        return SLIDING if before and (layer + 1) % 2 else FULL
+        has_window = use_window and layer < required(raw, "max_window_layers")
+        return SLIDING if has_window and (layer + 1) % 2 else FULL
 
     types = reading.layer_types(raw, default)
-    if SLIDING in types and not (windowed and window):
+    if SLIDING in types and not (use_window and window):
         raise reading.refuse(
             raw, "layer_types", f"'{SLIDING}' only with use_sliding_window and sliding_window"
         )
@@ -208,16 +205,17 @@ def _qwen2(raw: Raw) -> dict[str, Any]:
 
 def _qwen3(raw: Raw) -> dict[str, Any]:
     count = "num_experts" if "num_experts" in raw else "num_local_experts"
-    known = ("attention_bias", "sliding_window", "use_sliding_window", count)
-    same = raw.get("num_local_experts") == required(raw, count)  # some files have both
-    reading.check_flags(raw, (*known, "num_local_experts") if same else known)
+    flags = ("attention_bias", "sliding_window", "use_sliding_window", count)
+    if raw.get("num_local_experts") == required(raw, count):  # Some files have both keys.
+        flags = (*flags, "num_local_experts")
+    reading.check_flags(raw, flags)
     _check_all_layers_have_experts(raw)
     window = required(raw, "sliding_window") if raw.get("use_sliding_window") else None
     bias = raw.get("attention_bias", False)
     return {
         "head_dim": required(raw, "head_dim"),
         "intermediate_size": required(raw, "moe_intermediate_size"),
-        "layer_kinds": reading.uniform(raw, LayerKind(reading.rope(raw), window)),
+        "layer_kinds": reading.uniform_layers(raw, LayerKind(reading.rope(raw), window)),
         "attention_bias": bias,
         "attention_out_bias": bias,
         "query_key_norm": "head",

@@ -13,10 +13,10 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a nanochat model.
+    """Reads the config of a nanochat model.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias", "final_logit_softcapping"))
     bias = raw.get("attention_bias", False)
@@ -34,12 +34,12 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     names = {"mlp/up_proj": "mlp.fc1", "mlp/down_proj": "mlp.fc2"}
-    return llama.weights(config, names, order=_halves_swapped(config))
+    return llama.weights(config, names, order=_swapped_order(config))
 
 
-def _halves_swapped(config: ModelConfig) -> Sequence[int]:
-    """A pair in the other order turns the other way."""
+def _swapped_order(config: ModelConfig) -> Sequence[int]:
+    """Returns the permutation that swaps the elements of each pair, which negates the angle."""
     half = config.head_dim // 2
     return [*range(half, 2 * half), *range(half)]

@@ -1,7 +1,7 @@
-"""OLMo 1: LLaMA with layer norms that have no parameters, and clipped queries, keys and values.
+"""OLMo 1: LLaMA with layer norms without parameters, and clipped queries, keys and values.
 
-OLMo 2 and 3: norms after attention and feed-forward only, and on all queries and keys of a token
-together. OLMo 3 has layers with a window, whose rotary embedding is never scaled.
+OLMo 2 and 3 have norms after attention and feed-forward only, and norms on queries and keys over
+all heads. OLMo 3 has layers with a window, whose rotary embedding is never scaled.
 """
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
@@ -14,12 +14,12 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of an OLMo model.
+    """Reads the config of an OLMo model.
 
-    Without `layer_types` every fourth layer of OLMo 3 has no window.
+    Without `layer_types`, every fourth layer of OLMo 3 has no window.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     if raw["model_type"] == "olmo":
         return _olmo(raw)
@@ -30,7 +30,7 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         raw,
         layer_kinds=_layer_kinds(raw)
         if windows
-        else reading.uniform(raw, LayerKind(reading.rope(raw))),
+        else reading.uniform_layers(raw, LayerKind(reading.rope(raw))),
         attention_bias=bias,
         attention_out_bias=bias,
         norm_placement="after",
@@ -47,14 +47,14 @@ def _olmo(raw: Raw) -> ModelConfig:
         attention_out_bias=bias,
         norm="layer",
         norm_scale=False,
-        norm_epsilon=1e-5,  # transformers has no key for it
+        norm_epsilon=1e-5,  # A constant in transformers.
         qkv_clip=raw.get("clip_qkv"),
     )
 
 
 def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
-    full = reading.rope_of_kind(raw, FULL) or reading.rope(raw)
-    sliding = reading.rope_of_kind(raw, SLIDING) or reading.rope({**raw, "rope_scaling": None})
+    full = reading.rope_by_kind(raw, FULL) or reading.rope(raw)
+    sliding = reading.rope_by_kind(raw, SLIDING) or reading.rope({**raw, "rope_scaling": None})
     kinds = {FULL: LayerKind(full), SLIDING: LayerKind(sliding, required(raw, "sliding_window"))}
     return tuple(
         kinds[kind]

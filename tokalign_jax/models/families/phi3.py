@@ -1,6 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4 (mini too): LLaMA with fused projections, partial rotary embedding and
-LongRoPE.
-"""
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: LLaMA with fused projections, partial RoPE, LongRoPE."""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
@@ -14,13 +12,13 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Phi-3 model.
+    """Reads the config of a Phi-3 model.
 
-    `partial_rotary_factor` is younger than the format: without it the whole head turns. The first
-    files call LongRoPE `su`.
+    `partial_rotary_factor` is newer than the format and defaults to 1. The first files name
+    LongRoPE `su`.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("partial_rotary_factor", "sliding_window"))
     settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
@@ -30,16 +28,16 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         reading.rope({**raw, "rope_parameters": settings, "rope_scaling": None}, fraction=1.0),
         reading.nullable(raw, "sliding_window"),
     )
-    return reading.decoder(raw, layer_kinds=reading.uniform(raw, kind))
+    return reading.decoder(raw, layer_kinds=reading.uniform_layers(raw, kind))
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = [f"layers/attention/{name}/kernel" for name in ("q_proj", "k_proj", "v_proj")]
     gate_up = [f"layers/mlp/{name}/kernel" for name in ("gate_proj", "up_proj")]
     return [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config),
         fused(f"{LAYER}.self_attn.qkv_proj.weight", qkv, (queries, keys, keys), outputs=-2),
         *linear(f"{LAYER}.self_attn.o_proj", "layers/attention/o_proj", bias=False),

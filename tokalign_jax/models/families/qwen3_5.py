@@ -1,4 +1,4 @@
-"""Qwen 3.5 (text): three layers with a gated delta rule to each with gated full attention."""
+"""Qwen 3.5 (text): three layers with a gated delta rule for each one with gated full attention."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from tokalign_jax.models.config import DeltaRule, LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.llama import LAYER
 from tokalign_jax.models.families.reading import FULL, Raw, required
-from tokalign_jax.models.weights import Weight, fused, linear, same
+from tokalign_jax.models.weights import Weight, direct, fused, linear
 
 MODEL_TYPES = ("qwen3_5_text",)
 
@@ -19,13 +19,13 @@ LINEAR = "linear_attention"
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Qwen 3.5 text model.
+    """Reads the config of a Qwen 3.5 text model.
 
-    Without `layer_types` every `full_attention_interval`th layer, or every fourth, has attention;
-    without `partial_rotary_factor` a quarter of each head is rotated.
+    Without `layer_types`, every `full_attention_interval`th layer (default 4) has attention;
+    without `partial_rotary_factor`, a quarter of each head is rotated.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias", "layer_types", "partial_rotary_factor"))
     bias = raw.get("attention_bias", False)
@@ -63,18 +63,18 @@ def _layer_kinds(raw: Raw) -> tuple[LayerKind, ...]:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     return [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config),
         *llama.mlp(config),
-        *llama.only_in("attention", config, _attention(config)),
-        *llama.only_in("delta", config, _delta(config)),
+        *llama.restrict_to_mixer("attention", config, _attention(config)),
+        *llama.restrict_to_mixer("delta", config, _delta(config)),
     ]
 
 
 def _attention(config: ModelConfig) -> list[Weight]:
-    """Queries and their gates are one tensor."""
+    """Returns the attention weights; queries and their gates are one tensor."""
     name = f"{LAYER}.self_attn.q_proj"
     others = [
         weight
@@ -89,7 +89,7 @@ def _attention(config: ModelConfig) -> list[Weight]:
 
 
 def _queries_and_gates(name: str, leaf: str, config: ModelConfig) -> Weight:
-    """Its rows run over heads, then over query and gate, then over H."""
+    """Maps the tensor of queries and gates, rows [head, query or gate, H]."""
     heads, size = config.num_heads, config.head_dim
 
     def split(tensor: np.ndarray) -> list[np.ndarray]:
@@ -105,8 +105,11 @@ def _queries_and_gates(name: str, leaf: str, config: ModelConfig) -> Weight:
 
 
 def _delta(config: ModelConfig) -> list[Weight]:
-    """Queries, keys and values are one tensor, and so are the kernels of their convolutions."""
-    assert config.delta is not None, "a delta rule without its sizes"
+    """Returns the delta rule weights.
+
+    Queries, keys and values are one tensor, and so are the kernels of their convolutions.
+    """
+    assert config.delta is not None, "the config has no delta rule"
     theirs, ours, delta = f"{LAYER}.linear_attn", "layers/delta", config.delta
     keys, values = delta.num_key_heads * delta.key_dim, delta.num_value_heads * delta.value_dim
     ends = np.cumsum((keys, keys, values))[:-1]
@@ -134,7 +137,7 @@ def _delta(config: ModelConfig) -> list[Weight]:
             for name, path in linears.items()
             for weight in linear(f"{theirs}.{name}", f"{ours}/{path}", bias=False)
         ),
-        same(f"{theirs}.A_log", f"{ours}/log_decay"),
-        same(f"{theirs}.dt_bias", f"{ours}/decay_bias"),
-        same(f"{theirs}.norm.weight", f"{ours}/out_scale"),
+        direct(f"{theirs}.A_log", f"{ours}/log_decay"),
+        direct(f"{theirs}.dt_bias", f"{ours}/decay_bias"),
+        direct(f"{theirs}.norm.weight", f"{ours}/out_scale"),
     ]

@@ -1,6 +1,4 @@
-"""Reading config.json: what every family needs, in the spellings of transformers 5 and of older
-releases.
-"""
+"""Parsing of config.json: keys shared by the families, as named by transformers 5 and earlier."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,10 +17,10 @@ from tokalign_jax.models.rotary import (
 )
 
 Raw = Mapping[str, Any]
-"""The content of config.json."""
+"""The contents of config.json."""
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-"""Kinds of layers by their names in config.json."""
+"""Layer types as named in config.json."""
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -38,7 +36,7 @@ _ACTIVATIONS = {
 
 _SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
-# What some family computes otherwise, with the values that mean that nothing is otherwise.
+# Options of some families, each with the values that turn it off.
 _FLAGS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "alibi": (False,),
@@ -82,10 +80,10 @@ _FLAGS: dict[str, tuple[Any, ...]] = {
 
 
 def required(raw: Raw, key: str) -> Any:
-    """`raw[key]`.
+    """Returns `raw[key]`; constants of a model are never guessed.
 
     Raises:
-      UserError: it is absent. A model's constant is never guessed.
+      UserError: the key is missing or null.
     """
     if raw.get(key) is None:
         raise _missing(key)
@@ -93,10 +91,10 @@ def required(raw: Raw, key: str) -> Any:
 
 
 def nullable(raw: Raw, key: str) -> Any:
-    """`raw[key]`, which may say null but must be there.
+    """Returns `raw[key]`, which may be null but must be present.
 
     Raises:
-      UserError: it is absent.
+      UserError: the key is missing.
     """
     if key not in raw:
         raise _missing(key)
@@ -104,23 +102,23 @@ def nullable(raw: Raw, key: str) -> Any:
 
 
 def refuse(raw: Raw, flag: str, implemented: str) -> UserError:
-    """The error for a config flag that asks for something that is not there."""
+    """Returns the error for an option that is not implemented for the family."""
     return UserError(
         f"the model's config.json sets '{flag}' to {raw.get(flag)!r}, which is not implemented for"
         f" model_type '{raw.get('model_type')}' (implemented: {implemented}): choose another model,"
-        " as this one would be computed wrongly"
+        " since the results of this one would be wrong"
     )
 
 
 def check_flags(raw: Raw, implemented: Collection[str] = ()) -> None:
-    """Refuses a model that is quantized, or whose config.json asks for what another family has and
-    this one has not.
+    """Refuses quantized models and options that are not implemented for the family.
 
     Args:
-      implemented: the flags that this family reads.
+      raw: the config.
+      implemented: the options that the family reads.
 
     Raises:
-      UserError: naming the flag.
+      UserError: names the option.
     """
     if raw.get("quantization_config"):
         quantization = raw["quantization_config"]
@@ -131,18 +129,18 @@ def check_flags(raw: Raw, implemented: Collection[str] = ()) -> None:
         )
         raise UserError(
             f"the model's config.json has a 'quantization_config' (method {method}): quantized"
-            " weights cannot be adapted; give the original model in float32, float16 or bfloat16,"
-            " from which this one was made"
+            " weights are not supported; give the original model in float32, float16 or bfloat16"
+            " from which it was quantized"
         )
-    for flag, harmless in _FLAGS.items():
-        if flag not in implemented and raw.get(flag) is not None and raw[flag] not in harmless:
-            raise refuse(raw, flag, " or ".join(["null", *map(repr, harmless)]))
+    for flag, off_values in _FLAGS.items():
+        if flag not in implemented and raw.get(flag) is not None and raw[flag] not in off_values:
+            raise refuse(raw, flag, " or ".join(["null", *map(repr, off_values)]))
     if "layer_types" not in implemented and not set(raw.get("layer_types") or ()) <= {FULL}:
         raise refuse(raw, "layer_types", f"only '{FULL}'")
 
 
 def activation(raw: Raw, key: str = "hidden_act") -> Any:
-    """The activation under our name."""
+    """Returns the activation as named in `ModelConfig`."""
     name = required(raw, key)
     if name not in _ACTIVATIONS:
         raise refuse(raw, key, ", ".join(_ACTIVATIONS))
@@ -151,8 +149,8 @@ def activation(raw: Raw, key: str = "hidden_act") -> Any:
 
 def _missing(key: str) -> UserError:
     return UserError(
-        f"the model's config.json has no '{key}': it is needed to rebuild the model exactly; add"
-        " the value with which the model was trained"
+        f"the model's config.json has no '{key}', which is needed to rebuild the model exactly: add"
+        " the value used in training"
     )
 
 
@@ -166,14 +164,17 @@ def rope(
     fraction: float | None = None,
     alpha: bool = False,
 ) -> Rope:
-    """The rotary embedding that config.json describes.
+    """Reads the rotary embedding.
 
-    transformers 5 keeps all of it in `rope_parameters`; older files have `rope_theta` and
-    `partial_rotary_factor` on their own, scaling in `rope_scaling`, and its kind under `type`.
+    transformers 5 stores all settings in `rope_parameters`; older files have `rope_theta` and
+    `partial_rotary_factor` at the top level, and the scaling in `rope_scaling`, its kind as `type`.
 
-    Args: theta: the value where the file says none. fraction: the share of a head that turns where
-      the file says none; None: the family has no partial rotary embedding. alpha: dynamic scaling
-      with an `alpha` is a larger base and no scaling.
+    Args:
+      raw: the config.
+      theta: default of `rope_theta`; None if it is required.
+      fraction: default of the rotated share of a head; None if the family has no partial rotary
+        embedding.
+      alpha: dynamic scaling with an `alpha` means a larger base and no scaling.
 
     Raises:
       UserError: a constant is missing, or the scaling is not implemented.
@@ -194,42 +195,42 @@ def rope(
     return Rope(size, base, _rope_scaling(raw, settings))
 
 
-def rope_of_kind(raw: Raw, kind: str) -> Rope | None:
-    """The rotary embedding of one kind of layers, in files that tell it by kind; None in older
-    ones.
+def rope_by_kind(raw: Raw, kind: str) -> Rope | None:
+    """Reads the rotary embedding of a layer type from files that store it by type.
+
+    Returns:
+      The embedding, or None for older files without `rope_parameters`.
 
     Raises:
-      UserError: `rope_parameters` does not say of which kind it is.
+      UserError: `rope_parameters` has no entry for this type.
     """
     settings = raw.get("rope_parameters")
     if not settings:
         return None
     if kind not in settings:
-        raise refuse(
-            raw, "rope_parameters", f"an object for each kind of layer, '{kind}' among them"
-        )
+        raise refuse(raw, "rope_parameters", f"an object by layer type, including '{kind}'")
     return rope({**raw, "rope_parameters": settings[kind], "rope_scaling": None})
 
 
 def head_dim(raw: Raw) -> int:
-    """H; the key is younger than the format, and without it the heads share the width."""
+    """Returns H; older files lack the key, and their heads share the model's width."""
     return raw.get("head_dim") or required(raw, "hidden_size") // required(
         raw, "num_attention_heads"
     )
 
 
 def _rope_settings(raw: Raw) -> dict[str, Any]:
-    """All rotary settings under their names in transformers 5."""
+    """Returns all rotary settings under their names in transformers 5."""
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if new and old and any(new.get(key) != value for key, value in old.items()):
         raise UserError(
             f"the model's config.json has both 'rope_parameters' ({new}) and 'rope_scaling'"
-            f" ({old}), which differ: keep the one with which the model was trained"
+            f" ({old}), which differ: keep the one used in training"
         )
-    apart = {
+    top_level = {
         key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None
     }
-    return apart | dict(new or old)
+    return top_level | dict(new or old)
 
 
 def _rope_scaling(raw: Raw, settings: Raw) -> RopeScaling | None:
@@ -276,20 +277,22 @@ def _rope_scaling(raw: Raw, settings: Raw) -> RopeScaling | None:
 
 
 def _yarn_magnitude(settings: Raw, factor: float) -> float:
-    """The paper's 0.1 ln(factor) + 1, or as DeepSeek weighs its logarithm; or what the file says."""
+    """Returns `attention_factor`, else the paper's 0.1 ln(factor) + 1 or DeepSeek's variant."""
 
     def growth(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
-    above, below = settings.get("mscale"), settings.get("mscale_all_dim")
-    computed = growth(above) / growth(below) if above and below else growth(1.0)
-    given = settings.get("attention_factor")
-    return float(computed if given is None else given)
+    numerator, denominator = settings.get("mscale"), settings.get("mscale_all_dim")
+    default = growth(1.0)
+    if numerator and denominator:
+        default = growth(numerator) / growth(denominator)
+    magnitude = settings.get("attention_factor")
+    return float(default if magnitude is None else magnitude)
 
 
-# --- The whole ----------------------------------------------------------------------------------
+# --- Configs ------------------------------------------------------------------------------------
 
-_USUAL: dict[str, Callable[[Raw], Any]] = {
+_LLAMA_READERS: dict[str, Callable[[Raw], Any]] = {
     "model_type": lambda raw: raw["model_type"],
     "vocab_size": lambda raw: required(raw, "vocab_size"),
     "hidden_size": lambda raw: required(raw, "hidden_size"),
@@ -310,41 +313,44 @@ _USUAL: dict[str, Callable[[Raw], Any]] = {
     "mlp_bias": lambda raw: False,
     "tie_word_embeddings": lambda raw: raw.get("tie_word_embeddings", False),
     "max_positions": lambda raw: required(raw, "max_position_embeddings"),
-    "layer_kinds": lambda raw: uniform(raw, LayerKind(rope(raw))),
+    "layer_kinds": lambda raw: uniform_layers(raw, LayerKind(rope(raw))),
 }
 
 
 def decoder(raw: Raw, **constants: Any) -> ModelConfig:
-    """A decoder as most families have it: RMS norms, gated feed-forward, no biases, all layers
-    alike, LLaMA's spellings.
+    """Reads a decoder with LLaMA's keys.
 
-    `constants` stand in the place of what would be read, or add to it. Without num_key_value_heads
-    every query head has its own: the key is younger than the format. Without tie_word_embeddings
-    the head is a matrix of its own, which is what the files leave out.
+    Defaults are RMS norms, a gated feed-forward, no biases and uniform layers. Files without
+    num_key_value_heads, which is newer than the format, have as many as query heads; files without
+    tie_word_embeddings have an untied head.
+
+    Args:
+      raw: the config.
+      **constants: fields that are set to these values instead of being read.
 
     Raises:
       UserError: a constant is missing, or has a value that is not implemented.
     """
-    read = {name: usual(raw) for name, usual in _USUAL.items() if name not in constants}
+    read = {name: reader(raw) for name, reader in _LLAMA_READERS.items() if name not in constants}
     return ModelConfig(**read, **constants)
 
 
-def uniform(raw: Raw, kind: LayerKind) -> tuple[LayerKind, ...]:
-    """All layers alike."""
+def uniform_layers(raw: Raw, kind: LayerKind) -> tuple[LayerKind, ...]:
+    """Returns the same kind for all layers."""
     return (kind,) * required(raw, "num_hidden_layers")
 
 
 def layer_types(
     raw: Raw, default: Callable[[int], str], kinds: Sequence[str] = (SLIDING, FULL)
 ) -> list[str]:
-    """`layer_types`, or where the file is older than the key, `default` of each layer's number.
+    """Returns `layer_types`; files older than the key get `default` of each layer number.
 
     Raises:
-      UserError: there are others than `kinds`, or not one for each layer.
+      UserError: there are types other than `kinds`, or not one per layer.
     """
     layers = required(raw, "num_hidden_layers")
     types = raw.get("layer_types") or [default(layer) for layer in range(layers)]
     if len(types) != layers or not set(types) <= set(kinds):
-        known = " or ".join(f"'{kind}'" for kind in kinds)
-        raise refuse(raw, "layer_types", f"{known} for each of the {layers} layers")
+        allowed = " or ".join(f"'{kind}'" for kind in kinds)
+        raise refuse(raw, "layer_types", f"{allowed} for each of the {layers} layers")
     return list(types)

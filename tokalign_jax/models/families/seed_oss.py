@@ -10,10 +10,10 @@ BUFFERS, HEAD, weights = llama.BUFFERS, llama.HEAD, llama.weights
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a Seed-OSS model.
+    """Reads the config of a Seed-OSS model.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("attention_bias", "attention_out_bias", "mlp_bias"))
     return reading.decoder(

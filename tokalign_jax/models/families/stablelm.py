@@ -1,5 +1,6 @@
-"""StableLM: LLaMA with layer norms and partial rotary embedding; some have biases, norms for each
-head, or parallel layers.
+"""StableLM: LLaMA with layer norms and partial rotary embedding.
+
+Some models have biases, norms for each head, or parallel layers.
 """
 
 from dataclasses import replace
@@ -8,7 +9,7 @@ from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
 from tokalign_jax.models.families.llama import LAYER
 from tokalign_jax.models.families.reading import Raw, required
-from tokalign_jax.models.weights import Weight, same
+from tokalign_jax.models.weights import Weight, direct
 
 MODEL_TYPES = ("stablelm",)
 
@@ -16,13 +17,13 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a StableLM model.
+    """Reads the config of a StableLM model.
 
-    `use_qkv_bias`, `qk_layernorm` and `use_parallel_residual` are younger than the format: older
-    files mean that they are off.
+    `use_qkv_bias`, `qk_layernorm` and `use_parallel_residual` are newer than the format and default
+    to false.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(
         raw, ("partial_rotary_factor", "qk_layernorm", "use_parallel_residual", "use_qkv_bias")
@@ -39,21 +40,21 @@ def config_from_hf(raw: Raw) -> ModelConfig:
         parallel_residual=parallel,
         shared_norm=parallel,
         query_key_norm="each_head" if raw.get("qk_layernorm") else None,
-        layer_kinds=reading.uniform(raw, LayerKind(reading.rope(raw, fraction=fraction))),
+        layer_kinds=reading.uniform_layers(raw, LayerKind(reading.rope(raw, fraction=fraction))),
     )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     heads = {"q": config.num_heads, "k": config.num_kv_heads} if config.query_key_norm else {}
     each_head = "{index}"
     return [
-        *llama.ends(config),
+        *llama.outer_weights(config),
         *llama.norms(config),
         *llama.attention(replace(config, query_key_norm=None)),
         *llama.mlp(config),
         *(
-            same(
+            direct(
                 f"{LAYER}.self_attn.{name}_layernorm.norms.{each_head}.weight",
                 f"layers/attention/{name}_norm/scale",
                 count=count,

@@ -1,4 +1,4 @@
-"""StarCoder 2: layer norms, biases, a feed-forward of two matrices, and a window."""
+"""StarCoder 2: layer norms, biases, ungated feed-forward, and a window."""
 
 from tokalign_jax.models.config import LayerKind, ModelConfig
 from tokalign_jax.models.families import llama, reading
@@ -11,17 +11,17 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 
 
 def config_from_hf(raw: Raw) -> ModelConfig:
-    """The constants of a StarCoder 2 model. Files leave `tie_word_embeddings` out where it is on.
+    """Reads the config of a StarCoder 2 model; `tie_word_embeddings` defaults to true.
 
     Raises:
-      UserError: a constant is missing, or a flag asks for what is not implemented.
+      UserError: a constant is missing, or an option is not implemented.
     """
     reading.check_flags(raw, ("sliding_window", "use_bias"))
     bias = required(raw, "use_bias")
     kind = LayerKind(reading.rope(raw), nullable(raw, "sliding_window"))
     return reading.decoder(
         raw,
-        layer_kinds=reading.uniform(raw, kind),
+        layer_kinds=reading.uniform_layers(raw, kind),
         norm="layer",
         norm_bias=True,
         norm_epsilon=required(raw, "norm_epsilon"),
@@ -34,5 +34,5 @@ def config_from_hf(raw: Raw) -> ModelConfig:
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """The weight table."""
+    """Returns the weight table."""
     return llama.weights(config, {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"})
