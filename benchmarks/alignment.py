@@ -291,7 +291,7 @@ def held_out(config: Config, path: str, workdir: Path, budget: int) -> dict[str,
     documents = [d for batch in corpus.train_batches(folder) for d in batch] + list(
         corpus.held_out(folder)
     )
-    return bits_per_byte.choose(documents, budget)
+    return bits_per_byte.choose_texts(documents, budget)
 
 
 def measure(context, model_config, params, tokenizer, texts) -> dict[str, float]:

@@ -159,7 +159,7 @@ def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     context = Context(config, workdir, print)
     model, folder = context.inputs.teacher_model, context.inputs.teacher_folder
     assert model and folder
-    texts = bits_per_byte.choose(
+    texts = bits_per_byte.choose_texts(
         corpus.held_out(workdir / "corpus"), config.evaluation.bytes_per_language
     )
     scores = bits_per_byte.evaluate(

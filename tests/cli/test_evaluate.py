@@ -230,7 +230,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         ),
         (
             {"models": "small", "text": "text.jsonl", "abilities": "nowhere.jsonl"},
-            "nowhere.jsonl' names no file",
+            "nowhere.jsonl' matches no file",
         ),
         (
             {"models": "small", "text": "text.jsonl", "abilities": "bad.jsonl"},

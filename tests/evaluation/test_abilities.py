@@ -55,7 +55,7 @@ def log_likelihoods(folder, question, begin):
 @pytest.mark.parametrize("tokens_at_once", [8192, 16])
 def test_scores_are_pytorchs(model, monkeypatch, tokens_at_once):
     folder, config, params = model
-    monkeypatch.setattr(abilities, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(abilities, "_TOKENS_PER_BATCH", tokens_at_once)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     begin = abilities.beginning_id(tokenizer)
     assert begin == tokenizer.eos_token_id
@@ -100,7 +100,9 @@ def test_judged_alike_by_a_program_apart(model, tmp_path):
 def test_a_question_too_long_for_the_model_is_named(model):
     folder, config, params = model
     long = Question("a", "0123456789" * 20, ("x", "y"))
-    with pytest.raises(UserError, match=r"'012345.* has 201 tokens, but the model reads 128"):
+    with pytest.raises(
+        UserError, match=r"'012345.* has 201 tokens, but the model reads at most 128"
+    ):
         abilities.score(
             config, params, AutoTokenizer.from_pretrained(folder), [*QUESTIONS, long], 0
         )
@@ -134,12 +136,14 @@ def test_kinds_of_cut():
         "composed": Question("s", "x", (" ab", " y")),
         "recut": Question("s", "x", ("cde", " y")),
     }
-    assert dict(zip(kinds, abilities.kinds_of_cut(source, target, [*kinds.values()]))) == {
+    assert dict(zip(kinds, abilities.segmentation_kinds(source, target, [*kinds.values()]))) == {
         k: k for k in kinds
     }
     # A token of question and answer together is the answer's.
-    assert abilities.kinds_of_cut(source, target, [Question("s", "xa", ("b", "y"))]) == ["composed"]
-    assert {*kinds} == {*abilities.KINDS_OF_CUT}
+    assert abilities.segmentation_kinds(source, target, [Question("s", "xa", ("b", "y"))]) == [
+        "composed"
+    ]
+    assert {*kinds} == {*abilities.SEGMENTATION_KINDS}
 
 
 def test_suites_are_read_from_files_folders_and_globs(tmp_path):
@@ -162,12 +166,12 @@ GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("{", "is no JSON"),
-        ("[]", "is no JSON object"),
+        ("{", "is not valid JSON"),
+        ("[]", "is not a JSON object"),
         *((json.dumps({k: v for k, v in GOOD.items() if k != key}), f"has no '{key}'") for key in GOOD),
-        *((json.dumps({**GOOD, "choices": choices}), "two texts or more") for choices in (["c"], [], "cd", ["c", ""], [1, 2], None)),
+        *((json.dumps({**GOOD, "choices": choices}), "two or more non-empty") for choices in (["c"], [], "cd", ["c", ""], [1, 2], None)),
         *((json.dumps({**GOOD, key: value}), f"'{key}' is") for key in ("task", "question") for value in ("", " ", 3, "\ud800")),
-        (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the right choice 'c' is there twice"),
+        (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the correct choice 'c' appears twice"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, told):
@@ -190,7 +194,7 @@ def test_bad_files_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}' {told}"):
             abilities.read(str(tmp_path / name))
-    with pytest.raises(UserError, match="nowhere' names no file"):
+    with pytest.raises(UserError, match="nowhere' matches no file"):
         abilities.read(str(tmp_path / "nowhere"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"folder' has no \*\.jsonl files"):

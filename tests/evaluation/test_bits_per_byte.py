@@ -104,7 +104,7 @@ def test_text_is_cut_into_tokens_as_for_training(model):
 def test_every_token_is_a_label_once():
     tokens = list(range(100, 123))
     for length in (1, 5, 23, 50):
-        windows = bits_per_byte.cut(tokens, 7, length)
+        windows = bits_per_byte.split_windows(tokens, 7, length)
         assert [t for _, labels in windows for t in labels] == tokens
         assert [t for inputs, _ in windows for t in inputs] == [7, *tokens[:-1]]
         assert max(len(labels) for _, labels in windows) <= length
@@ -112,7 +112,7 @@ def test_every_token_is_a_label_once():
 
 def test_what_stands_before_every_text_begins_every_window():
     tokens = list(range(100, 112))
-    windows = bits_per_byte.cut(tokens, 7, 5, each=True)
+    windows = bits_per_byte.split_windows(tokens, 7, 5, starts_every_window=True)
     assert [inputs for inputs, _ in windows] == [
         [7, *tokens[:4]],
         [7, *tokens[5:9]],
@@ -128,7 +128,7 @@ def test_choice_keeps_to_the_budget_and_to_whole_characters():
         Document("é" * 10, "fr", 20),
         Document("x", "fr", 1),
     ]
-    chosen = bits_per_byte.choose(documents, 27)
+    chosen = bits_per_byte.choose_texts(documents, 27)
     assert chosen == {"fr": ["é" * 10, "é" * 3], "en": ["ab"]}
 
 

@@ -126,8 +126,8 @@ def test_figures_are_beside_the_sources_on_the_same_questions():
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("{", "line 2 is no JSON"),
-        ("[1]", "line 2 is no JSON object"),
+        ("{", "line 2 is not valid JSON"),
+        ("[1]", "line 2 is not a JSON object"),
         ('{"question": "a"}', "has no 'answers'"),
         ('{"question": " ", "answers": ["a"]}', "'question' is"),
         ('{"question": "a", "answers": []}', "'answers' is"),

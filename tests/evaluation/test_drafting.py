@@ -113,6 +113,6 @@ def test_a_model_is_the_best_draft_for_itself_and_another_is_not(tmp_path):
 
 def test_vocabularies_that_differ_are_told_apart():
     one, other = tiny_tokenizer(300, TEXTS), tiny_tokenizer(290, TEXTS)
-    assert drafting.difference_of_vocabularies(one, tiny_tokenizer(300, TEXTS)) == ""
-    told = drafting.difference_of_vocabularies(one, other)
+    assert drafting.vocabulary_difference(one, tiny_tokenizer(300, TEXTS)) == ""
+    told = drafting.vocabulary_difference(one, other)
     assert "300 tokens" in told and "290" in told and "10 ids differ, the first is 290" in told

@@ -135,7 +135,7 @@ def test_divergence_of_two_way_outcomes():
      (None, b"a", False), (b"", b"a", False)],
 )  # fmt: skip
 def test_continuations_are_alike_where_one_begins_the_other(one, other, alike):
-    assert fidelity._alike(one, other) == alike
+    assert fidelity._is_prefix_pair(one, other) == alike
 
 
 def test_a_text_without_tokens_has_no_chunks(models):

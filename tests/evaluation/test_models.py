@@ -52,7 +52,7 @@ def test_speed_is_the_median_without_the_first_run(model):
 
 def test_embeddings_are_pytorchs_mean_states(model, monkeypatch):
     folder, config, params, tokenizer = model
-    monkeypatch.setattr(similarity, "LONGEST", 40)  # the longest text is cut
+    monkeypatch.setattr(similarity, "MAX_TOKENS", 40)  # the longest text is cut
     texts = [TEXTS[0] * 2, "x", TEXTS[2]]
     found = similarity.mean_states(config, params, tokenizer)(texts)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -180,7 +180,7 @@ def test_the_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_pat
     monkeypatch.setitem(
         sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate)
     )
-    monkeypatch.setattr(downstream, "_manager", lambda tasks, folder: None)
+    monkeypatch.setattr(downstream, "_task_manager", lambda tasks, folder: None)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

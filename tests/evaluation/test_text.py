@@ -19,8 +19,8 @@ def test_interval_is_that_of_documents_drawn_one_by_one():
     random = np.random.default_rng(1)
     size = random.integers(50, 500, 40)
     nats = size * random.normal(1.0, 0.2, 40)
-    found = intervals.of_ratio(nats, size, [40], seed=0)
-    assert found is not None and found == intervals.of_ratio(nats, size, [40], seed=0)
+    found = intervals.bootstrap_ratio(nats, size, [40], seed=0)
+    assert found is not None and found == intervals.bootstrap_ratio(nats, size, [40], seed=0)
     draws = []
     for _ in range(4000):
         chosen = random.integers(0, 40, 40)
@@ -35,18 +35,18 @@ def test_groups_are_drawn_by_themselves():
     languages are.
     """
     alike = [1.0] * 5 + [3.0] * 7
-    low, high = intervals.of_ratio(np.array(alike), np.ones(12), [5, 7], seed=0) or (0, 0)
+    low, high = intervals.bootstrap_ratio(np.array(alike), np.ones(12), [5, 7], seed=0) or (0, 0)
     assert low == high == pytest.approx(sum(alike) / 12)
     assert (
-        intervals.of_ratio(np.ones(1), np.ones(1), [1], 0) is None
+        intervals.bootstrap_ratio(np.ones(1), np.ones(1), [1], 0) is None
     )  # one document says nothing about others
 
 
 def test_draws_do_not_depend_on_how_many_are_in_memory(monkeypatch):
     nats, size = np.arange(30.0), np.arange(1.0, 31.0)
-    whole = intervals.of_ratio(nats, size, [10, 20], seed=3)
-    monkeypatch.setattr(intervals, "_AT_ONCE", 70)
-    assert intervals.of_ratio(nats, size, [10, 20], seed=3) == whole
+    whole = intervals.bootstrap_ratio(nats, size, [10, 20], seed=3)
+    monkeypatch.setattr(intervals, "_MAX_COUNTS", 70)
+    assert intervals.bootstrap_ratio(nats, size, [10, 20], seed=3) == whole
 
 
 def test_the_interval_of_a_difference_is_narrower_than_those_of_both():
@@ -158,11 +158,11 @@ def test_what_parts_documents_is_not_copied():
 
 
 def test_a_document_is_not_cut_to_nothing():
-    chosen = bits_per_byte.choose(
+    chosen = bits_per_byte.choose_texts(
         [Document("a" * 10, "en", 10), Document("日本", "en", 6), Document("日本", "ja", 6)], 11
     )
     assert chosen == {"en": ["a" * 10], "ja": ["日本"]}
-    assert bits_per_byte.choose([Document("日本", "ja", 6)], 2) == {"ja": ["日"]}
+    assert bits_per_byte.choose_texts([Document("日本", "ja", 6)], 2) == {"ja": ["日"]}
 
 
 def test_overlap_warns_by_language():

@@ -368,12 +368,12 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         (
             "gemma3_text",
             {"rope_parameters": {"rope_theta": 1e6}},
-            "'rope_parameters'.*each kind of layer",
+            "'rope_parameters'.*by layer type",
         ),
         (
             "olmo3",
             {"rope_parameters": {"rope_theta": 1e6}},
-            "'rope_parameters'.*each kind of layer",
+            "'rope_parameters'.*by layer type",
         ),
         ("qwen3_moe", {"num_local_experts": 4}, "'num_local_experts' to 4"),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' to 0.5"),

@@ -501,7 +501,7 @@ def test_bad_questions_and_other_text_are_told_before_any_work(inputs, tmp_path,
     assert "empty.jsonl' has no questions" in refused("abilities", empty)
     assert "empty.jsonl" in refused("other_text", empty)
     assert "in the corpus too" in refused("other_text", inputs["corpus"])
-    assert "the model reads 128 at most" in refused("abilities", long)
+    assert "the model reads at most 128" in refused("abilities", long)
     assert "it must be at least 0" in refused("max_questions", -1)
 
 

@@ -70,7 +70,7 @@ def test_every_suite_counts_alike_and_differences_are_of_the_same_questions():
     assert (
         found["by_cut"]["composed"]["questions"] == 6 and found["by_cut"]["composed"]["source"] == 1
     )
-    np.testing.assert_array_equal(abilities.right_of(found), LATER)
+    np.testing.assert_array_equal(abilities.right_answers(found), LATER)
     again = state(LATER, KINDS, source=LATER)["abilities"]["difference"]
     assert again["mean"] == {"difference": 0.0, "interval": [0.0, 0.0]}
 

@@ -281,7 +281,7 @@ def _check_teacher(
     args: argparse.Namespace, teacher: EvaluatedModel, models: Sequence[EvaluatedModel]
 ) -> None:
     differences = [
-        drafting.difference_of_vocabularies(model.tokenizer, teacher.tokenizer) for model in models
+        drafting.vocabulary_difference(model.tokenizer, teacher.tokenizer) for model in models
     ]
     if all(differences):
         raise UserError(
@@ -350,7 +350,7 @@ def _read_texts(
         raise UserError(
             "--text is missing: name the files of held-out text, such as --text=heldout.jsonl"
         )
-    return bits_per_byte.choose(texts, size)
+    return bits_per_byte.choose_texts(texts, size)
 
 
 def _read_other_texts(
@@ -362,7 +362,7 @@ def _read_other_texts(
     if not args.other_text:
         return {}
     corpus = _corpus(args.other_text, args.text_field, args.language_field)
-    return bits_per_byte.choose(documents.read(corpus, log), size)
+    return bits_per_byte.choose_texts(documents.read(corpus, log), size)
 
 
 def _read_questions(
@@ -388,7 +388,7 @@ def _max_questions(args: argparse.Namespace, settings: EvaluationConfig) -> int:
 def _check_questions(model: EvaluatedModel, material: measures.Material) -> None:
     positions = model.config.max_positions
     chat_questions.check(
-        model.tokenizer, f"'{model.name}'", material.asked, material.reply_tokens, positions
+        model.tokenizer, f"'{model.name}'", material.chat_questions, material.reply_tokens, positions
     )
     abilities.check_lengths(model.tokenizer, material.questions, positions)
 

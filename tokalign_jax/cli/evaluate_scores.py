@@ -101,7 +101,7 @@ def _run_tasks(inputs: Inputs, log: Log) -> dict[str, dict[str, Any]]:
     if not args.tasks or not folders:
         return {}
     log(f"tasks: {', '.join(args.tasks)} on {', '.join(folders)}, by lm-eval")
-    results = downstream.run_apart([*folders.values()], args.tasks, args.task_folder, args.limit)
+    results = downstream.run_in_subprocess([*folders.values()], args.tasks, args.task_folder, args.limit)
     return {name: {"tasks": result} for name, result in zip(folders, results)}
 
 
@@ -194,7 +194,7 @@ def _drafting(
     args = inputs.args
     assert inputs.teacher
     tokenizer = inputs.teacher.tokenizer
-    if difference := drafting.difference_of_vocabularies(entry.tokenizer, tokenizer):
+    if difference := drafting.vocabulary_difference(entry.tokenizer, tokenizer):
         return {"not_comparable": difference}
     return {
         "languages": drafting.acceptance(

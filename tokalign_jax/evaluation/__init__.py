@@ -1,0 +1,1 @@
+"""Evaluation of models: likelihood-based measures, generated text, and tasks."""

@@ -1,12 +1,11 @@
-"""Multiple-choice abilities: what a model knows, whatever tokenizer it has.
+"""Multiple-choice questions that measure a model's knowledge independently of its tokenizer.
 
-A suite is a file of JSON lines, each a question with its choices, the right one first:
+A suite is a JSON Lines file with one question per line, its correct choice first:
 
-    {"task": "capitals", "question": "The capital of Peru is the city of", "choices": [" Lima", " Cusco"]}
+    {"task": "capitals", "question": "The capital of Peru is", "choices": [" Lima", " Cusco"]}
 
-A model answers with the choice for which the text `question + choice`, cut into tokens as one
-string and read after the token that separates documents, has the highest likelihood. N questions, C
-choices.
+The model's answer is the choice for which the text `question + choice`, tokenized as one string
+and preceded by the document separator, has the highest likelihood. N questions, C choices.
 """
 
 import hashlib
@@ -35,32 +34,32 @@ from tokalign_jax.text.tokenizing import end_of_text_id, opening_id
 from tokalign_jax.utils.progress import Log, Progress
 
 ALIKE, COMPOSED, QUESTION_ONLY, RECUT = "alike", "composed", "question", "recut"
-KINDS_OF_CUT = {
+SEGMENTATION_KINDS = {
     ALIKE: "question and answer cut alike by both tokenizers",
     QUESTION_ONLY: "only the question cut differently",
     COMPOSED: "answer has tokens that the source vocabulary lacks",
     RECUT: "answer of shared tokens, cut differently",
 }
-"""How two tokenizers cut a question and its right answer, and what each kind means."""
+"""Kinds of difference between the segmentations of a question and its correct answer."""
 
-_TOKENS_AT_ONCE = 8192
-"""Tokens that a device reads in one batch."""
-_LOGITS_AT_ONCE = 1024
-"""Tokens whose logits exist at once."""
+_TOKENS_PER_BATCH = 8192
+"""Number of tokens per batch and device."""
+_LOSS_CHUNK = 1024
+"""Number of tokens whose logits are materialized at once."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question."""
+    """A multiple-choice question."""
 
     suite: str
     text: str
     choices: tuple[str, ...]
-    """The right one is the first."""
+    """The choices, the correct one first."""
 
     @property
     def texts(self) -> list[str]:
-        """What a model reads, one text a choice."""
+        """Returns the question with each choice."""
         return [self.text + choice for choice in self.choices]
 
 
@@ -68,23 +67,25 @@ class Question:
 
 
 def read(names: str, max_questions: int = 0) -> list[Question]:
-    """The questions of all suites in `names`, and the generated suite `sums` unless one of that
-    name is there.
+    """Reads questions, and adds the generated suite `sums` unless a suite of that name exists.
 
-    Args: names: a file of JSON lines, a folder with such files (`*.jsonl`) or a glob; several
-      separated by commas. max_questions: of each suite, the first ones; 0: all.
+    Args:
+      names: a JSON Lines file, a folder of such files (`*.jsonl`) or a glob; several are separated
+        by commas.
+      max_questions: number of questions to keep per suite, from the first; 0 for all.
 
     Raises:
-      UserError: there is no such file, or a line is no question; names the file and the line.
+      UserError: a file does not exist, or a line is not a question; names the file and line.
     """
     questions = [question for path in _files(names) for question in _read_file(path)]
     if SUMS not in {question.suite for question in questions}:
         questions += sums()
-    return [q for of in by_suite(questions).values() for q in of[: max_questions or len(of)]]
+    suites = by_suite(questions).values()
+    return [question for suite in suites for question in suite[: max_questions or len(suite)]]
 
 
 def by_suite(questions: Sequence[Question]) -> dict[str, list[Question]]:
-    """The questions of each suite, suites in the order of their first questions."""
+    """Groups questions by suite, in order of first appearance."""
     suites: dict[str, list[Question]] = {}
     for question in questions:
         suites.setdefault(question.suite, []).append(question)
@@ -93,27 +94,27 @@ def by_suite(questions: Sequence[Question]) -> dict[str, list[Question]]:
 
 def _files(names: str) -> list[Path]:
     files: list[Path] = []
-    whole = Path(demo.abilities(names)).expanduser()
-    for name in [str(whole)] if whole.exists() else filter(None, map(str.strip, names.split(","))):
+    path = Path(demo.abilities(names)).expanduser()
+    for name in [str(path)] if path.exists() else filter(None, map(str.strip, names.split(","))):
         path = Path(name).expanduser()
         pattern = path / "*.jsonl" if path.is_dir() else path
-        found = [path] if path.is_file() else sorted(map(Path, glob(str(pattern))))
-        if not found:
-            why = "has no *.jsonl files" if path.is_dir() else "names no file"
+        matches = [path] if path.is_file() else sorted(map(Path, glob(str(pattern))))
+        if not matches:
+            problem = "has no *.jsonl files" if path.is_dir() else "matches no file"
             raise UserError(
-                f"abilities '{name}' {why}: give a file of JSON lines, a folder with such files or"
-                " a glob"
+                f"abilities '{name}' {problem}: give a JSON Lines file, a folder of such files or a"
+                " glob"
             )
-        files += found
+        files += matches
     return files
 
 
 def _read_file(path: Path) -> list[Question]:
-    remedy = "it must be JSON lines in UTF-8"
+    remedy = "it must be a JSON Lines file in UTF-8"
     questions = read_questions("abilities", path, remedy, _question)
     if not questions:
         raise UserError(
-            f"abilities '{path}' has no questions: take it away, or add lines such as {_EXAMPLE}"
+            f"abilities '{path}' has no questions: remove it, or add lines such as {_EXAMPLE}"
         )
     return questions
 
@@ -124,39 +125,40 @@ _EXAMPLE = (
 
 
 def _question(line: str, where: str) -> Question:
-    """
+    """Parses a line.
+
     Raises:
-      UserError: `line` is no question.
+      UserError: the line is not a question.
     """
     try:
         record: Any = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}); a line looks like {_EXAMPLE}") from error
+        raise UserError(
+            f"{where} is not valid JSON ({error}); a line looks like {_EXAMPLE}"
+        ) from error
     if not isinstance(record, dict) or (missing := {"task", "question", "choices"} - record.keys()):
-        lacks = f"has no '{min(missing)}'" if isinstance(record, dict) else "is no JSON object"
-        raise UserError(f"{where} {lacks}; a line looks like {_EXAMPLE}")
+        problem = f"has no '{min(missing)}'" if isinstance(record, dict) else "is not a JSON object"
+        raise UserError(f"{where} {problem}; a line looks like {_EXAMPLE}")
     choices = record["choices"]
     for key in ("task", "question"):
         if not _is_text(record[key]):
-            raise UserError(
-                f"{where}: '{key}' is {record[key]!r}; it must be a text that is not empty"
-            )
+            raise UserError(f"{where}: '{key}' is {record[key]!r}; it must be a non-empty string")
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
         raise UserError(
-            f"{where}: 'choices' is {choices!r}; it must be two texts or more, none empty, the"
-            " right one first"
+            f"{where}: 'choices' is {choices!r}; it must be a list of two or more non-empty"
+            " strings, the correct one first"
         )
     if choices[0] in choices[1:]:
         raise UserError(
-            f"{where}: the right choice {choices[0]!r} is there twice; it may be there once, as the"
+            f"{where}: the correct choice {choices[0]!r} appears twice; it may appear once, as the"
             " first"
         )
-    # A wrong choice that is there twice changes no answer.
+    # Duplicates of wrong choices do not affect the answer.
     return Question(record["task"], record["question"], tuple(dict.fromkeys(choices)))
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a JSON value is a string that is not blank and that UTF-8 can spell."""
+    """Tells if a JSON value is a non-blank string that UTF-8 can encode."""
     return (
         isinstance(value, str)
         and bool(value.strip())
@@ -168,25 +170,25 @@ SUMS = "sums"
 
 
 def sums(count: int = 60) -> list[Question]:
-    """Additions of two numbers of two digits, always the same ones."""
-    # Steps through 90 and 89 numbers that have no factor in common with these, so that neither
-    # repeats soon nor their sum.
+    """Generates a fixed list of additions of two two-digit numbers."""
+    # Steps coprime to the number of values (90, 89), so that numbers and sums do not repeat soon.
     pairs = [(10 + 37 * i % 90, 10 + 61 * i % 89) for i in range(count)]
-    choices = [[a + b, *_near(a + b, i % 5)] for i, (a, b) in enumerate(pairs)]
+    choices = [[a + b, *_wrong_sums(a + b, i % 5)] for i, (a, b) in enumerate(pairs)]
     return [
-        Question(SUMS, f"{a} + {b} =", tuple(f" {number}" for number in of))
-        for (a, b), of in zip(pairs, choices)
+        Question(SUMS, f"{a} + {b} =", tuple(f" {number}" for number in numbers))
+        for (a, b), numbers in zip(pairs, choices)
     ]
 
 
-def _near(right: int, smaller: int) -> list[int]:
-    """Four wrong numbers, as a mistake in a digit or a carry gives them; so many are smaller.
+def _wrong_sums(correct: int, smaller: int) -> list[int]:
+    """Returns four typical wrong sums (in a digit or carry), of which `smaller` are too small.
 
-    A model that only prefers small, or large, numbers is right by chance if their number varies.
+    With a varying number of smaller choices, a preference for small or large numbers alone is right
+    only by chance.
     """
-    mistakes = (10, 1, 11, 2)
-    return [right - of for of in mistakes[:smaller]] + [
-        right + of for of in mistakes[: 4 - smaller]
+    errors = (10, 1, 11, 2)
+    return [correct - error for error in errors[:smaller]] + [
+        correct + error for error in errors[: 4 - smaller]
     ]
 
 
@@ -194,9 +196,9 @@ def _near(right: int, smaller: int) -> list[int]:
 
 
 def beginning_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a question is read after.
+    """Returns the token that precedes every text of a question.
 
-    The one that the tokenizer puts before every text, else the one that separates documents.
+    It is the one that the tokenizer prepends to every text, else the document separator.
     """
     opening = opening_id(tokenizer)
     return end_of_text_id(tokenizer) if opening is None else opening
@@ -214,17 +216,23 @@ def score(
     log: Log = lambda line: None,
     what: str = "abilities",
 ) -> Float[np.ndarray, "N C"]:
-    """Log-likelihoods (nats) of each question with each of its choices; -inf where a question has
-    fewer choices than C.
+    """Returns the log-likelihoods (nats) of each question with each of its choices.
+
+    Entries past a question's last choice are -inf.
 
     Args:
-      params: weights of the model, [V, D] matrices at least as long as the tokenizer.
-      begin_id: the token that every text is read after (see `beginning_id`).
-      dtype: type of activations and weights; the log-sum-exp is float32 always.
-      mesh: of the devices to run on, where `params` are or go; None: all devices.
+      config: the model's config.
+      params: its weights, with [V, D] matrices at least as long as the tokenizer.
+      tokenizer: its tokenizer.
+      questions: the questions.
+      begin_id: the token that precedes every text (`beginning_id`).
+      dtype: dtype of activations and weights; the log-sum-exp is in float32.
+      mesh: mesh of the devices to run on; None for all devices.
+      log: writes progress lines.
+      what: their label.
 
     Raises:
-      UserError: a question is longer than the model's positions.
+      UserError: a question has more tokens than the model has positions.
     """
     tokens = _tokens(tokenizer, questions, config.max_positions)
     longest = min(1 << (max(map(len, tokens), default=1) - 1).bit_length(), config.max_positions)
@@ -234,24 +242,26 @@ def score(
         params,
         [Window([begin_id, *ids[:-1]], ids) for ids in tokens],
         longest=longest,
-        batch=max(1, _TOKENS_AT_ONCE // longest),
-        compute=ComputeConfig(dtype=dtype, loss_chunk=_LOGITS_AT_ONCE),  # type: ignore[arg-type]
+        batch=max(1, _TOKENS_PER_BATCH // longest),
+        compute=ComputeConfig(dtype=dtype, loss_chunk=_LOSS_CHUNK),  # type: ignore[arg-type]
         mesh=mesh,
         progress=progress,
     )
-    found = np.full((len(questions), max((len(q.choices) for q in questions), default=2)), -np.inf)
-    filled = np.arange(found.shape[1]) < np.array([[len(q.choices)] for q in questions])
-    found[filled] = [-of.nats.sum(dtype=np.float64) for of in costs]
-    progress.done(f"{is_right(found).mean():.1%} of {len(questions):,} questions right")
-    return found
+    counts = [len(question.choices) for question in questions]
+    scores = np.full((len(questions), max(counts, default=2)), -np.inf)
+    is_choice = np.arange(scores.shape[1]) < np.array(counts)[:, None]
+    scores[is_choice] = [-cost.nats.sum(dtype=np.float64) for cost in costs]
+    progress.done(f"{is_right(scores).mean():.1%} of {len(questions):,} questions right")
+    return scores
 
 
 def check_lengths(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int
 ) -> None:
-    """
+    """Checks that a model with `positions` positions can read every question.
+
     Raises:
-      UserError: a question has more tokens than a model of so many positions reads.
+      UserError: a question has more tokens.
     """
     _tokens(tokenizer, questions, positions)
 
@@ -259,7 +269,7 @@ def check_lengths(
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], positions: int
 ) -> list[list[int]]:
-    """The tokens of each text that `score` reads."""
+    """Returns the token ids of each text that `score` reads."""
     texts = [text for question in questions for text in question.texts]
     tokens = [
         e.ids for e in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
@@ -267,34 +277,37 @@ def _tokens(
     for text, ids in zip(texts, tokens):
         if len(ids) > positions:
             raise UserError(
-                f"abilities: {text[:80]!r}... has {len(ids):,} tokens, but the model reads"
-                f" {positions:,} at most: shorten the question, or leave it out"
+                f"abilities: {text[:80]!r}... has {len(ids):,} tokens, but the model reads at most"
+                f" {positions:,}: shorten or remove the question"
             )
     return tokens
 
 
-# --- How two tokenizers cut a question ----------------------------------------------------------
+# --- Segmentation -------------------------------------------------------------------------------
 
 
-def kinds_of_cut(
+def segmentation_kinds(
     source_tokenizer: PreTrainedTokenizerBase,
     target_tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
 ) -> list[str]:
-    """How both tokenizers cut each question with its right answer: a key of `KINDS_OF_CUT`.
+    """Classifies how both tokenizers segment each question with its correct answer.
 
-    Two cuts are alike where tokens end at the same places of the text and the source vocabulary has
-    all target tokens (by their canonical bytes). A token with a part of the question and a part of
-    the answer is the answer's.
+    Segmentations are alike if tokens end at the same positions of the text and the source
+    vocabulary has all target tokens (by their canonical bytes). A token that spans the question
+    and the answer counts as part of the answer.
+
+    Returns:
+      A key of `SEGMENTATION_KINDS` for each question.
     """
-    known, content = set(index_by_bytes(source_tokenizer)), token_bytes(target_tokenizer)
+    source_tokens, content = set(index_by_bytes(source_tokenizer)), token_bytes(target_tokenizer)
     texts = [question.texts[0] for question in questions]
-    source, target = (
+    sources, targets = (
         token_boundaries(plain_backend(t), texts) for t in (source_tokenizer, target_tokenizer)
     )
     return [
-        _kind(question, one, other, content, known)
-        for question, one, other in zip(questions, source, target)
+        _kind(question, source, target, content, source_tokens)
+        for question, source, target in zip(questions, sources, targets)
     ]
 
 
@@ -303,33 +316,35 @@ def _kind(
     source: Boundaries,
     target: Boundaries,
     content: Sequence[bytes | None],
-    known: set[bytes],
+    source_tokens: set[bytes],
 ) -> str:
     (source_question, source_answer), (target_question, target_answer) = (
-        np.split(of.ends, [_answer_start(of, len(question.text))]) for of in (source, target)
+        np.split(boundaries.ends, [_answer_start(boundaries, len(question.text))])
+        for boundaries in (source, target)
     )
-    shared = [content[i] in known for i in target.ids.tolist()]
-    if not all(shared[len(target_question) :]):
+    is_shared = [content[i] in source_tokens for i in target.ids.tolist()]
+    if not all(is_shared[len(target_question) :]):
         return COMPOSED
     if not np.array_equal(source_answer, target_answer):
         return RECUT
-    alike = np.array_equal(source_question, target_question) and all(shared)
+    alike = np.array_equal(source_question, target_question) and all(is_shared)
     return ALIKE if alike else QUESTION_ONLY
 
 
-def _answer_start(cut: Boundaries, question_length: int) -> int:
-    """How many tokens come before the answer's first."""
-    within = np.flatnonzero((cut.ends != NONE) & (cut.ends <= question_length))
+def _answer_start(boundaries: Boundaries, question_length: int) -> int:
+    """Returns the number of tokens before the answer's first."""
+    ends = boundaries.ends
+    within = np.flatnonzero((ends != NONE) & (ends <= question_length))
     return int(within[-1]) + 1 if len(within) else 0
 
 
-# --- What came of it ----------------------------------------------------------------------------
+# --- Results ------------------------------------------------------------------------------------
 
 
 def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]:
-    """Whether the first choice is the likeliest one of each question.
+    """Tells for each question if its first choice is the most likely.
 
-    A tie is no answer: a tokenizer that has only unknown tokens for the choices makes them all
+    Ties count as wrong: a tokenizer that has only unknown tokens for the choices makes all of them
     equally likely.
     """
     return log_likelihoods[:, 0] > log_likelihoods[:, 1:].max(axis=1)
@@ -338,12 +353,12 @@ def is_right(log_likelihoods: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, "N"]
 def summary(
     questions: Sequence[Question], right: Bool[np.ndarray, "N"], seed: int
 ) -> dict[str, Any]:
-    """Accuracy by suite and its mean over suites, with 95% intervals over questions, for JSON.
+    """Summarizes accuracy by suite and its mean over suites, with 95% intervals, for JSON.
 
-    `right` has the answers of each suite as a text of 0 and 1, for paired differences
+    `right` has the answers of each suite as a string of 0 and 1, for paired differences
     (`difference`).
     """
-    suites = _rows_of_suites(questions)
+    suites = _suite_rows(questions)
     return {
         "digest": digest(questions),
         "chance": _mean_over_suites(np.array([1 / len(q.choices) for q in questions]), suites),
@@ -366,27 +381,28 @@ def difference(
     kinds: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
-    """A model's answers less the source's, with 95% intervals over the same questions, for JSON.
+    """Summarizes the difference to the source's answers, with paired 95% intervals, for JSON.
 
-    Returns: `difference` (of the `mean` over suites and of each of the `suites`), and `by_cut`: by
-      kind of cut its questions, the accuracy of the model and of the source on them, and their
-      difference; questions of all suites count alike there.
+    Returns:
+      `difference` (the `mean` over suites, and each of the `suites`), and `by_cut`: for each kind
+      of segmentation the number of questions, the accuracy of model and source, and their
+      difference, with equal weight for the questions of all suites.
     """
-    suites, less = _rows_of_suites(questions), right.astype(float) - source_right
-    by_cut = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in KINDS_OF_CUT}
+    suites, change = _suite_rows(questions), right.astype(float) - source_right
+    by_cut = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in SEGMENTATION_KINDS}
     return {
         "difference": {
             "mean": {
-                "difference": _mean_over_suites(less, suites),
-                **_mean_interval(less, suites, seed),
+                "difference": _mean_over_suites(change, suites),
+                **_mean_interval(change, suites, seed),
             },
-            "suites": {suite: _difference(less[rows], seed) for suite, rows in suites.items()},
+            "suites": {suite: _difference(change[rows], seed) for suite, rows in suites.items()},
         },
         "by_cut": {
             kind: {
                 **_accuracy(right[rows], seed),
                 "source": float(source_right[rows].mean()),
-                "difference": _difference(less[rows], seed),
+                "difference": _difference(change[rows], seed),
             }
             for kind, rows in by_cut.items()
             if len(rows)
@@ -395,25 +411,29 @@ def difference(
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The difference between two `summary` of the same questions, with its 95% interval."""
+    """Returns the difference of two `summary` of the same questions, with its 95% interval."""
     ends = np.cumsum([0, *(len(right) for right in before["right"].values())])
     suites = {suite: np.arange(*ends[i : i + 2]) for i, suite in enumerate(before["right"])}
-    less = right_of(after).astype(float) - right_of(before)
-    return {"difference": _mean_over_suites(less, suites), **_mean_interval(less, suites, seed)}
+    changes = right_answers(after).astype(float) - right_answers(before)
+    return {
+        "difference": _mean_over_suites(changes, suites),
+        **_mean_interval(changes, suites, seed),
+    }
 
 
-def right_of(summary: Mapping[str, Any]) -> Bool[np.ndarray, "N"]:
-    """The answers that `summary` was made of, one suite behind the other."""
-    return np.array([answer == "1" for of in summary["right"].values() for answer in of])
+def right_answers(summary: Mapping[str, Any]) -> Bool[np.ndarray, "N"]:
+    """Returns the answers in a `summary`, concatenated over suites."""
+    suites = summary["right"].values()
+    return np.array([answer == "1" for answers in suites for answer in answers])
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """Tells sets of questions apart."""
+    """Returns a digest that identifies a set of questions."""
     content = json.dumps([(q.suite, q.text, q.choices) for q in questions])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _rows_of_suites(questions: Sequence[Question]) -> dict[str, Int[np.ndarray, "n"]]:
+def _suite_rows(questions: Sequence[Question]) -> dict[str, Int[np.ndarray, "n"]]:
     names = np.array([question.suite for question in questions])
     return {suite: np.flatnonzero(names == suite) for suite in dict.fromkeys(names.tolist())}
 
@@ -425,7 +445,7 @@ def _mean_over_suites(values: np.ndarray, suites: Mapping[str, np.ndarray]) -> f
 def _mean_interval(
     values: np.ndarray, suites: Mapping[str, np.ndarray], seed: int
 ) -> dict[str, Any]:
-    """Questions are drawn again within each suite; one of n in a suite weighs 1 / n."""
+    """Returns the interval of `_mean_over_suites` by resampling within suites."""
     sizes = [len(rows) for rows in suites.values()]
     weights = np.repeat(1 / np.array(sizes), sizes)
     return _interval(
@@ -441,8 +461,8 @@ def _accuracy(right: np.ndarray, seed: int) -> dict[str, Any]:
     }
 
 
-def _difference(less: np.ndarray, seed: int) -> dict[str, Any]:
-    return {"difference": float(less.mean()), **_plain_interval(less, seed)}
+def _difference(changes: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"difference": float(changes.mean()), **_plain_interval(changes, seed)}
 
 
 def _plain_interval(values: np.ndarray, seed: int) -> dict[str, Any]:
@@ -452,5 +472,5 @@ def _plain_interval(values: np.ndarray, seed: int) -> dict[str, Any]:
 def _interval(
     values: np.ndarray, weights: np.ndarray, sizes: Sequence[int], seed: int
 ) -> dict[str, Any]:
-    interval = intervals.of_ratio(values, weights, sizes, seed)
+    interval = intervals.bootstrap_ratio(values, weights, sizes, seed)
     return {"interval": list(interval)} if interval else {}

@@ -1,12 +1,11 @@
-"""Bits per byte: what a model needs for held-out text, comparable across tokenizers because every
-one spells the same bytes.
+"""Bits per byte of held-out text, comparable across tokenizers since all encode the same bytes.
 
-    bits per byte = sum of -log2 p(token | tokens before it) / UTF-8 bytes of the text
+    bits per byte = sum of -log2 p(token | preceding tokens) / UTF-8 bytes of the text
 
-Each document begins with end-of-text (or the tokenizer's beginning-of-text) as context, as in
-training. A document longer than a window is cut into windows that do not overlap; a token that the
-tokenizer puts before every text begins each of them. Costs are kept by document, so that intervals
-can be had (`intervals.py`).
+As in training, a document is preceded by end-of-text or the tokenizer's beginning-of-text. A
+document longer than a window is split into non-overlapping windows; a token that the tokenizer
+prepends to every text begins each of them. Costs are kept by document for bootstrap intervals
+(`intervals.py`).
 """
 
 import math
@@ -32,7 +31,7 @@ from tokalign_jax.utils.progress import Log, Progress
 
 @dataclass(frozen=True)
 class Score:
-    """What one group of documents cost."""
+    """Total cost of a group of documents."""
 
     nats: float
     tokens: int
@@ -40,19 +39,19 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
+        """Cost in bits, divided by the number of UTF-8 bytes."""
         return self.nats / math.log(2) / self.bytes
 
     @property
     def bytes_per_token(self) -> float:
-        return self.bytes / max(
-            self.tokens, 1
-        )  # a vocabulary without bytes may have no token for a text
+        """Mean number of bytes per token; a vocabulary without bytes may yield no token."""
+        return self.bytes / max(self.tokens, 1)
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     def summary(self) -> dict[str, float]:
-        """The sums and what follows from them, for JSON."""
+        """Returns the totals and ratios, for JSON."""
         return {
             **asdict(self),
             "bits_per_byte": self.bits_per_byte,
@@ -62,7 +61,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each of N documents of a group cost."""
+    """Cost of each of the N documents of a group."""
 
     nats: Float[np.ndarray, "N"]
     """float64"""
@@ -71,30 +70,29 @@ class Costs:
     bytes: Int[np.ndarray, "N"]
     """int64"""
     beginnings: Sequence[TokenCosts] = ()
-    """What each document's first window cost, token by token, with the likeliest tokens; only where
-    asked for.
-    """
+    """Token costs of each document's first window, with the most likely tokens, if requested."""
 
     @property
     def total(self) -> Score:
+        """The sum over documents."""
         return Score(float(self.nats.sum()), int(self.tokens.sum()), int(self.bytes.sum()))
 
 
 def summaries(costs: Mapping[str, Costs], seed: int) -> dict[str, dict[str, Any]]:
-    """Each group's `Score.summary`, with its documents and the 95% `interval` of its bits per byte
-    where there are two or more.
-    """
-    return {group: summary([of], seed) for group, of in costs.items()}
+    """Returns the `summary` of each group."""
+    return {group: summary([group_costs], seed) for group, group_costs in costs.items()}
 
 
 def summary(groups: Sequence[Costs], seed: int) -> dict[str, Any]:
-    """The sums over `groups` and what follows from them, for JSON; documents are drawn again within
-    each group.
+    """Returns the totals over `groups` and their ratios, for JSON.
+
+    With two or more documents, there is also the 95% `interval` of bits per byte, by resampling
+    documents within each group.
     """
     nats, _, size = pooled(groups)
-    counts = [len(of.nats) for of in groups]
-    interval = intervals.of_ratio(nats / math.log(2), size, counts, seed)
-    total = sum((of.total for of in groups), Score(0.0, 0, 0))
+    counts = [len(group.nats) for group in groups]
+    interval = intervals.bootstrap_ratio(nats / math.log(2), size, counts, seed)
+    total = sum((group.total for group in groups), Score(0.0, 0, 0))
     return {
         **total.summary(),
         "documents": sum(counts),
@@ -102,18 +100,18 @@ def summary(groups: Sequence[Costs], seed: int) -> dict[str, Any]:
     }
 
 
-def difference(one: Sequence[Costs], other: Sequence[Costs], seed: int) -> dict[str, Any]:
-    """How many bits per byte `one` needs less `other`, with its 95% `interval`, from the same
-    documents of both.
+def difference(first: Sequence[Costs], second: Sequence[Costs], seed: int) -> dict[str, Any]:
+    """Returns the bits per byte of `first` minus those of `second`, with a paired 95% `interval`.
 
     Raises:
-      ValueError: the documents are not the same.
+      ValueError: the documents differ.
     """
-    (nats, _, size), (others, _, other_size) = pooled(one), pooled(other)
+    (nats, _, size), (other_nats, _, other_size) = pooled(first), pooled(second)
     if not np.array_equal(size, other_size):
         raise ValueError("the costs are of different documents")
-    bits = (nats - others) / math.log(2)
-    interval = intervals.of_ratio(bits, size, [len(of.nats) for of in one], seed)
+    bits = (nats - other_nats) / math.log(2)
+    counts = [len(group.nats) for group in first]
+    interval = intervals.bootstrap_ratio(bits, size, counts, seed)
     return {
         "difference": float(bits.sum() / size.sum()),
         **({"interval": list(interval)} if interval else {}),
@@ -121,48 +119,57 @@ def difference(one: Sequence[Costs], other: Sequence[Costs], seed: int) -> dict[
 
 
 def pooled(groups: Sequence[Costs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nats, tokens and bytes of the documents of all groups, one behind the other."""
+    """Returns nats, tokens and bytes of the documents of all groups, concatenated."""
     return tuple(
-        np.concatenate([getattr(of, what) for of in groups]) for what in ("nats", "tokens", "bytes")
+        np.concatenate([getattr(group, field) for group in groups])
+        for field in ("nats", "tokens", "bytes")
     )  # type: ignore[return-value]
 
 
-def choose(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:
-    """Texts by language: whole documents up to the given bytes, the last one cut."""
+def choose_texts(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:
+    """Selects texts by language: documents up to a number of bytes, the last one truncated."""
     chosen: dict[str, list[str]] = {}
-    room: dict[str, int] = {}
+    free: dict[str, int] = {}
     for text, language, size, *_ in documents:
-        left = room.get(language, bytes_per_language)
-        if left > 0:
-            cut_off = text if size <= left else text.encode()[:left].decode(errors="ignore")
-            if not (cut_off or chosen.get(language)):
-                cut_off = text[:1]  # no language is left without text
-            if cut_off:
-                chosen.setdefault(language, []).append(cut_off)
-            room[language] = left - size
+        available = free.get(language, bytes_per_language)
+        if available > 0:
+            part = text
+            if size > available:
+                part = text.encode()[:available].decode(errors="ignore")
+            if not (part or chosen.get(language)):
+                part = text[:1]  # Every language gets some text.
+            if part:
+                chosen.setdefault(language, []).append(part)
+            free[language] = available - size
     return chosen
 
 
-def cut(tokens: list[int], start: int, length: int, each: bool = False) -> list[Window]:
-    """Windows of at most `length` tokens; every token of the document is a label exactly once.
+def split_windows(
+    tokens: list[int], start: int, length: int, starts_every_window: bool = False
+) -> list[Window]:
+    """Splits a document into windows of at most `length` tokens, each token a label exactly once.
 
     Args:
+      tokens: the document's tokens.
       start: the token before the document's first.
-      each: it begins every window, in the place of the token before.
+      length: maximum number of tokens per window.
+      starts_every_window: begin every window with `start` instead of the preceding token.
     """
     context = [start, *tokens[:-1]]
     windows = [
         Window(context[i : i + length], tokens[i : i + length])
         for i in range(0, len(tokens), length)
     ]
-    return [Window([start, *w.inputs[1:]], w.labels) for w in windows] if each else windows
+    if not starts_every_window:
+        return windows
+    return [Window([start, *window.inputs[1:]], window.labels) for window in windows]
 
 
 def first_context(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token before a document's first: the one that the tokenizer adds, else bos, else the
-    separator.
+    """Returns the token that precedes a document.
 
-    A bos that begins turns (SmolLM2's `<|im_start|>`) is passed over: no document began behind it.
+    It is the token that the tokenizer prepends, else bos, else the document separator. A bos that
+    begins turns of chats (SmolLM2's `<|im_start|>`) is not used, since no document begins with it.
     """
     if (opening := opening_id(tokenizer)) is not None:
         return opening
@@ -177,11 +184,9 @@ def evaluate(
     texts: Mapping[str, list[str]],
     **options: Any,
 ) -> dict[str, Score]:
-    """Scores of the texts of every language; see `evaluate_documents`."""
-    return {
-        language: of.total
-        for language, of in evaluate_documents(config, params, tokenizer, texts, **options).items()
-    }
+    """Scores the texts of every language; options as for `evaluate_documents`."""
+    costs = evaluate_documents(config, params, tokenizer, texts, **options)
+    return {language: language_costs.total for language, language_costs in costs.items()}
 
 
 def evaluate_documents(
@@ -198,22 +203,30 @@ def evaluate_documents(
     what: str = "evaluate",
     beginnings: bool = False,
 ) -> dict[str, Costs]:
-    """What every document of every language costs.
+    """Computes the cost of every document of every language.
 
-    Args: params: weights of the model, [V, D] matrices at least as long as the tokenizer. texts:
-      documents by language. sequence_length: tokens of a window; must not exceed the model's
-      positions. batch: windows that a device reads at once. compute: type of activations and
-      weights; the log-sum-exp is float32 always. mesh: of the devices to run on, where `params` are
-      or go; None: all devices. beginnings: also keep each token's cost and the likeliest token in
-      each document's first window.
+    Args:
+      config: the model's config.
+      params: its weights, with [V, D] matrices at least as long as the tokenizer.
+      tokenizer: its tokenizer.
+      texts: documents by language.
+      sequence_length: number of tokens per window, at most the model's positions.
+      batch: number of windows per device and batch.
+      compute: dtype of activations and weights; the log-sum-exp is in float32.
+      mesh: mesh of the devices to run on; None for all devices.
+      log: writes progress lines.
+      what: their label.
+      beginnings: also keep each token's cost and the most likely token in each document's first
+        window.
 
     Returns:
       Costs by language, documents in the order of `texts`.
     """
-    start, each = first_context(tokenizer), opening_id(tokenizer) is not None
-    backend = plain_backend(tokenizer)  # as the shards are made
+    start = first_context(tokenizer)
+    starts_every_window = opening_id(tokenizer) is not None
+    backend = plain_backend(tokenizer)  # The one that token shards are written with.
     windows: list[Window] = []
-    owners: list[tuple[str, int]] = []  # the document that each window is of
+    owners: list[tuple[str, int]] = []  # The document of each window.
     costs = {}
     for language, documents in texts.items():
         encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
@@ -221,15 +234,15 @@ def evaluate_documents(
             np.zeros(len(documents)),
             np.array([len(ids) for ids in encoded], np.int64),
             np.array([len(text.encode()) for text in documents], np.int64),
-            [_NOTHING] * len(documents) if beginnings else (),
+            [_EMPTY] * len(documents) if beginnings else (),
         )
         for document, tokens in enumerate(encoded):
-            cut_up = cut(tokens, start, sequence_length, each)
-            windows += cut_up
-            owners += [(language, document)] * len(cut_up)
+            document_windows = split_windows(tokens, start, sequence_length, starts_every_window)
+            windows += document_windows
+            owners += [(language, document)] * len(document_windows)
 
     progress = Progress(log, what, sum(len(w.labels) for w in windows), "tokens")
-    found = token_costs(
+    window_costs = token_costs(
         config,
         params,
         windows,
@@ -240,15 +253,15 @@ def evaluate_documents(
         progress=progress,
         likeliest=beginnings,
     )
-    for (language, document), of_window in zip(owners, found, strict=True):
-        of = costs[language]
-        of.nats[document] += of_window.nats.sum(dtype=np.float64)
-        if beginnings and of.beginnings[document] is _NOTHING:
-            of.beginnings[document] = of_window  # type: ignore[index]
-    average = sum((of.total for of in costs.values()), Score(0.0, 0, 0))
+    for (language, document), cost in zip(owners, window_costs, strict=True):
+        language_costs = costs[language]
+        language_costs.nats[document] += cost.nats.sum(dtype=np.float64)
+        if beginnings and language_costs.beginnings[document] is _EMPTY:
+            language_costs.beginnings[document] = cost  # type: ignore[index]
+    average = sum((group.total for group in costs.values()), Score(0.0, 0, 0))
     progress.done(f"{average.bits_per_byte:.3f} bits per byte")
     return costs
 
 
-_NOTHING = TokenCosts(np.zeros(0, np.float32), np.zeros(0, np.int32))
-"""The first window of a document without a token."""
+_EMPTY = TokenCosts(np.zeros(0, np.float32), np.zeros(0, np.int32))
+"""Costs of the first window of a document without tokens."""

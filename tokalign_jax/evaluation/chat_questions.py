@@ -1,10 +1,9 @@
-"""Questions asked through the chat template, answered greedily: which answers are right, which
-turns end.
+"""Questions asked through the chat template: shares of correct replies and of finished turns.
 
-A question has several accepted answers; a reply is right if it holds one of them in whole words,
-whatever else it says. A reply ends its turn if the model writes a token that ends a turn or a
-document, at which `generate` of transformers stops too. Intervals and differences are over the same
-questions.
+Replies are decoded greedily. A question has several accepted answers; a reply is correct if it
+contains one of them as whole words. A reply finishes its turn if the model writes a token that ends
+a turn or a document, at which `generate` of transformers stops too. Intervals and differences are
+over the same questions.
 """
 
 import hashlib
@@ -32,60 +31,68 @@ from tokalign_jax.text.special_tokens import end_of_text_id, ends_turn, role_id
 from tokalign_jax.utils.progress import Log
 
 _EXAMPLE = '{"question": "What is the capital of Peru?", "answers": ["Lima"]}'
-SHOWN = 10
-"""Replies that are kept to be read."""
+SAMPLE_REPLIES = 10
+"""Number of replies that are stored for reading."""
 
 
 class ChatQuestion(NamedTuple):
+    """A question with its accepted answers."""
+
     question: str
     answers: tuple[str, ...]
-    """Any of them is right."""
+    """Accepted answers."""
 
 
 class Replies(NamedTuple):
+    """Replies to N questions, with flags for correct replies and finished turns."""
+
     texts: list[str]
     right: Bool[np.ndarray, "N"]
     ended: Bool[np.ndarray, "N"]
 
 
 def read(name: str, most: int = 0) -> list[ChatQuestion]:
-    """The questions of a file of JSON lines.
+    """Reads the questions of a JSON Lines file.
 
     Args:
-      most: as many as are taken, the first ones; 0: all.
+      name: path of the file.
+      most: number of questions to keep, from the first; 0 for all.
 
     Raises:
-      UserError: the file cannot be read, or a line is no question.
+      UserError: the file cannot be read, or a line is not a question.
     """
     path = Path(name).expanduser()
-    remedy = "name a file of JSON lines in UTF-8"
-    found = read_questions("chat questions", path, remedy, _question)
-    if not found:
+    remedy = "give a JSON Lines file in UTF-8"
+    questions = read_questions("chat questions", path, remedy, _question)
+    if not questions:
         raise UserError(f"chat questions '{path}' is empty: add lines such as {_EXAMPLE}")
-    return found[: most or len(found)]
+    return questions[: most or len(questions)]
 
 
 def _question(line: str, where: str) -> ChatQuestion:
     try:
         record: Any = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}); a line looks like {_EXAMPLE}") from error
+        raise UserError(
+            f"{where} is not valid JSON ({error}); a line looks like {_EXAMPLE}"
+        ) from error
     if not isinstance(record, dict) or (missing := {"question", "answers"} - record.keys()):
-        lacks = f"has no '{min(missing)}'" if isinstance(record, dict) else "is no JSON object"
-        raise UserError(f"{where} {lacks}; a line looks like {_EXAMPLE}")
+        problem = f"has no '{min(missing)}'" if isinstance(record, dict) else "is not a JSON object"
+        raise UserError(f"{where} {problem}; a line looks like {_EXAMPLE}")
     question, answers = record["question"], record["answers"]
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: 'question' is {question!r}; it must be a text that is not empty")
-    usable = isinstance(answers, list) and answers
-    if not usable or not all(isinstance(answer, str) and _words(answer) for answer in answers):
+        raise UserError(f"{where}: 'question' is {question!r}; it must be a non-empty string")
+    is_list = isinstance(answers, list) and answers
+    if not is_list or not all(isinstance(answer, str) and _words(answer) for answer in answers):
         raise UserError(
-            f"{where}: 'answers' is {answers!r}; it must be a list of texts with letters or digits"
+            f"{where}: 'answers' is {answers!r}; it must be a list of strings with letters or"
+            " digits"
         )
     return ChatQuestion(question, tuple(answers))
 
 
 def digest(questions: Sequence[ChatQuestion]) -> str:
-    """Tells sets of questions apart."""
+    """Returns a digest that identifies a list of questions."""
     return hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]
 
 
@@ -96,25 +103,26 @@ def check(
     reply_tokens: int,
     positions: int,
 ) -> None:
-    """
-    Raises: UserError: the tokenizer has no usable chat template, or a model of so many positions
-      cannot read a
-        question and write a reply.
+    """Checks that the questions can be asked and answered.
+
+    Raises:
+      UserError: the tokenizer has no usable chat template, or a question and its reply exceed the
+        model's positions.
     """
     if not questions:
         return
     if problem := chats.template_problem(tokenizer):
         raise UserError(
             f"chat questions cannot be asked of {whose}: {problem}; add a chat_template.jinja to"
-            " its folder, keep the source's with --config.chat=source in a run, or ask no chat"
-            " questions"
+            " its folder, keep the source's template with --config.chat=source in a run, or"
+            " configure no chat questions"
         )
     longest = max(len(prompt) for prompt in _prompts(tokenizer, questions))
     if longest + reply_tokens > positions:
         raise UserError(
             f"a chat question has {longest:,} tokens for {whose}, and a reply up to"
-            f" {reply_tokens:,}, but the model has {positions:,} positions: shorten the question or"
-            " lower reply_tokens"
+            f" {reply_tokens:,}, but the model has only {positions:,} positions: shorten the"
+            " question or lower reply_tokens"
         )
 
 
@@ -138,18 +146,18 @@ def ask(
     log: Log,
     what: str = "chat questions",
 ) -> Replies:
-    """The model's greedy replies of at most `reply_tokens` tokens."""
+    """Decodes the model's greedy replies of at most `reply_tokens` tokens."""
     prompts = _prompts(tokenizer, questions)
     length = max(map(len, prompts)) + reply_tokens
-    drawn = sample(config, params, prompts, length, 0.0, 0, dtype, mesh)
+    samples = sample(config, params, prompts, length, 0.0, 0, dtype, mesh)
     stops, special = stop_ids(tokenizer), special_ids(tokenizer)
     texts, ended = [], []
-    for prompt, tokens in zip(prompts, drawn):
+    for prompt, tokens in zip(prompts, samples):
         reply = tokens[len(prompt) : len(prompt) + reply_tokens]
         end = next((i for i, token in enumerate(reply) if token in special), len(reply))
         texts.append(str(tokenizer.decode(reply[:end])))
         ended.append(end < len(reply) and reply[end] in stops)
-    right = [is_right(text, of.answers) for text, of in zip(texts, questions)]
+    right = [is_right(text, question.answers) for text, question in zip(texts, questions)]
     replies = Replies(texts, np.array(right), np.array(ended))
     log(
         f"{what}: {replies.right.mean():.1%} of {len(questions):,} right,"
@@ -159,25 +167,28 @@ def ask(
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a turn or a document."""
+    """Returns the tokens that end a turn or a document."""
     ends = {index for index in special_ids(tokenizer) if ends_turn(tokenizer, index)}
     eos = role_id(tokenizer, "eos")
     return ends | {end_of_text_id(tokenizer)} | ({eos} if eos is not None else set())
 
 
 def is_right(reply: str, answers: Sequence[str]) -> bool:
-    """Whether the reply holds an accepted answer in whole words."""
-    said = _words(reply)
-    return any(re.search(_pattern(_words(answer)), said) for answer in answers)
+    """Tells if the reply contains an accepted answer as whole words."""
+    words = _words(reply)
+    return any(re.search(_pattern(_words(answer)), words) for answer in answers)
 
 
 def _words(text: str) -> str:
-    """Letters and digits without case, with single spaces between them."""
+    """Returns the case-folded words of letters and digits, separated by single spaces."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _pattern(words: str) -> str:
-    """A search for whole words; scripts without cases, some of which have no spaces, need no ends."""
+    """Returns a pattern for whole words.
+
+    Scripts without case, some of which have no spaces, need no word boundary.
+    """
     before = "" if unicodedata.category(words[0]) == "Lo" else r"(?<!\w)"
     after = "" if unicodedata.category(words[-1]) == "Lo" else r"(?!\w)"
     return before + re.escape(words) + after
@@ -189,10 +200,13 @@ def summary(
     source: Mapping[str, Any] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Shares with 95% intervals, and beside the source's, for JSON.
+    """Summarizes replies with 95% intervals and the difference to the source's, for JSON.
 
     Args:
-      source: the summary of the source model on the same questions; None for itself.
+      questions: the questions.
+      replies: the model's replies.
+      source: summary of the source model on the same questions; None for the source itself.
+      seed: seed of the bootstrap.
     """
     content: dict[str, Any] = {
         "digest": digest(questions),
@@ -201,8 +215,8 @@ def summary(
         "ended": _share(replies.ended, seed),
         "answers": _bits(replies.right),
         "replies": [
-            {"question": of.question, "reply": text}
-            for of, text in list(zip(questions, replies.texts))[:SHOWN]
+            {"question": question.question, "reply": text}
+            for question, text in list(zip(questions, replies.texts))[:SAMPLE_REPLIES]
         ],
     }
     if source and source["digest"] == content["digest"]:
@@ -214,9 +228,9 @@ def summary(
 
 
 def _share(values: np.ndarray, seed: int) -> dict[str, Any]:
-    interval = intervals.of_ratio(values, np.ones(len(values)), [len(values)], seed)
-    found = {"value": float(values.mean())}
-    return found | ({"interval": list(interval)} if interval else {})
+    interval = intervals.bootstrap_ratio(values, np.ones(len(values)), [len(values)], seed)
+    share = {"value": float(values.mean())}
+    return share | ({"interval": list(interval)} if interval else {})
 
 
 def _bits(values: Bool[np.ndarray, "N"]) -> str:

@@ -1,9 +1,8 @@
-"""Downstream tasks through EleutherAI's lm-evaluation-harness, with its own PyTorch model: what
-others will measure of the exported folder.
+"""Downstream tasks with EleutherAI's lm-evaluation-harness and its PyTorch model.
 
-An optional extra (`pip install 'tokalign_jax[lm-eval]'`). Tasks are the harness's own, which fetch
-their data, or those of a local folder (YAML files as the harness reads them, with data beside
-them), which need no network: paths in them are taken from that folder.
+An optional extra (`pip install 'tokalign_jax[lm-eval]'`). Tasks are those of the harness, which
+download their data, or those of a local folder (YAML files for the harness, with their data), which
+need no network; relative paths in them are relative to that folder.
 """
 
 import contextlib
@@ -21,33 +20,31 @@ REMEDY = "pip install 'tokalign_jax[lm-eval]'"
 
 
 def check(tasks: Sequence[str], task_folder: Path | None) -> None:
-    """Looks whether the harness is there and knows the tasks.
+    """Checks that the harness is installed and knows the tasks.
 
     Raises:
-      UserError: it is not installed, or a task is unknown; with the tasks of the folder.
+      UserError: it is not installed, or a task is unknown; lists the tasks of the folder.
     """
     if task_folder and not task_folder.is_dir():
         raise UserError(
-            f"--task-folder '{task_folder}': there is no such folder; name the one that holds the"
-            " tasks' YAML files"
+            f"--task-folder '{task_folder}': there is no such folder; give the folder of the tasks'"
+            " YAML files"
         )
-    manager = _manager(tasks, task_folder)
+    manager = _task_manager(tasks, task_folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        there = ", ".join(_own(task_folder).all_tasks) if task_folder else ""
-        of_folder = (
-            f"those in '{task_folder}' are {there or 'none'}"
+        available = ", ".join(_folder_tasks(task_folder).all_tasks) if task_folder else ""
+        hint = (
+            f"the tasks in '{task_folder}' are {available or 'none'}"
             if task_folder
-            else "--task-folder names a folder with more"
+            else "use --task-folder for tasks of your own"
         )
-        raise UserError(f"--tasks names '{unknown[0]}', which lm-eval does not know; {of_folder}")
+        raise UserError(f"--tasks names '{unknown[0]}', which lm-eval does not know; {hint}")
 
 
-def run_apart(
+def run_in_subprocess(
     folders: Sequence[Path], tasks: Sequence[str], task_folder: Path | None, limit: int
 ) -> list[dict[str, Any]]:
-    """`run` for each folder in a process of its own, whose memory, on a GPU too, is free again when
-    it ends.
-    """
+    """Calls `run` for each folder in a subprocess, which frees its memory when it ends."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return [pool.submit(run, folder, tasks, task_folder, limit).result() for folder in folders]
 
@@ -55,23 +52,26 @@ def run_apart(
 def run(
     folder: Path, tasks: Sequence[str], task_folder: Path | None = None, limit: int = 0
 ) -> dict[str, Any]:
-    """The tasks' figures for the model in a Hugging Face folder.
+    """Runs the tasks on the model in a Hugging Face folder.
 
     Args:
-      limit: examples of each task; 0: all.
+      folder: the model's folder.
+      tasks: names of the tasks.
+      task_folder: the folder of their YAML files; None for the harness's own.
+      limit: number of examples per task; 0 for all.
 
-    Returns: For JSON: by task, each metric by its name (as "acc", "acc_norm") with `value` and
-      `standard_error` (None where there is none).
+    Returns:
+      By task, for JSON: each metric by name ("acc", "acc_norm") with `value` and `standard_error`
+      (None if there is none).
     """
-    manager = _manager(tasks, task_folder)
-    model = str(
-        Path(folder).absolute()
-    )  # before the change of folder, which tasks with data of their own need
+    manager = _task_manager(tasks, task_folder)
+    # Absolute, since the working directory changes below, for tasks with their own data.
+    model = str(Path(folder).absolute())
     import torch
     from lm_eval import simple_evaluate  # type: ignore[import-not-found]
 
     with contextlib.chdir(task_folder or Path.cwd()):
-        found: Any = simple_evaluate(
+        output: Any = simple_evaluate(
             model="hf",
             model_args={"pretrained": model, "trust_remote_code": False},
             tasks=list(tasks),
@@ -81,11 +81,11 @@ def run(
             log_samples=False,
             bootstrap_iters=1000,
         )
-    return {task: _metrics(found["results"][task]) for task in tasks}
+    return {task: _metrics(output["results"][task]) for task in tasks}
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, Any]:
-    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` by metric."""
+    """Converts results such as `{"acc,none": 0.5, "acc_stderr,none": 0.1}` to metrics by name."""
     metrics = {}
     for key, value in result.items():
         name, _, kind = key.partition(",")
@@ -100,9 +100,10 @@ def _metrics(result: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _manager(tasks: Sequence[str], task_folder: Path | None) -> Any:
-    """What finds the tasks: the folder's own where they are all there, since reading the harness's
-    takes long.
+def _task_manager(tasks: Sequence[str], task_folder: Path | None) -> Any:
+    """Returns the task manager, that of the folder if it has all tasks.
+
+    Reading the harness's own tasks is slow.
     """
     _quiet()
     try:
@@ -111,12 +112,12 @@ def _manager(tasks: Sequence[str], task_folder: Path | None) -> Any:
         raise UserError(
             f"--tasks needs lm-eval, which is not installed ({error}): {REMEDY}"
         ) from error
-    if task_folder and set(tasks) <= set((own := _own(task_folder)).all_tasks):
+    if task_folder and set(tasks) <= set((own := _folder_tasks(task_folder)).all_tasks):
         return own
     return TaskManager(include_path=str(task_folder.absolute()) if task_folder else None)
 
 
-def _own(task_folder: Path) -> Any:
+def _folder_tasks(task_folder: Path) -> Any:
     from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     return TaskManager(include_path=str(task_folder.absolute()), include_defaults=False)

@@ -1,20 +1,20 @@
-"""How good a model drafts for a teacher with the same vocabulary, in speculative decoding
-(Leviathan et al. 2023, arXiv 2211.17192).
+"""Acceptance rate of a draft model in speculative decoding (Leviathan et al., arXiv 2211.17192).
 
-The draft proposes `gamma` tokens, the teacher reads them all in one call, keeps those up to the
-first that it rejects and adds one of its own. Which are kept follows from what both models say at
-each position, so no such decoding need be run:
+Draft and teacher share a vocabulary. The draft proposes `gamma` tokens; the teacher scores them in
+one call, accepts those before the first rejection and adds a token of its own. The number of
+accepted tokens follows from both models' predictions at each position, so speculative decoding
+itself is not run:
 
-- greedy: a token is kept where the draft's most likely token is the teacher's. The teacher
-  continues prompts by its own greedy choice; the draft reads the continuations; blocks of drafts
-  are then counted out exactly (`calls`).
-- sampled, at a temperature: a drafted token is kept with probability sum_v min(p(v), q(v)) (their
-  corollary 3.6), p the teacher's and q the draft's distribution. Its mean over the positions of
-  held-out text is their alpha, from which the tokens a call follow for positions that are
-  independent (their equation 1).
+- greedy: a token is accepted if it is the most likely one of both models. The teacher continues
+  prompts greedily, the draft reads the continuations, and blocks of drafts are counted exactly
+  (`calls`).
+- sampled, at a temperature: a token is accepted with probability sum_v min(p(v), q(v)) (their
+  corollary 3.6), where p is the teacher's and q the draft's distribution. Its mean over positions
+  of held-out text is their alpha, which gives the expected tokens per call for independent
+  positions (their equation 1).
 
-Letters: B batch, T length, D model, V tokens of the vocabulary, R rows of a head (V and its
-padding), C tokens of a chunk. Logits of both models exist for C tokens at once, never [B, T, V].
+Dimensions: B batch, T length, D model, V vocabulary, R head rows (V and padding), C chunk. Logits
+of both models are materialized for C tokens at once, never as [B, T, V].
 """
 
 import functools
@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax.evaluation.bits_per_byte import cut, first_context
+from tokalign_jax.evaluation.bits_per_byte import first_context, split_windows
 from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.parallel import sharding
@@ -40,42 +40,42 @@ from tokalign_jax.utils import compiling
 from tokalign_jax.utils.progress import Log, Progress
 
 CHUNK = 1024
-"""C"""
+"""C, the number of tokens per chunk."""
 
 
 class Model(NamedTuple):
-    """What is run."""
+    """A model's config and parameters."""
 
     config: ModelConfig
     params: dict
 
 
 class Agreement(NamedTuple):
-    """What draft and teacher say of the next token, at each position."""
+    """Predictions of draft and teacher for the next token at each position."""
 
     shared: Float[Array, "B T"]
     """sum_v min(p(v), q(v))"""
     draft: Int[Array, "B T"]
     """The draft's most likely token."""
     teacher: Int[Array, "B T"]
+    """The teacher's most likely token."""
 
 
-def difference_of_vocabularies(
-    draft: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> str:
-    """Why two tokenizers cannot draft for each other, with the tokens each has and the first that
-    differ; empty where they are the same.
+def vocabulary_difference(draft: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    """Describes how two vocabularies differ; returns "" if they are equal.
+
+    Only models with equal vocabularies can draft for each other.
     """
-    differing = {i: (own, its) for i, own, its in canonical.differing(draft, teacher)}
-    differing |= {i: (own, its) for i, its, own in canonical.differing(teacher, draft)}
-    if not differing:
+    pairs = {i: (first, second) for i, first, second in canonical.differing(draft, teacher)}
+    pairs |= {i: (first, second) for i, second, first in canonical.differing(teacher, draft)}
+    if not pairs:
         return ""
-    first = min(differing)
-    one, other = (repr(token) if token else "none" for token in differing[first])
+    index = min(pairs)
+    draft_token, teacher_token = (repr(token) if token else "none" for token in pairs[index])
     return (
         f"the draft's vocabulary has {len(draft.get_vocab()):,} tokens and the teacher's"
-        f" {len(teacher.get_vocab()):,}; {len(differing):,} ids differ, the first is {first}: {one}"
-        f" in the draft's, {other} in the teacher's"
+        f" {len(teacher.get_vocab()):,}; {len(pairs):,} ids differ, the first is {index}:"
+        f" {draft_token} in the draft's, {teacher_token} in the teacher's"
     )
 
 
@@ -95,28 +95,34 @@ def acceptance(
     log: Log = lambda line: None,
     what: str = "drafting",
 ) -> dict[str, dict[str, Any] | None]:
-    """The acceptance by language.
+    """Measures the acceptance rate by language.
 
     Args:
-      tokenizer: of both.
-      gamma: tokens of a draft.
-      temperature: of both when they sample.
-      prompts: how many windows of `length` tokens a language gives, spread evenly over its text.
-      steps: tokens of each greedy continuation.
+      draft: the draft model.
+      teacher: the teacher model.
+      tokenizer: the tokenizer of both.
+      texts: held-out documents by language.
+      gamma: number of tokens per draft.
+      temperature: sampling temperature of both.
+      prompts: number of windows of `length` tokens per language, spread evenly over its text.
+      length: number of tokens per window.
+      steps: number of tokens per greedy continuation.
+      dtype: dtype of the activations.
+      mesh: mesh of the devices to run on; None for all devices.
+      log: writes progress lines.
+      what: their label.
 
-    Returns: For JSON, by language, None where the text has no window of `length` tokens: `prompts`,
-      `greedy` with the `rate` of agreement and the `tokens_per_call`, `sampled` with `rate` and
-      `tokens_per_call`, and `agreement` of the most likely tokens on the text itself.
+    Returns:
+      By language, for JSON: `prompts`, `greedy` and `sampled`, each with the acceptance `rate` and
+      `tokens_per_call`, and `agreement` of the most likely tokens on the text itself. None for
+      languages without a window of `length` tokens.
     """
-    start, each, backend = (
-        first_context(tokenizer),
-        opening_id(tokenizer) is not None,
-        plain_backend(tokenizer),
-    )
+    start, backend = first_context(tokenizer), plain_backend(tokenizer)
+    starts_every_window = opening_id(tokenizer) is not None
     mesh = mesh or sharding.make_mesh()
     vocabulary = vocabulary_size(tokenizer)
     progress = Progress(log, what, len(texts), "languages")
-    found: dict[str, dict[str, Any] | None] = {}
+    results: dict[str, dict[str, Any] | None] = {}
     for language, documents in texts.items():
         encoded = (
             e.ids for e in backend.encode_batch_fast(list(documents), add_special_tokens=False)
@@ -124,60 +130,63 @@ def acceptance(
         windows = [
             inputs
             for ids in encoded
-            for inputs, _ in cut(ids, start, length, each)
+            for inputs, _ in split_windows(ids, start, length, starts_every_window)
             if len(inputs) == length
         ]
-        found[language] = None
+        results[language] = None
         if windows:
-            places = np.linspace(0, len(windows) - 1, prompts).round().astype(int)
-            ids = jnp.asarray([windows[i] for i in np.unique(places)], jnp.int32)
+            indices = np.linspace(0, len(windows) - 1, prompts).round().astype(int)
+            ids = jnp.asarray([windows[i] for i in np.unique(indices)], jnp.int32)
             agree = functools.partial(
                 _agreement, draft, teacher, vocabulary, temperature, dtype, mesh
             )
-            found[language] = _of_language(agree, teacher, ids, gamma, steps, dtype)
+            results[language] = _language_acceptance(agree, teacher, ids, gamma, steps, dtype)
         progress.update()
     progress.done()
-    return found
+    return results
 
 
-def _of_language(
+def _language_acceptance(
     agree: Any, teacher: Model, ids: Int[Array, "B T"], gamma: int, steps: int, dtype: str
 ) -> dict[str, Any]:
     text = jax.tree.map(np.asarray, agree(ids))
-    whole = transformer.generate(teacher.config, teacher.params, ids, steps, jnp.dtype(dtype))
-    continuation = np.asarray(whole)[:, ids.shape[1] :]
-    kept = np.asarray(agree(whole[:, :-1]).draft)[:, ids.shape[1] - 1 :] == continuation
+    extended = transformer.generate(teacher.config, teacher.params, ids, steps, jnp.dtype(dtype))
+    continuation = np.asarray(extended)[:, ids.shape[1] :]
+    drafts = np.asarray(agree(extended[:, :-1]).draft)[:, ids.shape[1] - 1 :]
+    accepted = drafts == continuation
     rate = float(text.shared.mean())
     return {
         "prompts": len(ids),
-        "greedy": {"rate": float(kept.mean()), "tokens_per_call": kept.size / calls(kept, gamma)},
+        "greedy": {
+            "rate": float(accepted.mean()),
+            "tokens_per_call": accepted.size / calls(accepted, gamma),
+        },
         "sampled": {"rate": rate, "tokens_per_call": tokens_per_call(rate, gamma)},
         "agreement": float((text.draft == text.teacher).mean()),
     }
 
 
-def calls(kept: Bool[np.ndarray, "B T"], gamma: int) -> int:
-    """Teacher calls that it takes to write B continuations of T tokens, in each of which `gamma`
-    tokens are drafted.
+def calls(is_accepted: Bool[np.ndarray, "B T"], gamma: int) -> int:
+    """Counts the teacher calls that write B continuations of T tokens with drafts of `gamma`.
 
     Args:
-      kept: whether the draft, after what came before, proposes the token that the teacher chooses.
+      is_accepted: True where the draft's proposal, given the preceding tokens, is the teacher's
+        choice.
+      gamma: number of tokens per draft.
     """
     total = 0
-    for row in kept:
+    for row in is_accepted:
         position = 0
         while position < len(row):
             block = row[position : position + gamma]
             accepted = len(block) if block.all() else int(block.argmin())
-            position += accepted + 1  # the teacher's own token behind them
+            position += accepted + 1  # Plus the teacher's own token.
             total += 1
     return total
 
 
 def tokens_per_call(rate: float, gamma: int) -> float:
-    """Expected tokens a teacher call, where each draft is kept with probability `rate` whatever the
-    others (Leviathan, equation 1).
-    """
+    """Returns the expected tokens per teacher call at an acceptance `rate` (their equation 1)."""
     return float(sum(rate**i for i in range(gamma + 1)))
 
 
@@ -190,13 +199,11 @@ def _agreement(
     mesh: Mesh,
     ids: Int[Array, "B T"],
 ) -> Agreement:
-    """`agreement` of both models reading `ids`, a batch that is filled up so that it divides among
-    the devices.
-    """
-    filling = -len(ids) % sharding.sequences_at_once(mesh)
-    padded = np.pad(np.asarray(ids), ((0, filling), (0, 0)))
+    """Computes `agreement` on `ids`, padded to a batch that is divisible by the devices."""
+    padding = -len(ids) % sharding.sequences_at_once(mesh)
+    padded = np.pad(np.asarray(ids), ((0, padding), (0, 0)))
     inputs = sharding.put(padded, NamedSharding(mesh, P(sharding.BATCH)))
-    found = _read(
+    result = _read_both(
         draft.params,
         teacher.params,
         inputs,
@@ -207,11 +214,11 @@ def _agreement(
         dtype,
         mesh,
     )
-    return jax.tree.map(lambda x: x[: len(ids)], found)
+    return jax.tree.map(lambda x: x[: len(ids)], result)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
-def _read(
+def _read_both(
     draft: dict,
     teacher: dict,
     ids: Int[Array, "B T"],
@@ -234,10 +241,13 @@ def _read(
 def agreement(
     draft: tuple, teacher: tuple, *, vocabulary: int, temperature: float = 1.0
 ) -> Agreement:
-    """What both models say, from (states [B, T, D], head [R, D], adjustment of logits) of each.
+    """Computes the agreement from each model's (states [B, T, D], head [R, D], logit adjustment).
 
     Args:
+      draft: states, head and logit adjustment of the draft.
+      teacher: the same of the teacher.
       vocabulary: V; rows past it get no probability.
+      temperature: divides the logits.
     """
     (hidden, _, _), (teacher_hidden, _, _) = draft, teacher
     batch, length = hidden.shape[:2]
@@ -250,24 +260,20 @@ def agreement(
     def logits(states: Float[Array, "C D"], side: tuple) -> Float[Array, "C R"]:
         _, head, adjust = side
         with compiling.products(states.dtype):
-            every = adjust(
-                jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32)
-            )
-        return jnp.where(jnp.arange(len(head)) < vocabulary, every, -jnp.inf)[
-            :, : _rows(draft, teacher)
-        ]
+            product = jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32)
+            adjusted = adjust(product)
+        masked = jnp.where(jnp.arange(len(head)) < vocabulary, adjusted, -jnp.inf)
+        return masked[:, : _common_rows(draft, teacher)]
 
     def one_chunk(states: tuple[Array, Array]) -> Agreement:
-        q, p = (logits(of, side) for of, side in zip(states, (draft, teacher)))
-        shared = jnp.minimum(jax.nn.softmax(q / temperature), jax.nn.softmax(p / temperature)).sum(
-            -1
-        )
-        return Agreement(shared, q.argmax(-1), p.argmax(-1))
+        q, p = (logits(part, side) for part, side in zip(states, (draft, teacher)))
+        overlap = jnp.minimum(jax.nn.softmax(q / temperature), jax.nn.softmax(p / temperature))
+        return Agreement(overlap.sum(-1), q.argmax(-1), p.argmax(-1))
 
-    found = jax.lax.map(one_chunk, (chunks(hidden), chunks(teacher_hidden)))
-    return jax.tree.map(lambda x: x.reshape(-1)[: batch * length].reshape(batch, length), found)
+    result = jax.lax.map(one_chunk, (chunks(hidden), chunks(teacher_hidden)))
+    return jax.tree.map(lambda x: x.reshape(-1)[: batch * length].reshape(batch, length), result)
 
 
-def _rows(draft: tuple, teacher: tuple) -> int:
-    """Rows that both heads have: the vocabulary and perhaps padding."""
+def _common_rows(draft: tuple, teacher: tuple) -> int:
+    """Returns the number of rows that both heads have: the vocabulary and possibly padding."""
     return min(len(draft[1]), len(teacher[1]))

@@ -1,9 +1,9 @@
 """Fertility: tokens per word.
 
-A word is a run of Unicode letters, marks and digits, with apostrophes inside it ("don't" is one);
-punctuation and space are none. Chinese and Japanese write no spaces: there each ideograph and kana
-counts as one (as in Unicode's annex 29). In Thai, Lao, Khmer and Burmese, whose words only a
-dictionary finds, each letter with its marks does. For these languages fertility is tokens per
+A word is a run of Unicode letters, marks and digits, possibly with inner apostrophes ("don't" is
+one); punctuation and space are not words. Chinese and Japanese have no spaces: each ideograph and
+kana counts as a word (as in Unicode's annex 29). Thai, Lao, Khmer and Burmese need a dictionary to
+find words: each letter with its marks counts as one. For these languages fertility is tokens per
 character.
 """
 
@@ -22,10 +22,10 @@ WORD = regex.compile(
 
 
 def words(texts: Sequence[str]) -> Int[np.ndarray, "N"]:
-    """How many words each text has (int64)."""
+    """Returns the number of words in each text (int64)."""
     return np.array([sum(1 for _ in WORD.finditer(text)) for text in texts], np.int64)
 
 
 def fertility(tokens: int, words: int) -> float | None:
-    """Tokens per word; None where there are no words."""
+    """Returns tokens per word; None if there are no words."""
     return tokens / words if words else None

@@ -1,8 +1,7 @@
-"""All that a model's likelihoods tell of it: bits per byte, abilities and, beside a reference,
-fidelity and differences.
+"""All likelihood-based measures of a model: bits per byte, abilities, and fidelity to a reference.
 
-The pipeline's evaluations and the command `evaluate` measure alike; the reference is the source
-model, or the first of several.
+Shared by the pipeline's evaluations and the command `evaluate`. The reference is the source model,
+or the first of several models.
 """
 
 import json
@@ -18,53 +17,56 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.evaluation import abilities, bits_per_byte, chat_questions, fidelity
+from tokalign_jax.evaluation.chat_questions import ChatQuestion, Replies
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.utils.progress import Log
 
 SCORES = "scores.json"
+"""Name of the file with a model's summary."""
 Texts = Mapping[str, list[str]]
 """Documents by language."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What every model is measured on, and how."""
+    """Data and settings shared by the measurements of all models."""
 
     texts: Texts
     """Held-out text."""
     other_texts: Texts
     """Text of another kind; may be empty."""
     questions: Sequence[abilities.Question]
-    """May be empty."""
+    """Multiple-choice questions; may be empty."""
     sequence_length: int
-    """Tokens of a window."""
+    """Number of tokens per window."""
     batch: int
-    """Windows that a device reads at once."""
+    """Number of windows per device and batch."""
     compute: ComputeConfig
     seed: int
-    """Of bootstrap draws."""
-    asked: Sequence[chat_questions.ChatQuestion] = ()
-    """Chat questions."""
+    """Seed of the bootstrap."""
+    chat_questions: Sequence[ChatQuestion] = ()
+    """Questions that are asked through the chat template."""
     reply_tokens: int = 64
-    """Tokens of a reply to a chat question, at most."""
+    """Maximum number of tokens of a reply to a chat question."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model makes of the material."""
+    """Results of a model."""
 
     tokenizer: PreTrainedTokenizerBase
     costs: Mapping[str, bits_per_byte.Costs]
     other_costs: Mapping[str, bits_per_byte.Costs]
     right: Bool[np.ndarray, "N"]
-    """Whether each question is answered right."""
-    replies: chat_questions.Replies | None = None
-    """To the chat questions."""
+    """True for each question that is answered correctly."""
+    replies: Replies | None = None
+    """Replies to the chat questions."""
     chat: Mapping[str, Any] | None = None
-    """Their summary, of a model that others are compared with."""
+    """Summary of the replies, for comparisons with this model."""
 
     @property
     def reference(self) -> "Reference":
+        """The results as a reference for other models."""
         return Reference(
             self.tokenizer,
             _readings(self.costs),
@@ -76,40 +78,40 @@ class Measured:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source makes of the same material: what others are compared with."""
+    """Results of the model that others are compared with."""
 
     tokenizer: PreTrainedTokenizerBase
     readings: fidelity.Readings
     other_readings: fidelity.Readings
     right: Bool[np.ndarray, "N"]
     chat: Mapping[str, Any] | None = None
-    """Summary of its replies to chat questions."""
+    """Summary of the replies to chat questions."""
 
     def save(self, folder: Path) -> None:
-        """Writes beside the source's `scores.json` what that does not hold."""
-        fidelity.save(folder / _READINGS, self.readings)
+        """Writes the data that the model's `scores.json` does not contain."""
+        fidelity.save(folder / _READINGS_FILE, self.readings)
         if self.other_readings:
-            fidelity.save(folder / _OTHER_READINGS, self.other_readings)
+            fidelity.save(folder / _OTHER_READINGS_FILE, self.other_readings)
 
     @classmethod
     def load(
         cls, folder: Path, tokenizer: PreTrainedTokenizerBase, material: Material
     ) -> "Reference":
-        """What `save` wrote of the same material."""
+        """Loads the data written by `save`, for the same material."""
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         answers = scores.get("abilities")
         return cls(
             tokenizer,
-            fidelity.load(folder / _READINGS, material.texts),
-            fidelity.load(folder / _OTHER_READINGS, material.other_texts)
+            fidelity.load(folder / _READINGS_FILE, material.texts),
+            fidelity.load(folder / _OTHER_READINGS_FILE, material.other_texts)
             if material.other_texts
             else {},
-            abilities.right_of(answers) if answers else np.zeros(0, bool),
+            abilities.right_answers(answers) if answers else np.zeros(0, bool),
             scores.get("chat"),
         )
 
 
-_READINGS, _OTHER_READINGS = "held_out.npz", "other_text.npz"
+_READINGS_FILE, _OTHER_READINGS_FILE = "held_out.npz", "other_text.npz"
 
 
 def measure(
@@ -120,13 +122,19 @@ def measure(
     material: Material,
     mesh: Mesh,
     log: Log,
-    asks: bool = True,
+    with_questions: bool = True,
 ) -> Measured:
-    """Lets a model read the texts and answer the questions.
+    """Evaluates a model on the texts and questions.
 
     Args:
-      name: of the model, for the log.
-      asks: whether it is asked the questions.
+      name: the model's name in the log.
+      config: its config.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      material: data and settings.
+      mesh: mesh of the devices to run on.
+      log: writes progress lines.
+      with_questions: also ask the questions.
     """
 
     def read(texts: Texts, what: str) -> dict[str, bits_per_byte.Costs]:
@@ -147,7 +155,7 @@ def measure(
     costs = read(material.texts, f"evaluate {name}")
     other_costs = read(material.other_texts, f"other text {name}") if material.other_texts else {}
     right = np.zeros(0, bool)
-    if material.questions and asks:
+    if material.questions and with_questions:
         begin = abilities.beginning_id(tokenizer)
         arguments = (
             config,
@@ -160,51 +168,61 @@ def measure(
         )
         right = abilities.is_right(abilities.score(*arguments, log=log, what=f"abilities {name}"))
     replies = chat = None
-    if material.asked and asks:
+    if material.chat_questions and with_questions:
         replies = chat_questions.ask(
             config,
             params,
             tokenizer,
-            material.asked,
+            material.chat_questions,
             material.reply_tokens,
             material.compute.dtype,
             mesh,
             log,
             f"chat {name}",
         )
-        chat = chat_questions.summary(material.asked, replies, None, material.seed)
+        chat = chat_questions.summary(material.chat_questions, replies, None, material.seed)
     return Measured(tokenizer, costs, other_costs, right, replies, chat)
 
 
 def summary(measured: Measured, reference: Reference | None, material: Material) -> dict[str, Any]:
-    """What was measured, for a `scores.json` (docs/evaluation.md).
+    """Summarizes a model's results for its `scores.json` (docs/evaluation.md).
 
     Args:
-      reference: None for the reference itself.
+      measured: the results.
+      reference: the reference to compare with; None for the reference itself.
+      material: data and settings.
     """
     readings = (reference.readings, reference.other_readings) if reference else (None, None)
 
-    def of_texts(
-        texts: Texts, costs: Mapping[str, bits_per_byte.Costs], of: fidelity.Readings | None
+    def summarize_texts(
+        texts: Texts,
+        costs: Mapping[str, bits_per_byte.Costs],
+        reference_readings: fidelity.Readings | None,
     ) -> dict[str, Any]:
         content: dict[str, Any] = {
             "languages": bits_per_byte.summaries(costs, material.seed),
             "pooled": bits_per_byte.summary([*costs.values()], material.seed),
         }
-        if reference and of is not None:
+        if reference and reference_readings is not None:
             compared = fidelity.compare(
-                reference.tokenizer, measured.tokenizer, texts, of, _readings(costs)
+                reference.tokenizer,
+                measured.tokenizer,
+                texts,
+                reference_readings,
+                _readings(costs),
             )
             content["fidelity"] = fidelity.summaries(compared, material.seed)
         return content
 
-    content = of_texts(material.texts, measured.costs, readings[0])
+    content = summarize_texts(material.texts, measured.costs, readings[0])
     if measured.other_costs:
-        content["other_text"] = of_texts(material.other_texts, measured.other_costs, readings[1])
+        content["other_text"] = summarize_texts(
+            material.other_texts, measured.other_costs, readings[1]
+        )
     if len(measured.right):
         content["abilities"] = abilities.summary(material.questions, measured.right, material.seed)
         if reference:
-            kinds = abilities.kinds_of_cut(
+            kinds = abilities.segmentation_kinds(
                 reference.tokenizer, measured.tokenizer, material.questions
             )
             answers = measured.right, reference.right
@@ -213,7 +231,7 @@ def summary(measured: Measured, reference: Reference | None, material: Material)
             )
     if measured.replies:
         content["chat"] = chat_questions.summary(
-            material.asked,
+            material.chat_questions,
             measured.replies,
             reference.chat if reference else None,
             material.seed,
@@ -222,4 +240,4 @@ def summary(measured: Measured, reference: Reference | None, material: Material)
 
 
 def _readings(costs: Mapping[str, bits_per_byte.Costs]) -> fidelity.Readings:
-    return {group: of.beginnings for group, of in costs.items()}
+    return {group: group_costs.beginnings for group, group_costs in costs.items()}

@@ -1,10 +1,10 @@
-"""How much of held-out text also stands in the training text, letter by letter.
+"""Share of held-out text that also occurs verbatim in the training text.
 
-Passages of `WINDOW` characters that begin where a word begins are looked for; the share is that of
-the held-out characters which such passages cover, so that a copied page counts by its length and a
-common phrase not at all. (GPT-3, arXiv 2005.14165, appendix C, looks for 13 words in a row, which
-there are none of in a script without spaces.) Training text is streamed, and only 64-bit hashes of
-the held-out passages are in memory. A character is one of UTF-16's units here, of which rare ones
+Passages of `WINDOW` characters that start at the beginning of a word are looked up; the result is
+the share of held-out characters covered by passages that occur, so that a copied page counts by its
+length and a common phrase not at all. (GPT-3, arXiv 2005.14165, appendix C, searches 13-grams of
+words, which do not exist in scripts without spaces.) Training text is streamed; only 64-bit hashes
+of held-out passages are in memory. Characters are UTF-16 code units here, of which rare characters
 have two.
 """
 
@@ -18,21 +18,19 @@ from tokalign_jax.text.corpus import Document
 from tokalign_jax.utils.progress import Log, Progress
 
 WINDOW = 64
-"""Characters of a passage: a multiple of the four that make 64 bits."""
+"""Number of characters per passage, a multiple of the four that make 64 bits."""
 WARN_ABOVE = 0.1
-"""Share of a language's held-out characters past which there is a warning."""
+"""Share of a language's held-out characters above which a warning is given."""
 
-_BETWEEN = 0xFFFF
-"""Parts documents; no character, so that a passage over two documents is equal to none in a
-document.
-"""
+_SEPARATOR = 0xFFFF
+"""Separates documents. It is not a character, so passages across documents match none within."""
 _WITHOUT_SPACES = 0x0E00
-"""From Thai on are the scripts that write no spaces: there a passage begins at each character."""
-_BUCKETS = 24
-"""Bits of a hash that say in a table of 2^24 bytes whether it may be one of the wanted."""
+"""First code point (Thai) of scripts without spaces, where a passage begins at every character."""
+_BUCKET_BITS = 24
+"""Number of hash bits that index a table of 2^24 bytes, which rules out most other passages."""
 
-_IN_CACHE = 1 << 13
-"""Passages that are hashed together."""
+_HASH_BLOCK = 1 << 13
+"""Number of passages hashed together, to stay in cache."""
 
 
 def overlap(
@@ -41,56 +39,57 @@ def overlap(
     log: Log = lambda line: None,
     total: float = 0,
 ) -> dict[str, Any]:
-    """The share of the characters of `texts`, by language, that stand in the training documents of
-    any language.
+    """Returns the share of the characters of `texts` that occur in any training document.
 
     Args:
       texts: held-out documents by language.
       training: batches of documents.
-      total: bytes of the training text, where known, for the progress lines.
+      log: writes progress lines.
+      total: bytes of the training text for the progress lines, if known.
 
     Returns:
       For JSON: `window`, `warn_above`, and `languages`, each with `characters`, `seen` and `share`.
     """
-    contents = {language: _joined(documents) for language, documents in texts.items()}
+    contents = {language: _join(documents) for language, documents in texts.items()}
     starts = {language: passages(content) for language, content in contents.items()}
-    wanted = {language: hashes(contents[language], starts[language]) for language in texts}
-    every = np.unique(np.concatenate([np.zeros(0, np.uint64), *wanted.values()]))
+    keys = {language: hashes(contents[language], starts[language]) for language in texts}
+    every = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys.values()]))
     seen = np.zeros(len(every), bool)
-    may_be = np.zeros(1 << _BUCKETS, bool)
-    may_be[_bucket(every)] = True
+    is_candidate = np.zeros(1 << _BUCKET_BITS, bool)
+    is_candidate[_bucket(every)] = True
     progress = Progress(log, "overlap", total, "bytes")
     for documents in training:
-        content = _joined([document.text for document in documents])
-        found = hashes(content, passages(content))
-        found = found[may_be[_bucket(found)]]
-        place = np.minimum(np.searchsorted(every, found), len(every) - 1)
-        seen[place[every[place] == found]] = True
+        content = _join([document.text for document in documents])
+        training_keys = hashes(content, passages(content))
+        training_keys = training_keys[is_candidate[_bucket(training_keys)]]
+        index = np.minimum(np.searchsorted(every, training_keys), len(every) - 1)
+        seen[index[every[index] == training_keys]] = True
         progress.update(sum(document.bytes for document in documents))
     progress.done()
     languages = {}
     for language, content in contents.items():
-        is_seen = seen[np.searchsorted(every, wanted[language])]
-        size = int(np.count_nonzero(content != _BETWEEN))
+        is_seen = seen[np.searchsorted(every, keys[language])]
+        size = int(np.count_nonzero(content != _SEPARATOR))
         covered = _covered(len(content), starts[language][is_seen])
         languages[language] = {"characters": size, "seen": covered, "share": covered / max(size, 1)}
     return {"window": WINDOW, "warn_above": WARN_ABOVE, "languages": languages}
 
 
-def warning_lines(found: Mapping[str, Any]) -> list[str]:
-    """A line for each language whose share is above `warn_above`."""
+def warning_lines(result: Mapping[str, Any]) -> list[str]:
+    """Returns a warning for each language whose share is above `warn_above`."""
     return [
-        f"warning: {of['share']:.1%} of the held-out text of '{language}' stands in the training"
-        f" text, in passages of {found['window']} characters or more: its bits per byte may be too"
-        " low; take out what was copied"
-        for language, of in found["languages"].items()
-        if of["share"] > found["warn_above"]
+        f"warning: {figures['share']:.1%} of the held-out text of '{language}' occurs in the"
+        f" training text, in passages of {result['window']} characters or more: its bits per byte"
+        " may be too low; remove the copied text"
+        for language, figures in result["languages"].items()
+        if figures["share"] > result["warn_above"]
     ]
 
 
 def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
-    """Where passages begin: at a character that follows white space or the beginning, or is of a
-    script without spaces.
+    """Returns the start of each passage.
+
+    That is a character after white space or a beginning, or any of a script without spaces.
     """
     last = len(content) - WINDOW
     if last < 0:
@@ -98,9 +97,9 @@ def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
     here, before = content[: last + 1], np.concatenate([np.array([0], np.uint16), content[:last]])
     is_second_half = (here & 0xFC00) == 0xDC00
     is_start = (
-        (before <= 0x20) | (before == _BETWEEN) | (here >= _WITHOUT_SPACES)
+        (before <= 0x20) | (before == _SEPARATOR) | (here >= _WITHOUT_SPACES)
     ) & ~is_second_half
-    for between in np.flatnonzero(content == _BETWEEN):  # none goes on into another document
+    for between in np.flatnonzero(content == _SEPARATOR):  # Passages end with their document.
         is_start[max(0, between - WINDOW + 1) : between + 1] = False
     return np.flatnonzero(is_start)
 
@@ -108,33 +107,32 @@ def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
 def hashes(
     content: UInt16[np.ndarray, "N"], starts: Int[np.ndarray, "P"]
 ) -> UInt64[np.ndarray, "P"]:
-    """64 bits of each passage."""
+    """Returns a 64-bit hash of each passage."""
     if not len(starts):
         return np.zeros(0, np.uint64)
-    fours = np.ndarray(
-        (len(content) - 3,), np.dtype("<u8"), content.tobytes(), strides=(2,)
-    )  # one at each character
-    found = np.zeros(len(starts), np.uint64)
-    for first in range(0, len(starts), _IN_CACHE):
-        here, block = starts[first : first + _IN_CACHE], found[first : first + _IN_CACHE]
+    # Four characters as one integer, at each character.
+    fours = np.ndarray((len(content) - 3,), np.dtype("<u8"), content.tobytes(), strides=(2,))
+    result = np.zeros(len(starts), np.uint64)
+    for first in range(0, len(starts), _HASH_BLOCK):
+        here, block = starts[first : first + _HASH_BLOCK], result[first : first + _HASH_BLOCK]
         for offset in range(0, WINDOW, 4):
             block ^= fours[here + offset]
             block *= np.uint64(0x9E3779B97F4A7C15)
             block ^= block >> np.uint64(32)
-    return found
+    return result
 
 
-def _joined(documents: Iterable[str]) -> UInt16[np.ndarray, "N"]:
-    return np.frombuffer(chr(_BETWEEN).join(documents).encode("utf-16-le"), "<u2")
+def _join(documents: Iterable[str]) -> UInt16[np.ndarray, "N"]:
+    return np.frombuffer(chr(_SEPARATOR).join(documents).encode("utf-16-le"), "<u2")
 
 
-def _bucket(of: UInt64[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
-    return of >> np.uint64(64 - _BUCKETS)
+def _bucket(keys: UInt64[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
+    return keys >> np.uint64(64 - _BUCKET_BITS)
 
 
 def _covered(size: int, starts: Int[np.ndarray, "P"]) -> int:
-    """Bytes that lie in one or more of the passages."""
+    """Returns the number of characters in one or more passages."""
     steps = np.zeros(size + 1, np.int64)
-    steps[starts] += 1  # starts are different, and so are ends
+    steps[starts] += 1  # Starts are distinct, and so are ends.
     steps[starts + WINDOW] -= 1
     return int(np.count_nonzero(np.cumsum(steps)))

@@ -1,4 +1,4 @@
-"""Questions in files of JSON lines."""
+"""Reading JSON Lines files of questions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +10,16 @@ T = TypeVar("T")
 
 
 def read_questions(what: str, path: Path, remedy: str, parse: Callable[[str, str], T]) -> list[T]:
-    """Read one question a line, blank lines left out.
+    """Reads one question per line, skipping blank lines.
 
     Args:
-      what: names the file in messages, such as `abilities`.
-      remedy: what to do about a file that cannot be read.
-      parse: makes a question of a line and of where it stands.
+      what: the kind of file for error messages, such as `abilities`.
+      path: the file.
+      remedy: advice if the file cannot be read.
+      parse: parses a question from a line and a description of its location.
 
     Raises:
-      UserError: the file cannot be read; or what `parse` raises.
+      UserError: the file cannot be read, or as for `parse`.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

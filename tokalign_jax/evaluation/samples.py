@@ -1,4 +1,4 @@
-"""Texts continued by a model, greedily, so that a person can see what the figures mean."""
+"""Sample continuations by a model, for human inspection."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +12,9 @@ from tokalign_jax.parallel import sharding
 
 
 def passages(texts: Mapping[str, Sequence[str]], count: int = 4, length: int = 60) -> list[str]:
-    """From the middle of the longest document of each of the first languages: up to `length`
-    characters of whole words.
+    """Returns a passage of each of the first languages, as prompts.
+
+    A passage is up to `length` characters of whole words, from the middle of the longest document.
     """
     return [
         _passage(max(documents, key=len), length) for _, documents in sorted(texts.items())[:count]
@@ -36,19 +37,18 @@ def continuations(
     steps: int,
     dtype: str,
 ) -> list[dict[str, str]]:
-    """Each prompt with `steps` tokens that the model adds, as {"prompt", "continuation"}."""
+    """Continues each prompt by `steps` tokens; returns {"prompt", "continuation"} for each."""
     start, steps = first_context(tokenizer), min(steps, config.max_positions - 1)
-    found = []
+    results = []
     for prompt in prompts:
         ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         ids = ids[-max(1, config.max_positions - steps) :]
-        whole = sharding.to_host(
+        extended = sharding.to_host(
             transformer.generate(config, params, jnp.asarray([ids]), steps, jnp.dtype(dtype))
         )[0].tolist()
-        # Decoded together: some decoders drop the space before the first token of what they are
-        # given.
-        before, text = (
-            tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, whole)
+        # Decoded together with the prompt, since some decoders drop a leading space.
+        prompt_text, text = (
+            tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, extended)
         )
-        found.append({"prompt": prompt, "continuation": text[len(before) :]})
-    return found
+        results.append({"prompt": prompt, "continuation": text[len(prompt_text) :]})
+    return results

@@ -1,13 +1,12 @@
-"""How fast a model writes, in characters, which two tokenizers can be compared by.
+"""Decoding speed in characters per second, which is comparable across tokenizers.
 
-    characters per second for equal text = decoding steps per second x characters per token of that text
+    characters per second = decoding steps per second x characters per token of the same text
 
-A step gives one token, whichever it is; how much text that is depends on the text, and greedy
-continuations of two models are different texts. So steps are timed on greedy decoding with the
-cache of keys and values, one sequence at a time, and turned into characters (or bytes) by the
-tokens which each tokenizer needs for the same held-out text. The time of a prompt of up to 64
-tokens is in it; compiling is not: the first run does not count. The median of the others is told,
-with the fastest and the slowest.
+A step yields one token; the text it represents depends on the text, and greedy continuations of two
+models differ. Steps are therefore timed on greedy decoding with a key-value cache, one sequence at
+a time, and converted to characters (or bytes) by the number of tokens that each tokenizer needs for
+the same held-out text. Times include the prompt of up to 64 tokens but not compilation: the first
+run is discarded. The result is the median of the others, with the slowest and fastest.
 """
 
 import statistics
@@ -24,20 +23,21 @@ from tokalign_jax.models import transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.text.canonical import plain_backend
 
-PROMPT = 64
-"""Tokens of a prompt, at most."""
+MAX_PROMPT_TOKENS = 64
+"""Maximum number of tokens of a prompt."""
 
 
 class Speed(NamedTuple):
-    """Decoding steps a second."""
+    """Decoding steps per second."""
 
     median: float
     slowest: float
     fastest: float
 
     def summary(self, text: Sequence[str], tokens: int) -> dict[str, Any]:
-        """For JSON, with what it means for `text`, which the tokenizer cuts into `tokens`."""
-        characters, size = sum(map(len, text)), sum(len(of.encode()) for of in text)
+        """Returns the figures for `text`, which the tokenizer encodes as `tokens`, for JSON."""
+        characters = sum(map(len, text))
+        size = sum(len(document.encode()) for document in text)
         return {
             "steps_per_second": self.median,
             "slowest_and_fastest": [self.slowest, self.fastest],
@@ -61,21 +61,26 @@ def measure(
     """Times greedy decoding of `steps` tokens after each of `prompts`.
 
     Args:
-      params: in the type that the model is to run in; other types are cast in each step.
-      repeats: how often each prompt is continued, beside the first time, which compiles.
-      clock: seconds.
+      config: the model's config.
+      params: its parameters, in the dtype to run in; others are cast in each step.
+      tokenizer: its tokenizer.
+      prompts: the prompts.
+      steps: number of tokens per continuation.
+      repeats: number of timed continuations of each prompt, after the first, which compiles.
+      dtype: dtype of the activations.
+      clock: returns the time in seconds.
     """
     start, backend = first_context(tokenizer), plain_backend(tokenizer)
-    most = min(PROMPT, config.max_positions // 2)
-    steps = min(steps, config.max_positions - most)
+    max_prompt = min(MAX_PROMPT_TOKENS, config.max_positions // 2)
+    steps = min(steps, config.max_positions - max_prompt)
     rates = []
     for repeat in range(1 + repeats):
         for prompt in prompts:
-            ids = [start, *backend.encode(prompt, add_special_tokens=False).ids][:most]
-            given = jnp.asarray([ids], jnp.int32)
+            ids = [start, *backend.encode(prompt, add_special_tokens=False).ids][:max_prompt]
+            tokens = jnp.asarray([ids], jnp.int32)
             began = clock()
             jax.block_until_ready(
-                transformer.generate(config, params, given, steps, jnp.dtype(dtype))
+                transformer.generate(config, params, tokens, steps, jnp.dtype(dtype))
             )
             if repeat:
                 rates.append(steps / (clock() - began))

@@ -1,8 +1,7 @@
-"""Negative log-likelihoods of tokens: the forward pass behind all likelihood measures.
+"""Negative log-likelihoods of tokens: the forward pass of all likelihood-based measures.
 
-Windows of like length are read together, padded to one of few lengths, so that few programs are
-compiled; logits [B, T, V] never exist (`training/losses.py`). B windows of a batch, T tokens of
-one.
+Windows of similar length are batched and padded to one of few lengths to limit compilation; logits
+[B, T, V] are never materialized (`training/losses.py`). B windows per batch, T tokens per window.
 """
 
 import functools
@@ -24,24 +23,24 @@ from tokalign_jax.parallel import sharding
 from tokalign_jax.training.losses import IGNORED, head_of, token_nll, token_nll_and_likeliest
 from tokalign_jax.utils.progress import Progress
 
-_SHORTEST = 16
-"""Windows are padded to no fewer tokens than this."""
+_MIN_LENGTH = 16
+"""Minimum length that windows are padded to."""
 
 
 class Window(NamedTuple):
-    """Tokens that a model reads, and what it is to predict after each of them."""
+    """Input tokens, and the label to predict after each of them."""
 
     inputs: Sequence[int]
     labels: Sequence[int]
 
 
 class TokenCosts(NamedTuple):
-    """What a model makes of one window's labels."""
+    """Costs of a window's labels."""
 
     nats: Float[np.ndarray, "T"]
     """float32: negative log-likelihood of each label."""
     likeliest: Int[np.ndarray, "T"] | None
-    """int32: the likeliest id in the place of each label; None unless asked for."""
+    """int32: the most likely token instead of each label; None unless requested."""
 
 
 def token_costs(
@@ -56,19 +55,23 @@ def token_costs(
     progress: Progress | None = None,
     likeliest: bool = False,
 ) -> list[TokenCosts]:
-    """The costs of each window's labels, in the order of `windows`.
+    """Returns the costs of each window's labels, in the order of `windows`.
 
     Args:
-      longest: tokens of the longest window allowed.
-      batch: windows of that length that a device reads at once; of shorter ones as many more.
-      mesh: of the devices to run on, where `params` are or go; None: all devices.
+      config: the model's config.
+      params: its parameters.
+      windows: the windows.
+      longest: maximum number of tokens per window.
+      batch: number of windows of that length per device and batch; shorter ones are more.
+      compute: dtype and chunk size of the computation.
+      mesh: mesh of the devices to run on; None for all devices.
       progress: counts tokens.
-      likeliest: also find the likeliest token at each position.
+      likeliest: also return the most likely token at each position.
     """
     mesh = mesh or sharding.make_mesh()
     params = sharding.place(params, mesh)
-    split = NamedSharding(mesh, P(sharding.BATCH))
-    found: list[TokenCosts | None] = [None] * len(windows)
+    by_sequence = NamedSharding(mesh, P(sharding.BATCH))
+    costs: list[TokenCosts | None] = [None] * len(windows)
     for group, (rows, length) in _batches(
         windows, batch, longest, config, sharding.sequences_at_once(mesh)
     ):
@@ -77,17 +80,17 @@ def token_costs(
         for row, index in enumerate(group):
             size = len(windows[index].labels)
             inputs[row, :size], labels[row, :size] = windows[index]
-        arrays = (sharding.put(array, split) for array in (inputs, labels))
+        arrays = (sharding.put(array, by_sequence) for array in (inputs, labels))
         nats, best = _batch_costs(
             params, *arrays, config=config, compute=compute, mesh=mesh, likeliest=likeliest
         )
         nats, best = np.asarray(nats), None if best is None else np.asarray(best)
         for row, index in enumerate(group):
             size = len(windows[index].labels)
-            found[index] = TokenCosts(nats[row, :size], None if best is None else best[row, :size])
+            costs[index] = TokenCosts(nats[row, :size], None if best is None else best[row, :size])
         if progress:
             progress.update(sum(len(windows[index].labels) for index in group))
-    return found  # type: ignore[return-value]  (every window was in one group)
+    return costs  # type: ignore[return-value]  (every window is in one group)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh", "likeliest"))
@@ -101,35 +104,36 @@ def _batch_costs(
     mesh: Mesh,
     likeliest: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`TokenCosts` of a batch as arrays [B, T], on every device."""
+    """Returns the `TokenCosts` of a batch as arrays [B, T], replicated on every device."""
     with sharding.within(mesh):
         hidden = transformer.forward(config, params, inputs, dtype=jnp.dtype(compute.dtype))
         arguments = hidden, transformer.head_matrix(params), labels, head_of(config, compute)
-        found = token_nll_and_likeliest(*arguments) if likeliest else (token_nll(*arguments), None)
-        return jax.tree.map(lambda x: sharding.constrain(x, None), found)  # type: ignore[return-value]
+        costs = token_nll_and_likeliest(*arguments) if likeliest else (token_nll(*arguments), None)
+        replicated = jax.tree.map(lambda x: sharding.constrain(x, None), costs)
+        return replicated  # type: ignore[return-value]
 
 
 def _batches(
     windows: Sequence[Window], batch: int, longest: int, config: ModelConfig, devices: int
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """Indices of windows that are read together, and their padded shape [rows, length]."""
+    """Yields indices of windows that form a batch, with their padded shape [rows, length]."""
     by_length: dict[int, list[int]] = {}
     bound = min(_unscaled_positions(config), longest)
     for index, (_, labels) in enumerate(windows):
-        fits = bound if len(labels) <= bound else longest
-        by_length.setdefault(_padded_length(len(labels), fits), []).append(index)
+        limit = bound if len(labels) <= bound else longest
+        by_length.setdefault(_padded_length(len(labels), limit), []).append(index)
     for length, indices in sorted(by_length.items()):
-        fewest = 1 << (-(-len(indices) // devices) - 1).bit_length()
-        rows = min(batch * longest // length, fewest) * devices
+        needed = 1 << (-(-len(indices) // devices) - 1).bit_length()
+        rows = min(batch * longest // length, needed) * devices
         for first in range(0, len(indices), rows):
             yield indices[first : first + rows], (rows, length)
 
 
 def _unscaled_positions(config: ModelConfig) -> int:
-    """How many tokens may be read as if no longer text existed.
+    """Returns the length up to which windows may be padded without changing results.
 
-    LongRoPE takes other factors in texts longer than a model's first length: what is no longer than
-    that is not to be padded past it.
+    LongRoPE uses other factors for texts beyond a model's original length, so shorter windows must
+    not be padded past it.
     """
     scalings = [kind.rope.scaling for kind in config.layer_kinds if kind.rope]
     return min(
@@ -139,8 +143,8 @@ def _unscaled_positions(config: ModelConfig) -> int:
 
 
 def _padded_length(length: int, longest: int) -> int:
-    """`longest` halved as often as `length` allows, so that few programs are compiled."""
+    """Returns `longest` halved as often as `length` allows, to limit the number of programs."""
     size = longest
-    while size // 2 >= max(length, _SHORTEST):
+    while size // 2 >= max(length, _MIN_LENGTH):
         size //= 2
     return size

@@ -38,7 +38,7 @@ def material(context: Context) -> measures.Material:
     config, settings = context.config, context.config.evaluation
     held_out = documents.held_out(context.folder("corpus"))
     return measures.Material(
-        bits_per_byte.choose(held_out, settings.bytes_per_language),
+        bits_per_byte.choose_texts(held_out, settings.bytes_per_language),
         other_texts(context),
         questions(config),
         settings.sequence_length,
@@ -56,7 +56,7 @@ def other_texts(context: Context) -> dict[str, list[str]]:
     if other is None:
         return {}
     read = documents.read(other, context.log)
-    return bits_per_byte.choose(read, context.config.evaluation.bytes_per_language)
+    return bits_per_byte.choose_texts(read, context.config.evaluation.bytes_per_language)
 
 
 BYTES_PER_TOKEN = 8

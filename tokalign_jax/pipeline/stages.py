@@ -390,16 +390,16 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
             lambda x: x.astype(compute.dtype) if isinstance(x, np.ndarray) else x, params
         )
     material, folder = held_out.material(context), context.folder("evaluate/source")
-    asks = name != "random"
+    with_questions = name != "random"
     measured = measures.measure(
-        name, config, params, tokenizer, material, context.mesh, context.log, asks
+        name, config, params, tokenizer, material, context.mesh, context.log, with_questions
     )
     prompts = settings.prompts or samples.passages(material.texts)
     continued = (
         samples.continuations(
             config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype
         )
-        if asks
+        if with_questions
         else []
     )
     if distributed.is_first():
