@@ -388,7 +388,11 @@ def _max_questions(args: argparse.Namespace, settings: EvaluationConfig) -> int:
 def _check_questions(model: EvaluatedModel, material: measures.Material) -> None:
     positions = model.config.max_positions
     chat_questions.check(
-        model.tokenizer, f"'{model.name}'", material.chat_questions, material.reply_tokens, positions
+        model.tokenizer,
+        f"'{model.name}'",
+        material.chat_questions,
+        material.reply_tokens,
+        positions,
     )
     abilities.check_lengths(model.tokenizer, material.questions, positions)
 

@@ -101,7 +101,9 @@ def _run_tasks(inputs: Inputs, log: Log) -> dict[str, dict[str, Any]]:
     if not args.tasks or not folders:
         return {}
     log(f"tasks: {', '.join(args.tasks)} on {', '.join(folders)}, by lm-eval")
-    results = downstream.run_in_subprocess([*folders.values()], args.tasks, args.task_folder, args.limit)
+    results = downstream.run_in_subprocess(
+        [*folders.values()], args.tasks, args.task_folder, args.limit
+    )
     return {name: {"tasks": result} for name, result in zip(folders, results)}
 
 
