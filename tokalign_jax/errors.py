@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how a command ends with it."""
+"""The exception for bad input, and the exit codes of commands that raise it."""
 
 import errno
 import io
@@ -12,38 +12,34 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Bad input, told in one paragraph: what offends, what was expected, and what to do about it.
+    """Bad input. The message names the offender, what was expected and the remedy.
 
-    Commands print the message without a traceback and exit with code 2. Everything else is a bug
-    and keeps its traceback.
+    Commands print the message without a traceback and exit with code 2. Any other exception is a
+    bug and keeps its traceback.
     """
 
 
 def degrade_output() -> None:
-    """Has characters that the terminal's encoding lacks printed as escapes (`\\u4e2d`) from now on,
-    instead of failing.
-    """
+    """Print characters that the terminal's encoding lacks as escapes (`\\u4e2d`) from now on."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def unread() -> None:
-    """Send what is still printed nowhere: its reader, such as `head`, is gone."""
+def discard_output() -> None:
+    """Discard further output: its reader, such as `head`, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(text: str) -> None:
-    """Says it on the error output, if anybody listens there."""
+    """Print a message to stderr, best-effort."""
     with suppress(OSError):
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def naming_long_paths() -> Iterator[None]:
-    """Raises:
-    UserError: a path, from wherever it was given, is longer than a file system takes.
-    """
+    """Raise a UserError for any path that is longer than file systems allow."""
     try:
         yield
     except OSError as error:
@@ -53,19 +49,19 @@ def naming_long_paths() -> Iterator[None]:
         longest = max(len(os.fsencode(name)) for name in path.split(os.sep))
         raise UserError(
             f"the path '{path[:80]}...' is too long: its longest name has {longest:,} bytes, the "
-            f"whole {len(os.fsencode(path)):,}; "
-            "file systems take 255 and about 4,000: choose a shorter one"
+            f"whole path {len(os.fsencode(path)):,}; file systems allow 255 and about 4,000: "
+            "choose a shorter one"
         ) from error
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command that prints; return 0, or 2 for bad input, which goes to the error output."""
+    """Run a command; return 0, or 2 for bad input, which is printed to stderr."""
     _, code = prepared(command)
     return code
 
 
 def prepared(work: Callable[[], T]) -> tuple[T | None, int]:
-    """Return (what `work` returns, 0), or (None, the exit code) where it ended the command."""
+    """Call `work`; return its result and 0, or None and the exit code of the command."""
     degrade_output()
     try:
         with naming_long_paths():
@@ -73,10 +69,10 @@ def prepared(work: Callable[[], T]) -> tuple[T | None, int]:
         sys.stdout.flush()
         return result, 0
     except BrokenPipeError:
-        unread()
+        discard_output()
         return None, 0
     except UserError as error:
         complain(f"error: {error}")
         return None, 2
-    except SystemExit as ended:  # of argparse: --help, or a flag that does not fit
+    except SystemExit as ended:  # argparse: --help, or a bad flag
         return None, int(ended.code or 0)

@@ -318,7 +318,7 @@ def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_
     asking.start()
     first, second = stops_of(both)
     assert first == second and 0 < first < 1000
-    assert ("does not answer, trying again" in capsys.readouterr().err) == bool(failing)
+    assert ("does not answer, retrying" in capsys.readouterr().err) == bool(failing)
 
 
 def test_a_store_that_fails_for_longer_than_patience_is_asked_again(watches):
@@ -372,20 +372,20 @@ ALL_THREE = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX
 
 
 def test_flags_come_before_the_environment():
-    found = distributed._given("", 0, -1, ALL_THREE)
+    found = distributed._explicit_cluster("", 0, -1, ALL_THREE)
     assert found and (
         found["coordinator_address"],
         found["num_processes"],
         found["process_id"],
     ) == ("host:1", 4, 3)
-    found = distributed._given("other:2", 2, 0, ALL_THREE)
+    found = distributed._explicit_cluster("other:2", 2, 0, ALL_THREE)
     assert found and (
         found["coordinator_address"],
         found["num_processes"],
         found["process_id"],
     ) == ("other:2", 2, 0)
-    assert distributed._given("", 0, -1, {}) is None
-    assert distributed._given("host:1", 1, 0, {}) is None
+    assert distributed._explicit_cluster("", 0, -1, {}) is None
+    assert distributed._explicit_cluster("host:1", 1, 0, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_flags_come_before_the_environment():
 )
 def test_half_of_what_is_needed_is_refused(flags, environment, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
-        distributed._given(*flags, environment)
+        distributed._explicit_cluster(*flags, environment)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_half_of_what_is_needed_is_refused(flags, environment, words):
     ],
 )
 def test_slurm(environment, expected):
-    assert distributed._slurm(environment) == expected
+    assert distributed._slurm_cluster(environment) == expected
 
 
 def slurm(tasks_per_node, **others):
@@ -475,16 +475,16 @@ def slurm(tasks_per_node, **others):
     ],
 )
 def test_the_tasks_of_a_slurm_node_share_all_its_gpus(monkeypatch, gpus, environment, expected):
-    monkeypatch.setattr(distributed, "_gpus_here", lambda: gpus)
-    assert (distributed._slurm(environment) or {}).get("local_device_ids") == expected
+    monkeypatch.setattr(distributed, "_visible_gpus", lambda: gpus)
+    assert (distributed._slurm_cluster(environment) or {}).get("local_device_ids") == expected
 
 
 def test_slurm_tasks_that_cannot_share_the_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "_gpus_here", lambda: 8)
+    monkeypatch.setattr(distributed, "_visible_gpus", lambda: 8)
     with pytest.raises(
         UserError, match=r"8 GPUs of a node do not divide among its 3 .*--ntasks-per-node=1"
     ):
-        distributed._slurm(slurm("3(x2)"))
+        distributed._slurm_cluster(slurm("3(x2)"))
 
 
 def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch):
@@ -493,11 +493,11 @@ def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch
     monkeypatch.setattr(
         distributed, "_metadata", lambda name: asked.append(name) or "a:1:10.0.0.1,b:2:10.0.0.2"
     )
-    assert distributed._tpu({"TPU_SKIP_MDS_QUERY": "1"}) is None and not asked
-    assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one"}) is None and not asked
-    assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one,two"}) == {}
-    assert distributed._tpu({"TPU_WORKER_HOSTNAMES": "one", "MEGASCALE_NUM_SLICES": "2"}) == {}
-    assert distributed._tpu({}) == {} and asked == ["worker-network-endpoints"]
+    assert distributed._tpu_cluster({"TPU_SKIP_MDS_QUERY": "1"}) is None and not asked
+    assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one"}) is None and not asked
+    assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one,two"}) == {}
+    assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one", "MEGASCALE_NUM_SLICES": "2"}) == {}
+    assert distributed._tpu_cluster({}) == {} and asked == ["worker-network-endpoints"]
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_every_mesh_can_be_made_and_keeps_tensor_groups_on_a_host(name):
         groups = len(devices) // tensor
         for fsdp in (n for n in range(1, groups + 1) if groups % n == 0):
             shape = (groups // fsdp, fsdp, tensor)
-            mesh = sharding.arranged(devices, shape)
+            mesh = sharding.arrange(devices, shape)
             assert mesh.shape == shape
             assert {device.id for device in mesh.flat} == {device.id for device in devices}
             for group in mesh.reshape(-1, tensor):
@@ -126,22 +126,22 @@ def test_the_automatic_mesh_of_a_slice_has_the_parts_that_memory_asks_for():
             sharding.axis_sizes(MeshConfig(), len(devices), state, 100)
             for state in (10, 150, 10**6)
         ]
-        assert all(sharding.arranged(devices, shape).shape == shape for shape in sizes), name
+        assert all(sharding.arrange(devices, shape).shape == shape for shape in sizes), name
 
 
 def test_a_mesh_on_several_hosts_that_cannot_be_is_refused_with_the_remedy():
     with pytest.raises(
         UserError, match=r"mesh.tensor=8 does not divide the 4 devices of a process.*mesh.fsdp"
     ):
-        sharding.arranged(MACHINES["v6e-16"], (2, 1, 8))
+        sharding.arrange(MACHINES["v6e-16"], (2, 1, 8))
     with pytest.raises(
         UserError, match=r"unequal numbers of devices \(4, 8\).*CUDA_VISIBLE_DEVICES"
     ):
-        sharding.arranged(gpus(4, 8), (12, 1, 1))
+        sharding.arrange(gpus(4, 8), (12, 1, 1))
 
 
 def test_processes_read_the_batch_in_the_order_of_the_mesh(monkeypatch):
-    made = sharding.arranged(MACHINES["cyclic processes"], (8, 1, 1))
+    made = sharding.arrange(MACHINES["cyclic processes"], (8, 1, 1))
     mesh = type("Mesh", (), {"devices": made})
     found = []
     for process in range(4):

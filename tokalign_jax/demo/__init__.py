@@ -1,7 +1,6 @@
-"""The embedded default: a small real model, a multilingual tokenizer and text, so that a run needs
-nothing from outside.
+"""Embedded demo: a small model, a multilingual tokenizer, text and questions.
 
-`build.py` made them; `LICENSES/` says where the text comes from.
+`build.py` made them; `LICENSES/` names the sources of the text.
 """
 
 from pathlib import Path
@@ -17,20 +16,20 @@ ABILITIES = _HERE / "abilities"
 
 
 def source_model(name: str) -> str:
-    """`name`, or the embedded model's folder where the name is `embedded`."""
+    """Return the embedded model's folder for the name `embedded`, else the name itself."""
     return str(SOURCE_MODEL) if name == EMBEDDED else name
 
 
 def target_tokenizer(name: str) -> str:
-    """`name`, or the embedded tokenizer's folder where the name is `embedded`."""
+    """Return the embedded tokenizer's folder for the name `embedded`, else the name itself."""
     return str(TARGET_TOKENIZER) if name == EMBEDDED else name
 
 
 def corpus(name: str) -> str:
-    """`name`, or the embedded text where the name is `embedded`."""
+    """Return the embedded text's file for the name `embedded`, else the name itself."""
     return str(TEXT) if name == EMBEDDED else name
 
 
 def abilities(names: str) -> str:
-    """`names`, or the folder of the embedded questions where that is `embedded`."""
+    """Return the folder of the embedded questions for `embedded`, else the names themselves."""
     return str(ABILITIES) if names == EMBEDDED else names

@@ -1,12 +1,11 @@
-"""Makes the embedded default again: the text sample, the two tokenizers and the source model.
+"""Rebuild the embedded demo: the text sample, both tokenizers and the source model.
 
-    python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --out tokalign_jax/demo --steps text,tokenizers
-    python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --out tokalign_jax/demo --steps model    # one GPU, minutes
+    python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --steps text,tokenizers
+    python -m tokalign_jax.demo.build --corpus mix-train.jsonl.xz --steps model  # one GPU, minutes
 
-The corpus is JSON lines with `text`, `lang` and `source`. The source tokenizer sees English and
-code only, the source model
-reads everything: a model whose vocabulary suits its languages badly, which is what the demo mends.
-Documents of the sample that the demo holds out are kept from both tokenizers and from the model.
+The corpus is JSON lines with `text`, `lang` and `source`. The source tokenizer is trained on
+English and code alone, the source model on all languages, so that its vocabulary suits most of them
+badly. Documents of the sample that the demo holds out train neither the tokenizers nor the model.
 """
 
 import argparse
@@ -69,6 +68,7 @@ MODEL = {
 
 
 def main() -> None:
+    """Run the steps that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,14 +100,14 @@ def main() -> None:
 
 
 def documents(path: str) -> Iterator[dict[str, str]]:
-    """The objects of a file of JSON lines (.xz)."""
+    """Yield the objects of a file of JSON lines (.xz)."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
 
 def _held_out(sample: Path) -> set[str]:
-    """The texts that a run on the sample holds out."""
+    """Return the texts that a run on the sample holds out."""
     config = Config(
         corpus=str(sample),
         text=TextConfig(language_field="language", held_out_fraction=HELD_OUT_FRACTION),
@@ -126,27 +126,27 @@ def _up_to(texts: list[str], size: int) -> Iterator[str]:
 
 
 def write_sample(corpus_path: str, out: Path) -> None:
-    """Cuts the sample that is fit to be shipped: whole documents, a share of bytes per language."""
-    room = dict(LANGUAGES)
+    """Write the sample: whole documents of the sources that may be shipped, per language."""
+    budget = dict(LANGUAGES)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(out, "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as lines:
         for document in documents(corpus_path):
             size = len(document["text"].encode())
             if document["source"] in SHIPPED_SOURCES and size <= min(
-                room.get(document["lang"], 0), 60_000
+                budget.get(document["lang"], 0), 60_000
             ):
-                room[document["lang"]] -= size
+                budget[document["lang"]] -= size
                 row = {
                     "text": document["text"],
                     "language": document["lang"],
                     "source": document["source"],
                 }
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print({lang: LANGUAGES[lang] - left for lang, left in room.items()})
+    print({lang: LANGUAGES[lang] - unused for lang, unused in budget.items()})
 
 
 def _train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE that splits words, single digits, punctuation and white-space runs."""
+    """Train a byte-level BPE on words, single digits, punctuation and runs of white space."""
     tokenizer = Tokenizer(models.BPE())
     words = (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
@@ -176,9 +176,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, batch: int) -> None:
-    """Pre-trains the source model from random rows with the project's own training loop and writes
-    it in bf16.
-    """
+    """Pre-train the source model with the project's training loop; write it in bfloat16."""
     stage = StageConfig(
         method="full",
         steps=steps,
@@ -193,28 +191,28 @@ def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, bat
         log_every=200,
     )
     with tempfile.TemporaryDirectory(prefix="demo_build_") as folder:
-        kept, made = Path(folder) / "corpus.jsonl", Path(folder) / "model"
-        with kept.open("w", encoding="utf-8") as lines:
+        training, model = Path(folder) / "corpus.jsonl", Path(folder) / "model"
+        with training.open("w", encoding="utf-8") as lines:
             for document in documents(corpus_path):
                 if document["text"] not in held_out:
                     lines.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
-        # One document in 2,000 is held out by the ordinary split, and unused.
-        config = Config(corpus=str(kept), text=TextConfig(held_out_fraction=5e-4), stage1=stage)
-        pretrain(MODEL, hub.load_tokenizer(str(out / "source_model")), config, made)
-        shutil.copytree(made, out / "source_model", dirs_exist_ok=True)
+        # The split holds out one document in 2,000, which is not used.
+        text = TextConfig(held_out_fraction=5e-4)
+        config = Config(corpus=str(training), text=text, stage1=stage)
+        pretrain(MODEL, hub.load_tokenizer(str(out / "source_model")), config, model)
+        shutil.copytree(model, out / "source_model", dirs_exist_ok=True)
 
 
 def pretrain(
     raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: Config, out: Path
 ) -> None:
-    """Trains a model from random rows with the project's own training loop and writes it in bf16.
+    """Pre-train a model from random weights; write it as a Hugging Face folder in bfloat16.
 
     Args:
-      raw: its config.json.
-      config: `corpus` and `text` are what it reads, `stage1` how it trains, `seed` its rows and the
-        order of the text.
-      out: a new folder; an ordinary Hugging Face one, with every 50th line of the metrics beside
-        the weights.
+      raw: config.json of the model.
+      config: its `corpus` and `text` are the training text, `stage1` the settings of training,
+        `seed` that of the weights and of the order of the text.
+      out: a new folder; every 50th line of the metrics is written beside the weights.
     """
     config = dataclasses.replace(
         config, compute=dataclasses.replace(config.compute, remat="dots", loss_chunk=16384)
@@ -230,11 +228,8 @@ def pretrain(
             "pretrain", config.stage1, config, model, params, shards, work / "pretrain", 0, print
         )
         huggingface.save_checkpoint(out, result.params, model, raw, tokenizer, dtypes="bfloat16")
-        lines = (
-            (work / "pretrain" / "metrics.jsonl")
-            .read_text(encoding="utf-8")
-            .splitlines(keepends=True)
-        )
+        metrics = (work / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = metrics.splitlines(keepends=True)
         (out / "pretraining.jsonl").write_text("".join(lines[49::50]), encoding="utf-8")
 
 

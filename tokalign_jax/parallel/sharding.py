@@ -1,14 +1,12 @@
-"""Where arrays live: one mesh of three axes over all devices, and path rules that say how each
-parameter is split over it.
+"""Sharding: one mesh with the axes (data, fsdp, tensor), and rules for parameters by their path.
 
-`data` copies parameters and splits the batch, `fsdp` splits both, `tensor` splits parameters alone.
-Rows of the vocabulary's matrices are split over `fsdp` and `tensor` together and never gathered:
-who looks up an embedding or multiplies by the head brings its tokens to the rows (`look_up` here,
-`training/losses.py`). All other matrices are split along two of their dimensions and put together
-by XLA, one layer at a time, where they are used.
+`data` replicates parameters and splits the batch, `fsdp` splits both, `tensor` splits parameters
+alone. Rows of embedding and head are split over `fsdp` and `tensor` together and never gathered:
+the tokens are gathered instead, where an embedding is looked up (`look_up`) or states are
+multiplied by the head (`training/losses.py`). All other matrices are split along two of their
+dimensions; XLA gathers them one layer at a time, where they are used.
 
-Model code asks for the mesh in context (`within`) and is ordinary code of one device where there is
-none.
+Model code reads the mesh from the context (`within`); without one it is single-device code.
 """
 
 import dataclasses
@@ -35,7 +33,7 @@ from tokalign_jax.utils import paths
 
 DATA, FSDP, TENSOR = AXES = "data", "fsdp", "tensor"
 Sizes = tuple[int, int, int]
-"""Of the axes, in this order."""
+"""Sizes of the axes (data, fsdp, tensor)."""
 BATCH = (DATA, FSDP)
 """Axes over which sequences are split."""
 VOCABULARY = (FSDP, TENSOR)
@@ -44,9 +42,8 @@ REPLICATED = P()
 
 VOCABULARY_LEAVES = r"(^|/)(embed_tokens/embedding|lm_head/kernel)$"
 ROWS = 256
-"""In memory, a vocabulary's matrices have a multiple of so many rows, which fits the tiles of
-matrix units, or of this and the devices that they are split over (`padded_shape`). Rows past the
-vocabulary are zeros without effect."""
+"""In memory, embedding and head are padded with rows of zeros to a multiple of this (the tile size
+of matrix units) and of the number of devices that they are split over (`padded_shape`)."""
 
 _INPUTS, _OUTPUTS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
 RULES: tuple[tuple[str, P], ...] = (
@@ -66,8 +63,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"{_OUTPUTS}/lora_b$", P(None, None, FSDP)),
     ("", REPLICATED),
 )
-"""How a leaf is split, by its path; the same for the optimizer's arrays, whose paths end as their
-parameters' do."""
+"""Partition specs by path; the first match applies. Arrays of the optimizer state have the specs of
+their parameters, since their paths end alike."""
 
 
 # --- The mesh -----------------------------------------------------------------------------------
@@ -79,26 +76,26 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
     share: Callable[[Sizes], float] | None = None,
 ) -> Mesh:
-    """Arranges all devices of all processes (or `devices`) along (data, fsdp, tensor).
+    """Make a mesh of all devices of all processes, or of `devices`.
 
-    Args: as for `axis_sizes`.
+    Args:
+      config, state_bytes, share: as for `axis_sizes`.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, processes have unequal numbers
         of devices, or a tensor group does not fit into a process.
     """
     devices = jax.devices() if devices is None else devices
-    own = [device for device in devices if device.process_index == jax.process_index()]
-    shape = axis_sizes(config, len(devices), state_bytes, device_memory(own[0]), share)
-    return Mesh(arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    shape = axis_sizes(config, len(devices), state_bytes, device_memory(local[0]), share)
+    return Mesh(arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def arranged(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
-    """The devices as an array of this shape, (data, fsdp, tensor); neighbours along the last axes
-    have the fastest connections.
+def arrange(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
+    """Arrange devices in an array of this shape: the later an axis, the faster its connections.
 
     Hosts of GPUs and slices of TPUs (`slice_index`) are split along `data` first. Within a TPU
-    slice, axes follow the physical torus, whose axes may be split among several of the mesh
+    slice, axes follow the physical torus, whose axes may be split among several axes of the mesh
     (`jax.make_mesh` allows that on v5e only, and refuses devices of several slices or hosts).
 
     Raises:
@@ -107,37 +104,36 @@ def arranged(devices: Sequence[Any], shape: Sizes) -> np.ndarray:
     counts = Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:
         raise UserError(
-            f"the processes have unequal numbers of devices "
-            f"({', '.join(map(str, counts.values()))}): give each as "
-            f"many, for example by CUDA_VISIBLE_DEVICES"
+            "the processes have unequal numbers of devices "
+            f"({', '.join(map(str, counts.values()))}): give each process as many, for example "
+            "by CUDA_VISIBLE_DEVICES"
         )
     tensor = shape[2]
     per_process = len(devices) // len(counts)
     if per_process % tensor:
         raise UserError(
             f"mesh.tensor={tensor} does not divide the {per_process} devices of a process. The "
-            f"devices of a tensor "
-            f"group read the same sequences, so they must belong to one process: use a divisor of "
-            f"{per_process}, and "
-            f"mesh.fsdp to split parameters further"
+            "devices of a tensor group read the same sequences, so they must belong to one "
+            f"process: use a divisor of {per_process}, and mesh.fsdp to split parameters further"
         )
-    in_order = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
-    slices = [list(group) for _, group in itertools.groupby(in_order, _slice)]
+    ordered = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
+    slices = [list(group) for _, group in itertools.groupby(ordered, _slice)]
     if all(map(_is_torus, slices)) and len(set(map(len, slices))) == 1:
-        grid = _on_tori(slices, shape)
+        grid = _arrange_slices(slices, shape)
         if all(
             len({device.process_index for device in group}) == 1
             for group in grid.reshape(-1, tensor)
         ):
             return grid
-    # Also for TPUs where the torus would put a tensor group on several hosts: in the order of
-    # processes no group can be, since `tensor` divides the devices of each.
-    return np.array(in_order, dtype=object).reshape(shape)
+    # Also for TPUs whose torus would put a tensor group on several hosts. In the order of processes
+    # no group is, since `tensor` divides the devices of each.
+    return np.array(ordered, dtype=object).reshape(shape)
 
 
-def _on_tori(slices: Sequence[Sequence[Any]], shape: Sizes) -> np.ndarray:
-    """TPU slices along `data`, or along `fsdp` too where `data` is not a multiple of them; within
-    each, axes follow its torus.
+def _arrange_slices(slices: Sequence[Sequence[Any]], shape: Sizes) -> np.ndarray:
+    """Arrange TPU slices along `data`, and along `fsdp` if `data` is not a multiple of them.
+
+    Within a slice, axes follow its torus.
     """
     along_data = math.gcd(shape[0], len(slices))
     along_fsdp = len(slices) // along_data
@@ -151,12 +147,12 @@ def _on_tori(slices: Sequence[Sequence[Any]], shape: Sizes) -> np.ndarray:
 
 
 def _slice(device: Any) -> int:
-    """The number of the device's TPU slice, or of its host for other kinds."""
+    """Return the index of the device's TPU slice; 0 for other devices."""
     return getattr(device, "slice_index", None) or 0
 
 
 def _is_torus(devices: Sequence[Any]) -> bool:
-    """Whether these are TPU devices that fill a cuboid of coordinates."""
+    """Return whether these are TPU devices whose coordinates fill a cuboid."""
     if devices[0].platform != "tpu":
         return False
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
@@ -164,9 +160,7 @@ def _is_torus(devices: Sequence[Any]) -> bool:
 
 
 def reader(mesh: Mesh) -> tuple[int, int]:
-    """This process's place among the processes of the mesh in the order of the batch they read, and
-    how many they are.
-    """
+    """Return the part of each batch that this process reads, and the number of parts."""
     order = list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
     return order.index(jax.process_index()), len(order)
 
@@ -178,27 +172,26 @@ def axis_sizes(
     memory: float,
     share: Callable[[Sizes], float] | None = None,
 ) -> Sizes:
-    """The sizes of (data, fsdp, tensor).
+    """Choose the sizes of (data, fsdp, tensor).
 
     Args:
       config: sizes of the axes; 0: chosen here.
-      state_bytes: bytes of parameters, gradients and optimizer state in all; `fsdp` is made as
-        large as it takes for a device's part of them to leave half of its memory to activations.
-      memory: bytes of a device; infinite where that is not known.
-      share: the share of `state_bytes` that each device of a mesh holds; None: all of it is split.
+      state_bytes: total bytes of parameters, gradients and optimizer state. `fsdp` is the smallest
+        size with which a device's part leaves half of its memory to activations.
+      memory: bytes of a device's memory; infinite if not known.
+      share: returns the share of `state_bytes` that each device of a mesh holds; None: all of it is
+        split.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     tensor = config.tensor or 1
-    given = {name: size for name, size in dataclasses.asdict(config).items() if size}
-    rest, remainder = divmod(devices, math.prod({**given, "tensor": tensor}.values()))
-    both = config.data and config.fsdp
-    if remainder or not rest or (both and rest != 1):
+    rest, remainder = divmod(devices, (config.data or 1) * (config.fsdp or 1) * tensor)
+    is_fixed = config.data and config.fsdp
+    if remainder or not rest or (is_fixed and rest != 1):
         raise UserError(
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do "
-            f"not fit {devices} devices: "
-            f"their product must be that (0 stands for what is left over)"
+            f"not fit {devices} devices: their product must be {devices} (0: chosen)"
         )
     if config.fsdp:
         return (config.data or rest), config.fsdp, tensor
@@ -214,18 +207,19 @@ def axis_sizes(
 
 
 def device_memory(device: Any) -> float:
-    """Bytes that JAX may take of a device; infinite where it does not say (a CPU)."""
+    """Return the bytes of a device's memory that JAX may use; infinite if not known (a CPU)."""
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a program, or an array, found no room on its device."""
+    """Return whether an error is a device's out-of-memory error."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def usable(config: MeshConfig, devices: int, batch_sizes: Sequence[int]) -> int:
-    """The devices that a run takes of those that there are: where the mesh is left to us, as many
-    as divide the sequences of every step.
+    """Return how many of the devices a run can use: a number that divides every batch size.
+
+    All of them if the config fixes an axis of the mesh.
     """
     if any(dataclasses.astuple(config)):
         return devices
@@ -233,18 +227,18 @@ def usable(config: MeshConfig, devices: int, batch_sizes: Sequence[int]) -> int:
 
 
 def within(mesh: Mesh) -> AbstractContextManager[Any]:
-    """Makes `mesh` the one that model code sees, inside a function that is being traced."""
+    """Return a context in which model code that is being traced sees `mesh`."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def current() -> AbstractMesh | None:
-    """The mesh in context; None where there is none, or only one of one device."""
+    """Return the mesh in context; None if there is none or it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
-    """Devices that read sequences of their own: a batch must be a multiple of this."""
+    """Return the number of data-parallel devices, which must divide a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
@@ -252,13 +246,15 @@ def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
 
 
 def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Return the first matching rule's sharding; a dimension not divisible by axes stays whole."""
+    """Return the sharding of a parameter by the first rule that matches its path."""
     return fitting(paths.label(RULES, path), shape, mesh)
 
 
 def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
-    """`spec` for an array of this shape. An axis that does not divide its dimension splits another
-    one of those that `spec` splits, or else none.
+    """Return the sharding of an array of this shape by `spec`.
+
+    An axis that does not divide its dimension splits another dimension of those that `spec` splits,
+    or none.
     """
     axes = [
         list((names,) if isinstance(names, str) else names or ())
@@ -273,19 +269,15 @@ def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
     for dimension in split:
         if not divides(dimension, axes[dimension]):
             moved, axes[dimension] = axes[dimension], []
-            other = next(
-                (n for n in split if n != dimension and divides(n, [*axes[n], *moved])), None
-            )
-            if other is not None:
+            others = (n for n in split if n != dimension and divides(n, [*axes[n], *moved]))
+            if (other := next(others, None)) is not None:
                 axes[other] += moved
-    return NamedSharding(
-        mesh,
-        P(*(tuple(names) if len(names) > 1 else names[0] if names else None for names in axes)),
-    )
+    entries = (tuple(names) if len(names) > 1 else names[0] if names else None for names in axes)
+    return NamedSharding(mesh, P(*entries))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The tree of shardings of a tree of arrays (or their shapes): parameters, or a train state."""
+    """Return the shardings of a tree of arrays or shapes: parameters, or a train state."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: sharding_of(
             jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh
@@ -295,8 +287,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
-    """Parameters on the mesh, vocabulary matrices padded (`ROWS`); an array that is there already
-    is not copied.
+    """Place parameters on the mesh, with embedding and head padded (`ROWS`).
+
+    An array that is placed already is not copied.
     """
     return paths.unflatten(
         {path: _placed(path, leaf, mesh) for path, leaf in paths.flatten(params).items()}
@@ -318,20 +311,20 @@ def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:
 
 
 def put(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same on all processes, as a global one; each process brings the parts of
-    its own devices.
-    """
+    """Place a host array that all processes have; each copies the parts of its own devices."""
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def is_vocabulary(path: str) -> bool:
-    """Whether a parameter is one of the vocabulary's matrices, the input embedding or the head."""
+    """Return whether a parameter is the input embedding or the output head."""
     return bool(re.search(VOCABULARY_LEAVES, path))
 
 
 def padded_shape(path: str, shape: Sequence[int], mesh: Mesh | None = None) -> tuple[int, ...]:
-    """The shape in memory on a mesh (None: of one device): as it is, but for the rows of a
-    vocabulary's matrix.
+    """Return the shape of a parameter in memory: embedding and head have padded rows.
+
+    Args:
+      mesh: None: a single device.
     """
     if not is_vocabulary(path):
         return tuple(shape)
@@ -341,82 +334,77 @@ def padded_shape(path: str, shape: Sequence[int], mesh: Mesh | None = None) -> t
 
 
 def to_host(array: Any, *index: int | slice) -> np.ndarray:
-    """`array[index]` in host memory of this process, put together from the parts that devices have:
-    none ever holds all of it.
+    """Return `array[index]` in host memory; no device ever holds all of it.
 
-    Of several processes all call this together.
+    A collective: all processes must call it together.
     """
     if not isinstance(array, jax.Array) or (
         array.is_fully_replicated and not array.is_fully_addressable
     ):
         return np.asarray(array)[index]
     index = index + (slice(None),) * (array.ndim - len(index))
-    wanted = [
+    box = [
         range(n)[i if isinstance(i, slice) else slice(i, i + 1)] for i, n in zip(index, array.shape)
     ]
-    found = np.zeros([len(along) for along in wanted], array.dtype)
+    host = np.zeros([len(side) for side in box], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            here, there = overlap(
-                [range(n)[along] for along, n in zip(shard.index, array.shape)], wanted
-            )
-            if all(along.start < along.stop for along in here):
-                found[there] = _part_to_host(shard.data, here)
-    if found.size and not array.is_fully_addressable:
-        found = _from_all_processes(found)
-    return found[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
+            shard_box = [range(n)[side] for side, n in zip(shard.index, array.shape)]
+            in_shard, in_host = overlap(shard_box, box)
+            if all(side.start < side.stop for side in in_shard):
+                host[in_host] = _part_to_host(shard.data, in_shard)
+    if host.size and not array.is_fully_addressable:
+        host = _combine_processes(host)
+    return host[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
 
 
 def overlap(
     one: Sequence[range], other: Sequence[range]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What two boxes of an array share, as an index into the first and one into the second; empty
-    slices where they share nothing.
-    """
+    """Return the intersection of two boxes as an index into each; empty slices if there is none."""
     both = [
         range(start := max(a.start, b.start), max(start, min(a.stop, b.stop)))
         for a, b in zip(one, other)
     ]
-    first, second = (
-        tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, of))
-        for of in (one, other)
-    )
-    return first, second
+
+    def relative_to(box: Sequence[range]) -> tuple[slice, ...]:
+        return tuple(slice(b.start - s.start, b.stop - s.start) for b, s in zip(both, box))
+
+    return relative_to(one), relative_to(other)
 
 
 def _part_to_host(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of an array of one device; on a CPU, where there is nothing to copy, without a program
-    for it.
+    """Copy a part of a single-device array to the host.
+
+    On a CPU, slicing a view of it saves the compilation of a slice.
     """
-    return (
-        np.asarray(data)[index]
-        if next(iter(data.devices())).platform == "cpu"
-        else np.asarray(data[index])
-    )
+    if next(iter(data.devices())).platform == "cpu":
+        return np.asarray(data)[index]
+    return np.asarray(data[index])
 
 
-def _from_all_processes(found: np.ndarray) -> np.ndarray:
-    """What each process found of an array, and zeros elsewhere, put together."""
+def _combine_processes(host: np.ndarray) -> np.ndarray:
+    """Combine the processes' parts of an array, each with zeros elsewhere."""
     from jax.experimental import multihost_utils
 
-    bits = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
+    bits = np.ascontiguousarray(host).view(np.uint8).reshape(-1)
     step = _EXCHANGED_BYTES // jax.process_count()
     parts = [
         multihost_utils.process_allgather(bits[i : i + step]) for i in range(0, len(bits), step)
     ]
     joined = np.concatenate([np.bitwise_or.reduce(part, axis=0) for part in parts])
-    return joined.view(found.dtype).reshape(found.shape)
+    return joined.view(host.dtype).reshape(host.shape)
 
 
 _EXCHANGED_BYTES = 256 << 20
-"""What is on a device at once while processes exchange parts of an array."""
+"""Bytes on a device at once while processes exchange parts of an array."""
 
 
 def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global array of a step from this process's part of it.
+    """Return the global batch of a step, from this process's part.
 
     Args:
-      local: [accumulation, sequences of this process, ...]; all processes have as many sequences.
+      local: [accumulation, sequences of this process, ...], as many on every process.
     """
     accumulation, sequences, *rest = local.shape
     shape = (accumulation, sequences * reader(mesh)[1], *rest)
@@ -427,12 +415,12 @@ def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def constrain(x: Array, *spec: Any) -> Array:
-    """`x` split as `spec` says over the mesh in context; without one `x` as it is."""
+    """Constrain the sharding of `x` over the mesh in context; without one, return `x`."""
     return x if current() is None else jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def by_sequence(x: Array) -> Array:
-    """Activations, one sequence after the other along the first dimension."""
+    """Constrain activations [sequences, ...] to be split by sequence."""
     mesh = current()
     return x if mesh is None or len(x) % sequences_at_once(mesh) else constrain(x, BATCH)
 
@@ -440,11 +428,11 @@ def by_sequence(x: Array) -> Array:
 def look_up(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
-    """Rows of the input embedding, in `dtype`.
+    """Look up rows of the input embedding, in `dtype`.
 
-    The cast comes after the look-up: the gradient of the rows then adds up in the table's own type.
-    Where rows are split over devices, each brings those that it holds for the tokens of all; a sum
-    over the devices, of which one alone has the row, is exact.
+    The cast follows the look-up, so that the gradient of the rows is summed in the table's dtype.
+    If rows are split over devices, each looks up the rows it has for the tokens of all of them; the
+    sum over devices is exact, since a single one has the row.
     """
 
     def rows(table: Array, tokens: Array) -> Array:
@@ -455,64 +443,70 @@ def look_up(
         return rows(table, tokens)
 
     def local(table: Array, tokens: Array) -> Array:
-        return summed(rows_of(table, gathered(tokens))[0].astype(dtype))
+        return psum_scatter(local_rows(table, all_gather(tokens))[0].astype(dtype))
 
     return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(
         table, tokens
     )
 
 
-# --- Inside shard_map, where rows of the vocabulary are split; on one device, nothing -----------
+# --- Collectives over split rows of the vocabulary; without a mesh they return their input ------
 
 
-def by_device(local: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
-    """`local` on each device's part of its inputs, split as these specs say.
+def shard_map(local: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """Map `local` over the devices of the mesh in context (`jax.shard_map`); without one, return
+    it.
 
-    Replication is not checked: sums over devices are in `local` itself, which nothing
-    differentiates.
+    Replication is not checked: `local` itself sums over devices, and nothing differentiates it.
+
+    Args:
+      inputs, outputs: partition specs.
     """
     if current() is None:
         return local
     return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def over(axes: str | tuple[str, ...], x: Array) -> Array:
-    """The sum over the devices along `axes`."""
+def psum(x: Array, axes: str | tuple[str, ...]) -> Array:
+    """Sum over the devices along `axes`."""
     return x if current() is None else jax.lax.psum(x, axes)
 
 
-def row_part() -> Array | int:
-    """Which part of the rows this device has."""
+def vocabulary_part() -> Array | int:
+    """Return the index of the part of the vocabulary's rows that this device has."""
     return 0 if current() is None else jax.lax.axis_index(VOCABULARY)
 
 
-def rows_of(
+def local_rows(
     table: Float[Array, "r D"], tokens: Int[Array, "..."]
 ) -> tuple[Float[Array, "... D"], Int[Array, "..."]]:
-    """The rows of tokens that this device has, zeros for others and for negative ids, and where in
-    its table they are: for others past its end.
+    """Look up the rows of tokens in this device's part of a table.
+
+    Returns:
+      The rows, zeros for tokens of other devices and for negative ids; and their indices in the
+      table, `r` for those tokens.
     """
-    places = tokens - row_part() * len(table)
-    places = jnp.where((tokens >= 0) & (places >= 0) & (places < len(table)), places, len(table))
-    return jnp.take(table, places, axis=0, mode="fill", fill_value=0), places
+    indices = tokens - vocabulary_part() * len(table)
+    is_local = (tokens >= 0) & (indices >= 0) & (indices < len(table))
+    indices = jnp.where(is_local, indices, len(table))
+    return jnp.take(table, indices, axis=0, mode="fill", fill_value=0), indices
 
 
-def gathered(x: Array) -> Array:
-    """Tokens of all devices that have other rows for the same copy of the parameters."""
+def all_gather(x: Array) -> Array:
+    """Gather the tokens of the devices along `fsdp`, which have different rows."""
     return x if current() is None else jax.lax.all_gather(x, FSDP, axis=0, tiled=True)
 
 
-def own(x: Array) -> Array:
-    """This device's part of what was `gathered`."""
+def local_tokens(x: Array) -> Array:
+    """Return this device's part of an array of gathered tokens: the inverse of `all_gather`."""
     if current() is None:
         return x
-    return jax.lax.dynamic_slice_in_dim(
-        x, jax.lax.axis_index(FSDP) * (part := len(x) // jax.lax.axis_size(FSDP)), part
-    )
+    size = len(x) // jax.lax.axis_size(FSDP)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * size, size)
 
 
-def summed(x: Array) -> Array:
-    """This device's part of the sum of what all have for `gathered` tokens."""
+def psum_scatter(x: Array) -> Array:
+    """Sum an array of gathered tokens over the devices; return this device's part of the sum."""
     if current() is None:
         return x
     return jax.lax.psum_scatter(jax.lax.psum(x, TENSOR), FSDP, scatter_dimension=0, tiled=True)

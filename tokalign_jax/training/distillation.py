@@ -36,10 +36,10 @@ from tokalign_jax.parallel.sharding import (
     BATCH,
     DATA,
     VOCABULARY,
-    by_device,
-    gathered,
-    over,
-    summed,
+    all_gather,
+    psum,
+    psum_scatter,
+    shard_map,
 )
 from tokalign_jax.training.batches import read_and_predicted
 from tokalign_jax.training.losses import (
@@ -224,14 +224,14 @@ def _total_forward(
         teacher = Rows(teacher_head.astype(how.teacher.dtype), how.teacher)
 
         def one_chunk(sums: Any, pieces: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-            states, teacher_states, targets = map(gathered, pieces)
+            states, teacher_states, targets = map(all_gather, pieces)
             logits, pull = student.logits(states)
             loss, gradient = _loss(
                 logits, teacher.logits(teacher_states)[0], targets, student.ids, how
             )
             gradient = pull(gradient).astype(how.student.dtype)
             head_gradient = jnp.dot(gradient.T, states, preferred_element_type=jnp.float32)
-            return plus(sums, (loss.sum(), head_gradient)), summed(
+            return plus(sums, (loss.sum(), head_gradient)), psum_scatter(
                 jnp.dot(gradient, student.weight)
             )
 
@@ -244,14 +244,14 @@ def _total_forward(
         # Devices that hold other rows have the loss of the same tokens, so it is summed over `data`
         # alone.
         return (
-            over(DATA, total),
+            psum(total, DATA),
             gradient.astype(hidden.dtype),
-            over(DATA, head_gradient).astype(head.dtype),
+            psum(head_gradient, DATA).astype(head.dtype),
         )
 
     parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
     with compiling.products(how.student.dtype):
-        total, *gradients = by_device(local, parts, (P(), P(BATCH), P(VOCABULARY)))(
+        total, *gradients = shard_map(local, parts, (P(), P(BATCH), P(VOCABULARY)))(
             hidden, head, teacher_hidden, teacher_head, labels
         )
     return total, gradients
@@ -283,7 +283,7 @@ def _loss(
     if how.weight < 1:
         log_q = _log_softmax(logits, ids < how.student.vocabulary)
         is_label = labels[:, None] == ids
-        nll = -over(VOCABULARY, jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1))
+        nll = -psum(jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1), VOCABULARY)
         loss = how.weight * loss + (1 - how.weight) * nll
         gradient = how.weight * gradient + (1 - how.weight) * (jnp.exp(log_q) - is_label)
     counts = labels >= 0
@@ -307,10 +307,10 @@ def _divergence(
     d = jnp.where(known, log_q - log_p, 0.0)
     loss, gradient = jnp.zeros(len(logits)), jnp.zeros(logits.shape)
     if how.reverse < 1:
-        loss += (1 - how.reverse) * over(VOCABULARY, -jnp.sum(p * d, axis=-1))
+        loss += (1 - how.reverse) * psum(-jnp.sum(p * d, axis=-1), VOCABULARY)
         gradient += (1 - how.reverse) * (q - p)
     if how.reverse > 0:
-        reverse = over(VOCABULARY, jnp.sum(q * d, axis=-1))
+        reverse = psum(jnp.sum(q * d, axis=-1), VOCABULARY)
         loss += how.reverse * reverse
         gradient += how.reverse * q * (d - reverse[:, None])
     return how.temperature**2 * loss, how.temperature * gradient

@@ -593,7 +593,7 @@ class _Run:
         self.checkpoints.wait()
         where = f"at step {step} of {self.stage.steps}"
         self.log(f"{self.name}: stopped {where}, saved as '{self.checkpoints.path(step)}'")
-        raise stopping.Stopped(f"asked to stop: {self.name} is saved {where}")
+        raise stopping.Stopped(f"stop requested: {self.name} is saved {where}")
 
 
 class _Feed:

@@ -29,13 +29,13 @@ from tokalign_jax.parallel.sharding import (
     BATCH,
     DATA,
     VOCABULARY,
-    by_device,
-    gathered,
-    over,
-    own,
-    row_part,
-    rows_of,
-    summed,
+    all_gather,
+    local_rows,
+    local_tokens,
+    psum,
+    psum_scatter,
+    shard_map,
+    vocabulary_part,
 )
 from tokalign_jax.utils import compiling
 
@@ -109,7 +109,7 @@ def token_nll(
     evaluation, without a gradient."""
 
     def of_chunk(rows: Rows, states: Array, targets: Array) -> Array:
-        return own(rows.nll(rows.logits(states)[0], targets))
+        return local_tokens(rows.nll(rows.logits(states)[0], targets))
 
     return _by_chunk(of_chunk, hidden, head, labels, how)
 
@@ -121,7 +121,7 @@ def token_nll_and_likeliest(
 
     def of_chunk(rows: Rows, states: Array, targets: Array) -> tuple[Array, Array]:
         logits, _ = rows.logits(states)
-        return own(rows.nll(logits, targets)), own(rows.likeliest(logits))
+        return local_tokens(rows.nll(logits, targets)), local_tokens(rows.likeliest(logits))
 
     return _by_chunk(of_chunk, hidden, head, labels, how)
 
@@ -135,11 +135,11 @@ def _by_chunk(
     def local(hidden: Array, head: Array, labels: Array) -> Any:
         rows = Rows(head.astype(how.dtype), how)
         pieces = chunks(hidden.astype(how.dtype), labels, how.chunk)
-        results = jax.lax.map(lambda piece: of_chunk(rows, *map(gathered, piece)), pieces)
+        results = jax.lax.map(lambda piece: of_chunk(rows, *map(all_gather, piece)), pieces)
         return jax.tree.map(lambda x: x.reshape(-1)[: labels.size].reshape(labels.shape), results)
 
     with compiling.products(how.dtype):
-        return by_device(local, _PARTS, P(BATCH))(hidden, head, labels)
+        return shard_map(local, _PARTS, P(BATCH))(hidden, head, labels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -158,23 +158,23 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
 
         def one_chunk(sums: Any, pieces: tuple[Array, Array, Array | None]) -> tuple[Any, Array]:
             total, head_gradient = sums or (None, None)
-            states, targets, weights = jax.tree.map(gathered, pieces)
+            states, targets, weights = jax.tree.map(all_gather, pieces)
             nll, gradient, head_gradient = rows.gradients(states, targets, head_gradient, weights)
-            return (plus(total, own(nll).sum()), head_gradient), summed(gradient)
+            return (plus(total, local_tokens(nll).sum()), head_gradient), psum_scatter(gradient)
 
         pieces = *chunks(hidden.astype(how.dtype), labels, how.chunk), _chunked(weights, how.chunk)
         (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return (
-            over(BATCH, total),
+            psum(total, BATCH),
             gradient.astype(hidden.dtype),
-            over(DATA, head_gradient).astype(head.dtype),
+            psum(head_gradient, DATA).astype(head.dtype),
         )
 
     inputs = *_PARTS, None if weights is None else P(BATCH)
     with compiling.products(how.dtype):
         outputs = P(), P(BATCH), P(VOCABULARY)
-        total, *gradients = by_device(local, inputs, outputs)(hidden, head, labels, weights)
+        total, *gradients = shard_map(local, inputs, outputs)(hidden, head, labels, weights)
     return total, gradients
 
 
@@ -211,8 +211,8 @@ class Rows(NamedTuple):
         ids = self.ids
         logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
         # The label's logit by a mask, not a gather: one device has it, and a mask can be fused.
-        label_logits = over(
-            VOCABULARY, jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1)
+        label_logits = psum(
+            jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1), VOCABULARY
         )
         largest, total = largest_and_sum(logits)
         return jnp.where(labels >= 0, jnp.log(total) + largest - label_logits, 0.0)
@@ -221,7 +221,7 @@ class Rows(NamedTuple):
         """The argmax of the logits over the rows of all devices; the lowest of equal ones."""
         logits = jnp.where(self.ids < self.how.vocabulary, logits, LEAST)
         best, largest = (
-            jnp.argmax(logits, axis=-1) + row_part() * len(self.weight),
+            jnp.argmax(logits, axis=-1) + vocabulary_part() * len(self.weight),
             jnp.max(logits, axis=-1),
         )
         if sharding.current() is None:
@@ -252,14 +252,14 @@ class Rows(NamedTuple):
         dtype, counts = self.how.dtype, labels >= 0
         factors = jnp.where(counts, 1.0 if weights is None else weights, 0.0).astype(jnp.float32)
         logits, pull = self.logits(states)
-        label_rows, places = rows_of(self.weight, labels)
+        label_rows, places = local_rows(self.weight, labels)
         wide, label_rows = states.astype(jnp.float32), label_rows.astype(jnp.float32)
         label_logits, pull_label = self._adjusted(
-            over(VOCABULARY, jnp.sum(wide * label_rows, axis=-1))
+            psum(jnp.sum(wide * label_rows, axis=-1), VOCABULARY)
         )
         known = self.ids < self.how.vocabulary
         z = jnp.exp(jnp.minimum(jnp.where(known, logits, LEAST) - label_logits[:, None], MOST))
-        total = over(VOCABULARY, z.sum(-1))
+        total = psum(z.sum(-1), VOCABULARY)
         share = (factors / total)[:, None]
         slope = pull_label(counts.astype(jnp.float32))[:, None]
         of_label = factors[:, None] * slope
@@ -283,7 +283,7 @@ class Rows(NamedTuple):
     @property
     def ids(self) -> Int[Array, "r"]:
         """The token ids of these rows."""
-        return row_part() * len(self.weight) + jnp.arange(len(self.weight))
+        return vocabulary_part() * len(self.weight) + jnp.arange(len(self.weight))
 
     def _adjusted(
         self, raw: Float[Array, "..."]
@@ -302,7 +302,7 @@ def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Flo
     if sharding.current() is None:
         return largest, total
     largest_of_all = jax.lax.pmax(largest, VOCABULARY)
-    return largest_of_all, over(VOCABULARY, total * jnp.exp(largest - largest_of_all))
+    return largest_of_all, psum(total * jnp.exp(largest - largest_of_all), VOCABULARY)
 
 
 def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:

@@ -1,3 +1,1 @@
-"""Small tools that know nothing of models: files, digests, parameter paths, progress, compiling,
-stopping.
-"""
+"""Utilities: files, digests, parameter paths, progress lines, XLA options, graceful stops."""

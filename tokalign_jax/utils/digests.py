@@ -1,9 +1,7 @@
-"""Digests of whole files, remembered beside the workdir so that a file is read again only when it
-has changed.
+"""Digests of files, cached in the workdir so that only changed files are read again.
 
-An edit of any byte changes the digest. Reading everything costs about a minute per 100 GB on a fast
-disk (all cores hash at once) the first time; afterwards sizes and times tell that a file is the
-same.
+Any changed byte changes the digest. The first time takes about a minute per 100 GB on a fast disk
+(all cores hash in parallel); afterwards size and times show that a file has not changed.
 """
 
 import hashlib
@@ -19,32 +17,28 @@ from tokalign_jax.utils.files import write_whole
 from tokalign_jax.utils.progress import Log, Progress
 
 CACHE = "digests.json"
-"""The file in a workdir that holds what is known."""
+"""Name of the cache in a workdir."""
 BLOCK = 64 << 20
-"""Bytes that are hashed by themselves, so that one large file keeps all cores busy too."""
+"""Bytes of a block; blocks are hashed in parallel, so that one large file also uses all cores."""
 PIECE = 1 << 20
 SETTLED = 2.0
-"""Seconds that a file must not have changed for, before its times can tell that it is the same."""
+"""Age in seconds of a file's last change from which on its times identify its content."""
 
 
 class Digests:
-    """SHA-256 of files, by path, with what a file system says of a file that is still the same."""
+    """Cache of SHA-256 digests by path, valid while size, times and inode are the same."""
 
     def __init__(self, folder: Path, log: Log):
         self._cache, self._log = folder / CACHE, log
-        self._known: dict[str, list] = {}
-        with suppress(
-            OSError, ValueError, AttributeError
-        ):  # not there or damaged: all is hashed again
+        self._entries: dict[str, list] = {}  # path: [*stamp, digest]
+        with suppress(OSError, ValueError, AttributeError):  # missing or damaged: hash all again
             content = json.loads(self._cache.read_text(encoding="utf-8"))
-            self._known = {
-                path: known for path, known in content.items() if isinstance(known, list)
+            self._entries = {
+                path: entry for path, entry in content.items() if isinstance(entry, list)
             }
 
     def of(self, files: Sequence[Path]) -> str:
-        """One digest of several files: names, sizes and contents, so the same for a copy of
-        them.
-        """
+        """Return one digest of the names, sizes and contents of files; a copy has the same."""
         sha = hashlib.sha256()
         for path, content in zip(files, self.each(files)):
             if content:
@@ -52,33 +46,32 @@ class Digests:
         return sha.hexdigest()[:16]
 
     def each(self, files: Sequence[Path]) -> list[str]:
-        """The digest of each file's content; "" for what is no file."""
-        there = {str(path.absolute()): path for path in files if path.is_file()}
-        stamps = {name: _stamp(path) for name, path in there.items()}
-        found = {
-            name: self._known[name][-1]
-            for name in there
-            if self._known.get(name, [])[:-1] == stamps[name]
+        """Return the digest of each file's content; "" for a path that is no file."""
+        existing = {str(path.absolute()): path for path in files if path.is_file()}
+        stamps = {name: _stamp(path) for name, path in existing.items()}
+        digests = {
+            name: self._entries[name][-1]
+            for name in existing
+            if self._entries.get(name, [])[:-1] == stamps[name]
         }
-        if unknown := {name: path for name, path in there.items() if name not in found}:
+        if changed := {name: path for name, path in existing.items() if name not in digests}:
             now = time.time_ns()
-            hashed = dict(
-                zip(unknown, self._hash([*unknown.values()], [stamps[name][0] for name in unknown]))
-            )
-            # What has just been changed may be changed once more at what its file system takes for
-            # the same time.
+            sizes = [stamps[name][0] for name in changed]
+            hashed = dict(zip(changed, self._hash([*changed.values()], sizes)))
+            # A file that was changed just now may change again within the resolution of its file
+            # system's clock.
             settled = [name for name in hashed if now - max(stamps[name][1:3]) > SETTLED * 1e9]
-            self._known |= {name: [*stamps[name], hashed[name]] for name in settled}
-            found |= hashed
-        return [found.get(str(path.absolute()), "") for path in files]
+            self._entries |= {name: [*stamps[name], hashed[name]] for name in settled}
+            digests |= hashed
+        return [digests.get(str(path.absolute()), "") for path in files]
 
     def save(self) -> None:
-        """Remembers what is known, if the folder can be written to."""
+        """Write the cache, if its folder is writable."""
         with suppress(OSError):
-            write_whole(self._cache, json.dumps(self._known, indent=0) + "\n")
+            write_whole(self._cache, json.dumps(self._entries, indent=0) + "\n")
 
     def _hash(self, paths: Sequence[Path], sizes: Sequence[int]) -> list[str]:
-        progress = Progress(self._log, "looking for changed files", sum(sizes), "bytes")
+        progress = Progress(self._log, "hashing changed files", sum(sizes), "bytes")
         blocks = [
             (i, start) for i, size in enumerate(sizes) for start in range(0, max(size, 1), BLOCK)
         ]
@@ -89,13 +82,13 @@ class Digests:
             for (i, _), (digest, size) in zip(blocks, results):
                 hashes[i].update(digest)
                 progress.update(size)
-        finally:  # also where the run was asked to stop
+        finally:  # also if the run is stopped
             pool.shutdown(cancel_futures=True)
         return [sha.hexdigest() for sha in hashes]
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes with a file. Nothing that edits one can set its ctime (the third) back."""
+    """Return size, mtime, ctime and inode. No program can set the ctime back after an edit."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 

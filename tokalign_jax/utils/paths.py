@@ -1,8 +1,7 @@
-"""Parameters by path: `layers/attention/q_proj/kernel` is the keys of the nested dict joined by
-"/".
+"""Parameters by path: the keys of nested dicts joined by "/", as `layers/attention/q_proj/kernel`.
 
-One mechanism says what trains, what decays and how something is placed: an ordered list of (regular
-expression, label), the first match wins.
+Ordered rules (regular expression, label) select what trains, what decays and how arrays are
+sharded; the first match applies.
 """
 
 import re
@@ -10,20 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 Tree = dict[str, Any]
-"""A nested dict whose leaves are anything but dicts."""
+"""A nested dict; its leaves are no dicts."""
 Label = TypeVar("Label")
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by path string, in the order of the tree."""
+    """Return the leaves by path, in the order of the tree."""
     return dict(_walk(tree, ""))
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """The nested dict with these leaves; the inverse of `flatten`.
+    """Return the nested dict with these leaves; the inverse of `flatten`.
 
     Raises:
-      ValueError: when a path is both a leaf and a branch.
+      ValueError: a path is both a leaf and a branch.
     """
     tree: Tree = {}
     for path, leaf in leaves.items():
@@ -34,16 +33,16 @@ def unflatten(leaves: Mapping[str, Any]) -> Tree:
             if not isinstance(node, dict):
                 raise ValueError(f"'{path}' goes through a leaf")
         if name in node:
-            raise ValueError(f"'{path}' is already there")
+            raise ValueError(f"'{path}' is both a leaf and a branch")
         node[name] = leaf
     return tree
 
 
 def label(rules: Sequence[tuple[str, Label]], path: str) -> Label:
-    """The label of the first rule whose expression is found in the path.
+    """Return the label of the first rule whose expression matches a part of the path.
 
     Raises:
-      ValueError: when there is none, naming the path.
+      ValueError: no rule matches.
     """
     for pattern, label in rules:
         if re.search(pattern, path):
@@ -55,26 +54,28 @@ def label(rules: Sequence[tuple[str, Label]], path: str) -> Label:
 
 
 def label_tree(rules: Sequence[tuple[str, Any]], tree: Mapping[str, Any]) -> Tree:
-    """The tree with each leaf replaced by the label of the first rule whose expression is found in
-    its path.
+    """Return the tree with each leaf replaced by the label of its path.
 
     Raises:
-      ValueError: for a path that no rule matches, naming it.
+      ValueError: no rule matches a path.
     """
     return unflatten({path: label(rules, path) for path in flatten(tree)})
 
 
 def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """The tree of the leaves whose path `keep` accepts, and the tree of all others."""
+    """Split a tree into the leaves whose paths `keep` accepts and all others."""
     leaves = flatten(tree)
     kept = {path: leaf for path, leaf in leaves.items() if keep(path)}
-    return unflatten(kept), unflatten(
-        {path: leaf for path, leaf in leaves.items() if path not in kept}
-    )
+    others = {path: leaf for path, leaf in leaves.items() if path not in kept}
+    return unflatten(kept), unflatten(others)
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:
-    """One tree with the leaves of all; the inverse of `split`. A path may be in one tree only."""
+    """Merge trees with different paths; the inverse of `split`.
+
+    Raises:
+      ValueError: a path is in two of the trees.
+    """
     leaves: dict[str, Any] = {}
     for tree in trees:
         for path, leaf in flatten(tree).items():

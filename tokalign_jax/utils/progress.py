@@ -1,6 +1,4 @@
-"""Progress lines that work without a terminal: share, rate and time left, at most one every few
-seconds.
-"""
+"""Progress lines for logs: share done, rate and time left, at most one every few seconds."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +9,7 @@ Log = Callable[[str], None]
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as a person says it: 42s, 3m05s, 2h07m."""
+    """Format a duration: 42s, 3m05s, 2h07m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -21,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(number: float) -> str:
-    """`number` in three or four digits: 950, 12.3k, 4.56M, 1.20G."""
+    """Format a number with three or four digits: 950, 12.3k, 4.56M, 1.20G."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= size:
             scaled = number / (1e3 if letter == "k" else size)
@@ -30,7 +28,7 @@ def quantity(number: float) -> str:
 
 
 class Progress:
-    """Counts work done and says so: `tokens: 1.20M of 4.80M (25%), 310k/s, 12s left`."""
+    """Counts work done and logs lines: `tokens: 1.20M of 4.80M (25%), 310k/s, 12s left`."""
 
     def __init__(self, log: Log, what: str, total: float, unit: str = "", every: float = 5.0):
         self._log, self._what, self._total, self._unit, self._every = log, what, total, unit, every
@@ -38,10 +36,10 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def update(self, amount: float = 1, note: str = "") -> None:
-        """Adds `amount`; prints when the last line is older than `every` seconds.
+        """Add `amount`; log a line if the last one is older than `every` seconds.
 
         Raises:
-          Stopped: the run was asked to stop.
+          Stopped: the process was asked to stop.
         """
         stopping.check()
         self._count += amount
@@ -51,7 +49,7 @@ class Progress:
             self._log(self._line(now) + (f", {note}" if note else ""))
 
     def done(self, note: str = "") -> None:
-        """The closing line: how much in how long."""
+        """Log the last line: the amount and its time."""
         elapsed = time.monotonic() - self._start
         rate = f", {quantity(self._count / elapsed)}/s" if elapsed > 0 else ""
         amount = f"{quantity(self._count)} {self._unit}".strip()
@@ -67,9 +65,9 @@ class Progress:
                 f"{self._what}: {quantity(self._count)} {self._unit}".rstrip()
                 + f", {quantity(rate)}/s"
             )
-        left = (self._total - self._count) / rate if rate else float("inf")
         share = 100 * self._count / self._total
-        remaining = f", {duration(left)} left" if left != float("inf") else ""
+        seconds = (self._total - self._count) / rate if rate else 0.0
+        remaining = f", {duration(seconds)} left" if rate else ""
         return (
             f"{self._what}: {quantity(self._count)} of "
             f"{quantity(self._total)} {self._unit}".rstrip()

@@ -1,9 +1,8 @@
-"""A request to stop, by SIGTERM (a preemption, `scancel`, `kill`) or Ctrl-C: seen at the next good
-moment, not at once.
+"""Graceful stop on SIGTERM (preemption, `scancel`, `kill`) or Ctrl-C.
 
-Training looks between steps and writes a checkpoint first; other stages look at their next progress
-line and start over when the same command runs again. Of several processes one may be asked and all
-stop, training at the same step (`distributed` joins them).
+A signal is a request. Training checks for it between steps and writes a checkpoint first; other
+stages check at their progress lines and start over when the command is repeated. If one of several
+processes gets the signal all stop, in training at the same step (`distributed._Watch`).
 """
 
 import os
@@ -14,21 +13,27 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on."""
+"""EX_TEMPFAIL of sysexits.h: the same command resumes."""
+
+_NOTICE = b"\nstop requested: will save and exit; signal again to exit immediately\n"
 
 SAME_REQUEST = 1.0
-"""Seconds in which a second signal is the same request: some ask a process and its group, and so
-twice."""
+"""Seconds within which a second signal belongs to the same request: some senders signal a process
+and its group, and so twice."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has left everything so that the same command goes on. `main`
-    exits with 75.
-    """
+    """The run was asked to stop and can be resumed by the same command, which exits with 75."""
 
 
 class _Request:
-    """When this process was asked, and how several agree on the step after which they stop."""
+    """State of the request.
+
+    Attributes:
+      when: time of the request; None: there is none.
+      agreed: returns whether several processes stop at this step; None for a single process.
+      alone: whether no other process waits for this one.
+    """
 
     when: float | None = None
     agreed: Callable[[], bool] | None = None
@@ -40,23 +45,19 @@ _request = _Request()
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Turns the first SIGTERM or SIGINT into a request; another one, a second later or more, kills
-    at once.
-    """
+    """Turn the first SIGTERM or SIGINT into a request; a later one exits immediately."""
     owner, before = os.getpid(), {}
     _request.when = None
 
     def handle(number: int, _: FrameType | None) -> None:
         again = _request.when is not None and time.monotonic() - _request.when >= SAME_REQUEST
-        if again or os.getpid() != owner:  # a forked worker process is to die of it as ever
+        if again or os.getpid() != owner:  # a forked worker has no request: it dies
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif _request.when is None:
             ask()
-            with suppress(
-                OSError
-            ):  # the reader of what is said may have got the signal too, and be gone
-                os.write(2, b"\nasked to stop: at the next good moment (once more kills at once)\n")
+            with suppress(OSError):  # the reader of the pipe may have got the signal, too
+                os.write(2, _NOTICE)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,42 +70,37 @@ def listening() -> Iterator[None]:
 
 
 def ask() -> None:
-    """Asks this process to stop."""
+    """Request this process to stop."""
     _request.when = time.monotonic()
 
 
 def asked() -> bool:
-    """Whether this process has been asked to stop."""
+    """Return whether this process was asked to stop."""
     return _request.when is not None
 
 
 def requested() -> bool:
-    """Between the steps of a loop that all processes run: whether to stop now, the same answer for
-    all at the same step.
+    """Return whether to stop before the next step of a loop that all processes run.
+
+    All processes get the same answer at the same step.
     """
     return _request.agreed() if _request.agreed else asked()
 
 
 def check() -> None:
-    """Raises:
-    Stopped: this process was asked to stop, and nobody waits for what it does (`alone`).
-    """
+    """Raise Stopped if this process was asked to stop and no other one waits for it (`alone`)."""
     if asked() and _request.alone:
-        raise Stopped("asked to stop")
+        raise Stopped("stop requested")
 
 
 def join(agreed: Callable[[], bool] | None) -> None:
-    """From now on `agreed` answers `requested` for several processes; with None this process is by
-    itself again.
-    """
+    """Let `agreed` answer `requested` for several processes; None: for this process alone."""
     _request.agreed, _request.alone = agreed, agreed is None
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What one of several processes does by itself, while the others wait for its end: it may stop
-    in the middle.
-    """
+    """Context in which one process works and the others wait: it may stop at any `check`."""
     before, _request.alone = _request.alone, True
     try:
         yield
