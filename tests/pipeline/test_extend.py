@@ -121,7 +121,7 @@ def test_the_report_compares_both_vocabularies(run):
 def test_a_second_run_skips_and_other_settings_extend_anew(inputs, run, capsys):
     assert main.main(flags(inputs, "gpt_neox", run, SHORT)) == 0
     said = capsys.readouterr().out
-    assert "extend: finished, skipped" in said and "to be done again" not in said
+    assert "extend: finished, skipped" in said and "to be redone" not in said
     fewer = (
         SHORT,
         "--config.extend.new_tokens=20",
@@ -130,10 +130,8 @@ def test_a_second_run_skips_and_other_settings_extend_anew(inputs, run, capsys):
     assert main.main(flags(inputs, "gpt_neox", run, *fewer)) == 0
     said = capsys.readouterr().out
     assert f"extend.new_tokens changed from {NEW} to 20" in said
-    assert "tokens: to be done again, because what it builds on changed" in said
-    assert (
-        "evaluate/source: finished, skipped" in said and "evaluate/random: to be done again" in said
-    )
+    assert "tokens: to be redone, because a stage that it needs changed" in said
+    assert "evaluate/source: finished, skipped" in said and "evaluate/random: to be redone" in said
     size = json.loads((run / "tokens" / "target" / "index.json").read_text())["vocabulary"]
     assert (
         size

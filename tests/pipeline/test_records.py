@@ -40,7 +40,7 @@ def bring_up(workdir: Path, rate: float, **more) -> Context:
     )
     state = records.StageRecords(workdir)
     runner._refuse_foreign(workdir, state, IDENTITY)
-    state.remember(IDENTITY)
+    state.set_identity(IDENTITY)
     runner._bring_up(stage, graph.fingerprints([stage])["train"], context, state)  # type: ignore[arg-type]
     assert (context.folder("train") / "rate").read_text() == str(rate)
     return context
@@ -123,7 +123,7 @@ def test_what_is_not_whole_any_more_is_kept_and_made_again(tmp_path):
     (tmp_path / "train" / "rate").write_text("")
     said = bring_up(tmp_path, 1.0, is_whole=is_whole).said
     assert (
-        "not whole any more" in said[0] and "train.damaged" in said[0] and said[1] == "train: train"
+        "files are missing" in said[0] and "train.damaged" in said[0] and said[1] == "train: train"
     )
     assert (tmp_path / "train.damaged" / "rate").exists()
 
@@ -177,7 +177,7 @@ def test_a_path_that_checkpoints_would_not_be_found_in_is_refused(name, tmp_path
 
 
 @pytest.mark.parametrize(
-    "code, said", [(errno.EAGAIN, "another process runs"), (errno.ENOSYS, "cannot lock files")]
+    "code, said", [(errno.EAGAIN, "another process uses"), (errno.ENOSYS, "cannot lock files")]
 )
 def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
     def flock(file, how):

@@ -189,7 +189,9 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
     assert all(f"{stage}: finished, skipped" in again for stage in stages)
 
     changed = run("--config.stage2.learning_rate=4e-3")
-    assert "stage2: to be done again, stage2.learning_rate changed from 0.0005 to 0.004" in changed
+    assert (
+        "stage2: to be redone, because stage2.learning_rate changed from 0.0005 to 0.004" in changed
+    )
     for kept in (
         "corpus",
         "tokens",
@@ -201,13 +203,13 @@ def test_a_second_run_skips_and_a_changed_field_redoes_what_depends_on_it(inputs
     ):
         assert f"{kept}: finished, skipped" in changed
     for redone in ("export", "evaluate/stage2", "report"):
-        assert f"{redone}: to be done again, because what it builds on changed" in changed
+        assert f"{redone}: to be redone, because a stage that it needs changed" in changed
     # What the old settings gave is kept, and comes back with them.
     assert any((workdir / "outdated").glob("stage2-*"))
     assert "stage2: done before with these settings, restored" in run()
 
     # A field without effect on results redoes nothing.
-    assert "to be done again" not in run(
+    assert "to be redone" not in run(
         "--config.stage2.log_every=1", "--config.stage2.checkpoints.keep=3"
     )
 
@@ -554,7 +556,7 @@ def test_a_full_device_is_foreseen_and_told_with_what_would_fit(
     )
     assert (
         "lower --config.stage1.per_device_batch" in said.err
-        and "the same command goes on from there" in said.err
+        and "the same command resumes from there" in said.err
     )
     assert "init: done" in after
 

@@ -1,7 +1,7 @@
-"""A run: its stages, what each depends on, and the records that let it resume.
+"""Pipeline: the stages of a run, their dependencies, and the records by which a run resumes.
 
 `graph` lists the stages, `runner` runs them, `records` keeps `stages.json`, `context` opens a run's
-inputs, `checks` refuses what would fail later, and `stages` does the I/O around the pure core.
+inputs, `checks` validates them, and `stages` does the I/O around the pure core.
 """
 
 from tokalign_jax.pipeline.graph import fingerprints_of, model_states

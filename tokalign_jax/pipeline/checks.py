@@ -1,4 +1,4 @@
-"""What would fail later is found before any long work."""
+"""Checks of a run's inputs: everything that would fail later is refused before any long work."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, chat_questions
 from tokalign_jax.initialization.start import not_finite
 from tokalign_jax.models import hub, huggingface, opening, peft
-from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import qwen
 from tokalign_jax.pipeline import held_out
 from tokalign_jax.pipeline.context import Context
@@ -21,9 +20,99 @@ from tokalign_jax.text import canonical, chats, mining, numbers, pruning, tokeni
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.text.canonical import vocabulary_size
 
+MOST_UNUSABLE = 0.05
+"""Maximum share of source tokens whose rows may hold NaN or infinity, as those of reserved tokens
+that were never trained. With more of them the model is broken."""
+
+
+def check(context: Context) -> None:
+    """Check the models, tokenizers, corpus, alignment and lengths of a run.
+
+    Raises:
+      UserError: naming the input that the run would fail on.
+    """
+    config, inputs = context.config, context.inputs
+    model, raw = inputs.source_model
+    if config.export.adapters == "apart":
+        peft.check(model)
+    huggingface.check_weights(inputs.source_folder, model)
+    tokenizing.check(inputs.source_tokenizer)
+    _warn_of_ambiguous_files(context)
+    hub.warn_of_values_left_out(inputs.source_folder, raw, model.vocab_size, context.log)
+    _check_target(context)
+    resolve.check_lengths(config, model)
+    _check_teacher(context)
+    _check_donor(context)
+    if (corpus := documents.without_self(config)) is not None:
+        documents.check(corpus, chat_check(context))
+    if not context.folder("init").exists():
+        check_finite(context)
+    _check_evaluation(context)
+    _check_alignment(context)
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+def _check_target(context: Context) -> None:
+    """Check the target tokenizer, or that it can be derived from the source's."""
+    inputs = context.inputs
+    if inputs.extends:
+        mining.check(inputs.source_tokenizer)
+        return
+    if inputs.prunes:
+        _check_pruning(context)
+        return
+    tokenizing.check(inputs.target_tokenizer)
+    if exports_as_llama(context):
+        warn_of_llama(context)
+    if inputs.source_tokenizer.chat_template and not inputs.target_tokenizer.chat_template:
+        context.log(
+            "warning: the source model has a chat template and the target tokenizer has none, so "
+            "the exported model will have none: keep the source's with --config.chat=source, or "
+            "put a chat_template.jinja that writes the target's special tokens beside its "
+            "tokenizer.json"
+        )
+    if (closing := tokenizing.closing_id(inputs.target_tokenizer)) is not None:
+        token = inputs.target_tokenizer.convert_ids_to_tokens(closing)
+        context.log(
+            f"warning: the target tokenizer appends '{token}' to every text: encode prompts of "
+            "the exported model with add_special_tokens=False, or it continues after the end of a "
+            "text"
+        )
+
+
+def _warn_of_ambiguous_files(context: Context) -> None:
+    """Warn of folders whose files define two different tokenizations."""
+    config, inputs = context.config, context.inputs
+    folders = {f"source_model '{config.source_model}'": inputs.source_folder}
+    if not inputs.derives:
+        folders[f"target_tokenizer '{config.target_tokenizer}'"] = inputs.target_folder
+    for name, folder in folders.items():
+        if contradiction := opening.two_readings(folder, open_tokenizer(folder)):
+            context.log(f"warning: the files of {name} give two tokenizations: {contradiction}")
+
+
+def _check_pruning(context: Context) -> None:
+    """Check that the source tokenizer can be pruned, and that no setting contradicts it."""
+    tokenizer = context.inputs.source_tokenizer
+    pruning.check(tokenizer)
+    config, end_of_text = context.config.alignment, context.config.end_of_text
+    for name in ("file", "donor", "source_vectors", "target_vectors"):
+        if getattr(config, name):
+            raise UserError(
+                f"alignment.{name} has no effect with target_tokenizer=prune, where every token "
+                "keeps its own row: leave it out"
+            )
+    if end_of_text and end_of_text not in tokenizer.get_vocab():
+        raise UserError(
+            f"end_of_text '{end_of_text}' is no token of the source tokenizer, and "
+            "target_tokenizer=prune adds none: name one of its tokens, or leave it out"
+        )
+
 
 def chat_check(context: Context) -> documents.ChatCheck:
-    """What checks that a chat of the corpus can be written by the new model's chat template."""
+    """Return a check that the new model's chat template can write a chat of the corpus."""
     tokenizer = _template_tokenizer(context)
     problem = functools.cache(lambda: chats.template_problem(tokenizer))
 
@@ -31,11 +120,10 @@ def chat_check(context: Context) -> documents.ChatCheck:
         if problem():
             raise UserError(
                 f"the corpus has chats, but target_tokenizer '{context.config.target_tokenizer}' "
-                f"cannot "
-                f"write them: {problem()}; keep the source's template with --config.chat=source, "
-                f"put a "
-                "chat_template.jinja beside its tokenizer.json, or read them as text with "
-                "--config.text.messages_field= (and --config.text.text_field)"
+                f"cannot write them: {problem()}; keep the source's template with "
+                "--config.chat=source, put a chat_template.jinja beside its tokenizer.json, or "
+                "read chats as text with --config.text.messages_field= (and "
+                "--config.text.text_field)"
             )
         chats.write(tokenizer, messages)
 
@@ -43,239 +131,166 @@ def chat_check(context: Context) -> documents.ChatCheck:
 
 
 def can_chat(context: Context) -> bool:
-    """Whether the new model has a chat template that can be used."""
+    """Return whether the new model has a usable chat template."""
     return not chats.template_problem(_template_tokenizer(context))
 
 
 def _template_tokenizer(context: Context) -> PreTrainedTokenizerBase:
-    """The tokenizer whose chat template the new model has."""
+    """Return the tokenizer whose chat template the new model will have."""
     inputs = context.inputs
-    # A tokenizer that is derived from the source's, and yet to be made, has its template.
+    # A derived tokenizer has the template of the source's, and may not exist yet.
     return inputs.source_tokenizer if inputs.derives else inputs.target_tokenizer
 
 
-def check(context: Context) -> None:
-    """Find what would fail later, before any long work.
+def _check_same_tokenizer(context: Context, name: str, folder: Path) -> None:
+    """Check that a model has the target tokenizer.
 
-    Raises:
-      UserError: naming what is wrong with the model, a tokenizer, the corpus, the alignment file or
-        a length.
+    Args:
+      name: how the message names the model.
     """
-    if context.config.export.adapters == "apart":
-        peft.check(context.inputs.source_model[0])
-    config = context.config
-    model, _ = context.inputs.source_model
-    huggingface.check_weights(context.inputs.source_folder, model)
-    source_size = vocabulary_size(context.inputs.source_tokenizer)
-    tokenizing.check(context.inputs.source_tokenizer)
-    _check_two_readings(context)
-    hub.warn_dropped_values(
-        context.inputs.source_folder, context.inputs.source_model[1], model.vocab_size, context.log
-    )
-    if context.inputs.extends:
-        mining.check(context.inputs.source_tokenizer)
-    elif context.inputs.prunes:
-        _check_pruning(context)
-    else:
-        tokenizing.check(context.inputs.target_tokenizer)
-        if exports_as_llama(context):
-            warn_of_llama(context)
-        if (
-            context.inputs.source_tokenizer.chat_template
-            and not context.inputs.target_tokenizer.chat_template
-        ):
-            context.log(
-                "warning: the source model has a chat template and the target tokenizer has none, "
-                "so the exported model has "
-                "none: keep the source's with --config.chat=source, or put a chat_template.jinja "
-                "that writes the "
-                "target's special tokens beside its tokenizer.json"
-            )
-        if (closing := tokenizing.closing_id(context.inputs.target_tokenizer)) is not None:
-            context.log(
-                f"warning: the target tokenizer puts "
-                f"'{context.inputs.target_tokenizer.convert_ids_to_tokens(closing)}' behind every "
-                f"text: "
-                "give the exported model its prompts with add_special_tokens=False, or it goes on "
-                "from an end"
-            )
-    resolve.check_lengths(config, model)
-    if context.inputs.teacher_folder and context.inputs.teacher_model:
-        _check_teacher(context, context.inputs.teacher_folder, context.inputs.teacher_model)
-    _check_donor(context)
-    if (read := documents.without_self(config)) is not None:
-        documents.check(read, chat_check(context))
-    if not context.folder("init").exists():
-        check_finite(context)
-    _check_measures(context)
-    taken = f"alignment.file '{config.alignment.file}'" if config.alignment.file else ""
-    if not taken and config.alignment.method not in methods.NEED_VECTORS:
-        taken = f"alignment.method '{config.alignment.method}'"
-    if taken and (config.alignment.source_vectors or config.alignment.target_vectors):
+    inputs, config = context.inputs, context.config
+    other = open_tokenizer(folder, config.end_of_text)
+    if differing := canonical.differing(inputs.target_tokenizer, other):
+        first, here, there = differing[0]
         raise UserError(
-            f"{taken} makes no use of alignment.source_vectors and target_vectors: leave them "
-            f"out, or take "
-            f"{', '.join(sorted(methods.NEED_VECTORS))} as the method and no file"
+            f"{name} has another tokenizer than target_tokenizer '{config.target_tokenizer}': "
+            f"{len(differing):,} of {inputs.target_size:,} ids are other tokens, the first is "
+            f"{first}, {here!r} here and {there!r} there; take target_tokenizer from that model's "
+            "folder, or another model"
         )
-    if config.alignment.file:
-        if not context.inputs.derives:  # else once there is a target tokenizer
-            alignment.load(
-                Path(config.alignment.file),
-                context.inputs.source_tokenizer,
-                context.inputs.target_tokenizer,
-            )
-    elif config.alignment.method in methods.NEED_VECTORS:
-        vectors.check(config.alignment, source_size, context.inputs.target_size)
 
 
-def _check_two_readings(context: Context) -> None:
-    folders = {f"source_model '{context.config.source_model}'": context.inputs.source_folder}
-    folders |= (
-        {}
-        if context.inputs.derives
-        else {f"target_tokenizer '{context.config.target_tokenizer}'": context.inputs.target_folder}
-    )
-    for whose, folder in folders.items():
-        if contradiction := opening.file_contradiction(folder, open_tokenizer(folder)):
-            context.log(f"warning: the files of {whose} give two tokenizations: {contradiction}")
+# --- Models -------------------------------------------------------------------------------------
 
 
-def _check_pruning(context: Context) -> None:
-    """Check that the source's tokenizer can be pruned, and nothing else makes its alignment."""
-    pruning.check(context.inputs.source_tokenizer)
-    config, end_of_text = context.config.alignment, context.config.end_of_text
-    for name in ("file", "donor", "source_vectors", "target_vectors"):
-        if getattr(config, name):
-            raise UserError(
-                f"alignment.{name} has no effect with target_tokenizer=prune, where every token "
-                f"has "
-                "its own row: leave it out"
-            )
-    if end_of_text and end_of_text not in context.inputs.source_tokenizer.get_vocab():
+def _check_teacher(context: Context) -> None:
+    """Check that the teacher of Stage 3 is complete and covers the student's tokens and lengths."""
+    inputs, stage = context.inputs, context.config.stage3
+    folder, model = inputs.teacher_folder, inputs.teacher_model
+    if not (folder and model):
+        return
+    name = f"stage3.teacher '{stage.teacher}'"
+    if inputs.derives:
         raise UserError(
-            f"end_of_text '{end_of_text}' is no token of the source tokenizer, and "
-            "target_tokenizer=prune adds none: name one that it has, or leave it out"
-        )
-
-
-def _check_measures(context: Context) -> None:
-    """Check that questions and other text can be measured; warn of numbers."""
-    tokenizers = [
-        context.inputs.source_tokenizer,
-        *([] if context.inputs.derives else [context.inputs.target_tokenizer]),
-    ]
-    for tokenizer in tokenizers:
-        abilities.check_lengths(
-            tokenizer,
-            held_out.questions(context.config),
-            context.inputs.source_model[0].max_positions,
-        )
-    for tokenizer, whose in zip(tokenizers, ("the source model", "the new model")):
-        chat_questions.check(
-            tokenizer,
-            whose,
-            held_out.chats(context.config),
-            context.config.evaluation.reply_tokens,
-            context.inputs.source_model[0].max_positions,
-        )
-    if (other := held_out.other_config(context.config)) is not None:
-        if same := set(documents.names(context.config)) & set(documents.names(other)):
-            raise UserError(
-                f"evaluation.other_text names '{min(same)}', which is in the corpus too: name "
-                f"text that is not trained on"
-            )
-        documents.check(other)
-    if not context.inputs.derives and (line := numbers.warning_line(*tokenizers)):
-        context.log(line)
-
-
-def _check_teacher(context: Context, folder: Path, model: ModelConfig) -> None:
-    """That the teacher is whole, and can say something about each token and sequence that the
-    student reads.
-    """
-    stage = context.config.stage3
-    who = f"stage3.teacher '{stage.teacher}'"
-    if context.inputs.derives:
-        raise UserError(
-            f"{who}: no model has the tokenizer that "
-            f"target_tokenizer={context.config.target_tokenizer} is yet to make; run Stage 3 in a "
-            f"run of its own, whose "
-            "source model is this one's export, or leave stage3.teacher empty"
+            f"{name}: no model has the tokenizer that "
+            f"target_tokenizer={context.config.target_tokenizer} will make; do Stage 3 in a run of "
+            "its own whose source model is this run's export, or leave stage3.teacher empty"
         )
     huggingface.check_weights(folder, model)
     if stage.sequence_length > model.max_positions:
         raise UserError(
-            f"{who} has {model.max_positions:,} positions but config.stage3.sequence_length is "
+            f"{name} has {model.max_positions:,} positions but config.stage3.sequence_length is "
             f"{stage.sequence_length:,}; set "
             f"--config.stage3.sequence_length={model.max_positions} or less"
         )
-    _check_same_tokenizer(context, who, folder)
-    met = {
-        tokenizing.end_of_text_id(context.inputs.target_tokenizer),
-        tokenizing.opening_id(context.inputs.target_tokenizer),
-    }
-    if set(range(model.vocab_size, context.inputs.target_size)) - (
-        canonical.special_ids(context.inputs.target_tokenizer) - met
-    ):
+    _check_same_tokenizer(context, name, folder)
+    target = inputs.target_tokenizer
+    in_text = {tokenizing.end_of_text_id(target), tokenizing.opening_id(target)}
+    without_row = set(range(model.vocab_size, inputs.target_size))
+    if without_row - (canonical.special_ids(target) - in_text):
         raise UserError(
-            f"{who} has {model.vocab_size:,} rows for the {context.inputs.target_size:,} tokens "
-            f"of the target tokenizer: it says "
-            "nothing of the last ones; take the tokenizer as that model has it (without "
-            "end_of_text)"
+            f"{name} has {model.vocab_size:,} rows for the {inputs.target_size:,} tokens of the "
+            "target tokenizer, so it predicts nothing for the last ones; take the tokenizer as "
+            "that model has it (without end_of_text)"
         )
 
 
 def _check_donor(context: Context) -> None:
-    """Check that method `omp` has a donor with the target tokenizer, and no other method one."""
-    config = context.config.alignment
+    """Check that method `omp`, and no other, has a donor with the target tokenizer."""
+    config, inputs = context.config.alignment, context.inputs
     if config.method != "omp" or config.file:
         if config.donor:
             raise UserError(
-                "alignment.donor is for alignment.method 'omp' alone: leave it out, or take that "
-                "method and no file"
+                "alignment.donor has no effect but with alignment.method 'omp' and no "
+                "alignment.file: leave it out, or choose that method"
             )
         return
-    who = f"alignment.donor '{config.donor}'"
-    if context.inputs.derives or not config.donor:
+    if inputs.derives:
         raise UserError(
-            "alignment.method 'omp' needs alignment.donor, a model that has the target tokenizer "
-            "already"
-            + (
-                f"; none has one that target_tokenizer={context.config.target_tokenizer} is yet "
-                f"to make: "
-                "take another method"
-                if context.inputs.derives
-                else ""
+            "alignment.method 'omp' needs alignment.donor, a model with the target tokenizer, and "
+            f"none has the one that target_tokenizer={context.config.target_tokenizer} will make: "
+            "choose another method"
+        )
+    if not config.donor:
+        raise UserError(
+            "alignment.method 'omp' needs alignment.donor, a model with the target tokenizer"
+        )
+    assert inputs.donor_folder
+    huggingface.check_weights(inputs.donor_folder, hub.load_config(inputs.donor_folder)[0])
+    _check_same_tokenizer(context, f"alignment.donor '{config.donor}'", inputs.donor_folder)
+
+
+def check_finite(context: Context) -> None:
+    """Read all weights of the source model and refuse a broken one.
+
+    Raises:
+      UserError: a weight of its layers, or the rows of many tokens, hold NaN or infinity.
+    """
+    config, _ = context.inputs.source_model
+    rows = huggingface.non_finite_rows(context.inputs.source_folder, config)
+    size = vocabulary_size(context.inputs.source_tokenizer)
+    unusable = {i for ids in rows.values() for i in ids.tolist() if i < size}
+    if len(unusable) > MOST_UNUSABLE * size:
+        raise UserError(
+            f"source_model '{context.config.source_model}': "
+            f"{not_finite(unusable, context.inputs.source_tokenizer)}, of {size:,}: its training "
+            "diverged, or its files were damaged or badly converted; take another checkpoint of it"
+        )
+
+
+# --- Alignment and evaluation -------------------------------------------------------------------
+
+
+def _check_alignment(context: Context) -> None:
+    config, inputs = context.config.alignment, context.inputs
+    needs_vectors = config.method in methods.NEED_VECTORS and not config.file
+    if (config.source_vectors or config.target_vectors) and not needs_vectors:
+        setting = f"file '{config.file}'" if config.file else f"method '{config.method}'"
+        raise UserError(
+            f"alignment.{setting} makes no use of alignment.source_vectors and target_vectors: "
+            f"leave them out, or choose one of {', '.join(sorted(methods.NEED_VECTORS))} as "
+            "alignment.method and no alignment.file"
+        )
+    if needs_vectors:
+        source_size = vocabulary_size(inputs.source_tokenizer)
+        vectors.check(config, source_size, inputs.target_size)
+    elif config.file and not inputs.derives:  # else the target tokenizer does not exist yet
+        alignment.load(Path(config.file), inputs.source_tokenizer, inputs.target_tokenizer)
+
+
+def _check_evaluation(context: Context) -> None:
+    """Check that both models can read the questions and the other text; warn of numbers."""
+    config, inputs = context.config, context.inputs
+    tokenizers = {"the source model": inputs.source_tokenizer}
+    if not inputs.derives:
+        tokenizers["the new model"] = inputs.target_tokenizer
+    positions = inputs.source_model[0].max_positions
+    for tokenizer in tokenizers.values():
+        abilities.check_lengths(tokenizer, held_out.questions(config), positions)
+    for name, tokenizer in tokenizers.items():
+        asked, reply_tokens = held_out.chats(config), config.evaluation.reply_tokens
+        chat_questions.check(tokenizer, name, asked, reply_tokens, positions)
+    if (other := held_out.other_config(config)) is not None:
+        if shared := set(documents.names(config)) & set(documents.names(other)):
+            raise UserError(
+                f"evaluation.other_text names '{min(shared)}', which is in the corpus too: name "
+                "text that is not trained on"
             )
-        )
-    assert context.inputs.donor_folder
-    huggingface.check_weights(
-        context.inputs.donor_folder, hub.load_config(context.inputs.donor_folder)[0]
-    )
-    _check_same_tokenizer(context, who, context.inputs.donor_folder)
+        documents.check(other)
+    if not inputs.derives and (line := numbers.warning_line(*tokenizers.values())):
+        context.log(line)
 
 
-def _check_same_tokenizer(context: Context, who: str, folder: Path) -> None:
-    if differing := canonical.differing(
-        context.inputs.target_tokenizer, open_tokenizer(folder, context.config.end_of_text)
-    ):
-        first, here, there = differing[0]
-        raise UserError(
-            f"{who} has another tokenizer than target_tokenizer "
-            f"'{context.config.target_tokenizer}': {len(differing):,} of "
-            f"{context.inputs.target_size:,} ids are other tokens, the first is {first}, {here!r} "
-            f"here and {there!r} there; take "
-            "target_tokenizer from that model's folder, or another model"
-        )
+# --- Export -------------------------------------------------------------------------------------
 
 
 def exports_as_llama(context: Context) -> bool:
-    """Whether the export is written with model_type `llama` (`qwen.as_llama`).
+    """Return whether the export is written with model_type `llama` (`qwen.as_llama`).
 
-    That is done to a Qwen 2 model where transformers would open the target tokenizer as Qwen's.
+    It is if the model is a Qwen 2 and transformers would open the target tokenizer as Qwen's.
 
     Raises:
-      UserError: transformers would open it otherwise, and the model cannot be written so.
+      UserError: transformers would open it differently, and the model cannot be written so.
     """
     problem = _opening_problem(context)
     if not problem or qwen.is_llama(context.inputs.source_model[0]):
@@ -287,44 +302,20 @@ def exports_as_llama(context: Context) -> bool:
 
 
 def warn_of_llama(context: Context) -> None:
-    """Log that, and why, the export is written with another model_type."""
+    """Warn that the export is written with another model_type, and why."""
     context.log(
-        f"warning: {_opening_problem(context)}; so the export is written as the same model of "
+        f"warning: {_opening_problem(context)}; so the export is written as the same model with "
         "model_type 'llama'"
     )
 
 
 def _opening_problem(context: Context) -> str:
-    """Say how transformers would open the exported tokenizer other than it is; empty: as it is."""
+    """Return how transformers would misread the exported tokenizer; "" if it would not."""
     _, raw = context.inputs.source_model
-    difference = opening.class_difference(raw, context.inputs.target_tokenizer)
-    beside = f"beside model_type '{raw['model_type']}'"
+    difference = opening.difference_by_type(raw, context.inputs.target_tokenizer)
+    if not difference:
+        return ""
     return (
-        f"transformers opens the exported tokenizer, {beside}, as {difference}"
-        if difference
-        else ""
+        f"transformers opens the exported tokenizer, beside model_type '{raw['model_type']}', as "
+        f"{difference}"
     )
-
-
-MOST_UNUSABLE = 0.05
-"""Share of the source tokens whose rows may be not finite: reserved ones that were never trained.
-With more the model is broken."""
-
-
-def check_finite(context: Context) -> None:
-    """Read all weights of the source model, before the work that a broken one would waste.
-
-    Raises:
-      UserError: a weight of its layers, or the rows of many tokens, hold NaN or infinity.
-    """
-    config, _ = context.inputs.source_model
-    rows = huggingface.non_finite_rows(context.inputs.source_folder, config)
-    size = vocabulary_size(context.inputs.source_tokenizer)
-    unusable = {i for found in rows.values() for i in found.tolist() if i < size}
-    if len(unusable) > MOST_UNUSABLE * size:
-        raise UserError(
-            f"source_model '{context.config.source_model}': "
-            f"{not_finite(unusable, context.inputs.source_tokenizer)}, of {size:,}: its "
-            "training diverged, or its files were damaged or badly converted; take another "
-            "checkpoint of it"
-        )

@@ -1,4 +1,4 @@
-"""A run's config, workdir, log and devices: what every stage is given."""
+"""Context of a run, which every stage gets: config, folders, inputs, log and devices."""
 
 import functools
 from functools import cached_property
@@ -17,13 +17,13 @@ from tokalign_jax.utils.progress import Log
 
 
 class Context:
-    """A run: its config, its folders, what it is made of, and its devices."""
+    """Config, folders, inputs, log and devices of a run."""
 
     def __init__(self, config: Config, workdir: Path, log: Log, digests: Digests | None = None):
-        """Describe a run; nothing is read or written yet.
+        """Create the context without reading or writing anything.
 
         Args:
-          digests: of outside files; runs of a sweep share them.
+          digests: cache of digests that the runs of a sweep share.
         """
         self.config, self.workdir, self.log = config, workdir, log
         self.digests = digests or Digests(workdir, log)
@@ -35,28 +35,22 @@ class Context:
 
     @property
     def corpus_config(self) -> Config:
-        """The config with the file that the source model wrote for `self`, where the corpus names
-        that.
-        """
+        """The config, with the file that the source model wrote in place of `self`."""
         return documents.with_self(self.config, self.folder(SELF) / documents.SELF_TEXT)
 
     @cached_property
     def mesh(self) -> Mesh:
-        """All devices, with as many parts as it takes for the training state of every stage to fit
-        (`config.mesh`).
-        """
+        """Mesh of all devices, on which the training state of every stage fits (`config.mesh`)."""
         stages, devices = training_stages(self.config).values(), jax.devices()
         if distributed.count() == 1:
-            taken = sharding.usable(
-                self.config.mesh, len(devices), [stage.batch_size for stage in stages]
-            )
-            if taken < len(devices):
+            batch_sizes = [stage.batch_size for stage in stages]
+            usable = sharding.usable(self.config.mesh, len(devices), batch_sizes)
+            if usable < len(devices):
                 self.log(
-                    f"{taken} of {len(devices)} devices are used: more do not divide the "
-                    f"sequences of a step; a batch_size that "
-                    f"is a multiple of {len(devices)} would use all"
+                    f"{usable} of {len(devices)} devices are used, because more do not divide "
+                    f"batch_size; a multiple of {len(devices)} would use all"
                 )
-            devices = devices[:taken]
+            devices = devices[:usable]
         needed = memory.state_bytes(self.config, self.inputs.new_model, self.inputs.teachers)
         share = functools.partial(memory.share, self.inputs.new_model)
         mesh = sharding.make_mesh(self.config.mesh, needed, devices, share)

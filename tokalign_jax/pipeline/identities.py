@@ -1,4 +1,4 @@
-"""What makes two runs, or two results of a stage, the same: digests of the files from outside."""
+"""Digests of outside files, which identify runs and results of stages."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tokalign_jax.text import corpus as documents
 
 
 def run_identity(context: Context) -> dict[str, str]:
-    """What makes this another run than the one of a workdir with other values."""
+    """Return the values that all runs of one workdir must share."""
     return {
         "source_model": str(context.inputs.source_folder),
         "target_tokenizer": context.config.target_tokenizer
@@ -23,44 +23,43 @@ def run_identity(context: Context) -> dict[str, str]:
 
 
 def identities(context: Context) -> dict[str, Any]:
-    """Digests of the outside files that stages depend on; the first process alone reads them."""
+    """Return digests of the outside files that stages depend on; process 0 reads them."""
     return distributed.on_first(lambda: _identities(context))
 
 
 def _identities(context: Context) -> dict[str, Any]:
-    digests, file = context.digests, context.config.alignment.file
-    given = {
-        side: getattr(context.config.alignment, side)
-        for side in ("source_vectors", "target_vectors")
-    }
+    config, inputs, digests = context.config, context.inputs, context.digests
+    questions, chats = held_out.questions(config), held_out.chats(config)
+    other = held_out.other_config(config)
 
-    questions = held_out.questions(context.config)
-    asked = held_out.chats(context.config)
-    other = held_out.other_config(context.config)
+    def of_file(name: str) -> str:
+        return digests.of([Path(name)]) if name else ""
 
-    def texts_of(config: Config) -> list[str]:
-        """By file, of a hub dataset the name; and how the parts are mixed."""
+    def of_model(folder: Path | None) -> str:
+        return digests.of(model_files(folder)) if folder else ""
+
+    def of_corpus(config: Config) -> list[str]:
+        """Return digests of files, names of hub datasets, and the weights of a mixture."""
         names = documents.names(config)
         contents = zip(names, digests.each([Path(name) for name in names]))
         return [*(digest[:16] or name for name, digest in contents), *documents.mixture(config)]
 
     return {
-        "corpus": texts_of(context.config),
-        "source_model": digests.of(model_files(context.inputs.source_folder)),
-        "source_tokenizer": digests.of(tokenizer_files(context.inputs.source_folder)),
-        # One that is made in the run follows from the stage that does it.
-        "target_tokenizer": context.config.target_tokenizer
-        if context.inputs.derives
-        else digests.of(tokenizer_files(context.inputs.target_folder)),
-        "alignment": digests.of([Path(file)]) if file else "",
-        "vectors": {side: digests.of([Path(name)]) if name else "" for side, name in given.items()},
+        "corpus": of_corpus(config),
+        "source_model": of_model(inputs.source_folder),
+        "source_tokenizer": digests.of(tokenizer_files(inputs.source_folder)),
+        # A derived tokenizer is determined by the fingerprint of its stage.
+        "target_tokenizer": config.target_tokenizer
+        if inputs.derives
+        else digests.of(tokenizer_files(inputs.target_folder)),
+        "alignment": of_file(config.alignment.file),
+        "vectors": {
+            side: of_file(getattr(config.alignment, side))
+            for side in ("source_vectors", "target_vectors")
+        },
         "questions": abilities.digest(questions) if questions else "",
-        "chat_questions": chat_questions.digest(asked) if asked else "",
-        "other_text": texts_of(other) if other else "",
-        "teacher": digests.of(model_files(context.inputs.teacher_folder))
-        if context.inputs.teacher_folder
-        else "",
-        "donor": digests.of(model_files(context.inputs.donor_folder))
-        if context.inputs.donor_folder
-        else "",
+        "chat_questions": chat_questions.digest(chats) if chats else "",
+        "other_text": of_corpus(other) if other else "",
+        "teacher": of_model(inputs.teacher_folder),
+        "donor": of_model(inputs.donor_folder),
     }

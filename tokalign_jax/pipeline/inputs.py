@@ -1,4 +1,4 @@
-"""What a run is made of from outside: models and tokenizers, each opened when first asked for."""
+"""Models and tokenizers that a run reads, each opened on first use."""
 
 import dataclasses
 import fnmatch
@@ -26,26 +26,26 @@ class Inputs:
     """The models and tokenizers that a config names."""
 
     def __init__(self, config: Config, workdir: Path, log: Log):
-        """Name the inputs; nothing is opened yet.
+        """Store the names of the inputs, without opening them.
 
         Args:
-          workdir: where a stage leaves the target tokenizer if the run makes it of the source's.
+          workdir: holds the target tokenizer if a stage of the run makes it.
         """
         self.config, self._workdir, self._log = config, workdir, log
 
     @cached_property
     def source_folder(self) -> Path:
-        """Folder of the model that gets a new vocabulary."""
+        """Folder of the source model."""
         return hub.resolve(demo.source_model(self.config.source_model), what="source_model")
 
     @property
     def extends(self) -> bool:
-        """Whether the target tokenizer is the source's with more tokens."""
+        """Whether the target tokenizer is the source's with added tokens."""
         return self.config.target_tokenizer == EXTEND
 
     @property
     def prunes(self) -> bool:
-        """Whether the target tokenizer is the source's with fewer tokens."""
+        """Whether the target tokenizer is the source's with tokens removed."""
         return self.config.target_tokenizer == PRUNE
 
     @property
@@ -55,7 +55,7 @@ class Inputs:
 
     @cached_property
     def target_folder(self) -> Path:
-        """Folder of the tokenizer that it gets."""
+        """Folder of the target tokenizer."""
         if self.derives:
             return self._workdir / self.config.target_tokenizer
         return hub.resolve(
@@ -66,68 +66,66 @@ class Inputs:
 
     @cached_property
     def source_model(self) -> tuple[ModelConfig, dict[str, Any]]:
-        """Constants of the source model, and its config.json."""
+        """Config of the source model, and its config.json."""
         return hub.load_config(self.source_folder)
 
     @cached_property
     def teacher_folder(self) -> Path | None:
-        """Of the model that teaches in Stage 3; None without that stage."""
+        """Folder of Stage 3's teacher; None without that stage."""
         if "stage3" not in training_stages(self.config):
             return None
         return hub.resolve(self.config.stage3.teacher, what="stage3.teacher")
 
     @cached_property
     def teacher_model(self) -> ModelConfig | None:
-        """Constants of the teacher of Stage 3; None without one."""
+        """Config of Stage 3's teacher; None without one."""
         return hub.load_config(self.teacher_folder)[0] if self.teacher_folder else None
 
     @property
     def teachers(self) -> dict[str, ModelConfig]:
-        """The model that teaches in each training stage that has a teacher."""
+        """Configs of the teachers of training stages, by stage."""
         return teachers(self.config, self.source_model[0], self.teacher_model)
 
     @cached_property
     def donor_folder(self) -> Path | None:
-        """Of the model that method `omp` finds its combinations in; None for other methods."""
+        """Folder of method `omp`'s donor model; None for other methods."""
         if self.config.alignment.method != "omp" or self.config.alignment.file:
             return None
         return hub.resolve(self.config.alignment.donor, what="alignment.donor")
 
     @cached_property
     def source_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Without the tokens that the model has no rows for."""
-        whole, rows = open_tokenizer(self.source_folder), self.source_model[0].vocab_size
-        known = within_rows(whole, rows, f"source_model '{self.config.source_model}'")
-        if known is not whole:
-            gone = set(whole.get_vocab()) - set(known.get_vocab())
+        """The source tokenizer, without tokens that the model has no rows for."""
+        original, rows = open_tokenizer(self.source_folder), self.source_model[0].vocab_size
+        tokenizer = within_rows(original, rows, f"source_model '{self.config.source_model}'")
+        if tokenizer is not original:
+            removed = set(original.get_vocab()) - set(tokenizer.get_vocab())
             self._log(
-                f"source_model: it has no rows for {len(gone)} tokens, which are left out: "
-                f"{', '.join(sorted(gone)[:5])}"
-            )
-        return known
-
-    @cached_property
-    def target_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The new tokenizer, with an end of text and a chat template."""
-        own = open_tokenizer(self.target_folder, self.config.end_of_text)
-        tokenizer = with_template(own, self.source_tokenizer, self.config.chat)
-        if tokenizer is not own:
-            added = sorted(set(tokenizer.get_vocab()) - set(own.get_vocab()))
-            self._log(
-                "chat: the new model has the source's chat template"
-                + (f"; special tokens added for it: {', '.join(added)}" if added else "")
-            )
-        if (
-            tokenizer.eos_token_id is None
-        ):  # what ends documents in training is to end what the exported model writes
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
-                tokenizing.end_of_text_id(tokenizer)
+                f"source_model: it has no rows for {len(removed)} tokens, which are left out: "
+                f"{', '.join(sorted(removed)[:5])}"
             )
         return tokenizer
 
     @cached_property
+    def target_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target tokenizer, with an end of text and a chat template."""
+        original = open_tokenizer(self.target_folder, self.config.end_of_text)
+        tokenizer = with_template(original, self.source_tokenizer, self.config.chat)
+        if tokenizer is not original:
+            added = sorted(set(tokenizer.get_vocab()) - set(original.get_vocab()))
+            self._log(
+                "chat: the new model has the source's chat template"
+                + (f"; special tokens added for it: {', '.join(added)}" if added else "")
+            )
+        if tokenizer.eos_token_id is None:
+            # The exported model stops at the token that ends documents in training.
+            end_of_text = tokenizing.end_of_text_id(tokenizer)
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_text)
+        return tokenizer
+
+    @cached_property
     def target_size(self) -> int:
-        """Ids of the target tokenizer; of one that is yet to be made as many as it may have."""
+        """Number of the target tokenizer's ids; the maximum if it does not exist yet."""
         if self.extends:
             return mining.largest_size(self.config, self.source_tokenizer)
         if self.prunes and not (self.target_folder / pruning.KEPT).is_file():
@@ -136,26 +134,22 @@ class Inputs:
 
     @cached_property
     def kept(self) -> int:
-        """The first rows of the new vocabulary that are the source's: all of these where it is
-        extended.
-        """
+        """Number of leading rows that are the source's: all of them if it is extended, else 0."""
         return vocabulary_size(self.source_tokenizer) if self.extends else 0
 
     @cached_property
     def new_model(self) -> ModelConfig:
-        """The source model with rows for the target's tokens (`target_size`)."""
+        """Config of the source model with `target_size` rows."""
         return dataclasses.replace(self.source_model[0], vocab_size=self.target_size)
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files of a model's folder that its results depend on."""
+    """Return the files in a model's folder that its outputs depend on."""
     return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
 
 
 def open_tokenizer(folder: Path, end_of_text: str = "") -> PreTrainedTokenizerBase:
-    """A folder's tokenizer, read again only when its files have changed: the runs of a sweep share
-    it.
-    """
+    """Open a folder's tokenizer; it is cached until its files change, for the runs of a sweep."""
     stamps = tuple(
         (file.name, file.stat().st_mtime_ns, file.stat().st_size)
         for file in tokenizer_files(folder)
@@ -170,12 +164,12 @@ def _read_tokenizer(folder: Path, end_of_text: str, stamps: Any) -> PreTrainedTo
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """What a tokenizer is made of, without the model's own files and the licences beside them."""
-    others = (*hub.LICENSE_FILES, "config*", "generation*", hub.INDEX_FILE)
+    """Return the files of a tokenizer in a folder that may also hold a model and licences."""
+    others = (*hub.TERMS, "config*", "generation*", hub.INDEX)
     return sorted(
         f
         for f in folder.iterdir()
-        if _matches(f.name, hub.TOKENIZER_FILES) and not _matches(f.name, others)
+        if _matches(f.name, hub.TOKENIZER) and not _matches(f.name, others)
     )
 
 

@@ -1,4 +1,4 @@
-"""`stages.json` in a workdir: the record of each stage, what was set aside, and the lock."""
+"""Records of stages (`stages.json` in a workdir), outdated artifacts, and the workdir's lock."""
 
 import fcntl
 import json
@@ -29,16 +29,16 @@ class StageRecords:
             content = json.loads(self._path.read_text(encoding="utf-8")) if self.exists else {}
         except ValueError as error:
             raise UserError(
-                f"'{self._path}' is damaged ({error}), and without it nobody knows which stages "
-                f"of the run are done: bring back a copy, or "
-                "choose another --workdir (checkpoints and export in this one are not touched)"
+                f"'{self._path}' is damaged ({error}), so that the finished stages of the run are "
+                "not known: restore a copy, or choose another --workdir (checkpoints and export in "
+                "this one are not touched)"
             ) from error
         self.identity: dict[str, str] = content.get("run", {})
         self.current: dict[str, dict] = content.get("stages", {})
         self._outdated: dict[str, dict] = content.get(OUTDATED, {})
 
-    def remember(self, identity: Mapping[str, str]) -> None:
-        """Record what makes this run another than one of other inputs."""
+    def set_identity(self, identity: Mapping[str, str]) -> None:
+        """Record the inputs that all runs of the workdir must share."""
         self.identity = dict(identity)
         self._write()
 
@@ -49,51 +49,49 @@ class StageRecords:
 
     def finish(self, name: str, seconds: float, summary: Mapping[str, Any]) -> None:
         """Record that a stage is finished."""
-        self.count(name, seconds, finished=True, summary=summary)
+        self.add_time(name, seconds, finished=True, summary=summary)
 
-    def count(self, name: str, seconds: float, **more: Any) -> None:
-        """Adds to the time that a stage took, which may be over several runs of the command, and
-        writes `more` beside it.
-        """
+    def add_time(self, name: str, seconds: float, **fields: Any) -> None:
+        """Add to the time of a stage, which several commands may share, and set other fields."""
         record = self.current[name]
-        self.put(name, {**record, "seconds": round(record.get("seconds", 0) + seconds, 2), **more})
+        total = round(record.get("seconds", 0) + seconds, 2)
+        self.put(name, {**record, "seconds": total, **fields})
 
     def set_aside(self, name: str, folder: Path) -> None:
-        """Move an artifact that no longer fits to `outdated/NAME-FINGERPRINT`."""
+        """Move an artifact of other settings to `outdated/NAME-FINGERPRINT`."""
         record = self.current[name]
         if folder.exists():
-            key = f"{name.replace('/', '-')}-{record['fingerprint'][:12]}"
-            place = self._workdir / OUTDATED / key
-            place.parent.resolve().mkdir(exist_ok=True)
-            if place.exists():  # the same stage with the same settings, aside since before
-                os.replace(place, unused(place.with_name(f"{key}.before")))
+            key = _key(name, record["fingerprint"])
+            target = self._workdir / OUTDATED / key
+            target.parent.resolve().mkdir(exist_ok=True)
+            if target.exists():  # an older artifact of the same stage and settings
+                os.replace(target, unused(target.with_name(f"{key}.before")))
             self._outdated[key] = record
             self._write()
-            shutil.move(folder, place)  # perhaps to another disk
+            shutil.move(folder, target)  # may cross disks
         del self.current[name]
         self._write()
 
     def restore(self, name: str, fingerprint: str, folder: Path) -> bool:
-        """Bring back an artifact made with these settings; return whether it was finished."""
-        key = f"{name.replace('/', '-')}-{fingerprint[:12]}"
-        place = self._workdir / OUTDATED / key
-        if key not in self._outdated or not place.exists() or folder.exists():
+        """Restore an artifact of these settings; return whether there is one and it is finished."""
+        key = _key(name, fingerprint)
+        outdated = self._workdir / OUTDATED / key
+        if key not in self._outdated or not outdated.exists() or folder.exists():
             return False
         folder.parent.mkdir(parents=True, exist_ok=True)
         record = self._outdated[key]
         self.put(name, record)
-        shutil.move(place, folder)
+        shutil.move(outdated, folder)
         del self._outdated[key]
         self._write()
         return record["finished"]
 
     def drop(self, keep: Set[str]) -> None:
-        """Remove artifacts that are aside, but for those with these fingerprints."""
-        for key in [
-            key for key, record in self._outdated.items() if record["fingerprint"] not in keep
-        ]:
-            del self._outdated[key]
-            shutil.rmtree(self._workdir / OUTDATED / key, ignore_errors=True)
+        """Delete outdated artifacts, except those with these fingerprints."""
+        for key, record in [*self._outdated.items()]:
+            if record["fingerprint"] not in keep:
+                del self._outdated[key]
+                shutil.rmtree(self._workdir / OUTDATED / key, ignore_errors=True)
         self._write()
 
     def _write(self) -> None:
@@ -101,46 +99,47 @@ class StageRecords:
         write_whole(self._path, json.dumps(content, indent=1, default=str) + "\n")
 
 
+def _key(name: str, fingerprint: str) -> str:
+    """Return the name of a stage's folder in `outdated/`."""
+    return f"{name.replace('/', '-')}-{fingerprint[:12]}"
+
+
 def read_records(workdir: Path) -> Mapping[str, Mapping[str, Any]]:
-    """What is known of each stage: fingerprint, settings, whether it is finished, its time and
-    summary.
-    """
+    """Read the records of stages: fingerprint, settings, finished or not, time and summary."""
     return StageRecords(workdir).current
 
 
 def drop_outdated(workdir: Path, keep: Set[str]) -> None:
-    """Remove what is in `outdated/`, but for the stages with these fingerprints."""
+    """Delete the content of `outdated/`, except stages with these fingerprints."""
     StageRecords(workdir).drop(keep)
 
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keep a second process out of a workdir; the lock goes with the process, however it ends.
+    """Lock a workdir against a second process; the lock is released however this process ends.
 
     Raises:
-      UserError: another process has it, or it cannot be written to.
+      UserError: another process has the lock, or the workdir is not writable.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         opened = (workdir / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"--workdir '{workdir}' cannot be written to ({error.strerror}); name a folder that "
-            f"you may write to"
+            f"--workdir '{workdir}' cannot be written to ({error.strerror}); name a writable folder"
         ) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process runs in --workdir '{workdir}'; wait for it, or choose another "
-                f"--workdir"
+                f"another process uses --workdir '{workdir}'; wait for it, or choose another "
+                "--workdir"
             ) from error
         except OSError as error:
             raise UserError(
                 f"--workdir '{workdir}' is on a file system that cannot lock files "
-                f"({error.strerror}), so that a second run could write "
-                "over this one: mount it with locks (Lustre: -o flock), or choose another "
-                "--workdir"
+                f"({error.strerror}), so that a second run could overwrite this one: mount it "
+                "with locks (Lustre: -o flock), or choose another --workdir"
             ) from error
         yield

@@ -1,4 +1,4 @@
-"""Whether a run fits disk and memory, and what to do where it does not."""
+"""Checks that a run fits on disk and in memory, with remedies if it does not."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from tokalign_jax.planning.machine import Machine
 from tokalign_jax.planning.memory import Setup
 
 
-def check_disk(context: Context, wanted: set[str]) -> None:
-    """Refuses a run that the disk of the workdir cannot hold, with the sum of what is to come.
+def check_disk(context: Context, selected: set[str]) -> None:
+    """Check that the disk of the workdir can hold the artifacts of the selected stages.
 
     Raises:
-      UserError: stating the bytes needed by kind and those free.
+      UserError: with the bytes needed by stage and those free.
     """
     config, (_, raw) = context.config, context.inputs.source_model
     text, exported = disk.text_bytes(config), disk.exported_bytes(config, raw)
@@ -28,70 +28,65 @@ def check_disk(context: Context, wanted: set[str]) -> None:
     missing = {
         name: size
         for name, size in sizes.items()
-        if name in wanted and not context.folder(name).exists()
+        if name in selected and not context.folder(name).exists()
     }
     free = disk.free_bytes(context.workdir)
     if sum(missing.values()) > free:
         parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in missing.items() if size)
         raise UserError(
             f"the disk of --workdir '{context.workdir}' has {free / 1e9:.2f} GB free but the run "
-            f"needs about "
-            f"{sum(missing.values()) / 1e9:.2f} GB ({parts}); free some, use another disk, or "
-            f"lower text.budget_bytes or checkpoints.keep"
+            f"needs about {sum(missing.values()) / 1e9:.2f} GB ({parts}); free some space, use "
+            "another disk, or lower text.budget_bytes or checkpoints.keep"
         )
 
 
-def warn_of_memory(context: Context, wanted: set[str]) -> None:
-    """Warns of stages to come that are not expected to fit a device or host memory, hours before
-    they begin.
-    """
-    names = {name.partition("/")[0] for name in wanted}
-    for name, text in {
-        **advice.too_large(setups(context)),
-        **advice.too_large_untrained(_run(context)),
-    }.items():
+def warn_of_memory(context: Context, selected: set[str]) -> None:
+    """Warn of selected stages that are not expected to fit in device or host memory."""
+    names = {name.partition("/")[0] for name in selected}
+    too_large = advice.too_large(setups(context)) | advice.too_large_untrained(_run(context))
+    for name, text in too_large.items():
         if name in names:
             context.log(f"warning: {text}")
 
 
 @contextmanager
 def naming_full_memory(context: Context, name: str) -> Iterator[None]:
-    """Raises:
-    UserError: a device had no room left for a stage's arrays: with what would fit.
-    """
+    """Turn a stage's out-of-memory error on a device into a UserError with the remedy."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not sharding.is_out_of_memory(error):
             raise
-        kind = name.partition("/")[0]
-        others = {
-            "init": "use a larger one, or train the rows alone with "
-            "--config.initialization.trains=rows",
-            "evaluate": f"lower --config.evaluation.batch (it is "
-            f"{context.config.evaluation.batch}), or use a larger one",
-        }
-        remedy = advice.too_large_untrained(_run(context)).get(
-            kind, others.get(kind, "use a larger one")
-        )
-        if name in training_stages(context.config):
-            stages = setups(context)
-            held = stages[name].stage.per_device_batch
-            fewer = f"lower --config.{name}.per_device_batch (it is {held})"
-            fewer += " or --config.compute.loss_chunk"
-            remedy = advice.too_large(stages).get(
-                name, f"{fewer}, or set --config.compute.remat=layer"
-            )
+        reason = str(error).splitlines()[0][:160].rstrip(".")
         raise UserError(
-            f"{name}: a device's memory is full ({str(error).splitlines()[0][:160].rstrip('.')}); "
-            f"{remedy}. Other programs on the "
-            "device leave it less. What is finished or saved is kept: the same command goes on "
-            "from there"
+            f"{name}: a device's memory is full ({reason}); {_remedy(context, name)}. Other "
+            "programs on the device take some of its memory. Finished stages and checkpoints are "
+            "kept: the same command resumes from there"
         ) from error
 
 
+def _remedy(context: Context, name: str) -> str:
+    """Return what to change so that a stage needs less device memory."""
+    if name in training_stages(context.config):
+        stages = setups(context)
+        per_device_batch = stages[name].stage.per_device_batch
+        smaller = (
+            f"lower --config.{name}.per_device_batch (it is {per_device_batch}) or "
+            "--config.compute.loss_chunk, or set --config.compute.remat=layer"
+        )
+        return advice.too_large(stages).get(name, smaller)
+    kind = name.partition("/")[0]
+    smaller = {
+        "init": "use a larger device, or train the rows alone with "
+        "--config.initialization.trains=rows",
+        "evaluate": "lower --config.evaluation.batch (it is "
+        f"{context.config.evaluation.batch}), or use a larger device",
+    }.get(kind, "use a larger device")
+    return advice.too_large_untrained(_run(context)).get(kind, smaller)
+
+
 def setups(context: Context) -> dict[str, Setup]:
-    """The training stages on these devices, without `auto`."""
+    """Return the training stages with every `auto` resolved for these devices."""
     mesh, machine = context.mesh.devices.shape, Machine.of()
     return resolve.resolved_stages(
         context.config, context.inputs.new_model, mesh, machine, context.inputs.teachers
@@ -99,7 +94,7 @@ def setups(context: Context) -> dict[str, Setup]:
 
 
 def _run(context: Context) -> Run:
-    """The run on these devices, for the memory of stages that do not train."""
+    """Describe the run on these devices, for the memory of stages that do not train."""
     model, raw = context.inputs.source_model
     source, mesh = Source(model.vocab_size, disk.stored_bytes(raw)), context.mesh.devices.shape
     machine = dataclasses.replace(Machine.of(), devices=len(context.mesh.local_devices))

@@ -1,4 +1,4 @@
-"""What each stage of the pipeline reads and writes: the thin layer of I/O around the pure core."""
+"""Stages of the pipeline: the I/O of each around the pure core."""
 
 import dataclasses
 import hashlib
@@ -47,7 +47,7 @@ from tokalign_jax.training.batches import SourceText
 from tokalign_jax.training.step import NEXT_TOKEN, Objective
 
 INSPECTION = "inspection.json"
-"""In the folder of an alignment: the tables on it that a report shows."""
+"""File in the folder of an alignment, with its tables for the report."""
 
 
 def corpus(context: Context) -> Mapping[str, Any]:
@@ -57,7 +57,7 @@ def corpus(context: Context) -> Mapping[str, Any]:
 
 
 def write_self(context: Context) -> Mapping[str, Any]:
-    """Lets the source model write the part of the corpus that is called `self`."""
+    """Let the source model write the part of the corpus called `self`."""
     dtype = jnp.dtype(context.config.compute.dtype)
     config, params = load_state(context, (), training_states.inference_dtype(dtype))
     tokenizer = context.inputs.source_tokenizer
@@ -69,7 +69,7 @@ def write_self(context: Context) -> Mapping[str, Any]:
 
 
 def extend(context: Context) -> Mapping[str, Any]:
-    """Make the target tokenizer: the source's with tokens of the text."""
+    """Make the target tokenizer by adding tokens of the text to the source's."""
     return mining.run(
         context.config,
         context.folder("corpus"),
@@ -80,7 +80,7 @@ def extend(context: Context) -> Mapping[str, Any]:
 
 
 def prune(context: Context) -> Mapping[str, Any]:
-    """Make the target tokenizer: the source's without tokens that the text does not need."""
+    """Make the target tokenizer by removing tokens of the source's that no text needs."""
     return pruning.run(
         context.config,
         context.folder("corpus"),
@@ -103,7 +103,7 @@ def tokens(context: Context) -> Mapping[str, Any]:
 
 
 def boundaries(context: Context) -> Mapping[str, Any]:
-    """Finds where the source model can teach (`text/shared_boundaries.py`)."""
+    """Find the shared boundaries, at which both models have read the same text."""
     inputs = context.inputs
     return shared_boundaries.run(
         documents.train_batches(context.folder("corpus")),
@@ -115,7 +115,7 @@ def boundaries(context: Context) -> Mapping[str, Any]:
 
 
 def align(context: Context) -> Mapping[str, Any]:
-    """Align target tokens to source tokens, and table what came of it."""
+    """Align target tokens to source tokens; write tables of the alignment."""
     summary = methods.run(
         context.config,
         context.folder("corpus"),
@@ -127,7 +127,7 @@ def align(context: Context) -> Mapping[str, Any]:
         _donor(context),
         np.load(context.inputs.target_folder / pruning.KEPT) if context.inputs.prunes else None,
     )
-    content = json.dumps(_inspected(context), ensure_ascii=False)
+    content = json.dumps(_alignment_tables(context), ensure_ascii=False)
     (context.folder("align") / INSPECTION).write_text(content + "\n", encoding="utf-8")
     return summary
 
@@ -143,8 +143,8 @@ def _donor(context: Context) -> methods.Donor | None:
     )
 
 
-def _inspected(context: Context) -> list[dict[str, Any]]:
-    """The alignment's tables, but for the first of them, which says what is aligned."""
+def _alignment_tables(context: Context) -> list[dict[str, Any]]:
+    """Return the tables of the alignment, without the first, which names its inputs."""
     source, target = context.inputs.source_tokenizer, context.inputs.target_tokenizer
     aligned = alignment.load(context.folder("align") / "alignment.npz", source, target)
     old, new = (
@@ -158,9 +158,7 @@ def _inspected(context: Context) -> list[dict[str, Any]]:
 
 
 def init(context: Context) -> Mapping[str, Any]:
-    """Write an ordinary Hugging Face folder: the source model with the new vocabulary, not yet
-    trained.
-    """
+    """Initialise the rows of the new vocabulary; write the model as a Hugging Face folder."""
     inputs, config = context.inputs, context.config
     model, raw = inputs.source_model
     source_shards, target_shards = (
@@ -174,7 +172,7 @@ def init(context: Context) -> Mapping[str, Any]:
         chosen = contexts.draw(source_shards, tokens, config.seed)
         return documents.at(context.folder("corpus"), chosen)
 
-    made = make_start(
+    start = make_start(
         config,
         initialization.Side(
             model,
@@ -190,18 +188,16 @@ def init(context: Context) -> Mapping[str, Any]:
         context.log,
         inputs.kept,
     )
-    _write(context, "init", made.config, made.params, raw, "float32")
-    return {"tuned": dict(made.facts)}
+    _write(context, "init", start.config, start.params, raw, "float32")
+    return {"tuned": dict(start.facts)}
 
 
 MANY_PASSES = 4
-"""Passes over the text from which on it teaches little that is new (Muennighoff et al. 2023, arXiv
-2305.16264)."""
+"""Epochs beyond which repeated text helps little (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 def stream_starts(context: Context, shards: tokenizing.TokenShards) -> dict[str, int]:
-    """How many tokens into the shuffled stream each training stage starts, all of them planned
-    before the first begins.
+    """Return the offset in tokens of each training stage in the shuffled stream.
 
     Raises:
       UserError: the text is too short for a stage (`loop.plan_stage`).
@@ -214,11 +210,10 @@ def stream_starts(context: Context, shards: tokenizing.TokenShards) -> dict[str,
 
 
 def check_stream(context: Context) -> None:
-    """What can be told of the training stages once the text is cut: told now, not after the
-    alignment.
+    """Check that the text is long enough for the training stages; warn of many epochs.
 
     Raises:
-      UserError: as `stream_starts`.
+      UserError: the text is too short for a stage.
     """
     shards = open_shards(context, "target")
     stream_starts(context, shards)
@@ -227,8 +222,8 @@ def check_stream(context: Context) -> None:
         passes = stage.steps * stage.batch_size * stage.sequence_length / size
         if passes > MANY_PASSES:
             context.log(
-                f"warning: {name} reads the {size:,} tokens of the text {passes:.0f} times over: "
-                f"take fewer steps, or give more text"
+                f"warning: {name} reads the {size:,} tokens of the text {passes:.0f} times: "
+                "lower its steps, or give more text"
             )
 
 
@@ -238,11 +233,11 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     stage, compute = setup.stage, setup.compute
     if getattr(context.config, name).per_device_batch == AUTO:
         context.log(
-            f"{name}: per_device_batch=auto: at most {stage.per_device_batch} sequences at once "
-            f"on a device, remat={compute.remat}"
+            f"{name}: per_device_batch=auto: {stage.per_device_batch} sequences per device at "
+            f"once, remat={compute.remat}"
         )
     dtype = training_states.training_dtype(stage, jnp.dtype(context.config.compute.dtype))
-    config, *begun_with = load_state(context, before, dtype)
+    config, *initial = load_state(context, before, dtype)
     shards = open_shards(context, "target")
     starts = stream_starts(context, shards)
     settings = dataclasses.replace(context.config, compute=compute)
@@ -253,7 +248,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
         stage,
         settings,
         config,
-        begun_with.pop(),  # no reference stays here: the stage has its own copy of what trains
+        initial.pop(),  # no reference stays here: training copies the trainable leaves
         shards,
         context.folder(name),
         starts[name],
@@ -266,25 +261,26 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
 
 
 def _objective(context: Context, stage: StageConfig, model: ModelConfig) -> Objective:
-    """What a stage minimises; its teacher, if there is one, is read for it."""
+    """Return the objective of a training stage, with its teacher loaded."""
     if learns_from_source(stage):
         return _source_objective(context, stage)
     folder, config = context.inputs.teacher_folder, context.inputs.teacher_model
     if not (isinstance(stage, DistillationConfig) and teacher_of(stage) and folder and config):
         return NEXT_TOKEN
-    context.log(f"stage3: reads its teacher '{stage.teacher}'")
+    context.log(f"stage3: loading the teacher '{stage.teacher}'")
     params = huggingface.load_params(
         folder, config, jnp.dtype(context.config.compute.dtype), context.mesh
     )
     params = distillation.with_rows(params, model.vocab_size, context.mesh)
     # The teacher may lack rows for special tokens that no text has (Gemma 3 1B).
-    both = min(config.vocab_size, context.inputs.target_size)
-    teacher = distillation.Teacher(config, params, both, identities.identities(context)["teacher"])
+    shared_rows = min(config.vocab_size, context.inputs.target_size)
+    identity = identities.identities(context)["teacher"]
+    teacher = distillation.Teacher(config, params, shared_rows, identity)
     return distillation.objective(stage, teacher)
 
 
 def _source_objective(context: Context, stage: StageConfig) -> Objective:
-    """The objective of a stage whose teacher is the source model, which is read for it."""
+    """Return the objective of a stage whose teacher is the source model, loaded here."""
     dtype = jnp.dtype(context.config.compute.dtype)
     config, params = load_state(context, (), lambda path: dtype)
     identity = identities.identities(context)["source_model"]
@@ -293,7 +289,7 @@ def _source_objective(context: Context, stage: StageConfig) -> Objective:
     text = SourceText(open_shards(context, "source"), positions)
     width = source_teacher.source_length(stage.sequence_length, config)
     context.log(
-        f"the source model is the teacher; it reads {width:,} of its own tokens for "
+        f"the source model is the teacher; it reads {width:,} source tokens for "
         f"{stage.sequence_length:,} target tokens"
     )
     return source_teacher.objective(stage, teacher, text)
@@ -309,7 +305,7 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
         changes = changes._replace(adapters={})
     read = training_states.reader(base, config, changes)
     if exports_as_llama(context):
-        if context.inputs.derives:  # only now is there a tokenizer to try
+        if context.inputs.derives:  # the tokenizer exists only since its stage is done
             warn_of_llama(context)
         config, read, raw = qwen.as_llama(config, read, raw)
     _write(context, "export", config, read, raw, context.config.export.dtype)
@@ -322,27 +318,27 @@ def export(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
 def _publish(
     context: Context, states: Sequence[str], model: ModelConfig, folder: Path
 ) -> Mapping[str, Any]:
-    """Opens a written folder as users do, adds model card and licence, and pushes it if asked to.
+    """Check that transformers opens the export, add model card and licence, push it to the hub.
 
     Raises:
-      UserError: AutoTokenizer does not open it, or not as the tokenizer that the model was trained
-        with.
+      UserError: AutoTokenizer does not open it as the tokenizer that the model was trained with.
     """
     opening.check_export(folder, context.inputs.target_tokenizer)
     target = None if context.inputs.derives else context.inputs.target_folder
-    written = hub.read_json(folder / "config.json") or {}
-    for warning in serving.warnings(written, context.inputs.target_tokenizer, target):
+    raw = hub.read_json(folder / "config.json") or {}
+    for warning in serving.warnings(raw, context.inputs.target_tokenizer, target):
         context.log(f"warning: {warning}")
-    terms = hub.copy_license_files(context.inputs.source_folder, folder)
+    terms = hub.copy_terms(context.inputs.source_folder, folder)
     facts = card_facts.facts(
         context.config, context.workdir, states, model, context.inputs.source_folder, terms
     )
     (folder / CARD).write_text(model_card(facts), encoding="utf-8", errors="replace")
-    done = {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*"))}
+    size = sum(file.stat().st_size for file in folder.rglob("*"))
+    summary = {"folder": str(folder), "bytes": size}
     if repository := context.config.export.push_to_hub:
-        done["pushed_to"] = hub.push_to_hub(folder, repository)
-        context.log(f"export: pushed to {done['pushed_to']}")
-    return done
+        summary["pushed_to"] = hub.push_to_hub(folder, repository)
+        context.log(f"export: pushed to {summary['pushed_to']}")
+    return summary
 
 
 def _write(
@@ -353,7 +349,7 @@ def _write(
     raw: dict[str, Any],
     dtypes: str,
 ) -> None:
-    """Writes a Hugging Face folder with the target tokenizer."""
+    """Write a Hugging Face folder with the target tokenizer."""
     folder = context.folder(name)
     huggingface.save_checkpoint(
         folder,
@@ -370,10 +366,10 @@ def _write(
 
 
 def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str, Any]:
-    """Measures one state of the model and lets it continue the prompts; writes `scores.json`.
+    """Measure a state of the model and let it continue the prompts; write `scores.json`.
 
-    The evaluation of the source also keeps its likelihoods, token by token, for the fidelity of
-    later states.
+    For the source model, the likelihood of each token is also written: the fidelity of later states
+    is measured against it.
     """
     settings = context.config.evaluation
     compute = context.config.compute
@@ -390,18 +386,16 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
             lambda x: x.astype(compute.dtype) if isinstance(x, np.ndarray) else x, params
         )
     material, folder = held_out.material(context), context.folder("evaluate/source")
-    with_questions = name != "random"
+    generates = name != "random"
     measured = measures.measure(
-        name, config, params, tokenizer, material, context.mesh, context.log, with_questions
+        name, config, params, tokenizer, material, context.mesh, context.log, generates
     )
-    prompts = settings.prompts or samples.passages(material.texts)
-    continued = (
-        samples.continuations(
+    continuations = []
+    if generates:
+        prompts = settings.prompts or samples.passages(material.texts)
+        continuations = samples.continuations(
             config, params, tokenizer, prompts, settings.sample_tokens, compute.dtype
         )
-        if with_questions
-        else []
-    )
     if distributed.is_first():
         if name == "source":  # the text is the same in all states
             measured.reference.save(folder)
@@ -411,21 +405,19 @@ def evaluate(context: Context, name: str, states: Sequence[str]) -> Mapping[str,
             reference = measures.Reference.load(folder, context.inputs.source_tokenizer, material)
             content = measures.summary(measured, reference, material)
         path = context.folder(f"evaluate/{name}") / measures.SCORES
-        text = json.dumps({**content, "samples": continued}, indent=1, ensure_ascii=False)
+        text = json.dumps({**content, "samples": continuations}, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
     return {}
 
 
 def _overlap(context: Context, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """How much of the held-out texts stands in the training text, with a warning where that is
-    much.
-    """
+    """Measure how much of the held-out text is in the training text; warn of much."""
     folder = context.folder("corpus")
     total = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
-    found = overlap.overlap(texts, documents.train_batches(folder), context.log, total)
-    for line in overlap.warning_lines(found):
+    result = overlap.overlap(texts, documents.train_batches(folder), context.log, total)
+    for line in overlap.warning_lines(result):
         context.log(line)
-    return found
+    return result
 
 
 def _worth(
@@ -433,12 +425,12 @@ def _worth(
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
     texts: Mapping[str, Sequence[str]],
 ) -> Mapping[str, Any]:
-    """Estimate what the new vocabulary changes in speed and size for these texts."""
+    """Estimate how the new vocabulary changes speed and size on these texts."""
     model, raw = context.inputs.source_model
-    text = [document for group in texts.values() for document in group]
-    characters = sum(map(len, text))
+    flat_texts = [document for group in texts.values() for document in group]
+    characters = sum(map(len, flat_texts))
     per_token = {
-        side: characters / max(int(pruning.count(tokenizer, text).sum()), 1)
+        side: characters / max(int(pruning.count(tokenizer, flat_texts).sum()), 1)
         for side, tokenizer in tokenizers.items()
     }
     multiple = context.config.initialization.rows_multiple_of
@@ -450,23 +442,26 @@ def _worth(
 
 
 def report(context: Context, states: Sequence[str]) -> Mapping[str, Any]:
-    """Gather what was measured, and write the page, tables and picture."""
-    settings = context.config
+    """Write the report: the page, tables, JSON and picture."""
     tokenizers = {
         "source": context.inputs.source_tokenizer,
         "target": context.inputs.target_tokenizer,
     }
     texts = held_out.material(context).texts
     inspected = json.loads((context.folder("align") / INSPECTION).read_text(encoding="utf-8"))
-    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
-    shown = {
+    extra = {
         "passages": token_pieces.of_passages(tokenizers, texts),
         "inspection": inspected,
-        "held_out": digest,
+        "held_out": hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest(),
+        "numbers": numbers.warning_line(*tokenizers.values()),
+        "worth": _worth(context, tokenizers, texts),
     }
-    shown["numbers"] = numbers.warning_line(*tokenizers.values())
-    shown["worth"] = _worth(context, tokenizers, texts)
-    identity = identities.run_identity(context)
     return reporting.run(
-        settings, context.workdir, states, identity, context.folder("report"), context.log, shown
+        context.config,
+        context.workdir,
+        states,
+        identities.run_identity(context),
+        context.folder("report"),
+        context.log,
+        extra,
     )

@@ -1,4 +1,4 @@
-"""The model as the stages so far have left it."""
+"""States of the model after stages of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,12 @@ from tokalign_jax.training import states as training_states
 def load_state(
     context: Context, states: Sequence[str], dtype: huggingface.DtypeOf = lambda path: None
 ) -> tuple[ModelConfig, dict]:
-    """The model after the last of `states` (`init` and training stages), on the mesh, adapters
-    merged.
-
-    No states: the source model, its rows that are not finite replaced (`initialization.usable`).
+    """Load the model after the last of `states`, on the mesh, with adapters merged.
 
     Args:
-      dtype: of each parameter by its path.
+      states: `init` and the training stages up to the state; empty: the source model, with rows
+        that are not finite replaced (`initialization.usable`).
+      dtype: returns the dtype of a parameter by its path; None: as stored.
     """
     folder, config, changes = state_of(context, states)
     params = training_states.assemble(folder, config, changes, dtype, context.mesh)
@@ -35,7 +34,7 @@ def load_state(
 def state_of(
     context: Context, states: Sequence[str]
 ) -> tuple[Path, ModelConfig, training_states.Changes]:
-    """Return the folder of a state's stored weights, its model, and what training has changed."""
+    """Return the folder of a state's stored weights, its config, and the changes by training."""
     folder = context.folder("init") if states else context.inputs.source_folder
     config, _ = hub.load_config(folder)
     trained = [(context.folder(name), getattr(context.config, name)) for name in states[1:]]
@@ -43,7 +42,7 @@ def state_of(
 
 
 def has_tokens(context: Context) -> bool:
-    """Whether the shards of both sides are whole."""
+    """Return whether the token shards of both sides are complete."""
     try:
         for side in tokenizing.SIDES:
             open_shards(context, side)
@@ -53,12 +52,12 @@ def has_tokens(context: Context) -> bool:
 
 
 def open_shards(context: Context, side: str) -> tokenizing.TokenShards:
-    """The token shards of one side, `source` or `target`."""
+    """Open the token shards of a side, `source` or `target`."""
     return tokenizing.TokenShards.open(context.folder("tokens") / side)
 
 
 def has_boundaries(context: Context) -> bool:
-    """Whether the shared boundaries are whole."""
+    """Return whether the shared boundaries are complete."""
     try:
         shared_boundaries.open_positions(context.folder("boundaries"))
     except UserError:
@@ -67,7 +66,7 @@ def has_boundaries(context: Context) -> bool:
 
 
 def has_model(context: Context, name: str) -> bool:
-    """Whether the folder holds a whole model, as far as sizes tell."""
+    """Return whether a stage's folder holds a complete model, judged by file sizes."""
     try:
         config, _ = hub.load_config(context.folder(name))
         huggingface.check_weights(context.folder(name), config)
@@ -77,5 +76,5 @@ def has_model(context: Context, name: str) -> bool:
 
 
 def is_trained(context: Context, name: str) -> bool:
-    """Whether the stage's last checkpoint is there."""
+    """Return whether the last checkpoint of a training stage exists."""
     return loop.is_finished(context.folder(name), getattr(context.config, name))
