@@ -153,7 +153,7 @@ def test_every_config_runs_from_end_to_end(
     page = (workdir / "report" / "report.html").read_text()
     assert all(
         title in page
-        for title in ("stage 2", "The same text in tokens", "Continued text", "Worst rows")
+        for title in ("stage 2", "The same text in tokens", "Continuations", "Worst rows")
     )
     assert "| all" in printed and "the model" in printed
 

@@ -70,7 +70,7 @@ def test_it_tells_all_that_is_known():
         "16,384 to 151,669 tokens",
         "151,680 rows",
         "AutoModelForCausalLM.from_pretrained('me/new'",
-        "| together | 14.0 MB |",
+        "| total | 14.0 MB |",
         "Read from: `corpus.jsonl`.",
         "| language | source | export |",
         "| en | 1.078 | 1.100 |",
@@ -103,7 +103,7 @@ def test_a_folder_of_ones_own_is_no_base_on_the_hub(tmp_path):
         "tags": ["tokalign-jax", "vocabulary-transfer"],
     }
     assert str(tmp_path) not in card and "my-model with the vocabulary of embedded" in card
-    assert "says nothing of its licence" in card
+    assert "states no licence" in card
     for title in ("Data", "Bits per byte", "Special tokens", "Settings", "Versions"):
         assert f"## {title}" not in card
 

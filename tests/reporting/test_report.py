@@ -132,7 +132,7 @@ def test_the_page_is_whole_self_contained_and_says_everything():
         "warning: 1 of 30 steps of stage 3",
         "2 x cpu",
         "Worst rows",
-        "taught by teacherword",
+        "distilled from teacherword",
     ):
         assert text in read.text, text
     pictures = [of for of in read.tags["svg"] if of.get("role") == "img"]
@@ -313,13 +313,13 @@ def test_ticks_are_round(low, high, expected):
 
 
 def test_charts_of_nothing_and_of_one_point():
-    assert charts.lines([], says="", x_label="", y_label="") == "" == charts.dots({}, says="")
-    assert charts.lines([charts.Curve("a", [1], [math.nan])], says="", x_label="", y_label="") == ""
+    assert charts.lines([], description="", x_label="", y_label="") == "" == charts.dots({}, description="")
+    assert charts.lines([charts.Curve("a", [1], [math.nan])], description="", x_label="", y_label="") == ""
     for made in (
         charts.lines(
-            [charts.Curve("a", [1], [2.0], label="x")], says="s", x_label="x", y_label="y"
+            [charts.Curve("a", [1], [2.0], label="x")], description="s", x_label="x", y_label="y"
         ),
-        charts.dots({"a": [charts.Dot("d", 2.0)]}, says="s"),
+        charts.dots({"a": [charts.Dot("d", 2.0)]}, description="s"),
     ):
         assert "nan" not in made and "inf" not in made
         Reader(made)

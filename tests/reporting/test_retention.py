@@ -151,7 +151,7 @@ def test_reports_and_comparisons_show_it(states):
     made = content(
         states=[*states],
         numbers="warning: digits",
-        kept={"states": retention.gathered(states), "warnings": warnings},
+        kept={"states": retention.collect(states), "warnings": warnings},
     )
     read = Reader(run_page.html(made))
     for text in (

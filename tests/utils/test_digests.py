@@ -81,7 +81,7 @@ def test_what_did_not_change_is_not_read_again(folder, monkeypatch):
 def test_a_file_that_was_just_written_is_not_taken_for_known(folder):
     first = Digests(folder, quiet)
     first.each(files_of(folder))
-    assert not first._known
+    assert not first._entries
 
 
 def test_without_a_place_for_what_is_known_everything_is_hashed(folder):

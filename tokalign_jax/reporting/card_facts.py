@@ -1,4 +1,4 @@
-"""Facts of a run for the model card of its export: what its stages have left so far."""
+"""Facts for the model card of an export, gathered from the run's finished stages."""
 
 import json
 import platform
@@ -22,18 +22,19 @@ def facts(
     source_folder: Path,
     terms: Sequence[str],
 ) -> CardFacts:
-    """What is known of the run in `workdir`; what no stage has left yet is not told.
+    """Gather the facts of the run in `workdir`; facts of unfinished stages are left out.
 
     Args:
-      states: of the model, up to the exported one.
-      model: that is exported.
-      source_folder: of the source model, for its own card.
-      terms: names of its licence files that were copied.
+      states: states of the model, up to the exported one.
+      model: config of the exported model.
+      source_folder: folder of the source model, which may have a card of its own.
+      terms: names of the copied licence files.
     """
     scores = {s: _read(workdir / "evaluate" / s / "scores.json") for s in ("source", *states)}
     sides = {"source": scores["source"], "target": scores[states[-1]]}
     aligned, tokens = _read(workdir / "align" / "summary.json"), workdir / "tokens"
     indices = {side: _read(tokens / side / "index.json") for side in ("source", "target")}
+    languages = _read(workdir / "corpus" / "summary.json").get("languages", {})
     card = source_folder / CARD
     return CardFacts(
         base_model=config.source_model,
@@ -49,12 +50,7 @@ def facts(
         settings=main_settings(config_to_dict(config)),
         rules=aligned.get("rules", {}),
         corpus=corpus.names(config),
-        corpus_bytes={
-            language: entry["train_bytes"]
-            for language, entry in _read(workdir / "corpus" / "summary.json")
-            .get("languages", {})
-            .items()
-        },
+        corpus_bytes={name: entry["train_bytes"] for name, entry in languages.items()},
         bits_per_byte={
             titled(s): _figures(entry, "bits_per_byte") for s, entry in scores.items() if entry
         },
@@ -71,11 +67,11 @@ def facts(
 
 
 def _figures(scores: Mapping[str, Any], name: str) -> dict[str, float]:
-    """By language, and over the bytes of all where there are several."""
-    found = {language: entry[name] for language, entry in figures(scores).items()}
-    return (
-        found if len(found) > 2 else {language: found[language] for language in scores["languages"]}
-    )
+    """Return a figure by language, and over all of them if there are several."""
+    by_language = {language: entry[name] for language, entry in figures(scores).items()}
+    if len(by_language) > 2:
+        return by_language
+    return {language: by_language[language] for language in scores["languages"]}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""Several runs side by side, from what their reports say (report.json): which settings differ, and
-what came of it.
+"""Comparison of runs, from their report.json: the settings that differ, and the results.
 
-Runs that differ in nothing but the seed are one group, with mean and spread. `compare` makes a
-JSON-ready dict; `terminal`, `html` and `picture` show it.
+Runs that differ only in the seed form a group, with mean and spread. `compare` makes a JSON-ready
+dict; `terminal`, `html` and `picture` show it.
 """
 
 import json
@@ -21,33 +20,32 @@ from tokalign_jax.reporting.run_page import Content, flat
 from tokalign_jax.utils.progress import duration, quantity
 
 Comparison = Mapping[str, Any]
-"""What `compare` returns."""
+"""Result of `compare`."""
 
 SEED = "seed"
 POINTS = 200
-"""Of a group's curve."""
+"""Maximum points of a group's curve."""
 FEW = 8
-"""Groups that each have a colour of their own; more are coloured by their rank."""
+"""Maximum number of groups with colours of their own; more are coloured by their rank."""
 
 
 def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, Any]:
-    """What differs between runs, and what each of them measured.
+    """Compare runs by their settings and results.
 
     Args:
       reports: contents of report.json.
-      names: of the runs, such as their folders.
+      names: names of the runs, such as their folders.
 
     Returns:
-      `differs`: names of the config's fields, other than the seed, that are not the same in all
-      runs; `states` and `languages` of any run; `warnings`: why the runs may not be comparable;
-      `groups`, best first by the last state's bits per byte, each with
+      `differs`: config fields, other than the seed, in which the runs differ; `states` and
+      `languages` of any run; `warnings`: reasons why the runs may not be comparable; `groups`, best
+      first by the last state's bits per byte, each with
         `name`: the fields that differ, with their values; `values`: the same by field; `runs`,
         `seeds`; `bits_per_byte`: by state and language `mean`, `spread` (standard deviation; None
-        of a single run) and `values`; `kept`: by state `mean`, `spread` and `values` of abilities,
-        fidelity and other text, where they were measured; `bytes_per_token`: of the new vocabulary,
-        by language; `seconds`: of the whole run (None where no report has it), and
-        `tokens_per_second` by training stage, as means; `training`: by stage `tokens` and smoothed
-        `loss`, the mean of the runs that are that far.
+        for a single run) and `values`; `kept`: by state `mean`, `spread` and `values` of abilities,
+        fidelity and other text, if measured; `bytes_per_token`: of the new vocabulary, by language;
+        `seconds` of the whole run (None if not reported) and `tokens_per_second` by training stage,
+        as means; `training`: by stage `tokens` and the mean smoothed `loss`.
     """
     settings = [_settings(report) for report in reports]
     differs = [
@@ -55,75 +53,65 @@ def compare(reports: Sequence[Content], names: Sequence[str] = ()) -> dict[str, 
         for field in dict.fromkeys(field for entry in settings for field in entry)
         if field != SEED and len({json.dumps(entry.get(field)) for entry in settings}) > 1
     ]
-    grouped: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {}
     for i, entry in enumerate(settings):
-        grouped.setdefault(json.dumps([entry.get(field) for field in differs]), []).append(i)
+        members.setdefault(json.dumps([entry.get(field) for field in differs]), []).append(i)
     states = _ordered(report["states"] for report in reports)
     languages = _ordered(report["languages"] for report in reports)
     groups = []
-    for members in grouped.values():
-        values = {field: settings[members[0]].get(field) for field in differs}
-        made = _group([reports[i] for i in members], states, languages)
-        runs = [names[i] if i < len(names) else f"run {i + 1}" for i in members]
-        name = (
-            ", ".join(f"{field}={_value(value)}" for field, value in values.items())
-            or "the same settings"
+    for indices in members.values():
+        values = {field: settings[indices[0]].get(field) for field in differs}
+        name = ", ".join(f"{field}={_value(value)}" for field, value in values.items())
+        groups.append(
+            {
+                "name": name or "the same settings",
+                "values": values,
+                "runs": [names[i] if i < len(names) else f"run {i + 1}" for i in indices],
+                "seeds": [settings[i].get(SEED) for i in indices],
+                **_results([reports[i] for i in indices], states, languages),
+            }
         )
-        seeds = [settings[i].get(SEED) for i in members]
-        groups.append({"name": name, "values": values, "runs": runs, "seeds": seeds, **made})
     return {
         "differs": differs,
         "states": states,
         "languages": languages,
-        "warnings": _unlike(reports),
+        "warnings": _warnings(reports),
         "groups": sorted(groups, key=_score),
     }
 
 
 def _settings(report: Content) -> dict[str, Any]:
-    """A run's fields; those that its version did not have yet are as they are by default."""
+    """Return the config fields of a run; fields that its version lacked have their defaults."""
     defaults = flat(json.loads(json.dumps(config_to_dict(Config()))))
     return {**defaults, **flat(json.loads(json.dumps(report["config"])))}
 
 
 def _ordered(lists: Iterable[Iterable[str]]) -> list[str]:
-    """Every name once, in an order that each of the lists keeps where they agree; "all" last."""
-    found: list[str] = []
+    """Merge lists of names into one, in the order of each as far as they agree; "all" last."""
+    result: list[str] = []
     for names in lists:
-        place = 0
+        position = 0
         for name in names:
-            if name in found:
-                place = found.index(name) + 1
+            if name in result:
+                position = result.index(name) + 1
             else:
-                found.insert(place, name)
-                place += 1
-    return sorted(found, key=lambda name: name == EVERYTHING)
+                result.insert(position, name)
+                position += 1
+    return sorted(result, key=lambda name: name == EVERYTHING)
 
 
-def _group(
+def _results(
     reports: Sequence[Content], states: Sequence[str], languages: Sequence[str]
 ) -> dict[str, Any]:
-    """What runs of the same settings measured."""
-
-    def measured(state: str) -> dict[str, dict[str, Any]]:
-        found = {}
-        for language in languages:
-            bits = [
-                report["languages"].get(language, {}).get("bits_per_byte", {}).get(state)
-                for report in reports
-            ]
-            if values := [entry for entry in bits if entry is not None]:
-                found[language] = _statistics(values)
-        return found
-
+    """Return the mean results of runs with the same settings."""
     stages = _ordered(report["training"] for report in reports)
-    trained = {
+    training = {
         stage: [entry for report in reports if (entry := report["training"].get(stage))]
         for stage in stages
     }
     speeds = {
         stage: [entry["tokens_per_second"] for entry in runs if "tokens_per_second" in entry]
-        for stage, runs in trained.items()
+        for stage, runs in training.items()
     }
     per_token = [
         {
@@ -133,12 +121,13 @@ def _group(
         }
         for report in reports
     ]
-    # Reports of other versions, or made by other tools, may lack what is only told beside the
-    # figures.
+    # Reports of other versions may lack fields such as times.
     times = [sum(report["seconds"].values()) for report in reports if report.get("seconds")]
+    bits = {state: _bits_per_byte(reports, state, languages) for state in states}
+    kept = {state: _kept(reports, state) for state in states}
     return {
-        "bits_per_byte": {state: found for state in states if (found := measured(state))},
-        "kept": {state: found for state in states if (found := _kept(reports, state))},
+        "bits_per_byte": {state: entry for state, entry in bits.items() if entry},
+        "kept": {state: entry for state, entry in kept.items() if entry},
         "bytes_per_token": {
             name: statistics.fmean(entry[name] for entry in per_token if name in entry)
             for name in _ordered(per_token)
@@ -147,20 +136,31 @@ def _group(
         "tokens_per_second": {
             stage: statistics.fmean(entry) for stage, entry in speeds.items() if entry
         },
-        "training": {stage: _mean_curve(runs) for stage, runs in trained.items()},
+        "training": {stage: _mean_curve(runs) for stage, runs in training.items()},
     }
 
 
+def _bits_per_byte(
+    reports: Sequence[Content], state: str, languages: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    result = {}
+    for language in languages:
+        entries = [report["languages"].get(language, {}) for report in reports]
+        values = [entry.get("bits_per_byte", {}).get(state) for entry in entries]
+        if measured := [value for value in values if value is not None]:
+            result[language] = _statistics(measured)
+    return result
+
+
 def _kept(reports: Sequence[Content], state: str) -> dict[str, dict[str, Any]]:
-    """What a state keeps, by the columns of the reports' tables; reports of a version before do not
-    have it.
-    """
-    found = [
-        retention.figures(report.get("kept", {}).get("states", {}).get(state, {}))
-        for report in reports
-    ]
-    names = _ordered(found)
-    return {name: _statistics([entry[name] for entry in found if name in entry]) for name in names}
+    """Return abilities, fidelity and other text of a state, by the columns of their table."""
+    # Reports of earlier versions lack them.
+    entries = [report.get("kept", {}).get("states", {}).get(state, {}) for report in reports]
+    figures = [retention.figures(entry) for entry in entries]
+    return {
+        name: _statistics([entry[name] for entry in figures if name in entry])
+        for name in _ordered(figures)
+    }
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -169,23 +169,24 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _mean_curve(runs: Sequence[Content]) -> dict[str, list[float]]:
-    """The mean of the runs' smoothed losses, at the tokens of the longest."""
+    """Average the smoothed losses of runs, at the points of the longest curve."""
     smoothed = [curves.joined({"": entry}, points=POINTS)[""] for entry in runs]
     longest = max(smoothed, key=lambda curve: curve.tokens[-1] if curve.tokens else 0)
     means = []
     for tokens in longest.tokens:
-        known = [loss for curve in smoothed if math.isfinite(loss := curves.at(curve, tokens))]
-        means.append(statistics.fmean(known) if known else None)
+        losses = [curves.at(curve, tokens) for curve in smoothed]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        means.append(statistics.fmean(finite) if finite else None)
     return {"tokens": longest.tokens, "loss": means}
 
 
 def last_state(group: Mapping[str, Any]) -> str:
-    """The last state that was measured."""
+    """Return the last state that was measured."""
     return [*group["bits_per_byte"]][-1]
 
 
 def _score(group: Mapping[str, Any]) -> float:
-    """What groups are sorted by; not a number comes last."""
+    """Return the sort key of a group; NaN comes last."""
     mean = group["bits_per_byte"][last_state(group)].get(EVERYTHING, {}).get("mean", math.nan)
     return mean if math.isfinite(mean) else math.inf
 
@@ -194,49 +195,44 @@ def _states(report: Content) -> Iterable[Mapping[str, Any]]:
     return report.get("kept", {}).get("states", {}).values()
 
 
-def _unlike(reports: Sequence[Content]) -> list[str]:
-    """Why figures of these runs may not be comparable."""
-    text = {
+def _warnings(reports: Sequence[Content]) -> list[str]:
+    """Return reasons why results of these runs may not be comparable."""
+    sizes = {
         json.dumps({name: entry.get("bytes") for name, entry in report["languages"].items()})
         for report in reports
     }
-    # Texts are cut at the same bytes of a language, so that their sizes do not tell them apart.
-    # Older reports do not have it.
-    digests = {digest for report in reports if (digest := report.get("held_out"))}
-    answers = [
+    # Different texts may have the same size; reports of earlier versions lack the digest.
+    texts = {digest for report in reports if (digest := report.get("held_out"))}
+    questions = {
         entry["abilities"]["digest"]
         for report in reports
         for entry in _states(report)
         if "abilities" in entry
-    ]
-    devices = {", ".join(report["devices"]) for report in reports if report.get("devices")}
-    known = [report["versions"] for report in reports if report.get("versions")]
-    versions = {
-        name: {entry.get(name) for entry in known}
-        for name in dict.fromkeys(name for entry in known for name in entry)
     }
-    several = [
-        f"{name} ({', '.join(sorted(map(str, entry)))})"
-        for name, entry in versions.items()
-        if len(entry) > 1
-    ]
+    devices = {", ".join(report["devices"]) for report in reports if report.get("devices")}
+    warnings = []
+    if max(len(sizes), len(texts)) > 1:
+        warnings.append("the held-out text is not the same: bits per byte are not comparable")
+    if len(questions) > 1:
+        warnings.append("the questions are not the same: abilities are not comparable")
+    if len(devices) > 1:
+        kinds = "; ".join(sorted(devices))
+        warnings.append(f"devices differ ({kinds}): so may times and rounding")
+    if versions := _differing_versions(reports):
+        warnings.append(f"versions differ: {', '.join(versions)}")
+    return warnings
+
+
+def _differing_versions(reports: Sequence[Content]) -> list[str]:
+    entries = [report["versions"] for report in reports if report.get("versions")]
+    by_package = {
+        name: {entry.get(name) for entry in entries}
+        for name in dict.fromkeys(name for entry in entries for name in entry)
+    }
     return [
-        *(
-            ["the held-out text is not the same: bits per byte are not comparable"]
-            if max(len(text), len(digests)) > 1
-            else []
-        ),
-        *(
-            ["the questions are not the same: abilities are not comparable"]
-            if len(set(answers)) > 1
-            else []
-        ),
-        *(
-            [f"devices differ ({'; '.join(sorted(devices))}): so may times and rounding"]
-            if len(devices) > 1
-            else []
-        ),
-        *([f"versions differ: {', '.join(several)}"] if several else []),
+        f"{name} ({', '.join(sorted(map(str, versions)))})"
+        for name, versions in by_package.items()
+        if len(versions) > 1
     ]
 
 
@@ -244,94 +240,76 @@ def _unlike(reports: Sequence[Content]) -> list[str]:
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """The tables: what differs with the bits per byte of every state, then by language, the last
-    state first.
-    """
-    groups, states = comparison["groups"], comparison["states"]
+    """Return the tables: settings with results, retention, and results by language."""
+    states = comparison["states"]
     languages = [name for name in comparison["languages"] if name != EVERYTHING]
-    warnings = " ".join(f"Warning: {line}." for line in comparison["warnings"])
-    made = [_overview(comparison, warnings), *_kept_section(comparison)]
-    for state in reversed(states if languages else []):
-        of_state = [
-            (rank, group) for rank, group in enumerate(groups, 1) if state in group["bits_per_byte"]
-        ]
-        rows = [
-            [
-                f"{rank}",
-                *(
-                    _figure(group["bits_per_byte"][state].get(name))
-                    for name in [*languages, EVERYTHING]
-                ),
-            ]
-            for rank, group in of_state
-        ]
-        header = ["#", *languages, EVERYTHING]
-        made.append(
-            Section(
-                f"Bits per byte by language: {titled(state)}",
-                "",
-                header,
-                rows,
-                fold=state != states[-1],
-            )
-        )
-    return made
+    by_language = [
+        _by_language(comparison, state, [*languages, EVERYTHING])
+        for state in reversed(states if languages else [])
+    ]
+    return [_overview(comparison), *_kept_section(comparison), *by_language]
 
 
-def _overview(comparison: Comparison, warnings: str) -> Section:
+def _by_language(comparison: Comparison, state: str, languages: Sequence[str]) -> Section:
+    rows = []
+    for rank, group in enumerate(comparison["groups"], 1):
+        if entries := group["bits_per_byte"].get(state):
+            rows.append([f"{rank}", *(_figure(entries.get(name)) for name in languages)])
+    title = f"Bits per byte by language: {titled(state)}"
+    fold = state != comparison["states"][-1]
+    return Section(title, "", ["#", *languages], rows, fold=fold)
+
+
+def _overview(comparison: Comparison) -> Section:
     groups, differs = comparison["groups"], comparison["differs"]
-    same = _same(comparison)
-    states = [state for state in comparison["states"] if state not in same]
+    common = _common(comparison)
+    states = [state for state in comparison["states"] if state not in common]
     stages = [s for s in states if any(s in group["tokens_per_second"] for group in groups)]
-    several = any(len(group["runs"]) > 1 for group in groups)
-    header = ["#", *differs, *(["seeds"] if several else []), *map(titled, states)]
+    has_seeds = any(len(group["runs"]) > 1 for group in groups)
+    header = ["#", *differs, *(["seeds"] if has_seeds else []), *map(titled, states)]
     header += ["bytes/token", *(f"tokens/s {titled(s)}" for s in stages), "time"]
     rows: list[list[Cell]] = []
     for rank, group in enumerate(groups, 1):
+        per_token, speeds = group["bytes_per_token"], group["tokens_per_second"]
         row: list[Cell] = [f"{rank}", *(_value(group["values"][field]) for field in differs)]
-        row += [f"{len(set(group['seeds']))}"] if several else []
+        row += [f"{len(set(group['seeds']))}"] if has_seeds else []
         row += [_figure(group["bits_per_byte"].get(s, {}).get(EVERYTHING)) for s in states]
-        row.append(
-            f"{group['bytes_per_token'][EVERYTHING]:.2f}"
-            if EVERYTHING in group["bytes_per_token"]
-            else ""
-        )
-        row += [
-            quantity(group["tokens_per_second"][s]) if s in group["tokens_per_second"] else ""
-            for s in stages
-        ]
+        row.append(f"{per_token[EVERYTHING]:.2f}" if EVERYTHING in per_token else "")
+        row += [quantity(speeds[s]) if s in speeds else "" for s in stages]
         rows.append([*row, "" if group["seconds"] is None else duration(group["seconds"])])
     count = sum(len(group["runs"]) for group in groups)
-    text = f"{count} runs, best first by the last state; bits per byte of all held-out text, lower "
-    text += "is better."
-    text += " Of several seeds: mean ± standard deviation." if several else ""
-    text += (
-        f" In all of them: {', '.join(f'{titled(s)} {bits:.3f}' for s, bits in same.items())}."
-        if same
-        else ""
-    )
-    return Section("What differs, and what came of it", f"{text} {warnings}".strip(), header, rows)
+    text = [
+        f"{count} runs, best first by the last state; bits per byte of all held-out text, lower "
+        "is better."
+    ]
+    if has_seeds:
+        text.append("Over several seeds: mean ± standard deviation.")
+    if common:
+        figures = ", ".join(f"{titled(state)} {bits:.3f}" for state, bits in common.items())
+        text.append(f"In all of them: {figures}.")
+    text += [f"Warning: {line}." for line in comparison["warnings"]]
+    return Section("Settings and results", " ".join(text), header, rows)
 
 
 def _kept_section(comparison: Comparison) -> Iterator[Section]:
-    """What the last state of each group keeps of its source."""
-    found = [group["kept"].get(last_state(group), {}) for group in comparison["groups"]]
-    columns = _ordered(found)
+    """Yield the table of abilities, fidelity and other text of each group's last state."""
+    entries = [group["kept"].get(last_state(group), {}) for group in comparison["groups"]]
+    columns = _ordered(entries)
     if columns:
         rows = [
             [f"{rank}", *(_figure(entry.get(name)) for name in columns)]
-            for rank, entry in enumerate(found, 1)
+            for rank, entry in enumerate(entries, 1)
         ]
-        text = "Of the last state, as in the runs' reports: abilities and agreement higher is "
-        text += "better, all else lower is better."
+        text = (
+            "The last state, as in the runs' reports. Abilities and agreement: higher is better; "
+            "all others: lower is better."
+        )
         yield Section(retention.TITLE, text, ["#", *columns], rows)
 
 
-def _same(comparison: Comparison) -> dict[str, float]:
-    """Bits per byte of the states that were there before anything could differ, where they are the
-    same in all runs.
-    """
-    found = {}
+def _common(comparison: Comparison) -> dict[str, float]:
+    """Return bits per byte of the source and random rows, if they are the same in all runs."""
+    result = {}
     for state in [s for s in comparison["states"] if s in ("source", "random")]:
         values = {
             f"{value:.4f}"
@@ -342,8 +320,8 @@ def _same(comparison: Comparison) -> dict[str, float]:
             .get("values", [math.nan])
         }
         if len(values) == 1:
-            found[state] = float(*values)
-    return found
+            result[state] = float(*values)
+    return result
 
 
 def _figure(entry: Mapping[str, Any] | None) -> Cell:
@@ -354,7 +332,7 @@ def _figure(entry: Mapping[str, Any] | None) -> Cell:
 
 
 def _value(value: Any) -> str:
-    """A setting as a person writes it."""
+    """Format the value of a setting."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
@@ -363,42 +341,42 @@ def _value(value: Any) -> str:
 
 
 def terminal(comparison: Comparison) -> list[str]:
-    """Lines of plain text: what differs, and the last state by language."""
+    """Render the comparison as lines of plain text, without the folded tables."""
     shown = [section for section in sections(comparison) if not section.fold]
     return pages.terminal([*shown, _runs(comparison)])
 
 
 def _runs(comparison: Comparison) -> Section:
-    """Where each group's figures come from."""
+    """Return the table of seeds and runs of each group."""
     rows: list[Sequence[Cell]] = [
         (f"{rank}", ", ".join(map(_value, group["seeds"])), ", ".join(group["runs"]))
         for rank, group in enumerate(comparison["groups"], 1)
     ]
-    return Section("Runs", "", ("#", "seed", "from"), rows)
+    return Section("Runs", "", ("#", "seed", "run"), rows)
 
 
 # --- page and picture ---------------------------------------------------------------------------
 
 
 def html(comparison: Comparison) -> str:
-    """A page by itself, as a report's."""
+    """Render the comparison as an HTML page."""
     overview, *others = sections(comparison)
     chart = loss_chart(comparison)
-    text = f"Mean of {curves.WINDOW} steps, at the end of a curve its place in the table."
+    text = f"Mean of {curves.WINDOW} steps; the label of a curve is its rank in the table."
     if "target_tokenizer" in comparison["differs"]:
         text += " The tokenizers differ: their nats per token are not comparable."
-    found = [
+    page = [
         overview,
         Section("Bits per byte by state", markup=_states_chart(comparison)),
         Section("Training loss", text if chart else "", markup=chart),
         *others,
         _runs(comparison),
     ]
-    return pages.html("Runs side by side", found, layout="broad")
+    return pages.html("Comparison of runs", page, layout="broad")
 
 
 def _states_chart(comparison: Comparison) -> str:
-    """A row for each group; the last state's spread is drawn to either side of its mean."""
+    """Draw a row per group, with the spread of the last state around its mean."""
 
     def dot(state: str, entry: Mapping[str, Any]) -> charts.Dot:
         spread = entry["spread"] if state == comparison["states"][-1] else None
@@ -416,11 +394,11 @@ def _states_chart(comparison: Comparison) -> str:
         ]
         for rank, group in enumerate(comparison["groups"], 1)
     }
-    return charts.dots(rows, says="Bits per byte by run and state")
+    return charts.dots(rows, description="Bits per byte by run and state")
 
 
 def loss_chart(comparison: Comparison) -> str:
-    """Everybody's loss over the tokens of all stages; "" where nothing was trained."""
+    """Draw the loss of each group over the tokens of all stages; "" if nothing was trained."""
     groups = comparison["groups"]
     drawn, keys, marks = [], [], []
     for rank, group in enumerate(groups, 1):
@@ -436,7 +414,7 @@ def loss_chart(comparison: Comparison) -> str:
         keys.append(f"<span>{swatch} {escape(name)}</span>")
     chart = charts.lines(
         drawn[::-1],
-        says="Training loss of each run",
+        description="Training loss of each run",
         x_label="tokens",
         y_label="nats per token",
         marks=marks,
@@ -447,14 +425,12 @@ def loss_chart(comparison: Comparison) -> str:
 
 
 def _label(rank: int, group: Mapping[str, Any]) -> str:
-    """A group in a chart: its place in the table, and its values in the order of the table's
-    columns.
-    """
+    """Return the label of a group in a chart: its rank and values, as in the table."""
     return f"{rank}  {' · '.join(map(_value, group['values'].values())) or group['name']}"
 
 
 def _colour(rank: int, count: int) -> str:
-    """CSS of a group's colour: one of its own, or of many the paler the farther behind."""
+    """Return the CSS colour of a group; of many groups, the lower the rank the paler."""
     if count <= FEW:
         return f"var(--colour{rank})"
     return (
@@ -463,7 +439,7 @@ def _colour(rank: int, count: int) -> str:
 
 
 def picture(comparison: Comparison, path: Path) -> None:
-    """Loss over tokens (left), and bits per byte by group and state (right)."""
+    """Draw loss over tokens (left), and bits per byte by group and state (right)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -474,22 +450,20 @@ def picture(comparison: Comparison, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(16, height), layout="constrained")
     shades = pyplot.get_cmap("tab10" if len(groups) <= FEW else "viridis")
     states = [state for state in comparison["states"] if state != "random"]
-    for place, group in enumerate(groups):
-        colour = shades(place if len(groups) <= FEW else place / len(groups))
+    for y, group in enumerate(groups):
+        colour = shades(y if len(groups) <= FEW else y / len(groups))
         for curve in curves.joined(group["training"], smoothed=False).values():
             left.plot(*curve, color=colour, linewidth=1.4)
         entry = {
             s: group["bits_per_byte"][s][EVERYTHING] for s in states if s in group["bits_per_byte"]
         }
         for i, (state, figures) in enumerate(entry.items()):
-            look = (
-                {"fmt": "k|"}
-                if state == "source"
-                else {"fmt": "o", "color": colour, "alpha": (i + 1) / len(entry)}
-            )
-            right.errorbar(figures["mean"], place, xerr=figures["spread"], markersize=8, **look)
+            style: dict[str, Any] = {"fmt": "o", "color": colour, "alpha": (i + 1) / len(entry)}
+            if state == "source":
+                style = {"fmt": "k|"}
+            right.errorbar(figures["mean"], y, xerr=figures["spread"], markersize=8, **style)
     left.set(title="Training loss", xlabel="tokens", ylabel="nats per token")
-    labels = [_label(place + 1, group) for place, group in enumerate(groups)]
+    labels = [_label(rank, group) for rank, group in enumerate(groups, 1)]
     right.set(
         title=f"Bits per byte: {', '.join(map(titled, states))}",
         yticks=range(len(groups)),

@@ -1,6 +1,4 @@
-"""Curves of a report's content (`report.gather`): smoothed, thinned, and laid one behind the other;
-and the words for states.
-"""
+"""Loss curves of a report (`report.gather`), smoothed and concatenated; titles of states."""
 
 import bisect
 import math
@@ -9,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 EVERYTHING = "all"
-"""The row that pools the bytes of every language."""
+"""Name of the row over the bytes of all languages."""
 
 WINDOW = 20
 """Steps over which a loss is averaged."""
@@ -18,18 +16,19 @@ _TITLES = {"source": "source", "random": "random rows", "init": "initialised"}
 
 
 def titled(state: str) -> str:
-    """A state of the model in words: `stage2` is stage 2."""
+    """Return the title of a state: `stage2` is stage 2."""
     return _TITLES.get(state) or re.sub(r"(\D)(\d+)$", r"\1 \2", state)
 
 
 def smooth(losses: Sequence[float | None], window: int = WINDOW) -> list[float]:
-    """Mean of the last `window` losses up to each; skipped steps have none, and NaN where all of
-    them were.
+    """Return the moving average over the last `window` losses.
+
+    Skipped steps have no loss; the average is NaN if all steps of the window were skipped.
     """
     means, total, count = [], 0.0, 0
     for end, loss in enumerate(losses):
-        gone = losses[end - window] if end >= window else None
-        for value, sign in ((loss, 1), (gone, -1)):
+        dropped = losses[end - window] if end >= window else None
+        for value, sign in ((loss, 1), (dropped, -1)):
             if value is not None and math.isfinite(value):
                 total, count = total + sign * value, count + sign
         means.append(total / count if count else math.nan)
@@ -37,65 +36,65 @@ def smooth(losses: Sequence[float | None], window: int = WINDOW) -> list[float]:
 
 
 class Curve(NamedTuple):
-    """A loss over the tokens of all stages so far."""
+    """Loss over the number of tokens, those of earlier stages included; NaN if not known."""
 
     tokens: list[float]
     loss: list[float]
-    """NaN where it is not known."""
 
 
 def joined(
     training: Mapping[str, Any], smoothed: bool = True, points: int = 600
 ) -> dict[str, Curve]:
-    """The stages' losses, each stage's tokens counted on from the one before; at most so many
-    points each.
+    """Return the loss curve of each stage, over the tokens since the start of the first stage.
+
+    Args:
+      points: maximum number of points per stage.
     """
-    start, found = 0, {}
+    start, result = 0, {}
     for stage, entry in training.items():
         losses = (
             smooth(entry["loss"])
             if smoothed
             else [math.nan if loss is None else loss for loss in entry["loss"]]
         )
-        kept = thinned(len(losses), points)
-        found[stage] = Curve([start + entry["tokens"][i] for i in kept], [losses[i] for i in kept])
+        chosen = thinned(len(losses), points)
+        tokens = [start + entry["tokens"][i] for i in chosen]
+        result[stage] = Curve(tokens, [losses[i] for i in chosen])
         start += entry["tokens"][-1] if entry["tokens"] else 0
-    return found
+    return result
 
 
 def validations(training: Mapping[str, Any]) -> dict[str, Curve]:
-    """The validation losses of stages that have any, tokens counted on as in `joined`."""
-    start, found = 0, {}
+    """Return the validation losses of stages that have any, over tokens as in `joined`."""
+    start, result = 0, {}
     for stage, entry in training.items():
         measured = entry.get("validation", {})
         if tokens := measured.get("tokens"):
             losses = [math.nan if loss is None else loss for loss in measured["validation_loss"]]
-            found[stage] = Curve([start + n for n in tokens], losses)
+            result[stage] = Curve([start + n for n in tokens], losses)
         start += entry["tokens"][-1] if entry["tokens"] else 0
-    return found
+    return result
 
 
 def starts(joined: Mapping[str, Curve]) -> list[tuple[float, str]]:
-    """Where each stage begins, and what it is called."""
+    """Return the number of tokens at which each stage begins, and its title."""
     ends = [0.0, *(curve.tokens[-1] for curve in joined.values() if curve.tokens)]
     return list(zip(ends, map(titled, joined)))
 
 
 def thinned(length: int, points: int) -> list[int]:
-    """At most `points` places of a list, evenly, the first and the last among them."""
+    """Return at most `points` evenly spaced indices of a list, first and last included."""
     if length <= points:
         return list(range(length))
     return sorted({round(i * (length - 1) / (points - 1)) for i in range(points)})
 
 
 def at(curve: Curve, tokens: float) -> float:
-    """The loss at so many tokens, on the straight line between the points around it; NaN outside of
-    the curve.
-    """
-    place = bisect.bisect_left(curve.tokens, tokens)
-    if place == len(curve.tokens) or tokens < curve.tokens[0]:
+    """Interpolate the loss linearly at a number of tokens; NaN outside of the curve."""
+    i = bisect.bisect_left(curve.tokens, tokens)
+    if i == len(curve.tokens) or tokens < curve.tokens[0]:
         return math.nan
-    if curve.tokens[place] == tokens:
-        return curve.loss[place]
-    (x0, x1), (y0, y1) = curve.tokens[place - 1 : place + 1], curve.loss[place - 1 : place + 1]
+    if curve.tokens[i] == tokens:
+        return curve.loss[i]
+    (x0, x1), (y0, y1) = curve.tokens[i - 1 : i + 1], curve.loss[i - 1 : i + 1]
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)

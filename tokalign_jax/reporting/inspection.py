@@ -1,13 +1,12 @@
-"""Why a target token got its rows, and where an alignment is weak: numbers from a finished
-alignment, and their tables.
+"""Inspection of an alignment: why a target token got its rows, and which rows are weak.
 
-A row is *certain* where the two vocabularies name the same thing (rules EXACT, SPECIAL and GIVEN),
-and else *uncertain*.
+A row is *certain* if both vocabularies name the same thing (rules EXACT, SPECIAL and GIVEN), else
+*uncertain*.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,58 +23,61 @@ from tokalign_jax.text import canonical
 
 CERTAIN = (*SURE, Rule.GIVEN)
 POOL = 256
-"""Neighbours by CSLS are looked for among this many source tokens with the largest cosines."""
+"""Source tokens with the largest cosines, among which neighbours by CSLS are searched."""
 FEWEST_SHARED = 32
-"""With fewer shared tokens that have vectors the two sides have no space in common."""
+"""Minimum number of shared tokens with vectors for a common space of both sides."""
 USED_TEXT = 0.5
-"""The worst rows are those of the lowest scores among the most frequent uncertain ones that make up
-this share of the uncertain
-text: tokens that are hardly used have no vector, so no score, and do no harm."""
+"""Share of the uncertain text: the worst rows are those with the lowest scores among the most
+frequent uncertain tokens that make it up. Rare tokens have no vector and so no score, and do little
+harm."""
 BINS = 10
-"""Of the histogram of scores."""
+"""Bins of the histogram of scores."""
 
 OWN_SPACE = ("lexicon", "tokalign", "focus", "omp")
-"""Methods that do not match in `matching.common_space`."""
+"""Methods that match in another space than `matching.common_space`."""
 
-SAYS = {
-    "EXACT": "the source has a token of the same bytes",
+DESCRIPTIONS = {
+    "EXACT": "the source token of the same bytes",
     "SPECIAL": "the source's special token of the same role, text or use, else its end-of-text",
     "SIMILAR": (
-        "matched by co-occurrence (omp: in the donor model), by most methods mixed with "
-        "the pieces of the text"
+        "matched by co-occurrence (omp: in the donor model), by most methods mixed with the "
+        "pieces of the text"
     ),
-    "PIECES": "the text as the source tokenizer cuts it",
+    "PIECES": "the source tokens of its text",
     "MEAN": "the mean of all source rows, since nothing is known",
     "GIVEN": "named by an alignment file",
     "RANDOM": "a source token drawn at random",
     "UNWRITTEN": (
-        "no text is cut into it, since another token has the same bytes; its head row is "
-        "the mean of all"
+        "never produced, since another token has the same bytes; its head row is the mean of all"
     ),
 }
 
 
-# --- tokens as text -----------------------------------------------------------------------------
+# --- Tokens as text -----------------------------------------------------------------------------
 
 
 def readable(content: bytes) -> str:
-    r"""`content` as text that `unescape` reads back: UTF-8 where it is printable, else `\n`, `\t`,
-    `\x0a`, `\u00a0`.
+    r"""Format bytes as printable UTF-8 with escapes `\n`, `\t`, `\x0a`, `\u00a0`.
+
+    `unescape` is the inverse.
     """
     return "".join(map(_readable_character, content.decode("utf-8", "surrogateescape")))
 
 
 def unescape(text: str) -> bytes:
-    r"""The bytes that `text` names: `\n \r \t \\`, `\x0a` (a byte), `\u00e9` and `\U0001f600`
-    (characters); all else as it is.
+    r"""Return the bytes of text with escapes.
+
+    The escapes are `\n \r \t \\`, `\x0a` (a byte), `\u00e9` and `\U0001f600` (characters).
     """
-    parts = re.split(
-        r"(\\(?:[nrt\\]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}))",
-        text,
-    )
     return b"".join(
-        _escape(p) if i % 2 else p.encode("utf-8", "surrogateescape") for i, p in enumerate(parts)
+        _unescape(part) if i % 2 else part.encode("utf-8", "surrogateescape")
+        for i, part in enumerate(_ESCAPE.split(text))
     )
+
+
+_ESCAPE = re.compile(
+    r"(\\(?:[nrt\\]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}))"
+)
 
 
 _NAMED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -88,34 +90,28 @@ def _readable_character(character: str) -> str:
         return named or character
     if 0xDC80 <= code < 0xDD00:  # a byte that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return (
-        f"\\x{code:02x}"
-        if code < 0x80
-        else f"\\u{code:04x}"
-        if code < 0x10000
-        else f"\\U{code:08x}"
-    )
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def _escape(escaped: str) -> bytes:
-    kind, digits = escaped[1], escaped[2:]
+def _unescape(escape: str) -> bytes:
+    kind, digits = escape[1], escape[2:]
     if kind == "x":
         return bytes([int(digits, 16)])
-    return (_NAMED[kind] if kind in _NAMED else chr(int(digits, 16))).encode(
-        "utf-8", "surrogatepass"
-    )
+    character = _NAMED[kind] if kind in _NAMED else chr(int(digits, 16))
+    return character.encode("utf-8", "surrogatepass")
 
 
 KINDS = ("unused", "special", "byte", "white space", "digits", "CJK", "other")
 _CJK = re.compile(
-    r"[\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff]"
+    r"[\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc"
+    r"\U00020000-\U0003ffff]"
 )
 
 
 def kind(content: bytes | None, spelled: str) -> str:
-    """What sort of token it is, one of `KINDS`; `byte`: it holds bytes that are no whole
-    characters.
-    """
+    """Classify a token as one of `KINDS`; `byte`: its bytes are no whole characters."""
     if content is None:
         return "special" if spelled else "unused"
     try:
@@ -129,52 +125,52 @@ def kind(content: bytes | None, spelled: str) -> str:
     return "CJK" if _CJK.search(text) else "other"
 
 
-# --- what is inspected --------------------------------------------------------------------------
+# --- Inputs -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One side's tokens."""
+    """Tokens of one side.
+
+    Attributes:
+      spelled: as the tokenizer spells each; "" for an unused id.
+      contents: canonical bytes; None for special tokens and unused ids.
+      counts: frequency of each in the corpus; None if not known.
+    """
 
     name: str
     spelled: Sequence[str]
-    """As the tokenizer writes each; empty for an unused id."""
     contents: Sequence[bytes | None]
-    """Canonical bytes; None for special tokens and unused ids."""
     counts: Int[np.ndarray, "V"] | None
-    """How often the corpus has each; None where it is not known."""
 
     def show(self, index: int) -> Code:
-        """The token for people; the mean of all rows where `index` is past the end (as in a
-        `Mixture`).
-        """
+        """Format a token; an index past the end is the mean of all rows (as in a `Mixture`)."""
         if index >= len(self.contents):
             return Code("mean of all rows")
         content = self.contents[index]
         return Code(readable(self.spelled[index].encode() if content is None else content))
 
     def count(self, index: int) -> str:
-        """Return how often the text has a token; empty where that is not known."""
+        """Format the frequency of a token; "" if not known."""
         return "" if self.counts is None or index >= len(self.counts) else f"{self.counts[index]:,}"
 
     def kind(self, index: int) -> str:
-        """Return what kind of token it is."""
+        """Classify a token as one of `KINDS`."""
         return kind(self.contents[index], self.spelled[index])
 
 
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, name: str, counts: Int[np.ndarray, "V"] | None
 ) -> Vocabulary:
-    """The tokens of `tokenizer`, with their counts if there are any."""
+    """Return the tokens of a tokenizer with their counts."""
     return Vocabulary(name, canonical.spelled(tokenizer), canonical.token_bytes(tokenizer), counts)
 
 
 def find(target: Vocabulary, text: str) -> list[int]:
-    """Ids of the tokens that read `text`: by its bytes with escapes, else as the tokenizer spells
-    them.
+    """Find the ids of tokens by their bytes (text with escapes), else by their spelling.
 
     Raises:
-      UserError: there is none; it names those that are spelled nearly so.
+      UserError: there is none; the message names the most similar tokens.
     """
     content = unescape(text)
     ids = [i for i, c in enumerate(target.contents) if c == content and content]
@@ -191,7 +187,7 @@ def find(target: Vocabulary, text: str) -> list[int]:
 
 
 class Space(NamedTuple):
-    """Both sides' token vectors where their products are cosines (`matching.common_space`)."""
+    """Token vectors of both sides whose products are cosines (`matching.common_space`)."""
 
     source_ids: Int[np.ndarray, "n"]
     target_ids: Int[np.ndarray, "m"]
@@ -207,8 +203,10 @@ def common_space(
     target_vectors: Float[np.ndarray, "m e"],
     seed: int,
 ) -> Space | None:
-    """The space in which an alignment with these settings was matched; None where too few shared
-    tokens have vectors.
+    """Rebuild the space in which an alignment was matched.
+
+    Returns:
+      None if too few shared tokens have vectors.
     """
     row_of = {int(token): row for row, token in enumerate(source_ids)}
     exact, heaviest = alignment.rules == Rule.EXACT, alignment.heaviest()
@@ -219,16 +217,15 @@ def common_space(
     ]
     if len(shared) < FEWEST_SHARED:
         return None
-    both = np.array(sorted(shared), np.int32)
-    chosen, _ = matching.choose_pivots(both[:, 0], both[:, 1], len(both), seed)
+    rows = np.array(sorted(shared), np.int32)
+    pivots, _ = matching.choose_pivots(rows[:, 0], rows[:, 1], len(rows), seed)
     vectors = jnp.asarray(source_vectors, jnp.float32), jnp.asarray(target_vectors, jnp.float32)
-    return Space(
-        source_ids, target_ids, *matching.common_space(*vectors, jnp.asarray(both[chosen]))
-    )
+    source, target = matching.common_space(*vectors, jnp.asarray(rows[pivots]))
+    return Space(source_ids, target_ids, source, target)
 
 
 class Neighbour(NamedTuple):
-    """A source token near to a target token."""
+    """A source token in the neighbourhood of a target token."""
 
     source: int
     cosine: float
@@ -238,28 +235,29 @@ class Neighbour(NamedTuple):
 def neighbours(
     space: Space, target: int, count: int, around: int, also: Iterable[int] = ()
 ) -> list[Neighbour] | None:
-    """The `count` source tokens with the largest CSLS, falling; None where the target token has no
-    vector.
+    """Return the `count` source tokens with the largest CSLS, in descending order.
 
     Args:
       around: neighbours over which hubness is averaged, as for the alignment.
-      also: source tokens that are listed wherever they come, if they have vectors.
+      also: source tokens to list in any case, if they have vectors.
+
+    Returns:
+      None if the target token has no vector.
     """
-    found = np.flatnonzero(space.target_ids == target)
-    if not len(found):
+    targets = np.flatnonzero(space.target_ids == target)
+    if not len(targets):
         return None
-    query, n = space.target[found[:1]], len(space.source)
-    cosines, nearest = matching.nearest(
-        query, space.source, jnp.zeros(n), min(max(POOL, around, count), n)
-    )
-    kept = np.flatnonzero(np.isin(space.source_ids, list(also)))
-    rows = np.union1d(np.asarray(nearest[0]), kept)
+    query, n = space.target[targets[:1]], len(space.source)
+    pool = min(max(POOL, around, count), n)
+    cosines, nearest = matching.nearest(query, space.source, jnp.zeros(n), pool)
+    extra = np.flatnonzero(np.isin(space.source_ids, list(also)))
+    rows = np.union1d(np.asarray(nearest[0]), extra)
     keys = space.source[rows]
     around_keys = matching.hubness(keys, space.target, around)
     cosine = jnp.matmul(keys, query[0], precision="highest")
     csls = np.asarray(cosine - (around_keys + cosines[0, : min(around, n)].mean()) / 2)
     order = np.argsort(-csls, kind="stable")
-    shown = [i for place, i in enumerate(order) if place < count or rows[i] in kept]
+    shown = [i for rank, i in enumerate(order) if rank < count or rows[i] in extra]
     return [
         Neighbour(int(space.source_ids[rows[i]]), float(cosine[i]), float(csls[i])) for i in shown
     ]
@@ -267,38 +265,46 @@ def neighbours(
 
 @dataclass(frozen=True)
 class Subject:
-    """An alignment and what is known of its two sides."""
+    """An alignment with its two vocabularies and its space.
+
+    Attributes:
+      cut: bytes to source ids, as `canonical.PieceCutter`.
+      no_space: the reason why there is no space.
+      method: `alignment.method`, or `file`.
+      around: neighbours for CSLS.
+    """
 
     alignment: Alignment
     source: Vocabulary
     target: Vocabulary
     cut: Callable[[bytes], list[int]]
-    """Bytes to source ids, as `canonical.PieceCutter`."""
     space: Space | None
     no_space: str = ""
-    """Why there is no space."""
     method: str = "unknown"
-    """`alignment.method`, or `file`."""
     around: int = 10
-    """Neighbours for CSLS."""
 
     @property
     def uncertain(self) -> np.ndarray:
-        """Which target tokens have no certain source token; bool [V_t]."""
+        """Target tokens whose rows are uncertain: bool [V_t]."""
         return ~np.isin(self.alignment.rules, CERTAIN)
 
     @property
+    def has_counts(self) -> bool:
+        """Whether the frequencies of target tokens are known."""
+        return self.target.counts is not None
+
+    @property
     def counts(self) -> Int[np.ndarray, "V_t"]:
-        """Of target tokens; zeros where they are not known."""
-        known = self.target.counts
-        return np.zeros(self.alignment.target_size, np.int64) if known is None else known
+        """Frequencies of target tokens; zeros if not known."""
+        counts = self.target.counts
+        return np.zeros(self.alignment.target_size, np.int64) if counts is None else counts
 
 
-# --- one token ----------------------------------------------------------------------------------
+# --- A single token -----------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """A source token that has to do with a target token's rows."""
+    """A source token in a target token's text, match or rows, with its weights."""
 
     source: int
     role: str
@@ -307,25 +313,25 @@ class Part(NamedTuple):
 
 
 def row(mixture: Mixture, index: int) -> dict[int, float]:
-    """Source tokens and weights of one target token; the key V_s stands for the mean."""
+    """Return the weights of a target token by source token; the key V_s is the mean of all."""
     entries = slice(mixture.indptr[index], mixture.indptr[index + 1])
     return dict(zip(mixture.ids[entries].tolist(), mixture.weights[entries].tolist()))
 
 
 def parts(subject: Subject, index: int) -> list[Part]:
-    """The pieces of the token's text in order, its match, and whatever else its rows are made of."""
+    """Return the pieces of a token's text in order, its match, and further tokens of its rows."""
     alignment, content = subject.alignment, subject.target.contents[index]
     spelled = subject.target.spelled[index].encode()
     embedding, head = row(alignment.embedding, index), row(alignment.head, index)
     roles: dict[int, list[str]] = {}
-    for place, piece in enumerate(subject.cut(spelled if content is None else content), start=1):
-        roles.setdefault(piece, []).append(f"piece {place}")
+    pieces = subject.cut(spelled if content is None else content)
+    for number, piece in enumerate(pieces, start=1):
+        roles.setdefault(piece, []).append(f"piece {number}")
     match = int(alignment.matches[index])
     if match >= 0:
         roles.setdefault(match, []).append("match")
-    for source in sorted(
-        {**embedding, **head}, key=lambda i: -embedding.get(i, 0.0) - head.get(i, 0.0)
-    ):
+    by_weight = lambda i: -embedding.get(i, 0.0) - head.get(i, 0.0)  # noqa: E731
+    for source in sorted({**embedding, **head}, key=by_weight):
         roles.setdefault(source, [])
     return [
         Part(i, ", ".join(role), embedding.get(i, 0.0), head.get(i, 0.0))
@@ -334,72 +340,65 @@ def parts(subject: Subject, index: int) -> list[Part]:
 
 
 def explain(subject: Subject, index: int, count: int = 10) -> list[Section]:
-    """Why target token `index` has its rows.
+    """Explain the rows of a target token: its facts, source tokens and neighbours.
+
+    Args:
+      count: number of neighbours.
 
     Raises:
       UserError: there is no such id.
     """
-    alignment, source, target = subject.alignment, subject.source, subject.target
-    if not 0 <= index < alignment.target_size:
-        raise UserError(
-            f"--id {index}: the target tokens of '{target.name}' are 0 to "
-            f"{alignment.target_size - 1}"
-        )
-    rule, match = Rule(int(alignment.rules[index])), int(alignment.matches[index])
-    shift = float(alignment.frequency_shift[index])
-    facts: list[tuple[str, Cell]] = [
-        ("rule", f"{rule.name.lower()}: {SAYS.get(rule.name, '')}"),
-        (
-            "score",
-            f"{alignment.scores[index]:.3f}"
-            + ("" if rule in CERTAIN or match >= 0 else " (it has no match)"),
-        ),
-        (
-            "spelled",
-            (
-                Code(readable(target.spelled[index].encode("utf-8", "surrogateescape"))),
-                f" ({target.kind(index)})",
-            ),
-        ),
-        ("bytes", (target.contents[index] or b"").hex(" ") or "none"),
-        ("corpus", _frequency(subject, index)),
-        (
-            "frequency shift",
-            f"{shift:+.3f}: " + (_shift(shift) if shift else "the head row is not moved"),
-        ),
-    ]
-    made = [
-        (
-            source.show(p.source),
-            f"{p.source}",
-            p.role,
-            _weight(p.embedding),
-            _weight(p.head),
-            source.count(p.source),
-        )
-        for p in parts(subject, index)
-    ]
+    size, target = subject.alignment.target_size, subject.target
+    if not 0 <= index < size:
+        raise UserError(f"--id {index}: the target tokens of '{target.name}' are 0 to {size - 1}")
     title = f"Target token {index}: “{target.show(index).text}”"
     return [
-        Section(title, rows=facts),
-        Section(
-            "Source tokens",
-            _after(subject, index),
-            ("token", "id", "as", "in embedding", "in head", "in the corpus"),
-            made,
-        ),
-        _neighbour_section(subject, index, match, count),
+        Section(title, rows=_facts(subject, index)),
+        _source_section(subject, index),
+        _neighbour_section(subject, index, count),
     ]
 
 
-def _after(subject: Subject, index: int) -> str:
-    """What initialization does to a row beyond its mixture."""
+def _facts(subject: Subject, index: int) -> list[tuple[str, Cell]]:
+    alignment, target = subject.alignment, subject.target
+    rule = Rule(int(alignment.rules[index]))
+    has_match = rule in CERTAIN or alignment.matches[index] >= 0
+    shift = float(alignment.frequency_shift[index])
+    spelled = Code(readable(target.spelled[index].encode("utf-8", "surrogateescape")))
+    return [
+        ("rule", f"{rule.name.lower()}: {DESCRIPTIONS.get(rule.name, '')}"),
+        ("score", f"{alignment.scores[index]:.3f}" + ("" if has_match else " (it has no match)")),
+        ("spelled", (spelled, f" ({target.kind(index)})")),
+        ("bytes", (target.contents[index] or b"").hex(" ") or "none"),
+        ("corpus", _frequency(subject, index)),
+        ("frequency shift", f"{shift:+.3f}: {_shift(shift)}"),
+    ]
+
+
+def _source_section(subject: Subject, index: int) -> Section:
+    source = subject.source
+    rows = [
+        (
+            source.show(part.source),
+            f"{part.source}",
+            part.role,
+            _weight(part.embedding),
+            _weight(part.head),
+            source.count(part.source),
+        )
+        for part in parts(subject, index)
+    ]
+    header = ("token", "id", "as", "in embedding", "in head", "in the corpus")
+    return Section("Source tokens", _later_changes(subject, index), header, rows)
+
+
+def _later_changes(subject: Subject, index: int) -> str:
+    """Describe what initialization changes in a row after it was mixed."""
     rule = Rule(int(subject.alignment.rules[index]))
     if subject.method == "distilled" and rule in (Rule.EXACT, Rule.PIECES):
         rows = "; rows of shared tokens stay with initialization.trains=rows" * (rule == Rule.EXACT)
         return (
-            "From this row initialization trains the start with the source model as teacher, "
-            "unless "
+            "The row is then trained with the source model as teacher, unless "
             f"initialization.distillation_tokens is 0{rows}."
         )
     if subject.method != "composed" or rule not in (Rule.EXACT, Rule.SIMILAR, Rule.PIECES):
@@ -407,34 +406,40 @@ def _after(subject: Subject, index: int) -> str:
     unless = "unless initialization.tokens or initialization.tuning is 0"
     if rule == Rule.EXACT:
         return (
-            f"Initialization tunes the row together with all others, {unless} or the vocabulary is"
-            " extended."
+            f"The row is then tuned together with all others, {unless} or the vocabulary is "
+            "extended."
         )
     return (
-        "From this mixture initialization draws the row to what the source model makes of the "
-        "token in text, "
-        f"and tunes it together with all others, {unless}."
+        "The row is then moved towards one predicted from the source model's hidden states around "
+        f"the token, and tuned together with all others, {unless}."
     )
 
 
-def _neighbour_section(subject: Subject, index: int, match: int, count: int) -> Section:
+def _neighbour_section(subject: Subject, index: int, count: int) -> Section:
     title, source = "Nearest source tokens by co-occurrence", subject.source
     if subject.space is None:
         return Section(title, f"Not known: {subject.no_space}.")
-    found = neighbours(subject.space, index, count, subject.around, [match])
-    if found is None:
+    match = int(subject.alignment.matches[index])
+    nearest = neighbours(subject.space, index, count, subject.around, [match])
+    if nearest is None:
         return Section(title, "Not known: the token has no vector; it is too rare in the corpus.")
     rows = [
-        (source.show(n.source), f"{n.source}", f"{n.csls:.3f}", f"{n.cosine:.3f}", source.count(n.source),
-         "match" if n.source == match else "")
-        for n in found
-    ]  # fmt: skip
+        (
+            source.show(neighbour.source),
+            f"{neighbour.source}",
+            f"{neighbour.csls:.3f}",
+            f"{neighbour.cosine:.3f}",
+            source.count(neighbour.source),
+            "match" if neighbour.source == match else "",
+        )
+        for neighbour in nearest
+    ]
     text = (
-        "In the space that both sides share; CSLS is the cosine less what either token has of it"
-        " with everything."
+        "In the common space of both sides; CSLS is the cosine less the mean cosine of either "
+        "token to its neighbours."
     )
     if subject.method in OWN_SPACE:
-        text += f" Method '{subject.method}' found its matches in another one."
+        text += f" Method '{subject.method}' matches in another space."
     return Section(title, text, ("token", "id", "CSLS", "cosine", "in the corpus", ""), rows)
 
 
@@ -446,76 +451,92 @@ def _frequency(subject: Subject, index: int) -> str:
 
 
 def _shift(shift: float) -> str:
-    return f"the token is {np.exp(shift):.3g} times as frequent as what its head row is mixed from"
+    if not shift:
+        return "the head row is not moved"
+    return f"the token is {np.exp(shift):.3g} times as frequent as the tokens of its head row"
 
 
 def _weight(weight: float) -> str:
     return f"{weight:.3f}" if weight else ""
 
 
-# --- a whole alignment --------------------------------------------------------------------------
+# --- A whole alignment --------------------------------------------------------------------------
 
 
 def report(subject: Subject, count: int = 12) -> list[Section]:
-    """A page on an alignment: rules, scores, hubs, kinds of tokens, its weak rows and examples."""
+    """Summarise an alignment: rules, scores, hubs, kinds of tokens, weak rows and examples."""
     alignment = subject.alignment
-    uncertain = np.flatnonzero(subject.uncertain)
-    header = ("token", "id", "rule", "count", "score", "match", "embedding made of")
-    listed = lambda ids: [_line(subject, i) for i in ids]  # noqa: E731
+    frequent = most_frequent(subject.uncertain, subject.counts)
+    weak = worst(subject.uncertain, subject.counts, alignment.scores)
+    per_rule = max(1, count // 3)
+    of_each_rule = [
+        index
+        for rule in Rule
+        for index in examples(alignment.rules == rule, subject.counts, per_rule)
+    ]
     return [
-        Section(
-            "What is aligned",
-            f"{alignment.target_size:,} target tokens ({subject.target.name}) made of "
-            f"{alignment.source_size:,} source tokens "
-            f"({subject.source.name}) by method '{subject.method}'; {len(uncertain):,} rows are "
-            f"uncertain"
-            + (f", {_share(subject, subject.uncertain):.2%} of the corpus." if subject.target.counts is not None else "."),
-        ),
-        Section(
-            "Rules",
-            "; ".join(f"{r.name.lower()}: {SAYS.get(r.name, '')}" for r in Rule if (alignment.rules == r).any()) + ".",
-            ("rule", "rows", "of rows", "of corpus", "mean score", ""),
-            _rules(subject),
-        ),
+        _summary_section(subject),
+        _rule_section(subject),
         Section(
             "Scores",
             "Uncertain rows by the score of their best match.",
             ("score", "rows", "of corpus", ""),
             _histogram(subject),
         ),
-        *(
-            Section(title, text, ("source token", "rows", "of these", "most frequent that point "
-                                                                      "at it"), rows)
-            for title, text, rows in (
-                _hub_table(subject, "Hubs: heaviest source tokens", uncertain, alignment.heaviest()[uncertain]),
-                _hub_table(subject, "Hubs: matches", *_matched(alignment)),
-            )
-            if rows
-        ),
+        *_hub_sections(subject),
         Section("Kinds of tokens", "Rows by rule.", *_kinds(subject)),
-        Section(
-            "Most frequent uncertain rows", "", header, listed(most_frequent(subject.uncertain, subject.counts)[:count])
-        ),
-        Section(
+        _row_section(subject, "Most frequent uncertain rows", "", frequent[:count]),
+        _row_section(
+            subject,
             "Worst rows",
-            f"The lowest scores among the most frequent uncertain rows, those that make up "
+            "The lowest scores among the most frequent uncertain rows that make up "
             f"{USED_TEXT:.0%} of the uncertain text.",
-            header,
-            listed(worst(subject.uncertain, subject.counts, alignment.scores)[:count]),
+            weak[:count],
         ),
-        Section(
+        _row_section(
+            subject,
             "Examples of each rule",
-            "Spread evenly from the most frequent to the rarest.",
-            header,
-            listed(i for rule in Rule for i in examples(alignment.rules == rule, subject.counts, max(1, count // 3))),
+            "At even steps from the most frequent to the rarest.",
+            of_each_rule,
         ),
-    ]  # fmt: skip
+    ]
+
+
+def _summary_section(subject: Subject) -> Section:
+    alignment, uncertain = subject.alignment, subject.uncertain
+    text = (
+        f"{alignment.target_size:,} target tokens ({subject.target.name}) made of "
+        f"{alignment.source_size:,} source tokens ({subject.source.name}) by method "
+        f"'{subject.method}'; {uncertain.sum():,} rows are uncertain"
+    )
+    if subject.has_counts:
+        text += f", {_share(subject, uncertain):.2%} of the corpus"
+    return Section("What is aligned", f"{text}.")
+
+
+def _rule_section(subject: Subject) -> Section:
+    used = [rule for rule in Rule if (subject.alignment.rules == rule).any()]
+    text = "; ".join(f"{rule.name.lower()}: {DESCRIPTIONS.get(rule.name, '')}" for rule in used)
+    header = ("rule", "rows", "of rows", "of corpus", "mean score", "")
+    return Section("Rules", f"{text}.", header, _rules(subject))
+
+
+def _hub_sections(subject: Subject) -> Iterator[Section]:
+    alignment = subject.alignment
+    uncertain = np.flatnonzero(subject.uncertain)
+    heaviest = alignment.heaviest()[uncertain]
+    yield from _hub_section(subject, "Hubs: heaviest source tokens", uncertain, heaviest)
+    matched = np.flatnonzero((alignment.rules == Rule.SIMILAR) & (alignment.matches >= 0))
+    yield from _hub_section(subject, "Hubs: matches", matched, alignment.matches[matched])
+
+
+def _row_section(subject: Subject, title: str, text: str, ids: Iterable[int]) -> Section:
+    header = ("token", "id", "rule", "count", "score", "match", "embedding made of")
+    return Section(title, text, header, [_line(subject, index) for index in ids])
 
 
 def most_frequent(chosen: np.ndarray, counts: Int[np.ndarray, "V_t"]) -> Int[np.ndarray, "c"]:
-    """Ids where bool `chosen` is true and the corpus has them (all where it has none of them),
-    falling by count.
-    """
+    """Return the ids of chosen tokens that are in the corpus (all if none is), by falling count."""
     ids = np.flatnonzero(chosen)
     ids = ids[np.argsort(-counts[ids], kind="stable")]
     seen = ids[counts[ids] > 0]
@@ -525,9 +546,7 @@ def most_frequent(chosen: np.ndarray, counts: Int[np.ndarray, "V_t"]) -> Int[np.
 def worst(
     uncertain: np.ndarray, counts: Int[np.ndarray, "V_t"], scores: Float[np.ndarray, "V_t"]
 ) -> Int[np.ndarray, "c"]:
-    """Uncertain ids of the used text (`USED_TEXT`) by rising score, of equals the more frequent
-    first.
-    """
+    """Return the uncertain ids that make up `USED_TEXT` of the text, by rising score."""
     ids = most_frequent(uncertain, counts)
     up_to, total = np.cumsum(counts[ids]), counts[ids].sum()
     if total:
@@ -536,25 +555,29 @@ def worst(
 
 
 def examples(chosen: np.ndarray, counts: Int[np.ndarray, "V_t"], count: int) -> list[int]:
-    """`count` ids of `chosen` at even steps from the most frequent to the rarest."""
+    """Return `count` chosen ids at even steps from the most frequent to the rarest."""
     ids = most_frequent(chosen, counts)
-    places = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)
-    return [int(ids[place]) for place in places]
+    steps = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)
+    return ids[steps].tolist()
 
 
 class Hub(NamedTuple):
-    """A source token that many rows point at."""
+    """A source token that many rows point at.
+
+    Attributes:
+      rows: number of these rows.
+      pointing: their target tokens, by falling count.
+    """
 
     source: int
     rows: int
     pointing: list[int]
-    """Target tokens that do, falling by count."""
 
 
 def hubs(
     targets: Int[np.ndarray, "n"], pointed_at: Int[np.ndarray, "n"], counts: Int[np.ndarray, "V_t"]
 ) -> list[Hub]:
-    """The `HUBS` source tokens that most of `targets` point at, falling."""
+    """Return the `HUBS` source tokens that most target tokens point at, in descending order."""
     sources, rows = np.unique(pointed_at, return_counts=True)
     order = np.argsort(-rows, kind="stable")[:HUBS]
     by_count = np.argsort(-counts[targets], kind="stable")
@@ -565,83 +588,89 @@ def hubs(
     ]
 
 
-def _hub_table(
-    subject: Subject, title: str, targets, pointed_at
-) -> tuple[str, str, list[Sequence[Cell]]]:
-    share = scoring.hub_share(pointed_at, HUBS)
+def _hub_section(
+    subject: Subject, title: str, targets: np.ndarray, pointed_at: np.ndarray
+) -> Iterator[Section]:
+    """Yield a table of hubs, if there are any."""
     rows: list[Sequence[Cell]] = [
-        (subject.source.show(hub.source), f"{hub.rows:,}", f"{hub.rows / len(targets):.2%}",
-         _joined([subject.target.show(i) for i in hub.pointing[:5]]))
+        (
+            subject.source.show(hub.source),
+            f"{hub.rows:,}",
+            f"{hub.rows / len(targets):.2%}",
+            _joined([subject.target.show(i) for i in hub.pointing[:5]]),
+        )
         for hub in hubs(targets, pointed_at, subject.counts)
-    ]  # fmt: skip
-    return (
-        title,
-        f"{share:.1%} of {len(targets):,} rows point at {HUBS} source tokens (the hub share).",
-        rows,
-    )
-
-
-def _matched(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
-    similar = np.flatnonzero((alignment.rules == Rule.SIMILAR) & (alignment.matches >= 0))
-    return similar, alignment.matches[similar]
+    ]
+    if rows:
+        share = scoring.hub_share(pointed_at, HUBS)
+        text = f"{share:.1%} of {len(targets):,} rows point at {HUBS} source tokens (hub share)."
+        header = ("source token", "rows", "of these", "most frequent that point at it")
+        yield Section(title, text, header, rows)
 
 
 def _rules(subject: Subject) -> list[Sequence[Cell]]:
     alignment, rows = subject.alignment, []
     for rule in Rule:
-        of = alignment.rules == rule
-        if of.any():
-            share = float(of.mean()) if subject.target.counts is None else _share(subject, of)
-            corpus = "" if subject.target.counts is None else f"{share:.2%}"
-            score = f"{alignment.scores[of].mean():.2f}"
+        chosen = alignment.rules == rule
+        if chosen.any():
+            share = _share(subject, chosen) if subject.has_counts else float(chosen.mean())
             rows.append(
-                (rule.name.lower(), f"{of.sum():,}", f"{of.mean():.1%}", corpus, score, Bar(share))
+                (
+                    rule.name.lower(),
+                    f"{chosen.sum():,}",
+                    f"{chosen.mean():.1%}",
+                    f"{share:.2%}" if subject.has_counts else "",
+                    f"{alignment.scores[chosen].mean():.2f}",
+                    Bar(share),
+                )
             )
     return rows
 
 
 def histogram(scores: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """The bin of each score: `BINS` of equal width over [0, 1], scores outside in the outermost."""
+    """Return the bin of each score: `BINS` of equal width over [0, 1], clipped."""
     return np.clip((scores * BINS).astype(int), 0, BINS - 1)
 
 
 def _histogram(subject: Subject) -> list[Sequence[Cell]]:
-    alignment = subject.alignment
+    alignment, uncertain, rows = subject.alignment, subject.uncertain, []
     bins = np.where(alignment.matches >= 0, histogram(alignment.scores), -1)
-    groups = [(f"{b / BINS:.1f} to {(b + 1) / BINS:.1f}", bins == b) for b in range(BINS)]
-    groups = [(name, of & subject.uncertain) for name, of in [("no match", bins == -1), *groups]]
-    known = subject.target.counts is not None
-    sizes = [_share(subject, of) if known else float(of.mean()) for _, of in groups]
+    for index in range(-1, BINS):
+        chosen = (bins == index) & uncertain
+        name = "no match" if index < 0 else f"{index / BINS:.1f} to {(index + 1) / BINS:.1f}"
+        share = _share(subject, chosen) if subject.has_counts else float(chosen.mean())
+        rows.append((name, f"{chosen.sum():,}", share))
+    largest = max(share for *_, share in rows) or 1
     return [
-        (name, f"{of.sum():,}", f"{size:.2%}" if known else "", Bar(size / (max(sizes) or 1)))
-        for (name, of), size in zip(groups, sizes)
+        (name, count, f"{share:.2%}" if subject.has_counts else "", Bar(share / largest))
+        for name, count, share in rows
     ]
 
 
 def _kinds(subject: Subject) -> tuple[Sequence[str], list[Sequence[Cell]]]:
-    """A table of kinds by rules, as header and rows."""
+    """Return header and rows of a table of kinds by rules."""
     alignment, target = subject.alignment, subject.target
-    of_token = np.array([KINDS.index(target.kind(i)) for i in range(alignment.target_size)])
+    kinds = np.array([KINDS.index(target.kind(i)) for i in range(alignment.target_size)])
     rules = [rule for rule in Rule if (alignment.rules == rule).any()]
     rows = []
     for index, name in enumerate(KINDS):
-        of = of_token == index
-        if of.any():
-            numbers = [f"{(of & (alignment.rules == rule)).sum():,}" for rule in rules]
-            share = "" if target.counts is None else f"{_share(subject, of):.2%}"
-            shown = [target.show(i) for i in examples(of, subject.counts, 4) if target.spelled[i]]
-            rows.append((name, *numbers, share, _joined(shown)))
+        chosen = kinds == index
+        if chosen.any():
+            numbers = [f"{(chosen & (alignment.rules == rule)).sum():,}" for rule in rules]
+            share = f"{_share(subject, chosen):.2%}" if subject.has_counts else ""
+            ids = [i for i in examples(chosen, subject.counts, 4) if target.spelled[i]]
+            rows.append((name, *numbers, share, _joined(map(target.show, ids))))
     return ("kind", *(rule.name.lower() for rule in rules), "of corpus", "such as"), rows
 
 
 def _line(subject: Subject, index: int) -> Sequence[Cell]:
-    """One target token in a table of rows."""
+    """Return a target token's line in a table of rows."""
     alignment, index = subject.alignment, int(index)
     match = int(alignment.matches[index])
     weights = sorted(row(alignment.embedding, index).items(), key=lambda item: -item[1])
-    made: list[str | Code] = []
+    mixture: list[str | Code] = []
     for source, weight in weights[:4]:
-        made += [*([" "] if made else []), subject.source.show(source), f" {weight:.2f}"]
+        mixture += [*([" "] if mixture else []), subject.source.show(source), f" {weight:.2f}"]
     return (
         subject.target.show(index),
         f"{index}",
@@ -649,13 +678,13 @@ def _line(subject: Subject, index: int) -> Sequence[Cell]:
         subject.target.count(index),
         f"{alignment.scores[index]:.2f}",
         subject.source.show(match) if match >= 0 else "",
-        (*made, " …") if len(weights) > 4 else tuple(made),
+        (*mixture, " …") if len(weights) > 4 else tuple(mixture),
     )
 
 
-def _share(subject: Subject, of: np.ndarray) -> float:
-    """The share of the corpus that the target tokens where `of` is true make up."""
-    return float(subject.counts[of].sum() / max(int(subject.counts.sum()), 1))
+def _share(subject: Subject, chosen: np.ndarray) -> float:
+    """Return the share of the corpus that the chosen target tokens make up."""
+    return float(subject.counts[chosen].sum() / max(int(subject.counts.sum()), 1))
 
 
 def _joined(tokens: Iterable[Code]) -> tuple[str | Code, ...]:

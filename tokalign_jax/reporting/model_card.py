@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md with YAML front matter, from plain facts."""
+"""Model card of an export: README.md with YAML front matter."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from tokalign_jax.reporting.pages import Bar, Code, Section, code, literal, mark
 CARD = "README.md"
 
 _CARRIED = ("license", "license_name", "license_link")
-"""Front matter of the base model's card that holds for the new one as well."""
+"""Fields of the base model's front matter that are copied."""
 
 _MAIN = (
     "alignment.method",
@@ -27,7 +27,7 @@ _MAIN = (
     "compute.dtype",
     "seed",
 )
-"""What of a config says how a model was made, and of each training stage in it:"""
+"""Config fields that a card lists, besides those of each training stage."""
 
 _OF_STAGE = ("method", "objective", "steps", "learning_rate", "batch_size", "sequence_length")
 _OF_STAGE += ("divergence", "mixture", "temperature", "weight")
@@ -35,91 +35,88 @@ _OF_STAGE += ("divergence", "mixture", "temperature", "weight")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells. Whatever is left empty is not mentioned."""
+    """Content of a model card; empty fields are not mentioned.
+
+    Attributes:
+      base_model: hub name (`name@revision`) or folder of the source model.
+      target_tokenizer: likewise of the tokenizer; or `extend`, `prune`.
+      teacher: likewise of the teacher of Stage 3.
+      name: the name that the example loads the model by.
+      base_card: text of the base model's README.md.
+      terms: names of the base model's licence files beside the card.
+      source_tokens, target_tokens: sizes of the vocabularies.
+      rows: rows of embedding and head, at least `target_tokens`.
+      settings: main config values by their names (`main_settings`).
+      rules: by rule of the alignment `rows`, and `frequency`, their share of the text.
+      corpus: names of the files or data sets of the corpus.
+      corpus_bytes: UTF-8 bytes of training text by language.
+      bits_per_byte: by state of the model (`source`, `init`, ...) and language.
+      bytes_per_token: by side (`source`, `target`) and language.
+      loses: parts of a text that the tokenizer does not keep (`canonical.losses`).
+      special: special tokens and the sources of their rows (`methods.special_rows`).
+    """
 
     base_model: str
-    """Hub name (`name@revision`) or folder of the source model."""
     target_tokenizer: str
-    """The same of the tokenizer; `extend`: the base model's own with more tokens."""
     teacher: str = ""
-    """The same of the model that it learned from in a last stage."""
     name: str = "."
-    """Where the model is loaded from, in the example."""
     base_card: str = ""
-    """Text of the base model's README.md."""
     terms: Sequence[str] = ()
-    """Names of the base model's licence files that lie beside the card."""
     model_type: str = ""
     source_tokens: int = 0
-    """Tokens of the old vocabulary."""
     target_tokens: int = 0
-    """Tokens of the new one."""
     rows: int = 0
-    """Of the matrices: at least `target_tokens`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Main config values by their names (`main_settings`)."""
     rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By rule of the alignment: `rows`, and `frequency`, their share of the text."""
     corpus: Sequence[str] = ()
-    """Names of what was read."""
     corpus_bytes: Mapping[str, int] = field(default_factory=dict)
-    """UTF-8 bytes of training text by language."""
     bits_per_byte: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By state of the model (`source`, `init`, ...): by language."""
     bytes_per_token: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By side (`source`, `target`): by language."""
     loses: Sequence[str] = ()
-    """What of a text the tokenizer does not keep (`canonical.losses`)."""
     special: Sequence[Mapping[str, Any]] = ()
-    """Special tokens and where their rows came from (`methods.special_rows`)."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config (as a nested dict) that say how a model was made, by their dotted
-    names.
+    """Return the config values that a card lists, by their dotted names.
+
+    Args:
+      config: as a nested dict.
     """
-    found = {}
-    # A stage for distillation is none without a teacher.
-    given = {stage: config.get(stage, {}) for stage in TRAINING}
+    settings = {}
+    entries = {stage: config.get(stage, {}) for stage in TRAINING}
+    # Without a teacher there is no Stage 3.
     stages = [
-        stage for stage, entry in given.items() if entry.get("steps") and entry.get("teacher", True)
+        s for s, entry in entries.items() if entry.get("steps") and entry.get("teacher", True)
     ]
     for name in (*_MAIN, *(f"{stage}.{name}" for stage in stages for name in _OF_STAGE)):
         value: Any = config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value not in (None, ""):
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """The metadata at the head of a card; {} where there is none that can be read."""
+    """Return the metadata at the head of a card; {} if missing or not readable."""
     match = re.match(r"\A\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", card, re.DOTALL)
     try:
-        found = yaml.safe_load(match[1]) if match else None
+        content = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def model_card(facts: CardFacts) -> str:
-    """README.md: metadata as the hub reads it, then how the model was made, from what, and what it
-    measures.
-    """
+    """Return the text of README.md: metadata for the hub, description, data and results."""
     settings = [(Code(name), Code(str(value))) for name, value in facts.settings.items()]
+    tables = [_data(facts), *_results(facts)]
+    tables += [rules_section(facts.rules), special_section(facts.special)]
     sections = (
-        _made(facts),
+        _description(facts),
         _use(facts),
-        markdown(
-            [
-                _data(facts),
-                *_figures(facts),
-                rules_section(facts.rules),
-                special_section(facts.special),
-            ]
-        ),
+        markdown(tables),
         markdown([Section("Settings", "", ("setting", "value"), settings)] if settings else []),
         _terms(facts),
         markdown([Section("Versions", "", ("package", "version"), list(facts.versions.items()))]),
@@ -131,7 +128,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def rules_section(rules: Mapping[str, Mapping[str, float]]) -> Section:
-    """How the rows of the new vocabulary were made, from `CardFacts.rules`."""
+    """Return the table of `CardFacts.rules`."""
     rows = [
         (name, f"{int(entry['rows']):,}", f"{entry['frequency']:.2%}", Bar(entry["frequency"]))
         for name, entry in rules.items()
@@ -141,7 +138,7 @@ def rules_section(rules: Mapping[str, Mapping[str, float]]) -> Section:
 
 
 def special_section(special: Sequence[Mapping[str, Any]]) -> Section:
-    """Special tokens and where their rows came from (`CardFacts.special`)."""
+    """Return the table of `CardFacts.special`."""
     rows = [
         (
             Code(entry["token"]),
@@ -152,16 +149,13 @@ def special_section(special: Sequence[Mapping[str, Any]]) -> Section:
         )
         for entry in special
     ]
-    text = "Where their rows came from; the rest is made of the pieces of its text." if rows else ""
-    return Section(
-        "Special tokens", text, ("token", "id", "rows of", "because", "in the chat template"), rows
-    )
+    text = "Sources of their rows; all others are made from the pieces of their texts."
+    header = ("token", "id", "rows of", "because", "in the chat template")
+    return Section("Special tokens", text if rows else "", header, rows)
 
 
 def short_name(name: str) -> str:
-    """Of a model or tokenizer for people: a folder's own name, since where it lies on somebody's
-    disk is nobody's business.
-    """
+    """Return a model's or tokenizer's hub name; of a folder its last part, to hide local paths."""
     return name.partition("@")[0] if _hub_name(name) else Path(name).name
 
 
@@ -190,9 +184,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def _hub_name(name: str) -> str:
-    """The repository of a hub name, without its revision; "" for a folder, or what ships with the
-    package.
-    """
+    """Return the repository of a hub name, without its revision; "" for a folder."""
     repository = name.partition("@")[0]
     is_name = (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository)
@@ -204,45 +196,40 @@ def _hub_name(name: str) -> str:
 # --- sections -----------------------------------------------------------------------------------
 
 
-def _made(facts: CardFacts) -> str:
-    base, name = _link(facts.base_model), short_name(facts.base_model)
+def _description(facts: CardFacts) -> str:
+    base, name = _link(facts.base_model), literal(short_name(facts.base_model))
     if facts.target_tokenizer == EXTEND:
-        lines = [f"# {literal(name)} with an extended vocabulary", ""]
-        lines += [
-            f"The model {base} with more tokens in its own tokenizer: rows of its embedding and "
-            f"its head"
+        title = f"{name} with an extended vocabulary"
+        lines = [
+            f"The model {base} with tokens added to its tokenizer: their rows of embedding and",
+            "head were initialised and trained by tokalign_jax.",
         ]
-        lines += ["were made for these, and trained by tokalign_jax."]
     elif facts.target_tokenizer == PRUNE:
-        lines = [f"# {literal(name)} with a pruned vocabulary", ""]
-        lines += [
-            f"The model {base} without the tokens that a corpus does not need; the others keep "
-            f"their rows."
+        title = f"{name} with a pruned vocabulary"
+        lines = [
+            f"The model {base} without tokens that a corpus does not need; all others keep their",
+            "rows.",
         ]
     else:
+        title = f"{name} with the vocabulary of {literal(short_name(facts.target_tokenizer))}"
         lines = [
-            f"# {literal(name)} with the vocabulary of "
-            f"{literal(short_name(facts.target_tokenizer))}",
-            "",
+            f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of",
+            "embedding and head were initialised for that vocabulary and trained by tokalign_jax.",
         ]
-        lines += [
-            f"The model {base} with the tokenizer of {_link(facts.target_tokenizer)}: the rows of "
-            f"its embedding"
-        ]
-        lines += ["and its head were made anew for that vocabulary and trained by tokalign_jax."]
     if facts.teacher:
-        lines += [
-            f"In a last stage it learned from {_link(facts.teacher)}, which has the same tokens."
-        ]
+        lines.append(
+            f"In a last stage it was distilled from {_link(facts.teacher)}, which has the same "
+            "tokens."
+        )
     if facts.source_tokens and facts.target_tokens:
-        lines += [
+        lines.append(
             f"The vocabulary went from {facts.source_tokens:,} to {facts.target_tokens:,} tokens."
-        ]
+        )
     if facts.rows > facts.target_tokens > 0:
-        lines += [
-            f"The matrices have {facts.rows:,} rows; those past the vocabulary stand for no token."
-        ]
-    return "\n".join(lines)
+        lines.append(
+            f"Embedding and head have {facts.rows:,} rows; those past the vocabulary are unused."
+        )
+    return "\n".join([f"# {title}", "", *lines])
 
 
 def _use(facts: CardFacts) -> str:
@@ -259,45 +246,38 @@ tokenizer = AutoTokenizer.from_pretrained({facts.name!r})
 def _data(facts: CardFacts) -> Section:
     rows = [(language, _size(size)) for language, size in sorted(facts.corpus_bytes.items())]
     if len(rows) > 1:
-        rows.append(("together", _size(sum(facts.corpus_bytes.values()))))
-    read = f"Read from: {', '.join(map(code, facts.corpus))}." if facts.corpus else ""
-    return Section("Data", read if rows else "", ("language", "training text"), rows)
+        rows.append(("total", _size(sum(facts.corpus_bytes.values()))))
+    text = f"Read from: {', '.join(map(code, facts.corpus))}." if facts.corpus else ""
+    return Section("Data", text if rows else "", ("language", "training text"), rows)
 
 
-def _figures(facts: CardFacts) -> list[Section]:
-    def figures(title: str, values: Mapping[str, Mapping[str, float]], text: str) -> Section:
-        languages = dict.fromkeys(language for column in values.values() for language in column)
-        rows = [
-            (
-                language,
-                *(
-                    f"{column[language]:.3f}" if language in column else ""
-                    for column in values.values()
-                ),
-            )
-            for language in languages
-        ]
-        return Section(title, text if rows else "", ("language", *values), rows)
-
-    kept = (
-        f" The tokenizer does not keep {', '.join(facts.loses)} of a text; such figures are too "
-        f"low."
-        if facts.loses
-        else ""
-    )
+def _results(facts: CardFacts) -> list[Section]:
+    bits = "`source` is the base model with its own tokenizer, on the same text; lower is better."
+    if facts.loses:
+        bits += (
+            f" The tokenizer does not keep {', '.join(facts.loses)} of a text; its figures "
+            "are too low."
+        )
+    per_token = "The more bytes per token, the fewer tokens for a text."
     return [
-        figures(
-            "Bits per byte on held-out text",
-            facts.bits_per_byte,
-            f"`source` is the base model with its own tokenizer, on the same text; lower is "
-            f"better.{kept}",
-        ),
-        figures(
-            "Bytes per token",
-            facts.bytes_per_token,
-            "More bytes in a token are fewer tokens for a text.",
-        ),
+        _by_language("Bits per byte on held-out text", facts.bits_per_byte, bits),
+        _by_language("Bytes per token", facts.bytes_per_token, per_token),
     ]
+
+
+def _by_language(title: str, columns: Mapping[str, Mapping[str, float]], text: str) -> Section:
+    languages = dict.fromkeys(language for column in columns.values() for language in column)
+    rows = [
+        (
+            language,
+            *(
+                f"{column[language]:.3f}" if language in column else ""
+                for column in columns.values()
+            ),
+        )
+        for language in languages
+    ]
+    return Section(title, text if rows else "", ("language", *columns), rows)
 
 
 def _terms(facts: CardFacts) -> str:
@@ -305,23 +285,23 @@ def _terms(facts: CardFacts) -> str:
     licence = base.get("license_name") or base.get("license")
     files = f" See {', '.join(f'[{name}]({name})' for name in facts.terms)}." if facts.terms else ""
     if licence or files:
-        known = f"The licence of the base model, {licence}, holds for this one." if licence else ""
-        return f"## Licence\n\n{known or 'The terms of the base model hold for this one.'}{files}"
-    text = "The base model's folder says nothing of its licence; it holds for this model, too."
+        text = "The terms of the base model apply to this one."
+        if licence:
+            text = f"The licence of the base model, {licence}, applies to this one."
+        return f"## Licence\n\n{text}{files}"
+    text = "The base model's folder states no licence; the base model's applies to this one, too."
     return f"## Licence\n\n{text}"
 
 
-# --- words --------------------------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------
 
 
 def _link(name: str) -> str:
     repository, _, revision = name.partition("@")
     pinned = f" (revision `{revision}`)" if revision else ""
-    return (
-        f"[{repository}](https://huggingface.co/{repository}){pinned}"
-        if _hub_name(name)
-        else code(short_name(name))
-    )
+    if not _hub_name(name):
+        return code(short_name(name))
+    return f"[{repository}](https://huggingface.co/{repository}){pinned}"
 
 
 def _size(size: int) -> str:

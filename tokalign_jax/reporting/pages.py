@@ -1,6 +1,4 @@
-"""Tables for people: one list of sections, as lines on a terminal, as Markdown, or as a single HTML
-page that needs nothing from outside.
-"""
+"""Pages of sections: rendered as terminal lines, Markdown, or a self-contained HTML page."""
 
 import re
 import textwrap
@@ -12,57 +10,60 @@ from typing import Any, Literal, NamedTuple
 
 
 class Code(NamedTuple):
-    """Text that is shown letter by letter, such as a token."""
+    """Text that is shown verbatim, such as a token."""
 
     text: str
 
 
 class Soft(NamedTuple):
-    """Text that stands back, such as the interval of a figure."""
+    """Text of less emphasis, such as the interval of a figure."""
 
     text: str
 
 
 class Bar(NamedTuple):
-    """A share between 0 and 1, drawn."""
+    """A share between 0 and 1, drawn as a bar."""
 
     share: float
 
 
 Part = str | Code | Soft
 Cell = Part | Bar | tuple[Part, ...]
-"""What a table's field holds; a tuple's parts are joined."""
+"""Content of a table cell; the parts of a tuple are joined."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and a table; each of them may be missing."""
+    """A heading, a paragraph and a table, each of which may be empty.
+
+    Attributes:
+      markup: trusted HTML (see `charts`) between text and table; shown on HTML pages alone.
+      fold: whether an HTML page shows only the title until the reader opens it.
+    """
 
     title: str
     text: str = ""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[Cell]] = ()
     markup: str = ""
-    """HTML that is ours (see `charts`), between text and table; only a page shows it."""
     fold: bool = False
-    """On a page, only the title is shown until the reader opens it."""
 
     @property
-    def says(self) -> bool:
+    def has_content(self) -> bool:
         """Whether there is anything under the heading."""
         return bool(self.text or self.rows or self.markup)
 
 
 WIDEST = 96
-"""Columns of the terminal that one field may take."""
+"""Maximum width of a cell on the terminal, in columns."""
 BAR = 24
-"""Columns of a full bar."""
+"""Width of a full bar on the terminal, in columns."""
 _NUMBER = re.compile(r"|[-+±]?\.?\d[\d.,]*(e[-+]?\d+|[kMG%]|[smh][\dms]*)?( [±\[].*)?|±[\d.]+")
-"""A figure, with its unit, and its spread or interval behind it."""
+"""A figure, with its unit, followed by its spread or interval."""
 
 
 def terminal(sections: Sequence[Section]) -> list[str]:
-    """Lines of plain text."""
+    """Render sections as lines of plain text."""
     lines: list[str] = []
     for section in sections:
         lines += ["", section.title, *textwrap.wrap(section.text, WIDEST)]
@@ -72,8 +73,10 @@ def terminal(sections: Sequence[Section]) -> list[str]:
 
 
 def markdown(sections: Sequence[Section], level: int = 2) -> str:
-    """Headings of `level`, paragraphs and tables; a section that has neither text nor rows is left
-    out.
+    """Render sections as Markdown; sections with neither text nor rows are left out.
+
+    Args:
+      level: of the headings.
     """
     blocks = []
     for section in sections:
@@ -85,9 +88,7 @@ def markdown(sections: Sequence[Section], level: int = 2) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Lines of a table that also lines up on a terminal, without columns of bars; none where there
-    are no rows.
-    """
+    """Render a table as lines of Markdown with aligned columns, without columns of bars."""
     if not rows:
         return []
     shown = [
@@ -112,14 +113,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> lis
 def html(
     title: str, sections: Sequence[Section], layout: Literal["columns", "one", "broad"] = "columns"
 ) -> str:
-    """A whole page: markup and style in one file, no script, nothing fetched; light or dark as the
-    reader has it, and fit for paper. Sections that say nothing are left out.
+    """Render sections as an HTML page with its style, without scripts or external resources.
+
+    The page follows the reader's light or dark mode and can be printed. Empty sections are left
+    out.
 
     Args:
-      layout: sections in as many columns as there is room for, or one below the other, as wide as
-        text reads well or broader.
+      layout: `columns`: as many columns as fit; `one` or `broad`: a single column of text width or
+        wider.
     """
-    body = "\n".join(_section(section) for section in sections if section.says)
+    body = "\n".join(_section(section) for section in sections if section.has_content)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -133,7 +136,7 @@ def html(
 
 
 def to_json(section: Section) -> dict[str, Any]:
-    """The section as plain dicts and lists."""
+    """Convert a section to dicts and lists."""
 
     def cell(content: Cell) -> Any:
         if isinstance(content, Code | Soft | Bar):
@@ -150,7 +153,7 @@ def to_json(section: Section) -> dict[str, Any]:
 
 
 def from_json(content: Mapping[str, Any]) -> Section:
-    """The section that `to_json` made `content` of."""
+    """Convert the output of `to_json` back to a section."""
     kinds = {"code": Code, "soft": Soft, "bar": Bar}
 
     def cell(content: Any) -> Any:
@@ -190,7 +193,7 @@ def _plain(cell: Cell) -> str:
 
 
 def _written(cell: Cell) -> str:
-    """A cell of a Markdown table."""
+    """Render a cell of a Markdown table."""
     if isinstance(cell, Code):
         return code(cell.text).replace("|", r"\|") if cell.text else ""
     if isinstance(cell, str | Soft | Bar):
@@ -199,16 +202,16 @@ def _written(cell: Cell) -> str:
 
 
 _MARKUP = re.compile(r"[\\|<*`]|~(?=~)|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
-"""Characters that Markdown takes for markup; an underscore within a word is none."""
+"""Characters that are markup in Markdown; an underscore within a word is not."""
 
 
 def literal(text: str) -> str:
-    """`text` such that Markdown shows it letter by letter, as one field of a table."""
+    """Escape text so that Markdown shows it verbatim, also in a table cell."""
     return _MARKUP.sub(r"\\\g<0>", text)
 
 
 def code(text: str) -> str:
-    """`text` as a span of code in Markdown: between more backticks than it has in a row."""
+    """Render text as a Markdown code span, fenced by more backticks than it holds in a row."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence, space = "`" * (longest + 1), " " * bool(longest)
     return f"{fence}{space}{text}{space}{fence}"
@@ -219,7 +222,7 @@ def _one_line(text: str) -> str:
 
 
 def _right_columns(rows: Sequence[Sequence[Cell]]) -> list[bool]:
-    """Columns of figures and nothing else."""
+    """Return which columns hold figures alone."""
 
     def is_figure(cell: Cell) -> bool:
         return not isinstance(cell, Bar | Code) and bool(_NUMBER.fullmatch(_plain(cell)))
@@ -228,7 +231,7 @@ def _right_columns(rows: Sequence[Sequence[Cell]]) -> list[bool]:
 
 
 def _width(text: str) -> int:
-    """Columns that a terminal gives to `text`."""
+    """Return the width of text on a terminal, in columns."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -244,8 +247,8 @@ def _cut(text: str) -> str:
 
 
 def _pad(text: str, width: int, right: bool) -> str:
-    room = " " * (width - _width(text))
-    return room + text if right else text + room
+    padding = " " * (width - _width(text))
+    return padding + text if right else text + padding
 
 
 # --- HTML ---------------------------------------------------------------------------------------
@@ -293,9 +296,7 @@ def _field(cell: Cell, right: bool) -> str:
 
 
 def _markup(cell: Part | tuple[Part, ...]) -> str:
-    if isinstance(
-        cell, Code
-    ):  # bdi: text that runs from right to left must not turn its neighbours round
+    if isinstance(cell, Code):  # bdi: right-to-left text must not reorder the cells around it
         return f"<bdi><code>{escape(cell.text)}</code></bdi>" if cell.text else ""
     if isinstance(cell, Soft):
         return f"<small>{escape(cell.text)}</small>"

@@ -1,6 +1,4 @@
-"""The result of a run: report.json, from which report.html and report.md are made, report.png, and
-the table on the terminal.
-"""
+"""Report of a run: report.json, the pages made from it, report.png, and the terminal's tables."""
 
 import importlib.metadata
 import json
@@ -40,16 +38,15 @@ def run(
     identity: Mapping[str, str],
     folder: Path,
     log: Log,
-    shown: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Gathers what the stages left under `workdir`, writes the report into `folder` and prints its
-    tables.
+    """Write the report of the run in `workdir` into `folder`, and log its tables.
 
     Args:
-      shown: what else the page shows: `passages` (`pieces.of_passages`), `inspection` (sections by
-        `pages.to_json`).
+      extra: further content, such as `passages` (`token_pieces.of_passages`) and `inspection`
+        (sections by `pages.to_json`).
     """
-    content = gather(config, workdir, states, identity) | dict(shown or {})
+    content = gather(config, workdir, states, identity) | dict(extra or {})
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
     run_page.write(json.loads(text), folder)
@@ -72,21 +69,22 @@ def run(
 def gather(
     config: Config, workdir: Path, states: Sequence[str], identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything the report says of the stages, as one JSON-ready dict."""
+    """Gather the results of the stages as a JSON-ready dict."""
     scores = {state: _read(workdir / "evaluate" / state / "scores.json") for state in states}
-    copied = scores["source"]["overlap"]
+    overlaps = scores["source"]["overlap"]
     records = _read(workdir / "stages.json")["stages"]
-    found, models = retention.gathered(scores), [s for s in states if s not in ("source", "random")]
-    trained = [s for s in states if (workdir / s / "metrics.jsonl").exists()]
+    kept = retention.collect(scores)
+    models = [state for state in states if state not in ("source", "random")]
+    trained = [state for state in states if (workdir / state / "metrics.jsonl").exists()]
     return {
         "run": dict(identity),
         "states": list(states),
         "languages": _languages(scores),
         "kept": {
-            "states": found,
-            "warnings": retention.warning_lines(found, models, config.seed, titled),
+            "states": kept,
+            "warnings": retention.warning_lines(kept, models, config.seed, titled),
         },
-        "overlap": {**copied, "warnings": overlap.warning_lines(copied)},
+        "overlap": {**overlaps, "warnings": overlap.warning_lines(overlaps)},
         "loses": {side: _read(workdir / "tokens" / side / "index.json")["loses"] for side in SIDES},
         "alignment": _read(workdir / "align" / "summary.json"),
         "tuned": records["init"].get("summary", {}).get("tuned", {}),
@@ -107,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def version(package: str) -> str:
-    """Return a package's version, or say that it is not installed."""
+    """Return the version of a package, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -115,36 +113,32 @@ def version(package: str) -> str:
 
 
 def _languages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What was measured of each state, by language and over all of them; intervals where a state
-    has them.
-    """
-    after = next(s for s in scores if s != "source")
-    found = {}
+    """Return the figures of all states, by language and over all languages."""
+    target = next(state for state in scores if state != "source")
+    result = {}
     for language in figures(scores["source"]):
         entry = {state: figures(content)[language] for state, content in scores.items()}
-        found[language] = {
+        result[language] = {
             "bytes": entry["source"]["bytes"],
             "bytes_per_token": {
                 "source": entry["source"]["bytes_per_token"],
-                "target": entry[after]["bytes_per_token"],
+                "target": entry[target]["bytes_per_token"],
             },
             "bits_per_byte": {state: entry[state]["bits_per_byte"] for state in scores},
             "interval": {
                 state: entry[state]["interval"] for state in scores if "interval" in entry[state]
             },
         }
-    return {EVERYTHING: found[EVERYTHING]} if len(found) == 2 else found
+    return {EVERYTHING: result[EVERYTHING]} if len(result) == 2 else result
 
 
 def figures(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured of a state (its scores.json) by language, and over all of them."""
+    """Return a state's figures (from its scores.json) by language, and over all languages."""
     return {**scores["languages"], EVERYTHING: scores["pooled"]}
 
 
 def _curve(path: Path) -> dict[str, Any]:
-    """Loss over tokens from a metrics file, and its totals; tokens per second are the median
-    step's.
-    """
+    """Read loss over tokens and totals from a metrics file; the throughput is the median step's."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {
         "tokens": [row["tokens"] for row in rows],
@@ -163,16 +157,17 @@ def _curve(path: Path) -> dict[str, Any]:
 
 
 def _side_by_side(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Each prompt with its continuation by the source model and by the last state."""
-    last = [s for s in scores if scores[s]["samples"]][-1]
+    """Return each prompt with its continuation by the source model and by the last state."""
+    last = [state for state in scores if scores[state]["samples"]][-1]
+    samples = zip(scores["source"]["samples"], scores[last]["samples"], strict=True)
     return [
-        {"prompt": before["prompt"], "source": before["continuation"], last: after["continuation"]}
-        for before, after in zip(scores["source"]["samples"], scores[last]["samples"], strict=True)
+        {"prompt": first["prompt"], "source": first["continuation"], last: second["continuation"]}
+        for first, second in samples
     ]
 
 
 def picture(content: Mapping[str, Any], path: Path) -> None:
-    """Loss over tokens (left) and bits per byte by language and state (right)."""
+    """Draw loss over tokens (left) and bits per byte by language and state (right)."""
     import matplotlib
 
     matplotlib.use("Agg")

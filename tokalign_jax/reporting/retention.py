@@ -1,9 +1,8 @@
-"""What a model keeps of its source: abilities, fidelity and bits per byte of each state, as tables
-and warnings.
+"""Retention of the source model: abilities, fidelity and bits per byte, as tables and warnings.
 
-A state (or a model) is described by what its scores.json holds of it (docs/evaluation.md):
-`pooled`, and where they were measured `abilities`, `fidelity` and `other_text`. The first state is
-the source that the others are compared with.
+A state (or model) has the entries of its scores.json (docs/evaluation.md): `pooled`, and if
+measured `abilities`, `chat`, `fidelity` and `other_text`. The first state is the source, which the
+others are compared with.
 """
 
 import itertools
@@ -26,11 +25,11 @@ _CUTS = {
     abilities.COMPOSED: "new tokens",
     abilities.RECUT: "recut",
 }
-"""Columns of the kinds of cut."""
+"""Titles of columns, by how both tokenizers split question and answer."""
 
 
-def gathered(scores: States) -> dict[str, dict[str, Any]]:
-    """What the tables are made of, from each state's scores.json."""
+def collect(scores: States) -> dict[str, dict[str, Any]]:
+    """Return the entries of each state's scores.json that the tables show."""
     return {
         state: {name: entry[name] for name in ("pooled", *_MEASURES) if entry.get(name)}
         for state, entry in scores.items()
@@ -38,33 +37,31 @@ def gathered(scores: States) -> dict[str, dict[str, Any]]:
 
 
 def figures(entry: Mapping[str, Any]) -> dict[str, float]:
-    """What one state keeps in single figures, by the columns of the table."""
-    answers, faithful = entry.get("abilities", {}), entry.get("fidelity", {}).get("pooled") or {}
-    found = {"ability": answers["mean"]["accuracy"]} if answers else {}
-    found |= {
+    """Return the figures of a state, by the columns of the table."""
+    answers, fidelity = entry.get("abilities", {}), entry.get("fidelity", {}).get("pooled") or {}
+    result = {"ability": answers["mean"]["accuracy"]} if answers else {}
+    result |= {
         _CUTS[kind]: answers["by_cut"][kind]["accuracy"]
         for kind in _CUTS
         if kind in answers.get("by_cut", {})
     }
-    found |= {
-        name: faithful[name]["value"]
+    result |= {
+        name: fidelity[name]["value"]
         for name in _FIDELITY
-        if faithful and faithful[name]["value"] is not None
+        if fidelity and fidelity[name]["value"] is not None
     }
     if chat := entry.get("chat"):
-        found |= {"chat": chat["right"]["value"], "turns ended": chat["ended"]["value"]}
-    return found | (
-        {"other text": entry["other_text"]["pooled"]["bits_per_byte"]}
-        if "other_text" in entry
-        else {}
-    )
+        result |= {"chat": chat["right"]["value"], "turns ended": chat["ended"]["value"]}
+    if "other_text" in entry:
+        result["other text"] = entry["other_text"]["pooled"]["bits_per_byte"]
+    return result
 
 
 def sections(states: States, titled: Callable[[str], str] = str) -> list[Section]:
-    """One table of everything, then abilities by suite, fidelity and other text by language.
+    """Return the overview, abilities by suite, fidelity and other text by language.
 
     Args:
-      titled: what a state is called in tables.
+      titled: returns the title of a state.
     """
     if not any(name in entry for entry in states.values() for name in _MEASURES):
         return []
@@ -80,44 +77,46 @@ def sections(states: States, titled: Callable[[str], str] = str) -> list[Section
 def warning_lines(
     states: States, trained: Sequence[str], seed: int, titled: Callable[[str], str] = str
 ) -> list[str]:
-    """Where a state reads the corpus better than the one before it, but other text worse, or
-    answers fewer questions.
+    """Warn of states that gain on the corpus but lose on other text, or lose abilities.
 
     Args:
-      trained: the states that a run goes through, in order.
-      seed: of the intervals' draws.
+      trained: the states of a run in order; each is compared with the one before.
+      seed: of the bootstrap.
     """
     lines = []
     for before, after in itertools.pairwise(trained):
         step = f"warning: from {titled(before)} to {titled(after)}"
-        (bits, new_bits), (other, new_other) = (
-            [round(entry, 3) for entry in pair]
-            for pair in (_bits(states, before, after), _bits(states, before, after, "other_text"))
-        )
+        old, new = states[before], states[after]
+        bits, new_bits = _bits(old), _bits(new)
+        other, new_other = _bits(old.get("other_text")), _bits(new.get("other_text"))
         if new_bits < bits and new_other > other:
             lines.append(
                 f"{step} bits per byte of held-out text fall from {bits:.3f} to {new_bits:.3f}, "
-                f"but those of other text rise from "
-                f"{other:.3f} to {new_other:.3f}: the model adapts to the corpus and forgets the "
-                f"rest"
+                f"but those of other text rise from {other:.3f} to {new_other:.3f}: the model "
+                "adapts to the corpus and forgets the rest"
             )
-        one, another = (states[state].get("abilities") for state in (before, after))
-        if one and another and one["digest"] == another["digest"]:
-            change = abilities.change(one, another, seed)
-            if "interval" in change and change["interval"][1] < 0:
-                low, high = change["interval"]
-                lines.append(
-                    f"{step} abilities fall from {one['mean']['accuracy']:.3f} to "
-                    f"{another['mean']['accuracy']:.3f} "
-                    f"(95% interval of the difference: {low:+.3f} to {high:+.3f})"
-                )
+        lines += [f"{step} {loss}" for loss in _ability_losses(old, new, seed)]
     return lines
 
 
-def _bits(states: States, before: str, after: str, kind: str = "") -> list[float]:
-    """Bits per byte of two states; 0 where they were not measured."""
-    found = [states[state].get(kind, {}) if kind else states[state] for state in (before, after)]
-    return [entry["pooled"]["bits_per_byte"] if entry else 0.0 for entry in found]
+def _ability_losses(old: Mapping[str, Any], new: Mapping[str, Any], seed: int) -> Iterator[str]:
+    """Yield a line if abilities fall significantly from one state to the next."""
+    first, second = old.get("abilities"), new.get("abilities")
+    if not (first and second and first["digest"] == second["digest"]):
+        return
+    change = abilities.change(first, second, seed)
+    if "interval" in change and change["interval"][1] < 0:
+        low, high = change["interval"]
+        yield (
+            f"abilities fall from {first['mean']['accuracy']:.3f} to "
+            f"{second['mean']['accuracy']:.3f} "
+            f"(95% interval of the difference: {low:+.3f} to {high:+.3f})"
+        )
+
+
+def _bits(entry: Mapping[str, Any] | None) -> float:
+    """Return rounded bits per byte; 0 if not measured."""
+    return round(entry["pooled"]["bits_per_byte"], 3) if entry else 0.0
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -154,47 +153,46 @@ def _explanation(states: States, has: Mapping[str, bool]) -> str:
             entry["abilities"]["chance"] for entry in states.values() if "abilities" in entry
         )
         parts.append(
-            f"Ability: share of multiple-choice questions answered right, mean over suites (by "
-            f"chance {chance:.3f}), and the "
-            "difference on the same questions; then by how the two tokenizers cut question and "
-            "right answer (number of questions): alike, "
-            "only the question otherwise, the answer with tokens that the source lacks, or the "
-            "answer of shared tokens cut otherwise."
+            "Ability: accuracy on multiple-choice questions, mean over suites (by chance "
+            f"{chance:.3f}), and the difference to the source on the same questions; then by how "
+            "the two tokenizers split question and right answer (number of questions): alike, "
+            "only the question differently, the answer with tokens that the source lacks, or the "
+            "answer of shared tokens differently."
         )
     if has["fidelity"]:
         parts.append(
-            "Agreement: at how many shared boundaries of tokens the likeliest continuation is the "
-            "source's. Divergence (nats a chunk) and "
-            "gap (bits a byte) between both models' likelihoods of the text between such "
-            "boundaries: lower is better."
+            "Agreement: share of shared token boundaries at which the likeliest continuation is "
+            "the source's. Divergence (nats per chunk) and gap (bits per byte) between both "
+            "models' likelihoods of the text between such boundaries: lower is better."
         )
     parts.append("In brackets 95% intervals.")
     return " ".join(parts)
 
 
 def _mean(entry: Mapping[str, Any]) -> list[Cell]:
-    found = entry.get("abilities")
-    if not found:
+    answers = entry.get("abilities")
+    if not answers:
         return [_NOTHING, _NOTHING]
-    less = found.get("difference", {}).get("mean")
-    return [f"{found['mean']['accuracy']:.3f}", _signed(less) if less else _NOTHING]
+    difference = answers.get("difference", {}).get("mean")
+    accuracy = f"{answers['mean']['accuracy']:.3f}"
+    return [accuracy, _signed(difference) if difference else _NOTHING]
 
 
 def _questions_by_cut(states: States) -> dict[str, int | str]:
-    """Questions of each kind; of models with different tokenizers all numbers."""
-    found: dict[str, list[int]] = {}
+    """Return the number of questions of each kind; several numbers if tokenizers differ."""
+    counts: dict[str, list[int]] = {}
     for entry in states.values():
-        for kind, by in entry.get("abilities", {}).get("by_cut", {}).items():
-            found.setdefault(kind, []).append(by["questions"])
-    counts = {kind: list(dict.fromkeys(found[kind])) for kind in _CUTS if kind in found}
+        for kind, results in entry.get("abilities", {}).get("by_cut", {}).items():
+            counts.setdefault(kind, []).append(results["questions"])
+    distinct = {kind: list(dict.fromkeys(counts[kind])) for kind in _CUTS if kind in counts}
     return {
-        kind: entry[0] if len(entry) == 1 else "/".join(map(str, entry))
-        for kind, entry in counts.items()
+        kind: numbers[0] if len(numbers) == 1 else "/".join(map(str, numbers))
+        for kind, numbers in distinct.items()
     }
 
 
 def _by_cut(states: States, state: str, kind: str) -> Cell:
-    """Accuracy on questions of a kind; the source's where all others were cut alike."""
+    """Return the accuracy on questions of a kind; the source's if the others agree on it."""
     own = states[state].get("abilities", {})
     if "by_cut" in own:
         return _figure(own["by_cut"].get(kind, {}).get("accuracy"))
@@ -223,13 +221,10 @@ def _suites(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
     rows: list[list[Cell]] = []
     for suite, entry in first["suites"].items():
         row: list[Cell] = [suite, f"{entry['questions']:,}"]
-        row += [f"{found['suites'][suite]['accuracy']:.3f}" for found in answered.values()]
-        rows.append(
-            [
-                *row,
-                *([_signed(final["difference"]["suites"][suite])] if "difference" in final else []),
-            ]
-        )
+        row += [f"{answers['suites'][suite]['accuracy']:.3f}" for answers in answered.values()]
+        if "difference" in final:
+            row.append(_signed(final["difference"]["suites"][suite]))
+        rows.append(row)
     header = ["suite", "questions", *map(titled, answered)]
     header += [f"{titled(last)} - {titled(next(iter(answered)))}"] if "difference" in final else []
     yield Section(
@@ -244,21 +239,20 @@ def _chat(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
     count = next(iter(measured.values()))["questions"]
     rows: list[list[Cell]] = []
     for state, entry in measured.items():
-        further = (entry.get(name) for name in ("difference", "kept"))
-        difference, kept = (found or {"value": None} for found in further)
-        row: list[Cell] = [titled(state), _with_interval(entry["right"])]
-        row += [
-            _with_interval(difference, "+"),
-            _with_interval(kept),
-            _with_interval(entry["ended"]),
-        ]
-        rows.append(row)
+        difference, kept = (entry.get(name) or {"value": None} for name in ("difference", "kept"))
+        rows.append(
+            [
+                titled(state),
+                _with_interval(entry["right"]),
+                _with_interval(difference, "+"),
+                _with_interval(kept),
+                _with_interval(entry["ended"]),
+            ]
+        )
     text = (
-        f"{count:,} questions asked through the chat template, answered greedily: the share "
-        f"answered "
-        "right, the difference on the same questions, the share right of those that the first "
-        "model "
-        "answers right, and the share of replies that ended their turn. In brackets 95% intervals."
+        f"{count:,} questions asked through the chat template, answered greedily: accuracy, the "
+        "difference on the same questions, accuracy on those that the first model answers right, "
+        "and the share of replies that ended their turn. In brackets 95% intervals."
     )
     first = titled(next(iter(measured)))
     header = ["state", "right", f"less {first}'s", f"of {first}'s right", "ended its turn"]
@@ -278,8 +272,8 @@ def _fidelity(states: States, titled: Callable[[str], str]) -> Iterator[Section]
     for language, entry in final.items():
         row: list[Cell] = [language, f"{entry['chunks']:,}"]
         row += [
-            _figure(found.get(language, {}).get("agreement", {}).get("value"))
-            for found in measured.values()
+            _figure(by_language.get(language, {}).get("agreement", {}).get("value"))
+            for by_language in measured.values()
         ]
         rows.append([*row, *(_with_interval(entry[name]) for name in ("divergence", "gap"))])
     header = ["language", "chunks", *(f"agreement {titled(state)}" for state in measured)]
@@ -301,11 +295,11 @@ def _other_text(states: States, titled: Callable[[str], str]) -> Iterator[Sectio
         [
             language,
             f"{entry['bytes']:,}",
-            *(f"{found[language]['bits_per_byte']:.3f}" for found in by_state.values()),
+            *(f"{results[language]['bits_per_byte']:.3f}" for results in by_state.values()),
         ]
         for language, entry in next(iter(by_state.values())).items()
     ]
-    text = "Bits per byte of text of another kind, which nothing was trained on."
+    text = "Bits per byte of text of another kind than the training text."
     yield Section(
         "Other text", text, ["language", "bytes", *map(titled, by_state)], rows, fold=True
     )

@@ -1,8 +1,7 @@
-"""Several models side by side, as `evaluate.py` measures them: tables for the terminal and a
-picture.
+"""Tables and picture of `tokalign evaluate`: models side by side.
 
-The content is that of its `scores.json` (docs/evaluation.md); the first model is the one that
-others are compared with.
+The content is that of its `scores.json` (docs/evaluation.md). The others are compared with the
+first model.
 """
 
 import math
@@ -18,13 +17,13 @@ from tokalign_jax.reporting import retention
 from tokalign_jax.reporting.pages import Cell, Section, Soft
 
 EVERYTHING = "all"
-"""The row that pools the bytes of every language."""
+"""Name of the row over the bytes of all languages."""
 _NOTHING = "–"
 
 
 def sections(content: Mapping[str, Any]) -> list[Section]:
-    """All that was measured, one table each."""
-    made = [
+    """Return a table for each kind of measurement."""
+    return [
         _bits(content),
         *retention.sections(content["models"]),
         _tokens(content),
@@ -32,15 +31,15 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
         *_drafting(content),
         *_alignment(content),
         *_tasks(content),
+        *_overlap(content),
     ]
-    return [*made, *_overlap(content)]
 
 
 def warning_lines(content: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before comparing."""
+    """Return warnings of figures that are not comparable."""
     lost = [
         f"warning: the tokenizer of '{name}' does not keep {', '.join(entry['loses'])} of a text: "
-        f"its bits per byte are too low to be compared"
+        "its bits per byte are too low to be compared"
         for name, entry in content["models"].items()
         if entry["loses"]
     ]
@@ -48,7 +47,7 @@ def warning_lines(content: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Languages and, behind them, all together where there are several."""
+    """Return figures by language and, if there are several, over all of them."""
     return {
         **entry["languages"],
         **({EVERYTHING: entry["pooled"]} if len(entry["languages"]) > 1 else {}),
@@ -58,31 +57,23 @@ def _rows(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _bits(content: Mapping[str, Any]) -> Section:
     by_model = {name: _rows(entry) for name, entry in content["models"].items()}
     first, *others = by_model
-    less = {name: _rows(entry) for name, entry in content["differences"].items()}
+    differences = {name: _rows(entry) for name, entry in content["differences"].items()}
     rows = []
     for language, entry in by_model[first].items():
-        figures = [
-            _with_interval(
-                f"{by_model[name][language]['bits_per_byte']:.3f}", by_model[name][language]
-            )
-            for name in by_model
-        ]
-        differences = [
-            _with_interval(f"{less[name][language]['difference']:+.3f}", less[name][language], "+")
-            for name in others
-        ]
-        rows.append([language, str(entry["documents"]), *figures, *differences])
+        row: list[Cell] = [language, str(entry["documents"])]
+        for model in by_model.values():
+            row.append(_with_interval(f"{model[language]['bits_per_byte']:.3f}", model[language]))
+        for name in others:
+            difference = differences[name][language]
+            row.append(_with_interval(f"{difference['difference']:+.3f}", difference, "+"))
+        rows.append(row)
     text = (
-        "Held-out text, lower is better. In brackets 95% intervals over documents; that of a "
-        "difference is of the same documents for both, "
-        "and without 0 in it tells the two apart. Of few documents intervals are too narrow."
+        "Held-out text, lower is better. In brackets 95% intervals over documents; those of a "
+        "difference are paired by document, and the difference is significant if they exclude 0. "
+        "With few documents intervals are too narrow."
     )
-    return Section(
-        "Bits per byte",
-        text,
-        ["language", "documents", *by_model, *(f"{name} - {first}" for name in others)],
-        rows,
-    )
+    header = ["language", "documents", *by_model, *(f"{name} - {first}" for name in others)]
+    return Section("Bits per byte", text, header, rows)
 
 
 def _tokens(content: Mapping[str, Any]) -> Section:
@@ -95,14 +86,14 @@ def _tokens(content: Mapping[str, Any]) -> Section:
         + [_figure(_rows(entry)[language]["fertility"], ".2f") for entry in models.values()]
         for language in _rows(next(iter(models.values())))
     ]
-    text = "Words are runs of letters, marks and digits; in scripts without spaces each character "
-    text += "is one."
-    return Section(
-        "Tokens",
-        text,
-        ["language", *(f"bytes/token {n}" for n in models), *(f"tokens/word {n}" for n in models)],
-        rows,
+    text = (
+        "Words are runs of letters, marks and digits; in scripts without spaces each character is "
+        "a word."
     )
+    header = ["language"]
+    header += [f"bytes/token {name}" for name in models]
+    header += [f"tokens/word {name}" for name in models]
+    return Section("Tokens", text, header, rows)
 
 
 def _speed(content: Mapping[str, Any]) -> Section:
@@ -120,43 +111,40 @@ def _speed(content: Mapping[str, Any]) -> Section:
             ]
         )
     text = (
-        "Greedy decoding, one sequence at a time: the median of steps per second, in brackets the "
-        "slowest and the fastest, times the "
-        "characters (bytes) that a token has in the held-out text."
+        "Greedy decoding, one sequence at a time: median steps per second, in brackets the slowest "
+        "and the fastest, times the characters (bytes) per token of the held-out text."
     )
-    return Section(
-        "Speed", text, ["model", "steps/s", "characters/token", "characters/s", "bytes/s"], rows
-    )
+    header = ["model", "steps/s", "characters/token", "characters/s", "bytes/s"]
+    return Section("Speed", text, header, rows)
 
 
 def _drafting(content: Mapping[str, Any]) -> Iterator[Section]:
     if "teacher" not in content:
         return
     for name, entry in content["models"].items():
-        title, found = f"{name} as a draft for {content['teacher']['name']}", entry["drafting"]
-        if "not_comparable" in found:
-            yield Section(title, f"Not comparable: {found['not_comparable']}.")
+        drafting = entry["drafting"]
+        title = f"{name} as a draft model for {content['teacher']['name']}"
+        if "not_comparable" in drafting:
+            yield Section(title, f"Not comparable: {drafting['not_comparable']}.")
             continue
         rows: list[list[Cell]] = []
-        for language, by in found["languages"].items():
-            greedy, sampled = (by[how] if by else {} for how in ("greedy", "sampled"))
+        for language, results in drafting["languages"].items():
+            greedy, sampled = (results[mode] if results else {} for mode in ("greedy", "sampled"))
             parts = [
-                _figure(entry.get(key), form)
+                _figure(entry.get(key), spec)
                 for entry in (greedy, sampled)
-                for key, form in (("rate", ".1%"), ("tokens_per_call", ".2f"))
+                for key, spec in (("rate", ".1%"), ("tokens_per_call", ".2f"))
             ]
             rows.append([language, *parts])
         text = (
-            f"Blocks of {content['settings']['gamma']} drafts. Greedy: how much of the teacher's "
-            f"own continuation is accepted, "
-            "and tokens a call of the teacher, counted out; sampled at temperature "
-            f"{content['settings']['temperature']:g}: the expected acceptance on held-out text, "
-            f"and tokens a call if positions are "
+            f"Speculative decoding with {content['settings']['gamma']} drafted tokens per call. "
+            "Greedy: acceptance rate on the teacher's own continuation, and tokens per call of the "
+            f"teacher as counted. Sampled at temperature {content['settings']['temperature']:g}: "
+            "expected acceptance rate on held-out text, and tokens per call if positions are "
             "independent."
         )
-        yield Section(
-            title, text, ["language", "greedy", "tokens/call", "sampled", "tokens/call"], rows
-        )
+        header = ["language", "greedy", "tokens/call", "sampled", "tokens/call"]
+        yield Section(title, text, header, rows)
 
 
 def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
@@ -166,38 +154,38 @@ def _alignment(content: Mapping[str, Any]) -> Iterator[Section]:
     rows = [
         [
             language,
-            str(by["lines"]),
-            f"{by['bleu_1']:.3f}",
-            f"{by['similarity']:.3f}",
-            _figure(by["unrelated"], ".3f"),
+            str(scores["lines"]),
+            f"{scores['bleu_1']:.3f}",
+            f"{scores['similarity']:.3f}",
+            _figure(scores["unrelated"], ".3f"),
         ]
-        for language, by in entry["languages"].items()
+        for language, scores in entry["languages"].items()
     ]
     text = (
-        f"Lines cut by the target tokenizer, each token replaced by the source token that the "
-        f"alignment names, against the line: BLEU-1 of "
-        f"the tokens ({entry['bleu_1']:.3f} in all), and the mean cosine of embeddings by "
+        "Each token of a line by the target tokenizer is replaced by the source token of the "
+        "alignment, and the result is compared with the line: BLEU-1 of the tokens "
+        f"({entry['bleu_1']:.3f} over all), and the mean cosine of embeddings by "
         f"{entry['embedded_by']}, beside that of unrelated lines."
     )
-    yield Section(
-        "Alignment", text, ["language", "lines", "BLEU-1", "similarity", "unrelated"], rows
-    )
+    header = ["language", "lines", "BLEU-1", "similarity", "unrelated"]
+    yield Section("Alignment", text, header, rows)
 
 
 def _tasks(content: Mapping[str, Any]) -> Iterator[Section]:
     models = {name: entry["tasks"] for name, entry in content["models"].items() if "tasks" in entry}
     if not models:
         return
-    known = {
-        (task, metric): None
+    names = dict.fromkeys(
+        (task, metric)
         for tasks in models.values()
         for task, metrics in tasks.items()
         for metric in metrics
-    }
+    )
     rows = []
-    for task, metric in known:
-        found = [tasks.get(task, {}).get(metric) for tasks in models.values()]
-        rows.append([task, metric, *(_with_error(entry) if entry else _NOTHING for entry in found)])
+    for task, metric in names:
+        values = [tasks.get(task, {}).get(metric) for tasks in models.values()]
+        cells = [_with_error(value) if value else _NOTHING for value in values]
+        rows.append([task, metric, *cells])
     yield Section(
         "Tasks", "By lm-eval with PyTorch; ± standard error.", ["task", "metric", *models], rows
     )
@@ -206,13 +194,15 @@ def _tasks(content: Mapping[str, Any]) -> Iterator[Section]:
 def _overlap(content: Mapping[str, Any]) -> Iterator[Section]:
     if "overlap" not in content:
         return
-    found = content["overlap"]
+    result = content["overlap"]
     rows = [
         [language, f"{entry['characters']:,}", f"{entry['share']:.1%}"]
-        for language, entry in found["languages"].items()
+        for language, entry in result["languages"].items()
     ]
-    text = f"Held-out characters in passages of {found['window']} or more that also stand in the "
-    text += "training text."
+    text = (
+        f"Held-out characters in passages of at least {result['window']} characters that are in "
+        "the training text, too."
+    )
     yield Section("Overlap", text, ["language", "characters", "share"], rows)
 
 
@@ -228,8 +218,8 @@ def _with_error(entry: Mapping[str, float]) -> Cell:
     return f"{entry['value']:.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
-def _figure(value: float | None, form: str) -> str:
-    return _NOTHING if value is None else f"{value:{form}}"
+def _figure(value: float | None, spec: str) -> str:
+    return _NOTHING if value is None else f"{value:{spec}}"
 
 
 def picture(content: Mapping[str, Any], path: Path) -> None:
@@ -245,17 +235,11 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     width = 0.8 / len(models)
     for i, (name, entry) in enumerate(models.items()):
         rows = [_rows(entry)[language] for language in languages]
-        places = [x + (i - (len(models) - 1) / 2) * width for x in range(len(languages))]
+        positions = [x + (i - (len(models) - 1) / 2) * width for x in range(len(languages))]
         heights = [row["bits_per_byte"] for row in rows]
-        left.bar(
-            places,
-            heights,
-            width,
-            label=name,
-            yerr=_whiskers(rows),
-            error_kw={"elinewidth": 1, "capsize": 2},
-        )
-        right.bar(places, [row["bytes_per_token"] for row in rows], width, label=name)
+        bars = {"yerr": _whiskers(rows), "error_kw": {"elinewidth": 1, "capsize": 2}}
+        left.bar(positions, heights, width, label=name, **bars)
+        right.bar(positions, [row["bytes_per_token"] for row in rows], width, label=name)
     left.set(title="Held-out text, 95% intervals", ylabel="bits per byte")
     right.set(title="Held-out text", ylabel="bytes per token")
     for axes in (left, right):
@@ -267,10 +251,10 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _whiskers(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "2 N"]:
-    """How far intervals reach below and above; NaN where there is none."""
-    ends = [row.get("interval", [math.nan, math.nan]) for row in rows]
-    reach = [
+    """Return the lengths of intervals below and above their figures; NaN if there is none."""
+    intervals = [row.get("interval", [math.nan, math.nan]) for row in rows]
+    lengths = [
         (row["bits_per_byte"] - low, high - row["bits_per_byte"])
-        for row, (low, high) in zip(rows, ends)
+        for row, (low, high) in zip(rows, intervals)
     ]
-    return np.maximum(np.transpose(reach), 0.0)
+    return np.maximum(np.transpose(lengths), 0.0)

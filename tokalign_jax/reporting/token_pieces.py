@@ -1,6 +1,4 @@
-"""Held-out passages as both tokenizers cut them, so that a person can see what a vocabulary does to
-a text.
-"""
+"""Held-out passages, tokenised by both tokenizers, to show what a vocabulary does to text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,33 +9,35 @@ from tokalign_jax.evaluation.samples import passages
 from tokalign_jax.text.canonical import plain_backend
 
 PASSAGES, LENGTH = 8, 220
-"""Passages, each of another language, and their characters."""
+"""Number of passages, each in another language, and their length in characters."""
 
 
 def of_passages(
     tokenizers: Mapping[str, PreTrainedTokenizerBase], texts: Mapping[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """A passage of each of the first languages, as {"language", and by side its pieces}.
+    """Tokenise a passage of each of the first languages.
 
     Args:
       tokenizers: by side.
       texts: documents by language.
+
+    Returns:
+      For each passage its `language`, and its pieces by side.
     """
     languages = list(texts)[:PASSAGES]
-    shown = [passages({language: texts[language]}, 1, LENGTH)[0] for language in languages]
-    cut = {side: pieces(tokenizer, shown) for side, tokenizer in tokenizers.items()}
+    chosen = [passages({language: texts[language]}, 1, LENGTH)[0] for language in languages]
+    by_side = {side: pieces(tokenizer, chosen) for side, tokenizer in tokenizers.items()}
     return [
-        {"language": language} | {side: of[number] for side, of in cut.items()}
-        for number, language in enumerate(languages)
+        {"language": language} | {side: passage[i] for side, passage in by_side.items()}
+        for i, language in enumerate(languages)
     ]
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[str, int]]]:
-    """Each text in pieces, each with the tokens that it is cut into: more than one where they share
-    a character.
+    """Split texts into the pieces that tokens cover, each with its number of tokens.
 
-    The pieces joined are the text. What no token covers (a space that the tokenizer trims off) goes
-    with the token behind it.
+    A piece has several tokens if they share a character. The pieces joined are the text; characters
+    that no token covers (a space that the tokenizer trims) belong to the next token's piece.
     """
     encodings = plain_backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
     return [
@@ -47,11 +47,11 @@ def pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def _pieces(text: str, stops: Sequence[int]) -> list[tuple[str, int]]:
-    found, end = [], 0
+    result, end = [], 0
     for stop in stops:
         if stop > end:
-            found.append((text[end:stop], 1))
+            result.append((text[end:stop], 1))
             end = stop
-        elif found:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-    return [*found, (text[end:], 0)] if end < len(text) else found
+        elif result:
+            result[-1] = (result[-1][0], result[-1][1] + 1)
+    return [*result, (text[end:], 0)] if end < len(text) else result
