@@ -38,7 +38,7 @@ def check(context: Context) -> None:
     huggingface.check_weights(inputs.source_folder, model)
     tokenizing.check(inputs.source_tokenizer)
     _warn_of_ambiguous_files(context)
-    hub.warn_of_values_left_out(inputs.source_folder, raw, model.vocab_size, context.log)
+    hub.warn_dropped_values(inputs.source_folder, raw, model.vocab_size, context.log)
     _check_target(context)
     resolve.check_lengths(config, model)
     _check_teacher(context)
@@ -89,7 +89,7 @@ def _warn_of_ambiguous_files(context: Context) -> None:
     if not inputs.derives:
         folders[f"target_tokenizer '{config.target_tokenizer}'"] = inputs.target_folder
     for name, folder in folders.items():
-        if contradiction := opening.two_readings(folder, open_tokenizer(folder)):
+        if contradiction := opening.file_contradiction(folder, open_tokenizer(folder)):
             context.log(f"warning: the files of {name} give two tokenizations: {contradiction}")
 
 
@@ -312,7 +312,7 @@ def warn_of_llama(context: Context) -> None:
 def _opening_problem(context: Context) -> str:
     """Return how transformers would misread the exported tokenizer; "" if it would not."""
     _, raw = context.inputs.source_model
-    difference = opening.difference_by_type(raw, context.inputs.target_tokenizer)
+    difference = opening.class_difference(raw, context.inputs.target_tokenizer)
     if not difference:
         return ""
     return (

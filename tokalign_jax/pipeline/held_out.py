@@ -39,7 +39,7 @@ def material(context: Context) -> measures.Material:
     config, settings = context.config, context.config.evaluation
     held_out = documents.held_out(context.folder("corpus"))
     return measures.Material(
-        bits_per_byte.choose(held_out, settings.bytes_per_language),
+        bits_per_byte.choose_texts(held_out, settings.bytes_per_language),
         other_texts(context),
         questions(config),
         settings.sequence_length,
@@ -57,7 +57,7 @@ def other_texts(context: Context) -> dict[str, list[str]]:
     if other is None:
         return {}
     texts = documents.read(other, context.log)
-    return bits_per_byte.choose(texts, context.config.evaluation.bytes_per_language)
+    return bits_per_byte.choose_texts(texts, context.config.evaluation.bytes_per_language)
 
 
 def validation_shards(context: Context, name: str) -> tokenizing.TokenShards | None:

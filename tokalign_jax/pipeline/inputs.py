@@ -165,11 +165,11 @@ def _read_tokenizer(folder: Path, end_of_text: str, stamps: Any) -> PreTrainedTo
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files of a tokenizer in a folder that may also hold a model and licences."""
-    others = (*hub.TERMS, "config*", "generation*", hub.INDEX)
+    others = (*hub.LICENSE_FILES, "config*", "generation*", hub.INDEX_FILE)
     return sorted(
         f
         for f in folder.iterdir()
-        if _matches(f.name, hub.TOKENIZER) and not _matches(f.name, others)
+        if _matches(f.name, hub.TOKENIZER_FILES) and not _matches(f.name, others)
     )
 
 

@@ -328,7 +328,7 @@ def _publish(
     raw = hub.read_json(folder / "config.json") or {}
     for warning in serving.warnings(raw, context.inputs.target_tokenizer, target):
         context.log(f"warning: {warning}")
-    terms = hub.copy_terms(context.inputs.source_folder, folder)
+    terms = hub.copy_license_files(context.inputs.source_folder, folder)
     facts = card_facts.facts(
         context.config, context.workdir, states, model, context.inputs.source_folder, terms
     )
