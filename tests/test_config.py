@@ -11,6 +11,7 @@ import pytest
 from tokalign_jax import config_files
 from tokalign_jax.config import (
     AFTER_PREVIOUS,
+    REMOVED,
     RENAMED,
     Config,
     config_from_dict,
@@ -197,6 +198,27 @@ def test_a_key_of_the_version_before_is_taken_with_a_warning_that_names_the_new_
         assert read(config_from_dict(config_files.load(str(file)))) == value
     other = config_files.load(str(file), [f"--config.{new}={value + 1}"])
     assert read(config_from_dict(other)) == value + 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("alignment.bleu_lines", 5), ("export.max_shard_bytes", 10**9)]
+)
+def test_a_key_that_became_a_constant_is_taken_with_a_warning(key, value, tmp_path):
+    group, name = key.split(".")
+    warns = f"'{key}' has no effect: it is always {REMOVED[type(getattr(Config(), group))][name]}"
+    with pytest.warns(FutureWarning, match=warns):
+        assert config_from_dict({group: {name: value}}) == Config()
+    for flags in ([f"--config.{key}={value}"], [f"--config.{key}", str(value)]):
+        with pytest.warns(FutureWarning, match=warns):
+            values = config_files.load("configs/best.py", [*flags, "--config.seed=3"])
+        assert config_from_dict(values).seed == 3
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tokalign_jax.config import default_config\n\ndef get_config():\n"
+        f"    config = default_config()\n    config.{key} = {value}\n    return config\n"
+    )
+    with pytest.warns(FutureWarning, match=warns):
+        assert config_from_dict(config_files.load(str(file))) == Config()
 
 
 def test_every_renamed_key_leads_to_a_field_and_is_none_itself():

@@ -1,9 +1,8 @@
-"""The whole configuration as frozen dataclasses, one per stage; every field is documented where it
-is declared.
+"""Configuration of a run as frozen dataclasses; every field is documented where it is declared.
 
 A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the same names. It is
-turned into `Config` once, here, and from then on nothing looks anything up by string. A file states
-what makes up its recipe; the rest is as below.
+converted to `Config` here, after which no field is looked up by a string. A file sets the fields of
+its recipe; all others have the defaults below.
 """
 
 import dataclasses
@@ -21,89 +20,85 @@ from ml_collections.config_dict import ConfigDict, placeholder
 from tokalign_jax.errors import UserError
 
 EMBEDDED = "embedded"
-"""Names the source model, target tokenizer or corpus that ships inside the package
+"""Name of the source model, target tokenizer, corpus or questions that the package contains
 (`tokalign_jax/demo`)."""
 
 SELF = "self"
-"""Names, as (a part of) the corpus, text that the source model writes itself."""
+"""Name, as (a part of) the corpus, of text that the source model writes itself."""
 
 EXTEND = "extend"
-"""As the target tokenizer: the source model's own, with more tokens (`ExtendConfig`)."""
+"""As the target tokenizer: the source model's with added tokens (`ExtendConfig`)."""
 
 PRUNE = "prune"
-"""As the target tokenizer: the source model's own, without tokens that the corpus does not need
+"""As the target tokenizer: the source model's without tokens that the corpus does not need
 (`PruneConfig`)."""
 
 DERIVED = (EXTEND, PRUNE)
-"""Target tokenizers that a run makes from the source's, in a stage of that name."""
+"""Target tokenizers that a run derives from the source's, in a stage of the same name."""
 
 AFTER_PREVIOUS = "after_previous"
-"""A start offset: the sequence after the last one that the previous training stage read."""
+"""A start offset: the sequence after the last one of the previous training stage."""
 
 AUTO = "auto"
-"""A number of sequences a device holds at once, or what layers keep: chosen by what fits
+"""A per-device batch or remat policy that is chosen by the available memory
 (`planning.resolve`)."""
 
 
 def within(low: float, high: float, default: Any, effect: bool = True) -> Any:
-    """Declare a field of numbers from `low` to `high`; past these, what a user meant is something
-    else.
+    """Declare a numeric field with bounds.
 
     Args:
-      effect: whether the result depends on it by more than rounding; else it is in no fingerprint.
+      effect: whether results depend on it by more than rounding; else no fingerprint includes it.
     """
     return field(default=default, metadata={"within": (low, high), "effect": effect})
 
 
 class Bookkeeping:
-    """Base of groups of settings on which no result depends."""
+    """Base class of groups of settings that no result depends on."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How documents are read, de-duplicated and split."""
+    """Reading, de-duplication and split of documents."""
 
     text_field: str = "text"
-    """Field (column) that holds a document's text."""
+    """Field (column) with the text of a document."""
     self_tokens: int = within(1000, 10**12, 4_000_000)
-    """Tokens that the source model writes where the corpus names `self`, prompts included."""
+    """Tokens that the source model writes for `self` in the corpus, prompts included."""
     messages_field: str = "messages"
-    """Field that holds the messages of a chat (objects with `role` and `content`); a record that
-    has it is a chat, written by the chat template and learned on the assistant's turns alone."""
+    """Field with the messages of a chat (objects with `role` and `content`). A record with this
+    field is a chat: it is formatted by the chat template, and the loss is taken on the assistant's
+    turns alone."""
     language_field: str = ""
-    """Field that holds a document's language or domain, for results by language. Empty: all
+    """Field with the language or domain of a document, for results by language. Empty: all
     documents are one group, `all`."""
     group_by: Literal["language", "source"] = "language"
-    """What results are told apart by: the language field, or which of several names in `corpus` a
-    document is from."""
+    """Groups of results: the language field, or the entry of `corpus` that a document is from."""
     hub_config: str = ""
-    """Config name when `corpus` is a hub dataset."""
+    """Config name of a hub dataset."""
     hub_split: str = "train"
-    """Split when `corpus` is a hub dataset, or a folder that the library datasets saved several in.
-    """
+    """Split of a hub dataset, or of a folder that `datasets` saved several splits in."""
     budget_bytes: int = within(1, 10**15, 5_000_000_000)
-    """UTF-8 bytes of text to keep, held-out documents included; where there is more, each file is
+    """UTF-8 bytes of text to keep, held-out documents included; of a larger corpus, each file is
     read in proportion to its size."""
     max_broken_share: float = within(0, 1, 0.001)
-    """Share of records (lines of JSON, rows, documents of plain text) that may be broken: not JSON,
-    not UTF-8, without the text field, or with something else than text in it. They are skipped and
-    counted, 10 beside that share in any corpus; more of them are an error.
-    0: none may be."""
+    """Maximum share of broken records (lines of JSON, rows, plain-text documents): not JSON, not
+    UTF-8, without the text field, or with no string in it. They are skipped and counted; 10 more
+    than this share are tolerated in any corpus, beyond that they are an error. 0: none is
+    tolerated."""
     held_out_fraction: float = within(0, 0.5, 0.005)
-    """Share of documents, chosen by their SHA-256, that nothing is aligned or trained on; results
-    are measured on them."""
+    """Share of documents, chosen by their SHA-256, that are excluded from alignment and training
+    and that results are measured on."""
 
 
 @dataclass(frozen=True)
 class ExtendConfig:
-    """Tokens that the source model's tokenizer gets, where the target tokenizer is `extend`; they
-    are mined from the corpus.
-    """
+    """Tokens mined from the corpus, added to the source tokenizer (target tokenizer `extend`)."""
 
     new_tokens: int = within(1, 10**7, 8000)
-    """Tokens to add; fewer come where the text has no more that are frequent enough."""
+    """Maximum number of tokens to add; fewer if the text has no more frequent ones."""
     min_count: int = within(1, 10**12, 10)
-    """The fewest times that a new token must stand in the text that is read for it."""
+    """Minimum count of a new token in the text that is read for it."""
     budget_bytes: int = within(1, 10**15, 50_000_000)
     """UTF-8 bytes of training documents that are read for it, drawn at random from all of them;
     they are held in memory."""
@@ -111,13 +106,13 @@ class ExtendConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Tokens that go from the source model's tokenizer, where the target tokenizer is `prune`."""
+    """Tokens removed from the source tokenizer (target tokenizer `prune`)."""
 
     min_count: int = within(1, 10**12, 1)
-    """Tokens go that the text has fewer times; 1: those that it never has."""
+    """Tokens with a lower count in the text are removed; 1: those that it never has."""
     most_tokens: int = within(0, 10**7, 0)
-    """Tokens that stay, at most: the most frequent, beside bytes, special tokens and what the chat
-    template is written with, which always stay; 0: no limit."""
+    """Maximum number of tokens to keep, the most frequent ones. Bytes, special tokens and the
+    tokens of the chat template are always kept; 0: no limit."""
     budget_bytes: int = within(1, 10**15, 1_000_000_000)
     """UTF-8 bytes of training documents that are read for it, drawn at random from all of them;
     they are held in memory."""
@@ -125,23 +120,21 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class GloveConfig:
-    """GloVe (Pennington et al. 2014), where `alignment.vectors` is `glove` or the method is
-    `tokalign`.
-    """
+    """GloVe (Pennington et al. 2014), for `alignment.vectors=glove` and method `tokalign`."""
 
     iterations: int = within(1, 10**5, 15)
     """Passes over the co-occurrences."""
     learning_rate: float = within(0, 10, 0.05)
-    """AdaGrad's rate."""
+    """Learning rate of AdaGrad."""
     x_max: float = within(1e-3, 1e12, 10.0)
-    """Co-occurrences from this count on have full weight."""
+    """Count from which on co-occurrences have full weight."""
     alpha: float = within(0, 10, 0.75)
     """Exponent of the weighting below `x_max`."""
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Token vectors and how target tokens are made of source tokens."""
+    """Token vectors, and the method that maps target tokens to source tokens."""
 
     method: Literal[
         "distilled",
@@ -156,55 +149,50 @@ class AlignmentConfig:
         "exact",
         "random",
     ] = "distilled"
-    """`distilled` (mean of the pieces, then trained on text of the source model's own and of the
-    corpus to keep what the source knows, see `InitializationConfig`), `composed` (fits the corpus
-    better and
-    keeps less: pieces of the text, corrected by co-occurrence and frequency, by what the source
-    model's own tokens teach, and by a rule tuned on text, see `InitializationConfig`), `tokalign`
-    (exactly as published), `lexicon` (one source token each, by a self-learned orthogonal map),
-    `topk` (weighted mixtures of several source tokens), `focus` (FOCUS: mixtures of shared tokens,
-    by cosines of target token vectors), `omp` (combinations of shared tokens found in a donor
-    model, as mergekit-tokensurgeon's), `token_distillation` (Token
-    Distillation: the mean of the pieces, then input rows that give the source's hidden states, see
-    `TokenDistillationConfig`); and the baselines `pieces` (FVT: mean of the pieces),
-    `exact` (else random source tokens), `random`."""
+    """`distilled` (mean of the pieces, then distilled from the source model on text that it writes
+    itself and on the corpus, see `InitializationConfig`), `composed` (mean of the pieces, corrected
+    by co-occurrence and frequency, by a regression on the source model's hidden states, and by a
+    linear map tuned on text; fits the corpus better and retains less, see `InitializationConfig`),
+    `tokalign` (exactly as published), `lexicon` (one source token each, by a self-learned
+    orthogonal map), `topk` (weighted mixtures of several source tokens), `focus` (FOCUS: mixtures
+    of shared tokens, by cosines of target token vectors), `omp` (orthogonal matching pursuit over
+    shared tokens in a donor model, as in mergekit-tokensurgeon), `token_distillation` (Token
+    Distillation: the mean of the pieces, then input rows fitted to the source's hidden states, see
+    `TokenDistillationConfig`); and the baselines `pieces` (FVT: mean of the pieces), `exact`
+    (shared tokens, else random source tokens), `random`."""
     vectors: Literal["ppmi", "glove"] = "ppmi"
     """Token vectors: a truncated factorisation of positive pointwise mutual information with the
-    tokens that both sides share, or GloVe of each side by itself. Method `tokalign` is GloVe's
-    always."""
+    shared tokens, or GloVe of each side by itself. Method `tokalign` always uses GloVe."""
     source_vectors: str = ""
-    """Vectors of the source tokens to use instead of computing them: an `.npz` of `ids` [n] and
-    `vectors` [n, d], or GloVe's text format with token ids for words. Given together with
-    `target_vectors`, which alone do for method `focus`."""
+    """File of source token vectors to use instead of computing them: an `.npz` of `ids` [n] and
+    `vectors` [n, d], or GloVe's text format with token ids as words. Needs `target_vectors`."""
     target_vectors: str = ""
-    """The same for the target tokens."""
+    """File of target token vectors; method `focus` needs these alone."""
     top_k: int = within(1, 10**6, 8)
-    """Source tokens in a mixture of method `topk`."""
+    """Method `topk`: source tokens per mixture."""
     donor: str = ""
-    """Method `omp`: a model that has the target tokenizer, a folder or a hub name."""
+    """Method `omp`: a model with the target tokenizer, a folder or a hub name."""
     atoms: int = within(1, 10**6, 64)
-    """Method `omp`: shared tokens in a combination."""
+    """Method `omp`: shared tokens per combination."""
     file: str = ""
-    """A finished alignment to use instead of computing one: `align_matrix.json` ({"target_id":
-    source_id}) or `alignment.npz`."""
+    """File of a finished alignment to use instead of computing one: `align_matrix.json`
+    ({"target_id": source_id}) or `alignment.npz`."""
     window: int = within(1, 20, 15)
-    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d. Past 20, the
-    exact integers that these weights are counted in overflow."""
+    """Co-occurrence window, tokens to either side; a pair at distance d counts 1/d. Beyond 20, the
+    integers that represent these weights exactly would overflow."""
     min_count: int = within(1, 10**12, 5)
-    """Tokens seen fewer times get no vector."""
+    """Minimum count of a token that gets a vector."""
     vector_size: int = within(1, 10**5, 300)
     """Dimensions of the token vectors."""
     glove: GloveConfig = field(default_factory=GloveConfig)
     pivots: int = within(1, 10**8, 300)
-    """Shared tokens to which method `tokalign` compares every vector (relative representation);
-    others take all of them."""
+    """Method `tokalign`: number of shared tokens in relative representations; other methods use all
+    of them."""
     neighbours: int = within(1, 10**6, 10)
     """Neighbours for the hubness correction (CSLS)."""
     similarity_threshold: float = within(0, 1, 0.3)
-    """Methods `composed` and `topk`: calibrated similarity (0: what chance gives, 1: the same)
-    under which a target token falls back to the pieces of its text."""
-    bleu_lines: int = within(1, 10**9, 1000)
-    """Held-out lines for BLEU-1 of the mapped target ids against the source ids."""
+    """Methods `composed` and `topk`: calibrated similarity (0: chance level, 1: the same token)
+    below which a target token falls back to the pieces of its text."""
 
 
 @dataclass(frozen=True)
@@ -212,56 +200,59 @@ class TokenDistillationConfig:
     """Method `token_distillation` (Dobler et al. 2025); the defaults are the paper's."""
 
     snippets: int = within(1, 10**6, 25)
-    """Snippets of text around each new token, at most."""
+    """Maximum snippets of text per new token."""
     snippet_length: int = within(2, 2**20, 50)
-    """Source tokens of a snippet."""
+    """Source tokens per snippet."""
     most_snippets: int = within(1, 10**9, 4_000_000)
-    """Snippets of all new tokens together, at most; every token keeps its first before any keeps a
-    second. A training step reads `batch_size` of them."""
+    """Maximum snippets of all new tokens together; every token gets one before any gets a second.
+    """
     tokens: int = within(1, 10**15, 100_000_000)
-    """Source tokens of the corpus that are searched for snippets, at most."""
+    """Maximum source tokens of the corpus that are searched for snippets."""
     layers: int = within(0, 10**4, 0)
-    """Layers after which hidden states are compared (with the final norm); 0: all."""
+    """Number of layers after which hidden states are compared (with the final norm); 0: all."""
     learning_rate: float = within(0, 10, 1e-4)
     """Adam's peak rate: it rises over the first half of the steps and falls to 0 over the rest."""
     batch_size: int = within(1, 2**20, 16)
-    """Snippets of a step."""
+    """Snippets per training step."""
 
 
 @dataclass(frozen=True)
 class InitializationConfig:
-    """Rows of the new vocabulary. Method `distilled` trains the start with the source model as its
-    teacher; method `composed` learns rows from the source model's states and tunes them.
+    """Initialisation of the new vocabulary's rows.
+
+    Method `distilled` trains the initialised model with the source model as teacher; method
+    `composed` fits rows to the source model's hidden states and tunes them.
     """
 
     rows_multiple_of: int = within(1, 2**20, 1)
-    """Embedding and head get a number of rows that is a multiple of this (64 or 128 suits tensor
-    cores of serving engines); rows without a token are the mean of all others."""
+    """Embedding and head are padded to a multiple of this many rows (64 or 128 suits tensor cores
+    of serving engines); rows without a token are the mean of all others."""
     distillation_tokens: int = within(0, 10**15, 4_000_000)
-    """Method `distilled`: the most target tokens on which the start is trained to keep what the
-    source model knows, and at most 80 for each token of the target vocabulary; 0: the mean of the
-    pieces."""
+    """Method `distilled`: maximum target tokens of the distillation, and at most 80 per token of
+    the target vocabulary; 0: none, rows are the mean of the pieces."""
     generated_tokens: int = within(0, 10**15, 1_800_000)
-    """Method `distilled`: the most tokens that the source model writes for it, and at most 40 for
-    each token of its vocabulary; 0: it reads the corpus alone."""
+    """Method `distilled`: maximum tokens that the source model writes for it, and at most 40 per
+    token of its vocabulary; 0: none, it is trained on the corpus alone."""
     corpus_share: float = within(0, 1, 0.35)
-    """Method `distilled`: share of the training sequences that are of the corpus, the others being
-    the source model's own text. More fits the corpus better, less keeps more of what the model
-    knew."""
+    """Method `distilled`: share of training sequences that are from the corpus; the others are the
+    source model's own text. A higher share fits the corpus better and retains less of the source
+    model."""
     trains: Literal["all", "rows"] = "all"
-    """Method `distilled`: the whole model, or the new rows alone, which needs less memory and keeps
-    less: words of shared tokens that are split differently can only be learned by the body."""
+    """Method `distilled`: train the whole model, or the new rows alone, which needs less memory and
+    retains less: words that are split differently into shared tokens can only be learned by the
+    body."""
     tokens: int = within(0, 10**15, 20_000_000)
-    """Method `composed`: source tokens of the corpus that the source model reads; 0: rows stay the
+    """Method `composed`: source tokens of the corpus that the source model reads; 0: rows are the
     alignment's mixtures."""
     learned: float = within(0, 1, 0.5)
-    """Share of a composed row that is learned; the rest is the alignment's mixture."""
+    """Method `composed`: weight of the predicted row in a composed row; the rest is the alignment's
+    mixture."""
     calibration: float = within(0, 1, 0.5)
-    """How far head rows go towards giving every token its frequency in the text: 0 not at all, 1
-    all the way."""
+    """Method `composed`: calibration of head rows to the tokens' frequencies in the text; 0: none,
+    1: full."""
     tuning: int = within(0, 10**15, 4_000_000)
-    """Target tokens of the corpus on which rows are then moved together, by a rule that all of them
-    share; 0: they are not."""
+    """Method `composed`: target tokens of the corpus on which the rows are tuned by a linear map
+    that they share; 0: no tuning."""
     token_distillation: TokenDistillationConfig = field(default_factory=TokenDistillationConfig)
 
 
@@ -272,96 +263,92 @@ class LoraConfig:
     rank: int = within(1, 2**16, 64)
     """Inner dimension of A and B."""
     alpha: float = within(0, 1e6, 16.0)
-    """Scale: the product A B counts alpha / rank times."""
+    """Scale: the product A B is multiplied by alpha / rank."""
     dropout: float = within(0, 0.999, 0.1)
-    """Share of the adapters' inputs that are zeroed at each training step."""
+    """Dropout rate of the adapters' inputs."""
 
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """Weights of the loss terms where a stage's objective is `distillation` or `mixture`."""
+    """Weights of the loss terms of the objectives `distillation` and `mixture`."""
 
     next_token: float = within(0, 1e6, 1.0)
-    """Next-token loss; of `mixture` alone."""
+    """Next-token loss; `mixture` alone."""
     likelihood: float = within(0, 1e6, 0.5)
     """Binary divergence between both models' likelihoods of the text between shared boundaries."""
     states: float = within(0, 1e6, 2.0)
-    """Squared distance between both models' final states at shared boundaries, over their variance.
-    """
+    """Squared distance between both models' final hidden states at shared boundaries, divided by
+    their variance."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and what is done to its gradients; the learning rates are the stage's own."""
+    """AdamW and gradient clipping; the learning rates are fields of the stage."""
 
     weight_decay: float = within(0, 10, 0.01)
-    """AdamW's decoupled decay, on matrices only (not on norms and biases)."""
+    """Decoupled weight decay, on matrices only (not on norms and biases)."""
     beta1: float = within(0, 0.99999, 0.9)
-    """AdamW's decay of the mean gradient."""
+    """Decay of the first moment."""
     beta2: float = within(0, 0.99999, 0.95)
-    """AdamW's decay of the mean squared gradient."""
+    """Decay of the second moment."""
     epsilon: float = within(1e-15, 1, 1e-8)
-    """AdamW's, beside the root of the second moment."""
+    """Added to the root of the second moment."""
     row_damping: float = within(0, 1e3, 0.3)
     """Embedding and head only: adds `row_damping * sqrt(mean(v))` to Adam's denominator, so that
-    rows of rare tokens, whose few gradients say little, move by less (docs/results/recipe.md); 0:
-    AdamW."""
+    rows of rare tokens, which have few gradients, move less (docs/results/recipe.md); 0: AdamW."""
     clip_norm: float = within(1e-12, 1e12, 1.0)
-    """Global norm to which the gradient of everything that trains is clipped."""
+    """Global norm to which gradients are clipped."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Bookkeeping):
-    """When a stage saves what it has trained."""
+    """Checkpoints of a training stage."""
 
     every: int = within(1, 10**9, 250)
-    """Steps between checkpoints; a killed run loses at most this many."""
+    """Steps between checkpoints: the most that a killed run loses."""
     keep: int = within(1, 10**6, 2)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage."""
+    """A training stage."""
 
     method: Literal["embedding", "lora", "full"] = "embedding"
-    """What trains: `embedding` (input embedding and head only), `lora` (those and adapters on every
-    projection), `full`."""
+    """Trainable parameters: `embedding` (input embedding and head), `lora` (those, and adapters on
+    every projection), `full` (all)."""
     objective: Literal["next_token", "distillation", "mixture"] = "next_token"
-    """Loss of Stages 1 and 2: `next_token`; `distillation`, with the source model as the teacher
-    that reads the same text with its own tokenizer (`training/source_teacher.py`); `mixture` of
-    both."""
+    """Loss of Stages 1 and 2: `next_token`; `distillation` from the source model, which reads the
+    same text with its own tokenizer (`training/source_teacher.py`); or a `mixture` of both."""
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
     steps: int = within(0, 10**9, 2500)
     """Optimizer steps; 0 skips the stage."""
     learning_rate: float = within(0, 10, 6.4e-4)
-    """Peak rate of what the stage trains; with `lora`, of the adapters."""
+    """Peak learning rate; with `lora`, that of the adapters."""
     embedding_learning_rate: float | None = within(0, 10, None)
-    """Peak rate of embedding and head in `lora` and `full` stages; None: the same as
-    `learning_rate`."""
+    """Peak learning rate of embedding and head in `lora` and `full` stages; None: `learning_rate`.
+    """
     warmup_fraction: float = within(0, 1, 0.03)
-    """Share of the steps over which the rate rises from 0; a cosine then takes it down to 0."""
+    """Share of the steps with linear warm-up from 0; a cosine decays the rate to 0 afterwards."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = within(1, 2**24, 1024)
-    """Sequences a step, over all devices: neither the rate nor the order of the data depends on how
-    many there are."""
+    """Sequences per step over all devices; results do not depend on the number of devices."""
     per_device_batch: int | str = within(1, 2**24, AUTO, effect=False)
-    """Sequences that a device holds at once, at most; gradients of a step's batch are summed over
-    as many rounds as that takes. `auto`: as many as fit in its memory and are faster together
-    (`planning.resolve`)."""
+    """Maximum sequences per device at once; gradients are accumulated over as many rounds as the
+    batch takes. `auto`: as many as fit in memory and are faster together (`planning.resolve`)."""
     sequence_length: int = within(1, 2**24, 2048)
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     start_offset: int | float | str = AFTER_PREVIOUS
     """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one
-    pass over the corpus (float below 1), or `after_previous`. After a stage of another
-    `sequence_length`, the tokens that it read carry over, rounded up to a whole sequence; each
-    length has an order of its own, so some text may be met again."""
+    pass over the corpus (float below 1), or `after_previous`. After a stage with another
+    `sequence_length`, the number of tokens that it read is rounded up to whole sequences; each
+    length has its own order, so some text may be read again."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = within(1, 10**9, 10, effect=False)
-    """Steps between lines on the terminal (the metrics file has every step)."""
+    """Steps between log lines (the metrics file has every step)."""
     max_skipped_in_a_row: int = within(1, 10**9, 5, effect=False)
-    """Non-finite steps in a row that stop the run."""
+    """Number of consecutive non-finite steps that stop the run."""
     profile_steps: tuple[int, ...] = within(1, 10**9, (), effect=False)
     """First and last step, such as (20, 22), of which a JAX trace is written to
     `WORKDIR/STAGE/profile`; empty: none."""
@@ -377,24 +364,25 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig(StageConfig):
-    """A training stage in which a stronger model with the target tokenizer teaches: at each
-    position the student learns its distribution over the tokens (`training/distillation.py`).
+    """A training stage with a teacher that has the target tokenizer.
+
+    The student learns the teacher's distribution over the tokens at each position
+    (`training/distillation.py`).
     """
 
     teacher: str = ""
-    """Local folder or hub name (`name@revision` pins one) of a model whose tokenizer has the same
-    tokens as the target tokenizer; empty: no such stage."""
+    """Local folder or hub name (`name@revision` pins one) of a model with the tokens of the target
+    tokenizer; empty: no such stage."""
     divergence: Literal["forward", "reverse", "mixed"] = "forward"
-    """KL(teacher || student), which covers all that the teacher says; KL(student || teacher), which
-    keeps to what it says most; or both."""
+    """`forward`: KL(teacher || student), which covers the teacher's whole distribution; `reverse`:
+    KL(student || teacher), which seeks its modes; `mixed`: both."""
     mixture: float = within(0, 1, 0.5)
-    """Share of the reverse divergence where they are `mixed`."""
+    """Weight of the reverse divergence if `divergence` is `mixed`."""
     temperature: float = within(1e-3, 1e3, 1.0)
-    """By which the logits of both are divided; above 1 the less likely tokens have more of a say.
-    """
+    """Divisor of both models' logits; above 1, less likely tokens have more weight."""
     weight: float = within(0, 1, 1.0)
-    """Share of the divergence in the loss; the rest is the loss of the next token. 0: the teacher
-    is not run."""
+    """Weight of the divergence in the loss; the rest is the next-token loss. 0: the teacher is not
+    run."""
 
 
 @dataclass(frozen=True)
@@ -402,9 +390,8 @@ class DataConfig:
     """The stream of training sequences."""
 
     epochs: int = within(0, 10**6, 0)
-    """Passes over the corpus that the stream holds, each in another order; a start offset past its
-    end is an error.
-    0: as many as the steps need, while an offset must lie within the first pass."""
+    """Passes over the corpus in the stream, each in another order; a start offset past its end is
+    an error. 0: as many as the steps need; an offset must lie within the first pass."""
 
 
 @dataclass(frozen=True)
@@ -412,113 +399,104 @@ class ComputeConfig:
     """Precision and memory."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and of weights that do not train; what trains has float32 masters. With
-    `float32`, products are float32 ones on every device; GPUs and TPUs would take TensorFloat-32 or
-    bfloat16 passes for them, which are faster."""
+    """Type of activations and frozen weights; trainable weights have float32 masters. With
+    `float32`, matrix products are in full float32 on every device, not in the faster
+    TensorFloat-32 or bfloat16 passes that GPUs and TPUs use by default."""
     remat: Literal["auto", "dots", "attention", "layer"] = "auto"
-    """What a layer keeps for its backward pass: `dots` (results of all matrix products),
-    `attention` (those around attention), `layer` (its input alone; all else is computed again);
-    `auto`: the most that fits in the memory of the devices."""
+    """Rematerialisation: what a layer saves for its backward pass. `dots`: results of all matrix
+    products; `attention`: those around attention; `layer`: its input alone; `auto`: the most that
+    fits in memory."""
     loss_chunk: int = within(1, 2**24, 4096)
     """Tokens whose logits exist at once in the cross-entropy."""
     unroll: int = within(0, 10**4, 0)
-    """Layers in one turn of the compiled loop over them: more are faster on GPUs, and take longer
-    to compile. 0: all of up to 32 on GPUs, unless `remat` is `layer`, where that gains nothing;
-    else 1."""
+    """Layers per iteration of the compiled loop over layers: more are faster on GPUs, but take
+    longer to compile. 0: all of up to 32 on GPUs, unless `remat` is `layer`, where that gains
+    nothing; else 1."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along three axes; their product is the number of devices. 0: chosen, so that a model
-    fits.
-    """
+    """Sizes of the mesh axes, whose product is the number of devices; 0: chosen so that it fits."""
 
     data: int = within(0, 10**6, 0)
-    """Copies of the parameters; the batch is split over them."""
+    """Data-parallel replicas of the parameters; the batch is split over them."""
     fsdp: int = within(0, 10**6, 0)
-    """Parts that parameters and optimizer state are split in; the batch is split over them too."""
+    """Parts of parameters and optimizer state; the batch is split over them, too."""
     tensor: int = within(0, 10**6, 0)
-    """Parts that each layer's matrices, heads and the vocabulary are split in, for the same
-    sequences; at most the devices of one process. 0: 1."""
+    """Tensor-parallel parts of matrices, heads and vocabulary, for the same sequences; at most the
+    devices of a process. 0: 1."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on held-out documents."""
+    """Measurements on held-out documents."""
 
     bytes_per_language: int = within(1, 10**12, 200_000)
-    """UTF-8 bytes of held-out text per language, whole documents, the last one cut."""
+    """UTF-8 bytes of held-out text per language: whole documents, of which the last is cut."""
     sequence_length: int = within(1, 2**24, 1024)
-    """Tokens of a window; a document longer than one is cut into several."""
+    """Tokens per window; longer documents are split into several windows."""
     batch: int = within(1, 2**20, 8)
     """Windows per device at once."""
     random_baseline: bool = True
-    """Also measure the model with every row of the new vocabulary drawn at random."""
+    """Also measure the model with random rows for the new vocabulary."""
     prompts: tuple[str, ...] = ()
-    """Texts that the source and the adapted model continue, greedily; empty: passages of held-out
+    """Texts that the source and the adapted model continue greedily; empty: passages of held-out
     documents."""
     sample_tokens: int = within(1, 10**6, 48)
-    """Tokens of each continuation."""
+    """Tokens per continuation."""
     abilities: str = ""
-    """Multiple-choice questions that every state answers: a file of JSON lines, a folder with such
-    files or a glob (several separated by commas), or `embedded`; a suite of sums is added. Empty:
-    none."""
+    """Multiple-choice questions for every state: a file of JSON lines, a folder of such files or a
+    glob (several separated by commas), or `embedded`; a suite of sums is added. Empty: none."""
     max_questions: int = within(0, 10**9, 0)
-    """Questions of each suite, the first ones; 0: all."""
+    """Number of questions per suite, the first ones; 0: all."""
     chat_questions: str = ""
-    """Questions that the source and the adapted model are asked through their chat templates and
-    answer greedily: a file of JSON lines with `question` and `answers` (any of which is right).
+    """Questions for the source and the adapted model, asked through their chat templates and
+    answered greedily: a file of JSON lines with `question` and `answers`, each of which is right.
     Empty: none."""
     reply_tokens: int = within(1, 10**6, 64)
-    """Tokens of a reply to a chat question, at most."""
+    """Maximum tokens of a reply to a chat question."""
     other_text: str | tuple[str, ...] = ""
-    """Text of another kind than the corpus, in the same forms and with the same fields: measured,
-    never trained on. Empty: none."""
+    """Text of another kind than the corpus, in the same formats and with the same fields; it is
+    measured, never trained on. Empty: none."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The Hugging Face folder."""
+    """Hugging Face folder of the adapted model."""
 
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
-    """Type of the written weights; `source`: each weight keeps the type it had."""
+    """Type of the exported weights; `source`: each weight has the type of the source's."""
     adapters: Literal["merged", "apart"] = "merged"
-    """Where adapters of LoRA go: into the weights, or (`apart`) into a PEFT folder `adapter` inside
-    the export, whose own weights are then what the adapters were trained on, with the new rows."""
-    max_shard_bytes: int = within(1_000_000, 10**15, 5_000_000_000)
-    """Size past which the weights are split over several files."""
+    """LoRA adapters: `merged` into the weights, or `apart` in a PEFT folder `adapter` inside the
+    export, whose own weights are the ones that the adapters were trained on, with the new rows."""
     push_to_hub: str = ""
-    """Hub repository (`owner/name`) that the folder is uploaded to when it is whole, made private
-    if it is new; empty: none."""
+    """Hub repository (`owner/name`) to upload the folder to; a new one is private. Empty: none."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """Config of a run."""
 
     source_model: str = EMBEDDED
-    """Local folder or hub name (`name@revision` pins one) of the model that gets a new vocabulary,
-    or `embedded`."""
+    """Local folder or hub name (`name@revision` pins one) of the source model, or `embedded`."""
     target_tokenizer: str = EMBEDDED
-    """Local folder or hub name of the tokenizer it gets, or `embedded`; `extend`: its own with
-    further tokens, whose rows alone are made anew; `prune`: its own without tokens that the corpus
-    does not need, all rows as they were (a folder of that name is `./extend`)."""
+    """Local folder or hub name of the target tokenizer, or `embedded`; `extend`: the source's with
+    added tokens, whose rows alone are initialised; `prune`: the source's without tokens that the
+    corpus does not need, with unchanged rows (a folder of that name is `./extend`)."""
     end_of_text: str = ""
-    """Token that separates documents in the target tokenizer, added if it has none such; empty:
-    chosen among its special tokens, `<|endoftext|>` and its like before the end of a chat's turn.
-    """
+    """Token of the target tokenizer that separates documents; added if it is missing. Empty: chosen
+    among its special tokens, `<|endoftext|>` and the like before the end of a chat's turn."""
     chat: Literal["target", "source"] = "target"
-    """Chat template and special tokens of the new model: the target tokenizer's (the source's where
-    it has none but all special tokens of the source's), or the `source`'s, added where the target
-    lacks them, with the source's rows."""
+    """Chat template and special tokens of the new model: `target`: the target tokenizer's (the
+    source's template if it has none but all special tokens of the source's); `source`: the
+    source's, with special tokens that the target lacks added with the source's rows."""
     corpus: str | tuple[str, ...] = EMBEDDED
     """Local files (path or glob, several separated by commas), a hub dataset, `embedded`, or
     `self`: text that the source model writes (`text.self_tokens`; a folder of that name is
-    `./self`). Several
-    may have weights, the shares of the text in bytes: `/data/a=0.7,self=0.3`, or in Python
-    {"/data/a": 0.7, "self": 0.3}; without weights they count by their size."""
+    `./self`). Several entries may have weights, their shares of the bytes: `/data/a=0.7,self=0.3`,
+    or in Python {"/data/a": 0.7, "self": 0.3}; without weights they are mixed by size."""
     seed: int = within(0, 2**32 - 1, 0)
-    """The root of every random choice."""
+    """Seed of all random choices."""
     text: TextConfig = field(default_factory=TextConfig)
     extend: ExtendConfig = field(default_factory=ExtendConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -545,19 +523,17 @@ TRAINING = ("stage1", "stage2", "stage3")
 
 
 def training_stages(config: Config) -> dict[str, StageConfig]:
-    """Return the training stages of a run in order: those with steps, the third with a teacher."""
-    found = {name: getattr(config, name) for name in TRAINING}
+    """Return the training stages that a run has: those with steps, and a teacher for Stage 3."""
+    stages = {name: getattr(config, name) for name in TRAINING}
     return {
         name: stage
-        for name, stage in found.items()
+        for name, stage in stages.items()
         if stage.steps and getattr(stage, "teacher", True)
     }
 
 
 def reads_source(config: Config) -> bool:
-    """Whether the source model reads text for the rows of the start: method `composed` alone has
-    any that it can teach.
-    """
+    """Return whether rows are fitted to the source model's hidden states (method `composed`)."""
     return (
         config.alignment.method == "composed"
         and not config.alignment.file
@@ -566,22 +542,22 @@ def reads_source(config: Config) -> bool:
 
 
 TRAINED_FOR_EACH, WRITTEN_FOR_EACH = 80, 40
-"""Bounds of `distillation_tokens` and `generated_tokens` for each token of a vocabulary."""
+"""Upper bounds of `distillation_tokens` and `generated_tokens` per token of a vocabulary."""
 
 
 def distillation_budget(config: Config, source_size: int, target_size: int) -> tuple[int, int]:
-    """(tokens that the source model writes, target tokens that the start is trained on), at most.
+    """Return the maximum tokens of the initial distillation: generated and trained on.
 
     Args:
-      source_size, target_size: tokens of either vocabulary.
+      source_size, target_size: sizes of the vocabularies.
     """
     settings = config.initialization
-    written = min(settings.generated_tokens, WRITTEN_FOR_EACH * source_size)
-    return written, min(settings.distillation_tokens, TRAINED_FOR_EACH * target_size)
+    generated = min(settings.generated_tokens, WRITTEN_FOR_EACH * source_size)
+    return generated, min(settings.distillation_tokens, TRAINED_FOR_EACH * target_size)
 
 
 def distills(config: Config) -> bool:
-    """Whether the start is trained with the source model as its teacher."""
+    """Return whether the initialised model is distilled from the source model."""
     settings = config.initialization
     return (
         config.alignment.method == "distilled"
@@ -591,24 +567,24 @@ def distills(config: Config) -> bool:
 
 
 def distills_tokens(config: Config) -> bool:
-    """Whether input rows are learned by Token Distillation."""
+    """Return whether input rows are learned by Token Distillation."""
     return config.alignment.method == "token_distillation" and not config.alignment.file
 
 
 def teacher_of(stage: StageConfig) -> str:
-    """The model that teaches in Stage 3; "" where none is run."""
+    """Return the name of Stage 3's teacher; "" if none is run."""
     return stage.teacher if isinstance(stage, DistillationConfig) and stage.weight else ""
 
 
 def learns_from_source(stage: StageConfig) -> bool:
-    """Whether the source model is the teacher of a stage."""
+    """Return whether the source model is the teacher of a stage."""
     return stage.objective != "next_token"
 
 
 def settings_of(stage: StageConfig) -> dict[str, Any]:
-    """Return the settings of a stage that its result may depend on.
+    """Return the settings of a stage that its result depends on.
 
-    Left out are those without effect, and weights of terms that its objective does not have.
+    Fields without effect are left out, as are weights of terms that its objective does not have.
     """
     settings = _with_effect(stage)
     if stage.objective == "next_token":
@@ -630,15 +606,15 @@ def selection_of(stage: StageConfig) -> dict[str, int]:
 
 
 def _with_effect(group: Any) -> dict[str, Any]:
-    found = {}
+    settings = {}
     for declared in dataclasses.fields(group):
         value = getattr(group, declared.name)
         if dataclasses.is_dataclass(value):
             if not isinstance(value, Bookkeeping):
-                found[declared.name] = _with_effect(value)
+                settings[declared.name] = _with_effect(value)
         elif declared.metadata.get("effect", True):
-            found[declared.name] = value
-    return found
+            settings[declared.name] = value
+    return settings
 
 
 def _check_objective(stage: StageConfig, prefix: str) -> None:
@@ -648,7 +624,7 @@ def _check_objective(stage: StageConfig, prefix: str) -> None:
     if isinstance(stage, DistillationConfig):
         raise UserError(
             f"config key '{prefix}objective' is {stage.objective!r}, but the teacher of {name} is "
-            f"{prefix}teacher: leave {prefix}objective out, or use stage1 or stage2"
+            f"{prefix}teacher: leave {prefix}objective out, or set it for stage1 or stage2"
         )
     if not stage.weights.likelihood and not stage.weights.states:
         raise UserError(
@@ -674,28 +650,54 @@ RENAMED: Mapping[type, Mapping[str, str]] = {
         "keep_checkpoints": "checkpoints.keep",
     },
 }
-"""By group: keys of the version before, and what they are called now."""
+"""By group: keys of the previous version, and their new names."""
+
+REMOVED: Mapping[type, Mapping[str, Any]] = {
+    AlignmentConfig: {"bleu_lines": 1000},
+    ExportConfig: {"max_shard_bytes": 5_000_000_000},
+}
+"""By group: keys of the previous version that became constants, with the values of these. They stay
+in the fingerprints of stages, so that workdirs of that version remain valid."""
 
 
 def new_name(key: str) -> str:
-    """Return what a dotted config key is called now, with a warning where that is another name."""
+    """Return the current name of a dotted config key, with a warning if it was renamed."""
     *groups, last = key.split(".")
+    kind = _group_type(groups)
+    new = _renamed(kind).get(last) if kind else None
+    if new is None:
+        return key
+    renamed = ".".join([*groups, new])
+    _warn(f"config key '{key}' is now '{renamed}'; the old name will go with the next version")
+    return renamed
+
+
+def is_removed(key: str) -> bool:
+    """Return whether a dotted config key became a constant, with a warning if it did."""
+    *groups, last = key.split(".")
+    kind = _group_type(groups)
+    if kind is None or last not in REMOVED.get(kind, {}):
+        return False
+    value = REMOVED[kind][last]
+    _warn(
+        f"config key '{key}' has no effect: it is always {value}, and will be an error; remove it"
+    )
+    return True
+
+
+def _group_type(groups: Sequence[str]) -> type | None:
+    """Return the dataclass of a group of fields, by its path of names; None if there is none."""
     kind: type = Config
     for group in groups:
         hint = typing.get_type_hints(kind).get(group)
         if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
-            return key
+            return None
         kind = hint
-    now = _renamed(kind).get(last)
-    if now is None:
-        return key
-    renamed = ".".join([*groups, now])
-    warnings.warn(
-        f"config key '{key}' is now '{renamed}'; the old name will go with the next version",
-        FutureWarning,
-        stacklevel=2,
-    )
-    return renamed
+    return kind
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FutureWarning, stacklevel=3)
 
 
 def _renamed(kind: type) -> dict[str, str]:
@@ -703,17 +705,22 @@ def _renamed(kind: type) -> dict[str, str]:
 
 
 def rename_keys(values: Any, kind: type = Config, prefix: str = "") -> Any:
-    """Move what stands under keys of the version before to where it belongs now, in place; return
-    `values`.
+    """Move values from keys of the previous version to the current ones, in place.
 
     Args:
       values: a dict or ConfigDict of any depth.
+
+    Returns:
+      The same object.
     """
     if not hasattr(values, "items"):
         return values
-    for old, now in _renamed(kind).items():
+    for old in REMOVED.get(kind, {}):
+        if old in values and is_removed(f"{prefix}{old}"):
+            del values[old]
+    for old, new in _renamed(kind).items():
         if old in values:
-            group, name = now.split(".")
+            group, name = new.split(".")
             new_name(f"{prefix}{old}")
             if group not in values:
                 values[group] = {}
@@ -727,13 +734,17 @@ def rename_keys(values: Any, kind: type = Config, prefix: str = "") -> Any:
 
 
 def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
-    """Build `kind` from a mapping (a dict or ConfigDict of any depth), field by field.
+    """Build a config dataclass from a dict or ConfigDict of any depth.
 
-    Keys of the version before are taken too, with a warning.
+    Keys of the previous version are accepted with a warning.
+
+    Args:
+      kind: the dataclass.
+      prefix: of the keys in messages.
 
     Raises:
-      UserError: for a key that `kind` has not, naming the nearest one it has, or a value of another
-        type.
+      UserError: an unknown key, with the most similar one, or a value of another type or out of
+        bounds.
     """
     return _build(rename_keys(_copy(values), kind, prefix), kind, prefix)
 
@@ -756,8 +767,8 @@ def _build(values: Any, kind: type, prefix: str) -> Any:
                 f"'{prefix}{near[0]}' (all: {', '.join(fields)})"
             )
         arguments[key] = _checked(value, hints[key], f"{prefix}{key}")
-    # A group that is only partly given keeps the defaults that its parent declares for it (stage1
-    # and stage2 differ).
+    # Fields of a group that are not set have the defaults of its parent (stage1's and stage2's
+    # differ).
     defaults: dict[str, Any] = {
         n: f.default_factory()
         for n, f in fields.items()
@@ -765,30 +776,27 @@ def _build(values: Any, kind: type, prefix: str) -> Any:
     }
     for key, default in defaults.items():
         if key in arguments:
-            given = arguments[key]
-            arguments[key] = dataclasses.replace(
-                default, **{k: getattr(given, k) for k in values[key]}
-            )
-    made = kind(**arguments)
-    _check_range(made, prefix)
-    if isinstance(made, StageConfig):
-        _check_objective(made, prefix)
-        if made.result == "best" and not made.validation_every:
+            group = arguments[key]
+            changes = {name: getattr(group, name) for name in values[key]}
+            arguments[key] = dataclasses.replace(default, **changes)
+    config = kind(**arguments)
+    _check_range(config, prefix)
+    if isinstance(config, StageConfig):
+        _check_objective(config, prefix)
+        if config.result == "best" and not config.validation_every:
             raise UserError(
                 f"config key '{prefix}result' is 'best', but nothing is validated: set "
                 f"{prefix}validation_every above 0, or {prefix}result=last"
             )
-    return made
+    return config
 
 
 def default_config() -> Any:
-    """A ConfigDict of all defaults, for a config file to change; every field can then be overridden
-    on the command line.
-    """
+    """Return a ConfigDict of all defaults for config files, overridable on the command line."""
     values = ConfigDict(config_to_dict(Config()))
-    for group, name in _OF_SEVERAL_TYPES:
-        # A placeholder of type `object` lets the command line give a number where the default is a
-        # word.
+    for group, name in _SEVERAL_TYPES:
+        # A placeholder of type `object` allows a number on the command line for a default that is a
+        # string.
         holder: Any = values[group] if group else values
         value = holder[name]
         del holder[name]
@@ -797,7 +805,7 @@ def default_config() -> Any:
     return values
 
 
-_OF_SEVERAL_TYPES = (
+_SEVERAL_TYPES = (
     ("", "corpus"),
     ("evaluation", "other_text"),
     *(
@@ -809,14 +817,12 @@ _OF_SEVERAL_TYPES = (
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The plain nested dict of a config dataclass, ready for JSON."""
+    """Convert a config dataclass to nested dicts, ready for JSON."""
     return dataclasses.asdict(config)
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
-    """`value` as `hint` wants it; a whole number is welcome where a float is wanted, and a list
-    where a tuple is.
-    """
+    """Check the type of a value; convert integers to floats and lists to tuples as hinted."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise UserError(
@@ -858,32 +864,32 @@ def _check_elements(value: tuple[Any, ...], options: Sequence[Any], name: str) -
         raise UserError(f"config key '{name}' is {value!r}; each of its elements must be {what}")
 
 
-def _check_range(made: Any, prefix: str) -> None:
-    for declared in dataclasses.fields(made):
+def _check_range(config: Any, prefix: str) -> None:
+    for declared in dataclasses.fields(config):
         low, high = declared.metadata.get("within", (-math.inf, math.inf))
-        value = getattr(made, declared.name)
+        value = getattr(config, declared.name)
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(n, int | float) and not low <= n <= high for n in numbers):
             raise UserError(
                 f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and "
                 f"at most {high}"
             )
-    if isinstance(batch := getattr(made, "per_device_batch", 1), str) and batch != AUTO:
+    if isinstance(batch := getattr(config, "per_device_batch", 1), str) and batch != AUTO:
         raise UserError(
             f"config key '{prefix}per_device_batch' is {batch!r}; it must be a number of "
             f"sequences or '{AUTO}'"
         )
-    steps = getattr(made, "profile_steps", ())
+    steps = getattr(config, "profile_steps", ())
     if steps and not (len(steps) == 2 and steps[0] <= steps[1]):
         raise UserError(
             f"config key '{prefix}profile_steps' is {steps}; it must be the first and the last "
             f"step to trace, such as (20, 22), or () for none"
         )
-    if not _is_offset(offset := getattr(made, "start_offset", 0)):
+    if not _is_offset(offset := getattr(config, "start_offset", 0)):
         raise UserError(
             f"config key '{prefix}start_offset' is {offset!r}; it must be a number of sequences "
-            f"(without a decimal point), a "
-            f"fraction of one pass (at least 0.0 and below 1.0) or '{AFTER_PREVIOUS}'"
+            "(without a decimal point), a fraction of one pass (at least 0.0 and below 1.0) or "
+            f"'{AFTER_PREVIOUS}'"
         )
 
 
@@ -894,6 +900,4 @@ def _is_offset(value: float | str) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    return (
-        getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
-    )
+    return str(hint) if isinstance(hint, types.UnionType) else getattr(hint, "__name__", str(hint))

@@ -1,8 +1,7 @@
-"""Config files: Python with `get_config()` that returns a `ConfigDict`, and overrides of its
-fields.
+"""Config files: Python with `get_config()`, which returns a `ConfigDict`, and overrides of fields.
 
-A recipe of the package is the module `tokalign_jax.configs.NAME`; any other file is loaded from its
-path, with its folder importable, so that it can import its base.
+A recipe of the package is the module `tokalign_jax.configs.NAME`. Any other file is loaded from its
+path, with its folder on the import path, so that it can import the config that it builds on.
 """
 
 import difflib
@@ -19,22 +18,22 @@ from types import ModuleType
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from tokalign_jax.config import new_name, rename_keys
+from tokalign_jax.config import is_removed, new_name, rename_keys
 from tokalign_jax.errors import UserError
 
 RECIPES = Path(__file__).parent / "configs"
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
-    """Return the ConfigDict of a config file with fields overridden.
+    """Load a config file and override fields.
 
     Args:
-      name: a file, or the name of a recipe of the package, such as `configs/best.py`; behind a
-        colon, an argument for `get_config`.
+      name: a file, or the name of a recipe of the package, such as `configs/best.py`; an argument
+        for `get_config` may follow after a colon.
       overrides: flags such as `--config.seed=1`.
 
     Raises:
-      UserError: there is no such file, it fails, or an override does not fit a field.
+      UserError: the file does not exist or fails, or an override does not fit a field.
     """
     return override(get_config(name), overrides)
 
@@ -43,8 +42,7 @@ def get_config(name: str) -> config_dict.ConfigDict:
     """Call `get_config()` of a config file.
 
     Raises:
-      UserError: there is no such file, or it is not Python with a function `get_config`, or that
-        fails.
+      UserError: the file does not exist, has no function `get_config`, or fails.
     """
     file, _, argument = name.partition(":")
     path = find(file)
@@ -52,12 +50,11 @@ def get_config(name: str) -> config_dict.ConfigDict:
         values = load_module(path).get_config(*([argument] if argument else []))
         return rename_keys(values)
     except Exception as error:
-        raise UserError(_what_failed(path, error)) from error
+        raise UserError(_failure(path, error)) from error
 
 
 def find(file: str) -> Path:
-    """Return the config file of that path or, where there is none, the package's recipe of that
-    name.
+    """Return the path of a config file or, if there is none, of the package's recipe of that name.
 
     Raises:
       UserError: there is neither.
@@ -97,10 +94,10 @@ def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config
     """Set fields by flags such as `--config.stage1.steps=7` or `--config.stage1.steps 7`.
 
     Raises:
-      UserError: a flag that names no field, naming the nearest, or whose value is of another type.
+      UserError: a flag of an unknown field, with the most similar one, or a value of another type.
     """
     fields = list(_flat_keys(values))
-    overrides = [_with_new_name(flag) for flag in overrides]
+    overrides = [_with_new_name(flag) for flag in _without_removed(overrides)]
     for flag in overrides:
         if (key := _key_of(flag)) and key not in fields:
             raise UserError(_unknown_field(key, fields))
@@ -117,9 +114,23 @@ def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config
 
 
 def _key_of(flag: str) -> str:
-    """Return the field that a flag overrides; empty: it is no override."""
+    """Return the field that a flag overrides; "" if it is no override."""
     match = re.match(r"--(?:no)?config\.([^=]*)", flag)
     return match[1] if match else ""
+
+
+def _without_removed(overrides: Sequence[str]) -> Iterator[str]:
+    """Yield the flags, and their values, of fields that still exist."""
+    skips_value = False
+    for flag in overrides:
+        if skips_value and not flag.startswith("--"):
+            skips_value = False
+            continue
+        key = _key_of(flag)
+        is_skipped = bool(key) and is_removed(key)
+        skips_value = is_skipped and "=" not in flag
+        if not is_skipped:
+            yield flag
 
 
 def _with_new_name(flag: str) -> str:
@@ -128,8 +139,8 @@ def _with_new_name(flag: str) -> str:
 
 
 def _unknown_field(key: str, fields: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-    return f"unknown config key '{key}'; the nearest is '{near}' (--config.{near}=...)"
+    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+    return f"unknown config key '{key}'; the nearest is '{nearest}' (--config.{nearest}=...)"
 
 
 def _flat_keys(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -139,8 +150,8 @@ def _flat_keys(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[str
             yield from _flat_keys(value, f"{prefix}{key}.")
 
 
-def _what_failed(path: Path, error: Exception) -> str:
-    """Say where and how a config file failed."""
+def _failure(path: Path, error: Exception) -> str:
+    """Return the message of a config file that failed."""
     file = str(path)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
@@ -148,6 +159,5 @@ def _what_failed(path: Path, error: Exception) -> str:
     where = f"line {lines[-1]}: " if lines else ""
     return (
         f"config file '{file}' cannot be used ({where}{type(error).__name__}: {error}): it must "
-        f"be "
-        "Python with a function get_config() that returns a ConfigDict, as configs/optimal.py has"
+        "be Python with a function get_config() that returns a ConfigDict, see configs/optimal.py"
     )

@@ -1,6 +1,4 @@
-"""Every config field with its type, default, bounds and description, read from where it is
-declared.
-"""
+"""Reference of config fields: type, default, bounds and description, read from the source."""
 
 import ast
 import dataclasses
@@ -14,14 +12,14 @@ from tokalign_jax.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a config, or a group of them.
+    """A config field, or a group of fields.
 
     Attributes:
-      name: dotted, as in `--config.NAME`.
+      name: dotted name, as in `--config.NAME`.
       type: as declared.
-      default: its value where a config file does not set it; a dataclass for a group.
-      bounds: lowest and highest number that it may be; None where it has none.
-      description: what it is.
+      default: default value; for a group, its dataclass.
+      bounds: minimum and maximum of a number; None if it has none.
+      description: its documentation.
     """
 
     name: str
@@ -32,16 +30,16 @@ class Field:
 
     @property
     def is_group(self) -> bool:
-        """Whether it holds fields of its own."""
+        """Whether it is a group of fields."""
         return dataclasses.is_dataclass(self.default)
 
 
 def fields(group: Any = None, prefix: str = "") -> Iterator[Field]:
-    """Yield the fields of a config dataclass, each group before its own fields.
+    """Yield the fields of a config dataclass, each group before its fields.
 
     Args:
       group: an instance, whose values are the defaults; None: the whole config.
-      prefix: of the names, such as `stage1.`.
+      prefix: prefix of the names, such as `stage1.`.
     """
     group = Config() if group is None else group
     described = descriptions(type(group))
@@ -58,21 +56,21 @@ def fields(group: Any = None, prefix: str = "") -> Iterator[Field]:
 
 
 def descriptions(kind: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass, those of its bases included."""
-    found: dict[str, str] = {}
+    """Return the docstring below each field of a dataclass and its bases."""
+    result: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-            found |= _below_fields(tree.body[0])
-    return found
+            result |= _docstrings(tree.body[0])
+    return result
 
 
-def _below_fields(node: ast.AST) -> dict[str, str]:
+def _docstrings(node: ast.AST) -> dict[str, str]:
     assert isinstance(node, ast.ClassDef)
-    found = {}
+    result = {}
     for field, below in zip(node.body, node.body[1:]):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            found[field.target.id] = inspect.cleandoc(str(below.value.value))
-    return found
+            result[field.target.id] = inspect.cleandoc(str(below.value.value))
+    return result

@@ -142,7 +142,7 @@ def test_a_run_with_a_teacher(inputs, run):
         and "stage2.steps" not in card
         and str(inputs["teacher"]) not in card
     )
-    assert "learned from `teacher`" in card and front_matter(card)
+    assert "distilled from `teacher`" in card and front_matter(card)
 
 
 def test_the_teacher_is_learned_from(run):

@@ -181,7 +181,7 @@ def run(
     # The others do not match special tokens by role, or a file may match them otherwise.
     if method not in ("file", "prune", "tokalign", "random"):
         result["special"] = special_rows(source_tokenizer, target_tokenizer)
-    lines = scoring.held_out_lines(corpus_folder, config.alignment.bleu_lines, config.seed)
+    lines = scoring.held_out_lines(corpus_folder, scoring.BLEU_LINES, config.seed)
     result["bleu_1"] = scoring.score(made.heaviest(), source_tokenizer, target_tokenizer, lines)
     (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in alignment.describe(result):

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.text import corpus
 from tokalign_jax.text.canonical import plain_backend
 
+BLEU_LINES = 1000
+"""Held-out lines for BLEU-1 of the mapped target ids against the source ids."""
+
 
 def score(
     mapping: Int[np.ndarray, "V_t"],

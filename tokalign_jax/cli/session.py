@@ -8,7 +8,7 @@ from collections.abc import Callable
 from absl import flags
 
 from tokalign_jax.cli.arguments import workdir_of
-from tokalign_jax.errors import UserError, complain, naming_long_paths
+from tokalign_jax.errors import UserError, complain, discard_output, naming_long_paths
 from tokalign_jax.parallel import distributed
 from tokalign_jax.utils import compiling, stopping
 from tokalign_jax.utils.progress import Log, duration

@@ -9,8 +9,11 @@ from typing import Any
 from tokalign_jax.config import (
     EXTEND,
     PRUNE,
+    REMOVED,
     SELF,
+    AlignmentConfig,
     Config,
+    ExportConfig,
     config_to_dict,
     learns_from_source,
     selection_of,
@@ -100,8 +103,8 @@ class _Graph:
         self.seed = {"seed": config.seed}
         # The mesh and the other fields of `compute` change speed and rounding alone.
         self.compute = {"compute": {"dtype": config.compute.dtype}}
-        # Stages that the target tokenizer comes from.
-        self.derivation = (config.target_tokenizer,) if context.inputs.derives else ()
+        # The stage that makes the target tokenizer, if it is derived.
+        self.derivation = [config.target_tokenizer] if context.inputs.derives else []
         # Training stages whose teacher is the source model.
         self.taught = [
             name for name, stage in training_stages(config).items() if learns_from_source(stage)
@@ -175,7 +178,7 @@ class _Graph:
 
     def _derive(self) -> Stage:
         """Build the stage that makes the target tokenizer from the source's."""
-        (name,) = self.derivation
+        name = self.config.target_tokenizer
         description, run = {
             EXTEND: ("add tokens of the text to the source tokenizer", stages.extend),
             PRUNE: ("remove tokens that the text does not need", stages.prune),
@@ -210,6 +213,7 @@ class _Graph:
     def _align(self) -> Stage:
         settings = {
             **config_to_dict(self.config.alignment),
+            **REMOVED[AlignmentConfig],
             "file": self.digests["alignment"],
             **self.digests["vectors"],
             "donor": self.digests["donor"],
@@ -281,11 +285,12 @@ class _Graph:
         )
 
     def _export(self, reached: Sequence[str]) -> Stage:
+        export = config_to_dict(self.config.export) | REMOVED[ExportConfig]
         return Stage(
             "export",
             f"write the Hugging Face folder of {reached[-1]}",
             tuple(reached),
-            {"export": config_to_dict(self.config.export), **self._selections(reached)},
+            {"export": export, **self._selections(reached)},
             lambda c: stages.export(c, reached),
             on_all_processes=True,
             is_whole=lambda c: states.has_model(c, "export"),

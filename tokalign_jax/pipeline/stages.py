@@ -359,7 +359,6 @@ def _write(
         context.inputs.target_tokenizer,
         dtypes=dtypes,
         source_folder=context.inputs.source_folder,
-        max_shard_bytes=context.config.export.max_shard_bytes,
         writes=distributed.is_first(),
     )
     distributed.barrier(f"{name} is written")
