@@ -344,7 +344,7 @@ def start(
     aligned, _ = methods.make(methods.Inputs(*given, seed=0, log=print, donor=donor(target)))
     if unusable:
         aligned = methods.without(aligned, unusable, source, target, shards[1].counts)
-    new_config, mixed = initialization.initialize(config, params, aligned, kept=kept)
+    new_config, mixed = initialization.initialize(config, params, aligned, num_frozen_rows=kept)
     if method != "composed":
         return aligned, mixed, mixed, shards[1].counts
     run = Config(
@@ -507,7 +507,7 @@ def test_tuned_rows_read_the_text_better(tmp_path, tied):
         return -np.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
 
     assert nats(after) < nats(before) - 0.03  # a model of random weights has little to gain
-    assert "nats a token on text left out" in lines[-1]
+    assert "nats a token on held-out text" in lines[-1]
     seen = (aligned.rules == Rule.EXACT) & (side.shards.counts > 0)
     moves = seen | np.isin(aligned.rules, initialization.COMPOSED)
     for path, rows in paths.flatten(after).items():
@@ -536,7 +536,7 @@ def test_the_same_vocabulary_is_not_tuned(tmp_path):
 def test_rows_that_gain_nothing_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 50.0)
     _, side, after, lines = tuned(tmp_path, True, target=tiny_tokenizer(420, OTHER))
-    assert after is side.params and "left as it was" in lines[-1]
+    assert after is side.params and "left as they were" in lines[-1]
 
 
 def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
@@ -684,7 +684,7 @@ def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
         mixtures = (aligned.embedding.ids, aligned.head.ids)
         assert not any(np.isin(ids, unused).any() for ids in mixtures)
         direct = initialization.initialize(config, bad, aligned)[1]
-        drawn = initialization.random_rows(config, bad, 50, jax.random.key(0), kept=3)[1]
+        drawn = initialization.random_rows(config, bad, 50, jax.random.key(0), num_frozen_rows=3)[1]
         found.append(matrices(after) | {f"direct {k}": v for k, v in matrices(direct).items()})
         found[-1] |= {f"drawn {k}": v for k, v in matrices(drawn).items()}
     for path, rows in found[0].items():
@@ -735,7 +735,9 @@ def test_kept_rows_that_are_broken_are_made_anew(tmp_path):
     aligned = methods.without(
         methods.from_pieces(source, source), {7, 280}, source, source, np.ones(len(source))
     )
-    _, made = initialization.initialize(config, broken(params, [7, 280]), aligned, kept=len(source))
+    _, made = initialization.initialize(
+        config, broken(params, [7, 280]), aligned, num_frozen_rows=len(source)
+    )
     for path, rows in matrices(made).items():
         assert np.isfinite(rows).all()
         still = np.setdiff1d(np.arange(len(source)), [7, 280])

@@ -165,3 +165,31 @@ def test_tokens_that_the_text_does_not_hold_are_not_driven_down(sides):
     moved = np.asarray(after[path])[composed] - np.asarray(before[path])[composed]
     assert np.isfinite(moved).all() and np.abs(moved).max(axis=-1).min() > 0
     assert any("are not in the text" in line for line in lines) == (facts["unseen_shift"] > 0)
+
+
+def test_features_are_held_for_composed_tokens_only(sides, monkeypatch):
+    passed = {}
+
+    def distill(config, models, params, teacher, rows, *args):
+        passed.update(rows)
+        return self_distillation.Result(params, {})
+
+    monkeypatch.setattr(self_distillation, "distill", distill)
+    distilled(sides)
+    source, _, aligned = sides
+    composed = np.flatnonzero(np.isin(aligned.rules, initialization.COMPOSED))
+    assert len(passed) == sum(sharding.is_vocabulary(path) for path in paths.flatten(source.params))
+    for rows in passed.values():
+        assert set(rows.composed) <= set(composed) and len(rows.free) == aligned.target_size
+        assert len(rows.features) == len(rows.composed) < aligned.target_size
+
+
+def test_rows_restricted_to_the_text_are_those_of_a_dense_table():
+    random = np.random.default_rng(0)
+    composed, tokens = np.array([2, 3, 5, 8]), np.array([0, 3, 4, 8, 9])
+    features, free = random.normal(size=(4, 6)), random.random(10) < 0.5
+    rows = self_distillation.Rows(composed, features, free, 1.0).restricted(tokens)
+    dense, few = np.zeros((10, 6)), np.zeros((5, 6))
+    dense[composed], few[rows.composed] = features, rows.features
+    np.testing.assert_array_equal(few, dense[tokens])
+    np.testing.assert_array_equal(rows.free, free[tokens])

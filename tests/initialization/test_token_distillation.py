@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_squared_difference_of_final_states(sides):
     settings = token_distillation._Settings(source.config, "float32", mesh)
     frozen, state = token_distillation._start(settings, params, rows)
     batch = token_distillation._put(snippets, mesh)
-    found = token_distillation._loss_of(state.change, frozen, batch, settings=settings)
+    found = token_distillation._jitted_loss(state.change, frozen, batch, settings=settings)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     whole = torch.cat([model.get_input_embeddings().weight[:size], torch.tensor(rows)])

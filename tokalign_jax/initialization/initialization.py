@@ -1,17 +1,17 @@
 """Parameters for the new vocabulary from an alignment and the source's parameters.
 
-Only rows of the vocabulary change, except in the learned starts that train the body.
+Only the rows of embedding and head change, except in learned starts that also train the body.
 
-The mean of pieces is as likely as its pieces, while most tokens of a large vocabulary are rare, and
-their rows compete with those of frequent tokens. So head rows are moved by how much rarer their
-token is than its mixture, along the slope of the source's own rows with log frequency. Measured
-(llama-en16k -> Qwen3's vocabulary, exact matches and mean of pieces, counts of 5.4M tokens; bits
-per byte at the start, en / code / math / other): without 2.167 / 1.955 / 2.081 / 4.427, with 1.916
-/ 1.670 / 1.826 / 4.008.
+The mean of a token's pieces predicts it as often as its pieces, while most tokens of a large
+vocabulary are rare and compete with frequent ones. Head rows are therefore shifted along the slope
+of the source's own rows with log frequency, by how much rarer the token is than its mixture.
+Measured (llama-en16k -> Qwen3's vocabulary, exact matches and mean of pieces, counts of 5.4M
+tokens; bits per byte of the start, en / code / math / other): 2.167 / 1.955 / 2.081 / 4.427
+without, 1.916 / 1.670 / 1.826 / 4.008 with the shift.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -48,23 +48,29 @@ from tokalign_jax.utils.progress import Log
 MATRICES = (("embed_tokens", "embedding"), ("lm_head", "kernel"))
 """Paths of the vocabulary's matrices; a tied model has only the first."""
 BLOCK = 4096
-"""Rows that are changed at once, to bound temporary memory."""
+"""Rows changed at once, which bounds temporary memory."""
 COMPOSED = (Rule.PIECES, Rule.SIMILAR)
-"""Rules of tokens whose rows can be learned: spelled with source tokens, but not one of them."""
+"""Rules of composed tokens, which are spelled with source tokens but are not source tokens; their
+rows can be learned."""
 
 
 def initialize(
-    config: ModelConfig, params: dict, aligned: Alignment, multiple_of: int = 1, kept: int = 0
+    config: ModelConfig,
+    params: dict,
+    aligned: Alignment,
+    multiple_of: int = 1,
+    num_frozen_rows: int = 0,
 ) -> tuple[ModelConfig, dict]:
     """Make rows of the new vocabulary as mixtures of source rows (TokAlign, step 4).
 
     Args:
+      config: the source model's.
       params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape
         [V_source, D].
       aligned: mixtures of V_target rows over V_source tokens.
       multiple_of: the number of rows is padded to a multiple of it, with the mean of all rows.
-      kept: number of first rows that are not changed if they are finite: all V_source rows if the
-        vocabulary is extended.
+      num_frozen_rows: leading rows that are copied from the source where they are finite: all
+        V_source rows if the vocabulary is extended.
 
     Returns:
       The config with the new number of rows R, and parameters whose vocabulary matrices are [R, D],
@@ -77,26 +83,29 @@ def initialize(
         new["lm_head"] = {
             "kernel": head_rows(sharding.to_host(params["lm_head"]["kernel"]), aligned)
         }
-    else:  # the head's rule: a row that is wrong there costs more than one that is wrong at the input
+    else:  # As the head: a wrong row costs more there than at the input.
         new["embed_tokens"] = {"embedding": head_rows(rows, aligned)}
     size = -(-aligned.target_size // multiple_of) * multiple_of
     for group, leaf in MATRICES:
         if group in new:
-            made, old = new[group][leaf], sharding.to_host(params[group][leaf], slice(kept))
+            table, old = (
+                new[group][leaf],
+                sharding.to_host(params[group][leaf], slice(num_frozen_rows)),
+            )
             usable = np.flatnonzero(alignment.finite_rows(old))
-            made[usable] = old[usable]
-            if size > len(made):
-                more = np.repeat(made.mean(axis=0, keepdims=True), size - len(made), axis=0)
-                new[group] = {leaf: np.concatenate([made, more])}
+            table[usable] = old[usable]
+            if size > len(table):
+                more = np.repeat(table.mean(axis=0, keepdims=True), size - len(table), axis=0)
+                new[group] = {leaf: np.concatenate([table, more])}
     return dataclasses.replace(config, vocab_size=size), new
 
 
 def head_rows(rows: Float[np.ndarray, "R D"], aligned: Alignment) -> Float[np.ndarray, "V_t D"]:
     """Mix the rows of the source's head (R >= V_source) and correct them for frequency, float32."""
     slope = frequency_slope(rows[: aligned.source_size], aligned.source_log_frequency)
-    made = alignment.apply(aligned.head, rows)
-    move(made, aligned.frequency_shift, slope)
-    return made
+    table = alignment.apply(aligned.head, rows)
+    move(table, aligned.frequency_shift, slope)
+    return table
 
 
 def move(
@@ -111,10 +120,9 @@ def move(
 def frequency_slope(
     rows: Float[np.ndarray, "V D"], log_frequency: Float[np.ndarray, "V"]
 ) -> Float[np.ndarray, "D"]:
-    """Return the least-squares slope of rows with log frequency, float32; 0 if all are equally
-    frequent.
+    """Return the least-squares slope of rows with log frequency, float32.
 
-    Rows with NaN or infinity are left out.
+    It is 0 if all tokens are equally frequent. Rows with NaN or infinity are ignored.
     """
     finite = alignment.finite_rows(rows)
     if not finite.all():
@@ -137,13 +145,16 @@ class Side(NamedTuple):
 
 
 def usable(params: Params, size: int) -> tuple[Params, frozenset[int]]:
-    """Replace rows that are not finite by the mean of the others; return parameters and their
-    tokens.
+    """Replace non-finite rows by the mean of the others.
 
-    Some checkpoints have NaN in the rows of tokens that no text has.
+    Some checkpoints have NaN in the rows of tokens that no text contains.
 
     Args:
+      params: the model's.
       size: tokens of the model's tokenizer; padding rows do not count for the mean.
+
+    Returns:
+      The parameters, and the tokens whose rows were replaced.
     """
     new, unusable = dict(params), frozenset()
     for group, leaf in MATRICES:
@@ -174,8 +185,12 @@ def read(
     """Read text with the source model: mean states around the tokens of both vocabularies.
 
     Args:
-      documents: as `contexts.draw` chooses them of the training text; `initialization.tokens`
-        source tokens are read of them.
+      config: `initialization.tokens` source tokens are read.
+      source: the source model.
+      target: the model with the new vocabulary.
+      documents: training documents, as `contexts.draw` chooses them.
+      mesh: devices that read.
+      log: receives progress and warnings.
     """
     places = contexts.find_places(
         documents, source.tokenizer, target.tokenizer, config.initialization.tokens, log
@@ -184,8 +199,7 @@ def read(
     if not (places.last_target != contexts.NONE).any():
         log(
             "contexts: warning: no token of the target ends where one of the source ends, so that "
-            "no row is learned from "
-            "the source model's states"
+            "no row is learned from the source model's states"
         )
         return contexts.nothing(*sizes, source.config.hidden_size)
     params = sharding.place(source.params, mesh)
@@ -201,48 +215,66 @@ def learn(
     reading: contexts.Reading,
     mesh: Mesh,
     log: Log,
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> Params:
-    """Move rows of composed tokens towards the regression fitted on the source's tokens
-    (`composition.py`).
+    """Move rows of composed tokens towards the regression fitted on the source's tokens.
 
     Rows of tokens that were not seen in context are unchanged: from pieces alone the regression
     predicts rows better than mixtures do, but gives more bits per byte.
 
     Args:
-      target: as `initialize` made it of the source by `aligned`.
-      reading: what `read` gave.
-      kept: the first rows, which stay what they are.
+      config: `initialization.learned` is the step towards the regression, from 0 to 1.
+      source: the source model.
+      target: the model that `initialize` made of `source` by `aligned`.
+      aligned: the alignment.
+      reading: the result of `read`.
+      mesh: unused; the regression runs on the default device.
+      log: receives progress.
+      num_frozen_rows: leading rows that stay as they are.
     """
     composed = np.isin(aligned.rules, COMPOSED)
-    composed[:kept] = False
-    wanted = np.flatnonzero(composed & (reading.target.counts > 0))
-    parts = methods.cut(source.tokenizer, target.tokenizer, wanted.tolist(), source.unusable)
-    wanted, parts = wanted[[bool(of) for of in parts]], [of for of in parts if of]
-    known, known_parts = composition.binary_splits(
+    composed[:num_frozen_rows] = False
+    ids = np.flatnonzero(composed & (reading.target.counts > 0))
+    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
+    ids, parts = _spelled(ids, parts)
+    fitted, fitted_parts = composition.binary_splits(
         source.tokenizer, source.shards.counts, source.unusable
     )
     new = dict(target.params)
-    if len(wanted) and len(known):
+    if len(ids) and len(fitted):
         frequency = [methods.log_frequency(side.shards.counts) for side in (source, target)]
-        pieces = [composition.Pieces.of(of) for of in (known_parts, parts)]
-        of_known = composition.Tokens(known, pieces[0], frequency[0], reading.source)
-        of_wanted = composition.Tokens(wanted, pieces[1], frequency[1], reading.target)
-        for group, leaf in MATRICES:
-            if group in new:
-                rows = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(
-                    np.float32
-                )
-                made = np.array(new[group][leaf], np.float32)
-                for block, learned in composition.learned_rows(rows, of_known, of_wanted, reading):
-                    ids = wanted[block]
-                    made[ids] += config.initialization.learned * (learned - made[ids])
-                new[group] = {leaf: made}
+        splits, pieces = (composition.Pieces.of(spelling) for spelling in (fitted_parts, parts))
+        fitted_tokens = composition.Tokens(fitted, splits, frequency[0], reading.source)
+        tokens = composition.Tokens(ids, pieces, frequency[1], reading.target)
+        for path, rows in _source_rows(source, aligned):
+            group, leaf = path.split("/")
+            table = np.array(new[group][leaf], np.float32)
+            for block, learned in composition.learned_rows(rows, fitted_tokens, tokens, reading):
+                chosen = ids[block]
+                table[chosen] += config.initialization.learned * (learned - table[chosen])
+            new[group] = {leaf: table}
         log(
-            f"composition: {len(wanted):,} of {composed.sum():,} rows learned from {len(known):,} "
+            f"composition: {len(ids):,} of {composed.sum():,} rows learned from {len(fitted):,} "
             "tokens"
         )
     return new
+
+
+def _spelled(
+    ids: Int[np.ndarray, "n"], parts: list[list[int]]
+) -> tuple[Int[np.ndarray, "m"], list[list[int]]]:
+    """Return the tokens that have pieces, and their pieces."""
+    return ids[[bool(pieces) for pieces in parts]], [pieces for pieces in parts if pieces]
+
+
+def _source_rows(
+    source: Side, aligned: Alignment
+) -> Iterator[tuple[str, Float[np.ndarray, "V_s D"]]]:
+    """Yield the path and the float32 rows of each of the source's vocabulary matrices."""
+    for group, leaf in MATRICES:
+        if group in source.params:
+            rows = sharding.to_host(source.params[group][leaf])[: aligned.source_size]
+            yield f"{group}/{leaf}", rows.astype(np.float32)
 
 
 def movable(
@@ -250,20 +282,23 @@ def movable(
     target: PreTrainedTokenizerBase,
     aligned: Alignment,
     counts: Int[np.ndarray, "V_t"],
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> Bool[np.ndarray, "V_t"]:
-    """Return which rows a learned start may change: composed ones, and exact ones that occur in
-    text.
+    """Return which rows a learned start may change: composed, and exact ones that occur in text.
 
-    Special tokens, tokens that text never has, and the first `kept` rows are not changed, nor are
-    exact ones if one vocabulary contains the other: their use has not changed then.
+    Frozen are special tokens, tokens that never occur in text, and the first `num_frozen_rows`.
+    Exact tokens are frozen too if one vocabulary contains the other, since their use is the same.
 
     Args:
-      counts: of each target token in the text.
+      source: the source tokenizer.
+      target: the target tokenizer.
+      aligned: the alignment.
+      counts: how often each target token occurs in the text.
+      num_frozen_rows: leading rows that stay as they are.
     """
     exact = (aligned.rules == Rule.EXACT) & (counts > 0) & (not _contains(source, target))
     moving = exact | np.isin(aligned.rules, (*COMPOSED, Rule.MEAN))
-    moving[:kept] = False
+    moving[:num_frozen_rows] = False
     return moving
 
 
@@ -280,14 +315,22 @@ def calibrate(
     aligned: Alignment,
     mesh: Mesh,
     log: Log,
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> Params:
     """Calibrate head rows to the frequencies of their tokens (`calibration.py`).
 
     Args:
-      kept: the first rows, which stay what they are.
+      config: `initialization.calibration` scales the change; 0 is none.
+      source: the source model.
+      target: the model to calibrate.
+      aligned: the alignment.
+      mesh: devices that measure probabilities.
+      log: unused.
+      num_frozen_rows: leading rows that stay as they are.
     """
-    moving = movable(source.tokenizer, target.tokenizer, aligned, target.shards.counts, kept)
+    moving = movable(
+        source.tokenizer, target.tokenizer, aligned, target.shards.counts, num_frozen_rows
+    )
     if not config.initialization.calibration or not moving.any():
         return target.params
     dtype = jnp.dtype(config.compute.dtype)
@@ -310,37 +353,41 @@ def tune(
     reading: contexts.Reading,
     mesh: Mesh,
     log: Log,
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> tuning.Tuned:
     """Tune the `movable` rows by a linear map that they share (`tuning.py`).
 
-    Without composed tokens nothing is tuned.
+    Nothing is tuned without composed tokens.
 
     Args:
-      target: as `learn` made it.
-      kept: the first rows, which stay what they are.
+      config: `initialization.tuning` is the number of tokens to train on, 0 for none.
+      source: the source model.
+      target: the result of `learn`.
+      aligned: the alignment.
+      reading: the result of `read`.
+      mesh: devices that train.
+      log: receives progress.
+      num_frozen_rows: leading rows that stay as they are.
     """
-    if not config.initialization.tuning or not np.isin(aligned.rules[kept:], COMPOSED).any():
+    if (
+        not config.initialization.tuning
+        or not np.isin(aligned.rules[num_frozen_rows:], COMPOSED).any()
+    ):
         return tuning.Tuned(target.params, {})
-    moving = movable(source.tokenizer, target.tokenizer, aligned, target.shards.counts, kept)
+    moving = movable(
+        source.tokenizer, target.tokenizer, aligned, target.shards.counts, num_frozen_rows
+    )
     ids = np.flatnonzero(moving & (aligned.rules != Rule.MEAN))
     parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
-    ids, parts = ids[[bool(of) for of in parts]], [of for of in parts if of]
+    ids, parts = _spelled(ids, parts)
     frequency = methods.log_frequency(target.shards.counts)
     tokens = composition.Tokens(ids, composition.Pieces.of(parts), frequency, reading.target)
-    rows = {
-        f"{group}/{leaf}": (
-            sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(np.float32)
-        )
-        for group, leaf in MATRICES
-        if group in source.params
-    }
     composed = np.isin(aligned.rules[ids], COMPOSED)
     budget, compute = config.initialization.tuning, config.compute
     return tuning.tune(
         target.config,
         target.params,
-        rows,
+        dict(_source_rows(source, aligned)),
         tokens,
         composed,
         target.shards,
@@ -360,65 +407,39 @@ def distill(
     documents: Iterable[Document],
     mesh: Mesh,
     log: Log,
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> self_distillation.Result:
-    """`target`'s parameters trained to keep what the source model knows (`self_distillation.py`).
+    """Train `target` with the source model as teacher (`self_distillation.py`).
 
-    Where the source has every token there is nothing to do, and all stays the source's. With `kept`
-    rows, which an extension leaves as they are, the body stays too.
+    Nothing changes where the source has every token. With frozen rows, as in an extension, the
+    body is frozen too.
 
     Args:
-      target: as `initialize` made it of the source by `aligned`.
-      documents: of the training text, as `contexts.draw` chooses them.
+      config: the run's.
+      source: the source model.
+      target: the model that `initialize` made of `source` by `aligned`.
+      aligned: the alignment.
+      documents: training documents, as `contexts.draw` chooses them.
+      mesh: devices that train.
+      log: receives progress.
+      num_frozen_rows: leading rows that stay as they are.
     """
     settings = config.initialization
-    if not np.isin(aligned.rules[kept:], COMPOSED).any():
+    if not np.isin(aligned.rules[num_frozen_rows:], COMPOSED).any():
         return self_distillation.Result(target.params, {})
     budget, tokens = distillation_budget(config, aligned.source_size, aligned.target_size)
-    params, starts = (
-        sharding.place(source.params, mesh),
-        (first_context(source.tokenizer), first_context(target.tokenizer)),
-    )
-    dtype = jnp.dtype(config.compute.dtype)
-    special = {
-        i: match.token
-        for i in canonical.special_ids(source.tokenizer) - source.unusable
-        if (match := counterpart(i, source.tokenizer, target.tokenizer)) is not None
-    }
-    pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, special)
-    writer = self_text.Writer(source.config, params, source.tokenizer, dtype, mesh, config.seed)
-    written = pairing.pair(writer.write(budget, log, special))
-    passages = [
-        ((piece, None),) for document in documents for piece in pairs.passages(document.text)
-    ]
-    corpus = pairing.pair(passages) if settings.corpus_share else []
+    source = source._replace(params=sharding.place(source.params, mesh))
+    written, corpus = _paired_texts(config, source, target, documents, budget, mesh, log)
     if not written and not corpus:
         return self_distillation.Result(target.params, {})
 
     tokens_seen = np.concatenate([pair.target for pair in (*written, *corpus)])
     seen = np.bincount(tokens_seen, minlength=aligned.target_size)
-    trains_body = settings.trains == "all" and not kept
-    moving = movable(source.tokenizer, target.tokenizer, aligned, seen, kept)
+    trains_body = settings.trains == "all" and not num_frozen_rows
+    moving = movable(source.tokenizer, target.tokenizer, aligned, seen, num_frozen_rows)
     composed = moving & np.isin(aligned.rules, COMPOSED)
-    ids = np.flatnonzero(composed)
-    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
-    ids, parts = ids[[bool(pieces) for pieces in parts]], [pieces for pieces in parts if pieces]
-    states = row_features.last_piece_states(source.config, params, parts, starts[0], dtype, mesh)
-    sizes = np.array([len(content or b"") for content in canonical.token_bytes(target.tokenizer)])[
-        ids
-    ]
-    rows = {}
-    for group, leaf in MATRICES:
-        if group in source.params:
-            known = sharding.to_host(source.params[group][leaf])[: aligned.source_size].astype(
-                np.float32
-            )
-            of_ids = row_features.features(known, parts, sizes, states, config.seed)
-            features = np.zeros((aligned.target_size, of_ids.shape[1]), np.float32)
-            features[ids] = of_ids
-            free = (moving if trains_body else composed) & (seen > 0)
-            deviation = float(np.sqrt(np.var(known, axis=0).mean()))
-            rows[f"{group}/{leaf}"] = self_distillation.Rows(features, free, deviation)
+    free = (moving if trains_body else composed) & (seen > 0)
+    rows = _trainable_rows(config, source, target, aligned, composed, free, mesh)
     models = Models(target.config, source.config, config.compute)
     return self_distillation.distill(
         config,
@@ -435,6 +456,82 @@ def distill(
     )
 
 
+def _paired_texts(
+    config: Config,
+    source: Side,
+    target: Side,
+    documents: Iterable[Document],
+    budget: int,
+    mesh: Mesh,
+    log: Log,
+) -> tuple[list[pairs.Pair], list[pairs.Pair]]:
+    """Return the texts of a distilled start for both models: the source's own, and the corpus's.
+
+    The source writes them here even if the corpus has a part called `self`: that one has another
+    size, lacks replies that were cut off, and is split into training and held-out documents.
+
+    Args:
+      config: the run's.
+      source: the source model, its parameters on `mesh`.
+      target: the model with the new vocabulary.
+      documents: training documents.
+      budget: tokens for the source model to write.
+      mesh: devices that write.
+      log: receives progress.
+    """
+    special = {
+        i: match.token
+        for i in canonical.special_ids(source.tokenizer) - source.unusable
+        if (match := counterpart(i, source.tokenizer, target.tokenizer)) is not None
+    }
+    starts = first_context(source.tokenizer), first_context(target.tokenizer)
+    pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, special)
+    dtype = jnp.dtype(config.compute.dtype)
+    writer = self_text.Writer(
+        source.config, source.params, source.tokenizer, dtype, mesh, config.seed
+    )
+    written = pairing.pair(writer.write(budget, log, special))
+    passages = [
+        ((piece, None),) for document in documents for piece in pairs.passages(document.text)
+    ]
+    return written, pairing.pair(passages) if config.initialization.corpus_share else []
+
+
+def _trainable_rows(
+    config: Config,
+    source: Side,
+    target: Side,
+    aligned: Alignment,
+    composed: Bool[np.ndarray, "V_t"],
+    free: Bool[np.ndarray, "V_t"],
+    mesh: Mesh,
+) -> dict[str, self_distillation.Rows]:
+    """Return what a distilled start may change, by the path of a matrix of the vocabulary.
+
+    Args:
+      config: the run's.
+      source: the source model, its parameters on `mesh`.
+      target: the model with the new vocabulary.
+      aligned: the alignment.
+      composed: tokens whose rows the shared network changes.
+      free: tokens whose rows have a change of their own.
+      mesh: devices that read the tokens' pieces.
+    """
+    ids = np.flatnonzero(composed)
+    parts = methods.cut(source.tokenizer, target.tokenizer, ids.tolist(), source.unusable)
+    ids, parts = _spelled(ids, parts)
+    dtype, start = jnp.dtype(config.compute.dtype), first_context(source.tokenizer)
+    states = row_features.last_piece_states(source.config, source.params, parts, start, dtype, mesh)
+    contents = canonical.token_bytes(target.tokenizer)
+    sizes = np.array([len(content or b"") for content in contents])[ids]
+    rows = {}
+    for path, table in _source_rows(source, aligned):
+        features = row_features.features(table, parts, sizes, states, config.seed)
+        deviation = float(np.sqrt(np.var(table, axis=0).mean()))
+        rows[path] = self_distillation.Rows(ids, features, free, deviation)
+    return rows
+
+
 def distill_tokens(
     config: Config,
     source: Side,
@@ -443,13 +540,19 @@ def distill_tokens(
     documents: Iterable[Document],
     mesh: Mesh,
     log: Log,
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> token_distillation.Result:
-    """Input rows of composed tokens by Token Distillation (`token_distillation.py`).
+    """Learn input rows of composed tokens by Token Distillation (`token_distillation.py`).
 
     Args:
-      target: as `initialize` made it of the source by `aligned`.
-      documents: of the training text, as `contexts.draw` chooses them.
+      config: the run's.
+      source: the source model.
+      target: the model that `initialize` made of `source` by `aligned`.
+      aligned: the alignment.
+      documents: training documents, as `contexts.draw` chooses them.
+      mesh: devices that train.
+      log: receives progress.
+      num_frozen_rows: leading rows that stay as they are.
 
     Returns:
       All rows of the target's input embedding.
@@ -457,7 +560,7 @@ def distill_tokens(
     settings = config.initialization.token_distillation
     rows = np.array(target.params["embed_tokens"]["embedding"], np.float32)
     composed = np.isin(aligned.rules, COMPOSED)
-    composed[:kept] = False
+    composed[:num_frozen_rows] = False
     finder = token_distillation.Finder(
         source.tokenizer,
         target.tokenizer,
@@ -486,14 +589,17 @@ def distill_tokens(
 
 
 def random_rows(
-    config: ModelConfig, params: dict, size: int, key: jax.Array, kept: int = 0
+    config: ModelConfig, params: dict, size: int, key: jax.Array, num_frozen_rows: int = 0
 ) -> tuple[ModelConfig, dict]:
-    """The baseline: `size` rows drawn from a normal distribution with each source column's mean and
-    deviation, but for the first `kept`, which stay what they are."""
+    """Make a baseline of `size` rows from a normal distribution.
+
+    Each column has the mean and the deviation of the source's; the first `num_frozen_rows` are
+    copied from the source where they are finite.
+    """
 
     def draw(rows: np.ndarray, key: jax.Array) -> np.ndarray:
         rows = sharding.to_host(rows)[: config.vocab_size].astype(np.float32)
-        old, rows = rows[:kept], rows[alignment.finite_rows(rows)]
+        old, rows = rows[:num_frozen_rows], rows[alignment.finite_rows(rows)]
         noise = np.asarray(jax.random.normal(key, (size, rows.shape[1]), jnp.float32))
         drawn = rows.mean(axis=0) + rows.std(axis=0) * noise
         kept_rows = np.flatnonzero(alignment.finite_rows(old))

@@ -1,28 +1,27 @@
-"""A start that keeps what the source model knows: trained on little text, with the source as
-teacher.
+"""Self-distillation: a start trained on little text, with the source model as teacher.
 
-The mean of pieces (FVT) makes rows that are right one by one, but not together: composed tokens do
-not get the probability of their pieces, and words that the new tokenizer splits in another way are
-words that the body never learned to spell. So the new model reads text that the source wrote
-(`self_text.py`), and a share of the corpus, and learns to find it as likely as the source does,
-with the same states (`training/cross_tokenizer.py`).
+Rows that are the mean of their pieces (FVT) are right one by one, but not together: composed tokens
+do not get the probability of their pieces, and words that the new tokenizer splits in another way
+are spelled in a way that the body has never read. The new model therefore reads text that the
+source wrote (`self_text.py`) and a share of the corpus, and learns to assign it the source's
+likelihoods, with the source's states (`training/cross_tokenizer.py`).
 
-The student's vocabulary is the tokens that this text holds, which makes a step as fast as its text
-needs, and drives no others down. What the rest takes of the probability is settled at the end
+The student's vocabulary is restricted to the tokens of this text, which makes a step faster and
+lowers the logits of no other token. The probability of the other tokens is calibrated at the end
 (`unseen.py`).
 
-What trains:
+Two parts train:
 
-- rows: a table of changes, one for each token that the text holds, and a network that all composed
-  tokens share, from features of a token (`row_features.py`) to the change of its row,
-  row + table + deviation (x A + gelu(x B) C). So tokens change that the text does not hold.
-- the body, at a small rate, unless `initialization.trains` is `rows`: then rows of tokens that the
-  source has stay too.
+- rows: a table with a change for each token of the text, and a network from a composed token's
+  features (`row_features.py`) to the change of its row, shared by all composed tokens, so that
+  tokens change that are not in the text: row + table + deviation (x A + gelu(x B) C).
+- the body, at a small rate, unless `initialization.trains` is `rows`; the rows of tokens that the
+  source has are then frozen as well.
 
 Special tokens never change.
 
-Letters: D model, V vocabulary, R rows in memory, F features, H hidden units, A micro-batches, B
-sequences, T target tokens of a sequence.
+Letters: D model, V vocabulary, R rows in memory, n composed tokens, F features, H hidden units, A
+micro-batches, B sequences, T target tokens of a sequence.
 """
 
 import dataclasses
@@ -51,44 +50,55 @@ from tokalign_jax.utils import compiling, paths
 from tokalign_jax.utils.progress import Log, Progress
 
 LENGTH = 256
-"""T, where the model has that many positions."""
+"""T, unless the model has fewer positions."""
 STEPS = 200
 LEAST_SEQUENCES, MOST_SEQUENCES = 4, 64
-"""B of a step: as many as give `STEPS`, between these."""
+"""Bounds of B; the batch is as large as `STEPS` steps allow."""
 MOST_PASSES = 4
-"""Over the text."""
+"""Passes over the text, at most."""
 BODY_RATE = 2e-4
-"""Peak rate of the body for a model of the width `WIDTH`, and of narrower ones; of wider ones less,
-by the root of the ratio.
+"""Peak learning rate of the body at a width of up to `WIDTH`; beyond, it falls with the square root
+of the width.
 """
 WIDTH = 576
 ROW_RATE = 0.01
-"""Peak rate of the table, in units of the deviation of the source's rows."""
+"""Peak learning rate of the table, in units of the standard deviation of the source's rows."""
 NETWORK_RATE = 1e-3
 ROW_DAMPING = 0.3
 WARMUP = 0.05
 HIDDEN = 1024
-"""H, at most; and at most twice D"""
+"""H, at most; at most 2 D."""
 WRITTEN = (0.5, 1.0)
-"""Weights of next-token loss and likelihood divergence on text of the source model."""
+"""Weights of next-token loss and likelihood divergence on text written by the source model."""
 CORPUS = (1.0, 0.5)
-"""The same on text of the corpus."""
+"""The same weights on text of the corpus."""
 HELD_OUT = 64
-"""Sequences that are left out of training, on which the model is measured before and after it."""
+"""Sequences on which the model is measured before and after training; not trained on."""
 MICRO_BATCH_TOKENS = {"cpu": 1024}
 OTHER_MICRO_BATCH_TOKENS = 16_384
-"""Target tokens that a device reads at once, by backend."""
+"""Target tokens per device and micro-batch, by backend."""
 
 
 class Rows(NamedTuple):
-    """How the rows of one matrix of the vocabulary may change."""
+    """Trainable rows of one matrix of the vocabulary.
 
-    features: Float[np.ndarray, "V F"]
-    """0 for tokens that are not composed."""
-    free: np.ndarray
-    """bool [V]: tokens that have a change of their own."""
+    Only composed tokens have features: for all V tokens they would take gigabytes of host memory.
+    """
+
+    composed: Int[np.ndarray, "n"]
+    """Tokens whose rows the shared network changes, ascending."""
+    features: Float[np.ndarray, "n F"]
+    """Features of the composed tokens, float32."""
+    free: Bool[np.ndarray, "V"]
+    """Tokens that have a change of their own in the table."""
     deviation: float
-    """Of the source's rows."""
+    """Standard deviation of the source's rows."""
+
+    def restricted(self, tokens: Int[np.ndarray, "p"]) -> "Rows":
+        """Restrict the vocabulary to `tokens` (ascending), which get the ids 0 .. p - 1."""
+        chosen = np.isin(self.composed, tokens)
+        composed = np.searchsorted(tokens, self.composed[chosen])
+        return Rows(composed, self.features[chosen], self.free[tokens], self.deviation)
 
 
 HostBatch = Any
@@ -96,19 +106,18 @@ HostBatch = Any
 
 
 class Result(NamedTuple):
-    """The model after training, and what was measured."""
+    """Parameters after training, and measurements."""
 
     params: Params
     facts: Mapping[str, float]
     """`tokens` trained on; `loss_before`, `loss_after`, `distance_before`, `distance_after` on
-    held-out sequences (`cross_tokenizer.Terms`); `unseen_shift`, nats (`unseen.shift`).
+    held-out sequences (`cross_tokenizer.Terms`); `unseen_shift` in nats (`unseen.shift`).
     """
 
 
 class _State(NamedTuple):
     trainable: dict[str, Any]
-    """`table` and `network` by the path of a matrix, and `body`, a tree of the rest of the model.
-    """
+    """`table` and `network` by the path of a matrix, and `body`, the rest of the model by path."""
     optimizer: optax.OptState
     step: Int[Array, ""]
 
@@ -126,22 +135,24 @@ def distill(
     mesh: Mesh,
     log: Log,
 ) -> Result:
-    """Trains `params` towards `teacher`; returns them as they are where text left out gains
-    nothing.
+    """Train `params` towards `teacher`; return them unchanged if the held-out loss does not fall.
 
-    Args: params: the new model's; its matrices of the vocabulary in float32. teacher: the source
-      model's. rows: by path of the matrix in `params`. written, corpus: the source model's own
-      text, and the corpus's. budget: target tokens to train on; text is met again where there is
-      less, `MOST_PASSES` times at
-        most.
+    Args:
+      config: the run's.
+      models: the new model as student, the source model as teacher.
+      params: the new model's, its vocabulary matrices in float32.
+      teacher: the source model's.
+      rows: trainable rows by the path of their matrix in `params`.
+      written: text written by the source model.
+      corpus: text of the corpus.
+      budget: target tokens to train on; shorter text is repeated, up to `MOST_PASSES` times.
+      trains_body: whether the body trains.
+      mesh: devices that train.
+      log: receives progress.
     """
     steps, held_out = _batches(config, written, corpus, budget, models.student, mesh)
-    size = len(next(iter(rows.values())).features)
-    present, counts = _tokens_in_text((*steps, held_out), size)
-    steps, held_out = (
-        [_renumbered(batch, present) for batch in steps],
-        _renumbered(held_out, present),
-    )
+    present, counts = _tokens_in_text((*steps, held_out), len(rows[_head(rows)].free))
+    steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
     few, few_rows, models = _restrict_vocabulary(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
     frozen, body = _place(few, teacher, few_rows, trains_body, dtype, mesh)
@@ -150,38 +161,53 @@ def distill(
 
     before = _evaluate(state.trainable, frozen, held_out, **static)
     schedule = _schedule(len(steps), rows, models.student.hidden_size)
-    tokens = sum(int((batch.target >= 0).sum()) for batch in steps)
-    progress = Progress(log, "self-distillation", tokens, "tokens")
-    for batch in steps:
-        state = _step(state, frozen, _put(batch, mesh), schedule, **static)
-        state.step.block_until_ready()  # so that the rate printed is that of steps done
-        progress.update(tokens / len(steps))
+    state, tokens, progress = _train(state, frozen, steps, schedule, models, mesh, log)
     after = _evaluate(state.trainable, frozen, held_out, **static)
     gained = float(after.loss) < float(before.loss)
     progress.done(
         f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f}"
-        f" to {after.distance:.3f} nats a chunk on text left out"
-        + ("" if gained else ": left as it was")
+        f" to {after.distance:.3f} nats a chunk on held-out text"
+        + ("" if gained else ": the start is left as it was")
     )
-    facts = {
+    facts = _facts(tokens, before, after)
+    if not gained:
+        return Result(params, facts)
+    trained = _merged(state.trainable, frozen, params, rows, present, mesh)
+    states = _final_states(state.trainable, frozen, _put(held_out, mesh), **static)
+    states = sharding.to_host(states)[held_out.target[..., 1:] >= 0][:STATES]
+    facts["unseen_shift"] = _calibrate_unseen(
+        trained, models.student, states, counts, rows[_head(rows)].composed, log
+    )
+    return Result(trained, facts)
+
+
+def _facts(tokens: int, before: Terms, after: Terms) -> dict[str, float]:
+    return {
         "tokens": tokens,
         "loss_before": float(before.loss),
         "loss_after": float(after.loss),
         "distance_before": float(before.distance),
         "distance_after": float(after.distance),
     }
-    if not gained:
-        return Result(params, facts)
-    trained = _merged(state.trainable, frozen, params, rows, present, mesh)
-    states = sharding.to_host(
-        _final_states(state.trainable, frozen, _put(held_out, mesh), **static)
-    )
-    states = states[held_out.target[..., 1:] >= 0][:STATES]
-    composed = np.asarray(rows[_head(rows)].features.any(axis=1))
-    facts["unseen_shift"] = _calibrate_unseen(
-        trained, models.student, states, counts, composed, log
-    )
-    return Result(trained, facts)
+
+
+def _train(
+    state: _State,
+    frozen: dict[str, Any],
+    steps: Sequence[HostBatch],
+    schedule: Schedule,
+    models: Models,
+    mesh: Mesh,
+    log: Log,
+) -> tuple[_State, int, Progress]:
+    """Take all steps; return the state, the number of tokens read, and the unfinished progress."""
+    tokens = sum(int((batch.target >= 0).sum()) for batch in steps)
+    progress = Progress(log, "self-distillation", tokens, "tokens")
+    for batch in steps:
+        state = _step(state, frozen, _put(batch, mesh), schedule, models=models, mesh=mesh)
+        state.step.block_until_ready()  # Otherwise the logged rate would run ahead of the device.
+        progress.update(tokens / len(steps))
+    return state, tokens, progress
 
 
 def _place(
@@ -192,14 +218,18 @@ def _place(
     dtype: Any,
     mesh: Mesh,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """(frozen, body): what does not train, in `dtype` where it is only read, and float32 copies of
-    what does, but for the vocabulary's matrices."""
+    """Place what trains and what does not on the mesh.
+
+    Returns:
+      The frozen arrays, in `dtype` where they are only read, and float32 copies of the trainable
+      body, without the vocabulary's matrices.
+    """
     frozen: dict[str, Any] = {
         "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh))
     }
     sizes = {path: len(leaf) for path, leaf in paths.flatten(params).items() if path in rows}
     frozen["rows"] = {
-        path: _on_mesh(path, of, sizes[path], dtype, mesh) for path, of in rows.items()
+        path: _on_mesh(path, part, sizes[path], dtype, mesh) for path, part in rows.items()
     }
     leaves = paths.flatten(sharding.place(params, mesh))
     frozen["base"] = {path: leaves.pop(path) for path in rows}
@@ -210,17 +240,17 @@ def _place(
 
 
 def _schedule(steps: int, rows: Mapping[str, Rows], width: int) -> Schedule:
-    """Peak learning rates by part, warm-up and decay."""
+    """Return peak learning rates by part, with warm-up and decay."""
     peaks = {
         "body": BODY_RATE * min(1.0, (WIDTH / width) ** 0.5),
         "network": NETWORK_RATE,
-        **{path: ROW_RATE * of.deviation for path, of in rows.items()},
+        **{path: ROW_RATE * part.deviation for path, part in rows.items()},
     }
     return Schedule(peaks, float(steps), float(round(WARMUP * steps)))
 
 
 def _head(vocabulary: Iterable[str]) -> str:
-    """The path of the head among those of the vocabulary's matrices."""
+    """Return the path of the output head, which may be the embedding."""
     return "lm_head/kernel" if "lm_head/kernel" in vocabulary else "embed_tokens/embedding"
 
 
@@ -229,21 +259,28 @@ def _calibrate_unseen(
     config: ModelConfig,
     states: Float[np.ndarray, "N D"],
     counts: Int[np.ndarray, "V"],
-    composed: Bool[np.ndarray, "V"],
+    composed: Int[np.ndarray, "n"],
     log: Log,
 ) -> float:
-    """Lowers the logits of composed tokens that the text does not hold, in place; by how many nats.
+    """Lower the logits of composed tokens that are not in the text, in place.
 
     Args:
-      params: with rows on the host.
-      counts: of tokens in the text.
+      params: the new model's, with its rows on the host.
+      config: the new model's.
+      states: final states, on which probabilities are measured.
+      counts: occurrences of each token in the text.
+      composed: composed tokens.
+      log: receives the result.
+
+    Returns:
+      The decrease in nats.
     """
-    absent = np.flatnonzero(composed & (counts == 0))
+    absent = composed[counts[composed] == 0]
     if not len(absent):
         return 0.0
     group, leaf = _head([*paths.flatten(params)]).split("/")
     rows = params[group][leaf]
-    probability = unseen.good_turing(counts, composed)
+    probability = unseen.good_turing(counts, np.isin(np.arange(len(counts)), composed))
     nats, change = unseen.shift(config, states, rows[: len(counts)], absent, probability)
     rows[absent] += change
     log(
@@ -254,13 +291,13 @@ def _calibrate_unseen(
 
 
 STATES = 2048
-"""States on which the probability of tokens that the text does not hold is measured."""
+"""States on which the probability of tokens that are not in the text is measured."""
 
 
 def _tokens_in_text(
     batches: Sequence[HostBatch], vocabulary: int
 ) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "V"]]:
-    """The tokens that the text holds, and how often it holds each of V."""
+    """Return the tokens that occur in the text, and the occurrences of each of V."""
     counts = np.zeros(vocabulary, np.int64)
     for batch in batches:
         counts += np.bincount(batch.target[batch.target >= 0], minlength=vocabulary)
@@ -268,22 +305,19 @@ def _tokens_in_text(
 
 
 def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:
-    known = batch.target >= 0
-    target = np.where(known, np.searchsorted(present, np.maximum(batch.target, 0)), batch.target)
+    real = batch.target >= 0
+    target = np.where(real, np.searchsorted(present, np.maximum(batch.target, 0)), batch.target)
     return batch._replace(target=target.astype(np.int32))
 
 
 def _restrict_vocabulary(
     params: Params, rows: Mapping[str, Rows], models: Models, present: Int[np.ndarray, "p"]
 ) -> tuple[Params, dict[str, Rows], Models]:
-    """The new model with the rows of these tokens alone."""
+    """Restrict the new model to the rows of the tokens that are present."""
     leaves = paths.flatten(params)
     for path in rows:
         leaves[path] = np.asarray(leaves[path])[present]
-    part = {
-        path: of._replace(features=of.features[present], free=of.free[present])
-        for path, of in rows.items()
-    }
+    part = {path: whole.restricted(present) for path, whole in rows.items()}
     student = dataclasses.replace(models.student, vocab_size=len(present))
     return paths.unflatten(leaves), part, models._replace(student=student)
 
@@ -296,32 +330,35 @@ def _merged(
     present: Int[np.ndarray, "p"],
     mesh: Mesh,
 ) -> Params:
-    """The new model's parameters: all its rows, on the host, and the body.
+    """Return the new model's parameters: all rows, on the host, and the body.
 
     Args:
-      trainable, frozen: of the rows of `present` tokens.
-      params, rows: of all.
+      trainable: trainable arrays, restricted to the rows of `present` tokens.
+      frozen: frozen arrays, restricted likewise.
+      params: the new model's before training.
+      rows: trainable rows of the whole vocabulary.
+      present: tokens that occur in the text.
+      mesh: devices of the arrays.
     """
     tables = jax.jit(_tables)(trainable, frozen)
     leaves = paths.flatten(params)
     for path, table in tables.items():
-        found = np.array(leaves[path], np.float32)
-        composed = np.flatnonzero(rows[path].features.any(axis=1))
-        for begin in range(0, len(composed), BLOCK):
-            ids = composed[begin : begin + BLOCK]
-            features = np.zeros((BLOCK, rows[path].features.shape[1]), np.float32)
-            features[: len(ids)] = rows[path].features[ids]
+        moved, part = np.array(leaves[path], np.float32), rows[path]
+        for begin in range(0, len(part.composed), BLOCK):
+            ids = part.composed[begin : begin + BLOCK]
+            features = np.zeros((BLOCK, part.features.shape[1]), np.float32)
+            features[: len(ids)] = part.features[begin : begin + BLOCK]
             dtype = frozen["rows"][path]["features"].dtype
             inputs = sharding.put(features.astype(dtype), NamedSharding(mesh, sharding.REPLICATED))
             change = _changes(trainable["network"][path], inputs)
-            found[ids] += rows[path].deviation * sharding.to_host(change)[: len(ids)]
-        found[present] = sharding.to_host(table, slice(len(present)))
-        leaves[path] = found
+            moved[ids] += part.deviation * sharding.to_host(change)[: len(ids)]
+        moved[present] = sharding.to_host(table, slice(len(present)))
+        leaves[path] = moved
     return paths.unflatten(leaves | trainable["body"])
 
 
 BLOCK = 16_384
-"""Rows that the shared network changes at once."""
+"""Rows that the shared network changes in one call."""
 
 
 # --- A step -------------------------------------------------------------------------------------
@@ -335,8 +372,8 @@ def _start(
     vocabulary: int,
     seed: int,
 ) -> _State:
-    def network(of: Rows, width: int, key: Array) -> dict[str, Array]:
-        count, hidden = of.features.shape[1], min(HIDDEN, 2 * width)
+    def network(part: Rows, width: int, key: Array) -> dict[str, Array]:
+        count, hidden = part.features.shape[1], min(HIDDEN, 2 * width)
         return {
             "linear": jnp.zeros((count, width)),
             "inner": jax.random.normal(key, (count, hidden)) * count**-0.5,
@@ -345,9 +382,9 @@ def _start(
 
     keys = dict(zip(sorted(rows), jax.random.split(jax.random.key(seed), len(rows))))
     trainable = {
-        "table": {path: jnp.zeros(of.shape, jnp.float32) for path, of in base.items()},
+        "table": {path: jnp.zeros(rows.shape, jnp.float32) for path, rows in base.items()},
         "network": {
-            path: network(of, base[path].shape[1], keys[path]) for path, of in rows.items()
+            path: network(part, base[path].shape[1], keys[path]) for path, part in rows.items()
         },
         "body": body,
     }
@@ -364,7 +401,7 @@ def _start(
 
 
 def _optimizer(vocabulary: int) -> optax.GradientTransformation:
-    """The direction of a step, to be multiplied by the rates."""
+    """Return the optimizer, without learning rates, which multiply its updates."""
 
     def labels(tree: dict[str, Any]) -> dict[str, Any]:
         return {kind: jax.tree.map(lambda _, kind=kind: kind, part) for kind, part in tree.items()}
@@ -393,16 +430,18 @@ def _step(
         vocabulary = {kind: state.trainable[kind] for kind in ("table", "network")}
         tables, pull = jax.vjp(lambda trainable: _tables(trainable, frozen), vocabulary)
 
-        def add(sums: Any, of: tuple[Batch, Array]) -> tuple[Any, None]:
-            part, weight = of
+        def add(sums: Any, weighted: tuple[Batch, Array]) -> tuple[Any, None]:
+            part, weight = weighted
             gradients, _ = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
                 tables, state.trainable["body"], frozen, part, models
             )
             return jax.tree.map(lambda x, gradient: x + weight * gradient, sums, gradients), None
 
         zeros = jax.tree.map(jnp.zeros_like, (tables, state.trainable["body"]))
-        (of_tables, of_body), _ = jax.lax.scan(add, zeros, (batch, _micro_batch_weights(batch)))
-        gradients = {**pull(of_tables)[0], "body": of_body}
+        (table_gradients, body_gradients), _ = jax.lax.scan(
+            add, zeros, (batch, _micro_batch_weights(batch))
+        )
+        gradients = {**pull(table_gradients)[0], "body": body_gradients}
         directions: Any
         directions, optimizer = _optimizer(models.student.vocab_size).update(
             gradients, state.optimizer
@@ -419,7 +458,7 @@ def _step(
             for path, table in state.trainable["table"].items()
         }
         large = {"table": tables_moved, "body": moved("body", rates["body"])}
-        # Split as the parameters are, so that the buffers of the state before are used again.
+        # Constrain the update to the parameters' sharding, so that donated buffers are reused.
         large = jax.lax.with_sharding_constraint(large, sharding.shardings(large, mesh))
         trainable = {**large, "network": moved("network", rates["network"])}
         return _State(trainable, optimizer, state.step + 1)
@@ -478,7 +517,7 @@ def _terms(
 
 
 def _micro_batch_weights(batch: Batch) -> Float[Array, "A"]:
-    """Each micro-batch's share of the tokens: its loss is a mean over its own."""
+    """Return the share of tokens in each micro-batch, whose loss is a mean over its own tokens."""
     tokens = jnp.sum(batch.target[..., 1:] >= 0, axis=(1, 2)).astype(jnp.float32)
     return tokens / jnp.maximum(tokens.sum(), 1.0)
 
@@ -495,18 +534,18 @@ def _loss(
 
 
 def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Float[Array, "R D"]]:
-    """The vocabulary's matrices, with their rows changed."""
+    """Return the vocabulary's matrices with changed rows."""
     tables: dict[str, Array] = {}
     for path, base in frozen["base"].items():
-        known, network = frozen["rows"][path], trainable["network"][path]
-        change = _changes(network, known["features"])
-        tables[path] = base + known["free"] * trainable["table"][path] + known["deviation"] * change
+        inputs, network = frozen["rows"][path], trainable["network"][path]
+        own = inputs["free"] * trainable["table"][path]
+        tables[path] = base + own + inputs["deviation"] * _changes(network, inputs["features"])
     return tables
 
 
 @jax.jit
 def _changes(network: dict[str, Array], x: Float[Array, "R F"]) -> Float[Array, "R D"]:
-    """What the shared network adds to rows, in units of the deviation of the source's rows."""
+    """Return the shared network's change of rows, in units of the source rows' deviation."""
     linear, inner, outer = (network[name].astype(x.dtype) for name in ("linear", "inner", "outer"))
     with compiling.products(x.dtype):
         return (x @ linear + jax.nn.gelu(x @ inner) @ outer).astype(jnp.float32)
@@ -515,19 +554,22 @@ def _changes(network: dict[str, Array], x: Float[Array, "R F"]) -> Float[Array, 
 # --- Inputs -------------------------------------------------------------------------------------
 
 
-def _on_mesh(path: str, of: Rows, rows: int, dtype: Any, mesh: Mesh) -> dict[str, Array]:
-    """Features and what may change, split over the mesh as the rows that they belong to."""
+def _on_mesh(path: str, part: Rows, size: int, dtype: Any, mesh: Mesh) -> dict[str, Array]:
+    """Place features and masks on the mesh, sharded like the `size` rows that they belong to.
 
-    def put(values: np.ndarray, kind: Any) -> Array:
-        shape = sharding.padded_shape(path, (rows, values.shape[1]), mesh)
+    Rows of tokens that are not composed have features of 0, for which the network gives 0.
+    """
+
+    def put(ids: np.ndarray, values: np.ndarray, kind: Any) -> Array:
+        shape = sharding.padded_shape(path, (size, values.shape[1]), mesh)
         filled = np.zeros(shape, np.float32)
-        filled[: len(values)] = values
+        filled[ids] = values
         return sharding.put(filled.astype(kind), sharding.sharding_of(path, shape, mesh))
 
     return {
-        "features": put(of.features, dtype),
-        "free": put(of.free[:, None], jnp.float32),
-        "deviation": jnp.float32(of.deviation),
+        "features": put(part.composed, part.features, dtype),
+        "free": put(np.arange(len(part.free)), part.free[:, None], jnp.float32),
+        "deviation": jnp.float32(part.deviation),
     }
 
 
@@ -539,22 +581,22 @@ def _batches(
     model: ModelConfig,
     mesh: Mesh,
 ) -> tuple[list[HostBatch], HostBatch]:
-    """Make the batches of all steps and the held-out one, on the host.
+    """Return the batches of all steps and the held-out one, on the host.
 
-    They do not depend on the devices.
+    Their sequences do not depend on the devices.
     """
     random = np.random.default_rng([config.seed, 5])
     length = min(LENGTH, model.max_positions - 1)
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
     drawn = [
-        _draw(of, round(part * count), round(part * HELD_OUT), length, weights, random)
-        for of, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
+        _draw(texts, round(part * count), round(part * HELD_OUT), length, weights, random)
+        for texts, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
-    trained, left_out = (_batch(map(np.concatenate, zip(*of))) for of in zip(*drawn))
+    trained, left_out = (_batch(map(np.concatenate, zip(*batches))) for batches in zip(*drawn))
     count = len(trained.target)
     size = min(count, MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS))
-    # Steps of one size, so that one program is compiled; what is left over is not read.
+    # Steps of one size share a compiled program; sequences left over are not read.
     order = random.permutation(count)[: count - count % size].reshape(-1, size)
     return [_micro_batches(_take(trained, chosen), mesh) for chosen in order], _micro_batches(
         left_out, mesh
@@ -569,8 +611,9 @@ def _draw(
     weights: tuple[float, float],
     random: np.random.Generator,
 ) -> tuple[HostBatch, HostBatch]:
-    """`count` sequences to train on, again and again in other orders where there are too few, and
-    about `left_out` others.
+    """Draw `count` training sequences and about `left_out` held-out ones.
+
+    Too few training sequences are repeated, in another order each time.
     """
     if not count or not pairs:
         none = (
@@ -598,11 +641,11 @@ def _take(batch: HostBatch, chosen: Int[np.ndarray, "n"]) -> HostBatch:
 
 
 def _micro_batches(batch: HostBatch, mesh: Mesh) -> HostBatch:
-    """[A, B, ...]: as many sequences at once as the devices read, filled up with empty ones."""
+    """Reshape to [A, B, ...], B sequences at once on all devices, padded with empty ones."""
     devices, (count, size) = sharding.sequences_at_once(mesh), batch.target.shape
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
-    each = -(-count // devices)  # rows of a device
-    at_once = devices * -(-each // -(-each // max(1, micro)))  # as even as they divide
+    each = -(-count // devices)
+    at_once = devices * -(-each // -(-each // max(1, micro)))  # Micro-batches of nearly one size.
     empty = pairing.NONE, 0, pairing.NONE, 0, 0
 
     def filled(values: np.ndarray, filling: int) -> np.ndarray:

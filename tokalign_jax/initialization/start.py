@@ -1,8 +1,7 @@
-"""The start: an alignment and a source model become the parameters that training begins with.
+"""The start: the parameters that training begins with, from an alignment and a source model.
 
-Rows are mixed by the alignment; then, by method `distilled`, the model is trained with the source
-as its teacher or, by method `composed`, rows are learned from the source's states, calibrated and
-tuned.
+Rows are mixed by the alignment. Then method `distilled` trains the model with the source as its
+teacher; method `composed` learns rows from the source's states, calibrates and tunes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -28,12 +27,12 @@ Draw = Callable[[int], Iterator[Document]]
 
 
 class Start(NamedTuple):
-    """A model with the new vocabulary, not yet trained in stages.
+    """A model with the new vocabulary before its training stages.
 
     Attributes:
       config: the source's, with the new number of rows.
       params: its parameters.
-      facts: what was measured on the way, by name.
+      facts: measurements by name.
     """
 
     config: ModelConfig
@@ -50,44 +49,49 @@ def make_start(
     draw: Draw,
     mesh: Mesh,
     log: Log,
-    kept: int = 0,
+    num_frozen_rows: int = 0,
 ) -> Start:
     """Make the start by `config.alignment.method` and `config.initialization`.
 
     Args:
-      source: the model as its files have it.
-      target_shards: the training text in tokens of the target.
-      aligned: of the two tokenizers.
-      draw: of the training documents.
-      kept: the first rows, which stay the source's: all of these where its vocabulary is extended.
+      config: the run's.
+      source: the source model as loaded.
+      target_tokenizer: the target tokenizer.
+      target_shards: the training text in target tokens.
+      aligned: the alignment of the two tokenizers.
+      draw: draws training documents.
+      mesh: devices that train.
+      log: receives progress and warnings.
+      num_frozen_rows: leading rows that stay the source's; all source rows if its vocabulary is
+        extended.
     """
     params, unusable = initialization.usable(source.params, aligned.source_size)
     source = source._replace(params=params, unusable=unusable)
     if unusable:
-        log(f"init: warning: {not_finite(unusable, source.tokenizer)}: nothing is made of them")
+        log(f"init: warning: {not_finite(unusable, source.tokenizer)}; they are not used")
         aligned = methods.without(
             aligned, unusable, source.tokenizer, target_tokenizer, target_shards.counts
         )
     rows_multiple_of = config.initialization.rows_multiple_of
-    model, new = initialization.initialize(source.config, params, aligned, rows_multiple_of, kept)
-    # Where no row is composed there is nothing to learn, calibrate, tune or distil.
-    if not np.isin(aligned.rules[kept:], COMPOSED).any():
+    model, new = initialization.initialize(
+        source.config, params, aligned, rows_multiple_of, num_frozen_rows
+    )
+    # Without a composed row there is nothing to learn, calibrate, tune or distil.
+    if not np.isin(aligned.rules[num_frozen_rows:], COMPOSED).any():
         return Start(model, new, {})
     make = _learned_start(config)
     if make is None:
         return Start(model, new, {})
     target = Side(model, new, target_tokenizer, target_shards)
-    return Start(model, *make(config, source, target, aligned, draw, mesh, log, kept))
+    return Start(model, *make(config, source, target, aligned, draw, mesh, log, num_frozen_rows))
 
 
 Learned = tuple[Params, Mapping[str, float]]
-"""(parameters, facts)"""
+"""Parameters, and measurements by name."""
 
 
 def _learned_start(config: Config) -> Callable[..., Learned] | None:
-    """Return what goes on from the alignment's mixtures with the source as teacher, if anything
-    does.
-    """
+    """Return the function that learns from the source model, or None if mixtures are the start."""
     if distills(config):
         return _distill
     if distills_tokens(config):
@@ -103,12 +107,14 @@ def _distill(
     draw: Draw,
     mesh: Mesh,
     log: Log,
-    kept: int,
+    num_frozen_rows: int,
 ) -> Learned:
     """Make a start by method `distilled`."""
     _, budget = distillation_budget(config, aligned.source_size, aligned.target_size)
     texts = draw(round(config.initialization.corpus_share * budget))
-    return initialization.distill(config, source, target, aligned, texts, mesh, log, kept)
+    return initialization.distill(
+        config, source, target, aligned, texts, mesh, log, num_frozen_rows
+    )
 
 
 def _distill_tokens(
@@ -119,12 +125,12 @@ def _distill_tokens(
     draw: Draw,
     mesh: Mesh,
     log: Log,
-    kept: int,
+    num_frozen_rows: int,
 ) -> Learned:
     """Make a start by method `token_distillation`."""
     texts = draw(config.initialization.token_distillation.tokens)
     rows, facts = initialization.distill_tokens(
-        config, source, target, aligned, texts, mesh, log, kept
+        config, source, target, aligned, texts, mesh, log, num_frozen_rows
     )
     return {**target.params, "embed_tokens": {"embedding": rows}}, facts
 
@@ -137,20 +143,20 @@ def _compose(
     draw: Draw,
     mesh: Mesh,
     log: Log,
-    kept: int,
+    num_frozen_rows: int,
 ) -> Learned:
     """Make a start by method `composed`."""
-    texts, how = draw(config.initialization.tokens), (mesh, log, kept)
+    texts, settings = draw(config.initialization.tokens), (mesh, log, num_frozen_rows)
     reading = initialization.read(config, source, target, texts, mesh, log)
-    learned = initialization.learn(config, source, target, aligned, reading, *how)
+    learned = initialization.learn(config, source, target, aligned, reading, *settings)
     target = target._replace(params=learned)
-    calibrated = initialization.calibrate(config, source, target, aligned, *how)
+    calibrated = initialization.calibrate(config, source, target, aligned, *settings)
     target = target._replace(params=calibrated)
-    return initialization.tune(config, source, target, aligned, reading, *how)
+    return initialization.tune(config, source, target, aligned, reading, *settings)
 
 
 def not_finite(tokens: Set[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Say that the source model's rows of these tokens are not finite, naming the first ones."""
+    """Describe the tokens whose rows in the source model are not finite, naming the first ones."""
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(tokens)[:10])
     more = f" and {len(tokens) - 10:,} more" if len(tokens) > 10 else ""
     count = f"{len(tokens):,} token{'s' if len(tokens) > 1 else ''}"
