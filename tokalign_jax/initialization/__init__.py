@@ -1,0 +1,1 @@
+"""Parameters for the new vocabulary, from an alignment and the source model."""

@@ -25,7 +25,7 @@ from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils import compiling
 
 PLACES = 32_768
-"""Positions of the text over which probabilities are averaged."""
+"""Positions over which probabilities are averaged."""
 ROUNDS = 3
 LARGEST_STEP = 3.0
 """Largest change of a logit in a round, nats."""
@@ -44,18 +44,21 @@ def head_moves(
     seed: int,
     fixed: Bool[np.ndarray, "V"] | None = None,
 ) -> tuple[Float[np.ndarray, "V"], Float[np.ndarray, "D"]]:
-    """Return (b in nats, u), with which head rows + b u give tokens their frequency in the text.
+    """Return (b in nats, u) such that head rows + b u give tokens their frequency in the text.
 
     Args:
-      params: of the model with the new vocabulary.
-      mesh: that they are placed on.
-      shards: text in its tokens.
-      fixed: tokens with b = 0; None: none.
+      config: the new model's.
+      params: the new model's.
+      shards: text in the new model's tokens.
+      dtype: of activations.
+      mesh: devices that measure probabilities.
+      seed: of the choice of text.
+      fixed: tokens with b = 0; None for no token.
     """
     frequency = estimated_frequencies(shards.counts)
     params = sharding.place(params, mesh)
     windows = _windows(shards, config, seed)
-    # Padding, so that every device has as many; its states do not count.
+    # Pad, so that every device reads as many windows; states of padding are dropped.
     padded = np.pad(windows, ((0, -len(windows) % sharding.sequences_at_once(mesh)), (0, 0)))
     states = _states(config, params, padded, dtype=jnp.dtype(dtype), mesh=mesh)[: windows.size]
     states = states[: len(states) // CHUNK * CHUNK or len(states)]
@@ -66,16 +69,16 @@ def head_moves(
     )
     chunks = states.reshape(-1, min(CHUNK, len(states)), config.hidden_size).astype(dtype)
     head = head_matrix(params)
-    # Rows that only fill the matrix up have no probability: no move brings them any.
-    filling = np.arange(len(head)) >= len(frequency)
-    moves = np.where(filling, -np.inf, 0.0).astype(np.float32)
-    wanted = np.log(np.pad(frequency, (0, filling.sum()), constant_values=1.0)).astype(np.float32)
+    # Padding rows have no probability, whatever their move.
+    padding = np.arange(len(head)) >= len(frequency)
+    moves = np.where(padding, -np.inf, 0.0).astype(np.float32)
+    goal = np.log(np.pad(frequency, (0, padding.sum()), constant_values=1.0)).astype(np.float32)
     free = np.arange(len(frequency)) if fixed is None else np.flatnonzero(~fixed)
     for _ in range(ROUNDS):
         probability = sharding.to_host(
             mean_probability(chunks, head, moves, config=config, mesh=mesh)
         )
-        step = np.clip(wanted - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
+        step = np.clip(goal - np.log(probability + 1e-12), -LARGEST_STEP, LARGEST_STEP)
         moves[free] += step[free]
     return moves[: len(frequency)], direction.astype(np.float32)
 
@@ -101,8 +104,15 @@ def mean_probability(
     config: ModelConfig,
     mesh: Mesh,
 ) -> Float[Array, "V"]:
-    """Return the mean probability of each token over all states, with `moves` added to logits,
-    float32."""
+    """Return the mean probability of each token over all states, float32.
+
+    Args:
+      states: final states, in C chunks of c.
+      head: the head's rows.
+      moves: added to the logits.
+      config: the model's.
+      mesh: devices of the arrays.
+    """
 
     def add(total, chunk):
         with compiling.products(chunk.dtype):
@@ -124,12 +134,12 @@ def _windows(shards: TokenShards, config: ModelConfig, seed: int) -> Int[np.ndar
     length = min(1024, config.max_positions, len(shards))
     windows = len(shards) // length
     chosen = np.sort(np.random.default_rng(seed).permutation(windows)[: max(1, PLACES // length)])
-    found = np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(
+    tokens = np.stack([shards.tokens[i * length : (i + 1) * length] for i in chosen]).astype(
         np.int32
     )
     if shards.opening is not None:
-        found[:, 0] = shards.opening
-    return found
+        tokens[:, 0] = shards.opening
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))

@@ -1,4 +1,4 @@
-"""Rows of composed tokens by a ridge regression fitted on the source model's own tokens.
+"""Rows of composed tokens by a ridge regression on the source model's own tokens.
 
 Most source tokens are the concatenation of two others (BPE merges are), and the model has a row for
 each. So a ridge regression from features of a token to its row is fitted on source tokens and
@@ -32,11 +32,11 @@ from tokalign_jax.initialization.contexts import Contexts, Reading
 from tokalign_jax.text import canonical
 
 RIDGE = 1e-2
-"""Added to the diagonal, in units of itself."""
+"""Added to the diagonal, relative to it."""
 FEWEST_SEEN = 20
-"""Occurrences of a token that the regression is fitted on, at least."""
+"""Occurrences that a token needs to take part in the fit."""
 MOST_WEIGHT = 1000
-"""Occurrences up to which a token's weight, their square root, grows."""
+"""Occurrences at which the weight of a token, their square root, stops to grow."""
 RANGES = (1, 4, 16, 64, 256, 1024)
 """Lower bounds of the ranges of n."""
 BLOCK = 4096
@@ -53,6 +53,7 @@ class Pieces(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[Sequence[int]]) -> "Pieces":
+        """Compress lists of pieces."""
         indptr = np.cumsum([0, *map(len, parts)])
         return cls(
             indptr, np.fromiter(itertools.chain.from_iterable(parts), np.int64, int(indptr[-1]))
@@ -82,9 +83,13 @@ class Columns(NamedTuple):
 def binary_splits(
     tokenizer: PreTrainedTokenizerBase, counts: Int[np.ndarray, "V"], avoid: Set[int] = frozenset()
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Split tokens into two others of the same bytes; the pair whose rarer token is most frequent.
+    """Split tokens into two others of the same bytes.
+
+    Of several splits the one is taken whose rarer part is most frequent.
 
     Args:
+      tokenizer: the source tokenizer.
+      counts: occurrences of its tokens.
       avoid: tokens that are neither split nor part of a split.
 
     Returns:
@@ -104,10 +109,9 @@ def binary_splits(
 
 
 def learned_rows(
-    rows: Float[np.ndarray, "V_s D"], known: Tokens, wanted: Tokens, reading: Reading
+    rows: Float[np.ndarray, "V_s D"], fitted: Tokens, tokens: Tokens, reading: Reading
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Float[np.ndarray, "b D"]]]:
-    """Fit the regression on the `known` tokens and apply it to the `wanted` ones; yield blocks of
-    rows.
+    """Fit the regression on the tokens `fitted`, apply it to `tokens`, and yield blocks of rows.
 
     Products and solutions are float32 on the default device, which holds a few matrices [F, F] and
     a block of features. The ridge, a hundredth of each diagonal, makes that accurate enough: with
@@ -115,43 +119,47 @@ def learned_rows(
 
     Args:
       rows: float32, of the source model's matrix.
-      known: source tokens.
-      wanted: target tokens, with pieces of the source, that were seen in context.
+      fitted: source tokens.
+      tokens: target tokens, with pieces of the source, that were seen in context.
+      reading: the statistics of states.
+
+    Yields:
+      Indices into `tokens`, and their rows.
     """
-    mean, covariance = (np.asarray(of, np.float32) for of in (reading.mean, reading.covariance))
-    gram, cross = _normal_equations(rows, known, mean)
-    counts = wanted.contexts.counts[wanted.ids]
+    mean, covariance = (np.asarray(x, np.float32) for x in (reading.mean, reading.covariance))
+    gram, cross = _normal_equations(rows, fitted, mean)
+    counts = tokens.contexts.counts[tokens.ids]
     for low, high in itertools.pairwise([*RANGES, np.iinfo(np.int64).max]):
         inside = np.flatnonzero((counts >= low) & (counts < high))
         if len(inside):
             seen = np.float32(np.exp(np.log(counts[inside]).mean()))
             rule = _rule(gram, cross, covariance, seen, np.float32(RIDGE))
-            for block, columns in column_blocks(rows, wanted, inside):
+            for block, columns in column_blocks(rows, tokens, inside):
                 yield block, np.asarray(_apply(columns, mean, rule))[: len(block)]
 
 
 def _normal_equations(
-    rows: Float[np.ndarray, "V_s D"], known: Tokens, mean: Float[np.ndarray, "D"]
+    rows: Float[np.ndarray, "V_s D"], fitted: Tokens, mean: Float[np.ndarray, "D"]
 ) -> tuple[Float[Array, "F F"], Float[Array, "F D"]]:
-    """Return X'WX and X'WY over the known tokens, float32, with weights that sum to 1."""
-    counts = known.contexts.counts[known.ids]
+    """Return X'WX and X'WY over the fitted tokens, float32, with weights that sum to 1."""
+    counts = fitted.contexts.counts[fitted.ids]
     weights = np.where(counts >= FEWEST_SEEN, np.sqrt(np.minimum(counts, MOST_WEIGHT)), 0.0)
-    if not weights.any():  # so little text that nothing was seen often
+    if not weights.any():  # The text is so short that no token was seen often.
         weights = np.ones(len(counts))
     weights = (weights / weights.sum()).astype(np.float32)
     width = rows.shape[1]
     gram, cross = jnp.zeros((5 * width + 2,) * 2), jnp.zeros((5 * width + 2, width))
-    for block, columns in column_blocks(rows, known, np.flatnonzero(weights)):
-        own = rows[_filled(known.ids[block])]
-        of_block = np.pad(weights[block], (0, BLOCK - len(block)))
-        gram, cross = _add(gram, cross, columns, mean, own, of_block)
+    for block, columns in column_blocks(rows, fitted, np.flatnonzero(weights)):
+        own = rows[_filled(fitted.ids[block])]
+        block_weights = np.pad(weights[block], (0, BLOCK - len(block)))
+        gram, cross = _add(gram, cross, columns, mean, own, block_weights)
     return gram, cross
 
 
 def column_blocks(
     rows: Float[np.ndarray, "V_s D"], tokens: Tokens, chosen: Int[np.ndarray, "m"]
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Columns]]:
-    """Yield blocks of the `chosen` indices of `tokens`, and their features padded to `BLOCK`."""
+    """Yield blocks of the indices `chosen` of `tokens`, and their features padded to `BLOCK`."""
     (indptr, ids), sizes = tokens.pieces, np.diff(tokens.pieces.indptr)
     shares = np.repeat((1 / sizes).astype(np.float32), sizes)
     means = scipy.sparse.csr_array((shares, ids, indptr), shape=(len(sizes), len(rows)))
@@ -169,10 +177,10 @@ def column_blocks(
         )
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for (start,), found in in_order(
+        for (start,), features in in_order(
             pool, THREADS, columns, [(start,) for start in range(0, len(chosen), BLOCK)]
         ):
-            yield chosen[start : start + BLOCK], found
+            yield chosen[start : start + BLOCK], features
 
 
 def _filled(values: Int[np.ndarray, "b"]) -> Int[np.ndarray, "n"]:
@@ -212,7 +220,7 @@ def _rule(
     seen,
     ridge,
 ) -> Float[Array, "F D"]:
-    """The rule for tokens whose contexts were seen `seen` times."""
+    """Solve for the coefficients of tokens whose contexts were seen `seen` times."""
     width = len(covariance)
     for at in (0, width):
         gram = gram.at[at : at + width, at : at + width].add(covariance / seen)

@@ -1,10 +1,10 @@
 """Mean final states of the source model before and after the tokens of both vocabularies.
 
 The source model reads text in its own tokens. Where one of its tokens ends, tokens of the target
-vocabulary may begin and end too (`text/boundaries.py`). So tokens of both vocabularies get mean
-states in the same space, without an alignment: the state before a token is what it is predicted
-from, which relates to its head row; the state after it relates to its embedding row. States are
-final ones, after the last norm; sums are float32.
+vocabulary may begin and end too (`text/boundaries.py`). Tokens of both vocabularies thus get mean
+states in the same space, without an alignment: the state before a token predicts it and relates to
+its head row; the state after it relates to its embedding row. States are final ones, after the
+last norm; sums are float32.
 
 Letters: D model, V vocabulary, N places, B batch, T length.
 """
@@ -34,24 +34,26 @@ from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils.progress import Log, Progress
 
 NONE = -1
-"""Label of a position where no token of the vocabulary begins or ends."""
+"""Padding of labels: no token of the vocabulary begins or ends here."""
 WINDOW = 512
 """Context length in tokens, if the model has that many positions."""
 BATCH_TOKENS = {"cpu": 4096}
 OTHER_BATCH_TOKENS = 32_768
-"""Tokens of a batch on a device, by backend."""
+"""Tokens per batch and device, by backend."""
 FLUSHED = 32
 """Batches whose moments are summed in float32 on the devices before they are added to the host's
 float64 sums, so that a [D, D] matrix is copied less often. The sum's rounding error, about 2e-7, is
 that of the float32 product over one batch."""
 LOWEST_SHOWN = 8
-"""Languages listed in a line of the log."""
+"""Languages listed in a log line."""
 BY_COLUMN = P(None, (*sharding.BATCH, sharding.TENSOR))
 
 
 class Places(NamedTuple):
-    """Source tokens at N positions of concatenated documents, and the tokens around them; int32,
-    `NONE` for none."""
+    """Source tokens at N positions of concatenated documents, and the tokens around them.
+
+    All arrays are int32; `NONE` stands for no token.
+    """
 
     tokens: Int[np.ndarray, "N"]
     next_source: Int[np.ndarray, "N"]
@@ -69,7 +71,7 @@ class Contexts(NamedTuple):
     after: Float[np.ndarray, "V D"]
     """float32"""
     counts: Int[np.ndarray, "V"]
-    """int64: occurrences with a state before, or with one after, whichever are fewer."""
+    """int64: occurrences with a state before, or with a state after, whichever are fewer."""
 
 
 class Reading(NamedTuple):
@@ -78,9 +80,9 @@ class Reading(NamedTuple):
     source: Contexts
     target: Contexts
     mean: Float[np.ndarray, "D"]
-    """float64: of the states at all places."""
+    """Mean of the states at all places, float64."""
     covariance: Float[np.ndarray, "D D"]
-    """float64"""
+    """Covariance of the states, float64."""
 
 
 def nothing(source_size: int, target_size: int, width: int) -> Reading:
@@ -110,65 +112,36 @@ def read(
     """Run the source model over `places` and average its states by token.
 
     Args:
+      config: the source model's.
       params: the source model's, on `mesh`.
-      source_size, target_size: V of each tokenizer.
+      places: the text, in the order in which it is read.
+      source_size: V of the source tokenizer.
+      target_size: V of the target tokenizer.
       dtype: of weights and activations; sums are float32. The result does not depend on the order
         in which threads finish.
+      mesh: devices that read.
+      log: receives progress.
       opening: token that the model expects before every text, if any; it replaces the first token
         of each window.
     """
     length = min(WINDOW, config.max_positions, len(places.tokens))
     batch = max(1, BATCH_TOKENS.get(jax.default_backend(), OTHER_BATCH_TOKENS) // length)
     batch *= sharding.sequences_at_once(mesh)
-    rows = -(-len(places.tokens) // (length * batch)) * batch
-
-    def windows(values: Int[np.ndarray, "N"], padding: int) -> Int[np.ndarray, "steps B T"]:
-        padded = np.full(rows * length, padding, np.int32)
-        padded[: len(values)] = values
-        return padded.reshape(-1, batch, length)
-
-    tokens, labels = (
-        places.tokens,
-        (places.next_source, places.tokens, places.next_target, places.last_target),
-    )
-    if opening is not None:
-        first = np.arange(len(tokens)) % length == 0
-        tokens, labels = (
-            np.where(first, opening, tokens),
-            [np.where(first, NONE, of) for of in labels],
-        )
+    tokens, labels = _with_opening(places, length, opening)
+    streams = [_windows(tokens, batch, length, 0)]
+    streams += [_windows(label, batch, length, NONE) for label in labels]
     sizes = (source_size, source_size, target_size, target_size)
-    streams = [windows(tokens, 0), *(windows(of, NONE) for of in labels)]
-    width, everywhere = config.hidden_size, NamedSharding(mesh, sharding.REPLICATED)
-    by_column = sharding.fitting(BY_COLUMN, (1, width), mesh)
-    sums = jax.jit(lambda: [jnp.zeros((size, width)) for size in sizes], out_shardings=by_column)()
-    none = jax.jit(lambda: (jnp.zeros(width), jnp.zeros((width, width))), out_shardings=everywhere)
+    how = {"config": config, "dtype": jnp.dtype(dtype), "mesh": mesh}
     progress = Progress(log, "contexts", len(places.tokens), "tokens")
-    total, left = (np.zeros(width), np.zeros((width, width))), len(places.tokens)
-    for start in range(0, len(streams[0]), FLUSHED):
-        moments = none()
-        for tokens, *of in zip(*(stream[start : start + FLUSHED] for stream in streams)):
-            tokens = sharding.put(tokens, NamedSharding(mesh, P(sharding.BATCH)))
-            sums, moments = _add(
-                sums,
-                moments,
-                params,
-                tokens,
-                of,
-                left,
-                config=config,
-                dtype=jnp.dtype(dtype),
-                mesh=mesh,
-            )
-            progress.update(min(tokens.size, left))
-            left -= tokens.size
-        total = tuple(of + np.asarray(more, np.float64) for of, more in zip(total, moments))
+    sums, total = _accumulate(params, streams, sizes, len(places.tokens), progress, **how)
     progress.done(f"{len(places.tokens):,} tokens")
-    mean, second = (of / len(places.tokens) for of in total)
-    counts = [np.bincount(of[of != NONE], minlength=size) for of, size in zip(labels, sizes)]
+    mean, second = (moment / len(places.tokens) for moment in total)
+    counts = [
+        np.bincount(label[label != NONE], minlength=size) for label, size in zip(labels, sizes)
+    ]
     means = [
-        sharding.to_host(of) / np.maximum(n, 1)[:, None].astype(np.float32)
-        for of, n in zip(sums, counts)
+        sharding.to_host(by_label) / np.maximum(count, 1)[:, None].astype(np.float32)
+        for by_label, count in zip(sums, counts)
     ]
     return Reading(
         Contexts(means[0], means[1], np.minimum(counts[0], counts[1])),
@@ -178,9 +151,74 @@ def read(
     )
 
 
+def _accumulate(
+    params: Params,
+    streams: Sequence[Int[np.ndarray, "steps B T"]],
+    sizes: Sequence[int],
+    unread: int,
+    progress: Progress,
+    *,
+    config: ModelConfig,
+    dtype: DTypeLike,
+    mesh: Mesh,
+) -> tuple[list[Float[Array, "V D"]], tuple[np.ndarray, np.ndarray]]:
+    """Run the model over all batches; return sums by label and the moments of the states.
+
+    Args:
+      params: the source model's.
+      streams: tokens, and four kinds of labels.
+      sizes: number of labels of each kind.
+      unread: places before the padding.
+      progress: updated after each batch.
+      config: the source model's.
+      dtype: of activations.
+      mesh: devices that read.
+    """
+    width, everywhere = config.hidden_size, NamedSharding(mesh, sharding.REPLICATED)
+    by_column = sharding.fitting(BY_COLUMN, (1, width), mesh)
+    sums = jax.jit(lambda: [jnp.zeros((size, width)) for size in sizes], out_shardings=by_column)()
+    none = jax.jit(lambda: (jnp.zeros(width), jnp.zeros((width, width))), out_shardings=everywhere)
+    total = np.zeros(width), np.zeros((width, width))
+    for start in range(0, len(streams[0]), FLUSHED):
+        moments = none()
+        for tokens, *labels in zip(*(stream[start : start + FLUSHED] for stream in streams)):
+            tokens = sharding.put(tokens, NamedSharding(mesh, P(sharding.BATCH)))
+            sums, moments = _add(
+                sums, moments, params, tokens, labels, unread, config=config, dtype=dtype, mesh=mesh
+            )
+            progress.update(min(tokens.size, unread))
+            unread -= tokens.size
+        total = tuple(old + np.asarray(new, np.float64) for old, new in zip(total, moments))
+    return sums, total
+
+
+def _with_opening(
+    places: Places, length: int, opening: int | None
+) -> tuple[Int[np.ndarray, "N"], list[Int[np.ndarray, "N"]]]:
+    """Return tokens and their four labels, with `opening` as the first token of each window."""
+    labels = [places.next_source, places.tokens, places.next_target, places.last_target]
+    if opening is None:
+        return places.tokens, labels
+    first = np.arange(len(places.tokens)) % length == 0
+    return np.where(first, opening, places.tokens), [np.where(first, NONE, x) for x in labels]
+
+
+def _windows(
+    values: Int[np.ndarray, "N"], batch: int, length: int, padding: int
+) -> Int[np.ndarray, "steps B T"]:
+    """Reshape to batches of windows, padded at the end."""
+    steps = -(-len(values) // (length * batch))
+    padded = np.full(steps * batch * length, padding, np.int32)
+    padded[: len(values)] = values
+    return padded.reshape(-1, batch, length)
+
+
 def draw(shards: TokenShards, budget: int, seed: int) -> Int[np.ndarray, "d"]:
-    """Draw documents of `budget` tokens in total, or all if there are fewer; return sorted
-    indices."""
+    """Draw documents of `budget` tokens in total, or all if there are fewer.
+
+    Returns:
+      Indices of documents, sorted.
+    """
     lengths = np.diff(shards.documents, prepend=0)
     order = np.random.default_rng(seed).permutation(len(lengths))
     needed = np.searchsorted(np.cumsum(lengths[order]), budget) + 1
@@ -194,12 +232,18 @@ def find_places(
     budget: int,
     log: Log = lambda line: None,
 ) -> Places:
-    """Every source token of the documents, `budget` of them at most, and the target tokens that
-    begin and end where it ends.
+    """List source tokens of the documents, with the target tokens that begin and end at their end.
 
-    Where only one side ends a token there is a place without target tokens. That covers stretches
-    in which both sides stand for different text (a normaliser changed it, a token is unknown): the
-    places before and after them are as good as any.
+    A place where only the source side ends a token has no target tokens. That includes stretches
+    in which both sides stand for different text (a normaliser changed it, or a token is unknown):
+    the places before and after them are valid.
+
+    Args:
+      documents: the text.
+      source: the source tokenizer.
+      target: the target tokenizer.
+      budget: places, at most.
+      log: receives the share of shared places by language.
     """
     backends = [plain_backend(tokenizer) for tokenizer in (source, target)]
     ends_of_text = [end_of_text_id(tokenizer) for tokenizer in (source, target)]
@@ -208,8 +252,8 @@ def find_places(
     for group in in_groups(documents):
         texts = [document.text for document in group]
         sides = [token_boundaries(backend, texts) for backend in backends]
-        for document, of_source, of_target in zip(group, *sides):
-            places = _places_of(of_source, of_target, len(document.text), ends_of_text)
+        for document, source_side, target_side in zip(group, *sides):
+            places = _document_places(source_side, target_side, len(document.text), ends_of_text)
             chosen.append(tuple(column[: budget - taken] for column in places))
             coverage.add(document.language, chosen[-1])
             taken += len(chosen[-1][0])
@@ -223,11 +267,13 @@ def find_places(
     return Places._make(np.concatenate(column).astype(np.int32) for column in zip(*chosen))
 
 
-def _places_of(
+def _document_places(
     source: Boundaries, target: Boundaries, length: int, ends_of_text: Sequence[int]
 ) -> Places:
-    """The places of one document; both sides get their end-of-text behind it, which ends at a
-    place of its own."""
+    """Return the places of one document.
+
+    Each side is followed by its end-of-text, which ends at a place of its own.
+    """
     (tokens, ends), (target_tokens, target_ends) = (
         (np.append(side.ids, end_of_text), np.append(side.ends, length + 1))
         for side, end_of_text in zip((source, target), ends_of_text)
@@ -240,7 +286,7 @@ def _places_of(
 
 
 class _Coverage:
-    """How many places have a target token, by language."""
+    """Shares of places that have a target token, by language."""
 
     def __init__(self):
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -250,7 +296,7 @@ class _Coverage:
         self._counts[language, "shared"] += int(np.count_nonzero(places[3] != NONE))
 
     def report(self, log: Log) -> None:
-        """One line, with the languages in which least text is used."""
+        """Log one line with the languages of the lowest shares."""
         shares = {
             language: self._counts[language, "shared"] / max(count, 1)
             for (language, kind), count in self._counts.items()
@@ -272,17 +318,17 @@ def _add(
     params,
     tokens: Int[Array, "B T"],
     labels,
-    left,
+    unread,
     *,
     config: ModelConfig,
     dtype: DTypeLike,
     mesh: Mesh,
 ):
-    """The sums by token, and the moments, with those of one batch added.
+    """Add one batch to the sums by token and to the moments.
 
     Args:
       moments: sum of states [D] and of their outer products [D, D].
-      left: places that are real; those behind are padding.
+      unread: places before the end of the text; later positions are padding.
     """
     with sharding.within(mesh):
         states = (
@@ -290,23 +336,28 @@ def _add(
             .astype(jnp.float32)
             .reshape(-1, config.hidden_size)
         )
-        states = jnp.where((jnp.arange(len(states)) < left)[:, None], states, 0.0)
+        states = jnp.where((jnp.arange(len(states)) < unread)[:, None], states, 0.0)
         first, second = moments
         moments = (
             first + states.sum(axis=0),
             second + jnp.matmul(states.T, states, precision="highest"),
         )
-        # Sorting and adding up go along the places: each device has some columns of all of them.
+        # Sorting and summing run along the places, so each device takes some columns of all.
         states = sharding.constrain(states, *sharding.fitting(BY_COLUMN, states.shape, mesh).spec)
-        sums = [_add_by_label(of, states, label.reshape(-1)) for of, label in zip(sums, labels)]
-        return sums, tuple(sharding.constrain(of) for of in moments)
+        sums = [
+            _add_by_label(by_label, states, label.reshape(-1))
+            for by_label, label in zip(sums, labels)
+        ]
+        return sums, tuple(sharding.constrain(moment) for moment in moments)
 
 
 def _add_by_label(
     sums: Float[Array, "V D"], states: Float[Array, "N D"], labels: Int[Array, "N"]
 ) -> Float[Array, "V D"]:
-    """Adds each state to the row of its label, in an order that is always the same (a plain
-    scatter's is not on a GPU)."""
+    """Add each state to the row of its label, in a deterministic order.
+
+    A plain scatter-add is not deterministic on a GPU.
+    """
     order = jnp.argsort(labels, stable=True)
     labels = labels[order]
     starts = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])[:, None]
@@ -316,7 +367,6 @@ def _add_by_label(
 
     running, _ = jax.lax.associative_scan(join, (states[order], starts))
     last = jnp.concatenate([starts[1:, 0], jnp.ones(1, bool)])
-    rows = jnp.where(
-        last & (labels != NONE), labels, len(sums)
-    )  # one place a label; the others fall off the end
+    # One position for each label; the others are out of bounds and dropped.
+    rows = jnp.where(last & (labels != NONE), labels, len(sums))
     return sums.at[rows].add(running, mode="drop")

@@ -1,9 +1,8 @@
-"""The source model's own text as a corpus: what `self_text` writes, as records of a JSON lines
-file.
+"""The source model's own text (`self_text.py`) as a part of the corpus, in JSON lines.
 
-Free text becomes a document; a question and its answer become a chat, which the new model's
-template then writes. Chats whose answer was cut off are left out, since a template would end them
-there.
+Free text becomes a document; a question and its answer become a chat, which is written by the new
+model's template later on. Chats with a truncated answer are dropped, since a template would end
+the answer there.
 """
 
 import json
@@ -20,17 +19,20 @@ from tokalign_jax.utils.progress import Log
 
 
 def write(writer: Writer, tokens: int, with_chats: bool, log: Log) -> list[dict[str, Any]]:
-    """The records for which the source model writes about `tokens` tokens, prompts included.
+    """Return records for which the source model writes about `tokens` tokens.
 
     Args:
-      with_chats: whether it also asks and answers, which takes a chat template.
+      writer: the source model.
+      tokens: prompts included.
+      with_chats: whether to write chats as well, which needs a chat template.
+      log: receives progress.
     """
     special = canonical.special_ids(writer.tokenizer) if with_chats else set()
     return list(records(writer.write(tokens, log, special), writer.tokenizer))
 
 
 def save(written: Iterable[Mapping[str, Any]], file: Path) -> dict[str, int]:
-    """Writes records as JSON lines; returns how many there are of each kind."""
+    """Write records as JSON lines; return their number by kind."""
     counts = {"documents": 0, "chats": 0}
     with file.open("w", encoding="utf-8", errors="replace") as lines:
         for record in written:
@@ -42,7 +44,7 @@ def save(written: Iterable[Mapping[str, Any]], file: Path) -> dict[str, int]:
 def records(
     passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """Passages as records of a corpus."""
+    """Yield passages as records of a corpus."""
     before, after = chats.around_question(tokenizer) or ("", "")
     for passage in passages:
         if all(segment.special is None for segment in passage):

@@ -1,12 +1,11 @@
-"""Text that the source model writes itself: it covers what the model knows, whatever the corpus.
+"""Text written by the source model, which covers what the model knows, whatever the corpus.
 
-Three kinds of documents, each drawn from the model at a temperature:
+Three kinds of documents are sampled from the model:
 
-- free: whatever the model puts after a document separator;
-- by word: one short document for each token of the source's vocabulary that begins a word, in
-  random order, so that rare words and names come up that free text would hold once in a million
-  tokens;
-- chats, where the source has a chat template: a question is drawn after the template's user turn,
+- free: continuations of a document separator;
+- by word: a short document for each token of the source's vocabulary that begins a word, in random
+  order, so that rare words and names occur that free text would contain once in a million tokens;
+- chats, if the source has a chat template: a question is sampled after the template's user turn,
   then the answer to it (Magpie, arXiv 2406.08464).
 """
 
@@ -29,29 +28,30 @@ from tokalign_jax.utils.progress import Log
 
 TEMPERATURE = 0.8
 FREE_SHARE, WORD_SHARE, CHAT_SHARE = 0.2, 0.6, 0.2
-"""Of the tokens that are drawn; without a chat template free text has the share of chats too."""
+"""Shares of the sampled tokens; without a chat template, the share of chats goes to free text."""
 FREE_LENGTH, WORD_LENGTH = 192, 48
-"""Tokens of a document."""
+"""Tokens per document."""
 QUESTION_LENGTH, ANSWER_LENGTH = 40, 120
 SHORT_WORD = 4
-"""Bytes of a word's beginning, its space included, up to which it is used again and again once all
-beginnings were used: it has many completions."""
+"""Beginnings of words of up to so many bytes, a space included, are used repeatedly once all others
+were used: they have many completions.
+"""
 _MARK = "@@@"
 
 
 class Segment(NamedTuple):
-    """A stretch of plain text, and the source's special token behind it, if there is one."""
+    """Plain text, and the special token of the source after it, if there is one."""
 
     text: str
     special: int | None = None
 
 
 Passage = tuple[Segment, ...]
-"""A document, without the separator before it."""
+"""A document, without its document separator."""
 
 
 class Writer(NamedTuple):
-    """The source model as the author of text."""
+    """The source model as a writer of text."""
 
     config: ModelConfig
     params: Params
@@ -61,10 +61,12 @@ class Writer(NamedTuple):
     seed: int
 
     def write(self, budget: int, log: Log, special: Collection[int] = ()) -> list[Passage]:
-        """Passages for which about `budget` tokens are drawn, prompts included.
+        """Return passages, sampled until about `budget` tokens are used, prompts included.
 
         Args:
-          special: the source's special tokens that passages may hold. Chats are written only if
+          budget: tokens of the source.
+          log: receives the number of passages.
+          special: the source's special tokens that passages may contain. Chats are written only if
             those of the template are among them.
         """
         chat = _turn(self.tokenizer)
@@ -89,8 +91,8 @@ class Writer(NamedTuple):
         length = min(max(length, longest + 1), self.config.max_positions)
         prompts = [prompt for prompt in prompts if len(prompt) < length]
         seed = int(np.random.SeedSequence([self.seed, stream]).generate_state(1)[0] >> 1)
-        how = TEMPERATURE, seed, self.dtype, self.mesh
-        return sample(self.config, self.params, prompts, length, *how)
+        settings = TEMPERATURE, seed, self.dtype, self.mesh
+        return sample(self.config, self.params, prompts, length, *settings)
 
     def _free(self, count: int) -> list[Passage]:
         start = first_context(self.tokenizer)
@@ -107,8 +109,12 @@ class Writer(NamedTuple):
         return self._plain(self._draw([[start, int(i)] for i in chosen[:count]], WORD_LENGTH, 2))
 
     def _chats(self, count: int, before: list[int], after: list[int]) -> list[Passage]:
-        """Args:
-        before, after: tokens of the template around a user's turn.
+        """Sample questions, and answers to them.
+
+        Args:
+          count: number of questions.
+          before: the template's tokens before a user's turn.
+          after: the template's tokens after it.
         """
         special = canonical.special_ids(self.tokenizer)
         asked = self._draw([before] * count, len(before) + QUESTION_LENGTH, 3)
@@ -118,14 +124,14 @@ class Writer(NamedTuple):
         passages = []
         for prompt, tokens in zip(prompts, self._draw(prompts, length, 4)):
             answer = tokens[len(prompt) :]
-            said = _until(answer, special)
-            end = answer[len(said) : len(said) + 1]
-            if said and (not end or ends_turn(self.tokenizer, end[0])):
-                passages.append(self._segments([*prompt, *said, *end], special))
+            reply = _until(answer, special)
+            end = answer[len(reply) : len(reply) + 1]
+            if reply and (not end or ends_turn(self.tokenizer, end[0])):
+                passages.append(self._segments([*prompt, *reply, *end], special))
         return passages
 
     def _plain(self, drawn: Sequence[Sequence[int]]) -> list[Passage]:
-        """The text up to the first special token after the start."""
+        """Return the text up to the first special token after the start."""
         special = canonical.special_ids(self.tokenizer)
         texts = (self._text(_until(tokens[1:], special)) for tokens in drawn)
         return [(Segment(text),) for text in texts if text.strip()]
@@ -141,14 +147,16 @@ class Writer(NamedTuple):
         return (*segments, Segment(self._text(run))) if run else tuple(segments)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        """Without what a character that was cut off decodes to."""
+        """Decode, without the replacement characters that stand for truncated characters."""
         text = self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return str(text).replace("\ufffd", "")
 
 
 def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, bytes of each) of tokens that are letters behind a space; where a vocabulary has no
-    such tokens, of all that are letters.
+    """List tokens that are a space and letters, or letters alone if there are no such tokens.
+
+    Returns:
+      Their ids, and their sizes in bytes.
     """
     texts = {}
     for i, content in enumerate(canonical.token_bytes(tokenizer)):
@@ -163,8 +171,10 @@ def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """The tokens before a user's first message and those between it and the answer; None without a
-    template that has them."""
+    """Return the tokens before a user's first message, and those between it and the answer.
+
+    Returns None without a template that has both.
+    """
     message = [{"role": "user", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

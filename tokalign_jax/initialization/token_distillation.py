@@ -6,13 +6,13 @@ that it stands for (student). Only the rows of the new tokens train, from the me
 to minimise the mean squared difference between both readings' hidden states, at every token that
 is the same in both and at the last piece of each replaced group.
 
-Rows of the head are not learned: they stay the mean of the pieces (the paper leaves them to other
+Head rows are not learned: they stay the mean of the pieces (the paper leaves them to other
 methods). A tied model has one matrix, so the learned row is used at both ends.
 
-What differs from the published code: groups of pieces are found where the target tokenizer writes
+Differences from the published code: groups of pieces are located where the target tokenizer writes
 the new token in the text and both of its ends are ends of source tokens, not by searching for the
-pieces of the token alone; and a token with fewer than the wanted number of snippets is trained on
-those that there are, not left out.
+pieces of the token alone; and a token with fewer snippets than configured is trained on those that
+exist instead of being skipped.
 
 Letters: m new tokens, V source tokens, n snippets, S their length, B batch, D model.
 """
@@ -42,34 +42,35 @@ from tokalign_jax.utils.progress import Log, Progress
 
 TABLE = "embed_tokens/embedding"
 WARMUP = 0.5
-"""Share of the steps over which the rate rises; it then falls linearly to 0."""
+"""Share of the steps over which the learning rate rises; it then falls linearly to 0."""
 HELD_OUT = 256
-"""Snippets that are left out of training, to judge the rows before and after it; at most a
-tenth."""
+"""Snippets held out to measure the rows before and after training; at most a tenth."""
 
 
 class Snippets(NamedTuple):
     """Text in source tokens, and with new tokens in place of their pieces; int32."""
 
     original: Int[np.ndarray, "n S"]
-    """0 behind the last token."""
+    """Padded with 0."""
     merged: Int[np.ndarray, "n S"]
-    """V + k is the k-th new token; `NONE` behind the last token."""
+    """Token V + k is the k-th new token; padded with `NONE`."""
     positions: Int[np.ndarray, "n S"]
-    """The position in `original` that has read what this one of `merged` has; `NONE` behind it."""
+    """Position in `original` at which the same text has been read; padded with `NONE`."""
 
 
 class Result(NamedTuple):
+    """Rows of the new tokens, and measurements."""
+
     rows: Float[np.ndarray, "m D"]
     facts: Mapping[str, float]
-    """`snippets` trained on, `tokens` in them, `loss_before` and `loss_after` on those left out."""
+    """`snippets` trained on, their `tokens`, `loss_before` and `loss_after` on held-out ones."""
 
 
 # --- Finding snippets ---------------------------------------------------------------------------
 
 
 class Finder(NamedTuple):
-    """The tokenizers and the new tokens for which snippets are wanted."""
+    """A search for text around new tokens."""
 
     source: PreTrainedTokenizerBase
     target: PreTrainedTokenizerBase
@@ -81,24 +82,25 @@ class Finder(NamedTuple):
     """The source token before every snippet."""
 
     def find(self, documents: Iterable[Document], config: TokenDistillationConfig) -> Snippets:
-        """Up to `config.snippets` snippets around each new token, `config.most_snippets` in all.
+        """Return up to `config.snippets` snippets for each new token.
 
-        Where there are more, every token keeps its first before any keeps a second.
+        If these are more than `config.most_snippets`, every token keeps its first snippet before
+        any token keeps a second one.
         """
         number = np.full(1 + self.ids.max(initial=0), NONE, np.int64)
         number[self.ids] = np.arange(len(self.ids))
-        counts, found = np.zeros(len(self.ids), np.int64), []
+        counts, snippets = np.zeros(len(self.ids), np.int64), []
         backends = [plain_backend(tokenizer) for tokenizer in (self.source, self.target)]
         for group in in_groups(documents):
             texts = [document.text for document in group]
             sides = [token_boundaries(backend, texts) for backend in backends]
             for text, source, target in zip(texts, *sides):
                 merged = _merge(source, target, len(text), number, self.source_size)
-                found += self._around(merged, source.ids, counts, config)
+                snippets += self._around(merged, source.ids, counts, config)
             if (counts >= config.snippets).all():
                 break
-        found.sort(key=lambda item: item[0])
-        return self._arrays([item[1:] for item in found[: config.most_snippets]], config)
+        snippets.sort(key=lambda item: item[0])
+        return self._arrays([item[1:] for item in snippets[: config.most_snippets]], config)
 
     def _around(
         self,
@@ -107,7 +109,7 @@ class Finder(NamedTuple):
         counts: Int[np.ndarray, "m"],
         config: TokenDistillationConfig,
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """(how many the token had before, original, merged, positions); adds to `counts`."""
+        """Yield (earlier snippets of the token, original, merged, positions); update `counts`."""
         ends = merged.last + 1
         starts = np.append(0, ends[:-1])
         for place in np.flatnonzero(merged.tokens >= self.source_size).tolist():
@@ -124,14 +126,14 @@ class Finder(NamedTuple):
 
     def _arrays(
         self,
-        found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
         config: TokenDistillationConfig,
     ) -> Snippets:
-        shape = len(found), config.snippet_length + 1
+        shape = len(parts), config.snippet_length + 1
         snippets = Snippets(*(np.full(shape, fill, np.int32) for fill in (0, NONE, NONE)))
         snippets.original[:, 0] = snippets.merged[:, 0] = self.start
         snippets.positions[:, 0] = 0
-        for row, (original, merged, positions) in enumerate(found):
+        for row, (original, merged, positions) in enumerate(parts):
             snippets.original[row, 1 : 1 + len(original)] = original
             snippets.merged[row, 1 : 1 + len(merged)] = merged
             snippets.positions[row, 1 : 1 + len(merged)] = positions + 1
@@ -143,7 +145,7 @@ class _Merged(NamedTuple):
 
     tokens: Int[np.ndarray, "k"]
     last: Int[np.ndarray, "k"]
-    """The index of each one's last source token."""
+    """Index of the last source token of each."""
 
 
 def _merge(
@@ -153,14 +155,18 @@ def _merge(
     number: Int[np.ndarray, "V_t"],
     source_size: int,
 ) -> _Merged:
-    """
+    """Replace groups of source tokens by the new tokens of the same text.
+
     Args:
-      length: of the text, in characters.
-      number: of each target token among the new ones, or `NONE`; later ids are not new.
+      source: the document in source tokens.
+      target: the document in target tokens.
+      length: characters of the document.
+      number: index of each target token among the new ones, or `NONE`; later ids are not new.
+      source_size: V.
     """
     at = np.full(length + 1, NONE, np.int64)
-    known = np.flatnonzero(source.ends != NONE)
-    at[source.ends[known]] = known
+    aligned = np.flatnonzero(source.ends != NONE)
+    at[source.ends[aligned]] = aligned
     begins = np.append(0, target.ends[:-1])
     new = target.ids < len(number)
     new[new] = number[target.ids[new]] != NONE
@@ -171,8 +177,8 @@ def _merge(
     tokens[last] = source_size + number[target.ids[new]]
     np.add.at(change, first, 1)
     np.add.at(change, last, -1)
-    kept = np.flatnonzero(np.cumsum(change)[:-1] == 0)
-    return _Merged(tokens[kept], kept)
+    remaining = np.flatnonzero(np.cumsum(change)[:-1] == 0)
+    return _Merged(tokens[remaining], remaining)
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -188,15 +194,15 @@ class Batch(NamedTuple):
 
 class _State(NamedTuple):
     change: Float[Array, "R D"]
-    """What is added to the table."""
+    """Change of the table's rows."""
     optimizer: optax.OptState
 
 
 class _Frozen(NamedTuple):
     model: Params
-    """The source model; its table holds the rows of the new tokens behind those of the source's."""
+    """The source model; the rows of the new tokens follow its own in its table."""
     free: Bool[Array, "R 1"]
-    """Rows that train."""
+    """Trainable rows."""
 
 
 class _Settings(NamedTuple):
@@ -216,22 +222,29 @@ def train(
     log: Log,
     seed: int,
 ) -> Result:
-    """The rows of the new tokens, trained on the snippets; as they are if that gains nothing.
+    """Train the rows of the new tokens; return them unchanged if the held-out loss does not fall.
 
     Args:
-      model, params: the source model, without padding in its table: V rows.
-      rows: of the new tokens, to begin with.
+      model: the source model's config.
+      params: the source model's, its table without padding: V rows.
+      rows: initial rows of the new tokens.
+      snippets: text to train and to measure on.
+      config: settings of the method.
+      compute: type of activations.
+      mesh: devices that train.
+      log: receives progress.
+      seed: of the order of snippets.
     """
     order = np.random.default_rng([seed, 7]).permutation(len(snippets.original))
     held_out = min(HELD_OUT, len(order) // 10)
-    judged, trained = (
+    held_out_batches, trained = (
         list(_batches(snippets, chosen, config.batch_size, mesh))
         for chosen in (order[:held_out], order[held_out:])
     )
     part, body = _truncated(model, params, config.layers)
     settings = _Settings(part, compute.dtype, mesh)
     frozen, state = _start(settings, body, rows)
-    before = _mean_loss(state, frozen, judged, settings)
+    before = _mean_loss(state, frozen, held_out_batches, settings)
     tokens = int((snippets.merged[order[held_out:]] != NONE).sum())
     progress = Progress(log, "token distillation", tokens, "tokens")
     warmup = max(1, round(WARMUP * len(trained)))
@@ -240,24 +253,28 @@ def train(
             (step + 1) / warmup, (len(trained) - step) / max(1, len(trained) - warmup)
         )
         state = _step(state, frozen, _put(batch, mesh), jnp.float32(rate), settings=settings)
-        jax.block_until_ready(state.change)  # or what is printed runs ahead
+        jax.block_until_ready(state.change)  # Otherwise the logged rate would run ahead.
         progress.update(tokens / len(trained))
-    after = _mean_loss(state, frozen, judged, settings)
-    gained = not judged or after < before
-    told = (
-        f"; mean squared difference {before:.4g} to {after:.4g} on text left out" if judged else ""
+    after = _mean_loss(state, frozen, held_out_batches, settings)
+    gained = not held_out_batches or after < before
+    change = (
+        f"; mean squared difference {before:.4g} to {after:.4g} on held-out text"
+        if held_out_batches
+        else ""
     )
-    progress.done(f"{len(rows):,} rows{told}" + ("" if gained else ": left as they were"))
+    progress.done(
+        f"{len(rows):,} rows{change}" + ("" if gained else ": the rows are left as they were")
+    )
     if gained:
         size = len(params["embed_tokens"]["embedding"])
         rows = rows + sharding.to_host(state.change, slice(size, size + len(rows)))
     facts = {"snippets": float(len(order) - held_out), "tokens": float(tokens)}
-    losses = {"loss_before": before, "loss_after": after} if judged else {}
+    losses = {"loss_before": before, "loss_after": after} if held_out_batches else {}
     return Result(rows, facts | losses)
 
 
 def _truncated(model: ModelConfig, params: Params, layers: int) -> tuple[ModelConfig, Params]:
-    """The model with this many of its layers; 0: all."""
+    """Return the model with its first `layers` layers; 0 means all."""
     if not layers or layers >= model.num_layers:
         return model, params
     part = dataclasses.replace(model, num_layers=layers, layer_kinds=model.layer_kinds[:layers])
@@ -300,14 +317,14 @@ def _mean_loss(
     state: _State, frozen: _Frozen, batches: Sequence[Snippets], settings: _Settings
 ) -> float:
     losses = [
-        float(_loss_of(state.change, frozen, _put(batch, settings.mesh), settings=settings))
+        float(_jitted_loss(state.change, frozen, _put(batch, settings.mesh), settings=settings))
         for batch in batches
     ]
     return float(np.mean(losses)) if losses else float("nan")
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def _loss_of(
+def _jitted_loss(
     change: Float[Array, "R D"], frozen: _Frozen, batch: Batch, *, settings: _Settings
 ) -> Float[Array, ""]:
     with sharding.within(settings.mesh):
@@ -317,7 +334,7 @@ def _loss_of(
 def _loss(
     change: Float[Array, "R D"], frozen: _Frozen, batch: Batch, settings: _Settings
 ) -> Float[Array, ""]:
-    """The mean squared difference of hidden states over all tokens of `merged` and all of D."""
+    """Return the mean squared difference of hidden states over all tokens of `merged` and D."""
     table = frozen.model["embed_tokens"]["embedding"] + frozen.free * change
     student = {**frozen.model, "embed_tokens": {"embedding": table}}
     read = functools.partial(
@@ -335,7 +352,7 @@ def _loss(
 def _batches(
     snippets: Snippets, chosen: Int[np.ndarray, "n"], size: int, mesh: Mesh
 ) -> Iterator[Snippets]:
-    """The chosen snippets; the last batch is filled up with empty ones."""
+    """Yield batches of the chosen snippets; the last one is padded with empty snippets."""
     devices = sharding.sequences_at_once(mesh)
     size = -(-size // devices) * devices
     for begin in range(0, len(chosen), size):

@@ -1,8 +1,8 @@
 """Tuning of all rows together by a linear map from features of tokens.
 
 Rows that are good one by one need not be good together: they compete for probability, and the model
-reads them in sequences that it never met. A few steps of training would adapt them, but only rows
-of tokens in the text of these steps. So a linear map is trained that all rows share:
+reads them in new sequences. A few training steps would adapt them, but only rows of tokens in the
+text of these steps. Therefore all rows share one trainable linear map:
 
     row_v <- row_v + x_v B
 
@@ -13,8 +13,6 @@ thousand tokens of text suffice. The layers are frozen.
 
 Adam's update of B is scaled so that the rows of a step move by a share of their standard deviation,
 whatever the width of the model, the size of its rows, or the loss.
-
-Letters: D model, V vocabulary, R rows in memory, n tokens that move, F features, K components, A
 micro-batches, B sequences, T length.
 """
 
@@ -49,17 +47,17 @@ SAMPLE = 8192
 """Tokens that the principal components are computed from."""
 STEPS = 120
 LEAST_TOKENS = 1024
-"""Tokens of a step, at least: shorter text gets fewer steps, longer text larger ones."""
+"""Tokens per step, at least: shorter text gets fewer steps, longer text larger ones."""
 RATE = 0.014
-"""RMS change of rows in a step at the peak, in units of the standard deviation of the source's
-rows."""
+"""RMS change of rows per step at the peak, in units of the standard deviation of the source's rows.
+"""
 WARMUP = 0.05
 LENGTH = 512
-"""T, if the model has that many positions."""
+"""T, unless the model has fewer positions."""
 MICRO_BATCH_TOKENS = {"cpu": 1024}
 OTHER_MICRO_BATCH_TOKENS = 8192
-"""Tokens that a device reads at once, by backend."""
-JUDGED = 8
+"""Tokens per device and micro-batch, by backend."""
+HELD_OUT = 8
 """Held-out sequences that decide whether the tuned rows are kept."""
 NONE = -1
 """Padding of sequences."""
@@ -73,10 +71,11 @@ class Scales(NamedTuple):
 
 
 class Tuned(NamedTuple):
+    """Parameters after tuning, and measurements."""
+
     params: Params
     facts: Mapping[str, float]
-    """`tokens` read, `nats_before` and `nats_after` a held-out token; empty if nothing was
-    tuned."""
+    """`tokens` read, `nats_before` and `nats_after` per held-out token; empty if not tuned."""
 
 
 class _State(NamedTuple):
@@ -99,68 +98,85 @@ def tune(
     log: Log,
     seed: int,
 ) -> Tuned:
-    """Move the rows of `tokens` by the linear map that predicts the text best; keep it only if it
-    gains.
+    """Move the rows of `tokens` by the linear map that best predicts the text.
+
+    The rows are returned unchanged if the held-out loss does not fall.
 
     Args:
-      config, params: the model with the new vocabulary.
+      config: the new model's.
+      params: the new model's.
       rows: float32, the source model's matrices by their paths in `params`.
       tokens: target tokens whose rows move, with their pieces in the source.
       composed: which of them are composed.
       shards: text in the new vocabulary's tokens.
-      budget: tokens that are read, at most; at least one sequence is.
+      budget: tokens to read, at most; at least one sequence is read.
       compute: type of activations, and tokens whose logits exist at once.
+      mesh: devices that train.
+      log: receives progress.
+      seed: of the choice of text, and of the principal components.
     """
     size = len(shards.counts)
-    features = {path: _features(of, tokens, composed, size, seed) for path, of in rows.items()}
-    deviations = {path: np.float32(np.sqrt(np.var(of, axis=0).mean())) for path, of in rows.items()}
-    leaves = paths.flatten(params)
-    features = {path: _on_rows(path, of, len(leaves[path]), mesh) for path, of in features.items()}
+    features = _placed_features(params, rows, tokens, composed, size, mesh, seed)
+    deviations = {path: np.float32(np.sqrt(np.var(x, axis=0).mean())) for path, x in rows.items()}
     whole = NamedSharding(mesh, sharding.REPLICATED)
     second = jax.jit(_second, out_shardings=whole)(features, len(tokens.ids))
-    shapes = {path: (of.shape[1], config.hidden_size) for path, of in features.items()}
+    shapes = {path: (x.shape[1], config.hidden_size) for path, x in features.items()}
     state = jax.jit(lambda: _start(shapes), out_shardings=whole)()
-    batches, judged = _batches(shards, config, budget, mesh, seed)
-    placed = sharding.place(params, mesh)
-    how = {"config": config, "compute": compute, "mesh": mesh}
+    batches, held_out = _batches(shards, config, budget, mesh, seed)
     split = NamedSharding(mesh, P(None, sharding.BATCH))
+    held_out, placed = sharding.put(held_out, split), sharding.place(params, mesh)
+    static = {"config": config, "compute": compute, "mesh": mesh}
 
-    def judge(rule: dict[str, Array]) -> float:
-        return float(_judge(rule, placed, features, sharding.put(judged, split), **how))
-
-    before = judge(state.rule)
+    before = float(_mean_loss(state.rule, placed, features, held_out, **static))
     schedule = Schedule({"rule": RATE}, float(len(batches)), float(round(WARMUP * len(batches))))
     tokens_read = int((batches[..., 1:] != NONE).sum())
     progress = Progress(log, "tuning", tokens_read, "tokens")
     for batch in batches:
-        state = _step(
-            state, placed, features, second, deviations, sharding.put(batch, split), schedule, **how
-        )
-        state.step.block_until_ready()  # or what is printed runs ahead
+        inputs = placed, features, second, deviations, sharding.put(batch, split), schedule
+        state = _step(state, *inputs, **static)
+        state.step.block_until_ready()  # Otherwise the logged rate would run ahead.
         progress.update(tokens_read / len(batches))
-    after = judge(state.rule)
+    after = float(_mean_loss(state.rule, placed, features, held_out, **static))
     progress.done(
-        f"{before:.3f} to {after:.3f} nats a token on text left out"
-        + ("" if after < before else ": left as it was")
+        f"{before:.3f} to {after:.3f} nats a token on held-out text"
+        + ("" if after < before else ": the rows are left as they were")
     )
     facts = {"tokens": tokens_read, "nats_before": before, "nats_after": after}
     if not after < before:
         return Tuned(params, facts)
-    made = jax.jit(_tables)(state.rule, placed, features)
-    for path, table in made.items():
+    return Tuned(_merged(params, jax.jit(_tables)(state.rule, placed, features), size), facts)
+
+
+def _placed_features(
+    params: Params,
+    rows: Mapping[str, Float[np.ndarray, "V_s D"]],
+    tokens: Tokens,
+    composed: Bool[np.ndarray, "n"],
+    size: int,
+    mesh: Mesh,
+    seed: int,
+) -> dict[str, Float[Array, "R G"]]:
+    """Return features by the path of a matrix, sharded like its rows."""
+    leaves = paths.flatten(params)
+    features = {path: _features(x, tokens, composed, size, seed) for path, x in rows.items()}
+    return {path: _on_rows(path, x, len(leaves[path]), mesh) for path, x in features.items()}
+
+
+def _merged(params: Params, tables: Mapping[str, Float[Array, "R D"]], size: int) -> Params:
+    """Return the parameters with the first `size` rows of these tables, on the host."""
+    leaves = paths.flatten(params)
+    for path, table in tables.items():
         moved = np.array(leaves[path], np.float32)
         moved[:size] = sharding.to_host(table, slice(size))
         leaves[path] = moved
-    return Tuned(paths.unflatten(leaves), facts)
+    return paths.unflatten(leaves)
 
 
 def _second(
     features: dict[str, Float[Array, "R G"]], count: Int[Array, ""]
 ) -> dict[str, Float[Array, "G G"]]:
     """Return the mean outer product of the features of tokens that move."""
-    return {
-        path: jnp.matmul(of.T, of, precision="highest") / count for path, of in features.items()
-    }
+    return {path: jnp.matmul(x.T, x, precision="highest") / count for path, x in features.items()}
 
 
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95))
@@ -189,14 +205,16 @@ def _step(
         tables = _tables(state.rule, params, features)
 
         def add(sums: Any, tokens: Array) -> tuple[Any, None]:
-            gradients = jax.grad(lambda *of: _loss(*of)[0])(tables, params, tokens, config, compute)
+            gradients = jax.grad(lambda *args: _loss(*args)[0])(
+                tables, params, tokens, config, compute
+            )
             return jax.tree.map(jnp.add, sums, gradients), None
 
         sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, tables), batch)
         count = jnp.sum(batch[..., 1:] != NONE)
         gradients = {
-            path: jnp.matmul(of.T, sums[path] / count, precision="highest")
-            for path, of in features.items()
+            path: jnp.matmul(x.T, sums[path] / count, precision="highest")
+            for path, x in features.items()
         }
         directions, moments = _ADAM.update(gradients, state.moments)
         rate = schedule.rates(state.step)["rule"]
@@ -210,7 +228,7 @@ def _step(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def _judge(
+def _mean_loss(
     rule, params, features, batch: Int[Array, "A B T+1"], *, config, compute, mesh
 ) -> Float[Array, ""]:
     """Return the mean negative log-likelihood of a token, nats."""
@@ -228,8 +246,8 @@ def _tables(
     """Return the vocabulary's matrices with their rows moved."""
     leaves = paths.flatten(params)
     return {
-        path: leaves[path] + jnp.matmul(of, rule[path], precision="highest")
-        for path, of in features.items()
+        path: leaves[path] + jnp.matmul(x, rule[path], precision="highest")
+        for path, x in features.items()
     }
 
 
@@ -255,20 +273,19 @@ def _batches(
     """Draw disjoint sequences for all steps, and held-out ones; independent of the devices."""
     length = min(LENGTH, config.max_positions, len(shards) - 1)
     source = TokenSource(shards, length)
-    # None is read twice, but where the text has too few: then they are judged on what they were
-    # tuned on.
-    budget = min(budget // length, len(source) - JUDGED)
+    # No sequence is read twice. Text that is too short for that is used for both training and
+    # evaluation.
+    budget = min(budget // length, len(source) - HELD_OUT)
     steps = min(STEPS, max(1, budget // max(1, LEAST_TOKENS // length)))
     each = max(1, budget // steps)
     order = np.random.default_rng(seed).permutation(len(source))
-    found = np.stack([source[i] for i in np.resize(order, steps * each + JUDGED).tolist()])
-    batches = [_rounds(of, mesh) for of in np.split(found[JUDGED:], steps)]
-    return np.stack(batches), _rounds(found[:JUDGED], mesh)
+    sequences = np.stack([source[i] for i in np.resize(order, steps * each + HELD_OUT).tolist()])
+    batches = [_rounds(step, mesh) for step in np.split(sequences[HELD_OUT:], steps)]
+    return np.stack(batches), _rounds(sequences[:HELD_OUT], mesh)
 
 
 def _rounds(sequences: Int[np.ndarray, "n T+1"], mesh: Mesh) -> Int[np.ndarray, "A B T+1"]:
-    """Group sequences into rounds of as many as the devices read at once, padded with empty
-    ones."""
+    """Group sequences into micro-batches of as many as the devices read at once, padded."""
     devices, size = sharding.sequences_at_once(mesh), sequences.shape[1]
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
     at_once = devices * min(max(1, micro), -(-len(sequences) // devices))
@@ -288,8 +305,10 @@ def _features(
     size: int,
     seed: int,
 ) -> Float[np.ndarray, "V G"]:
-    """Return features and a 1 in the columns of a token's kind, 0 elsewhere and for fixed tokens;
-    float32."""
+    """Return features and a 1 in the columns of a token's kind, float32.
+
+    Other columns are 0, and so are all columns of frozen tokens.
+    """
     random = np.random.default_rng(seed)
     parts = []
     for kind in (composed, ~composed):
@@ -299,34 +318,36 @@ def _features(
         sample = np.sort(random.permutation(chosen)[:SAMPLE])
         sampled = Columns(*map(np.concatenate, zip(*_blocks(rows, tokens, sample))))
         scales = _scales(sampled)
-        known = _described(sampled, scales)
-        centre, basis = _principal(known, jax.random.key(seed), min(COMPONENTS, *known.shape))
+        described = _described(sampled, scales)
+        centre, basis = _principal(
+            described, jax.random.key(seed), min(COMPONENTS, *described.shape)
+        )
         part = np.zeros((size, basis.shape[1] + 1), np.float32)
         start = 0
-        for of in _blocks(rows, tokens, chosen):
-            found = np.asarray((_described(of, scales) - centre) @ basis)
-            ids = tokens.ids[chosen[start : start + len(found)]]
-            part[ids, :-1], part[ids, -1] = found, 1.0
-            start += len(found)
+        for block in _blocks(rows, tokens, chosen):
+            components = np.asarray((_described(block, scales) - centre) @ basis)
+            ids = tokens.ids[chosen[start : start + len(components)]]
+            part[ids, :-1], part[ids, -1] = components, 1.0
+            start += len(components)
         parts.append(part)
     return np.concatenate(parts, axis=1)
 
 
 def _blocks(rows: Float[np.ndarray, "V_s D"], tokens: Tokens, chosen: Int[np.ndarray, "m"]):
-    """Yield the features of the `chosen` tokens in blocks."""
+    """Yield the features of the tokens `chosen` in blocks."""
     for block, columns in composition.column_blocks(rows, tokens, chosen):
-        yield Columns(*(of[: len(block)] for of in columns))
+        yield Columns(*(column[: len(block)] for column in columns))
 
 
 def _scales(columns: Columns) -> Scales:
     offsets, factors = [], []
     for values in columns:
-        known = values[_seen(values)] if values.ndim > 1 else values
-        offset = known.mean(axis=0) if len(known) else np.zeros(values.shape[1:], np.float32)
+        seen = values[_seen(values)] if values.ndim > 1 else values
+        offset = seen.mean(axis=0) if len(seen) else np.zeros(values.shape[1:], np.float32)
         offsets.append(offset)
-        # Of what is left: final states of large models have columns that are large and nearly the
-        # same for every token.
-        factors.append(np.float32(1 / ((known - offset).std() + 1e-6) if len(known) else 0.0))
+        # One factor for each block of columns, after centring: final states of large models have
+        # columns that are large and nearly the same for every token.
+        factors.append(np.float32(1 / ((seen - offset).std() + 1e-6) if len(seen) else 0.0))
     return Scales(Columns(*offsets), Columns(*factors))
 
 
@@ -337,39 +358,43 @@ def _seen(values: Any) -> Any:
 
 @jax.jit
 def _described(columns: Columns, scales: Scales) -> Float[Array, "n F"]:
-    found = []
+    blocks = []
     for values, offset, factor in zip(columns, *scales):
         scaled = (values - offset) * factor
-        found.append(
+        blocks.append(
             jnp.where(_seen(values)[:, None], scaled, 0.0) if values.ndim > 1 else scaled[:, None]
         )
-    return jnp.concatenate(found, axis=1)
+    return jnp.concatenate(blocks, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def _principal(
-    known: Float[Array, "n F"], key: Array, count: int
+    values: Float[Array, "n F"], key: Array, count: int
 ) -> tuple[Float[Array, "F"], Float[Array, "F K"]]:
-    """(mean, basis) of the first `count` principal components by subspace iteration (arXiv
-    0909.4061, algorithm 4.4).
+    """Compute the first `count` principal components by subspace iteration.
 
-    The basis is scaled so that a component has a mean square of 1, on average over them; among
-    themselves they keep their sizes.
+    Algorithm 4.4 of arXiv 0909.4061. The basis is scaled so that the components have a mean square
+    of 1 on average; their relative sizes stay.
+
+    Returns:
+      The mean, and the basis.
     """
-    centre = known.mean(axis=0)
-    known = known - centre
+    centre = values.mean(axis=0)
+    values = values - centre
     product = functools.partial(jnp.matmul, precision="highest")
-    basis = jax.random.normal(key, (known.shape[1], count))
+    basis = jax.random.normal(key, (values.shape[1], count))
     for _ in range(3):
-        basis, _ = jnp.linalg.qr(product(known.T, product(known, basis)))
-    seen = product(known, basis)
-    values, vectors = jnp.linalg.eigh(product(seen.T, seen) / len(known))
-    return centre, product(basis, vectors) * jnp.sqrt(count / jnp.maximum(values.sum(), 1e-3))
+        basis, _ = jnp.linalg.qr(product(values.T, product(values, basis)))
+    projected = product(values, basis)
+    eigenvalues, vectors = jnp.linalg.eigh(product(projected.T, projected) / len(values))
+    scale = jnp.sqrt(count / jnp.maximum(eigenvalues.sum(), 1e-3))
+    return centre, product(basis, vectors) * scale
 
 
-def _on_rows(path: str, of: Float[np.ndarray, "V G"], rows: int, mesh: Mesh) -> Float[Array, "R G"]:
-    """Shard features as the rows that they belong to."""
-    shape = sharding.padded_shape(path, (rows, of.shape[1]), mesh)
-    return sharding.put(
-        np.pad(of, ((0, shape[0] - len(of)), (0, 0))), sharding.sharding_of(path, shape, mesh)
-    )
+def _on_rows(
+    path: str, features: Float[np.ndarray, "V G"], rows: int, mesh: Mesh
+) -> Float[Array, "R G"]:
+    """Shard features like the rows that they belong to."""
+    shape = sharding.padded_shape(path, (rows, features.shape[1]), mesh)
+    padded = np.pad(features, ((0, shape[0] - len(features)), (0, 0)))
+    return sharding.put(padded, sharding.sharding_of(path, shape, mesh))

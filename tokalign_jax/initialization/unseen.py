@@ -1,10 +1,10 @@
-"""The probability of composed tokens that a start's training text does not hold.
+"""Calibration of composed tokens that do not occur in a start's training text.
 
-Training leaves them out of the softmax, so that it does not drive them down one and all; their rows
-come from what the shared network learned of other tokens. Together they then get the probability
-that Good and Turing's estimate leaves them: the share of the text's tokens that it holds once only.
+Training leaves these tokens out of the softmax, so that it does not lower all of their logits; the
+shared network gives them rows from what it learned of other tokens. Together they then get the
+probability of the Good-Turing estimate: the share of the text's tokens that occur only once.
 
-V tokens, N states, D model.
+Letters: V tokens, N states, D model.
 """
 
 import functools
@@ -21,15 +21,15 @@ from tokalign_jax.utils import compiling
 BLOCK = 16_384
 """Rows whose logits exist at once."""
 MOST = 20.0
-"""Nats by which logits are lowered, at most."""
+"""Largest decrease of logits, nats."""
 HALVINGS = 40
 """Steps of the bisection: `MOST` / 2^40 is below float32's resolution."""
 
 
 def good_turing(counts: Int[np.ndarray, "V"], among: Bool[np.ndarray, "V"]) -> float:
-    """Estimated probability of all tokens `among` these that text with these counts does not hold.
+    """Estimate the total probability of the tokens `among` that do not occur in the text.
 
-    Where no token occurs once, one is taken to.
+    If no token occurs once, one is assumed to.
     """
     return float(max(1, (counts[among] == 1).sum()) / max(1, counts.sum()))
 
@@ -41,17 +41,18 @@ def shift(
     unseen: Int[np.ndarray, "u"],
     probability: float,
 ) -> tuple[float, Float[np.ndarray, "D"]]:
-    """Finds how far the logits of `unseen` tokens must fall to have this mean probability together.
+    """Return how far the logits of `unseen` tokens must fall to get `probability` together.
 
     Args:
+      config: the model's.
       states: final states of the model, which the head reads.
       rows: the head's.
       unseen: token ids.
-      probability: at most; logits are never raised.
+      probability: upper bound of the mean total probability; logits are never raised.
 
     Returns:
-      (nats, change): the change of each of their rows that lowers the mean of its logits over the
-      states by so many nats.
+      The decrease in nats, and the change of the tokens' rows that lowers the mean of their logits
+      over the states by it.
     """
     others = np.setdiff1d(np.arange(len(rows)), unseen)
     log_odds = _log_sum(config, states, rows[unseen]) - _log_sum(config, states, rows[others])
@@ -68,14 +69,14 @@ def shift(
 def _log_sum(
     config: ModelConfig, states: Float[np.ndarray, "N D"], rows: Float[np.ndarray, "V D"]
 ) -> Float[np.ndarray, "N"]:
-    """float64: the logarithm of the sum over rows of the exponentials of their logits."""
+    """Return the log of the sum over rows of exp(logit), for each state, float64."""
     total = np.full(len(states), -np.inf)
     for begin in range(0, len(rows), BLOCK):
         part = rows[begin : begin + BLOCK]
         block = np.zeros((min(BLOCK, len(rows)), rows.shape[1]), np.float32)
         block[: len(part)] = part
-        found = _block_log_sum(config, states, block, len(part))
-        total = np.logaddexp(total, np.asarray(found, np.float64))
+        block_sum = _block_log_sum(config, states, block, len(part))
+        total = np.logaddexp(total, np.asarray(block_sum, np.float64))
     return total
 
 
