@@ -202,7 +202,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         cooccurrence.merge([first, cooccurrence.count_part(shards, 4, 3, quiet)], quiet)
     with pytest.raises(UserError, match="different co-occurrence counts"):
         cooccurrence.merge([first, cooccurrence.count_part(shards, 5, 30, quiet)], quiet)
-    with pytest.raises(UserError, match="no part of a co-occurrence count"):
+    with pytest.raises(UserError, match="no complete part of a co-occurrence count"):
         Part.open(tmp_path)
 
 

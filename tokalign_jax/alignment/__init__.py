@@ -1,0 +1,1 @@
+"""Alignment of a target vocabulary to the tokens of a source vocabulary."""

@@ -1,10 +1,10 @@
-"""The alignment of a target vocabulary: the mixture of source rows for each target token's rows.
+"""The alignment of a target vocabulary: mixtures of source rows for each target token.
 
 Each target token has a rule, a score, and two mixtures of source rows (weights sum to 1), one for
-the input embedding and one for the head. No row is zero or left out. `methods.py` makes alignments;
-this module defines them and their files: `align_matrix.json` in the published form ({"target_id":
-source_id}, the heaviest source token of the embedding mixture), and `alignment.npz` with
-everything.
+the input embedding and one for the head. Every target token has both, and none is zero.
+`methods.py` makes alignments; this module defines them and their files: `align_matrix.json` in the
+published form ({"target_id": source_id}, the heaviest source token of the embedding mixture), and
+`alignment.npz` with everything.
 """
 
 import json
@@ -26,7 +26,7 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.text import canonical
 
 HUBS = 10
-"""The hub share is the share of rows that point at this many of the most used source tokens."""
+"""Number of most used source tokens; the hub share is the share of rows that point at them."""
 BLOCK = 4096
 """Rows that a thread computes at once."""
 THREADS = 8
@@ -34,7 +34,7 @@ JSON_FILE, FILE = "align_matrix.json", "alignment.npz"
 
 
 class Rule(IntEnum):
-    """The source of a target token's rows. The numbers are stored in `alignment.npz`."""
+    """Rule that a target token's rows follow. The numbers are stored in `alignment.npz`."""
 
     EXACT = 0
     """The source token with the same bytes."""
@@ -45,16 +45,18 @@ class Rule(IntEnum):
     PIECES = 3
     """The token's text as the source tokenizer splits it."""
     MEAN = 4
-    """The mean of all source rows, where nothing else is known."""
+    """The mean of all source rows: nothing else applies."""
     GIVEN = 5
     """The source token that an alignment file names."""
     RANDOM = 6
     """A random source token, only in baselines."""
     UNWRITTEN = 7
-    """A token that no text is split into, since another one has the same bytes (`<0x2C>` beside
-    `,`), and the source has no such second token. Its embedding row is that of its bytes. Its head
-    row is the mean of all source rows: with the row of its bytes it would take half of the other
-    token's probability, while the mean gets at most 1 / V_s of the summed exponentials (Jensen)."""
+    """A second token of bytes that another token already has (`<0x2C>` beside `,`), so that the
+    tokenizer never writes it, without such a second token in the source. Its embedding row is that
+    of its bytes. Its head row is the mean of all source rows: with the row of its bytes it would
+    take half of the other token's probability, while the mean gets at most 1 / V_s of the summed
+    exponentials (Jensen).
+    """
 
 
 SURE = (Rule.EXACT, Rule.SPECIAL, Rule.UNWRITTEN)
@@ -62,8 +64,10 @@ SURE = (Rule.EXACT, Rule.SPECIAL, Rule.UNWRITTEN)
 
 
 class Mixture(NamedTuple):
-    """A sparse matrix [V_t, V_s + 1] in compressed rows; column V_s is the mean of all source
-    rows."""
+    """A sparse matrix [V_t, V_s + 1] in compressed rows.
+
+    Column V_s stands for the mean of all source rows.
+    """
 
     indptr: Int[np.ndarray, "V_t+1"]
     """int64: row i holds entries indptr[i] to indptr[i + 1]."""
@@ -72,7 +76,7 @@ class Mixture(NamedTuple):
     weights: Float[np.ndarray, "E"]
     """float32: positive, summing to 1 in each row; any numbers in method `omp`."""
     source_size: int
-    """V_s"""
+    """V_s."""
 
 
 @dataclass(frozen=True)
@@ -94,32 +98,33 @@ class Alignment:
     0 for exact, special and given tokens. `initialization` moves head rows by it along the slope of
     the source model's rows with log frequency."""
     source_log_frequency: Float[np.ndarray, "V_s"]
-    """float32"""
+    """Log frequency of each source token, float32."""
     source_fingerprint: str
     target_fingerprint: str
     """SHA-256 of each vocabulary's canonical bytes."""
 
     @property
     def source_size(self) -> int:
-        """V_s"""
+        """V_s, the number of source tokens."""
         return self.embedding.source_size
 
     @property
     def target_size(self) -> int:
-        """V_t"""
+        """V_t, the number of target tokens."""
         return len(self.rules)
 
     def heaviest(self) -> Int[np.ndarray, "V_t"]:
         """Return the source token with the largest weight in each embedding mixture, int32.
 
-        The last one of equals; for a MEAN row, the source token that most other rows point at.
+        Of equal weights the last one counts; a MEAN row gets the source token that most other rows
+        point at.
         """
         indptr, ids, weights, source_size = self.embedding
         rows = np.repeat(np.arange(self.target_size), np.diff(indptr))
         last_of_each_row = np.lexsort((weights, rows))[indptr[1:] - 1]
         result = ids[last_of_each_row].copy()
-        known = result < source_size
-        result[~known] = np.bincount(result[known], minlength=1).argmax()
+        single = result < source_size
+        result[~single] = np.bincount(result[single], minlength=1).argmax()
         return result
 
 
@@ -137,12 +142,12 @@ def mixture_of(
 
     The source token V_s is the mean of all rows. A row keeps the order of its entries; weights of
     the same source token are added, and each row is normalized to sum to 1. Every row needs a
-    weight.
+    positive weight.
     """
-    rows, ids, weights = (of[weights > 0] for of in (rows, ids, weights))
+    rows, ids, weights = (x[weights > 0] for x in (rows, ids, weights))
     keys = rows.astype(np.int64) * (source_size + 1) + ids
     _, first, place = np.unique(keys, return_index=True, return_inverse=True)
-    weights = np.bincount(place, weights)  # in the order of the entries
+    weights = np.bincount(place, weights)  # Sums follow the order of the entries.
     order = np.lexsort((first, rows[first]))
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[first], minlength=size))])
     ids, weights = ids[first[order]].astype(np.int32), weights[order]
@@ -161,19 +166,22 @@ def replaced(
     """Return the mixture with the rows of these target tokens replaced by these entries.
 
     Args:
+      mixture: the mixture to change.
       rows: the target token of each entry.
+      ids: the source token of each entry.
+      weights: the weight of each entry.
     """
     size = len(mixture.indptr) - 1
     old = np.repeat(np.arange(size), np.diff(mixture.indptr))
-    left = ~np.isin(old, rows)
-    rows = np.append(old[left], rows)
+    unchanged = ~np.isin(old, rows)
+    rows = np.append(old[unchanged], rows)
     order = np.argsort(rows, kind="stable")
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=size))])
-    ids = np.append(mixture.ids[left], ids)[order].astype(np.int32)
+    ids = np.append(mixture.ids[unchanged], ids)[order].astype(np.int32)
     return Mixture(
         indptr,
         ids,
-        np.append(mixture.weights[left], weights)[order].astype(np.float32),
+        np.append(mixture.weights[unchanged], weights)[order].astype(np.float32),
         mixture.source_size,
     )
 
@@ -202,14 +210,15 @@ def one_to_one(source_ids: Int[np.ndarray, "V_t"], source_size: int) -> Mixture:
 def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "V_t D"]:
     """Mix the source model's rows (of any float type) in float32.
 
-    A target token that is one source token gets its row bit for bit. Source rows with NaN or
-    infinity are left out of the mean of all rows, and replaced by it.
+    The row of a target token that is a single source token is copied bit for bit. Source rows with
+    NaN or infinity are replaced by the mean of the others.
 
     Args:
+      mixture: the mixture to apply.
       rows: R >= V_s; a source matrix may be padded, and only its first V_s rows count for the mean.
 
     Raises:
-      UserError: when the matrix has fewer rows than the source tokenizer has tokens.
+      UserError: the matrix has fewer rows than the source tokenizer has tokens.
     """
     source_size = mixture.source_size
     if rows.shape[0] < source_size:
@@ -226,16 +235,15 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
     matrix = scipy.sparse.csr_array(
         (mixture.weights, mixture.ids, mixture.indptr), shape=(size, source_size + 1)
     )
-    whole = (np.diff(mixture.indptr) == 1) & (mixture.weights[mixture.indptr[:-1]] == 1)
+    single = (np.diff(mixture.indptr) == 1) & (mixture.weights[mixture.indptr[:-1]] == 1)
     result = np.empty((size, rows.shape[1]), np.float32)
 
     def make(start: int) -> None:
         block = result[start : start + BLOCK]
         block[:] = matrix[start : start + BLOCK] @ table
-        copied = np.flatnonzero(whole[start : start + BLOCK])
-        block[copied] = table[
-            mixture.ids[mixture.indptr[start + copied]]
-        ]  # a product turns -0.0 into 0.0
+        copied = np.flatnonzero(single[start : start + BLOCK])
+        # Copied, since a product turns -0.0 into 0.0.
+        block[copied] = table[mixture.ids[mixture.indptr[start + copied]]]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
         list(pool.map(make, range(0, size, BLOCK)))
@@ -243,7 +251,7 @@ def apply(mixture: Mixture, rows: Float[np.ndarray, "R D"]) -> Float[np.ndarray,
 
 
 def finite_rows(rows: Float[np.ndarray, "R D"]) -> Bool[np.ndarray, "R"]:
-    """Return which rows have neither NaN nor infinity."""
+    """Return which rows contain neither NaN nor infinity."""
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     return np.concatenate(
         [np.isfinite(block.astype(np.float32)).all(axis=1) for block in blocks]
@@ -254,8 +262,8 @@ def finite_rows(rows: Float[np.ndarray, "R D"]) -> Bool[np.ndarray, "R"]:
 def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict[str, Any]:
     """Summarize rows and the share of the target corpus by rule, and how concentrated matches are.
 
-    `hub_share` counts tokens that use their match by co-occurrence, `hub_share_file` all rows of
-    `align_matrix.json` that are neither exact, special nor unwritten.
+    `hub_share` is over tokens that use their match by co-occurrence, `hub_share_file` over all rows
+    of `align_matrix.json` that are neither exact, special nor unwritten.
     """
     total = max(int(target_counts.sum()), 1)
     by_rule = {
@@ -276,7 +284,7 @@ def summary(alignment: Alignment, target_counts: Int[np.ndarray, "V_t"]) -> dict
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """Describe a summary (with the name of the method) in a few lines."""
+    """Describe a summary, including the method's name, in a few lines."""
     lines = [
         f"alignment by {result['method']}: {result['target_size']:,} target tokens of "
         f"{result['source_size']:,} source tokens"
@@ -316,10 +324,10 @@ def save(alignment: Alignment, folder: Path) -> None:
 def load(
     path: Path, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> Alignment:
-    """Read an alignment: a folder of `save`, its `alignment.npz`, or any `align_matrix.json`.
+    """Read an alignment: a folder of `save`, its `alignment.npz`, or an `align_matrix.json`.
 
     Raises:
-      UserError: when it cannot be read, or is of another vocabulary than the two tokenizers'.
+      UserError: it cannot be read, or belongs to other tokenizers.
     """
     path = Path(path)
     if path.is_dir():
@@ -330,9 +338,8 @@ def load(
     except (OSError, ValueError, KeyError, AttributeError, EOFError) as error:
         raise UserError(
             f"the alignment '{path}' cannot be read ({type(error).__name__}: {error}): it must be "
-            "an "
-            f'{FILE} that this program wrote, or an {JSON_FILE} of the form {{"target_id":'
-            " source_id}"
+            f'an {FILE} that this program wrote, or an {JSON_FILE} of the form {{"target_id": '
+            "source_id}"
         ) from error
 
 
@@ -355,16 +362,13 @@ def _read_npz(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
         source_fingerprint=str(entries["source_fingerprint"]),
         target_fingerprint=str(entries["target_fingerprint"]),
     )
-    for side, tokenizer, size, found in (
+    for side, tokenizer, size, fingerprint in (
         ("source", source_tokenizer, alignment.source_size, alignment.source_fingerprint),
         ("target", target_tokenizer, alignment.target_size, alignment.target_fingerprint),
     ):
-        if canonical.fingerprint(tokenizer) != found:
-            raise UserError(
-                _other_vocabulary(
-                    path, side, tokenizer, f"is of another {side} vocabulary, of {size:,} tokens"
-                )
-            )
+        if canonical.fingerprint(tokenizer) != fingerprint:
+            reason = f"is of another {side} vocabulary, of {size:,} tokens"
+            raise UserError(_other_vocabulary(path, side, tokenizer, reason))
     return alignment
 
 
@@ -385,10 +389,10 @@ def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
         raise UserError(
             _other_vocabulary(path, "source", source_tokenizer, f"names source token {largest:,}")
         )
-    given = one_to_one(np.array([entries[i] for i in range(target_size)]), source_size)
+    mixture = one_to_one(np.array([entries[i] for i in range(target_size)]), source_size)
     return Alignment(
-        embedding=given,
-        head=given,
+        embedding=mixture,
+        head=mixture,
         rules=np.full(target_size, Rule.GIVEN, np.uint8),
         scores=np.ones(target_size, np.float32),
         matches=np.full(target_size, -1, np.int32),
@@ -399,18 +403,19 @@ def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
     )
 
 
-def _other_vocabulary(path: Path, side: str, tokenizer: PreTrainedTokenizerBase, what: str) -> str:
+def _other_vocabulary(
+    path: Path, side: str, tokenizer: PreTrainedTokenizerBase, reason: str
+) -> str:
     return (
         f"the {side} tokenizer '{tokenizer.name_or_path}' has "
-        f"{canonical.vocabulary_size(tokenizer):,} tokens, the alignment "
-        f"'{path}' {what}: it belongs to another {side} tokenizer; name that one, or leave "
-        "alignment.file empty to make an "
-        "alignment for this pair"
+        f"{canonical.vocabulary_size(tokenizer):,} tokens, the alignment '{path}' {reason}: it "
+        f"belongs to another {side} tokenizer; name that one, or leave alignment.file empty to "
+        "make an alignment for this pair"
     )
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """`path`, whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(f"partial-{path.name}")
     write(part)
     os.replace(part, path)

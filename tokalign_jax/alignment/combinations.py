@@ -21,15 +21,17 @@ from jaxtyping import Array, Float, Int
 from tokalign_jax.alignment.matching import unit
 
 SCORES = 2**25
-"""Products of target and shared tokens, and elements of bases (128 MiB), that exist at once, at
-most."""
+"""Elements that exist at once, at most, of products of target and shared tokens, and of bases (128
+MiB).
+"""
 INDEPENDENT = 1e-5
-"""An atom is independent of earlier ones if more than this share of its norm is outside of their
-span."""
+"""Share of an atom's norm outside of the span of earlier atoms above which it counts as
+independent.
+"""
 
 
 class Combinations(NamedTuple):
-    """Linear combinations of shared tokens, one for each of m target tokens, in coordinates."""
+    """Linear combinations of shared tokens for m target tokens, as sparse entries."""
 
     rows: Int[np.ndarray, "E"]
     """The target token of each entry, non-decreasing."""
@@ -41,35 +43,29 @@ class Combinations(NamedTuple):
 
 def focus(targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"]) -> Combinations:
     """Weight shared tokens (S >= 1) by the sparsemax of their cosines to each target token."""
-    found, table = [], unit(jnp.asarray(shared, jnp.float32))
+    parts, table = [], unit(jnp.asarray(shared, jnp.float32))
     for block in _blocks(targets, len(shared)):
         cosines = jnp.matmul(unit(jnp.asarray(block)), table.T, precision="highest")
         weights = np.asarray(sparsemax(cosines), np.float64)
-        weights /= weights.sum(axis=1, keepdims=True)  # 1 but for rounding
+        weights /= weights.sum(axis=1, keepdims=True)  # They sum to 1 up to rounding.
         rows, places = np.nonzero(weights)
-        found.append((rows, places, weights[rows, places], np.asarray(cosines.max(axis=1))))
-    return _joined(found)
+        parts.append((rows, places, weights[rows, places], np.asarray(cosines.max(axis=1))))
+    return _joined(parts)
 
 
 def omp(
     targets: Float[np.ndarray, "m d"], shared: Float[np.ndarray, "S d"], atoms: int
 ) -> Combinations:
     """Approximate each target token by `atoms` shared tokens, or by all S if there are fewer."""
-    found, table = [], jnp.asarray(shared, jnp.float32)
+    parts, table = [], jnp.asarray(shared, jnp.float32)
     atoms = min(atoms, len(shared))
     for block in _blocks(targets, max(len(shared), atoms * targets.shape[1])):
-        chosen, weights, left = map(np.asarray, matching_pursuit(block, table, atoms))
+        chosen, weights, residual = map(np.asarray, matching_pursuit(block, table, atoms))
         rows, places = np.nonzero(weights)
         length = np.maximum(np.square(block).sum(axis=1), 1e-30)
-        found.append(
-            (
-                rows,
-                chosen[rows, places],
-                weights[rows, places],
-                1 - np.square(left).sum(axis=1) / length,
-            )
-        )
-    return _joined(found)
+        explained = 1 - np.square(residual).sum(axis=1) / length
+        parts.append((rows, chosen[rows, places], weights[rows, places], explained))
+    return _joined(parts)
 
 
 @jax.jit
@@ -77,8 +73,8 @@ def sparsemax(scores: Float[Array, "b S"]) -> Float[Array, "b S"]:
     """Project each row onto the probability simplex (Martins & Astudillo 2016, eq. 2).
 
     The projection is max(score - t, 0) with the threshold t at which it sums to 1. Michelot's
-    iteration finds t without sorting: starting below, t is set to what makes the scores above it
-    sum to 1, until it no longer changes.
+    iteration finds t without sorting: from below, t is set to the value at which the scores above
+    it sum to 1, until it no longer changes.
     """
 
     def raised(threshold: Float[Array, "b 1"]) -> Float[Array, "b 1"]:
@@ -101,41 +97,44 @@ def sparsemax(scores: Float[Array, "b S"]) -> Float[Array, "b S"]:
 def matching_pursuit(
     targets: Float[Array, "b d"], table: Float[Array, "S d"], atoms: int
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k"], Float[Array, "b d"]]:
-    """Run orthogonal matching pursuit; return (chosen rows, coefficients, residuals).
+    """Run orthogonal matching pursuit.
 
     Each step chooses the row with the largest absolute product with the residual, and subtracts the
     projection on all rows chosen so far. Coefficients are the least-squares fit on k = `atoms` <= S
     rows.
+
+    Returns:
+      Chosen rows, coefficients, and residuals.
     """
     product = functools.partial(jnp.einsum, precision="highest")
     batch = jnp.arange(len(targets))
 
     def step(i, state):
-        left, basis, chosen = state
-        scores = jnp.abs(product("bd,sd->bs", left, table))
+        residual, basis, chosen = state
+        scores = jnp.abs(product("bd,sd->bs", residual, table))
         scores = scores.at[batch[:, None], chosen].set(-jnp.inf, mode="drop")
         new = scores.argmax(axis=1)
         atom = direction = table[new]
-        for _ in range(2):  # reorthogonalized once, against rounding
+        for _ in range(2):  # The second pass reorthogonalizes, against rounding.
             direction -= product("bk,bkd->bd", product("bkd,bd->bk", basis, direction), basis)
-        size, length = (jnp.linalg.norm(of, axis=1, keepdims=True) for of in (direction, atom))
+        size, length = (jnp.linalg.norm(x, axis=1, keepdims=True) for x in (direction, atom))
         direction = jnp.where(
             size > INDEPENDENT * length, direction / jnp.maximum(size, 1e-30), 0.0
         )
-        left -= product("bd,bd->b", left, direction)[:, None] * direction
-        return left, basis.at[:, i].set(direction), chosen.at[:, i].set(new)
+        residual -= product("bd,bd->b", residual, direction)[:, None] * direction
+        return residual, basis.at[:, i].set(direction), chosen.at[:, i].set(new)
 
     start = (
         targets,
         jnp.zeros((len(targets), atoms, targets.shape[1])),
         jnp.full((len(targets), atoms), len(table)),
     )
-    left, basis, chosen = jax.lax.fori_loop(0, atoms, step, start)
+    residual, basis, chosen = jax.lax.fori_loop(0, atoms, step, start)
     triangle = jnp.triu(product("bkd,bjd->bkj", basis, table[chosen]))
     # A dependent atom has an empty row: its coefficient becomes 0.
     triangle += jax.vmap(jnp.diag)((jnp.abs(basis).sum(axis=2) == 0).astype(jnp.float32))
-    wanted = product("bkd,bd->bk", basis, targets)[..., None]
-    return chosen, jax.scipy.linalg.solve_triangular(triangle, wanted)[..., 0], left
+    projections = product("bkd,bd->bk", basis, targets)[..., None]
+    return chosen, jax.scipy.linalg.solve_triangular(triangle, projections)[..., 0], residual
 
 
 def _blocks(targets: Float[np.ndarray, "m d"], numbers: int) -> Iterator[Float[np.ndarray, "b d"]]:
@@ -145,10 +144,10 @@ def _blocks(targets: Float[np.ndarray, "m d"], numbers: int) -> Iterator[Float[n
         yield np.asarray(targets[start : start + size], np.float32)
 
 
-def _joined(found: list[tuple[np.ndarray, ...]]) -> Combinations:
-    if not found:
+def _joined(parts: list[tuple[np.ndarray, ...]]) -> Combinations:
+    if not parts:
         return Combinations(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
-    starts = np.cumsum([0, *(len(scores) for *_, scores in found)])
-    columns = [(rows + start, *others) for start, (rows, *others) in zip(starts, found)]
+    starts = np.cumsum([0, *(len(scores) for *_, scores in parts)])
+    columns = [(rows + start, *others) for start, (rows, *others) in zip(starts, parts)]
     rows, shared, weights, scores = (np.concatenate(column) for column in zip(*columns))
     return Combinations(rows, shared, weights, np.clip(scores, 0.0, 1.0))

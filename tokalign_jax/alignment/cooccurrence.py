@@ -1,23 +1,23 @@
-"""Co-occurrence counts of tokens in a window, weighted by 1/distance, exact and deterministic.
+"""Exact, deterministic co-occurrence counts of tokens in a window, weighted by 1/distance.
 
 As in GloVe's C programs, tokens below the minimum count, and the end of text, are dropped before
 windows are taken, so that the tokens around them move together. Windows never cross documents.
 
-All sums are of integers: a pair at distance d adds lcm(1..window) / d. So the result depends
-neither on the order of additions nor on chunks, threads, processes or devices.
+All sums are of integers: a pair at distance d adds lcm(1..window) / d. The result therefore does
+not depend on the order of additions, nor on chunks, threads, processes or devices.
 
 A corpus of T tokens has `window` T pairs, each added to its sum:
 
 - On a CPU, an addition to a cached cell is far cheaper than a pair's share of a sort. As in GloVe's
   C program, pairs of frequent tokens have a dense table (all cells that expect more than `EXPECTED`
   pairs, as memory allows), and only the others are sorted.
-- On an accelerator, integers are sorted at nearly the speed of memory. Pairs are made, sorted and
-  summed there in chunks; the results are gathered in a buffer that is sorted and summed when it is
-  full.
+- On an accelerator, integers are sorted at nearly the speed of memory. Pairs are generated, sorted
+  and summed there in chunks; the results are gathered in a buffer that is sorted and summed when it
+  is full.
 
-Both leave runs: sorted pair keys (row << 32 | col) and their sums, on disk past the memory budget.
-So memory does not depend on the length of the corpus. benchmarks/cooccurrence.py measures the
-speed.
+Both produce runs: sorted pair keys (row << 32 | col) and their sums, on disk past the memory
+budget, so that memory does not depend on the length of the corpus. benchmarks/cooccurrence.py
+measures the speed.
 """
 
 import functools
@@ -37,18 +37,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from tokalign_jax.alignment.runs import Runs, Sums, forget, in_order, kept, merged, summed
+from tokalign_jax.alignment.runs import Runs, Sums, concatenated, forget, in_order, merged, summed
 from tokalign_jax.errors import UserError
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils.progress import Log, Progress
 
 HOST_CHUNK = 1 << 15
-"""Tokens of a CPU thread's chunk: its arrays of one distance fit in the cache."""
+"""Tokens in a CPU thread's chunk: its arrays of one distance fit in the cache."""
 DEVICE_CHUNK = 1 << 22
 """Tokens whose pairs an accelerator sorts at once."""
 HOST_THREADS = 4
-"""More do not help: NumPy holds the GIL while it adds to a table. Use processes (`count_part`)."""
+"""CPU threads, at most: NumPy holds the GIL while it adds to a table. Use processes (`count_part`)
+for more.
+"""
 EXPECTED = 1.0
 """Pairs that a cell of the dense table expects by chance, at least."""
 BLOCK = 1 << 15
@@ -56,23 +58,24 @@ BLOCK = 1 << 15
 READERS = 4
 """Threads that prepare chunks for an accelerator."""
 FETCHED = 1 << 22
-"""Entries that are copied from a device at once."""
+"""Entries copied from a device at once."""
 DEVICE_ENTRY_BYTES = 128
-"""Device memory for each entry (16 bytes) of the buffer while it is sorted and summed."""
+"""Device memory per entry (16 bytes) of the buffer while it is sorted and summed."""
 
 _EMPTY = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class Cooccurrence:
-    """A symmetric matrix X over the n tokens that are frequent enough, with the entries of its
-    upper triangle.
+    """A symmetric matrix X over the n tokens that are frequent enough.
 
-    A large matrix is memory-mapped from unnamed temporary files, which are freed with the arrays.
+    Stored are the entries of its upper triangle. A large matrix is memory-mapped from unnamed
+    temporary files, which are freed with the arrays.
     """
 
     vocabulary: Int[np.ndarray, "n"]
-    """int32: token ids sorted by frequency (ties by id); rows and columns are indices of it."""
+    """int32: token ids sorted by frequency (ties by id), which rows and columns are indices into.
+    """
     rows: Int[np.ndarray, "E"]
     """int32, sorted."""
     cols: Int[np.ndarray, "E"]
@@ -94,11 +97,11 @@ class Resources:
     device_memory: int = 40 << 30
     """Bytes of an accelerator's memory; at most two thirds of it are used."""
     scratch: Path | None = None
-    """Folder for what does not fit into `memory`; None: the system's temporary folder."""
+    """Folder for data beyond `memory`; None: the system's temporary folder."""
     workers: int | None = None
     """Threads on a CPU, or accelerators; None: all, and at most `HOST_THREADS` threads."""
     device: bool | None = None
-    """Whether to sort on JAX's devices; None: when they are not CPUs."""
+    """Whether to sort on JAX's devices; None: if they are not CPUs."""
     chunk: int | None = None
     """Tokens at once; None: `HOST_CHUNK` or `DEVICE_CHUNK`."""
 
@@ -127,10 +130,10 @@ class Part:
 
     @classmethod
     def open(cls, folder: Path) -> "Part":
-        """Open a part that `save` wrote, memory-mapped.
+        """Open a part written by `save`, memory-mapped.
 
         Raises:
-          UserError: the folder holds no complete part.
+          UserError: the folder contains no complete part.
         """
         try:
             index = json.loads((folder / "part.json").read_text(encoding="utf-8"))
@@ -144,7 +147,8 @@ class Part:
                 raise ValueError("files of different lengths")
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"'{folder}' holds no part of a co-occurrence count ({error}): count it again"
+                f"'{folder}' contains no complete part of a co-occurrence count ({error}): count "
+                "it again"
             ) from error
         return cls(vocabulary, index["window"], ((keys, sums),))
 
@@ -158,6 +162,14 @@ def count(
     resources: Resources = Resources(),
 ) -> Cooccurrence:
     """Count co-occurrences of each token with the `window` tokens to either side.
+
+    Args:
+      shards: the tokens.
+      window: tokens to either side.
+      min_count: occurrences that a token needs to take part.
+      log: receives progress.
+      what: name of the work in the log.
+      resources: memory and workers.
 
     Raises:
       UserError: the sums do not fit into 64 bits, or the scratch folder is full.
@@ -176,11 +188,20 @@ def count_part(
     resources: Resources = Resources(),
     part: tuple[int, int] = (0, 1),
 ) -> Part:
-    """Count the co-occurrences of part i of n equal parts of the tokens.
+    """Count the co-occurrences of one of several equal parts of the tokens.
 
     A pair belongs to the part of its left token, so that parts can be cut anywhere. Hosts with
-    their own files count all of these, with `shards.counts` summed over all hosts, since it makes
-    the vocabulary.
+    their own files each count all of these, with `shards.counts` summed over all hosts, since it
+    defines the vocabulary.
+
+    Args:
+      shards: the tokens.
+      window: tokens to either side.
+      min_count: occurrences that a token needs to take part.
+      log: receives progress.
+      what: name of the work in the log.
+      resources: memory and workers.
+      part: index of the part, and number of parts.
     """
     vocabulary, rank = _vocabulary(shards, min_count)
     frequency = shards.counts[vocabulary]
@@ -206,7 +227,7 @@ def count_part(
         return _count_on_device(share, workers[w]) if on_device else _count_on_host(share)
 
     with ThreadPoolExecutor(len(workers)) as pool:
-        runs = [run for found in pool.map(count_share, range(len(workers))) for run in found]
+        runs = [run for share in pool.map(count_share, range(len(workers))) for run in share]
     progress.done(
         f"{sum(len(keys) for keys, _ in runs):,} partial sums of {len(vocabulary):,} tokens"
     )
@@ -221,18 +242,23 @@ def merge(
 ) -> Cooccurrence:
     """Sum the parts exactly.
 
+    Args:
+      parts: parts of one count.
+      log: receives progress.
+      what: name of the work in the log.
+      resources: memory; past a quarter of it the matrix is on disk.
+
     Raises:
-      UserError: they differ in vocabulary or window.
+      UserError: the parts differ in vocabulary or window.
     """
     first = parts[0]
     for part in parts:
         if part.window != first.window or not np.array_equal(part.vocabulary, first.vocabulary):
             raise UserError(
-                f"parts of different co-occurrence counts: windows {first.window} and "
-                f"{part.window}, "
-                f"{len(first.vocabulary):,} and {len(part.vocabulary):,} tokens: count all parts "
-                "with the same settings "
-                "and with the token counts of the whole corpus"
+                "parts of different co-occurrence counts: windows "
+                f"{first.window} and {part.window}, {len(first.vocabulary):,} and "
+                f"{len(part.vocabulary):,} tokens: count all parts with the same settings and "
+                "with the token counts of the whole corpus"
             )
     runs = [run for part in parts for run in part.runs]
     entries = sum(len(keys) for keys, _ in runs)
@@ -245,7 +271,7 @@ def merge(
             counts[rows == cols] *= 2
             yield rows, cols, counts
 
-    rows, cols, counts = kept(
+    rows, cols, counts = concatenated(
         columns(),
         (np.int32, np.int32, np.float64),
         entries,
@@ -257,8 +283,10 @@ def merge(
 
 
 def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of the vocabulary by frequency, and each id's rank in it, int32 (-1:
-    dropped)."""
+    """Return the ids of the vocabulary by frequency, and each id's rank in it, int32.
+
+    The rank of dropped tokens is -1.
+    """
     frequency = shards.counts.copy()
     frequency[shards.index["end_of_text"]] = 0
     order = np.argsort(-frequency, kind="stable")
@@ -269,7 +297,7 @@ def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.nda
 
 
 def _check_sums_fit(most: int, window: int) -> None:
-    """Check the largest possible sum, of the most frequent token with its whole window."""
+    """Check the largest possible sum: that of the most frequent token with its whole window."""
     unit = math.lcm(*range(1, window + 1))
     if 2 * most * sum(unit // d for d in range(1, window + 1)) >= _EMPTY:
         raise UserError(
@@ -300,10 +328,12 @@ class _Share(NamedTuple):
         return Runs(self.resources.memory // self.workers // 2, self.resources.scratch)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Kept tokens in their order: int32 ranks [m + k] and uint8 [m], how many of the next are
-        in a token's window.
+        """Return tokens of the vocabulary in order, and the neighbours of each to its right.
 
-        The m are those in [start, stop), the k (at most `window`) follow them in the same document.
+        Returns:
+          int32 ranks [m + k], where the m are those in [start, stop) and the k (at most `window`)
+            follow
+          them in the same document; uint8 [m], how many of the next tokens are in a token's window.
         """
         tokens, documents, window = self.shards.tokens, self.shards.documents, self.window
         end = (
@@ -327,20 +357,24 @@ class _Share(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """Sums of the pairs that are expected often: cells (row, col) with row <= col < ends[row], row
-    by row."""
+    """Sums of the pairs that are expected often.
+
+    Cells are (row, col) with row <= col < ends[row], row by row.
+    """
 
     sums: Int[np.ndarray, "cells+1"]
-    """The last one is a bin: filling it costs less than picking out what would go there."""
+    """The last cell collects all other pairs: adding to it costs less than selecting pairs."""
     bases: Int[np.ndarray, "n"]
-    """The cell of (row, col) is bases[row] + col; does not fall with the row."""
+    """The cell of (row, col) is bases[row] + col; non-decreasing."""
     ends: Int[np.ndarray, "n"]
-    """Does not rise with the row."""
+    """Non-increasing."""
 
     @classmethod
     def empty(cls, frequency: np.ndarray, window: int, cells: int) -> "_Table":
-        """At most `cells`; two tokens seen f and g times among T are expected in 2 window f g / T
-        pairs."""
+        """Make a table of at most `cells` cells.
+
+        Two tokens seen f and g times among T are expected in 2 window f g / T pairs.
+        """
         n = len(frequency)
         place, rising = np.arange(n), frequency[::-1].astype(np.float64)
         least = EXPECTED * frequency.sum() / (2 * window)
@@ -355,7 +389,7 @@ class _Table(NamedTuple):
         return cls(np.zeros(int(widths.sum()) + 1, np.int64), bases, ends)
 
     def entries(self) -> Iterator[Sums]:
-        """The cells that are not zero, as blocks of one run."""
+        """Yield the cells that are not zero, as blocks of one run."""
         rows = np.arange(np.count_nonzero(self.ends > np.arange(len(self.ends))))
         starts = self.bases[rows] + rows
         cells_only = self.sums[:-1]
@@ -371,9 +405,8 @@ def _count_on_host(share: _Share) -> list[Sums]:
     The sort keys pack (row, col, distance) into one int64, so that no values are permuted.
     """
     chunk, pairs = share.resources.chunk or HOST_CHUNK, (share.stop - share.start) * share.window
-    memory = (
-        share.resources.memory // share.workers // 8
-    )  # bytes / 8: an eighth each for the table and what is sorted
+    # An eighth of the memory each for the table and for sorting, in elements of 8 bytes.
+    memory = share.resources.memory // share.workers // 8
     table = _Table.empty(share.frequency, share.window, memory // 8)
     packed, used = np.empty(min(memory // 8, pairs) + chunk, np.int64), 0
     runs = share.runs()
@@ -393,8 +426,7 @@ def _count_on_host(share: _Share) -> list[Sums]:
 
 
 def _add(table: _Table, ranks: np.ndarray, ahead: np.ndarray, window: int) -> Iterator[np.ndarray]:
-    """Add the pairs that have a cell to `table`; yield the others, packed, one array for each
-    distance."""
+    """Add the pairs that have a cell to `table`; yield the others, packed, by distance."""
     bases, ends = table.bases[ranks], table.ends[ranks]
     unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
     for distance in range(1, window + 1):
@@ -404,8 +436,8 @@ def _add(table: _Table, ranks: np.ndarray, ahead: np.ndarray, window: int) -> It
         left, right = slice(size), slice(distance, distance + size)
         col = np.maximum(ranks[left], ranks[right])
         inside = ahead[left] >= distance
-        # Ends fall and bases rise with the row, which is the smaller rank: no look-up for each
-        # pair.
+        # Ends fall and bases rise with the row, which is the smaller rank, so that no look-up for
+        # each pair is needed.
         dense = (col < np.maximum(ends[left], ends[right])) & inside
         cell = np.minimum(bases[left], bases[right])
         cell += col
@@ -421,7 +453,7 @@ def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
     packed.sort()
     unit, bits = math.lcm(*range(1, window + 1)), window.bit_length()
     weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)
-    firsts = packed[::BLOCK] >> bits << bits  # where the pair begins that a block would cut
+    firsts = packed[::BLOCK] >> bits << bits  # Start of the pair that a block would split.
     cuts = [*np.searchsorted(packed, firsts), len(packed)]
     for start, stop in itertools.pairwise(cuts):
         block = packed[start:stop]
@@ -432,16 +464,20 @@ def _packed_sums(packed: np.ndarray, window: int) -> Iterator[Sums]:
 
 
 def _count_on_device(share: _Share, device: Any) -> list[Sums]:
-    """Sort and sum chunks to the end of a buffer; compact a full buffer; emit it as a run if half
-    full."""
-    # A power of two of tokens at once, a power of eight of these in the buffer: texts of about a
-    # size share their programs.
+    """Sort and sum chunks to the end of a buffer.
+
+    A full buffer is compacted, and emitted as a run if it is still half full.
+    """
+    # A power of two of tokens at once, and a power of eight of these in the buffer, so that texts
+    # of similar sizes share their compiled programs.
     tokens = max(share.stop - share.start, 1)
     chunk = share.resources.chunk or min(DEVICE_CHUNK, 1 << (tokens - 1).bit_length())
-    made = chunk * share.window
+    new_entries = chunk * share.window
     memory = int(min(share.resources.device_memory, sharding.device_memory(device) * 2 / 3))
     chunks = 8 ** -(-((tokens - 1) // chunk).bit_length() // 3)
-    capacity = made + min(max(memory // DEVICE_ENTRY_BYTES, made), chunks * made)
+    capacity = new_entries + min(
+        max(memory // DEVICE_ENTRY_BYTES, new_entries), chunks * new_entries
+    )
     runs = share.runs()
 
     def read(start: int, stop: int):
@@ -450,20 +486,19 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
         padded[0][: len(ranks)], padded[1][: len(ahead)] = ranks, ahead
         return jax.device_put(padded, device)
 
-    # Keys are 64 bits wide here, and only here: the setting is this thread's. They are unsigned
-    # because XLA has a radix sort
+    # 64-bit keys are enabled in this thread only. They are unsigned because XLA has a radix sort
     # for unsigned keys with 64-bit values, and none for signed ones.
     with jax.enable_x64(True), jax.default_device(device), ThreadPoolExecutor(READERS) as readers:
-        # Put on the device by name, as the tokens are: or else the first chunk would have a
-        # program of its own.
+        # Committed to the device like the tokens; otherwise the first chunk would compile a program
+        # of its own.
         (keys, sums), used = jax.device_put(_empty(capacity), device), 0
         for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
             keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
             used += int(more)
-            if used + made > capacity:
+            if used + new_entries > capacity:
                 keys, sums, count = _compacted(keys, sums)
                 used = int(count)
-                if 2 * used > capacity - made:
+                if 2 * used > capacity - new_entries:
                     runs.add(_fetched(keys, sums, used), used)
                     del keys, sums
                     (keys, sums), used = jax.device_put(_empty(capacity), device), 0
@@ -475,13 +510,13 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _empty(capacity: int):
-    """Keys and sums of a buffer."""
+    """Make the keys and sums of an empty buffer."""
     return jnp.full(capacity, _EMPTY, jnp.uint64), jnp.zeros(capacity, jnp.int64)
 
 
 @functools.partial(jax.jit, static_argnames="window", donate_argnums=(0, 1))
 def _append(keys, sums, used, ranks, ahead, *, window: int):
-    """Append the sums of a chunk's pairs after the `used` entries; return their number too."""
+    """Append the sums of a chunk's pairs after the `used` entries; also return their number."""
     chunk, bits, unit = len(ahead), window.bit_length(), math.lcm(*range(1, window + 1))
     ranks = ranks.astype(jnp.uint64)
     packed = []
@@ -494,22 +529,24 @@ def _append(keys, sums, used, ranks, ahead, *, window: int):
         [0] + [unit // d for d in range(1, window + 1)] + [0] * (2**bits - window - 1)
     )
     pairs = jnp.where(sorted_ == _EMPTY, _EMPTY, sorted_ >> bits)
-    found, totals, count = _run_sums(pairs, weights[sorted_ & (2**bits - 1)])
-    keys = jax.lax.dynamic_update_slice(keys, found, (used,))
+    pair_keys, totals, count = _run_sums(pairs, weights[sorted_ & (2**bits - 1)])
+    keys = jax.lax.dynamic_update_slice(keys, pair_keys, (used,))
     return keys, jax.lax.dynamic_update_slice(sums, totals, (used,)), count
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _compacted(keys, sums):
-    """Sort the buffer and merge equal keys; return their number too."""
+    """Sort the buffer and merge equal keys; also return their number."""
     return _run_sums(*jax.lax.sort((keys, sums), num_keys=1, is_stable=False))
 
 
 def _run_sums(keys, values):
-    """Each key of a sorted list once, with the sum of its values, then empty ones; also how many
-    are not.
+    """Sum the values of equal keys of a sorted list.
 
-    A running sum, read where runs end: no two threads add to the same place.
+    A running sum is read where runs end, so that no two threads add to the same place.
+
+    Returns:
+      Each key once, with its sum, followed by empty entries; and the number of keys.
     """
     last = jnp.append(keys[1:] != keys[:-1], True) & (keys != _EMPTY)
     number = jnp.cumsum(last, dtype=jnp.int32)
@@ -523,16 +560,18 @@ def _run_sums(keys, values):
 
 
 def _fetched(keys: jax.Array, sums: jax.Array, used: int) -> Iterator[Sums]:
-    """The first `used` entries, in blocks, all of one size on the device so that only one program
-    is compiled."""
+    """Yield the first `used` entries in blocks.
+
+    Blocks have one size on the device, so that only one program is compiled.
+    """
     size = min(FETCHED, len(keys))
     for start in range(0, used, size):
         from_ = min(start, len(keys) - size)
         here = slice(start - from_, min(size, used - from_))
-        of_keys, of_sums = (np.asarray(of)[here] for of in _block(keys, sums, from_, size=size))
-        yield of_keys.view(np.int64), of_sums
+        block_keys, block_sums = (np.asarray(x)[here] for x in _block(keys, sums, from_, size=size))
+        yield block_keys.view(np.int64), block_sums
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def _block(keys, sums, start, *, size: int):
-    return tuple(jax.lax.dynamic_slice_in_dim(of, start, size) for of in (keys, sums))
+    return tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in (keys, sums))

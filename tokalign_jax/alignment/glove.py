@@ -1,9 +1,8 @@
-"""Token vectors by GloVe (Pennington et al. 2014), jitted over dense blocks of the co-occurrence
-matrix.
+"""Token vectors by GloVe (Pennington et al. 2014), compiled over dense blocks.
 
 The published loss is the sum over X_ij > 0 of f(X_ij) (w_i . c_j + b_i + c_j - log X_ij)^2 (eq. 8)
 with f(x) = min(1, (x / x_max)^alpha) (eq. 9). The C program takes an AdaGrad step for each pair,
-with scattered reads and writes that accelerators and vector units are slow at. Here the vocabulary
+with scattered reads and writes that are slow on accelerators and vector units. Here the vocabulary
 is sorted by frequency and split into blocks, and a step is an AdaGrad step for the rows and columns
 of a block: three matrix products. Two changes let few steps with summed gradients match the C
 program's many small ones (after 8 passes: loss 0.089 against 0.091 on 2M tokens, 64 dimensions):
@@ -16,8 +15,10 @@ matrix share no parameters, so their steps can be taken at once: a step there co
 (Gemulla et al. 2011, section 4.2), with m steps a pass and 6 n^2 (d + 2) operations.
 
 Biases are stored as columns: word rows are (w, b, 1), context rows (c, 1, b'), so that one product
-gives w . c + b + b'. Letters: n tokens, m blocks of B tokens, E pairs, d dimensions, S stored pairs
-of a block or a stratum (padded).
+gives w . c + b + b'.
+
+Letters: n tokens, m blocks of B tokens, E pairs, d dimensions, S stored pairs of a block or a
+stratum (padded).
 """
 
 import functools
@@ -37,19 +38,24 @@ from tokalign_jax.utils.progress import Log, Progress
 RATE_SCALE = 4.0
 """Factor on AdaGrad's rate, since a step covers a block of pairs instead of one pair."""
 MAX_BLOCK = 512
-"""Tokens of a block. Larger ones are faster but learn less a pass: 1024 lags by one pass in
-eight."""
+"""Tokens per block, at most. Larger blocks are faster but learn less per pass: 1024 lags by one
+pass in eight.
+"""
 MIN_BLOCKS = 16
-"""A small vocabulary has smaller blocks, so that each row takes this many steps a pass."""
+"""Fewest blocks; a small vocabulary has smaller blocks, so that each row takes this many steps a
+pass.
+"""
 DENSE_SHARE = 1 / 64
-"""On a CPU, a block with a smaller share of filled cells is computed pair by pair."""
+"""Share of filled cells below which a CPU computes a block pair by pair."""
 BIAS_ROUNDS = 8
 """Damped fixed-point iterations for the initial biases."""
 
 
 class Block(NamedTuple):
-    """Parameters of a block of B tokens and AdaGrad's sums of squares, float32; of m blocks with a
-    leading axis."""
+    """Parameters of B tokens and AdaGrad's sums of squares, float32.
+
+    Those of m blocks have a leading axis.
+    """
 
     words: Float[Array, "*m B d+2"]
     contexts: Float[Array, "*m B d+2"]
@@ -58,7 +64,7 @@ class Block(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Settings of a step."""
+    """Settings of the loss and of its optimizer."""
 
     rate: float
     x_max: float
@@ -76,6 +82,11 @@ def train(
     """Train; return vectors (word + context) of the vocabulary and the published loss of each pass.
 
     Args:
+      cooccurrence: the counts.
+      config: `glove` and `vector_size`.
+      seed: of initialization and of the order of steps.
+      log: receives progress.
+      what: name of the work in the log.
       strata: whether to take the steps of many blocks at once; None: on accelerators.
     """
     rng = np.random.default_rng(seed)
@@ -92,9 +103,8 @@ def train(
         parts = []
         for k in rng.permutation(len(steps)):
             parts.append(steps.take(k))
-            if (
-                len(parts) % steps.between_waits == 0
-            ):  # so that the count shown is of work done, not of work queued
+            # Waiting keeps the logged count to work that is done, not queued.
+            if len(parts) % steps.between_waits == 0:
                 jax.block_until_ready(parts[-1])
             progress.update(steps.entries_of(k), f"loss {losses[-1]:.4f}" if losses else "")
         losses.append(
@@ -120,10 +130,12 @@ def gradients(
     """Compute the published loss of one or m blocks, and half its gradient (as in the C program).
 
     Args:
-      words, contexts: block i of words is paired with block i of contexts.
+      words: word rows.
+      contexts: context rows; block i of words is paired with block i of contexts.
       cells: index of each pair, (i B + row) B + column; m B B for padding.
       logs: log X of each pair.
-      dense: by matrix products over whole blocks, or (one block only) pair by pair.
+      objective: settings of the loss.
+      dense: whether to use matrix products over whole blocks or, for one block, single pairs.
     """
     side, shape = words.shape[-2], (*words.shape[:-1], words.shape[-2])
     weights = jnp.where(cells < math.prod(shape), _weight(logs, objective), 0.0)
@@ -216,7 +228,7 @@ def _adagrad(values, squares, gradient, rate):
 
 
 def _weight(logs, objective: Objective):
-    """f(X) of eq. 9, from log X."""
+    """Return f(X) of eq. 9, from log X."""
     return jnp.exp(jnp.minimum(objective.power * (logs - jnp.log(objective.x_max)), 0.0))
 
 
@@ -237,8 +249,7 @@ def _start(
     size: int,
     rng: np.random.Generator,
 ) -> Block:
-    """Initialize: vectors uniform in (-0.5, 0.5) / d as in the C program, fitted biases, squares
-    1."""
+    """Initialize vectors in (-0.5, 0.5) / d as in the C program, fitted biases, squares 1."""
     n = len(cooccurrence.vocabulary)
     padded = -(-n // size) * size
     biases = np.zeros(padded)
@@ -255,8 +266,7 @@ def _start(
 
 
 def _biases(cooccurrence: Cooccurrence, objective: Objective) -> np.ndarray:
-    """Fit biases that nearly minimize the loss with all vectors zero, log X_ij ~ b_i + b_j;
-    float64."""
+    """Fit biases that nearly minimize the loss with all vectors zero, log X_ij ~ b_i + b_j."""
     rows, cols, n = cooccurrence.rows, cooccurrence.cols, len(cooccurrence.vocabulary)
     logs = np.log(cooccurrence.counts)
     weights = np.exp(np.minimum(objective.power * (logs - np.log(objective.x_max)), 0.0))
@@ -279,7 +289,7 @@ class _BlockByBlock:
     """Steps over one block and its mirror image, for CPUs.
 
     A block's pairs are a slice padded to a power of two or four, so that few programs are compiled.
-    Diagonal blocks hold both triangles; others represent their mirror image too.
+    Diagonal blocks contain both triangles; others represent their mirror image too.
     """
 
     between_waits = 64
@@ -334,8 +344,7 @@ class _BlockByBlock:
         return np.concatenate([np.asarray(block.words + block.contexts) for block in self._blocks])
 
     def _compile(self) -> None:
-        """Compile every program by running it on no pairs, so that time estimates do not include
-        it."""
+        """Compile every program by a run on no pairs, which keeps it out of time estimates."""
         programs = {
             (len(set(self._place(k))) == 1, *self._shape(k).values()): k for k in range(len(self))
         }
@@ -348,11 +357,11 @@ class _BlockByBlock:
         return row, column
 
     def _shape(self, k: int) -> dict:
-        """The static arguments of the k-th block's step."""
+        """Return the static arguments of the k-th block's step."""
         count = int(self._counts[k])
         dense = count >= DENSE_SHARE * self._side**2
-        # Padding costs a pair-by-pair step as much as pairs do, a dense one next to nothing; a
-        # program costs a second.
+        # Padding costs a pair-by-pair step as much as pairs do, and a dense one next to nothing;
+        # compiling a program costs a second.
         step = 2 if dense else 1
         return {
             "length": max(256, 1 << -(-(count - 1).bit_length() // step) * step),
@@ -361,10 +370,10 @@ class _BlockByBlock:
 
 
 class _Strata:
-    """An accelerator's way: step r is over all blocks (i, i + r mod m), both triangles, dense.
+    """Steps over all blocks (i, i + r mod m) at once, both triangles, dense, for accelerators.
 
-    The pairs are on the device where they fit (16 bytes each), else those of a step are copied to
-    it. Memory beside them is that of the parameters and of a few arrays [m, B, B].
+    The pairs are on the device if they fit (16 bytes each); otherwise those of each step are copied
+    to it. Other memory is that of the parameters and of a few arrays [m, B, B].
     """
 
     between_waits = 8
@@ -385,9 +394,8 @@ class _Strata:
         self._length = max(256, -(-int(self._counts.max(initial=0)) // 256) * 256)
         cells = (rows * size + cols % size)[order]
         self._cells, self._logs = (np.pad(a, (0, self._length)) for a in (cells, logs[order]))
-        self._resident = (
-            _fits_device(2 * self._cells.nbytes) and len(self._cells) < 2**31
-        )  # places are int32
+        # Positions are int32.
+        self._resident = _fits_device(2 * self._cells.nbytes) and len(self._cells) < 2**31
         if self._resident:
             self._cells, self._logs = jnp.asarray(self._cells), jnp.asarray(self._logs)
 

@@ -1,8 +1,7 @@
 """Alignment methods, one function each, and the steps that they share.
 
-All methods but `tokalign` and `random`, which follow what is published, match the same tokens
-first: those of the same bytes, and special tokens of the same role. They differ in all other
-tokens.
+All methods except `tokalign` and `random`, which follow the published ones, first match tokens of
+the same bytes, and special tokens of the same role. They differ in all other tokens.
 """
 
 import dataclasses
@@ -34,17 +33,16 @@ NO_VECTORS = Vectors(np.zeros(0, np.int32), np.zeros((0, 1), np.float32))
 ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 """Roles of special tokens; a token with several roles counts for the first."""
 FEWEST_SHARED = 32
-"""Shared tokens with vectors that matching by co-occurrence needs at least."""
+"""Fewest shared tokens with vectors that matching by co-occurrence needs."""
 
 # Weights in the mixture of a co-occurrence match and the pieces of the token. A match alone is
-# worse
-# than the pieces alone; docs/results/alignment.md has the figures.
+# worse than the pieces alone (docs/results/alignment.md).
 MATCH_WEIGHT_EMBEDDING = 0.25
 """Weight of the match in the embedding row, times its similarity."""
 MATCH_WEIGHT_HEAD = 0.25
-"""The same in the head row."""
+"""Weight of the match in the head row, times its similarity."""
 PIECE_DECAY = 0.5
-"""In the embedding row a piece has this share of the next one's weight: the last tells most about
+"""Weight of a piece in the embedding row, relative to the next piece: the last piece predicts best
 what follows."""
 LEAST_SHARE = 1e-4
 """Smallest weight in the mixtures of `topk`."""
@@ -66,19 +64,20 @@ class Inputs:
     target_tokenizer: PreTrainedTokenizerBase
     source_counts: Int[np.ndarray, "V_s"]
     target_counts: Int[np.ndarray, "V_t"]
-    """How often the corpus has each token."""
+    """Occurrences of each token in the corpus."""
     seed: int
     log: Log
     source: Vectors = NO_VECTORS
     target: Vectors = NO_VECTORS
-    """Token vectors; empty for methods without."""
-    known: "Spelled | None" = None
+    """Token vectors; empty for methods that need none."""
+    known_spelling: "Spelled | None" = None
     """The result of `spell`, if it was computed before."""
     donor: Donor | None = None
 
     @cached_property
     def spelled(self) -> "Spelled":
-        return self.known or spell(self.source_tokenizer, self.target_tokenizer)
+        """Spelling of the target tokens with source tokens."""
+        return self.known_spelling or spell(self.source_tokenizer, self.target_tokenizer)
 
     @cached_property
     def source_size(self) -> int:
@@ -87,7 +86,7 @@ class Inputs:
 
     @cached_property
     def target_size(self) -> int:
-        """V_t"""
+        """V_t: tokens of the target tokenizer."""
         return canonical.vocabulary_size(self.target_tokenizer)
 
 
@@ -95,25 +94,26 @@ class CooccurrenceMatches(NamedTuple):
     """The best source token of each target token by co-occurrence."""
 
     matches: Int[np.ndarray, "V_t"]
-    """int32: the best source token; -1 without a vector."""
+    """int32: the best source token; -1 for tokens without a vector."""
     scores: Float[np.ndarray, "V_t"]
     """float32: its calibrated similarity, from 0 to 1."""
     measured: dict[str, float]
-    """`accuracy_at_1`: share of validation pairs that match; empty if nothing was matched."""
+    """`accuracy_at_1`: share of validation pairs matched correctly; empty without matches."""
 
 
 class Spelled(NamedTuple):
-    """What the bytes and roles of target tokens tell, without a corpus."""
+    """Spelling of target tokens with source tokens, from bytes and roles alone."""
 
     parts: list[list[int]]
     """Source tokens that spell each target token, in order: one if it is exact or special, none if
-    no source tokens spell it."""
+    no source tokens spell it.
+    """
     rules: UInt8[np.ndarray, "V_t"]
     """EXACT, SPECIAL, UNWRITTEN, PIECES or MEAN."""
 
     @property
     def exact(self) -> dict[int, int]:
-        """Target id -> source id of tokens of the same bytes."""
+        """Source id by target id for tokens of the same bytes."""
         return {i: self.parts[i][0] for i in np.flatnonzero(self.rules == Rule.EXACT).tolist()}
 
 
@@ -129,26 +129,33 @@ def run(
     folder: Path,
     log: Log,
     donor: Donor | None = None,
-    kept: Int[np.ndarray, "V_t"] | None = None,
+    subset_ids: Int[np.ndarray, "V_t"] | None = None,
 ) -> dict[str, Any]:
-    """Make the alignment, or read `config.alignment.file`; write it to `folder`; return its
-    summary.
+    """Make the alignment, or read `config.alignment.file`, and write it to `folder`.
 
     Args:
-      corpus_folder: what `text.corpus.run` wrote; its held-out lines are scored.
-      tokens_folder: what `text.tokenizing.run` wrote.
-      donor: for method `omp`.
-      kept: source token of each target token, if the target vocabulary is a part of the source's;
-        `config.alignment.method` then has no effect.
+      config: the run's.
+      corpus_folder: written by `text.corpus.run`; its held-out lines are scored.
+      tokens_folder: written by `text.tokenizing.run`.
+      source_tokenizer: the source tokenizer.
+      target_tokenizer: the target tokenizer.
+      folder: receives the alignment.
+      log: receives progress and a summary.
+      donor: a model with the target vocabulary, for method `omp`.
+      subset_ids: source token of each target token, if the target vocabulary is a subset of the
+        source's; `config.alignment.method` then has no effect.
+
+    Returns:
+      The summary of the alignment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, target = (TokenShards.open(tokens_folder / side) for side in ("source", "target"))
     measured: dict[str, Any] = {}
     method = "file" if config.alignment.file else config.alignment.method
-    if kept is not None:
-        method, made = "prune", subset(source_tokenizer, target_tokenizer, kept)
+    if subset_ids is not None:
+        method, aligned = "prune", subset(source_tokenizer, target_tokenizer, subset_ids)
     elif method == "file":
-        made = alignment.load(Path(config.alignment.file), source_tokenizer, target_tokenizer)
+        aligned = alignment.load(Path(config.alignment.file), source_tokenizer, target_tokenizer)
         log(f"alignment: taken from {config.alignment.file}")
     else:
         inputs = Inputs(
@@ -159,34 +166,41 @@ def run(
             target.counts,
             config.seed,
             log,
+            donor=donor,
         )
-        if method in NEED_VECTORS:
-            settings = (
-                inputs.config
-                if method != "tokalign"
-                else dataclasses.replace(inputs.config, vectors="glove")
-            )
-            shared = pairs(inputs.spelled.exact)
-            of_source, of_target, measured = vectors.make(
-                settings, source, target, config.seed, log, shared, folder
-            )
-            vectors.save(folder, of_source, of_target)
-            inputs = dataclasses.replace(
-                inputs, source=of_source, target=of_target, known=inputs.spelled
-            )
-        made, found = make(dataclasses.replace(inputs, donor=donor))
-        measured = found | measured
-    alignment.save(made, folder)
-    result = {"method": method, **alignment.summary(made, target.counts), **measured}
-    # The others do not match special tokens by role, or a file may match them otherwise.
+        aligned, measured = _make_with_vectors(inputs, source, target, folder)
+    alignment.save(aligned, folder)
+    result = {"method": method, **alignment.summary(aligned, target.counts), **measured}
+    # The others do not match special tokens by role, or come from a file that may match otherwise.
     if method not in ("file", "prune", "tokalign", "random"):
         result["special"] = special_rows(source_tokenizer, target_tokenizer)
     lines = scoring.held_out_lines(corpus_folder, scoring.BLEU_LINES, config.seed)
-    result["bleu_1"] = scoring.score(made.heaviest(), source_tokenizer, target_tokenizer, lines)
+    result["bleu_1"] = scoring.score(aligned.heaviest(), source_tokenizer, target_tokenizer, lines)
     (folder / SUMMARY_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in alignment.describe(result):
         log(line)
     return result
+
+
+def _make_with_vectors(
+    inputs: Inputs, source: TokenShards, target: TokenShards, folder: Path
+) -> tuple[Alignment, dict[str, Any]]:
+    """Return the alignment and its measurements; compute and save token vectors if needed."""
+    config = inputs.config
+    if config.method not in NEED_VECTORS:
+        return make(inputs)
+    if config.method == "tokalign":
+        config = dataclasses.replace(config, vectors="glove")
+    shared = pairs(inputs.spelled.exact)
+    source_vectors, target_vectors, measured = vectors.make(
+        config, source, target, inputs.seed, inputs.log, shared, folder
+    )
+    vectors.save(folder, source_vectors, target_vectors)
+    inputs = dataclasses.replace(
+        inputs, source=source_vectors, target=target_vectors, known_spelling=inputs.spelled
+    )
+    aligned, method_measured = make(inputs)
+    return aligned, method_measured | measured
 
 
 def make(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
@@ -198,31 +212,33 @@ def make(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
 
 
 def composed(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """Mix the pieces of each token with its match by co-occurrence; correct the head for
-    frequency."""
+    """Mix the pieces of each token with its match by co-occurrence.
+
+    Head rows are corrected for frequency.
+    """
     parts, rules = inputs.spelled
-    found = similar_matches(inputs)
+    nearest = similar_matches(inputs)
     similar = (
         ~np.isin(rules, SURE)
-        & (found.matches >= 0)
-        & (found.scores >= inputs.config.similarity_threshold)
+        & (nearest.matches >= 0)
+        & (nearest.scores >= inputs.config.similarity_threshold)
     )
     embedding, head = mix(
-        parts, np.where(similar, found.matches, -1), found.scores, inputs.source_size
+        parts, np.where(similar, nearest.matches, -1), nearest.scores, inputs.source_size
     )
-    made = _assembled(
-        inputs, embedding, head, np.where(similar, np.uint8(Rule.SIMILAR), rules), found
+    aligned = _assembled(
+        inputs, embedding, head, np.where(similar, np.uint8(Rule.SIMILAR), rules), nearest
     )
-    return shifted(inputs, made), found.measured
+    return shifted(inputs, aligned), nearest.measured
 
 
 def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """TokAlign as published (`published.py`), the baseline for the other methods.
+    """Match as TokAlign does as published (`published.py`), the baseline for the other methods.
 
     Tokens of the same string, special ones included, are matched; all others with a vector go to
     the argmax of the relative vectors; tokens without a vector get a random source token. Two
-    changes: draws are seeded, and they are over the V_s tokens, not over the padding of the matrix
-    too.
+    differences: draws are seeded, and they are over the V_s tokens, without the padding of the
+    matrix.
     """
     rng = np.random.default_rng(inputs.seed)
     same = published.same_string(inputs.source_tokenizer, inputs.target_tokenizer)
@@ -232,30 +248,32 @@ def tokalign(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
         rng.integers(inputs.source_size, size=inputs.target_size),
         np.full(inputs.target_size, Rule.RANDOM),
     )
-    found = _nothing(inputs)
+    nearest = _no_matches(inputs)
     if len(pivots):
         best, cosines = published.match(inputs.source.vectors, inputs.target.vectors, pivots)
-        found.matches[inputs.target.ids], found.scores[inputs.target.ids] = (
+        nearest.matches[inputs.target.ids], nearest.scores[inputs.target.ids] = (
             inputs.source.ids[best],
             cosines,
         )
-        ids = np.where(found.matches >= 0, found.matches, ids)
+        ids = np.where(nearest.matches >= 0, nearest.matches, ids)
         rules[inputs.target.ids] = Rule.SIMILAR
     else:
         inputs.log(
-            "matching: no shared tokens have vectors; tokens without the same string get random "
-            "ones"
+            "matching: no shared tokens have vectors; tokens without an equal string get random "
+            "source tokens"
         )
     special = canonical.special_ids(inputs.target_tokenizer)
     for target, source in same.items():
         ids[target], rules[target] = source, Rule.SPECIAL if target in special else Rule.EXACT
-    return _one_to_one(inputs, ids, rules, found), {}
+    return _one_to_one(inputs, ids, rules, nearest), {}
 
 
 def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """Match every token that has a vector to one source token by a self-learned orthogonal map
-    (`lexicon.py`); the others are the mean of their pieces."""
-    found = _nothing(inputs)
+    """Match every token that has a vector to one source token by a self-learned orthogonal map.
+
+    The method is that of `lexicon.py`; tokens without a vector are the mean of their pieces.
+    """
+    nearest = _no_matches(inputs)
     if split := split_shared(inputs):
         seeds, validation = split
         neighbours = inputs.config.neighbours
@@ -263,23 +281,25 @@ def lexicon(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
             inputs.source.vectors, inputs.target.vectors, seeds, neighbours
         )
         best = matching.retrieve(keys, queries, validation, neighbours)
-        found = found_by(inputs, best)
+        nearest = token_matches(inputs, best)
         inputs.log(
             f"lexicon: {len(seeds):,} shared tokens and {len(joined):,} other pairs; "
             f"{_accuracy(best, validation)}"
         )
-    similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
+    similar = ~np.isin(inputs.spelled.rules, SURE) & (nearest.matches >= 0)
     matched = np.flatnonzero(similar)
-    mixture = else_pieces(inputs, matched, found.matches[matched], np.ones(len(matched)))
+    mixture = else_pieces(inputs, matched, nearest.matches[matched], np.ones(len(matched)))
     rules = np.where(similar, Rule.SIMILAR, inputs.spelled.rules)
-    return _assembled(inputs, mixture, mixture, rules, found), found.measured
+    return _assembled(inputs, mixture, mixture, rules, nearest), nearest.measured
 
 
 def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """Mix the `top_k` nearest source tokens by CSLS with softmax weights, whose temperature is
-    chosen on the validation pairs; below the similarity threshold take the mean of the pieces. The
-    head is corrected for frequency."""
-    found, near, shares = _nothing(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
+    """Mix the `top_k` nearest source tokens by CSLS with softmax weights.
+
+    The temperature is chosen on the validation pairs. Below the similarity threshold a token is the
+    mean of its pieces. Head rows are corrected for frequency.
+    """
+    nearest, near, shares = _no_matches(inputs), np.zeros((0, 1), np.int32), np.zeros((0, 1))
     if split := split_shared(inputs):
         pivots, validation = split
         config, k = inputs.config, min(inputs.config.top_k, len(inputs.source.ids))
@@ -291,49 +311,49 @@ def topk(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
             inputs.source.ids[best.source],
             matching.softmax_weights(best.scores, temperature),
         )
-        found = found_by(inputs, best)
-        found.measured["temperature"] = temperature
+        nearest = token_matches(inputs, best)
+        nearest.measured["temperature"] = temperature
         inputs.log(f"top {k}: temperature {temperature:.3g}; {_accuracy(best, validation)}")
-    similar = ~np.isin(inputs.spelled.rules, SURE) & (found.matches >= 0)
-    similar &= found.scores >= inputs.config.similarity_threshold
+    similar = ~np.isin(inputs.spelled.rules, SURE) & (nearest.matches >= 0)
+    similar &= nearest.scores >= inputs.config.similarity_threshold
     row, place = np.nonzero(similar[inputs.target.ids[: len(near)], None] & (shares > LEAST_SHARE))
     mixture = else_pieces(inputs, inputs.target.ids[row], near[row, place], shares[row, place])
     rules = np.where(similar, Rule.SIMILAR, inputs.spelled.rules)
-    return shifted(inputs, _assembled(inputs, mixture, mixture, rules, found)), found.measured
+    return shifted(inputs, _assembled(inputs, mixture, mixture, rules, nearest)), nearest.measured
 
 
 def focus(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """FOCUS (Dobler & de Melo 2023): mix shared tokens by the sparsemax of their cosines to the
-    token.
+    """Mix shared tokens as FOCUS does: by the sparsemax of their cosines to the token.
 
-    Two deviations from the paper: cosines are those of this project's vectors of the target tokens,
-    or of `alignment.target_vectors`, instead of fastText vectors trained on the tokenized text; and
-    a token without a vector is the mean of its pieces instead of a random draw.
+    Dobler & de Melo 2023 (arXiv 2305.14481), with two deviations: cosines are those of this
+    project's vectors of the target tokens, or of `alignment.target_vectors`, instead of fastText
+    vectors trained on the tokenized text; and a token without a vector is the mean of its pieces
+    instead of a random draw.
     """
-    vectors_of = dict(zip(inputs.target.ids.tolist(), range(len(inputs.target.ids))))
+    vector_rows = dict(zip(inputs.target.ids.tolist(), range(len(inputs.target.ids))))
     shared = [
-        (source, vectors_of[target])
+        (source, vector_rows[target])
         for target, source in inputs.spelled.exact.items()
-        if target in vectors_of
+        if target in vector_rows
     ]
-    wanted = inputs.target.ids[~np.isin(inputs.spelled.rules[inputs.target.ids], SURE)]
+    unmatched = inputs.target.ids[~np.isin(inputs.spelled.rules[inputs.target.ids], SURE)]
     if not shared:
         inputs.log(
-            "focus: no shared tokens have vectors; tokens without an exact match get their pieces"
+            "focus: no shared tokens have vectors; tokens without an exact match are the mean of "
+            "their pieces"
         )
-        wanted = wanted[:0]
-    rows = inputs.target.vectors[[vectors_of[i] for i in wanted.tolist()]]
+        unmatched = unmatched[:0]
+    rows = inputs.target.vectors[[vector_rows[i] for i in unmatched.tolist()]]
     sources = np.array([source for source, _ in shared], np.int64)
-    found = combinations.focus(rows, inputs.target.vectors[[place for _, place in shared]])
-    return _combined(inputs, wanted, sources, {"embedding": found, "head": found}), {}
+    mixed = combinations.focus(rows, inputs.target.vectors[[place for _, place in shared]])
+    return _combined(inputs, unmatched, sources, {"embedding": mixed, "head": mixed}), {}
 
 
 def omp(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """OMP (Goddard & Fernandes Neto 2025; mergekit-tokensurgeon): combine shared tokens as in a
-    donor.
+    """Combine shared tokens as in a donor model, by orthogonal matching pursuit.
 
-    The donor's embedding gives the weights for the source's embedding, its head those for the head.
-    Weights may be negative.
+    Goddard & Fernandes Neto 2025; mergekit-tokensurgeon. The donor's embedding gives the weights
+    for the source's embedding, its head those for the head. Weights may be negative.
     """
     assert inputs.donor is not None
     size = min(map(len, inputs.donor))
@@ -346,46 +366,47 @@ def omp(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
         if target < size and usable[target]
     ]
     targets, sources = np.array(exact, np.int64).reshape(-1, 2).T
-    wanted = (
+    unmatched = (
         np.flatnonzero(usable & ~np.isin(inputs.spelled.rules[:size], SURE))
         if exact
         else np.zeros(0, np.int64)
     )
-    found = {}
+    combined = {}
     for side, rows in inputs.donor._asdict().items():
         inputs.log(
-            f"omp: {len(wanted):,} target tokens of {inputs.config.atoms} of {len(exact):,} "
-            f"shared ones ({side})"
+            f"omp: {len(unmatched):,} target tokens as combinations of {inputs.config.atoms} of "
+            f"{len(exact):,} shared ones ({side})"
         )
-        found[side] = combinations.omp(rows[wanted], rows[targets], inputs.config.atoms)
-    return _combined(inputs, wanted, sources, found), {}
+        combined[side] = combinations.omp(rows[unmatched], rows[targets], inputs.config.atoms)
+    return _combined(inputs, unmatched, sources, combined), {}
 
 
 def pieces(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """FVT (Gee et al. 2022, Fast Vocabulary Transfer): exact matches, and else the plain mean of
-    the pieces for both matrices.
+    """Take exact matches, and otherwise the mean of the pieces for both matrices (FVT).
 
-    Beyond the paper, special tokens follow their roles. It needs no corpus.
+    Gee et al. 2022, Fast Vocabulary Transfer (arXiv 2402.09977). Beyond the paper, special tokens
+    follow their roles. It needs no corpus.
     """
     none = np.zeros(0, np.int64)
     mixture = else_pieces(inputs, none, none, np.zeros(0))
-    return _assembled(inputs, mixture, mixture, inputs.spelled.rules, _nothing(inputs)), {}
+    return _assembled(inputs, mixture, mixture, inputs.spelled.rules, _no_matches(inputs)), {}
 
 
 def exact(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
-    """A baseline: exact matches and roles, else a random source token."""
+    """Take exact matches and roles, and otherwise a random source token: a baseline."""
     ids = np.random.default_rng(inputs.seed).integers(inputs.source_size, size=inputs.target_size)
     drawn = np.flatnonzero(~np.isin(inputs.spelled.rules, SURE))
     mixture = else_pieces(inputs, drawn, ids[drawn], np.ones(len(drawn)))
     rules = inputs.spelled.rules.copy()
     rules[drawn] = Rule.RANDOM
-    return _assembled(inputs, mixture, mixture, rules, _nothing(inputs)), {}
+    return _assembled(inputs, mixture, mixture, rules, _no_matches(inputs)), {}
 
 
 def random(inputs: Inputs) -> tuple[Alignment, dict[str, float]]:
     """Match every target token to a random source token: the lowest baseline."""
     ids = np.random.default_rng(inputs.seed).integers(inputs.source_size, size=inputs.target_size)
-    return _one_to_one(inputs, ids, np.full(inputs.target_size, Rule.RANDOM), _nothing(inputs)), {}
+    rules = np.full(inputs.target_size, Rule.RANDOM)
+    return _one_to_one(inputs, ids, rules, _no_matches(inputs)), {}
 
 
 METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = {
@@ -401,7 +422,7 @@ METHODS: Mapping[str, Callable[[Inputs], tuple[Alignment, dict[str, float]]]] = 
     "exact": exact,
     "random": random,
 }
-"""By the names of `AlignmentConfig.method`."""
+"""Methods by their names in `AlignmentConfig.method`."""
 
 
 # --- Exact matches and pieces -------------------------------------------------------------------
@@ -412,9 +433,11 @@ def spell(
     target_tokenizer: PreTrainedTokenizerBase,
     avoid: Set[int] = frozenset(),
 ) -> Spelled:
-    """Match tokens by bytes and by role; split all others into source tokens.
+    """Match tokens by bytes and by role, and spell all others with source tokens.
 
     Args:
+      source_tokenizer: the source tokenizer.
+      target_tokenizer: the target tokenizer.
       avoid: source tokens that must not be used.
     """
     exact = exact_matches(source_tokenizer, target_tokenizer, avoid)
@@ -422,8 +445,8 @@ def spell(
     sure = exact | {i: match.token for i, match in special.items()}
     size = canonical.vocabulary_size(target_tokenizer)
     parts = [[sure[i]] if i in sure else [] for i in range(size)]
-    left = [i for i in range(size) if i not in sure]
-    for i, pieces in zip(left, cut(source_tokenizer, target_tokenizer, left, avoid)):
+    others = [i for i in range(size) if i not in sure]
+    for i, pieces in zip(others, cut(source_tokenizer, target_tokenizer, others, avoid)):
         parts[i] = pieces
     rules = np.array([Rule.PIECES if pieces else Rule.MEAN for pieces in parts], np.uint8)
     unwritten = canonical.unwritten_ids(target_tokenizer) - set(sure)
@@ -438,7 +461,7 @@ def cut(
     ids: Sequence[int],
     avoid: Set[int] = frozenset(),
 ) -> list[list[int]]:
-    """Return the source tokens that spell each of these target tokens, without those to `avoid`."""
+    """Spell each of these target tokens with source tokens, none of them in `avoid`."""
     contents = canonical.token_bytes(target_tokenizer)
     cutter = canonical.PieceCutter(source_tokenizer, avoid)
     return cutter.cut_all([_text_bytes(target_tokenizer, contents, i) for i in ids])
@@ -449,11 +472,14 @@ def exact_matches(
     target_tokenizer: PreTrainedTokenizerBase,
     avoid: Set[int] = frozenset(),
 ) -> dict[int, int]:
-    """Target id -> source id where the canonical bytes are the same.
+    """Match tokens whose canonical bytes are equal.
 
     Of several tokens of the same bytes, those that the tokenizers write are matched with each
     other, as are those that they never write (`canonical.unwritten_ids`); a token of the same name
     is preferred.
+
+    Returns:
+      Source id by target id.
     """
     sources = {
         c: [j for j in ids if j not in avoid]
@@ -465,7 +491,7 @@ def exact_matches(
         canonical.spelled(source_tokenizer),
         canonical.spelled(target_tokenizer),
     )
-    found = {}
+    matches = {}
     for i, content in enumerate(canonical.token_bytes(target_tokenizer)):
         alike = [
             j
@@ -473,12 +499,12 @@ def exact_matches(
             if (j in unwritten_sources) == (i in unwritten_targets)
         ]
         if alike:
-            found[i] = min(alike, key=lambda j: source_names[j] != target_names[i])
-    return found
+            matches[i] = min(alike, key=lambda j: source_names[j] != target_names[i])
+    return matches
 
 
 def pairs(matches: Mapping[int, int]) -> Int[np.ndarray, "S 2"]:
-    """int32: ids (source, target) of matches target id -> source id."""
+    """Convert matches (source id by target id) to rows (source, target), int32."""
     return np.array([(source, target) for target, source in matches.items()], np.int32).reshape(
         -1, 2
     )
@@ -489,28 +515,31 @@ def special_matches(
     target_tokenizer: PreTrainedTokenizerBase,
     avoid: Set[int] = frozenset(),
 ) -> dict[int, Counterpart]:
-    """Target id -> source token for the special tokens of the target that have a counterpart.
+    """Match special tokens of the target that have a counterpart in the source.
 
     First by name (`special_tokens.counterpart`), so that `<|endoftext|>` takes the rows of
-    `<|endoftext|>` whatever roles both have; then by role. A role whose token is also text
-    (`!` as pad) makes nothing special, in the source or in the target.
+    `<|endoftext|>` whatever roles both have; then by role. A role whose token is also text (`!` as
+    pad) makes nothing special, in the source or in the target.
+
+    Returns:
+      Source token by target id.
     """
-    found = {}
+    matches = {}
     for i in sorted(canonical.special_ids(target_tokenizer)):
         by_name = special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
         for match in (by_name, *_same_role(i, source_tokenizer, target_tokenizer)):
             if match is not None and match.token not in avoid:
-                found.setdefault(i, match)
-    return found
+                matches.setdefault(i, match)
+    return matches
 
 
 def _same_role(
     index: int, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> list[Counterpart]:
-    """Return the source token of the target token's first role, if any, then the source's end of
-    text.
+    """List the source token of the target token's first role, then the source's end of text.
 
     A source token that starts or ends turns stands for eos alone (SmolLM2's bos is `<|im_start|>`).
+    The list is empty if the target token has no role.
     """
     role = next(
         (role for role in ROLES if getattr(target_tokenizer, f"{role}_token_id", None) == index),
@@ -520,8 +549,8 @@ def _same_role(
         return []
     source = getattr(source_tokenizer, f"{role}_token_id", None)
     end = Counterpart(end_of_text_id(source_tokenizer), f"end of text, as the source has no {role}")
-    of_chat = role != "eos" and special_tokens.is_of_chat(source_tokenizer, source)
-    if of_chat or source not in canonical.special_ids(source_tokenizer):
+    in_chat = role != "eos" and special_tokens.is_of_chat(source_tokenizer, source)
+    if in_chat or source not in canonical.special_ids(source_tokenizer):
         return [end]
     return [Counterpart(int(source), f"{role} of the source"), end]
 
@@ -529,11 +558,10 @@ def _same_role(
 def special_rows(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Describe every special target token and the source token of its rows; "" if it has only
-    pieces.
+    """Describe every special target token and the source token of its rows.
 
-    Keys: `token`, `id`, `source`, `why`, and `in_chat_template` (whether the chat template writes
-    it).
+    Keys: `token`, `id`, `source` ("" if the rows are made of pieces), `why`, and `in_chat_template`
+    (whether the chat template writes it).
     """
     matches = special_matches(source_tokenizer, target_tokenizer)
     rows = []
@@ -556,7 +584,7 @@ def special_rows(
 def _text_bytes(
     tokenizer: PreTrainedTokenizerBase, contents: Sequence[bytes | None], index: int
 ) -> bytes:
-    """Return a token's bytes, for a special token its text, for an unused id nothing."""
+    """Return a token's bytes: for a special token its text, for an unused id nothing."""
     content = contents[index]
     if content is None and index in tokenizer.added_tokens_decoder:
         return str(tokenizer.added_tokens_decoder[index]).encode()
@@ -567,13 +595,15 @@ def _text_bytes(
 
 
 def split_shared(inputs: Inputs) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "J 2"]] | None:
-    """Split rows (source, target) of shared tokens into pivots and validation pairs; None if too
-    few."""
+    """Split rows (source, target) of shared tokens into pivots and validation pairs.
+
+    Returns None if too few tokens are shared.
+    """
     shared = vectors.shared_rows(inputs.source.ids, inputs.target.ids, pairs(inputs.spelled.exact))
     if len(shared) < FEWEST_SHARED:
         inputs.log(
             f"matching: only {len(shared)} shared tokens have vectors; tokens without an exact "
-            "match get their pieces"
+            "match are the mean of their pieces"
         )
         return None
     chosen, validation = matching.choose_pivots(
@@ -586,7 +616,7 @@ def similar_matches(inputs: Inputs) -> CooccurrenceMatches:
     """Match every target token with a vector by whitened relative vectors."""
     split = split_shared(inputs)
     if split is None:
-        return _nothing(inputs)
+        return _no_matches(inputs)
     best = matching.match(
         inputs.source.vectors, inputs.target.vectors, *split, inputs.config.neighbours
     )
@@ -594,22 +624,22 @@ def similar_matches(inputs: Inputs) -> CooccurrenceMatches:
         f"matching: {len(inputs.target.ids):,} target tokens, {len(split[0]):,} pivots; "
         f"{_accuracy(best, split[1])}"
     )
-    return found_by(inputs, best)
+    return token_matches(inputs, best)
 
 
-def found_by(inputs: Inputs, best: matching.Matches) -> CooccurrenceMatches:
+def token_matches(inputs: Inputs, best: matching.Matches) -> CooccurrenceMatches:
     """Convert matches of vector rows to matches of tokens."""
-    found = _nothing(inputs)
-    found.matches[inputs.target.ids] = inputs.source.ids[best.source[:, 0]]
-    found.scores[inputs.target.ids] = best.similarity
-    return found._replace(measured={"accuracy_at_1": best.accuracy})
+    nearest = _no_matches(inputs)
+    nearest.matches[inputs.target.ids] = inputs.source.ids[best.source[:, 0]]
+    nearest.scores[inputs.target.ids] = best.similarity
+    return nearest._replace(measured={"accuracy_at_1": best.accuracy})
 
 
 def _accuracy(best: matching.Matches, validation: Int[np.ndarray, "J 2"]) -> str:
-    return f"of {len(validation):,} other shared tokens {best.accuracy:.1%} find themselves"
+    return f"of {len(validation):,} validation pairs {best.accuracy:.1%} are matched correctly"
 
 
-def _nothing(inputs: Inputs) -> CooccurrenceMatches:
+def _no_matches(inputs: Inputs) -> CooccurrenceMatches:
     return CooccurrenceMatches(
         np.full(inputs.target_size, -1, np.int32), np.zeros(inputs.target_size, np.float32), {}
     )
@@ -630,22 +660,23 @@ def mix(
       parts: source tokens that spell each target token; empty if none do.
       matches: source token matched by co-occurrence; -1 for none.
       similarity: calibrated similarity of the matches.
+      source_size: V_s.
     """
     (rows, ids, behind), size = _pieces(parts, source_size), len(parts)
-    matched, unknown = matches >= 0, np.array([not of for of in parts])
+    matched, unknown = matches >= 0, np.array([not pieces for pieces in parts])
     targets, sources = (
         np.append(rows, np.arange(size)),
         np.append(ids, np.where(matched, matches, source_size)),
     )
-    made = []
+    mixtures = []
     for decay, most in ((PIECE_DECAY, MATCH_WEIGHT_EMBEDDING), (1.0, MATCH_WEIGHT_HEAD)):
         share = np.where(matched, np.where(unknown, 1.0, most * similarity.astype(np.float64)), 0.0)
         weights = decay**behind
         weights = (1.0 - share)[rows] * weights / np.bincount(rows, weights)[rows]
-        made.append(
+        mixtures.append(
             alignment.mixture_of(targets, sources, np.append(weights, share), size, source_size)
         )
-    return made[0], made[1]
+    return mixtures[0], mixtures[1]
 
 
 def else_pieces(
@@ -654,13 +685,13 @@ def else_pieces(
     sources: Int[np.ndarray, "E"],
     weights: Float[np.ndarray, "E"],
 ) -> Mixture:
-    """Make the mixture of these entries; a target token without any is the mean of its pieces."""
+    """Make a mixture of these entries; a target token without entries is the mean of its pieces."""
     rows, ids, _ = _pieces(inputs.spelled.parts, inputs.source_size)
-    left = ~np.isin(rows, targets)
+    spelled = ~np.isin(rows, targets)
     entries = (
-        np.append(targets, rows[left]),
-        np.append(sources, ids[left]),
-        np.append(weights, np.ones(left.sum())),
+        np.append(targets, rows[spelled]),
+        np.append(sources, ids[spelled]),
+        np.append(weights, np.ones(spelled.sum())),
     )
     return alignment.mixture_of(*entries, inputs.target_size, inputs.source_size)
 
@@ -670,34 +701,35 @@ def _pieces(
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
     """List the pieces of all target tokens as (target token, source token, pieces after it).
 
-    The source token is V_s, the mean of all rows, where nothing spells the target token.
+    The source token is V_s, the mean of all rows, if no source tokens spell the target token.
     """
-    known = [of or (source_size,) for of in parts]
-    sizes = np.fromiter(map(len, known), np.int64, len(known))
-    ids = np.fromiter(itertools.chain.from_iterable(known), np.int64, int(sizes.sum()))
+    spellings = [pieces or (source_size,) for pieces in parts]
+    sizes = np.fromiter(map(len, spellings), np.int64, len(spellings))
+    ids = np.fromiter(itertools.chain.from_iterable(spellings), np.int64, int(sizes.sum()))
     return (
-        np.repeat(np.arange(len(known)), sizes),
+        np.repeat(np.arange(len(spellings)), sizes),
         ids,
         np.repeat(np.cumsum(sizes), sizes) - np.arange(len(ids)) - 1,
     )
 
 
-def shifted(inputs: Inputs, made: Alignment) -> Alignment:
+def shifted(inputs: Inputs, aligned: Alignment) -> Alignment:
     """Return the alignment with the frequencies that correct its head rows."""
     source, target = log_frequency(inputs.source_counts), log_frequency(inputs.target_counts)
-    shift = frequency_shift(made, source, target)
-    return dataclasses.replace(made, frequency_shift=shift, source_log_frequency=source)
+    shift = frequency_shift(aligned, source, target)
+    return dataclasses.replace(aligned, frequency_shift=shift, source_log_frequency=source)
 
 
 def frequency_shift(
-    made: Alignment, source: Float[np.ndarray, "V_s"], target: Float[np.ndarray, "V_t"]
+    aligned: Alignment, source: Float[np.ndarray, "V_s"], target: Float[np.ndarray, "V_t"]
 ) -> Float[np.ndarray, "V_t"]:
-    """Return log frequency of each target token minus that of its head mixture, float32; 0 if
-    exact."""
-    mixed = alignment.apply(made.head, source[:, None])[:, 0]
-    return np.where(np.isin(made.rules, (Rule.EXACT, Rule.SPECIAL)), 0.0, target - mixed).astype(
-        np.float32
-    )
+    """Return log frequency of each target token minus that of its head mixture, float32.
+
+    It is 0 for exact and special tokens.
+    """
+    mixed = alignment.apply(aligned.head, source[:, None])[:, 0]
+    exact = np.isin(aligned.rules, (Rule.EXACT, Rule.SPECIAL))
+    return np.where(exact, 0.0, target - mixed).astype(np.float32)
 
 
 def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
@@ -707,34 +739,33 @@ def log_frequency(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
 
 def _combined(
     inputs: Inputs,
-    wanted: Int[np.ndarray, "m"],
+    targets: Int[np.ndarray, "m"],
     sources: Int[np.ndarray, "S"],
-    found: Mapping[str, combinations.Combinations],
+    combined: Mapping[str, combinations.Combinations],
 ) -> Alignment:
-    """Make the alignment in which the `wanted` target tokens are combinations of these source
-    tokens."""
+    """Make the alignment in which `targets` are combinations of these source tokens."""
     none = np.zeros(0, np.int64)
     rest = else_pieces(inputs, none, none, np.zeros(0))
     embedding, head = (
-        alignment.replaced(rest, wanted[one.rows], sources[one.shared], one.weights)
-        for one in (found["embedding"], found["head"])
+        alignment.replaced(rest, targets[one.rows], sources[one.shared], one.weights)
+        for one in (combined["embedding"], combined["head"])
     )
-    best, rules = _nothing(inputs), inputs.spelled.rules.copy()
-    rules[wanted] = Rule.SIMILAR
-    best.scores[wanted] = found["embedding"].scores
-    made = _assembled(inputs, embedding, head, rules, best)
-    made.matches[wanted] = made.heaviest()[wanted]
-    return made
+    nearest, rules = _no_matches(inputs), inputs.spelled.rules.copy()
+    rules[targets] = Rule.SIMILAR
+    nearest.scores[targets] = combined["embedding"].scores
+    aligned = _assembled(inputs, embedding, head, rules, nearest)
+    aligned.matches[targets] = aligned.heaviest()[targets]
+    return aligned
 
 
 def _one_to_one(
     inputs: Inputs,
     ids: Int[np.ndarray, "V_t"],
     rules: Int[np.ndarray, "V_t"],
-    found: CooccurrenceMatches,
+    nearest: CooccurrenceMatches,
 ) -> Alignment:
     mixture = alignment.one_to_one(ids, inputs.source_size)
-    return _assembled(inputs, mixture, mixture, rules, found)
+    return _assembled(inputs, mixture, mixture, rules, nearest)
 
 
 def _assembled(
@@ -742,7 +773,7 @@ def _assembled(
     embedding: Mixture,
     head: Mixture,
     rules: Int[np.ndarray, "V_t"],
-    found: CooccurrenceMatches,
+    nearest: CooccurrenceMatches,
 ) -> Alignment:
     """Make an alignment of these mixtures, without a frequency correction."""
     sure, unwritten = np.isin(rules, SURE), np.flatnonzero(rules == Rule.UNWRITTEN)
@@ -752,8 +783,8 @@ def _assembled(
         embedding=embedding,
         head=head,
         rules=rules.astype(np.uint8),
-        scores=np.where(sure, 1.0, found.scores).astype(np.float32),
-        matches=np.where(sure, -1, found.matches).astype(np.int32),
+        scores=np.where(sure, 1.0, nearest.scores).astype(np.float32),
+        matches=np.where(sure, -1, nearest.matches).astype(np.int32),
         frequency_shift=np.zeros(inputs.target_size, np.float32),
         source_log_frequency=np.zeros(inputs.source_size, np.float32),
         source_fingerprint=canonical.fingerprint(inputs.source_tokenizer),
@@ -770,8 +801,8 @@ def without(
 ) -> Alignment:
     """Return the alignment with the source tokens `unusable` removed.
 
-    Where nothing is left of a mixture, or the match is one of these tokens, the next rule takes
-    over: another exact or special match, the pieces without them, else the mean of all rows.
+    If a mixture becomes empty, or its match is one of these tokens, the next rule applies: another
+    exact or special match, the pieces without them, else the mean of all rows.
     """
     avoided, size = np.array(sorted(unusable), np.int64), aligned.target_size
     parts, rules = spell(source_tokenizer, target_tokenizer, unusable)
@@ -779,29 +810,29 @@ def without(
     entries = {}
     for side in ("embedding", "head"):
         mixture: Mixture = getattr(aligned, side)
-        rows, gone = (
+        rows, removed = (
             np.repeat(np.arange(size), np.diff(mixture.indptr)),
             np.isin(mixture.ids, avoided),
         )
-        affected = np.bincount(rows[gone], minlength=size) > 0
-        left = affected[rows] & ~gone & (mixture.weights > 0)
-        lost |= affected & (np.bincount(rows[left], minlength=size) == 0)
-        entries[side] = rows[left], mixture.ids[left], mixture.weights[left]
+        affected = np.bincount(rows[removed], minlength=size) > 0
+        remaining = affected[rows] & ~removed & (mixture.weights > 0)
+        lost |= affected & (np.bincount(rows[remaining], minlength=size) == 0)
+        entries[side] = rows[remaining], mixture.ids[remaining], mixture.weights[remaining]
     spelled_rows, spelled_ids, _ = _pieces(parts, aligned.source_size)
     again, mixtures = lost[spelled_rows], {}
     for side, (rows, ids, weights) in entries.items():
-        left = ~lost[rows]
+        remaining = ~lost[rows]
         rows, ids = (
-            np.append(rows[left], spelled_rows[again]),
-            np.append(ids[left], spelled_ids[again]),
+            np.append(rows[remaining], spelled_rows[again]),
+            np.append(ids[remaining], spelled_ids[again]),
         )
-        weights = np.append(weights[left].astype(np.float64), np.ones(again.sum()))
+        weights = np.append(weights[remaining].astype(np.float64), np.ones(again.sum()))
         weights /= np.bincount(rows, weights, minlength=size)[rows]
         mixtures[side] = alignment.replaced(getattr(aligned, side), rows, ids, weights)
     mixtures["head"] = alignment.with_mean(
         mixtures["head"], np.flatnonzero(lost & (rules == Rule.UNWRITTEN))
     )
-    made = dataclasses.replace(
+    changed = dataclasses.replace(
         aligned,
         **mixtures,
         rules=np.where(lost, rules, aligned.rules).astype(np.uint8),
@@ -809,24 +840,26 @@ def without(
         matches=np.where(np.isin(aligned.matches, avoided), -1, aligned.matches).astype(np.int32),
     )
     if not aligned.frequency_shift.any():
-        return made
-    shift = frequency_shift(made, aligned.source_log_frequency, log_frequency(target_counts))
-    return dataclasses.replace(made, frequency_shift=np.where(lost, shift, aligned.frequency_shift))
+        return changed
+    shift = frequency_shift(changed, aligned.source_log_frequency, log_frequency(target_counts))
+    return dataclasses.replace(
+        changed, frequency_shift=np.where(lost, shift, aligned.frequency_shift)
+    )
 
 
 def subset(
     source_tokenizer: PreTrainedTokenizerBase,
     target_tokenizer: PreTrainedTokenizerBase,
-    kept: Int[np.ndarray, "V_t"],
+    source_ids: Int[np.ndarray, "V_t"],
 ) -> Alignment:
-    """Make the alignment of a target vocabulary that is a part of the source's."""
+    """Make the alignment of a target vocabulary that is a subset of the source's."""
     none = np.zeros(0, np.int64)
     inputs = Inputs(
         AlignmentConfig(), source_tokenizer, target_tokenizer, none, none, 0, lambda line: None
     )
-    rules = np.full(len(kept), Rule.EXACT)
+    rules = np.full(len(source_ids), Rule.EXACT)
     rules[sorted(canonical.special_ids(target_tokenizer))] = Rule.SPECIAL
-    return _one_to_one(inputs, kept, rules, _nothing(inputs))
+    return _one_to_one(inputs, source_ids, rules, _no_matches(inputs))
 
 
 def from_pieces(

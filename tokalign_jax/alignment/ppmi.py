@@ -2,8 +2,8 @@
 
 PPMI(w, c) = max(0, log p(w, c) / (p(w) p_s(c))) with p_s(c) proportional to count(c)^0.75 (Levy,
 Goldberg, Dagan 2015, sections 2.1 and 3.1); vectors are U S^p of its singular value decomposition
-(section 3.3). Here contexts are only the P tokens that both vocabularies share. So rows of source
-and target tokens have the same columns, are stacked to one matrix [n_s + n_t, P] and factored
+(section 3.3). Here contexts are only the P tokens that both vocabularies share. Rows of source and
+target tokens thus have the same columns, are stacked to one matrix [n_s + n_t, P] and factored
 together: tokens of both sides are on the same axes, and no map between two spaces is fitted.
 (Without shared tokens each side is factored alone, over its own most frequent tokens.)
 
@@ -40,7 +40,7 @@ from tokalign_jax.alignment.runs import in_order
 from tokalign_jax.utils.progress import Log, Progress
 
 COLUMNS = 8192
-"""Contexts, at most: the most frequent shared tokens."""
+"""Number of contexts, at most: the most frequent shared tokens."""
 SMOOTHING = 0.75
 """Exponent of the context counts, against PMI's bias towards rare contexts."""
 SWEEPS = 1
@@ -48,33 +48,34 @@ SWEEPS = 1
 SPARE = 20
 """Oversampling of the subspace iteration, in dimensions."""
 THREADS = 8
-"""Threads that compute logarithms, and that make blocks dense, each ahead by one."""
+"""Threads that compute logarithms and make blocks dense, each one block ahead."""
 CELLS = 1 << 23
-"""Cells of a dense block of rows (32 MiB: larger ones cost a CPU half as much again, in fresh
-pages of memory)."""
+"""Cells of a dense block of rows (32 MiB: larger ones take a CPU half as long again, on fresh pages
+of memory).
+"""
 SLICE = 1 << 22
 """Pairs that a thread reads at once."""
 MEMORY = 1 << 30
-"""Bytes of a matrix's cells, and of its values, that are kept in memory."""
+"""Bytes of a matrix's cells, and of its values, beyond which they are in a file."""
 
 Entries = tuple[Int[np.ndarray, "e"], Int[np.ndarray, "e"], Float[np.ndarray, "e"]]
 """Row, number of the context, and count."""
 
 
 class Blocks(NamedTuple):
-    """A matrix [n, P] in blocks of R rows, the last one filled up with zeros."""
+    """A matrix [n, P] in blocks of R rows, the last one padded with zeros."""
 
     shape: tuple[int, int]
-    """(n, P)"""
+    """(n, P)."""
     rows: int
-    """R"""
+    """R."""
     starts: Int[np.ndarray, "blocks"]
     ends: Int[np.ndarray, "blocks"]
-    """int64: where each block's cells are."""
+    """int64: start and end of each block's cells."""
     cells: Int[np.ndarray, "E"]
-    """int32: row * P + column within the block; each at most once. In no order."""
+    """int32: row * P + column within the block, unique, in no order."""
     values: Float[np.ndarray, "E"]
-    """float32: positive."""
+    """float32, positive."""
 
 
 def train(
@@ -89,9 +90,14 @@ def train(
     """Return vectors of each side's vocabulary on the same axes, normalized; 0 without any context.
 
     Args:
-      columns: places of the contexts in each side's vocabulary; equal indices are equal contexts.
+      sides: co-occurrences of each side.
+      columns: indices of the contexts in each side's vocabulary; equal positions are equal
+        contexts.
       dimensions: d, or fewer if there are fewer columns.
-      folder: for a matrix that does not fit into `MEMORY`; None: the system's temporary folder.
+      seed: of the subspace iteration.
+      log: receives progress.
+      what: name of the work in the log.
+      folder: for a matrix larger than `MEMORY`; None: the system's temporary folder.
     """
     progress = Progress(log, what, (SWEEPS + 2) * sum(map(len, sides)), "pairs")
     width = len(columns[0])
@@ -108,9 +114,8 @@ def train(
         total = np.zeros_like(basis)
         for matrix in matrices:
             for block in _dense_blocks(matrix):
-                total = jax.block_until_ready(
-                    _swept(total, block, basis)
-                )  # else all blocks would wait in memory
+                # Waiting keeps the blocks from piling up in memory.
+                total = jax.block_until_ready(_swept(total, block, basis))
             progress.update(0)
         basis = _orthonormal(np.asarray(total))
         progress.update(sum(map(len, sides)))
@@ -120,8 +125,8 @@ def train(
         ]
         for matrix in matrices
     ]
-    turn, strengths = _principal(projected, dimensions)
-    vectors = [unit(rows @ turn) for rows in projected]
+    rotation, strengths = _principal(projected, dimensions)
+    vectors = [unit(rows @ rotation) for rows in projected]
     progress.update(sum(map(len, sides)))
     progress.done(f"{width:,} contexts; singular values {strengths[0]:.3g} to {strengths[-1]:.3g}")
     return vectors
@@ -130,11 +135,11 @@ def train(
 def shared_columns(
     shared: Int[np.ndarray, "S 2"], excluded: Int[np.ndarray, "J"]
 ) -> Int[np.ndarray, "P 2"]:
-    """Return the `COLUMNS` shared pairs most frequent on both sides, without the indices
-    `excluded`.
+    """Return the `COLUMNS` most frequent shared pairs that are not `excluded`.
 
     Args:
-      shared: places of each shared token in both vocabularies, which are sorted by frequency.
+      shared: indices of each shared token in both vocabularies, which are sorted by frequency.
+      excluded: indices into `shared`.
     """
     rank = shared.max(axis=1)
     order = np.argsort(rank, kind="stable")
@@ -146,68 +151,76 @@ def positive_pmi(
 ) -> Blocks:
     """Compute the PPMI of all tokens of a side with the contexts `columns`.
 
-    Pairs are read in slices and written to the place of their block, so that memory is that of a
-    few slices.
+    Pairs are read in slices and written to their block, so that memory is that of a few slices.
+
+    Args:
+      side: the co-occurrences.
+      columns: indices of the contexts in the vocabulary.
+      rows: R.
+      folder: for a matrix larger than `MEMORY`; None: the system's temporary folder.
     """
     n, width = len(side.vocabulary), len(columns)
     place = np.full(n, -1, np.int32)
     place[columns] = np.arange(width, dtype=np.int32)
     slices = [(side, place, start) for start in range(0, len(side), SLICE)]
-
-    def sums(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        row, column, count = entries
-        return (
-            np.bincount(row, count, n),
-            np.bincount(column, count, width),
-            np.bincount(row // rows, minlength=blocks),
-        )
-
-    def positive(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cells and values, by block, and how many each block has."""
-        row, column, count = entries
-        value = (np.log(count) - log_row[row] - log_column[column]).astype(np.float32)
-        keep = np.flatnonzero(value > 0)
-        block = (row[keep] // rows).astype(np.uint16)
-        keep = keep[np.argsort(block, kind="stable")]
-        return (
-            row[keep] % rows * width + column[keep],
-            value[keep],
-            np.bincount(block, minlength=blocks),
-        )
-
-    blocks = -(-n // rows)
-    of_row, of_column, room = np.zeros(n), np.zeros(width), np.zeros(blocks, np.int64)
     threads = min(os.cpu_count() or 1, THREADS)
+    row_sums, column_sums = np.zeros(n), np.zeros(width)
+    room = np.zeros(-(-n // rows), np.int64)
     with ThreadPoolExecutor(threads) as pool:
-        for _, (in_row, in_column, in_block) in in_order(
-            pool, threads, lambda *at: sums(_entries(*at)), slices
+        for _, (row_part, column_part, block_part) in in_order(
+            pool, threads, lambda *at: _sums(_entries(*at), (n, width), rows), slices
         ):
-            of_row += in_row
-            of_column += in_column
-            room += in_block
-        smoothed = of_column**SMOOTHING
-        with np.errstate(divide="ignore"):  # what was never seen has no entry
-            log_row, log_column = np.log(of_row), np.log(smoothed / max(smoothed.sum(), 1e-300))
+            row_sums += row_part
+            column_sums += column_part
+            room += block_part
+        smoothed = column_sums**SMOOTHING
+        with np.errstate(divide="ignore"):  # Rows and columns of zeros have no entries.
+            log_row, log_column = np.log(row_sums), np.log(smoothed / max(smoothed.sum(), 1e-300))
         starts = np.cumsum(room) - room
         ends = starts.copy()
         cells, values = (_room(int(room.sum()), dtype, folder) for dtype in (np.int32, np.float32))
-        for _, (of_cells, of_values, sizes) in in_order(
-            pool, threads, lambda *at: positive(_entries(*at)), slices
+        for _, (cell_part, value_part, sizes) in in_order(
+            pool, threads, lambda *at: _positive(_entries(*at), log_row, log_column, rows), slices
         ):
             start = 0
             for block in np.flatnonzero(sizes):
-                here, there = (
-                    slice(start, start + sizes[block]),
-                    slice(ends[block], ends[block] + sizes[block]),
-                )
-                cells[there], values[there] = of_cells[here], of_values[here]
+                here = slice(start, start + sizes[block])
+                there = slice(ends[block], ends[block] + sizes[block])
+                cells[there], values[there] = cell_part[here], value_part[here]
                 start, ends[block] = here.stop, there.stop
     return Blocks((n, width), rows, starts, ends, cells, values)
 
 
+def _sums(
+    entries: Entries, shape: tuple[int, int], rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sum entries by row and by column of a matrix of this shape, and count them by block."""
+    row, column, count = entries
+    return (
+        np.bincount(row, count, shape[0]),
+        np.bincount(column, count, shape[1]),
+        np.bincount(row // rows, minlength=-(-shape[0] // rows)),
+    )
+
+
+def _positive(
+    entries: Entries, log_row: Float[np.ndarray, "n"], log_column: Float[np.ndarray, "P"], rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return cells and values of positive PMI, sorted by block, and their number in each block."""
+    row, column, count = entries
+    value = (np.log(count) - log_row[row] - log_column[column]).astype(np.float32)
+    keep = np.flatnonzero(value > 0)
+    block = (row[keep] // rows).astype(np.uint16)
+    keep = keep[np.argsort(block, kind="stable")]
+    return (
+        row[keep] % rows * len(log_column) + column[keep],
+        value[keep],
+        np.bincount(block, minlength=-(-len(log_row) // rows)),
+    )
+
+
 def _room(size: int, dtype: type, folder: Path | None) -> np.ndarray:
-    """Allocate an array; past `MEMORY` bytes in an unnamed temporary file that is freed with the
-    array."""
+    """Allocate an array; past `MEMORY` bytes in an unnamed temporary file that is freed with it."""
     if size * np.dtype(dtype).itemsize <= MEMORY:
         return np.empty(size, dtype)
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -215,7 +228,7 @@ def _room(size: int, dtype: type, folder: Path | None) -> np.ndarray:
 
 
 def block_rows(tokens: int, width: int) -> int:
-    """R: a power of two with R P <= `CELLS`, and no more than `tokens` need."""
+    """Return R, a power of two with R P <= `CELLS`, and no more than `tokens` need."""
     fitting = max(CELLS // max(width, 1), 1)
     return min(1 << (fitting.bit_length() - 1), 1 << max(tokens - 1, 0).bit_length())
 
@@ -223,7 +236,7 @@ def block_rows(tokens: int, width: int) -> int:
 def _entries(side: Cooccurrence, place: Int[np.ndarray, "n"], start: int) -> Entries:
     """Return the entries of a slice of the pairs, of both triangles, whose column is a context."""
     rows, cols, counts = (
-        np.asarray(of[start : start + SLICE]) for of in (side.rows, side.cols, side.counts)
+        np.asarray(x[start : start + SLICE]) for x in (side.rows, side.cols, side.counts)
     )
     above, below = (
         np.flatnonzero(place[cols] >= 0),
@@ -251,15 +264,14 @@ def _dense_blocks(matrix: Blocks) -> Iterator[Float[np.ndarray, "R P"]]:
 
 
 def _orthonormal(columns: Float[np.ndarray, "P k"]) -> Float[np.ndarray, "P k"]:
-    # NumPy's would be in float64.
+    # SciPy keeps float32; NumPy would compute in float64.
     return np.asarray(scipy.linalg.qr(columns, mode="economic", check_finite=False)[0])
 
 
 def _principal(
     projected: Sequence[Float[np.ndarray, "n k"]], dimensions: int
 ) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "d"]]:
-    """Return the map from M Q [N, k] to its principal axes, largest first, and their singular
-    values."""
+    """Return the map from M Q [N, k] to its principal axes, and their singular values."""
     gram = sum((rows.T @ rows).astype(np.float64) for rows in projected)
     values, axes = np.linalg.eigh(gram)
     largest = np.argsort(-values)[:dimensions]
@@ -270,6 +282,7 @@ def _principal(
 
 
 def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Normalize rows to norm 1; rows of zeros stay zeros."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
@@ -277,7 +290,7 @@ def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 def _swept(
     total: Float[Array, "P k"], block: Float[Array, "R P"], basis: Float[Array, "P k"]
 ) -> Float[Array, "P k"]:
-    """total + B' B basis for the block B."""
+    """Return total + B' B basis for the block B."""
     return total + jnp.matmul(block.T, jnp.matmul(block, basis, precision="high"), precision="high")
 
 

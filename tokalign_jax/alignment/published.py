@@ -2,9 +2,9 @@
 
 Tokens of the same string are shared. A vector x becomes its cosines to P pivots, drawn at random
 from the shared tokens: r(x) = (cos(x, a_1), ..., cos(x, a_P)), with each side's own vectors. A
-target token t is matched to argmax_s r(t) . r(s). Its faults are kept: representations are not
-normalized, so that source tokens near to all pivots attract many target tokens (hubs), and `Ġthe`
-and `▁the` are not shared.
+target token t is matched to argmax_s r(t) . r(s). Its faults are reproduced: representations are
+not normalized, so that source tokens near to all pivots attract many target tokens (hubs), and
+`Ġthe` and `▁the` are not shared.
 """
 
 import jax
@@ -19,7 +19,7 @@ from tokalign_jax.alignment import matching
 def same_string(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, int]:
-    """Return target id -> source id of tokens, special ones included, of the same string."""
+    """Return the source id by target id of tokens of the same string, special ones included."""
     source = source_tokenizer.get_vocab()
     return {
         index: source[token]
@@ -36,11 +36,14 @@ def match(
     """Match each target row to the source row with the largest product of relative vectors.
 
     Args:
+      source: source vectors.
+      target: target vectors.
       pivots: rows (source, target) of the pivots.
 
     Returns:
       Source rows, int32, and the cosine of the two relative vectors clipped to [0, 1], float32,
-      which is not part of the published method.
+        which
+      is not part of the published method.
     """
     best, cosines = _best(np.asarray(source, np.float32), np.asarray(target, np.float32), pivots)
     return np.asarray(best), np.asarray(cosines)
@@ -50,11 +53,12 @@ def match(
 def _best(
     source: Float[Array, "n d"], target: Float[Array, "m e"], pivots: Int[Array, "P 2"]
 ) -> tuple[Int[Array, "m"], Float[Array, "m"]]:
-    of_source, of_target = (
+    relative_source, relative_target = (
         _relative(vectors, pivots[:, side]) for side, vectors in enumerate((source, target))
     )
-    products, best = matching.nearest(of_target, of_source, jnp.zeros(len(source)), 1)
-    lengths = jnp.linalg.norm(of_target, axis=1) * jnp.linalg.norm(of_source, axis=1)[best[:, 0]]
+    products, best = matching.nearest(relative_target, relative_source, jnp.zeros(len(source)), 1)
+    source_lengths = jnp.linalg.norm(relative_source, axis=1)
+    lengths = jnp.linalg.norm(relative_target, axis=1) * source_lengths[best[:, 0]]
     return best[:, 0], jnp.clip(products[:, 0] / jnp.maximum(lengths, 1e-9), 0.0, 1.0)
 
 

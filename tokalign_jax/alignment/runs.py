@@ -1,4 +1,4 @@
-"""Sums by key that may not fit in memory, as sorted runs of unique keys and their sums.
+"""External sorting: sums by key that may not fit in memory, as sorted runs of unique keys.
 
 Runs are kept in memory while they fit, then on disk, and are merged in blocks.
 """
@@ -19,19 +19,21 @@ from jaxtyping import Int
 from tokalign_jax.errors import UserError
 
 FAN_IN = 8
-"""Runs of a level that are merged to one of the next."""
+"""Runs of a level that are merged to one run of the next level."""
 MERGE_BLOCK = 1 << 16
 """Entries that are merged at once."""
 FORGET = 256
-"""Blocks after which pages that were read from files are given back."""
+"""Blocks after which memory-mapped pages are released."""
 
 Sums = tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]
-"""int64 keys, sorted, each once, and the int64 sum of each."""
+"""int64 keys, sorted and unique, and the int64 sum of each."""
 
 
 class Runs:
-    """Sorted runs in memory, or on disk if they do not fit; `FAN_IN` of a level are merged to one
-    of the next."""
+    """Sorted runs in memory, or on disk if they do not fit.
+
+    As in a log-structured merge tree, `FAN_IN` runs of a level are merged to one of the next.
+    """
 
     def __init__(self, memory: int, scratch: Path | None):
         self._memory, self._scratch = memory, scratch
@@ -44,7 +46,7 @@ class Runs:
         free = self._memory - sum(
             keys.nbytes * 2 for keys, _ in self.all() if not isinstance(keys, np.memmap)
         )
-        keys, sums = kept(blocks, (np.int64, np.int64), entries, free, self._scratch)
+        keys, sums = concatenated(blocks, (np.int64, np.int64), entries, free, self._scratch)
         if level == len(self._levels):
             self._levels.append([])
         self._levels[level].append((keys, sums))
@@ -53,13 +55,14 @@ class Runs:
             self.add(merged(full), sum(len(keys) for keys, _ in full), level + 1)
 
     def all(self) -> list[Sums]:
+        """Return the runs of all levels."""
         return [run for level in self._levels for run in level]
 
 
 def merged(
     runs: Sequence[Sums], done: Callable[[int], None] = lambda entries: None
 ) -> Iterator[Sums]:
-    """Merge runs, yielding blocks of the result; each is made from one range of keys."""
+    """Merge runs and yield the result in blocks, each of one range of keys."""
     step = max(MERGE_BLOCK // max(len(runs), 1), 1)
     marks = np.sort(
         np.concatenate([np.zeros(0, np.int64), *(keys[step::step] for keys, _ in runs)])
@@ -67,28 +70,27 @@ def merged(
     bounds = marks[:: max(len(runs), 1)]
     cuts = [np.array([0, *np.searchsorted(keys, bounds), len(keys)]) for keys, _ in runs]
 
-    def added(block: int) -> Sums:
+    def merge_block(block: int) -> Sums:
         slices = [slice(cut[block], cut[block + 1]) for cut in cuts]
         keys = np.concatenate([keys[here] for (keys, _), here in zip(runs, slices)])
         sums = np.concatenate([sums[here] for (_, sums), here in zip(runs, slices)])
         if len(runs) == 1:
             return keys, sums
-        order = np.argsort(
-            keys, kind="stable"
-        )  # sorted runs one behind the other: this merges them
+        # Stable sorting of concatenated sorted runs is a merge.
+        order = np.argsort(keys, kind="stable")
         return summed(keys[order], sums[order])
 
     if not runs:
         return
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        for (block,), found in in_order(
-            pool, threads, added, [(block,) for block in range(len(bounds) + 1)]
+        for (block,), sums in in_order(
+            pool, threads, merge_block, [(block,) for block in range(len(bounds) + 1)]
         ):
             if block % FORGET == 0:
                 forget(*(array for run in runs for array in run))
             done(sum(int(cut[block + 1] - cut[block]) for cut in cuts))
-            yield found
+            yield sums
 
 
 def summed(keys: np.ndarray, values: np.ndarray) -> Sums:
@@ -99,20 +101,29 @@ def summed(keys: np.ndarray, values: np.ndarray) -> Sums:
     return keys[starts], np.add.reduceat(values, starts)
 
 
-def kept(
+def concatenated(
     blocks: Iterable[tuple[np.ndarray, ...]],
     dtypes: Sequence[type],
     entries: int,
     memory: int,
     scratch: Path | None,
 ) -> tuple[np.ndarray, ...]:
-    """Concatenate blocks of columns in memory, or in unnamed files if `entries` do not fit in
-    memory."""
+    """Concatenate blocks of columns in memory, or in unnamed files beyond `memory` bytes.
+
+    Args:
+      blocks: parts of all columns.
+      dtypes: of the columns.
+      entries: upper bound of the number of entries.
+      memory: bytes.
+      scratch: folder of the files; None: the system's temporary folder.
+
+    Raises:
+      UserError: the folder is full, missing or not writable.
+    """
     length = 0
     if entries * sum(np.dtype(dtype).itemsize for dtype in dtypes) <= memory:
-        columns = [
-            np.empty(entries, dtype) for dtype in dtypes
-        ]  # what stays unused is never given real memory
+        # Pages that stay unused are never backed by memory.
+        columns = [np.empty(entries, dtype) for dtype in dtypes]
         for block in blocks:
             for column, part in zip(columns, block):
                 column[length : length + len(part)] = part
@@ -132,7 +143,7 @@ def kept(
         raise UserError(
             "co-occurrence sums do not fit into memory and cannot be written to "
             f"'{scratch or tempfile.gettempdir()}' ({error.strerror}): name a scratch folder with "
-            "more room"
+            "more space"
         ) from error
     return tuple(
         (np.memmap(file, dtype, "r") if length else np.zeros(0, dtype))  # pyright: ignore[reportArgumentType]

@@ -22,8 +22,7 @@ def score(
     target_tokenizer: PreTrainedTokenizerBase,
     lines: Sequence[str],
 ) -> float:
-    """Return BLEU-1 of target ids mapped to source ids against source ids (TokAlign, section
-    4.3)."""
+    """Return BLEU-1 of mapped target ids against source ids (TokAlign, section 4.3)."""
     source, target = (
         [
             encoding.ids
@@ -57,15 +56,14 @@ def held_out_lines(corpus_folder: Path, lines: int, seed: int) -> list[str]:
 
 
 def _lines(corpus_folder: Path) -> Iterator[str]:
-    """Yield non-empty lines; they are read twice, since those of a large corpus fill the memory."""
+    """Yield non-empty lines; all of them would fill the memory, so they are read twice."""
     for document in corpus.held_out(corpus_folder):
         yield from (line for line in document.text.splitlines() if line.strip())
 
 
-def hub_share(pointed_at: Int[np.ndarray, "n"], hubs: int) -> float:
+def hub_share(matches: Int[np.ndarray, "n"], hubs: int) -> float:
     """Return the share of rows that point at the `hubs` most used source tokens."""
-    if not len(pointed_at):
+    if not len(matches):
         return 0.0
-    return float(
-        np.sort(np.unique(pointed_at, return_counts=True)[1])[::-1][:hubs].sum() / len(pointed_at)
-    )
+    uses = np.sort(np.unique(matches, return_counts=True)[1])[::-1]
+    return float(uses[:hubs].sum() / len(matches))

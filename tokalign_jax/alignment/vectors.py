@@ -1,6 +1,7 @@
 """Token vectors of both vocabularies, from co-occurrence in the corpus or from files."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from tokalign_jax.utils.progress import Log
 
 FILE = "vectors.npz"
 FEWEST_COLUMNS = 32
-"""With fewer shared tokens PPMI factors each side by itself."""
+"""Fewest shared tokens that PPMI factors both sides over; with fewer, each side is factored alone.
+"""
 FORMATS = (
     "an .npz with ids [n] and vectors [n, d], or GloVe's text format with token ids for words (see "
     "config.AlignmentConfig)"
@@ -39,28 +41,35 @@ def make(
     shared: Int[np.ndarray, "S 2"] | None = None,
     folder: Path | None = None,
 ) -> tuple[Vectors, Vectors, dict[str, Any]]:
-    """Make or read vectors of tokens seen `min_count` times or more; return them and measurements.
+    """Compute or read vectors of tokens seen `min_count` times or more.
 
     Args:
+      config: method and settings, or files.
+      source: the text in source tokens.
+      target: the text in target tokens.
+      seed: of training.
+      log: receives progress.
       shared: ids (source, target) of tokens of the same bytes. `ppmi` puts both sides on the same
         axes with them, leaving out the validation pairs of `matching.choose_pivots`. None: each
         side alone.
       folder: for co-occurrences that do not fit into memory; None: the system's temporary folder.
 
+    Returns:
+      Source vectors, target vectors, and measurements by name.
+
     Raises:
       UserError: invalid files of vectors.
     """
-    own = check(config, len(source.counts), len(target.counts))
-    if own is not None:
-        of_source, of_target = (
-            _by_frequency(side, shards.counts) for side, shards in zip(own, (source, target))
-        )
+    files = check(config, len(source.counts), len(target.counts))
+    if files is not None:
+        vectors = [
+            _by_frequency(side, shards.counts) for side, shards in zip(files, (source, target))
+        ]
         log(
-            f"vectors: {len(of_source.ids):,} of the source and {len(of_target.ids):,} of the "
-            "target "
-            "read from files"
+            f"vectors: {len(vectors[0].ids):,} of the source and {len(vectors[1].ids):,} of the "
+            "target read from files"
         )
-        return of_source, of_target, {}
+        return vectors[0], vectors[1], {}
     resources = cooccurrence.Resources(scratch=folder)
     counts = {
         side: cooccurrence.count(
@@ -71,28 +80,29 @@ def make(
     if not all(len(side.vocabulary) for side in counts.values()):
         log(
             f"vectors: no token occurs min_count={config.min_count} times in the text; nothing "
-            "can be "
-            "matched by co-occurrence"
+            "can be matched by co-occurrence"
         )
-        found, measured = (
-            [np.zeros((len(side.vocabulary), 1), np.float32) for side in counts.values()],
-            {},
-        )
+        rows = [np.zeros((len(side.vocabulary), 1), np.float32) for side in counts.values()]
+        measured = {}
     elif config.vectors == "ppmi":
-        found, measured = _by_ppmi(config, list(counts.values()), shared, seed, log, folder)
+        rows, measured = _by_ppmi(config, list(counts.values()), shared, seed, log, folder)
     else:
-        trained = [
-            glove.train(side, config, seed + offset, log, f"{name} GloVe")
-            for offset, (name, side) in enumerate(counts.items())
-        ]
-        found, measured = (
-            [vectors for vectors, _ in trained],
-            {"glove_loss": dict(zip(counts, (x[1] for x in trained)))},
-        )
-    of_source, of_target = (
-        Vectors(side.vocabulary, rows) for side, rows in zip(counts.values(), found)
+        rows, measured = _by_glove(config, counts, seed, log)
+    source_vectors, target_vectors = map(
+        Vectors, (side.vocabulary for side in counts.values()), rows
     )
-    return of_source, of_target, measured
+    return source_vectors, target_vectors, measured
+
+
+def _by_glove(
+    config: AlignmentConfig, counts: Mapping[str, Cooccurrence], seed: int, log: Log
+) -> tuple[list[Float[np.ndarray, "n d"]], dict[str, Any]]:
+    trained = [
+        glove.train(side, config, seed + offset, log, f"{name} GloVe")
+        for offset, (name, side) in enumerate(counts.items())
+    ]
+    losses = {name: loss for name, (_, loss) in zip(counts, trained)}
+    return [vectors for vectors, _ in trained], {"glove_loss": losses}
 
 
 def _by_ppmi(
@@ -109,7 +119,7 @@ def _by_ppmi(
             sides, [columns[:, 0], columns[:, 1]], config.vector_size, seed, log, folder=folder
         )
         return vectors, {"ppmi_shared_contexts": len(columns)}
-    log("PPMI: too few shared tokens to be contexts of both sides; each side is factored by itself")
+    log("PPMI: too few shared tokens to be contexts of both sides; each side is factored alone")
     own = [np.arange(min(ppmi.COLUMNS, len(side.vocabulary))) for side in sides]
     return [
         ppmi.train([side], [c], config.vector_size, seed, log, folder=folder)[0]
@@ -124,8 +134,10 @@ def contexts(
     shared: Int[np.ndarray, "S 2"] | None,
     seed: int,
 ) -> Int[np.ndarray, "P 2"] | None:
-    """Return places (source, target) of shared tokens that are contexts: those not used for
-    validation."""
+    """Return indices (source, target) of shared tokens that serve as contexts.
+
+    Validation pairs are excluded; None if too few tokens remain.
+    """
     if shared is None:
         return None
     rows = shared_rows(source.vocabulary, target.vocabulary, shared)
@@ -141,10 +153,10 @@ def shared_rows(
 ) -> Int[np.ndarray, "R 2"]:
     """Return rows (source, target) of the `shared` ids that have vectors on both sides."""
     places = []
-    for ids, wanted in ((source_ids, shared[:, 0]), (target_ids, shared[:, 1])):
-        place = np.full(max(ids.max(initial=-1), wanted.max(initial=-1)) + 1, -1, np.int32)
+    for ids, shared_ids in ((source_ids, shared[:, 0]), (target_ids, shared[:, 1])):
+        place = np.full(max(ids.max(initial=-1), shared_ids.max(initial=-1)) + 1, -1, np.int32)
         place[ids] = np.arange(len(ids))
-        places.append(place[wanted])
+        places.append(place[shared_ids])
     rows = np.stack(places, axis=1)
     rows = rows[(rows >= 0).all(axis=1)]
     return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
@@ -159,18 +171,19 @@ def check(
     """Read and validate the vectors that the config names; None if it names none.
 
     Args:
-      source_size, target_size: sizes of the vocabularies.
+      config: names the files.
+      source_size: tokens of the source vocabulary.
+      target_size: tokens of the target vocabulary.
 
     Raises:
       UserError: only one file is named, or a file is missing, malformed, not finite, or has
-      duplicate
-        ids or ids out of range.
+        duplicate ids or ids out of range.
     """
     paths = {
         "alignment.source_vectors": config.source_vectors,
         "alignment.target_vectors": config.target_vectors,
     }
-    if config.method == "focus" and config.target_vectors:  # it has no use for the source's
+    if config.method == "focus" and config.target_vectors:  # FOCUS needs no source vectors.
         target = read(Path(config.target_vectors), target_size, "alignment.target_vectors")
         return Vectors(np.zeros(0, np.int32), target.vectors[:0]), target
     missing = [name for name, path in paths.items() if not path]
@@ -189,11 +202,13 @@ def read(path: Path, size: int, name: str) -> Vectors:
     """Read vectors of one side, float32.
 
     Args:
-      size: of the vocabulary that the ids belong to.
+      path: the file.
+      size: tokens of the vocabulary that the ids belong to.
       name: the setting, for messages.
 
     Raises:
-      UserError: as `check` has it.
+      UserError: the file is missing, malformed, not finite, or has duplicate ids or ids out of
+        range.
     """
     try:
         ids, vectors = _read_npz(path) if path.suffix == ".npz" else _read_text(path)
@@ -209,8 +224,7 @@ def read(path: Path, size: int, name: str) -> Vectors:
     ):
         raise UserError(
             f"{name}: '{path}' has ids {ids.dtype}{list(ids.shape)} and vectors "
-            f"{vectors.dtype}{list(vectors.shape)}; "
-            f"give {FORMATS}"
+            f"{vectors.dtype}{list(vectors.shape)}; give {FORMATS}"
         )
     outside = ids[(ids < 0) | (ids >= size)]
     if len(outside):
@@ -219,17 +233,17 @@ def read(path: Path, size: int, name: str) -> Vectors:
             f"{size - 1}: were these vectors made with another tokenizer, or are the two files "
             "swapped?"
         )
-    once, times = np.unique(ids, return_counts=True)
-    if len(once) < len(ids):
+    unique, times = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
         raise UserError(
-            f"{name}: '{path}' has the token id {once[times > 1][0]} more than once; leave one of "
-            "them"
+            f"{name}: '{path}' has the token id {unique[times > 1][0]} more than once; leave only "
+            "one of them"
         )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise UserError(
-            f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; mend or "
-            "drop it"
+            f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; correct or "
+            "remove it"
         )
     return Vectors(ids.astype(np.int32), vectors)
 
@@ -265,13 +279,15 @@ def _by_frequency(side: Vectors, counts: Int[np.ndarray, "V"]) -> Vectors:
 
 
 def save(folder: Path, source: Vectors, target: Vectors) -> None:
-    """Write ids and vectors of both sides to `vectors.npz`, in float16 if they fit (cosines to 3
-    digits)."""
+    """Write ids and vectors of both sides to `vectors.npz`.
+
+    They are stored in float16 if they fit, which keeps 3 digits of cosines.
+    """
     arrays = {}
     for side, vectors in (("source", source), ("target", target)):
         fits = np.abs(vectors.vectors).max(initial=0.0) < np.finfo(np.float16).max
-        kept = vectors.vectors.astype(np.float16 if fits else np.float32)
-        arrays |= {f"{side}_ids": vectors.ids, f"{side}_vectors": kept}
+        stored = vectors.vectors.astype(np.float16 if fits else np.float32)
+        arrays |= {f"{side}_ids": vectors.ids, f"{side}_vectors": stored}
     part = folder / f"partial-{FILE}"
     np.savez(part, allow_pickle=False, **arrays)
     os.replace(part, folder / FILE)
