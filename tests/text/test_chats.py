@@ -93,7 +93,7 @@ def test_the_assistants_turns_are_learned_and_nothing_else(tokenizer, learned):
     written = chats.write(tokenizer, CHAT)
     text = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert [text[begin:end] for begin, end in written.learned] == learned
-    found = chats.Encoder(tokenizer).of_pieces([written.pieces])[0]
+    found = chats.Encoder(tokenizer).encode([written.pieces])[0]
     is_learned = chats.is_learned(found.ends, written.learned)
     stretches = np.flatnonzero(np.diff(np.concatenate([[0], is_learned.astype(int), [0]])))
     decoded = [
@@ -107,7 +107,7 @@ def test_the_assistants_turns_are_learned_and_nothing_else(tokenizer, learned):
 def test_the_tokens_are_those_that_a_user_of_the_model_gives_it(tokenizer):
     written = chats.write(tokenizer, CHAT)
     expected = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    assert chats.Encoder(tokenizer).of_pieces([written.pieces])[0].ids.tolist() == expected
+    assert chats.Encoder(tokenizer).encode([written.pieces])[0].ids.tolist() == expected
     message = [{"role": "user", "content": "What is it?"}]
     expected = tokenizer.apply_chat_template(
         message, tokenize=True, add_generation_prompt=True, return_dict=False

@@ -140,7 +140,7 @@ def test_missing_or_cut_shards_are_told(made, tmp_path):
     for path in (folder / "tokens" / "source").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokens.bin").write_bytes((tmp_path / "tokens.bin").read_bytes()[:-20])
-    with pytest.raises(UserError, match="not whole"):
+    with pytest.raises(UserError, match="not complete"):
         tokenizing.TokenShards.open(tmp_path)
 
 

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers and what both sides of an adaptation read."""

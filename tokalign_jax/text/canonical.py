@@ -1,4 +1,4 @@
-"""Canonical bytes: what a token stands for, however its tokenizer spells it.
+"""Canonical bytes: the bytes that a token stands for, independent of its tokenizer's spelling.
 
 Tokenizers spell the same bytes differently: byte-level BPE writes a space as `Ġ` and every other
 byte as one printable character, SentencePiece writes it as `▁` and a byte without a character as
@@ -23,10 +23,12 @@ from tokalign_jax.errors import UserError
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _NO_SPACE_BEFORE = re.compile(
-    r"[\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+    r"[\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 """First characters of words that are not preceded by a space: punctuation, Thai, Lao, Burmese,
-Khmer, kana and Chinese characters."""
+Khmer, kana and Chinese characters.
+"""
 
 _PROBES = {
     "capitals": "a Fox",
@@ -38,56 +40,57 @@ _PROBES = {
     "compatibility forms": "a ﬁ ①",
     "rare characters": "a ꙮ \U0001f9ff \U00012031",
 }
-"""Texts that show, each by its name, what a tokenizer does not keep."""
+"""Texts with properties that a tokenizer may lose, by the name of the property."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding for `tokenizer` needs: its largest id and one (ids may have gaps)."""
-    return len(_listed(tokenizer).contents)
+    """Return the rows that an embedding for `tokenizer` needs: its largest id plus one."""
+    return len(_vocabulary(tokenizer).contents)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """The bytes of every id in `range(vocabulary_size(tokenizer))`; None for special and unused
-    ids."""
-    return list(_listed(tokenizer).contents)
+    """Return the bytes of every id; None for special and unused ids."""
+    return list(_vocabulary(tokenizer).contents)
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Every id as the tokenizer writes it; "" for unused ids."""
-    return list(_listed(tokenizer).spelled)
+    """Return the string of every id; "" for unused ids."""
+    return list(_vocabulary(tokenizer).spelled)
 
 
-class _Listed(NamedTuple):
+class _Vocabulary(NamedTuple):
     """All tokens of a tokenizer."""
 
     stamp: tuple[Any, ...]
-    """What is another one when the tokenizer has been changed."""
+    """Identifies the state of the tokenizer; changes when tokens or roles are added."""
     spelled: list[str]
     contents: list[bytes | None]
 
 
-_LISTED: WeakKeyDictionary[PreTrainedTokenizerBase, _Listed] = WeakKeyDictionary()
+_VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, _Vocabulary] = WeakKeyDictionary()
 
 
-def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
-    """Cached, since the library rebuilds its vocabulary on every call (150,000 tokens: 0.2 s, with
-    their bytes 0.4 s). Tokens and roles may be added later; other components must not be changed in
-    place."""
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
+    """Return the tokenizer's vocabulary, cached.
+
+    The library rebuilds its vocabulary on every call (150,000 tokens: 0.2 s, with their bytes 0.4
+    s). Tokens and roles may be added later; other components must not be changed in place.
+    """
     backend, special, added = (
         _backend(tokenizer),
         special_ids(tokenizer),
         tokenizer.added_tokens_decoder,
     )
     stamp = backend, len(tokenizer), special, added
-    known = _LISTED.get(tokenizer)
-    if known is None or known.stamp != stamp:
+    cached = _VOCABULARIES.get(tokenizer)
+    if cached is None or cached.stamp != stamp:
         vocabulary = tokenizer.get_vocab()
         size = max(len(tokenizer), 1 + max(vocabulary.values()))
-        known = _Listed(stamp, [""] * size, [None] * size)
+        cached = _Vocabulary(stamp, [""] * size, [None] * size)
         spelling = _spelling(tokenizer)
-        # Some vocabularies also list tokens of the model as added ones (Gemma's runs of `▁`); these
-        # are found by the model, in byte-level ones by the library unless they are special (`Ċ` as
-        # eos).
+        # Some vocabularies list tokens of the model as added ones too (Gemma's runs of `▁`). Those
+        # are read by the model, except in byte-level vocabularies, where the library reads them
+        # unless they are special (`Ċ` as eos).
         by_model = {
             i
             for i, token in added.items()
@@ -96,59 +99,59 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> _Listed:
         }
         added = {i: token for i, token in added.items() if i not in by_model}
         for token, index in vocabulary.items():
-            known.spelled[index] = token
+            cached.spelled[index] = token
             if index not in special:
                 content = (
                     _added_bytes(backend, added[index])
                     if index in added
                     else spelling.decode(token)
                 )
-                known.contents[index] = content
-        _LISTED[tokenizer] = known
-    return known
+                cached.contents[index] = content
+        _VOCABULARIES[tokenizer] = cached
+    return cached
 
 
 def differing(
     one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> list[tuple[int, str, str]]:
-    """(id, token, other's token) of all ids whose tokens differ in bytes between two tokenizers."""
-    (_, names, contents), (_, others, theirs) = _listed(one), _listed(other)
-    others = others + [""] * (len(names) - len(others))
-    theirs = theirs + [None] * (len(names) - len(theirs))
+    """List (id, token, other's token) for all ids whose tokens differ in bytes."""
+    (_, names, contents), (_, other_names, other_contents) = _vocabulary(one), _vocabulary(other)
+    other_names = other_names + [""] * (len(names) - len(other_names))
+    other_contents = other_contents + [None] * (len(names) - len(other_contents))
     return [
-        (i, name, others[i])
+        (i, name, other_names[i])
         for i, (name, content) in enumerate(zip(names, contents))
-        if name != others[i] and (content is None or content != theirs[i])
+        if name != other_names[i] and (content is None or content != other_contents[i])
     ]
 
 
 def losses(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The kinds of text that decoding does not restore, by the names of `_PROBES`; surrounding
-    spaces aside.
+    """List the kinds of text (names of `_PROBES`) that decoding does not restore.
 
-    Bits per byte of a tokenizer that drops part of the text are too low to be compared.
+    Surrounding spaces do not count. Bits per byte of a tokenizer that drops part of the text are
+    too low to be compared.
     """
     content = token_bytes(tokenizer)
-    cut = _cut(tokenizer, plain_backend(tokenizer), list(_PROBES.values()))
-    found = [b"".join(content[i] or b"" for i in ids) for ids in cut]
-    kept = [back.strip(b" ") == text.encode() for back, text in zip(found, _PROBES.values())]
-    return [name for name, is_kept in zip(_PROBES, kept) if not is_kept]
+    encoded = _encode(tokenizer, plain_backend(tokenizer), list(_PROBES.values()))
+    decoded = [b"".join(content[i] or b"" for i in ids) for ids in encoded]
+    restored = [x.strip(b" ") == text.encode() for x, text in zip(decoded, _PROBES.values())]
+    return [name for name, is_restored in zip(_PROBES, restored) if not is_restored]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens without text: those flagged special, and those with a role (eos, pad, ...).
+    """Return ids of tokens without text: flagged special, or with a role (eos, pad, ...).
 
-    Not all that the tokenizer calls special: of a converted SentencePiece model that is also what
-    its author wanted whole, such as line ends and runs of spaces, which text is cut into.
+    Tokens that the tokenizer flags as special but that occur in text are excluded: converted
+    SentencePiece models flag all tokens that must stay whole, such as line ends and runs of spaces.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     roles = (getattr(tokenizer, f"{role}_id") for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
     special |= {index for index in roles if isinstance(index, int)}
     backend = _backend(tokenizer)
-    known = _ALSO_TEXT.get(tokenizer)
-    if known is None or known[:2] != (backend, special):
-        known = _ALSO_TEXT[tokenizer] = backend, special, _also_text(tokenizer, special)
-    return special - known[2]
+    cached = _ALSO_TEXT.get(tokenizer)
+    if cached is None or cached[:2] != (backend, special):
+        cached = _ALSO_TEXT[tokenizer] = backend, special, _also_text(tokenizer, special)
+    return special - cached[2]
 
 
 _ALSO_TEXT: WeakKeyDictionary[
@@ -157,12 +160,11 @@ _ALSO_TEXT: WeakKeyDictionary[
 
 
 def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int]:
-    """Those of these tokens that text is cut into as well: some tokenizers pad with `!`, and texts
-    have exclamation marks.
+    """Return the special tokens that text is tokenized into as well: some tokenizers pad with `!`.
 
-    A Unigram model reads the name of a special token as that token until told not to
-    (`plain_backend`), so there the scores tell: special tokens have none. The model's own unknown
-    token is never text.
+    A Unigram model reads the name of a special token as that token unless told not to
+    (`plain_backend`), so its scores decide: special tokens have none. The model's own unknown token
+    is never text.
     """
     backend = _backend(tokenizer)
     names = {
@@ -178,35 +180,34 @@ def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int
     }
     if not names:
         return set()
-    plain, spelling = _reading_all_as_text(backend), _spelling(tokenizer)
-    # What the decoder makes of the token is its name where it is an added one, even of byte-level's
-    # `Ċ`, a line break.
+    plain, spelling = _without_special(backend), _spelling(tokenizer)
+    # The decoder returns the name of an added token, even for byte-level's `Ċ`, a line break.
     shown = [backend.decode([i], skip_special_tokens=False) for i in names]
     bare = [spelling.decode(name).decode(errors="replace") for name in names.values()]
-    cut = _cut(tokenizer, plain, [f"x{text}x" for text in (*shown, *bare)])
-    return {i for i, *ids in zip(names, cut, cut[len(names) :]) if i in itertools.chain(*ids)}
+    encoded = _encode(tokenizer, plain, [f"x{text}x" for text in (*shown, *bare)])
+    pairs = zip(names, encoded, encoded[len(names) :])
+    return {i for i, *ids in pairs if i in itertools.chain(*ids)}
 
 
 def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What SentencePiece's kind of tokenizers writes for a space; "" for others."""
+    """Return the string for a space in tokenizers of SentencePiece's kind; "" for others."""
     spelling = _spelling(tokenizer)
     return spelling.space if isinstance(spelling, _SentencePiece) else ""
 
 
 def index_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
-    """The id for each canonical byte string; where several share one, the first that `ids_by_bytes`
-    lists."""
+    """Return the id of each canonical byte string, the first one of `ids_by_bytes`."""
     return {content: ids[0] for content, ids in ids_by_bytes(tokenizer).items()}
 
 
 def ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
-    """All ids of each canonical byte string.
+    """Return all ids of each canonical byte string.
 
-    Those that the tokenizer writes come first, a `<0x41>` behind the others, then in order.
+    Ids that the tokenizer writes come first, then a `<0x41>` after the others, then by number.
     """
     unwritten = unwritten_ids(tokenizer)
-    names = _listed(tokenizer).spelled
-    groups = _ids_by_bytes(_listed(tokenizer))
+    names = _vocabulary(tokenizer).spelled
+    groups = _ids_by_bytes(_vocabulary(tokenizer))
     return {
         content: sorted(
             ids, key=lambda i: (i in unwritten, bool(_BYTE_TOKEN.fullmatch(names[i])), i)
@@ -216,19 +217,19 @@ def ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
 
 
 def unwritten_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that no text is ever cut into, because another token has the same bytes.
+    """Return ids that no text is ever tokenized into, because another token has the same bytes.
 
-    Such are `<0x2C>` beside `,` in SentencePiece vocabularies, and GPT-NeoX's runs of spaces, which
-    it has once in its model and once as added tokens.
+    Examples are `<0x2C>` beside `,` in SentencePiece vocabularies, and GPT-NeoX's runs of spaces,
+    which are both in its model and among its added tokens.
     """
-    listed = _listed(tokenizer)
-    known = _UNWRITTEN.get(tokenizer)
-    if known is None or known[0] is not listed:
-        known = _UNWRITTEN[tokenizer] = listed, _find_unwritten(tokenizer, listed)
-    return known[1]
+    vocabulary = _vocabulary(tokenizer)
+    cached = _UNWRITTEN.get(tokenizer)
+    if cached is None or cached[0] is not vocabulary:
+        cached = _UNWRITTEN[tokenizer] = vocabulary, _find_unwritten(tokenizer, vocabulary)
+    return cached[1]
 
 
-_UNWRITTEN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Listed, frozenset[int]]] = (
+_UNWRITTEN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Vocabulary, frozenset[int]]] = (
     WeakKeyDictionary()
 )
 
@@ -244,41 +245,39 @@ _SURROUNDINGS = (
     "か{0}か",
     "{0}{0}",
 )
-"""What a token's text is put into to see whether it is written: at the ends of words, within them,
-between words."""
+"""Contexts of a token's text that show whether it is written: at the ends of words, within them,
+and between words.
+"""
 
 
-def _find_unwritten(tokenizer: PreTrainedTokenizerBase, listed: _Listed) -> frozenset[int]:
-    shared = {content: ids for content, ids in _ids_by_bytes(listed).items() if len(ids) > 1}
+def _find_unwritten(tokenizer: PreTrainedTokenizerBase, vocabulary: _Vocabulary) -> frozenset[int]:
+    shared = {content: ids for content, ids in _ids_by_bytes(vocabulary).items() if len(ids) > 1}
     texts = [content.decode("utf-8", errors="replace") for content in shared]
     around = [surrounding.format(text) for text in texts for surrounding in _SURROUNDINGS]
-    written = (
-        set(itertools.chain(*_cut(tokenizer, plain_backend(tokenizer), around)))
-        if around
-        else set()
-    )
+    encoded = _encode(tokenizer, plain_backend(tokenizer), around) if around else []
+    written = set(itertools.chain(*encoded))
     unwritten: set[int] = set()
     for ids in shared.values():
-        # Where none is met, a byte token is taken to be the one that is not written.
+        # If none of them occurs, byte tokens are assumed to be unwritten.
         kept = written & set(ids) or [
-            min(ids, key=lambda i: (bool(_BYTE_TOKEN.fullmatch(listed.spelled[i])), i))
+            min(ids, key=lambda i: (bool(_BYTE_TOKEN.fullmatch(vocabulary.spelled[i])), i))
         ]
         unwritten |= set(ids) - set(kept)
     return frozenset(unwritten)
 
 
-def _ids_by_bytes(listed: _Listed) -> dict[bytes, list[int]]:
+def _ids_by_bytes(vocabulary: _Vocabulary) -> dict[bytes, list[int]]:
     groups: dict[bytes, list[int]] = defaultdict(list)
-    for i, content in enumerate(listed.contents):
+    for i, content in enumerate(vocabulary.contents):
         if content:
             groups[content].append(i)
     return groups
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary: every id's canonical bytes, of special tokens their text."""
+    """Return the SHA-256 of the vocabulary: canonical bytes, or text of special tokens."""
     digest = hashlib.sha256()
-    _, names, contents = _listed(tokenizer)
+    _, names, contents = _vocabulary(tokenizer)
     for name, content in zip(names, contents):
         kind, shown = (b"t", content) if content is not None else (b"s", name.encode())
         digest.update(kind + len(shown).to_bytes(4, "big") + shown)
@@ -286,39 +285,42 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
-    """A copy of the Rust tokenizer that reads everything as text, without truncation and padding:
-    `<|endoftext|>` in a document is those characters, not the token.
+    """Return a copy of the Rust tokenizer that reads everything as text.
+
+    It neither truncates nor pads.
+
+    `<|endoftext|>` in a document becomes those characters, not the token.
 
     Raises:
-      UserError: for a tokenizer without one (a "slow" tokenizer).
+      UserError: the tokenizer has none (a "slow" tokenizer).
     """
     backend = _backend(tokenizer)
     if isinstance(backend.model, tokenizers.models.Unigram):
-        return _reading_all_as_text(
-            backend, special_ids(tokenizer) - {cast(int, tokenizer.unk_token_id)}
-        )
-    return _reading_all_as_text(backend)
+        hidden = special_ids(tokenizer) - {cast(int, tokenizer.unk_token_id)}
+        return _without_special(backend, hidden)
+    return _without_special(backend)
 
 
-def _reading_all_as_text(
+def _without_special(
     backend: tokenizers.Tokenizer, hidden: Iterable[int] = ()
 ) -> tokenizers.Tokenizer:
-    """A deterministic copy that reads the names of special tokens as text.
+    """Make a deterministic copy that reads the names of special tokens as text.
 
     Args:
+      backend: the tokenizer.
       hidden: ids of a Unigram model's vocabulary that must not match text: in it the names of
         special tokens are ordinary pieces.
     """
-    written = backend.to_str()
+    state_json = backend.to_str()
     if hidden := set(hidden):
-        state = json.loads(written)
+        state = json.loads(state_json)
         for i in hidden & set(range(len(state["model"]["vocab"]))):
-            state["model"]["vocab"][i][0] = f"\uffff{i}"  # the ids of the others stay
+            state["model"]["vocab"][i][0] = f"\uffff{i}"  # Renamed, so that other ids stay.
         state["added_tokens"] = [
             token for token in state["added_tokens"] if token["id"] not in hidden
         ]
-        written = json.dumps(state)
-    plain = tokenizers.Tokenizer.from_str(written)
+        state_json = json.dumps(state)
+    plain = tokenizers.Tokenizer.from_str(state_json)
     if getattr(plain.model, "dropout", None):
         plain.model.dropout = None  # type: ignore[attr-defined]
     plain.no_truncation()
@@ -329,38 +331,38 @@ def _reading_all_as_text(
     return plain
 
 
-def _cut(
+def _encode(
     tokenizer: PreTrainedTokenizerBase, plain: tokenizers.Tokenizer, texts: Sequence[str]
 ) -> list[list[int]]:
-    """The ids of each text.
+    """Encode texts to ids.
 
     Raises:
-      UserError: the vocabulary cannot spell one of them and has no token for what is unknown.
+      UserError: the vocabulary cannot spell one of them and has no unknown token.
     """
     try:
         return [
             encoding.ids
             for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)
         ]
-    except Exception as error:  # the library raises Exception itself
+    except Exception as error:  # The library raises bare Exceptions.
         raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' cannot read every text ({error}): give its"
-            " tokenizer.json a token for what it does not know (model.unk_token), or take"
-            " another one"
+            f"the tokenizer '{tokenizer.name_or_path}' cannot read every text ({error}): give its "
+            "tokenizer.json an unknown token (model.unk_token), or take another tokenizer"
         ) from error
 
 
 class PieceCutter:
-    """Cuts bytes into ids of `tokenizer` whose canonical bytes join up to them again.
+    """Splits bytes into ids of `tokenizer` whose canonical bytes join up to them again.
 
-    First choice is the tokenizer's own segmentation of the text; where that does not give the bytes
-    back (they are no UTF-8, or a normaliser or a prefixed space changes them) its bare model,
+    The first choice is the tokenizer's own segmentation of the text; where that does not restore
+    the bytes (they are not UTF-8, or a normaliser or a prefixed space changes them), its bare model
     without normaliser and pre-tokenizer; then the longest matching tokens from left to right. A
-    tokenizer that cannot spell a text (without capitals, say) gives the tokens in which its model
-    would read that text, if they are all known.
+    tokenizer that cannot spell a text (without capitals, say) yields the tokens that its model
+    would read for it, if they are all known.
 
     Args:
-      avoid: ids that are never given.
+      tokenizer: the tokenizer.
+      avoid: ids that are never used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, avoid: Set[int] = frozenset()):
@@ -377,25 +379,25 @@ class PieceCutter:
         self._spelling = _spelling(tokenizer)
 
     def __call__(self, content: bytes) -> list[int]:
-        """The ids for `content`; [] where no tokens join up to it."""
+        """Return the ids for `content`; [] if no tokens join up to it."""
         return self.cut_all([content])[0]
 
     def cut_all(self, contents: Sequence[bytes]) -> list[list[int]]:
-        """`__call__` for many, with the tokenizer's own parallelism."""
-        # What is no UTF-8 becomes a text that cannot give the bytes back.
+        """Split many byte strings, with the tokenizer's own parallelism."""
+        # Bytes that are not UTF-8 become a text that cannot restore them.
         texts = [content.decode("utf-8", errors="replace") for content in contents]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self._cut(content, encoding.ids) for content, encoding in zip(contents, encodings)]
 
     def _cut(self, content: bytes, own: list[int]) -> list[int]:
-        if self._joined(own) == content:
+        if self._join(own) == content:
             return own
         bare = self._bare(content)
-        if self._joined(bare) == content:
+        if self._join(bare) == content:
             return bare
         return self._greedy(content) or self._as_read(content, own)
 
-    def _joined(self, ids: Iterable[int]) -> bytes | None:
+    def _join(self, ids: Iterable[int]) -> bytes | None:
         parts = [self._bytes[i] for i in ids]
         return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
 
@@ -404,7 +406,7 @@ class PieceCutter:
         return [token.id for token in self._backend.model.tokenize(spelled)] if spelled else []
 
     def _as_read(self, content: bytes, own: list[int]) -> list[int]:
-        joined = self._joined(own)
+        joined = self._join(own)
         is_text = content.decode("utf-8", errors="ignore").encode() == content
         return own if is_text and joined and joined.strip() else []
 
@@ -420,12 +422,14 @@ class PieceCutter:
         return ids
 
 
-# --- spellings ----------------------------------------------------------------------------------
+# --- Spellings ----------------------------------------------------------------------------------
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The byte-level alphabet: printable Latin-1 maps to itself, the 68 other bytes to U+0100 and
-    up."""
+    """Return the byte-level alphabet of each byte.
+
+    Printable Latin-1 maps to itself, the 68 other bytes to U+0100 and up.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -434,7 +438,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 class _Plain:
-    """Tokens that are written as they read."""
+    """Tokens written as their text."""
 
     def decode(self, token: str) -> bytes:
         return token.encode("utf-8", errors="replace")
@@ -447,11 +451,11 @@ class _Plain:
 
 
 class _ByteLevel(_Plain):
-    """One printable character a byte (GPT-2, GPT-NeoX, LLaMA 3, Qwen)."""
+    """One printable character per byte (GPT-2, GPT-NeoX, LLaMA 3, Qwen)."""
 
     _to_characters = _byte_alphabet()
-    # Latin-1 characters outside the alphabet (a plain space) must not pass for bytes: U+FFFF is no
-    # Latin-1.
+    # Latin-1 characters outside the alphabet (a plain space) must not decode to bytes; U+FFFF is
+    # not Latin-1.
     _to_bytes = {byte: 0xFFFF for byte in range(256)} | {
         ord(c): byte for byte, c in _to_characters.items()
     }
@@ -483,11 +487,10 @@ class _SentencePiece(_Plain):
 
 
 class _Words(_Plain):
-    """Words without the spaces around them, whose later pieces have a mark before them: `play
-    ##ing` (BERT).
+    """Words without surrounding spaces, whose later pieces have a prefix: `play ##ing` (BERT).
 
-    A first piece stands for a space and its text, unless it begins as words do that have no space
-    before them: what most texts have there, since the token itself does not say.
+    A first piece stands for a space and its text, unless it begins with a character that is usually
+    not preceded by a space. That is a convention, since the token itself does not tell.
     """
 
     def __init__(self, mark: str):
@@ -512,8 +515,7 @@ class _Words(_Plain):
 
 
 class _WordEnds(_Plain):
-    """Words whose last piece has a mark behind it, which stands for the space there: `play ing</w>`
-    (GPT-1, CLIP)."""
+    """Words whose last piece has a suffix for the space after it: `play ing</w>` (GPT-1, CLIP)."""
 
     def __init__(self, mark: str, inner: _Plain):
         self._mark, self._inner = mark, inner
@@ -523,20 +525,19 @@ class _WordEnds(_Plain):
         return self._inner.decode(text) + (b" " if text != token else b"")
 
     def encode(self, content: bytes) -> str | None:
-        return (
-            self._inner.encode(content[:-1]) if content.endswith(b" ") else None
-        )  # the model adds the mark itself
+        # The model adds the suffix itself.
+        return self._inner.encode(content[:-1]) if content.endswith(b" ") else None
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
-    """How a tokenizer spells bytes, by its normaliser, pre-tokenizer, decoder and model."""
+    """Detect a tokenizer's spelling of bytes from its components."""
     backend = _backend(tokenizer)
     parts = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer), *_parts(backend.decoder)]
     spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
     spaces += [part["pattern"]["String"] for part in _parts(backend.decoder) if _makes_space(part)]
     if any(part["type"] == "ByteLevel" for part in parts):
         spelling: _Plain = _ByteLevel()
-    elif _is_of_words(backend):
+    elif _splits_words(backend):
         spelling = _Words(getattr(backend.model, "continuing_subword_prefix", None) or "")
     elif spaces or getattr(backend.model, "byte_fallback", False):
         spelling = _SentencePiece(spaces[0] if spaces else "▁")
@@ -546,9 +547,8 @@ def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Plain:
     return _WordEnds(mark, spelling) if mark else spelling
 
 
-def _is_of_words(backend: tokenizers.Tokenizer) -> bool:
-    """Whether tokens are words and continuations, with the white space between words in none of
-    them."""
+def _splits_words(backend: tokenizers.Tokenizer) -> bool:
+    """Return whether tokens are words and continuations, without the white space between words."""
     model = backend.model
     by_words = isinstance(model, tokenizers.models.WordPiece | tokenizers.models.WordLevel)
     if not (by_words or getattr(model, "continuing_subword_prefix", None)):
@@ -563,9 +563,11 @@ def _makes_space(part: dict[str, Any]) -> bool:
 
 
 def _added_bytes(backend: tokenizers.Tokenizer, token: AddedToken) -> bytes:
-    """What an added token that the model does not know stands for: its text, which the library
-    looks for in the normalised text if so told, where a space may be a `▁`, or have been put before
-    it."""
+    """Return the bytes of an added token that the model does not know.
+
+    They are its text. The library looks for it in the normalised text if so configured, where a
+    space may be a `▁`, or have been prefixed.
+    """
     if not (token.normalized and backend.normalizer):
         return token.content.encode()
     text = backend.normalizer.normalize_str(token.content)
@@ -576,7 +578,7 @@ def _added_bytes(backend: tokenizers.Tokenizer, token: AddedToken) -> bytes:
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """A normaliser, pre-tokenizer or decoder, sequences flattened, as in tokenizer.json."""
+    """Yield a normaliser, pre-tokenizer or decoder as in tokenizer.json, sequences flattened."""
     if component is not None:
         yield from _unfolded(json.loads(component.__getstate__()))
 

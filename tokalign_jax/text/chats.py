@@ -1,10 +1,9 @@
-"""Chats as training text: messages written by the target's chat template, learned on the
-assistant's turns.
+"""Chats as training text, written by the target's chat template and learned on assistant turns.
 
 A chat is a list of messages, objects with `role` and `content`. The target tokenizer's template
 writes them; the source model, as a teacher, reads the same text with its own special tokens of the
-same use (`special_tokens.counterpart`). What is learned is what the assistant says, up to and
-including the token that ends its turn.
+same use (`special_tokens.counterpart`). The loss covers the assistant's messages, up to and
+including the token that ends the turn.
 """
 
 import bisect
@@ -37,26 +36,26 @@ _EXAMPLE: tuple[Message, ...] = (
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
 )
-"""What any chat template should write."""
+"""A minimal chat that any chat template should be able to write."""
 
 
 class Unusable(ValueError):
-    """What is wrong with a chat."""
+    """An unusable chat; the message describes the problem."""
 
 
 # --- Messages -----------------------------------------------------------------------------------
 
 
 def messages_of(value: Any) -> list[dict[str, str]]:
-    """The messages of a record, checked; contents in parts are joined.
+    """Return the checked messages of a record; contents in parts are joined.
 
     Raises:
-      Unusable: `value` is no list of messages, or the assistant says nothing.
+      Unusable: `value` is not a list of messages, or no assistant message has text.
     """
     if not isinstance(value, list) or not value:
         raise Unusable("has no list of messages: expected objects with 'role' and 'content'")
     messages = [_message(number, message) for number, message in enumerate(value, start=1)]
-    if not any(_says(message) for message in messages):
+    if not any(_is_reply(message) for message in messages):
         raise Unusable(
             "has no message of the role 'assistant' with text: there is nothing to learn"
         )
@@ -76,16 +75,16 @@ def _message(number: int, value: Any) -> dict[str, str]:
         content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str):
         raise Unusable(f"message {number} has a content that is no text")
-    # JSON may hold half a surrogate pair, which no UTF-8 can.
+    # JSON can contain unpaired surrogates, which UTF-8 cannot encode.
     return {"role": role, "content": content.encode("utf-8", errors="replace").decode()}
 
 
-def _says(message: Message) -> bool:
+def _is_reply(message: Message) -> bool:
     return message["role"] == "assistant" and bool(message["content"].strip())
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """The contents alone, for what reads no chats: evaluation, mining, co-occurrence statistics."""
+    """Join the contents, for uses that do not read chats: evaluation, mining, co-occurrence."""
     return "\n\n".join(message["content"] for message in messages if message["content"].strip())
 
 
@@ -93,71 +92,71 @@ def plain_text(messages: Sequence[Message]) -> str:
 
 
 class Piece(NamedTuple):
-    """A stretch of a written chat: text, or a special token."""
+    """A part of a written chat: text, or a special token."""
 
     start: int
-    """Where it begins in the whole chat, characters."""
+    """Its first character in the whole chat."""
     text: str
     special: int | None = None
-    """Its id in the tokenizer of the template."""
+    """Its id in the template's tokenizer."""
 
     @property
     def end(self) -> int:
+        """The character of the whole chat after its last one."""
         return self.start + len(self.text)
 
 
 class Written(NamedTuple):
-    """A chat as the template writes it."""
+    """A chat written by a template."""
 
     pieces: list[Piece]
     learned: list[tuple[int, int]]
-    """The assistant's turns: (begin, end), characters of the whole chat."""
+    """The assistant's turns: (begin, end) in characters of the whole chat."""
 
 
 def write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Written:
-    """The chat as the tokenizer's template writes it.
+    """Write a chat with the tokenizer's template.
 
     Raises:
-      Unusable: the template refuses the messages, or leaves out what the assistant says.
+      Unusable: the template rejects the messages, or omits an assistant message.
     """
     text = _apply(tokenizer, messages)
     pieces = _pieces(tokenizer, text)
     ends_of_special = [piece.end for piece in pieces if piece.special is not None]
     learned, begin = [], 0
     for number, message in enumerate(messages):
-        said = message["content"].strip()
-        if not _says(message):
-            # Contents may repeat: each is looked for behind the one before.
-            found = text.find(said, begin)
-            begin = found + len(said) if said and found >= 0 else begin
+        content = message["content"].strip()
+        if not _is_reply(message):
+            # Contents may repeat, so each is searched for after the previous one.
+            place = text.find(content, begin)
+            begin = place + len(content) if content and place >= 0 else begin
             continue
         prompt = _prompt(tokenizer, messages[:number])
         is_prefix = prompt is not None and len(prompt) >= begin and text.startswith(prompt)
         begin = len(prompt) if prompt is not None and is_prefix else begin
-        found = text.find(said, begin)
-        if found < 0:
+        place = text.find(content, begin)
+        if place < 0:
             raise Unusable(
                 f"cannot be written: the chat template leaves out or changes message {number + 1}"
             )
-        end = found + len(said)
+        end = place + len(content)
         after = bisect.bisect_left(ends_of_special, end + 1)
         stop = ends_of_special[after] if after < len(ends_of_special) else len(text)
         if not _ends_there(pieces, end, stop):
             stop = end
-        learned.append((begin if is_prefix else found, stop))
+        learned.append((begin if is_prefix else place, stop))
         begin = stop
     return Written(pieces, learned)
 
 
 def _ends_there(pieces: Sequence[Piece], end: int, stop: int) -> bool:
-    """Whether there is no text, only white space, between an answer's `end` and the special token
-    that ends at `stop`."""
+    """Return whether only white space is between `end` and the special token ending at `stop`."""
     texts = [p for p in pieces if p.special is None and end < p.end <= stop]
     return not any(p.text[max(0, end - p.start) :].strip() for p in texts)
 
 
 def template_problem(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What keeps the tokenizer's chat template from being used; "" if nothing does."""
+    """Describe why the tokenizer's chat template cannot be used; "" if it can."""
     if not tokenizer.chat_template:
         return "it has no chat template"
     try:
@@ -167,16 +166,16 @@ def template_problem(tokenizer: PreTrainedTokenizerBase) -> str:
     return ""
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **how: Any) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> str:
     try:
         conversation = [dict(message) for message in messages]
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **how))
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs))
     except (ValueError, TypeError, AttributeError, KeyError, jinja2.TemplateError) as error:
         raise Unusable(f"cannot be written: the chat template says {str(error)[:160]!r}") from error
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
-    """What a model is given to answer these messages; None where the template refuses them."""
+    """Return the prompt for an answer to these messages; None if the template rejects them."""
     if not messages:
         return None
     try:
@@ -186,27 +185,29 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
 
 
 def around_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """What the template writes before a user's first message, and between it and the answer; None
-    where it has no such parts."""
+    """Return what the template writes before a user's first message, and between it and the answer.
+
+    Returns None if it has no such parts.
+    """
     mark = "@@@"
     prompt = _prompt(tokenizer, [{"role": "user", "content": mark}])
-    before, found, after = (prompt or "").partition(mark)
-    return (before, after) if found and before and after else None
+    before, mark_found, after = (prompt or "").partition(mark)
+    return (before, after) if mark_found and before and after else None
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The tokens of a question, written by the chat template, up to where the answer begins.
+    """Return the tokens of a question in the chat template, up to the answer.
 
     Raises:
-      Unusable: the template refuses it.
+      Unusable: the template rejects it.
     """
     message = {"role": "user", "content": question}
     pieces = _pieces(tokenizer, _apply(tokenizer, [message], add_generation_prompt=True))
-    return Encoder(tokenizer).of_pieces([pieces])[0].ids.tolist()
+    return Encoder(tokenizer).encode([pieces])[0].ids.tolist()
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Piece]:
-    """Text parted at special tokens, which may take the white space beside them."""
+    """Split text at special tokens, which may absorb the white space beside them."""
     specials = {str(tokenizer.convert_ids_to_tokens(i)): i for i in special_ids(tokenizer)}
     pattern = "|".join(
         re.escape(token) for token in sorted(specials, key=len, reverse=True) if token
@@ -223,27 +224,30 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Piece]:
 
 
 def _add_text(
-    pieces: list[Piece], text: str, begin: int, end: int, left: bool, right: bool
+    pieces: list[Piece], text: str, begin: int, end: int, lstrip: bool, rstrip: bool
 ) -> None:
-    stretch = text[begin:end]
-    kept = stretch.lstrip() if left else stretch
-    begin += len(stretch) - len(kept)
-    kept = kept.rstrip() if right else kept
-    if kept:
-        pieces.append(Piece(begin, kept))
+    part = text[begin:end]
+    stripped = part.lstrip() if lstrip else part
+    begin += len(part) - len(stripped)
+    stripped = stripped.rstrip() if rstrip else stripped
+    if stripped:
+        pieces.append(Piece(begin, stripped))
 
 
 # --- Tokens -------------------------------------------------------------------------------------
 
 
 class Encoder:
-    """A tokenizer that reads documents and chats."""
+    """A tokenizer for documents and chats."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, writer: PreTrainedTokenizerBase | None = None
     ):
-        """Args:
-        writer: the tokenizer whose template writes chats; None: this one.
+        """Create an encoder.
+
+        Args:
+          tokenizer: the tokenizer.
+          writer: the tokenizer whose template writes chats; None: the same one.
         """
         self.backend, self.writer = plain_backend(tokenizer), writer or tokenizer
         self._special: dict[int, int] = {}
@@ -254,30 +258,31 @@ class Encoder:
                 self._special[index] = match.token
 
     def boundaries(self, texts: Sequence[str], chats: Sequence[str]) -> list[Boundaries]:
-        """Tokens of documents and where they end.
+        """Return the tokens of documents and their ends.
 
         Args:
-          chats: for each text the messages as JSON, or "" where it is no chat.
+          texts: the documents.
+          chats: for each text its messages as JSON, or "" if it is not a chat.
         """
         pieces = [
             self.written(chat).pieces if chat else [Piece(0, text)]
             for text, chat in zip(texts, chats, strict=True)
         ]
-        return self.of_pieces(pieces)
+        return self.encode(pieces)
 
     def written(self, chat: str) -> Written:
-        """A chat from its messages as JSON.
+        """Write a chat from its messages as JSON.
 
         Raises:
-          UserError: the template refuses it.
+          UserError: the template rejects it.
         """
         try:
             return write(self.writer, json.loads(chat))
         except Unusable as error:
             raise UserError(f"a chat of the corpus {error}: {chat[:160]}") from error
 
-    def of_pieces(self, documents: Sequence[Sequence[Piece]]) -> list[Boundaries]:
-        """Tokens of written chats; special tokens without a counterpart here are left out."""
+    def encode(self, documents: Sequence[Sequence[Piece]]) -> list[Boundaries]:
+        """Encode written chats; special tokens without a counterpart here are dropped."""
         texts = [p.text for pieces in documents for p in pieces if p.special is None]
         encoded = iter(token_boundaries(self.backend, texts))
         return [self._joined(pieces, encoded) for pieces in documents]
@@ -298,18 +303,19 @@ class Encoder:
 def is_learned(
     ends: Int[np.ndarray, "n"], learned: Sequence[tuple[int, int]]
 ) -> Bool[np.ndarray, "n"]:
-    """Which tokens of a chat are the assistant's.
+    """Return which tokens of a chat belong to the assistant.
 
     Args:
       ends: `Boundaries.ends` of its tokens.
+      learned: the assistant's turns in characters.
     """
     # A token that ends within a character belongs to the next one that does not.
-    known = np.where(ends == NONE, np.iinfo(np.int64).max, ends)
-    known = np.minimum.accumulate(known[::-1])[::-1]
-    found = np.zeros(len(ends), bool)
+    ends = np.where(ends == NONE, np.iinfo(np.int64).max, ends)
+    ends = np.minimum.accumulate(ends[::-1])[::-1]
+    mask = np.zeros(len(ends), bool)
     for begin, end in learned:
-        found |= (known > begin) & (known <= end)
-    return found
+        mask |= (ends > begin) & (ends <= end)
+    return mask
 
 
 # --- The template of the new vocabulary ---------------------------------------------------------
@@ -318,11 +324,16 @@ def is_learned(
 def with_template(
     target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, choice: str
 ) -> PreTrainedTokenizerBase:
-    """The target tokenizer with the chat template that the new model is to have.
+    """Return the target tokenizer with the chat template of the new model.
 
-    The source's, with its special tokens added where the target lacks them, if `choice` is
-    `source`; and where the target has no template but all special tokens that the source's writes.
-    Else its own.
+    It is the source's, with missing special tokens added, if `choice` is `source`, or if the target
+    has no template but all special tokens that the source's template writes; otherwise the target's
+    own.
+
+    Args:
+      target: the target tokenizer.
+      source: the source tokenizer.
+      choice: `config.chat`.
 
     Raises:
       UserError: `choice` is `source`, which has no template.
@@ -335,29 +346,29 @@ def with_template(
     if not source.chat_template or (choice != "source" and target.chat_template):
         return target
     needed = template_tokens(source)
-    known = target.get_vocab()
-    missing = [token for token in needed if token not in known]
+    vocabulary = target.get_vocab()
+    missing = [token for token in needed if token not in vocabulary]
     if missing and choice != "source":
         return target
-    found, end = copy.deepcopy(target), str(target.convert_ids_to_tokens(end_of_text_id(target)))
-    found.add_tokens(needed, special_tokens=True)
-    if len(set(found.get_vocab().values())) != len(known) + len(missing):
+    extended, end = copy.deepcopy(target), str(target.convert_ids_to_tokens(end_of_text_id(target)))
+    extended.add_tokens(needed, special_tokens=True)
+    if len(set(extended.get_vocab().values())) != len(vocabulary) + len(missing):
         raise UserError(
             f"target_tokenizer '{target.name_or_path}' cannot get the source's special tokens "
             f"{missing}: the ids of its tokens have gaps"
         )
-    found.chat_template = source.chat_template
+    extended.chat_template = source.chat_template
     for role in ("bos", "eos"):
         token = getattr(source, f"{role}_token", None)
         if token in needed:
-            setattr(found, f"{role}_token", token)
-    if end_of_text_id(found) != known[end]:
-        found.init_kwargs[SEPARATOR] = end
-    return found
+            setattr(extended, f"{role}_token", token)
+    if end_of_text_id(extended) != vocabulary[end]:
+        extended.init_kwargs[SEPARATOR] = end
+    return extended
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that the chat template writes or names, and the eos that ends a turn."""
+    """List special tokens that the chat template writes or names, and the eos that ends a turn."""
     try:
         written = {p.special for p in write(tokenizer, _EXAMPLE).pieces}
     except Unusable:

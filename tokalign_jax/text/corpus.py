@@ -1,9 +1,9 @@
-"""Documents: read, de-duplicated, drawn within a byte budget, and split into training and held-out
-text.
+"""Documents of a corpus: read, de-duplicated, sampled within a byte budget, and split.
 
-The artifact is a folder of `train-00000.parquet ...` and `held_out.parquet` (columns `text`,
-`language`, `bytes`, `source`) and `summary.json`. Memory does not grow with the corpus: text is
-streamed, and the hashes that find duplicates live in a SQLite file that exists only while reading.
+The artifact is a folder of training files `train-00000.parquet ...` and `held_out.parquet` (columns
+`text`, `language`, `bytes`, `source`, `chat`) and `summary.json`. Memory does not grow with the
+corpus: text is streamed, and the hashes that identify duplicates are in a SQLite file that exists
+only while reading.
 """
 
 import contextlib
@@ -34,34 +34,37 @@ from tokalign_jax.utils.progress import Log, Progress, quantity
 FILE_BYTES = 32 << 20
 """Text per training file."""
 GROUP_BYTES = 4 << 20
-"""Text per Parquet row group, the unit in which it is read back."""
+"""Text per Parquet row group, the unit of reading."""
 ALL = "all"
-"""The language of every document when no language field is named, and the row of results over all
-languages."""
+"""Language of every document if no language field is named, and name of the results over all
+languages.
+"""
 UNKNOWN = "unknown"
-"""The language of a document whose language field is empty."""
+"""Language of a document whose language field is empty."""
 OTHER = "other"
-"""The language of documents past `MOST_LANGUAGES`."""
+"""Language of documents past `MOST_LANGUAGES`."""
 MOST_LANGUAGES = 1000
-"""Languages that are told apart; each keeps a document in memory until the end, and has a row in
-the results."""
+"""Distinct languages, at most; each keeps a document in memory until the end, and has a row in the
+results.
+"""
 SPARED = 10
-"""Unusable records that are skipped in any corpus, beside the share that `text.max_broken_share`
-allows."""
+"""Unusable records that any corpus may have, beside the share that `text.max_broken_share` allows.
+"""
 FIRST_RECORDS = 5
-"""A file whose first records are all unusable, so many of them, is refused at once."""
+"""Unusable records at the beginning of a file, with no usable one, after which it is refused."""
 CHECKED = 32
-"""Files whose first records are looked at before any long work."""
+"""Files whose first records are read by the early check."""
 OPEN_FILES = 64
-"""Files that stay open while others are read; what is closed is read again from its beginning if
-there is room for more of it."""
+"""Files that stay open while others are read. A closed file is read again from its beginning if the
+budget allows more of it.
+"""
 
 PLAIN = (".jsonl", ".ndjson", ".json", ".txt")
-"""Endings of files whose size is about that of their text."""
+"""Suffixes of files that are about as large as their text."""
 SLICES = 16
-"""Rounds in which a part that has a weight is read through all of its files."""
+"""Rounds in which a weighted part of the corpus is read through all of its files."""
 EXPANSION = 5
-"""Bytes of text in a byte of a compressed file, about."""
+"""Approximate size of text relative to its compressed file."""
 
 _SCHEMA = pa.schema(
     {
@@ -73,27 +76,26 @@ _SCHEMA = pa.schema(
     }
 )
 _WEIGHT = re.compile(r"(.+)=([-+]?[\d.]+(?:e[-+]?\d+)?)", re.IGNORECASE)
-"""A name of the corpus with its weight behind it."""
+"""A name in the corpus, followed by its weight."""
 
 
 class Document(NamedTuple):
-    """One text, its language (or domain), its length in UTF-8 bytes, and which part of the corpus
-    it is from."""
+    """A text with its language (or domain), length in UTF-8 bytes, and part of the corpus."""
 
     text: str
-    """Of a chat the contents of its messages."""
+    """For a chat, the contents of its messages."""
     language: str
     bytes: int
     source: str = ""
     chat: str = ""
-    """The messages of a chat as JSON (`chats.py`)."""
+    """For a chat, its messages as JSON (`chats.py`)."""
 
 
-# --- the artifact -------------------------------------------------------------------------------
+# --- Artifact -----------------------------------------------------------------------------------
 
 
 ChatCheck = Callable[[Sequence[chats.Message]], None]
-"""Raises `chats.Unusable` for messages that cannot be trained on."""
+"""Check of messages that raises `chats.Unusable` if they cannot be trained on."""
 
 
 def _any_chat(messages: Sequence[chats.Message]) -> None:
@@ -103,11 +105,17 @@ def _any_chat(messages: Sequence[chats.Message]) -> None:
 def run(
     config: Config, folder: Path, log: Log, check_chat: ChatCheck = _any_chat
 ) -> dict[str, Any]:
-    """Reads `config.corpus` into `folder`; returns what `summary.json` says.
+    """Read `config.corpus` into `folder` and return the content of `summary.json`.
 
-    A document is held out when the first 8 bytes of its SHA-256, as a fraction of 2^64, lie below
-    `held_out_fraction`: the choice depends on the text alone. Where that leaves a language of
-    several documents with none, the one with its smallest hash is held out.
+    A document is held out if the first 8 bytes of its SHA-256, as a fraction of 2^64, are below
+    `held_out_fraction`: the choice depends on the text alone. If a language of several documents
+    has no held-out document then, the one with its smallest hash is held out.
+
+    Args:
+      config: names the corpus.
+      folder: receives the artifact.
+      log: receives progress and warnings.
+      check_chat: check of each chat.
 
     Raises:
       UserError: the corpus is missing, unreadable, empty, without the text field, or too small to
@@ -122,19 +130,19 @@ def run(
     train, held_out = _Writer(folder, "train-{:05d}", FILE_BYTES), _Writer(folder, "held_out", None)
     split = _Split(config.text.held_out_fraction, train.add, held_out.add, ledger.counts)
     progress = Progress(log, "corpus", _expected_bytes(config, streams), "bytes")
-    budget, kept, stopped = config.text.budget_bytes, 0, False
+    budget, bytes_read, stopped = config.text.budget_bytes, 0, False
     with _Seen(folder / "seen.sqlite") as seen:
 
         def is_new(document: Document, digest: bytes) -> bool:
-            found = seen.is_new(digest)
-            ledger.counts[document.language, "duplicates"] += not found
-            return found
+            new = seen.is_new(digest)
+            ledger.counts[document.language, "duplicates"] += not new
+            return new
 
         for document, digest in _mixed(parts, budget, is_new):
-            if kept + document.bytes > budget:
+            if bytes_read + document.bytes > budget:
                 stopped = True
                 break
-            kept += document.bytes
+            bytes_read += document.bytes
             ledger.sources[document.source] += document.bytes
             split.add(document, digest)
             progress.update(document.bytes)
@@ -151,58 +159,60 @@ def run(
     if len(parts) > 1:
         log(f"corpus: {_shares(ledger.sources)}")
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    # A path need not be UTF-8, and comes into this file with a record that is broken.
+    # A path need not be valid UTF-8, and broken records are quoted with theirs.
     (folder / "summary.json").write_text(content, encoding="utf-8", errors="replace")
     return summary
 
 
 def check(config: Config, check_chat: ChatCheck = _any_chat) -> None:
-    """Looks, before any long work, whether the corpus is there, readable, not empty, and has the
-    fields named.
+    """Check that the corpus exists, is readable, not empty, and has the configured fields.
+
+    Args:
+      config: names the corpus.
+      check_chat: check of each chat.
 
     Raises:
-      UserError: naming the file (or dataset) at fault, what it holds instead, and the remedy.
+      UserError: names the offending file (or dataset), its actual content, and the remedy.
     """
     ledger = _Ledger(_settings(config), lambda line: None, check_chat)
-    streams, has_text = (
-        [stream for part in _parts(config, ledger) for stream in part.streams],
-        False,
-    )
+    streams = [stream for part in _parts(config, ledger) for stream in part.streams]
+    has_text = False
     for number, stream in enumerate(streams):
         if number >= CHECKED and has_text:
             break
         has_text |= stream.peek() is not None
         stream.close()
     if not has_text:
-        raise UserError(
-            ledger.first
-            or f"the corpus '{_named(config.corpus)}' is empty: no document with text in {_named(stream.source.name for stream in streams)}"
+        empty = (
+            f"the corpus '{_named(config.corpus)}' is empty: no document with text in "
+            f"{_named(stream.source.name for stream in streams)}"
         )
+        raise UserError(ledger.first or empty)
 
 
 def names(config: Config) -> list[str]:
-    """What the corpus is read from, in order: paths of local files, or names of hub datasets."""
+    """List the sources of the corpus in order: paths of local files, or names of hub datasets."""
     return [source.name for entry in _entries(config) for source in entry.sources]
 
 
 SELF_TEXT = "self_text.jsonl"
-"""File of text that the source model wrote. Its fields are its own, whatever `config.text`
-names."""
+"""File of text written by the source model. Its field names are fixed, whatever `config.text` says.
+"""
 _SELF_FIELDS = {"text_field": "text", "messages_field": "messages", "language_field": "language"}
 
 
 def has_self(config: Config) -> bool:
-    """Whether the corpus names text that the source model writes."""
+    """Return whether the corpus includes text written by the source model (`self`)."""
     return any(name == SELF for name, _ in _names(config))
 
 
 def with_self(config: Config, file: Path) -> Config:
-    """The config with the file of the source model's text instead of `self`."""
+    """Return the config with `self` replaced by the file of the source model's text."""
     return _with_names(config, lambda name: str(file) if name == SELF else name)
 
 
 def without_self(config: Config) -> Config | None:
-    """The config without the source model's text; None where its corpus names nothing else."""
+    """Return the config without `self`, or None if its corpus names nothing else."""
     rest = [name for name, _ in _names(config) if name != SELF]
     return _with_names(config, lambda name: "" if name == SELF else name) if rest else None
 
@@ -214,25 +224,26 @@ def _with_names(config: Config, rename: Callable[[str], str]) -> Config:
 
 
 def mixture(config: Config) -> list[str]:
-    """The parts of a corpus that has several, with their weights: what it depends on beside the
-    contents of its files."""
+    """Describe the parts of a corpus that has several, with their weights.
+
+    The result of `run` depends on them beside the contents of the files.
+    """
     entries = _entries(config)
     return [f"{entry.name}={entry.weight}" for entry in entries] if len(entries) > 1 else []
 
 
 def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
-    """Every document with text of `config.corpus` as it is, duplicates included; none of it is
-    written anywhere."""
+    """Yield every document of `config.corpus` unchanged, duplicates included."""
     ledger = _Ledger(_settings(config), log)
     for stream in [stream for part in _parts(config, ledger) for stream in part.streams]:
-        while found := stream.peek():
+        while item := stream.peek():
             stream.take()
-            yield found[0]
+            yield item[0]
     ledger.report()
 
 
 def in_groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents about `GROUP_BYTES` of text at a time."""
+    """Group documents to about `GROUP_BYTES` of text."""
     group, size = [], 0
     for document in documents:
         group.append(document)
@@ -245,32 +256,30 @@ def in_groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def train_batches(folder: Path) -> Iterator[list[Document]]:
-    """The training documents in file order, about `GROUP_BYTES` of text at a time."""
+    """Yield the training documents in file order, in groups of about `GROUP_BYTES` of text."""
     for path in sorted(folder.glob("train-*.parquet")):
         yield from _batches(path)
 
 
 def at(folder: Path, positions: Int[np.ndarray, "n"]) -> Iterator[Document]:
-    """The training documents at these positions (sorted, in file order); parts of files that hold
-    none of them are not read."""
+    """Yield the training documents at these positions (sorted, in file order).
+
+    Row groups without any of them are not read.
+    """
     first = 0
     for path in sorted(folder.glob("train-*.parquet")):
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                wanted = (
-                    positions[
-                        np.searchsorted(positions, first) : np.searchsorted(positions, first + rows)
-                    ]
-                    - first
-                )
-                if len(wanted):
-                    yield from _documents(file.read_row_group(group).take(wanted))
+                start, stop = np.searchsorted(positions, [first, first + rows])
+                chosen = positions[start:stop] - first
+                if len(chosen):
+                    yield from _documents(file.read_row_group(group).take(chosen))
                 first += rows
 
 
 def held_out(folder: Path) -> Iterator[Document]:
-    """The held-out documents, in the order in which they were read."""
+    """Yield the held-out documents in reading order."""
     return itertools.chain.from_iterable(_batches(folder / "held_out.parquet"))
 
 
@@ -285,7 +294,7 @@ def _documents(table: pa.Table) -> list[Document]:
 
 
 def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> dict[str, Any]:
-    """Totals, and the same by language; what was not read, and what could not be used."""
+    """Summarize totals, counts by language, unread files, and unusable records."""
     counts = ledger.counts
     names = [f"{part}_{unit}" for part in ("train", "held_out") for unit in ("documents", "bytes")]
     names += ["duplicates", "without_text"]
@@ -319,17 +328,17 @@ def _unread(not_read: dict[str, Any], parts: Sequence["_Part"], budget: int, sto
     )
     share = share if files > 1 else ""
     ended = [part.name for part in parts if all(stream.has_ended for stream in part.streams)]
-    why = f"text.budget_bytes={budget:,} is spent"
+    reason = f"text.budget_bytes={budget:,} is spent"
     if not stopped:
-        why = f"'{ended[0]}' has no more text, and without it the weights would not hold"
+        reason = f"'{ended[0]}' has no more text, and without it the weights would not hold"
     return (
-        f"corpus: {why}: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} bytes,"
-        f" in {not_read['files']} of {files} files, were not read{share}"
+        f"corpus: {reason}: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} "
+        f"bytes, in {not_read['files']} of {files} files, were not read{share}"
     )
 
 
 def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
-    found = summary["train_documents"] + summary["held_out_documents"]
+    documents = summary["train_documents"] + summary["held_out_documents"]
     corpus = f"the corpus '{_named(config.corpus)}'"
     broken = summary["broken"]
     skipped = (
@@ -343,7 +352,7 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
             f"{corpus} gave {found} documents within text.budget_bytes={budget:,}; two or more are"
             " needed: raise it"
         )
-    if not found:
+    if not documents:
         return (
             f"{corpus} is empty: it has no document with text in the field"
             f" '{config.text.text_field}'{skipped}"
@@ -356,14 +365,14 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     )
 
 
-# --- splitting and writing ----------------------------------------------------------------------
+# --- Splitting and writing ----------------------------------------------------------------------
 
 
 class _Split:
-    """Sends each document to the training or the held-out side.
+    """Distributes documents to the training and the held-out side.
 
-    Per language the training document with the smallest hash is kept back until the end, in case
-    the language has no held-out document by then.
+    For each language the training document with the smallest hash is withheld until the end, in
+    case the language has no held-out document by then.
     """
 
     def __init__(
@@ -378,11 +387,11 @@ class _Split:
         if int.from_bytes(digest[:8], "big") < self._threshold:
             self._send("held_out", document)
             return
-        kept_back = self._smallest.get(document.language)
-        if kept_back is None or digest < kept_back[0]:
+        withheld = self._smallest.get(document.language)
+        if withheld is None or digest < withheld[0]:
             self._smallest[document.language] = (digest, document)
-            if kept_back is not None:
-                self._send("train", kept_back[1])
+            if withheld is not None:
+                self._send("train", withheld[1])
         else:
             self._send("train", document)
 
@@ -392,7 +401,7 @@ class _Split:
         for _, document in candidates:
             trained = self._counts[document.language, "train_documents"]
             held = self._counts[document.language, "held_out_documents"]
-            # A corpus of one document a language still needs something to be measured on.
+            # A corpus of one document per language still needs held-out text.
             lacking = (trained and not held) or (not anything and len(candidates) > 1)
             self._send("held_out" if lacking else "train", document)
             anything += bool(lacking)
@@ -404,8 +413,10 @@ class _Split:
 
 
 class _Writer:
-    """Parquet files of about `file_bytes` of text each (None: a single file), in row groups of
-    `GROUP_BYTES`."""
+    """Writes Parquet files of about `file_bytes` of text each (None: a single file).
+
+    Row groups have `GROUP_BYTES` of text.
+    """
 
     def __init__(self, folder: Path, pattern: str, file_bytes: int | None):
         self._folder, self._pattern, self._file_bytes = folder, pattern, file_bytes
@@ -442,12 +453,12 @@ class _Writer:
 
 
 class _Seen(contextlib.AbstractContextManager):
-    """The set of digests seen so far, on disk."""
+    """Set of digests on disk."""
 
     def __init__(self, path: Path):
         self._path = path
         self._database = sqlite3.connect(path, isolation_level=None)
-        # Nothing here outlives the run, so nothing needs to survive a crash.
+        # The file does not outlive the run, so it needs no protection against crashes.
         self._database.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; PRAGMA"
             " cache_size=-200000;CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN;"
@@ -463,30 +474,31 @@ class _Seen(contextlib.AbstractContextManager):
         self._path.unlink(missing_ok=True)
 
 
-# --- reading ------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------
 
 
 class _Ledger:
-    """What the streams of a corpus count together."""
+    """Counts that the streams of a corpus share."""
 
     def __init__(self, config: TextConfig, log: Log, check_chat: ChatCheck = _any_chat):
         self.config, self._log, self.check_chat = config, log, check_chat
         self.counts: Counter[tuple[str, str]] = Counter()
-        """By language and by what is counted."""
+        """Counts by language and by name."""
         self.sources: Counter[str] = Counter()
-        """Bytes kept by part of the corpus."""
+        """Bytes taken, by part of the corpus."""
         self.records = self.broken = self._pooled = 0
         self.first = ""
-        """The first record that could not be used: where it stands, and why."""
+        """Place and problem of the first unusable record."""
         self._languages: set[str] = set()
 
-    def add_broken(self, what: str) -> None:
-        """
+    def add_broken(self, problem: str) -> None:
+        """Count an unusable record.
+
         Raises:
           UserError: there are more than `text.max_broken_share` allows.
         """
         self.broken += 1
-        self.first = self.first or what
+        self.first = self.first or problem
         share = self.config.max_broken_share
         if self.broken > (SPARED + share * self.records if share else 0):
             raise UserError(
@@ -496,7 +508,7 @@ class _Ledger:
             )
 
     def language(self, name: str) -> str:
-        """`name`, or `OTHER` where there are too many languages already."""
+        """Return `name`, or `OTHER` if there are too many languages already."""
         if name not in self._languages:
             if len(self._languages) >= MOST_LANGUAGES:
                 self._warn_of_languages()
@@ -527,28 +539,30 @@ class _Ledger:
 
 
 class _Unusable(Exception):
-    """What is wrong with a record."""
+    """An unusable record; the message describes the problem."""
 
 
 class _Stream:
-    """The documents of a source, one by one. `peek` and `take` go on where they were after
-    `close`."""
+    """Documents of a source, one by one.
+
+    After `close`, `peek` and `take` continue at the same document.
+    """
 
     def __init__(self, source: Source, part: str, ledger: _Ledger, config: TextConfig):
         self.source, self.position, self.has_ended = source, Position(), False
         self._part, self._config = part, config
         self.waiting = 0
-        """Bytes of the document that comes next; 0 where it was not looked at."""
+        """Bytes of the next document; 0 before `peek`."""
         self._ledger = ledger
         self._read, self._usable, self._first = 0, 0, ""
         self._records: Iterator[Record] | None = None
         self._next: tuple[Document, bytes] | None = None
 
     def peek(self) -> tuple[Document, bytes] | None:
-        """The next document with text, and the SHA-256 of its UTF-8; None where there is none.
+        """Return the next document with text, and the SHA-256 of its UTF-8; None at the end.
 
         Raises:
-          UserError: the source cannot be read, or too many of its records cannot be used.
+          UserError: the source cannot be read, or too many of its records are unusable.
         """
         while self._next is None and not self.has_ended:
             if self._records is None:
@@ -567,17 +581,17 @@ class _Stream:
         return self._next
 
     def take(self) -> None:
-        """Goes on behind the document that `peek` gave."""
+        """Advance past the document returned by `peek`."""
         self._next, self.waiting = None, 0
 
     def is_spent(self) -> bool:
-        """Whether no document is left; where the file is closed, as far as is known."""
+        """Return whether no document remains; for a closed file, as far as is known."""
         if self._records is not None:
             self.peek()
         return self.has_ended
 
     def close(self) -> None:
-        """Closes the file. What `peek` gave is not held in memory."""
+        """Close the file and release the document returned by `peek`."""
         if self._next:
             self._next = None
             self._read -= 1
@@ -590,10 +604,10 @@ class _Stream:
             if chat:
                 self._ledger.check_chat(chat)
         except (_Unusable, chats.Unusable) as problem:
-            what = f"{self.source.name}, {record.place} {problem}"
-            self._first = self._first or what
+            description = f"{self.source.name}, {record.place} {problem}"
+            self._first = self._first or description
             self._refuse_if_all_unusable(FIRST_RECORDS)
-            self._ledger.add_broken(what)
+            self._ledger.add_broken(description)
             return None
         self._usable += 1
         language = (
@@ -604,7 +618,7 @@ class _Stream:
         if not text.strip():
             self._ledger.counts[language, "without_text"] += 1
             return None
-        # JSON may hold half a surrogate pair, which no UTF-8 can.
+        # JSON can contain unpaired surrogates, which UTF-8 cannot encode.
         encoded = text.encode("utf-8", errors="replace")
         messages = json.dumps(chat, ensure_ascii=False) if chat else ""
         document = Document(encoded.decode(), language, len(encoded), self._part, messages)
@@ -619,7 +633,7 @@ class _Stream:
 
 
 class _Part(NamedTuple):
-    """A part of the corpus, and the share of the text that it is to have."""
+    """A part of the corpus, and its share of the text."""
 
     name: str
     weight: float | None
@@ -629,14 +643,17 @@ class _Part(NamedTuple):
 def _mixed(
     parts: Sequence[_Part], budget: int, is_new: Callable[[Document, bytes], bool]
 ) -> Iterator[tuple[Document, bytes]]:
-    """New documents of all parts: with weights such that these hold at any time, until one part has
-    ended; else by size."""
+    """Yield new documents of all parts.
+
+    With weights the shares hold at any time, until one part has ended; without, parts are read in
+    proportion to their size.
+    """
     if not parts[0].weight:
         yield from _drawn([stream for part in parts for stream in part.streams], budget, is_new)
         return
     weights = [(part.weight or 0) / sum(other.weight or 0 for other in parts) for part in parts]
-    # How much text the parts hold is only known when one has ended. Until then all files of a part
-    # go on side by side.
+    # The amount of text in a part is only known at its end. Until then all files of a part are read
+    # side by side.
     texts = [sum(_text_bytes(stream.source, budget) for stream in part.streams) for part in parts]
     total = min(budget, *(text / weight for text, weight in zip(texts, weights)))
     drawn = [
@@ -644,13 +661,13 @@ def _mixed(
         for part, w in zip(parts, weights)
     ]
     taken = [0.0 for _ in parts]
-    while found := next(drawn[(least := int(np.argmin(taken)))], None):
-        taken[least] += found[0].bytes / weights[least]
-        yield found
+    while item := next(drawn[(least := int(np.argmin(taken)))], None):
+        taken[least] += item[0].bytes / weights[least]
+        yield item
 
 
 def _text_bytes(source: Source, budget: int) -> int:
-    """About how much text a source holds."""
+    """Estimate the bytes of text in a source."""
     is_plain = Path(source.name).suffix in PLAIN
     return budget if source.size is None else source.size * (1 if is_plain else EXPANSION)
 
@@ -665,29 +682,28 @@ def _shares(sources: Counter[str]) -> str:
 def _drawn(
     streams: Sequence[_Stream], planned: int, is_new: Callable[[Document, bytes], bool]
 ) -> Iterator[tuple[Document, bytes]]:
-    """New documents of all streams, of each stream as many bytes as its size makes it due, until
-    all have ended.
+    """Yield new documents of all streams in proportion to the streams' sizes, until all have ended.
 
-    The streams are read one after the other up to their share of `planned`. What a stream leaves of
-    its share because its next document is larger goes to the one after it, so that of many small
-    files some are read whole. What streams leave because they ended is shared by the others in
-    another round. Where no more than a hundredth is left there is another round of `planned` bytes:
-    who asked for so many does not take them.
+    Streams are read one after the other up to their share of `planned` bytes. A remainder of a
+    share that is smaller than the stream's next document passes to the next stream, so that some of
+    many small files are read completely. Shares of streams that have ended are divided among the
+    others in another round. If at most a hundredth remains, another round of `planned` bytes
+    follows; the caller stops at its budget.
     """
     suspended: list[_Stream] = []
     amount = float(planned)
-    while going_on := [stream for stream in streams if not stream.has_ended]:
-        sizes = _sizes(going_on)
+    while active := [stream for stream in streams if not stream.has_ended]:
+        sizes = _sizes(active)
         total = sum(sizes)
         due, spare, progressed = 0.0, 0.0, False
-        for stream, size in zip(going_on, sizes):
+        for stream, size in zip(active, sizes):
             due += amount * size / total
-            while stream.waiting <= due and (found := stream.peek()) and found[0].bytes <= due:
+            while stream.waiting <= due and (item := stream.peek()) and item[0].bytes <= due:
                 stream.take()
                 progressed = True
-                if is_new(*found):
-                    due -= found[0].bytes
-                    yield found
+                if is_new(*item):
+                    due -= item[0].bytes
+                    yield item
             if stream.has_ended:
                 spare, due, progressed = spare + due, 0.0, True
             if stream in suspended:
@@ -695,25 +711,25 @@ def _drawn(
             suspended.append(stream)
             if len(suspended) > OPEN_FILES:
                 suspended.pop(0).close()
-        left = spare + due
-        amount = left if progressed and left > planned / 100 else left + planned
+        remaining = spare + due
+        is_enough = progressed and remaining > planned / 100
+        amount = remaining if is_enough else remaining + planned
 
 
 def _sizes(streams: Sequence[_Stream]) -> list[float]:
-    """Bytes of each source, at least one; of a hub dataset, where nobody knows, as many as the
-    others have on average."""
-    known = [stream.source.size for stream in streams if stream.source.size is not None]
-    usual = sum(known) / len(known) if known else 1
+    """Return the bytes of each source, at least one; for a hub dataset the mean of the others."""
+    sizes = [stream.source.size for stream in streams if stream.source.size is not None]
+    usual = sum(sizes) / len(sizes) if sizes else 1
     return [
         max(usual if stream.source.size is None else stream.source.size, 1) for stream in streams
     ]
 
 
 def _text_of(record: Record, config: TextConfig) -> tuple[str, str, list[dict[str, str]]]:
-    """(text, language, messages of a chat) of a record; a null text is an empty one.
+    """Return (text, language, messages of a chat) of a record; a null text is an empty one.
 
     Raises:
-      _Unusable: the record is broken, lacks a field, or its text is none.
+      _Unusable: the record is broken, lacks a field, or its text is not a string.
     """
     if record.problem:
         raise _Unusable(record.problem)
@@ -751,25 +767,27 @@ def _text_of(record: Record, config: TextConfig) -> tuple[str, str, list[dict[st
 
 
 def _language(value: Any) -> str:
-    """A language's name; one that is called like the row of all languages is quoted, so that they
-    stay apart."""
+    """Return a language's name for tables and logs.
+
+    A name equal to that of the results over all languages is quoted, to keep them apart.
+    """
     if value is None or value in ("", b""):
         return UNKNOWN
     name = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
     name = name.encode("utf-8", errors="replace").decode()
-    # It stands in tables and lines of the log, where a line end or control character would do harm.
+    # Line ends and control characters would break tables and log lines.
     name = "".join(c if c.isprintable() else "?" for c in " ".join(name.split())) or UNKNOWN
     return f"'{name}'" if name == ALL else name
 
 
 def _settings(config: Config) -> TextConfig:
-    """How text is read; no language where results are told apart by source."""
+    """Return the settings of reading; without a language field if results are grouped by source."""
     by_source = config.text.group_by == "source"
     return dataclasses.replace(config.text, language_field="") if by_source else config.text
 
 
 class _Entry(NamedTuple):
-    """A name in `config.corpus`, its weight if it has one, and what it stands for."""
+    """A name in `config.corpus`, its weight if it has one, and its sources."""
 
     name: str
     weight: float | None
@@ -789,30 +807,31 @@ def _parts(config: Config, ledger: _Ledger) -> list[_Part]:
 
 
 def _entries(config: Config) -> list[_Entry]:
-    """What `config.corpus` names, in the order given.
+    """List the entries of `config.corpus` in order.
 
     Raises:
-      UserError: it names nothing, what is not there, or gives weights to some of its names only.
+      UserError: it names nothing, something that does not exist, or gives weights to only some of
+        its names.
     """
-    found = _names(config)
-    if not found:
+    weighted = _names(config)
+    if not weighted:
         raise UserError(
             "the corpus is an empty name: give files (path or glob), a hub dataset, or 'embedded'"
         )
-    bare = [name for name, weight in found if weight is None]
-    if 0 < len(bare) < len(found):
+    bare = [name for name, weight in weighted if weight is None]
+    if 0 < len(bare) < len(weighted):
         raise UserError(
             f"the corpus '{bare[0]}' has no weight, but others have: give all of them one, or none"
         )
-    names = [SELF if _is_self_text(name) else Path(name).name or name for name, _ in found]
-    shown = names if len(set(names)) == len(names) else [name for name, _ in found]
-    # A name that is not in the encoding of the locale has its bytes as lone surrogates.
+    names = [SELF if _is_self_text(name) else Path(name).name or name for name, _ in weighted]
+    shown = names if len(set(names)) == len(names) else [name for name, _ in weighted]
+    # File names that are not valid in the locale's encoding contain lone surrogates.
     shown = [
         name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
         for name in shown
     ]
     entries = []
-    for short, (name, weight) in zip(shown, found):
+    for short, (name, weight) in zip(shown, weighted):
         settings = _settings(config)
         if _is_self_text(name):
             language = settings.language_field and _SELF_FIELDS["language_field"]
@@ -824,9 +843,9 @@ def _entries(config: Config) -> list[_Entry]:
 
 
 def _names(config: Config) -> list[tuple[str, float | None]]:
-    """The names in `config.corpus` and their weights."""
-    given = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
-    return [_weighted(name) for names in given for name in reading.split(names)]
+    """List the names in `config.corpus` with their weights."""
+    lists = [config.corpus] if isinstance(config.corpus, str) else list(config.corpus)
+    return [_weighted(name) for names in lists for name in reading.split(names)]
 
 
 def _not_written(position: Position) -> Iterator[Record]:
@@ -845,7 +864,7 @@ def _is_self_text(name: str) -> bool:
 
 
 def _weighted(name: str) -> tuple[str, float | None]:
-    """A name and its weight, of `name=weight`; None where there is none."""
+    """Split `name=weight` into a name and a weight, None without one."""
     match = None if reading.exists(Path(name)) else _WEIGHT.fullmatch(name)
     if not match:
         return name, None
@@ -859,7 +878,7 @@ def _weighted(name: str) -> tuple[str, float | None]:
 
 
 def _expected_bytes(config: Config, streams: Sequence[_Stream]) -> int:
-    """Bytes of text to come, where that can be told beforehand; else 0."""
+    """Estimate the bytes of text to read; 0 if that cannot be known before reading."""
     sources = [stream.source for stream in streams]
     is_plain = all(Path(source.name).suffix in PLAIN for source in sources)
     return (

@@ -1,12 +1,12 @@
-"""Extending a vocabulary: the source tokenizer with further tokens that are mined from text.
+"""Vocabulary extension: the source tokenizer with new tokens mined from text.
 
-Byte pair encoding continues where the source stopped. Text is tokenised by the source tokenizer;
+Byte pair encoding continues from the source's merges. Text is tokenized by the source tokenizer;
 repeatedly the most frequent pair of neighbouring tokens becomes a token (Sennrich et al. 2016,
-section 3.2), and its merge is appended to the existing ones. So every text is first tokenised as
-before, and then some neighbours
-are joined: no text gets longer, and no old token gets another id or meaning. Characters that a
-SentencePiece vocabulary spells in bytes, or does not know, may become tokens, too (a text of
-unknown ones may get longer, since several may have been one unknown token).
+section 3.2), and its merge is appended to the existing ones. Every text is thus first tokenized as
+before, then some neighbours are joined: no text gets longer, and no old token changes its id or
+meaning. Characters that a SentencePiece vocabulary spells in bytes, or does not know, may become
+tokens too (a text of unknown characters may get longer, since several may have been one unknown
+token).
 """
 
 import heapq
@@ -33,31 +33,38 @@ from tokalign_jax.text.editing import edited
 from tokalign_jax.utils.progress import Log, Progress, quantity
 
 BATCH_BYTES = 4 << 20
-"""Text that is cut at once."""
+"""Bytes of text tokenized at once."""
 LONGEST_WORD = 256
-"""Tokens of a word, at most; longer ones are counted in parts, since cost is quadratic in the
-length."""
+"""Tokens per word, at most; longer words are counted in parts, since the cost is quadratic in the
+length.
+"""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Mined(NamedTuple):
-    """New tokens, as the tokenizer spells them, each with the number of tokens that it saves in the
-    text."""
+    """New tokens as spelled, each with the number of tokens that it saves in the text."""
 
     characters: list[tuple[str, int]]
     """Characters that were spelled in bytes, the most useful first."""
     merges: list[tuple[str, str, int]]
-    """Pairs that were joined, in order."""
+    """Joined pairs, in order."""
 
 
 def run(
     config: Config, corpus_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """Writes `tokenizer` with tokens mined from the training documents in `corpus_folder`
-    (`config.extend`) to `folder`.
+    """Extend `tokenizer` with tokens mined from the training documents, and write it to `folder`.
 
-    Returns: the sizes of both vocabularies, and the bytes that were read.
+    Args:
+      config: `extend` has the settings.
+      corpus_folder: the corpus artifact.
+      tokenizer: the source tokenizer.
+      folder: receives the tokenizer.
+      log: receives progress and warnings.
+
+    Returns:
+      The sizes of both vocabularies, and the bytes that were read.
     """
     settings = config.extend
     texts = sample(corpus_folder, settings.budget_bytes, config.seed)
@@ -65,10 +72,10 @@ def run(
         tokenizer, texts, settings.new_tokens, min_count=settings.min_count, log=log
     )
     before, after = vocabulary_size(tokenizer), vocabulary_size(extended)
-    log(f"extend: {after - before:,} new tokens behind {before:,}")
+    log(f"extend: {after - before:,} new tokens after {before:,}")
     if after == before:
         log(
-            f"extend: warning: nothing stands {settings.min_count} times in the"
+            f"extend: warning: nothing occurs {settings.min_count} times in the"
             f" {quantity(sum(map(len, texts)))} characters that were read and is not a token yet:"
             " lower extend.min_count, or give more text"
         )
@@ -81,9 +88,11 @@ def run(
 
 
 def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
-    """Training documents of at most so many bytes, drawn at random so that each part of the corpus
-    has its share; the last one is truncated. If few documents make the draw less than half of that,
-    the first ones."""
+    """Sample training documents of at most `budget_bytes`; the last one is truncated.
+
+    Each document is drawn at random, so that each part of the corpus has its share. If the draw has
+    less than half of the budget because documents are few, the first documents are taken.
+    """
     total = json.loads((corpus_folder / "summary.json").read_text(encoding="utf-8"))["train_bytes"]
     random = np.random.default_rng(seed)
     texts = _drawn(corpus_folder, budget_bytes, lambda: random.random() < budget_bytes / total)
@@ -92,19 +101,19 @@ def sample(corpus_folder: Path, budget_bytes: int, seed: int) -> list[str]:
     return texts
 
 
-def _drawn(corpus_folder: Path, budget_bytes: int, wanted: Callable[[], bool]) -> list[str]:
-    texts, left = [], budget_bytes
+def _drawn(corpus_folder: Path, budget_bytes: int, is_chosen: Callable[[], bool]) -> list[str]:
+    texts, remaining = [], budget_bytes
     for document in itertools.chain.from_iterable(corpus.train_batches(corpus_folder)):
-        if wanted():
-            texts.append(document.text.encode()[:left].decode(errors="ignore"))
-            left -= document.bytes
-        if left <= 0:
+        if is_chosen():
+            texts.append(document.text.encode()[:remaining].decode(errors="ignore"))
+            remaining -= document.bytes
+        if remaining <= 0:
             break
     return texts
 
 
 def largest_size(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Upper bound on the rows of the extended vocabulary, known before text is read."""
+    """Return an upper bound on the rows of the extended vocabulary, before text is read."""
     return vocabulary_size(tokenizer) + config.extend.new_tokens + bool(config.end_of_text)
 
 
@@ -117,25 +126,27 @@ def extended_tokenizer(
     longest: int = 24,
     log: Log = lambda line: None,
 ) -> PreTrainedTokenizerBase:
-    """`tokenizer` with up to `new_tokens` more tokens, whose ids begin behind its largest one.
+    """Extend `tokenizer` by up to `new_tokens` tokens, whose ids follow its largest one.
 
-    The same texts in the same order give the same tokenizer. A few tens of megabytes of text are
-    enough, and as much as is read in a minute or two.
+    The same texts in the same order give the same tokenizer. A few tens of megabytes of text
+    suffice, which are read in a minute or two.
 
     Args:
-      texts: what the new tokens are to be frequent in.
-      new_tokens: fewer come where the text has no more pairs of `min_count`.
-      min_count: the fewest times that a new token must stand in the text.
-      longest: characters of a new token as it is spelled (bytes, of byte-level tokenizers).
+      tokenizer: the source tokenizer.
+      texts: text in which the new tokens are frequent.
+      new_tokens: upper bound; fewer are added if the text has no more pairs of `min_count`.
+      min_count: occurrences that a new token needs in the text.
+      longest: characters of a new token as spelled (bytes, for byte-level tokenizers).
+      log: receives progress.
 
     Raises:
-      UserError: the tokenizer has no merges to go on with (Unigram, WordPiece).
+      UserError: the tokenizer has no merges to continue (Unigram, WordPiece).
     """
     check(tokenizer)
     characters = unknown_characters(tokenizer, texts, min_count)[:new_tokens]
-    cutting = _with_tokens(tokenizer, Mined(characters, []))
-    words = count_words(cutting, texts, log)
-    mined = _best(characters, mine(cutting, words, new_tokens, min_count, longest), new_tokens)
+    base = _with_tokens(tokenizer, Mined(characters, []))
+    words = count_words(base, texts, log)
+    mined = _best(characters, mine(base, words, new_tokens, min_count, longest), new_tokens)
     log(
         f"extend: {len(mined.characters):,} characters and {len(mined.merges):,} merges of"
         f" {len(words):,} different words"
@@ -144,10 +155,10 @@ def extended_tokenizer(
 
 
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether a vocabulary can be extended.
+    """Check that a vocabulary can be extended.
 
     Raises:
-      UserError: it has no merges to go on with.
+      UserError: it has no merges to continue.
     """
     model = plain_backend(tokenizer).model
     is_bpe = isinstance(model, tokenizers.models.BPE)
@@ -161,21 +172,22 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-# --- the old vocabulary -------------------------------------------------------------------------
+# --- Old vocabulary -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What there is, and what may be joined."""
+    """The existing tokens, and constraints on new ones."""
 
     spelled: list[str]
-    """Every id's token; "" for an id that has none."""
+    """The string of every id; "" for unused ids."""
     mergeable: Bool[np.ndarray, "V"]
     """Whether a token may be part of a new one: not special, not added, not a byte token."""
     mark: str
-    """`▁` of SentencePiece's kind, else ""."""
+    """`▁` for SentencePiece's kind, else ""."""
     digits: int
-    """The longest run of digits in a token: a vocabulary that cuts numbers goes on to do so."""
+    """The longest run of digits in a token, so that a vocabulary that splits numbers continues to.
+    """
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_Vocabulary":
@@ -196,10 +208,10 @@ class _Vocabulary:
         return cls(spelled, mergeable, mark, max(map(len, runs), default=0))
 
     def allows(self, token: str, longest: int) -> bool:
-        """Whether `token`, the text of a pair, is one that this vocabulary might have had.
+        """Return whether `token`, the text of a pair, is one that this vocabulary might have had.
 
-        SentencePiece's are of one kind of characters (letters, digits, others) behind at most one
-        `▁`, or all `▁`: there is no pre-tokenizer that would see to it.
+        SentencePiece tokens have characters of one kind (letters, digits, others) after at most one
+        `▁`, or only `▁`; no pre-tokenizer ensures that here.
         """
         if len(token) > longest or any(len(run) > self.digits for run in re.findall(r"\d+", token)):
             return False
@@ -211,7 +223,7 @@ class _Vocabulary:
 
 
 def _kind(character: str) -> str:
-    """Letters with their marks, digits, or others."""
+    """Classify a character: letter (or its mark), digit, or other."""
     return {"L": "letter", "M": "letter", "N": "digit"}.get(
         unicodedata.category(character)[0], "other"
     )
@@ -220,10 +232,10 @@ def _kind(character: str) -> str:
 def unknown_characters(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_count: int
 ) -> list[tuple[str, int]]:
-    """Characters that the vocabulary lacks, with the tokens that they would spare, the most useful
-    first.
+    """Return characters that the vocabulary lacks, with the tokens they would save, best first.
 
-    A byte-level vocabulary lacks none. One without bytes gains a known token for an unknown.
+    A byte-level vocabulary lacks none. One without byte tokens gains a known token for an unknown
+    one.
     """
     if not space_mark(tokenizer):
         return []
@@ -232,7 +244,7 @@ def unknown_characters(
     for text in texts:
         counts.update(backend.normalizer.normalize_str(text) if backend.normalizer else text)
     without_bytes = not getattr(backend.model, "byte_fallback", False)
-    spared = {
+    saved = {
         character: count * max(len(character.encode("utf-8", "replace")) - 1, int(without_bytes))
         for character, count in counts.items()
         if count >= min_count
@@ -240,18 +252,20 @@ def unknown_characters(
         and backend.token_to_id(character) is None
         and character != " "
     }
-    return sorted(((c, n) for c, n in spared.items() if n), key=lambda item: (-item[1], item[0]))
+    return sorted(((c, n) for c, n in saved.items() if n), key=lambda item: (-item[1], item[0]))
 
 
-# --- words --------------------------------------------------------------------------------------
+# --- Words --------------------------------------------------------------------------------------
 
 
 def count_words(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], log: Log
 ) -> Counter[bytes]:
-    """How often each run of tokens occurs within which neighbours may be joined, as the bytes of
-    int32 ids; only runs of two tokens and more. They end where the pre-tokenizer cuts, before a
-    `▁`, and at tokens that cannot be joined."""
+    """Count the runs of tokens within which neighbours may be joined.
+
+    Runs are keyed by the bytes of their int32 ids and have at least two tokens. They end where the
+    pre-tokenizer splits, before a `▁`, and at tokens that cannot be joined.
+    """
     vocabulary, backend = _Vocabulary.of(tokenizer), plain_backend(tokenizer)
     mark = vocabulary.mark
     begins = np.array([bool(mark) and token.startswith(mark) for token in vocabulary.spelled])
@@ -293,7 +307,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# --- merges -------------------------------------------------------------------------------------
+# --- Merges -------------------------------------------------------------------------------------
 
 
 def mine(
@@ -303,15 +317,14 @@ def mine(
     min_count: int,
     longest: int,
 ) -> list[tuple[str, str, int]]:
-    """The next merges, in order: both tokens, and how often they stand side by side in `words` by
-    then.
+    """Return the next merges in order: both tokens, and their frequency at that point.
 
-    Of pairs that are as frequent, the one of the lowest ids comes first. A pair whose text is a
-    token already is left: its merge could set off old ones, and the text would no longer be cut as
+    Of equally frequent pairs, the one of the lowest ids comes first. A pair whose text is already a
+    token is skipped: its merge could trigger old ones, and the text would no longer be tokenized as
     counted.
     """
     vocabulary = _Vocabulary.of(tokenizer)
-    spelled, known = list(vocabulary.spelled), set(vocabulary.spelled)
+    spelled, existing = list(vocabulary.spelled), set(vocabulary.spelled)
     cut = [np.frombuffer(word, np.int32).tolist() for word in words]
     counts = list(words.values())
     pairs: Counter[tuple[int, int]] = Counter()
@@ -323,7 +336,9 @@ def mine(
 
     def candidate(pair: tuple[int, int]) -> bool:
         text = spelled[pair[0]] + spelled[pair[1]]
-        return pairs[pair] >= min_count and text not in known and vocabulary.allows(text, longest)
+        return (
+            pairs[pair] >= min_count and text not in existing and vocabulary.allows(text, longest)
+        )
 
     heap = [(-count, pair) for pair, count in pairs.items() if candidate(pair)]
     heapq.heapify(heap)
@@ -332,14 +347,14 @@ def mine(
         claimed, pair = heapq.heappop(heap)
         if not candidate(pair):
             continue
-        if pairs[pair] != -claimed:  # other merges took some of its tokens
+        if pairs[pair] != -claimed:  # Other merges used some of its tokens.
             heapq.heappush(heap, (-pairs[pair], pair))
             continue
         first, second = (spelled[i] for i in pair)
         merges.append((first, second, pairs[pair]))
         new = len(spelled)
         spelled.append(first + second)
-        known.add(first + second)
+        existing.add(first + second)
         fresh = set()
         for i in set(where.pop(pair)):
             before, after = cut[i], _joined(cut[i], pair, new)
@@ -358,7 +373,7 @@ def mine(
 
 
 def _joined(tokens: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`tokens` with `new` for every `pair`, from the left."""
+    """Replace every `pair` in `tokens` by `new`, from the left."""
     result, i = [], 0
     while i < len(tokens):
         if i + 1 < len(tokens) and (tokens[i], tokens[i + 1]) == pair:
@@ -373,29 +388,31 @@ def _joined(tokens: list[int], pair: tuple[int, int], new: int) -> list[int]:
 def _best(
     characters: Sequence[tuple[str, int]], merges: Sequence[tuple[str, str, int]], count: int
 ) -> Mined:
-    """The `count` tokens that save the most. A merge saves no more than its characters, so these
-    come first."""
+    """Return the `count` tokens that save the most.
+
+    A merge saves no more than its characters, so these come first.
+    """
     ranked = sorted(
         [(-n, 0, i) for i, (_, n) in enumerate(characters)]
         + [(-n, 1, i) for i, (*_, n) in enumerate(merges)]
     )
-    kept = [sum(kind == of for _, kind, _ in ranked[:count]) for of in (0, 1)]
-    return Mined(list(characters[: kept[0]]), list(merges[: kept[1]]))
+    counts = [sum(kind == other for _, kind, _ in ranked[:count]) for other in (0, 1)]
+    return Mined(list(characters[: counts[0]]), list(merges[: counts[1]]))
 
 
-# --- the new tokenizer --------------------------------------------------------------------------
+# --- New tokenizer ------------------------------------------------------------------------------
 
 
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, mined: Mined) -> PreTrainedTokenizerBase:
-    """A copy of `tokenizer` with the mined tokens."""
+    """Return a copy of `tokenizer` with the mined tokens."""
     new = [character for character, _ in mined.characters] + [
         first + second for first, second, _ in mined.merges
     ]
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
 
     def extend(state: dict[str, Any], settings: dict[str, Any]) -> None:
-        # Added tokens that the model does not have get their ids when they are read: those behind
-        # the model's, so that they would move. What the model has keeps its id.
+        # Added tokens that the model does not have get ids after the model's when they are read,
+        # so they would move. Tokens of the model keep their ids.
         state["model"]["vocab"] |= added | {
             token: i for i, token in enumerate(new, vocabulary_size(tokenizer))
         }

@@ -1,10 +1,10 @@
 """The same text in the tokens of two tokenizers, packed into rows for a student and its teacher.
 
-A row holds whole documents, the last one cut: the target's tokens, the source's tokens of the same
-documents, and for each position of the target the position of the source at which both have read
-the same text (`boundaries.py`).
+A row has whole documents, the last one truncated: the target's tokens, the source's tokens of the
+same documents, and for each position of the target the position of the source at which both have
+read the same text (`boundaries.py`).
 
-B rows, T target tokens of a row less one, S source tokens.
+Letters: B rows, T + 1 target tokens of a row, S source tokens of a row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from tokalign_jax.text.boundaries import NONE, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
 
 ROOM = 1.35
-"""Source tokens that fit into a row, per target token; documents that need more are truncated."""
+"""Source tokens that fit into a row, per target token; longer documents are truncated."""
 PASSAGE, SHORTEST_PASSAGE = 1500, 80
-"""Characters."""
+"""Characters per passage, at most and at least."""
 SHORTEST = 16
-"""No document is started in the last so many target tokens of a row."""
+"""Target tokens left in a row below which no document is started in it."""
 
 
 class Pair(NamedTuple):
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
     source: Int[np.ndarray, "n"]
     source_ends: Int[np.ndarray, "n"]
-    """Characters read after each token; `NONE` where that is no whole number of them."""
+    """Characters read after each token; `NONE` if it ends within a character."""
     target: Int[np.ndarray, "m"]
     target_ends: Int[np.ndarray, "m"]
 
@@ -39,12 +39,13 @@ class Rows(NamedTuple):
     """Packed documents, int32."""
 
     target: Int[np.ndarray, "B T+1"]
-    """`NONE` behind the last document."""
+    """Padded with `NONE`."""
     source: Int[np.ndarray, "B S"]
-    """0 behind the last document."""
+    """Padded with 0."""
     positions: Int[np.ndarray, "B T"]
-    """The position in `source` at which the same text has been read as at this position of
-    `target`; or `NONE`."""
+    """Position in `source` at which the same text has been read as at this position of `target`, or
+    `NONE`.
+    """
 
 
 class Pairing(NamedTuple):
@@ -54,50 +55,52 @@ class Pairing(NamedTuple):
     target: PreTrainedTokenizerBase
     starts: tuple[int, int]
     special: Mapping[int, int]
-    """Target id for source id."""
+    """Target id by source id."""
 
     def pair(self, passages: Sequence[Iterable[tuple[str, int | None]]]) -> list[Pair]:
-        """Passages of (text, source's special token behind it or None) in both sides' tokens.
+        """Tokenize passages of (text, the source's special token after it or None) for both sides.
 
-        A special token without a counterpart in the target is left out, on both sides.
+        Special tokens without a counterpart in the target are dropped on both sides.
         """
         flat = [(i, *segment) for i, passage in enumerate(passages) for segment in passage]
         texts = [text for _, text, _ in flat]
         sides = [token_boundaries(plain_backend(t), texts) for t in (self.source, self.target)]
-        found = [[([start], [0]) for start in self.starts] for _ in passages]
+        collected = [[([start], [0]) for start in self.starts] for _ in passages]
         read = [0] * len(passages)
         for (number, text, special), *boundaries in zip(flat, *sides):
-            for (ids, ends), side in zip(found[number], boundaries):
+            for (ids, ends), side in zip(collected[number], boundaries):
                 ids.extend(side.ids.tolist())
                 ends.extend(np.where(side.ends == NONE, NONE, side.ends + read[number]).tolist())
             read[number] += len(text)
             if special is not None and special in self.special:
                 read[number] += 1
-                for (ids, ends), token in zip(found[number], (special, self.special[special])):
+                for (ids, ends), token in zip(collected[number], (special, self.special[special])):
                     ids.append(token)
                     ends.append(read[number])
-        arrays = [[np.array(values) for side in sides_ for values in side] for sides_ in found]
+        arrays = [[np.array(x) for side in passage for x in side] for passage in collected]
         return [Pair(*four) for four in arrays if len(four[0]) > 1 and len(four[2]) > 1]
 
 
 def passages(text: str) -> list[str]:
-    """The text in passages of at most `PASSAGE` characters, divided after white space where
-    possible; a rest shorter than `SHORTEST_PASSAGE` is dropped."""
-    found = []
+    """Split text into passages of at most `PASSAGE` characters, after white space where possible.
+
+    A remainder shorter than `SHORTEST_PASSAGE` is dropped.
+    """
+    parts = []
     while len(text) > PASSAGE:
         cut = max(text.rfind(" ", 1, PASSAGE), text.rfind("\n", 1, PASSAGE)) + 1 or PASSAGE
-        found.append(text[:cut])
+        parts.append(text[:cut])
         text = text[cut:]
-    return found + [text] * (len(text) >= SHORTEST_PASSAGE or not found)
+    return parts + [text] * (len(text) >= SHORTEST_PASSAGE or not parts)
 
 
 def source_length(length: int) -> int:
-    """S of rows with T = `length`, a multiple of 64."""
+    """Return S of rows with T = `length`, a multiple of 64."""
     return -(-int(length * ROOM) // 64) * 64
 
 
 def pack(pairs: Sequence[Pair], order: Iterable[int], length: int) -> Rows:
-    """Rows of T = `length` of the pairs in this order."""
+    """Pack the pairs in this order into rows of T = `length`."""
     width, rows, row = source_length(length), [], _Row()
     for number in order:
         if len(row.target) > max(0, length - SHORTEST):
@@ -116,10 +119,10 @@ class _Row:
         self.positions: list[int] = []
 
     def add(self, pair: Pair, most: int) -> None:
-        """As much of a document as the row has room for."""
+        """Append as much of a document as fits into the row."""
         room, begin = most - len(self.target), len(self.source)
         target, ends = pair.target[:room], pair.target_ends[:room]
-        # Source tokens that end behind the target's last one are not read.
+        # Source tokens that end after the target's last one are dropped.
         last = ends.max()
         beyond = np.flatnonzero(pair.source_ends > last)
         stop = beyond[0] if len(beyond) else len(pair.source)
@@ -133,6 +136,6 @@ class _Row:
         positions = np.full(length, NONE, np.int32)
         target[: len(self.target)] = self.target
         source[: min(width, len(self.source))] = self.source[:width]
-        kept = np.array(self.positions[:length], np.int32)
-        positions[: len(kept)] = np.where(kept < width, kept, NONE)
+        inside = np.array(self.positions[:length], np.int32)
+        positions[: len(inside)] = np.where(inside < width, inside, NONE)
         return target, source, positions

@@ -1,13 +1,13 @@
-"""Pruning a vocabulary: the source tokenizer without the tokens that a corpus does not need.
+"""Vocabulary pruning: the source tokenizer without the tokens that a corpus does not need.
 
-What stays: tokens that the text has often enough, special and added tokens, what the chat template
-is written with, and everything that they are built from. So text that uses none of the removed
-tokens is split as before, and any other text is spelled with the tokens that are left: it gets
-longer, and decodes to the same bytes.
+Kept are tokens that are frequent enough in the text, special and added tokens, the tokens of the
+chat template, and everything that they are built from. Text that uses none of the removed tokens is
+thus split as before; any other text is spelled with the remaining tokens: it gets longer, and
+decodes to the same bytes.
 
-- BPE: each token that stays keeps the merges that build it, and with them the tokens that these
-  merges pass through. Merges of other tokens go.
-- Bytes, or single characters where a vocabulary has no bytes, always stay.
+- BPE: each kept token keeps the merges that build it, and the tokens that these merges pass
+  through. Other merges are removed.
+- Bytes, or single characters in a vocabulary without bytes, are always kept.
 - Tokens keep their order; new ids are 0, 1, 2, ...
 """
 
@@ -32,22 +32,31 @@ from tokalign_jax.utils.progress import Log, Progress
 
 KEPT, SUMMARY = "kept.npy", "pruned.json"
 BATCH = 256
-"""Texts that are split at once."""
+"""Texts tokenized at once."""
 MEASURED_BYTES = 2_000_000
-"""Held-out text on which the cost of pruning is measured, at most."""
+"""Bytes of held-out text on which the cost of pruning is measured, at most."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Pruned(NamedTuple):
+    """A pruned tokenizer and its relation to the source tokenizer."""
+
     tokenizer: PreTrainedTokenizerBase
     kept: Int[np.ndarray, "V_t"]
-    """int64: the id in the source tokenizer of each token."""
+    """int64: the id of each token in the source tokenizer."""
 
 
 def run(
     config: Config, corpus_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """Writes `tokenizer` without the tokens that the training documents do not need to `folder`.
+    """Prune `tokenizer` of tokens that training documents do not need; write it to `folder`.
+
+    Args:
+      config: `prune` has the settings.
+      corpus_folder: the corpus artifact.
+      tokenizer: the source tokenizer.
+      folder: receives the tokenizer.
+      log: receives progress and the result.
 
     Returns:
       The sizes of both vocabularies, the bytes that were read, and the tokens of held-out text with
@@ -61,8 +70,8 @@ def run(
     before, after = (int(count(t, held_out).sum()) for t in (tokenizer, pruned.tokenizer))
     sizes = vocabulary_size(tokenizer), len(pruned.kept)
     log(
-        f"prune: {sizes[1]:,} of {sizes[0]:,} tokens stay; held-out text takes {after:,} tokens "
-        f"instead of {before:,} ({after / max(before, 1) - 1:+.2%})"
+        f"prune: {sizes[1]:,} of {sizes[0]:,} tokens are kept; held-out text takes {after:,} "
+        f"tokens instead of {before:,} ({after / max(before, 1) - 1:+.2%})"
     )
     pruned.tokenizer.save_pretrained(str(folder))
     np.save(folder / KEPT, pruned.kept)
@@ -83,7 +92,7 @@ def run(
 def count(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], log: Log | None = None
 ) -> Int[np.ndarray, "V"]:
-    """int64: how often the texts have each token."""
+    """Count the occurrences of each token in the texts, int64."""
     backend, counts = plain_backend(tokenizer), np.zeros(vocabulary_size(tokenizer), np.int64)
     progress = Progress(log, "prune", sum(map(len, texts)), "characters") if log else None
     for batch in _groups(texts):
@@ -97,7 +106,7 @@ def count(
 
 
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether a vocabulary can be pruned.
+    """Check that a vocabulary can be pruned.
 
     Raises:
       UserError: it is neither BPE without marks within words, nor Unigram.
@@ -120,16 +129,17 @@ def prune(
     min_count: int = 1,
     most_tokens: int = 0,
 ) -> Pruned:
-    """`tokenizer` without its rare tokens.
+    """Return `tokenizer` without its rare tokens.
 
     Args:
-      counts: of each token in the text that the vocabulary is pruned for.
-      min_count: tokens that the text has fewer times go.
-      most_tokens: at most so many stay, the most frequent; 0: no limit. Tokens that always stay may
-        be more.
+      tokenizer: the source tokenizer.
+      counts: occurrences of each token in the text that the vocabulary is pruned for.
+      min_count: tokens that occur less often are removed.
+      most_tokens: number of tokens to keep, at most, the most frequent; 0 for no limit. Tokens that
+        are always kept may be more.
 
     Raises:
-      UserError: as `check`.
+      UserError: it is neither BPE without marks within words, nor Unigram.
     """
     check(tokenizer)
     state = json.loads(plain_backend(tokenizer).to_str())["model"]
@@ -149,11 +159,11 @@ def prune(
     return Pruned(_with(tokenizer, new_ids), order)
 
 
-# --- What stays ---------------------------------------------------------------------------------
+# --- Kept tokens --------------------------------------------------------------------------------
 
 
 def _ids(state: Mapping[str, Any]) -> dict[str, int]:
-    """The model's own tokens, added ones aside."""
+    """Return the id of each of the model's own tokens, without added ones."""
     vocabulary = state["vocab"]
     if isinstance(vocabulary, dict):
         return dict(vocabulary)
@@ -163,10 +173,10 @@ def _ids(state: Mapping[str, Any]) -> dict[str, int]:
 def _always(
     tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], ids: Mapping[str, int]
 ) -> set[int]:
-    """Tokens that stay whatever the text has."""
+    """Return tokens that are kept whatever the text contains."""
     kept = special_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
-    written = str(tokenizer.chat_template or "")
-    kept |= set(plain_backend(tokenizer).encode(written, add_special_tokens=False).ids)
+    template = str(tokenizer.chat_template or "")
+    kept |= set(plain_backend(tokenizer).encode(template, add_special_tokens=False).ids)
     bytes_ = {token for token in ids if _BYTE_TOKEN.fullmatch(token)}
     if state.get("byte_fallback") and len(bytes_) >= 256:
         kept |= {ids[token] for token in bytes_ | ({space_mark(tokenizer)} & ids.keys())}
@@ -178,41 +188,41 @@ def _always(
 
 
 def _built_from(state: Mapping[str, Any]) -> Callable[[str], Iterable[str]]:
-    """A function from a token to the tokens that its merges pass through, itself included.
+    """Return a function from a token to the tokens that its merges pass through, itself included.
 
-    Only itself where merges do not build it, as in Unigram.
+    For a token that merges do not build, as in Unigram, these are the token alone.
     """
     if state["type"] != "BPE":
         return lambda token: [token]
     ranks = {tuple(merge): rank for rank, merge in enumerate(state["merges"])}
 
     def parts(token: str) -> Iterable[str]:
-        symbols, passed = list(token), {token}
+        symbols, intermediate = list(token), {token}
         while len(symbols) > 1:
             pairs = list(itertools.pairwise(symbols))
             best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
             if pairs[best] not in ranks:
                 return [token]
-            passed.update(symbols)
+            intermediate.update(symbols)
             symbols[best : best + 2] = ["".join(pairs[best])]
-        return passed
+        return intermediate
 
     return parts
 
 
-# --- The new tokenizer --------------------------------------------------------------------------
+# --- New tokenizer ------------------------------------------------------------------------------
 
 
 def _with(
     tokenizer: PreTrainedTokenizerBase, new_ids: Mapping[str, int]
 ) -> PreTrainedTokenizerBase:
-    """A copy of `tokenizer` with these tokens alone, under these ids."""
+    """Return a copy of `tokenizer` with only these tokens, under these ids."""
     old = {index: token for token, index in tokenizer.get_vocab().items()}
 
     def edit(state: dict[str, Any], settings: dict[str, Any]) -> None:
         model = state["model"]
         if model["type"] == "BPE":
-            # With the added tokens: the library numbers those that the model lacks by itself.
+            # Including added tokens: the library would number those that the model lacks itself.
             model["vocab"] = dict(new_ids)
             model["merges"] = [
                 merge for merge in model["merges"] if {*merge, "".join(merge)} <= new_ids.keys()
@@ -243,7 +253,7 @@ def _with(
 
 
 def _renumbered(content: Any, new_ids: Mapping[str, int]) -> Any:
-    """A post-processor with the new ids of the special tokens that it names."""
+    """Return a post-processor with the new ids of the special tokens that it names."""
     if isinstance(content, list):
         if [type(part) for part in content] == [str, int]:
             return [content[0], new_ids[content[0]]]
@@ -261,7 +271,7 @@ def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _up_to(size: int, texts: Iterable[str]) -> list[str]:
-    """The first texts, of `size` bytes together or one text more."""
+    """Return the first texts, until they have `size` bytes."""
     chosen: list[str] = []
     for text in texts:
         if size <= 0:

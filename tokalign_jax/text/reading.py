@@ -1,9 +1,8 @@
-"""Records of corpus files and hub datasets, streamed: which files a name stands for, and how each
-kind is read.
+"""Streaming readers of corpus files and hub datasets: the files of a name, and their records.
 
-A file is read as it is: only a byte-order mark at its beginning is dropped. What is wrong with a
-single record (a broken line, bytes that are no UTF-8) comes with that record, and the reader goes
-on; what is wrong with the file itself is a `UserError`.
+Files are read unchanged; only a byte-order mark at the beginning is dropped. A problem of a single
+record (a malformed line, invalid UTF-8) is reported with that record, and reading continues; a
+problem of the file itself is a `UserError`.
 """
 
 import bz2
@@ -26,10 +25,11 @@ from tokalign_jax.config import EMBEDDED, TextConfig
 from tokalign_jax.errors import UserError
 
 PASSAGE_BYTES = 1 << 20
-"""A plain-text document ends at a blank line, or at the first line end past this size."""
+"""Size at which a plain-text document without blank lines ends, at the next line end."""
 LINE_BYTES = 16 << 20
-"""A line of plain text that is longer is cut, so that a file without line ends is not held in
-memory."""
+"""Length at which a line of plain text is cut, so that a file without line ends is not held in
+memory.
+"""
 
 SUPPORTED = (
     ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
@@ -37,28 +37,28 @@ SUPPORTED = (
 _COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 _BLOCK = 1 << 20
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files of the library datasets that describe the data beside them."""
+"""Files of the datasets library that describe the data beside them."""
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-"""Byte-order marks of encodings that are not read."""
+"""Byte-order marks of unsupported encodings."""
 
 
 class Record(NamedTuple):
     """One record of a source."""
 
     place: str
-    """Where it stands in the source: `line 7`, `record 7`."""
+    """Its place in the source: `line 7`, `record 7`."""
     value: Any
-    """An object with fields, if all is well."""
+    """An object with fields, if there is no problem."""
     problem: str = ""
-    """What is wrong with it, if it could not be read."""
+    """Why it could not be read; "" if it could."""
 
 
 class Position:
-    """How far a source has been read."""
+    """Progress of reading a source."""
 
     def __init__(self):
         self.bytes = 0
-        """Bytes of the file, as it is on disk."""
+        """Bytes of the file read, as stored on disk."""
 
 
 class Source(NamedTuple):
@@ -66,16 +66,16 @@ class Source(NamedTuple):
 
     name: str
     size: int | None
-    """Bytes on disk; None of a hub dataset."""
+    """Bytes on disk; None for a hub dataset."""
     records: Callable[[Position], Iterator[Record]]
     """Streams the records from the first one on."""
 
 
-# --- what a name stands for ---------------------------------------------------------------------
+# --- Names --------------------------------------------------------------------------------------
 
 
 def split(names: str) -> list[str]:
-    """The names that stand in a list with commas; a file or folder may have them in its own."""
+    """Split names separated by commas, unless there is a file or folder of that whole name."""
     return (
         [names]
         if exists(Path(names))
@@ -84,7 +84,7 @@ def split(names: str) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; a name that is too long to be one is none."""
+    """Return whether there is such a file or folder; a name too long for a path is none."""
     try:
         return path.exists()
     except OSError:
@@ -92,19 +92,17 @@ def exists(path: Path) -> bool:
 
 
 def sources(name: str, config: TextConfig) -> list[Source]:
-    """What a name (path, glob, folder or hub dataset) stands for; files of a glob or folder by
-    name.
+    """Return the sources of a name: a path, glob, folder or hub dataset.
+
+    Files of a glob or folder are sorted by name.
 
     Raises:
-      UserError: there is nothing of that name, or nothing that can be read.
+      UserError: nothing has that name, or nothing of it is readable.
     """
     path = Path(name).expanduser()
     if not exists(path):
-        return (
-            _of_pattern(name, path, config)
-            if re.search(r"[*?\[]", name)
-            else [_of_hub(name, path, config)]
-        )
+        is_pattern = re.search(r"[*?\[]", name)
+        return _pattern(name, path, config) if is_pattern else [_hub(name, path, config)]
     if path.is_dir():
         path = _split_folder(path, config.hub_split)
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) and _is_data(p, path))
@@ -114,7 +112,7 @@ def sources(name: str, config: TextConfig) -> list[Source]:
     return [_file(path, config)]
 
 
-def _of_pattern(name: str, path: Path, config: TextConfig) -> list[Source]:
+def _pattern(name: str, path: Path, config: TextConfig) -> list[Source]:
     files = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
     files = [p for p in files if p.is_file() and _is_data(p, p.parent)]
     if not files:
@@ -122,7 +120,7 @@ def _of_pattern(name: str, path: Path, config: TextConfig) -> list[Source]:
     return [_file(p, config) for p in files]
 
 
-def _of_hub(name: str, path: Path, config: TextConfig) -> Source:
+def _hub(name: str, path: Path, config: TextConfig) -> Source:
     looks_local = (
         _kind(path)
         or name.startswith((".", "/", "~"))
@@ -131,14 +129,13 @@ def _of_hub(name: str, path: Path, config: TextConfig) -> Source:
     if looks_local:
         raise UserError(
             f"the corpus file '{brief(name)[1:-1]}' does not exist (looked from {Path.cwd()}):"
-            f" {_what_there_is(path)}"
+            f" {_nearest_files(path)}"
         )
     return Source(name, None, lambda position: _hub_records(name, config))
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """Where a split's files are: below the folder if `DatasetDict.save_to_disk` made it, else in
-    it."""
+    """Return a split's folder: a subfolder if `DatasetDict.save_to_disk` wrote it."""
     listed = folder / "dataset_dict.json"
     if not listed.is_file():
         return folder
@@ -152,8 +149,10 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _is_data(path: Path, folder: Path) -> bool:
-    """Whether a file that a folder or pattern gives is meant: not hidden, no description, no cache
-    of the library datasets."""
+    """Return whether a file of a folder or pattern is data.
+
+    Hidden files, descriptions, and caches of the datasets library are not.
+    """
     if (
         any(part.startswith(".") for part in path.relative_to(folder).parts)
         or path.name in _DESCRIPTIONS
@@ -161,13 +160,12 @@ def _is_data(path: Path, folder: Path) -> bool:
         return False
     state = path.parent / "state.json"
     if path.suffix == ".arrow" and state.is_file():
-        return path.name in _listed(state)
+        return path.name in _data_files(state)
     return not (path.suffix == ".arrow" and path.name.startswith(("cache-", "tmp")))
 
 
-def _listed(state: Path) -> list[str]:
-    """The data files that `Dataset.save_to_disk` says it wrote; what `map` and `filter` leave
-    beside them is not among these."""
+def _data_files(state: Path) -> list[str]:
+    """Return the data files of `Dataset.save_to_disk`, without caches of `map` and `filter`."""
     try:
         names = [
             file["filename"]
@@ -186,8 +184,8 @@ def _listed(state: Path) -> list[str]:
     return names
 
 
-def _what_there_is(path: Path) -> str:
-    """What a mistyped path might have meant."""
+def _nearest_files(path: Path) -> str:
+    """Describe the contents of the nearest existing folder, for a mistyped path."""
     nearest = next(
         parent for parent in path.absolute().parents if exists(parent) and parent.is_dir()
     )
@@ -197,7 +195,7 @@ def _what_there_is(path: Path) -> str:
     )
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------
 
 
 def _file(path: Path, config: TextConfig) -> Source:
@@ -216,7 +214,7 @@ _Reader = Callable[[Path, TextConfig, Position], Iterator[Record]]
 
 
 def _kind(path: Path) -> _Reader | None:
-    """The reader for a file name, or None."""
+    """Return the reader for a file name, or None."""
     suffixes = [s.lower() for s in path.suffixes] or [""]
     if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -225,7 +223,7 @@ def _kind(path: Path) -> _Reader | None:
 
 
 def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
-    """`records`, with whatever goes wrong in a decoder told as trouble of the file `name`."""
+    """Yield `records`; errors of a decoder become a UserError that names the file."""
     try:
         yield from records
     except (UserError, GeneratorExit):
@@ -243,8 +241,10 @@ def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses Zstandard frames, one behind the other. Unlike the library's own reader it
-    notices a frame that is cut off."""
+    """Decompresses consecutive Zstandard frames.
+
+    Unlike the library's own reader it detects a truncated frame.
+    """
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -281,16 +281,19 @@ _DECOMPRESSED: dict[str, Callable[[Any], Any]] = {
 
 
 def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]:
-    """The lines of a text file, plain or compressed, with their ends (LF or CR LF; a lone CR ends
-    no line).
+    """Yield the lines of a text file, plain or compressed, with their ends.
+
+    Lines end with LF or CR LF; a lone CR ends no line.
 
     Args:
-      longest: bytes at which a line is cut; -1: no line is.
+      path: the file.
+      position: updated while reading.
+      longest: bytes at which a line is cut; -1 for no limit.
     """
     with path.open("rb") as file:
         decompressed = _DECOMPRESSED.get(path.suffix.lower())
         if decompressed and not path.stat().st_size:
-            raise EOFError  # some decompressors take nothing at all for an empty text
+            raise EOFError  # Some decompressors accept an empty file as an empty text.
         content = io.BufferedReader(decompressed(file), _BLOCK) if decompressed else cast(Any, file)
         for number in itertools.count():
             line = content.readline(longest)
@@ -310,14 +313,13 @@ def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]
 
 
 def _json_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
-    """JSON Lines, or one array of objects (which is held in memory).
+    """Yield records of JSON Lines, or of one array of objects (which is held in memory).
 
-    Records are parsed one by one, not as a table: fields that are not asked for may change their
-    type at will.
+    Records are parsed one by one, not as a table: fields that are not used may change their type.
     """
     lines = ((n, line) for n, line in enumerate(_lines(path, position), start=1) if line.strip())
     first = [*itertools.islice(lines, 2)]
-    # One array, unless it is whole on its line and other lines follow: then that line is no record.
+    # An array, unless it is complete on its line and other lines follow: then it is a bad record.
     is_array = first and first[0][1].lstrip().startswith(b"[")
     if is_array and (len(first) == 1 or _parsed("", first[0][1]).problem):
         values = json.loads(b"".join(line for _, line in itertools.chain(first, lines)))
@@ -341,7 +343,10 @@ def _parsed(place: str, line: bytes) -> Record:
 
 
 def _text_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
-    """Plain text: blank lines part the documents. There are no fields, so any name fits."""
+    """Yield documents of plain text, separated by blank lines.
+
+    They take the names of the configured fields.
+    """
     passage: list[bytes] = []
     size, first = 0, 1
     for number, line in enumerate(
@@ -362,7 +367,7 @@ def _text_records(path: Path, config: TextConfig, position: Position) -> Iterato
 
 
 def _last_boundary(content: bytes) -> int:
-    """Where the last character that is whole ends."""
+    """Return the end of the last complete character."""
     for back in range(1, min(4, len(content)) + 1):
         byte = content[-back]
         if byte & 0xC0 != 0x80:
@@ -394,8 +399,7 @@ def _parquet_records(path: Path, config: TextConfig, position: Position) -> Iter
 
 
 def _arrow_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
-    """Arrow's stream format, which `save_to_disk` of the library datasets writes, or its file
-    format."""
+    """Yield records of Arrow's stream format (as of `save_to_disk`) or file format."""
     with pa.memory_map(str(path)) as file:
         is_stream = file.read_at(6, 0) != b"ARROW1"
         reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
@@ -416,32 +420,32 @@ def _rows(batch: pa.RecordBatch, before: int) -> Iterator[Record]:
 
 
 def _columns(path: Path, schema: pa.Schema, config: TextConfig) -> list[str]:
-    """The columns to read.
+    """Return the columns to read.
 
     Raises:
-      UserError: one is missing, or holds no text.
+      UserError: a column is missing, or is not text.
     """
-    wanted = {"text_field": config.text_field, "language_field": config.language_field}
+    needed = {"text_field": config.text_field, "language_field": config.language_field}
     messages = config.messages_field if config.messages_field in schema.names else ""
     if messages and config.text_field not in schema.names:
-        del wanted["text_field"]
-    for key, field in wanted.items():
+        del needed["text_field"]
+    for key, field in needed.items():
         if field and field not in schema.names:
             raise UserError(f"the corpus file '{path}' {no_field(field, key, schema.names)}")
-    kind = schema.field(config.text_field).type if "text_field" in wanted else pa.string()
+    kind = schema.field(config.text_field).type if "text_field" in needed else pa.string()
     if not _is_text(kind):
         raise UserError(
             f"the corpus file '{path}' has type {kind} in its column '{config.text_field}', which"
             " is no text: name another one with --config.text.text_field=... (there are"
             f" {sorted(schema.names)}), or cast it to string"
         )
-    return [field for field in (*wanted.values(), messages) if field]
+    return [field for field in (*needed.values(), messages) if field]
 
 
-def no_field(field: str, key: str, there: Iterable[str]) -> str:
-    """What is wrong with something that lacks a field."""
+def no_field(field: str, key: str, fields: Iterable[str]) -> str:
+    """Describe the lack of a field."""
     return (
-        f"has no field '{field}'; it has {sorted(there)}: name the right one with"
+        f"has no field '{field}'; it has {sorted(fields)}: name the right one with"
         f" --config.text.{key}=..."
     )
 
@@ -451,47 +455,48 @@ def _is_text(kind: pa.DataType) -> bool:
         return _is_text(kind.storage_type)
     if pa.types.is_dictionary(kind):
         return _is_text(cast(Any, kind).value_type)
-    # Newer kinds by their names: older releases of pyarrow lack functions for them.
-    is_one = (
+    # The newer types are compared by name: older releases of pyarrow lack functions for them.
+    checks = (
         pa.types.is_string,
         pa.types.is_large_string,
         pa.types.is_binary,
         pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+        pa.types.is_null,
     )
-    is_one += (pa.types.is_fixed_size_binary, pa.types.is_null)
-    return any(check(kind) for check in is_one) or str(kind) in ("string_view", "binary_view")
+    return any(check(kind) for check in checks) or str(kind) in ("string_view", "binary_view")
 
 
-# --- hub datasets -------------------------------------------------------------------------------
+# --- Hub datasets -------------------------------------------------------------------------------
 
 
 def _hub_records(name: str, config: TextConfig) -> Iterator[Record]:
-    import datasets  # (local files need neither its cache folder nor the second that this takes)
+    import datasets  # Imported here, since local files need neither its cache nor its import time.
 
     repository, _, revision = name.partition("@")
     try:
-        found = datasets.load_dataset(
+        dataset = datasets.load_dataset(
             repository,
             config.hub_config or None,
             split=config.hub_split,
             revision=revision or None,
             streaming=True,
         )
-        for number, value in enumerate(found, start=1):
+        for number, value in enumerate(dataset, start=1):
             yield Record(f"record {number}", value)
     except GeneratorExit:
         raise
     except Exception as error:
         raise UserError(
-            f"the corpus '{name}' is no local file, and could not be had as a hub data set (config"
-            f" '{config.hub_config}', split '{config.hub_split}'): {type(error).__name__}:"
+            f"the corpus '{name}' is no local file, and could not be loaded as a hub dataset"
+            f" (config '{config.hub_config}', split '{config.hub_split}'): {type(error).__name__}:"
             f" {brief(error)}. Without a network, point --config.corpus to local files"
             f" ({SUPPORTED}) or run with --config.corpus={EMBEDDED}"
         ) from error
 
 
-def brief(thing: object) -> str:
-    """A thing in one line of at most 160 characters."""
-    text = str(thing) if isinstance(thing, Exception) else repr(thing)
+def brief(value: object) -> str:
+    """Describe a value in one line of at most 160 characters."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
     text = " ".join(text.split())
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,10 +1,8 @@
-"""Reads a tokenizer folder as its users do, with AutoTokenizer, and compares what it does with
-texts.
+"""Read a tokenizer folder with AutoTokenizer, as users do, and compare its behaviour on texts.
 
-transformers picks the class by `model_type` and `tokenizer_class`, and some classes rebuild
-normaliser and pre-tokenizer from their own code: the same tokenizer.json then gives other ids. As a
-script (`python reopening.py FOLDER`) this prints the reading as JSON; it imports nothing but
-transformers.
+transformers selects the class by `model_type` and `tokenizer_class`, and some classes rebuild
+normaliser and pre-tokenizer in code, so that the same tokenizer.json gives other ids. As a script
+(`python reopening.py FOLDER`) this prints the reading as JSON; it imports only transformers.
 """
 
 import json
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Reading = Mapping[str, Any]
-"""What a tokenizer makes of `TEXTS`, as `read` gives it."""
+"""Behaviour of a tokenizer on `TEXTS`, as returned by `read`."""
 
 TEXTS = (
     (
@@ -67,12 +65,12 @@ TEXTS = (
     " ",
     "\n",
 )
-"""Short texts in many scripts, numbers, code, white space, contractions, emoji and odd
-characters."""
+"""Short texts in many scripts, numbers, code, white space, contractions, emoji and rare characters.
+"""
 
 
 def read(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Ids of every text with and without added special tokens, their decodings, and roles."""
+    """Return ids of every text with and without added special tokens, decodings, and roles."""
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     roles = ("bos", "eos", "pad")
     return {
@@ -80,39 +78,39 @@ def read(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         "size": len(tokenizer),
         "ids": ids,
         "bare": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS],
-        "decoded": [tokenizer.decode(of) for of in ids],
-        "stripped": [tokenizer.decode(of, skip_special_tokens=True) for of in ids],
+        "decoded": [tokenizer.decode(text_ids) for text_ids in ids],
+        "stripped": [tokenizer.decode(text_ids, skip_special_tokens=True) for text_ids in ids],
         "roles": {role: getattr(tokenizer, f"{role}_token_id") for role in roles},
         "template": tokenizer.chat_template,
     }
 
 
-def difference(expected: Reading, found: Reading) -> str:
-    """The first thing in which two readings differ, in words; "" where they are the same."""
-    if cut := cut_difference(expected, found):
-        return cut
-    for key, what in (
+def difference(expected: Reading, actual: Reading) -> str:
+    """Describe the first difference between two readings; "" if they are equal."""
+    if text_difference := cut_difference(expected, actual):
+        return text_difference
+    for key, name in (
         ("size", "tokens"),
         ("roles", "bos, eos and pad"),
         ("template", "the template"),
     ):
-        if expected[key] != found[key]:
-            return f"{what}: {found[key]!r:.80} instead of {expected[key]!r:.80}"
+        if expected[key] != actual[key]:
+            return f"{name}: {actual[key]!r:.80} instead of {expected[key]!r:.80}"
     return ""
 
 
-def cut_difference(expected: Reading, found: Reading) -> str:
-    """A description of the first text that two tokenizers encode or decode differently, or ""."""
+def cut_difference(expected: Reading, actual: Reading) -> str:
+    """Describe the first text that two tokenizers encode or decode differently, or ""."""
     for key, verb in (
-        ("ids", "cut into"),
-        ("bare", "cut into"),
+        ("ids", "tokenized to"),
+        ("bare", "tokenized to"),
         ("decoded", "decoded to"),
         ("stripped", "decoded to"),
     ):
-        for text, one, other in zip(TEXTS, expected[key], found[key]):
+        for text, one, other in zip(TEXTS, expected[key], actual[key]):
             if one != other:
                 place = next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)
-                shown = (f"{of[place : place + 8]!r}" for of in (other, one))
+                shown = (f"{x[place : place + 8]!r}" for x in (other, one))
                 return (
                     f"{text[:40]!r} is {verb} {' instead of '.join(shown)} (from place {place} on)"
                 )
@@ -120,10 +118,14 @@ def cut_difference(expected: Reading, found: Reading) -> str:
 
 
 def read_afresh(folder: Path, python: str = sys.executable) -> Reading:
-    """The reading of a folder by a new Python process, without network and PyTorch.
+    """Return the reading of a folder by a new Python process, without network and PyTorch.
+
+    Args:
+      folder: the tokenizer's.
+      python: the interpreter.
 
     Raises:
-      RuntimeError: it cannot be opened, with the last line of what was printed.
+      RuntimeError: it cannot be opened; the message is the last line of its output.
     """
     environment = {
         **os.environ,
@@ -132,18 +134,19 @@ def read_afresh(folder: Path, python: str = sys.executable) -> Reading:
         "PYTHONUTF8": "1",
     }
     command = [python, "-P", __file__, str(folder)]
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, encoding="utf-8", env=environment, check=False
     )
-    if done.returncode:
+    if process.returncode:
         raise RuntimeError(
-            (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            (process.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # type: ignore[assignment]  # seconds of import, for nothing
+    # Without PyTorch, whose import takes seconds.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers import AutoTokenizer
 
     print(json.dumps(read(AutoTokenizer.from_pretrained(sys.argv[1]))))

@@ -1,9 +1,9 @@
 """Shared boundaries of the token shards: for each target token, the source token that ends with it.
 
-The shards of both sides hold the same documents. Where a source token and a target token end at the
+The shards of both sides have the same documents. Where a source token and a target token end at the
 same place of the text (`boundaries.py`), both models have read the same text, and the source model
-can teach there. The artifact is `positions.bin` (int32 or int64 for each target token: the position
-of the source token in the source's shards, or `NONE`) and `index.json`.
+can teach the new one. The artifact is `positions.bin` (int32 or int64 for each target token: the
+position of the source token in the source's shards, or `NONE`) and `index.json`.
 """
 
 import json
@@ -32,11 +32,14 @@ def run(
     folder: Path,
     log: Log,
 ) -> dict[str, Any]:
-    """Finds the shared boundaries of the training documents; returns what `index.json` says.
+    """Find the shared boundaries of the training documents; return the content of `index.json`.
 
     Args:
       documents: in groups, in the order of the shards (`corpus.train_batches`).
-      source, target: tokenizer of each side and the shards that it made of the documents.
+      source: the source tokenizer and its shards of the documents.
+      target: the target tokenizer and its shards of the documents.
+      folder: receives the artifact.
+      log: receives progress.
     """
     shards = source[1], target[1]
     encoders = [chats.Encoder(tokenizer, target[0]) for tokenizer, _ in (source, target)]
@@ -44,14 +47,16 @@ def run(
     progress = Progress(log, "boundaries", len(shards[1]), "tokens")
     shared = 0
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _INDEX).unlink(missing_ok=True)  # written last
+    (folder / _INDEX).unlink(missing_ok=True)  # Written last, to mark a complete artifact.
     with (folder / _POSITIONS).open("wb") as file, ThreadPoolExecutor(2) as pool:
         bounds = zip(*(_bounds(side) for side in shards))
         for group in documents:
             columns = [d.text for d in group], [d.chat for d in group]
-            sides = pool.map(lambda encoder, of=columns: encoder.boundaries(*of), encoders)
-            for (one, other), (of_source, of_target) in zip(zip(*sides), bounds):
-                positions = _positions(one, other, of_source, of_target).astype(kind)
+            sides = pool.map(
+                lambda encoder, columns=columns: encoder.boundaries(*columns), encoders
+            )
+            for (one, other), (source_span, target_span) in zip(zip(*sides), bounds):
+                positions = _positions(one, other, source_span, target_span).astype(kind)
                 shared += int((positions != NONE).sum())
                 file.write(positions.tobytes())
                 progress.update(len(positions))
@@ -63,10 +68,10 @@ def run(
 
 
 def open_positions(folder: Path) -> Int[np.ndarray, "tokens"]:
-    """The positions that `run` wrote, memory-mapped.
+    """Open the positions written by `run`, memory-mapped.
 
     Raises:
-      UserError: the folder does not hold all of them.
+      UserError: the folder does not contain all of them.
     """
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -85,20 +90,26 @@ def open_positions(folder: Path) -> Int[np.ndarray, "tokens"]:
 
 
 def _bounds(shards: TokenShards) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each document in the shards."""
+    """Yield (begin, end) of each document in the shards."""
     ends = shards.documents.tolist()
     return zip([0, *ends], ends)
 
 
 def _positions(
-    source: Boundaries, target: Boundaries, of_source: tuple[int, int], of_target: tuple[int, int]
+    source: Boundaries,
+    target: Boundaries,
+    source_span: tuple[int, int],
+    target_span: tuple[int, int],
 ) -> Int[np.ndarray, "n"]:
-    """Of one document, end-of-text included, which is shared."""
-    for side, (begin, end) in ((source, of_source), (target, of_target)):
+    """Return positions of the source tokens that end with a document's target tokens.
+
+    End-of-text is included, which is shared.
+    """
+    for side, (begin, end) in ((source, source_span), (target, target_span)):
         if len(side.ids) != end - begin - 1:
             raise ValueError(f"a document of {end - begin - 1} tokens now has {len(side.ids)}")
-    positions = np.full(of_target[1] - of_target[0], NONE, np.int64)
+    positions = np.full(target_span[1] - target_span[0], NONE, np.int64)
     there, here = shared_boundaries(source.ends, target.ends)
-    positions[here] = of_source[0] + there
-    positions[-1] = of_source[1] - 1
+    positions[here] = source_span[0] + there
+    positions[-1] = source_span[1] - 1
     return positions

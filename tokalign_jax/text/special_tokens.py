@@ -1,8 +1,8 @@
-"""Special tokens by their purpose: what separates documents, what ends and begins a turn of a chat.
+"""Special tokens by their purpose: document separators, and the ends and beginnings of chat turns.
 
 In a chat model's tokenizer the eos role belongs to the end of a turn, while its pre-training
 documents were separated by another token (`<|endoftext|>` in Qwen and SmolLM, `<|end_of_text|>` in
-LLaMA 3). Names tell them apart; roles do not.
+LLaMA 3). Names distinguish them; roles do not.
 """
 
 import re
@@ -26,7 +26,7 @@ _TEXT_ENDS = (
     "eostoken",
     "/s",
 )
-"""Names of tokens that end a text, best first; all names here are as `_plain_name` gives them."""
+"""Names of tokens that end a text, best first; all names here are in the form of `_plain_name`."""
 
 _TURN_ENDS = (
     "imend",
@@ -58,26 +58,26 @@ _SAME_USE = (
     ("fimmiddle", "mid", "middle", "fimend"),
     ("fimsuffix", "suf", "suffix", "fimhole"),
 )
-"""Special tokens of the same use: end and start of a turn, and infilling."""
+"""Names of special tokens of the same use: end and start of a turn, and infilling."""
 
 
 class Counterpart(NamedTuple):
-    """The token of one tokenizer that stands for a special token of another one."""
+    """The token of one tokenizer that corresponds to a special token of another."""
 
     token: int
     why: str
-    """In words, for a person."""
+    """The reason, for reports."""
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that separates documents.
+    """Return the id that separates documents.
 
-    The eos, unless that ends a turn of a chat and another special token is named as the end of a
-    text. Without an eos: sep, else a token so named, else bos. `SEPARATOR` in tokenizer_config.json
-    overrides all of these.
+    It is the eos, unless that ends a turn of a chat and another special token is named as the end
+    of a text. Without an eos it is the sep, else a token named as the end of a text, else the bos.
+    `SEPARATOR` in tokenizer_config.json overrides all of these.
 
     Raises:
-      UserError: when the tokenizer has none of them.
+      UserError: the tokenizer has none of them.
     """
     if chosen := tokenizer.init_kwargs.get(SEPARATOR):
         return _id_of(tokenizer, chosen)
@@ -100,14 +100,13 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def role_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
-    """The id of the token that has a role (`eos`, `bos`, `pad`, ...)."""
+    """Return the id of the token that has a role (`eos`, `bos`, `pad`, ...), or None."""
     index = getattr(tokenizer, f"{role}_token_id", None)
     return index if isinstance(index, int) else None
 
 
 def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
-    """Whether the token `index` ends turns of a chat: by its name, or as an eos in the chat
-    template.
+    """Return whether a token ends turns of a chat, by its name, or as the template's eos.
 
     A token named as the end of a text does not, although LLaMA 2's template ends answers with
     `</s>`.
@@ -122,7 +121,7 @@ def ends_turn(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
 
 
 def is_of_chat(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
-    """Whether the token `index` is named as the start or the end of a turn."""
+    """Return whether the token `index` is named as the start or the end of a turn."""
     return index is not None and _plain_name(str(tokenizer.convert_ids_to_tokens(index))) in (
         *_TURN_STARTS,
         *_TURN_ENDS,
@@ -130,7 +129,7 @@ def is_of_chat(tokenizer: PreTrainedTokenizerBase, index: int | None) -> bool:
 
 
 def in_chat_template(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    """Whether a chat template writes `token`, by its text or by the name of its role."""
+    """Return whether a chat template writes `token`, by its text or by the name of its role."""
     template = tokenizer.chat_template or ""
     templates = template if isinstance(template, str) else "".join(template.values())
     roles = (
@@ -144,11 +143,11 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
 def counterpart(
     index: int, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> Counterpart | None:
-    """The special token of `other` for the special token `index` of `tokenizer`, by name, or None.
+    """Return the special token of `other` that corresponds to `index` of `tokenizer`, or None.
 
-    In order: the token of the same text; the document separator for a document separator, and for a
-    token that is named like one; the token of the same use in chats or in filling in (`<|im_end|>`
-    and `<end_of_turn>`), where an eos that ends turns may have any name.
+    In order: the token of the same text; the document separator for a document separator, or for a
+    token named like one; the token of the same use in chats or infilling (`<|im_end|>` and
+    `<end_of_turn>`), where an eos that ends turns may have any name.
     """
     text = str(tokenizer.convert_ids_to_tokens(index))
     others = {
@@ -170,7 +169,7 @@ def counterpart(
 
 
 def _text_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that are named as the end of a text, best first."""
+    """List the special tokens that are named as the end of a text, best first."""
     names = {
         i: _plain_name(str(tokenizer.convert_ids_to_tokens(i)))
         for i in sorted(special_ids(tokenizer))
@@ -182,7 +181,7 @@ def _text_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _plain_name(token: str) -> str:
-    """A bracketed name without case and separators: `<｜end▁of▁text｜>` is `endoftext`; else ""."""
+    """Normalize a bracketed name: `<｜end▁of▁text｜>` becomes `endoftext`; else ""."""
     return (
         re.sub(r"[^a-z0-9/]", "", token.casefold()) if re.fullmatch(r"<.*>|\[.*\]", token) else ""
     )

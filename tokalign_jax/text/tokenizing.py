@@ -1,14 +1,13 @@
-"""Token shards: the training documents as ids of the source and of the target tokenizer,
-memory-mapped.
+"""Token shards: the training documents as memory-mapped ids of the source and target tokenizer.
 
-For each side a folder with
+Each side has a folder with
 
 - `tokens.bin`: raw little-endian uint16, or uint32 past 65,536 tokens;
 - `documents.npy` (int64): the end of each document, whose last token is the end-of-text;
 - `counts.npy` (int64 [V]): occurrences of each id;
-- `unlearned.npy` (int64 [n, 2]): stretches of tokens that are read but not predicted;
-- `index.json`: type, sizes, which text the tokenizer does not preserve, and by language documents,
-  bytes, tokens, unknown tokens and bytes per token.
+- `unlearned.npy` (int64 [n, 2]): spans of tokens that are read but not predicted;
+- `index.json`: type, sizes, kinds of text that the tokenizer does not preserve, and by language
+  documents, bytes, tokens, unknown tokens and bytes per token.
 """
 
 import dataclasses
@@ -43,31 +42,32 @@ class TokenShards:
     tokens: np.ndarray
     """uint16 or uint32 [tokens], memory-mapped: the documents concatenated."""
     documents: np.ndarray
-    """int64 [documents]: the position past each document's end-of-text."""
+    """int64 [documents]: the position after each document's end-of-text."""
     counts: np.ndarray
     """int64 [V]: occurrences of each id, end-of-text included."""
     index: dict[str, Any]
-    """`index.json`."""
+    """Content of `index.json`."""
     unlearned: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    """int64 [n, 2]: stretches (begin, end) of tokens that are read but not predicted: turns of a
-    chat that are not the assistant's."""
+    """int64 [n, 2]: spans (begin, end) of tokens that are read but not predicted: turns of a chat
+    that are not the assistant's.
+    """
 
     @property
     def opening(self) -> int | None:
-        """`opening_id` of the tokenizer, with which every training sequence begins."""
+        """Token that begins every training sequence (`opening_id` of the tokenizer), or None."""
         return self.index.get("opening")
 
     @classmethod
     def open(cls, folder: Path) -> "TokenShards":
-        """Opens what `run` wrote to `folder/source` or `folder/target`.
+        """Open the shards that `run` wrote to `folder/source` or `folder/target`.
 
         Raises:
-          UserError: when the folder holds no whole shards.
+          UserError: the folder contains no complete shards.
         """
         folder = Path(folder)
         try:
             index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            # An empty file cannot be mapped, but there is none: every document has its end-of-text.
+            # An empty file cannot be mapped, but every document has at least its end-of-text.
             tokens = np.memmap(
                 folder / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r"
             )
@@ -80,8 +80,8 @@ class TokenShards:
             ) from error
         if len(tokens) != index["tokens"] or len(counts) != index["vocabulary"]:
             raise UserError(
-                f"the token shards in '{folder}' are not whole: {len(tokens):,} tokens where"
-                f" index.json says {index['tokens']:,}: run the tokens stage again"
+                f"the token shards in '{folder}' are not complete: {len(tokens):,} tokens where "
+                f"index.json says {index['tokens']:,}: run the tokens stage again"
             )
         return cls(tokens, documents, counts, index, unlearned)
 
@@ -97,11 +97,13 @@ def run(
     folder: Path,
     log: Log,
 ) -> dict[str, Any]:
-    """Tokenises the training documents in `corpus_folder` with both tokenizers; returns both
-    `index.json`.
+    """Tokenize the training documents in `corpus_folder` with both tokenizers.
 
     The text is read once; both tokenizers process each batch concurrently, each with its own
     threads.
+
+    Returns:
+      The content of `index.json` by side.
     """
     writers = [
         ShardWriter(folder / side, tokenizer, target_tokenizer)
@@ -131,8 +133,8 @@ def run(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[corpus.Document]
 ) -> TokenShards:
-    """Tokenise documents, which may be none, into shards in memory."""
-    if not documents:  # an empty file cannot be mapped
+    """Tokenize documents, which may be none, into shards in memory."""
+    if not documents:  # An empty file cannot be mapped.
         counts = np.zeros(vocabulary_size(tokenizer), np.int64)
         empty = np.zeros(0, np.int64)
         return TokenShards(empty, empty, counts, {"opening": opening_id(tokenizer)})
@@ -145,7 +147,8 @@ def tokenize(
 
 
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
+    """Check that a tokenizer can make shards.
+
     Raises:
       UserError: the tokenizer has no token to end documents (`end_of_text_id`), adds wrong ids to
         texts (`check_added_tokens`), or fails on some text.
@@ -156,7 +159,7 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Which token separates documents, and whether that is wise."""
+    """Describe the token that separates documents, with a warning if it also ends turns."""
     end = end_of_text_id(tokenizer)
     line = f"{tokenizer.convert_ids_to_tokens(end)!r} separates documents in the {side} tokenizer"
     eos = tokenizer.eos_token_id
@@ -175,7 +178,7 @@ def _separator_line(side: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def opening_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer prepends to every text (LLaMA's, Gemma's, BERT's), or None.
+    """Return the token prepended to every text (LLaMA's, Gemma's, BERT's), or None.
 
     Such a model was never trained on text without it, and some (Gemma) perform badly on it.
     """
@@ -183,12 +186,12 @@ def opening_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer appends to every text (T5's eos, BERT's `[SEP]`), or None."""
+    """Return the token appended to every text (T5's eos, BERT's `[SEP]`), or None."""
     return _added_to_text(tokenizer, -1)
 
 
 def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None:
-    # Some vocabularies (of another script) lack "a": then with their first token that gives ids.
+    # Some vocabularies (of other scripts) lack "a"; then their first token with ids is used.
     for text in itertools.chain("a", tokenizer.get_vocab()):
         whole, bare = (
             tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False)
@@ -199,20 +202,20 @@ def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None
 
 
 def _beside(whole: list[int], bare: list[int], place: int) -> int | None:
-    """The first (`place` 0) or last (-1) id of `whole`, unless its sub-sequence `bare` begins or
-    ends there."""
+    """Return the first (`place` 0) or last (-1) id of `whole`, unless it is in `bare`."""
     starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
     if not starts:
         return None
-    before, behind = starts[0], len(whole) - len(bare) - starts[0]
-    return whole[place] if (before if place == 0 else behind) else None
+    before, after = starts[0], len(whole) - len(bare) - starts[0]
+    return whole[place] if (before if place == 0 else after) else None
 
 
 def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
+    """Check the ids that the post-processor adds to texts.
+
     Raises:
-      UserError: the post-processor adds an id to texts that does not belong to the token it names,
-        as after retraining a tokenizer from another one.
+      UserError: an id does not belong to the token that the post-processor names, as after
+        retraining a tokenizer from another one.
     """
     post_processor = cast(Any, tokenizer).backend_tokenizer.post_processor
     vocabulary = tokenizer.get_vocab()
@@ -221,10 +224,10 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     ):
         if vocabulary.get(token) == index:
             continue
-        known = vocabulary.get(token)
+        actual = vocabulary.get(token)
         other = tokenizer.convert_ids_to_tokens(index) if index in vocabulary.values() else None
         means = "no token" if other is None else f"the token {other!r}"
-        remedy = "take it out" if known is None else f"write its id, {known}"
+        remedy = "take it out" if actual is None else f"write its id, {actual}"
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' adds {token!r} to texts as the id {index},"
             f" which is {means}: its model has no such row, or another token's; in its"
@@ -233,7 +236,7 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _added_by(post_processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(token, id) of all tokens that a post-processor adds, from its part of tokenizer.json."""
+    """Yield (token, id) of all tokens that a post-processor, as in tokenizer.json, adds."""
     for part in post_processor.get("processors", ()):
         yield from _added_by(part)
     for key in ("cls", "sep"):  # BERT's and RoBERTa's
@@ -259,13 +262,16 @@ class ShardWriter:
         tokenizer: PreTrainedTokenizerBase,
         template: PreTrainedTokenizerBase | None = None,
     ):
-        """Args:
-        template: the tokenizer whose chat template writes chats; None: this one.
+        """Open the files of one side.
+
+        Args:
+          folder: receives the shards.
+          tokenizer: the side's tokenizer.
+          template: the tokenizer whose chat template writes chats; None: the same one.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").unlink(
-            missing_ok=True
-        )  # written last: shards without it are not whole
+        # The index is written last: shards without it are not complete.
+        (folder / "index.json").unlink(missing_ok=True)
         self._folder = folder
         self._encoder = chats.Encoder(tokenizer, template)
         self._end, self._opening = end_of_text_id(tokenizer), opening_id(tokenizer)
@@ -279,12 +285,13 @@ class ShardWriter:
         self._languages: Counter[tuple[str, str]] = Counter()
 
     def add(self, documents: Sequence[corpus.Document]) -> None:
+        """Append documents."""
         plain = [d.text for d in documents if not d.chat]
         encodings = self._encoder.backend.encode_batch_fast(plain, add_special_tokens=False)
-        ids_of_plain = (encoding.ids for encoding in encodings)
-        read = [self._chat(d.chat) if d.chat else (next(ids_of_plain), None) for d in documents]
+        plain_ids = (encoding.ids for encoding in encodings)
+        read = [self._chat(d.chat) if d.chat else (next(plain_ids), None) for d in documents]
         written = [np.array([*ids, self._end], self._dtype) for ids, _ in read]
-        if written:  # counted together: each count goes through the whole vocabulary
+        if written:  # Counted together, since each count goes through the whole vocabulary.
             self._counts += np.bincount(np.concatenate(written), minlength=len(self._counts))
         for document, ids, (_, learned) in zip(documents, written, read):
             self._file.write(ids.tobytes())
@@ -299,19 +306,19 @@ class ShardWriter:
                 self._languages[document.language, name] += amount
 
     def _chat(self, chat: str) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of a chat, which of them are learned)."""
+        """Return the ids of a chat, and which of them are learned."""
         written = self._encoder.written(chat)
-        found = self._encoder.of_pieces([written.pieces])[0]
-        return found.ids, chats.is_learned(found.ends, written.learned)
+        tokens = self._encoder.encode([written.pieces])[0]
+        return tokens.ids, chats.is_learned(tokens.ends, written.learned)
 
     def _mark(self, learned: np.ndarray) -> None:
-        """Records the tokens of a chat starting here that are not learned, its end-of-text
-        included."""
+        """Record which tokens of the next chat are not learned, its end-of-text included."""
         unlearned = np.concatenate([[False], ~learned, [True, False]])
         edges = np.flatnonzero(unlearned[1:] != unlearned[:-1])
         self._unlearned.extend((self._tokens + edges).tolist())
 
     def close(self) -> dict[str, Any]:
+        """Write all other files and return the content of `index.json`."""
         self._file.close()
         unlearned = np.frombuffer(self._unlearned, np.int64).reshape(-1, 2)
         np.save(self._folder / "unlearned.npy", unlearned)
@@ -321,7 +328,7 @@ class ShardWriter:
             language: _with_rate({name: self._languages[language, name] for name in _COUNTED})
             for language in sorted({language for language, _ in self._languages})
         }
-        totals = _with_rate({name: sum(of[name] for of in languages.values()) for name in _COUNTED})
+        totals = {name: sum(counts[name] for counts in languages.values()) for name in _COUNTED}
         index = {
             "dtype": self._dtype.name,
             "tokens": self._tokens,
@@ -329,7 +336,7 @@ class ShardWriter:
             "end_of_text": self._end,
             "opening": self._opening,
             "loses": self._losses,
-            **totals,
+            **_with_rate(totals),
             "languages": languages,
         }
         (self._folder / "index.json").write_text(
