@@ -150,7 +150,7 @@ def _init_on_host(run: Run) -> dict[str, int]:
     new_rows = run.matrices * rows
     if distills(run.config):
         features = run.matrices * FLOAT * run.model.vocab_size * _features_of_composed(run)
-        # Once as they are found for composed tokens, once as rows of the matrix.
+        # Those of composed tokens, at most all of V, and a copy of those in the text.
         return {
             "new rows (float32)": 2 * new_rows,
             "source rows": 2 * source_rows,
