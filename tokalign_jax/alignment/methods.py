@@ -662,7 +662,7 @@ def mix(
       similarity: calibrated similarity of the matches.
       source_size: V_s.
     """
-    (rows, ids, behind), size = _pieces(parts, source_size), len(parts)
+    (rows, ids, following), size = _pieces(parts, source_size), len(parts)
     matched, unknown = matches >= 0, np.array([not pieces for pieces in parts])
     targets, sources = (
         np.append(rows, np.arange(size)),
@@ -671,7 +671,7 @@ def mix(
     mixtures = []
     for decay, most in ((PIECE_DECAY, MATCH_WEIGHT_EMBEDDING), (1.0, MATCH_WEIGHT_HEAD)):
         share = np.where(matched, np.where(unknown, 1.0, most * similarity.astype(np.float64)), 0.0)
-        weights = decay**behind
+        weights = decay**following
         weights = (1.0 - share)[rows] * weights / np.bincount(rows, weights)[rows]
         mixtures.append(
             alignment.mixture_of(targets, sources, np.append(weights, share), size, source_size)

@@ -161,7 +161,7 @@ def _accumulate(
     config: ModelConfig,
     dtype: DTypeLike,
     mesh: Mesh,
-) -> tuple[list[Float[Array, "V D"]], tuple[np.ndarray, np.ndarray]]:
+) -> tuple[list[Float[Array, "V D"]], tuple[np.ndarray, ...]]:
     """Run the model over all batches; return sums by label and the moments of the states.
 
     Args:
@@ -178,7 +178,7 @@ def _accumulate(
     by_column = sharding.fitting(BY_COLUMN, (1, width), mesh)
     sums = jax.jit(lambda: [jnp.zeros((size, width)) for size in sizes], out_shardings=by_column)()
     none = jax.jit(lambda: (jnp.zeros(width), jnp.zeros((width, width))), out_shardings=everywhere)
-    total = np.zeros(width), np.zeros((width, width))
+    total: tuple[np.ndarray, ...] = np.zeros(width), np.zeros((width, width))
     for start in range(0, len(streams[0]), FLUSHED):
         moments = none()
         for tokens, *labels in zip(*(stream[start : start + FLUSHED] for stream in streams)):

@@ -1,1 +1,1 @@
-"""Corpora, tokenizers and what both sides of an adaptation read."""
+"""Text: corpora, tokenizers and their special tokens, token shards."""

@@ -349,8 +349,8 @@ def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:
     if stopped:
         budget = config.text.budget_bytes
         return (
-            f"{corpus} gave {found} documents within text.budget_bytes={budget:,}; two or more are"
-            " needed: raise it"
+            f"{corpus} gave {documents} documents within text.budget_bytes={budget:,}; two or more"
+            " are needed: raise it"
         )
     if not documents:
         return (

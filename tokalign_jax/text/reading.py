@@ -32,7 +32,7 @@ memory.
 """
 
 SUPPORTED = (
-    ".json, .jsonl, .ndjson or .txt (also with .gz, .xz, .zst or .bz2 behind), .parquet or .arrow"
+    ".json, .jsonl, .ndjson or .txt (or compressed: .gz, .xz, .zst, .bz2), .parquet or .arrow"
 )
 _COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 _BLOCK = 1 << 20

@@ -139,7 +139,7 @@ def read_afresh(folder: Path, python: str = sys.executable) -> Reading:
     )
     if process.returncode:
         raise RuntimeError(
-            (process.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         )
     return json.loads(process.stdout.splitlines()[-1])
 
