@@ -57,7 +57,8 @@ def test_an_export_that_opens_otherwise_is_refused(tmp_path):
     opening.check_export(tmp_path, tokenizer)
     hub.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
     with pytest.raises(
-        UserError, match=r"as Qwen2Tokenizer, which tokenizes differently.*is tokenized to.*instead of"
+        UserError,
+        match=r"as Qwen2Tokenizer, which tokenizes differently.*is tokenized to.*instead of",
     ):
         opening.check_export(tmp_path, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
