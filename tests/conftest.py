@@ -9,12 +9,12 @@ variables, so that the processes that tests start have them too.
 import atexit
 import gc
 import importlib.util
+import itertools
 import mmap
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,16 +87,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def bounded_memory_maps() -> Iterator[None]:
-    """Drop compiled programs before there are too many of them for one process.
+MOST_MAPS = 20_000
+"""Of a process that runs tests. Linux allows 65,530, and XLA crashes there; each compiled program
+has about twelve, and a module of tests up to ten thousand.
+"""
+_finished = itertools.count(1)
 
-    XLA maps each into memory, and crashes at Linux' limit of 65,530 maps a process.
-    """
-    yield
+
+def pytest_runtest_teardown() -> None:
+    """Drop compiled programs before there are too many of them for one process."""
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
-        import jax  # not before the variables above are set
+    if next(_finished) % 8 or not maps.exists() or maps.read_bytes().count(b"\n") < MOST_MAPS:
+        return
+    import jax  # not before the variables above are set
 
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
