@@ -327,8 +327,8 @@ def _kind(
         return COMPOSED
     if not np.array_equal(source_answer, target_answer):
         return RECUT
-    alike = np.array_equal(source_question, target_question) and all(is_shared)
-    return ALIKE if alike else QUESTION_ONLY
+    is_alike = np.array_equal(source_question, target_question) and all(is_shared)
+    return ALIKE if is_alike else QUESTION_ONLY
 
 
 def _answer_start(boundaries: Boundaries, question_length: int) -> int:

@@ -74,7 +74,7 @@ class Costs:
 
     @property
     def total(self) -> Score:
-        """The sum over documents."""
+        """Sum over the documents."""
         return Score(float(self.nats.sum()), int(self.tokens.sum()), int(self.bytes.sum()))
 
 
@@ -222,24 +222,7 @@ def evaluate_documents(
     Returns:
       Costs by language, documents in the order of `texts`.
     """
-    start = first_context(tokenizer)
-    starts_every_window = opening_id(tokenizer) is not None
-    backend = plain_backend(tokenizer)  # The one that token shards are written with.
-    windows: list[Window] = []
-    owners: list[tuple[str, int]] = []  # The document of each window.
-    costs = {}
-    for language, documents in texts.items():
-        encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
-        costs[language] = Costs(
-            np.zeros(len(documents)),
-            np.array([len(ids) for ids in encoded], np.int64),
-            np.array([len(text.encode()) for text in documents], np.int64),
-            [_EMPTY] * len(documents) if beginnings else (),
-        )
-        for document, tokens in enumerate(encoded):
-            document_windows = split_windows(tokens, start, sequence_length, starts_every_window)
-            windows += document_windows
-            owners += [(language, document)] * len(document_windows)
+    costs, windows, owners = _split_documents(tokenizer, texts, sequence_length, beginnings)
 
     progress = Progress(log, what, sum(len(w.labels) for w in windows), "tokens")
     window_costs = token_costs(
@@ -261,6 +244,34 @@ def evaluate_documents(
     average = sum((group.total for group in costs.values()), Score(0.0, 0, 0))
     progress.done(f"{average.bits_per_byte:.3f} bits per byte")
     return costs
+
+
+def _split_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, list[str]],
+    length: int,
+    beginnings: bool,
+) -> tuple[dict[str, Costs], list[Window], list[tuple[str, int]]]:
+    """Returns zero costs, the windows of all documents, and each window's (language, document)."""
+    start = first_context(tokenizer)
+    starts_every_window = opening_id(tokenizer) is not None
+    backend = plain_backend(tokenizer)  # The one that token shards are written with.
+    windows: list[Window] = []
+    owners: list[tuple[str, int]] = []
+    costs = {}
+    for language, documents in texts.items():
+        encoded = [e.ids for e in backend.encode_batch_fast(documents, add_special_tokens=False)]
+        costs[language] = Costs(
+            np.zeros(len(documents)),
+            np.array([len(ids) for ids in encoded], np.int64),
+            np.array([len(text.encode()) for text in documents], np.int64),
+            [_EMPTY] * len(documents) if beginnings else (),
+        )
+        for document, tokens in enumerate(encoded):
+            document_windows = split_windows(tokens, start, length, starts_every_window)
+            windows += document_windows
+            owners += [(language, document)] * len(document_windows)
+    return costs, windows, owners
 
 
 _EMPTY = TokenCosts(np.zeros(0, np.float32), np.zeros(0, np.int32))

@@ -51,12 +51,12 @@ class Replies(NamedTuple):
     ended: Bool[np.ndarray, "N"]
 
 
-def read(name: str, most: int = 0) -> list[ChatQuestion]:
+def read(name: str, max_questions: int = 0) -> list[ChatQuestion]:
     """Reads the questions of a JSON Lines file.
 
     Args:
       name: path of the file.
-      most: number of questions to keep, from the first; 0 for all.
+      max_questions: number of questions to keep, from the first; 0 for all.
 
     Raises:
       UserError: the file cannot be read, or a line is not a question.
@@ -66,7 +66,7 @@ def read(name: str, most: int = 0) -> list[ChatQuestion]:
     questions = read_questions("chat questions", path, remedy, _question)
     if not questions:
         raise UserError(f"chat questions '{path}' is empty: add lines such as {_EXAMPLE}")
-    return questions[: most or len(questions)]
+    return questions[: max_questions or len(questions)]
 
 
 def _question(line: str, where: str) -> ChatQuestion:

@@ -112,8 +112,10 @@ def _task_manager(tasks: Sequence[str], task_folder: Path | None) -> Any:
         raise UserError(
             f"--tasks needs lm-eval, which is not installed ({error}): {REMEDY}"
         ) from error
-    if task_folder and set(tasks) <= set((own := _folder_tasks(task_folder)).all_tasks):
-        return own
+    if task_folder:
+        manager = _folder_tasks(task_folder)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
     return TaskManager(include_path=str(task_folder.absolute()) if task_folder else None)
 
 

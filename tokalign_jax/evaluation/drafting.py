@@ -117,22 +117,12 @@ def acceptance(
       `tokens_per_call`, and `agreement` of the most likely tokens on the text itself. None for
       languages without a window of `length` tokens.
     """
-    start, backend = first_context(tokenizer), plain_backend(tokenizer)
-    starts_every_window = opening_id(tokenizer) is not None
     mesh = mesh or sharding.make_mesh()
     vocabulary = vocabulary_size(tokenizer)
     progress = Progress(log, what, len(texts), "languages")
     results: dict[str, dict[str, Any] | None] = {}
     for language, documents in texts.items():
-        encoded = (
-            e.ids for e in backend.encode_batch_fast(list(documents), add_special_tokens=False)
-        )
-        windows = [
-            inputs
-            for ids in encoded
-            for inputs, _ in split_windows(ids, start, length, starts_every_window)
-            if len(inputs) == length
-        ]
+        windows = _windows(tokenizer, documents, length)
         results[language] = None
         if windows:
             indices = np.linspace(0, len(windows) - 1, prompts).round().astype(int)
@@ -144,6 +134,21 @@ def acceptance(
         progress.update()
     progress.done()
     return results
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int
+) -> list[Sequence[int]]:
+    """Returns the inputs of all full windows of `length` tokens."""
+    start, backend = first_context(tokenizer), plain_backend(tokenizer)
+    starts_every_window = opening_id(tokenizer) is not None
+    encodings = backend.encode_batch_fast(list(documents), add_special_tokens=False)
+    return [
+        inputs
+        for encoding in encodings
+        for inputs, _ in split_windows(encoding.ids, start, length, starts_every_window)
+        if len(inputs) == length
+    ]
 
 
 def _language_acceptance(

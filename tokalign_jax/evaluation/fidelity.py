@@ -75,8 +75,8 @@ def compare(
     for group, documents in texts.items():
         boundaries = [token_boundaries(backend, documents) for backend, _ in sides]
         rows = [
-            _document_fidelity(text, *both, *costs, contents)  # type: ignore[arg-type]
-            for text, *both, costs in zip(
+            _document_fidelity(text, *sides_boundaries, *costs, contents)  # type: ignore[arg-type]
+            for text, *sides_boundaries, costs in zip(
                 documents, *boundaries, zip(source[group], target[group]), strict=True
             )
         ]

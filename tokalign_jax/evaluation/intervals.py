@@ -51,15 +51,16 @@ def _ratios(
     seed: int,
 ) -> Float[np.ndarray, "S"]:
     """Returns the ratio in each draw."""
-    both = np.stack([numerators, denominators], axis=1).astype(np.float64)
-    if len(both) != sum(sizes):
-        raise ValueError(f"got {len(both)} documents for groups of sizes {list(sizes)}")
+    sums_by_document = np.stack([numerators, denominators], axis=1).astype(np.float64)
+    if len(sums_by_document) != sum(sizes):
+        raise ValueError(f"got {len(sums_by_document)} documents for groups of sizes {list(sizes)}")
     sums, start = np.zeros((DRAWS, 2)), 0
     for size, generator in zip(sizes, np.random.default_rng(seed).spawn(len(sizes))):
         for first in range(0, DRAWS, rows := max(1, _MAX_COUNTS // size)):
             block = slice(first, min(first + rows, DRAWS))
             sums[block] += (
-                _draw_counts(size, block.stop - first, generator) @ both[start : start + size]
+                _draw_counts(size, block.stop - first, generator)
+                @ sums_by_document[start : start + size]
             )
         start += size
     return sums[:, 0] / sums[:, 1]

@@ -1,4 +1,4 @@
-"""All likelihood-based measures of a model: bits per byte, abilities, and fidelity to a reference.
+"""Likelihood-based measures of a model: bits per byte, abilities, and fidelity to a reference.
 
 Shared by the pipeline's evaluations and the command `evaluate`. The reference is the source model,
 or the first of several models.
@@ -66,7 +66,7 @@ class Measured:
 
     @property
     def reference(self) -> "Reference":
-        """The results as a reference for other models."""
+        """Results as a reference for other models."""
         return Reference(
             self.tokenizer,
             _readings(self.costs),
@@ -136,12 +136,11 @@ def measure(
       log: writes progress lines.
       with_questions: also ask the questions.
     """
+    model, dtype = (config, params, tokenizer), material.compute.dtype
 
     def read(texts: Texts, what: str) -> dict[str, bits_per_byte.Costs]:
         return bits_per_byte.evaluate_documents(
-            config,
-            params,
-            tokenizer,
+            *model,
             texts,
             sequence_length=material.sequence_length,
             batch=material.batch,
@@ -156,30 +155,14 @@ def measure(
     other_costs = read(material.other_texts, f"other text {name}") if material.other_texts else {}
     right = np.zeros(0, bool)
     if material.questions and with_questions:
-        begin = abilities.beginning_id(tokenizer)
-        arguments = (
-            config,
-            params,
-            tokenizer,
-            material.questions,
-            begin,
-            material.compute.dtype,
-            mesh,
+        inputs = material.questions, abilities.beginning_id(tokenizer), dtype, mesh
+        right = abilities.is_right(
+            abilities.score(*model, *inputs, log=log, what=f"abilities {name}")
         )
-        right = abilities.is_right(abilities.score(*arguments, log=log, what=f"abilities {name}"))
     replies = chat = None
     if material.chat_questions and with_questions:
-        replies = chat_questions.ask(
-            config,
-            params,
-            tokenizer,
-            material.chat_questions,
-            material.reply_tokens,
-            material.compute.dtype,
-            mesh,
-            log,
-            f"chat {name}",
-        )
+        inputs = material.chat_questions, material.reply_tokens, dtype, mesh, log
+        replies = chat_questions.ask(*model, *inputs, f"chat {name}")
         chat = chat_questions.summary(material.chat_questions, replies, None, material.seed)
     return Measured(tokenizer, costs, other_costs, right, replies, chat)
 

@@ -53,22 +53,22 @@ def overlap(
     contents = {language: _join(documents) for language, documents in texts.items()}
     starts = {language: passages(content) for language, content in contents.items()}
     keys = {language: hashes(contents[language], starts[language]) for language in texts}
-    every = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys.values()]))
-    seen = np.zeros(len(every), bool)
+    all_keys = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys.values()]))
+    seen = np.zeros(len(all_keys), bool)
     is_candidate = np.zeros(1 << _BUCKET_BITS, bool)
-    is_candidate[_bucket(every)] = True
+    is_candidate[_bucket(all_keys)] = True
     progress = Progress(log, "overlap", total, "bytes")
     for documents in training:
         content = _join([document.text for document in documents])
         training_keys = hashes(content, passages(content))
         training_keys = training_keys[is_candidate[_bucket(training_keys)]]
-        index = np.minimum(np.searchsorted(every, training_keys), len(every) - 1)
-        seen[index[every[index] == training_keys]] = True
+        index = np.minimum(np.searchsorted(all_keys, training_keys), len(all_keys) - 1)
+        seen[index[all_keys[index] == training_keys]] = True
         progress.update(sum(document.bytes for document in documents))
     progress.done()
     languages = {}
     for language, content in contents.items():
-        is_seen = seen[np.searchsorted(every, keys[language])]
+        is_seen = seen[np.searchsorted(all_keys, keys[language])]
         size = int(np.count_nonzero(content != _SEPARATOR))
         covered = _covered(len(content), starts[language][is_seen])
         languages[language] = {"characters": size, "seen": covered, "share": covered / max(size, 1)}
@@ -94,13 +94,16 @@ def passages(content: UInt16[np.ndarray, "N"]) -> Int[np.ndarray, "P"]:
     last = len(content) - WINDOW
     if last < 0:
         return np.zeros(0, np.int64)
-    here, before = content[: last + 1], np.concatenate([np.array([0], np.uint16), content[:last]])
-    is_second_half = (here & 0xFC00) == 0xDC00
+    current, previous = (
+        content[: last + 1],
+        np.concatenate([np.array([0], np.uint16), content[:last]]),
+    )
+    is_second_half = (current & 0xFC00) == 0xDC00
     is_start = (
-        (before <= 0x20) | (before == _SEPARATOR) | (here >= _WITHOUT_SPACES)
+        (previous <= 0x20) | (previous == _SEPARATOR) | (current >= _WITHOUT_SPACES)
     ) & ~is_second_half
-    for between in np.flatnonzero(content == _SEPARATOR):  # Passages end with their document.
-        is_start[max(0, between - WINDOW + 1) : between + 1] = False
+    for end in np.flatnonzero(content == _SEPARATOR):  # Passages end with their document.
+        is_start[max(0, end - WINDOW + 1) : end + 1] = False
     return np.flatnonzero(is_start)
 
 
@@ -114,9 +117,9 @@ def hashes(
     fours = np.ndarray((len(content) - 3,), np.dtype("<u8"), content.tobytes(), strides=(2,))
     result = np.zeros(len(starts), np.uint64)
     for first in range(0, len(starts), _HASH_BLOCK):
-        here, block = starts[first : first + _HASH_BLOCK], result[first : first + _HASH_BLOCK]
+        positions, block = starts[first : first + _HASH_BLOCK], result[first : first + _HASH_BLOCK]
         for offset in range(0, WINDOW, 4):
-            block ^= fours[here + offset]
+            block ^= fours[positions + offset]
             block *= np.uint64(0x9E3779B97F4A7C15)
             block ^= block >> np.uint64(32)
     return result

@@ -1,1 +1,1 @@
-"""The decoder: its config, its pure functions, and reading and writing Hugging Face folders."""
+"""Decoder models: configs, pure functions, and reading and writing Hugging Face folders."""

@@ -8,7 +8,7 @@ from tokalign_jax.models.rotary import Rope
 
 @dataclass(frozen=True)
 class LayerKind:
-    """The properties in which a model's layers may differ."""
+    """Properties in which a model's layers may differ."""
 
     rope: Rope | None
     """Rotary embedding; None for none."""

@@ -70,7 +70,7 @@ class ExpertLinear(nnx.Module):
 
 
 class ExpertMLP(nnx.Module):
-    """The gated feed-forward layers of all experts, weighted for each token and summed."""
+    """Gated feed-forward layers of all experts, weighted for each token and summed."""
 
     def __init__(self, config: ModelConfig, count: int, lora: LoraSpec | None):
         self.activation = config.activation
@@ -120,10 +120,12 @@ class ExpertMLP(nnx.Module):
         axis = sharding.TENSOR
         if self.gate_proj.kernel.shape[-1] % mesh.shape[axis]:
             axis = None
-        tokens, whole = PartitionSpec(batch), PartitionSpec()
-        inputs = {"kernel": PartitionSpec(None, None, axis), "lora_a": whole}
+        tokens, replicated = PartitionSpec(batch), PartitionSpec()
+        inputs = {"kernel": PartitionSpec(None, None, axis), "lora_a": replicated}
         inputs["lora_b"] = inputs["kernel"]
-        outputs = dict.fromkeys(("kernel", "lora_a"), PartitionSpec(None, axis)) | {"lora_b": whole}
+        outputs = dict.fromkeys(("kernel", "lora_a"), PartitionSpec(None, axis)) | {
+            "lora_b": replicated
+        }
         specs = {
             name: {part: part_specs[part] for part in projections[name]}
             for name, part_specs in (

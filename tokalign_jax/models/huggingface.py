@@ -95,11 +95,11 @@ def load_params(
     shapes = _leaf_shapes(config)
     leaves: dict[str, _Leaf] = {}
     for weight, sources in matched:
-        own = _common_dtype({_FLOATS[stored[name].dtype] for _, name in sources})
+        default = _common_dtype({_FLOATS[stored[name].dtype] for _, name in sources})
         for path in weight.leaves:
             if path not in skip:
                 leaves[path] = _Leaf(
-                    path, shapes[path], np.dtype(_dtype_of(path, dtype) or own), mesh
+                    path, shapes[path], np.dtype(_dtype_of(path, dtype) or default), mesh
                 )
     # Grouped by file: a memory-mapped file counts as memory until it is closed.
     by_file = sorted(
@@ -135,14 +135,14 @@ def stored_reader(folder: Path | str, config: ModelConfig) -> Reader:
       UserError: as for `load_params`.
     """
     folder, stored, shapes = Path(folder), _stored_tensors(Path(folder)), _leaf_shapes(config)
-    places = {
+    tensors_by_path = {
         path: (weight, number, {part: stored[name] for part, name in parts})
         for weight, parts in _match(folder, stored, config)
         for number, path in enumerate(weight.leaves)
     }
 
     def read(path: str, *index: Any) -> np.ndarray:
-        weight, number, tensors = places[path]
+        weight, number, tensors = tensors_by_path[path]
         if len(index) < weight.stacked:  # The requested array is stored as several tensors.
             return np.stack([read(path, *index, i) for i in range(shapes[path][len(index)])])
         part, rest = index[: weight.stacked], index[weight.stacked :]
@@ -209,8 +209,8 @@ def _common_dtype(dtypes: set[np.dtype]) -> np.dtype:
 
     That is float32 (exact except for float64), unless all share one narrower dtype.
     """
-    first, *others = dtypes
-    return first if not others and first.itemsize < 4 else np.dtype(np.float32)
+    first, *rest = dtypes
+    return first if not rest and first.itemsize < 4 else np.dtype(np.float32)
 
 
 def stored_dtypes(folder: Path | str) -> dict[str, np.dtype]:
@@ -267,16 +267,16 @@ class _Leaf:
             return
         for i, (device, ranges, part) in enumerate(self._parts):
             covers = [range(first, first + size) for first, size in zip(start, block.shape)]
-            here, inside = sharding.overlap(covers, ranges)
-            if all(along.start < along.stop for along in here):
-                cut = block[here].astype(self._dtype, copy=False).view(self._bits)
+            in_block, in_part = sharding.overlap(covers, ranges)
+            if all(along.start < along.stop for along in in_block):
+                cut = block[in_block].astype(self._dtype, copy=False).view(self._bits)
                 # Transposed views are copied in memory order and transposed on the device, which
                 # is faster than in NumPy.
                 transposed = cut.ndim > 1 and cut.strides[-2] < cut.strides[-1]
                 on_device = jax.device_put(
                     np.ascontiguousarray(cut.swapaxes(-1, -2) if transposed else cut), device
                 )
-                offset = np.array([along.start for along in inside], np.int32)
+                offset = np.array([along.start for along in in_part], np.int32)
                 self._parts[i] = device, ranges, _update(part, on_device, offset, transposed)
 
     def array(self) -> jax.Array:
@@ -546,17 +546,25 @@ def save_checkpoint(
             f" {config.vocab_size:,} rows: give the model at least as many rows as there are"
             " tokens"
         )
-    new: dict[str, Any] = {"vocab_size": config.vocab_size}
-    if dtypes != "source":  # Keep to the one key that is present: readers differ in precedence.
-        name = "torch_dtype" if "torch_dtype" in raw_config else "dtype"
-        raw_config = {
-            key: value for key, value in raw_config.items() if key not in ("dtype", "torch_dtype")
-        }
-        new[name] = dtypes
     if writes:
-        hub.save_config_and_tokenizer(folder, {**raw_config, **new}, tokenizer, source_folder)
+        new_config = _output_config(raw_config, config, dtypes)
+        hub.save_config_and_tokenizer(folder, new_config, tokenizer, source_folder)
     stored = stored_dtypes(source_folder) if source_folder else {}
     write_weights(folder, params, config, dtypes, stored, max_shard_bytes, writes)
+
+
+def _output_config(
+    raw_config: Mapping[str, Any], config: ModelConfig, dtypes: str
+) -> dict[str, Any]:
+    """Returns the source's config.json with the new vocabulary size and dtype."""
+    if dtypes == "source":
+        return {**raw_config, "vocab_size": config.vocab_size}
+    # Keep to the one dtype key that is present: readers differ in precedence.
+    name = "torch_dtype" if "torch_dtype" in raw_config else "dtype"
+    others = {
+        key: value for key, value in raw_config.items() if key not in ("dtype", "torch_dtype")
+    }
+    return {**others, "vocab_size": config.vocab_size, name: dtypes}
 
 
 def write_weights(
@@ -578,8 +586,8 @@ def write_weights(
     for weight in weight_table(config, stored):
         shape = _tensor_shape(weight, shapes)
         for part in weight.slices(config.num_layers):
-            default, *others = weight.names(part) + _tied_names(weight, config)
-            name = next((n for n in (default, *others) if n in stored), default)
+            default, *aliases = weight.names(part) + _tied_names(weight, config)
+            name = next((n for n in (default, *aliases) if n in stored), default)
             # A bias that the source lacks (`qwen.as_llama`) gets the dtype of its weight.
             reference = name if name in stored else re.sub(r"\.bias$", ".weight", name)
             dtype = stored[reference] if dtypes == "source" else np.dtype(dtypes)

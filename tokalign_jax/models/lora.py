@@ -55,7 +55,7 @@ def add_lora(params: dict[str, Any], spec: LoraSpec, key: jax.Array) -> dict[str
 
 
 class Adapter(NamedTuple):
-    """The trained adapter of a stacked kernel [*S, in, out], S being layers (and experts)."""
+    """Trained adapter of a stacked kernel [*S, in, out], S being layers (and experts)."""
 
     spec: LoraSpec
     a: Float[Array, "*S in r"]

@@ -37,7 +37,7 @@ def check(config: ModelConfig) -> None:
 
 
 class _Factors(NamedTuple):
-    """The factors of a module's adapter: W + B A, including the scale."""
+    """Factors of a module's adapter: W + B A, including the scale."""
 
     a: np.ndarray
     """[r, in]"""
@@ -72,8 +72,8 @@ def save_adapters(
         if factors.keys().isdisjoint(weight.leaves):
             continue
         for part in weight.slices(config.num_layers):
-            default, *others = weight.names(part)
-            name = next((name for name in (default, *others) if name in stored), default)
+            default, *aliases = weight.names(part)
+            name = next((name for name in (default, *aliases) if name in stored), default)
             module = _module_factors(weight, part, factors, shapes, _is_transposed(config))
             modules[name.removesuffix(".weight")] = module
     if not writes:

@@ -198,31 +198,7 @@ def delta_rule(
         return jnp.moveaxis(x, (1, 3), (0, 2))
 
     q, k, v, decay, beta = map(chunked, (q, k, v, decay, beta))
-    log_decay = jnp.cumsum(decay, axis=-1)
-    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-    difference = jnp.where(causal, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    decay_matrix = jnp.exp(difference)
-    k_beta = k * beta[..., None]
-    system = jnp.where(
-        jnp.tril(causal, -1), jnp.einsum("cbnih,cbnjh->cbnij", k_beta, k) * decay_matrix, 0
-    )
-    right_sides = jnp.concatenate(
-        [v * beta[..., None], k_beta * jnp.exp(log_decay)[..., None]], axis=-1
-    )
-    solution = jax.lax.linalg.triangular_solve(
-        system + jnp.eye(chunk), right_sides, left_side=True, lower=True, unit_diagonal=True
-    )
-    values, keys = solution[..., : v.shape[-1]], solution[..., v.shape[-1] :]
-    within = jnp.einsum("cbnih,cbnjh->cbnij", q, k) * decay_matrix
-    last = log_decay[..., -1:]
-    chunks = (
-        q * jnp.exp(log_decay)[..., None],
-        k * jnp.exp(last - log_decay)[..., None],
-        jnp.exp(last)[..., None],
-        values,
-        keys,
-        within,
-    )
+    chunks = _chunk_inputs(q, k, v, decay, beta)
     if state is None:
         state = jnp.zeros((*v.shape[1:3], size, v.shape[-1]), jnp.float32)
 
@@ -235,6 +211,35 @@ def delta_rule(
     y = jnp.moveaxis(y, (0, 2), (1, 3))
     y = y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
     return y, None if initial is None else state.astype(initial.dtype)
+
+
+def _chunk_inputs(q: Array, k: Array, v: Array, decay: Array, beta: Array) -> tuple[Array, ...]:
+    """Computes the terms of each chunk that do not depend on the state, all [chunks, B, N, ...]."""
+    log_decay = jnp.cumsum(decay, axis=-1)
+    causal = jnp.tril(jnp.ones((q.shape[-2], q.shape[-2]), bool))
+    difference = jnp.where(causal, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
+    decay_matrix = jnp.exp(difference)
+    k_beta = k * beta[..., None]
+    system = jnp.where(
+        jnp.tril(causal, -1), jnp.einsum("cbnih,cbnjh->cbnij", k_beta, k) * decay_matrix, 0
+    )
+    right_sides = jnp.concatenate(
+        [v * beta[..., None], k_beta * jnp.exp(log_decay)[..., None]], axis=-1
+    )
+    solution = jax.lax.linalg.triangular_solve(
+        system + jnp.eye(q.shape[-2]), right_sides, left_side=True, lower=True, unit_diagonal=True
+    )
+    values, keys = solution[..., : v.shape[-1]], solution[..., v.shape[-1] :]
+    within = jnp.einsum("cbnih,cbnjh->cbnij", q, k) * decay_matrix
+    last = log_decay[..., -1:]
+    return (
+        q * jnp.exp(log_decay)[..., None],
+        k * jnp.exp(last - log_decay)[..., None],
+        jnp.exp(last)[..., None],
+        values,
+        keys,
+        within,
+    )
 
 
 def _unit(x: Float[Array, "... H"]) -> Float[Array, "... H"]:

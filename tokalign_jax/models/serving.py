@@ -109,10 +109,10 @@ def _draft_rows(config: Mapping[str, Any], tokenizer_folder: Path | None) -> Ite
 
     vLLM, and transformers without tokenizers, require equal rows of a draft and its target.
     """
-    other = tokenizer_folder and hub.read_json(tokenizer_folder / "config.json")
-    if not other:
+    raw = tokenizer_folder and hub.read_json(tokenizer_folder / "config.json")
+    if not raw:
         return
-    rows = (other.get("text_config") or other).get("vocab_size")
+    rows = (raw.get("text_config") or raw).get("vocab_size")
     if isinstance(rows, int) and rows > config["vocab_size"]:
         yield (
             f"the model has {config['vocab_size']:,} rows and the target tokenizer's model"

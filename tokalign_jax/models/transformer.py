@@ -39,7 +39,7 @@ from tokalign_jax.models.modules import (
     split_keys,
 )
 from tokalign_jax.models.recurrent import DeltaNet, ShortConvolution
-from tokalign_jax.models.rotary import Length, rotation
+from tokalign_jax.models.rotary import Length, Rotation, rotation
 from tokalign_jax.parallel import sharding
 from tokalign_jax.utils import compiling, paths
 
@@ -97,13 +97,12 @@ class Block(nnx.Module):
         if not self.config.shared_norm:
             normed = apply_norm(self.post_attention_norm, x if self.config.parallel_residual else y)
         # The product is the first operand so that the compiler fuses the addition into its kernel.
-        return scale_in_float32(
-            apply_norm(self.mlp_out_norm, self.mlp(normed, mlp_key)), scale
-        ) + y, cache
+        update = apply_norm(self.mlp_out_norm, self.mlp(normed, mlp_key))
+        return scale_in_float32(update, scale) + y, cache
 
 
 class Embed(nnx.Module):
-    """The input embedding."""
+    """Input embedding."""
 
     def __init__(self, config: ModelConfig):
         self.embedding = param(config.vocab_size, config.hidden_size)
@@ -117,14 +116,14 @@ class Positions(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output matrix."""
+    """Output matrix."""
 
     def __init__(self, config: ModelConfig):
         self.kernel = param(config.vocab_size, config.hidden_size)
 
 
 class OuterModules(nnx.Module):
-    """All modules but the layers. The head is only declared: the loss applies it, in chunks."""
+    """Modules outside the layers; the head is only declared, as the loss applies it in chunks."""
 
     def __init__(self, config: ModelConfig):
         norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
@@ -151,12 +150,14 @@ class Segment(NamedTuple):
     def slice_stack(self, stack: Any, mixer: str | None = None) -> Any:
         """Returns the segment's part, by iteration, of a stack over all layers or a mixer's."""
         first = len(self.before) if mixer is None else self.before.count(mixer)
-        each = len(self.mixers) if mixer is None else self.mixers.count(mixer)
-        count = each * self.repeats
+        per_iteration = len(self.mixers) if mixer is None else self.mixers.count(mixer)
+        count = per_iteration * self.repeats
 
         def part(x: Array) -> Array:
             x = x if count == len(x) else x[first : first + count]
-            return x if self._has_one_layer else x.reshape(self.repeats, each, *x.shape[1:])
+            return (
+                x if self._has_one_layer else x.reshape(self.repeats, per_iteration, *x.shape[1:])
+            )
 
         return jax.tree.map(part, stack)
 
@@ -218,19 +219,7 @@ class Transformer:
         """
         config, outer = self.config, self.outer
         positions = start + jnp.arange(tokens.shape[1])
-        ropes, rope_index = unique_with_indices([kind.rope for kind in config.layer_kinds])
-        _, window_index = unique_with_indices([kind.window for kind in config.layer_kinds])
-        size = max((rope.size for rope in ropes if rope), default=0)
-        angles = [
-            rotation(positions, rope, size, tokens.shape[1] if length is None else length)
-            for rope in ropes
-        ]
-        growth_kinds, growth_index = unique_with_indices(
-            [kind.query_growth for kind in config.layer_kinds]
-        )
-        query_factors = [_query_factor(growth, positions) for growth in growth_kinds]
-        if growth_kinds == [None]:
-            query_factors = [None]
+        inputs = _layer_inputs(config, positions, tokens.shape[1] if length is None else length)
 
         def layer(x, weights, mixer, cos_sin, window, query_factor, key, cache):
             context = LayerContext(positions, cos_sin, window, query_factor, num_valid)
@@ -238,7 +227,8 @@ class Transformer:
             return sharding.by_sequence(x), cache
 
         def indexed_layer(mixer, x, weights, rope, window, growth, key, cache):
-            cos_sin, query_factor = _select(angles, rope), _select(query_factors, growth)
+            cos_sin = _select(inputs.angles, rope)
+            query_factor = _select(inputs.query_factors, growth)
             return layer(x, weights, mixer, cos_sin, window, query_factor, key, cache)
 
         keys = None if key is None else split_keys(key, config.num_layers)
@@ -246,27 +236,46 @@ class Transformer:
         x = self._embedded(sharding.by_sequence(x), positions)
         unroll = _layers_per_iteration(unroll, config.num_layers, remat)
         if unroll < config.num_layers:
-            indices = tuple(map(jnp.array, (rope_index, window_index, growth_index)))
-            x, cache = self._loop(indexed_layer, x, indices, keys, cache, remat, unroll)
+            indices = inputs.rope_index, inputs.window_index, inputs.growth_index
+            arrays = tuple(map(jnp.array, indices))
+            x, cache = self._loop(indexed_layer, x, arrays, keys, cache, remat, unroll)
             return outer.final_norm(x), cache
+        return outer.final_norm(self._unrolled(layer, x, inputs, keys, remat)), None
+
+    def _unrolled(
+        self,
+        layer: Callable,
+        x: Float[Array, "B T D"],
+        inputs: "_LayerInputs",
+        keys: Any,
+        remat: rematerialization.Policy,
+    ) -> Float[Array, "B T D"]:
+        """Computes all layers without a loop or a cache.
+
+        Args:
+          layer: (x, weights, mixer, cos_sin, window, query_factor, key, cache) -> x, cache.
+          x: embedded tokens.
+          inputs: position-dependent inputs of the layers.
+          keys: dropout keys of each layer.
+          remat: rematerialization policy.
+        """
         frozen: Any = jax.lax.stop_gradient(self.layers)
         slots: Any = {part: _unstack(stack, _depth(stack)) for part, stack in self.layers.items()}
-        parts_by_layer = _stack_indices(config, self.layers)
-        for i, (kind, parts) in enumerate(zip(config.layer_kinds, parts_by_layer)):
+        parts_by_layer = _stack_indices(self.config, self.layers)
+        for i, (kind, parts) in enumerate(zip(self.config.layer_kinds, parts_by_layer)):
 
             def body(x: Any, slot: Any, key: Any, i=i, kind=kind, parts=parts):
                 weights = {
                     part: _slice_for_remat(slot[part], frozen[part], number)
                     for part, number in parts.items()
                 }
-                inputs = angles[rope_index[i]], window_index[i], query_factors[growth_index[i]]
-                return layer(x, weights, kind.mixer, *inputs, key, None)
+                return layer(x, weights, kind.mixer, *inputs.of_layer(i), key, None)
 
             slot = {part: slots[part][number] for part, number in parts.items()}
             x, _ = rematerialization.wrap(body, remat, in_loop=False)(
                 x, slot, None if keys is None else keys[i]
             )
-        return outer.final_norm(x), None
+        return x
 
     def _loop(
         self,
@@ -502,6 +511,37 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
 # --- Helpers ------------------------------------------------------------------------------------
 
 
+class _LayerInputs(NamedTuple):
+    """Distinct position-dependent inputs of the layers, and each layer's indices into them."""
+
+    angles: list[Rotation]
+    """Cosine and sine of each distinct rotary embedding."""
+    query_factors: list[Float[Array, "T"] | None]
+    """Factors of the queries for each distinct growth."""
+    rope_index: list[int]
+    window_index: list[int]
+    growth_index: list[int]
+
+    def of_layer(self, i: int) -> tuple[Rotation, int, Float[Array, "T"] | None]:
+        """Returns the rotation, window index and query factor of layer `i`."""
+        query_factor = self.query_factors[self.growth_index[i]]
+        return self.angles[self.rope_index[i]], self.window_index[i], query_factor
+
+
+def _layer_inputs(config: ModelConfig, positions: Int[Array, "T"], length: Length) -> _LayerInputs:
+    """Computes the inputs that layers select by index."""
+    kinds = config.layer_kinds
+    ropes, rope_index = unique_with_indices([kind.rope for kind in kinds])
+    _, window_index = unique_with_indices([kind.window for kind in kinds])
+    growths, growth_index = unique_with_indices([kind.query_growth for kind in kinds])
+    size = max((rope.size for rope in ropes if rope), default=0)
+    angles = [rotation(positions, rope, size, length) for rope in ropes]
+    query_factors: list[Any] = [None]
+    if growths != [None]:
+        query_factors = [_query_factor(growth, positions) for growth in growths]
+    return _LayerInputs(angles, query_factors, rope_index, window_index, growth_index)
+
+
 @functools.cache
 def _outer_modules(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: OuterModules(config)))
@@ -537,26 +577,26 @@ def _segment_step(
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
     """Computes one iteration of a segment's scan; returns the updated cache of each mixer."""
     weights, keys, cache, indices = scanned
-    seen: Counter[str] = Counter()
+    mixer_count: Counter[str] = Counter()
     states: dict[str, list[Any]] = {}
     for position, mixer in enumerate(segment.mixers):
-        own = {
-            part: segment.select_layer(stack, seen[mixer] if part == mixer else position)
+        layer_weights = {
+            part: segment.select_layer(stack, mixer_count[mixer] if part == mixer else position)
             for part, stack in weights.items()
             if part == mixer or part not in MIXERS
         }
-        state = cache and segment.select_layer(cache[mixer], seen[mixer])
+        state = cache and segment.select_layer(cache[mixer], mixer_count[mixer])
         body = rematerialization.wrap(functools.partial(layer, mixer), remat)
         x, state = body(
             x,
-            own,
+            layer_weights,
             *segment.select_layer(indices, position),
             segment.select_layer(keys, position),
             state,
         )
         if cache:
             states.setdefault(mixer, []).append(state)
-        seen[mixer] += 1
+        mixer_count[mixer] += 1
     return x, {mixer: segment.stack_layers(parts) for mixer, parts in states.items()}
 
 
@@ -588,14 +628,14 @@ def _concatenate(*parts: Array) -> Array:
 
 def _stack_indices(config: ModelConfig, layers: Params) -> Iterator[dict[str, int]]:
     """Yields each layer's index in the stack of each of its parts."""
-    seen: Counter[str] = Counter()
+    mixer_count: Counter[str] = Counter()
     for i, kind in enumerate(config.layer_kinds):
         yield {
-            part: seen[kind.mixer] if part == kind.mixer else i
+            part: mixer_count[kind.mixer] if part == kind.mixer else i
             for part in layers
             if part == kind.mixer or part not in MIXERS
         }
-        seen[kind.mixer] += 1
+        mixer_count[kind.mixer] += 1
 
 
 def _depth(stack: Any) -> int:
