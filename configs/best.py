@@ -1,21 +1,20 @@
-"""What recovered most in the measurements so far: everything trains from the first step, from this
-project's own alignment.
+"""Best recipe in the measurements so far: full training from the first step, no Stage 1.
 
     tokalign run --config configs/best.py --workdir runs/best \\
         --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer \\
         --config.corpus='/data/*.jsonl.xz'
 
-Evidence (docs/results/recipe.md; models of 5M and 19M parameters): at equal tokens a run without
-Stage 1 ends below one that spends half of them on the rows alone, by 0.07 to 0.11 bits per byte
-with steps of 1,024 tokens on two pairs, by 0.07 with steps of 32,768 on an H100; there 5e-4 ends
-0.09 below 1.6e-4 (with steps of 1,024 tokens 0.04 below on the smaller model, 0.04 above on the
-larger); damped rows gain another 0.01 to 0.04. In all 1.387 where two stages at the usual rates end
-at 1.603 (1e-3: 1.349).
+Evidence (docs/results/recipe.md; models of 5M and 19M parameters): at equal tokens, a run without
+Stage 1 ends lower than one that spends half of them on the rows alone, by 0.07 to 0.11 bits per
+byte with steps of 1,024 tokens on two pairs, by 0.07 with steps of 32,768 tokens on an H100. There
+a rate of 5e-4 ends 0.09 below 1.6e-4 (with steps of 1,024 tokens 0.04 below on the smaller model,
+0.04 above on the larger); row damping gains another 0.01 to 0.04. In total 1.387 bits per byte,
+where two stages at the usual rates end at 1.603 (1e-3: 1.349).
 
-Not yet measured with 5,000 steps or models of a billion parameters: give those a
-stage2.learning_rate no higher than their pre-training's peak. Where memory does not allow full
-training, LoRA wants a higher rate and one of its own for the rows: stage2.method="lora",
-learning_rate=4e-3, embedding_learning_rate=6.4e-4.
+Not yet measured with 5,000 steps or models of a billion parameters: choose a stage2.learning_rate
+no higher than the peak of their pre-training. If memory does not allow full training, LoRA needs a
+higher rate, and a separate one for the rows: stage2.method="lora", learning_rate=4e-3,
+embedding_learning_rate=6.4e-4.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +23,7 @@ from tokalign_jax.configs import research
 
 
 def get_config() -> ConfigDict:
-    """The tokens of the paper's two stages in one, in steps of a size that one host takes."""
+    """Return the recipe: the steps of the paper's two stages in one, with batches for one host."""
     config = research.get_config()
     config.data.epochs = 0
     config.stage1.steps = 0
@@ -32,6 +31,6 @@ def get_config() -> ConfigDict:
     config.stage2.batch_size = 64
     config.stage2.per_device_batch = "auto"
     config.stage2.learning_rate = 5e-4
-    config.stage2.optimizer.row_damping = 0.3  # research.py has AdamW
+    config.stage2.optimizer.row_damping = 0.3  # 0 (AdamW) in research.py
     config.stage2.start_offset = 0
     return config

@@ -1,13 +1,12 @@
-"""The embedded default with its vocabulary extended: the English/code tokenizer of a small real
-model gets 6,000 tokens of eight languages, in minutes on two CPU cores. Its old tokens keep their
-ids and, at the start, their rows.
+"""Demo of an extension: 6,000 tokens of eight languages are added to an English/code tokenizer.
 
-tokalign run --config configs/extend_demo.py --workdir runs/extend
+    tokalign run --config configs/extend_demo.py --workdir runs/extend
 
-Expected, on held-out text of eight languages: less than half as many tokens (1.8 -> 3.9 bytes a
-token); bits per byte 1.35 of the source model, 3.10 with random new rows, 1.82 initialised, 1.78
-after Stage 1, 1.58 after Stage 2 (replacing the vocabulary: 1.67, see ultra_quick_demo.py); five to
-ten minutes on two CPU cores.
+Existing tokens keep their ids and, initially, their rows. Expected on held-out text of eight
+languages: less than half as many tokens (1.8 -> 3.9 bytes per token); bits per byte 1.35 for the
+source model, 3.10 with random new rows, 1.82 initialised, 1.78 after Stage 1, 1.58 after Stage 2
+(replacing the vocabulary: 1.67, see ultra_quick_demo.py). It takes five to ten minutes on two CPU
+cores.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +21,7 @@ def get_config() -> ConfigDict:
     config.extend.new_tokens = 6_000
     config.extend.min_count = 10
     config.alignment.method = "composed"  # as docs/results/extend.md measured it
-    # Rows that are the source's own want smaller steps than rows that are new.
+    # Rows of the source need smaller steps than new ones.
     config.stage1.learning_rate = 1e-3
     config.stage2.learning_rate = 3e-4
     config.stage2.embedding_learning_rate = 1e-3

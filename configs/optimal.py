@@ -1,16 +1,15 @@
-"""The conservative recipe: a low Stage 1 rate, LoRA in Stage 2, a higher threshold, an offset in
-proportion to the corpus.
+"""Conservative recipe: low Stage 1 rate, LoRA in Stage 2, higher threshold, relative offset.
 
     tokalign run --config configs/optimal.py --workdir runs/optimal
     tokalign run --config configs/optimal.py --workdir runs/mine \\
         --config.source_model=/models/my-llama --config.target_tokenizer=/models/my-tokenizer \\
         --config.corpus='/data/*.jsonl.xz'
 
-Expected: the body of the model stays near where it was. Up to the budgets that were measured (a few
-hundred steps, docs/results/recipe.md) the evidence is against it: a Stage 1 rate of 2e-5 recovers a
-fraction of what 6.4e-4 does, LoRA at 5e-5 ends far behind full training at the same rate, and a run
-without Stage 1 ends below both; `configs/best.py` has what won there. This one is meant for the
-full 2,500 steps. Not yet measured at that size.
+Expected: the body of the model changes little. For the measured budgets (a few hundred steps,
+docs/results/recipe.md) the evidence is against it: a Stage 1 rate of 2e-5 recovers a fraction of
+what 6.4e-4 does, LoRA at 5e-5 ends far behind full training at the same rate, and a run without
+Stage 1 is better than both; `configs/best.py` is the best recipe there. This one is meant for the
+full 2,500 steps, which have not been measured yet.
 """
 
 from ml_collections import ConfigDict

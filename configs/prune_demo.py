@@ -1,8 +1,8 @@
-"""The embedded default with its vocabulary pruned: the tokens that English text of the corpus does
-not need go, all others keep their rows. Nothing trains, so that no device is needed; a minute on
-two CPU cores.
+"""Demo of pruning: tokens that the corpus does not need are removed, the others keep their rows.
 
-tokalign run --config configs/prune_demo.py --workdir runs/prune
+    tokalign run --config configs/prune_demo.py --workdir runs/prune
+
+Nothing is trained; it takes a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

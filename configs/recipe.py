@@ -1,13 +1,12 @@
-"""The A/B that the method's users name: Stage 1 rate x what Stage 2 trains x how the vocabulary
-starts, over seeds and budgets.
+"""Sweep of recipes: Stage 1 rate x Stage 2 method x alignment, over seeds and budgets.
 
     tokalign sweep --config configs/recipe.py --workdir runs/recipe \\
         --config.source_model=/models/llama --config.target_tokenizer=/tokenizers/qwen3 \\
         --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang
 
-A run's name says where it stands: `own-6.4e-04-full-60-s0` starts from this project's alignment,
-trains 60 steps a stage, Stage 1 at 6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` takes some
-of them. docs/results/recipe.md has what came of it on an H100.
+Names of runs: `own-6.4e-04-full-60-s0` starts from this project's alignment and trains 60 steps per
+stage, Stage 1 at 6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` selects some of them.
+docs/results/recipe.md has the results on an H100.
 """
 
 from typing import Any
@@ -27,7 +26,7 @@ STAGE2: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA}
 
 
 def get_config() -> ConfigDict:
-    """What all runs have in common."""
+    """Return the settings that all runs share."""
     config = default_config()
     config.source_model = "embedded"
     config.target_tokenizer = "embedded"
@@ -35,7 +34,7 @@ def get_config() -> ConfigDict:
     config.text.language_field = "language"
     config.text.budget_bytes = 5_000_000_000
     config.text.held_out_fraction = 0.01
-    config.alignment.method = "composed"  # and not tuned, as the figures in docs/ were measured
+    config.alignment.method = "composed"  # without tuning, as in the measurements of docs/
     config.initialization.tuning = 0
     for stage in (config.stage1, config.stage2):
         stage.batch_size = 32
@@ -58,23 +57,23 @@ def get_config() -> ConfigDict:
 
 
 def get_runs() -> dict[str, dict[str, Any]]:
-    """By name: the fields in which a run differs."""
+    """Return the fields in which each run differs, by its name."""
     runs = {}
     for seed in range(3):
-        for start, of_start in STARTS.items():
+        for start, alignment in STARTS.items():
             for rate in RATES:
-                for trains, of_stage2 in STAGE2.items():
-                    runs |= _run(start, rate, trains, 60, seed, of_start | of_stage2)
-    # Where a rate holds over budgets; and one above those that are named.
+                for trains, stage2 in STAGE2.items():
+                    runs |= _run(start, rate, trains, 60, seed, alignment | stage2)
+    # Rates over budgets, with one above the others.
     for steps in (60, 240, 960):
         for rate in (*RATES, 2.56e-3):
             runs |= _run("own", rate, "full", steps, 0, {})
-    # What Stage 2 may do at a higher rate, and all steps in it: the same tokens without Stage 1.
+    # Higher rates of Stage 2, with and without Stage 1 at the same tokens.
     for seed in range(3):
         for rate in (1.6e-4, 5e-4, 1e-3):
-            of_stage2 = {"stage2.learning_rate": rate}
-            runs |= _run("own", 6.4e-4, f"full@{rate:.1e}", 60, seed, of_stage2)
-            runs |= _alone(f"full@{rate:.1e}", 120, seed, of_stage2)
+            stage2 = {"stage2.learning_rate": rate}
+            runs |= _run("own", 6.4e-4, f"full@{rate:.1e}", 60, seed, stage2)
+            runs |= _alone(f"full@{rate:.1e}", 120, seed, stage2)
         for start in ("pieces", "published"):
             runs |= _alone(
                 "full@5.0e-04", 120, seed, {"stage2.learning_rate": 5e-4} | STARTS[start], start
@@ -84,7 +83,7 @@ def get_runs() -> dict[str, dict[str, Any]]:
         for rate in (1.6e-4, 5e-4, 1e-3):
             damped = {"stage2.learning_rate": rate, "stage2.optimizer.row_damping": 0.3}
             runs |= _alone(f"full@{rate:.1e}-damped0.3", 120, seed, damped)
-    # What AdamW does with rows of rare tokens.
+    # AdamW on rows of rare tokens.
     for field, values in {
         "epsilon": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
         "row_damping": (0.1, 1.0),
@@ -98,12 +97,12 @@ def get_runs() -> dict[str, dict[str, Any]]:
         "-damped0.3": {"stage2.optimizer.row_damping": 0.3},
     }.items():
         runs |= _alone(f"full@5.0e-04{name}", 480, 0, {"stage2.learning_rate": 5e-4} | fields)
-    # Whether Stage 1 earns its tokens at larger budgets.
+    # Benefit of Stage 1 at larger budgets.
     for steps in (240, 960):
-        of_stage2 = {"stage2.learning_rate": 1.6e-4}
-        runs |= _run("own", 6.4e-4, "full@1.6e-04", steps, 0, of_stage2)
-        runs |= _alone("full@1.6e-04", 2 * steps, 0, of_stage2)
-    # One thing changed, Stage 1 at 6.4e-4 and Stage 2 at 5e-4.
+        stage2 = {"stage2.learning_rate": 1.6e-4}
+        runs |= _run("own", 6.4e-4, "full@1.6e-04", steps, 0, stage2)
+        runs |= _alone("full@1.6e-04", 2 * steps, 0, stage2)
+    # A single change each, to Stage 1 at 6.4e-4 and Stage 2 at 5e-4.
     for name, fields in {
         "offset0": {"stage2.start_offset": 0},
         "offset0.2": {"stage2.start_offset": 0.2},
@@ -136,6 +135,6 @@ def _run(
 def _alone(
     rest: str, steps: int, seed: int, fields: dict[str, Any], start: str = "own"
 ) -> dict[str, dict[str, Any]]:
-    """Stage 2 without Stage 1."""
+    """Return a run of Stage 2 without Stage 1."""
     common = {"seed": seed, "stage1.steps": 0, "stage2.steps": steps}
     return {f"{start}-none-{rest}-{steps}-s{seed}": common | fields}

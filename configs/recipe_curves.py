@@ -1,5 +1,4 @@
-"""How many tokens until a model is its source again: what is kept and fitted after 1M to 16M
-tokens.
+"""Sweep over training tokens: retention and fit after 1M to 16M tokens.
 
     tokalign sweep --config configs/recipe_curves.py --workdir runs/curves \\
         --config.source_model=/models/smollm2 --config.target_tokenizer=/tokenizers/qwen3 \\
@@ -8,14 +7,15 @@ tokens.
         --config.evaluation.other_text=/data/other.jsonl \\
         --config.evaluation.chat_questions=/data/chat.jsonl
 
-With a model and a tokenizer alone it trains on text that the source model writes (`corpus=self`).
+Without a corpus, the training text is written by the source model (`corpus=self`).
 
-Objectives x what trains x rates x with and without Stage 1 x tokens; every number of tokens is a
-run with a schedule of its own. `mixture-full-3e-04-alone-16M-s0` trains in full at 3e-4, without
-Stage 1, on 16M tokens; with `stage1` a quarter of the tokens goes to the rows first. The lines of
-`pieces` begin with the mean of the pieces and learn the next token, for comparison. All runs share
-corpus, alignment and start. `--only='mixture-full-*,next_token-full-*'` takes some of them. The
-comparison has one table of all, and `runs/curves/runs/NAME/report.json` what each measured.
+The runs are objectives x trainable parameters x rates x with and without Stage 1 x tokens; every
+number of tokens has its own learning rate schedule. `mixture-full-3e-04-alone-16M-s0` trains in
+full at 3e-4, without Stage 1, on 16M tokens; with `stage1`, the first quarter of the tokens trains
+the rows alone. For comparison, runs named `pieces` start from the mean of the pieces and use the
+next-token loss. All runs share corpus, alignment and initialisation.
+`--only='mixture-full-*,next_token-full-*'` selects some of them. The comparison has a table of all
+runs, `runs/curves/runs/NAME/report.json` the results of each.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tokalign_jax.config import default_config
 
 SEQUENCES, LENGTH = 64, 1024
-"""Of a step: 65,536 tokens."""
+"""Batch of a step: 65,536 tokens."""
 MILLIONS = (1, 2, 4, 8, 16)
 OBJECTIVES = ("next_token", "mixture", "distillation")
 RATES: dict[str, tuple[float, ...]] = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 4e-3)}
@@ -34,7 +34,7 @@ ROWS = 6.4e-4
 
 
 def get_config() -> ConfigDict:
-    """What all runs have in common."""
+    """Return the settings that all runs share."""
     config = default_config()
     config.corpus = "self"
     config.text.self_tokens = 8_000_000
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
 
 
 def get_runs() -> dict[str, dict[str, Any]]:
-    """By name: the fields in which a run differs."""
+    """Return the fields in which each run differs, by its name."""
     runs: dict[str, dict[str, Any]] = {"start": {"stage1.steps": 0, "stage2.steps": 0}}
     for millions in MILLIONS:
         for objective in OBJECTIVES:
@@ -63,7 +63,7 @@ def get_runs() -> dict[str, dict[str, Any]]:
                         runs |= _run(objective, method, rate, with_stage1, millions)
         for rate in RATES["full"]:
             runs |= _run("next_token", "full", rate, False, millions, "pieces")
-    # Whether what wins with one seed wins with others.
+    # Variation over seeds.
     for seed in (1, 2):
         for objective in OBJECTIVES:
             for rate in RATES["full"]:
@@ -81,12 +81,12 @@ def _run(
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     steps = millions * 1_000_000 // (SEQUENCES * LENGTH) + 1
-    of_stage1 = steps // 4 if with_stage1 else 0
+    stage1_steps = steps // 4 if with_stage1 else 0
     fields: dict[str, Any] = {
         "seed": seed,
-        "stage1.steps": of_stage1,
+        "stage1.steps": stage1_steps,
         "stage1.objective": objective,
-        "stage2.steps": steps - of_stage1,
+        "stage2.steps": steps - stage1_steps,
         "stage2.objective": objective,
         "stage2.method": method,
         "stage2.learning_rate": rate,
@@ -95,6 +95,6 @@ def _run(
         fields["stage2.embedding_learning_rate"] = ROWS
     if start:
         fields["alignment.method"] = start
-    begins = "stage1" if with_stage1 else "alone"
-    name = f"{start or objective}-{method}-{rate:.0e}-{begins}-{millions}M-s{seed}"
+    stages = "stage1" if with_stage1 else "alone"
+    name = f"{start or objective}-{method}-{rate:.0e}-{stages}-{millions}M-s{seed}"
     return {name: fields}

@@ -1,4 +1,4 @@
-"""What starts keep and fit, side by side: methods of alignment without any training stage.
+"""Sweep of initialisations: alignment methods, without any training stage.
 
     tokalign sweep --config configs/starts.py --workdir runs/starts \\
         --config.source_model=/models/smollm2 --config.target_tokenizer=/tokenizers/qwen3 \\
@@ -6,9 +6,8 @@
         --config.evaluation.abilities=/data/abilities \\
         --config.evaluation.other_text=/data/other.jsonl
 
-`--only='distilled*'` takes some of them. The table "What the model keeps" compares them by
-abilities, fidelity and bits per byte of both kinds of text; docs/results/start.md says what came of
-it.
+`--only='distilled*'` selects some of them. The table "What the model keeps" compares abilities,
+fidelity and bits per byte of both kinds of text; docs/results/start.md has results.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ from tokalign_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """What all starts have in common."""
+    """Return the settings that all runs share."""
     config = default_config()
     config.stage1.steps = 0
     config.stage2.steps = 0
@@ -28,7 +27,7 @@ def get_config() -> ConfigDict:
 
 
 def get_runs() -> dict[str, dict[str, Any]]:
-    """By name: the fields in which a start differs."""
+    """Return the fields in which each run differs, by its name."""
     runs: dict[str, dict[str, Any]] = {
         "pieces": {"alignment.method": "pieces"},
         "tokalign": {"alignment.method": "tokalign"},

@@ -1,9 +1,9 @@
-"""A judgement in about three hours on one GPU: 600 + 1,400 steps on 1 GB of text.
+"""Recipe to compare choices in about three hours on one GPU: 600 + 1,400 steps on 1 GB of text.
 
     tokalign run --config configs/three_hour_eval.py --workdir runs/three_hours
 
-Expected: enough to compare two choices (an alignment, a rate, a threshold) on the same model; not
-yet measured at Pythia-1B's size.
+Enough to compare two choices (an alignment, a rate, a threshold) on the same model. Not yet
+measured with Pythia-1B.
 """
 
 from ml_collections import ConfigDict

@@ -133,9 +133,9 @@ def test_with_text_the_start_is_trained_by_the_source(source, tokenizer):
         (lambda s, t: ta.load_texts("/nowhere/at/all"), "/nowhere/at/all"),
         (
             lambda s, t: ta.explain(ta.align(s.tokenizer, t), s.tokenizer, t, "two words"),
-            "one token",
+            "a single token",
         ),
-        (lambda s, t: ta.explain(ta.align(s.tokenizer, t), s.tokenizer, t, 10**6), "one token"),
+        (lambda s, t: ta.explain(ta.align(s.tokenizer, t), s.tokenizer, t, 10**6), "a single token"),
     ],
 )
 def test_bad_input_is_a_user_error(call, says, source, tokenizer):

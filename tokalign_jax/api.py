@@ -1,6 +1,6 @@
-"""The Python API: every step of an adaptation as a function of arrays, without a workdir.
+"""Python API: the steps of an adaptation as functions of arrays, without a workdir.
 
-Everything here also works in a notebook on a laptop. For runs that resume, use `run` or the command
+They also work in a notebook on a laptop. For runs that can be resumed, use `run` or the command
 line.
 """
 
@@ -53,15 +53,15 @@ Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Model:
-    """A language model: its constants, its weights and its tokenizer.
+    """A language model: its architecture, weights and tokenizer.
 
     Attributes:
       config: the architecture; `config.vocab_size` is the number of rows.
-      params: nested dict of arrays; the rows are `params["embed_tokens"]["embedding"]` and, where
-        the head is not tied, `params["lm_head"]["kernel"]`, both [rows, hidden size].
+      params: nested dict of arrays; the rows are `params["embed_tokens"]["embedding"]` and, unless
+        the head is tied, `params["lm_head"]["kernel"]`, both [rows, hidden size].
       tokenizer: a fast tokenizer of transformers.
-      folder: the Hugging Face folder that it comes from, whose config.json `save` goes by.
-      losses: nats a token at each training step since it was loaded.
+      folder: the Hugging Face folder of the source model, whose config.json `save` starts from.
+      losses: loss in nats per token of each training step since the model was loaded.
     """
 
     config: ModelConfig
@@ -81,10 +81,10 @@ def load_model(name: str, dtype: str | None = None) -> Model:
     Args:
       name: a folder in Hugging Face format, a hub name (`name@revision` pins one), or `embedded`
         for the demo's.
-      dtype: of the weights, such as `float32`; None: as stored.
+      dtype: dtype of the weights, such as `float32`; None: as stored.
 
     Raises:
-      UserError: it is missing or broken, or of a family that is not known.
+      UserError: the model is missing, broken or of an unsupported family.
     """
     folder = hub.resolve(demo.source_model(name), what="model")
     config, _ = hub.load_config(folder)
@@ -101,7 +101,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
       name: a folder, a hub name, or `embedded` for the demo's multilingual one.
 
     Raises:
-      UserError: it is missing, or not of a kind that is known.
+      UserError: the tokenizer is missing or of an unsupported kind.
     """
     folder = hub.resolve(demo.target_tokenizer(name), what="tokenizer", weights=False)
     tokenizer = hub.load_tokenizer(folder)
@@ -116,12 +116,12 @@ def load_texts(
 
     Args:
       name: files, a folder, a glob, a hub dataset, or `embedded` for the demo's.
-      language_field: field of a record with its language; empty: all documents are in one group,
+      language_field: field of a record with its language; "": all documents are in one group,
         `all`.
-      budget_bytes: UTF-8 bytes to read.
+      budget_bytes: maximum UTF-8 bytes to read.
 
     Raises:
-      UserError: there is no such text.
+      UserError: the text is missing or cannot be read.
     """
     if name == "embedded":
         language_field = language_field or "language"
@@ -144,13 +144,13 @@ def align(
     log: Log = _silent,
     **settings: Any,
 ) -> Alignment:
-    """Say how each target token is made of source tokens.
+    """Align target tokens to source tokens.
 
     Args:
-      texts: from which frequencies and co-occurrences are counted; `pieces`, `exact` and `random`
-        need none.
-      method: see `tokalign help methods`. `distilled` aligns as `pieces` does; what sets it apart
-        is `initialize` with text.
+      texts: documents in which frequencies and co-occurrences are counted; `pieces`, `exact` and
+        `random` need none.
+      method: see `tokalign help methods`. `distilled` aligns as `pieces` does; `initialize` with
+        texts then distils the source model.
       settings: further fields of `AlignmentConfig`.
 
     Returns:
@@ -162,9 +162,9 @@ def align(
     config = config_from_dict({"method": method, **settings}, AlignmentConfig, "alignment.")
     documents = _documents(texts)
     if method == "omp":
-        raise UserError("method 'omp' needs a donor model: use it by `tokalign run`")
+        raise UserError("method 'omp' needs a donor model: use it with `tokalign run`")
     if method in methods.NEED_VECTORS and not documents and not config.target_vectors:
-        raise UserError(f"method '{method}' learns from text: give align(..., texts=...)")
+        raise UserError(f"method '{method}' needs text: give align(..., texts=...)")
     old, new = (tokenizing.tokenize(tokenizer, documents) for tokenizer in (source, target))
     inputs = methods.Inputs(config, source, target, old.counts, new.counts, seed, log)
     if method in methods.NEED_VECTORS:
@@ -183,27 +183,27 @@ def explain(
     target: PreTrainedTokenizerBase,
     token: int | str,
 ) -> dict[str, Any]:
-    """Say what a target token's row is made of.
+    """Explain the rows of a target token.
 
     Args:
-      token: its id, or a text that is one token.
+      token: its id, or a text that is a single token.
 
     Returns:
-      `token`, `rule`, `score`, and by source token the weights of its `embedding` and `head` row.
+      `token`, `rule`, `score`, and the weights of its `embedding` and `head` rows by source token.
 
     Raises:
-      UserError: the text is not one token.
+      UserError: the text is not a single token.
     """
     ids = (
         [token] if isinstance(token, int) else target(token, add_special_tokens=False)["input_ids"]
     )
     if len(ids) != 1 or not 0 <= ids[0] < alignment.target_size:
-        raise UserError(f"{token!r} is not one token of the target tokenizer")
+        raise UserError(f"{token!r} is not a single token of the target tokenizer")
 
     def weights(mixture: Any) -> dict[str, float]:
-        part = slice(*mixture.indptr[ids[0] : ids[0] + 2])
-        near = zip(mixture.ids[part].tolist(), mixture.weights[part].tolist())
-        return {_text(source, i): round(w, 4) for i, w in near if i < alignment.source_size}
+        row = slice(*mixture.indptr[ids[0] : ids[0] + 2])
+        entries = zip(mixture.ids[row].tolist(), mixture.weights[row].tolist())
+        return {_text(source, i): round(w, 4) for i, w in entries if i < alignment.source_size}
 
     return {
         "token": target.decode(ids),
@@ -224,18 +224,19 @@ def initialize(
     log: Log = _silent,
     **settings: Any,
 ) -> Model:
-    """Give a model rows for a new vocabulary; everything else stays as it is.
+    """Initialise the rows of a model for a new vocabulary.
+
+    Without texts, rows are the alignment's mixtures and all other weights are unchanged. With
+    texts, the model is then distilled from the source model, on these and on text that the source
+    model writes itself (method `distilled`).
 
     Args:
-      tokenizer: the new one.
-      alignment: of `source.tokenizer` and `tokenizer`.
-      texts: none: rows are the alignment's mixtures. With text, the model is then trained to keep
-        what it knows, with the source as teacher, on text that it writes itself and on these
-        (method `distilled`).
+      tokenizer: the target tokenizer.
+      alignment: of `tokenizer` to `source.tokenizer`.
       settings: further fields of `InitializationConfig`, such as `distillation_tokens`.
 
     Raises:
-      UserError: an unknown field, or a value that it cannot have.
+      UserError: an unknown field, or a value out of bounds.
     """
     documents = _documents(texts)
     initialization = config_from_dict(settings, InitializationConfig, "initialization.")
@@ -250,17 +251,18 @@ def initialize(
 
     def draw(tokens: int) -> Any:
         order = np.random.default_rng(seed).permutation(len(documents))
-        left = tokens
+        remaining = tokens
         for i in order.tolist():
-            if left <= 0:
+            if remaining <= 0:
                 return
             yield documents[i]
-            left -= len(source.tokenizer(documents[i].text, add_special_tokens=False)["input_ids"])
+            encoding = source.tokenizer(documents[i].text, add_special_tokens=False)
+            remaining -= len(encoding["input_ids"])
 
     side = Side(source.config, source.params, source.tokenizer, shards[0])
-    made = make_start(config, side, tokenizer, shards[1], alignment, draw, mesh, log)
-    params = _without_padding(made.config, made.params)
-    return Model(made.config, params, tokenizer, source.folder)
+    start = make_start(config, side, tokenizer, shards[1], alignment, draw, mesh, log)
+    params = _without_padding(start.config, start.params)
+    return Model(start.config, params, tokenizer, source.folder)
 
 
 def train(
@@ -276,19 +278,19 @@ def train(
     log: Log = _silent,
     **settings: Any,
 ) -> Model:
-    """Train a model on text, by the next token.
+    """Train a model on text with the next-token loss.
 
     Args:
-      method: what trains: `embedding` (the rows alone: Stage 1 of TokAlign), `lora`, whose adapters
-        are merged at the end, or `full`.
-      batch_size: sequences a step.
+      method: trainable parameters: `embedding` (the rows alone: Stage 1 of TokAlign), `lora`, whose
+        adapters are merged at the end, or `full`.
+      batch_size: sequences per step.
       settings: further fields of `StageConfig`.
 
     Returns:
-      The trained model, float32 where it was trained, with the loss of each step.
+      The trained model with the loss of each step; trained parameters are float32.
 
     Raises:
-      UserError: the text is shorter than a sequence, or a setting does not fit.
+      UserError: the text is shorter than a sequence, or a setting is not possible.
     """
     values = {
         "method": method,
@@ -304,12 +306,12 @@ def train(
         raise UserError(f"objective '{stage.objective}' needs the source model: use `tokalign run`")
     if stage.validation_every:
         raise UserError(
-            "validation_every needs the held-out text of a run: leave it out and use `evaluate`, or"
-            " use `tokalign run`"
+            "validation_every needs the held-out text of a run: leave it out and use `evaluate`, "
+            "or use `tokalign run`"
         )
-    none = dataclasses.replace(stage, steps=0)
+    skipped = dataclasses.replace(stage, steps=0)
     compute = ComputeConfig(dtype=_compute_dtype())
-    config = Config(seed=seed, stage1=stage, stage2=none, compute=compute)
+    config = Config(seed=seed, stage1=stage, stage2=skipped, compute=compute)
     shards = tokenizing.tokenize(model.tokenizer, _documents(texts))
     mesh = sharding.make_mesh()
     setups = resolve.resolved_stages(config, model.config, mesh.devices.shape, Machine.of(), {})
@@ -336,9 +338,9 @@ def train(
 
 
 def evaluate(model: Model, texts: Texts, *, sequence_length: int = 256) -> dict[str, float]:
-    """Measure bits per byte of text, by language and of `all` together; lower is better.
+    """Measure bits per byte of text, by language and over `all`; lower is better.
 
-    They can be compared across vocabularies, since every one spells the same bytes.
+    Bits per byte are comparable across vocabularies, since every one spells the same bytes.
     """
     groups = _by_language(texts)
     length = min(sequence_length, model.config.max_positions)
@@ -351,26 +353,26 @@ def evaluate(model: Model, texts: Texts, *, sequence_length: int = 256) -> dict[
         batch=8,
         compute=ComputeConfig(dtype=_compute_dtype()),
     )
-    found = {group: of.total.bits_per_byte for group, of in costs.items()}
-    if len(found) > 1:
-        found["all"] = bits_per_byte.summary([*costs.values()], 0)["bits_per_byte"]
-    return found
+    result = {language: entry.total.bits_per_byte for language, entry in costs.items()}
+    if len(result) > 1:
+        result["all"] = bits_per_byte.summary([*costs.values()], 0)["bits_per_byte"]
+    return result
 
 
 def generate(model: Model, prompt: str, tokens: int = 32) -> str:
-    """Continue a text greedily; return what is added."""
-    (made,) = samples.continuations(
+    """Continue a text greedily; return the continuation."""
+    (sample,) = samples.continuations(
         model.config, model.params, model.tokenizer, [prompt], tokens, _compute_dtype()
     )
-    return made["continuation"]
+    return sample["continuation"]
 
 
 def save(model: Model, folder: str | Path, dtype: str = "source") -> Path:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers open.
+    """Write a folder that transformers opens with `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
-      folder: a new one, or an empty one.
-      dtype: of the weights; `source`: each as the source model stores it.
+      folder: a new or empty folder.
+      dtype: dtype of the weights; `source`: that of each weight of the source model.
 
     Raises:
       UserError: the folder is not empty.
@@ -394,12 +396,11 @@ def run(
     stages: Sequence[str] | None = None,
     log: Log = print,
 ) -> Path:
-    """Do a whole run in a workdir, as `tokalign run` does: it skips what is finished and resumes
-    what is not.
+    """Do a run in a workdir, as `tokalign run` does, or resume it.
 
     Args:
-      config: or a dict of its fields, such as `{"stage2": {"steps": 100}}`.
-      stages: only these, and unfinished ones that they need.
+      config: a config, or a dict of its fields such as `{"stage2": {"steps": 100}}`.
+      stages: run only these stages, and unfinished ones that they need.
 
     Returns:
       The workdir; `export` in it is the adapted model.
@@ -413,12 +414,13 @@ def run(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
     compiling.prepare()
-    made = config if isinstance(config, Config) else config_from_dict(config)
-    return pipeline.run(made, Path(workdir), stages, log)
+    if not isinstance(config, Config):
+        config = config_from_dict(config)
+    return pipeline.run(config, Path(workdir), stages, log)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return a token's text; its name where it is not whole characters."""
+    """Return a token's text, or its spelling if it is not whole characters."""
     text = tokenizer.decode([token])
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else str(text)
 
@@ -443,19 +445,19 @@ def _compute_dtype() -> Literal["float32", "bfloat16"]:
 
 
 def _merged(params: Params, stage: StageConfig) -> Params:
-    """Return parameters with adapters added to their kernels."""
+    """Merge adapters into their kernels."""
     spec, leaves = loop.lora_spec(stage), paths.flatten(params)
     if spec is None:
         return params
     for name in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
         adapter = lora.Adapter(spec, leaves.pop(f"{name}/lora_a"), leaves.pop(f"{name}/lora_b"))
-        kernel = jnp.array(leaves[f"{name}/kernel"])  # a copy: the original is the caller's
+        kernel = jnp.array(leaves[f"{name}/kernel"])  # a copy: the caller owns the original
         leaves[f"{name}/kernel"] = lora.merge_into(kernel, [adapter])
     return paths.unflatten(leaves)
 
 
 def _without_padding(config: ModelConfig, params: Params) -> Params:
-    """Return parameters whose vocabulary matrices have the model's rows and no more."""
+    """Remove the padding rows of embedding and head."""
     trim: Callable[[Any], Any] = lambda rows: rows[: config.vocab_size]  # noqa: E731
     new = {**params, "embed_tokens": jax.tree.map(trim, params["embed_tokens"])}
     if "lm_head" in params:
