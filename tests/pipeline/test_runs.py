@@ -370,7 +370,7 @@ def test_bad_input_is_told_in_a_paragraph_before_any_work(inputs, tmp_path, caps
     assert "128 positions" in refused("--config.stage1.sequence_length=129")
     assert "128 positions" in refused("--config.evaluation.sequence_length=500")
     assert "'alignn'" in (said := refused("--stages=alignn")) and "align" in said
-    assert "--stages names none" in refused("--stages=")
+    assert "--stages is empty" in refused("--stages=")
     said = refused("--config.source_model=nobody/nothing")
     assert "nobody/nothing" in said and "local" in said and "embedded" in said
     assert "nobody/words" in refused("--config.target_tokenizer=nobody/words")
@@ -441,7 +441,7 @@ def test_a_donor_gives_combinations_or_is_refused(inputs, tmp_path, capsys):
     donor = tiny_model_folder(tmp_path / "donor", "gpt_neox", len(target), tokenizer=target, seed=1)
     for settings, told in (
         (["alignment.method=omp"], "needs alignment.donor"),
-        ([f"alignment.donor={donor}"], "alignment.method 'omp' alone"),
+        ([f"alignment.donor={donor}"], "only used with alignment.method 'omp'"),
         (["alignment.method=omp", f"alignment.donor={inputs['llama']}"], "has another tokenizer"),
     ):
         assert run(*settings) == 2
@@ -613,7 +613,7 @@ def test_many_passes_over_a_small_text_are_told(inputs, tmp_path):
         getattr(stages, name)(context)
     stages.check_stream(context)
     (warning,) = [line for line in said if line.startswith("warning: stage")]
-    assert warning.startswith("warning: stage1 reads the") and "times over" in warning
+    assert warning.startswith("warning: stage1 reads the") and "times: lower its steps" in warning
 
 
 @pytest.mark.slow

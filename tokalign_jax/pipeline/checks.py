@@ -201,7 +201,7 @@ def _check_donor(context: Context) -> None:
     if config.method != "omp" or config.file:
         if config.donor:
             raise UserError(
-                "alignment.donor has no effect but with alignment.method 'omp' and no "
+                "alignment.donor is only used with alignment.method 'omp' and without "
                 "alignment.file: leave it out, or choose that method"
             )
         return
