@@ -135,7 +135,10 @@ def test_with_text_the_start_is_trained_by_the_source(source, tokenizer):
             lambda s, t: ta.explain(ta.align(s.tokenizer, t), s.tokenizer, t, "two words"),
             "a single token",
         ),
-        (lambda s, t: ta.explain(ta.align(s.tokenizer, t), s.tokenizer, t, 10**6), "a single token"),
+        (
+            lambda s, t: ta.explain(ta.align(s.tokenizer, t), s.tokenizer, t, 10**6),
+            "a single token",
+        ),
     ],
 )
 def test_bad_input_is_a_user_error(call, says, source, tokenizer):

@@ -142,7 +142,8 @@ def test_a_second_signal_kills_at_once(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert (
-        process.stderr and b"stop requested" in process.stderr.readline() + process.stderr.readline()
+        process.stderr
+        and b"stop requested" in process.stderr.readline() + process.stderr.readline()
     )
     time.sleep(0.1)
     assert process.poll() is None

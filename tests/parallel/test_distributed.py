@@ -496,7 +496,9 @@ def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch
     assert distributed._tpu_cluster({"TPU_SKIP_MDS_QUERY": "1"}) is None and not asked
     assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one"}) is None and not asked
     assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one,two"}) == {}
-    assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one", "MEGASCALE_NUM_SLICES": "2"}) == {}
+    assert (
+        distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one", "MEGASCALE_NUM_SLICES": "2"}) == {}
+    )
     assert distributed._tpu_cluster({}) == {} and asked == ["worker-network-endpoints"]
 
 

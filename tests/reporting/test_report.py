@@ -313,8 +313,15 @@ def test_ticks_are_round(low, high, expected):
 
 
 def test_charts_of_nothing_and_of_one_point():
-    assert charts.lines([], description="", x_label="", y_label="") == "" == charts.dots({}, description="")
-    assert charts.lines([charts.Curve("a", [1], [math.nan])], description="", x_label="", y_label="") == ""
+    assert (
+        charts.lines([], description="", x_label="", y_label="")
+        == ""
+        == charts.dots({}, description="")
+    )
+    assert (
+        charts.lines([charts.Curve("a", [1], [math.nan])], description="", x_label="", y_label="")
+        == ""
+    )
     for made in (
         charts.lines(
             [charts.Curve("a", [1], [2.0], label="x")], description="s", x_label="x", y_label="y"
