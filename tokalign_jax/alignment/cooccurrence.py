@@ -296,13 +296,13 @@ def _vocabulary(shards: TokenShards, min_count: int) -> tuple[np.ndarray, np.nda
     return vocabulary, rank
 
 
-def _check_sums_fit(most: int, window: int) -> None:
+def _check_sums_fit(largest_count: int, window: int) -> None:
     """Check the largest possible sum: that of the most frequent token with its whole window."""
     unit = math.lcm(*range(1, window + 1))
-    if 2 * most * sum(unit // d for d in range(1, window + 1)) >= _EMPTY:
+    if 2 * largest_count * sum(unit // d for d in range(1, window + 1)) >= _EMPTY:
         raise UserError(
-            f"a window of {window} is too wide for exact counts of a token seen {most:,} times: "
-            "narrow it"
+            f"a window of {window} is too wide for exact counts of a token seen "
+            f"{largest_count:,} times: narrow it"
         )
 
 
@@ -493,8 +493,8 @@ def _count_on_device(share: _Share, device: Any) -> list[Sums]:
         # of its own.
         (keys, sums), used = jax.device_put(_empty(capacity), device), 0
         for (start, stop), tokens in in_order(readers, READERS, read, share.chunks(chunk)):
-            keys, sums, more = _append(keys, sums, used, *tokens, window=share.window)
-            used += int(more)
+            keys, sums, added = _append(keys, sums, used, *tokens, window=share.window)
+            used += int(added)
             if used + new_entries > capacity:
                 keys, sums, count = _compacted(keys, sums)
                 used = int(count)

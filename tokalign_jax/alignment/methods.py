@@ -669,8 +669,10 @@ def mix(
         np.append(ids, np.where(matched, matches, source_size)),
     )
     mixtures = []
-    for decay, most in ((PIECE_DECAY, MATCH_WEIGHT_EMBEDDING), (1.0, MATCH_WEIGHT_HEAD)):
-        share = np.where(matched, np.where(unknown, 1.0, most * similarity.astype(np.float64)), 0.0)
+    for decay, match_weight in ((PIECE_DECAY, MATCH_WEIGHT_EMBEDDING), (1.0, MATCH_WEIGHT_HEAD)):
+        share = np.where(
+            matched, np.where(unknown, 1.0, match_weight * similarity.astype(np.float64)), 0.0
+        )
         weights = decay**following
         weights = (1.0 - share)[rows] * weights / np.bincount(rows, weights)[rows]
         mixtures.append(

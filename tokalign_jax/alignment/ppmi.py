@@ -184,10 +184,10 @@ def positive_pmi(
         ):
             start = 0
             for block in np.flatnonzero(sizes):
-                here = slice(start, start + sizes[block])
-                there = slice(ends[block], ends[block] + sizes[block])
-                cells[there], values[there] = cell_part[here], value_part[here]
-                start, ends[block] = here.stop, there.stop
+                part = slice(start, start + sizes[block])
+                stored = slice(ends[block], ends[block] + sizes[block])
+                cells[stored], values[stored] = cell_part[part], value_part[part]
+                start, ends[block] = part.stop, stored.stop
     return Blocks((n, width), rows, starts, ends, cells, values)
 
 

@@ -120,10 +120,10 @@ def _by_ppmi(
         )
         return vectors, {"ppmi_shared_contexts": len(columns)}
     log("PPMI: too few shared tokens to be contexts of both sides; each side is factored alone")
-    own = [np.arange(min(ppmi.COLUMNS, len(side.vocabulary))) for side in sides]
+    columns_by_side = [np.arange(min(ppmi.COLUMNS, len(side.vocabulary))) for side in sides]
     return [
         ppmi.train([side], [c], config.vector_size, seed, log, folder=folder)[0]
-        for side, c in zip(sides, own)
+        for side, c in zip(sides, columns_by_side)
     ], {"ppmi_shared_contexts": 0}
 
 

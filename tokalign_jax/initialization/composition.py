@@ -150,9 +150,9 @@ def _normal_equations(
     width = rows.shape[1]
     gram, cross = jnp.zeros((5 * width + 2,) * 2), jnp.zeros((5 * width + 2, width))
     for block, columns in column_blocks(rows, fitted, np.flatnonzero(weights)):
-        own = rows[_filled(fitted.ids[block])]
+        targets = rows[_filled(fitted.ids[block])]
         block_weights = np.pad(weights[block], (0, BLOCK - len(block)))
-        gram, cross = _add(gram, cross, columns, mean, own, block_weights)
+        gram, cross = _add(gram, cross, columns, mean, targets, block_weights)
     return gram, cross
 
 
@@ -222,8 +222,8 @@ def _rule(
 ) -> Float[Array, "F D"]:
     """Solve for the coefficients of tokens whose contexts were seen `seen` times."""
     width = len(covariance)
-    for at in (0, width):
-        gram = gram.at[at : at + width, at : at + width].add(covariance / seen)
+    for start in (0, width):
+        gram = gram.at[start : start + width, start : start + width].add(covariance / seen)
     diagonal = jnp.diagonal(gram) * (1 + ridge) + 1e-12
     scale = jax.lax.rsqrt(diagonal)
     scaled = (gram * scale[:, None] * scale).at[jnp.diag_indices(len(gram))].set(1.0)

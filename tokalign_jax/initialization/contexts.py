@@ -131,9 +131,9 @@ def read(
     streams = [_windows(tokens, batch, length, 0)]
     streams += [_windows(label, batch, length, NONE) for label in labels]
     sizes = (source_size, source_size, target_size, target_size)
-    how = {"config": config, "dtype": jnp.dtype(dtype), "mesh": mesh}
+    static = {"config": config, "dtype": jnp.dtype(dtype), "mesh": mesh}
     progress = Progress(log, "contexts", len(places.tokens), "tokens")
-    sums, total = _accumulate(params, streams, sizes, len(places.tokens), progress, **how)
+    sums, total = _accumulate(params, streams, sizes, len(places.tokens), progress, **static)
     progress.done(f"{len(places.tokens):,} tokens")
     mean, second = (moment / len(places.tokens) for moment in total)
     counts = [
@@ -278,10 +278,10 @@ def _document_places(
         (np.append(side.ids, end_of_text), np.append(side.ends, length + 1))
         for side, end_of_text in zip((source, target), ends_of_text)
     )
-    here, there = shared_boundaries(ends, target_ends)
+    source_places, target_places = shared_boundaries(ends, target_ends)
     next_target, last_target = np.full((2, len(tokens)), NONE)
-    last_target[here] = target_tokens[there]
-    next_target[here] = np.append(target_tokens[1:], NONE)[there]
+    last_target[source_places] = target_tokens[target_places]
+    next_target[source_places] = np.append(target_tokens[1:], NONE)[target_places]
     return Places(tokens, np.append(tokens[1:], NONE), next_target, last_target)
 
 

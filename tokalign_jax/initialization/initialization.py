@@ -95,8 +95,8 @@ def initialize(
             usable = np.flatnonzero(alignment.finite_rows(old))
             table[usable] = old[usable]
             if size > len(table):
-                more = np.repeat(table.mean(axis=0, keepdims=True), size - len(table), axis=0)
-                new[group] = {leaf: np.concatenate([table, more])}
+                padding = np.repeat(table.mean(axis=0, keepdims=True), size - len(table), axis=0)
+                new[group] = {leaf: np.concatenate([table, padding])}
     return dataclasses.replace(config, vocab_size=size), new
 
 

@@ -153,10 +153,10 @@ def distill(
     steps, held_out = _batches(config, written, corpus, budget, models.student, mesh)
     present, counts = _tokens_in_text((*steps, held_out), len(rows[_head(rows)].free))
     steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
-    few, few_rows, models = _restrict_vocabulary(params, rows, models, present)
+    small, small_rows, models = _restrict_vocabulary(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
-    frozen, body = _place(few, teacher, few_rows, trains_body, dtype, mesh)
-    state = _start(body, few_rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
+    frozen, body = _place(small, teacher, small_rows, trains_body, dtype, mesh)
+    state = _start(body, small_rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
     static = {"models": models, "mesh": mesh}
 
     before = _evaluate(state.trainable, frozen, held_out, **static)
@@ -391,12 +391,12 @@ def _start(
     trainable["table"] = jax.device_put(
         trainable["table"], sharding.shardings(trainable["table"], mesh)
     )
-    whole = NamedSharding(mesh, sharding.REPLICATED)
-    trainable["network"] = jax.device_put(trainable["network"], whole)
+    replicated = NamedSharding(mesh, sharding.REPLICATED)
+    trainable["network"] = jax.device_put(trainable["network"], replicated)
     return _State(
         trainable,
         _optimizer(vocabulary).init(trainable),
-        jax.device_put(jnp.zeros((), jnp.int32), whole),
+        jax.device_put(jnp.zeros((), jnp.int32), replicated),
     )
 
 
@@ -538,8 +538,9 @@ def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Floa
     tables: dict[str, Array] = {}
     for path, base in frozen["base"].items():
         inputs, network = frozen["rows"][path], trainable["network"][path]
-        own = inputs["free"] * trainable["table"][path]
-        tables[path] = base + own + inputs["deviation"] * _changes(network, inputs["features"])
+        change = _changes(network, inputs["features"])
+        own_change = inputs["free"] * trainable["table"][path]
+        tables[path] = base + own_change + inputs["deviation"] * change
     return tables
 
 
@@ -589,11 +590,11 @@ def _batches(
     length = min(LENGTH, model.max_positions - 1)
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
-    drawn = [
+    sampled = [
         _draw(texts, round(part * count), round(part * HELD_OUT), length, weights, random)
         for texts, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
-    trained, left_out = (_batch(map(np.concatenate, zip(*batches))) for batches in zip(*drawn))
+    trained, left_out = (_batch(map(np.concatenate, zip(*batches))) for batches in zip(*sampled))
     count = len(trained.target)
     size = min(count, MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS))
     # Steps of one size share a compiled program; sequences left over are not read.
@@ -625,11 +626,13 @@ def _draw(
     packed = pairing.pack(pairs, random.permutation(len(pairs)), length)
     size = len(packed.target)
     factors = (np.full(size, weight, np.float32) for weight in weights)
-    every = _batch((*packed, *factors))
-    kept = min(left_out, size // 10) if size > 1 else 0
-    count = min(count, MOST_PASSES * (size - kept))
-    orders = [kept + random.permutation(size - kept) for _ in range(-(-count // (size - kept)))]
-    return _take(every, np.concatenate(orders)[:count]), _take(every, np.arange(max(1, kept)))
+    sequences = _batch((*packed, *factors))
+    held_out = min(left_out, size // 10) if size > 1 else 0
+    count = min(count, MOST_PASSES * (size - held_out))
+    passes = -(-count // (size - held_out))
+    orders = [held_out + random.permutation(size - held_out) for _ in range(passes)]
+    trained = _take(sequences, np.concatenate(orders)[:count])
+    return trained, _take(sequences, np.arange(max(1, held_out)))
 
 
 def _batch(values: Iterable[Any]) -> HostBatch:
@@ -644,8 +647,9 @@ def _micro_batches(batch: HostBatch, mesh: Mesh) -> HostBatch:
     """Reshape to [A, B, ...], B sequences at once on all devices, padded with empty ones."""
     devices, (count, size) = sharding.sequences_at_once(mesh), batch.target.shape
     micro = MICRO_BATCH_TOKENS.get(jax.default_backend(), OTHER_MICRO_BATCH_TOKENS) // (size - 1)
-    each = -(-count // devices)
-    at_once = devices * -(-each // -(-each // max(1, micro)))  # Micro-batches of nearly one size.
+    per_device = -(-count // devices)
+    micro_batches = -(-per_device // max(1, micro))
+    at_once = devices * -(-per_device // micro_batches)  # Micro-batches of nearly one size.
     empty = pairing.NONE, 0, pairing.NONE, 0, 0
 
     def filled(values: np.ndarray, filling: int) -> np.ndarray:

@@ -117,8 +117,8 @@ class Writer(NamedTuple):
           after: the template's tokens after it.
         """
         special = canonical.special_ids(self.tokenizer)
-        asked = self._draw([before] * count, len(before) + QUESTION_LENGTH, 3)
-        questions = [_until(tokens[len(before) :], special) for tokens in asked]
+        sampled = self._draw([before] * count, len(before) + QUESTION_LENGTH, 3)
+        questions = [_until(tokens[len(before) :], special) for tokens in sampled]
         prompts = [[*before, *q, *after] for q in questions if 3 < len(q) < QUESTION_LENGTH]
         length = len(before) + QUESTION_LENGTH + len(after) + ANSWER_LENGTH
         passages = []
@@ -130,10 +130,10 @@ class Writer(NamedTuple):
                 passages.append(self._segments([*prompt, *reply, *end], special))
         return passages
 
-    def _plain(self, drawn: Sequence[Sequence[int]]) -> list[Passage]:
+    def _plain(self, sampled: Sequence[Sequence[int]]) -> list[Passage]:
         """Return the text up to the first special token after the start."""
         special = canonical.special_ids(self.tokenizer)
-        texts = (self._text(_until(tokens[1:], special)) for tokens in drawn)
+        texts = (self._text(_until(tokens[1:], special)) for tokens in sampled)
         return [(Segment(text),) for text in texts if text.strip()]
 
     def _segments(self, tokens: Sequence[int], special: set[int]) -> Passage:

@@ -164,15 +164,17 @@ def _merge(
       number: index of each target token among the new ones, or `NONE`; later ids are not new.
       source_size: V.
     """
-    at = np.full(length + 1, NONE, np.int64)
+    token_at = np.full(length + 1, NONE, np.int64)
     aligned = np.flatnonzero(source.ends != NONE)
-    at[source.ends[aligned]] = aligned
+    token_at[source.ends[aligned]] = aligned
     begins = np.append(0, target.ends[:-1])
     new = target.ids < len(number)
     new[new] = number[target.ids[new]] != NONE
     new &= (begins != NONE) & (target.ends != NONE)
-    new[new] = (at[target.ends[new]] != NONE) & ((begins[new] == 0) | (at[begins[new]] != NONE))
-    first, last = at[begins[new]] + 1, at[target.ends[new]]  # at[0] is NONE, so 0 is the first
+    begins_shared = (begins[new] == 0) | (token_at[begins[new]] != NONE)
+    new[new] = (token_at[target.ends[new]] != NONE) & begins_shared
+    # token_at[0] is NONE (-1), so that the first token of the document is 0.
+    first, last = token_at[begins[new]] + 1, token_at[target.ends[new]]
     tokens, change = source.ids.copy(), np.zeros(len(source.ids) + 1, np.int64)
     tokens[last] = source_size + number[target.ids[new]]
     np.add.at(change, first, 1)
@@ -343,8 +345,8 @@ def _loss(
     real = batch.merged != NONE
     states = read(student, jnp.maximum(batch.merged, 0)).astype(jnp.float32)
     teacher = jax.lax.stop_gradient(read(frozen.model, batch.original)).astype(jnp.float32)
-    at = jnp.maximum(batch.positions, 0)[..., None]
-    squares = jnp.square(states - jnp.take_along_axis(teacher, at, axis=1))
+    positions = jnp.maximum(batch.positions, 0)[..., None]
+    squares = jnp.square(states - jnp.take_along_axis(teacher, positions, axis=1))
     count = jnp.maximum(real.sum(), 1) * states.shape[-1]
     return jnp.where(real[..., None], squares, 0.0).sum() / count
 

@@ -118,10 +118,10 @@ def tune(
     size = len(shards.counts)
     features = _placed_features(params, rows, tokens, composed, size, mesh, seed)
     deviations = {path: np.float32(np.sqrt(np.var(x, axis=0).mean())) for path, x in rows.items()}
-    whole = NamedSharding(mesh, sharding.REPLICATED)
-    second = jax.jit(_second, out_shardings=whole)(features, len(tokens.ids))
+    replicated = NamedSharding(mesh, sharding.REPLICATED)
+    second = jax.jit(_second, out_shardings=replicated)(features, len(tokens.ids))
     shapes = {path: (x.shape[1], config.hidden_size) for path, x in features.items()}
-    state = jax.jit(lambda: _start(shapes), out_shardings=whole)()
+    state = jax.jit(lambda: _start(shapes), out_shardings=replicated)()
     batches, held_out = _batches(shards, config, budget, mesh, seed)
     split = NamedSharding(mesh, P(None, sharding.BATCH))
     held_out, placed = sharding.put(held_out, split), sharding.place(params, mesh)
@@ -277,9 +277,10 @@ def _batches(
     # evaluation.
     budget = min(budget // length, len(source) - HELD_OUT)
     steps = min(STEPS, max(1, budget // max(1, LEAST_TOKENS // length)))
-    each = max(1, budget // steps)
+    per_step = max(1, budget // steps)
     order = np.random.default_rng(seed).permutation(len(source))
-    sequences = np.stack([source[i] for i in np.resize(order, steps * each + HELD_OUT).tolist()])
+    chosen = np.resize(order, steps * per_step + HELD_OUT)
+    sequences = np.stack([source[i] for i in chosen.tolist()])
     batches = [_rounds(step, mesh) for step in np.split(sequences[HELD_OUT:], steps)]
     return np.stack(batches), _rounds(sequences[:HELD_OUT], mesh)
 

@@ -259,10 +259,10 @@ def _find_unwritten(tokenizer: PreTrainedTokenizerBase, vocabulary: _Vocabulary)
     unwritten: set[int] = set()
     for ids in shared.values():
         # If none of them occurs, byte tokens are assumed to be unwritten.
-        kept = written & set(ids) or [
+        written_ids = written & set(ids) or [
             min(ids, key=lambda i: (bool(_BYTE_TOKEN.fullmatch(vocabulary.spelled[i])), i))
         ]
-        unwritten |= set(ids) - set(kept)
+        unwritten |= set(ids) - set(written_ids)
     return frozenset(unwritten)
 
 

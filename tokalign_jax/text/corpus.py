@@ -656,12 +656,12 @@ def _mixed(
     # side by side.
     texts = [sum(_text_bytes(stream.source, budget) for stream in part.streams) for part in parts]
     total = min(budget, *(text / weight for text, weight in zip(texts, weights)))
-    drawn = [
+    sampled = [
         _drawn(part.streams, max(1, round(total * w / SLICES)), is_new)
         for part, w in zip(parts, weights)
     ]
     taken = [0.0 for _ in parts]
-    while item := next(drawn[(least := int(np.argmin(taken)))], None):
+    while item := next(sampled[(least := int(np.argmin(taken)))], None):
         taken[least] += item[0].bytes / weights[least]
         yield item
 
@@ -835,8 +835,8 @@ def _entries(config: Config) -> list[_Entry]:
         settings = _settings(config)
         if _is_self_text(name):
             language = settings.language_field and _SELF_FIELDS["language_field"]
-            own = {**_SELF_FIELDS, "language_field": language}
-            settings = dataclasses.replace(settings, **own)
+            fields = {**_SELF_FIELDS, "language_field": language}
+            settings = dataclasses.replace(settings, **fields)
         sources = [_UNWRITTEN] if name == SELF else reading.sources(demo.corpus(name), settings)
         entries.append(_Entry(short, weight, sources, settings))
     return entries

@@ -118,18 +118,22 @@ class _Row:
         self.source: list[int] = []
         self.positions: list[int] = []
 
-    def add(self, pair: Pair, most: int) -> None:
+    def add(self, pair: Pair, max_length: int) -> None:
         """Append as much of a document as fits into the row."""
-        room, begin = most - len(self.target), len(self.source)
+        room, begin = max_length - len(self.target), len(self.source)
         target, ends = pair.target[:room], pair.target_ends[:room]
         # Source tokens that end after the target's last one are dropped.
         last = ends.max()
         beyond = np.flatnonzero(pair.source_ends > last)
         stop = beyond[0] if len(beyond) else len(pair.source)
-        at = {int(end): i for i, end in enumerate(pair.source_ends[:stop].tolist()) if end != NONE}
+        position_of = {
+            int(end): i for i, end in enumerate(pair.source_ends[:stop].tolist()) if end != NONE
+        }
         self.target += target.tolist()
         self.source += pair.source[:stop].tolist()
-        self.positions += [begin + at[end] if end in at else NONE for end in ends.tolist()]
+        self.positions += [
+            begin + position_of[end] if end in position_of else NONE for end in ends.tolist()
+        ]
 
     def arrays(self, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         target, source = np.full(length + 1, NONE, np.int32), np.zeros(width, np.int32)

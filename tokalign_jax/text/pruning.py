@@ -151,9 +151,9 @@ def prune(
     for index in np.argsort(-counts, kind="stable").tolist():
         if counts[index] < min_count or len(kept) >= limit:
             break
-        more = ({ids[part] for part in built_from(spelled[index])} | {index}) - kept
-        if len(kept) + len(more) <= limit:
-            kept |= more
+        needed = ({ids[part] for part in built_from(spelled[index])} | {index}) - kept
+        if len(kept) + len(needed) <= limit:
+            kept |= needed
     order = np.array(sorted(kept), np.int64)
     new_ids = {spelled[old]: new for new, old in enumerate(order.tolist())}
     return Pruned(_with(tokenizer, new_ids), order)

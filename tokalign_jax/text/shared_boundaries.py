@@ -109,7 +109,7 @@ def _positions(
         if len(side.ids) != end - begin - 1:
             raise ValueError(f"a document of {end - begin - 1} tokens now has {len(side.ids)}")
     positions = np.full(target_span[1] - target_span[0], NONE, np.int64)
-    there, here = shared_boundaries(source.ends, target.ends)
-    positions[here] = source_span[0] + there
+    source_places, target_places = shared_boundaries(source.ends, target.ends)
+    positions[target_places] = source_span[0] + source_places
     positions[-1] = source_span[1] - 1
     return positions

@@ -193,21 +193,21 @@ def closing_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _added_to_text(tokenizer: PreTrainedTokenizerBase, place: int) -> int | None:
     # Some vocabularies (of other scripts) lack "a"; then their first token with ids is used.
     for text in itertools.chain("a", tokenizer.get_vocab()):
-        whole, bare = (
+        full, bare = (
             tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False)
         )
         if bare and not set(bare) & special_ids(tokenizer):
-            return _beside(whole, bare, place)
+            return _beside(full, bare, place)
     return None
 
 
-def _beside(whole: list[int], bare: list[int], place: int) -> int | None:
-    """Return the first (`place` 0) or last (-1) id of `whole`, unless it is in `bare`."""
-    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+def _beside(full: list[int], bare: list[int], place: int) -> int | None:
+    """Return the first (`place` 0) or last (-1) id of `full`, unless it is in `bare`."""
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
     if not starts:
         return None
-    before, after = starts[0], len(whole) - len(bare) - starts[0]
-    return whole[place] if (before if place == 0 else after) else None
+    before, after = starts[0], len(full) - len(bare) - starts[0]
+    return full[place] if (before if place == 0 else after) else None
 
 
 def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
