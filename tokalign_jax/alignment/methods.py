@@ -134,7 +134,7 @@ def run(
     """Make the alignment, or read `config.alignment.file`, and write it to `folder`.
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       corpus_folder: written by `text.corpus.run`; its held-out lines are scored.
       tokens_folder: written by `text.tokenizing.run`.
       source_tokenizer: the source tokenizer.

@@ -47,8 +47,8 @@ def head_moves(
     """Return (b in nats, u) such that head rows + b u give tokens their frequency in the text.
 
     Args:
-      config: the new model's.
-      params: the new model's.
+      config: the new model's architecture.
+      params: the new model's parameters.
       shards: text in the new model's tokens.
       dtype: of activations.
       mesh: devices that measure probabilities.
@@ -110,7 +110,7 @@ def mean_probability(
       states: final states, in C chunks of c.
       head: the head's rows.
       moves: added to the logits.
-      config: the model's.
+      config: the model's architecture.
       mesh: devices of the arrays.
     """
 

@@ -112,8 +112,8 @@ def read(
     """Run the source model over `places` and average its states by token.
 
     Args:
-      config: the source model's.
-      params: the source model's, on `mesh`.
+      config: the source model's architecture.
+      params: the source model's parameters, on `mesh`.
       places: the text, in the order in which it is read.
       source_size: V of the source tokenizer.
       target_size: V of the target tokenizer.
@@ -165,12 +165,12 @@ def _accumulate(
     """Run the model over all batches; return sums by label and the moments of the states.
 
     Args:
-      params: the source model's.
+      params: the source model's parameters.
       streams: tokens, and four kinds of labels.
       sizes: number of labels of each kind.
       unread: places before the padding.
       progress: updated after each batch.
-      config: the source model's.
+      config: the source model's architecture.
       dtype: of activations.
       mesh: devices that read.
     """

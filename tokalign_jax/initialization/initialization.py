@@ -64,9 +64,9 @@ def initialize(
     """Make rows of the new vocabulary as mixtures of source rows (TokAlign, step 4).
 
     Args:
-      config: the source model's.
-      params: the source model's, `embed_tokens/embedding` and (untied) `lm_head/kernel` of shape
-        [V_source, D].
+      config: the source model's architecture.
+      params: the source model's parameters, `embed_tokens/embedding` and (untied) `lm_head/kernel`
+        of shape [V_source, D].
       aligned: mixtures of V_target rows over V_source tokens.
       multiple_of: the number of rows is padded to a multiple of it, with the mean of all rows.
       num_frozen_rows: leading rows that are copied from the source where they are finite: all
@@ -150,7 +150,7 @@ def usable(params: Params, size: int) -> tuple[Params, frozenset[int]]:
     Some checkpoints have NaN in the rows of tokens that no text contains.
 
     Args:
-      params: the model's.
+      params: the model's parameters.
       size: tokens of the model's tokenizer; padding rows do not count for the mean.
 
     Returns:
@@ -415,7 +415,7 @@ def distill(
     body is frozen too.
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       source: the source model.
       target: the model that `initialize` made of `source` by `aligned`.
       aligned: the alignment.
@@ -471,7 +471,7 @@ def _paired_texts(
     size, lacks replies that were cut off, and is split into training and held-out documents.
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       source: the source model, its parameters on `mesh`.
       target: the model with the new vocabulary.
       documents: training documents.
@@ -509,7 +509,7 @@ def _trainable_rows(
     """Return what a distilled start may change, by the path of a matrix of the vocabulary.
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       source: the source model, its parameters on `mesh`.
       target: the model with the new vocabulary.
       aligned: the alignment.
@@ -545,7 +545,7 @@ def distill_tokens(
     """Learn input rows of composed tokens by Token Distillation (`token_distillation.py`).
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       source: the source model.
       target: the model that `initialize` made of `source` by `aligned`.
       aligned: the alignment.

@@ -78,8 +78,8 @@ def last_piece_states(
     """Return the model's states at each token's last piece, float32, one array per depth.
 
     Args:
-      config: the source model's.
-      params: the source model's, on `mesh`.
+      config: the source model's architecture.
+      params: the source model's parameters, on `mesh`.
       parts: each token's pieces.
       start: the token before a document.
       dtype: of activations.

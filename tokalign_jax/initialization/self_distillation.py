@@ -138,10 +138,10 @@ def distill(
     """Train `params` towards `teacher`; return them unchanged if the held-out loss does not fall.
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       models: the new model as student, the source model as teacher.
-      params: the new model's, its vocabulary matrices in float32.
-      teacher: the source model's.
+      params: the new model's parameters, its vocabulary matrices in float32.
+      teacher: the source model's parameters.
       rows: trainable rows by the path of their matrix in `params`.
       written: text written by the source model.
       corpus: text of the corpus.
@@ -265,8 +265,8 @@ def _calibrate_unseen(
     """Lower the logits of composed tokens that are not in the text, in place.
 
     Args:
-      params: the new model's, with its rows on the host.
-      config: the new model's.
+      params: the new model's parameters, with its rows on the host.
+      config: the new model's architecture.
       states: final states, on which probabilities are measured.
       counts: occurrences of each token in the text.
       composed: composed tokens.

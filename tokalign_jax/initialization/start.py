@@ -54,7 +54,7 @@ def make_start(
     """Make the start by `config.alignment.method` and `config.initialization`.
 
     Args:
-      config: the run's.
+      config: the run's configuration.
       source: the source model as loaded.
       target_tokenizer: the target tokenizer.
       target_shards: the training text in target tokens.

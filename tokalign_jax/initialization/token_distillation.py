@@ -227,8 +227,8 @@ def train(
     """Train the rows of the new tokens; return them unchanged if the held-out loss does not fall.
 
     Args:
-      model: the source model's config.
-      params: the source model's, its table without padding: V rows.
+      model: the source model's architecture.
+      params: the source model's parameters, its table without padding: V rows.
       rows: initial rows of the new tokens.
       snippets: text to train and to measure on.
       config: settings of the method.

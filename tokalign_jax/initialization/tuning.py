@@ -103,8 +103,8 @@ def tune(
     The rows are returned unchanged if the held-out loss does not fall.
 
     Args:
-      config: the new model's.
-      params: the new model's.
+      config: the new model's architecture.
+      params: the new model's parameters.
       rows: float32, the source model's matrices by their paths in `params`.
       tokens: target tokens whose rows move, with their pieces in the source.
       composed: which of them are composed.

@@ -44,9 +44,9 @@ def shift(
     """Return how far the logits of `unseen` tokens must fall to get `probability` together.
 
     Args:
-      config: the model's.
+      config: the model's architecture.
       states: final states of the model, which the head reads.
-      rows: the head's.
+      rows: the head's rows.
       unseen: token ids.
       probability: upper bound of the mean total probability; logits are never raised.
 
