@@ -85,7 +85,7 @@ class Reading(NamedTuple):
     """Covariance of the states, float64."""
 
 
-def nothing(source_size: int, target_size: int, width: int) -> Reading:
+def empty_reading(source_size: int, target_size: int, width: int) -> Reading:
     """Return a reading in which no token was seen."""
     source, target = (
         Contexts(

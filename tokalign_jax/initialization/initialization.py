@@ -201,7 +201,7 @@ def read(
             "contexts: warning: no token of the target ends where one of the source ends, so that "
             "no row is learned from the source model's states"
         )
-        return contexts.nothing(*sizes, source.config.hidden_size)
+        return contexts.empty_reading(*sizes, source.config.hidden_size)
     params = sharding.place(source.params, mesh)
     dtype, opening = jnp.dtype(config.compute.dtype), source.shards.opening
     return contexts.read(source.config, params, places, *sizes, dtype, mesh, log, opening)
@@ -506,7 +506,7 @@ def _trainable_rows(
     free: Bool[np.ndarray, "V_t"],
     mesh: Mesh,
 ) -> dict[str, self_distillation.Rows]:
-    """Return what a distilled start may change, by the path of a matrix of the vocabulary.
+    """Return the trainable rows of a distilled start by the path of their matrix.
 
     Args:
       config: the run's configuration.

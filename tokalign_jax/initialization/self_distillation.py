@@ -218,7 +218,7 @@ def _place(
     dtype: Any,
     mesh: Mesh,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Place what trains and what does not on the mesh.
+    """Place trainable and frozen arrays on the mesh.
 
     Returns:
       The frozen arrays, in `dtype` where they are only read, and float32 copies of the trainable
@@ -372,6 +372,8 @@ def _start(
     vocabulary: int,
     seed: int,
 ) -> _State:
+    """Initialize the trainable arrays, such that the model does not change, and the optimizer."""
+
     def network(part: Rows, width: int, key: Array) -> dict[str, Array]:
         count, hidden = part.features.shape[1], min(HIDDEN, 2 * width)
         return {
@@ -426,6 +428,7 @@ def _step(
     models: Models,
     mesh: Mesh,
 ) -> _State:
+    """Take one optimizer step; gradients are summed over the micro-batches."""
     with sharding.within(mesh):
         vocabulary = {kind: state.trainable[kind] for kind in ("table", "network")}
         tables, pull = jax.vjp(lambda trainable: _tables(trainable, frozen), vocabulary)
@@ -486,6 +489,7 @@ def _final_states(
     models: Models,
     mesh: Mesh,
 ) -> Float[Array, "A B T D"]:
+    """Return the student's final states on the held-out batch."""
     with sharding.within(mesh):
         body = trainable["body"] or frozen["body"]
         params = paths.unflatten({**body, **_tables(trainable, frozen)})

@@ -201,6 +201,7 @@ def _step(
     compute: ComputeConfig,
     mesh: Mesh,
 ) -> _State:
+    """Take one step; gradients of the rows are summed over the micro-batches."""
     with sharding.within(mesh):
         tables = _tables(state.rule, params, features)
 
