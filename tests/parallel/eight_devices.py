@@ -17,6 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from tests.parallel.collectives import collectives
 from tests.training.toys import (
     CONFIG,
     LENGTH,
@@ -138,6 +139,12 @@ def divergence(shape):
 REFERENCES: dict = {}
 
 
+def partly_unlearned():
+    """Toy text of which some is only read, so that micro-batches differ in the tokens they learn."""
+    edges = np.cumsum(np.random.default_rng(2).integers(1, 40, 2 * 40)).reshape(-1, 2)
+    return replace(toy_shards(), unlearned=edges)
+
+
 def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
     stage = replace(STEP, method=method)
     config = replace(CONFIG, compute=replace(CONFIG.compute, loss_chunk=7, unroll=unroll))
@@ -147,7 +154,7 @@ def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
         config,
         model,
         toy_params(model),
-        toy_shards(),
+        partly_unlearned(),
         Path(folder),
         0,
         lambda line: None,
@@ -232,45 +239,67 @@ def validation(shape, method):
     close(results[1], results[0], 1e-6)
 
 
-def sums_over_devices(dtype):
-    """(type, shape) of what a step with copies of the parameters sums over its devices, as
-    partitioned, before a CPU rewrites it.
-    """
-    mesh, compute = mesh_of((4, 1, 1)), ComputeConfig(dtype=dtype, loss_chunk=7)
-    params = sharding.place(toy_params(LLAMA), mesh)
-    optimizer = make_optimizer(STEP, paths.label_tree(rules_for("full"), params), LLAMA.vocab_size)
-    state = init_state(params, optimizer)
+def compiled_step(shape, method, dtype="float32", accumulation=2, options=None):
+    """A compiled step on a mesh, and how many elements of what trains each device has."""
+    mesh, compute = mesh_of(shape), ComputeConfig(dtype=dtype, loss_chunk=7)
+    stage = replace(STEP, method=method)
+    lora = lora_spec(stage)
+    params = toy_params(LLAMA)
+    params = add_lora(params, lora, jax.random.key(1)) if lora else params
+    trainable, frozen = split(stage, sharding.place(params, mesh))
+    labels = paths.label_tree(rules_for(method), trainable)
+    optimizer = make_optimizer(stage, labels, LLAMA.vocab_size)
+    state = init_state(trainable, optimizer)
     state = jax.device_put(state, sharding.shardings(state, mesh))
-    batch = sharding.global_batch(np.zeros((2, 4, LENGTH + 1), np.int32), mesh)
-    step = make_train_step(make_loss(LLAMA, compute, None), optimizer, jnp.dtype(dtype), mesh)
-    with tempfile.TemporaryDirectory() as folder:
-        dump = {
-            "xla_dump_to": folder,
-            "xla_dump_hlo_pass_re": "spmd.*",
-            "xla_dump_hlo_as_text": True,
-        }
-        step.lower(state, {}, batch, jax.random.key(0), schedule_of(STEP)).compile(
-            compiler_options=dump
-        )
-        (program,) = Path(folder).glob("*after_spmd-partitioning*")
-        return set(re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", program.read_text()))
+    batch = sharding.global_batch(np.zeros((accumulation, 8, LENGTH + 1), np.int32), mesh)
+    step = make_train_step(make_loss(LLAMA, compute, lora), optimizer, jnp.dtype(dtype), mesh)
+    lowered = step.lower(state, frozen, batch, jax.random.key(0), schedule_of(stage))
+    sizes = (leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(trainable))
+    return lowered.compile(compiler_options=options), sum(sizes)
+
+
+def reductions(method):
+    """Copies of the parameters exchange their gradients, loss and number of tokens, each once a
+    step and nothing else: never in a loop, so not in that over micro-batches.
+    """
+    for shape in ((8, 1, 1), (4, 1, 2), (2, 2, 2)):
+        step, size = compiled_step(shape, method)
+        copy_of = np.indices(shape)[0].ravel()  # by device
+        across = [
+            collective
+            for collective in collectives(step.as_text())
+            if any(len({copy_of[device] for device in group}) > 1 for group in collective.groups)
+        ]
+        assert {collective.kind for collective in across} == {"all-reduce"}, (shape, across)
+        assert not any(collective.in_loop for collective in across), (shape, across)
+        assert sum(collective.elements for collective in across) == size + 2, (shape, across)
 
 
 def gradient_types():
-    """Gradients of layers' matrices are summed over devices in the compute type, all others in
-    float32.
+    """The gradients of a single micro-batch are summed over devices in their own type, that of
+    layers' matrices the compute type; sums over micro-batches in float32.
     """
-    matrices = {"8,16", "16,16", "16,24", "24,16"}
-    others = {"256,16", "16", ""}  # embedding and head, norms, loss
-    for dtype, short in (("bfloat16", "bf16"), ("float32", "f32")):
-        # Beside them sums along axes of one device, which are none, of states and of numbers a
-        # token.
-        found = {
-            (kind, shape) for kind, shape in sums_over_devices(dtype) if shape in matrices | others
-        }
-        assert found == {(short, shape) for shape in matrices} | {
-            ("f32", shape) for shape in others
-        }
+    for accumulation, short in ((1, "bf16"), (2, "f32")):
+        # Layers' matrices are reduced layer by layer, or all of them at once.
+        layers, transposed = ("", "8,16") if accumulation == 1 else ("2,", "16,8")
+        matrices = {f"{layers}{shape}" for shape in (transposed, "16,16", "16,24", "24,16")}
+        others = {"256,16", f"{layers}16", "16", ""}  # embedding and head, norms, loss
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {
+                "xla_dump_to": folder,
+                "xla_dump_hlo_pass_re": "spmd.*",
+                "xla_dump_hlo_as_text": True,
+            }
+            compiled_step((8, 1, 1), "full", "bfloat16", accumulation, dump)
+            # As partitioned, before a CPU rewrites it.
+            (program,) = Path(folder).glob("*after_spmd-partitioning*")
+            text = program.read_text()
+        found = set(re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", text))
+        # Without sums along axes of one device, which are none, of states and of numbers a token.
+        found = {pair for pair in found if pair[1] in matrices | others}
+        expected = {(short, shape) for shape in matrices} | {("f32", shape) for shape in others}
+        assert found == expected, (accumulation, found)
+    compiled_step((2, 2, 2), "lora", "bfloat16")  # XLA takes it
 
 
 # --- Files, evaluation, initialisation ----------------------------------------------------------
@@ -468,6 +497,9 @@ CHECKS = {
     "validation-all": (validation, SHAPES["all"], "full"),
     "validation-lora-fsdp": (validation, SHAPES["fsdp"], "lora"),
     "gradient-types": (gradient_types,),
+    "reductions-full": (reductions, "full"),
+    "reductions-embedding": (reductions, "embedding"),
+    "reductions-lora": (reductions, "lora"),
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-lora-all": (training, SHAPES["all"], LLAMA, "lora"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),

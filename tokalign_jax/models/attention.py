@@ -204,7 +204,7 @@ def _shard_kernel(kernel: _Kernel, q: Array, k: Array, v: Array) -> Array:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     spec = PartitionSpec(batch, None, heads)
     # Pallas and cuDNN calls do not declare how results vary over the mesh: skip that check.
-    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    return sharding.shard_map(kernel, (spec,) * 3, spec)(q, k, v)
 
 
 # --- Fallback -----------------------------------------------------------------------------------

@@ -134,10 +134,11 @@ class ExpertMLP(nnx.Module):
                 ("down_proj", outputs),
             )
         }
-        return jax.shard_map(
+        return sharding.shard_map(
             functools.partial(compute, axis=axis),
-            in_specs=(*(None if leaf is None else tokens for leaf in arguments[:-1]), specs),
-            out_specs=tokens,
+            (*(None if leaf is None else tokens for leaf in arguments[:-1]), specs),
+            tokens,
+            check_vma=True,
         )(*arguments)
 
     def _grouped(

@@ -232,14 +232,24 @@ def within(mesh: Mesh) -> AbstractContextManager[Any]:
 
 
 def current() -> AbstractMesh | None:
-    """Return the mesh in context; None if there is none or it has a single device."""
+    """Return the mesh in context; None if there is none over whose automatic axes arrays are split.
+
+    Axes that are manual in the context (`sum_over_copies`) do not count: code under them is that of
+    one of their devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if math.prod(mesh.shape[axis] for axis in _automatic(mesh)) == 1 else mesh
+
+
+def _automatic(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Return the axes of a mesh over which the partitioner splits arrays."""
+    manual = getattr(mesh, "manual_axes", ())
+    return tuple(axis for axis in mesh.axis_names if axis not in manual)
 
 
 def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of data-parallel devices, which must divide a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+    return math.prod(mesh.shape[axis] for axis in BATCH if axis in _automatic(mesh))
 
 
 # --- Placing ------------------------------------------------------------------------------------
@@ -416,7 +426,37 @@ def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def constrain(x: Array, *spec: Any) -> Array:
     """Constrain the sharding of `x` over the mesh in context; without one, return `x`."""
-    return x if current() is None else jax.lax.with_sharding_constraint(x, P(*spec))
+    mesh = current()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _only_automatic(spec, mesh))
+
+
+def _only_automatic(spec: Any, mesh: AbstractMesh) -> P:
+    """Return a partition spec without the axes that are manual in the context."""
+    automatic = _automatic(mesh)
+
+    def kept(names: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = (names,) if isinstance(names, str) else names or ()
+        return tuple(name for name in names if name in automatic) or None
+
+    return P(*map(kept, spec))
+
+
+def sum_over_copies(local: Callable[..., Any], inputs: Any, mesh: Mesh) -> Callable[..., Any]:
+    """Run `local` on each copy of the parameters (`data`) and sum its results over the copies.
+
+    Within `local` nothing is communicated along `data`, so that the gradients which it accumulates
+    are reduced once, after the last of them. The other axes stay automatic.
+
+    Args:
+      inputs: partition specs of the arguments, over `data` alone.
+    """
+    if mesh.shape[DATA] == 1:
+        return local
+
+    def summed(*arguments: Any) -> Any:
+        return jax.lax.psum(local(*arguments), DATA)
+
+    return jax.shard_map(summed, in_specs=inputs, out_specs=P(), axis_names={DATA}, check_vma=False)
 
 
 def by_sequence(x: Array) -> Array:
@@ -445,36 +485,56 @@ def look_up(
     def local(table: Array, tokens: Array) -> Array:
         return psum_scatter(local_rows(table, all_gather(tokens))[0].astype(dtype))
 
-    return jax.shard_map(local, in_specs=(P(VOCABULARY), P(BATCH)), out_specs=P(BATCH))(
-        table, tokens
-    )
+    inputs = P(VOCABULARY), P(BATCH)
+    return shard_map(local, inputs, P(BATCH), check_vma=True)(table, tokens)
 
 
 # --- Collectives over split rows of the vocabulary; without a mesh they return their input ------
 
 
-def shard_map(local: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+def shard_map(
+    local: Callable[..., Any], inputs: Any, outputs: Any, check_vma: bool = False
+) -> Callable[..., Any]:
     """Map `local` over the devices of the mesh in context (`jax.shard_map`); without one, return
     it.
 
-    Replication is not checked: `local` itself sums over devices, and nothing differentiates it.
+    The map is over the automatic axes; specs may name others, which are left out.
 
     Args:
       inputs, outputs: partition specs.
+      check_vma: check replication. Not if `local` itself sums over devices, and nothing
+        differentiates it.
     """
-    if current() is None:
+    mesh = current()
+    if mesh is None:
         return local
-    return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
+    in_specs, out_specs = jax.tree.map(
+        lambda spec: _only_automatic(spec, mesh),
+        (inputs, outputs),
+        is_leaf=lambda node: isinstance(node, P),
+    )
+    return jax.shard_map(
+        local,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(_automatic(mesh)),
+        check_vma=check_vma,
+    )
 
 
-def psum(x: Array, axes: str | tuple[str, ...]) -> Array:
-    """Sum over the devices along `axes`."""
-    return x if current() is None else jax.lax.psum(x, axes)
+def rows_are_split() -> bool:
+    """Whether this code runs in a `shard_map` over devices that have different rows."""
+    return FSDP in getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
+
+
+def psum(x: Array) -> Array:
+    """Sum over the devices that have different rows."""
+    return jax.lax.psum(x, VOCABULARY) if rows_are_split() else x
 
 
 def vocabulary_part() -> Array | int:
     """Return the index of the part of the vocabulary's rows that this device has."""
-    return 0 if current() is None else jax.lax.axis_index(VOCABULARY)
+    return jax.lax.axis_index(VOCABULARY) if rows_are_split() else 0
 
 
 def local_rows(
@@ -494,12 +554,12 @@ def local_rows(
 
 def all_gather(x: Array) -> Array:
     """Gather the tokens of the devices along `fsdp`, which have different rows."""
-    return x if current() is None else jax.lax.all_gather(x, FSDP, axis=0, tiled=True)
+    return jax.lax.all_gather(x, FSDP, axis=0, tiled=True) if rows_are_split() else x
 
 
 def local_tokens(x: Array) -> Array:
     """Return this device's part of an array of gathered tokens: the inverse of `all_gather`."""
-    if current() is None:
+    if not rows_are_split():
         return x
     size = len(x) // jax.lax.axis_size(FSDP)
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * size, size)
@@ -507,6 +567,6 @@ def local_tokens(x: Array) -> Array:
 
 def psum_scatter(x: Array) -> Array:
     """Sum an array of gathered tokens over the devices; return this device's part of the sum."""
-    if current() is None:
+    if not rows_are_split():
         return x
     return jax.lax.psum_scatter(jax.lax.psum(x, TENSOR), FSDP, scatter_dimension=0, tiled=True)

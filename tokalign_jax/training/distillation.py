@@ -241,20 +241,18 @@ def _total_forward(
         )
         (total, head_gradient), gradient = over_chunks(one_chunk, (states, teacher_states, targets))
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-        # Devices that hold other rows have the loss of the same tokens, so it is summed over `data`
+        # Devices that hold other rows have the loss of the same tokens: it is split over `data`
         # alone.
-        return (
-            psum(total, DATA),
-            gradient.astype(hidden.dtype),
-            psum(head_gradient, DATA).astype(head.dtype),
-        )
+        return total[None], gradient.astype(hidden.dtype), head_gradient[None]
 
     parts = (P(BATCH), P(VOCABULARY), P(BATCH), P(VOCABULARY), P(BATCH))
     with compiling.products(how.student.dtype):
-        total, *gradients = shard_map(local, parts, (P(), P(BATCH), P(VOCABULARY)))(
+        outputs = P(DATA), P(BATCH), P(DATA, VOCABULARY)
+        total, gradient, head_gradient = shard_map(local, parts, outputs)(
             hidden, head, teacher_hidden, teacher_head, labels
         )
-    return total, gradients
+    # Summed here, so that within `sharding.sum_over_copies` the sum is that of one copy.
+    return total.sum(), (gradient, head_gradient.sum(0).astype(head.dtype))
 
 
 def _total_backward(how: Teaching, gradients: tuple[Array, Array], upstream: Array):
@@ -283,7 +281,7 @@ def _loss(
     if how.weight < 1:
         log_q = _log_softmax(logits, ids < how.student.vocabulary)
         is_label = labels[:, None] == ids
-        nll = -psum(jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1), VOCABULARY)
+        nll = -psum(jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1))
         loss = how.weight * loss + (1 - how.weight) * nll
         gradient = how.weight * gradient + (1 - how.weight) * (jnp.exp(log_q) - is_label)
     counts = labels >= 0
@@ -307,10 +305,10 @@ def _divergence(
     d = jnp.where(known, log_q - log_p, 0.0)
     loss, gradient = jnp.zeros(len(logits)), jnp.zeros(logits.shape)
     if how.reverse < 1:
-        loss += (1 - how.reverse) * psum(-jnp.sum(p * d, axis=-1), VOCABULARY)
+        loss += (1 - how.reverse) * psum(-jnp.sum(p * d, axis=-1))
         gradient += (1 - how.reverse) * (q - p)
     if how.reverse > 0:
-        reverse = psum(jnp.sum(q * d, axis=-1), VOCABULARY)
+        reverse = psum(jnp.sum(q * d, axis=-1))
         loss += how.reverse * reverse
         gradient += how.reverse * q * (d - reverse[:, None])
     return how.temperature**2 * loss, how.temperature * gradient

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Int
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
-from tokalign_jax.parallel import sharding
 from tokalign_jax.parallel.sharding import (
     BATCH,
     DATA,
@@ -34,6 +33,7 @@ from tokalign_jax.parallel.sharding import (
     local_tokens,
     psum,
     psum_scatter,
+    rows_are_split,
     shard_map,
     vocabulary_part,
 )
@@ -165,17 +165,16 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
         pieces = *chunks(hidden.astype(how.dtype), labels, how.chunk), _chunked(weights, how.chunk)
         (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-        return (
-            psum(total, BATCH),
-            gradient.astype(hidden.dtype),
-            psum(head_gradient, DATA).astype(head.dtype),
-        )
+        return total[None], gradient.astype(hidden.dtype), head_gradient[None]
 
     inputs = *_PARTS, None if weights is None else P(BATCH)
     with compiling.products(how.dtype):
-        outputs = P(), P(BATCH), P(VOCABULARY)
-        total, *gradients = shard_map(local, inputs, outputs)(hidden, head, labels, weights)
-    return total, gradients
+        outputs = P(BATCH), P(BATCH), P(DATA, VOCABULARY)
+        total, gradient, head_gradient = shard_map(local, inputs, outputs)(
+            hidden, head, labels, weights
+        )
+    # Summed here, so that within `sharding.sum_over_copies` the sum is that of one copy.
+    return total.sum(), (gradient, head_gradient.sum(0).astype(head.dtype))
 
 
 def _chunked(weights: Float[Array, "B T"] | None, chunk: int) -> Float[Array, "N C"] | None:
@@ -211,9 +210,7 @@ class Rows(NamedTuple):
         ids = self.ids
         logits = jnp.where(ids < self.how.vocabulary, logits, LEAST)
         # The label's logit by a mask, not a gather: one device has it, and a mask can be fused.
-        label_logits = psum(
-            jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1), VOCABULARY
-        )
+        label_logits = psum(jnp.sum(jnp.where(labels[:, None] == ids, logits, 0.0), axis=-1))
         largest, total = largest_and_sum(logits)
         return jnp.where(labels >= 0, jnp.log(total) + largest - label_logits, 0.0)
 
@@ -224,7 +221,7 @@ class Rows(NamedTuple):
             jnp.argmax(logits, axis=-1) + vocabulary_part() * len(self.weight),
             jnp.max(logits, axis=-1),
         )
-        if sharding.current() is None:
+        if not rows_are_split():
             return best
         is_largest = largest == jax.lax.pmax(largest, VOCABULARY)
         return jax.lax.pmin(jnp.where(is_largest, best, jnp.iinfo(best.dtype).max), VOCABULARY)
@@ -254,12 +251,10 @@ class Rows(NamedTuple):
         logits, pull = self.logits(states)
         label_rows, places = local_rows(self.weight, labels)
         wide, label_rows = states.astype(jnp.float32), label_rows.astype(jnp.float32)
-        label_logits, pull_label = self._adjusted(
-            psum(jnp.sum(wide * label_rows, axis=-1), VOCABULARY)
-        )
+        label_logits, pull_label = self._adjusted(psum(jnp.sum(wide * label_rows, axis=-1)))
         known = self.ids < self.how.vocabulary
         z = jnp.exp(jnp.minimum(jnp.where(known, logits, LEAST) - label_logits[:, None], MOST))
-        total = psum(z.sum(-1), VOCABULARY)
+        total = psum(z.sum(-1))
         share = (factors / total)[:, None]
         slope = pull_label(counts.astype(jnp.float32))[:, None]
         of_label = factors[:, None] * slope
@@ -299,10 +294,10 @@ def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Flo
     # A GPU is bound by memory bandwidth, a CPU by arithmetic; there a running sum would lose
     # digits.
     largest, total = jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=_in_two_passes)
-    if sharding.current() is None:
+    if not rows_are_split():
         return largest, total
     largest_of_all = jax.lax.pmax(largest, VOCABULARY)
-    return largest_of_all, psum(total * jnp.exp(largest - largest_of_all), VOCABULARY)
+    return largest_of_all, psum(total * jnp.exp(largest - largest_of_all))
 
 
 def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:

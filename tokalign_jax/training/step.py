@@ -4,6 +4,7 @@ A accumulation (micro-batches), B sequences of a micro-batch over all devices, T
 sequence.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -118,11 +120,16 @@ NEXT_TOKEN = Objective(make_loss)
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike, mesh: Mesh
 ) -> Step:
-    """The jitted step; it donates the state it is given.
+    """Makes the jitted step, which donates its state.
 
-    Gradients are summed over the A micro-batches in float32. A step whose loss or gradient norm is
-    not finite changes nothing but the counters (not even the optimizer's own count), and the
-    learning rate follows the steps that were not skipped.
+    Gradients are summed over the A micro-batches in float32. Each copy of the parameters (mesh axis
+    `data`) sums those of its own sequences, and the copies are summed once a step. Over `fsdp`,
+    where each device has a part of the gradients, every micro-batch is reduced to the parts: local
+    sums would take the memory of whole gradients. The gradients of a single micro-batch need no
+    local sums; XLA reduces them where they arise, layer by layer, in their own type.
+
+    A step whose loss or gradient norm is not finite changes nothing but the counters (not even the
+    optimizer's own count), and the learning rate follows the steps that were not skipped.
 
     Metrics (scalars): loss (mean over tokens), gradient_norm (before clipping), learning_rate
     (`StageConfig.learning_rate` under the schedule), finite, tokens (of the step), skipped,
@@ -134,34 +141,44 @@ def make_train_step(
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def gradients_of(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
-        """Mean loss over the tokens of all micro-batches, and its gradients."""
-        params = cast_projections(params, dtype)
+    def sums_of(
+        params: Any, frozen: Any, batch: Batch, numbers: Int32[Array, "A B"], key: Array
+    ) -> tuple[tuple[Array, Array], Any]:
+        """(loss, tokens) and gradients, summed over the sequences of all micro-batches."""
 
-        accumulation, sequences = target_tokens(batch).shape[:2]
-
-        def of_micro_batch(index: Any, part: Any) -> tuple[tuple[Array, Array], Any]:
-            # A key for each sequence of the step, so that dropout too is the same however the step
-            # is divided into micro-batches.
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(
-                key, index * sequences + jnp.arange(sequences)
-            )
+        def of_micro_batch(part: Any, numbers: Array) -> tuple[tuple[Array, Array], Any]:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
             sums, gradients = jax.value_and_grad(loss, has_aux=True)(params, frozen, part, keys)
-            return sums, _split_as_parameters(
-                jax.tree.map(lambda x: x.astype(jnp.float32), gradients), mesh
-            )
+            return sums, _split_as_parameters(gradients, mesh)
 
-        def add(sums: Any, item: tuple[Array, Any]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, of_micro_batch(*item)), None
+        def add(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
+            more = of_micro_batch(*inputs)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, more), None
 
-        if accumulation == 1:  # no sum, and no memory for one
-            sums = of_micro_batch(0, jax.tree.map(lambda x: x[0], batch))
-        else:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-            start = (jnp.zeros(()), jnp.zeros(())), zeros
-            sums, _ = jax.lax.scan(add, start, (jnp.arange(accumulation), batch))
-        (total, count), gradients = sums
-        return jax.tree.map(lambda x: x / jnp.maximum(count, 1), (total, gradients))
+        if len(numbers) == 1:  # no sum, and no memory for one
+            return of_micro_batch(jax.tree.map(lambda x: x[0], batch), numbers[0])
+        # XLA for CPUs could not compile sums of bfloat16 over copies either.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        sums, _ = jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), (batch, numbers))
+        return sums
+
+    sums_over_copies = sharding.sum_over_copies(
+        sums_of, (P(), P(), P(None, sharding.DATA), P(None, sharding.DATA), P()), mesh
+    )
+
+    def gradients_of(params: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
+        """Mean loss over the tokens of all micro-batches, and its gradients, in float32."""
+        # A number for each sequence of the step, from which it has its dropout: the same however
+        # the step is divided into micro-batches.
+        shape = target_tokens(batch).shape[:2]
+        numbers = jnp.arange(math.prod(shape)).reshape(shape)
+        sums = sums_of if len(numbers) == 1 else sums_over_copies
+        (total, count), gradients = sums(
+            cast_projections(params, dtype), frozen, batch, numbers, key
+        )
+        return jax.tree.map(
+            lambda x: x.astype(jnp.float32) / jnp.maximum(count, 1), (total, gradients)
+        )
 
     def train_step(
         state: TrainState, frozen: Any, batch: Batch, key: Array, schedule: Schedule
@@ -170,6 +187,7 @@ def make_train_step(
             value, gradients = gradients_of(
                 state.params, frozen, batch, jax.random.fold_in(key, state.step)
             )
+            gradients = _split_as_parameters(gradients, mesh)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         rates = schedule.rates(state.step - state.skipped)
@@ -196,7 +214,8 @@ def make_train_step(
             "skipped_in_a_row": after.skipped_in_a_row,
         }
         # Constrain outputs to the input sharding, so that donated buffers are reused.
-        return _split_as_parameters(after, mesh), metrics
+        with sharding.within(mesh):
+            return _split_as_parameters(after, mesh), metrics
 
     gpu = mesh.devices.flat[0].platform == "gpu"
     return jax.jit(train_step, donate_argnums=0, compiler_options=GPU_OPTIONS if gpu else None)
@@ -222,4 +241,7 @@ def cast_projections(params: Any, dtype: DTypeLike) -> Any:
 
 
 def _split_as_parameters(tree: Any, mesh: Mesh) -> Any:
-    return jax.lax.with_sharding_constraint(tree, sharding.shardings(tree, mesh))
+    """Arrays on the mesh in context, each sharded by its path as the parameters are."""
+    return jax.tree.map(
+        lambda x, place: sharding.constrain(x, *place.spec), tree, sharding.shardings(tree, mesh)
+    )
