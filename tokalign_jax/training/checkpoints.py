@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 from jaxtyping import Array, UInt32
 
 from tokalign_jax.errors import UserError
@@ -240,7 +239,8 @@ def _read_position(folder: Path) -> tuple[Position, dict[str, int]]:
     Raises:
       ValueError: it is not what was written.
     """
-    content = dict(ocp.JsonCheckpointHandler().restore(epath.Path(folder / "position")))
+    place: Any = folder / "position"  # Orbax takes any path, but declares one of its own
+    content = dict(ocp.JsonCheckpointHandler().restore(place))
     if content.pop("digest") != _digest(content):
         raise ValueError("the digest of position does not fit")
     written = content.pop("checksums")
