@@ -285,7 +285,7 @@ class _Graph:
         )
 
     def _export(self, reached: Sequence[str]) -> Stage:
-        export = config_to_dict(self.config.export) | REMOVED[ExportConfig]
+        export = {**config_to_dict(self.config.export), **REMOVED[ExportConfig]}
         return Stage(
             "export",
             f"write the Hugging Face folder of {reached[-1]}",
