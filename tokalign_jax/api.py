@@ -414,9 +414,8 @@ def run(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
     compiling.prepare()
-    if not isinstance(config, Config):
-        config = config_from_dict(config)
-    return pipeline.run(config, Path(workdir), stages, log)
+    run_config = config if isinstance(config, Config) else config_from_dict(config)
+    return pipeline.run(run_config, Path(workdir), stages, log)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
