@@ -128,7 +128,7 @@ def test_every_config_runs_from_end_to_end(
     assert main.main(arguments(inputs, family, workdir, config, *more)) == 0
     assert max(beside) < 1000, "on the devices is what trains, its moments and what is frozen"
     printed = capsys.readouterr().out
-    assert ("stage2: per_device_batch=auto: at most 4 sequences at once" in printed) == (
+    assert ("stage2: per_device_batch=auto: 4 sequences per device at once" in printed) == (
         config == "best"
     )
     report = json.loads((workdir / "report" / "report.json").read_text())
@@ -234,7 +234,7 @@ def test_the_best_checkpoint_by_validation_is_exported(inputs, tmp_path, capsys)
     # Another result trains nothing again, only what reads it is redone.
     said = run("--config.stage2.result=best")
     assert "stage2: finished, skipped" in said and "stage1: finished, skipped" in said
-    assert "export: to be done again" in said and "evaluate/stage2: to be done again" in said
+    assert "export: to be redone" in said and "evaluate/stage2: to be redone" in said
     assert "evaluate/stage1: finished, skipped" in said
     best = (workdir / "export" / "model.safetensors").read_bytes()
     assert best != last
