@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -130,7 +130,8 @@ def concatenated(
             length += len(block[0])
         return tuple(column[:length] for column in columns)
     try:
-        files = [tempfile.TemporaryFile(dir=scratch) for _ in dtypes]  # noqa: SIM115 (they live as long as the maps)
+        # Not closed here, since they live as long as the maps.
+        files = [tempfile.TemporaryFile(dir=scratch) for _ in dtypes]  # noqa: SIM115
         for block in blocks:
             length += len(block[0])
             for file, column in zip(files, block):
@@ -146,7 +147,7 @@ def concatenated(
             "more space"
         ) from error
     return tuple(
-        (np.memmap(file, dtype, "r") if length else np.zeros(0, dtype))  # pyright: ignore[reportArgumentType]
+        (np.memmap(cast(BinaryIO, file), dtype, "r") if length else np.zeros(0, dtype))
         for file, dtype in zip(files, dtypes)
     )
 
