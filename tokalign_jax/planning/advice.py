@@ -23,7 +23,7 @@ def too_large(setups: Mapping[str, Setup]) -> dict[str, str]:
 
 
 def what_would_fit(setup: Setup) -> str:
-    """That a training stage does not fit a device, and settings with which it would.
+    """Say that a training stage does not fit a device, and settings with which it would.
 
     Each setting by itself where one is enough, otherwise several together.
 
@@ -116,7 +116,8 @@ also changes what is learned."""
 
 def too_large_untrained(run: Run) -> dict[str, str]:
     """For `init`, `evaluate` and `export`, those that do not fit a device or host memory: settings
-    with which they would."""
+    with which they would.
+    """
     warnings = {}
     for name, stage in needs(run).items():
         device, host = sum(stage.device.values()), stage.on_host(run.machine)

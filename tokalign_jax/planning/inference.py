@@ -82,10 +82,12 @@ class Run:
 
     @property
     def source_model(self) -> ModelConfig:
+        """The model with the source vocabulary's rows."""
         return dataclasses.replace(self.model, vocab_size=self.source.rows)
 
     @property
     def matrices(self) -> int:
+        """Number of vocabulary matrices: embedding and head, or one if they are tied."""
         return 1 if self.model.tie_word_embeddings else 2
 
     @property
@@ -194,7 +196,7 @@ def _features_of_composed(run: Run) -> int:
 
 
 def _distillation_on_device(run: Run) -> dict[str, int]:
-    """What the training of a distilled start holds."""
+    """Bytes on a device while a distilled start is trained, by kind."""
     compute, (_, fsdp, tensor) = run.config.compute, run.mesh
     size = jnp.dtype(compute.dtype).itemsize
     leaves = paths.flatten(abstract_params(run.model))
@@ -227,7 +229,7 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
 
 
 def _token_distillation_on_device(run: Run) -> dict[str, int]:
-    """What Token Distillation holds: a table of the rows of both vocabularies, at most."""
+    """Bytes on a device for Token Distillation: at most a table of both vocabularies' rows."""
     settings, compute = run.config.initialization.token_distillation, run.config.compute
     both = dataclasses.replace(run.model, vocab_size=run.source.rows + run.model.vocab_size)
     table = elements(

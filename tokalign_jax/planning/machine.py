@@ -103,7 +103,7 @@ class Machine:
     kind: str = ""
     """`device_kind` of the devices; empty if they are not attached to this process."""
     fused_attention: bool = True
-    """Whether the devices can have a fused attention kernel (GPUs and TPUs)."""
+    """True for devices that can have a fused attention kernel (GPUs and TPUs)."""
     host_memory: float = math.inf
     """Bytes of host memory for a process; infinite if unknown."""
 
@@ -133,12 +133,13 @@ class Machine:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether arrays of the devices are in host memory."""
+        """True if arrays of the devices are in host memory."""
         return self.kind == "cpu"
 
     def fuses(self, model: ModelConfig, compute: ComputeConfig) -> bool:
-        """Whether there is a fused attention kernel for this model's head size, type and
-        soft-cap."""
+        """Return True if a fused attention kernel takes the model's head size, type and
+        soft-cap.
+        """
         device = jax.devices()[0] if self.kind else None
         return self.fused_attention and has_kernel(
             model.head_dim, compute.dtype, model.attention_softcap, device
@@ -175,7 +176,7 @@ class Speed:
     def seconds(
         self, tokens: int, flops: float, method: str, machine: Machine
     ) -> tuple[float, str] | None:
-        """How long training on `tokens` takes, and the source of that figure; None if unknown."""
+        """Seconds of training on `tokens`, and the source of the figure; None if unknown."""
         if self.tokens_per_second:
             return (
                 tokens / self.tokens_per_second,
@@ -200,7 +201,7 @@ class Speed:
 
 
 class _CgroupFiles(NamedTuple):
-    """Where a version of Linux control groups keeps its memory figures."""
+    """Files in which a version of Linux control groups keeps its memory figures."""
 
     mount: str
     controller: str

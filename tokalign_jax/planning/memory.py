@@ -59,9 +59,11 @@ class Setup:
         return length
 
     def with_stage(self, **fields: Any) -> "Setup":
+        """Return a copy with fields of the stage replaced."""
         return dataclasses.replace(self, stage=dataclasses.replace(self.stage, **fields))
 
     def with_compute(self, **fields: Any) -> "Setup":
+        """Return a copy with fields of `compute` replaced."""
         return dataclasses.replace(self, compute=dataclasses.replace(self.compute, **fields))
 
 
@@ -93,7 +95,8 @@ def teachers(
 
 def state_bytes(config: Config, model: ModelConfig, teachers: Mapping[str, ModelConfig]) -> int:
     """The most that parameters, gradients and optimizer state of a training stage need in all, its
-    teacher included."""
+    teacher included.
+    """
     stages = training_stages(config) or {"stage1": config.stage1}
     frozen = {name: 2 * parameters(abstract_params(teacher)) for name, teacher in teachers.items()}
     return max(
@@ -190,7 +193,8 @@ def stage_memory(setup: Setup) -> dict[str, int]:
 
 def _teacher_memory(setup: Setup, held: int) -> tuple[dict[str, int], dict[str, int], int]:
     """Bytes on each device of a stage's teacher for `held` sequences: what it holds by kind, its
-    working memory, and its logits."""
+    working memory, and its logits.
+    """
     if not setup.teacher:
         return {}, {}, 0
     teacher, mesh, compute = setup.teacher, setup.mesh, setup.compute
@@ -217,7 +221,7 @@ def _teacher_memory(setup: Setup, held: int) -> tuple[dict[str, int], dict[str, 
 
 
 def policy(compute: ComputeConfig) -> remat.Policy:
-    """What layers keep for the backward pass; `auto` must have been resolved."""
+    """Return the rematerialisation policy; `auto` must have been resolved."""
     if compute.remat == "auto":
         raise ValueError("remat=auto is not resolved: see `planning.resolve`")
     return compute.remat
@@ -225,7 +229,8 @@ def policy(compute: ComputeConfig) -> remat.Policy:
 
 def kept_bytes(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: MeshSizes) -> int:
     """Activations kept by the layers; each device of `tensor` has a copy of the layers' inputs and
-    its share of the rest."""
+    its share of the rest.
+    """
     inputs = remat.activation_bytes(model, "layer", compute.dtype)
     rest = remat.activation_bytes(model, policy(compute), compute.dtype) - inputs
     return tokens * (inputs + rest // mesh[2])
@@ -233,7 +238,8 @@ def kept_bytes(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: Me
 
 def layer_bytes(setup: Setup, tokens: int) -> int:
     """Working memory of a layer's backward pass: all of its activations, and gradients of the same
-    sizes."""
+    sizes.
+    """
     model, compute, stage, mesh = setup.model, setup.compute, setup.stage, setup.mesh
     size = jnp.dtype(compute.dtype).itemsize
     active = model.experts.per_token if model.experts else 1
@@ -273,7 +279,8 @@ def _mixer_elements(model: ModelConfig, mixer: str, size: int) -> int:
 
 def gathered_bytes(model: ModelConfig, trained: paths.Tree, size: int, mesh: MeshSizes) -> int:
     """One layer's matrices gathered over `fsdp`, the next layer's on their way, and one layer's
-    gradients."""
+    gradients.
+    """
     if mesh[1] == 1:
         return 0
     weights = (

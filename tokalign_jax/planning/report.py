@@ -67,10 +67,12 @@ class StagePlan:
 
     @property
     def tokens(self) -> int:
+        """Tokens that the stage trains on."""
         return self.steps * self.sequences * self.length
 
     @property
     def total(self) -> int:
+        """Bytes on each device, all kinds together."""
         return sum(self.memory.values())
 
 
@@ -85,9 +87,10 @@ class InitPlan(NamedTuple):
     speed: str
     """Source of `seconds`."""
     distilled: bool = False
-    """Whether the start is trained on text that the source model writes."""
+    """True if the start is trained on text that the source model writes."""
 
     def table(self) -> list[str]:
+        """Return the lines of the plan's table on the start."""
         if self.distilled:
             work = (
                 f"init: the source model writes {quantity(self.read)} tokens at most; the start is"
@@ -108,6 +111,8 @@ class InitPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
+    """Memory, disk and time of a run, with warnings where they do not suffice."""
+
     machine: Machine
     mesh: MeshSizes
     init: InitPlan | None
@@ -282,11 +287,11 @@ def make_plan(
     warnings += advice.not_split(model, mesh)
     sizes = disk.disk_bytes(config, model, text_bytes, exported)
     if sum(sizes.values()) > disk_free:
+        fields = ["text.budget_bytes", *(f"{name}.checkpoints.keep" for name in training)]
         warnings.append(
             f"the disk has {format_bytes(disk_free)} free but the run needs about"
-            f" {format_bytes(sum(sizes.values()))}: use another "
-            "one for --workdir, or lower"
-            f" {' or '.join(['text.budget_bytes', *(f'{name}.checkpoints.keep' for name in training)])}"
+            f" {format_bytes(sum(sizes.values()))}: use another one for --workdir, or lower"
+            f" {' or '.join(fields)}"
         )
     if distills(config):
         init = _distillation(run, speed)
@@ -305,7 +310,8 @@ def make_plan(
 
 def _distillation(run: Run, speed: Speed) -> InitPlan:
     """Writing is a forward pass a token; training one of Stage 2, or of Stage 1 for rows alone,
-    with a forward pass of the teacher."""
+    with a forward pass of the teacher.
+    """
     written, trained = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
     method = "full" if run.config.initialization.trains == "all" else "embedding"
     length = min(self_distillation.LENGTH, run.model.max_positions)
@@ -323,7 +329,8 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
 
 def _token_distillation(run: Run, speed: Speed) -> InitPlan:
     """A step of Stage 1 and a forward pass of the teacher, both without the head, for each
-    token."""
+    token.
+    """
     settings = run.config.initialization.token_distillation
     length = settings.snippet_length + 1
     stage = dataclasses.replace(run.config.stage1, method="embedding", sequence_length=length)

@@ -28,7 +28,7 @@ SIDES = ("source", "target")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a token costs: `fixed + per_row` times the rows of the vocabulary."""
+    """Cost of a token: `fixed + per_row` times the rows of the vocabulary."""
 
     fixed: float
     per_row: float
@@ -61,13 +61,14 @@ def costs(model: ModelConfig, itemsize: int, length: int) -> dict[str, Cost]:
 
 
 def break_even(cost: Cost, source_rows: int, target_rows: int) -> float:
-    """How many times as much text a token must hold for the new vocabulary to be as fast."""
+    """Factor by which a token must hold more text for the new vocabulary to be as fast."""
     return cost.of(target_rows) / cost.of(source_rows)
 
 
 def largest_vocabulary(cost: Cost, source_rows: int, ratio: float) -> int:
     """Rows at which a vocabulary whose tokens hold `ratio` times as much text stops paying; 0: none
-    pays."""
+    pays.
+    """
     return max(0, int((ratio * cost.of(source_rows) - cost.fixed) / cost.per_row))
 
 
@@ -79,7 +80,7 @@ def worth(
     length: int,
     machine: Machine,
 ) -> dict[str, Any]:
-    """What the new vocabulary changes, JSON-ready; all but sizes is estimated.
+    """Estimate what the new vocabulary changes, ready for JSON; only sizes are exact.
 
     Args:
       model: either of both; its number of rows does not matter.
@@ -118,7 +119,7 @@ def worth(
 def plan_lines(
     model: ModelConfig, rows: Mapping[str, int], itemsize: int, length: int
 ) -> list[str]:
-    """What can be said before any text is read."""
+    """Return the lines of a plan, made before any text is read."""
     needed = {
         name: break_even(cost, rows["source"], rows["target"])
         for name, cost in costs(model, itemsize, length).items()

@@ -29,16 +29,23 @@ _THREADS, _READY_BATCHES = 2, 8
 
 class Shards(Protocol):
     """The part of `text.tokenizing.TokenShards` that training reads: token ids, the token that
-    sequences begin with, and stretches (begin, end) of tokens that are not predicted."""
+    sequences begin with, and stretches (begin, end) of tokens that are not predicted.
+    """
 
     @property
-    def tokens(self) -> np.ndarray: ...
+    def tokens(self) -> np.ndarray:
+        """Token ids [tokens]."""
+        ...
 
     @property
-    def opening(self) -> int | None: ...
+    def opening(self) -> int | None:
+        """The token that every sequence begins with, if any."""
+        ...
 
     @property
-    def unlearned(self) -> np.ndarray: ...
+    def unlearned(self) -> np.ndarray:
+        """Stretches [n, 2] (begin, end) of tokens that are read but not predicted."""
+        ...
 
 
 class Sequences(Protocol):
@@ -51,7 +58,8 @@ class Sequences(Protocol):
 
 class TokenSource:
     """Random access to the sequences of the shards; item i is int32 [T + 1]: inputs and, one
-    further, labels (`read_and_predicted`)."""
+    further, labels (`read_and_predicted`).
+    """
 
     def __init__(self, shards: Shards, sequence_length: int):
         self._tokens, self._opening, self._length = shards.tokens, shards.opening, sequence_length
@@ -70,7 +78,7 @@ class TokenSource:
         return sequence
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """What of the tokens from `start` to `stop` is not predicted, relative to `start`."""
+        """Stretches of unpredicted tokens from `start` to `stop`, relative to `start`."""
         begins, ends = self._unlearned.T
         first, last = np.searchsorted(ends, start, "right"), np.searchsorted(begins, stop)
         for begin, end in self._unlearned[first:last].tolist():

@@ -43,7 +43,7 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a checkpoint was made, and by what kind of run."""
+    """Position in the data at which a checkpoint was made, and the run that made it."""
 
     stream: dict[str, Any]
     """State of the grain iterator."""
@@ -97,10 +97,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
         return Path(self._manager.directory) / str(step)
 
     def save(self, step: int, state: TrainState, position: Position) -> None:
-        """Copies the arrays off the devices now, and writes them while training goes on.
+        """Copy the arrays off the devices now, and write them while training goes on.
 
         Crash-safe: checkpoints that are no longer kept are deleted once the new one is complete.
         """
@@ -117,11 +118,12 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Until what was saved is whole on disk."""
+        """Wait until saved checkpoints are complete on disk."""
         self._manager.wait_until_finished()
 
     def position(self, step: int) -> Position:
-        """
+        """Return the data position of a step's checkpoint.
+
         Raises:
           Damaged: it is not what was written.
         """
@@ -157,7 +159,8 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it is ignored but can be inspected; returns its new
-        path."""
+        path.
+        """
 
         def rename() -> str:
             aside = unused(self.path(step).with_name(f"{step}.damaged"))
@@ -170,7 +173,6 @@ class Checkpoints:
 
     def _position(self, step: int) -> tuple[Position, dict[str, int]]:
         """And the checksums of the arrays."""
-
         return self._read(step, lambda: _read_position(Path(self.path(step))))
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
@@ -189,7 +191,7 @@ class Checkpoints:
             raise Damaged(self._damage(step, f"the checksum of {wrong[0]}{more} does not fit"))
 
     def _read(self, step: int, read: Callable[[], T]) -> T:
-        """What `read` returns, in every process or in none."""
+        """Return the result of `read`, or raise in all processes if it failed in one."""
         result, failure = None, None
         try:
             result = read()
@@ -276,13 +278,14 @@ def _checksum(leaf: Array) -> UInt32[Array, ""]:
 
 @contextmanager
 def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
-    """
+    """Turn errors about a full disk or quota into one that names the disk and the remedy.
+
     Args:
       folder: where the body writes.
-      needed: bytes of a checkpoint, where it writes some.
+      needed: bytes of a checkpoint, if it writes any.
 
     Raises:
-      UserError: instead of whatever says that a write found no room.
+      UserError: a write found no room.
     """
     try:
         yield
@@ -290,24 +293,23 @@ def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
         if not _found_no_room(error):
             raise
         free = shutil.disk_usage(folder).free
-        told = (
+        message = (
             f"the disk of '{folder}' is full, or its quota is used up: {free / 1e9:.3f} GB are free"
         )
         if not needed:
             raise UserError(
-                f"{told}. What was finished before is whole: free some room and run the same"
+                f"{message}. What was finished before is whole: free some room and run the same"
                 " command again"
             ) from error
         raise UserError(
-            f"{told}, and a checkpoint takes up to {needed / 1e9:.3f} GB. What was saved before is"
-            " whole: free some room (or lower checkpoints.keep) and run the same command again,"
+            f"{message}, and a checkpoint takes up to {needed / 1e9:.3f} GB. What was saved before"
+            " is whole: free some room (or lower checkpoints.keep) and run the same command again,"
             " which goes on from the newest checkpoint"
         ) from error
 
 
 def _found_no_room(error: BaseException | None) -> bool:
-    """Whether an exception, or its cause, is the system's error for a full disk or quota or a file
-    limit."""
+    """Check for the system's error for a full disk, quota or file limit, in its causes too."""
     if error is None:
         return False
     if _system_code(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -335,9 +337,10 @@ def _system_code(error: BaseException) -> int | None:
 
 
 def check_resumable(position: Position, global_batch: int, fingerprint: str, folder: Path) -> None:
-    """
+    """Check that going on from a checkpoint continues the run that wrote it.
+
     Raises:
-      UserError: when going on from this checkpoint would not continue the run that wrote it.
+      UserError: the batch or another setting differs.
     """
     if position.global_batch != global_batch:
         raise UserError(

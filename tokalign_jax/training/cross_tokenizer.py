@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What else the parts of the loss count."""
+    """Weights of the other terms of the loss."""
 
     states: float = 2.0
     emphasis: float = 2.0
@@ -135,15 +135,16 @@ def _likelihood_terms(
 
 class Chunks(NamedTuple):
     """The text between consecutive shared boundaries of each row, [B, T] with what is behind the
-    last."""
+    last.
+    """
 
     student: Float[Array, "B T"]
     """Negative log-likelihood, nats."""
     teacher: Float[Array, "B T"]
     one_token: Bool[Array, "B T"]
-    """Whether it is one token on both sides."""
+    """True if the chunk is one token on both sides."""
     whole: Bool[Array, "B T"]
-    """Whether there is such a chunk."""
+    """True if there is such a chunk."""
 
 
 def chunk_nats(
@@ -173,7 +174,8 @@ def chunk_nats(
 
 def divergence(student: Float[Array, "..."], teacher: Float[Array, "..."]) -> Float[Array, "..."]:
     """The binary divergence of chunks' likelihoods, from their negative logarithms (module
-    docstring)."""
+    docstring).
+    """
     log_p, log_q = (-jnp.maximum(nats, LEAST_NATS) / TEMPERATURE for nats in (teacher, student))
     log_not_p, log_not_q = (jnp.log(-jnp.expm1(x)) for x in (log_p, log_q))
     return TEMPERATURE * (
@@ -185,7 +187,8 @@ def state_distance(
     student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], counts: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """Squared distance between states over the variance of the teacher's: 1 for the best
-    constant."""
+    constant.
+    """
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     at = counts[..., None]
     mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
@@ -194,8 +197,10 @@ def state_distance(
 
 
 def same_next_token(positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Whether the token after a position is the same stretch of text on both sides; unknown for the
-    last position."""
+    """Find positions after which the next token is the same stretch of text on both sides.
+
+    This is unknown, hence False, for the last position.
+    """
     now, following = positions[:, :-1], positions[:, 1:]
     return jnp.pad((now != NONE) & (following == now + 1), ((0, 0), (0, 1)), constant_values=False)
 

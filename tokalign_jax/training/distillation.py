@@ -106,6 +106,7 @@ class TokenDistillation:
     weight: float
 
     def __call__(self, model: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
+        """Make the loss of a student."""
         heads = head_of(model, compute), head_of(self.teacher, compute)
         how = Teaching(*heads, self.vocabulary, self.reverse, self.temperature, self.weight)
         return make_distillation_loss(model, self.teacher, how, compute, lora)
@@ -119,7 +120,8 @@ def make_distillation_loss(
     lora: LoraSpec | None,
 ) -> Loss:
     """The loss of a micro-batch, whose frozen tree is the pair (frozen parameters of the student,
-    parameters of the teacher)."""
+    parameters of the teacher).
+    """
     dtype = jnp.dtype(compute.dtype)
     remat = "dots" if compute.remat == "auto" else compute.remat
 
@@ -149,7 +151,8 @@ def make_distillation_loss(
 
 def with_rows(params: paths.Tree, vocabulary: int, mesh: Mesh) -> paths.Tree:
     """Parameters with vocabulary matrices resized to `vocabulary` rows and their padding
-    (`sharding.padded_shape`): further rows are dropped, missing ones are zeros."""
+    (`sharding.padded_shape`): further rows are dropped, missing ones are zeros.
+    """
 
     def fitted(path: str, leaf: jax.Array) -> jax.Array:
         shape = sharding.padded_shape(path, (vocabulary, *leaf.shape[1:]), mesh)
@@ -276,7 +279,8 @@ def _loss(
     how: Teaching,
 ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
     """(loss of each token over the rows of all devices, its gradient with respect to the student's
-    local logits)."""
+    local logits).
+    """
     loss, gradient = _divergence(logits, teacher_logits, ids < how.vocabulary, how)
     if how.weight < 1:
         log_q = _log_softmax(logits, ids < how.student.vocabulary)

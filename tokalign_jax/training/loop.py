@@ -1,5 +1,6 @@
 """Runs a training stage: everything around the pure step that touches files, devices or the
-clock."""
+clock.
+"""
 
 import dataclasses
 import functools
@@ -125,13 +126,14 @@ def lora_spec(stage: StageConfig) -> LoraSpec | None:
 
 
 def trains(stage: StageConfig, path: str) -> bool:
-    """Whether the stage changes the parameter of this path."""
+    """Return True if the stage changes the parameter of this path."""
     return paths.label(rules_for(stage.method), path) != FROZEN
 
 
 def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
     """Bytes of parameters, gradients and optimizer state: 16 for each trained parameter (float32:
-    itself, its gradient, Adam's two moments), 2 for each frozen one."""
+    itself, its gradient, Adam's two moments), 2 for each frozen one.
+    """
     leaves = paths.flatten(abstract_params(config, lora_spec(stage)))
     return sum(leaf.size * (16 if trains(stage, path) else 2) for path, leaf in leaves.items())
 
@@ -411,8 +413,10 @@ def _abstract(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeSt
 
 
 def is_finished(folder: Path, stage: StageConfig) -> bool:
-    """Whether the stage has taken its last step and the checkpoint that is its result exists
-    (`load_trained` detects a damaged one)."""
+    """Check that the stage has taken its last step and that the checkpoint of its result exists.
+
+    `load_trained` detects a damaged one.
+    """
     return _result_step(folder, stage) is not None
 
 
@@ -669,7 +673,8 @@ def _program(
     mesh: Mesh,
 ) -> _Program:
     """Cached, so that stages which differ only in inputs of the step, as in a sweep over rates,
-    share one compiled program."""
+    share one compiled program.
+    """
     labels = paths.label_tree(rules_for(stage.method), paths.unflatten(dict.fromkeys(trained, 0)))
     optimizer = make_optimizer(stage, labels, model.vocab_size)
     lora = lora_spec(stage)
@@ -726,7 +731,8 @@ def _fingerprint(
     objective: Objective,
 ) -> str:
     """A hash of everything that changes what a step computes, by which checkpoints of another run
-    are recognised."""
+    are recognised.
+    """
 
     def shape(path: str, leaf: Any) -> list[int]:
         """The shape on one device, since padding rows depend on the mesh."""

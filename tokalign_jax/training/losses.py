@@ -106,7 +106,8 @@ def token_nll(
     hidden: Float[Array, "B T D"], head: Float[Array, "R D"], labels: Int[Array, "B T"], how: Head
 ) -> Float[Array, "B T"]:
     """The negative log-likelihood of each label (nats, float32; 0 where the label is negative); for
-    evaluation, without a gradient."""
+    evaluation, without a gradient.
+    """
 
     def of_chunk(rows: Rows, states: Array, targets: Array) -> Array:
         return local_tokens(rows.nll(rows.logits(states)[0], targets))
@@ -130,7 +131,8 @@ def _by_chunk(
     of_chunk: Callable[..., Any], hidden: Array, head: Array, labels: Array, how: Head
 ) -> Any:
     """Arrays [B, T] of the results of `of_chunk(rows, states [C, D], labels [C])`, one for each
-    token."""
+    token.
+    """
 
     def local(hidden: Array, head: Array, labels: Array) -> Any:
         rows = Rows(head.astype(how.dtype), how)
@@ -290,7 +292,7 @@ class Rows(NamedTuple):
 
 
 def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """m = max_v x_v, and sum_v exp(x_v - m), over the rows of all devices."""
+    """Return m = max_v x_v, and sum_v exp(x_v - m), over the rows of all devices."""
     # A GPU is bound by memory bandwidth, a CPU by arithmetic; there a running sum would lose
     # digits.
     largest, total = jax.lax.platform_dependent(logits, cuda=_in_one_pass, default=_in_two_passes)
@@ -301,7 +303,7 @@ def largest_and_sum(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Flo
 
 
 def _in_one_pass(logits: Float[Array, "C r"]) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """arXiv 1805.02867, algorithm 3."""
+    """Online softmax (arXiv 1805.02867, algorithm 3)."""
 
     def join(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
         (m, total), (n, rest) = one, other
@@ -341,7 +343,8 @@ def over_chunks(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tupl
 
 def _from_the_first(one: Callable[[Any, Any], tuple[Any, Any]], pieces: Any) -> tuple[Any, Any]:
     """Starts from the first chunk's sums instead of zeros, which saves writing and reading the
-    large gradient of the head. A CPU would keep this chunk's logits beside the others'."""
+    large gradient of the head. A CPU would keep this chunk's logits beside the others'.
+    """
     sums, first = one(None, jax.tree.map(lambda x: x[0], pieces))
     sums, others = jax.lax.scan(one, sums, jax.tree.map(lambda x: x[1:], pieces))
     return sums, jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)

@@ -1,5 +1,6 @@
 """Metrics of a training stage: `metrics.jsonl` (a line a step), TensorBoard, progress lines, loss
-spikes."""
+spikes.
+"""
 
 import json
 import math
@@ -25,8 +26,7 @@ _SIGMA_PER_MAD = 1.4826  # of a normal distribution
 
 
 def is_spike(loss: float, recent: Sequence[float]) -> bool:
-    """Whether a loss stands out: more than 6 robust sigmas above the recent median and more than
-    1.2 times it."""
+    """Detect a loss of more than 6 robust sigmas above the recent median and 1.2 times it."""
     if len(recent) < _ENOUGH:
         return False
     median = statistics.median(recent)
@@ -65,7 +65,8 @@ class Validation(NamedTuple):
 
 class Recorder:
     """Records each step's metrics in order; writes them if `writes` is set (in one process of
-    several)."""
+    several).
+    """
 
     def __init__(
         self,

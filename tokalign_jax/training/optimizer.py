@@ -24,7 +24,8 @@ _DECAY_RULES = ((r"(^|/)(scale|bias)$", "keeps"), ("", "decays"))
 
 def rules_for(method: str) -> tuple[tuple[str, str], ...]:
     """The path rules of a method: which parameters are `embedding` (and head), `lora`, `body` or
-    `frozen`."""
+    `frozen`.
+    """
     return _RULES[method]
 
 
@@ -146,7 +147,8 @@ def scale_by_damped_adam(
 
 def _decays(tree: Any) -> Any:
     """True for matrices, by name: norm scales are stacked over layers, so their rank does not
-    tell."""
+    tell.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (
             paths.label(_DECAY_RULES, jax.tree_util.keystr(path, simple=True, separator="/"))

@@ -15,7 +15,8 @@ class Profiler:
     """
 
     def __init__(self, folder: Path, steps: tuple[int, ...]):
-        """
+        """Trace nothing yet.
+
         Args:
           folder: receives the traces.
           steps: (first, last), from 1; empty: no trace.
@@ -32,11 +33,11 @@ class Profiler:
             self.stop()
 
     def starts(self, step: int) -> bool:
-        """Whether the trace starts before this step."""
+        """Return True if the trace starts before this step."""
         return step in self._steps and not self._running
 
     def ends(self, step: int) -> bool:
-        """Whether the trace ends after this step."""
+        """Return True if the trace ends after this step."""
         return self._running and step == self._steps[-1]
 
     def start(self) -> None:

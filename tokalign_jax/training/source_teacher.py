@@ -85,6 +85,7 @@ class SourceDistillation:
     weights: ObjectiveWeights
 
     def __call__(self, model: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
+        """Make the loss of a student."""
         dtype = jnp.dtype(compute.dtype)
         remat = "dots" if compute.remat == "auto" else compute.remat
         head, teacher_head = head_of(model, compute), head_of(self.teacher, compute)
@@ -158,7 +159,8 @@ def state_distances(
     counts: Bool[Array, "B T"],
 ) -> Float[Array, ""]:
     """Sum of squared distances where `counts`, each over the variance of the teacher's states in
-    its sequence: 1 a position for the best constant."""
+    its sequence: 1 a position for the best constant.
+    """
     teacher = teacher.astype(jnp.float32)
     deviation = teacher - teacher.mean(axis=1, keepdims=True)
     variance = jnp.square(deviation).sum(axis=(1, 2)) / teacher.shape[1]

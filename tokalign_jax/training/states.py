@@ -27,7 +27,7 @@ from tokalign_jax.utils import paths
 
 
 class Changes(NamedTuple):
-    """How a state differs from the stored weights."""
+    """Differences of a state from the stored weights."""
 
     leaves: dict[str, jax.Array]
     """float32 by path; of several stages that trained a parameter, the last one's."""
@@ -38,7 +38,7 @@ class Changes(NamedTuple):
 def load_changes(
     model: ModelConfig, stages: Sequence[tuple[Path, StageConfig]], mesh: Mesh
 ) -> Changes:
-    """What these finished stages have trained, from their checkpoints.
+    """Load what finished stages have trained, from their checkpoints.
 
     A stage all of whose parameters were trained again later is not read.
 

@@ -44,7 +44,7 @@ Step = Callable[["TrainState", Any, Batch, Array, Schedule], tuple["TrainState",
 
 @dataclass(frozen=True)
 class Objective:
-    """What a stage minimises (`loop.run_stage`): `NEXT_TOKEN`, or a loss with a teacher.
+    """Objective of a stage (`loop.run_stage`): `NEXT_TOKEN`, or a loss with a teacher.
 
     Teachers are a model with the target tokenizer (`distillation.objective`) or the source model
     (`source_teacher.objective`). Step and loop are the same for all. An objective brings the arrays
@@ -74,7 +74,7 @@ class TrainState:
     step: Int32[Array, ""]
     """Steps done, skipped ones included: batches read."""
     params: Any
-    """What trains, in float32."""
+    """Trainable parameters, in float32."""
     opt_state: Any
     skipped: Int32[Array, ""]
     """Steps whose loss or gradient was not finite; they only advanced the counters."""
@@ -233,7 +233,8 @@ def target_tokens(batch: Any) -> Array:
 
 def cast_projections(params: Any, dtype: DTypeLike) -> Any:
     """Casts projections to the compute type. Other leaves keep float32: gradients of embedding and
-    head are accumulated, and norms computed, in it."""
+    head are accumulated, and norms computed, in it.
+    """
     leaves = paths.flatten(params)
     return paths.unflatten(
         {path: x.astype(dtype) if "_proj/" in path else x for path, x in leaves.items()}

@@ -69,7 +69,7 @@ class Validations:
         return min(finite)[1] if finite else None
 
     def covers(self, stage: StageConfig, done: int) -> bool:
-        """Whether these are all validations that the stage asks for in its first `done` steps."""
+        """Check that these are all validations of the stage in its first `done` steps."""
         due = [step for step in range(1, done + 1) if is_due(stage, step)]
         return self == dataclasses.replace(self.of_stage(stage), losses=self.losses) and due == [
             step for step, _ in self.losses
@@ -77,7 +77,7 @@ class Validations:
 
 
 def is_due(stage: StageConfig, step: int) -> bool:
-    """Whether a stage validates after this step (from 1)."""
+    """Return True if a stage validates after this step (from 1)."""
     if not stage.validation_every:
         return False
     return step % stage.validation_every == 0 or step == stage.steps
@@ -135,14 +135,17 @@ def batched(
 class Measure(Protocol):
     """Mean next-token loss (nats) of parameters on held-out batches."""
 
-    def __call__(self, trained: Any, *, frozen: Any, batches: Array) -> float: ...
+    def __call__(self, trained: Any, *, frozen: Any, batches: Array) -> float:
+        """Measure a model whose parameters are split in `trained` and `frozen`."""
+        ...
 
 
 class Validator:
     """Validates the states of a stage and keeps the record."""
 
     def __init__(self, measure: Callable[[Any], float], sequences: int, record: Validations):
-        """
+        """Go on with a record.
+
         Args:
           measure: trained parameters -> loss.
           sequences: held-out sequences that it reads.
@@ -151,6 +154,7 @@ class Validator:
         self._measure, self._sequences, self.record = measure, sequences, record
 
     def __call__(self, step: int, trained: Any) -> Validation:
+        """Validate the trained parameters after a step and add it to the record."""
         begun = time.monotonic()
         loss = self._measure(trained)
         self.record = self.record.adding(step, loss)
