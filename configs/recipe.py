@@ -58,6 +58,11 @@ def get_config() -> ConfigDict:
 
 def get_runs() -> dict[str, dict[str, Any]]:
     """Return the fields in which each run differs, by its name."""
+    return _grid() | _without_stage1() | _rare_rows() | _large_budgets() | _single_changes()
+
+
+def _grid() -> dict[str, dict[str, Any]]:
+    """Return the grid over initialisations, Stage 1 rates and Stage 2 methods."""
     runs = {}
     for seed in range(3):
         for start, alignment in STARTS.items():
@@ -68,7 +73,12 @@ def get_runs() -> dict[str, dict[str, Any]]:
     for steps in (60, 240, 960):
         for rate in (*RATES, 2.56e-3):
             runs |= _run("own", rate, "full", steps, 0, {})
-    # Higher rates of Stage 2, with and without Stage 1 at the same tokens.
+    return runs
+
+
+def _without_stage1() -> dict[str, dict[str, Any]]:
+    """Return runs at higher rates of Stage 2, with and without Stage 1 at the same tokens."""
+    runs = {}
     for seed in range(3):
         for rate in (1.6e-4, 5e-4, 1e-3):
             stage2 = {"stage2.learning_rate": rate}
@@ -83,7 +93,12 @@ def get_runs() -> dict[str, dict[str, Any]]:
         for rate in (1.6e-4, 5e-4, 1e-3):
             damped = {"stage2.learning_rate": rate, "stage2.optimizer.row_damping": 0.3}
             runs |= _alone(f"full@{rate:.1e}-damped0.3", 120, seed, damped)
-    # AdamW on rows of rare tokens.
+    return runs
+
+
+def _rare_rows() -> dict[str, dict[str, Any]]:
+    """Return runs with other denominators of Adam, which matter for rows of rare tokens."""
+    runs = {}
     for field, values in {
         "epsilon": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
         "row_damping": (0.1, 1.0),
@@ -97,12 +112,22 @@ def get_runs() -> dict[str, dict[str, Any]]:
         "-damped0.3": {"stage2.optimizer.row_damping": 0.3},
     }.items():
         runs |= _alone(f"full@5.0e-04{name}", 480, 0, {"stage2.learning_rate": 5e-4} | fields)
-    # Benefit of Stage 1 at larger budgets.
+    return runs
+
+
+def _large_budgets() -> dict[str, dict[str, Any]]:
+    """Return runs with and without Stage 1 at larger budgets."""
+    runs = {}
     for steps in (240, 960):
         stage2 = {"stage2.learning_rate": 1.6e-4}
         runs |= _run("own", 6.4e-4, "full@1.6e-04", steps, 0, stage2)
         runs |= _alone("full@1.6e-04", 2 * steps, 0, stage2)
-    # A single change each, to Stage 1 at 6.4e-4 and Stage 2 at 5e-4.
+    return runs
+
+
+def _single_changes() -> dict[str, dict[str, Any]]:
+    """Return runs with a single change each to Stage 1 at 6.4e-4 and Stage 2 at 5e-4."""
+    runs = {}
     for name, fields in {
         "offset0": {"stage2.start_offset": 0},
         "offset0.2": {"stage2.start_offset": 0.2},

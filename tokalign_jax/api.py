@@ -171,10 +171,10 @@ def align(
         if method == "tokalign":
             config = dataclasses.replace(config, vectors="glove")
         shared = methods.pairs(inputs.spelled.exact)
-        of_source, of_target, _ = vectors.make(config, old, new, seed, log, shared)
-        inputs = dataclasses.replace(inputs, source=of_source, target=of_target)
-    made, _ = methods.make(inputs)
-    return made
+        source_vectors, target_vectors, _ = vectors.make(config, old, new, seed, log, shared)
+        inputs = dataclasses.replace(inputs, source=source_vectors, target=target_vectors)
+    alignment, _ = methods.make(inputs)
+    return alignment
 
 
 def explain(
@@ -309,6 +309,11 @@ def train(
             "validation_every needs the held-out text of a run: leave it out and use `evaluate`, "
             "or use `tokalign run`"
         )
+    return _train(model, texts, stage, seed, log)
+
+
+def _train(model: Model, texts: Texts, stage: StageConfig, seed: int, log: Log) -> Model:
+    """Run a stage with a temporary folder for its checkpoints."""
     skipped = dataclasses.replace(stage, steps=0)
     compute = ComputeConfig(dtype=_compute_dtype())
     config = Config(seed=seed, stage1=stage, stage2=skipped, compute=compute)

@@ -30,7 +30,7 @@ class Field:
 
     @property
     def is_group(self) -> bool:
-        """Whether it is a group of fields."""
+        """True for a group of fields."""
         return dataclasses.is_dataclass(self.default)
 
 

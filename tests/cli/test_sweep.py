@@ -51,11 +51,11 @@ def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys
     printed = capsys.readouterr().out
     begun = {
         says: printed.count(f": {says}")
-        for says in ("corpus: read", "init: re-arrange", "stage1: train", "stage2: train")
+        for says in ("corpus: read", "init: initialise the rows", "stage1: train", "stage2: train")
     }
     assert begun == {
         "corpus: read": 1,
-        "init: re-arrange": 1,
+        "init: initialise the rows": 1,
         "stage1: train": 2,
         "stage2: train": 2,
     }

@@ -107,7 +107,7 @@ def test_of_two_processes_none_goes_on_alone(tmp_path, unbroken, fault, who):
             and "If another process or its machine was lost: run the same command again" in output
         )
         assert aborted or told, ended
-        assert f"process {1 - who} of 2: joined. If one is lost" in output
+        assert f"process {1 - who} of 2: joined. If a process is lost" in output
     output = finish(*together(program))
     assert "on 2 cpu devices" in output and f"resumed at step {saved} of 16" in output
     np.testing.assert_allclose(losses(program.folder), losses(unbroken[1].folder), rtol=1e-5)

@@ -523,7 +523,7 @@ def shard_map(
 
 
 def rows_are_split() -> bool:
-    """Whether this code runs in a `shard_map` over devices that have different rows."""
+    """Return whether this code runs in a `shard_map` over devices with different rows."""
     return FSDP in getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
 
 

@@ -40,17 +40,17 @@ class Inputs:
 
     @property
     def extends(self) -> bool:
-        """Whether the target tokenizer is the source's with added tokens."""
+        """True if the target tokenizer is the source's with added tokens."""
         return self.config.target_tokenizer == EXTEND
 
     @property
     def prunes(self) -> bool:
-        """Whether the target tokenizer is the source's with tokens removed."""
+        """True if the target tokenizer is the source's with tokens removed."""
         return self.config.target_tokenizer == PRUNE
 
     @property
     def derives(self) -> bool:
-        """Whether a stage of the run makes the target tokenizer."""
+        """True if a stage of the run makes the target tokenizer."""
         return self.config.target_tokenizer in DERIVED
 
     @cached_property

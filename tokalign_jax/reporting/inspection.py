@@ -290,7 +290,7 @@ class Subject:
 
     @property
     def has_counts(self) -> bool:
-        """Whether the frequencies of target tokens are known."""
+        """True if the frequencies of target tokens are known."""
         return self.target.counts is not None
 
     @property

@@ -50,7 +50,7 @@ class Section:
 
     @property
     def has_content(self) -> bool:
-        """Whether there is anything under the heading."""
+        """True if there is anything under the heading."""
         return bool(self.text or self.rows or self.markup)
 
 
@@ -304,21 +304,26 @@ def _markup(cell: Part | tuple[Part, ...]) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1d21; --soft: #5d6069; --line: #dcdee3; --paper: #fff; --field: #f1f2f5;
+:root { color-scheme: light dark; --ink: #1c1d21; --soft: #5d6069; --line: #dcdee3; --paper: #fff;
+  --field: #f1f2f5;
   --accent: #2f63ad; --tint: #dbe6f5; --tint2: #b9d0ee;
-  --colour1: #2f63ad; --colour2: #c2570c; --colour3: #15803d; --colour4: #a21caf; --colour5: #854d0e; --colour6: #0e7490;
+  --colour1: #2f63ad; --colour2: #c2570c; --colour3: #15803d; --colour4: #a21caf;
+    --colour5: #854d0e; --colour6: #0e7490;
   --colour7: #be123c; --colour8: #6b7280; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e7ea; --soft: #a2a5ae; --line: #35373d; --paper: #17181b; --field: #25272c;
     --accent: #7eabec; --tint: #24364f; --tint2: #33507a;
-    --colour1: #7eabec; --colour2: #fb923c; --colour3: #4ade80; --colour4: #e879f9; --colour5: #eab308; --colour6: #22d3ee;
+    --colour1: #7eabec; --colour2: #fb923c; --colour3: #4ade80; --colour4: #e879f9;
+      --colour5: #eab308; --colour6: #22d3ee;
     --colour7: #fb7185; --colour8: #9ca3af; }
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 2rem auto; padding: 0 1.25rem; max-width: 56rem; background: var(--paper); color: var(--ink);
+body { margin: 2rem auto; padding: 0 1.25rem; max-width: 56rem; background: var(--paper);
+  color: var(--ink);
   font: .9375rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .6rem; text-wrap: balance; overflow-wrap: anywhere; }
+h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .6rem; text-wrap: balance;
+  overflow-wrap: anywhere; }
 h2, summary { font-size: 1.08rem; font-weight: 650; line-height: 1.3; margin: 0 0 .35rem; }
 h3 { font-size: .9375rem; margin: 1rem 0 .25rem; }
 h2, h3, p, thead, summary { break-after: avoid; }
@@ -337,45 +342,58 @@ td { vertical-align: top; }
 tr, figure { break-inside: avoid; }
 .number { text-align: right; white-space: nowrap; }
 th.number { white-space: normal; }
-code { background: var(--field); border-radius: 3px; padding: 0 .2em; font: .93em/1.3 ui-monospace, monospace;
-  white-space: pre; display: inline-block; max-width: 16em; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom; }
+code { background: var(--field); border-radius: 3px; padding: 0 .2em;
+  font: .93em/1.3 ui-monospace, monospace;
+  white-space: pre; display: inline-block; max-width: 16em; overflow: hidden;
+    text-overflow: ellipsis; vertical-align: bottom; }
 .bar { width: 7rem; min-width: 4rem; }
-.bar div { height: .75em; margin-top: .4em; background: var(--accent); min-width: 1px; print-color-adjust: exact; }
+.bar div { height: .75em; margin-top: .4em; background: var(--accent); min-width: 1px;
+  print-color-adjust: exact; }
 .chart { display: block; margin: .4rem 0 1rem; }
-.chart text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
+.chart text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px;
+  stroke-linejoin: round; }
 .chart text, .dots text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .chart .name { fill: var(--ink); }
 .chart path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
 .chart path:hover { stroke-width: 4 !important; stroke-opacity: 1 !important; }
 .grid { stroke: var(--line); }
 .mark { stroke: var(--soft); stroke-dasharray: 2 3; }
-.dots { display: grid; grid-template-columns: fit-content(45%) 1fr; column-gap: 1rem; align-items: center; padding-right: .5rem; }
+.dots { display: grid; grid-template-columns: fit-content(45%) 1fr; column-gap: 1rem;
+  align-items: center; padding-right: .5rem; }
 .dots span { overflow-wrap: anywhere; }
 .dots svg { display: block; }
 .dots .path { stroke: var(--accent); stroke-width: 1.5; }
 .interval { stroke: var(--accent); stroke-width: 7; stroke-opacity: .3; }
 .reference { stroke: var(--ink); stroke-width: 2.5; }
 .dot { fill: var(--accent); stroke: var(--accent); stroke-width: 1.5; paint-order: stroke; }
-.keys { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-bottom: .4rem; color: var(--soft); }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-bottom: .4rem;
+  color: var(--soft); }
 .keys svg { vertical-align: -1px; }
 .keys line { stroke-width: 3; }
 figure { margin: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1rem 1.5rem; margin: 1.2rem 0 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr));
+  gap: 1rem 1.5rem; margin: 1.2rem 0 0; }
 .figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .figures dt { color: var(--soft); max-width: 13rem; line-height: 1.3; }
-.figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25;
+  font-variant-numeric: tabular-nums; }
 .warning { border-left: 4px solid var(--accent); padding: .1rem 0 .1rem .9rem; }
 .warning p { color: var(--ink); font-weight: 600; margin: .3rem 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 2rem; margin-bottom: .9rem;
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+  gap: 0 2rem; margin-bottom: .9rem;
   break-inside: avoid; }
 .sides h3 { margin: .4rem 0 .2rem; }
-.pieces, .text { color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; max-width: none; }
+.pieces, .text { color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere;
+  max-width: none; }
 .pieces { line-height: 1.75; }
-.pieces span { background: var(--tint); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
+.pieces span { background: var(--tint); border-radius: 2px; padding-block: .1em;
+  print-color-adjust: exact; }
 .pieces span:nth-child(even) { background: var(--tint2); }
 .pieces sup { font-size: .65em; line-height: 0; }
-q { quotes: none; background: var(--field); border-radius: 2px; padding-block: .1em; print-color-adjust: exact; }
-pre { background: var(--field); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; margin: 0 0 .8rem;
+q { quotes: none; background: var(--field); border-radius: 2px; padding-block: .1em;
+  print-color-adjust: exact; }
+pre { background: var(--field); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto;
+  margin: 0 0 .8rem;
   font: .84rem/1.45 ui-monospace, monospace; }
 table:not(:has(thead)) { width: auto; }
 table:not(:has(thead)) td { padding-right: 2rem; }
@@ -391,7 +409,8 @@ table:not(:has(thead)) td { padding-right: 2rem; }
 .columns :is(th, td) { padding: .12rem .6rem .12rem 0; }
 @page { margin: 12mm; }
 @media print {
-  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --field: #f0f0f0;
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --paper: #fff;
+    --field: #f0f0f0;
     --accent: #2f63ad; --tint: #dbe6f5; --tint2: #b9d0ee; }
   html { font-size: 9pt; }
   body { margin: 0; padding: 0; max-width: none; }
