@@ -20,10 +20,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
-from parity_cases import (
+from transformers.utils import logging
+
+from tests.models.parity_cases import (
     CASES,
     LENGTHS,
     Case,
@@ -36,8 +37,6 @@ from parity_cases import (
     reference_logits,
     tokens,
 )
-from transformers.utils import logging
-
 from tokalign_jax.models.config import LayerKind, ModelConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
