@@ -216,15 +216,14 @@ class _Starts:
             target = initialization.Side(
                 model_config, params, self.context.inputs.target_tokenizer, self._shards[1]
             )
-            made = aligned, self._reading, self.context.mesh, print
-            target = target._replace(
-                params=initialization.learn(config, self._source, target, *made)
+            reading, mesh = self._reading, self.context.mesh
+            learned = initialization.learn(config, self._source, target, aligned, reading, print)
+            target = target._replace(params=learned)
+            calibrated = initialization.calibrate(config, self._source, target, aligned, mesh)
+            target = target._replace(params=calibrated)
+            params, _ = initialization.tune(
+                config, self._source, target, aligned, reading, mesh, print
             )
-            placed = aligned, self.context.mesh, print
-            target = target._replace(
-                params=initialization.calibrate(config, self._source, target, *placed)
-            )
-            params, _ = initialization.tune(config, self._source, target, *made)
         print(f"{way}: made in {time.monotonic() - began:.0f} s {measured}", flush=True)
         return model_config, params
 

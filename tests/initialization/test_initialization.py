@@ -304,7 +304,7 @@ def test_learning_changes_composed_rows_alone(tmp_path, tied):
             initialization.Side(new_config, new, target, shards[1]),
         )
         reading = initialization.read(settings, *sides, as_documents(DOCUMENTS), MESH, print)
-        return initialization.learn(settings, *sides, aligned, reading, MESH, print)
+        return initialization.learn(settings, *sides, aligned, reading, print)
 
     learned, again = learn(settings), learn(settings)
     places = places_of(source, target)
@@ -354,13 +354,14 @@ def start(
     one = initialization.Side(config, params, source, shards[0], unusable)
     other = initialization.Side(new_config, mixed, target, shards[1])
     reading = initialization.read(run, one, other, as_documents(documents), MESH, print)
-    how = MESH, print, kept
-    other = other._replace(params=initialization.learn(run, one, other, aligned, reading, *how))
-    other = other._replace(params=initialization.calibrate(run, one, other, aligned, *how))
+    learned = initialization.learn(run, one, other, aligned, reading, print, kept)
+    other = other._replace(params=learned)
+    calibrated = initialization.calibrate(run, one, other, aligned, MESH, kept)
+    other = other._replace(params=calibrated)
     return (
         aligned,
         mixed,
-        initialization.tune(run, one, other, aligned, reading, *how).params,
+        initialization.tune(run, one, other, aligned, reading, MESH, print, kept).params,
         shards[1].counts,
     )
 

@@ -213,7 +213,6 @@ def learn(
     target: Side,
     aligned: Alignment,
     reading: contexts.Reading,
-    mesh: Mesh,
     log: Log,
     num_frozen_rows: int = 0,
 ) -> Params:
@@ -228,7 +227,6 @@ def learn(
       target: the model that `initialize` made of `source` by `aligned`.
       aligned: the alignment.
       reading: the result of `read`.
-      mesh: unused; the regression runs on the default device.
       log: receives progress.
       num_frozen_rows: leading rows that stay as they are.
     """
@@ -314,7 +312,6 @@ def calibrate(
     target: Side,
     aligned: Alignment,
     mesh: Mesh,
-    log: Log,
     num_frozen_rows: int = 0,
 ) -> Params:
     """Calibrate head rows to the frequencies of their tokens (`calibration.py`).
@@ -325,7 +322,6 @@ def calibrate(
       target: the model to calibrate.
       aligned: the alignment.
       mesh: devices that measure probabilities.
-      log: unused.
       num_frozen_rows: leading rows that stay as they are.
     """
     moving = movable(

@@ -146,13 +146,13 @@ def _compose(
     num_frozen_rows: int,
 ) -> Learned:
     """Make a start by method `composed`."""
-    texts, settings = draw(config.initialization.tokens), (mesh, log, num_frozen_rows)
+    texts = draw(config.initialization.tokens)
     reading = initialization.read(config, source, target, texts, mesh, log)
-    learned = initialization.learn(config, source, target, aligned, reading, *settings)
+    learned = initialization.learn(config, source, target, aligned, reading, log, num_frozen_rows)
     target = target._replace(params=learned)
-    calibrated = initialization.calibrate(config, source, target, aligned, *settings)
+    calibrated = initialization.calibrate(config, source, target, aligned, mesh, num_frozen_rows)
     target = target._replace(params=calibrated)
-    return initialization.tune(config, source, target, aligned, reading, *settings)
+    return initialization.tune(config, source, target, aligned, reading, mesh, log, num_frozen_rows)
 
 
 def not_finite(tokens: Set[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -495,8 +495,7 @@ def look_up(
 def shard_map(
     local: Callable[..., Any], inputs: Any, outputs: Any, check_vma: bool = False
 ) -> Callable[..., Any]:
-    """Map `local` over the devices of the mesh in context (`jax.shard_map`); without one, return
-    it.
+    """Map `local` over the mesh in context by `jax.shard_map`; without one, return it.
 
     The map is over the automatic axes; specs may name others, which are left out.
 

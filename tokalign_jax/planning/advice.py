@@ -139,14 +139,14 @@ def too_large_untrained(run: Run) -> dict[str, str]:
 
 def _remedy(name: str, run: Run) -> str:
     """The settings that would each be enough, the one that costs least of every kind."""
-    found: dict[str, str] = {}
+    remedies: dict[str, str] = {}
     for key, value, changed in _untrained_changes(name, run):
         stage = needs(changed)[name]
         fits = sum(stage.device.values()) <= run.machine.memory
-        if key not in found and fits and stage.on_host(run.machine) <= run.machine.host_memory:
-            found[key] = f"{key}={value}"
-    if found:
-        return f"it would with {', or '.join(found.values())}"
+        if key not in remedies and fits and stage.on_host(run.machine) <= run.machine.host_memory:
+            remedies[key] = f"{key}={value}"
+    if remedies:
+        return f"it would with {', or '.join(remedies.values())}"
     return "no settings change that: use devices or a host with more memory"
 
 

@@ -175,8 +175,10 @@ class Speed:
 
     def seconds(
         self, tokens: int, flops: float, method: str, machine: Machine
-    ) -> tuple[float, str] | None:
-        """Seconds of training on `tokens`, and the source of the figure; None if unknown."""
+    ) -> tuple[float | None, str]:
+        """Return the seconds of training on `tokens`, None if unknown, and the figure's source."""
+        if not tokens:
+            return 0.0, ""
         if self.tokens_per_second:
             return (
                 tokens / self.tokens_per_second,
@@ -189,7 +191,7 @@ class Speed:
             )
         peak = self.peak or peak_flops(machine.kind)
         if not peak:
-            return None
+            return None, ""
         rate = self.mfu * peak * machine.devices / (flops / tokens)
         return (
             tokens / rate,

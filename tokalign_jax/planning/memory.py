@@ -84,13 +84,13 @@ def teachers(
       source: the source model.
       stage3: the teacher of Stage 3.
     """
-    found = {}
+    teachers = {}
     for name, stage in training_stages(config).items():
         if learns_from_source(stage):
-            found[name] = source
+            teachers[name] = source
         elif stage3 and teacher_of(stage):
-            found[name] = stage3
-    return found
+            teachers[name] = stage3
+    return teachers
 
 
 def state_bytes(config: Config, model: ModelConfig, teachers: Mapping[str, ModelConfig]) -> int:

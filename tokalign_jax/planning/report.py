@@ -195,8 +195,8 @@ def _validations(stage: StagePlan) -> list[str]:
 
 
 def _time(seconds: float | None, speed: str) -> list[str]:
-    known = "unknown: give --tokens-per-second" if seconds is None else duration(seconds)
-    return [f"  time {known}", *([f"    {speed}"] if speed else [])]
+    estimate = "unknown: give --tokens-per-second" if seconds is None else duration(seconds)
+    return [f"  time {estimate}", *([f"    {speed}"] if speed else [])]
 
 
 def _listed(what: str, sizes: Mapping[str, int]) -> list[str]:
@@ -319,12 +319,8 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
     each = flops.flops_per_token(run.model, stage)
     forward = flops.flops_per_token(run.source_model, dataclasses.replace(stage, method="full")) / 3
     operations = trained * (each + forward) + written * forward
-    known = (
-        speed.seconds(round(operations / each), operations, method, run.machine)
-        if operations
-        else (0.0, "")
-    )
-    return InitPlan(written, trained, *(known or (None, "")), distilled=True)
+    time = speed.seconds(round(operations / each), operations, method, run.machine)
+    return InitPlan(written, trained, *time, distilled=True)
 
 
 def _token_distillation(run: Run, speed: Speed) -> InitPlan:
@@ -339,8 +335,8 @@ def _token_distillation(run: Run, speed: Speed) -> InitPlan:
     forward = 2 * flops.products(run.model, layers) + flops.attention(run.model, length)
     tokens = length * min(settings.most_snippets, settings.snippets * run.model.vocab_size)
     operations = 3 * tokens * forward
-    known = speed.seconds(round(operations / each), operations, stage.method, run.machine)
-    return InitPlan(tokens, tokens, *(known or (None, "")))
+    time = speed.seconds(round(operations / each), operations, stage.method, run.machine)
+    return InitPlan(tokens, tokens, *time)
 
 
 def _init(
@@ -361,8 +357,7 @@ def _init(
         min(settings.tuning, text_bytes // disk.BYTES_PER_TOKEN),
     )
     tokens = tuned + round(read * forward / each)
-    known = speed.seconds(tokens, tokens * each, stage.method, machine) if tokens else (0.0, "")
-    return InitPlan(read, tuned, *(known or (None, "")))
+    return InitPlan(read, tuned, *speed.seconds(tokens, tokens * each, stage.method, machine))
 
 
 def _stage(setup: Setup, speed: Speed) -> StagePlan:
@@ -376,7 +371,6 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
     # A validation takes as long as training on as many tokens as have its FLOPs.
     read = validations * stage.validation_sequences * stage.sequence_length
     operations = tokens * each + read * flops.forward_flops_per_token(model, stage)
-    known = speed.seconds(round(operations / each), operations, kind, setup.machine)
     return StagePlan(
         setup.name,
         stage.method,
@@ -387,7 +381,7 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
         stage.sequence_length,
         memory.micro_batches(setup)[0],
         memory.stage_memory(setup),
-        *(known or (None, "")),
+        *speed.seconds(round(operations / each), operations, kind, setup.machine),
         f", {stage.objective} with the source model" if learns_from_source(stage) else "",
         validations,
         stage.validation_sequences,

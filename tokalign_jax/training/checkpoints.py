@@ -4,9 +4,8 @@ killed run leaves none in parts.
 A checkpoint `STEP/` has three items: `params` (what trains, float32), `optimizer` (all other arrays
 of the train state) and `position` (JSON: state of the data stream, next sequence, global batch,
 fingerprint of what shaped the run, validation losses so far; a checksum of each array, and a digest
-of all this). Orbax
-notices files that are missing or cut when it reads them; what else a disk may do to them the
-checksums notice.
+of all this). Orbax detects missing and truncated files when it reads them; the checksums detect
+other damage.
 """
 
 import errno
@@ -173,7 +172,7 @@ class Checkpoints:
 
     def _position(self, step: int) -> tuple[Position, dict[str, int]]:
         """And the checksums of the arrays."""
-        return self._read(step, lambda: _read_position(Path(self.path(step))))
+        return self._read(step, lambda: _read_position(self.path(step)))
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
         # Not through the manager, which waits for the other processes after reading: one may have
@@ -199,15 +198,15 @@ class Checkpoints:
             raise  # nothing is wrong with the files
         except Exception as error:
             if (code := _system_code(error)) in _OF_THE_STORAGE:
-                told = (
+                message = (
                     f"the checkpoint '{self.path(step)}' could not be read"
                     f" ({' '.join(str(error).split())[:200]})"
                 )
                 if code in (errno.EPERM, errno.EACCES):
                     raise UserError(
-                        f"{told}: see that this user may read it, and run the same command again"
+                        f"{message}: see that this user may read it, and run the same command again"
                     ) from error
-                raise Stopped(f"{told}, which is no fault of the checkpoint's") from error
+                raise Stopped(f"{message}, which is no fault of the checkpoint's") from error
             failure = Damaged(self._damage(step, f"{type(error).__name__}: {error}"))
             failure.__cause__ = error
         try:
@@ -329,11 +328,11 @@ _OF_THE_STORAGE = {
 
 
 def _system_code(error: BaseException) -> int | None:
-    """The system's number for what went wrong; TensorStore has it in the text of a ValueError."""
+    """Return the errno of an error; TensorStore has it in the text of a ValueError."""
     if isinstance(error, OSError):
         return error.errno
-    told = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(told[1]) if told else None
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else None
 
 
 def check_resumable(position: Position, global_batch: int, fingerprint: str, folder: Path) -> None:

@@ -125,11 +125,10 @@ def _likelihood_terms(
     chunks = chunk_nats(nll, teacher_nll, batch.positions)
     each = divergence(chunks.student, chunks.teacher)
     each *= jnp.where(chunks.one_token, 1.0, weights.emphasis) * batch.likelihood[:, None]
-    found = jnp.maximum(chunks.whole.sum(), 1)
-    value = next_token + jnp.sum(jnp.where(chunks.whole, each, 0.0)) / found
-    distance = (
-        jnp.sum(jnp.where(chunks.whole, jnp.abs(chunks.student - chunks.teacher), 0.0)) / found
-    )
+    num_chunks = jnp.maximum(chunks.whole.sum(), 1)
+    value = next_token + jnp.sum(jnp.where(chunks.whole, each, 0.0)) / num_chunks
+    gaps = jnp.where(chunks.whole, jnp.abs(chunks.student - chunks.teacher), 0.0)
+    distance = jnp.sum(gaps) / num_chunks
     return value, (jnp.sum(nll * real) / count, distance)
 
 

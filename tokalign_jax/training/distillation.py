@@ -295,18 +295,18 @@ def _loss(
 def _divergence(
     logits: Float[Array, "C r"],
     teacher_logits: Float[Array, "C r"],
-    known: Bool[Array, "r"],
+    valid: Bool[Array, "r"],
     how: Teaching,
 ) -> tuple[Float[Array, "C"], Float[Array, "C r"]]:
-    """(T^2 times the divergence of each token over all `known` ids, its gradient with respect to
+    """(T^2 times the divergence of each token over all `valid` ids, its gradient with respect to
     the student's local logits).
 
     With q = softmax(s / T) and d = log q - log p: T dKL(p || q) / ds = q - p, and
     T dKL(q || p) / ds = q (d - KL(q || p)).
     """
-    log_q, log_p = (_log_softmax(x / how.temperature, known) for x in (logits, teacher_logits))
+    log_q, log_p = (_log_softmax(x / how.temperature, valid) for x in (logits, teacher_logits))
     q, p = jnp.exp(log_q), jnp.exp(log_p)
-    d = jnp.where(known, log_q - log_p, 0.0)
+    d = jnp.where(valid, log_q - log_p, 0.0)
     loss, gradient = jnp.zeros(len(logits)), jnp.zeros(logits.shape)
     if how.reverse < 1:
         loss += (1 - how.reverse) * psum(-jnp.sum(p * d, axis=-1))
@@ -318,8 +318,8 @@ def _divergence(
     return how.temperature**2 * loss, how.temperature * gradient
 
 
-def _log_softmax(logits: Float[Array, "C r"], known: Bool[Array, "r"]) -> Float[Array, "C r"]:
-    """Log-probabilities over the `known` ids of all devices; all others get probability 0."""
-    logits = jnp.where(known, logits, LEAST)
+def _log_softmax(logits: Float[Array, "C r"], valid: Bool[Array, "r"]) -> Float[Array, "C r"]:
+    """Log-probabilities over the `valid` ids of all devices; all others get probability 0."""
+    logits = jnp.where(valid, logits, LEAST)
     largest, total = largest_and_sum(logits)
     return logits - (largest + jnp.log(total))[:, None]

@@ -248,7 +248,7 @@ def run_stage(
         Checkpoints(Path(folder) / "checkpoints", stage.checkpoints.keep) as checkpoints,
     ):
         done, position, state = _restore(name, stage, fingerprint, checkpoints, like, log)
-        validations = _resumed_validations(name, stage, done, position, checkpoints)
+        validations = _resumed_validations(name, stage, done, position, Path(folder))
         state = make_state(trainable) if state is None else state
         # The state holds copies of what trains; the originals are freed unless the caller holds
         # them.
@@ -284,7 +284,7 @@ def run_stage(
                 with _naming_a_lost_process(name):
                     state = run(program.step, state, inputs, feed, dropout_key)
                 validations = validator.record if validator else None
-        trained = _selected(name, stage, state.params, validations, checkpoints, like)
+        trained = _selected(name, stage, state.params, validations, checkpoints, like, Path(folder))
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     return StageResult(paths.merge(trained, frozen), end, tokens, recorder.history)
 
@@ -303,7 +303,7 @@ def _held_out_sequences(
 
 
 def _resumed_validations(
-    name: str, stage: StageConfig, done: int, position: Position | None, checkpoints: Checkpoints
+    name: str, stage: StageConfig, done: int, position: Position | None, folder: Path
 ) -> Validations | None:
     """The record with which a stage goes on; None if it does not validate.
 
@@ -320,7 +320,7 @@ def _resumed_validations(
     if record is not None and record.covers(stage, done):
         return record
     if stage.result == "best":
-        raise UserError(_without_best(name, stage, checkpoints.path(done).parent.parent))
+        raise UserError(_without_best(name, stage, folder))
     same = record is not None and dataclasses.replace(record, losses=()) == empty
     return record if same else empty
 
@@ -341,13 +341,14 @@ def _selected(
     validations: Validations | None,
     checkpoints: Checkpoints,
     like: TrainState,
+    folder: Path,
 ) -> paths.Tree:
     """The trained parameters that are the result of a stage, given those after its last step."""
     best = validations.best if validations and stage.result == "best" else stage.steps
     if best == stage.steps:
         return last
     if best is None or not checkpoints.path(best).is_dir():
-        raise UserError(_without_best(name, stage, checkpoints.path(stage.steps).parent.parent))
+        raise UserError(_without_best(name, stage, folder))
     checkpoints.wait()
     return _intact_params(checkpoints, best, like.params)
 

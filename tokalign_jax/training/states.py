@@ -51,14 +51,12 @@ def load_changes(
     leaves: dict[str, jax.Array] = {}
     adapters: dict[str, list[lora.Adapter]] = defaultdict(list)
     for number, stage, trained in surviving(model, [stage for _, stage in stages]):
-        found, spec = (
-            loop.load_trained(stages[number][0], stage, model, mesh),
-            loop.lora_spec(stage),
-        )
-        leaves |= {path: found[path] for path in trained if path == _parameter(path)}
+        loaded = loop.load_trained(stages[number][0], stage, model, mesh)
+        spec = loop.lora_spec(stage)
+        leaves |= {path: loaded[path] for path in trained if path == _parameter(path)}
         for path in (path for path in trained if path.endswith("/lora_a")):
             assert spec, path
-            adapter = lora.Adapter(spec, found[path], found[path.removesuffix("a") + "b"])
+            adapter = lora.Adapter(spec, loaded[path], loaded[path.removesuffix("a") + "b"])
             adapters[_parameter(path)].append(adapter)
     return Changes(leaves, dict(adapters))
 
@@ -66,19 +64,19 @@ def load_changes(
 def surviving(
     model: ModelConfig, stages: Sequence[StageConfig]
 ) -> list[tuple[int, StageConfig, list[str]]]:
-    """Stages whose results survive the later ones: number, settings and paths of what survives.
+    """Stages with parameters that no later stage replaces: number, settings, and their paths.
 
-    What was trained again later does not, nor does an adapter of it.
+    A parameter that is trained again replaces its earlier values and their adapters.
     """
-    found: list[tuple[int, StageConfig, list[str]]] = []
+    result: list[tuple[int, StageConfig, list[str]]] = []
     replaced: set[str] = set()
     for number, stage in reversed(list(enumerate(stages))):
         shapes = paths.flatten(abstract_params(model, loop.lora_spec(stage)))
         trained = [path for path in shapes if loop.trains(stage, path)] if stage.steps else []
-        if left := [path for path in trained if _parameter(path) not in replaced]:
-            found.append((number, stage, left))
+        if remaining := [path for path in trained if _parameter(path) not in replaced]:
+            result.append((number, stage, remaining))
         replaced |= {path for path in trained if path == _parameter(path)}
-    return found[::-1]
+    return result[::-1]
 
 
 def _parameter(path: str) -> str:

@@ -59,8 +59,8 @@ class Validations:
 
     def adding(self, step: int, loss: float) -> "Validations":
         """Return the record with the validation of a further step."""
-        kept = loss if math.isfinite(loss) else None
-        return dataclasses.replace(self, losses=(*self.losses, (step, kept)))
+        finite = loss if math.isfinite(loss) else None
+        return dataclasses.replace(self, losses=(*self.losses, (step, finite)))
 
     @property
     def best(self) -> int | None:
