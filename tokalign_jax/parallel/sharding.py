@@ -234,8 +234,8 @@ def within(mesh: Mesh) -> AbstractContextManager[Any]:
 def current() -> AbstractMesh | None:
     """Return the mesh in context; None if there is none over whose automatic axes arrays are split.
 
-    Axes that are manual in the context (`sum_over_copies`) do not count: code under them is that of
-    one of their devices.
+    Axes that are manual in the context (`sum_over_replicas`) do not count: code under them is that
+    of one of their devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return None if math.prod(mesh.shape[axis] for axis in _automatic(mesh)) == 1 else mesh
@@ -441,11 +441,11 @@ def _only_automatic(spec: Any, mesh: AbstractMesh) -> P:
     return P(*map(kept, spec))
 
 
-def sum_over_copies(local: Callable[..., Any], inputs: Any, mesh: Mesh) -> Callable[..., Any]:
-    """Run `local` on each copy of the parameters (`data`) and sum its results over the copies.
+def sum_over_replicas(local: Callable[..., Any], inputs: Any, mesh: Mesh) -> Callable[..., Any]:
+    """Run `local` on each data-parallel replica of the parameters and sum the results.
 
-    Within `local` nothing is communicated along `data`, so that the gradients which it accumulates
-    are reduced once, after the last of them. The other axes stay automatic.
+    Nothing is communicated along `data` within `local`, so that gradients accumulated there are
+    reduced once, at its end. The other axes stay automatic.
 
     Args:
       inputs: partition specs of the arguments, over `data` alone.

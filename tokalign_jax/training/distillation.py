@@ -254,7 +254,7 @@ def _total_forward(
         total, gradient, head_gradient = shard_map(local, parts, outputs)(
             hidden, head, teacher_hidden, teacher_head, labels
         )
-    # Summed here, so that within `sharding.sum_over_copies` the sum is that of one copy.
+    # Summed here, so that within `sharding.sum_over_replicas` the sum is one replica's.
     return total.sum(), (gradient, head_gradient.sum(0).astype(head.dtype))
 
 

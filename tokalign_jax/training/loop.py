@@ -320,12 +320,12 @@ def _resumed_validations(
     if record is not None and record.covers(stage, done):
         return record
     if stage.result == "best":
-        raise UserError(_without_best(name, stage, folder))
+        raise UserError(_no_best_message(name, stage, folder))
     same = record is not None and dataclasses.replace(record, losses=()) == empty
     return record if same else empty
 
 
-def _without_best(name: str, stage: StageConfig, folder: Path) -> str:
+def _no_best_message(name: str, stage: StageConfig, folder: Path) -> str:
     return (
         f"{name}.result is 'best', but the steps of {name} so far were not all validated every"
         f" {stage.validation_every} steps on {stage.validation_sequences} sequences, or the best"
@@ -348,7 +348,7 @@ def _selected(
     if best == stage.steps:
         return last
     if best is None or not checkpoints.path(best).is_dir():
-        raise UserError(_without_best(name, stage, folder))
+        raise UserError(_no_best_message(name, stage, folder))
     checkpoints.wait()
     return _intact_params(checkpoints, best, like.params)
 
@@ -401,7 +401,7 @@ def load_trained(
             )
         step = _result_step(folder, stage)
         if step is None:
-            raise UserError(_without_best("the stage", stage, Path(folder)))
+            raise UserError(_no_best_message("the stage", stage, Path(folder)))
         return paths.flatten(_intact_params(checkpoints, step, like))
 
 

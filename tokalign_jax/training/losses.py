@@ -175,7 +175,7 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
         total, gradient, head_gradient = shard_map(local, inputs, outputs)(
             hidden, head, labels, weights
         )
-    # Summed here, so that within `sharding.sum_over_copies` the sum is that of one copy.
+    # Summed here, so that within `sharding.sum_over_replicas` the sum is one replica's.
     return total.sum(), (gradient, head_gradient.sum(0).astype(head.dtype))
 
 

@@ -122,11 +122,11 @@ def make_train_step(
 ) -> Step:
     """Makes the jitted step, which donates its state.
 
-    Gradients are summed over the A micro-batches in float32. Each copy of the parameters (mesh axis
-    `data`) sums those of its own sequences, and the copies are summed once a step. Over `fsdp`,
-    where each device has a part of the gradients, every micro-batch is reduced to the parts: local
-    sums would take the memory of whole gradients. The gradients of a single micro-batch need no
-    local sums; XLA reduces them where they arise, layer by layer, in their own type.
+    Gradients are accumulated over the A micro-batches in float32. Each replica of the parameters
+    (mesh axis `data`) accumulates those of its own sequences, and they are reduced over replicas
+    once a step. Over `fsdp`, where each device has a shard of the gradients, every micro-batch is
+    reduced to the shards: whole gradients would take `fsdp` times the memory. A single micro-batch
+    needs no accumulation; XLA reduces its gradients layer by layer, in their own dtype.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters (not even the
     optimizer's own count), and the learning rate follows the steps that were not skipped.
@@ -157,12 +157,12 @@ def make_train_step(
 
         if len(numbers) == 1:  # no sum, and no memory for one
             return of_micro_batch(jax.tree.map(lambda x: x[0], batch), numbers[0])
-        # XLA for CPUs could not compile sums of bfloat16 over copies either.
+        # XLA for CPUs could not compile sums of bfloat16 over replicas either.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
         sums, _ = jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), (batch, numbers))
         return sums
 
-    sums_over_copies = sharding.sum_over_copies(
+    sums_over_replicas = sharding.sum_over_replicas(
         sums_of, (P(), P(), P(None, sharding.DATA), P(None, sharding.DATA), P()), mesh
     )
 
@@ -172,7 +172,7 @@ def make_train_step(
         # the step is divided into micro-batches.
         shape = target_tokens(batch).shape[:2]
         numbers = jnp.arange(math.prod(shape)).reshape(shape)
-        sums = sums_of if len(numbers) == 1 else sums_over_copies
+        sums = sums_of if len(numbers) == 1 else sums_over_replicas
         (total, count), gradients = sums(
             cast_projections(params, dtype), frozen, batch, numbers, key
         )
