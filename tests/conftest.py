@@ -19,6 +19,12 @@ from pathlib import Path
 
 import pytest
 
+XLA_FLAGS = {
+    "xla_cpu_use_fusion_emitters": "false",  # no MLIR
+    # A program of a tiny model is not worth 32 parts: a fifth of the time for compiling.
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+
 
 def _known(flag: str) -> bool:
     """Whether the installed XLA has a flag of this name: it ends a process that names another.
@@ -42,8 +48,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-if _known("xla_cpu_use_fusion_emitters"):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault(
+    "XLA_FLAGS", " ".join(f"--{flag}={value}" for flag, value in XLA_FLAGS.items() if _known(flag))
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")

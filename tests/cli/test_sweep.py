@@ -7,7 +7,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from tests.pipeline.test_runs import arguments, inputs  # noqa: F401 (a fixture)
+from tests.pipeline.toy_runs import arguments, toy_inputs
 from tokalign_jax import main
 from tokalign_jax.cli import sweep
 from tokalign_jax.config import config_to_dict, default_config
@@ -31,8 +31,13 @@ def get_runs():
 """
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return toy_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 @pytest.mark.slow
-def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys):  # noqa: F811
+def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys):
     file = tmp_path / "sweep.py"
     file.write_text(CONFIG)
 

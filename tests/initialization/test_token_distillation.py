@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from tests.pipeline.test_runs import arguments, write_corpus
+from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 from tokalign_jax.alignment import methods
 from tokalign_jax.config import (

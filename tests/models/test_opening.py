@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tests.helpers import KINDS, SHARED, TEXTS, tokenizer_of_kind
 from tests.models import parity_cases
-from tests.pipeline.test_runs import arguments, write_corpus
+from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface, opening

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import tiny_model_folder, tiny_tokenizer
-from tests.pipeline.test_runs import write_corpus
+from tests.pipeline.toy_runs import write_corpus
 from tests.text.test_chats import CHAT, chatml
 from tokalign_jax import pipeline
 from tokalign_jax.config import config_from_dict

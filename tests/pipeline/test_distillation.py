@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from tests.helpers import tiny_model_folder, tiny_tokenizer
-from tests.pipeline.test_runs import write_corpus
+from tests.pipeline.toy_runs import write_corpus
 from tests.training.toys import LLAMA, NEOX
 from tokalign_jax import pipeline
 from tokalign_jax.config import (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.helpers import tiny_model_folder, tiny_tokenizer, tokenizer_of_kind
-from tests.pipeline.test_runs import arguments, write_corpus
+from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 from tokalign_jax.cli import inspect
 from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageConfig

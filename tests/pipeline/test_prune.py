@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
-from tests.pipeline.test_runs import arguments, write_corpus
+from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 from tokalign_jax.cli import inspect
 from tokalign_jax.text.pruning import KEPT, SUMMARY

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.helpers import tiny_model_folder, tiny_tokenizer
-from tests.pipeline.test_runs import write_corpus
+from tests.pipeline.toy_runs import write_corpus
 from tests.text.test_chats import CHATML, chatml
 from tokalign_jax import pipeline
 from tokalign_jax.config import Config, TextConfig, config_from_dict

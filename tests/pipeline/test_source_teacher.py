@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers import tiny_model_folder, tiny_tokenizer
-from tests.pipeline.test_runs import write_corpus
+from tests.pipeline.toy_runs import write_corpus
 from tokalign_jax import pipeline
 from tokalign_jax.config import config_from_dict
 from tokalign_jax.planning.machine import Machine, Speed
