@@ -35,7 +35,7 @@ def imported(path: Path):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
-def test_imports_point_down(path):
+def test_imports_follow_the_layers(path):
     name = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if name in ("__init__", "configs") or path.name == "build.py":  # build.py made the demo
         return

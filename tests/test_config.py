@@ -36,7 +36,7 @@ def load(name: str) -> Config:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_hold_what_they_promise(name):
+def test_recipes_have_their_documented_settings(name):
     rate1, rate2, steps, method, sequences, batch, length, threshold, offset, budget = RECIPES[name]
     config = load(name)
     assert (config.stage1.learning_rate, config.stage2.learning_rate) == (rate1, rate2)
@@ -65,7 +65,7 @@ def test_recipes_hold_what_they_promise(name):
     assert config.compute.dtype == "bfloat16"
 
 
-def test_demo_needs_nothing_from_outside():
+def test_demo_uses_embedded_inputs_only():
     config = load("ultra_quick_demo")
     assert (config.source_model, config.target_tokenizer, config.corpus) == ("embedded",) * 3
     assert (config.compute.dtype, config.stage2.method) == ("float32", "full")
@@ -126,7 +126,7 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"text": {"max_broken_share": -0.5}}, ("text.max_broken_share", "at least 0")),
     ],
 )
-def test_bad_values_are_named(values, words):
+def test_errors_name_bad_values(values, words):
     with pytest.raises(UserError) as error:
         config_from_dict(values)
     for word in words:
@@ -141,7 +141,7 @@ def groups(kind=Config):
             yield from groups(type(declared.default_factory()))
 
 
-def test_every_number_has_bounds_which_hold_its_default():
+def test_every_number_has_bounds_that_include_its_default():
     numbers = 0
     for declared in (declared for group in groups() for declared in dataclasses.fields(group)):
         if isinstance(declared.default, bool) or not re.search(
@@ -159,7 +159,7 @@ def test_every_number_has_bounds_which_hold_its_default():
     assert numbers > 50
 
 
-def test_whole_numbers_are_welcome_as_floats_and_lists_as_tuples():
+def test_integers_convert_to_floats_and_lists_to_tuples():
     config = config_from_dict({"stage1": {"learning_rate": 1}, "corpus": ["a", "b"]})
     assert isinstance(config.stage1.learning_rate, float) and config.corpus == ("a", "b")
 
@@ -175,9 +175,7 @@ def test_whole_numbers_are_welcome_as_floats_and_lists_as_tuples():
         ("alignment.weight_power", "alignment.glove.alpha", 0.5),
     ],
 )
-def test_a_key_of_the_version_before_is_taken_with_a_warning_that_names_the_new_one(
-    old, new, value, tmp_path
-):
+def test_renamed_key_is_accepted_with_a_warning(old, new, value, tmp_path):
     def read(config):
         for key in new.split("."):
             config = getattr(config, key)
@@ -203,7 +201,7 @@ def test_a_key_of_the_version_before_is_taken_with_a_warning_that_names_the_new_
 @pytest.mark.parametrize(
     ("key", "value"), [("alignment.bleu_lines", 5), ("export.max_shard_bytes", 10**9)]
 )
-def test_a_key_that_became_a_constant_is_taken_with_a_warning(key, value, tmp_path):
+def test_removed_key_is_accepted_with_a_warning(key, value, tmp_path):
     group, name = key.split(".")
     warns = f"'{key}' has no effect: it is always {REMOVED[type(getattr(Config(), group))][name]}"
     with pytest.warns(FutureWarning, match=warns):
@@ -221,7 +219,7 @@ def test_a_key_that_became_a_constant_is_taken_with_a_warning(key, value, tmp_pa
         assert config_from_dict(config_files.load(str(file))) == Config()
 
 
-def test_every_renamed_key_leads_to_a_field_and_is_none_itself():
+def test_renamed_keys_lead_to_existing_fields():
     for kind, names in RENAMED.items():
         fields = {field.name: field for field in dataclasses.fields(kind)}
         for old, new in names.items():
@@ -230,7 +228,7 @@ def test_every_renamed_key_leads_to_a_field_and_is_none_itself():
             assert hasattr(fields[group].default_factory(), name)
 
 
-def test_settings_without_effect_are_in_no_fingerprint():
+def test_fingerprints_exclude_settings_without_effect():
     one, other = (
         config_from_dict({"stage1": changes}).stage1
         for changes in (

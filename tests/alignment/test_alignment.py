@@ -148,7 +148,7 @@ def test_special_tokens_take_their_role(made, tokenizers):
     assert found.rules[i] == Rule.PIECES and set(row(found.embedding, i)) == set(pieces)
 
 
-def test_the_summary_counts_rows_and_frequency_by_rule(made, tokenizers):
+def test_summary_counts_rows_and_frequency_by_rule(made, tokenizers):
     _, folder, summary, _ = made
     found = alignment.load(folder / "align", *tokenizers)
     counts = tokenizing.TokenShards.open(folder / "tokens" / "target").counts
@@ -167,7 +167,7 @@ def test_the_summary_counts_rows_and_frequency_by_rule(made, tokenizers):
         assert vectors["source_vectors"].shape == (len(vectors["source_ids"]), 16)
 
 
-def test_the_published_file_maps_every_target_id_to_a_source_id(made, tokenizers):
+def test_published_file_maps_every_target_id_to_a_source_id(made, tokenizers):
     _, folder, _, _ = made
     source, target = tokenizers
     found = alignment.load(folder / "align", source, target)
@@ -179,7 +179,7 @@ def test_the_published_file_maps_every_target_id_to_a_source_id(made, tokenizers
         assert weights[published[str(i)]] == max(weights.values())
 
 
-def test_files_come_back_as_they_were(made, tokenizers, tmp_path):
+def test_saved_alignments_load_unchanged(made, tokenizers, tmp_path):
     _, folder, _, _ = made
     found = alignment.load(folder / "align" / "alignment.npz", *tokenizers)
     alignment.save(found, tmp_path)
@@ -211,7 +211,7 @@ def test_methods_without_vectors_compute_none(made, tokenizers, tmp_path, monkey
     assert_whole(alignment.load(tmp_path, *tokenizers), *tokenizers)
 
 
-def test_a_users_align_matrix_is_taken_as_it_is(made, tokenizers, tmp_path):
+def test_user_align_matrix_is_used_unchanged(made, tokenizers, tmp_path):
     config, folder, _, _ = made
     source, target = tokenizers
     size = canonical.vocabulary_size(target)
@@ -271,14 +271,14 @@ def test_alignments_of_another_vocabulary_are_refused(made, tokenizers, tmp_path
         ("gone.json", None),
     ],
 )
-def test_unreadable_alignments_are_named(tokenizers, tmp_path, name, content):
+def test_errors_name_unreadable_alignment_files(tokenizers, tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}' cannot be read"):
         alignment.load(tmp_path / name, *tokenizers)
 
 
-def test_the_rival_is_the_plain_mean_of_the_pieces(tokenizers):
+def test_pieces_baseline_is_the_plain_mean(tokenizers):
     source, target = tokenizers
     found = methods.from_pieces(source, target)
     assert_whole(found, source, target)
@@ -293,7 +293,7 @@ def test_the_rival_is_the_plain_mean_of_the_pieces(tokenizers):
             )
 
 
-def test_what_a_source_cannot_spell_gets_the_mean_of_all_rows():
+def test_tokens_the_source_cannot_spell_get_the_mean_of_all_rows():
     """A source without bytes: only its characters can be spelled."""
     source = tiny_tokenizer(400, ["abc"], kind="metaspace")
     state = json.loads(source.backend_tokenizer.to_str())

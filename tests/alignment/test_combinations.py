@@ -68,7 +68,7 @@ BY_DEEPFOCUS = [
 """
 
 
-def test_focus_weights_are_those_of_deepfocus():
+def test_focus_weights_match_deepfocus():
     found = combinations.focus(np.array(NEW), np.array(SHARED))
     np.testing.assert_allclose(dense(found, 3, 5), BY_DEEPFOCUS, atol=2e-5)
 
@@ -104,7 +104,7 @@ def test_omp_finds_a_sparse_combination_and_takes_no_atom_twice():
     assert np.isfinite(again.weights).all() and len(again.rows) <= 50
 
 
-def test_omp_chooses_and_weights_as_mergekit():
+def test_omp_matches_mergekit():
     """`mergekit.tokensurgeon.batch_omp` of mergekit 0.1.5 on the same numbers."""
     rng = np.random.default_rng(3)
     targets, table = (np.round(rng.normal(size=shape), 2) for shape in ((3, 6), (9, 6)))

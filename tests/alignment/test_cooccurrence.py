@@ -106,7 +106,7 @@ def test_counts_do_not_depend_on_chunks_workers_or_memory(chunk, workers, memory
 
 
 @pytest.mark.parametrize("resources", [SPILLING, SPILLING_ON_DEVICE])
-def test_what_does_not_fit_into_memory_is_in_files_without_a_name(resources, tmp_path, monkeypatch):
+def test_counts_past_the_memory_budget_spill_to_unnamed_files(resources, tmp_path, monkeypatch):
     shards = shards_of(random_documents(seed=2, documents=200), 25)
     merges = []
     merged = runs.merged
@@ -126,7 +126,7 @@ def test_what_does_not_fit_into_memory_is_in_files_without_a_name(resources, tmp
     assert_equal(found, cooccurrence.count(shards, 3, 1, quiet))
 
 
-def test_a_scratch_folder_that_is_not_there_is_named(tmp_path):
+def test_error_names_a_missing_scratch_folder(tmp_path):
     resources = Resources(memory=1, scratch=tmp_path / "missing")
     with pytest.raises(UserError, match=r"missing.*scratch folder"):
         cooccurrence.count(
@@ -135,7 +135,7 @@ def test_a_scratch_folder_that_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("times", [2, 5])
-def test_a_corpus_repeated_k_times_counts_k_times_as_much(times):
+def test_corpus_repeated_k_times_counts_k_times_as_much(times):
     documents = random_documents(seed=3)
     once = cooccurrence.count(shards_of(documents, 25), 15, 2, quiet)
     repeated = cooccurrence.count(shards_of(documents * times, 25), 15, 2 * times, quiet)
@@ -177,7 +177,7 @@ count_part(shards, 5, 3, resources=Resources(device=device, chunk=100), part=(k,
 """
 
 
-def test_two_processes_one_of_them_with_two_devices_count_what_one_does(tmp_path):
+def test_two_processes_with_unequal_devices_count_as_one_does(tmp_path):
     shards = shards_of(random_documents(seed=5, documents=40), 25)
     save_shards(shards, tmp_path / "shards")
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
@@ -195,7 +195,7 @@ def test_two_processes_one_of_them_with_two_devices_count_what_one_does(tmp_path
     assert_equal(found, cooccurrence.count(shards, 5, 3, quiet))
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+def test_merging_parts_of_different_counts_is_refused(tmp_path):
     shards = shards_of(random_documents(seed=6), 25)
     first = cooccurrence.count_part(shards, 5, 3, quiet)
     with pytest.raises(UserError, match="windows 5 and 4"):
@@ -206,13 +206,13 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         Part.open(tmp_path)
 
 
-def test_sums_that_do_not_fit_into_64_bits_are_refused():
+def test_counts_that_overflow_int64_are_refused():
     shards = shards_of([[1, 2, 3]], 8)
     with pytest.raises(UserError, match="narrow it"):
         cooccurrence.count(shards, 45, 1, quiet)
 
 
-def test_the_vocabulary_is_by_falling_frequency_and_without_the_end():
+def test_vocabulary_is_sorted_by_frequency_without_end_of_text():
     documents = [[3, 3, 3, 2, 2, 5, 5, 4]] * 2
     found = cooccurrence.count(shards_of(documents, 8), 3, 3, quiet)
     assert found.vocabulary.tolist() == [3, 2, 5]  # ties by id; 4 is too rare, 0 ends documents
@@ -230,7 +230,7 @@ def test_rare_tokens_are_dropped_before_windows_are_taken():
     assert as_dict(found) == {(1, 3): 2.0, (3, 1): 2.0}
 
 
-def test_nothing_to_count():
+def test_empty_corpus_gives_no_pairs():
     for documents in ([[]], [[1], [2]], [[1, 2, 3]]):
         for resources in (Resources(), SPILLING, Resources(device=True)):
             found = cooccurrence.count(shards_of(documents, 8), 5, 2, quiet, resources=resources)

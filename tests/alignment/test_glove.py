@@ -52,7 +52,7 @@ def published_loss(words, contexts, cells, counts):
     )
 
 
-def test_the_reference_gradient_is_half_the_slope_of_the_published_loss():
+def test_reference_gradient_is_half_the_slope_of_the_published_loss():
     """Central differences in float64, for every parameter."""
     words, contexts, cells, counts = random_block(side=4, dimensions=2, pairs=9)
     _, for_words, for_contexts = reference(words, contexts, cells, counts)
@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_the_published_ones(dense):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
-def test_the_gradient_is_half_that_of_the_loss():
+def test_gradient_is_half_that_of_the_loss():
     words, contexts, cells, counts = random_block(side=8, dimensions=3, pairs=20)
     arguments = (jnp.asarray(cells.astype(np.int32)), jnp.float32(np.log(counts)), OBJECTIVE, True)
     words, contexts = jnp.float32(words), jnp.float32(contexts)
@@ -118,7 +118,7 @@ def trained(way: str, monkeypatch, counts, config, seed=0):
 
 
 @WAYS
-def test_the_first_loss_reported_is_that_of_the_start(way, monkeypatch):
+def test_first_reported_loss_is_the_initial_one(way, monkeypatch):
     """One pass at a rate of next to nothing: the sum over blocks, mirrors included, is the sum over
     all pairs.
     """
@@ -154,7 +154,7 @@ def full_matrix(counts, side: int) -> tuple[np.ndarray, np.ndarray]:
     return cells, np.concatenate([counts.counts, counts.counts[off]])
 
 
-def test_a_pass_over_strata_is_adagrad_over_blocks_that_share_nothing():
+def test_pass_over_strata_equals_adagrad_over_disjoint_blocks():
     """Against float64: for each stratum in the order drawn, one step from its gradient at one
     point.
     """
@@ -186,7 +186,7 @@ def test_dense_and_pairwise_steps_learn_the_same(monkeypatch):
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3)
 
 
-def test_pairs_that_do_not_fit_the_device_are_copied_step_by_step(monkeypatch):
+def test_pairs_larger_than_device_memory_are_streamed(monkeypatch):
     counts, config = counts_of(), AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=2))
     resident = glove.train(counts, config, 0, lambda line: None, strata=True)
     monkeypatch.setattr(glove, "_fits_device", lambda size: False)
@@ -195,7 +195,7 @@ def test_pairs_that_do_not_fit_the_device_are_copied_step_by_step(monkeypatch):
 
 
 @pytest.mark.parametrize("strata", [True, False])
-def test_the_loss_falls_as_with_one_adagrad_step_a_pair(strata):
+def test_loss_falls_as_with_one_adagrad_step_per_pair(strata):
     """Against the C program's loop in float64 with the published rate: the same loss after as many
     passes.
     """
@@ -241,7 +241,7 @@ def sgd(counts: cooccurrence.Cooccurrence, dimensions: int, passes: int) -> floa
 
 
 @WAYS
-def test_the_same_seed_gives_the_same_vectors(way, monkeypatch):
+def test_same_seed_gives_the_same_vectors(way, monkeypatch):
     counts, config = counts_of(), AlignmentConfig(vector_size=4, glove=GloveConfig(iterations=2))
     first, again, other = (trained(way, monkeypatch, counts, config, seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
@@ -276,7 +276,7 @@ def test_block_sizes_leave_enough_steps():
 
 
 @pytest.mark.parametrize("strata", [True, False])
-def test_no_pairs_leave_the_start(strata):
+def test_vectors_without_pairs_keep_their_initial_values(strata):
     counts = cooccurrence.count(shards_of([[1], [2], [1], [2]], 4), 5, 1, lambda line: None)
     vectors, losses = glove.train(
         counts,

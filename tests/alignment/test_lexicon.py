@@ -24,7 +24,7 @@ def same(rows):
 
 
 @pytest.mark.parametrize("e", [24, 30])
-def test_a_hidden_rotation_is_found(e):
+def test_hidden_rotation_is_found(e):
     source, target, rotation = spaces(e=e, noise=0.05)
     keys, queries, _ = lexicon.common_space(source, target, same(np.arange(40)), 10)
     found = matching.retrieve(keys, queries, same(np.arange(40, 900)), 10)
@@ -36,7 +36,7 @@ def test_a_hidden_rotation_is_found(e):
     assert np.mean(np.sum(turned * np.asarray(queries), axis=1)) > 0.99
 
 
-def test_pairs_that_join_are_right_and_mend_the_map():
+def test_induced_pairs_are_correct_and_improve_the_map():
     source, target, _ = spaces(noise=0.8)
     seeds, validation = same(np.arange(0, 900, 20)), same(np.arange(1, 900, 2))
     keys, queries, joined = lexicon.common_space(source, target, seeds, 10)
@@ -53,7 +53,7 @@ def test_pairs_that_join_are_right_and_mend_the_map():
     assert induced > alone + 0.1
 
 
-def test_it_is_the_same_every_time_and_whatever_the_order_of_seeds():
+def test_lexicon_is_deterministic_and_independent_of_seed_order():
     source, target, _ = spaces(n=400)
     seeds = same(np.arange(0, 400, 8))
     one = lexicon.common_space(source, target, seeds, 10)
@@ -65,7 +65,7 @@ def test_it_is_the_same_every_time_and_whatever_the_order_of_seeds():
     np.testing.assert_allclose(one[1], other[1], atol=1e-4)
 
 
-def test_unrelated_spaces_find_nothing_to_believe():
+def test_unrelated_spaces_induce_no_pairs():
     rng = np.random.default_rng(1)
     source, target = rng.normal(size=(500, 20)), rng.normal(size=(500, 20))
     keys, queries, _ = lexicon.common_space(source, target, same(np.arange(100)), 10)
@@ -73,7 +73,7 @@ def test_unrelated_spaces_find_nothing_to_believe():
     assert found.accuracy < 0.05 and np.quantile(found.similarity, 0.99) < 0.3
 
 
-def test_only_frequent_tokens_join(monkeypatch):
+def test_only_frequent_tokens_are_induced(monkeypatch):
     monkeypatch.setattr(lexicon, "FREQUENT", 150)
     source, target, _ = spaces(n=400)
     keys, queries, joined = lexicon.common_space(source, target, same(np.arange(0, 400, 8)), 10)

@@ -55,7 +55,7 @@ def test_relative_representations_are_whitened_cosines_to_the_pivots():
     np.testing.assert_allclose(found @ found.T, x @ x.T, atol=0.05)
 
 
-def test_the_common_space_gives_the_products_of_relative_representations():
+def test_common_space_gives_the_products_of_relative_representations():
     source, target = space(500, 16, seed=3), space(400, 24, seed=4)
     pivots = np.stack([np.arange(0, 400, 2), np.arange(1, 400, 2)], axis=1)
     keys, queries = matching.common_space(
@@ -104,7 +104,7 @@ def test_csls_is_the_published_score(monkeypatch, queries, around):
     )
 
 
-def test_csls_passes_over_a_hub():
+def test_csls_avoids_a_hub():
     """A key in the middle of all is everybody's nearest by cosine, nobody's by CSLS."""
     rng = np.random.default_rng(0)
     queries = unit(rng.normal(size=(200, 40)) + 0.5)
@@ -119,7 +119,7 @@ def test_csls_passes_over_a_hub():
     assert np.mean(by_csls == np.arange(200)) > np.mean(by_cosine == np.arange(200))
 
 
-def test_a_space_matches_its_own_rotation():
+def test_space_matches_its_own_rotation():
     source = space()
     target = source @ rotation(24).astype(np.float32)
     found = matching.match(source, target, *split(600), neighbours=10)
@@ -129,7 +129,7 @@ def test_a_space_matches_its_own_rotation():
     assert found.similarity.min() > 0.8  # a hundred pairs are no proof of certainty
 
 
-def test_the_order_of_tokens_does_not_matter():
+def test_order_of_tokens_does_not_matter():
     rng = np.random.default_rng(5)
     source = space()
     target = source @ rotation(24).astype(np.float32) + 0.3 * rng.normal(size=source.shape).astype(
@@ -173,7 +173,7 @@ def test_platt_recovers_a_logistic_curve():
     assert offset == pytest.approx(-6, rel=0.1)
 
 
-def test_platt_is_never_certain_and_never_falling():
+def test_platt_scores_are_monotone_and_below_one():
     slope, offset = matching.platt(np.full(10, 0.9), np.full(10, 0.1))
     assert 0.8 < 1 / (1 + np.exp(-(slope * 0.9 + offset))) < 0.99
     slope, offset = matching.platt(np.full(10, 0.1), np.full(10, 0.9))
@@ -182,7 +182,7 @@ def test_platt_is_never_certain_and_never_falling():
     assert 1 / (1 + np.exp(-(slope * 1.0 + offset))) < 0.1
 
 
-def test_pivots_and_judges_are_apart_and_pivots_frequent():
+def test_pivots_are_frequent_and_disjoint_from_validation_pairs():
     ranks = np.random.default_rng(0).permutation(5000)
     pivots, validation = matching.choose_pivots(ranks, np.arange(5000), 100, seed=0)
     assert len(pivots) == 100 and len(validation) == 500
@@ -197,7 +197,7 @@ def test_pivots_and_judges_are_apart_and_pivots_frequent():
 
 
 @pytest.mark.parametrize("share", ["1/10", "3/20", "1/3"])
-def test_the_share_of_judges_is_rounded_up(monkeypatch, share):
+def test_share_of_validation_pairs_is_rounded_up(monkeypatch, share):
     monkeypatch.setattr(matching, "VALIDATION_SHARE", Fraction(share))
     numerator, denominator = map(int, share.split("/"))
     for shared in range(1, 100):
@@ -205,7 +205,7 @@ def test_the_share_of_judges_is_rounded_up(monkeypatch, share):
         assert len(validation) == -(-shared * numerator // denominator)
 
 
-def test_the_temperature_is_the_one_that_judges_think_likeliest():
+def test_temperature_maximises_the_likelihood_of_validation_pairs():
     rng = np.random.default_rng(0)
     scores = np.sort(rng.normal(0.2, 0.1, (4000, 6)))[:, ::-1].astype(np.float32)
     weights = matching.softmax_weights(scores, 0.05)

@@ -116,13 +116,13 @@ def same_rows(one: Alignment, i: int, other: Alignment, j: int) -> bool:
     )
 
 
-def test_every_method_of_the_config_is_there():
+def test_every_method_in_the_config_is_implemented():
     named = typing.get_args(typing.get_type_hints(AlignmentConfig)["method"])
     assert set(named) == set(methods.METHODS) and set(methods.METHODS) > methods.NEED_VECTORS
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_every_method_gives_whole_alignments(tokenizers, method):
+def test_every_method_gives_a_complete_alignment(tokenizers, method):
     made, measured = methods.make(inputs(*tokenizers, method))
     assert_whole(made, *tokenizers, convex=method != "omp")
     again, _ = methods.make(inputs(*tokenizers, method))
@@ -132,7 +132,7 @@ def test_every_method_gives_whole_alignments(tokenizers, method):
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_a_vocabulary_aligned_with_itself_maps_to_itself(tokenizers, method):
+def test_vocabulary_aligned_with_itself_maps_to_itself(tokenizers, method):
     for tokenizer in tokenizers if method != "random" else ():
         made, _ = methods.make(inputs(tokenizer, tokenizer, method))
         known = texts(tokenizer)
@@ -206,7 +206,7 @@ def test_permuting_source_ids_permutes_the_result(tokenizers, method):
             assert row(getattr(other, side), i) == pytest.approx(expected, abs=2e-3)
 
 
-def test_noise_is_left_to_the_pieces(tokenizers):
+def test_noise_vectors_fall_back_to_pieces(tokenizers):
     given = inputs(*tokenizers, pivots=100, similarity_threshold=0.3)
     noise = np.random.default_rng(0).normal(size=given.target.vectors.shape).astype(np.float32)
     made, measured = methods.make(
@@ -233,7 +233,7 @@ def test_without_vectors_nothing_is_matched(tokenizers, method):
     assert set(made.rules) <= {*methods.SURE} | others
 
 
-def test_exact_and_random_differ_only_in_what_they_know(tokenizers):
+def test_exact_and_random_draw_the_same_rows_for_unmatched_tokens(tokenizers):
     exact, random = (methods.make(inputs(*tokenizers, m))[0] for m in ("exact", "random"))
     known = np.isin(exact.rules, methods.SURE)
     assert 0.2 < known.mean() < 1 and set(random.rules) == {Rule.RANDOM}
@@ -243,7 +243,7 @@ def test_exact_and_random_differ_only_in_what_they_know(tokenizers):
     assert np.mean(other.heaviest() == random.heaviest()) < 0.05
 
 
-def test_mixing():
+def test_mixture_weights_follow_the_method():
     parts = [[5, 6, 7], [5, 5], [5, 6], [], []]
     matches, similarity = (
         np.array([-1, 9, 6, 9, -1]),
@@ -293,7 +293,7 @@ def test_focus_is_the_published_weighted_mean(tokenizers):
     )
 
 
-def test_omp_gives_each_matrix_what_the_donors_matrix_says(tokenizers):
+def test_omp_uses_the_donors_matrix_for_each_matrix(tokenizers):
     given = inputs(*tokenizers, "omp")
     made, _ = methods.make(given)
     exact = given.spelled.exact
@@ -308,7 +308,7 @@ def test_omp_gives_each_matrix_what_the_donors_matrix_says(tokenizers):
     assert (made.embedding.weights < 0).any()
 
 
-def test_a_donor_need_not_know_every_token(tokenizers):
+def test_donor_may_lack_tokens(tokenizers):
     given = inputs(*tokenizers, "omp")
     fewer = [rows[:-30].copy() for rows in given.donor]
     fewer[1][500] = np.nan

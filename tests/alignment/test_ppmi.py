@@ -46,7 +46,7 @@ COUNTS = counts_of(random_documents(3, documents=60, longest=80, vocabulary=50),
 
 
 @pytest.mark.parametrize(("rows", "memory"), [(4, 1 << 30), (64, 1 << 30), (4, 0)])
-def test_the_matrix_is_the_published_one(rows, memory, monkeypatch):
+def test_matrix_is_the_published_one(rows, memory, monkeypatch):
     monkeypatch.setattr(ppmi, "SLICE", 100)
     monkeypatch.setattr(ppmi, "MEMORY", memory)
     columns = np.array([0, 2, 3, 7, 11, 30])
@@ -66,7 +66,7 @@ def test_vectors_are_the_left_singular_vectors():
     np.testing.assert_allclose(vectors @ vectors.T, unit @ unit.T, atol=2e-3)
 
 
-def test_few_dimensions_take_nearly_all_of_the_strength(monkeypatch):
+def test_few_dimensions_hold_nearly_all_of_the_variance(monkeypatch):
     monkeypatch.setattr(ppmi, "SPARE", 4)
     columns = np.arange(len(COUNTS.vocabulary))
     matrix = ppmi.positive_pmi(COUNTS, columns, 16)
@@ -79,7 +79,7 @@ def test_few_dimensions_take_nearly_all_of_the_strength(monkeypatch):
     assert captured > 0.7 * np.linalg.norm(values[:6])
 
 
-def test_the_same_tokens_under_other_ids_get_the_same_vectors():
+def test_same_tokens_under_other_ids_get_the_same_vectors():
     """Two sides with the same text under permuted ids: each token finds itself on the shared axes,
     context or not.
     """
@@ -100,7 +100,7 @@ def test_the_same_tokens_under_other_ids_get_the_same_vectors():
     np.testing.assert_allclose(of_target, of_source[match], atol=1e-4)
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_the_slices(monkeypatch):
+def test_same_seed_gives_the_same_bits_whatever_the_slices(monkeypatch):
     columns = np.arange(20)
     first, again = (ppmi.train([COUNTS], [columns], 6, 0, lambda line: None)[0] for _ in range(2))
     assert np.array_equal(first, again)
@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_slices(monkeypatch):
     )
 
 
-def test_tokens_that_meet_no_context_and_sides_without_pairs_stay_finite():
+def test_vectors_without_contexts_or_pairs_are_finite():
     documents = [[1, 2, 1, 2, 1], [3, 4, 3, 4]]
     (vectors,) = ppmi.train([counts_of(documents, 5)], [np.array([0])], 3, 0, lambda line: None)
     assert np.isfinite(vectors).all() and vectors.shape == (4, 1)
@@ -126,7 +126,7 @@ def test_columns_are_the_most_frequent_shared_tokens_without_the_excluded(monkey
     assert ppmi.shared_columns(shared, np.array([1])).tolist() == [[2, 0], [3, 1]]
 
 
-def test_blocks_are_bounded():
+def test_block_sizes_are_bounded():
     assert ppmi.block_rows(150_000, 8192) * 8192 <= ppmi.CELLS
     assert ppmi.block_rows(5, 8192) == 8
     assert ppmi.block_rows(1, 1) == 1

@@ -22,7 +22,7 @@ def reference(source, target, pivots):
     return (relative_target @ relative_source.T).argmax(axis=1)
 
 
-def test_matching_is_the_paper_s_formula():
+def test_matching_follows_the_papers_formula():
     rng = np.random.default_rng(0)
     source = rng.normal(size=(700, 20)) * np.linspace(3, 0.2, 20) + 0.5
     target = rng.normal(size=(900, 16)) + 0.3  # each side has its own dimensions
@@ -34,7 +34,7 @@ def test_matching_is_the_paper_s_formula():
     assert cosines.min() >= 0 and cosines.max() <= 1
 
 
-def test_a_source_token_near_to_all_pivots_is_a_hub_here():
+def test_source_token_near_all_pivots_becomes_a_hub():
     """What the published method neglects stays neglected: lengths of relative vectors decide."""
     rng = np.random.default_rng(1)
     source = rng.normal(size=(300, 12)) + 0.6
@@ -47,7 +47,7 @@ def test_a_source_token_near_to_all_pivots_is_a_hub_here():
     assert np.mean(np.asarray(matching.csls(queries, keys, 10)[0])[:, 0] == 7) < 0.05
 
 
-def test_the_method_is_the_published_one_step_by_step():
+def test_each_step_follows_the_published_method():
     texts = ["aa bb ab ba abba <unk>", "abab baba aabb"]
     source = tiny_tokenizer(290, texts)
     target = tiny_tokenizer(330, [*texts, "cab bac cc"], kind="metaspace")

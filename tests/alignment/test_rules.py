@@ -112,7 +112,7 @@ def assert_pieces(source, target, content: str | bytes, *expected: str | bytes):
     )
 
 
-def test_a_leading_space_is_a_space_however_it_is_written():
+def test_leading_spaces_match_in_every_spelling():
     byte, piece = byte_level(" the", "the"), sentence_piece(" the", "the")
     assert byte.convert_ids_to_tokens(token(byte, " the")) == "Ġthe"
     assert piece.convert_ids_to_tokens(token(piece, " the")) == "▁the"
@@ -120,7 +120,7 @@ def test_a_leading_space_is_a_space_however_it_is_written():
     assert_exact(piece, byte, " the", "the", " ")
 
 
-def test_the_same_string_for_other_bytes_is_no_match():
+def test_equal_strings_of_different_bytes_do_not_match():
     """`Ã` is the byte C3 in a byte-level vocabulary and a character, C3 83, elsewhere; `Ġ` a space,
     or a letter of Maltese.
     """
@@ -132,14 +132,14 @@ def test_the_same_string_for_other_bytes_is_no_match():
 
 
 @pytest.mark.parametrize("content", [b"\n", b"\t", b"\x00", b"\xc3", b"\xff"])
-def test_a_byte_token_is_that_byte(content):
+def test_byte_tokens_match_by_byte(content):
     byte, piece = byte_level(), sentence_piece("a")
     assert piece.convert_ids_to_tokens(token(piece, content)) == f"<0x{content[0]:02X}>"
     assert_exact(byte, piece, content)
     assert_exact(piece, byte, content)
 
 
-def test_a_character_beats_the_byte_token_of_its_byte():
+def test_character_token_is_preferred_to_its_byte_token():
     byte, piece = byte_level(), sentence_piece("A")
     assert_exact(piece, byte, "A")
     assert piece.convert_ids_to_tokens(token(piece, "A")) == "A"
@@ -147,7 +147,7 @@ def test_a_character_beats_the_byte_token_of_its_byte():
 
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"tokalign", "random", "omp"}))
-def test_a_byte_token_beside_its_character_takes_none_of_its_probability(method):
+def test_byte_token_takes_no_probability_from_its_character_token(method):
     """With the same head row both would get half of it, though no text is cut into `<0x41>` where
     there is an `A`.
     """
@@ -166,7 +166,7 @@ def test_a_byte_token_beside_its_character_takes_none_of_its_probability(method)
     assert shares[double] <= 1 / made.source_size < shares[token(piece, "A")]
 
 
-def test_runs_of_spaces_that_a_tokenizer_has_twice():
+def test_duplicate_runs_of_spaces_are_aligned():
     """GPT-NeoX's: the added tokens are written, those of its model never are."""
     twice, once = byte_level("  ", " " * 4), byte_level("  ")
     twice.add_tokens([AddedToken("  ", normalized=True), AddedToken(" " * 4, normalized=True)])
@@ -185,7 +185,7 @@ def test_runs_of_spaces_that_a_tokenizer_has_twice():
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_tokens_of_the_same_tokenizer_are_themselves(kind):
+def test_tokens_of_the_same_tokenizer_map_to_themselves(kind):
     tokenizer = tokenizer_of_kind(kind, TEXTS)
     made = aligned(tokenizer, tokenizer)
     assert set(made.rules) <= {Rule.EXACT, Rule.SPECIAL}
@@ -193,7 +193,7 @@ def test_tokens_of_the_same_tokenizer_are_themselves(kind):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_tokens_that_text_has_are_not_called_unwritten(kind):
+def test_tokens_in_the_text_are_not_marked_unwritten(kind):
     tokenizer = tokenizer_of_kind(kind, TEXTS)
     plain = canonical.plain_backend(tokenizer)
     used = {i for text in TEXTS for i in plain.encode(text, add_special_tokens=False).ids}
@@ -207,7 +207,7 @@ def test_tokens_that_text_has_are_not_called_unwritten(kind):
         assert tokenizer.convert_tokens_to_ids("<0x61>") in unwritten
 
 
-def test_numbers_that_are_cut_differently_are_their_digits():
+def test_numbers_split_differently_map_to_their_digits():
     whole, pairs, single = byte_level("2024", "100"), byte_level("20", "24", "10"), byte_level()
     assert_pieces(single, whole, "2024", "2", "0", "2", "4")
     assert_pieces(pairs, whole, "2024", "20", "24")
@@ -217,7 +217,7 @@ def test_numbers_that_are_cut_differently_are_their_digits():
     assert_pieces(sentence_piece("0124"), sentence_piece(" 20"), " 20", " ", "2", "0")
 
 
-def test_runs_of_white_space_are_shorter_runs():
+def test_runs_of_white_space_map_to_shorter_runs():
     long, short = byte_level(" " * 8, "\t\t\t", "\n\n\n"), sentence_piece("  ", "\t", "\n\n")
     assert_exact(short, long, " ", "  ", "\t", "\n\n")
     assert_pieces(short, long, " " * 8, *["  "] * 4)
@@ -226,7 +226,7 @@ def test_runs_of_white_space_are_shorter_runs():
     assert_pieces(short, long, "\n\n\n", "\n\n", "\n")
 
 
-def test_code_indentation_is_its_line_break_and_spaces():
+def test_indentation_maps_to_line_break_and_spaces():
     target, source = (
         byte_level("\n    ", "    return", "):\n    "),
         sentence_piece("  ", "return", "):", "\n"),
@@ -236,7 +236,7 @@ def test_code_indentation_is_its_line_break_and_spaces():
     assert_pieces(source, target, "):\n    ", "):", "\n", "  ", "  ")
 
 
-def test_runs_of_spaces_that_were_added_tokens_are_text():
+def test_added_tokens_of_spaces_are_aligned_as_text():
     """GPT-NeoX's tokenizer has runs of spaces as added tokens, which are not special."""
     source, target = byte_level("  "), byte_level()
     target.add_tokens([AddedToken("  ", normalized=True), AddedToken(" " * 6, normalized=True)])
@@ -244,7 +244,7 @@ def test_runs_of_spaces_that_were_added_tokens_are_text():
     assert_pieces(source, target, " " * 6, "  ", "  ", "  ")
 
 
-def test_cjk_is_characters_or_else_their_bytes():
+def test_cjk_maps_to_characters_or_their_bytes():
     target, some, none = (
         sentence_piece("日本語", "日本", "날"),
         sentence_piece("日", "本"),
@@ -257,14 +257,14 @@ def test_cjk_is_characters_or_else_their_bytes():
     assert_pieces(none, target, "日本", "日", *(bytes([b]) for b in "本".encode()))
 
 
-def test_a_part_of_a_character_is_its_bytes():
+def test_partial_characters_map_to_bytes():
     """Byte-level tokens may end within a character; no text spells them."""
     target = byte_level("語")  # its beginnings are E8 AA and E8
     assert_pieces(sentence_piece("a"), target, "語".encode()[:2], b"\xe8", b"\xaa")
     assert_exact(sentence_piece("a"), target, b"\xe8")
 
 
-def test_special_tokens_take_their_role_whatever_their_text():
+def test_special_tokens_are_aligned_by_role_despite_their_text():
     source = sentence_piece("a")  # <unk>, <s>, </s>
     roles = {
         "eos_token": "<|im_end|>",
@@ -292,7 +292,7 @@ def test_special_tokens_take_their_role_whatever_their_text():
 
 @pytest.mark.parametrize("role", [role for role in methods.ROLES if role != "eos"])
 @pytest.mark.parametrize("method", ["pieces", "composed", "exact"])
-def test_a_role_takes_nothing_away_from_text(method, role):
+def test_roles_do_not_claim_text_tokens(method, role):
     """`!` as the padding token, say, of the target or of the source."""
     names = {"eos_token": "<|endoftext|>"}
     plain, marked = sentence_piece("!"), byte_level("ab", **names, **{f"{role}_token": "!"})
@@ -307,7 +307,7 @@ def test_a_role_takes_nothing_away_from_text(method, role):
     assert row(made.head, token(target, "!")) == {mark: 1.0}
 
 
-def test_an_end_of_text_that_is_text_stays_text():
+def test_end_of_text_that_occurs_as_text_is_aligned_as_text():
     lines = byte_level(first=["<other>"], eos_token="\u010a")  # byte-level for a line break
     plain = byte_level("ab")
     made, i = aligned(plain, lines), token(lines, "\n")
@@ -318,7 +318,7 @@ def test_an_end_of_text_that_is_text_stays_text():
     }  # what ends the source's texts
 
 
-def test_the_end_of_a_turn_is_the_end_of_text_where_it_is_the_eos():
+def test_end_of_turn_maps_to_end_of_text_where_it_is_the_eos():
     """As Qwen3 has it: `<|im_end|>` ends, `<|endoftext|>` pads; the source has the second, as its
     end, and no chat.
     """
@@ -337,7 +337,7 @@ def test_the_end_of_a_turn_is_the_end_of_text_where_it_is_the_eos():
     assert set(names) == {"<|", "im", "_", "start", "|>"}
 
 
-def test_chat_tokens_of_the_same_text_are_the_same():
+def test_chat_tokens_match_by_their_text():
     roles = {"first": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "eos_token": "<|endoftext|>"}
     source, target = byte_level(**roles), byte_level("ab", **roles)
     made = aligned(source, target)
@@ -347,13 +347,13 @@ def test_chat_tokens_of_the_same_text_are_the_same():
         assert row(made.embedding, i) == {source.convert_tokens_to_ids(text): 1.0}
 
 
-def test_an_added_token_that_is_not_special_is_its_text():
+def test_added_tokens_that_are_not_special_are_aligned_by_text():
     source, target = byte_level("<th", "ink", ">"), byte_level()
     target.add_tokens(["<think>"])
     assert_pieces(source, target, "<think>", "<th", "ink", ">")
 
 
-def test_an_id_that_no_token_has_gets_the_mean_of_all_rows():
+def test_unused_ids_get_the_mean_of_all_rows():
     source, target = byte_level(), byte_level("ab")
     state = target.backend_tokenizer.to_str().replace(
         f'"ab":{token(target, "ab")}', f'"ab":{token(target, "ab") + 3}'
@@ -367,7 +367,7 @@ def test_an_id_that_no_token_has_gets_the_mean_of_all_rows():
     assert row(made.embedding, unused[0]) == {made.source_size: 1.0}
 
 
-def test_rare_and_unseen_tokens_are_their_pieces_and_less_likely():
+def test_rare_and_unseen_tokens_use_pieces_and_lower_frequency():
     """A token seen too rarely has no vector: nothing is matched, and its head row is moved by how
     rare it is.
     """
@@ -411,7 +411,7 @@ def test_rare_and_unseen_tokens_are_their_pieces_and_less_likely():
 
 
 @pytest.mark.parametrize("method", ["exact", "composed", "lexicon", "topk"])
-def test_every_method_but_the_published_keeps_what_bytes_and_roles_say(method):
+def test_every_method_but_the_published_follows_bytes_and_roles(method):
     source, target = sentence_piece(" the", "日"), byte_level(" the", "日", "then")
     pieces, made = aligned(source, target), aligned(source, target, method)
     sure = np.isin(pieces.rules, methods.SURE)

@@ -46,12 +46,12 @@ def test_bleu_1_by_brute_force():
     )
 
 
-def test_lines_must_pair_up():
+def test_bleu_refuses_unequal_numbers_of_lines():
     with pytest.raises(ValueError, match="shorter"):
         scoring.bleu_1([[1], [2]], [[1]])
 
 
-def test_a_tokenizer_mapped_to_itself_scores_1():
+def test_tokenizer_mapped_to_itself_scores_1():
     tokenizer = tiny_tokenizer(300, ["some words to learn from"])
     lines = ["some words", "other words <|endoftext|>"]
     identity = np.arange(len(tokenizer))
@@ -59,13 +59,13 @@ def test_a_tokenizer_mapped_to_itself_scores_1():
     assert scoring.score(np.zeros_like(identity), tokenizer, tokenizer, lines) == 0.0
 
 
-def test_hub_share():
+def test_hub_share_counts_tokens_that_share_a_source_token():
     assert scoring.hub_share(np.array([1, 1, 1, 2, 2, 3]), 2) == pytest.approx(5 / 6)
     assert scoring.hub_share(np.arange(100), 10) == pytest.approx(0.1)
     assert scoring.hub_share(np.zeros(0, int), 10) == 0.0
 
 
-def test_held_out_lines_are_drawn_without_holding_them_all(tmp_path, monkeypatch):
+def test_held_out_lines_are_sampled_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "GROUP_BYTES", 50_000)
     texts = [
         "\n".join(f"line {i}.{k} ".ljust(1000, "x") for k in range(40)) + "\n \n"

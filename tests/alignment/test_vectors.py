@@ -25,7 +25,7 @@ def two_sides(vocabulary: int = 80):
     return shards_of(documents, vocabulary), shards_of(target, vocabulary), shared
 
 
-def test_judges_are_no_contexts(monkeypatch):
+def test_validation_pairs_are_excluded_from_contexts(monkeypatch):
     source, target, shared = two_sides()
     seen = {}
 
@@ -66,7 +66,7 @@ def test_ppmi_with_and_without_shared_tokens(with_shared):
         assert (found[rows[:, 1]] == rows[:, 0]).all()
 
 
-def test_glove_is_measured_by_its_loss():
+def test_glove_reports_its_loss():
     source, target, _ = two_sides()
     config = dataclasses.replace(CONFIG, vectors="glove", glove=GloveConfig(iterations=2))
     of_source, _, measured = vectors.make(config, source, target, 0, silent)
@@ -75,7 +75,7 @@ def test_glove_is_measured_by_its_loss():
 
 
 @pytest.mark.parametrize("kind", ["ppmi", "glove"])
-def test_a_text_too_short_for_any_token_to_count_gives_none_a_vector(kind):
+def test_too_short_a_text_gives_no_vectors(kind):
     source, target, _ = two_sides()
     few = shards_of([[1, 2, 3]], len(target.counts))
     config = dataclasses.replace(CONFIG, vectors=kind, min_count=5)
@@ -89,7 +89,7 @@ def test_a_text_too_short_for_any_token_to_count_gives_none_a_vector(kind):
     )
 
 
-def test_own_vectors_are_taken_from_npz_and_from_glove_text(tmp_path):
+def test_user_vectors_load_from_npz_and_glove_text(tmp_path):
     source, target, _ = two_sides()
     ids = np.array([5, 3, 70])
     rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -127,7 +127,7 @@ def test_own_vectors_are_taken_from_npz_and_from_glove_text(tmp_path):
         ("missing.npz", None, "cannot be read"),
     ],
 )
-def test_bad_files_are_refused_with_what_offends(tmp_path, name, content, message):
+def test_errors_on_bad_vector_files_name_the_problem(tmp_path, name, content, message):
     path = tmp_path / name
     if isinstance(content, dict):
         np.savez(path, **content)
@@ -137,7 +137,7 @@ def test_bad_files_are_refused_with_what_offends(tmp_path, name, content, messag
         vectors.check(AlignmentConfig(source_vectors=str(path), target_vectors=str(path)), 80, 80)
 
 
-def test_both_files_are_needed():
+def test_vectors_of_both_sides_are_required():
     with pytest.raises(UserError, match=r"alignment\.target_vectors is missing"):
         vectors.check(AlignmentConfig(source_vectors="a.npz"), 80, 80)
 

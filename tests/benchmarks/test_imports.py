@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
-def test_a_benchmark_can_be_imported(name, monkeypatch):
+def test_every_benchmark_imports(name, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     monkeypatch.setattr(os, "environ", os.environ.copy())
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="imported")

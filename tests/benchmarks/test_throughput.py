@@ -29,7 +29,7 @@ def row(method, tokens_per_second, **changes):
     return benchmark._row(arguments, {"seconds": 8 * 2048 / tokens_per_second}, 1, *H100)
 
 
-def test_mfu_counts_what_the_mathematics_needs():
+def test_mfu_counts_required_operations():
     """By hand for Pythia 1B's shape: 16 layers of 12 x 2048^2 weights, a head of 151,936 x 2048."""
     layers, head, attention = 16 * 12 * 2048**2, 151_936 * 2048, 16 * 4 * 2048 * 2048
     frozen, trained = row("embedding", 77_823), row("full", 60_398)
@@ -72,12 +72,12 @@ def test_table_has_a_line_for_what_ran_out_of_memory():
         ("loop_multiply_fusion_12", "the rest"),
     ],
 )
-def test_kernels_by_kind(name, kind):
+def test_kernels_are_classified_by_name(name, kind):
     assert benchmark.kind_of(name) == kind
 
 
 @pytest.mark.slow
-def test_smallest_run(tmp_path):
+def test_benchmark_runs_on_the_smallest_model(tmp_path):
     flags = "--model tiny --dtype float32 --batch 2 --length 16 --steps 2 --warmup 1 --method embedding --device cpu"
     command = [sys.executable, benchmark.__file__, *flags.split(), "--out", str(tmp_path)]
     done = subprocess.run(

@@ -39,7 +39,7 @@ def test_every_command_has_help_and_dashed_flags(command, capsys):
 @pytest.mark.parametrize(
     "topic", ["", "config", "config.stage2", "config.stage2.lora", *topics.TEXTS]
 )
-def test_help_by_topic(topic, capsys):
+def test_help_shows_each_topic(topic, capsys):
     assert app.main(["help", *topic.split()]) == 0
     printed = capsys.readouterr().out
     assert printed.strip() and max(map(len, printed.splitlines())) <= 120
@@ -53,12 +53,12 @@ def test_help_on_a_field_gives_default_bounds_and_description():
 @pytest.mark.parametrize(
     ("topic", "near"), [("config.stage1.step", "stage1.steps"), ("rum", "run")]
 )
-def test_an_unknown_topic_is_answered_with_the_nearest(topic, near, capsys):
+def test_unknown_topic_suggests_the_nearest(topic, near, capsys):
     assert app.main(["help", topic]) == 2
     assert f"'{near}'" in capsys.readouterr().err
 
 
-def test_the_topic_of_methods_names_all_of_them():
+def test_methods_topic_names_every_method():
     for method in typing.get_args(typing.get_type_hints(AlignmentConfig)["method"]):
         assert f"\n  {method} " in topics.METHODS.replace("\n", " \n"), method
 
@@ -73,12 +73,12 @@ def test_every_field_is_described():
     ("flag", "near"),
     [("--wrokdir=x", "--workdir"), ("--stage=init", "--stages"), ("--plan=maybe", "--")],
 )
-def test_an_unknown_flag_is_answered_with_the_nearest(flag, near, capsys):
+def test_unknown_flag_suggests_the_nearest(flag, near, capsys):
     assert run.main([flag, "--workdir=x"]) == 2
     assert f"the nearest is '{near}" in capsys.readouterr().err
 
 
-def test_overrides_are_written_with_or_without_an_equals_sign_and_anywhere():
+def test_overrides_work_anywhere_with_or_without_an_equals_sign():
     flags = arguments.parser("run", None)
     arguments.add_run(flags)
     argv = ["--config.seed", "3", "--config", "configs/best.py", "--config.stage2.steps=7"]
@@ -88,12 +88,12 @@ def test_overrides_are_written_with_or_without_an_equals_sign_and_anywhere():
 
 
 @pytest.mark.parametrize("argv", [["--config"], ["--config", "--workdir=x"], ["left"]])
-def test_half_a_flag_and_a_stray_word_are_refused(argv, capsys):
+def test_flag_without_a_value_and_stray_words_are_refused(argv, capsys):
     assert run.main([*argv]) == 2
     assert "--config" in (said := capsys.readouterr().err) or "unexpected argument 'left'" in said
 
 
-def test_the_first_names_of_flags_are_taken_by_the_first_name_of_the_command(monkeypatch):
+def test_old_command_accepts_old_flag_names(monkeypatch):
     seen = []
     monkeypatch.setattr(plan, "main", lambda argv, prefix: seen.append(("plan", argv, prefix)) or 0)
     monkeypatch.setattr(run, "main", lambda argv: seen.append(("run", argv)) or 0)
@@ -105,7 +105,7 @@ def test_the_first_names_of_flags_are_taken_by_the_first_name_of_the_command(mon
     ]
 
 
-def test_a_file_of_ones_own_can_import_its_base(tmp_path):
+def test_user_config_file_can_import_its_base(tmp_path):
     (tmp_path / "base_of_mine.py").write_text("SEED = 5\n")
     (tmp_path / "mine.py").write_text(
         "import base_of_mine\nfrom tokalign_jax.configs import best\n\n"
@@ -118,7 +118,7 @@ def test_a_file_of_ones_own_can_import_its_base(tmp_path):
     assert (values.seed, values.stage2.steps, values.stage1.steps) == (7, 9, 0)
 
 
-def test_a_recipe_is_found_by_name_from_anywhere(monkeypatch, tmp_path):
+def test_recipe_is_found_by_name_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     here = config_files.load("configs/optimal.py")
     assert here == config_files.load(str(REPOSITORY / "configs" / "optimal.py"))
@@ -126,7 +126,7 @@ def test_a_recipe_is_found_by_name_from_anywhere(monkeypatch, tmp_path):
         config_files.load("configs/nothing.py")
 
 
-def test_python_dash_m():
+def test_package_runs_as_a_module():
     command = [sys.executable, "-m", "tokalign_jax", "--version"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and __version__ in done.stdout

@@ -18,7 +18,7 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
 @pytest.mark.parametrize(
     "wrong", ["--batch=0", "--repeats=0", "--bytes-per-language=-5", "--seed=-1", "--steps=many"]
 )
-def test_numbers_have_a_least_value(wrong, capsys):
+def test_numbers_below_the_minimum_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         evaluate.parser().parse_args([wrong, "--output=out"])
     assert wrong.partition("=")[0] in (told := capsys.readouterr().err) and (
@@ -26,7 +26,7 @@ def test_numbers_have_a_least_value(wrong, capsys):
     )
 
 
-def test_what_is_there_is_left_alone(tmp_path):
+def test_existing_output_is_not_overwritten(tmp_path):
     parser = argparse.ArgumentParser()
     arguments.add_overwrite(parser, "--html")
     arguments.refuse_existing(

@@ -39,7 +39,7 @@ def compared():
     return comparison.compare(reports, [f"runs/{i}" for i in range(len(reports))])
 
 
-def test_only_what_differs_is_named_and_seeds_are_grouped(compared):
+def test_runs_are_named_by_differing_fields_and_grouped_by_seed(compared):
     assert compared["differs"] == ["stage1.learning_rate", "stage2.method"]
     assert [group["name"] for group in compared["groups"]] == [
         "stage1.learning_rate=0.00064, stage2.method=full",
@@ -56,7 +56,7 @@ def test_only_what_differs_is_named_and_seeds_are_grouped(compared):
     assert compared["warnings"] == [] and json.loads(json.dumps(compared)) == compared
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_group():
+def test_runs_differing_only_in_seed_form_one_group():
     (group,) = comparison.compare([made(seed=0), made(seed=1)])["groups"]
     assert group["name"] == "the same settings" and group["runs"] == ["run 1", "run 2"]
     found = comparison.compare([made(seed=0)])
@@ -67,7 +67,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
     assert "±" not in "".join(comparison.terminal(found))
 
 
-def test_runs_of_other_stages_languages_and_versions():
+def test_runs_with_other_stages_languages_and_versions_are_compared():
     short, old = made(6.4e-4, states=["source", "init", "stage1"]), made()
     del old["config"]["stage2"]["embedding_learning_rate"], short["languages"]["deword"]
     old["devices"], old["versions"] = ["gpu"], {"jax": "0.1"}
@@ -99,14 +99,14 @@ def test_other_text_of_the_same_size_is_noticed():
     assert comparison.compare([one, other])["warnings"] == []
 
 
-def test_copies_of_a_run_are_no_seeds():
+def test_copies_of_a_run_do_not_count_as_seeds():
     lines = comparison.terminal(comparison.compare([made(), made()]))
     header = next(line for line in lines if line.lstrip().startswith("#") and "seeds" in line)
     row = lines[lines.index(header) + 1]
     assert row[header.index("seeds") :].split()[0] == "1"
 
 
-def test_a_run_that_diverged_comes_last():
+def test_run_that_diverged_comes_last():
     diverged, fine = made(6.4e-4), made()
     diverged["languages"]["all"]["bits_per_byte"]["stage3"] = math.nan
     diverged["training"]["stage3"]["loss"] = [None] * 30
@@ -115,7 +115,7 @@ def test_a_run_that_diverged_comes_last():
     Reader(comparison.html(found))
 
 
-def test_curves_are_means_of_the_seeds():
+def test_curves_are_averaged_over_seeds():
     one, other = made(seed=0), made(seed=1)
     other["training"]["stage1"]["loss"] = [6.0 - 0.1 * i for i in range(30)]
     one["training"]["stage1"]["loss"] = [5.0 - 0.1 * i for i in range(30)]
@@ -127,7 +127,7 @@ def test_curves_are_means_of_the_seeds():
     )
 
 
-def test_the_tables_say_what_differs_once(compared):
+def test_tables_state_each_difference_once(compared):
     lines = comparison.terminal(compared)
     text = "\n".join(lines)
     header = next(line for line in lines if line.split()[:1] == ["#"])
@@ -141,7 +141,7 @@ def test_the_tables_say_what_differs_once(compared):
 
 
 @pytest.mark.parametrize("count", [4, 40])
-def test_the_page_and_the_picture(count, tmp_path):
+def test_page_and_picture_are_written(count, tmp_path):
     reports = [made(seed=0, versions={"jax": "1"}) for _ in range(count)]
     for i, report in enumerate(reports):
         report["config"]["alignment"]["file"] = f"{NASTY}{i}"
@@ -161,7 +161,7 @@ def test_the_page_and_the_picture(count, tmp_path):
 # --- the command --------------------------------------------------------------------------------
 
 
-def test_the_command(tmp_path, capsys):
+def test_compare_command_writes_its_files(tmp_path, capsys):
     for i, rate in enumerate(SCALES):
         (tmp_path / f"{i}" / "report").mkdir(parents=True)
         (tmp_path / f"{i}" / "report" / "report.json").write_text(json.dumps(made(rate)))
@@ -188,7 +188,7 @@ def test_the_command(tmp_path, capsys):
         ("[]", "is no report.json"),
     ],
 )
-def test_what_a_user_can_mend(text, says, tmp_path, capsys):
+def test_user_errors_name_a_remedy(text, says, tmp_path, capsys):
     if text is not None:
         (tmp_path / "report.json").write_text(text)
     assert compare.main([str(tmp_path)]) == 2
@@ -198,14 +198,14 @@ def test_what_a_user_can_mend(text, says, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_run_is_not_laid_beside_itself(tmp_path, capsys):
+def test_comparing_a_run_with_itself_is_refused(tmp_path, capsys):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text(json.dumps(content()))
     assert compare.main([str(tmp_path), str(tmp_path / "report" / "report.json")]) == 2
     assert "is named twice" in capsys.readouterr().err
 
 
-def test_what_is_there_already_is_left_alone(tmp_path, capsys):
+def test_existing_comparison_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(content()))
     assert compare.main([str(tmp_path), f"--output={tmp_path}"]) == 2
     assert "exists already" in capsys.readouterr().err and not (tmp_path / "compare.json").exists()
@@ -216,7 +216,7 @@ def test_what_is_there_already_is_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     "lacking", [["devices"], ["seconds"], ["versions"], ["devices", "seconds", "versions"]]
 )
-def test_reports_without_what_is_beside_the_figures_are_compared(lacking, tmp_path, capsys):
+def test_reports_without_optional_parts_are_compared(lacking, tmp_path, capsys):
     whole, bare = made(), made(6.4e-4)
     for key in lacking:
         del bare[key]
@@ -249,13 +249,13 @@ def broken(change) -> str:
         broken(lambda report: report.update(config=None)),
     ],
 )
-def test_a_report_that_is_not_whole_is_named(text, tmp_path, capsys):
+def test_error_names_an_incomplete_report(text, tmp_path, capsys):
     (tmp_path / "a.json").write_text(text)
     (tmp_path / "b.json").write_text(json.dumps(made()))
     assert compare.main([str(tmp_path / "b.json"), str(tmp_path / "a.json")]) == 2
     assert "a.json' is damaged" in capsys.readouterr().err
 
 
-def test_a_name_that_no_file_system_takes_is_told(tmp_path, capsys):
+def test_too_long_a_file_name_is_reported(tmp_path, capsys):
     assert compare.main([str(tmp_path / ("x" * 300))]) == 2
     assert "its longest name has 300 bytes" in capsys.readouterr().err

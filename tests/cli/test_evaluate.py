@@ -66,7 +66,7 @@ def silent(line: str) -> None:
     """No progress lines."""
 
 
-def test_everything_side_by_side(folders, tmp_path, capsys):
+def test_evaluate_compares_models_in_every_measure(folders, tmp_path, capsys):
     out = tmp_path / "out"
     given = arguments(
         models=f"{folders}/large,{folders}/small",
@@ -152,7 +152,7 @@ def test_everything_side_by_side(folders, tmp_path, capsys):
         evaluate_inputs.check(given, silent)
 
 
-def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
+def test_workdir_is_evaluated_on_its_held_out_text_and_alignment(folders, tmp_path):
     """A workdir with as much in it as is read."""
     text = TextConfig(language_field="lang", held_out_fraction=0.5)
     config = Config(
@@ -242,7 +242,7 @@ def test_a_run_is_judged_by_its_own_text_and_alignment(folders, tmp_path):
         ),
     ],
 )
-def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):
+def test_bad_input_is_refused_before_any_work(folders, tmp_path, named, told):
     paths = {
         name: ",".join(str(folders / part) for part in value.split(","))
         if name != "language_field"
@@ -255,7 +255,7 @@ def test_bad_input_is_told_before_any_work(folders, tmp_path, named, told):
 
 
 @pytest.mark.parametrize("beside", [[], ["--tasks=some"], ["--encoder=some"]])
-def test_a_gpu_is_shared_with_what_pytorch_computes(tmp_path, monkeypatch, beside):
+def test_gpu_memory_is_left_for_pytorch_when_it_is_used(tmp_path, monkeypatch, beside):
     prepared = []
     monkeypatch.setattr(evaluate.compiling, "prepare", lambda alone: prepared.append(alone))
     assert (
@@ -265,7 +265,7 @@ def test_a_gpu_is_shared_with_what_pytorch_computes(tmp_path, monkeypatch, besid
     assert prepared == [not beside]
 
 
-def test_the_table_of_one_model_and_one_language():
+def test_table_of_one_model_and_one_language_has_no_pooled_row():
     """No pooled row, no differences, no intervals of a single document."""
     row = {"bits_per_byte": 1.25, "bytes_per_token": 4.0, "documents": 1, "fertility": None}
     speed = {

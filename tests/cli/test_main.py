@@ -26,7 +26,7 @@ def run(monkeypatch, work, *flags: str) -> int:
     return main.main(["main", "--workdir", "nowhere", *flags])
 
 
-def test_the_default_config_can_be_overridden(monkeypatch):
+def test_default_config_can_be_overridden(monkeypatch):
     seen = []
     pipeline = SimpleNamespace(run=lambda config, *_: seen.append(config.stage1.steps))
     monkeypatch.setitem(sys.modules, "tokalign_jax.pipeline", pipeline)
@@ -35,7 +35,7 @@ def test_the_default_config_can_be_overridden(monkeypatch):
     assert seen == [7]
 
 
-def test_the_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsys):
+def test_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     seen = []
     pipeline = SimpleNamespace(run=lambda config, workdir, *_: seen.append(workdir))
@@ -55,14 +55,14 @@ def test_the_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsy
         ("def get_config():\n    import nothing_like_it", "line 2: ModuleNotFoundError"),
     ],
 )
-def test_a_config_file_that_is_none_is_named(content, says, tmp_path):
+def test_error_names_a_file_that_is_no_config(content, says, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(content)
     with pytest.raises(UserError, match=f"'{file}'.*{says}"):
         config_files.get_config(str(file))
 
 
-def test_a_config_file_that_fails_is_bad_input(tmp_path, capsys):
+def test_config_file_that_raises_is_a_user_error(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("import nothing_like_it")
     assert main.main(["main", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"]) == 2
     assert "mine.py' cannot be used (line 1: ModuleNotFoundError" in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_a_config_file_that_fails_is_bad_input(tmp_path, capsys):
         ("--config.stage1.sequence_length=4096", "stage1.sequence_length is 4096"),
     ],
 )
-def test_a_plan_of_what_cannot_be_is_refused(flag, says, capsys):
+def test_impossible_plan_is_refused(flag, says, capsys):
     assert main.main(["main", "--plan", flag]) == 2
     assert says in capsys.readouterr().err
 
@@ -100,9 +100,7 @@ def test_exit_codes(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_at_the_next_progress_line_and_leaves_the_handlers(
-    monkeypatch, capsys, number
-):
+def test_signal_stops_at_the_next_progress_line_and_restores_handlers(monkeypatch, capsys, number):
     before = signal.getsignal(number)
 
     def work(log):
@@ -132,7 +130,7 @@ with stopping.listening():
 """
 
 
-def test_a_second_signal_kills_at_once(tmp_path):
+def test_second_signal_kills_at_once(tmp_path):
     ready = tmp_path / "ready"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
@@ -160,7 +158,7 @@ def test_two_signals_at_once_are_one_request(monkeypatch):
     assert run(monkeypatch, work) == 75
 
 
-def test_half_of_the_flags_of_several_processes_is_refused(monkeypatch, capsys):
+def test_incomplete_flags_of_several_processes_are_refused(monkeypatch, capsys):
     assert run(monkeypatch, lambda log: None, "--coordinator=host:1", "--processes=2") == 2
     assert "--process" in capsys.readouterr().err
 
@@ -185,7 +183,7 @@ sys.exit(main.main(["main", "--workdir", "nowhere", *sys.argv[2:]]))
 
 
 @pytest.mark.parametrize(("scene", "code"), [("works", 0), ("fails", 1)])
-def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, code):
+def test_first_of_two_processes_logs_and_a_failure_ends_both(scene, code):
     coordinator = f"--coordinator=localhost:{free_port()}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     both = [
@@ -216,7 +214,7 @@ def test_of_two_processes_the_first_speaks_and_one_that_fails_ends_both(scene, c
         "config.alignment.file",
     ],
 )
-def test_a_name_that_no_file_system_takes_is_told(field, tmp_path, capsys):
+def test_too_long_a_file_name_is_reported(field, tmp_path, capsys):
     long = f"{tmp_path}/{'x' * 300}"
     given = {"workdir": f"{tmp_path}/run", field: long}
     assert main.main(["main", *(f"--{name}={value}" for name, value in given.items())]) == 2

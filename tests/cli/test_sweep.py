@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys):
+def test_sweep_shares_stages_and_resumes(inputs, tmp_path, capsys):
     file = tmp_path / "sweep.py"
     file.write_text(CONFIG)
 
@@ -93,7 +93,7 @@ def test_a_sweep_shares_stages_and_goes_on_where_it_was(inputs, tmp_path, capsys
     assert report["languages"] == reports["fast"]["languages"]
 
 
-def test_runs_are_the_common_config_with_their_fields():
+def test_sweep_runs_override_the_common_config():
     common = default_config()
     common.stage2.steps = 7
     runs = {"a": {"stage1.learning_rate": 1, "seed": 3}, "b": {"corpus": ("x", "y")}}
@@ -120,17 +120,17 @@ def test_runs_are_the_common_config_with_their_fields():
         ({"a": {}, "b": {}}, ("c",), "a, b"),
     ],
 )
-def test_bad_runs_are_refused_before_anything_runs(runs, only, says):
+def test_bad_sweep_is_refused_before_anything_runs(runs, only, says):
     with pytest.raises(UserError, match=says):
         sweep.build_configs(ConfigDict(default_config()), runs, only)
 
 
-def test_a_config_without_runs_is_refused(tmp_path, capsys):
+def test_config_without_runs_is_refused(tmp_path, capsys):
     assert sweep.main(["--config=configs/optimal.py", f"--workdir={tmp_path}"]) == 2
     assert "get_runs()" in capsys.readouterr().err
 
 
-def test_the_curves_are_runs_of_the_tokens_that_they_name():
+def test_recipe_curves_train_on_the_tokens_that_they_name():
     runs = recipe_curves.get_runs()
     configs = sweep.build_configs(recipe_curves.get_config(), runs)
     assert len(configs) == len(runs) > 100

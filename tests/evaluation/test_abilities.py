@@ -53,7 +53,7 @@ def log_likelihoods(folder, question, begin):
 
 
 @pytest.mark.parametrize("tokens_at_once", [8192, 16])
-def test_scores_are_pytorchs(model, monkeypatch, tokens_at_once):
+def test_ability_scores_match_pytorch(model, monkeypatch, tokens_at_once):
     folder, config, params = model
     monkeypatch.setattr(abilities, "_TOKENS_PER_BATCH", tokens_at_once)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -69,7 +69,7 @@ def test_scores_are_pytorchs(model, monkeypatch, tokens_at_once):
         assert np.isneginf(row[len(expected) :]).all()
 
 
-def test_judged_alike_by_a_program_apart(model, tmp_path):
+def test_scores_match_an_independent_scorer(model, tmp_path):
     judge = SHARED / "tools" / "judge.py"
     if not judge.exists():
         pytest.skip("the program that judges in PyTorch is not at hand")
@@ -97,7 +97,7 @@ def test_judged_alike_by_a_program_apart(model, tmp_path):
         assert judged[name] == round(float(np.mean(found.argmax(1) == 0)), 3)
 
 
-def test_a_question_too_long_for_the_model_is_named(model):
+def test_error_names_a_question_too_long_for_the_model(model):
     folder, config, params = model
     long = Question("a", "0123456789" * 20, ("x", "y"))
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_a_question_too_long_for_the_model_is_named(model):
         )
 
 
-def test_kinds_of_cut():
+def test_questions_are_classified_by_how_tokenizers_split_them():
     """Letters are tokens of both; only the target has `ab` and only the source `fg`, while both
     have `cd`, `de` and ` x`.
     """
@@ -174,19 +174,19 @@ GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}
         (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the correct choice 'c' appears twice"),
     ],
 )  # fmt: skip
-def test_a_bad_line_is_named(tmp_path, line, told):
+def test_error_names_the_bad_line(tmp_path, line, told):
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
     with pytest.raises(UserError, match=rf"bad\.jsonl', line 3.*{told}"):
         abilities.read(str(path))
 
 
-def test_a_wrong_choice_that_is_there_twice_counts_once(tmp_path):
+def test_duplicate_wrong_choice_counts_once(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "choices": ["c", "d", "e", "d"]}))
     assert abilities.read(str(tmp_path))[0].choices == ("c", "d", "e")
 
 
-def test_bad_files_are_named(tmp_path):
+def test_errors_name_bad_files(tmp_path):
     for name, content, told in (
         ("empty.jsonl", b"\n", "has no questions"),
         ("latin.jsonl", b"\xe9", "cannot be read"),
@@ -201,7 +201,7 @@ def test_bad_files_are_named(tmp_path):
         abilities.read(str(tmp_path / "folder"))
 
 
-def test_sums_are_right_and_always_the_same():
+def test_sums_are_correct_and_deterministic():
     for question in abilities.sums():
         a, b = question.text.removesuffix(" =").split(" + ")
         assert int(question.choices[0]) == int(a) + int(b) and len(set(question.choices)) == 5

@@ -55,7 +55,7 @@ def test_bits_per_byte_equals_pytorch(model, batch, chunk):
         assert scores[language].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
-def test_a_short_text_is_not_read_as_a_long_one(model):
+def test_short_texts_are_not_padded_to_the_longest(model):
     """LongRoPE takes other factors past its first length, which padding is not to reach."""
     folder, config, _ = model
     scaling = rotary.LongRopeScaling((1.0,) * 4, (3.0, 5.0, 7.0, 9.0), 1.2, 32)
@@ -87,7 +87,7 @@ def test_a_short_text_is_not_read_as_a_long_one(model):
     assert float(own.sum()) == pytest.approx(alone, rel=1e-4)
 
 
-def test_text_is_cut_into_tokens_as_for_training(model):
+def test_text_is_tokenized_as_for_training(model):
     """The name of a special token in a document is those characters, not the token."""
     folder, config, params = model
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -110,7 +110,7 @@ def test_every_token_is_a_label_once():
         assert max(len(labels) for _, labels in windows) <= length
 
 
-def test_what_stands_before_every_text_begins_every_window():
+def test_opening_tokens_begin_every_window():
     tokens = list(range(100, 112))
     windows = bits_per_byte.split_windows(tokens, 7, 5, starts_every_window=True)
     assert [inputs for inputs, _ in windows] == [
@@ -121,7 +121,7 @@ def test_what_stands_before_every_text_begins_every_window():
     assert [t for _, labels in windows for t in labels] == tokens
 
 
-def test_choice_keeps_to_the_budget_and_to_whole_characters():
+def test_texts_are_cut_to_the_budget_at_whole_characters():
     documents = [
         Document("é" * 10, "fr", 20),
         Document("ab", "en", 2),
@@ -132,7 +132,7 @@ def test_choice_keeps_to_the_budget_and_to_whole_characters():
     assert chosen == {"fr": ["é" * 10, "é" * 3], "en": ["ab"]}
 
 
-def test_continuations_are_pytorchs(model):
+def test_continuations_match_pytorch(model):
     folder, config, params = model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -150,7 +150,7 @@ def test_continuations_are_pytorchs(model):
     )
 
 
-def test_a_continuation_keeps_to_the_models_positions(model):
+def test_continuation_stays_within_the_models_positions(model):
     folder, config, params = model
     few = dataclasses.replace(config, max_positions=8)
     (sample,) = samples.continuations(

@@ -69,7 +69,7 @@ def asked(text, then):
     return found
 
 
-def test_a_tiny_model_answers_and_ends_its_turn():
+def test_tiny_model_answers_and_ends_its_turn():
     found = asked("Lima", "<|im_end|>")
     assert found.texts == ["Lima"] * 3
     assert found.right.tolist() == [True, False, False] and found.ended.all()
@@ -96,11 +96,11 @@ def test_a_tiny_model_answers_and_ends_its_turn():
         ("Rome or Lima", ["Paris", "Lima"], True),
     ],
 )
-def test_right_is_an_accepted_answer_in_whole_words(reply, answers, right):
+def test_reply_is_right_if_it_contains_an_accepted_answer_in_whole_words(reply, answers, right):
     assert chat_questions.is_right(reply, answers) == right
 
 
-def test_figures_are_beside_the_sources_on_the_same_questions():
+def test_scores_are_compared_with_the_source_on_the_same_questions():
     source = Replies(["a"] * 3, np.array([True, True, False]), np.array([True] * 3))
     model = Replies(["b"] * 3, np.array([True, False, False]), np.array([True, False, False]))
     own = chat_questions.summary(QUESTIONS, source, None, 0)
@@ -149,7 +149,7 @@ def test_broken_files_are_refused(tmp_path, line, what):
     assert len(chat_questions.read(str(file), 2)) == 2
 
 
-def test_what_cannot_be_asked_is_told_beforehand():
+def test_questions_that_cannot_be_asked_are_refused_before_any_work():
     with pytest.raises(UserError, match="no chat template"):
         chat_questions.check(tiny_tokenizer(300, TEXTS), "'a'", QUESTIONS, 8, 100)
     with pytest.raises(UserError, match="lower reply_tokens"):

@@ -22,7 +22,7 @@ def side(random, width: int, rows: int, cap: float):
 
 
 @pytest.mark.parametrize("chunk", [3, 1024])
-def test_agreement_is_that_of_whole_distributions(monkeypatch, chunk):
+def test_agreement_equals_that_of_full_distributions(monkeypatch, chunk):
     """The two heads have different widths and paddings; padding rows would win if they counted."""
     monkeypatch.setattr(drafting, "CHUNK", chunk)
     random = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def decode_speculatively(prompt: int, steps: int, gamma: int) -> tuple[list[int]
 
 
 @pytest.mark.parametrize("gamma", [1, 4])
-def test_calls_are_those_of_speculative_decoding(gamma):
+def test_call_counts_match_speculative_decoding(gamma):
     kept, calls = [], 0
     for prompt in range(20):
         continuation, needed = decode_speculatively(prompt, 31, gamma)
@@ -78,12 +78,12 @@ def test_calls_are_those_of_speculative_decoding(gamma):
     assert drafting.calls(np.array(kept), gamma) == calls
 
 
-def test_expected_tokens_a_call():
+def test_expected_tokens_per_call_follow_the_formula():
     assert drafting.tokens_per_call(1.0, 4) == 5 and drafting.tokens_per_call(0.0, 4) == 1
     assert drafting.tokens_per_call(0.8, 3) == pytest.approx((1 - 0.8**4) / (1 - 0.8))
 
 
-def test_a_model_is_the_best_draft_for_itself_and_another_is_not(tmp_path):
+def test_model_is_the_best_draft_for_itself_and_another_is_not(tmp_path):
     models = []
     for seed in (0, 1):
         folder = tiny_model_folder(tmp_path / str(seed), "llama", seed=seed)
@@ -111,7 +111,7 @@ def test_a_model_is_the_best_draft_for_itself_and_another_is_not(tmp_path):
     assert other["a"]["sampled"]["rate"] < 0.9 and other["a"]["greedy"]["rate"] < 1
 
 
-def test_vocabularies_that_differ_are_told_apart():
+def test_different_vocabularies_are_not_comparable():
     one, other = tiny_tokenizer(300, TEXTS), tiny_tokenizer(290, TEXTS)
     assert drafting.vocabulary_difference(one, tiny_tokenizer(300, TEXTS)) == ""
     told = drafting.vocabulary_difference(one, other)

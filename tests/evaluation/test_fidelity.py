@@ -67,7 +67,7 @@ def is_whole(text, size):
     return text.encode()[:size].decode(errors="ignore").encode() == text.encode()[:size]
 
 
-def test_fidelity_follows_from_pytorchs_likelihoods(models):
+def test_fidelity_matches_pytorchs_likelihoods(models):
     (source_tokenizer, source), (target_tokenizer, target) = map(read, models)
     found = fidelity.compare(source_tokenizer, target_tokenizer, DOCUMENTS, source, target)
     for group, documents in DOCUMENTS.items():
@@ -95,7 +95,7 @@ def test_fidelity_follows_from_pytorchs_likelihoods(models):
             assert of.agreed[i] == sum(alike)
 
 
-def test_a_model_is_faithful_to_itself(models):
+def test_model_is_faithful_to_itself(models):
     tokenizer, readings = read(models[0])
     found = fidelity.compare(tokenizer, tokenizer, DOCUMENTS, readings, readings)
     summary = fidelity.summaries(found, seed=0)
@@ -107,7 +107,7 @@ def test_a_model_is_faithful_to_itself(models):
     )
 
 
-def test_readings_are_kept_in_a_file(models, tmp_path):
+def test_reference_likelihoods_are_saved_and_loaded(models, tmp_path):
     _, readings = read(models[0])
     fidelity.save(tmp_path / "readings.npz", readings)
     back = fidelity.load(tmp_path / "readings.npz", DOCUMENTS)
@@ -134,11 +134,11 @@ def test_divergence_of_two_way_outcomes():
     [(b"ab", b"a", True), (b"a", b"ab", True), (b"a", b"a", True), (b"a", b"b", False), (None, None, True),
      (None, b"a", False), (b"", b"a", False)],
 )  # fmt: skip
-def test_continuations_are_alike_where_one_begins_the_other(one, other, alike):
+def test_continuations_agree_where_one_is_a_prefix_of_the_other(one, other, alike):
     assert fidelity._is_prefix_pair(one, other) == alike
 
 
-def test_a_text_without_tokens_has_no_chunks(models):
+def test_text_without_tokens_has_no_chunks(models):
     tokenizer, _ = read(models[0])
     nothing = TokenCosts(np.zeros(0, np.float32), np.zeros(0, np.int32))
     found = fidelity.compare(tokenizer, tokenizer, {"a": [""]}, {"a": [nothing]}, {"a": [nothing]})

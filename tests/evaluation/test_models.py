@@ -50,7 +50,7 @@ def test_speed_is_the_median_without_the_first_run(model):
     assert told["bytes_per_second"] == 4.0 * 9 / 2 and told["slowest_and_fastest"] == [2.0, 8.0]
 
 
-def test_embeddings_are_pytorchs_mean_states(model, monkeypatch):
+def test_embeddings_match_pytorchs_mean_states(model, monkeypatch):
     folder, config, params, tokenizer = model
     monkeypatch.setattr(similarity, "MAX_TOKENS", 40)  # the longest text is cut
     texts = [TEXTS[0] * 2, "x", TEXTS[2]]
@@ -84,7 +84,7 @@ def test_similarity_of_an_alignment():
 
 
 @pytest.mark.skipif(is_there("sentence_transformers"), reason="sentence-transformers is installed")
-def test_a_sentence_encoder_without_the_library_is_told_with_the_remedy(tmp_path):
+def test_missing_sentence_encoder_library_is_reported_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"pip install 'tokalign_jax\[encoder\]'"):
         similarity.sentence_encoder(str(tmp_path))
 
@@ -93,7 +93,7 @@ def test_a_sentence_encoder_without_the_library_is_told_with_the_remedy(tmp_path
     not is_there("sentence_transformers"),
     reason="sentence-transformers is not installed (pip install 'tokalign_jax[encoder]')",
 )
-def test_a_sentence_encoder_embeds(tmp_path):
+def test_sentence_encoder_embeds(tmp_path):
     """A tiny BERT, whose texts sentence-transformers embeds by their mean states."""
     tokenizer = tokenizer_of_kind("bert", TEXTS, 200)
     size = len(tokenizer)
@@ -147,7 +147,7 @@ def task_folder(tmp_path):
 
 
 @pytest.mark.skipif(is_there("lm_eval"), reason="lm-eval is installed")
-def test_tasks_without_lm_eval_are_told_with_the_remedy(task_folder):
+def test_missing_lm_eval_is_reported_with_the_remedy(task_folder):
     with pytest.raises(
         UserError, match=r"--tasks needs lm-eval.*pip install 'tokalign_jax\[lm-eval\]'"
     ):
@@ -157,7 +157,7 @@ def test_tasks_without_lm_eval_are_told_with_the_remedy(task_folder):
 @pytest.mark.skipif(
     not is_there("lm_eval"), reason="lm-eval is not installed (pip install 'tokalign_jax[lm-eval]')"
 )
-def test_a_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
+def test_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     downstream.check(["copied_word"], task_folder)
     with pytest.raises(UserError, match=r"'other'.*are copied_word"):
@@ -169,7 +169,7 @@ def test_a_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
     )
 
 
-def test_the_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_path):
+def test_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_path):
     """Tasks are run in their own folder, since paths of their data are relative to it."""
     seen = []
 
@@ -189,12 +189,12 @@ def test_the_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_pat
     assert found == {"x": {"acc": {"value": 0.5, "standard_error": None}}}
 
 
-def test_a_task_folder_that_is_not_there(tmp_path):
+def test_missing_task_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         downstream.check(["x"], tmp_path / "nowhere")
 
 
-def test_metrics_are_told_with_their_errors():
+def test_metrics_are_reported_with_standard_errors():
     result = {
         "alias": "x",
         "acc,none": 0.5,

@@ -14,7 +14,7 @@ def costs(nats, size) -> Costs:
     return Costs(np.asarray(nats, float), np.ones(len(size), int), np.asarray(size, int))
 
 
-def test_interval_is_that_of_documents_drawn_one_by_one():
+def test_interval_equals_a_bootstrap_of_single_documents():
     """Against a plain loop that draws documents with replacement."""
     random = np.random.default_rng(1)
     size = random.integers(50, 500, 40)
@@ -30,7 +30,7 @@ def test_interval_is_that_of_documents_drawn_one_by_one():
     assert found[0] < nats.sum() / size.sum() < found[1]
 
 
-def test_groups_are_drawn_by_themselves():
+def test_groups_are_resampled_separately():
     """Documents that are all alike within their language leave no doubt, however different the
     languages are.
     """
@@ -49,7 +49,7 @@ def test_draws_do_not_depend_on_how_many_are_in_memory(monkeypatch):
     assert intervals.bootstrap_ratio(nats, size, [10, 20], seed=3) == whole
 
 
-def test_the_interval_of_a_difference_is_narrower_than_those_of_both():
+def test_interval_of_a_difference_is_narrower_than_those_of_both():
     """One document is much harder than another for both models; that one is better by a tenth is
     certain all the same.
     """
@@ -86,7 +86,7 @@ def test_one_document_has_no_interval():
         ("{ } ;", 0),
     ],
 )
-def test_words(text, words):
+def test_words_are_counted(text, words):
     assert fertility.words([text]).tolist() == [words]
 
 
@@ -116,7 +116,7 @@ def brute_force(held_out: str, training: list[str]) -> int:
     return len(covered)
 
 
-def test_overlap_is_that_of_a_search_letter_by_letter():
+def test_overlap_equals_a_brute_force_search():
     random = np.random.default_rng(0)
     vocabulary = ["the", "of", "größe", "été", "数学", "ここは", "word", "x", "\n"]
     text = lambda n: " ".join(random.choice(vocabulary, n))  # noqa: E731
@@ -137,14 +137,14 @@ def test_overlap_is_that_of_a_search_letter_by_letter():
     assert found["a"]["seen"] > 0 and found["b"]["seen"] == 0 and found["c"]["share"] > 0.5
 
 
-def test_a_passage_does_not_run_over_two_documents():
+def test_passage_does_not_run_over_two_documents():
     parts = ["one two three four five six seven", "eight nine ten eleven twelve thirteen"]
     batches = [[Document(part, "x", 0) for part in parts]]
     for joined in ("".join(parts), " ".join(parts), "\n".join(parts)):
         assert overlap.overlap({"a": [joined]}, batches)["languages"]["a"]["share"] == 0.0
 
 
-def test_what_parts_documents_is_not_copied():
+def test_document_separators_do_not_count_as_overlap():
     short = [c * 63 for c in "数学文"]
     batches = [[Document(text, "x", 0) for text in reversed(short)]]
     assert (
@@ -157,7 +157,7 @@ def test_what_parts_documents_is_not_copied():
     assert found["share"] == 1.0 and found["seen"] == found["characters"]
 
 
-def test_a_document_is_not_cut_to_nothing():
+def test_documents_are_never_cut_to_nothing():
     chosen = bits_per_byte.choose_texts(
         [Document("a" * 10, "en", 10), Document("日本", "en", 6), Document("日本", "ja", 6)], 11
     )

@@ -5,6 +5,7 @@ are predicted.
 import dataclasses
 import itertools
 import re
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def places_of(source, target, budget=10**9, texts=DOCUMENTS, log=lambda line: No
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
-def test_places_are_where_both_vocabularies_meet(model, kind):
+def test_shared_places_are_where_both_vocabularies_end_tokens(model, kind):
     source = model[0]
     target = tiny_tokenizer(400, TEXTS, kind)
     places = places_of(source, target)
@@ -88,7 +89,7 @@ def test_places_are_where_both_vocabularies_meet(model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_tokenizer_has_places(model, kind):
+def test_every_kind_of_tokenizer_has_shared_places(model, kind):
     places = places_of(model[0], tokenizer_of_kind(kind, DOCUMENTS, 600))
     assert len(places.tokens) == len(shards_of(model[0], DOCUMENTS).tokens)
     for labels in (places.next_target, places.last_target):
@@ -99,7 +100,7 @@ def test_every_kind_of_tokenizer_has_places(model, kind):
     "character", ["\u095c", "e\u0301", "\ua66e"]
 )  # decomposed by NFC, composed by NFC, unknown
 @pytest.mark.parametrize("kind", ["qwen", "bpe_without_bytes"])
-def test_a_character_that_differs_costs_no_more_than_itself(model, kind, character):
+def test_differing_character_loses_only_its_own_place(model, kind, character):
     target = tokenizer_of_kind(kind, DOCUMENTS, 600)
     before, after = TEXTS[0] * 20, " " + TEXTS[0] * 20
     whole, first, second = (
@@ -109,7 +110,7 @@ def test_a_character_that_differs_costs_no_more_than_itself(model, kind, charact
     assert whole >= first + second - 3
 
 
-def test_the_last_document_is_cut_at_the_budget(model):
+def test_last_document_is_cut_at_the_budget(model):
     assert len(places_of(model[0], model[0], budget=100, texts=[TEXTS[0] * 50]).tokens) == 100
     shards = shards_of(model[0], DOCUMENTS)
     drawn = contexts.draw(shards, 150, seed=0)
@@ -120,7 +121,7 @@ def test_the_last_document_is_cut_at_the_budget(model):
     assert contexts.draw(shards, 10**9, seed=0).tolist() == [*range(len(DOCUMENTS))]
 
 
-def test_the_log_says_in_which_languages_places_are_shared(model):
+def test_log_says_in_which_languages_places_are_shared(model):
     lines = []
     documents = as_documents(TEXTS[:1], "en") + as_documents(["\ua66e\ua66e\ua66e"], "xx")
     target = tokenizer_of_kind("bpe_without_bytes", TEXTS[:1], 300)
@@ -169,7 +170,7 @@ def test_contexts_are_means_of_final_states(model, batch, flushed, opening, monk
     )
 
 
-def test_halves_are_two_tokens_that_join_to_the_whole():
+def test_binary_splits_are_two_tokens_that_join_to_the_token():
     for kind in ("byte_level", "metaspace"):
         tokenizer = tiny_tokenizer(400, TEXTS, kind)
         of = spelled(tokenizer)
@@ -224,13 +225,13 @@ def all_rows(rows, known, wanted, reading) -> np.ndarray:
     return result
 
 
-def test_a_linear_rule_is_found(monkeypatch):
+def test_ridge_regression_recovers_a_linear_rule(monkeypatch):
     monkeypatch.setattr(composition, "RIDGE", 1e-6)
     rows, known, wanted, reading, truth = learning_problem(seen=100)
     np.testing.assert_allclose(all_rows(rows, known, wanted, reading), truth, atol=2e-3)
 
 
-def test_rarer_tokens_lean_on_their_pieces():
+def test_rarer_tokens_stay_closer_to_their_pieces():
     """Under noise the rule for its size does better than the rule for exact contexts, and better
     than no contexts.
     """
@@ -285,7 +286,7 @@ def test_moved_head_rows_give_tokens_their_frequency(model, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_learning_changes_composed_rows_alone(tmp_path, tied):
+def test_composition_changes_composed_rows_only(tmp_path, tied):
     folder = tiny_model_folder(tmp_path, "llama", vocab_size=320, tied=tied)
     config, _ = hub.load_config(folder)
     params, source = huggingface.load_params(folder, config), AutoTokenizer.from_pretrained(folder)
@@ -382,7 +383,7 @@ def loaded(folder, tied=False, tokenizer=None, **settings):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("calibrated", [0.5, 1.0])
-def test_special_and_unseen_tokens_of_the_source_stay(tmp_path, tied, calibrated):
+def test_special_and_unseen_source_tokens_keep_their_rows(tmp_path, tied, calibrated):
     """Neither the tokens of a chat nor an added token that plain text never has may become less
     likely.
     """
@@ -404,7 +405,7 @@ def test_special_and_unseen_tokens_of_the_source_stay(tmp_path, tied, calibrated
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"random"}))
 @pytest.mark.parametrize("target", ["itself", "renumbered", "fewer", "more", "other roles"])
-def test_tokens_that_the_source_has_are_the_sources(tmp_path, method, target):
+def test_shared_tokens_get_the_source_rows(tmp_path, method, target):
     """One vocabulary within the other: every shared row is the source's, bit for bit, whatever the
     method.
     """
@@ -427,7 +428,7 @@ def test_tokens_that_the_source_has_are_the_sources(tmp_path, method, target):
         np.testing.assert_array_equal(rows[ids[:, 0]], matrices(params)[path][ids[:, 1]])
 
 
-def test_without_places_all_but_the_learned_rows_is_done(tmp_path, monkeypatch):
+def test_without_shared_places_only_learned_rows_are_skipped(tmp_path, monkeypatch):
     model, source = loaded(tmp_path)
     target = tiny_tokenizer(420, OTHER)
     find_places = contexts.find_places
@@ -446,7 +447,7 @@ def test_without_places_all_but_the_learned_rows_is_done(tmp_path, monkeypatch):
         assert (rows != calibrated[path]).any() and np.isfinite(rows).all()
 
 
-def test_unseen_tokens_are_as_probable_as_good_and_turing_say():
+def test_unseen_tokens_get_the_good_turing_probability():
     counts = np.array([0] * 1000 + [1] * 20 + [2] * 30 + [500, 1000])
     estimated = calibration.estimated_frequencies(counts)
     assert estimated.sum() == pytest.approx(1)
@@ -488,7 +489,7 @@ def tuned(folder, tied, kept=0, budget=40_000, target=None):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_tuned_rows_read_the_text_better(tmp_path, tied):
+def test_tuning_lowers_the_loss_on_the_text(tmp_path, tied):
     aligned, side, after, lines = tuned(tmp_path, tied, target=tiny_tokenizer(420, OTHER))
     before, again = (
         side.params,
@@ -521,7 +522,7 @@ def test_tuned_rows_read_the_text_better(tmp_path, tied):
         np.testing.assert_array_equal(changed, moves)  # special tokens have no part in it
 
 
-def test_rows_that_are_kept_are_not_tuned(tmp_path):
+def test_frozen_rows_are_not_tuned(tmp_path):
     _, side, after, _ = tuned(tmp_path, True, kept=300, target=tiny_tokenizer(420, OTHER))
     changed = (
         np.asarray(after["embed_tokens"]["embedding"]) != side.params["embed_tokens"]["embedding"]
@@ -529,18 +530,18 @@ def test_rows_that_are_kept_are_not_tuned(tmp_path):
     assert not changed[:300].any() and changed[300:].any()
 
 
-def test_the_same_vocabulary_is_not_tuned(tmp_path):
+def test_same_vocabulary_is_not_tuned(tmp_path):
     _, side, after, lines = tuned(tmp_path, False)
     assert after is side.params and not lines
 
 
-def test_rows_that_gain_nothing_stay(tmp_path, monkeypatch):
+def test_rows_stay_when_tuning_gains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 50.0)
     _, side, after, lines = tuned(tmp_path, True, target=tiny_tokenizer(420, OTHER))
     assert after is side.params and "left as they were" in lines[-1]
 
 
-def test_a_step_follows_adam_and_has_its_size(tmp_path, monkeypatch):
+def test_tuning_step_follows_adam_and_its_size(tmp_path, monkeypatch):
     """One step at the peak rate: B against the formula in NumPy float64, and how far rows moved."""
     monkeypatch.setattr(tuning, "STEPS", 1)
     monkeypatch.setattr(tuning, "COMPONENTS", 5)
@@ -603,7 +604,7 @@ def test_components_are_the_principal_ones():
     np.testing.assert_allclose(np.abs(found[:, order]), np.abs(expected), atol=0.02)
 
 
-def test_initialisation_mixes_rows_and_leaves_the_rest_alone(model):
+def test_initialisation_changes_vocabulary_rows_only(model):
     _, config, params = model
     new_config, new = initialization.random_rows(config, params, 77, jax.random.key(0))
     assert new_config.vocab_size == 77
@@ -654,15 +655,19 @@ def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), column
     return new
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+MATRICES = [(True, "embed_tokens"), (False, "lm_head"), (False, "embed_tokens")]
+"""Whether the matrices are tied, and which one has broken rows."""
+
+
 @pytest.mark.parametrize(
-    ("tied", "groups"),
-    [(True, ("embed_tokens",)), (False, ("lm_head",)), (False, ("embed_tokens",))],
+    ("method", "tied", "group"),
+    dict.fromkeys(
+        [(method, *which) for method, which in zip(sorted(methods.METHODS), cycle(MATRICES))]
+        + [("composed", *which) for which in MATRICES]
+    ),
 )
-def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
-    """Whatever the rows of unused tokens hold, and whether these are special, text or padding rows,
-    it leaves no trace.
-    """
+def test_rows_with_nan_or_infinity_change_no_other_row(tmp_path, method, tied, group):
+    """Rows of unused tokens, whether special, text or padding rows."""
     source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(420, OTHER)
     for tokenizer in (source, target):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
@@ -676,7 +681,7 @@ def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
     assert len(unseen) > 20 and len(source) < 310
     found = []
     for value, columns in ((np.nan, slice(3, 4)), (np.inf, slice(None)), (-np.inf, slice(2))):
-        bad = broken(params, unused, value, groups, columns)
+        bad = broken(params, unused, value, (group,), columns)
         whole, unusable = initialization.usable(bad, len(source))
         assert unusable == set(unused[:2])
         aligned, *_, after, _ = start(
@@ -694,7 +699,7 @@ def test_a_broken_row_reaches_no_other(tmp_path, method, tied, groups):
             np.testing.assert_array_equal(rows, other[path])
 
 
-def test_what_would_be_made_of_a_broken_row_follows_the_next_rule():
+def test_tokens_with_a_non_finite_source_row_follow_the_next_rule():
     source, target = tiny_tokenizer(320, TEXTS), tiny_tokenizer(420, OTHER)
     for tokenizer in (source, target):
         tokenizer.add_special_tokens(
@@ -731,7 +736,7 @@ def row_ids(mixture, i):
     return mixture.ids[mixture.indptr[i] : mixture.indptr[i + 1]].tolist()
 
 
-def test_kept_rows_that_are_broken_are_made_anew(tmp_path):
+def test_non_finite_frozen_rows_are_initialised(tmp_path):
     (config, params), source = loaded(tmp_path, False)
     aligned = methods.without(
         methods.from_pieces(source, source), {7, 280}, source, source, np.ones(len(source))
@@ -745,7 +750,7 @@ def test_kept_rows_that_are_broken_are_made_anew(tmp_path):
         np.testing.assert_array_equal(rows[still], matrices(params)[path][still])
 
 
-def test_rows_of_the_source_keep_every_bit():
+def test_source_rows_are_kept_bit_for_bit():
     """-0.0 too, which a product with a weight of 1 would lose."""
     rows = np.array([[-0.0, 1.5], [2.0, -0.0], [-0.0, -0.0]], np.float32)
     one = alignment.one_to_one(np.array([2, 0, 1, 0]), 3)

@@ -72,7 +72,7 @@ def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
     assert any("self-distillation" in line for line in lines)
 
 
-def test_rows_alone_leave_the_body_and_the_source_s_rows(sides):
+def test_training_rows_only_keeps_the_body_and_source_rows(sides):
     config = replace(CONFIG, initialization=replace(SETTINGS, trains="rows"))
     before, after, facts, _ = distilled(sides, config)
     _, _, aligned = sides
@@ -88,7 +88,7 @@ def test_rows_alone_leave_the_body_and_the_source_s_rows(sides):
             assert after[path] is rows
 
 
-def test_an_extension_keeps_its_first_rows(sides):
+def test_extension_keeps_its_first_rows(sides):
     before, after, _, _ = distilled(sides, kept=310)
     for path, rows in before.items():
         old, new = np.asarray(rows), np.asarray(after[path])
@@ -98,7 +98,7 @@ def test_an_extension_keeps_its_first_rows(sides):
         )
 
 
-def test_nothing_is_trained_where_no_token_is_composed(sides):
+def test_nothing_is_trained_without_composed_tokens(sides):
     source, _, _ = sides
     aligned = methods.from_pieces(source.tokenizer, source.tokenizer)
     config, params = initialization.initialize(source.config, source.params, aligned)
@@ -109,7 +109,7 @@ def test_nothing_is_trained_where_no_token_is_composed(sides):
     assert result.params is params and not result.facts
 
 
-def test_the_source_model_writes_text_of_its_own(sides):
+def test_source_model_samples_text(sides):
     source, _, _ = sides
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     writer = self_text.Writer(source.config, source.params, source.tokenizer, np.float32, mesh, 0)
@@ -119,7 +119,7 @@ def test_the_source_model_writes_text_of_its_own(sides):
     assert passages != writer._replace(seed=1).write(2000, lambda line: None)
 
 
-def test_words_begin_behind_a_space():
+def test_sampled_words_follow_a_space():
     tokenizer = tiny_tokenizer(400, TEXTS * 3)
     ids, sizes = self_text.word_beginnings(tokenizer)
     contents = [token_bytes(tokenizer)[i] for i in ids]
@@ -127,7 +127,7 @@ def test_words_begin_behind_a_space():
     assert all(content[:1] == b" " and content[1:].decode().isalpha() for content in contents)
 
 
-def test_states_at_the_last_piece_are_the_model_s(sides):
+def test_states_at_the_last_piece_match_the_model(sides):
     source, _, _ = sides
     parts, mesh = [[5, 9], [7], [20, 30, 40]], sharding.make_mesh(devices=jax.devices()[:1])
     from tokalign_jax.models.transformer import forward
@@ -156,7 +156,7 @@ def test_micro_batches_are_as_even_as_they_divide(count, at_once, monkeypatch):
     )
 
 
-def test_tokens_that_the_text_does_not_hold_are_not_driven_down(sides):
+def test_logits_of_tokens_absent_from_the_text_are_not_lowered(sides):
     before, after, facts, lines = distilled(sides)
     _, _, aligned = sides
     composed = np.flatnonzero(np.isin(aligned.rules, initialization.COMPOSED))
@@ -167,7 +167,7 @@ def test_tokens_that_the_text_does_not_hold_are_not_driven_down(sides):
     assert any("are not in the text" in line for line in lines) == (facts["unseen_shift"] > 0)
 
 
-def test_features_are_held_for_composed_tokens_only(sides, monkeypatch):
+def test_features_are_stored_for_composed_tokens_only(sides, monkeypatch):
     passed = {}
 
     def distill(config, models, params, teacher, rows, *args):
@@ -184,7 +184,7 @@ def test_features_are_held_for_composed_tokens_only(sides, monkeypatch):
         assert len(rows.features) == len(rows.composed) < aligned.target_size
 
 
-def test_rows_restricted_to_the_text_are_those_of_a_dense_table():
+def test_rows_restricted_to_the_text_equal_a_dense_table():
     random = np.random.default_rng(0)
     composed, tokens = np.array([2, 3, 5, 8]), np.array([0, 3, 4, 8, 9])
     features, free = random.normal(size=(4, 6)), random.random(10) < 0.5

@@ -86,7 +86,7 @@ def test_snippets_spell_the_same_text_in_both_readings(tokenizers):
     assert (met > 0).mean() > 0.3  # of the others, text has none: they are parts of longer ones
 
 
-def test_every_token_keeps_its_first_snippet_before_any_a_second(tokenizers):
+def test_every_token_gets_one_snippet_before_any_gets_two(tokenizers):
     search = finder(tokenizers)
     once = search.find(DOCUMENTS, replace(SETTINGS, snippets=1))
     few = search.find(DOCUMENTS, replace(SETTINGS, most_snippets=len(once.original)))
@@ -94,7 +94,7 @@ def test_every_token_keeps_its_first_snippet_before_any_a_second(tokenizers):
         assert {tuple(row) for row in one.tolist()} == {tuple(row) for row in other.tolist()}
 
 
-def test_the_loss_is_the_mean_squared_difference_of_final_states(sides):
+def test_loss_is_the_mean_squared_difference_of_final_states(sides):
     source, target, aligned, folder = sides
     search = finder((source.tokenizer, target.tokenizer))
     snippets = Snippets(*(values[:5] for values in search.find(DOCUMENTS, SETTINGS)))
@@ -126,7 +126,7 @@ def test_the_loss_is_the_mean_squared_difference_of_final_states(sides):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_rows_of_new_tokens_alone_move_and_the_loss_falls(sides, devices):
+def test_only_rows_of_new_tokens_change_and_the_loss_falls(sides, devices):
     source, target, aligned, _ = sides
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     how = DOCUMENTS, mesh, lambda line: None
@@ -138,7 +138,7 @@ def test_rows_of_new_tokens_alone_move_and_the_loss_falls(sides, devices):
     assert moved.any() and not moved[~composed].any()
 
 
-def test_states_after_some_layers_take_less_of_the_model(sides):
+def test_states_of_an_earlier_layer_need_fewer_layers(sides):
     source, target, aligned, _ = sides
     settings = replace(SETTINGS, layers=1)
     config = replace(CONFIG, initialization=InitializationConfig(token_distillation=settings))
@@ -162,7 +162,7 @@ def test_text_without_new_tokens_leaves_the_mean_of_the_pieces(sides):
     assert result.facts == {} and "no new token is in the text" in lines[0]
 
 
-def test_a_run_starts_by_it(tmp_path, tokenizers):
+def test_run_initialises_with_token_distillation(tmp_path, tokenizers):
     source, target = tokenizers
     corpus = write_corpus(tmp_path)
     target.save_pretrained(tmp_path / "target")

@@ -16,7 +16,7 @@ def head():
 
 
 @pytest.mark.parametrize("block", [unseen.BLOCK, 32])
-def test_unseen_tokens_get_the_probability_together(head, block, monkeypatch):
+def test_unseen_tokens_share_the_estimated_probability(head, block, monkeypatch):
     monkeypatch.setattr(unseen, "BLOCK", block)
     states, rows = head
     absent = np.arange(20, 60)
@@ -34,7 +34,7 @@ def test_no_logit_is_raised(head):
     assert nats < 1e-6 and np.abs(change).max() < 1e-6
 
 
-def test_the_estimate_is_the_share_of_tokens_that_occur_once():
+def test_estimate_is_the_share_of_tokens_that_occur_once():
     counts, composed = np.array([5, 1, 1, 0, 3]), np.array([True, True, False, True, True])
     assert unseen.good_turing(counts, composed) == 1 / 10
     assert unseen.good_turing(np.array([4, 0]), np.ones(2, bool)) == 1 / 4

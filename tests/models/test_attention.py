@@ -97,7 +97,7 @@ def test_query_heads_share_key_value_heads_in_order(groups):
 
 
 @pytest.mark.parametrize("fallback", ["whole", "blocked"])
-def test_half_precision_loses_no_more_than_its_roundings(fallback):
+def test_half_precision_error_is_bounded_by_rounding(fallback):
     """Sums and softmax are float32: the error stays that of rounding inputs and outputs, however
     many blocks there are.
     """
@@ -111,7 +111,7 @@ def test_half_precision_loses_no_more_than_its_roundings(fallback):
     check(got, reference(q, k, v, upstream, scale=0.3), 1e-2)
 
 
-def test_attend_takes_long_sequences_by_blocks():
+def test_attend_processes_long_sequences_in_blocks():
     q, k, v, upstream = arrays(
         length=attention.MAX_UNBLOCKED_QUERIES + 30, batch=1, heads=2, groups=1
     )
@@ -136,7 +136,7 @@ def test_memory_of_long_sequences_grows_with_their_length_not_its_square():
     assert temporary(4096) < 2.5 * temporary(2048)
 
 
-def test_mask_says_which_keys_a_query_sees():
+def test_mask_is_true_for_visible_keys():
     """A cache filled up to 6 of 12 keys, three queries at its end: as the last three of causal
     attention over six.
     """
@@ -151,7 +151,7 @@ def test_mask_says_which_keys_a_query_sees():
     np.testing.assert_allclose(got[1], np.repeat(v[1, :1], 2, axis=1).repeat(3, axis=0), atol=1e-6)
 
 
-def test_refuses_what_it_cannot_mean():
+def test_invalid_arguments_are_refused():
     q, k, v, _ = arrays()
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         attention.attend(q, *arrays(groups=3)[1:3], scale=1.0)
@@ -214,7 +214,7 @@ class Device:
         (Device("cpu", None), jnp.bfloat16, 64, None, None),
     ],
 )
-def test_kernel_by_device(monkeypatch, device, dtype, size, softcap, expected):
+def test_kernel_is_chosen_by_device(monkeypatch, device, dtype, size, softcap, expected):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     kernel = attention._select_kernel(
         jax.ShapeDtypeStruct((2, 20, 4, size), dtype), 0.1, None, softcap

@@ -26,7 +26,7 @@ def both_ways(config):
 
 
 @CASES
-def test_states_and_gradients_are_the_same(case, tmp_path):
+def test_dense_and_sparse_experts_agree_in_states_and_gradients(case, tmp_path):
     both = pair(case, tmp_path)
     text = jnp.asarray(tokens(23, batch=3))
 
@@ -48,8 +48,8 @@ def test_states_and_gradients_are_the_same(case, tmp_path):
         )
 
 
-@CASES
-def test_adapters_and_their_dropout_are_the_same(case, tmp_path):
+@pytest.mark.parametrize("case", [of("qwen2_moe")[0], of("qwen3_moe")[0]], ids=str)
+def test_dense_and_sparse_experts_agree_with_adapters_and_dropout(case, tmp_path):
     both = pair(case, tmp_path)
     spec = LoraSpec(rank=3, alpha=6.0, dropout=0.4)
     leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))

@@ -189,7 +189,7 @@ LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     ],
     ids=lambda settings: settings["rope_type"],
 )
-def test_rotary_settings_of_all_ages_mean_the_same(settings):
+def test_old_and_new_rotary_settings_are_equivalent(settings):
     old = {"type" if key == "rope_type" else key: value for key, value in settings.items()}
     without = {key: value for key, value in _raw("llama").items() if key != "rope_theta"}
     new = families.config_from_hf(
@@ -206,7 +206,7 @@ def test_rotary_settings_of_all_ages_mean_the_same(settings):
         _read("llama", **both)
 
 
-def test_constants_of_scalings():
+def test_rotary_scaling_constants():
     def scaling(family: str = "llama", **settings):
         return _read(family, rope_scaling=settings).layer_kinds[0].rope.scaling
 
@@ -235,7 +235,7 @@ def _windows(config) -> list[int | None]:
     return [kind.window for kind in config.layer_kinds]
 
 
-def test_kinds_of_layers_without_the_key_that_lists_them():
+def test_layer_kinds_are_derived_without_layer_types():
     assert _windows(_read("qwen2")) == [None] * 8
     assert _windows(_read("qwen2", use_sliding_window=True)) == [None] * 4 + [4096] * 4
     assert (
@@ -262,7 +262,7 @@ def test_kinds_of_layers_without_the_key_that_lists_them():
     assert _windows(windowed) == [None, None, None, 9] * 2
 
 
-def test_lists_of_layers_are_followed():
+def test_layer_lists_are_followed():
     types = [FULL, SLIDING, *[FULL] * 6]
     for family in ("gemma2", "gemma3_text", "olmo3"):
         assert _windows(_read(family, layer_types=types)) == [None, 512, *[None] * 6]
@@ -277,7 +277,7 @@ def test_lists_of_layers_are_followed():
     ] == list(map(bool, turns))
 
 
-def test_keys_that_are_left_out_or_called_otherwise():
+def test_missing_and_renamed_keys_are_read():
     assert _read("gemma").activation == "gelu_tanh"
     assert _read("gemma", hidden_act="silu").activation == "silu"
     assert _read("gpt2").intermediate_size == 4 * 32
@@ -300,7 +300,7 @@ def test_keys_that_are_left_out_or_called_otherwise():
 
 
 @pytest.mark.parametrize("family", RAW)
-def test_keys_without_a_meaning_for_the_model_are_let_through(family):
+def test_irrelevant_keys_are_accepted(family):
     keys = {
         "attention_dropout": 0.1,
         "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
@@ -424,13 +424,13 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         ("gpt_neox", {"sliding_window": 5}, "'sliding_window'"),
     ],
 )
-def test_what_is_not_implemented_is_named(family, changes, message):
+def test_errors_name_what_is_not_implemented(family, changes, message):
     with pytest.raises(UserError, match=message):
         _read(family, **changes)
 
 
 @pytest.mark.parametrize("family", RAW)
-def test_quantized_models_are_refused_with_the_way_out(family):
+def test_quantized_models_are_refused_with_a_remedy(family):
     for method in ("gptq", "awq", "fp8", "bitsandbytes"):
         with pytest.raises(
             UserError, match=rf"quantization_config.*{method}.*give the original model"
@@ -445,7 +445,7 @@ def test_quantized_models_are_refused_with_the_way_out(family):
         families.config_from_hf(families.text_config(text))
 
 
-def test_weights_of_a_part_that_is_not_there_are_named(tmp_path):
+def test_error_names_weights_of_an_unknown_part(tmp_path):
     case = Case("qwen3", "", {"head_dim": 8})
     model(case).save_pretrained(tmp_path)
     config, raw = hub.load_config(tmp_path)

@@ -31,11 +31,11 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("case", of(*FAMILIES), ids=str)
-def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
+def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", families.REFUSED)
-def test_families_that_nearly_fit_are_refused_with_the_reason(model_type):
+def test_similar_unsupported_families_are_refused_with_the_reason(model_type):
     with pytest.raises(UserError, match=rf"'{model_type}' is not supported: .*(start too|causal)"):
         families.family(model_type)

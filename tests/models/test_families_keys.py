@@ -97,7 +97,7 @@ def _others(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_every_key_of_the_class_counts(family):
+def test_every_config_key_is_read_refused_or_known_to_be_irrelevant(family):
     case: Case = of(family)[0]
     raw = AutoConfig.for_model(family, **settings(case)).to_dict()
     known = families.config_from_hf(raw)

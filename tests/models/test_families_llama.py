@@ -6,5 +6,5 @@ from tests.models.parity_cases import Case, check, of
 
 
 @pytest.mark.parametrize("case", of("llama", "gpt_neox", "mistral", "granite", "stablelm"), ids=str)
-def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
+def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)

@@ -37,12 +37,12 @@ MIXTURES = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "case", of(*families.mixture.MODEL_TYPES, *families.multimodal.MODEL_TYPES), ids=str
 )
-def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
+def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
 
 
 @MIXTURES
-def test_experts_may_be_stored_in_one_tensor(case, tmp_path):
+def test_experts_stored_in_one_tensor_are_read_and_written(case, tmp_path):
     both = pair(case, tmp_path / "apart")
     model(case).save_pretrained(tmp_path / "packed", save_original_format=False)
     TOKENIZER.save_pretrained(tmp_path / "packed")
@@ -58,7 +58,7 @@ def test_experts_may_be_stored_in_one_tensor(case, tmp_path):
         np.testing.assert_array_equal(written[name], tensor)
 
 
-def test_adapters_are_on_every_expert_and_merge(tmp_path):
+def test_adapters_cover_every_expert_and_merge(tmp_path):
     both = pair(of("qwen3_moe")[0], tmp_path)
     spec = LoraSpec(rank=2, alpha=4.0, dropout=0.0)
     leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))
@@ -78,7 +78,7 @@ def test_adapters_are_on_every_expert_and_merge(tmp_path):
     )
 
 
-def test_the_text_model_of_newer_names_and_its_config(tmp_path):
+def test_text_model_with_newer_tensor_names_is_read_and_exported(tmp_path):
     case = of("gemma3")[0]
     both = pair(case, tmp_path / "source")
     file = both.folder / huggingface.WEIGHTS_FILE
@@ -101,7 +101,7 @@ def test_the_text_model_of_newer_names_and_its_config(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(written)).__name__ == "Gemma3ForCausalLM"
 
 
-def test_what_a_nested_config_leaves_out_is_the_default_of_its_class(tmp_path):
+def test_nested_config_defaults_come_from_its_class(tmp_path):
     # As google/gemma-3-4b-it has it: transformers writes nested configs without the defaults of
     # their class.
     text = {

@@ -86,7 +86,7 @@ def fake(tmp_path, monkeypatch):
 # --- What is fetched ----------------------------------------------------------------------------
 
 
-def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
+def test_only_data_files_and_indexed_weights_are_downloaded(fake):
     index = json.dumps(
         {
             "weight_map": {
@@ -123,7 +123,7 @@ def test_only_data_is_fetched_and_only_the_weights_that_the_index_lists(fake):
     assert not set(fake.fetched) & {*others, "original/params.json"}
 
 
-def test_a_tokenizer_needs_no_weights(fake):
+def test_tokenizer_is_downloaded_without_weights(fake):
     fake.repository("me/small", **{"tokenizer__json": "{}", "model__safetensors": "x"})
     assert [p.name for p in hub.resolve("me/small", what="tokenizer", weights=False).iterdir()] == [
         "tokenizer.json"
@@ -134,7 +134,7 @@ def test_a_tokenizer_needs_no_weights(fake):
     }
 
 
-def test_a_revision_is_pinned_behind_an_at(fake):
+def test_revision_after_an_at_sign_is_pinned(fake):
     for revision in (None, "v2", "0123abc"):
         fake.repository(
             "me/model", revision, config__json=json.dumps({"of": revision}), model__safetensors="x"
@@ -143,7 +143,7 @@ def test_a_revision_is_pinned_behind_an_at(fake):
         assert hub.read_json(hub.resolve(name, what="source model") / "config.json") == {"of": of}
 
 
-def test_an_index_cannot_lead_elsewhere(fake):
+def test_index_cannot_name_files_outside_the_folder(fake):
     for file in ("../../secret.safetensors", "sub/model.safetensors", "model.bin", "/etc/passwd"):
         fake.repository("me/odd", **{"config__json": "{}"})
         (fake._folder("me/odd", None) / hub.INDEX_FILE).write_text(
@@ -168,7 +168,7 @@ def test_an_index_cannot_lead_elsewhere(fake):
         ("nothing.md", r"has neither model\.safetensors nor"),
     ],
 )
-def test_other_formats_are_refused_with_the_way_out(file, message, fake, tmp_path):
+def test_other_formats_are_refused_with_a_remedy(file, message, fake, tmp_path):
     local = _write(tmp_path / "local", **{"config__json": "{}", file.replace(".", "__"): "x"})
     fake.repository("me/old", "v1", **{"config__json": "{}", file.replace(".", "__"): "x"})
     for name in (str(local), "me/old@v1"):
@@ -181,7 +181,7 @@ def test_other_formats_are_refused_with_the_way_out(file, message, fake, tmp_pat
         hub.resolve(name, what="tokenizer", weights=False)
 
 
-def test_an_adapter_beside_the_weights_is_not_left_out_without_a_word(tmp_path):
+def test_adapter_beside_the_weights_is_not_silently_ignored(tmp_path):
     folder = _write(
         tmp_path / "local", config__json="{}", model__safetensors="x", adapter_config__json="{}"
     )
@@ -189,7 +189,7 @@ def test_an_adapter_beside_the_weights_is_not_left_out_without_a_word(tmp_path):
         hub.resolve(str(folder), what="source model")
 
 
-def test_the_command_that_converts_is_a_program():
+def test_suggested_conversion_command_is_valid_python():
     for name in ("/models/x", "me/old@v1"):
         text = hub._explain_missing_safetensors(name, ["pytorch_model.bin"])
         program = text.split('python -c "')[1].split('"`')[0]
@@ -199,7 +199,7 @@ def test_the_command_that_converts_is_a_program():
         )
 
 
-def test_models_with_code_of_their_own_are_refused_by_name(tmp_path):
+def test_models_with_remote_code_are_refused_by_name(tmp_path):
     own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     folder = _write(tmp_path, config__json=json.dumps({"model_type": "own", **own}))
     with pytest.raises(UserError, match=r"model_type 'own', auto_map.*never run.*llama"):
@@ -227,7 +227,7 @@ def _http_error(kind):
         (errors.RevisionNotFoundError, r"there is no revision 'v9'"),
     ],
 )
-def test_errors_say_what_to_do_and_never_the_token(kind, message, fake, monkeypatch):
+def test_hub_errors_name_a_remedy_and_never_the_access_token(kind, message, fake, monkeypatch):
     def refuse(*arguments, **options):
         raise _http_error(kind)
 
@@ -237,7 +237,7 @@ def test_errors_say_what_to_do_and_never_the_token(kind, message, fake, monkeypa
     assert TOKEN not in str(raised.value) and "***" in str(raised.value)
 
 
-def test_offline_is_honoured_and_told(tmp_path, monkeypatch):
+def test_offline_mode_is_honoured_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
@@ -256,7 +256,7 @@ def test_offline_is_honoured_and_told(tmp_path, monkeypatch):
     assert hub.resolve("me/model", what="source model") == snapshot
 
 
-def test_a_local_folder_is_itself(tmp_path):
+def test_local_folder_is_used_as_it_is(tmp_path):
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / hub.WEIGHTS_FILE)
     assert hub.resolve(str(tmp_path), what="source model") == tmp_path
 
@@ -270,7 +270,7 @@ def _saved(folder: Path, kind: str = "llama3", **settings) -> Path:
     return folder
 
 
-def test_tokenizers_with_code_of_their_own_are_read_from_their_data(tmp_path):
+def test_tokenizers_with_remote_code_are_read_from_their_files(tmp_path):
     own = {
         "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]},
         "tokenizer_class": "OwnTokenizer",
@@ -301,7 +301,7 @@ def test_tokenizers_with_code_of_their_own_are_read_from_their_data(tmp_path):
         ("qwen", "GPT2Tokenizer"),
     ],
 )
-def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp_path):
+def test_saved_tokenizer_equals_the_loaded_one(kind, tokenizer_class, tmp_path):
     """Classes of transformers may make another tokenizer of tokenizer.json than it says; what is
     written stays as read.
     """
@@ -319,7 +319,7 @@ def test_a_written_tokenizer_is_the_one_that_was_read(kind, tokenizer_class, tmp
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
-def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path):
+def test_end_tokens_are_kept_where_the_new_vocabulary_has_them(tmp_path):
     """A chat model's turns end with another token than its documents; without it generation would
     not stop.
     """
@@ -347,7 +347,7 @@ def test_tokens_that_end_a_text_stay_where_the_new_vocabulary_has_them(tmp_path)
         assert (hub.read_json(out / "config.json") or {})["eos_token_id"] == tokenizer.eos_token_id
 
 
-def test_values_out_of_range_are_named_and_left_out(tmp_path):
+def test_generation_values_out_of_range_are_reported_and_dropped(tmp_path):
     tokenizer = tiny_tokenizer(300, TEXTS)
     source = _write(tmp_path / "source")
     tokenizer.save_pretrained(source)
@@ -397,7 +397,7 @@ def test_values_out_of_range_are_named_and_left_out(tmp_path):
         hub.warn_dropped_values(source, {}, 300, lines.append)
 
 
-def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
+def test_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0a\x0a\x05<unk>")
     monkeypatch.setattr(hub, "_is_installed", lambda module: False)
     with pytest.raises(
@@ -414,7 +414,7 @@ def test_a_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
         hub.load_tokenizer(tmp_path)
 
 
-def test_other_tokenizer_files_are_told(tmp_path):
+def test_unsupported_tokenizer_files_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer .* has no vocabulary and cannot be read"):
         hub.load_tokenizer(tmp_path)
     (tmp_path / "tekken.json").write_text("{}")
@@ -425,7 +425,7 @@ def test_other_tokenizer_files_are_told(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["GemmaTokenizer", "BertTokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "T5Tokenizer"]
 )
-def test_a_vocabulary_that_was_not_copied_is_missed(kind, tmp_path):
+def test_missing_vocabulary_file_is_reported(kind, tmp_path):
     """transformers makes a tokenizer of special tokens alone."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     with pytest.raises(
@@ -435,14 +435,14 @@ def test_a_vocabulary_that_was_not_copied_is_missed(kind, tmp_path):
         hub.load_tokenizer(tmp_path)
 
 
-def test_an_empty_vocabulary_is_missed(tmp_path):
+def test_empty_vocabulary_is_reported(tmp_path):
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
     _edit(tmp_path / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
     with pytest.raises(UserError, match="empty vocabulary"):
         hub.load_tokenizer(tmp_path)
 
 
-def test_the_end_of_text_can_be_named_or_added(tmp_path):
+def test_end_of_text_can_be_chosen_or_added(tmp_path):
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
     before = hub.load_tokenizer(tmp_path)
     named = hub.load_tokenizer(tmp_path, "a")
@@ -456,7 +456,7 @@ def test_the_end_of_text_can_be_named_or_added(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == len(before)
 
 
-def test_ids_with_gaps_get_no_new_token(tmp_path):
+def test_no_token_is_added_to_ids_with_gaps(tmp_path):
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
     state = json.loads((tmp_path / "tokenizer.json").read_text())
     last = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
@@ -469,7 +469,7 @@ def test_ids_with_gaps_get_no_new_token(tmp_path):
 # --- Out ----------------------------------------------------------------------------------------
 
 
-def test_terms_go_along(tmp_path):
+def test_licence_files_are_copied(tmp_path):
     source = _write(
         tmp_path / "source", LICENSE="l", NOTICE__txt="n", USE_POLICY__md="u", config__json="{}"
     )
@@ -484,7 +484,7 @@ def test_terms_go_along(tmp_path):
     }  # fmt: skip
 
 
-def test_a_folder_is_pushed(fake, tmp_path):
+def test_folder_is_pushed_to_the_hub(fake, tmp_path):
     assert hub.push_to_hub(tmp_path, "me/new") == "https://huggingface.co/me/new"
     assert [call[0] for call in fake.calls] == ["create_repo", "upload_folder"]
     assert fake.calls[0][2] == {"private": True, "exist_ok": True}
@@ -500,7 +500,7 @@ def test_a_folder_is_pushed(fake, tmp_path):
     assert (sent["repo_id"], sent["folder_path"], sent["revision"]) == ("me/new", tmp_path, "v1")
 
 
-def test_a_push_that_cannot_be_says_why(fake, tmp_path, monkeypatch):
+def test_failed_push_states_the_reason(fake, tmp_path, monkeypatch):
     def refuse(**options):
         raise _http_error(errors.HfHubHTTPError)
 

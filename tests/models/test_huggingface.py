@@ -51,7 +51,7 @@ def _edit_json(path: Path, **changes) -> None:
 
 
 @BOTH
-def test_shards_hold_the_same_as_one_file(family, tmp_path):
+def test_sharded_checkpoint_equals_a_single_file(family, tmp_path):
     _, _, one = _load(tiny_model_folder(tmp_path / "one", family, tokenizer=TOKENIZER))
     folder = tiny_model_folder(
         tmp_path / "many", family, tokenizer=TOKENIZER, max_shard_size="30KB"
@@ -73,7 +73,7 @@ def test_stored_types_are_kept(family, tmp_path):
     )
 
 
-def test_older_spellings_of_the_config_mean_the_same(tmp_path):
+def test_older_config_spellings_are_equivalent(tmp_path):
     for family, old, new in (
         (
             "llama",
@@ -143,7 +143,7 @@ def test_old_checkpoints_may_hold_buffers_and_a_copy_of_a_tied_embedding(tmp_pat
             read(folder, config)
 
 
-def test_checkpoints_of_a_model_without_its_head_lack_the_first_part_of_names(tmp_path):
+def test_checkpoint_of_the_base_model_lacks_the_name_prefix(tmp_path):
     for family, first in (("llama", "model."), ("gpt_neox", "gpt_neox.")):
         folder = _folder(tmp_path / family, family, tied=True)
         weights, (_, _, before) = _weights(folder), _load(folder)
@@ -155,7 +155,7 @@ def test_checkpoints_of_a_model_without_its_head_lack_the_first_part_of_names(tm
 
 
 @BOTH
-def test_a_tied_model_may_be_stored_by_its_heads_name(family, tmp_path):
+def test_tied_matrix_may_be_stored_under_the_heads_name(family, tmp_path):
     folder = _folder(tmp_path, family, tied=True)
     weights, (_, _, before) = _weights(folder), _load(folder)
     names = {
@@ -177,7 +177,7 @@ def test_a_tied_model_may_be_stored_by_its_heads_name(family, tmp_path):
     )
 
 
-def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
+def test_missing_head_falls_back_to_the_embedding(tmp_path):
     folder = _folder(tmp_path, tied=True)
     _edit_json(folder / "config.json", tie_word_embeddings=False)
     with pytest.raises(UserError, match='lacks "tie_word_embeddings": true'):
@@ -189,7 +189,7 @@ def test_a_head_that_is_not_there_may_be_the_embedding(tmp_path):
 
 @BOTH
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_written_model_is_the_one_that_was_read(family, tied, tmp_path):
+def test_saved_model_equals_the_loaded_one(family, tied, tmp_path):
     source = _folder(
         tmp_path, family, tied=tied, dtype="bfloat16", max_shard_size="40KB", attention_bias=True
     )
@@ -211,7 +211,7 @@ def test_a_written_model_is_the_one_that_was_read(family, tied, tmp_path):
 
 
 @BOTH
-def test_a_new_vocabulary_loads_in_transformers(family, tmp_path):
+def test_new_vocabulary_loads_in_transformers(family, tmp_path):
     source = _folder(tmp_path, family)
     _edit_json(source / "config.json", tokenizer_class="GPTNeoXTokenizer")
     _edit_json(
@@ -253,7 +253,7 @@ def test_a_new_vocabulary_loads_in_transformers(family, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_the_written_type_can_be_chosen(tmp_path):
+def test_export_dtype_can_be_chosen(tmp_path):
     source = _folder(tmp_path)
     config, raw, params = _load(source)
     huggingface.save_checkpoint(
@@ -288,7 +288,7 @@ def test_the_written_type_can_be_chosen(tmp_path):
 # --- What is refused ----------------------------------------------------------------------------
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_errors_name_damaged_files(tmp_path):
     folder = _folder(tmp_path)
     file = folder / "model.safetensors"
     whole = file.read_bytes()
@@ -309,7 +309,7 @@ def test_damaged_files_are_named(tmp_path):
         _load(folder)
 
 
-def test_a_missing_shard_is_named(tmp_path):
+def test_error_names_a_missing_shard(tmp_path):
     folder = _folder(tmp_path, max_shard_size="30KB")
     first = sorted(folder.glob("*.safetensors"))[0]
     first.unlink()
@@ -317,7 +317,7 @@ def test_a_missing_shard_is_named(tmp_path):
         _load(folder)
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path):
+def test_errors_name_weights_of_the_wrong_shape(tmp_path):
     folder = _folder(tmp_path)
     weights = _weights(folder)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -362,7 +362,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ("gpt_neox", {"hidden_act": "swiglu"}, "'hidden_act' to 'swiglu'"),
     ],
 )
-def test_what_is_not_implemented_is_named(family, changes, message, tmp_path):
+def test_errors_name_what_is_not_implemented(family, changes, message, tmp_path):
     folder = _folder(tmp_path, family)
     _edit_json(folder / "config.json", **changes)
     with pytest.raises(UserError, match=message):
@@ -382,7 +382,7 @@ def _spoil(folder: Path, name: str, index, value: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_are_found(tmp_path, monkeypatch, dtype, value):
+def test_non_finite_rows_are_found(tmp_path, monkeypatch, dtype, value):
     monkeypatch.setattr(huggingface, "_BLOCK_BYTES", 5000)
     folder = _folder(tmp_path, dtype=dtype, max_shard_size="30KB")
     config, _ = hub.load_config(folder)
@@ -403,7 +403,7 @@ def test_rows_that_are_not_finite_are_found(tmp_path, monkeypatch, dtype, value)
         huggingface.non_finite_rows(folder, config)
 
 
-def test_a_tied_model_may_store_a_row_that_is_not_finite_twice(tmp_path):
+def test_tied_model_may_store_a_non_finite_row_twice(tmp_path):
     folder = _folder(tmp_path, tied=True)
     _spoil(folder, "model.embed_tokens.weight", 5, np.nan)
     tensors = load_file(folder / "model.safetensors")

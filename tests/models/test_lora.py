@@ -33,7 +33,7 @@ def adapted(model):
     return config, paths.unflatten(leaves)
 
 
-def test_fresh_adapters_are_on_every_projection_and_change_nothing(model):
+def test_new_adapters_cover_every_projection_and_change_nothing(model):
     config, params = model
     adapted = add_lora(params, SPEC, jax.random.key(2))
     leaves = paths.flatten(adapted)
@@ -67,7 +67,7 @@ def test_merged_equals_unmerged(adapted):
     np.testing.assert_allclose(run(config, together, TOKENS), unmerged, atol=1e-4)
 
 
-def test_the_merge_is_in_float32(adapted):
+def test_merge_is_in_float32(adapted):
     _, params = adapted
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _without(params))
     adapters = {path: leaf for path, leaf in paths.flatten(params).items() if "lora" in path}
@@ -101,7 +101,7 @@ def test_dropout_is_active_with_a_key_only(adapted):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_its_share_everywhere(rate):
+def test_dropout_drops_the_given_share_in_every_adapter(rate):
     """Of all elements, of each sequence, and of pairs of neighbours; what is left makes up for it."""
     keys = jax.random.split(jax.random.key(0), 4)
     dropped = modules.dropout(jnp.ones((4, 64, 512)), rate, keys)
@@ -135,7 +135,7 @@ def _without(params):
     )
 
 
-def test_projections_that_read_the_same_share_a_product():
+def test_projections_of_the_same_input_share_a_product():
     """In the lowered forward pass of a layer: products of inputs with A for two groups, not five."""
     config = families.config_from_hf(tiny_model("llama", 60).config.to_dict())
     spec = LoraSpec(rank=4, alpha=8.0, dropout=0.3)

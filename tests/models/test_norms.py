@@ -22,7 +22,7 @@ def test_backward_pass_equals_autodiff(centred, shape):
         assert jnp.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_type_of_input_is_that_of_the_result_and_gradients_have_their_own():
+def test_result_and_gradients_keep_their_dtypes():
     x, scale = jnp.ones((4, 8), jnp.bfloat16), jnp.ones(8)
     y, pull = jax.vjp(lambda x, scale: _normed(x, scale, None, False, 1e-5), x, scale)
     assert y.dtype == jnp.bfloat16

@@ -31,7 +31,7 @@ def made(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_opens_every_kind_as_itself(kind):
+def test_transformers_opens_every_kind_of_tokenizer_unchanged(kind):
     tokenizer = made(kind)
     others = FAMILIES if kind in ("gpt2", "llama2", "t5") else ("llama",)
     for model_type in set(others) - {"qwen2"}:
@@ -42,7 +42,7 @@ def test_transformers_opens_every_kind_as_itself(kind):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "neox"])
-def test_transformers_opens_published_tokenizers_as_themselves(name):
+def test_transformers_opens_published_tokenizers_unchanged(name):
     if not (SHARED / "tokenizers" / name).is_dir():
         pytest.skip(f"needs {SHARED / 'tokenizers' / name}")
     tokenizer = hub.load_tokenizer(SHARED / "tokenizers" / name)
@@ -50,7 +50,7 @@ def test_transformers_opens_published_tokenizers_as_themselves(name):
     assert (opening.class_difference({"model_type": "qwen2"}, tokenizer) == "") == (name == "qwen3")
 
 
-def test_an_export_that_opens_otherwise_is_refused(tmp_path):
+def test_export_that_tokenizes_differently_is_refused(tmp_path):
     tokenizer = made("mistral")
     hub.save_tokenizer(tokenizer, tmp_path)
     hub.write_json(tmp_path / "config.json", {"model_type": "llama"})
@@ -67,7 +67,7 @@ def test_an_export_that_opens_otherwise_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen", "llama2", "mistral", "t5", "bert"])
-def test_transformers_4_opens_it_alike(kind, tmp_path):
+def test_transformers_4_opens_exports_unchanged(kind, tmp_path):
     if not (python := os.environ.get(FOURTH)):
         pytest.skip(f"needs {FOURTH}, a Python interpreter that has transformers 4")
     tokenizer = made(kind)
@@ -82,7 +82,7 @@ def test_transformers_4_opens_it_alike(kind, tmp_path):
         assert found["class"] == "PreTrainedTokenizerFast"
 
 
-def test_what_version_4_would_take_otherwise_is_written(tmp_path):
+def test_settings_that_transformers_4_needs_are_written(tmp_path):
     tokenizer = made("gpt2")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
     tokenizer.clean_up_tokenization_spaces = True
@@ -110,7 +110,7 @@ def case_of(family: str, **settings) -> parity_cases.Case:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "phi3"])
-def test_an_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, tmp_path):
+def test_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, tmp_path):
     """Opened by AutoTokenizer and AutoModelForCausalLM, of the text itself."""
     tokenizer = tokenizer_of_kind("llama2", TEXTS, 400)
     both = parity_cases.pair(case_of(family, vocab_size=400), tmp_path / "source")
@@ -139,7 +139,7 @@ def test_an_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, 
     assert any(name.endswith("o_proj.bias") for name in stored) == (family == "qwen2")
 
 
-def test_a_qwen2_model_with_windows_is_not_rewritten(tmp_path):
+def test_qwen2_model_with_windows_is_not_rewritten(tmp_path):
     windowed = [
         case for case in parity_cases.of("qwen2") if case.settings.get("use_sliding_window")
     ]
@@ -148,7 +148,7 @@ def test_a_qwen2_model_with_windows_is_not_rewritten(tmp_path):
     assert not qwen.is_llama(both.config)
 
 
-def test_a_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
+def test_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
     """The whole way, from the command: the source is Qwen 2's, the target's spaces are `▁`."""
     corpus = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
@@ -182,7 +182,7 @@ def two_readings(folder: Path) -> str:
     return opening.file_contradiction(folder, hub.load_tokenizer(folder))
 
 
-def test_files_that_contradict_each_other_are_told(tmp_path):
+def test_contradicting_tokenizer_files_are_reported(tmp_path):
     tokenizer = made("llama3")
     tokenizer.save_pretrained(tmp_path)
     assert two_readings(tmp_path) == ""

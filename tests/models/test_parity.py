@@ -38,31 +38,36 @@ BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.fami
 
 
 @pytest.mark.parametrize(
-    "case",
-    [LLAMA, CAPPED, WINDOWED, of("gpt2")[0], of("ministral3")[0], *of("qwen3_5_text", "lfm2")],
+    ("case", "length"),
+    [
+        (LLAMA, 1),
+        (LLAMA, 20),
+        (CAPPED, 20),
+        (WINDOWED, 20),
+        (of("gpt2")[0], 1),
+        (of("ministral3")[0], 20),
+        *zip(of("qwen3_5_text", "lfm2"), (20, 1, 1, 20), strict=True),
+    ],
     ids=str,
 )
-def test_greedy_continuation_is_that_of_pytorch(case: Case, tmp_path):
+def test_greedy_continuation_matches_pytorch(case: Case, length: int, tmp_path):
     both = pair(case, tmp_path)
-    for length in (1, 20):  # and 12 more: past the windows
-        prompt = expected = tokens(length)
-        for _ in range(12):
-            expected = np.append(
-                expected, reference_logits(both.reference, expected)[:, -1:].argmax(-1), axis=1
-            )
-        np.testing.assert_array_equal(
-            generate(both.config, both.params, jnp.asarray(prompt), 12), expected
-        )
+    prompt = expected = tokens(length)
+    for _ in range(12):  # beyond the windows
+        following = reference_logits(both.reference, expected)[:, -1:].argmax(-1)
+        expected = np.append(expected, following, axis=1)
+    found = generate(both.config, both.params, jnp.asarray(prompt), 12)
+    np.testing.assert_array_equal(found, expected)
 
 
-def test_a_continuation_by_nothing_adds_nothing():
+def test_continuation_by_no_tokens_adds_nothing():
     shape = jax.eval_shape(
         lambda params, text: generate(CONFIG, params, text, 0), abstract_params(CONFIG), tokens(20)
     )
     assert shape.shape == (2, 20)
 
 
-def test_a_text_longer_than_the_learned_positions_is_refused(tmp_path):
+def test_text_longer_than_the_learned_positions_is_refused(tmp_path):
     both = pair(of("gpt2")[0], tmp_path)
     with pytest.raises(UserError, match=r"81 tokens is too long.*80 positions"):
         forward(both.config, both.params, tokens(81))
@@ -70,7 +75,7 @@ def test_a_text_longer_than_the_learned_positions_is_refused(tmp_path):
         generate(both.config, both.params, jnp.asarray(tokens(70)), 11)
 
 
-def test_logits_are_adjusted_where_the_family_does(tmp_path):
+def test_logits_are_soft_capped_where_the_family_does(tmp_path):
     both = pair(CAPPED, tmp_path)
     scores = jnp.linspace(-20, 20, 9)
     np.testing.assert_allclose(
@@ -79,7 +84,7 @@ def test_logits_are_adjusted_where_the_family_does(tmp_path):
     assert adjust_logits(CONFIG, scores) is scores
 
 
-def test_the_program_does_not_grow_with_depth(tmp_path):
+def test_program_size_does_not_grow_with_depth(tmp_path):
     config = pair(of("gemma3_text")[0], tmp_path).config  # of two kinds of layers
     deep = dataclasses.replace(config, num_layers=24, layer_kinds=config.layer_kinds * 6)
 
@@ -97,7 +102,7 @@ def test_the_program_does_not_grow_with_depth(tmp_path):
 @pytest.mark.parametrize(
     "case, reach", [(LLAMA, 9), (of("mistral")[0], 22)], ids=["llama", "mistral"]
 )
-def test_no_position_sees_a_later_one_nor_past_the_windows(case, reach, tmp_path):
+def test_attention_is_causal_and_within_windows(case, reach, tmp_path):
     """Two layers of a window of 12 reach 2 x 11 positions back."""
     both = pair(case, tmp_path)
     # Every position has a token of its own, so that the row of the table stands for the position.
@@ -129,7 +134,7 @@ def test_bf16_is_close_to_float32(case, tmp_path):
     assert jnp.abs(hidden - exact).mean() < 0.03 * jnp.abs(exact).mean()
 
 
-def test_fresh_parameters():
+def test_initial_parameters_have_the_given_scale():
     params = paths.flatten(init_params(CONFIG, jax.random.key(0), std=0.5))
     assert set(params) == set(paths.flatten(abstract_params(CONFIG)))
     kernel = params["layers/mlp/up_proj/kernel"]
@@ -138,7 +143,7 @@ def test_fresh_parameters():
     np.testing.assert_array_equal(params["final_norm/scale"], 1)
 
 
-def test_fresh_norms_are_neutral_where_they_multiply_with_one_more(tmp_path):
+def test_initial_norms_of_one_plus_weight_are_zero(tmp_path):
     config = pair(of("gemma")[0], tmp_path).config
     np.testing.assert_array_equal(init_params(config, jax.random.key(0))["final_norm"]["scale"], 0)
 
@@ -150,7 +155,7 @@ def test_parameters_of_another_model_are_refused():
         forward(CONFIG, params, jnp.zeros((1, 4), jnp.int32))
 
 
-def test_an_old_checkpoint_without_the_newest_keys_is_read(tmp_path):
+def test_old_checkpoint_without_the_newest_keys_is_read(tmp_path):
     both = pair(LLAMA, tmp_path)
     old = {**both.raw, "rope_theta": 10000.0}
     for key in ("rope_parameters", "attention_bias", "mlp_bias", "tie_word_embeddings", "head_dim"):
@@ -161,7 +166,7 @@ def test_an_old_checkpoint_without_the_newest_keys_is_read(tmp_path):
 @pytest.mark.skipif(
     not (SHARED / "models/llama-en16k").exists(), reason="the shared model is not at hand"
 )
-def test_a_trained_model_gives_the_logits_of_pytorch():
+def test_logits_of_a_trained_model_match_pytorch():
     folder = SHARED / "models/llama-en16k"
     config, _ = hub.load_config(folder)
     params = huggingface.load_params(folder, config, jnp.float32)

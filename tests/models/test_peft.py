@@ -47,7 +47,7 @@ def adapters_of(params, *specs):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
-def test_factors_multiply_to_what_is_merged(case, tmp_path):
+def test_exported_factors_multiply_to_the_merged_update(case, tmp_path):
     both = pair(case, tmp_path / "source")
     specs = lora.LoraSpec(2, 6.0, 0.0), lora.LoraSpec(3, 3.0, 0.0)
     adapters, merged = adapters_of(both.params, *specs)
@@ -77,7 +77,7 @@ def test_factors_multiply_to_what_is_merged(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
-def test_peft_loads_them(case, tmp_path):
+def test_peft_loads_exported_adapters(case, tmp_path):
     library = pytest.importorskip("peft", reason="peft is not installed")
     both = pair(case, tmp_path / "source")
     adapters, merged = adapters_of(both.params, lora.LoraSpec(2, 6.0, 0.0))

@@ -33,7 +33,7 @@ def token_by_token(q, k, v, decay, beta, state):
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
-def test_delta_rule_by_chunks_is_that_token_by_token(length):
+def test_chunked_delta_rule_equals_token_by_token(length):
     draw = np.random.default_rng(length)
     q, k = (draw.normal(size=(2, length, 2, 8)).astype(np.float32) for _ in range(2))
     v = draw.normal(size=(2, length, 4, 6)).astype(np.float32)
@@ -48,7 +48,7 @@ def test_delta_rule_by_chunks_is_that_token_by_token(length):
     np.testing.assert_allclose(found, last, atol=2e-5)
 
 
-def test_segments_are_the_layers_in_order():
+def test_segments_cover_the_layers_in_order():
     assert [(s.mixers, s.repeats) for s in segments("aaaa")] == [(("a",), 4)]
     assert [(s.mixers, s.repeats) for s in segments("ddda" * 8)] == [(tuple("ddda"), 8)]
     lfm2 = segments("ccaccaccacacacac")
@@ -65,8 +65,17 @@ def test_segments_are_the_layers_in_order():
                 assert segment.before == mixers[: len(segment.before)]
 
 
-@pytest.mark.parametrize("case", of("qwen3_5_text", "lfm2"), ids=str)
-def test_loops_are_the_layers_one_by_one(case, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "unroll", "policy"),
+    [
+        (case, *loop)
+        for case, loop in zip(
+            of("qwen3_5_text", "lfm2"), [(1, "layer"), (2, "attention")] * 2, strict=True
+        )
+    ],
+    ids=str,
+)
+def test_scan_over_layers_equals_the_unrolled_layers(case, unroll, policy, tmp_path):
     both = pair(case, tmp_path)
     text = jnp.asarray(tokens(20))
 
@@ -76,21 +85,20 @@ def test_loops_are_the_layers_one_by_one(case, tmp_path):
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
     (_, expected), gradients = step(both.params, both.config.num_layers, "dots")
-    for unroll, policy in ((1, "layer"), (2, "attention")):
-        (_, found), others = step(both.params, unroll, policy)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        jax.tree.map(
-            lambda one, other: np.testing.assert_allclose(
-                one, other, atol=1e-4 * max(1, np.abs(other).max())
-            ),
-            others,
-            gradients,
-        )
+    (_, found), others = step(both.params, unroll, policy)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(
+            one, other, atol=1e-4 * max(1, np.abs(other).max())
+        ),
+        others,
+        gradients,
+    )
 
 
 @pytest.mark.parametrize("policy", remat.POLICIES)
 @pytest.mark.parametrize("case", [of("qwen3_5_text")[0], of("lfm2")[0]], ids=lambda c: c.family)
-def test_mixers_keep_what_is_promised(case, policy, tmp_path):
+def test_mixers_save_the_predicted_activations(case, policy, tmp_path):
     config = pair(case, tmp_path).config
     kinds = [config.layer_kinds[0], next(k for k in config.layer_kinds if k.mixer == "attention")]
     config = replace(config, num_layers=6, layer_kinds=tuple(kinds * 3))
@@ -119,7 +127,7 @@ def test_only_layers_with_attention_count_as_such(tmp_path):
 
 
 @pytest.mark.parametrize("case", [of("qwen3_5_text")[0], of("lfm2")[0]], ids=lambda c: c.family)
-def test_adapters_of_all_mixers_are_what_is_merged(case, tmp_path):
+def test_adapters_of_all_mixers_equal_the_merged_model(case, tmp_path):
     both = pair(case, tmp_path)
     spec = LoraSpec(rank=2, alpha=6.0, dropout=0.0)
     leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))

@@ -77,20 +77,20 @@ def promised(config, policy) -> int:
 
 @EACH_MODEL
 @pytest.mark.parametrize("policy", remat.POLICIES)
-def test_layers_keep_what_is_promised(model, policy):
+def test_layers_save_the_predicted_activations(model, policy):
     config = config_of(model)
     assert bytes_kept(config, policy, trains_layers=True) == promised(config, policy)
 
 
 @EACH_MODEL
-def test_frozen_layers_keep_nothing_for_gradients_of_weights(model):
+def test_frozen_layers_save_nothing_for_weight_gradients(model):
     """Their projections' inputs: of all that is kept, only attention's result is such a one."""
     config = config_of(model)
     result = 4 * config.num_heads * config.head_dim * config.num_layers
     assert bytes_kept(config, "dots", trains_layers=False) == promised(config, "dots") - result
 
 
-def test_compiled_programs_need_no_more_memory_for_it():
+def test_compiled_programs_need_no_extra_memory_for_remat():
     """Temporary memory grows with depth by what is kept."""
     few, more = (config_of("gated", layers) for layers in (4, 12))
     small, large = (
@@ -121,7 +121,7 @@ AGAIN = {
 @pytest.mark.parametrize(
     "model, trains_layers", [*((model, False) for model in MODELS), ("parallel", True)]
 )
-def test_no_product_but_those_of_the_table_is_computed_again(model, policy, trains_layers):
+def test_only_the_listed_products_are_recomputed(model, policy, trains_layers):
     """Forwards each once, backwards one for its input and, where it trains, one for its weight.
     Attention has two products forwards, and backwards four and its logits again.
     """
@@ -153,7 +153,7 @@ def test_no_policy_changes_a_gradient():
             np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=0)
 
 
-def test_layers_without_a_loop_compute_nothing_again_and_the_same():
+def test_unrolled_layers_recompute_nothing_and_give_the_same():
     """Also where layers differ."""
     kinds = (
         LayerKind(Rope(24, 100.0, None), window=5),
@@ -184,7 +184,7 @@ def test_layers_without_a_loop_compute_nothing_again_and_the_same():
 
 
 @pytest.mark.parametrize("policy, runs", [("dots", 1), ("attention", 1), ("layer", 2)])
-def test_cudnn_attention_runs_again_only_where_nothing_is_kept(monkeypatch, policy, runs):
+def test_cudnn_attention_is_recomputed_only_where_nothing_is_saved(monkeypatch, policy, runs):
     """Traced as for a GPU that need not be here."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
@@ -202,7 +202,7 @@ def test_cudnn_attention_runs_again_only_where_nothing_is_kept(monkeypatch, poli
     assert text.count("dot_product_attention_bwd_wrapper") == 1
 
 
-def test_unknown_policy():
+def test_unknown_remat_policy_is_refused():
     with pytest.raises(ValueError, match="'everything': one of dots, attention, layer"):
         remat.wrap(lambda x: x, "everything")
 
@@ -211,14 +211,14 @@ def test_unknown_policy():
     "layers, at_once",
     [(16, 16), (36, 36), (40, 40), (48, 48), (61, 31), (64, 32), (80, 40), (126, 42)],
 )
-def test_deep_models_run_in_few_even_turns_on_gpus(layers, at_once, monkeypatch):
+def test_deep_models_are_scanned_in_few_even_groups_on_gpus(layers, at_once, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert transformer._layers_per_iteration(0, layers, "dots") == at_once
     assert transformer._layers_per_iteration(0, layers, "layer") == 1
     assert transformer._layers_per_iteration(5, layers, "dots") == 5
 
 
-def test_a_loop_whose_turns_do_not_divide_the_layers_is_the_same():
+def test_unroll_that_does_not_divide_the_layers_gives_the_same():
     config = config_of("gated", layers=5)
     params = init_params(config, jax.random.key(0), std=0.3)
     text = jnp.arange(40)[None] % config.vocab_size

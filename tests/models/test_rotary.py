@@ -11,7 +11,7 @@ SHAPE = 2, 5, 3, 8  # B, T, N, H
 
 
 @pytest.mark.parametrize("size", [8, 4])
-def test_pairs_turn_and_gradients_turn_back(size):
+def test_rotary_rotates_pairs_and_gradients_rotate_back(size):
     random = np.random.default_rng(0)
     x, upstream = random.normal(size=(2, *SHAPE)).astype(np.float32)
     by = rotation(jnp.arange(7, 12), Rope(size, 100.0, None), size, 12)

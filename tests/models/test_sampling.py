@@ -18,14 +18,14 @@ def draw(prompts, temperature, seed=0, length=12):
     return params, sample(LLAMA, params, prompts, length, temperature, seed, jnp.float32, mesh)
 
 
-def test_a_low_temperature_is_greedy():
+def test_low_temperature_is_greedy():
     params, drawn = draw(PROMPTS, 1e-4)
     for prompt, tokens in zip(PROMPTS, drawn):
         greedy = transformer.generate(LLAMA, params, jnp.array([prompt]), 12 - len(prompt))
         assert tokens == greedy[0].tolist()
 
 
-def test_what_is_drawn_depends_on_the_seed_alone():
+def test_samples_depend_on_the_seed_only():
     (_, one), (_, again), (_, other) = (
         draw(PROMPTS, 1.0),
         draw(PROMPTS[:2], 1.0),
@@ -38,7 +38,7 @@ def test_what_is_drawn_depends_on_the_seed_alone():
     )
 
 
-def test_tokens_have_the_model_s_probabilities():
+def test_sampled_tokens_follow_the_models_probabilities():
     params, drawn = draw([[3]] * 4000, 1.0, length=2)
     logits = transformer.logits(LLAMA, params, jnp.array([[3]]))[0, 0]
     expected = np.asarray(jax.nn.softmax(logits))

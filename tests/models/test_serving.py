@@ -21,12 +21,12 @@ def warned(kind: str, model_type: str = "llama", rows: int = 2000, folder=None) 
 @pytest.mark.parametrize(
     "kind, name", [("llama3", "llama-bpe"), ("qwen", "qwen2"), ("gpt2", "gpt-2")]
 )
-def test_vocabularies_that_the_converter_has_not_met_are_named(kind, name):
+def test_unknown_vocabularies_of_the_converter_are_reported(kind, name):
     assert f"has the pre-tokenizer '{name}'; docs/serving.md" in warned(kind)
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "gpt1"])
-def test_tokenizers_that_llama_cpp_has_not_are_named(kind):
+def test_tokenizers_unsupported_by_llama_cpp_are_reported(kind):
     assert "llama.cpp" in warned(kind)
     assert "transformers or vLLM" in warned(kind)
 
@@ -37,7 +37,7 @@ def test_sentence_piece_is_read_for_some_families():
     assert "tokenizer.model" in warned("qwen", "gemma2")
 
 
-def test_a_draft_of_other_rows_is_named_with_the_setting(tmp_path):
+def test_draft_with_other_rows_is_reported_with_the_setting(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 2304}))
     assert "rows_multiple_of=2304" in warned("llama2", folder=tmp_path)
     assert not warned("llama2", rows=2304, folder=tmp_path)
@@ -48,13 +48,13 @@ def test_a_draft_of_other_rows_is_named_with_the_setting(tmp_path):
 @pytest.mark.skipif(
     not (SHARED / "tokenizers/qwen3").exists(), reason="the shared tokenizer is not at hand"
 )
-def test_a_published_vocabulary_is_known():
+def test_published_vocabulary_is_recognised():
     tokenizer = hub.load_tokenizer(SHARED / "tokenizers/qwen3")
     assert serving.recognized_vocabulary(tokenizer) == "qwen2"
     assert not serving.warnings({"model_type": "llama", "vocab_size": 151669}, tokenizer, None)
 
 
-def test_an_exported_draft_gives_the_text_of_the_larger_model(tmp_path):
+def test_exported_draft_reproduces_the_larger_models_text(tmp_path):
     draft = of("llama")[0]
     both = pair(draft, tmp_path / "draft")
     drafting = reference(export(both, tmp_path / "written"))

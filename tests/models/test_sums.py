@@ -35,7 +35,7 @@ def test_no_gradient_is_summed_in_bfloat16(case: Case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_what_is_added_to_all_tokens_has_the_sum_of_their_gradients(dtype):
+def test_gradient_of_a_shared_term_is_the_sum_over_tokens(dtype):
     """Of one sign, as a sum of such terms in bfloat16 stops at some hundred of them."""
     gradient = jnp.abs(jax.random.normal(jax.random.key(0), (4, 512, 8), dtype))
     bias, positions = jnp.ones(8), jnp.ones((512, 8))

@@ -161,7 +161,7 @@ def fails(error: Exception):
 # --- What they show -----------------------------------------------------------------------------
 
 
-def test_values_and_errors_reach_both(tmp_path):
+def test_values_and_errors_reach_both_processes(tmp_path):
     (code0, output0, errors), (code1, output1, _) = finish(start_processes("agreeing", tmp_path))
     assert (code0, code1) == (0, 0), errors
     first, second = json.loads(output0), json.loads(output1)
@@ -185,7 +185,7 @@ def test_three_processes_wait_for_the_first(tmp_path):
     assert [(code, output) for code, output, _ in ended] == [(0, '"worth waiting for"')] * 3
 
 
-def test_a_batch_is_of_all_processes_or_refused(tmp_path):
+def test_global_batch_covers_all_processes_or_is_refused(tmp_path):
     ended = finish(start_processes("batches", tmp_path, devices=2))
     assert [output for _, output, _ in ended] == [
         f'[[4, {part}], "ValueError"]' for part in ("[0, 1]", "[100, 101]")
@@ -193,7 +193,7 @@ def test_a_batch_is_of_all_processes_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("scene", "who"), [("second_fails_alone", 1), ("first_fails_alone", 0)])
-def test_an_error_in_one_ends_both_with_its_message_and_code(tmp_path, scene, who):
+def test_error_in_one_process_ends_both_with_its_message_and_code(tmp_path, scene, who):
     ended = finish(start_processes(scene, tmp_path))
     assert [code for code, _, _ in ended] == [2, 2], ended
     assert (
@@ -203,7 +203,7 @@ def test_an_error_in_one_ends_both_with_its_message_and_code(tmp_path, scene, wh
 
 
 @pytest.mark.parametrize(("scene", "asked"), [("steps", 0), ("steps", 1), ("first_works_alone", 1)])
-def test_a_signal_to_one_stops_both(tmp_path, scene, asked):
+def test_signal_to_one_process_stops_both(tmp_path, scene, asked):
     processes = start_processes(scene, tmp_path)
     pids = [tmp_path / "0", tmp_path / "1"]
     while not all(pid.exists() and pid.read_text() for pid in pids) and all(
@@ -308,7 +308,7 @@ def stops_of(watches):
 
 
 @pytest.mark.parametrize(("failing", "late"), [(0, 0.0), (0, 0.6), (7, 0.0)])
-def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_a_while(
+def test_all_stop_at_the_same_step_despite_delays_and_store_failures(
     watches, capsys, failing, late
 ):
     store = Store()
@@ -321,7 +321,7 @@ def test_all_stop_at_one_step_however_late_one_looks_and_if_the_store_fails_for_
     assert ("does not answer, retrying" in capsys.readouterr().err) == bool(failing)
 
 
-def test_a_store_that_fails_for_longer_than_patience_is_asked_again(watches):
+def test_store_is_retried_after_a_long_failure(watches):
     store = Store(failing=math.inf)
     both = Watch(0), Watch(1)
     watches(store, *both)
@@ -333,7 +333,7 @@ def test_a_store_that_fails_for_longer_than_patience_is_asked_again(watches):
     assert first == second
 
 
-def test_a_process_that_cannot_hear_where_the_others_stop_ends(watches, monkeypatch, capsys):
+def test_process_that_cannot_read_the_stop_step_exits(watches, monkeypatch, capsys):
     left = []
     monkeypatch.setattr(distributed, "_leave", lambda code: left.append(code))
     store = Store()
@@ -358,7 +358,7 @@ def test_a_process_that_cannot_hear_where_the_others_stop_ends(watches, monkeypa
 # --- Who is of several --------------------------------------------------------------------------
 
 
-def test_one_process_is_left_alone():
+def test_single_process_needs_no_coordination():
     with distributed.running():
         assert not jax.distributed.is_initialized()
     assert (distributed.count(), distributed.index(), distributed.is_first()) == (1, 0, True)
@@ -371,7 +371,7 @@ def test_one_process_is_left_alone():
 ALL_THREE = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
-def test_flags_come_before_the_environment():
+def test_flags_take_precedence_over_the_environment():
     found = distributed._explicit_cluster("", 0, -1, ALL_THREE)
     assert found and (
         found["coordinator_address"],
@@ -398,7 +398,7 @@ def test_flags_come_before_the_environment():
         (("", 0, -1), {**ALL_THREE, "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
     ],
 )
-def test_half_of_what_is_needed_is_refused(flags, environment, words):
+def test_incomplete_cluster_settings_are_refused(flags, environment, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         distributed._explicit_cluster(*flags, environment)
 
@@ -440,7 +440,7 @@ def test_half_of_what_is_needed_is_refused(flags, environment, words):
         ),
     ],
 )
-def test_slurm(environment, expected):
+def test_slurm_environment_is_read(environment, expected):
     assert distributed._slurm_cluster(environment) == expected
 
 
@@ -474,7 +474,7 @@ def slurm(tasks_per_node, **others):
         ),
     ],
 )
-def test_the_tasks_of_a_slurm_node_share_all_its_gpus(monkeypatch, gpus, environment, expected):
+def test_slurm_tasks_of_a_node_share_all_its_gpus(monkeypatch, gpus, environment, expected):
     monkeypatch.setattr(distributed, "_visible_gpus", lambda: gpus)
     assert (distributed._slurm_cluster(environment) or {}).get("local_device_ids") == expected
 
@@ -487,7 +487,7 @@ def test_slurm_tasks_that_cannot_share_the_gpus_are_refused(monkeypatch):
         distributed._slurm_cluster(slurm("3(x2)"))
 
 
-def test_tpu_slices_of_one_worker_and_other_machines_are_one_process(monkeypatch):
+def test_single_worker_tpus_and_other_machines_are_one_process(monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     asked = []
     monkeypatch.setattr(

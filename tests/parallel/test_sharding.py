@@ -102,7 +102,7 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_every_mesh_can_be_made_and_keeps_tensor_groups_on_a_host(name):
+def test_every_mesh_keeps_tensor_groups_on_a_host(name):
     devices = MACHINES[name]
     slices = len({device.slice_index for device in devices})
     local = sum(device.process_index == 0 for device in devices)
@@ -120,7 +120,7 @@ def test_every_mesh_can_be_made_and_keeps_tensor_groups_on_a_host(name):
                     assert len({device.slice_index for device in copy.flat}) == 1, shape
 
 
-def test_the_automatic_mesh_of_a_slice_has_the_parts_that_memory_asks_for():
+def test_automatic_mesh_of_every_machine_can_be_arranged():
     for name, devices in MACHINES.items():
         sizes = [
             sharding.axis_sizes(MeshConfig(), len(devices), state, 100)
@@ -129,7 +129,7 @@ def test_the_automatic_mesh_of_a_slice_has_the_parts_that_memory_asks_for():
         assert all(sharding.arrange(devices, shape).shape == shape for shape in sizes), name
 
 
-def test_a_mesh_on_several_hosts_that_cannot_be_is_refused_with_the_remedy():
+def test_impossible_mesh_on_several_hosts_is_refused_with_a_remedy():
     with pytest.raises(
         UserError, match=r"mesh.tensor=8 does not divide the 4 devices of a process.*mesh.fsdp"
     ):
@@ -140,7 +140,7 @@ def test_a_mesh_on_several_hosts_that_cannot_be_is_refused_with_the_remedy():
         sharding.arrange(gpus(4, 8), (12, 1, 1))
 
 
-def test_processes_read_the_batch_in_the_order_of_the_mesh(monkeypatch):
+def test_processes_read_the_batch_in_mesh_order(monkeypatch):
     made = sharding.arrange(MACHINES["cyclic processes"], (8, 1, 1))
     mesh = type("Mesh", (), {"devices": made})
     found = []
@@ -163,14 +163,14 @@ def abstract(*sizes):
     return jax.sharding.AbstractMesh(sizes, sharding.AXES)
 
 
-def test_the_axes_need_not_be_powers_of_two():
+def test_axes_need_not_be_powers_of_two():
     for devices in (3, 5, 6, 7, 12):
         for config in (MeshConfig(fsdp=devices), MeshConfig(tensor=devices), MeshConfig(data=1)):
             assert math.prod(sharding.axis_sizes(config, devices, 0, 1)) == devices
         assert sharding.axis_sizes(MeshConfig(), devices, 10**6, 1) == (1, devices, 1)
 
 
-def test_the_automatic_mesh_goes_by_what_can_be_split():
+def test_automatic_mesh_uses_only_splits_that_save_memory():
     def share(sizes):
         return 1 / sizes[1] if sizes[1] <= 2 else 0.7  # what six parts split is little
 
@@ -179,7 +179,7 @@ def test_the_automatic_mesh_goes_by_what_can_be_split():
     assert sharding.axis_sizes(MeshConfig(), 6, 10**6, 100, share) == (3, 2, 1)
 
 
-def test_an_axis_that_does_not_divide_its_dimension_splits_another():
+def test_axis_that_does_not_divide_a_dimension_splits_another():
     spec = P(None, "fsdp", "tensor")
     for sizes, shape, expected in (
         ((1, 2, 2), (3, 4, 6), P(None, "fsdp", "tensor")),

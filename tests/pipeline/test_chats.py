@@ -18,7 +18,7 @@ from tokalign_jax.models import hub, huggingface
 from tokalign_jax.text.tokenizing import TokenShards
 
 
-def test_a_run_keeps_the_sources_template(tmp_path):
+def test_run_keeps_the_sources_chat_template(tmp_path):
     text = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     chats = [{"messages": [*CHAT, *CHAT[: 2 * i]]} for i in range(8)]

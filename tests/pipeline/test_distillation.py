@@ -120,7 +120,7 @@ def records(workdir: Path) -> dict:
 # --- Runs ---------------------------------------------------------------------------------------
 
 
-def test_a_run_with_a_teacher(inputs, run):
+def test_stage_3_trains_and_is_exported_and_reported(inputs, run):
     stages = records(run)
     assert all(of["finished"] for of in stages.values()) and "evaluate/stage3" in stages
     # It reads on where the stage before stopped, and what it ends with is exported and reported.
@@ -145,7 +145,7 @@ def test_a_run_with_a_teacher(inputs, run):
     assert "distilled from `teacher`" in card and front_matter(card)
 
 
-def test_the_teacher_is_learned_from(run):
+def test_stage_3_lowers_the_divergence_from_the_teacher(run):
     """Four steps towards it: the divergence falls, which is most of the loss."""
     losses = [
         json.loads(line)["loss"]
@@ -158,7 +158,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_ends_as_one_never_killed(inputs, run, tmp_path):
+def test_killed_stage_3_resumes_to_the_same_bits(inputs, run, tmp_path):
     def kill(line: str) -> None:
         if "stage3: step 3 of" in line:  # the newest checkpoint is of step 2
             raise Killed
@@ -185,7 +185,7 @@ def test_a_killed_run_ends_as_one_never_killed(inputs, run, tmp_path):
     )
 
 
-def test_the_teacher_is_part_of_what_a_stage_depends_on(inputs, run, tmp_path):
+def test_fingerprint_of_stage_3_covers_the_teacher(inputs, run, tmp_path):
     def prints(**changes: Any) -> dict[str, str]:
         return pipeline.fingerprints_of(Context(config_of(inputs, **changes), run, print))
 
@@ -208,7 +208,7 @@ def test_the_teacher_is_part_of_what_a_stage_depends_on(inputs, run, tmp_path):
     assert "stage3" not in prints(teacher="") and prints(teacher="")["stage1"] == recorded["stage1"]
 
 
-def test_a_wrong_teacher_is_refused_before_any_work(inputs, tmp_path):
+def test_unsuitable_teacher_is_refused_before_any_work(inputs, tmp_path):
     def refused(changes: Mapping[str, Any] = MappingProxyType({}), **stage3: Any) -> str:
         with pytest.raises(UserError) as error:
             pipeline.run(config_of(inputs, changes, **stage3), tmp_path / "run", None, print)
@@ -239,7 +239,7 @@ def test_a_wrong_teacher_is_refused_before_any_work(inputs, tmp_path):
     assert "model.safetensors" in refused(teacher=str(few))
 
 
-def test_a_teacher_needs_no_rows_for_special_tokens_that_no_text_has(inputs, tmp_path):
+def test_teacher_may_lack_rows_of_unused_special_tokens(inputs, tmp_path):
     """Gemma 3 1B has none for its tokenizer's last one, which is for images."""
     tokenizer = AutoTokenizer.from_pretrained(inputs["target"])
     rows = len(tokenizer)
@@ -306,7 +306,7 @@ def compiled_memory() -> tuple[int, int]:
     return sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
 
 
-def test_the_plan_counts_the_teacher():
+def test_plan_counts_the_teacher():
     machine = Machine(1, math.inf, fused_attention=False)
     setup = memory.Setup("stage3", STAGE, COMPUTE, STUDENT, (1, 1, 1), machine, TEACHER)
     kinds = memory.stage_memory(setup)

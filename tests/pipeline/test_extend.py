@@ -87,7 +87,7 @@ def test_new_tokens_get_rows_and_old_ones_keep_theirs(inputs, run):
         )  # rows that stood for no token
 
 
-def test_the_export_uses_the_new_tokens(run):
+def test_export_uses_the_new_tokens(run):
     model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     assert (
@@ -102,7 +102,7 @@ def test_the_export_uses_the_new_tokens(run):
     assert "with an extended vocabulary" in card and f"from {size} to {size + NEW} tokens" in card
 
 
-def test_the_report_compares_both_vocabularies(run):
+def test_report_compares_both_vocabularies(run):
     content = json.loads((run / "report" / "report.json").read_text())
     assert list(content["languages"]["all"]["bits_per_byte"]) == [
         "source",
@@ -118,7 +118,7 @@ def test_the_report_compares_both_vocabularies(run):
     assert content["loses"] == {"source": [], "target": []} and "warning" not in text
 
 
-def test_a_second_run_skips_and_other_settings_extend_anew(inputs, run, capsys):
+def test_repeated_run_skips_and_changed_settings_extend_again(inputs, run, capsys):
     assert main.main(flags(inputs, "gpt_neox", run, SHORT)) == 0
     said = capsys.readouterr().out
     assert "extend: finished, skipped" in said and "to be redone" not in said
@@ -141,12 +141,12 @@ def test_a_second_run_skips_and_other_settings_extend_anew(inputs, run, capsys):
     assert "extend: done before with these settings, restored" in capsys.readouterr().out
 
 
-def test_the_alignment_of_an_extension_can_be_inspected(run, capsys):
+def test_alignment_of_an_extension_can_be_inspected(run, capsys):
     assert inspect.main(["--workdir", str(run), "--token", " the"]) == 0
     assert " the" in capsys.readouterr().out
 
 
-def test_a_tied_model_keeps_its_old_rows(inputs, tmp_path):
+def test_tied_model_keeps_its_old_rows(inputs, tmp_path):
     assert (
         main.main(
             flags(
@@ -167,7 +167,7 @@ def test_a_tied_model_keeps_its_old_rows(inputs, tmp_path):
     assert torch.equal(after[name][:size], before[name][:size]) and len(after[name]) == size + NEW
 
 
-def test_what_cannot_be_extended_is_refused_before_any_work(inputs, tmp_path, capsys):
+def test_tokenizer_that_cannot_be_extended_is_refused_before_any_work(inputs, tmp_path, capsys):
     folder = tmp_path / "unigram"
     shutil.copytree(inputs["llama"], folder)
     for file in folder.glob("tokenizer*"):
@@ -178,7 +178,7 @@ def test_what_cannot_be_extended_is_refused_before_any_work(inputs, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_an_extension_is_planned_before_it_is_made(inputs):
+def test_extension_is_planned_before_it_is_made(inputs):
     config = Config(
         source_model=str(inputs["llama"]),
         target_tokenizer="extend",
@@ -213,7 +213,7 @@ def test_text_to_mine_is_drawn_from_the_whole_corpus(run):
 # --- Tokenizers of a run ------------------------------------------------------------------------
 
 
-def test_what_ends_documents_is_the_eos_of_the_export(inputs, tmp_path):
+def test_document_separator_is_the_eos_of_the_export(inputs, tmp_path):
     """A token that only its name makes the end, and one that is named in the config and made."""
     silent = AutoTokenizer.from_pretrained(inputs["silent"])
     assert silent.eos_token is None
@@ -243,7 +243,7 @@ def test_what_ends_documents_is_the_eos_of_the_export(inputs, tmp_path):
         assert inspect.main(["--workdir", str(workdir), "--id", "5"]) == 0
 
 
-def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
+def test_identities_cover_only_files_that_define_the_tokenizer(inputs, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(inputs["llama"], folder)
 
@@ -268,7 +268,7 @@ def test_identities_are_of_what_a_tokenizer_is_made_of(inputs, tmp_path):
     }
 
 
-def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
+def test_ids_with_gaps_need_rows_up_to_the_largest(inputs, tmp_path):
     """A tokenizer that has an id past the matrices, though it has fewer tokens than they have rows."""
     folder = tmp_path / "model"
     shutil.copytree(inputs["llama"], folder)
@@ -291,7 +291,7 @@ def test_ids_with_holes_need_rows_up_to_the_largest(inputs, tmp_path):
         )
 
 
-def test_added_tokens_that_the_source_has_no_rows_for_are_left_out(inputs, tmp_path):
+def test_added_tokens_without_source_rows_are_dropped(inputs, tmp_path):
     """As in Gemma 3 1B, whose tokenizer has one for images behind its last row, and in fine-tuned
     models with a late pad token.
     """

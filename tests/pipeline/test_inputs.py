@@ -92,7 +92,7 @@ def test_bad_questions_and_other_text_are_refused_before_any_work(inputs, tmp_pa
     assert "it must be at least 0" in refused("max_questions", -1)
 
 
-def test_the_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
+def test_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert (
         main.main(arguments(inputs, "llama", workdir, "ultra_quick_demo", "--stages=corpus")) == 0

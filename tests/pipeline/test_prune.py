@@ -44,7 +44,7 @@ def run(request, inputs, tmp_path_factory):
     return inputs[request.param], workdir
 
 
-def test_rows_that_stay_are_the_source_s_bit_for_bit(run):
+def test_kept_rows_equal_the_sources_bit_for_bit(run):
     folder, workdir = run
     kept = np.load(workdir / "prune" / KEPT)
     before = load_file(folder / "model.safetensors")
@@ -58,7 +58,7 @@ def test_rows_that_stay_are_the_source_s_bit_for_bit(run):
     assert vocabularies in (1, 2) and len(kept) < 320
 
 
-def test_the_export_reads_the_corpus_as_the_source_does(run):
+def test_export_gives_the_sources_logits(run):
     folder, workdir = run
     kept = torch.tensor(np.load(workdir / "prune" / KEPT))
     models, tokenizers = (
@@ -73,7 +73,7 @@ def test_the_export_reads_the_corpus_as_the_source_does(run):
     torch.testing.assert_close(logits[0][..., kept], logits[1], atol=0.05, rtol=0.05)
 
 
-def test_savings_and_costs_are_told(run):
+def test_savings_and_costs_are_reported(run):
     _, workdir = run
     summary = json.loads((workdir / "prune" / SUMMARY).read_text())
     assert summary["tokens"] < summary["source_tokens"]
@@ -90,13 +90,13 @@ def test_savings_and_costs_are_told(run):
         ("--config.end_of_text=<new>", "is no token of the source tokenizer"),
     ],
 )
-def test_what_has_no_effect_is_refused(inputs, tmp_path, capsys, more, message):
+def test_settings_without_effect_are_refused(inputs, tmp_path, capsys, more, message):
     assert main.main(flags(inputs, "llama", tmp_path / "run", more)) == 2
     output = capsys.readouterr()
     assert message in output.out + output.err
 
 
-def test_the_report_says_whether_it_is_worth_it(run):
+def test_report_states_whether_pruning_pays(run):
     folder, workdir = run
     content = json.loads((workdir / "report" / "report.json").read_text())["worth"]
     before, after = (

@@ -75,7 +75,7 @@ def ending_at(moment: int, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "before", [[1.0], [1.0, 2.0]], ids=["put aside", "put aside and brought back"]
 )
-def test_whenever_a_run_ends_finished_work_is_found_again(before, again, tmp_path):
+def test_finished_stages_survive_a_crash_at_any_moment(before, again, tmp_path):
     for moment in range(30):
         workdir = tmp_path / str(moment)
         for rate in before:
@@ -99,7 +99,7 @@ def test_whenever_a_run_ends_finished_work_is_found_again(before, again, tmp_pat
     assert 3 < moment < 29  # there were moments to end at, and all of them were met
 
 
-def test_what_is_aside_already_is_not_deleted(tmp_path):
+def test_outdated_results_are_not_deleted(tmp_path):
     bring_up(tmp_path, 1.0)
     bring_up(tmp_path, 2.0)
     (aside,) = (tmp_path / "outdated").iterdir()
@@ -114,7 +114,7 @@ def test_what_is_aside_already_is_not_deleted(tmp_path):
     assert (tmp_path / "outdated" / f"{aside.name}.before" / "rate").read_text() == "1.0"
 
 
-def test_what_is_not_whole_any_more_is_kept_and_made_again(tmp_path):
+def test_incomplete_results_are_kept_aside_and_made_again(tmp_path):
     def is_whole(context):
         return (context.folder("train") / "rate").stat().st_size > 0
 
@@ -128,7 +128,7 @@ def test_what_is_not_whole_any_more_is_kept_and_made_again(tmp_path):
     assert (tmp_path / "train.damaged" / "rate").exists()
 
 
-def test_a_stages_folder_may_be_a_link_to_another_disk(tmp_path):
+def test_stage_folder_may_be_a_link_to_another_disk(tmp_path):
     workdir, disk = tmp_path / "run", tmp_path / "disk"
     for place in (workdir, disk / "train", disk / "outdated"):
         place.mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_a_stages_folder_may_be_a_link_to_another_disk(tmp_path):
     assert "restored" in bring_up(workdir, 1.0).said[-1]
 
 
-def test_damaged_books_are_named_and_unfinished_ones_are_no_strangers(tmp_path):
+def test_damaged_records_are_reported_and_unfinished_ones_accepted(tmp_path):
     (tmp_path / "stages.json.partial").write_text("{")
     bring_up(tmp_path, 1.0)
     (tmp_path / "stages.json").write_text("")
@@ -154,7 +154,7 @@ def test_damaged_books_are_named_and_unfinished_ones_are_no_strangers(tmp_path):
 
 
 @pytest.mark.parametrize("resumes", [False, True])
-def test_a_stage_that_finds_no_room_says_so(resumes, tmp_path, monkeypatch):
+def test_stage_on_a_full_disk_reports_it(resumes, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -171,7 +171,7 @@ def test_a_stage_that_finds_no_room_says_so(resumes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lr[1e-4]", "what?", "all*", "back\\slash"])
-def test_a_path_that_checkpoints_would_not_be_found_in_is_refused(name, tmp_path):
+def test_workdir_path_that_checkpoints_cannot_use_is_refused(name, tmp_path):
     with pytest.raises(UserError, match=r"none of \[ \] \* \? "):
         bring_up(tmp_path / name / "run", 1.0)
 
@@ -179,7 +179,7 @@ def test_a_path_that_checkpoints_would_not_be_found_in_is_refused(name, tmp_path
 @pytest.mark.parametrize(
     "code, said", [(errno.EAGAIN, "another process uses"), (errno.ENOSYS, "cannot lock files")]
 )
-def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
+def test_failed_lock_states_the_reason(code, said, tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(code, os.strerror(code))
 
@@ -188,14 +188,14 @@ def test_why_a_workdir_cannot_be_locked(code, said, tmp_path, monkeypatch):
         pass
 
 
-def test_a_damaged_line_of_metrics_is_passed_over(tmp_path):
+def test_damaged_metrics_line_is_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1}\n\x00\x00\x00\n\xff\n{"step": 2}\n{"step":'
     )
     assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_time_is_of_all_runs_that_a_stage_took(tmp_path):
+def test_stage_time_sums_over_all_runs(tmp_path):
     def work(context):
         if not (context.folder("train") / "begun").exists():
             (context.folder("train") / "begun").touch()

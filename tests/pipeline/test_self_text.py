@@ -37,7 +37,7 @@ def test_passages_become_documents_and_chats():
     ]
 
 
-def test_self_is_named_beside_other_text(tmp_path):
+def test_self_can_be_mixed_with_other_text(tmp_path):
     config = Config(corpus=("/data/a=0.7,self=0.3",))
     assert corpus.has_self(config) and not corpus.has_self(Config(corpus="/data/self"))
     named = corpus.with_self(config, tmp_path / corpus.SELF_TEXT)
@@ -51,7 +51,7 @@ def test_self_is_named_beside_other_text(tmp_path):
         corpus.names(Config(corpus="self,/data/a=0.7"))
 
 
-def test_its_text_has_fields_of_its_own(tmp_path):
+def test_self_text_uses_its_own_fields(tmp_path):
     """Whatever fields the other text has; results are told apart by source or language."""
     records = [{"text": f"text {i}", "language": "self"} for i in range(5)]
     self_corpus.save(records, tmp_path / corpus.SELF_TEXT)
@@ -71,7 +71,7 @@ def test_its_text_has_fields_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("names", ["self", "{corpus}=0.6,self=0.4"])
-def test_a_run_reads_what_the_source_model_wrote(tmp_path, names):
+def test_run_reads_the_text_written_by_the_source_model(tmp_path, names):
     text = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     source = tiny_tokenizer(300, texts[:10])

@@ -56,7 +56,7 @@ def test_stages_learn_from_the_source_model(config, tmp_path):
     assert "stage2: finished, skipped" in lines
 
 
-def test_the_plan_says_what_the_teacher_costs(config):
+def test_plan_includes_the_teacher(config):
     config = replace(config, corpus=f"{config.corpus}=0.7,self=0.3")
     table = plan_run(config, None, Machine.of(1, "1GB"), Speed(peak=1e12)).table()
     assert "stage1 (embedding, mixture with the source model)" in table

@@ -33,11 +33,11 @@ from tokalign_jax.planning.machine import peak_flops
         ("", None),
     ],
 )
-def test_peaks_go_by_whole_words_of_the_name(device_kind, tera):
+def test_peak_speed_is_matched_by_whole_words(device_kind, tera):
     assert peak_flops(device_kind) == (tera and tera * 1e12)
 
 
-def test_a_model_that_the_mesh_hardly_splits_is_a_warning():
+def test_model_that_the_mesh_hardly_splits_is_warned_of():
     model = replace(LLAMA, vocab_size=768, hidden_size=64, head_dim=16, intermediate_size=128)
     assert advice.not_split(model, (1, 2, 1)) == advice.not_split(model, (3, 1, 1)) == []
     (warning,) = advice.not_split(model, (1, 3, 1))

@@ -55,7 +55,7 @@ def plan_of(room="80GB", host="512GB", config=CONFIG):
 # --- Evaluation and export never need more than training ----------------------------------------
 
 
-def test_what_trains_on_a_card_can_be_evaluated_and_exported_there():
+def test_model_that_trains_on_a_gpu_can_be_evaluated_and_exported_there():
     """Llama-3.1-8B with adapters on a card of 80 GB: float32 and a merged copy would not fit."""
     needs = inference.needs(run_of())
     setup = resolve(setup_of(LORA, ComputeConfig(), LLAMA_8B, room=80e9))
@@ -68,7 +68,7 @@ def test_what_trains_on_a_card_can_be_evaluated_and_exported_there():
 
 
 @pytest.mark.parametrize("method", ["embedding", "lora", "full"])
-def test_no_state_takes_more_to_evaluate_than_it_took_to_train(method):
+def test_evaluation_needs_no_more_memory_than_training(method):
     stage = replace(LORA, method=method)
     config = Config(stage1=replace(LORA, method="embedding"), stage2=stage)
     setup = resolve(setup_of(stage, ComputeConfig(), LLAMA_8B, room=1e12))
@@ -105,7 +105,7 @@ def small(request):
     return Run(config, Source(3000, 4), model, (1, 1, 1), machine), mesh
 
 
-def test_evaluation_takes_what_its_program_takes(small):
+def test_evaluation_memory_matches_its_program(small):
     run, mesh = small
     tokens = jax.ShapeDtypeStruct(
         (8, 256), jnp.int32, sharding=jax.NamedSharding(mesh, P(sharding.BATCH))
@@ -123,7 +123,7 @@ def test_evaluation_takes_what_its_program_takes(small):
     assert 1 < work / found.temp_size_in_bytes < 1.7
 
 
-def test_reading_text_takes_what_its_program_takes(small):
+def test_memory_for_reading_text_matches_its_program(small):
     run, mesh = small
     model, width, shape = run.source_model, run.model.hidden_size, (16, 256)
     sums = [jax.ShapeDtypeStruct((size, width), jnp.float32) for size in (3000, 3000, 4000, 4000)]
@@ -149,7 +149,7 @@ def test_reading_text_takes_what_its_program_takes(small):
     assert 0.95 < (inference._forward(run, model, places, 256) + 5 * places * run.row) / found < 1.7
 
 
-def test_learned_rows_take_what_is_allocated_on_the_host():
+def test_host_memory_of_learned_rows_matches_allocations():
     model = replace(MODELS["llama"], vocab_size=40_000)
     run = Run(CONFIG, Source(20_000, 4), model, (1, 1, 1), Machine(1, 1e12))
     random, width = np.random.default_rng(0), model.hidden_size
@@ -176,7 +176,7 @@ def test_learned_rows_take_what_is_allocated_on_the_host():
 # --- Plan and warnings --------------------------------------------------------------------------
 
 
-def test_the_plan_has_all_stages_with_device_and_host_memory():
+def test_plan_lists_device_and_host_memory_of_all_stages():
     table = plan_of().table()
     before_training, _, after = table.partition("stage1 (embedding)")
     assert (
@@ -193,7 +193,7 @@ def test_the_plan_has_all_stages_with_device_and_host_memory():
     assert sum(inference.needs(run_of(mixtures))["init"].host.values()) < new_rows + 2 * states
 
 
-def test_a_host_that_is_too_small_is_warned_of_with_what_would_fit():
+def test_too_small_a_host_is_warned_of_with_what_would_fit():
     (warning,) = plan_of(host="27GB").warnings
     assert warning.startswith("init will not fit: it needs about ") and "of host memory" in warning
     for setting in ("initialization.tuning=0", "initialization.tokens=0"):
@@ -201,7 +201,7 @@ def test_a_host_that_is_too_small_is_warned_of_with_what_would_fit():
     assert "no settings change that" in plan_of(host="4GB").warnings[0]
 
 
-def test_a_device_that_is_too_small_is_warned_of_with_what_would_fit():
+def test_too_small_a_device_is_warned_of_with_what_would_fit():
     crowded = replace(CONFIG, evaluation=EvaluationConfig(batch=512))
     (warning,) = [w for w in plan_of("48GB", config=crowded).warnings if w.startswith("evaluate")]
     assert "on each device" in warning and "evaluation.batch=" in warning
@@ -219,7 +219,7 @@ def test_arrays_of_cpu_devices_are_in_host_memory():
     assert needs.on_host(Machine(2, 1e12, "cpu", False)) == host + 2 * device
 
 
-def test_a_run_warns_of_stages_to_come(monkeypatch, tmp_path):
+def test_run_warns_of_later_stages_that_will_not_fit(monkeypatch, tmp_path):
     lines = []
     context = Context(Config(), tmp_path, lines.append)
     small = Machine(1, 1e6, fused_attention=False, host_memory=1e6)
@@ -285,7 +285,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("case", HOSTS)
-def test_host_memory_is_what_the_system_or_the_control_group_has_left(case, tmp_path):
+def test_host_memory_is_limited_by_system_and_cgroup(case, tmp_path):
     files, expected = HOSTS[case]
     assert available_host_memory(write(tmp_path, files)) == expected
 
@@ -295,7 +295,7 @@ def test_host_memory_is_what_the_system_or_the_control_group_has_left(case, tmp_
 DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
 
 
-def test_distillation_is_planned_and_rows_alone_need_less():
+def test_plan_covers_distillation_and_rows_only_needs_less():
     table = plan_of(config=DISTILLED).table()
     assert "writes 1.8M tokens at most; the start is trained on 4M, with it as teacher" in table
     needed = inference.needs(run_of(DISTILLED))["init"].device
@@ -310,12 +310,12 @@ def test_distillation_is_planned_and_rows_alone_need_less():
     )
 
 
-def test_a_device_that_is_too_small_to_distill_is_warned_of():
+def test_too_small_a_device_for_distillation_is_warned_of():
     (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
     assert "initialization.trains=rows" in warning
 
 
-def test_token_distillation_is_planned():
+def test_plan_covers_token_distillation():
     config = replace(CONFIG, alignment=AlignmentConfig(method="token_distillation"))
     needed = inference.needs(run_of(config))["init"]
     source_rows = run_of(config).source.rows

@@ -141,7 +141,7 @@ def compiled() -> list[dict[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
-def test_memory_is_what_compiled_steps_take(compiled, case):
+def test_planned_memory_matches_compiled_steps(compiled, case):
     name, method, mesh, sequences, remat = CASES[case]
     model, stage, compute = settings(name, method, sequences, remat)
     kinds = list(memory.stage_memory(setup_of(stage, compute, model, mesh, fused=False)).values())
@@ -158,7 +158,7 @@ def test_memory_is_what_compiled_steps_take(compiled, case):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("method", ["embedding", "lora", "full"])
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_those_of_real_trees(name, method, tied):
+def test_planned_parameters_match_real_trees(name, method, tied):
     model = replace((LLAMA if name == "llama" else NEOX), tie_word_embeddings=tied)
     stage = replace(STAGE, method=method, lora=LoraConfig(rank=3))
 
@@ -178,7 +178,7 @@ def test_parameters_are_those_of_real_trees(name, method, tied):
         assert memory.parameters(tree) == sum(leaves[path].size for path in real)
 
 
-def test_elements_of_a_device_are_those_of_placed_arrays():
+def test_planned_elements_per_device_match_placed_arrays():
     params = init_params(LLAMA, jax.random.key(0))
     placed = jax.tree.leaves(
         sharding.place(params, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1]))
@@ -253,7 +253,9 @@ ON_GPUS = [
 
 
 @pytest.mark.parametrize("model, rows, method, mesh, sequences, remat, found", ON_GPUS)
-def test_memory_is_what_gpus_took(model, rows, method, mesh, sequences, remat, found):
+def test_planned_memory_matches_measurements_on_gpus(
+    model, rows, method, mesh, sequences, remat, found
+):
     held = sequences // (mesh[0] * mesh[1])
     stage = StageConfig(
         method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048
@@ -264,7 +266,7 @@ def test_memory_is_what_gpus_took(model, rows, method, mesh, sequences, remat, f
     assert 0.98 < sum(kinds.values()) / 2**30 / found < 1.25
 
 
-def test_a_plan_of_a_model_that_fits():
+def test_plan_of_a_model_that_fits_states_sizes_without_warning():
     found = planned(devices=8)
     one, two = found.stages
     # Pythia-1B has 805,736,448 parameters beside its two matrices.
@@ -287,7 +289,7 @@ def test_a_plan_of_a_model_that_fits():
         assert words in found.table(), found.table()
 
 
-def test_validations_are_part_of_disk_memory_and_time():
+def test_plan_includes_validation():
     fast = Speed.of(1e5, "", 0.4, "")
     plain = planned(speed=fast)
     stage = replace(CONFIG.stage2, validation_every=30, validation_sequences=5)
@@ -302,7 +304,7 @@ def test_validations_are_part_of_disk_memory_and_time():
     assert found.stages[0] == plain.stages[0]
 
 
-def test_what_will_not_fit_is_told_with_what_would():
+def test_plan_suggests_settings_that_fit():
     (warning,) = [w for w in planned(room="24GB").warnings if w.startswith("stage2")]
     assert "stage2.method=lora together" in warning, (
         "the state alone is too large, and adapters alone do not do"
@@ -336,7 +338,7 @@ def test_what_will_not_fit_is_told_with_what_would():
     assert planned(devices=8, room="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
 
 
-def test_auto_keeps_the_most_that_fits():
+def test_auto_remat_saves_the_most_that_fits():
     auto = replace(CONFIG, compute=ComputeConfig())
     kept = lambda found: [kind for stage in found.stages for kind in stage.memory if "kept" in kind]  # noqa: E731
     assert kept(planned(auto)) == ["activations kept (remat=dots)"] * 2
@@ -374,7 +376,7 @@ def needed(stage, compute):
 
 
 @pytest.mark.parametrize("method", ["embedding", "lora", "full"])
-def test_auto_holds_as_many_sequences_as_fit_and_are_faster_together(method):
+def test_auto_batch_is_the_largest_that_fits_and_gains_speed(method):
     assert chosen(130e9, method) == (32, "dots", True), "65,536 tokens: more are no faster"
     assert chosen(130e9, method, sequences=48)[0] == 24, "rounds of as many make a step"
     assert chosen(130e9, method, sequences=2, length=131_072)[0] == 1, "one sequence is the least"
@@ -390,13 +392,13 @@ def test_auto_holds_as_many_sequences_as_fit_and_are_faster_together(method):
         ) or n == 32
 
 
-def test_sequences_are_fewer_before_more_is_computed_again_while_they_fill_the_device():
+def test_auto_reduces_the_batch_before_recomputing_more():
     choices = [chosen(room * 1e9)[:2] for room in (40, 45, 60, 74, 130)]
     assert choices == [(1, "dots"), (4, "attention"), (8, "dots"), (16, "dots"), (32, "dots")]
     assert resolve.SATURATING_TOKENS == 4 * 2048
 
 
-def test_models_without_a_kernel_for_attention_hold_its_logits():
+def test_plan_counts_attention_logits_without_a_fused_kernel():
     capped = replace(PYTHIA_1B, attention_softcap=50.0)
     here = Machine(1, 80e9, "NVIDIA H100 80GB HBM3")
     with pytest.MonkeyPatch.context() as patch:
@@ -418,7 +420,7 @@ def test_models_without_a_kernel_for_attention_hold_its_logits():
     assert held == [32, 16]
 
 
-def test_auto_leaves_what_is_given():
+def test_auto_keeps_explicit_settings():
     assert chosen(130e9, remat="layer")[:2] == (32, "layer")
     stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")
     setup = setup_of(stage, compute, room=130e9)
@@ -427,7 +429,7 @@ def test_auto_leaves_what_is_given():
         memory.stage_memory(setup_of(StageConfig(), compute))
 
 
-def test_the_disk_and_the_batch_are_looked_at():
+def test_plan_checks_disk_and_batch_size():
     assert "--workdir" in planned(disk_free=1e9).warnings[-1]
     with pytest.raises(
         UserError, match=r"stage1.batch_size=64 is not divisible by the 7 .* multiple of 7"
@@ -435,7 +437,7 @@ def test_the_disk_and_the_batch_are_looked_at():
         planned(replace(CONFIG, mesh=MeshConfig(data=7)), devices=7)
 
 
-def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
+def test_time_follows_given_measured_or_assumed_speed(tmp_path):
     tokens = 100 * 64 * 2048
     assert planned(speed=Speed.of(1e5, "", 0.4, "")).stages[0].seconds == pytest.approx(
         tokens / 1e5
@@ -456,7 +458,7 @@ def test_time_at_a_given_measured_or_assumed_speed(tmp_path):
         Speed.of(0, str(tmp_path / "none.json"), 0.4, "")
 
 
-def test_what_the_start_takes():
+def test_plan_includes_initialisation():
     """4 for each parameter of a layer and 6 for each of the head where rows are tuned; 2 where text
     is only read, without the head.
     """
@@ -480,7 +482,7 @@ def test_what_the_start_takes():
         assert planned(without).init is None and "init:" not in planned(without).table()
 
 
-def test_operations_are_the_usual_count():
+def test_flops_follow_the_usual_formula():
     """6 for each parameter of a product that trains, 4 for each that does not, 12 L N H T for
     attention.
     """
@@ -492,18 +494,18 @@ def test_operations_are_the_usual_count():
 
 
 @pytest.mark.parametrize("text", ["80", "80GB", "80 gb", "74.5GiB"])
-def test_memory_is_a_number_with_a_unit(text):
+def test_memory_flag_takes_a_number_with_a_unit(text):
     expected = {"80": 80.0, "74.5GiB": 74.5 * 2**30}.get(text, 80e9)
     assert Machine.of(8, text).memory == pytest.approx(machine.USABLE * expected)
 
 
 @pytest.mark.parametrize("text", ["much", "80XB", "1.2.3GB"])
-def test_memory_that_is_none_is_refused(text):
+def test_invalid_memory_flag_is_refused(text):
     with pytest.raises(UserError, match="--device-memory"):
         Machine.of(8, text)
 
 
-def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
+def test_plan_command_writes_nothing(tmp_path, capsys):
     flags = ["--plan_devices=4", "--plan_device_memory=16GB", "--plan_tokens_per_second=1e6"]
     assert main(["main", "--plan", "--workdir", str(tmp_path / "run"), *flags]) == 0
     printed = capsys.readouterr().out
@@ -517,7 +519,7 @@ def test_the_command_plans_and_leaves_nothing(tmp_path, capsys):
     assert "warning: stage1 will not fit" in capsys.readouterr().out
 
 
-def test_the_devices_here_are_planned_with_as_they_are_in_a_run(monkeypatch, capsys):
+def test_plan_uses_the_devices_of_this_machine(monkeypatch, capsys):
     """Of which a command takes more memory than JAX would; of others nothing is started."""
     prepared = []
     monkeypatch.setattr(compiling, "prepare", lambda: prepared.append(True))

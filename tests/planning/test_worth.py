@@ -37,7 +37,7 @@ def report(ratio: float, tied: bool = False, kind: str = ""):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_costs_are_those_of_the_matrices(tied):
+def test_costs_match_the_models_matrices(tied):
     costs = worth.costs(model(tied), 2, 128)
     assert costs["generation"].of(1000) == 2 * (3 * LAYER + 1000 * 64)
     attention = 3 * 4 * 3 * 4 * 16 * 128
@@ -47,14 +47,14 @@ def test_costs_are_those_of_the_matrices(tied):
         assert larger[name].of(3000) == pytest.approx(cost.of(3000))
 
 
-def test_the_same_tokens_in_a_larger_vocabulary_are_slower_and_longer_ones_faster():
+def test_larger_vocabulary_costs_speed_and_longer_tokens_gain_it():
     assert report(1.0)["generation"]["change"] < 0 > report(1.0)["training"]["change"]
     assert report(4.0)["generation"]["change"] > 0 < report(4.0)["training"]["change"]
     for name in ("generation", "training"):
         assert report(1.0)[name]["largest_vocabulary"] == pytest.approx(1000, abs=1)
 
 
-def test_the_gain_ends_at_the_largest_vocabulary():
+def test_gain_ends_at_the_break_even_vocabulary():
     for name, cost in worth.costs(model(), 2, 128).items():
         end = report(1.5)[name]["largest_vocabulary"]
         assert worth.break_even(cost, 1000, end) == pytest.approx(1.5, rel=1e-3)
@@ -62,7 +62,7 @@ def test_the_gain_ends_at_the_largest_vocabulary():
     assert report(0.01)["training"]["largest_vocabulary"] == 0
 
 
-def test_sizes_count_both_matrices_unless_they_are_tied():
+def test_sizes_count_both_matrices_unless_tied():
     more = 2000 * 64
     for tied, matrices in ((False, 2), (True, 1)):
         sizes = report(1.0, tied)["parameters"]
@@ -70,7 +70,7 @@ def test_sizes_count_both_matrices_unless_they_are_tied():
         assert report(1.0, tied)["bytes"]["source"] == 2 * sizes["source"]
 
 
-def test_speeds_are_absolute_where_the_device_is_known():
+def test_speeds_are_absolute_on_known_devices():
     assert "characters_per_second" not in report(1.0)["generation"]
     found = report(2.0, kind="NVIDIA H100 80GB HBM3")["generation"]["characters_per_second"]
     assert found["source"] == pytest.approx(3 * 3350e9 / (2 * (3 * LAYER + 64_000)))

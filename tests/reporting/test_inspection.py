@@ -132,7 +132,7 @@ def test_readable_text_is_read_back(text):
     [(r"\n\t", b"\n\t"), (r"\u00e9", "é".encode()), (r"\x0a\xff", b"\n\xff"), (r"\U0001f600", "😀".encode()),
      (r"\\n", rb"\n"), (r"\alpha", rb"\alpha"), ("\\", b"\\"), (r"\xg0", rb"\xg0"), (" Haus", b" Haus")],
 )  # fmt: skip
-def test_escapes(written, content):
+def test_special_characters_are_escaped(written, content):
     assert inspection.unescape(written) == content
 
 
@@ -141,11 +141,11 @@ def test_escapes(written, content):
     [(b" \n", "white space"), (b"\xe3\x82", "byte"), (b" 12", "digits"), ("数学".encode(), "CJK"), ("한".encode(), "CJK"),
      ("三".encode(), "CJK"), (b"word", "other"), (b"", "white space")],
 )  # fmt: skip
-def test_kinds(content, kind):
+def test_tokens_are_classified(content, kind):
     assert inspection.kind(content, "x") == kind
 
 
-def test_kinds_of_what_is_no_text():
+def test_non_text_tokens_are_classified():
     assert inspection.kind(None, "</s>") == "special"
     assert inspection.kind(None, "") == "unused"
 
@@ -159,13 +159,13 @@ def test_tokens_are_found_by_text_escape_and_spelling(subject, tokenizers):
     assert inspection.find(subject.target, "<|endoftext|>") == [ids["<|endoftext|>"]]
 
 
-def test_several_tokens_may_read_the_same():
+def test_tokens_with_the_same_text_are_all_found():
     both = inspection.vocabulary(tiny_tokenizer(300, WORDS, "metaspace"), "llama", None)
     found = inspection.find(both, "e")
     assert sorted(both.spelled[i] for i in found) == ["<0x65>", "e"]
 
 
-def test_an_unknown_token_names_those_spelled_nearly_so(subject):
+def test_unknown_token_suggests_similar_ones(subject):
     near = next(i for i in range(257, 276) if len(subject.target.contents[i] or b"") > 3)
     with pytest.raises(UserError, match="nearest are") as error:
         inspection.find(subject.target, subject.target.show(near).text + "q")
@@ -181,7 +181,7 @@ def unit(rows):
 
 
 @pytest.mark.parametrize("pool", [3, 256])
-def test_neighbours_are_those_of_brute_force(subject, monkeypatch, pool):
+def test_neighbours_match_brute_force(subject, monkeypatch, pool):
     monkeypatch.setattr(inspection, "POOL", pool)
     space, around = subject.space, 5
     source, target = (np.asarray(v, np.float64) for v in (space.source, space.target))
@@ -198,7 +198,7 @@ def test_neighbours_are_those_of_brute_force(subject, monkeypatch, pool):
         np.testing.assert_allclose([n.csls for n in found], csls[row, expected], atol=1e-5)
 
 
-def test_the_nearest_neighbour_is_what_the_alignment_matched(tokenizers, vectors):
+def test_nearest_neighbour_is_the_aligned_token(tokenizers, vectors):
     counts = [np.ones(canonical.vocabulary_size(t), np.int64) for t in tokenizers]
     sides = Vectors(*vectors[:2]), Vectors(*vectors[2:])
     settings = AlignmentConfig(method="composed", neighbours=5)
@@ -221,7 +221,7 @@ def test_shared_tokens_are_their_own_nearest_neighbours(subject):
     assert np.mean(np.array(found) == shared) > 0.9
 
 
-def test_a_match_is_listed_wherever_it_comes(subject):
+def test_match_is_listed_at_any_rank(subject):
     token, far = int(subject.space.target_ids[0]), int(subject.space.source_ids[200])
     assert far in [n.source for n in inspection.neighbours(subject.space, token, 2, 5, [far])]
 
@@ -239,7 +239,7 @@ def test_tokens_without_vectors_have_no_neighbours(subject, tokenizers, vectors)
     )
 
 
-def test_the_worst_rows_are_of_low_scores_in_used_text(monkeypatch):
+def test_worst_rows_have_low_scores_and_occur_in_text(monkeypatch):
     counts = np.array([60, 40, 40, 9, 1, 0, 500])
     scores = np.array([0.5, 0.2, 0.2, 0.1, 0.0, 0.0, 1.0])
     uncertain = np.array([1, 1, 1, 1, 1, 1, 0], bool)
@@ -256,12 +256,12 @@ def test_the_worst_rows_are_of_low_scores_in_used_text(monkeypatch):
     assert inspection.examples(np.zeros(7, bool), counts, 3) == []
 
 
-def test_without_counts_all_rows_are_worth_a_look():
+def test_worst_rows_without_counts_cover_all_rows():
     uncertain = np.array([0, 1, 1], bool)
     assert inspection.worst(uncertain, np.zeros(3, int), np.array([0, 0.9, 0.1])).tolist() == [2, 1]
 
 
-def test_hubs():
+def test_hubs_are_listed_with_their_tokens():
     counts = np.array([1, 5, 3, 9, 2])
     found = inspection.hubs(np.array([0, 1, 2, 4]), np.array([8, 6, 8, 8]), counts)
     assert found == [(8, 3, [2, 4, 0]), (6, 1, [1])]
@@ -278,7 +278,7 @@ def test_histogram_bins():
     ]
 
 
-def test_parts_name_pieces_match_and_weights(subject):
+def test_explanation_names_pieces_match_and_weights(subject):
     index = SHARED + 1  # similar
     found = {part.source: part for part in inspection.parts(subject, index)}
     made = inspection.row(subject.alignment.embedding, index)
@@ -289,7 +289,7 @@ def test_parts_name_pieces_match_and_weights(subject):
     assert [p.source for p in inspection.parts(subject, index)][: len(pieces)] == pieces
 
 
-def test_an_id_out_of_range(subject):
+def test_id_out_of_range_is_refused(subject):
     with pytest.raises(UserError, match="0 to 275"):
         inspection.explain(subject, 276)
 
@@ -322,7 +322,7 @@ class Reader(HTMLParser):
 NASTY = '<script>alert("&amp;")</script>'
 
 
-def test_text_is_escaped_wherever_it_stands():
+def test_text_is_escaped_everywhere_in_the_page():
     row = (NASTY, Code(NASTY), (Code(NASTY), NASTY), Bar(0.5))
     page = pages.html(NASTY, [Section(NASTY, NASTY, (NASTY, "", "", ""), [row])])
     read = Reader(page)
@@ -330,7 +330,7 @@ def test_text_is_escaped_wherever_it_stands():
     assert read.text.count(NASTY) == 9
 
 
-def test_the_page_of_a_report_is_whole_and_self_contained(subject):
+def test_page_is_complete_and_self_contained(subject):
     read = Reader(
         pages.html("page", [*inspection.explain(subject, 257), *inspection.report(subject)])
     )
@@ -348,7 +348,7 @@ def test_the_page_of_a_report_is_whole_and_self_contained(subject):
         assert title in read.text
 
 
-def test_columns_line_up_on_a_terminal():
+def test_columns_are_aligned_in_the_terminal():
     lines = pages.terminal(
         [Section("T", "", ("a", "n"), [(Code("数学"), "5"), (Code("ab"), "1,000")])]
     )
@@ -359,7 +359,7 @@ def test_columns_line_up_on_a_terminal():
 # --- the command --------------------------------------------------------------------------------
 
 
-def test_a_workdir_and_a_bare_alignment(workdir, capsys, tmp_path):
+def test_inspect_reads_workdirs_and_bare_alignments(workdir, capsys, tmp_path):
     page = tmp_path / "page.html"
     assert (
         inspect.main(
@@ -388,7 +388,7 @@ def test_a_workdir_and_a_bare_alignment(workdir, capsys, tmp_path):
     assert "given" in capsys.readouterr().out
 
 
-def test_without_vectors_the_page_says_so(workdir, tokenizers, tmp_path, capsys):
+def test_page_states_that_there_are_no_vectors(workdir, tokenizers, tmp_path, capsys):
     alignment.save(synthetic(*tokenizers), tmp_path / "align")
     names = [
         "--source-model",
@@ -413,7 +413,7 @@ def test_without_vectors_the_page_says_so(workdir, tokenizers, tmp_path, capsys)
         (["--workdir", "{work}", "--html", "{tmp}/stages.json"], "exists already"),
     ],
 )
-def test_what_a_user_can_mend(arguments, says, workdir, tmp_path, capsys):
+def test_user_errors_name_a_remedy(arguments, says, workdir, tmp_path, capsys):
     (tmp_path / "stages.json").write_text(
         json.dumps({"run": {}, "stages": {"align": {"finished": False}}})
     )

@@ -48,7 +48,7 @@ FULL = CardFacts(
 )
 
 
-def test_the_front_matter_is_read_back():
+def test_front_matter_is_valid_yaml():
     assert front_matter(model_card(FULL)) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -62,7 +62,7 @@ def test_the_front_matter_is_read_back():
     }
 
 
-def test_it_tells_all_that_is_known():
+def test_model_card_states_every_known_fact():
     card = model_card(FULL)
     for line in (
         "# me/base-1b with the vocabulary of you/tokenizer",
@@ -94,7 +94,7 @@ def test_it_tells_all_that_is_known():
         assert len(cells) <= 1, table
 
 
-def test_a_folder_of_ones_own_is_no_base_on_the_hub(tmp_path):
+def test_local_source_is_no_base_model_on_the_hub(tmp_path):
     card = model_card(CardFacts(base_model=str(tmp_path / "my-model"), target_tokenizer="embedded"))
     found = front_matter(card)
     assert found == {
@@ -108,7 +108,7 @@ def test_a_folder_of_ones_own_is_no_base_on_the_hub(tmp_path):
         assert f"## {title}" not in card
 
 
-def test_front_matter_that_is_none():
+def test_missing_or_invalid_front_matter_is_empty():
     for card in (
         "",
         "# title",
@@ -121,7 +121,7 @@ def test_front_matter_that_is_none():
     assert front_matter("---\nlicense: mit\n---") == {"license": "mit"}
 
 
-def test_main_settings_are_those_that_a_config_has():
+def test_listed_settings_exist_in_the_config():
     config = {
         "seed": 0,
         "alignment": {"method": "composed", "window": 15, "file": ""},

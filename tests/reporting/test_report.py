@@ -113,7 +113,7 @@ class Reader(HTMLParser):
 # --- the page -----------------------------------------------------------------------------------
 
 
-def test_the_page_is_whole_self_contained_and_says_everything():
+def test_report_page_is_complete_and_self_contained():
     read = Reader(run_page.html(content()))
     assert not read.fetched and not {"script", "link", "img", "iframe", "object"} & {*read.tags}
     style = read.text
@@ -149,7 +149,7 @@ def test_the_page_is_whole_self_contained_and_says_everything():
 
 
 @pytest.mark.parametrize("states", [["source", "init"], ["source", "init", "stage1"], STATES])
-def test_any_number_of_stages(states):
+def test_report_works_with_any_number_of_stages(states):
     made = content(states=states)
     read = Reader(run_page.html(made))
     assert [f"stage {i}" in read.text for i in (1, 2, 3)] == [
@@ -164,7 +164,7 @@ def test_any_number_of_stages(states):
     assert "Special tokens" not in run_page.html(made) + run_page.markdown(made)
 
 
-def test_what_comes_from_outside_is_text():
+def test_external_text_is_escaped():
     read = Reader(run_page.html(content(NASTY)))
     assert "script" not in read.tags
     assert read.text.count("<script>") > 15
@@ -175,7 +175,7 @@ def test_what_comes_from_outside_is_text():
             assert len(re.findall(r"(?<!\\)\|", line)) > 1
 
 
-def test_pages_are_made_again_from_the_json_alone(tmp_path, capsys):
+def test_pages_are_rendered_from_the_json_only(tmp_path, capsys):
     made = content(samples=[])
     (tmp_path / "report.json").write_text(json.dumps(made))
     assert run_page.main([str(tmp_path / "report.json")]) == 0
@@ -196,7 +196,7 @@ def test_pages_are_made_again_from_the_json_alone(tmp_path, capsys):
     )
 
 
-def test_the_config_file_makes_the_same_config():
+def test_config_in_the_report_reproduces_the_config():
     values = {"corpus": ("a.jsonl", "b"), "seed": 3, "stage2": {"steps": 7, "start_offset": 0.5, "lora": {"rank": 8}},
               "evaluation": {"prompts": ("it's",)}}  # fmt: skip
     config = config_from_dict(values)
@@ -207,7 +207,7 @@ def test_the_config_file_makes_the_same_config():
     assert "stage1" not in text and "stage2.lora.rank = 8" in text
 
 
-def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
+def test_report_warns_of_lossy_tokenizers_and_skipped_steps():
     assert run_page.warning_lines({"loses": {"source": [], "target": []}, "training": {}}) == []
     (line,) = run_page.warning_lines(
         {"loses": {"source": [], "target": ["capitals", "tabs"]}, "training": {}}
@@ -218,7 +218,7 @@ def test_it_warns_of_tokenizers_that_lose_text_and_of_skipped_steps():
 # --- parts --------------------------------------------------------------------------------------
 
 
-def test_what_was_read_to_tune_rows_is_told():
+def test_report_states_the_text_read_for_tuning():
     made = content()
     assert "tuned together" not in run_page.html(made)
     made["tuned"] = {"tokens": 61_440, "nats_before": 3.8, "nats_after": 3.4}
@@ -227,14 +227,14 @@ def test_what_was_read_to_tune_rows_is_told():
     assert "tuned together" not in run_page.html(made)
 
 
-def test_the_rate_of_the_rows_is_told_where_it_is_another_one():
+def test_report_states_a_different_embedding_learning_rate():
     made = content()
     assert "rows 0.003" not in run_page.html(made)
     made["config"]["stage2"]["embedding_learning_rate"] = 3e-3
     assert "0.00064, rows 0.003" in run_page.html(made)
 
 
-def test_tables_line_up_in_markdown():
+def test_markdown_tables_are_aligned():
     rows = [
         ("de", "1.000", Code("a|b"), Bar(0.5)),
         ("all", ("10.5", Soft(" [9, 12]")), Code("`"), Bar(1)),
@@ -248,7 +248,7 @@ def test_tables_line_up_in_markdown():
     assert pages.markdown([Section("empty"), Section("T", "words")], level=3) == "### T\n\nwords"
 
 
-def test_special_tokens_name_their_sources():
+def test_report_names_the_sources_of_special_tokens():
     made = content()["alignment"]["special"]
     _, first, second = pages.markdown([special_section(made)]).splitlines()[-3:]
     assert (
@@ -260,7 +260,7 @@ def test_special_tokens_name_their_sources():
     assert pages.markdown([special_section([])]) == ""
 
 
-def test_sections_are_read_back_from_json():
+def test_sections_survive_a_json_round_trip():
     section = Section(
         "T", "text", ("a", "b"), [("1", (Code("x"), " ", Soft("y"))), (Bar(0.25), Code("z"))]
     )
@@ -287,7 +287,7 @@ def test_curves_are_smoothed_joined_and_thinned():
     )
 
 
-def test_validation_losses_are_drawn_and_the_lowest_is_told():
+def test_validation_losses_are_plotted_and_the_lowest_is_stated():
     made = content()
     made["training"]["stage2"]["validation"] = {
         "step": [10, 20, 30],
@@ -312,7 +312,7 @@ def test_ticks_are_round(low, high, expected):
     assert charts.ticks(low, high) == expected
 
 
-def test_charts_of_nothing_and_of_one_point():
+def test_charts_work_with_no_or_one_point():
     assert (
         charts.lines([], description="", x_label="", y_label="")
         == ""
@@ -335,7 +335,7 @@ def test_charts_of_nothing_and_of_one_point():
 # --- what stages leave --------------------------------------------------------------------------
 
 
-def test_languages_of_all_states_with_their_intervals():
+def test_table_lists_all_states_by_language_with_intervals():
     def score(nats, tokens, size, **more):
         return {
             "bytes": size,
@@ -362,7 +362,7 @@ TEXT = "The quick brown fox, été 数学 ここ 😀!\n\n  def add(a):\n\tretur
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
-def test_pieces_make_up_the_text_and_count_its_tokens(kind):
+def test_coloured_pieces_cover_the_text_and_count_its_tokens(kind):
     tokenizer = tiny_tokenizer(300 if kind == "byte_level" else 330, TEXTS, kind)
     found, nothing = token_pieces.pieces(tokenizer, [TEXT, ""])
     assert "".join(text for text, _ in found) == TEXT
@@ -373,7 +373,7 @@ def test_pieces_make_up_the_text_and_count_its_tokens(kind):
     assert nothing == []
 
 
-def test_passages_come_by_language_and_side():
+def test_passages_are_grouped_by_language_and_side():
     tokenizer = tiny_tokenizer(300, TEXTS)
     texts = {f"l{i}": [TEXT * 20] for i in range(12)}
     found = token_pieces.of_passages({"source": tokenizer, "target": tokenizer}, texts)
@@ -381,7 +381,7 @@ def test_passages_come_by_language_and_side():
     assert 0 < len("".join(text for text, _ in found[0]["source"])) <= token_pieces.LENGTH
 
 
-def test_names_are_no_markup_in_markdown():
+def test_names_are_escaped_in_markdown():
     """Against a reader of CommonMark: of what a name may hold nothing becomes a tag, link, emphasis
     or another column.
     """

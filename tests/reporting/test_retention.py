@@ -51,7 +51,7 @@ def states():
     }
 
 
-def test_every_suite_counts_alike_and_differences_are_of_the_same_questions():
+def test_suites_weigh_equally_and_differences_are_paired():
     found = state(LATER, KINDS)["abilities"]
     assert (
         found["mean"]["accuracy"] == pytest.approx((2 / 4 + 9 / 12) / 2) and found["chance"] == 0.5
@@ -75,7 +75,7 @@ def test_every_suite_counts_alike_and_differences_are_of_the_same_questions():
     assert again["mean"] == {"difference": 0.0, "interval": [0.0, 0.0]}
 
 
-def test_a_tie_and_no_number_are_no_answers():
+def test_ties_and_nan_do_not_count_as_answers():
     rows = np.array(
         [
             [-1.0, -2.0],
@@ -89,7 +89,7 @@ def test_a_tie_and_no_number_are_no_answers():
     assert abilities.is_right(rows).tolist() == [True, False, False, False, True, False]
 
 
-def test_the_table_has_a_row_for_each_state(states):
+def test_table_has_a_row_per_state(states):
     first, *others = retention.sections(states)
     rows = {row[0]: dict(zip(first.header, row)) for row in first.rows}
     assert [*rows] == ["source", "init", "stage1"] and first.title == "What the model keeps"
@@ -116,7 +116,7 @@ def test_the_table_has_a_row_for_each_state(states):
     assert retention.sections({"source": {"pooled": {"bits_per_byte": 1.0}}}) == []
 
 
-def test_models_with_different_tokenizers_each_have_their_own_kinds(states):
+def test_split_kinds_are_reported_per_tokenizer(states):
     states["stage1"]["abilities"] |= abilities.difference(
         QUESTIONS, LATER, SOURCE, ["alike"] * 16, 0
     )
@@ -125,7 +125,7 @@ def test_models_with_different_tokenizers_each_have_their_own_kinds(states):
     assert rows["init"]["cut alike (10/16)"] == "0.800" and rows["stage1"]["new tokens (6)"] == ""
 
 
-def test_it_warns_where_a_state_forgets(states):
+def test_forgetting_is_warned_of(states):
     trained = ["init", "stage1"]
     assert retention.warning_lines(states, trained, 0) == []
     rising = copy.deepcopy(states) | {"stage1": state(LATER, KINDS, 1.25, 2.75)}
@@ -146,7 +146,7 @@ def test_it_warns_where_a_state_forgets(states):
     assert retention.warning_lines(states, trained, 0) == []
 
 
-def test_reports_and_comparisons_show_it(states):
+def test_reports_and_comparisons_show_retention(states):
     warnings = [f"warning: it forgets {NASTY}"]
     made = content(
         states=[*states],

@@ -50,7 +50,7 @@ def test_ends_increase_and_lie_within_the_text(kind):
 @pytest.mark.parametrize(
     "kind", [k for k in (*EXACT, *PREFIXED, *REAL) if k not in ("qwen", "tokenizers/qwen3")]
 )
-def test_what_was_read_up_to_a_boundary_is_the_text_up_to_it(kind):
+def test_tokens_up_to_a_boundary_spell_the_text_up_to_it(kind):
     """For kinds that keep every byte (behind a prefixed space), and where no normaliser changes the
     text.
     """
@@ -72,7 +72,7 @@ def test_what_was_read_up_to_a_boundary_is_the_text_up_to_it(kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *REAL])
-def test_tokens_between_boundaries_stand_for_the_text_between_them(kind):
+def test_tokens_between_boundaries_spell_the_text_between_them(kind):
     content, backend = read(kind)
     unknown = tokenizer(kind).unk_token_id if kind not in REAL else None
     for text in CASES:
@@ -88,12 +88,12 @@ def test_tokens_between_boundaries_stand_for_the_text_between_them(kind):
             assert "".join(spelled.split()) == "".join(wanted.replace("▁", " ").split())
 
 
-def test_a_character_of_several_tokens_has_one_end():
+def test_character_of_several_tokens_has_one_boundary():
     ids, ends = bounded("gpt2", "a\U00012031b")
     assert len(ids) == 6 and ends.tolist() == [1, NONE, NONE, NONE, 2, 3]
 
 
-def test_what_composition_joins_belongs_to_the_token():
+def test_unicode_composition_stays_within_the_token():
     ends = bounded("qwen", "xe\u0301y").ends  # NFC: é
     assert ends.tolist()[-2:] == [3, 4] and 2 not in ends
 
@@ -111,7 +111,7 @@ def test_offsets_are_not_trimmed():
 
 @pytest.mark.parametrize("one", ["gpt2", "llama2"])
 @pytest.mark.parametrize("other", KINDS)
-def test_every_kind_shares_boundaries_with_every_other(one, other):
+def test_every_pair_of_kinds_shares_boundaries(one, other):
     shared, total = 0, 0
     for text in EVERY_SCRIPT.values():
         source, target = bounded(one, text), bounded(other, text)

@@ -60,7 +60,7 @@ def tokenizers(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "gemma", *REAL])
-def test_tokens_of_a_text_join_up_to_its_bytes(kind):
+def test_canonical_bytes_of_tokens_join_to_the_text(kind):
     tokenizer = tokenizers(kind)
     content = canonical.token_bytes(tokenizer)
     backend = canonical.plain_backend(tokenizer)
@@ -73,7 +73,7 @@ def test_tokens_of_a_text_join_up_to_its_bytes(kind):
         )
 
 
-def test_a_prefixed_space_is_the_only_difference_of_llama_2s_kind():
+def test_llama_2_tokenizers_differ_only_by_a_leading_space():
     tokenizer = tokenizers("metaspace")
     content = canonical.token_bytes(tokenizer)
     for text in TEXTS:
@@ -82,7 +82,7 @@ def test_a_prefixed_space_is_the_only_difference_of_llama_2s_kind():
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace", "gemma"])
-def test_spellings(kind):
+def test_canonical_bytes_of_each_spelling(kind):
     tokenizer = tokenizers(kind)
     content = canonical.token_bytes(tokenizer)
     assert len(content) == canonical.vocabulary_size(tokenizer) == len(tokenizer)
@@ -97,7 +97,7 @@ def test_spellings(kind):
         assert content[tokenizer.convert_tokens_to_ids("<0xE9>")] == b"\xe9"
 
 
-def test_the_byte_alphabet_is_the_tokenizers_librarys():
+def test_byte_alphabet_matches_the_tokenizers_library():
     alphabet = canonical._byte_alphabet()
     assert sorted(alphabet.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     # The library's own decoder is the reference for which byte a character stands for.
@@ -106,7 +106,7 @@ def test_the_byte_alphabet_is_the_tokenizers_librarys():
         assert decoders.ByteLevel().decode([spelled]) == text
 
 
-def test_added_tokens_stand_for_their_text_unless_special():
+def test_added_tokens_have_their_texts_bytes_unless_special():
     tokenizer = tokenizers("byte_level")
     tokenizer.add_tokens([AddedToken("  été", normalized=False), "Ġ raw"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
@@ -116,14 +116,14 @@ def test_added_tokens_stand_for_their_text_unless_special():
     assert content[tokenizer.convert_tokens_to_ids("<|tool|>")] is None
 
 
-def test_the_index_prefers_the_token_that_is_no_byte():
+def test_index_prefers_ordinary_tokens_to_byte_tokens():
     tokenizer = tokenizers("metaspace")
     index = canonical.index_by_bytes(tokenizer)
     assert tokenizer.convert_ids_to_tokens(index[b"e"]) == "e"
     assert tokenizer.convert_ids_to_tokens(index[b"\xff"]) == "<0xFF>"
 
 
-def test_fingerprints_tell_vocabularies_apart():
+def test_fingerprints_distinguish_vocabularies():
     first, same, other = (
         tiny_tokenizer(300, TEXTS),
         tiny_tokenizer(300, TEXTS),
@@ -134,7 +134,7 @@ def test_fingerprints_tell_vocabularies_apart():
     )
 
 
-def test_plain_backend_takes_special_tokens_for_text_and_leaves_the_tokenizer_alone():
+def test_plain_backend_reads_special_tokens_as_text_in_a_copy():
     tokenizer = tokenizers("byte_level")
     plain = (
         canonical.plain_backend(tokenizer).encode("a<|endoftext|>", add_special_tokens=False).ids
@@ -153,7 +153,7 @@ CONTENTS = [
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace", "gemma", *REAL])
-def test_pieces_join_up_to_what_was_cut(kind):
+def test_pieces_join_to_the_split_bytes(kind):
     tokenizer = tokenizers(kind)
     content = canonical.token_bytes(tokenizer)
     cutter = canonical.PieceCutter(tokenizer)
@@ -170,7 +170,7 @@ def test_pieces_join_up_to_what_was_cut(kind):
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
-def test_a_whole_vocabulary_is_cut_into_its_own_tokens(kind):
+def test_every_token_splits_into_itself(kind):
     tokenizer = tokenizers(kind)
     index = canonical.index_by_bytes(tokenizer)
     cutter = canonical.PieceCutter(tokenizer)
@@ -180,7 +180,7 @@ def test_a_whole_vocabulary_is_cut_into_its_own_tokens(kind):
             assert ids == [i], given
 
 
-def test_pieces_follow_the_tokenizers_own_merges():
+def test_pieces_follow_the_tokenizers_merges():
     tokenizer = tokenizers("byte_level")
     for text in ("The quick", " lazy dog", "def f(x)"):
         assert (
@@ -189,7 +189,7 @@ def test_pieces_follow_the_tokenizers_own_merges():
         )
 
 
-def test_greedy_takes_the_longest_and_admits_defeat():
+def test_greedy_split_takes_the_longest_or_fails():
     tokenizer = tokenizers("byte_level")
     cutter = canonical.PieceCutter(tokenizer)
     cutter._index = {b"a": 1, b"ab": 2, b"c": 3}
@@ -198,7 +198,7 @@ def test_greedy_takes_the_longest_and_admits_defeat():
     assert cutter._greedy(b"ad") == []
 
 
-def test_a_vocabulary_is_listed_anew_when_tokens_or_roles_are_added():
+def test_cached_listing_is_renewed_when_tokens_or_roles_are_added():
     tokenizer = tokenizers("byte_level")
     size, before = canonical.vocabulary_size(tokenizer), canonical.fingerprint(tokenizer)
     canonical.token_bytes(tokenizer)[0] = (
@@ -218,7 +218,7 @@ def test_a_vocabulary_is_listed_anew_when_tokens_or_roles_are_added():
     )
 
 
-def test_a_listing_that_failed_is_not_kept(monkeypatch):
+def test_failed_listing_is_not_cached(monkeypatch):
     tokenizer = tiny_tokenizer(300, TEXTS)
 
     def fails(of):
@@ -230,7 +230,7 @@ def test_a_listing_that_failed_is_not_kept(monkeypatch):
     assert any(canonical.token_bytes(tokenizer))
 
 
-def test_a_role_takes_no_token_away_from_text():
+def test_text_token_with_a_role_keeps_its_bytes():
     """Some tokenizers pad with `!`."""
     tokenizer = tiny_tokenizer(400, TEXTS[:2])
     mark = tokenizer.convert_tokens_to_ids("!")
@@ -245,7 +245,7 @@ def test_a_role_takes_no_token_away_from_text():
     "role", ["pad_token", "unk_token", "bos_token", "eos_token", "sep_token", "mask_token"]
 )
 @pytest.mark.parametrize("kind", ["gpt2", "qwen", "gemma", "bert", "t5", "unigram_with_bytes"])
-def test_no_role_takes_a_token_away_from_text(kind, role):
+def test_no_role_removes_a_text_token(kind, role):
     tokenizer = tokenizer_of_kind(kind, [*TEXTS, "Stop! Go! Now!"])
     mark = tokenizer.convert_tokens_to_ids("!")
     setattr(tokenizer, role, "!")
@@ -257,7 +257,7 @@ def test_no_role_takes_a_token_away_from_text(kind, role):
 
 
 @pytest.mark.parametrize("name", ["</s>", "<s>", "<pad>"])
-def test_a_unigram_model_does_not_read_a_special_tokens_name_as_the_token(name):
+def test_unigram_reads_a_special_tokens_name_as_text(name):
     pieces = [
         ("<pad>", 0.0),
         ("<s>", 0.0),
@@ -285,7 +285,7 @@ def test_a_unigram_model_does_not_read_a_special_tokens_name_as_the_token(name):
     assert backend.encode(text).ids != ids and canonical.vocabulary_size(tokenizer) == len(pieces)
 
 
-def test_dropout_is_off():
+def test_bpe_dropout_is_disabled():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<e>": 3}, [("a", "b")], dropout=0.9))
     plain = canonical.plain_backend(
         PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
@@ -294,7 +294,7 @@ def test_dropout_is_off():
 
 
 @pytest.mark.parametrize("model", [models.WordPiece, models.WordLevel])
-def test_a_vocabulary_that_fails_at_a_text_is_refused(model):
+def test_tokenizer_that_fails_on_a_text_is_refused(model):
     backend = Tokenizer(model({"a": 0, "<e>": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match=r"cannot read every text .*unk_token"):
@@ -313,7 +313,7 @@ def test_characters_as_words_keep_their_spaces():
     )
 
 
-def test_pieces_of_words_with_a_mark_before_them():
+def test_pieces_of_words_with_a_prefix_mark():
     """BPE may have WordPiece's `##` too."""
     vocabulary = {"p": 0, "##l": 1, "##a": 2, "pl": 3, "<e>": 4}
     backend = Tokenizer(models.BPE(vocabulary, [("p", "##l")], continuing_subword_prefix="##"))

@@ -89,7 +89,7 @@ def llama2():
     ],
     ids=["chatml", "gemma", "gemma-bytes", "llama2", "thinking", "plain"],
 )
-def test_the_assistants_turns_are_learned_and_nothing_else(tokenizer, learned):
+def test_only_assistant_turns_are_learned(tokenizer, learned):
     written = chats.write(tokenizer, CHAT)
     text = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert [text[begin:end] for begin, end in written.learned] == learned
@@ -104,7 +104,7 @@ def test_the_assistants_turns_are_learned_and_nothing_else(tokenizer, learned):
 
 
 @pytest.mark.parametrize("tokenizer", [chatml(), llama2(), gemma("byte_level")])
-def test_the_tokens_are_those_that_a_user_of_the_model_gives_it(tokenizer):
+def test_tokens_equal_those_of_apply_chat_template(tokenizer):
     written = chats.write(tokenizer, CHAT)
     expected = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     assert chats.Encoder(tokenizer).encode([written.pieces])[0].ids.tolist() == expected
@@ -131,17 +131,17 @@ def test_the_tokens_are_those_that_a_user_of_the_model_gives_it(tokenizer):
         ([{"role": "assistant", "content": " "}], "no message of the role 'assistant'"),
     ],
 )
-def test_broken_chats_say_what_is_wrong(messages, what):
+def test_errors_on_broken_chats_state_the_problem(messages, what):
     with pytest.raises(chats.Unusable, match=what):
         chats.messages_of(messages)
 
 
-def test_contents_in_parts_are_joined():
+def test_multi_part_contents_are_joined():
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert chats.messages_of([{"role": "assistant", "content": parts}])[0]["content"] == "a b"
 
 
-def test_a_chat_that_the_template_refuses_says_why():
+def test_chat_refused_by_the_template_states_the_reason():
     chat = [{"role": "system", "content": "Be kind."}, *CHAT]
     with pytest.raises(chats.Unusable, match="no system role"):
         chats.write(gemma(), chat)
@@ -226,7 +226,7 @@ def test_chats_and_texts_of_one_file_become_shards(tmp_path):
     assert set(item) == {"tokens", "source", "positions"}
 
 
-def test_broken_and_refused_chats_are_skipped_and_told(tmp_path):
+def test_broken_and_refused_chats_are_skipped_and_reported(tmp_path):
     def check(messages):
         chats.write(gemma(), messages)
 
@@ -241,7 +241,7 @@ def test_broken_and_refused_chats_are_skipped_and_told(tmp_path):
         corpus_of(tmp_path, [bad[0]] * 6, check)
 
 
-def test_a_field_of_another_name_or_none(tmp_path):
+def test_messages_field_may_be_renamed_or_absent(tmp_path):
     records = [{"dialogue": [*CHAT, *CHAT[: 2 * i]], "text": "a text"} for i in range(4)]
     corpus_of(tmp_path, records, messages_field="dialogue")
     assert next(corpus.train_batches(tmp_path / "corpus"))[0].chat
@@ -252,7 +252,7 @@ def test_a_field_of_another_name_or_none(tmp_path):
 # --- Templates kept from the source -------------------------------------------------------------
 
 
-def test_the_sources_template_and_special_tokens_are_kept():
+def test_source_template_and_special_tokens_are_kept():
     source, target = chatml(), tiny_tokenizer(420, TEXTS * 5)
     before = copy.deepcopy(target).get_vocab()
     found = chats.with_template(target, source, "source")
@@ -268,7 +268,7 @@ def test_the_sources_template_and_special_tokens_are_kept():
     assert other.chat_template == CHATML and "<|im_end|>" in other.get_vocab()
 
 
-def test_a_target_without_template_gets_the_sources_if_it_has_its_tokens():
+def test_target_without_template_gets_the_sources_if_it_has_its_tokens():
     source, target = chatml(), tiny_tokenizer(420, TEXTS * 5)
     assert chats.with_template(target, source, "target") is target
     target.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)

@@ -83,7 +83,7 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert not (tmp_path / "out" / "seen.sqlite").exists()
 
 
-def test_plain_text_is_parted_by_blank_lines(tmp_path, monkeypatch):
+def test_plain_text_is_split_at_blank_lines(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt.gz", "one\ntwo\n\n \nthree\n\nfour\u2028still four")
     _, train, held = run(config_for(path), tmp_path / "out")
     assert sorted(d.text for d in train + held) == ["four\u2028still four", "one\ntwo\n", "three\n"]
@@ -100,7 +100,7 @@ def test_plain_text_is_parted_by_blank_lines(tmp_path, monkeypatch):
     ]
 
 
-def test_files_by_glob_comma_folder_and_tuple(tmp_path):
+def test_files_are_named_by_glob_comma_folder_or_tuple(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(4):
         write(tmp_path / "in" / f"part[{i}].jsonl", json_lines(TEXTS[10 * i : 10 * i + 10]))
@@ -117,7 +117,7 @@ def test_files_by_glob_comma_folder_and_tuple(tmp_path):
         assert sorted(d.text for d in train + held) == sorted(TEXTS)
 
 
-def test_a_folder_of_the_library_datasets(tmp_path):
+def test_saved_datasets_folder_is_read(tmp_path):
     rows = [{"text": text, "lang": "de", "id": i} for i, text in enumerate(TEXTS)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / ".cache").mkdir()
@@ -132,7 +132,7 @@ def test_a_folder_of_the_library_datasets(tmp_path):
         corpus.check(config_for(tmp_path / "saved", text_field="body"))
 
 
-def test_of_a_folder_of_several_splits_one_is_read(tmp_path):
+def test_one_split_of_a_dataset_folder_is_read(tmp_path):
     splits = {"train": TEXTS[:30], "test": TEXTS[30:]}
     made = {
         name: datasets.Dataset.from_list([{"text": text} for text in texts])
@@ -190,7 +190,7 @@ def test_held_out_documents_are_chosen_by_hash_alone(tmp_path):
     assert 20 < len(expected) < 80
 
 
-def test_a_small_corpus_holds_out_the_smallest_hash_of_each_language(tmp_path):
+def test_small_corpus_holds_out_the_smallest_hash_of_each_language(tmp_path):
     rows = [("de", t) for t in TEXTS[:10]] + [("fr", t) for t in TEXTS[10:20]] + [("it", TEXTS[20])]
     path = write(
         tmp_path / "a.jsonl", "".join(json_lines([text], lang=language) for language, text in rows)
@@ -208,7 +208,7 @@ def test_a_small_corpus_holds_out_the_smallest_hash_of_each_language(tmp_path):
     assert len(train) + len(held) == 21
 
 
-def test_two_documents_of_two_languages_still_split(tmp_path):
+def test_two_documents_of_two_languages_are_split(tmp_path):
     path = write(
         tmp_path / "a.jsonl", json_lines(["eins"], lang="de") + json_lines(["un"], lang="fr")
     )
@@ -228,7 +228,7 @@ def test_reading_stops_at_the_budget(tmp_path):
         corpus.run(config_for(path, budget_bytes=10), tmp_path / "out", print)
 
 
-def test_long_corpora_are_cut_into_files_and_row_groups(tmp_path, monkeypatch):
+def test_long_corpora_are_written_in_several_files_and_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "FILE_BYTES", 600)
     monkeypatch.setattr(corpus, "GROUP_BYTES", 200)
     path = write(tmp_path / "a.jsonl", json_lines(TEXTS))
@@ -265,7 +265,7 @@ def test_long_corpora_are_cut_into_files_and_row_groups(tmp_path, monkeypatch):
         ("a.csv", "text\nx\n", ["a.csv", "unknown ending"]),
     ],
 )
-def test_bad_files_are_named_before_long_work(tmp_path, name, content, expected):
+def test_errors_name_bad_files_before_long_work(tmp_path, name, content, expected):
     path = write(tmp_path / name, content)
     with pytest.raises(UserError) as error:
         corpus.check(config_for(path))
@@ -274,7 +274,7 @@ def test_bad_files_are_named_before_long_work(tmp_path, name, content, expected)
         assert part in str(error.value)
 
 
-def test_broken_compression_and_encoding_name_the_file(tmp_path):
+def test_errors_on_compression_and_encoding_name_the_file(tmp_path):
     whole = lzma.compress(json_lines(TEXTS * 50).encode())
     (tmp_path / "cut.jsonl.xz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "no.jsonl.gz").write_bytes(b"this is no gzip")
@@ -286,7 +286,7 @@ def test_broken_compression_and_encoding_name_the_file(tmp_path):
             corpus.run(config_for(tmp_path / name), tmp_path / "out", print)
 
 
-def test_missing_corpora_say_what_is_there(tmp_path):
+def test_error_on_a_missing_corpus_lists_what_exists(tmp_path):
     write(tmp_path / "right.jsonl", json_lines(TEXTS))
     with pytest.raises(UserError, match=r"wrong\.jsonl' does not exist.*right\.jsonl"):
         corpus.check(config_for(tmp_path / "wrong.jsonl"))
@@ -301,7 +301,7 @@ def test_missing_corpora_say_what_is_there(tmp_path):
         corpus.check(config_for("nobody/no-such-data-set"))
 
 
-def test_a_missing_parquet_column_says_what_is_there(tmp_path):
+def test_error_on_a_missing_parquet_column_lists_the_columns(tmp_path):
     pq.write_table(pa.table({"body": TEXTS, "id": list(range(len(TEXTS)))}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no field 'text'; it has \['body', 'id'\]"):
         corpus.check(config_for(tmp_path / "a.parquet"))
@@ -309,13 +309,13 @@ def test_a_missing_parquet_column_says_what_is_there(tmp_path):
     assert len(train) + len(held) == len(TEXTS)
 
 
-def test_a_single_document_cannot_be_split(tmp_path):
+def test_single_document_cannot_be_split(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(["alone", "alone"]))
     with pytest.raises(UserError, match="1 documents to train on and 0 to hold out"):
         corpus.run(config_for(path), tmp_path / "out", print)
 
 
-def test_a_parquet_file_may_have_no_rows(tmp_path):
+def test_parquet_file_may_have_no_rows(tmp_path):
     """Of a folder that Spark wrote, say."""
     table = pa.table({"text": pa.array(TEXTS, pa.large_string())})
     pq.write_table(table, tmp_path / "part-1.parquet", row_group_size=7)
@@ -324,7 +324,7 @@ def test_a_parquet_file_may_have_no_rows(tmp_path):
     assert {document.text for document in train + held} == set(TEXTS)
 
 
-def test_any_language_is_a_name(tmp_path):
+def test_any_language_name_is_accepted(tmp_path):
     lines = [
         {"text": text, "lang": lang} for text, lang in zip(TEXTS, ["\ud800x", 0, None, ""] * 10)
     ]
@@ -364,7 +364,7 @@ def letters(language: str, documents: int, size: int = 100) -> str:
 
 
 @pytest.mark.parametrize("budget", [3_000, 20_000, 77_777])
-def test_the_budget_is_drawn_from_all_files_by_their_size(tmp_path, budget):
+def test_budget_is_drawn_from_all_files_by_their_size(tmp_path, budget):
     folder = inputs(tmp_path)
     for name, documents in {"a": 100, "b": 300, "c": 600}.items():
         write(folder / f"{name}.jsonl", letters(name, documents))
@@ -380,7 +380,7 @@ def test_the_budget_is_drawn_from_all_files_by_their_size(tmp_path, budget):
     assert again == found
 
 
-def test_what_short_files_leave_of_the_budget_is_read_from_the_others(tmp_path, monkeypatch):
+def test_budget_left_by_short_files_is_read_from_the_others(tmp_path, monkeypatch):
     folder = inputs(tmp_path)
     monkeypatch.setattr(corpus, "OPEN_FILES", 1)
     write(folder / "a.jsonl", json_lines(["short"], lang="a", other="o" * 50_000))
@@ -397,7 +397,7 @@ def test_what_short_files_leave_of_the_budget_is_read_from_the_others(tmp_path, 
     assert summary["not_read"]["files"] == summary["not_read"]["bytes"] == 0
 
 
-def test_of_many_small_files_some_are_read_whole(tmp_path):
+def test_some_of_many_small_files_are_read_completely(tmp_path):
     folder = inputs(tmp_path)
     for i in range(100):
         write(folder / f"{i:03d}.txt", f"{i:05d}".ljust(100, "x"))
@@ -409,7 +409,7 @@ def test_of_many_small_files_some_are_read_whole(tmp_path):
     )  # from the whole folder, not its beginning
 
 
-def test_what_was_not_read_is_said(tmp_path):
+def test_unread_text_is_reported(tmp_path):
     folder = inputs(tmp_path)
     for name in "ab":
         write(folder / f"{name}.jsonl", letters(name, 2000))
@@ -439,7 +439,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("place", [0, 7])
-def test_a_broken_line_is_skipped_and_reported(tmp_path, kind, place):
+def test_broken_line_is_skipped_and_reported(tmp_path, kind, place):
     rows = json_lines(TEXTS).splitlines()
     rows.insert(place, BROKEN[kind])
     path = tmp_path / "a.jsonl"
@@ -457,7 +457,7 @@ def test_a_broken_line_is_skipped_and_reported(tmp_path, kind, place):
         corpus.run(config_for(path, max_broken_share=0.0), tmp_path / "strict", print)
 
 
-def test_more_broken_lines_than_allowed_are_refused_with_the_first(tmp_path):
+def test_too_many_broken_lines_are_refused_naming_the_first(tmp_path):
     rows = json_lines(TEXTS * 100).splitlines()
     rows[50:60] = ["broken"] * 10
     path = tmp_path / "a.jsonl"
@@ -474,7 +474,7 @@ def test_more_broken_lines_than_allowed_are_refused_with_the_first(tmp_path):
     )
 
 
-def test_a_file_whose_first_records_are_all_wrong_is_refused_at_once(tmp_path):
+def test_file_whose_first_records_are_all_wrong_is_refused_at_once(tmp_path):
     write(tmp_path / "a.jsonl", json_lines(TEXTS))
     other = write(tmp_path / "b.jsonl", json_lines(TEXTS).replace('"text"', '"content"'))
     with pytest.raises(
@@ -490,7 +490,7 @@ def test_a_file_whose_first_records_are_all_wrong_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
 @pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.txt"])
 @pytest.mark.parametrize("left", [0.0, 0.5, 0.999])
-def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path, name, ending, left):
+def test_truncated_compressed_file_is_refused(tmp_path, name, ending, left):
     random = np.random.default_rng(0)
     texts = ["".join(random.choice(list("abcdefgh \n"), 300)) for _ in range(200)]
     content = (
@@ -505,7 +505,7 @@ def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path, name, ending, l
 
 
 @pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
-def test_a_compressed_file_may_have_several_parts(tmp_path, ending):
+def test_compressed_file_may_have_several_parts(tmp_path, ending):
     paths = [
         write(tmp_path / f"{i}.jsonl{ending}", json_lines(TEXTS[10 * i : 10 * i + 10]))
         for i in range(4)
@@ -517,7 +517,7 @@ def test_a_compressed_file_may_have_several_parts(tmp_path, ending):
     assert sorted(document.text for document in train + held) == sorted(TEXTS)
 
 
-def test_caches_beside_a_saved_dataset_are_not_read(tmp_path):
+def test_cache_files_in_a_dataset_folder_are_ignored(tmp_path):
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     loaded = datasets.load_from_disk(tmp_path / "saved")
     loaded.map(lambda row: {"text": row["text"].upper()})
@@ -581,7 +581,7 @@ def test_text_of_any_string_or_binary_type_is_read(tmp_path, kind, ending):
     }
 
 
-def test_a_column_of_no_text_is_named_with_its_type(tmp_path):
+def test_error_names_a_column_that_is_no_text_and_its_type(tmp_path):
     pq.write_table(pa.table({"text": [[1], [2]], "body": TEXTS[:2]}), tmp_path / "a.parquet")
     with pytest.raises(
         UserError, match=r"a\.parquet' has type list<.*int64> in its column 'text'.*body.*cast it"
@@ -589,7 +589,7 @@ def test_a_column_of_no_text_is_named_with_its_type(tmp_path):
         corpus.check(config_for(tmp_path / "a.parquet"))
 
 
-def test_bytes_that_are_no_text_are_broken_records(tmp_path):
+def test_invalid_utf_8_counts_as_a_broken_record(tmp_path):
     rows = [text.encode() for text in TEXTS] + [b"Gr\xf6\xdfe"]
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
     summary, train, held = run(config_for(tmp_path / "a.parquet"), tmp_path / "out")
@@ -602,7 +602,7 @@ def documents_of(tmp_path: Path, content: bytes, name: str = "a.txt") -> list[st
     return [document.text for document in corpus.read(config_for(tmp_path / name))]
 
 
-def test_plain_text_stays_as_it_is(tmp_path):
+def test_plain_text_is_unchanged(tmp_path):
     mark = "\ufeff".encode()
     assert documents_of(tmp_path, mark + b"a\rb\r\rc\n\nd") == ["a\rb\r\rc\n", "d"]
     assert documents_of(tmp_path, b"a\r\nb\r\n\r\nc\r\n") == ["a\r\nb\r\n", "c\r\n"]
@@ -616,7 +616,7 @@ def test_plain_text_stays_as_it_is(tmp_path):
             documents_of(tmp_path, "\ufeffone\n".encode(encoding))
 
 
-def test_text_without_line_ends_is_cut_at_characters(tmp_path, monkeypatch):
+def test_text_without_line_breaks_is_split_between_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "LINE_BYTES", 16)
     monkeypatch.setattr(reading, "PASSAGE_BYTES", 16)
     text = "größer 数学 \U0001f642 день " * 20
@@ -628,14 +628,14 @@ def test_text_without_line_ends_is_cut_at_characters(tmp_path, monkeypatch):
     )
 
 
-def test_a_passage_of_another_encoding_is_skipped(tmp_path):
+def test_passage_of_another_encoding_is_skipped(tmp_path):
     (tmp_path / "a.txt").write_bytes("\n\n".join(TEXTS).encode() + b"\n\nGr\xf6\xdfe\nmore\n\nlast")
     summary, train, held = run(config_for(tmp_path / "a.txt"), tmp_path / "out")
     assert summary["broken"]["records"] == 1 and "not UTF-8" in summary["broken"]["first"]
     assert "last" in {document.text for document in train + held}
 
 
-def test_a_comma_separated_list_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
+def test_comma_separated_list_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [f"part-{i:03d}-of-the-corpus.jsonl" for i in range(40)]
     for name, text in zip(names, TEXTS):
@@ -646,7 +646,7 @@ def test_a_comma_separated_list_may_be_longer_than_a_file_name(tmp_path, monkeyp
         corpus.check(config_for("x" * 300 + ".jsonl"))
 
 
-def test_local_files_need_no_cache_of_the_hub(tmp_path):
+def test_local_files_need_no_hub_cache(tmp_path):
     """Where HF_HOME cannot be made."""
     (tmp_path / "file").write_text("")
     path = write(tmp_path / "a.jsonl.zst", json_lines(TEXTS))
@@ -665,7 +665,7 @@ def test_local_files_need_no_cache_of_the_hub(tmp_path):
     assert done.stdout.strip() == str(len(TEXTS)), done.stderr
 
 
-def test_languages_past_the_most_are_pooled_with_a_warning(tmp_path, monkeypatch):
+def test_languages_beyond_the_maximum_are_pooled_with_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "MOST_LANGUAGES", 5)
     rows = "".join(
         json_lines([text], url=f"https://example.org/{i}") for i, text in enumerate(TEXTS)
@@ -680,7 +680,7 @@ def test_languages_past_the_most_are_pooled_with_a_warning(tmp_path, monkeypatch
     assert len(warnings) == 1 and "language_field 'url' has more than 5 values" in warnings[0]
 
 
-def test_a_language_called_all_is_told_from_all_languages(tmp_path):
+def test_language_named_all_is_distinct_from_the_total(tmp_path):
     path = write(
         tmp_path / "a.jsonl", json_lines(TEXTS[:20], lang="all") + json_lines(TEXTS[20:], lang="en")
     )
@@ -704,7 +704,7 @@ def parts(folder: Path, **documents: int) -> dict[str, Path]:
 
 @pytest.mark.parametrize("budget", [10**9, 30_000])
 @pytest.mark.parametrize("form", ["text", "tuple", "mapping"])
-def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
+def test_sources_are_sampled_by_weight(tmp_path, budget, form, monkeypatch):
     given = parts(tmp_path / "in", a=1000, b=1000, c=400)
     weights = dict(zip(given.values(), (6, 3, 1)))
     names = [f"{path}={weight}" for path, weight in weights.items()]
@@ -733,7 +733,7 @@ def test_parts_are_drawn_by_their_weights(tmp_path, budget, form, monkeypatch):
     assert run(again, tmp_path / "again")[1:] == (train, held)
 
 
-def test_results_may_be_told_apart_by_source(tmp_path):
+def test_results_may_be_grouped_by_source(tmp_path):
     given = parts(tmp_path / "in", a=100, b=100)
     config = config_for(
         ",".join(map(str, given.values())), group_by="source", language_field="none"
@@ -748,7 +748,7 @@ def test_results_may_be_told_apart_by_source(tmp_path):
     assert [*summary["languages"]] == ["a", "b"]
 
 
-def test_a_part_that_ends_is_told(tmp_path):
+def test_exhausted_source_is_reported(tmp_path):
     given = parts(tmp_path / "in", a=100, b=1000)
     lines = []
     config = config_for(f"{given['a']}=1,{given['b']}=1")
@@ -763,14 +763,14 @@ def test_a_part_that_ends_is_told(tmp_path):
     assert any("a 50.0%, b 50.0% of the text" in line for line in lines)
 
 
-def test_parts_that_end_together_leave_nothing_unread(tmp_path):
+def test_sources_exhausted_together_leave_nothing_unread(tmp_path):
     given = parts(tmp_path / "in", a=100, b=100)
     summary = corpus.run(config_for(f"{given['a']}=1,{given['b']}=1"), tmp_path / "out", print)
     assert summary["not_read"]["files"] == 0 and summary["sources"] == {"a": 10_000, "b": 10_000}
 
 
 @pytest.mark.parametrize("ending", ["=0", "=-1", "=0.0"])
-def test_weights_are_above_zero_and_all_or_none(tmp_path, ending):
+def test_weights_are_positive_and_given_for_all_or_none(tmp_path, ending):
     given = parts(tmp_path / "in", a=10, b=10)
     with pytest.raises(UserError, match=r"a' has the weight .* must be above 0"):
         corpus.check(config_for(f"{given['a']}{ending},{given['b']}=1"))
@@ -778,13 +778,13 @@ def test_weights_are_above_zero_and_all_or_none(tmp_path, ending):
         corpus.check(config_for(f"{given['a']}=1,{given['b']}"))
 
 
-def test_a_file_may_be_called_as_if_it_had_a_weight(tmp_path):
+def test_file_name_may_look_like_a_weight(tmp_path):
     (tmp_path / "a=0.5").mkdir()
     write(tmp_path / "a=0.5" / "x.jsonl", json_lines(TEXTS))
     assert len([*corpus.read(config_for(tmp_path / "a=0.5"))]) == len(TEXTS)
 
 
-def test_the_mixture_is_part_of_what_a_run_depends_on(tmp_path):
+def test_fingerprint_covers_the_mixture(tmp_path):
     given = parts(tmp_path / "in", a=10, b=10)
     one, other = (config_for(f"{given['a']}={weight},{given['b']}=1") for weight in (1, 2))
     assert (

@@ -91,13 +91,13 @@ def normalised(kind: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("kind", [*EXACT, *REAL])
-def test_the_text_comes_back(kind):
+def test_text_round_trips(kind):
     for text in TEXTS.values():
         assert spelled_back(kind, text) == normalised(kind, text).encode()
 
 
 @pytest.mark.parametrize("kind", PREFIXED)
-def test_the_text_comes_back_behind_a_space(kind):
+def test_text_with_a_leading_space_round_trips(kind):
     form = {"unigram_first": "NFC"}.get(kind)
     for text in TEXTS.values():
         expected = unicodedata.normalize(form, text) if form else text
@@ -107,7 +107,7 @@ def test_the_text_comes_back_behind_a_space(kind):
 
 
 @pytest.mark.parametrize("kind", ["t5", "bpe_without_bytes"])
-def test_without_bytes_what_the_vocabulary_knows_comes_back(kind):
+def test_known_characters_round_trip_without_byte_fallback(kind):
     for name in (*LANGUAGES, "code"):
         text = TEXTS[name]
         assert spelled_back(kind, text) == (" " + normalised(kind, text)).encode()
@@ -115,7 +115,7 @@ def test_without_bytes_what_the_vocabulary_knows_comes_back(kind):
 
 
 @pytest.mark.parametrize("kind", ["bert", "bert_cased", "gpt1"])
-def test_without_spaces_the_words_come_back(kind):
+def test_words_round_trip_where_spaces_are_lost(kind):
     for name in (*LANGUAGES, "code"):
         text = TEXTS[name]
         assert (
@@ -126,7 +126,7 @@ def test_without_spaces_the_words_come_back(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("bert", "bert_cased")])
-def test_the_librarys_own_decoder_agrees(kind):
+def test_canonical_bytes_agree_with_the_librarys_decoder(kind):
     for name in (*LANGUAGES, "code"):
         text = normalised(kind, TEXTS[name])
         ids = read(kind)[1].encode(text, add_special_tokens=False).ids
@@ -135,7 +135,7 @@ def test_the_librarys_own_decoder_agrees(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plain_backend_differs_only_in_special_tokens(kind):
+def test_plain_backend_differs_only_in_special_tokens(kind):
     texts = [*TEXTS.values(), "<s> </s> <|endoftext|> [SEP] are words here"]
     plain = [e.ids for e in read(kind)[1].encode_batch_fast(texts, add_special_tokens=False)]
     theirs = tokenizer(kind)(texts, add_special_tokens=False, split_special_tokens=True)[
@@ -150,7 +150,7 @@ def test_the_plain_backend_differs_only_in_special_tokens(kind):
     assert plain[:-1] == tokenizer(kind)(texts[:-1], add_special_tokens=False)["input_ids"]
 
 
-def test_words_are_set_off_by_spaces_where_text_does_so():
+def test_words_are_separated_by_spaces_as_in_text():
     content = {token: read("bert")[0][i] for token, i in tokenizer("bert").get_vocab().items()}
     assert content["menschen"] == b" menschen"
     assert (
@@ -167,7 +167,7 @@ def test_words_are_set_off_by_spaces_where_text_does_so():
 
 
 @pytest.mark.parametrize("kind", ["bert_cased", "t5", "llama2", "mistral", "gpt1"])
-def test_a_word_is_the_same_in_a_byte_level_vocabulary(kind):
+def test_words_match_those_of_a_byte_level_vocabulary(kind):
     """`Menschen` and `##ing` of WordPiece, `▁Menschen` of SentencePiece, `ĠMenschen` of GPT-2."""
     source, target = tokenizer("llama3"), tokenizer(kind)
     parts, rules = methods.spell(source, target)
@@ -184,7 +184,7 @@ def test_a_word_is_the_same_in_a_byte_level_vocabulary(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_join_up_to_each_token_of_a_byte_level_vocabulary(kind):
+def test_pieces_join_to_each_token_of_a_byte_level_vocabulary(kind):
     content, _ = read(kind)
     wanted = [b for b in read("gpt2")[0] if b]
     lossy = bool(canonical.losses(tokenizer(kind)))
@@ -203,7 +203,7 @@ def test_pieces_join_up_to_each_token_of_a_byte_level_vocabulary(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_lost_is_named(kind):
+def test_lossy_tokenization_is_reported(kind):
     lost = {
         "qwen": ["decomposed characters"],
         "t5": [
@@ -241,7 +241,7 @@ def with_special(kind: str, *tokens: str, **settings) -> PreTrainedTokenizerFast
     return made
 
 
-def test_where_rows_of_special_tokens_come_from_is_told():
+def test_sources_of_special_tokens_are_reported():
     source = with_special(
         "gpt2", "<|eot_id|>", "<|tool|>", "<|fim_prefix|>", eos_token="<|endoftext|>"
     )
@@ -280,7 +280,7 @@ def test_where_rows_of_special_tokens_come_from_is_told():
             assert source.convert_ids_to_tokens(parts[row["id"]]) == [row["source"]]
 
 
-def test_what_ends_documents_has_the_end_of_texts_rows_without_a_role():
+def test_document_separator_gets_the_end_of_text_rows_without_a_role():
     source = with_special("mistral", eos_token="</s>", bos_token="<s>")
     target = with_special(
         "gpt2", bos_token="<|start|>"
@@ -305,7 +305,7 @@ def with_added(kind: str, *tokens: AddedToken) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     "kind", ["gpt2", "qwen", "gemma", "mistral", "unigram_with_bytes", "bert_cased"]
 )
-def test_added_tokens_are_their_text_spaces_and_all(kind, normalized):
+def test_added_tokens_keep_their_text_and_spaces(kind, normalized):
     texts = ["<think>", "two words", "größer als"]
     made = with_added(kind, *(AddedToken(text, normalized=normalized) for text in texts))
     content = canonical.token_bytes(made)
@@ -315,7 +315,7 @@ def test_added_tokens_are_their_text_spaces_and_all(kind, normalized):
         assert ids[-1] == made.convert_tokens_to_ids(text)
 
 
-def test_a_normalised_added_token_of_llama_2s_kind_begins_with_a_space():
+def test_normalised_added_tokens_of_llama_2_begin_with_a_space():
     made = with_added(
         "llama2", AddedToken("foo", normalized=True), AddedToken("bar", normalized=False)
     )
@@ -328,7 +328,7 @@ def test_a_normalised_added_token_of_llama_2s_kind_begins_with_a_space():
     assert bar in plain.encode("xbar", add_special_tokens=False).ids
 
 
-def test_a_token_of_the_model_that_is_listed_as_added_is_what_the_model_spells():
+def test_model_token_listed_as_added_keeps_its_spelling():
     """Gemma's runs of `▁` are in its vocabulary and among its added tokens; text with spaces
     becomes them by the model.
     """
@@ -365,7 +365,7 @@ def test_extra_tokens_that_are_not_flagged_special_are_text():
     assert canonical.losses(made) == []
 
 
-def test_a_normaliser_may_spell_bytes():
+def test_normaliser_may_map_bytes():
     backend = Tokenizer(models.BPE({"a": 0, "Ġ": 1, "Ġa": 2}, [("Ġ", "a")]))
     backend.normalizer, backend.decoder = normalizers.ByteLevel(), decoders.Fuse()
     made = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -373,7 +373,7 @@ def test_a_normaliser_may_spell_bytes():
     assert canonical.token_bytes(made) == [b"a", b" ", b" a", "é b".encode()]
 
 
-def test_ids_may_have_holes():
+def test_ids_may_have_gaps():
     state = json.loads(tokenizer("gpt2").backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     last = max(vocabulary, key=vocabulary.get)
@@ -390,7 +390,7 @@ def test_ids_may_have_holes():
     assert set(rules[-101:-1]) == {Rule.MEAN} and rules[-1] == Rule.EXACT
 
 
-def test_a_word_level_vocabulary_has_words():
+def test_word_level_vocabulary_has_words():
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "fox": 1, ",": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")

@@ -46,7 +46,7 @@ def ends(content: list[bytes | None], tokens: list[int]) -> set[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_old_tokens_stay_and_no_text_gets_longer(kind):
+def test_extension_keeps_old_tokens_and_lengthens_no_text(kind):
     old = source(kind)
     new = extended_tokenizer(old, DOMAIN, 40, min_count=2)
     size, before, after = canonical.vocabulary_size(old), old.get_vocab(), new.get_vocab()
@@ -71,7 +71,7 @@ def test_old_tokens_stay_and_no_text_gets_longer(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_text_still_comes_back(kind):
+def test_text_round_trips_after_extension(kind):
     new = extended_tokenizer(source(kind), DOMAIN, 40, min_count=2)
     for text in [*OLD_TEXTS, *DOMAIN]:
         decoded = new.decode(ids(new, text), clean_up_tokenization_spaces=False)
@@ -79,7 +79,7 @@ def test_the_text_still_comes_back(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merges_are_the_most_frequent_pairs_counted_anew_each_time(kind):
+def test_merges_are_the_most_frequent_pairs_recounted_each_time(kind):
     """Against the definition: encode all text with what there is, count neighbours, take the most
     frequent pair.
     """
@@ -109,7 +109,7 @@ def test_merges_are_the_most_frequent_pairs_counted_anew_each_time(kind):
     assert len(found) == 12
 
 
-def test_it_is_the_same_each_time_and_survives_saving(tmp_path):
+def test_mining_is_deterministic_and_survives_saving(tmp_path):
     for kind in ("qwen", "llama2"):
         first, second = (
             extended_tokenizer(source(kind), DOMAIN, 40, min_count=2) for _ in range(2)
@@ -123,7 +123,7 @@ def test_it_is_the_same_each_time_and_survives_saving(tmp_path):
             assert ids(again, text) == ids(first, text)
 
 
-def test_numbers_are_cut_as_before_and_words_keep_to_themselves():
+def test_numbers_split_as_before_and_merges_stay_within_words():
     for kind in ("qwen", "gemma", "mistral"):
         old = source(kind)
         size, new = (
@@ -139,7 +139,7 @@ def test_numbers_are_cut_as_before_and_words_keep_to_themselves():
         assert "向日葵" in mined or " 向日葵" in mined
 
 
-def test_unknown_characters_become_tokens_where_they_spare_the_most():
+def test_unknown_characters_become_tokens_where_they_save_most():
     old = source("llama2")
     assert ids(old, "向")[-3:] == [
         old.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "向".encode()
@@ -169,7 +169,7 @@ def test_new_tokens_can_be_aligned_and_old_ones_are_exact():
         assert b"".join(contents[piece] for piece in parts[i]) == content
 
 
-def test_kinds_without_merges_are_refused():
+def test_tokenizers_without_merges_are_refused():
     for kind, named in (
         ("t5", "Unigram"),
         ("bert", "WordPiece"),
@@ -191,7 +191,7 @@ def test_too_little_text_gives_fewer_tokens():
     assert len(ids(few, "sonnenblume")) == 1
 
 
-def test_ids_begin_behind_gaps_and_added_tokens():
+def test_new_ids_follow_gaps_and_added_tokens():
     state = json.loads(source("qwen").backend_tokenizer.to_str())
     state["model"]["vocab"][max(state["model"]["vocab"], key=state["model"]["vocab"].get)] += 1000
     old = PreTrainedTokenizerFast(
@@ -203,7 +203,7 @@ def test_ids_begin_behind_gaps_and_added_tokens():
     assert new.eos_token_id == old.eos_token_id
 
 
-def test_a_real_tokenizer_gains_on_other_text_of_the_domain():
+def test_extended_tokenizer_shortens_held_out_text_of_the_domain():
     folder, corpus = SHARED / "tokenizers" / "neox", SHARED / "corpus" / "mix-valid.jsonl.xz"
     if not (folder.exists() and corpus.exists()):
         pytest.skip(f"needs {folder} and {corpus}")
@@ -220,7 +220,7 @@ def test_a_real_tokenizer_gains_on_other_text_of_the_domain():
     assert after < 0.97 * before
 
 
-def test_documents_larger_than_the_budget_are_read_from_their_beginning(tmp_path):
+def test_documents_larger_than_the_budget_are_truncated(tmp_path):
     texts = [f"{name} größer " * 20_000 for name in ("eins", "zwei", "drei")]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "klein"])
@@ -237,7 +237,7 @@ def test_documents_larger_than_the_budget_are_read_from_their_beginning(tmp_path
     )
 
 
-def test_reading_stops_where_the_budget_is_spent(tmp_path, monkeypatch):
+def test_reading_stops_when_the_budget_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1000)
     texts = [f"document {i} ".ljust(500, "x") for i in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -9,7 +9,7 @@ from tokalign_jax.text import numbers
 DIGITS = [*TEXTS, *(f"in {year} there were {12000 + year} of them" for year in range(1990, 2030))]
 
 
-def test_digit_by_digit_against_pieces_of_three():
+def test_single_digits_and_groups_of_three_differ():
     llama3, qwen = (tokenizer_of_kind(kind, DIGITS) for kind in ("llama3", "qwen"))
     assert numbers.number_pieces(qwen, "2023") == [*"2023"]
     assert numbers.number_pieces(llama3, "12345") != [*"12345"]
@@ -21,12 +21,12 @@ def test_digit_by_digit_against_pieces_of_three():
 @pytest.mark.parametrize(
     "kind", ["gpt2", "llama2", "gemma", "mistral", "t5", "bert", "gpt1", "unigram_first"]
 )
-def test_pieces_make_up_the_number(kind):
+def test_pieces_join_to_the_number(kind):
     for number in numbers.PROBES:
         assert "".join(numbers.number_pieces(tokenizer_of_kind(kind, DIGITS), number)) == number
 
 
-def test_real_tokenizers():
+def test_number_splits_of_published_tokenizers():
     folder = SHARED / "tokenizers"
     if not folder.exists():
         pytest.skip("the tokenizers are not at hand")

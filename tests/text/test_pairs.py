@@ -20,7 +20,7 @@ def read(tokenizer, tokens):
     return tokenizer.decode([t for t in tokens if t >= 0], skip_special_tokens=True)
 
 
-def test_positions_have_read_the_same_text(pairing):
+def test_paired_positions_cover_the_same_text(pairing):
     documents = pairing.pair([((text, None),) for text in TEXTS])
     packed = pairs.pack(documents, [2, 0, 1, 0], 40)
     found = 0
@@ -33,7 +33,7 @@ def test_positions_have_read_the_same_text(pairing):
     assert found > 40
 
 
-def test_rows_hold_all_text_until_they_are_full(pairing):
+def test_rows_are_packed_until_full(pairing):
     documents = pairing.pair([((text, None),) for text in TEXTS])
     packed = pairs.pack(documents, range(len(documents)), 1000)
     assert len(packed.target) == 1
@@ -41,7 +41,7 @@ def test_rows_hold_all_text_until_they_are_full(pairing):
     assert read(pairing.source, packed.source[0].tolist()).startswith("".join(TEXTS))
 
 
-def test_special_tokens_stand_on_both_sides_or_on_none(pairing):
+def test_special_tokens_appear_on_both_sides_or_neither(pairing):
     end = pairing.source.eos_token_id
     known, unknown = pairing.pair(
         [(("a dog", end), (" sleeps", None)), (("a dog", 7), (" sleeps", None))]
@@ -59,7 +59,7 @@ def test_special_tokens_stand_on_both_sides_or_on_none(pairing):
     assert unknown.source_ends[-1] == unknown.target_ends[-1] == len("a dog sleeps")
 
 
-def test_passages_are_cut_behind_white_space_and_lose_nothing_long():
+def test_passages_are_split_after_white_space():
     text = "word " * 1000 + "end"
     found = pairs.passages(text)
     assert all(len(passage) <= pairs.PASSAGE for passage in found)

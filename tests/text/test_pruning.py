@@ -60,7 +60,7 @@ def test_every_text_is_spelled_by_the_same_bytes(kind, options):
 
 
 @TAKEN
-def test_text_without_removed_tokens_is_split_as_before(kind):
+def test_text_without_removed_tokens_splits_as_before(kind):
     whole, (made, kept) = tokenizer(kind), pruned(kind)
     for text in NEEDED:
         assert kept[ids_of(made, text)].tolist() == ids_of(whole, text)
@@ -79,7 +79,7 @@ def test_tokens_keep_their_order_bytes_and_roles(kind):
 
 
 @TAKEN
-def test_every_token_that_stays_can_be_reached(kind, tmp_path):
+def test_every_kept_token_can_be_produced(kind, tmp_path):
     made = pruned(kind, 4).tokenizer
     model = json.loads(made.backend_tokenizer.to_str())["model"]
     for first, second in model.get("merges", []):
@@ -90,7 +90,7 @@ def test_every_token_that_stays_can_be_reached(kind, tmp_path):
         assert again(text)["input_ids"] == made(text)["input_ids"]
 
 
-def test_fewer_tokens_are_the_more_frequent_ones():
+def test_smaller_vocabularies_keep_more_frequent_tokens():
     counts = pruning.count(tokenizer("gpt2"), NEEDED)
     few = pruned("gpt2", 1, 280)
     assert 275 <= len(few.kept) <= 280 < len(pruned("gpt2").kept)
@@ -98,7 +98,7 @@ def test_fewer_tokens_are_the_more_frequent_ones():
     assert set(most_frequent.tolist()) <= set(few.kept.tolist())
 
 
-def test_what_the_chat_template_writes_stays():
+def test_tokens_of_the_chat_template_are_kept():
     whole = tokenizer_of_kind("qwen", TEXTS, 900)
     whole.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %} corpus"
     made, kept = pruning.prune(whole, np.zeros(len(whole), np.int64))
@@ -106,7 +106,7 @@ def test_what_the_chat_template_writes_stays():
     assert made.chat_template == whole.chat_template
 
 
-def test_what_is_put_around_a_text_gets_the_new_ids():
+def test_post_processor_gets_the_new_ids():
     whole = tokenizer_of_kind("llama2", TEXTS, 900)
     whole.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>",
@@ -121,6 +121,6 @@ def test_what_is_put_around_a_text_gets_the_new_ids():
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
-def test_other_kinds_are_refused_by_name(kind):
+def test_unsupported_kinds_are_refused_by_name(kind):
     with pytest.raises(UserError, match="cannot be pruned"):
         pruning.prune(tokenizer(kind), np.zeros(900, np.int64))

@@ -32,7 +32,7 @@ DOCUMENTS = [
 ]
 
 
-def test_both_sides_have_read_the_same_text(sides, tmp_path):
+def test_shared_boundaries_end_the_same_text_on_both_sides(sides, tmp_path):
     (source, old), (target, new) = sides
     groups = [DOCUMENTS[:3], DOCUMENTS[3:]]
     index = shared_boundaries.run(groups, sides[0], sides[1], tmp_path, lambda line: None)
@@ -62,6 +62,6 @@ def test_missing_and_incomplete_boundaries_are_refused(sides, tmp_path):
         shared_boundaries.open_positions(tmp_path)
 
 
-def test_shards_of_other_documents_are_noticed(sides, tmp_path):
+def test_shards_of_different_documents_are_refused(sides, tmp_path):
     with pytest.raises(ValueError, match="tokens now has"):
         shared_boundaries.run([DOCUMENTS[1:]], sides[0], sides[1], tmp_path, lambda line: None)

@@ -92,11 +92,11 @@ def named(tokenizer, index: int | None) -> str:
         ),  # there is no other
     ],
 )
-def test_documents_are_separated_by_an_end_of_text_and_not_of_a_turn(tokenizer, expected):
+def test_separator_is_end_of_text_not_end_of_turn(tokenizer, expected):
     assert named(tokenizer, end_of_text_id(tokenizer)) == expected
 
 
-def test_texts_do_not_begin_with_a_turn():
+def test_opening_token_is_no_start_of_turn():
     assert named(smollm2(), first_context(smollm2())) == "<|endoftext|>"
     assert named(gemma3(), first_context(gemma3())) == "<bos>"
     assert named(qwen3(), first_context(qwen3())) == "<|endoftext|>"
@@ -172,7 +172,7 @@ def test_rows_of_special_tokens_come_from_the_same_text_or_use_before_the_same_r
     }.items() >= expected.items()
 
 
-def test_the_counterpart_is_found_both_ways():
+def test_counterparts_are_symmetric():
     source, target = gemma3(), qwen3()
     for one, other in (("<end_of_turn>", "<|im_end|>"), ("<eos>", "<|endoftext|>")):
         there = counterpart(source.convert_tokens_to_ids(one), source, target)
@@ -182,7 +182,7 @@ def test_the_counterpart_is_found_both_ways():
     assert counterpart(source.convert_tokens_to_ids("<pad>"), source, target) is None
 
 
-def test_an_eos_of_any_name_that_ends_turns_has_a_counterpart():
+def test_eos_of_any_name_that_ends_turns_has_a_counterpart():
     stop = special("</s>", "<|stop|>", eos="<|stop|>", template="{{ messages[0] }}<|stop|>")
     for other in (qwen3(), llama3_for_chats(), gemma3_for_chats()):
         for one, two in ((stop, other), (other, stop)):
@@ -194,7 +194,7 @@ def test_an_eos_of_any_name_that_ends_turns_has_a_counterpart():
             )
 
 
-def test_the_choice_is_logged_and_can_be_overridden(tmp_path):
+def test_separator_is_logged_and_can_be_overridden(tmp_path):
     lines = [tokenizing._separator_line("target", tokenizer) for tokenizer in (qwen3(), gemma3())]
     assert lines == [
         "'<|endoftext|>' separates documents in the target tokenizer; its eos, '<|im_end|>', ends turns of a chat",
@@ -256,7 +256,7 @@ def exported_ends(tmp_path, source, target, eos, generation_eos) -> tuple:
         ),
     ],
 )
-def test_the_export_stops_where_the_source_did_and_at_the_end_of_a_document(
+def test_export_stops_at_the_sources_stop_tokens_and_end_of_document(
     tmp_path, source, target, eos, expected
 ):
     ids = source.convert_tokens_to_ids(eos)

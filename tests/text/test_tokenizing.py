@@ -42,7 +42,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("side", tokenizing.SIDES)
-def test_documents_stand_one_behind_the_other_each_with_its_end(made, side):
+def test_documents_are_concatenated_each_with_its_separator(made, side):
     folder, tokenizers, documents, _ = made
     shards, tokenizer = tokenizing.TokenShards.open(folder / "tokens" / side), tokenizers[side]
     assert isinstance(shards.tokens, np.memmap)
@@ -63,7 +63,7 @@ def test_documents_stand_one_behind_the_other_each_with_its_end(made, side):
 
 
 @pytest.mark.parametrize("side", tokenizing.SIDES)
-def test_the_index_counts_by_language(made, side):
+def test_index_counts_by_language(made, side):
     folder, tokenizers, documents, index = made
     stored = json.loads((folder / "tokens" / side / "index.json").read_text())
     assert stored == index[side]
@@ -110,7 +110,7 @@ def test_end_of_text_falls_back_to_sep_a_name_and_bos():
         tokenizing.end_of_text_id(made("<|other|>"))
 
 
-def test_what_a_tokenizer_does_not_keep_is_told_and_counted(tmp_path):
+def test_text_lost_by_a_tokenizer_is_reported_and_counted(tmp_path):
     texts = ["the quick brown fox", "the dog\nand the Ж fox"]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(9) for text in texts)
@@ -133,7 +133,7 @@ def test_what_a_tokenizer_does_not_keep_is_told_and_counted(tmp_path):
     )
 
 
-def test_missing_or_cut_shards_are_told(made, tmp_path):
+def test_missing_or_truncated_shards_are_reported(made, tmp_path):
     folder, _, _, _ = made
     with pytest.raises(UserError, match="holds no token shards"):
         tokenizing.TokenShards.open(tmp_path)
@@ -157,7 +157,7 @@ def opened(kind: str, opening: str, **roles: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 
-def test_what_the_tokenizer_puts_before_every_text_is_found_and_kept(made, tmp_path):
+def test_opening_token_of_the_tokenizer_is_detected(made, tmp_path):
     folder, tokenizers, _, index = made
     assert (
         tokenizing.opening_id(tokenizers["source"]) is None and index["source"]["opening"] is None
@@ -230,7 +230,7 @@ def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
         (processors.BertProcessing(("</s>", 1), ("<s>", 0)), None),
     ],
 )
-def test_a_post_processor_adds_the_tokens_that_it_names(post_processor, told):
+def test_post_processor_adds_the_tokens_that_it_names(post_processor, told):
     backend = Tokenizer(
         models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *"abcdef"])}, [])
     )
@@ -244,7 +244,7 @@ def test_a_post_processor_adds_the_tokens_that_it_names(post_processor, told):
             tokenizing.check(tokenizer)
 
 
-def test_an_ordinary_token_that_is_added_opens_texts_as_well():
+def test_ordinary_token_can_be_the_opening_token():
     """What the exported tokenizer adds, training has to add, whether or not the token is special."""
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", *"abcdef"])}, []))
     backend.post_processor = added("b $A a a", ("b", 2), ("a", 1))

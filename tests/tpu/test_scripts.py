@@ -171,11 +171,11 @@ def world(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_syntax(script):
+def test_scripts_have_valid_syntax(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     beside = Path(sys.executable).parent / "shellcheck"
     program = str(beside) if beside.exists() else shutil.which("shellcheck")
     if not program:
@@ -205,7 +205,7 @@ def test_create_asks_once_and_waits(world, spot, expected):
     assert len(world.calls("create")) == 1, "it is there: asked for once"
 
 
-def test_create_tells_of_a_dead_resource_and_of_gcloud_errors(world):
+def test_create_reports_dead_resources_and_gcloud_errors(world):
     world.states("SUSPENDED")
     assert "SUSPENDED" in world.run("create.sh", expect=1).stderr
     world.states("DENIED")
@@ -215,7 +215,7 @@ def test_create_tells_of_a_dead_resource_and_of_gcloud_errors(world):
     assert "RUNTIME_VERSION" in world.run("create.sh", expect=2, ACCELERATOR_TYPE="v9-8").stderr
 
 
-def test_delete_of_something_absent_is_fine(world):
+def test_delete_of_a_missing_resource_succeeds(world):
     world.run("delete.sh")
     (call,) = world.calls("delete")
     assert (
@@ -236,7 +236,7 @@ def test_dry_run_calls_nothing(world, script):
     assert not world.calls() and not world.runs()
 
 
-def test_settings_that_are_missing_are_named(world):
+def test_errors_name_missing_settings(world):
     assert "PROJECT" in world.run("create.sh", expect=2, PROJECT="").stderr
     assert "'--spot'" in world.run("create.sh", "--spot", expect=2).stderr
     assert "after --" in world.run("run.sh", expect=2).stderr
@@ -265,7 +265,7 @@ AWKWARD = [
 ]
 
 
-def test_arguments_reach_every_worker_as_they_were(tmp_path):
+def test_arguments_reach_every_worker_unchanged(tmp_path):
     world = World(tmp_path, workers=2)
     world.run("setup.sh")
     world.run("run.sh", "--", *AWKWARD)
@@ -293,7 +293,7 @@ def test_run_twice_starts_once_and_stop_ends_it(world):
     assert "exited 75" in world.run("status.sh").stdout
 
 
-def test_a_killed_job_is_told_from_one_that_never_was(world):
+def test_killed_job_is_distinguished_from_one_never_started(world):
     world.codes("wait")
     world.run("setup.sh")
     assert "none" in world.run("status.sh").stdout
@@ -369,7 +369,7 @@ def test_watch_stops_at_bad_input_and_reports_other_failures(world):
     assert len(world.runs()) == 2
 
 
-def test_watch_does_not_take_another_runs_end_for_this_ones(world):
+def test_watch_ignores_the_exit_of_another_run(world):
     """The job of before ended well; this one cannot be set up at first."""
     world.run("setup.sh")
     world.run("run.sh", "--", "--workdir", "yesterday")
@@ -382,7 +382,7 @@ def test_watch_does_not_take_another_runs_end_for_this_ones(world):
     assert [run[1][-1] for run in world.runs()] == ["yesterday", "w"]
 
 
-def test_watch_goes_on_after_a_killed_worker_but_not_for_ever(world):
+def test_watch_retries_after_a_killed_worker_a_limited_number_of_times(world):
     world.codes("137", "75", "0")
     assert "was killed (exit codes: 137" in watch(world).stderr
     assert len(world.runs()) == 3

@@ -35,7 +35,7 @@ def sequence_ids(batches):
     return np.stack([batch[..., 0] // T for batch in batches])
 
 
-def test_a_sequence_is_t_plus_one_tokens():
+def test_sequence_has_t_plus_one_tokens():
     assert len(SOURCE) == N
     np.testing.assert_array_equal(SOURCE[3], [12, 13, 14, 15, 16])
     assert SOURCE[3].dtype == np.int32
@@ -43,12 +43,12 @@ def test_a_sequence_is_t_plus_one_tokens():
     assert len(TokenSource(ToyShards(np.arange(0)), T)) == 0
 
 
-def test_what_stands_before_every_text_begins_every_sequence():
+def test_opening_token_begins_every_sequence():
     opened = TokenSource(ToyShards(np.arange(N * T + 3, dtype=np.uint16), opening=7), T)
     np.testing.assert_array_equal(opened[3], [7, 13, 14, 15, 16])
 
 
-def test_every_pass_is_another_permutation_of_all_sequences():
+def test_every_pass_is_a_new_permutation_of_all_sequences():
     first, second = sequence_ids(stream()).reshape(2, N)
     assert sorted(first) == sorted(second) == list(range(N))
     assert list(first) != list(second) and list(first) != list(range(N))
@@ -62,13 +62,13 @@ def test_seeds_give_unrelated_orders():
     np.testing.assert_array_equal(orders[1], sequence_ids(stream(seed=1)).reshape(2, N))
 
 
-def test_an_offset_continues_exactly():
+def test_offset_continues_the_stream_exactly():
     whole = sequence_ids(stream()).ravel()
     for offset in (7, N - 1, N, N + 3):
         np.testing.assert_array_equal(sequence_ids(stream(offset=offset)).ravel(), whole[offset:])
 
 
-def test_epochs_bound_the_stream_and_zero_does_not():
+def test_epochs_bound_the_stream_unless_zero():
     assert len(list(stream(epochs=3, accumulation=2, micro_batch=5))) == 3 * N // 10
     endless = sequence_ids(itertools.islice(stream(epochs=0), 5 * N)).reshape(5, N)
     assert (np.sort(endless) == np.arange(N)).all()
@@ -87,7 +87,7 @@ def test_hosts_share_each_step_and_make_the_same_global_batch():
         stream(micro_batch=3, hosts=2)
 
 
-def test_the_state_continues_exactly_also_with_other_hosts():
+def test_saved_state_continues_exactly_on_any_number_of_hosts():
     shape = dict(accumulation=2, micro_batch=2, offset=9)
     reader = stream(**shape)
     for _ in range(4):
@@ -109,7 +109,7 @@ def test_the_state_continues_exactly_also_with_other_hosts():
     "offset, epochs, expected",
     [(0, 0, 0), (7, 0, 7), (0.2, 0, 200), (0.2, 3, 200), (AFTER_PREVIOUS, 0, 640), (2999, 3, 2999)],
 )
-def test_offsets(offset, epochs, expected):
+def test_start_offsets_are_resolved(offset, epochs, expected):
     assert resolve_offset(offset, 1000, epochs, previous_end=640) == expected
 
 
@@ -126,6 +126,6 @@ def test_after_previous_may_pass_the_corpus_only_in_an_unbounded_stream():
         (2_560_000, 2, r"2,000 sequences \(2 passes over a corpus of 1,000\)"),
     ],
 )
-def test_bad_offsets_say_what_is_possible(offset, epochs, message):
+def test_errors_on_offsets_state_the_range(offset, epochs, message):
     with pytest.raises(UserError, match=message):
         resolve_offset(offset, 1000, epochs, previous_end=0)

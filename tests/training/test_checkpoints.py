@@ -50,7 +50,7 @@ def bits(tree):
     return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
 
 
-def test_every_bit_of_the_state_comes_back(tmp_path, state):
+def test_state_is_restored_bit_for_bit(tmp_path, state):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest() is None
         checkpoints.save(3, state, POSITION)
@@ -64,7 +64,7 @@ def test_every_bit_of_the_state_comes_back(tmp_path, state):
         assert checkpoints.position(3) == POSITION
 
 
-def test_the_newest_are_kept_and_parts_are_no_checkpoint(tmp_path, state):
+def test_newest_checkpoints_are_kept_and_partial_ones_ignored(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, state, POSITION)
@@ -139,7 +139,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_what_is_damaged_is_noticed_and_set_aside(tmp_path, two, damage):
+def test_damaged_checkpoints_are_detected_and_renamed(tmp_path, two, damage):
     folder, states = shutil.copytree(two[0], tmp_path / "copy"), two[1]
     damage(folder / "1")
     with Checkpoints(folder, keep=2) as checkpoints:
@@ -157,7 +157,7 @@ def test_what_is_damaged_is_noticed_and_set_aside(tmp_path, two, damage):
         assert checkpoints.newest() == 1
 
 
-def test_what_is_not_the_files_fault_does_not_set_them_aside(two, monkeypatch):
+def test_errors_of_the_caller_do_not_rename_checkpoints(two, monkeypatch):
     def out_of_memory(*_, **__):
         raise MemoryError
 
@@ -176,7 +176,7 @@ def test_what_is_not_the_files_fault_does_not_set_them_aside(two, monkeypatch):
         (PermissionError(errno.EACCES, "Permission denied"), UserError),
     ],
 )
-def test_storage_that_does_not_answer_is_no_damage(error, end, two, monkeypatch):
+def test_unavailable_storage_does_not_count_as_damage(error, end, two, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -189,7 +189,7 @@ def test_storage_that_does_not_answer_is_no_damage(error, end, two, monkeypatch)
         checkpoints.restore(1, states[1])
 
 
-def test_a_checksum_changes_with_any_word_and_with_their_order():
+def test_checksum_depends_on_every_word_and_their_order():
     rng = np.random.default_rng(0)
     array = rng.integers(0, 2**32, (3, 5), dtype=np.uint32)
     place = 2 * np.arange(15, dtype=np.uint64).reshape(3, 5) + 1
@@ -221,7 +221,7 @@ def test_a_checksum_changes_with_any_word_and_with_their_order():
         ),
     ],
 )
-def test_a_full_disk_is_named(tmp_path, error):
+def test_full_disk_is_reported(tmp_path, error):
     told = rf"disk of '{tmp_path}' is full.* a checkpoint takes up to 7.000 GB"
     with pytest.raises(UserError, match=told), naming_a_full_disk(tmp_path, 7 * 10**9):
         try:
@@ -238,7 +238,7 @@ def test_a_full_disk_is_named(tmp_path, error):
         assert raised.value is other
 
 
-def test_another_run_does_not_go_on(tmp_path):
+def test_checkpoint_of_another_run_is_refused(tmp_path):
     check_resumable(POSITION, 4, "abc", tmp_path / "3")
     with pytest.raises(UserError, match="4 sequences a step, this run has 8"):
         check_resumable(POSITION, 8, "abc", tmp_path / "3")

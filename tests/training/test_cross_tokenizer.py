@@ -85,7 +85,7 @@ def test_loss_and_gradients_match_the_formulas():
         np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max() + 1e-3))
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_next_token():
+def test_student_equal_to_its_teacher_has_only_the_next_token_loss():
     params = toy_params(LLAMA, 0)
     tokens = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 8)).astype(np.int32)
     same = Batch(
@@ -108,7 +108,7 @@ def test_divergence_is_the_binary_one_in_float64():
     np.testing.assert_allclose(cross_tokenizer.divergence(student, teacher), expected, rtol=1e-3)
 
 
-def test_the_loss_is_the_same_over_several_devices():
+def test_loss_is_the_same_on_several_devices():
     """Rows of the vocabulary split over the mesh, on as many devices as there are."""
     params, teacher, of = toy_params(LLAMA, 0), toy_params(TEACHER, 1), batch()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

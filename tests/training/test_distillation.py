@@ -106,7 +106,7 @@ def test_value_and_gradients_match_float64(data, caps, chunk, settings):
     assert not gradients[1][unknown:].any() and gradients[1][:unknown].any(axis=1).all()
 
 
-def test_without_the_teacher_it_is_the_cross_entropy(data):
+def test_loss_without_teacher_weight_is_the_cross_entropy(data):
     hidden, head, *_, labels = data
     total, *gradients = measured(data, teaching(weight=0.0))
 
@@ -119,7 +119,7 @@ def test_without_the_teacher_it_is_the_cross_entropy(data):
         np.testing.assert_allclose(gradient, same, rtol=1e-5, atol=1e-6)
 
 
-def test_who_is_the_teacher_has_nothing_to_learn(data):
+def test_student_equal_to_its_teacher_has_zero_divergence(data):
     hidden, head, *_, labels = data
     total, *gradients = measured(
         (hidden, head, hidden, head, labels), teaching(reverse=0.5, temperature=2.0)
@@ -162,7 +162,7 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
     )
 
 
-def test_what_is_compiled_knows_the_teacher_and_not_its_weights():
+def test_teacher_weights_are_arguments_of_the_compiled_step():
     """Two teachers of one shape are taught by with one program, which outlives neither's weights."""
     one, other = (
         objective(stage, Teacher(LLAMA, {"weights": np.full(3, size)}, V, f"teacher {size}"))
@@ -184,7 +184,7 @@ def test_heads_of_different_rows_are_refused(data):
         )
 
 
-def test_logits_are_never_whole():
+def test_logits_are_never_materialised_in_full():
     """The compiled value and gradient need far less memory than the [B T, V] logits of one of the
     two in float32, and hardly more for four times the tokens.
     """

@@ -51,7 +51,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
+def test_interrupted_run_resumes_from_its_checkpoint(tmp_path):
     def interrupt(line):
         if "step 6 of" in line:
             raise Interrupted
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     )
 
 
-def test_the_final_parameters_of_adapters_load(tmp_path):
+def test_final_adapter_parameters_load(tmp_path):
     stage = replace(STAGE, method="lora", steps=2)
     result = train(tmp_path, stage)
     assert_same(final(tmp_path, stage), result.params)
@@ -111,7 +111,7 @@ def poisoned_shards(steps):
 
 
 @pytest.mark.parametrize("method", ["embedding", "full"])
-def test_what_trains_is_not_also_held_as_it_was_when_the_stage_began(tmp_path, method):
+def test_initial_trainable_parameters_are_not_kept_in_memory(tmp_path, method):
     """On the devices there are float32s of it and of two moments, and what is frozen."""
     stage, sizes = replace(STAGE, method=method), []
 
@@ -135,7 +135,7 @@ def test_what_trains_is_not_also_held_as_it_was_when_the_stage_began(tmp_path, m
     assert all(size - others - frozen < 3.1 * trained for size in sizes)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+def test_non_finite_step_changes_nothing_and_is_counted():
     optimizer = make_optimizer(STAGE, paths.label_tree(rules_for("full"), toy_params()))
     mesh = sharding.make_mesh()
     step = make_train_step(make_loss(LLAMA, CONFIG.compute, None), optimizer, jnp.float32, mesh)
@@ -179,7 +179,7 @@ def test_skipped_steps_are_reported_and_training_goes_on(tmp_path):
     assert sum("is not finite and was skipped" in line for line in lines) == 3
 
 
-def test_several_in_a_row_stop_and_name_the_last_good_checkpoint(tmp_path):
+def test_consecutive_skipped_steps_stop_and_name_the_last_good_checkpoint(tmp_path):
     stage = replace(STAGE, steps=20, max_skipped_in_a_row=4)
     shards = poisoned_shards(range(8, 21))
     for _ in range(2):  # running it again comes to the same end
@@ -200,7 +200,7 @@ def test_several_in_a_row_stop_and_name_the_last_good_checkpoint(tmp_path):
 # --- Where a stage reads ------------------------------------------------------------------------
 
 
-def test_a_stage_reads_on_where_the_one_before_stopped(tmp_path):
+def test_stage_continues_reading_where_the_previous_one_stopped(tmp_path):
     # With a rate of 0 the loss is a function of the data alone.
     still = replace(STAGE, learning_rate=0.0, start_offset=AFTER_PREVIOUS)
     whole = losses(train(tmp_path / "whole", replace(still, steps=6)).history)
@@ -222,7 +222,7 @@ def plan(previous_end=0, epochs=0, **changes):
     )
 
 
-def test_plans():
+def test_stage_plans_follow_the_settings():
     sequences = (4000 - 1) // LENGTH
     assert plan() == (0, 32 * LENGTH)
     assert plan(start_offset=AFTER_PREVIOUS, previous_end=32 * LENGTH) == (32, 64 * LENGTH)
@@ -231,7 +231,7 @@ def test_plans():
     assert plan(steps=1000) == (0, 4000 * LENGTH)  # as many passes as needed
 
 
-def test_after_a_stage_of_another_length_as_many_tokens_have_been_read():
+def test_position_is_kept_in_tokens_across_sequence_lengths():
     assert plan(start_offset=AFTER_PREVIOUS, previous_end=10 * 8, sequence_length=8) == (
         10,
         (10 + 32) * 8,
@@ -254,17 +254,17 @@ def test_after_a_stage_of_another_length_as_many_tokens_have_been_read():
         (dict(steps=100, epochs=1), r"0 to 400 .* ends at 333 .* data.epochs to 2"),
     ],
 )
-def test_plans_that_cannot_work(changes, message):
+def test_impossible_stage_plans_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         plan(**changes)
 
 
-def test_a_corpus_shorter_than_a_sequence():
+def test_corpus_shorter_than_a_sequence_is_refused():
     with pytest.raises(UserError, match="12 tokens, fewer than the 13"):
         plan_stage("stage1", STAGE, CONFIG, LLAMA, toy_shards(12), 0)
 
 
-def test_no_steps_no_stage(tmp_path):
+def test_stage_without_steps_is_skipped(tmp_path):
     params, stage = toy_params(), replace(STAGE, steps=0)
     result = run_stage("stage", stage, CONFIG, LLAMA, params, toy_shards(), tmp_path, 5, print)
     assert result.params is params and result.stream_end == 5

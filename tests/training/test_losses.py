@@ -71,7 +71,7 @@ def test_value_and_gradients_match_numpy(data, chunk, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_likeliest_token_is_that_of_the_largest_logit(data, chunk):
+def test_likeliest_token_has_the_largest_logit(data, chunk):
     hidden, head, labels = data
     padded = np.concatenate(
         [head, np.zeros((3, D), np.float32)]
@@ -83,7 +83,7 @@ def test_likeliest_token_is_that_of_the_largest_logit(data, chunk):
     np.testing.assert_array_equal(nll, token_nll(hidden, padded, jnp.asarray(labels), how))
 
 
-def test_undifferentiated_value_is_the_differentiated_one(data):
+def test_value_is_the_same_with_and_without_gradients(data):
     hidden, head, labels = data
 
     def loss(hidden):
@@ -136,7 +136,7 @@ def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
     np.testing.assert_allclose(gradients[1], head_gradient, rtol=1e-5, atol=2e-5 * scale)
 
 
-def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
+def test_confident_token_in_bfloat16_has_an_exact_gradient():
     """What is left of its label's row and state, 1e-3 of either, is less than bfloat16 rounds away
     from what cancels.
     """
@@ -158,7 +158,7 @@ def test_a_sure_token_in_bfloat16_has_an_exact_gradient():
     np.testing.assert_allclose(gradients[1][1], (probability - 1) * wide[0][0, 0], rtol=1e-3)
 
 
-def test_a_logit_counts_as_at_most_so_far_above_the_labels():
+def test_logits_are_clipped_above_the_labels():
     """A loss and a gradient that are no numbers would cost the whole step."""
     hidden, head = np.full((1, 1, 1), 100, np.float32), np.array([[10.0], [1.0], [2.0]], np.float32)
 
@@ -176,7 +176,7 @@ def test_a_logit_counts_as_at_most_so_far_above_the_labels():
     ) == pytest.approx(900)
 
 
-def test_logits_are_never_whole():
+def test_logits_are_never_materialised_in_full():
     """The compiled value and gradient need far less memory than the [B T, V] logits in float32."""
     tokens, vocabulary, width = 2048, 8192, 8
     hidden = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
@@ -190,7 +190,7 @@ def test_logits_are_never_whole():
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 3
 
 
-def test_the_largest_and_the_sum_in_one_pass_or_two():
+def test_maximum_and_sum_agree_in_one_pass_and_two():
     """Also where rows of the head are none, first, last or all but one."""
     logits = np.random.default_rng(0).normal(scale=20, size=(5, 1000)).astype(np.float32)
     logits[1, :300] = logits[2, 300:] = logits[3, 1:] = losses.LEAST

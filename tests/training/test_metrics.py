@@ -28,7 +28,7 @@ def record(folder, done, losses, lines=None, every=100):
     return recorder.history
 
 
-def test_a_line_a_step(tmp_path):
+def test_metrics_have_one_line_per_step(tmp_path):
     history = record(tmp_path, 0, [3.0, 2.0])
     assert read(tmp_path / "metrics.jsonl") == history
     expected = "step loss learning_rate gradient_norm tokens tokens_per_second seconds skipped"
@@ -40,7 +40,7 @@ def test_a_line_a_step(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_resumed_run_drops_later_lines_and_torn_ones(tmp_path):
+def test_resumed_run_drops_later_and_partial_lines(tmp_path):
     record(tmp_path, 0, [5.0, 4.0, 3.0, 2.0])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
@@ -52,7 +52,7 @@ def test_a_resumed_run_drops_later_lines_and_torn_ones(tmp_path):
     assert read(tmp_path / "metrics.jsonl") == history
 
 
-def test_what_is_not_finite_is_null_and_reported(tmp_path):
+def test_non_finite_metrics_are_null_and_reported(tmp_path):
     lines = []
     with Recorder("stage1", tmp_path, 10, 0, 5, lines.append) as recorder:
         recorder.add(values(float("nan"), finite=False, skipped=1))
@@ -61,7 +61,7 @@ def test_what_is_not_finite_is_null_and_reported(tmp_path):
     assert lines == ["stage1: step 1 is not finite and was skipped (1 so far)"]
 
 
-def test_only_one_process_writes(tmp_path):
+def test_only_the_first_process_writes_metrics(tmp_path):
     with Recorder("stage1", tmp_path, 10, 0, 5, lambda line: None, writes=False) as recorder:
         recorder.add(values())
         recorder.flush()
@@ -69,7 +69,7 @@ def test_only_one_process_writes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_lines(tmp_path):
+def test_progress_lines_state_loss_and_speed(tmp_path):
     lines = []
     record(tmp_path, 0, np.linspace(5, 4, 25), lines, every=10)
     assert [line.split(",")[0] for line in lines] == [
@@ -79,7 +79,7 @@ def test_progress_lines(tmp_path):
     assert all("loss 4." in line and "tokens/s" in line and "left" in line for line in lines)
 
 
-def test_spikes():
+def test_loss_spikes_are_detected():
     calm = list(2 + 0.01 * np.sin(np.arange(50)))
     assert is_spike(3.0, calm)
     assert not is_spike(2.3, calm)  # 6 sigmas, but not 1.2 times the median
@@ -99,7 +99,7 @@ def test_spikes_are_reported(tmp_path):
     )
 
 
-def test_a_resumed_run_remembers_recent_losses(tmp_path):
+def test_resumed_run_remembers_recent_losses(tmp_path):
     record(tmp_path, 0, [2.0] * 60)
     lines = []
     record(tmp_path, 60, [4.0], lines)

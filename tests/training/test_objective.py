@@ -42,7 +42,7 @@ def next_token_and(beside, facts):
     return Objective(make, {"penalty": jnp.float32(beside)}, facts, WithFirst)
 
 
-def test_an_objective_brings_its_own_arrays_and_sequences(tmp_path):
+def test_objective_supplies_its_own_arrays_and_sequences(tmp_path):
     stage = replace(STAGE, method="embedding", steps=4)
     plain = train(tmp_path / "plain", stage)
     given = train(tmp_path / "given", stage, objective=next_token_and(100.0, {"penalty": 100}))

@@ -42,7 +42,7 @@ def expected_rate(update, steps=10, warmup=2):
     return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (steps - warmup)))
 
 
-def test_what_each_method_trains():
+def test_trainable_parameters_of_each_method():
     def labels(method):
         return paths.flatten(
             paths.label_tree(rules_for(method), paths.unflatten(dict.fromkeys(SHAPES, 0)))
@@ -113,7 +113,7 @@ def test_three_steps_match_a_float64_reference():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-def test_frozen_leaves_get_no_update_and_count_for_no_clipping():
+def test_frozen_leaves_are_excluded_from_updates_and_clipping():
     labels = paths.label_tree(rules_for("embedding"), paths.unflatten(SHAPES))
     stage = StageConfig(
         optimizer=OptimizerConfig(row_damping=0.0, weight_decay=0.1),

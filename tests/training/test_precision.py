@@ -93,14 +93,14 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_products_are_float32_ones_where_the_compute_type_is(name):
+def test_products_use_float32_precision_when_computing_in_float32(name):
     text = PROGRAMS[name]("float32").as_text()
     products = re.findall(r"stablehlo\.dot_general.*", text)
     assert products and all("HIGHEST, HIGHEST" in product for product in products)
 
 
 @pytest.mark.parametrize("name", ["full", "scores", "distillation"])
-def test_products_of_narrow_types_ask_for_nothing(name):
+def test_products_of_narrow_types_use_default_precision(name):
     assert "HIGHEST" not in PROGRAMS[name]("bfloat16").as_text()
 
 
@@ -126,7 +126,7 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("model", [LLAMA, MIXTURE], ids=["dense", "mixture"])
-def test_no_factor_is_rounded_to_the_compute_type(model):
+def test_scale_factors_are_not_rounded_to_the_compute_type(model):
     """A number that multiplies bfloat16 activations is converted to bfloat16 first: 0.22 is 0.13%
     less there.
     """

@@ -28,7 +28,7 @@ def logged(calls):
     )
 
 
-def test_the_given_steps_are_traced_and_no_others(tmp_path, traced):
+def test_only_the_given_steps_are_traced(tmp_path, traced):
     stage = replace(
         STAGE, log_every=1, profile_steps=(3, 4), checkpoints=replace(STAGE.checkpoints, every=2)
     )
@@ -46,7 +46,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("at, again", [(3, True), (6, False)])
-def test_a_resumed_part_traces_only_what_it_has_of_these_steps(tmp_path, traced, at, again):
+def test_resumed_run_traces_only_its_own_steps(tmp_path, traced, at, again):
     stage = replace(
         STAGE, log_every=1, profile_steps=(3, 4), checkpoints=replace(STAGE.checkpoints, every=4)
     )
@@ -65,7 +65,7 @@ def test_a_resumed_part_traces_only_what_it_has_of_these_steps(tmp_path, traced,
 
 
 @pytest.mark.slow
-def test_a_trace_can_be_opened_and_changes_nothing(tmp_path):
+def test_tracing_writes_a_readable_trace_and_changes_nothing(tmp_path):
     lines = []
     traced = train(tmp_path / "traced", replace(STAGE, profile_steps=(2, 3)), log=lines.append)
     assert_same(traced.params, train(tmp_path / "plain", STAGE).params)
@@ -80,7 +80,7 @@ def test_a_trace_can_be_opened_and_changes_nothing(tmp_path):
     assert list(folder.rglob("*.xplane.pb"))
 
 
-def test_settings():
+def test_invalid_settings_are_refused():
     config = override(default_config(), ["--config.stage2.profile_steps=(20,22)"])
     assert config_from_dict(config).stage2.profile_steps == (20, 22)
     assert settings_of(replace(StageConfig(), profile_steps=(1, 2))) == settings_of(StageConfig())

@@ -118,7 +118,7 @@ def test_value_and_gradient_match_float64(weights):
     assert (above - below) / (2 * step) == pytest.approx(norm, rel=1e-3)
 
 
-def test_sequences_are_those_of_the_text_with_what_the_source_reads():
+def test_sequences_pair_the_text_with_source_tokens():
     text, shards = source_text(TEACHER.vocab_size), toy_shards()
     plain, paired = TokenSource(shards, LENGTH), PairedSource(shards, LENGTH, text, 16)
     assert len(plain) == len(paired)
@@ -138,12 +138,12 @@ def test_sequences_are_those_of_the_text_with_what_the_source_reads():
     assert cut > 10, "the end of long texts has no positions"
 
 
-def test_a_sequence_without_a_shared_boundary_has_no_positions():
+def test_sequence_without_a_shared_boundary_has_no_positions():
     text = source_text(TEACHER.vocab_size)._replace(positions=np.full(4000, NONE, np.int32))
     assert (PairedSource(toy_shards(), LENGTH, text, 16)[5]["positions"] == NONE).all()
 
 
-def test_both_sides_begin_with_what_their_tokenizers_put_before_texts():
+def test_both_sides_begin_with_their_opening_tokens():
     text, shards = source_text(TEACHER.vocab_size), replace(toy_shards(), opening=7)
     text = text._replace(shards=ToyShards(np.asarray(text.shards.tokens), opening=9))
     for index in range(50):
@@ -155,7 +155,7 @@ def test_both_sides_begin_with_what_their_tokenizers_put_before_texts():
 
 
 @pytest.mark.parametrize(("method", "objective"), [("full", "distillation"), ("lora", "mixture")])
-def test_a_stage_is_resumed_with_the_same_bits(tmp_path, method, objective):
+def test_stage_resumes_to_the_same_bits(tmp_path, method, objective):
     stage = replace(STAGE, method=method, objective=objective)
     whole = train(tmp_path / "whole", stage, objective=taught(stage))
     if method == "full":
@@ -182,7 +182,7 @@ def test_a_stage_is_resumed_with_the_same_bits(tmp_path, method, objective):
             train(tmp_path / "killed", other, objective=given)
 
 
-def test_the_loss_does_not_depend_on_micro_batches(tmp_path):
+def test_loss_does_not_depend_on_micro_batches(tmp_path):
     """Sequences have unlike numbers of chunks; micro-batches of 1 and of 4 still make the same
     step.
     """
@@ -196,7 +196,7 @@ def test_the_loss_does_not_depend_on_micro_batches(tmp_path):
         assert first["gradient_norm"] == pytest.approx(second["gradient_norm"], rel=1e-4)
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_contradicting_settings_are_refused():
     with pytest.raises(UserError, match=r"stage1\.weights\.likelihood"):
         config_from_dict(
             {"stage1": {"objective": "mixture", "weights": {"likelihood": 0.0, "states": 0.0}}}
@@ -209,7 +209,7 @@ def test_settings_that_make_no_sense_are_refused():
     assert partly == ObjectiveWeights(states=0.0)
 
 
-def test_weights_without_effect_are_no_part_of_a_run():
+def test_fingerprint_excludes_weights_without_effect():
     plain, other = StageConfig(), StageConfig(weights=ObjectiveWeights(likelihood=9.0))
     assert settings_of(plain) == settings_of(other)
     taught = replace(plain, objective="distillation")
@@ -219,7 +219,7 @@ def test_weights_without_effect_are_no_part_of_a_run():
     assert source_teacher.weights_of(further).next_token == 0
 
 
-def test_the_plan_counts_the_teacher():
+def test_plan_counts_the_teacher():
     stage = replace(STAGE, objective="mixture")
     config = replace(CONFIG, stage1=stage, stage2=replace(STAGE, steps=0))
     teachers = memory.teachers(config, TEACHER, None)
@@ -242,7 +242,7 @@ def test_the_plan_counts_the_teacher():
     assert memory.teachers(replace(config, stage3=DistillationConfig()), TEACHER, None) == teachers
 
 
-def test_the_teacher_reads_no_more_than_its_positions():
+def test_teacher_reads_at_most_its_positions():
     assert source_teacher.source_length(2048, TEACHER) == 64
     assert source_teacher.source_length(16, TEACHER) == 64
     assert source_teacher.source_length(2048, replace(TEACHER, max_positions=4096)) == 2816

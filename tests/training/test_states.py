@@ -84,7 +84,7 @@ SEQUENCES = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe", "qwen3_moe, packed"])
 @pytest.mark.parametrize("stages", SEQUENCES.values(), ids=SEQUENCES)
-def test_an_export_has_the_bits_of_a_float32_merge(family, stages, tmp_path):
+def test_export_equals_a_float32_merge_bit_for_bit(family, stages, tmp_path):
     """One tensor of each layer, fused projections, experts one by one and all in one tensor."""
     original, tokenizer = source(family, tmp_path / "source")
     model, raw = hub.load_config(original)
@@ -140,7 +140,7 @@ def test_evaluation_reads_the_export_in_the_compute_type(stages, tmp_path):
     assert not changes.leaves and not changes.adapters
 
 
-def test_stages_that_were_trained_over_are_not_read(tmp_path):
+def test_overwritten_stages_are_not_read(tmp_path):
     model, read = LLAMA, []
     folders, trained = write_stages(tmp_path, (EMBEDDING, LORA, FULL, LORA), model)
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +160,7 @@ def test_stages_that_were_trained_over_are_not_read(tmp_path):
     assert {len(adapters) for adapters in changes.adapters.values()} == {1}
 
 
-def test_what_a_stage_begins_with_is_float32_only_where_it_trains(tmp_path):
+def test_stage_starts_in_float32_only_where_it_trains(tmp_path):
     folder, _ = source("llama", tmp_path / "source")
     model, _ = hub.load_config(folder)
     folders, _ = write_stages(tmp_path, (FULL, LORA), model)
@@ -243,7 +243,7 @@ class Peak:
         return sum(buffers.values())
 
 
-def test_evaluation_holds_the_model_once_in_the_compute_type(small_8b, monkeypatch):
+def test_evaluation_holds_one_copy_of_the_model_in_the_compute_type(small_8b, monkeypatch):
     folder, folders = small_8b
     trained, frozen = parameters()
     peak = Peak(monkeypatch)
@@ -261,7 +261,7 @@ def test_evaluation_holds_the_model_once_in_the_compute_type(small_8b, monkeypat
     )
 
 
-def test_an_export_holds_what_was_trained_and_one_tensor(small_8b, monkeypatch, tmp_path):
+def test_export_holds_trained_parameters_and_one_tensor_in_memory(small_8b, monkeypatch, tmp_path):
     folder, folders = small_8b
     trained, frozen = parameters()
     peak = Peak(monkeypatch)

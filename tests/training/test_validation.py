@@ -63,7 +63,7 @@ def saved(folder):
 # --- The sequences and the loss -----------------------------------------------------------------
 
 
-def test_held_out_sequences_are_cut_as_those_of_training_and_the_last_is_filled():
+def test_held_out_sequences_are_split_as_in_training_and_padded():
     text = ToyShards(np.arange(1, 31, dtype=np.uint16), 0, np.array([[2, 4], [28, 40]]))
     found = held_out_sequences(text, LENGTH, 10)
     assert found.shape == (3, LENGTH + 1)
@@ -77,7 +77,7 @@ def test_held_out_sequences_are_cut_as_those_of_training_and_the_last_is_filled(
 
 
 @pytest.mark.parametrize("method", ["embedding", "lora", "full"])
-def test_the_loss_is_the_mean_over_predicted_tokens(method):
+def test_loss_is_the_mean_over_predicted_tokens(method):
     stage = replace(STAGE, method=method)
     lora = LoraSpec(3, 6.0, 0.5) if method == "lora" else None
     params = toy_params()
@@ -122,7 +122,7 @@ def test_validation_is_recorded_and_does_not_change_what_is_trained(tmp_path):
     assert [r["loss"] for r in result.history] == [r["loss"] for r in plain.history]
 
 
-def test_the_best_checkpoint_is_kept_and_selected(tmp_path):
+def test_best_checkpoint_is_kept_and_selected(tmp_path):
     held_out, stage = noise(), replace(STAGE, steps=10, learning_rate=0.05)
     last = train(tmp_path, stage, held_out=held_out)
     best_step = min((loss, step) for step, loss in losses(last.history))[1]
@@ -165,7 +165,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("at", [3, 6])
-def test_the_record_of_a_killed_run_is_that_of_a_whole_one(tmp_path, at):
+def test_validation_record_survives_a_kill(tmp_path, at):
     stage = replace(STAGE, result="best", learning_rate=0.05, log_every=1)
     whole = train(tmp_path / "whole", stage, held_out=noise())
 
@@ -187,7 +187,7 @@ def test_the_record_of_a_killed_run_is_that_of_a_whole_one(tmp_path, at):
     assert saved(tmp_path / "parts") == saved(tmp_path / "whole")
 
 
-def test_a_best_of_only_some_steps_is_refused(tmp_path):
+def test_best_checkpoint_of_partly_validated_steps_is_refused(tmp_path):
     plain = replace(STAGE, validation_every=0)
     train(tmp_path, plain)
     best = replace(STAGE, result="best")
@@ -201,7 +201,7 @@ def test_a_best_of_only_some_steps_is_refused(tmp_path):
     assert is_finished(tmp_path / "validated", best)
 
 
-def test_a_record_that_begins_late_says_what_it_knows(tmp_path):
+def test_record_that_begins_late_reports_known_steps(tmp_path):
     """Without a result by it, validation may begin at any time."""
     stage = replace(STAGE, checkpoints=CheckpointConfig(every=3, keep=9))
     train(tmp_path, replace(stage, validation_every=0))
@@ -211,7 +211,7 @@ def test_a_record_that_begins_late_says_what_it_knows(tmp_path):
     assert [step for step, _ in losses(result.history)] == [4, 6, 8]
 
 
-def test_losses_that_are_not_finite_are_never_the_best():
+def test_non_finite_losses_are_never_the_best():
     record = Validations(2, 6).adding(2, float("nan"))
     assert record.best is None and record.losses == ((2, None),)
     record = record.adding(4, 3.0).adding(6, 3.0).adding(8, float("inf"))
@@ -221,7 +221,7 @@ def test_losses_that_are_not_finite_are_never_the_best():
     assert not record.covers(replace(STAGE, steps=7), 7)
 
 
-def test_settings():
+def test_invalid_settings_are_refused():
     """Neither validation nor the choice of a result changes the training."""
     values = {"validation_every": 3, "validation_sequences": 5, "result": "best"}
     assert settings_of(config_from_dict(values, StageConfig)) == settings_of(StageConfig())
@@ -235,7 +235,7 @@ def test_settings():
 
 
 @pytest.mark.slow
-def test_two_processes_validate_as_one_does(tmp_path):
+def test_two_processes_give_the_validation_loss_of_one(tmp_path):
     changes = {
         "validation_every": 2,
         "result": "best",

@@ -41,7 +41,7 @@ def test_compiled_programs_are_kept_on_accelerators_only(monkeypatch, tmp_path, 
         ("xla_rocm60", "", ""),
     ],
 )
-def test_products_by_cublas_where_cuda_is_and_nothing_else_was_asked_for(
+def test_cublas_products_are_the_default_with_cuda(
     monkeypatch, tmp_path, kept, plugin, given, then
 ):
     _install(plugin, tmp_path, monkeypatch)
@@ -63,7 +63,7 @@ def test_products_by_cublas_where_cuda_is_and_nothing_else_was_asked_for(
         ),  # with both JAX would refuse
     ],
 )
-def test_most_of_the_memory_of_a_gpu_unless_told_otherwise(
+def test_most_gpu_memory_is_preallocated_by_default(
     monkeypatch, tmp_path, kept, plugin, given, then
 ):
     _install(plugin, tmp_path, monkeypatch)

@@ -36,7 +36,7 @@ def quiet(line):
 
 
 @pytest.mark.parametrize("place", [0, 1, 63, 64, 999, 1000, 2750, 4999, 5000, 5499])
-def test_an_edit_of_any_byte_is_noticed(folder, place):
+def test_digest_changes_with_any_byte(folder, place):
     before = Digests(folder, quiet).of(files_of(folder))
     with files_of(folder)[-1].open("r+b") as file:
         file.seek(place)
@@ -46,7 +46,7 @@ def test_an_edit_of_any_byte_is_noticed(folder, place):
     assert Digests(folder, quiet).of(files_of(folder)) != before
 
 
-def test_names_order_and_ends_of_files_count_and_a_copy_is_the_same(folder):
+def test_digest_covers_names_and_boundaries_and_equals_that_of_a_copy(folder):
     found = Digests(folder, quiet)
     before = found.of(files_of(folder))
     shutil.copytree(folder / "in", folder / "copy")
@@ -58,7 +58,7 @@ def test_names_order_and_ends_of_files_count_and_a_copy_is_the_same(folder):
     assert found.each([folder / "nowhere", folder / "in"]) == ["", ""]
 
 
-def test_what_did_not_change_is_not_read_again(folder, monkeypatch):
+def test_unchanged_files_are_not_read_again(folder, monkeypatch):
     monkeypatch.setattr(digests, "SETTLED", 0.05)
     time.sleep(0.1)
     first = Digests(folder, quiet)
@@ -78,13 +78,13 @@ def test_what_did_not_change_is_not_read_again(folder, monkeypatch):
     assert Digests(folder, quiet).each(files_of(folder))[2] != before[2] and hashed == [changed]
 
 
-def test_a_file_that_was_just_written_is_not_taken_for_known(folder):
+def test_recently_written_file_is_hashed_again(folder):
     first = Digests(folder, quiet)
     first.each(files_of(folder))
     assert not first._entries
 
 
-def test_without_a_place_for_what_is_known_everything_is_hashed(folder):
+def test_everything_is_hashed_without_a_cache(folder):
     (folder / digests.CACHE).mkdir()
     first, second = Digests(folder, quiet), Digests(folder / "none", quiet)
     assert first.of(files_of(folder)) == second.of(files_of(folder))
@@ -94,7 +94,7 @@ def test_without_a_place_for_what_is_known_everything_is_hashed(folder):
     Digests(folder / "none", quiet).of(files_of(folder))
 
 
-def test_what_changed_in_its_middle_changes_the_run(tmp_path):
+def test_change_in_the_middle_of_a_file_changes_the_fingerprint(tmp_path):
     texts = [f"document number {i} ".ljust(400, "x") for i in range(10_000)]
     path, model = tmp_path / "a.txt", tmp_path / "model"
     path.write_text("\n\n".join(texts))

@@ -66,7 +66,7 @@ sys.exit(errors.exit_code(command))
     ],
     ids=["ascii output", "latin-1 output", "a locale that is not UTF-8"],
 )
-def test_a_command_ends_as_it_would_in_utf_8(environment, tmp_path):
+def test_command_works_in_a_non_utf_8_locale(environment, tmp_path):
     lines = [
         json.dumps({"text": f"text {i} größer", "lang": "中文" if i % 2 else "de"})
         for i in range(40)

@@ -21,12 +21,12 @@ def test_flatten_names_every_leaf_and_unflatten_inverts_it():
     assert paths.unflatten(leaves) == TREE
 
 
-def test_first_matching_rule_labels():
+def test_first_matching_rule_decides_the_label():
     labels = paths.label_tree([("lora_", "lora"), ("^layers/", "body"), ("", "rest")], TREE)
     assert paths.flatten(labels) == dict(zip(paths.flatten(TREE), ["rest", "body", "lora"]))
 
 
-def test_unmatched_path_is_named():
+def test_error_names_an_unmatched_path():
     with pytest.raises(ValueError, match="embed_tokens/embedding"):
         paths.label_tree([("^layers/", "body")], TREE)
 
@@ -45,7 +45,7 @@ def test_leaves_may_be_arrays():
     assert paths.flatten({"a": {"b": array}})["a/b"] is array
 
 
-def test_a_path_is_a_leaf_or_a_branch():
+def test_path_is_a_leaf_or_a_branch():
     with pytest.raises(ValueError, match="a/b"):
         paths.unflatten({"a": 1, "a/b": 2})
     with pytest.raises(ValueError, match="'a'"):
