@@ -21,9 +21,10 @@ def made(rate: float = 2e-5, method: str = "lora", seed: int = 0, **more):
     report["config"]["stage2"]["method"] = method
     report["config"]["seed"] = seed
     scale = SCALES[rate] + (0.1 if method == "lora" else 0) + 0.01 * seed
-    for of in report["languages"].values():
-        of["bits_per_byte"] = {
-            s: b if s in ("source", "random") else b * scale for s, b in of["bits_per_byte"].items()
+    for language in report["languages"].values():
+        language["bits_per_byte"] = {
+            s: b if s in ("source", "random") else b * scale
+            for s, b in language["bits_per_byte"].items()
         }
     return report
 
@@ -49,10 +50,10 @@ def test_runs_are_named_by_differing_fields_and_grouped_by_seed(compared):
     ]
     first = compared["groups"][0]
     assert first["seeds"] == [0, 1, 2] and first["runs"] == ["runs/9", "runs/10", "runs/11"]
-    of = first["bits_per_byte"]["stage3"]["all"]
-    assert of["values"] == pytest.approx([1.5 * scale for scale in (1.25, 1.26, 1.27)])
-    assert of["mean"] == pytest.approx(statistics.fmean(of["values"]))
-    assert of["spread"] == pytest.approx(statistics.stdev(of["values"]))
+    measured = first["bits_per_byte"]["stage3"]["all"]
+    assert measured["values"] == pytest.approx([1.5 * scale for scale in (1.25, 1.26, 1.27)])
+    assert measured["mean"] == pytest.approx(statistics.fmean(measured["values"]))
+    assert measured["spread"] == pytest.approx(statistics.stdev(measured["values"]))
     assert compared["warnings"] == [] and json.loads(json.dumps(compared)) == compared
 
 

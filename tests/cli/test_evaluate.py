@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
     known = hub.load_tokenizer(folder / "large").get_vocab()
     alignment = {small.convert_tokens_to_ids(token): known[token] for token in small.get_vocab()}
     (folder / "align_matrix.json").write_text(json.dumps(alignment))
-    records = [{"text": text, "lang": lang} for lang, of in LANGUAGES.items() for text in of]
+    records = [{"text": text, "lang": lang} for lang, texts in LANGUAGES.items() for text in texts]
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
     questions = [{"task": "words", "question": "The quick brown", "choices": [" fox", " dog"]}] * 3
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
@@ -92,17 +92,17 @@ def test_evaluate_compares_models_in_every_measure(folders, tmp_path, capsys):
     expected = bits_per_byte.evaluate(
         config, params, tokenizer, LANGUAGES, sequence_length=32, batch=4
     )
-    assert {k: of["bits_per_byte"] for k, of in small["languages"].items()} == {
-        k: pytest.approx(of.bits_per_byte) for k, of in expected.items()
+    assert {k: scores["bits_per_byte"] for k, scores in small["languages"].items()} == {
+        k: pytest.approx(scores.bits_per_byte) for k, scores in expected.items()
     }
     # What is kept of the first model.
     questions = abilities.read(str(folders / "questions.jsonl"), 2)
     answers = abilities.score(config, params, tokenizer, questions, tokenizer.eos_token_id)
-    right = "".join("01"[of] for of in abilities.is_right(answers).tolist())
+    right = "".join("01"[correct] for correct in abilities.is_right(answers).tolist())
     assert (
         "".join(small["abilities"]["right"].values()) == right and len(right) == 2 + 2
     )  # with the sums
-    assert sum(of["questions"] for of in small["abilities"]["by_cut"].values()) == 4
+    assert sum(cut["questions"] for cut in small["abilities"]["by_cut"].values()) == 4
     assert "by_cut" not in large["abilities"] and "fidelity" not in large
     assert [*small["fidelity"]["languages"]] == ["en", "xx"] and small["fidelity"]["pooled"][
         "divergence"
@@ -114,14 +114,14 @@ def test_evaluate_compares_models_in_every_measure(folders, tmp_path, capsys):
         other["code"].bits_per_byte
     )
     assert small["other_text"]["fidelity"]["pooled"]["chunks"] > 0
-    for language, of in content["differences"]["small"]["languages"].items():
+    for language, difference in content["differences"]["small"]["languages"].items():
         less = (
             small["languages"][language]["bits_per_byte"]
             - large["languages"][language]["bits_per_byte"]
         )
         assert (
-            of["difference"] == pytest.approx(less)
-            and of["interval"][0] <= less <= of["interval"][1]
+            difference["difference"] == pytest.approx(less)
+            and difference["interval"][0] <= less <= difference["interval"][1]
         )
     assert (
         small["languages"]["en"]["words"] == 26
@@ -171,7 +171,9 @@ def test_workdir_is_evaluated_on_its_held_out_text_and_alignment(folders, tmp_pa
     inputs = evaluate_inputs.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
     assert [s.name for s in inputs.models] == ["source", "export"] and inputs.aligned is not None
     held_out = [document.text for document in corpus.held_out(tmp_path / "corpus")]
-    assert sorted(text for of in inputs.material.texts.values() for text in of) == sorted(held_out)
+    assert sorted(text for texts in inputs.material.texts.values() for text in texts) == sorted(
+        held_out
+    )
     training = [
         document
         for group in evaluate_inputs.training_text(inputs, silent) or ()
@@ -274,8 +276,8 @@ def test_table_of_one_model_and_one_language_has_no_pooled_row():
         "characters_per_token": 3.0,
     }
     speed |= {"characters_per_second": 30.0, "bytes_per_second": 31.0}
-    of = {"languages": {"all": row}, "pooled": row, "loses": ["tabs"], "generation": speed}
-    content = {"models": {"m": of}, "differences": {}, "settings": {}}
+    model = {"languages": {"all": row}, "pooled": row, "loses": ["tabs"], "generation": speed}
+    content = {"models": {"m": model}, "differences": {}, "settings": {}}
     lines = terminal(side_by_side.sections(content))
     assert sum(line.split()[:1] == ["all"] for line in lines) == 2  # bits per byte, tokens
     assert "  all               1  1.250" in lines and "10.0 [9.0, 11.0]" in "\n".join(lines)

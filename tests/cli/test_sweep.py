@@ -75,12 +75,16 @@ def test_sweep_shares_stages_and_resumes(inputs, tmp_path, capsys):
         name: json.loads((tmp_path / "sweep" / "runs" / name / "report.json").read_text())
         for name in ("slow", "fast", "fast-lora")
     }
-    assert [of["config"]["stage1"]["learning_rate"] for of in reports.values()] == [
+    assert [report["config"]["stage1"]["learning_rate"] for report in reports.values()] == [
         1e-4,
         0.01,
         0.01,
     ]
-    assert [of["config"]["stage2"]["method"] for of in reports.values()] == ["full", "full", "lora"]
+    assert [report["config"]["stage2"]["method"] for report in reports.values()] == [
+        "full",
+        "full",
+        "lora",
+    ]
     assert all(name in printed for name in reports)
     assert (tmp_path / "sweep" / "comparison" / "compare.json").is_file()
 
@@ -139,7 +143,7 @@ def test_recipe_curves_train_on_the_tokens_that_they_name():
             continue
         millions = int(name.split("-")[-2].removesuffix("M"))
         stages = config.stage1, config.stage2
-        tokens = sum(of.steps * of.batch_size * of.sequence_length for of in stages)
+        tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in stages)
         assert 0 <= tokens - millions * 1e6 <= 65_536
         assert (config.stage1.steps > 0) == ("stage1" in name)
         objective = "next_token" if name.startswith("pieces") else name.split("-")[0]

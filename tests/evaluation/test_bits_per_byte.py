@@ -71,10 +71,10 @@ def test_short_texts_are_not_padded_to_the_longest(model):
     long, short = TEXTS[0] * 3, tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][:28])
 
     def nats(length, *documents):
-        of = bits_per_byte.evaluate_documents(
+        scores = bits_per_byte.evaluate_documents(
             config, params, tokenizer, {"a": [*documents]}, sequence_length=length, batch=4
         )
-        return of["a"].nats
+        return scores["a"].nats
 
     alone = nats(32, short)[0]
     assert nats(40, short)[0] == pytest.approx(alone, rel=1e-5) == nats(40, long, short, long)[1]

@@ -115,8 +115,8 @@ def test_scores_are_compared_with_the_source_on_the_same_questions():
     assert "difference" not in other and "kept" not in other
 
     states = {
-        name: {"pooled": {"bits_per_byte": 1.0}, "chat": of}
-        for name, of in (("source", own), ("init", found))
+        name: {"pooled": {"bits_per_byte": 1.0}, "chat": answers}
+        for name, answers in (("source", own), ("init", found))
     }
     (section,) = [s for s in retention.sections(states) if s.title == "Chat"]
     assert [row[0] for row in section.rows] == ["source", "init"]

@@ -39,7 +39,7 @@ def test_agreement_equals_that_of_full_distributions(monkeypatch, chunk):
     ]
     found = drafting.agreement(*given, vocabulary=VOCABULARY, temperature=0.7)
     logits = [cap * np.tanh(np.einsum("btd,vd->btv", s, h[:VOCABULARY])) for s, h, cap in sides]
-    q, p = (softmax(of / 0.7, axis=-1) for of in logits)
+    q, p = (softmax(values / 0.7, axis=-1) for values in logits)
     np.testing.assert_allclose(found.shared, np.minimum(p, q).sum(-1), rtol=1e-5)
     np.testing.assert_array_equal(found.draft, logits[0].argmax(-1))
     np.testing.assert_array_equal(found.teacher, logits[1].argmax(-1))

@@ -38,7 +38,7 @@ def read(folder, texts=DOCUMENTS, length=LENGTH):
     costs = bits_per_byte.evaluate_documents(
         config, params, tokenizer, texts, sequence_length=length, batch=2, beginnings=True
     )
-    return tokenizer, {group: of.beginnings for group, of in costs.items()}
+    return tokenizer, {group: cost.beginnings for group, cost in costs.items()}
 
 
 def prefixes(folder, text):
@@ -71,28 +71,28 @@ def test_fidelity_matches_pytorchs_likelihoods(models):
     (source_tokenizer, source), (target_tokenizer, target) = map(read, models)
     found = fidelity.compare(source_tokenizer, target_tokenizer, DOCUMENTS, source, target)
     for group, documents in DOCUMENTS.items():
-        of = found[group]
+        measured = found[group]
         for i, text in enumerate(documents):
             one, other = (prefixes(folder, text) for folder in models)
             shared = [size for size in one if size in other and is_whole(text, size)]
-            assert of.chunks[i] == len(shared) > 0 and of.bytes[i] == shared[-1]
+            assert measured.chunks[i] == len(shared) > 0 and measured.bytes[i] == shared[-1]
             steps = [
                 [now - before for now, before in zip(sums, [0.0, *sums])]
                 for sums in ([side[size][0] for size in shared] for side in (one, other))
             ]
             divergence = 0.0
-            for p, q in zip(*(np.exp(of) for of in steps)):
+            for p, q in zip(*(np.exp(step) for step in steps)):
                 divergence += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-            assert of.divergence[i] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+            assert measured.divergence[i] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
             gap = sum(abs(p - q) for p, q in zip(*steps)) / math.log(2)
-            assert of.gap[i] == pytest.approx(gap, rel=1e-4)
+            assert measured.gap[i] == pytest.approx(gap, rel=1e-4)
             pairs = [(one[size][1], other[size][1]) for size in shared]
             pairs = [pair for pair in pairs if "nothing" not in pair]
-            assert of.boundaries[i] == len(pairs)
+            assert measured.boundaries[i] == len(pairs)
             alike = [
                 a is b if None in (a, b) else a.startswith(b) or b.startswith(a) for a, b in pairs
             ]
-            assert of.agreed[i] == sum(alike)
+            assert measured.agreed[i] == sum(alike)
 
 
 def test_model_is_faithful_to_itself(models):
@@ -103,7 +103,7 @@ def test_model_is_faithful_to_itself(models):
     assert [pooled[name]["value"] for name in ("divergence", "gap", "agreement")] == [0.0, 0.0, 1.0]
     assert pooled["agreement"]["interval"] == [1.0, 1.0] and [*summary["languages"]] == ["a", "b"]
     assert pooled["documents"] == 5 and pooled["chunks"] == sum(
-        of.chunks.sum() for of in found.values()
+        group_fidelity.chunks.sum() for group_fidelity in found.values()
     )
 
 
@@ -112,8 +112,8 @@ def test_reference_likelihoods_are_saved_and_loaded(models, tmp_path):
     fidelity.save(tmp_path / "readings.npz", readings)
     back = fidelity.load(tmp_path / "readings.npz", DOCUMENTS)
     assert [*back] == [*readings]
-    for group, of in readings.items():
-        for one, other in zip(of, back[group], strict=True):
+    for group, reading in readings.items():
+        for one, other in zip(reading, back[group], strict=True):
             np.testing.assert_array_equal(one.nats, other.nats)
             np.testing.assert_array_equal(one.likeliest, other.likeliest)
 

@@ -42,9 +42,11 @@ def model(tmp_path_factory):
 def shards_of(tokenizer, documents) -> TokenShards:
     end = end_of_text_id(tokenizer)
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in documents]
-    flat = np.concatenate([np.array(of) for of in ids])
+    flat = np.concatenate([np.array(document) for document in ids])
     counts = np.bincount(flat, minlength=canonical.vocabulary_size(tokenizer))
-    return TokenShards(flat, np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end})
+    return TokenShards(
+        flat, np.cumsum([len(document) for document in ids]), counts, {"end_of_text": end}
+    )
 
 
 def spelled(tokenizer) -> list[bytes]:
@@ -145,7 +147,7 @@ def test_contexts_are_means_of_final_states(model, batch, flushed, opening, monk
     read = places.tokens.copy()
     if opening is not None:  # in the first place of every window, which is no token's then
         places = contexts.Places._make(
-            np.where(np.arange(len(read)) % 32, of, contexts.NONE) for of in places
+            np.where(np.arange(len(read)) % 32, place, contexts.NONE) for place in places
         )
         read[::32] = opening
     states = []
@@ -173,10 +175,13 @@ def test_contexts_are_means_of_final_states(model, batch, flushed, opening, monk
 def test_binary_splits_are_two_tokens_that_join_to_the_token():
     for kind in ("byte_level", "metaspace"):
         tokenizer = tiny_tokenizer(400, TEXTS, kind)
-        of = spelled(tokenizer)
-        ids, parts = composition.binary_splits(tokenizer, np.arange(len(of)))
+        spelling = spelled(tokenizer)
+        ids, parts = composition.binary_splits(tokenizer, np.arange(len(spelling)))
         assert len(ids) > 30
-        assert all(of[whole] == of[left] + of[right] for whole, (left, right) in zip(ids, parts))
+        assert all(
+            spelling[whole] == spelling[left] + spelling[right]
+            for whole, (left, right) in zip(ids, parts)
+        )
 
 
 def learning_problem(seen: int, noise: float = 0.0):
@@ -204,9 +209,9 @@ def learning_problem(seen: int, noise: float = 0.0):
     source_rows = rows.copy()
     reading = contexts.Reading(exact, noisy, np.zeros(width), np.eye(width) * noise**2)
 
-    def tokens(ids, of):
+    def tokens(ids, rows):
         return composition.Tokens(
-            ids, composition.Pieces.of([parts[i] for i in ids]), frequency, of
+            ids, composition.Pieces.of([parts[i] for i in ids]), frequency, rows
         )
 
     # The pieces' rows must stay what the features say, so whole tokens have rows of their own

@@ -653,7 +653,7 @@ CASES = (
 )
 
 
-def of(*families: str) -> list[Case]:
+def cases_of(*families: str) -> list[Case]:
     return [case for case in CASES if case.family in families]
 
 
@@ -813,7 +813,7 @@ def check(case: Case, folder: Path) -> None:
         path: (leaf.shape, leaf.dtype) for path, leaf in paths.flatten(both.params).items()
     } == shapes
     by_length = case.settings.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope")
-    if case == of(case.family)[0] and case.family not in _TEXT_MODELS:
+    if case == cases_of(case.family)[0] and case.family not in _TEXT_MODELS:
         gradient, logit = gradient_and_logit_errors(both)
         assert gradient < 1e-4
         assert max(logit, logit_error(both, LENGTHS[:1])) < 1e-4

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.parity_cases import of, pair, tokens
+from tests.models.parity_cases import cases_of, pair, tokens
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import forward
 from tokalign_jax.utils import paths
 
 CASES = pytest.mark.parametrize(
-    "case", [of("qwen2_moe")[0], of("qwen3_moe")[0], of("granitemoeshared")[0]], ids=str
+    "case",
+    [cases_of("qwen2_moe")[0], cases_of("qwen3_moe")[0], cases_of("granitemoeshared")[0]],
+    ids=str,
 )
 
 
@@ -48,7 +50,7 @@ def test_dense_and_sparse_experts_agree_in_states_and_gradients(case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("case", [of("qwen2_moe")[0], of("qwen3_moe")[0]], ids=str)
+@pytest.mark.parametrize("case", [cases_of("qwen2_moe")[0], cases_of("qwen3_moe")[0]], ids=str)
 def test_dense_and_sparse_experts_agree_with_adapters_and_dropout(case, tmp_path):
     both = pair(case, tmp_path)
     spec = LoraSpec(rank=3, alpha=6.0, dropout=0.4)

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.numpy import save_file
 
-from tests.models.parity_cases import CASES, TOKENIZER, Case, model, of, pair, stored
+from tests.models.parity_cases import CASES, TOKENIZER, Case, cases_of, model, pair, stored
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families, hub, huggingface
 from tokalign_jax.models.families.reading import FULL, SLIDING
@@ -328,7 +328,7 @@ def test_irrelevant_keys_are_accepted(family):
 
 
 def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
-    both = pair(of("gpt2")[0], tmp_path)
+    both = pair(cases_of("gpt2")[0], tmp_path)
     bare = {
         name.removeprefix("transformer."): tensor for name, tensor in stored(both.folder).items()
     }

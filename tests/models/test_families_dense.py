@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models.parity_cases import Case, check, of
+from tests.models.parity_cases import Case, cases_of, check
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families
 
@@ -30,7 +30,7 @@ FAMILIES = (
 )
 
 
-@pytest.mark.parametrize("case", of(*FAMILIES), ids=str)
+@pytest.mark.parametrize("case", cases_of(*FAMILIES), ids=str)
 def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
 

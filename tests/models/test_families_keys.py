@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tests.models.parity_cases import Case, of, settings
+from tests.models.parity_cases import Case, cases_of, settings
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families
 
@@ -98,7 +98,7 @@ def _others(value: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 def test_every_config_key_is_read_refused_or_known_to_be_irrelevant(family):
-    case: Case = of(family)[0]
+    case: Case = cases_of(family)[0]
     raw = AutoConfig.for_model(family, **settings(case)).to_dict()
     known = families.config_from_hf(raw)
 

@@ -15,10 +15,10 @@ from tests.helpers import merge_adapters
 from tests.models.parity_cases import (
     TOKENIZER,
     Case,
+    cases_of,
     check,
     export,
     model,
-    of,
     our_logits,
     pair,
     stored,
@@ -30,12 +30,12 @@ from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.utils import paths
 
 MIXTURES = pytest.mark.parametrize(
-    "case", [of("mixtral")[0], of("qwen3_moe")[1]], ids=lambda case: case.family
+    "case", [cases_of("mixtral")[0], cases_of("qwen3_moe")[1]], ids=lambda case: case.family
 )
 
 
 @pytest.mark.parametrize(
-    "case", of(*families.mixture.MODEL_TYPES, *families.multimodal.MODEL_TYPES), ids=str
+    "case", cases_of(*families.mixture.MODEL_TYPES, *families.multimodal.MODEL_TYPES), ids=str
 )
 def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
@@ -59,7 +59,7 @@ def test_experts_stored_in_one_tensor_are_read_and_written(case, tmp_path):
 
 
 def test_adapters_cover_every_expert_and_merge(tmp_path):
-    both = pair(of("qwen3_moe")[0], tmp_path)
+    both = pair(cases_of("qwen3_moe")[0], tmp_path)
     spec = LoraSpec(rank=2, alpha=4.0, dropout=0.0)
     leaves = paths.flatten(add_lora(both.params, spec, jax.random.key(0)))
     adapted = {path.rpartition("/")[0] for path in leaves if "lora_a" in path}
@@ -79,7 +79,7 @@ def test_adapters_cover_every_expert_and_merge(tmp_path):
 
 
 def test_text_model_with_newer_tensor_names_is_read_and_exported(tmp_path):
-    case = of("gemma3")[0]
+    case = cases_of("gemma3")[0]
     both = pair(case, tmp_path / "source")
     file = both.folder / huggingface.WEIGHTS_FILE
     renamed = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.models.parity_cases import Case, check, of
+from tests.models.parity_cases import Case, cases_of, check
 
 
-@pytest.mark.parametrize("case", of("qwen2", "qwen3", "smollm3", "olmo2", "olmo3"), ids=str)
+@pytest.mark.parametrize("case", cases_of("qwen2", "qwen3", "smollm3", "olmo2", "olmo3"), ids=str)
 def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)

@@ -139,8 +139,14 @@ def test_revision_after_an_at_sign_is_pinned(fake):
         fake.repository(
             "me/model", revision, config__json=json.dumps({"of": revision}), model__safetensors="x"
         )
-    for name, of in (("me/model", None), ("me/model@v2", "v2"), ("me/model@0123abc", "0123abc")):
-        assert hub.read_json(hub.resolve(name, what="source model") / "config.json") == {"of": of}
+    for name, revision in (
+        ("me/model", None),
+        ("me/model@v2", "v2"),
+        ("me/model@0123abc", "0123abc"),
+    ):
+        assert hub.read_json(hub.resolve(name, what="source model") / "config.json") == {
+            "of": revision
+        }
 
 
 def test_index_cannot_name_files_outside_the_folder(fake):

@@ -15,8 +15,8 @@ def test_backward_pass_equals_autodiff(centred, shape):
     x = 2 + jax.random.normal(keys[0], (2, 5, 3, 16))
     scale, bias = 1 + 0.1 * jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape)
     towards = jax.random.normal(keys[3], x.shape)
-    y, pull = jax.vjp(lambda *of: _normed(*of, centred, 1e-5), x, scale, bias)
-    expected_y, expected = jax.vjp(lambda *of: _norm(*of, centred, 1e-5), x, scale, bias)
+    y, pull = jax.vjp(lambda *inputs: _normed(*inputs, centred, 1e-5), x, scale, bias)
+    expected_y, expected = jax.vjp(lambda *inputs: _norm(*inputs, centred, 1e-5), x, scale, bias)
     assert jnp.array_equal(y, expected_y)
     for got, want in zip(pull(towards), expected(towards)):
         assert jnp.allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -104,7 +104,9 @@ def test_settings_that_transformers_4_needs_are_written(tmp_path):
 def case_of(family: str, **settings) -> parity_cases.Case:
     """The first parity case of a family that has no windows, with more settings."""
     case = next(
-        case for case in parity_cases.of(family) if not case.settings.get("use_sliding_window")
+        case
+        for case in parity_cases.cases_of(family)
+        if not case.settings.get("use_sliding_window")
     )
     return replace(case, settings={**case.settings, **settings})
 
@@ -141,7 +143,7 @@ def test_export_with_a_sentencepiece_tokenizer_gives_the_same_logits(family, tmp
 
 def test_qwen2_model_with_windows_is_not_rewritten(tmp_path):
     windowed = [
-        case for case in parity_cases.of("qwen2") if case.settings.get("use_sliding_window")
+        case for case in parity_cases.cases_of("qwen2") if case.settings.get("use_sliding_window")
     ]
     assert windowed
     both = parity_cases.pair(windowed[0], tmp_path)

@@ -12,8 +12,8 @@ import pytest
 from tests.helpers import SHARED, tiny_model
 from tests.models.parity_cases import (
     Case,
+    cases_of,
     compiled,
-    of,
     our_logits,
     pair,
     reference,
@@ -31,8 +31,8 @@ from tokalign_jax.models.transformer import (
 )
 from tokalign_jax.utils import paths
 
-LLAMA, NEOX = of("llama")[0], of("gpt_neox")[0]
-WINDOWED, CAPPED = of("smollm3")[1], of("gemma2")[0]
+LLAMA, NEOX = cases_of("llama")[0], cases_of("gpt_neox")[0]
+WINDOWED, CAPPED = cases_of("smollm3")[1], cases_of("gemma2")[0]
 CONFIG = families.config_from_hf(tiny_model("llama", 90).config.to_dict())
 BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.family)
 
@@ -44,9 +44,9 @@ BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.fami
         (LLAMA, 20),
         (CAPPED, 20),
         (WINDOWED, 20),
-        (of("gpt2")[0], 1),
-        (of("ministral3")[0], 20),
-        *zip(of("qwen3_5_text", "lfm2"), (20, 1, 1, 20), strict=True),
+        (cases_of("gpt2")[0], 1),
+        (cases_of("ministral3")[0], 20),
+        *zip(cases_of("qwen3_5_text", "lfm2"), (20, 1, 1, 20), strict=True),
     ],
     ids=str,
 )
@@ -68,7 +68,7 @@ def test_continuation_by_no_tokens_adds_nothing():
 
 
 def test_text_longer_than_the_learned_positions_is_refused(tmp_path):
-    both = pair(of("gpt2")[0], tmp_path)
+    both = pair(cases_of("gpt2")[0], tmp_path)
     with pytest.raises(UserError, match=r"81 tokens is too long.*80 positions"):
         forward(both.config, both.params, tokens(81))
     with pytest.raises(UserError, match="81 tokens is too long"):
@@ -85,7 +85,7 @@ def test_logits_are_soft_capped_where_the_family_does(tmp_path):
 
 
 def test_program_size_does_not_grow_with_depth(tmp_path):
-    config = pair(of("gemma3_text")[0], tmp_path).config  # of two kinds of layers
+    config = pair(cases_of("gemma3_text")[0], tmp_path).config  # of two kinds of layers
     deep = dataclasses.replace(config, num_layers=24, layer_kinds=config.layer_kinds * 6)
 
     def lines(config):
@@ -100,7 +100,7 @@ def test_program_size_does_not_grow_with_depth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case, reach", [(LLAMA, 9), (of("mistral")[0], 22)], ids=["llama", "mistral"]
+    "case, reach", [(LLAMA, 9), (cases_of("mistral")[0], 22)], ids=["llama", "mistral"]
 )
 def test_attention_is_causal_and_within_windows(case, reach, tmp_path):
     """Two layers of a window of 12 reach 2 x 11 positions back."""
@@ -144,7 +144,7 @@ def test_initial_parameters_have_the_given_scale():
 
 
 def test_initial_norms_of_one_plus_weight_are_zero(tmp_path):
-    config = pair(of("gemma")[0], tmp_path).config
+    config = pair(cases_of("gemma")[0], tmp_path).config
     np.testing.assert_array_equal(init_params(config, jax.random.key(0))["final_norm"]["scale"], 0)
 
 

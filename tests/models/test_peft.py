@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 from tests.helpers import merge_adapters
 from tests.models.parity_cases import (
+    cases_of,
     export,
-    of,
     our_logits,
     pair,
     reference,
@@ -22,12 +22,12 @@ from tokalign_jax.models import huggingface, lora, peft
 from tokalign_jax.utils import paths
 
 CASES = [
-    of("llama")[2],  # tied
-    of("phi3")[0],  # fused projections
-    of("gpt_neox")[0],  # fused by heads
-    of("gpt2")[0],  # [in, out]
-    of("cohere")[1],  # queries and keys in another order
-    of("qwen3_5_text")[0],  # not in all layers
+    cases_of("llama")[2],  # tied
+    cases_of("phi3")[0],  # fused projections
+    cases_of("gpt_neox")[0],  # fused by heads
+    cases_of("gpt2")[0],  # [in, out]
+    cases_of("cohere")[1],  # queries and keys in another order
+    cases_of("qwen3_5_text")[0],  # not in all layers
 ]
 
 
@@ -94,6 +94,6 @@ def test_peft_loads_exported_adapters(case, tmp_path):
 
 
 def test_adapters_of_experts_are_refused(tmp_path):
-    config = pair(of("qwen3_moe")[0], tmp_path).config
+    config = pair(cases_of("qwen3_moe")[0], tmp_path).config
     with pytest.raises(UserError, match=r"export\.adapters=merged"):
         peft.check(config)

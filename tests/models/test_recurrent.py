@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import merge_adapters
-from tests.models.parity_cases import of, our_logits, pair, tokens
+from tests.models.parity_cases import cases_of, our_logits, pair, tokens
 from tokalign_jax.models import remat
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.recurrent import CHUNK, delta_rule
@@ -70,7 +70,7 @@ def test_segments_cover_the_layers_in_order():
     [
         (case, *loop)
         for case, loop in zip(
-            of("qwen3_5_text", "lfm2"), [(1, "layer"), (2, "attention")] * 2, strict=True
+            cases_of("qwen3_5_text", "lfm2"), [(1, "layer"), (2, "attention")] * 2, strict=True
         )
     ],
     ids=str,
@@ -97,7 +97,9 @@ def test_scan_over_layers_equals_the_unrolled_layers(case, unroll, policy, tmp_p
 
 
 @pytest.mark.parametrize("policy", remat.POLICIES)
-@pytest.mark.parametrize("case", [of("qwen3_5_text")[0], of("lfm2")[0]], ids=lambda c: c.family)
+@pytest.mark.parametrize(
+    "case", [cases_of("qwen3_5_text")[0], cases_of("lfm2")[0]], ids=lambda c: c.family
+)
 def test_mixers_save_the_predicted_activations(case, policy, tmp_path):
     config = pair(case, tmp_path).config
     kinds = [config.layer_kinds[0], next(k for k in config.layer_kinds if k.mixer == "attention")]
@@ -119,14 +121,16 @@ def test_mixers_save_the_predicted_activations(case, policy, tmp_path):
 
 
 def test_only_layers_with_attention_count_as_such(tmp_path):
-    config = pair(of("lfm2")[0], tmp_path).config
+    config = pair(cases_of("lfm2")[0], tmp_path).config
     whole = replace(
         config, layer_kinds=tuple(replace(k, mixer="attention") for k in config.layer_kinds)
     )
     assert flops.attention(config, 100) == flops.attention(whole, 100) * 2 / 5
 
 
-@pytest.mark.parametrize("case", [of("qwen3_5_text")[0], of("lfm2")[0]], ids=lambda c: c.family)
+@pytest.mark.parametrize(
+    "case", [cases_of("qwen3_5_text")[0], cases_of("lfm2")[0]], ids=lambda c: c.family
+)
 def test_adapters_of_all_mixers_equal_the_merged_model(case, tmp_path):
     both = pair(case, tmp_path)
     spec = LoraSpec(rank=2, alpha=6.0, dropout=0.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import SHARED, TEXTS, tokenizer_of_kind
-from tests.models.parity_cases import export, of, pair, reference, tokens
+from tests.models.parity_cases import cases_of, export, pair, reference, tokens
 from tokalign_jax.models import hub, serving
 
 
@@ -55,7 +55,7 @@ def test_published_vocabulary_is_recognised():
 
 
 def test_exported_draft_reproduces_the_larger_models_text(tmp_path):
-    draft = of("llama")[0]
+    draft = cases_of("llama")[0]
     both = pair(draft, tmp_path / "draft")
     drafting = reference(export(both, tmp_path / "written"))
     larger = replace(draft, settings={**draft.settings, "num_hidden_layers": 4})

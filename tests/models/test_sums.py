@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from tests.models.parity_cases import Case, of, settings
+from tests.models.parity_cases import Case, cases_of, settings
 from tokalign_jax.models import families
 from tokalign_jax.models.modules import add_broadcast
 from tokalign_jax.models.transformer import abstract_params, forward
 
 
 @pytest.mark.parametrize(
-    "case", [of("gpt_neox")[0], of("gpt2")[0], of("mixtral")[0], of("qwen2")[0]], ids=str
+    "case",
+    [cases_of("gpt_neox")[0], cases_of("gpt2")[0], cases_of("mixtral")[0], cases_of("qwen2")[0]],
+    ids=str,
 )
 def test_no_gradient_is_summed_in_bfloat16(case: Case):
     config = families.config_from_hf(AutoConfig.for_model(case.family, **settings(case)).to_dict())

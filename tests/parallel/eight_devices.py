@@ -127,8 +127,8 @@ def divergence(shape):
         sequences = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
         placed = [
             sharding.put(x, where)
-            for of in zip(states, heads)
-            for x, where in zip(of, (sequences, rows))
+            for pair in zip(states, heads)
+            for x, where in zip(pair, (sequences, rows))
         ]
         results.append(jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)(*placed, mesh))
     close(results[1], results[0], 1e-5)
@@ -198,7 +198,7 @@ def training(shape, model, method, teacher=None, unroll=0):
             [r[name] for r in many.history], [r[name] for r in one.history], rtol=2e-5
         )
     without = "layers/attention/k_proj/bias"  # has no gradient but rounding, which Adam makes as large as any other
-    trees = (unpadded(of.params, model.vocab_size) for of in (many, one))
+    trees = (unpadded(result.params, model.vocab_size) for result in (many, one))
     close(*(paths.split(tree, lambda path: path != without)[0] for tree in trees), 1e-4)
     ended_with = paths.flatten(many.params)
     close(paths.unflatten(again), paths.unflatten({path: ended_with[path] for path in again}), 0)
@@ -391,8 +391,8 @@ def reading(shape):
             moves = calibration.head_moves(config, params, shards[0], jnp.float32, mesh, seed=0)
             prompt = jnp.asarray([shards[0].tokens[:9]])
             rows = {
-                path: sharding.to_host(of, slice(config.vocab_size))
-                for path, of in paths.flatten(params).items()
+                path: sharding.to_host(leaf, slice(config.vocab_size))
+                for path, leaf in paths.flatten(params).items()
                 if sharding.is_vocabulary(path)
             }
             ids = np.arange(sizes[0])
@@ -421,8 +421,8 @@ def reading(shape):
                     moves,
                     generate(config, params, prompt, 5),
                     [
-                        sharding.to_host(of, slice(sizes[0]))
-                        for path, of in paths.flatten(tuned).items()
+                        sharding.to_host(leaf, slice(sizes[0]))
+                        for path, leaf in paths.flatten(tuned).items()
                         if path in rows
                     ],
                 )
@@ -433,9 +433,11 @@ def reading(shape):
 def shards_of(tokenizer):
     end = end_of_text_id(tokenizer)
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS * 4]
-    flat = np.concatenate([np.array(of) for of in ids])
+    flat = np.concatenate([np.array(document) for document in ids])
     counts = np.bincount(flat, minlength=canonical.vocabulary_size(tokenizer))
-    return TokenShards(flat, np.cumsum([len(of) for of in ids]), counts, {"end_of_text": end})
+    return TokenShards(
+        flat, np.cumsum([len(document) for document in ids]), counts, {"end_of_text": end}
+    )
 
 
 def automatic():

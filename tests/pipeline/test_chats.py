@@ -65,5 +65,8 @@ def test_run_keeps_the_sources_chat_template(tmp_path):
     scores = [
         json.loads((run / f"evaluate/{s}/scores.json").read_text()) for s in ("source", "init")
     ]
-    assert all(of["chat"]["questions"] == 2 for of in scores) and "difference" in scores[1]["chat"]
+    assert (
+        all(state["chat"]["questions"] == 2 for state in scores)
+        and "difference" in scores[1]["chat"]
+    )
     assert "ended its turn" in (run / "report" / "report.md").read_text()

@@ -122,7 +122,7 @@ def records(workdir: Path) -> dict:
 
 def test_stage_3_trains_and_is_exported_and_reported(inputs, run):
     stages = records(run)
-    assert all(of["finished"] for of in stages.values()) and "evaluate/stage3" in stages
+    assert all(record["finished"] for record in stages.values()) and "evaluate/stage3" in stages
     # It reads on where the stage before stopped, and what it ends with is exported and reported.
     ends = [stages[name]["summary"]["stream_end"] for name in ("stage1", "stage3")]
     assert ends == [3 * 4 * 32, 7 * 4 * 32]
@@ -189,7 +189,7 @@ def test_fingerprint_of_stage_3_covers_the_teacher(inputs, run, tmp_path):
     def prints(**changes: Any) -> dict[str, str]:
         return pipeline.fingerprints_of(Context(config_of(inputs, **changes), run, print))
 
-    recorded = {name: of["fingerprint"] for name, of in records(run).items()}
+    recorded = {name: record["fingerprint"] for name, record in records(run).items()}
     assert prints() == recorded
     # A copy of the teacher elsewhere is the same one; other weights are not.
     same, other = tmp_path / "same", tmp_path / "other"

@@ -228,8 +228,8 @@ def test_document_separator_is_the_eos_of_the_export(inputs, tmp_path):
         assert main.main(arguments(taken, "llama", workdir, "ultra_quick_demo", *more)) == 0
         exported = AutoTokenizer.from_pretrained(workdir / "export")
         configs = [
-            json.loads((workdir / "export" / f"{of}config.json").read_text())
-            for of in ("", "generation_")
+            json.loads((workdir / "export" / f"{prefix}config.json").read_text())
+            for prefix in ("", "generation_")
         ]
         assert (
             [config["eos_token_id"] for config in configs]

@@ -135,15 +135,15 @@ def test_report_page_is_complete_and_self_contained():
         "distilled from teacherword",
     ):
         assert text in read.text, text
-    pictures = [of for of in read.tags["svg"] if of.get("role") == "img"]
+    pictures = [image for image in read.tags["svg"] if image.get("role") == "img"]
     assert len(pictures) == 1 + 3 and all(
-        of["aria-label"] for of in pictures
+        image["aria-label"] for image in pictures
     )  # the loss, and a row for each language
     assert all(
         len(x.split()) == 1
         for tag in ("th", "td")
-        for of in read.tags[tag]
-        for x in of.values()
+        for attributes in read.tags[tag]
+        for x in attributes.values()
         if x
     )
 
@@ -169,7 +169,9 @@ def test_external_text_is_escaped():
     assert "script" not in read.tags
     assert read.text.count("<script>") > 15
     assert "\x00" not in read.text and "␀" in read.text
-    assert any(of.get("aria-label", "").startswith(f"de{NASTY}") for of in read.tags["svg"])
+    assert any(
+        attributes.get("aria-label", "").startswith(f"de{NASTY}") for attributes in read.tags["svg"]
+    )
     for line in run_page.markdown(content(NASTY)).encode("utf-8", "replace").decode().splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) > 1
@@ -184,10 +186,10 @@ def test_pages_are_rendered_from_the_json_only(tmp_path, capsys):
     # One of a version before that had no passages, intervals or speeds.
     for key in ("passages", "inspection", "overlap"):
         del made[key]
-    for of in made["languages"].values():
-        del of["interval"]
-    for of in made["training"].values():
-        del of["tokens_per_second"]
+    for language in made["languages"].values():
+        del language["interval"]
+    for stage in made["training"].values():
+        del stage["tokens_per_second"]
     read = Reader(run_page.html(made))
     assert (
         "stage 3" in read.text
@@ -352,7 +354,7 @@ def test_table_lists_all_states_by_language_with_intervals():
     assert [*found] == ["de", "en", "all"] and found["all"]["bytes"] == 4
     assert found["all"]["bits_per_byte"] == pytest.approx({"source": 5 / 4, "init": 2.0})
     assert found["all"]["bytes_per_token"] == pytest.approx({"source": 4 / 5, "target": 4 / 3})
-    assert [of["interval"] for of in found.values()] == [{"init": [3, 5]}, {}, {"init": [1, 3]}]
+    assert [row["interval"] for row in found.values()] == [{"init": [3, 5]}, {}, {"init": [1, 3]}]
     alone = {"languages": {"de": score(4, 2, 1)}, "pooled": score(4, 2, 1, interval=[3, 5])}
     found = report._languages({"source": alone, "init": alone})
     assert [*found] == ["all"] and found["all"]["interval"]["init"] == [3, 5]

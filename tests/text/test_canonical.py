@@ -221,7 +221,7 @@ def test_cached_listing_is_renewed_when_tokens_or_roles_are_added():
 def test_failed_listing_is_not_cached(monkeypatch):
     tokenizer = tiny_tokenizer(300, TEXTS)
 
-    def fails(of):
+    def fails(tokenizer):
         raise UserError("no such spelling")
 
     with monkeypatch.context() as patch, pytest.raises(UserError):

@@ -100,7 +100,7 @@ def test_only_assistant_turns_are_learned(tokenizer, learned):
         tokenizer.decode(found.ids[a:b].tolist(), skip_special_tokens=False)
         for a, b in stretches.reshape(-1, 2)
     ]
-    assert [of.strip() for of in decoded] == [of.strip() for of in learned]
+    assert [text.strip() for text in decoded] == [text.strip() for text in learned]
 
 
 @pytest.mark.parametrize("tokenizer", [chatml(), llama2(), gemma("byte_level")])
@@ -196,14 +196,14 @@ def test_chats_and_texts_of_one_file_become_shards(tmp_path):
     chat_ends = [target_shards.documents[i] for i, d in enumerate(documents) if d.chat]
     for number, document in enumerate(documents):
         begin = target_shards.documents[number - 1] if number else 1
-        of = tokens[begin - 1 : target_shards.documents[number] - 1]
+        ids = tokens[begin - 1 : target_shards.documents[number] - 1]
         if not document.chat:
-            assert (of >= 0).all()
+            assert (ids >= 0).all()
         elif target_shards.documents[number] <= len(read):
-            said = str(target.decode(of[of >= 0].tolist(), skip_special_tokens=True))
+            said = str(target.decode(ids[ids >= 0].tolist(), skip_special_tokens=True))
             own = [m["content"] for m in json.loads(document.chat) if m["role"] == "assistant"]
             assert said.replace(" ", "") == "".join(own).replace(" ", "")
-            assert ~of[-1] == end
+            assert ~ids[-1] == end
     assert answers and chat_ends
 
     # The source reads the same chats with its own special tokens.

@@ -199,7 +199,7 @@ def test_small_corpus_holds_out_the_smallest_hash_of_each_language(tmp_path):
         config_for(path, held_out_fraction=1e-9, language_field="lang"), tmp_path / "out"
     )
     for language in ("de", "fr"):
-        texts = [text for of, text in rows if of == language]
+        texts = [text for label, text in rows if label == language]
         smallest = min(texts, key=lambda t: hashlib.sha256(t.encode()).digest())
         assert [d.text for d in held if d.language == language] == [smallest]
     assert [d.text for d in train if d.language == "it"] == [
@@ -354,7 +354,9 @@ def inputs(tmp_path: Path) -> Path:
 
 def by_language(config: Config, folder: Path) -> dict[str, int]:
     languages = run(config, folder)[0]["languages"]
-    return {name: of["train_bytes"] + of["held_out_bytes"] for name, of in languages.items()}
+    return {
+        name: counts["train_bytes"] + counts["held_out_bytes"] for name, counts in languages.items()
+    }
 
 
 def letters(language: str, documents: int, size: int = 100) -> str:

@@ -40,7 +40,7 @@ def test_shared_boundaries_end_the_same_text_on_both_sides(sides, tmp_path):
     assert len(positions) == len(new.tokens) and index["shared"] == (positions != NONE).sum()
     found = 0
     for number, document in enumerate(DOCUMENTS):
-        begins = [of.documents[number - 1] if number else 0 for of in (old, new)]
+        begins = [shards.documents[number - 1] if number else 0 for shards in (old, new)]
         for i in range(begins[1], new.documents[number] - 1):
             if positions[i] != NONE:
                 one = source.decode(old.tokens[begins[0] : positions[i] + 1].tolist())

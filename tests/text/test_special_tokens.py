@@ -231,7 +231,7 @@ def exported_ends(tmp_path, source, target, eos, generation_eos) -> tuple:
     written = [
         hub.read_json(tmp_path / "out" / f"{kind}config.json") or {} for kind in ("", "generation_")
     ]
-    names = [target.convert_ids_to_tokens(of["eos_token_id"]) for of in written]
+    names = [target.convert_ids_to_tokens(config["eos_token_id"]) for config in written]
     return (*names, hub.load_tokenizer(tmp_path / "out").eos_token)
 
 

@@ -70,15 +70,15 @@ def test_index_counts_by_language(made, side):
     assert stored["vocabulary"] == len(tokenizers[side])
     assert stored["end_of_text"] == tokenizers[side].eos_token_id
     for language in ("de", "fr"):
-        of = stored["languages"][language]
+        counts = stored["languages"][language]
         texts = [d.text for d in documents if d.language == language]
         tokens = tokenizers[side](texts, add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
-        assert of["documents"] == len(texts)
-        assert of["bytes"] == sum(len(t.encode()) for t in texts)
-        assert of["text_tokens"] == sum(map(len, tokens))
-        assert of["bytes_per_token"] == pytest.approx(of["bytes"] / of["text_tokens"])
+        assert counts["documents"] == len(texts)
+        assert counts["bytes"] == sum(len(t.encode()) for t in texts)
+        assert counts["text_tokens"] == sum(map(len, tokens))
+        assert counts["bytes_per_token"] == pytest.approx(counts["bytes"] / counts["text_tokens"])
     assert stored["tokens"] == stored["text_tokens"] + stored["documents"]
 
 

@@ -30,29 +30,29 @@ def batch(seed=0):
     return Batch(target, source, POSITIONS.astype(np.int32), *weights)
 
 
-def whole_loss(params, teacher, of, weights):
+def whole_loss(params, teacher, data, weights):
     """The loss by its formulas, with whole logits and Python loops over chunks; jnp, for autodiff."""
 
     def nll(config, params, tokens, labels):
         logits = jax.nn.log_softmax(transformer.logits(config, params, tokens))
         return -jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
 
-    target, source = jnp.asarray(of.target), jnp.asarray(of.source)
+    target, source = jnp.asarray(data.target), jnp.asarray(data.source)
     student_nll = nll(LLAMA, params, jnp.maximum(target[:, :-1], 0), target[:, 1:])
     teacher_nll = nll(TEACHER, teacher, source[:, :-1], source[:, 1:])
     hidden = transformer.forward(LLAMA, params, jnp.maximum(target[:, :-1], 0))
     taught = transformer.forward(TEACHER, teacher, source)
-    count = (of.target[:, 1:] >= 0).sum()
+    count = (data.target[:, 1:] >= 0).sum()
     next_token, likelihood, chunks, pairs = 0.0, 0.0, 0, []
     for row in range(2):
-        shared = [(t, p) for t, p in enumerate(of.positions[row].tolist()) if p >= 0]
+        shared = [(t, p) for t, p in enumerate(data.positions[row].tolist()) if p >= 0]
         alike = {t for (t, p), (u, q) in itertools.pairwise(shared) if u == t + 1 and q == p + 1}
         for t in range(6):
-            if of.target[row, t + 1] >= 0:
+            if data.target[row, t + 1] >= 0:
                 factor = 1.0 if t in alike else weights.emphasis
-                next_token += of.next_token[row] * factor * student_nll[row, t] / count
+                next_token += data.next_token[row] * factor * student_nll[row, t] / count
                 if t in alike:
-                    pairs.append((hidden[row, t], taught[row, of.positions[row, t]]))
+                    pairs.append((hidden[row, t], taught[row, data.positions[row, t]]))
         for (t, p), (u, q) in itertools.pairwise(shared):
             nats_q, nats_p = student_nll[row, t:u].sum(), teacher_nll[row, p:q].sum()
             log_p, log_q = (
@@ -62,7 +62,7 @@ def whole_loss(params, teacher, of, weights):
             p_, q_ = jnp.exp(log_p), jnp.exp(log_q)
             each = p_ * (log_p - log_q) + (1 - p_) * jnp.log((1 - p_) / (1 - q_))
             factor = 1.0 if t in alike else weights.emphasis
-            likelihood += of.likelihood[row] * factor * cross_tokenizer.TEMPERATURE * each
+            likelihood += data.likelihood[row] * factor * cross_tokenizer.TEMPERATURE * each
             chunks += 1
     own, theirs = (jnp.stack(states) for states in zip(*pairs))
     states = jnp.square(own - theirs).sum() / jnp.square(theirs - theirs.mean(0)).sum()
@@ -74,11 +74,11 @@ def test_loss_and_gradients_match_the_formulas():
     params, teacher = (
         jax.tree.map(lambda x: 3 * jnp.asarray(x), tree) for tree in (params, teacher)
     )
-    of = batch()
-    expected, expected_gradients = jax.value_and_grad(whole_loss)(params, teacher, of, weights)
+    data = batch()
+    expected, expected_gradients = jax.value_and_grad(whole_loss)(params, teacher, data, weights)
     (value, terms), gradients = jax.jit(
         jax.value_and_grad(cross_tokenizer.loss, argnums=1, has_aux=True), static_argnums=(0, 4)
-    )(MODELS, params, teacher, of, weights)
+    )(MODELS, params, teacher, data, weights)
     np.testing.assert_allclose(value, expected, rtol=2e-5)
     np.testing.assert_allclose(terms.loss, expected, rtol=2e-5)
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)):
@@ -110,14 +110,14 @@ def test_divergence_is_the_binary_one_in_float64():
 
 def test_loss_is_the_same_on_several_devices():
     """Rows of the vocabulary split over the mesh, on as many devices as there are."""
-    params, teacher, of = toy_params(LLAMA, 0), toy_params(TEACHER, 1), batch()
+    params, teacher, data = toy_params(LLAMA, 0), toy_params(TEACHER, 1), batch()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     placed = sharding.place(params, mesh), sharding.place(teacher, mesh)
 
     @jax.jit
     def on_mesh(params, teacher):
         with sharding.within(mesh):
-            return cross_tokenizer.loss(MODELS, params, teacher, of, Weights())[0]
+            return cross_tokenizer.loss(MODELS, params, teacher, data, Weights())[0]
 
-    alone, _ = cross_tokenizer.loss(MODELS, params, teacher, of, Weights())
+    alone, _ = cross_tokenizer.loss(MODELS, params, teacher, data, Weights())
     np.testing.assert_allclose(on_mesh(*placed), alone, rtol=1e-5)

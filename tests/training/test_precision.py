@@ -134,7 +134,9 @@ def test_scale_factors_are_not_rounded_to_the_compute_type(model):
     lora = LoraSpec(rank=3, alpha=1.0, dropout=0.1)
     params = add_lora(toy_params(model), lora, jax.random.key(0))
     program = functools.partial(forward, model, lora=lora, dtype=jnp.bfloat16, unroll=2)
-    traced = jax.make_jaxpr(lambda *of: program(*of, dropout_key=jax.random.key(1)))(params, TOKENS)
+    traced = jax.make_jaxpr(lambda *inputs: program(*inputs, dropout_key=jax.random.key(1)))(
+        params, TOKENS
+    )
     found = list(equations(traced.jaxpr))
     factors = [
         float(operand.val)

@@ -65,7 +65,7 @@ def merged_at_once(params, stages, trained):
 def source(family, folder):
     if family.startswith("qwen3_moe"):
         apart = family != "qwen3_moe, packed"
-        parity_cases.model(parity_cases.of("qwen3_moe")[0]).save_pretrained(
+        parity_cases.model(parity_cases.cases_of("qwen3_moe")[0]).save_pretrained(
             folder, save_original_format=apart
         )
         parity_cases.TOKENIZER.save_pretrained(folder)

@@ -249,7 +249,7 @@ def test_two_processes_give_the_validation_loss_of_one(tmp_path):
     finish(*together(replace(two, fault="")))
     found = [losses(read(folder / "metrics.jsonl")) for folder in (one.folder, two.folder)]
     assert [step for step, _ in found[1]] == [2, 4, 6, 8]
-    np.testing.assert_allclose(*([loss for _, loss in of] for of in found), rtol=1e-4)
+    np.testing.assert_allclose(*([loss for _, loss in record] for record in found), rtol=1e-4)
     assert saved(one.folder) == saved(two.folder)
     ended = [final_of(program) for program in (one, two)]
     for path, leaf in ended[0].items():
