@@ -1,9 +1,8 @@
-"""Settings for all tests: CPU, no network, deterministic, and little time for compiling.
+"""Settings of all tests: CPU, no network, deterministic results, short compile times.
 
-Nearly all of the time went into compiling programs for next to no data. So XLA makes the same
-operations of them, but writes these down the short way: without LLVM's optimizations, and without
-MLIR, which costs most of what is left. What one process has compiled is there for all. These are
-variables, so that the processes that tests start have them too.
+Most of the time of tests is compilation, for programs that run on next to no data. So XLA compiles
+without LLVM's optimizations and without MLIR fusion emitters, and all processes share one
+compilation cache. Environment variables carry these settings to processes that tests start.
 """
 
 import atexit
@@ -27,9 +26,9 @@ XLA_FLAGS = {
 
 
 def _known(flag: str) -> bool:
-    """Whether the installed XLA has a flag of this name: it ends a process that names another.
+    """Return whether the installed XLA has this flag; an unknown one would abort the process.
 
-    As a string of its own: names of flags that are gone stay in descriptions of messages.
+    The name must be a whole string of the library: descriptions still mention removed flags.
     """
     found = importlib.util.find_spec("jaxlib")
     libraries = Path(found.origin).parent.rglob("*.so*") if found and found.origin else ()
@@ -56,8 +55,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tokalign_jax-test-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Tracing makes objects by the million and hardly any garbage: looking for it took a tenth of the
-# time.
+# Tracing creates millions of objects and hardly any garbage: collections took a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
 
 
@@ -96,16 +94,16 @@ WHOLE = (
     "training/test_validation.py",
     "utils/test_locales.py",
 )
-"""Files and folders with tests of whole programs: several processes or devices, runs of the
-pipeline, every family.
+"""Files and folders that `tests/check quick` skips: several processes or devices, runs of the
+pipeline, every model family.
 """
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of whole programs, and put files with slow ones first.
+    """Mark tests of whole programs, and put files with slow tests first.
 
-    So none of these is what several processes wait for in the end (xdist then has to be told not
-    to sort them: `--no-loadscope-reorder`).
+    Otherwise workers would wait for one of these at the end; xdist keeps this order with
+    `--no-loadscope-reorder`.
     """
     for item in items:
         if item.path.relative_to(TESTS).as_posix().startswith(WHOLE):
@@ -115,8 +113,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 MOST_MAPS = 20_000
-"""Of a process that runs tests. Linux allows 65,530, and XLA crashes there; each compiled program
-has about twelve, and a module of tests up to ten thousand.
+"""Memory maps of a test process beyond which its compiled programs are dropped.
+
+Linux allows 65,530, past which XLA crashes. A compiled program has about twelve, and a module of
+tests up to ten thousand.
 """
 _finished = itertools.count(1)
 

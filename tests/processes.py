@@ -1,4 +1,4 @@
-"""What tests of several processes share; light to import, since each process imports it."""
+"""Helpers for tests of several processes; light to import, since each process imports it."""
 
 import ctypes
 import os
@@ -8,22 +8,21 @@ import sys
 from pathlib import Path
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
-"""What XLA tells hosts apart by."""
+"""File by which XLA identifies a host."""
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a free port."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
 
 
 def become_host(number: int, folder: Path) -> None:
-    """Gives this process and those that it starts a boot id of their own, in a private mount
-    namespace.
+    """Give this process and its children a boot id of their own, in a private mount namespace.
 
     Raises:
-      OSError: that is not permitted.
+      OSError: the process may not do that.
     """
     file = folder / f"boot_id{number}"
     file.write_text(f"{number:08}-1111-2222-3333-444444444444\n")
@@ -42,7 +41,7 @@ def become_host(number: int, folder: Path) -> None:
 
 
 def why_not_hosts(folder: Path) -> str:
-    """Why processes here cannot pretend to be on hosts of their own; empty if they can."""
+    """Return why `become_host` fails on this machine; empty if it works."""
     command = (
         "import pathlib; from tests.processes import become_host;"
         f" become_host(0, pathlib.Path({str(folder)!r}))"

@@ -1,4 +1,4 @@
-"""The Python API: steps on arrays, what it refuses, and the examples."""
+"""The Python API: functions on arrays, refused input, and the examples."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""Imports point one way: a package imports what is below it, never what is above."""
+"""Imports follow the layers: a package imports only packages below it."""
 
 import ast
 from pathlib import Path

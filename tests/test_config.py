@@ -1,4 +1,4 @@
-"""Config files, overrides and what is refused."""
+"""Config files, overrides and refused values."""
 
 import dataclasses
 import math

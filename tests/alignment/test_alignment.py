@@ -1,5 +1,5 @@
-"""The alignment: a rule and a mixture for every row, files that come back as they were, other
-vocabularies refused.
+"""Alignments: a rule and a mixture for every row, saving and loading, other vocabularies
+refused.
 """
 
 import dataclasses

@@ -64,8 +64,7 @@ BY_DEEPFOCUS = [
     [0.45689, 0.14056, 0.0, 0.36084, 0.0417],
     [0.28138, 0.16051, 0.12273, 0.43538, 0.0],
 ]
-"""What deepfocus 1.0.1 makes of these vectors, with the rows of an identity matrix as the source's.
-"""
+"""Results of deepfocus 1.0.1 for these vectors, with an identity matrix as the source's rows."""
 
 
 def test_focus_weights_match_deepfocus():

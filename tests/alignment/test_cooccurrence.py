@@ -155,7 +155,7 @@ def test_parts_cut_anywhere_add_up_to_the_whole(number):
 
 
 def save_shards(shards: TokenShards, folder: Path) -> None:
-    """As the tokens stage does."""
+    """Write shards in the format of the tokens stage."""
     folder.mkdir()
     shards.tokens.tofile(folder / "tokens.bin")
     np.save(folder / "documents.npy", shards.documents)

@@ -1,6 +1,4 @@
-"""GloVe: loss and gradient against float64, the block program against a plain loop, and that it
-learns.
-"""
+"""GloVe: loss and gradient against float64, the block program against a plain loop, convergence."""
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +131,7 @@ def test_first_reported_loss_is_the_initial_one(way, monkeypatch):
 
 
 def start_of(counts, config) -> tuple[np.ndarray, np.ndarray]:
-    """Where `train` starts with seed 0, in float64."""
+    """Initial state of `train` with seed 0, in float64."""
     objective = glove.Objective(
         config.glove.learning_rate * glove.RATE_SCALE, config.glove.x_max, config.glove.alpha
     )

@@ -1,5 +1,5 @@
-"""The induced lexicon: hidden rotations are found from few seeds, and what joins the dictionary is
-right.
+"""Induced lexicons: hidden rotations are recovered from few seeds, and induced pairs are
+correct.
 """
 
 import numpy as np

@@ -1,6 +1,4 @@
-"""Matching: relative representations, blocked retrieval and CSLS against NumPy, calibration at both
-ends.
-"""
+"""Matching: relative representations, blocked retrieval and CSLS against NumPy, calibration."""
 
 from fractions import Fraction
 

@@ -1,6 +1,4 @@
-"""Methods of alignment: every one gives whole alignments, that follow what tokens are and not how
-they are numbered.
-"""
+"""Alignment methods: complete alignments that do not depend on how tokens are numbered."""
 
 import dataclasses
 import json
@@ -36,7 +34,7 @@ def texts(tokenizer) -> list[int]:
 
 
 def counts(tokenizer) -> np.ndarray:
-    """As if tokens were the more frequent the lower their number; never the same twice."""
+    """Distinct counts that fall with the token id."""
     return (
         10_000 // (1 + np.arange(canonical.vocabulary_size(tokenizer)))
         + 5000

@@ -1,5 +1,5 @@
-"""PPMI vectors: the matrix by its definition, the factorisation against an exact one, and that both
-sides share axes.
+"""PPMI vectors: the matrix by its definition, the factorisation against an exact SVD, shared
+axes.
 """
 
 import numpy as np

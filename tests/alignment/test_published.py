@@ -35,7 +35,7 @@ def test_matching_follows_the_papers_formula():
 
 
 def test_source_token_near_all_pivots_becomes_a_hub():
-    """What the published method neglects stays neglected: lengths of relative vectors decide."""
+    """The published method does not normalise relative vectors, so their lengths decide."""
     rng = np.random.default_rng(1)
     source = rng.normal(size=(300, 12)) + 0.6
     source[7] = source.mean(axis=0)  # in the middle of all

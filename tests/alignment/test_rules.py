@@ -319,8 +319,8 @@ def test_end_of_text_that_occurs_as_text_is_aligned_as_text():
 
 
 def test_end_of_turn_maps_to_end_of_text_where_it_is_the_eos():
-    """As Qwen3 has it: `<|im_end|>` ends, `<|endoftext|>` pads; the source has the second, as its
-    end, and no chat.
+    """As in Qwen3, `<|im_end|>` is the eos and `<|endoftext|>` the pad token; the source's eos is
+    `<|endoftext|>`, and it has no chat tokens.
     """
     target = byte_level(
         first=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],

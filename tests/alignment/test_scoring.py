@@ -1,4 +1,4 @@
-"""BLEU-1 by hand and by brute force; hubs."""
+"""BLEU-1 by hand and by brute force, and hub shares."""
 
 import math
 import tracemalloc

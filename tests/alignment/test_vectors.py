@@ -1,4 +1,4 @@
-"""Token vectors: whose contexts count, and a user's own files with all that can be wrong with them."""
+"""Token vectors: excluded contexts, and a user's own vector files."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Benchmarks import what exists; whether they measure something is not tested here."""
+"""Benchmarks can be imported; their measurements are not tested here."""
 
 import os
 import runpy

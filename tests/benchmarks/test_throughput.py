@@ -1,4 +1,4 @@
-"""The throughput benchmark: its formula, and a run of the smallest model."""
+"""Throughput benchmark: its formula, and a run of the smallest model."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The command line: dispatch, help by topic, one style of flags, config files."""
+"""Command line: dispatch, help by topic, uniform flags, config files."""
 
 import re
 import subprocess

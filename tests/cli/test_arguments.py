@@ -1,4 +1,4 @@
-"""What command lines take and leave alone."""
+"""Shared command-line arguments and the protection of existing files."""
 
 import argparse
 from pathlib import Path

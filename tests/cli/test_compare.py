@@ -1,4 +1,4 @@
-"""Several runs side by side: what differs is named, seeds are grouped, and all of it is told."""
+"""Comparison of runs: differing fields, groups of seeds, tables and pages."""
 
 import copy
 import json

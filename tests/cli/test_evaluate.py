@@ -1,6 +1,4 @@
-"""`python -m tokalign_jax.evaluate`: one whole run over tiny models, a run's workdir, and what is
-refused.
-"""
+"""The evaluate command: a whole evaluation of tiny models, a workdir, and refused input."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Exit codes, stopping and flags of the command. What a whole run does is in test_pipeline.py."""
+"""Exit codes, signals and flags of the run command. Whole runs are in tests/pipeline."""
 
 import os
 import signal

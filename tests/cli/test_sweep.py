@@ -1,5 +1,5 @@
-"""A sweep: what runs share is done once, what is finished is not repeated, and each gives what it
-gives alone.
+"""Sweeps: shared stages run once, finished ones are skipped, and each run gives what it gives
+alone.
 """
 
 import json

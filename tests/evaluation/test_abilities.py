@@ -1,4 +1,6 @@
-"""Abilities: suites of questions, their scores against PyTorch, and how two tokenizers cut them."""
+"""Abilities: question suites, scores against PyTorch, and how two tokenizers split the
+questions.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Bits per byte against PyTorch, and continued texts."""
+"""Bits per byte and continuations against PyTorch."""
 
 import dataclasses
 import math

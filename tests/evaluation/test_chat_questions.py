@@ -1,4 +1,4 @@
-"""Questions through the chat template: what is right, what ends, and a tiny model that answers."""
+"""Questions through the chat template: accepted answers, ends of turns, and a tiny model."""
 
 import itertools
 import json

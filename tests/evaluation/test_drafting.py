@@ -1,4 +1,4 @@
-"""Drafting for a teacher: against float64, and against speculative decoding that is really run."""
+"""Draft acceptance: against float64, and against speculative decoding."""
 
 import functools
 import zlib
@@ -46,7 +46,7 @@ def test_agreement_equals_that_of_full_distributions(monkeypatch, chunk):
 
 
 def said(salt: str, text: tuple[int, ...]) -> int:
-    """What an imaginary model says next: something that depends on all of the text before."""
+    """Next token of a made-up model, a function of the whole text before."""
     return zlib.crc32(repr((salt, text)).encode()) % 2
 
 

@@ -1,4 +1,4 @@
-"""Fidelity: against sums over PyTorch's likelihoods, for models that are the same, and its parts."""
+"""Fidelity: against sums over PyTorch's likelihoods, for identical models, and in parts."""
 
 import math
 
@@ -63,7 +63,7 @@ def prefixes(folder, text):
 
 
 def is_whole(text, size):
-    """Whether so many bytes are whole characters."""
+    """Return whether the first `size` bytes are complete characters."""
     return text.encode()[:size].decode(errors="ignore").encode() == text.encode()[:size]
 
 

@@ -1,4 +1,4 @@
-"""Speed, similarity and tasks: each on a tiny model, against what is known beforehand or PyTorch."""
+"""Speed, similarity and downstream tasks on a tiny model, against known values or PyTorch."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 
 def test_speed_is_the_median_without_the_first_run(model):
-    """Of the first run, which compiles, only the beginning is looked at."""
+    """The first run, which compiles, is not timed."""
     _, config, params, tokenizer = model
     ticks = [
         0.0,

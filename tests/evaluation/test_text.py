@@ -1,4 +1,4 @@
-"""What is said of held-out text: intervals, words, and how much of it is in the training text."""
+"""Statistics of held-out text: bootstrap intervals, words, overlap with the training text."""
 
 import math
 

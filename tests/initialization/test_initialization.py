@@ -1,6 +1,4 @@
-"""Rows of the new vocabulary: mixtures, what the source model teaches of them, and how often they
-are predicted.
-"""
+"""Initial rows of the new vocabulary: mixtures, composition, calibration, tuning."""
 
 import dataclasses
 import itertools

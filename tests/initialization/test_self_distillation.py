@@ -1,4 +1,4 @@
-"""The start that is trained with the source model as its teacher."""
+"""Initialisation by distillation from the source model on its own text."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Token Distillation: snippets, the loss against PyTorch, and what may move."""
+"""Token Distillation: snippets, the loss against PyTorch, and which rows may change."""
 
 import json
 from dataclasses import replace

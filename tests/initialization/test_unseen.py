@@ -1,4 +1,4 @@
-"""The probability that is left to tokens which training text does not hold."""
+"""Probability of tokens that the training text lacks, by Good and Turing."""
 
 import numpy as np
 import pytest

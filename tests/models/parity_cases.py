@@ -58,9 +58,9 @@ class Case:
     family: str
     """Its model_type."""
     features: str
-    """What it switches on."""
+    """Features that the case enables."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of its config, beside the sizes."""
+    """Config settings beside the sizes."""
 
     def __str__(self) -> str:
         return f"{self.family}: {self.features}"
@@ -122,7 +122,7 @@ _VISION_OF: dict[str, dict[str, Any]] = {
         "deepstack_visual_indexes": [0],
     },
 }
-"""What differs from `_VISION`."""
+"""Differences from `_VISION` by family."""
 _GRANITE_MOE = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,

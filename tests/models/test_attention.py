@@ -231,8 +231,8 @@ all heads.
 
 
 def test_eight_devices_give_what_one_gives():
-    """Of the fallback, and of a kernel that sees only its own sequences and heads: in a process
-    that has eight.
+    """The fallback, and a kernel that sees only its own sequences and heads, in a process with eight
+    devices.
     """
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),

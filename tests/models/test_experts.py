@@ -1,4 +1,4 @@
-"""Experts computed sparsely are those computed densely, to the last dropout."""
+"""Sparse computation of experts equals the dense one, dropout included."""
 
 from dataclasses import replace
 

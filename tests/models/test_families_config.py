@@ -1,4 +1,4 @@
-"""What a config.json means in old and new spellings, and what is refused, by family."""
+"""config.json by family: old and new spellings, defaults, and what is refused."""
 
 import pytest
 from safetensors.numpy import save_file

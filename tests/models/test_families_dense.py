@@ -1,4 +1,4 @@
-"""Families without experts beside LLaMA, Qwen and Gemma, against PyTorch."""
+"""Dense families other than LLaMA, Qwen and Gemma against PyTorch."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Every key of a family's config class in transformers is read, refused, or known to be of no
-effect.
+"""Every key of a family's config class in transformers is read, refused, or known to be
+irrelevant.
 """
 
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ ONLY_WITH = {
     "use_sliding_window": "layer_types",
 }
 OF_MAMBA = ("mamba_", "time_step_limit", "num_experts_per_tok", "intermediate_size")
-"""Of layers and experts that Granite 4 as we read it does not have."""
+"""Keys of layers and experts that the supported Granite 4 models lack."""
 
 
 def _others(value: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""LLaMA and those that differ little from it, against PyTorch."""
+"""LLaMA and close relatives against PyTorch."""
 
 import pytest
 

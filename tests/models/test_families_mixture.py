@@ -1,4 +1,4 @@
-"""Mixtures of experts, and text models of multimodal ones, against PyTorch."""
+"""Mixtures of experts, and text models of multimodal families, against PyTorch."""
 
 import json
 from pathlib import Path

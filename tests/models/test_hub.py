@@ -1,6 +1,4 @@
-"""Names to folders, configs and tokenizers: what is found, what is fetched, and what is said where
-nothing is.
-"""
+"""Resolving model and tokenizer names: local folders, downloads, pushes, errors."""
 
 import base64
 import json

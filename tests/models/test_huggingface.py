@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read, what is written, and what is refused."""
+"""Reading and writing of Hugging Face folders, and refused ones."""
 
 import dataclasses
 import json

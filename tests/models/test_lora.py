@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, exactly their product afterwards, dropout only on demand."""
+"""LoRA adapters: zero at first, equal to their product once trained, dropout only with a key."""
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def test_dropout_is_active_with_a_key_only(adapted):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_the_given_share_in_every_adapter(rate):
-    """Of all elements, of each sequence, and of pairs of neighbours; what is left makes up for it."""
+    """Of all elements, of each sequence and of neighbouring pairs; the rest is scaled up."""
     keys = jax.random.split(jax.random.key(0), 4)
     dropped = modules.dropout(jnp.ones((4, 64, 512)), rate, keys)
     gone = np.asarray(dropped == 0)

@@ -1,4 +1,4 @@
-"""The norms' backward pass is that of autodiff."""
+"""The norms' custom backward pass against autodiff."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What transformers makes of an exported folder: the tokenizer that the model was trained with."""
+"""Exported tokenizers as transformers opens them, in this process and in a new one."""
 
 import json
 import os

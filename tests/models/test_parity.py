@@ -1,6 +1,4 @@
-"""What all families have in common: continuation, causality, precision, parameters; their logits
-have files of their own.
-"""
+"""Properties of all families: continuation, causality, precision, parameters."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Adapters in a folder of PEFT: what PEFT makes of them on the exported model is ours."""
+"""Export of adapters as PEFT folders, against PEFT itself."""
 
 import json
 

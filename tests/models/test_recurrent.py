@@ -1,4 +1,4 @@
-"""Layers whose mixers differ: the gated delta rule, short convolutions, and loops over them."""
+"""Mixed layer kinds: the gated delta rule, short convolutions, and scans over layers."""
 
 import itertools
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""What layers keep and compute again: bytes and products of compiled programs, against what is
-promised.
+"""Rematerialisation: saved bytes and recomputed products of compiled programs against
+predictions.
 """
 
 from dataclasses import replace
@@ -58,9 +58,7 @@ def compiled(config, policy, trains_layers):
 
 
 def bytes_kept(config, policy, trains_layers) -> int:
-    """Of all layers, per token: what goes from the forward to the backward pass, stacked over the
-    layers.
-    """
+    """Bytes per token saved by all layers for the backward pass, stacked over the layers."""
     loss, shapes = step_of(config, policy, trains_layers)
     kept = jax.eval_shape(
         lambda trainable, *others: jax.vjp(lambda t: loss(t, *others), trainable)[1], *shapes

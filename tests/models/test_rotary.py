@@ -1,4 +1,4 @@
-"""Rotary embedding: multiplication of complex numbers, forwards and backwards."""
+"""Rotary embedding as multiplication of complex numbers, forward and backward."""
 
 import jax
 import jax.numpy as jnp

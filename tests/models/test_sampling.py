@@ -1,4 +1,4 @@
-"""Sampling of many continuations at once."""
+"""Batched sampling of continuations."""
 
 import jax
 import jax.numpy as jnp

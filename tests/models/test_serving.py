@@ -1,4 +1,4 @@
-"""Warnings of what llama.cpp and vLLM would refuse."""
+"""Warnings of exports that llama.cpp or vLLM would refuse."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""Gradients that are sums over tokens, sequences or the width of a layer are summed in float32,
-whatever a layer computes in.
-"""
+"""Gradient sums over tokens, sequences or channels are float32 in every compute type."""
 
 import re
 
@@ -38,7 +36,7 @@ def test_no_gradient_is_summed_in_bfloat16(case: Case):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_gradient_of_a_shared_term_is_the_sum_over_tokens(dtype):
-    """Of one sign, as a sum of such terms in bfloat16 stops at some hundred of them."""
+    """The terms have one sign: a bfloat16 sum of such terms stalls after some hundred."""
     gradient = jnp.abs(jax.random.normal(jax.random.key(0), (4, 512, 8), dtype))
     bias, positions = jnp.ones(8), jnp.ones((512, 8))
     _, pull = jax.vjp(

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, as its HLO text has them."""
+"""Parser of the collectives in a compiled program's HLO text."""
 
 import re
 from typing import NamedTuple
@@ -13,9 +13,9 @@ class Collective(NamedTuple):
     groups: tuple[tuple[int, ...], ...]
     """Devices that exchange with one another."""
     in_loop: bool
-    """Whether it runs in a loop, at any depth."""
+    """True inside a loop, at any depth."""
     elements: int
-    """Of its results on a device."""
+    """Number of elements of its results on a device."""
 
 
 def collectives(text: str) -> list[Collective]:

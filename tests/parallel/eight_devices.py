@@ -1,5 +1,5 @@
-"""What eight devices compute, against what one does. Run as a program on eight simulated devices,
-it prints each check's error, or none.
+"""Checks of eight simulated devices against one. Run as a program on eight devices, it prints the
+error of each check, or an empty string.
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""Several processes on loopback: agreeing, ending together, stopping at the same step. Run as a
-program, it is one of them.
+"""Several processes on loopback: agreement, joint exit, stopping at the same step. Run as a program,
+this file is one of the processes.
 """
 
 import json
@@ -253,7 +253,9 @@ class Store:
 
 
 class Watch(distributed._Watch):
-    """That of process `number`, in a thread of this one; it looks at requests `late` seconds late."""
+    """The watch of process `number`, in a thread of this process; it sees requests `late` seconds
+    late.
+    """
 
     def __init__(self, number, late=0.0):
         super().__init__()

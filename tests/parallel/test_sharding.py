@@ -1,5 +1,5 @@
-"""Eight simulated devices give what one gives, however they are arranged (`eight_devices` has the
-checks), and refusals.
+"""Meshes and sharding: eight simulated devices give the results of one (`eight_devices` has the
+checks), arrangement on real machines, and refused meshes.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from tokalign_jax.parallel import sharding
 
 @pytest.fixture(scope="module")
 def results():
-    """Error by check: one program for all, since starting JAX and compiling is most of the work."""
+    """Error by check, from one program: starting JAX and compiling is most of the work."""
     flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -50,7 +50,7 @@ def test_eight_devices_give_what_one_gives(results, check):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh is arranged by."""
+    """Attributes of a device by which meshes are arranged."""
 
     id: int
     platform: str
@@ -73,7 +73,7 @@ def tpus(kind, size, host, slices=1, cores=1):
 
 
 def gpus(*counts):
-    """Hosts with so many GPUs, a process each."""
+    """Hosts with these numbers of GPUs, one process per host."""
     processes = [process for process, count in enumerate(counts) for _ in range(count)]
     return [
         Device(i, "gpu", "NVIDIA H100 80GB HBM3", process, process)

@@ -1,4 +1,4 @@
-"""A whole run on chats: the source's template kept, chats in the corpus, questions through the
+"""A whole run on chats: the source's template, chats in the corpus, questions through the
 template.
 """
 

@@ -1,4 +1,4 @@
-"""Stage 3: whole runs with a teacher on tiny local models, and teachers that are refused."""
+"""Stage 3: whole runs with a teacher, and refused teachers."""
 
 import json
 import math
@@ -44,7 +44,7 @@ from tokalign_jax.training.step import init_state, make_train_step
 from tokalign_jax.utils import paths
 
 TOKENIZER = tiny_tokenizer(300, ["a"])
-"""Of models that get another one's files."""
+"""Tokenizer of models whose tokenizer files are then replaced."""
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
-"""Whole runs that extend the source's vocabulary, and the tokenizers that a run takes, on tiny
-local models.
-"""
+"""Whole runs that extend the source's vocabulary, and the tokenizers that a run accepts."""
 
 import json
 import shutil
@@ -292,8 +290,8 @@ def test_ids_with_gaps_need_rows_up_to_the_largest(inputs, tmp_path):
 
 
 def test_added_tokens_without_source_rows_are_dropped(inputs, tmp_path):
-    """As in Gemma 3 1B, whose tokenizer has one for images behind its last row, and in fine-tuned
-    models with a late pad token.
+    """As in Gemma 3 1B, whose tokenizer has an image token beyond the last row, and in fine-tuned
+    models with an added pad token.
     """
     folder = tmp_path / "model"
     shutil.copytree(inputs["llama"], folder)

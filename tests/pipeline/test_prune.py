@@ -1,4 +1,4 @@
-"""Whole runs that prune the source's vocabulary, on tiny local models."""
+"""Whole runs that prune the source's vocabulary."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the pipeline keeps in a workdir, and what is left of it whenever a run ends."""
+"""Stage records of a workdir, and their state after a crash at any moment."""
 
 import errno
 import itertools
@@ -16,7 +16,7 @@ IDENTITY = {"source_model": "a", "target_tokenizer": "b"}
 
 
 class Context:
-    """As much of a run's context as the books need."""
+    """The part of a run's context that the stage records need."""
 
     def __init__(self, workdir: Path):
         self.workdir, self.said = workdir, []
@@ -27,9 +27,7 @@ class Context:
 
 
 def bring_up(workdir: Path, rate: float, **more) -> Context:
-    """A run of one stage, which writes its rate, in a process that knows what is in the workdir and
-    no more.
-    """
+    """Run one stage, which writes its rate, as a new process that knows only the workdir."""
 
     def work(context):
         (context.folder("train") / "rate").write_text(str(rate))
@@ -51,7 +49,7 @@ class Killed(Exception):
 
 
 def ending_at(moment: int, monkeypatch) -> None:
-    """The process ends before its `moment`-th change of a name on disk."""
+    """Make the process end before its `moment`-th change of a name on disk."""
     calls = itertools.count()
 
     def guarded(change):

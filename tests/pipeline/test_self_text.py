@@ -1,4 +1,4 @@
-"""A corpus that the source model writes, alone and beside others."""
+"""Corpora that the source model writes, alone and mixed with others."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_self_can_be_mixed_with_other_text(tmp_path):
 
 
 def test_self_text_uses_its_own_fields(tmp_path):
-    """Whatever fields the other text has; results are told apart by source or language."""
+    """The fields of the other text do not matter; results are grouped by source or language."""
     records = [{"text": f"text {i}", "language": "self"} for i in range(5)]
     self_corpus.save(records, tmp_path / corpus.SELF_TEXT)
     other = tmp_path / "other.jsonl"

@@ -1,4 +1,4 @@
-"""A whole run whose Stage 1 learns from the source model."""
+"""A whole run whose stages are distilled from the source model."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the plan knows of devices: their speed by name, and how much of a model a mesh splits."""
+"""The plan's device data: speed by name, and the share of a model that a mesh splits."""
 
 from dataclasses import replace
 

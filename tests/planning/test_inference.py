@@ -1,4 +1,4 @@
-"""Memory of stages that do not train, against programs and allocations; warnings of it."""
+"""Planned memory of stages that do not train, against compiled programs and allocations."""
 
 import tracemalloc
 from dataclasses import replace

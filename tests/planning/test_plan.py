@@ -520,7 +520,7 @@ def test_plan_command_writes_nothing(tmp_path, capsys):
 
 
 def test_plan_uses_the_devices_of_this_machine(monkeypatch, capsys):
-    """Of which a command takes more memory than JAX would; of others nothing is started."""
+    """JAX is prepared, which preallocates more memory; for `--plan_devices` it is not started."""
     prepared = []
     monkeypatch.setattr(compiling, "prepare", lambda: prepared.append(True))
     assert main(["main", "--plan", "--plan_devices=1"]) == 0 and not prepared

@@ -1,4 +1,4 @@
-"""Whether a vocabulary pays: costs against sums over the model's own matrices."""
+"""Worth of a vocabulary: costs against sums over the model's own matrices."""
 
 from dataclasses import replace
 

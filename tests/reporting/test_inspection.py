@@ -1,6 +1,4 @@
-"""Inspection: tokens as text, the order of weak rows, neighbours against NumPy, the page's markup,
-and the command.
-"""
+"""Inspection: readable tokens, weak rows, neighbours against NumPy, the page, the command."""
 
 import json
 from html.parser import HTMLParser
@@ -90,7 +88,7 @@ def subject(tokenizers, vectors):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tokenizers, vectors):
-    """What a finished align stage leaves, as far as it is read."""
+    """Workdir with the files of a finished align stage that inspection reads."""
     folder = tmp_path_factory.mktemp("inspected")
     run = {}
     for role, side, tokenizer in zip(

@@ -1,4 +1,4 @@
-"""The model card: metadata that YAML reads back, and what it tells."""
+"""Model cards: valid metadata and complete content."""
 
 import re
 

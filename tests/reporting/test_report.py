@@ -1,4 +1,4 @@
-"""The report: from what stages leave to its JSON, and from that alone to the page and the Markdown."""
+"""Reports: report.json from the stages, and the pages rendered from it."""
 
 import json
 import math
@@ -18,7 +18,7 @@ STATES = ["source", "random", "init", "stage1", "stage2", "stage3"]
 
 
 def content(nasty: str = "word", states=STATES, **changes):
-    """What a report.json holds, with `nasty` wherever a text comes from outside."""
+    """Content of a report.json, with `nasty` wherever a text comes from outside."""
     bits = {state: 1.0 + 0.1 * i for i, state in enumerate(states)}
     stages = [state for state in states if state.startswith("stage")]
     languages = {

@@ -1,4 +1,4 @@
-"""What a model keeps: accuracy with its paired differences, and the tables and warnings made of it."""
+"""Retention: accuracy with paired differences, tables and warnings."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ KINDS = ["alike"] * 10 + ["composed"] * 6
 
 
 def state(right, kinds=(), bits=1.0, other=2.0, agreement=0.75, source=SOURCE):
-    """What a scores.json holds."""
+    """Content of a scores.json."""
     made = {
         "pooled": {"bits_per_byte": bits},
         "abilities": abilities.summary(QUESTIONS, right, 0),

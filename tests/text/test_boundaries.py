@@ -1,6 +1,4 @@
-"""Where tokens end in the original text, for every kind of tokenizer, against the bytes that tokens
-stand for.
-"""
+"""Token boundaries in the original text, against the bytes of the tokens."""
 
 import itertools
 import unicodedata

@@ -1,4 +1,4 @@
-"""What tokens stand for: canonical bytes, and cutting bytes into tokens."""
+"""Canonical bytes of tokens, and splitting bytes into tokens."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Chats: messages, templates, which tokens are learned, and templates kept from the source."""
+"""Chats: messages, templates, learned tokens, and templates kept from the source."""
 
 import copy
 import json

@@ -1,6 +1,4 @@
-"""Documents: formats, duplicates, the budget, the held-out split, and errors that say what is
-wrong.
-"""
+"""Corpora: formats, duplicates, the budget, the held-out split, and errors."""
 
 import bz2
 import dataclasses
@@ -316,7 +314,7 @@ def test_single_document_cannot_be_split(tmp_path):
 
 
 def test_parquet_file_may_have_no_rows(tmp_path):
-    """Of a folder that Spark wrote, say."""
+    """As in folders written by Spark."""
     table = pa.table({"text": pa.array(TEXTS, pa.large_string())})
     pq.write_table(table, tmp_path / "part-1.parquet", row_group_size=7)
     pq.write_table(table.slice(0, 0), tmp_path / "part-2.parquet")
@@ -649,7 +647,7 @@ def test_comma_separated_list_may_be_longer_than_a_file_name(tmp_path, monkeypat
 
 
 def test_local_files_need_no_hub_cache(tmp_path):
-    """Where HF_HOME cannot be made."""
+    """HF_HOME cannot be created."""
     (tmp_path / "file").write_text("")
     path = write(tmp_path / "a.jsonl.zst", json_lines(TEXTS))
     code = (

@@ -1,6 +1,4 @@
-"""Extending a vocabulary: old tokens stay, no text gets longer, and the tokens are the ones that
-counting says.
-"""
+"""Extended vocabularies: old tokens stay, no text gets longer, merges follow the counts."""
 
 import itertools
 import json
@@ -41,7 +39,7 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def ends(content: list[bytes | None], tokens: list[int]) -> set[int]:
-    """Where the bytes of each token end."""
+    """Byte positions at which tokens end."""
     return set(itertools.accumulate(len(content[i] or b"?") for i in tokens))
 
 

@@ -1,4 +1,4 @@
-"""Numbers: how tokenizers cut them, and the warning where two do it differently."""
+"""How tokenizers split numbers, and the warning where two differ."""
 
 import pytest
 

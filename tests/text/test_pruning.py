@@ -1,4 +1,4 @@
-"""Pruned vocabularies: what stays, and that every text is still spelled by the same bytes."""
+"""Pruned vocabularies: which tokens stay, and that every text keeps its bytes."""
 
 import functools
 import json

@@ -1,4 +1,6 @@
-"""The purpose of special tokens: document separators, ends of turns, counterparts elsewhere."""
+"""Roles of special tokens: document separators, ends of turns, counterparts in other
+vocabularies.
+"""
 
 import json
 

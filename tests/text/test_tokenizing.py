@@ -1,4 +1,4 @@
-"""Token shards: what is in them, and that they can be read back."""
+"""Token shards: content, index, special tokens, damaged files."""
 
 import json
 
@@ -245,7 +245,7 @@ def test_post_processor_adds_the_tokens_that_it_names(post_processor, told):
 
 
 def test_ordinary_token_can_be_the_opening_token():
-    """What the exported tokenizer adds, training has to add, whether or not the token is special."""
+    """Training adds the tokens that the exported tokenizer adds, special or not."""
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", *"abcdef"])}, []))
     backend.post_processor = added("b $A a a", ("b", 2), ("a", 1))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")

@@ -1,6 +1,4 @@
-"""The stream: a permutation of all sequences a pass, exact offsets and states, the same steps for
-any hosts.
-"""
+"""The training stream: a permutation per pass, exact offsets and states, independence of hosts."""
 
 import itertools
 

@@ -1,6 +1,4 @@
-"""Checkpoints: every bit comes back or none, the newest stay, what a killed run left in parts is no
-checkpoint.
-"""
+"""Checkpoints: bit-exact restoring, retention, partial and damaged ones."""
 
 import errno
 import os
@@ -101,7 +99,7 @@ def change_a_bit(folder):
 
 
 def take_those_of_another(folder):
-    """Whole for Orbax, which does not know that they are not the ones."""
+    """Replace the parameters by those of another step, which Orbax reads without an error."""
     shutil.rmtree(folder / "params")
     shutil.copytree(folder.parent / "2" / "params", folder / "params")
 

@@ -1,4 +1,4 @@
-"""Distillation across tokenizers against float64 NumPy and against autodiff through whole logits."""
+"""Distillation across tokenizers against float64 NumPy and autodiff of full logits."""
 
 import itertools
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""The chunked distillation loss against the published formula in float64, with whole logits and
-autodiff.
+"""Chunked distillation loss against the published formula in float64 and autodiff of full
+logits.
 """
 
 import functools
@@ -67,8 +67,8 @@ def reference(hidden, head, teacher_hidden, teacher_head, labels, how, caps=(Non
 
 
 def measured(data, how):
-    """As `reference`; three times the loss, so that the backward pass must scale by what comes from
-    above.
+    """Like `reference`, for three times the loss: the backward pass must scale by the incoming
+    gradient.
     """
     hidden, head, teacher_hidden, teacher_head, labels = data
 

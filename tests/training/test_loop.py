@@ -1,4 +1,4 @@
-"""The loop: resuming steps that are not finite, offsets, and input that cannot work."""
+"""The training loop: resuming, non-finite steps, offsets, impossible plans."""
 
 import shutil
 from dataclasses import replace
@@ -40,7 +40,7 @@ def losses(records):
 
 
 def final(folder, stage):
-    """What the stage ended with, from its folder alone."""
+    """Final parameters of the stage, read from its folder."""
     return final_params(folder, stage, toy_params())
 
 

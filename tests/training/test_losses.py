@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against float64 NumPy and against autodiff through whole logits."""
+"""Chunked cross-entropy against float64 NumPy and autodiff of full logits."""
 
 import jax
 import jax.numpy as jnp
@@ -137,8 +137,8 @@ def test_adjusted_logits_and_unlikely_labels(data, cap, scale, worst):
 
 
 def test_confident_token_in_bfloat16_has_an_exact_gradient():
-    """What is left of its label's row and state, 1e-3 of either, is less than bfloat16 rounds away
-    from what cancels.
+    """The gradient of the label's row and state, 1e-3 of either, is below the bfloat16 rounding of
+    the terms that cancel.
     """
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(1, 1, D)).astype(jnp.bfloat16)

@@ -1,6 +1,4 @@
-"""A stage whose loss reads more than the model and token ids: further arrays in its batches, and
-arrays that only it knows.
-"""
+"""Objectives with further arrays in their batches and arrays of their own."""
 
 from dataclasses import replace
 

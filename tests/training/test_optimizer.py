@@ -1,4 +1,4 @@
-"""Labels, the schedule, and AdamW by group against a hand-written float64 one."""
+"""Parameter labels, the schedule, and AdamW by group against a float64 reference."""
 
 import math
 

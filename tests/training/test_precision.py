@@ -1,6 +1,4 @@
-"""`compute.dtype=float32` means float32 products on every device, and factors are not rounded to
-bfloat16.
-"""
+"""Precision of products: `compute.dtype=float32` on every device, and unrounded scale factors."""
 
 import functools
 import re
@@ -114,7 +112,7 @@ def test_dropout_is_scaled_in_float32():
 
 
 def equations(jaxpr):
-    """Those of a program and of all programs within it."""
+    """All equations of a jaxpr and of its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(

@@ -1,4 +1,4 @@
-"""Traces of some steps of a stage."""
+"""Traces of a stage's steps."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from tokalign_jax.errors import UserError
 
 @pytest.fixture
 def traced(monkeypatch):
-    """What is called, in order, instead of the profiler and after each step."""
+    """Recorded calls of the profiler and ends of steps, in order."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))

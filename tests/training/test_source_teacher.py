@@ -1,4 +1,4 @@
-"""The source model as the teacher of a stage: losses against float64, sequences, resumption, plans."""
+"""Distillation from the source model: losses against float64, sequences, resuming, plans."""
 
 import itertools
 import math

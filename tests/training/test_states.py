@@ -1,4 +1,4 @@
-"""Models after training stages: exported bit for bit, with less memory than training took."""
+"""Models after training stages: bit-exact exports, with less memory than training took."""
 
 import tracemalloc
 from dataclasses import replace
@@ -112,7 +112,7 @@ def test_export_equals_a_float32_merge_bit_for_bit(family, stages, tmp_path):
 
 @pytest.mark.parametrize("stages", SEQUENCES.values(), ids=SEQUENCES)
 def test_evaluation_reads_the_export_in_the_compute_type(stages, tmp_path):
-    """Of weights that the compute type holds exactly it reads what an export would have in it."""
+    """Weights that the compute type represents exactly are read as they would be exported."""
     folder, _ = source("llama", tmp_path / "source")
     model, _ = hub.load_config(folder)
     folders, trained = write_stages(tmp_path, [stage for stage in stages if stage.steps], model)
@@ -203,7 +203,7 @@ def small_8b(tmp_path_factory):
 
 
 def parameters():
-    """How many train in the stage, and how many are frozen."""
+    """Numbers of trainable and of frozen parameters in the stage."""
     shapes = loop.split(ADAPTERS, abstract_params(SMALL_8B, loop.lora_spec(ADAPTERS)))
     return (sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for part in shapes)
 

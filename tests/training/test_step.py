@@ -1,6 +1,4 @@
-"""What each method trains, and one step against PyTorch, against other splits of the batch, and
-over several devices.
-"""
+"""Training methods, and one step against PyTorch, other batch splits and several devices."""
 
 from dataclasses import replace
 

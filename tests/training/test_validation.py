@@ -1,4 +1,4 @@
-"""Validation while a stage trains: the loss, its record, and the checkpoint that it selects."""
+"""Validation during training: the loss, its record, and the selected checkpoint."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tiny models and corpora for the training tests, and programs: processes that train one stage."""
+"""Tiny models and corpora for the training tests, and processes that train one stage."""
 
 import multiprocessing
 import os
@@ -93,7 +93,9 @@ class ToyShards:
 
 
 def toy_shards(tokens: int = 4000, seed: int = 0) -> ToyShards:
-    """A walk in which each token limits the next to a few: there is something to learn."""
+    """A random walk over tokens, in which each token allows three successors, so that it can be
+    learned.
+    """
     rng = np.random.default_rng(seed)
     steps = rng.integers(1, 4, tokens)
     return ToyShards((np.cumsum(steps) % VOCABULARY).astype(np.uint16))
@@ -121,9 +123,7 @@ def train(
     config: Config = CONFIG,
     **given,
 ):
-    """A stage of a tiny model, from `given` params, shards, previous_end, name or log, or the toy
-    ones.
-    """
+    """Train a stage of a tiny model; `given` replaces params, shards, previous_end, name or log."""
     arguments = {
         "name": "stage",
         "params": None,
@@ -140,7 +140,7 @@ def train(
 
 
 def assert_same(first: paths.Tree, second: paths.Tree) -> None:
-    """Bit for bit the same leaves."""
+    """Assert that two trees are equal bit for bit."""
     first, second = paths.flatten(first), paths.flatten(second)
     assert first.keys() == second.keys()
     for path, leaf in first.items():
@@ -155,26 +155,24 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__, "tensorboardX.event_file_writer"])
 
 DELAY = 0.1
-"""Seconds within which a program is killed after the line of the step at which it was to be."""
+"""Seconds within which a program is killed after it logs the step of its fault."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a program does: it trains STAGE with `changes` and leaves `final.npz` in the folder."""
+    """A process that trains STAGE with `changes` and writes `final.npz` into the folder."""
 
     folder: Path
     changes: dict[str, Any] = field(default_factory=dict)
     devices: int = 1
     mesh: tuple[int, int, int] = (0, 0, 0)
     process: tuple[int, int, int] = (0, 1, 0)
-    """Of several that train together: the port of the first, how many there are, which of them this
-    is.
-    """
+    """Port of the coordinator, number of processes, and index of this one."""
     own_host: bool = False
-    """Whether it pretends to be on a host of its own (`processes.become_host`)."""
+    """Give the process a boot id of its own, as on another host (`processes.become_host`)."""
     fault: str = ""
-    """What befalls it when it tells of step `fault_step`: `kill` (a moment later), `terminate`
-    (SIGTERM), or `full` (from then on no file can have more than 10 kB).
+    """Fault once step `fault_step` is logged: `kill` (within `DELAY` seconds), `terminate` (SIGTERM),
+    or `full` (no file may grow past 10 kB).
     """
     fault_step: int = 0
 
@@ -183,7 +181,7 @@ class Program:
         return self.folder / f"output{self.process[2]}"
 
     def run(self) -> None:
-        """In a process of its own. Ends as the command does."""
+        """Train in this process, and exit with the status of the command."""
         with self.output.open("w") as output:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(output.fileno(), stream.fileno())
@@ -234,7 +232,7 @@ class Program:
 
 
 class Running:
-    """A program that has been started."""
+    """A started program."""
 
     def __init__(self, program: Program):
         program.folder.mkdir(exist_ok=True)
@@ -242,9 +240,7 @@ class Running:
         self._process.start()
 
     def end(self, seconds: float = 240.0) -> tuple[int, str]:
-        """Waits for it; its exit code (the negative signal of one that was killed) and what it
-        said.
-        """
+        """Wait for the process; return its exit code (negative: a signal) and its output."""
         self._process.join(seconds)
         code = self._process.exitcode
         self._process.kill()
@@ -254,12 +250,12 @@ class Running:
 
 
 def run_programs(*programs: Program) -> list[tuple[int, str]]:
-    """Runs them at the same time; the exit code and output of each."""
+    """Run programs at the same time; return the exit code and output of each."""
     return [running.end() for running in [Running(program) for program in programs]]
 
 
 def finish(*programs: Program) -> str:
-    """Runs them to a good end; what the first said."""
+    """Run programs to success; return the output of the first."""
     ended = run_programs(*programs)
     for code, output in ended:
         assert code == 0, output
@@ -267,7 +263,7 @@ def finish(*programs: Program) -> str:
 
 
 def together(program: Program, count: int = 2) -> list[Program]:
-    """The program as several processes."""
+    """Copies of the program, one per process of a group."""
     port = free_port()
     return [replace(program, process=(port, count, index)) for index in range(count)]
 
@@ -285,13 +281,13 @@ def unpadded(params: paths.Tree, vocabulary: int = VOCABULARY) -> paths.Tree:
 def final_params(
     folder: Path, stage: StageConfig, params: paths.Tree, model: ModelConfig = LLAMA
 ) -> paths.Tree:
-    """What a finished stage ended with: its last checkpoint, and what was frozen of the `params` it
-    began with.
+    """Final parameters of a finished stage: its last checkpoint, and the frozen ones of the initial
+    `params`.
     """
     trained = unpadded(load_trained(folder, stage, model, sharding.make_mesh()), model.vocab_size)
     return paths.unflatten(paths.flatten(params) | paths.flatten(trained))
 
 
 def final_of(program: Program) -> dict[str, np.ndarray]:
-    """The parameters that it left, by path."""
+    """The parameters that the program wrote, by path."""
     return dict(np.load(program.folder / "final.npz"))

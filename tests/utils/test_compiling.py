@@ -78,7 +78,7 @@ def test_most_gpu_memory_is_preallocated_by_default(
 
 
 def _install(plugin, tmp_path, monkeypatch):
-    """What JAX's plugin leaves in a fresh environment; without a name, no plugin."""
+    """An environment as JAX's plugin leaves it; without a name, none is installed."""
     package = tmp_path / "site" / "jax_plugins"
     package.mkdir(parents=True)
     if plugin:

@@ -1,6 +1,4 @@
-"""Digests of outside files: an edit of any byte is noticed, and what did not change is not read
-again.
-"""
+"""Digests of outside files: every edit changes them, and unchanged files are not read again."""
 
 import os
 import shutil

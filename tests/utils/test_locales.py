@@ -1,6 +1,4 @@
-"""What Python writes where its locale is not UTF-8: files in UTF-8 all the same, and a log that
-degrades.
-"""
+"""Locales other than UTF-8: files are UTF-8 nevertheless, and the log degrades."""
 
 import ast
 import json
@@ -15,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "tokalign_jax"
 
 
 def lacks_encoding(call: ast.Call) -> bool:
-    """Whether a call reads or writes text in the encoding of the locale."""
+    """Return whether a call reads or writes text in the locale's encoding."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     given = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
     if any(keyword.arg == "encoding" for keyword in call.keywords) or "utf-8" in given:

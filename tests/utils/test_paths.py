@@ -1,4 +1,4 @@
-"""Paths, labels, and taking trees apart."""
+"""Parameter paths, labels, and splitting trees."""
 
 import numpy as np
 import pytest
