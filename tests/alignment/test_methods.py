@@ -217,15 +217,15 @@ def test_noise_vectors_fall_back_to_pieces(tokenizers):
 
 @pytest.mark.parametrize("method", sorted(methods.NEED_VECTORS))
 def test_without_vectors_nothing_is_matched(tokenizers, method):
-    said = []
+    output = []
     given = dataclasses.replace(
         inputs(*tokenizers, method),
         source=methods.NO_VECTORS,
         target=methods.NO_VECTORS,
-        log=said.append,
+        log=output.append,
     )
     made, measured = methods.make(given)
-    assert measured == {} and "shared tokens have vectors" in said[0]
+    assert measured == {} and "shared tokens have vectors" in output[0]
     assert_whole(made, *tokenizers)
     others = {Rule.RANDOM} if method == "tokalign" else {Rule.PIECES}
     assert set(made.rules) <= {*methods.SURE} | others

@@ -90,7 +90,9 @@ def test_overrides_work_anywhere_with_or_without_an_equals_sign():
 @pytest.mark.parametrize("argv", [["--config"], ["--config", "--workdir=x"], ["left"]])
 def test_flag_without_a_value_and_stray_words_are_refused(argv, capsys):
     assert run.main([*argv]) == 2
-    assert "--config" in (said := capsys.readouterr().err) or "unexpected argument 'left'" in said
+    assert (
+        "--config" in (output := capsys.readouterr().err) or "unexpected argument 'left'" in output
+    )
 
 
 def test_old_command_accepts_old_flag_names(monkeypatch):

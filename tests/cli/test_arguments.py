@@ -21,8 +21,8 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
 def test_numbers_below_the_minimum_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         evaluate.parser().parse_args([wrong, "--output=out"])
-    assert wrong.partition("=")[0] in (told := capsys.readouterr().err) and (
-        "at least" in told or "invalid int" in told
+    assert wrong.partition("=")[0] in (message := capsys.readouterr().err) and (
+        "at least" in message or "invalid int" in message
     )
 
 

@@ -186,17 +186,17 @@ def test_workdir_is_evaluated_on_its_held_out_text_and_alignment(folders, tmp_pa
         )
     # What a later command with other settings left behind, or has not finished, is not judged
     # beside the rest.
-    for record, told in (
+    for record, message in (
         ({"fingerprint": "of before", "finished": True}, "export was made with other settings"),
         ({"fingerprint": "of before", "finished": False}, "export is not finished"),
     ):
         (tmp_path / "stages.json").write_text(json.dumps({"stages": {"export": record}}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             evaluate_inputs.check(arguments(workdir=tmp_path, output=tmp_path / "out"), silent)
 
 
 @pytest.mark.parametrize(
-    ("named", "told"),
+    ("named", "message"),
     [
         ({}, "give --models=FOLDER,FOLDER, or --workdir"),
         ({"models": "large"}, "--text is missing"),
@@ -242,14 +242,14 @@ def test_workdir_is_evaluated_on_its_held_out_text_and_alignment(folders, tmp_pa
         ),
     ],
 )
-def test_bad_input_is_refused_before_any_work(folders, tmp_path, named, told):
+def test_bad_input_is_refused_before_any_work(folders, tmp_path, named, message):
     paths = {
         name: ",".join(str(folders / part) for part in value.split(","))
         if name != "language_field"
         else value
         for name, value in named.items()
     }
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         evaluate_inputs.check(arguments(**paths, output=tmp_path / "out"), silent)
     assert not (tmp_path / "out").exists()
 

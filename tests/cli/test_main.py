@@ -218,10 +218,10 @@ def test_too_long_a_file_name_is_reported(field, tmp_path, capsys):
     long = f"{tmp_path}/{'x' * 300}"
     given = {"workdir": f"{tmp_path}/run", field: long}
     assert main.main(["main", *(f"--{name}={value}" for name, value in given.items())]) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "xxxxx" in said
-        and ("is too long" in said or "does not exist" in said)
-        and "Traceback" not in said
+        "xxxxx" in output
+        and ("is too long" in output or "does not exist" in output)
+        and "Traceback" not in output
     )
     assert not (tmp_path / "run" / "stages.json").exists()

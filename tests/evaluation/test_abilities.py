@@ -166,7 +166,7 @@ GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("{", "is not valid JSON"),
         ("[]", "is not a JSON object"),
@@ -176,10 +176,10 @@ GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}
         (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the correct choice 'c' appears twice"),
     ],
 )  # fmt: skip
-def test_error_names_the_bad_line(tmp_path, line, told):
+def test_error_names_the_bad_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
-    with pytest.raises(UserError, match=rf"bad\.jsonl', line 3.*{told}"):
+    with pytest.raises(UserError, match=rf"bad\.jsonl', line 3.*{message}"):
         abilities.read(str(path))
 
 
@@ -189,12 +189,12 @@ def test_duplicate_wrong_choice_counts_once(tmp_path):
 
 
 def test_errors_name_bad_files(tmp_path):
-    for name, content, told in (
+    for name, content, message in (
         ("empty.jsonl", b"\n", "has no questions"),
         ("latin.jsonl", b"\xe9", "cannot be read"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}' {told}"):
+        with pytest.raises(UserError, match=rf"{name}' {message}"):
             abilities.read(str(tmp_path / name))
     with pytest.raises(UserError, match="nowhere' matches no file"):
         abilities.read(str(tmp_path / "nowhere"))

@@ -49,8 +49,8 @@ def chain(tokenizer, text, then):
     leaves = {p: jnp.zeros_like(x) if "_proj" in p else x for p, x in leaves.items()}
     table = np.eye(size, 512, dtype=np.float32)
     head = np.zeros_like(table)
-    said = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = [tokenizer("\n", add_special_tokens=False)["input_ids"][-1], *said, then, then]
+    output = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = [tokenizer("\n", add_special_tokens=False)["input_ids"][-1], *output, then, then]
     for now, following in itertools.pairwise(ids):
         head[following] += table[now]
     leaves["embed_tokens/embedding"], leaves["lm_head/kernel"] = jnp.array(table), jnp.array(head)

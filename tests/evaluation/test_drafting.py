@@ -45,7 +45,7 @@ def test_agreement_equals_that_of_full_distributions(monkeypatch, chunk):
     np.testing.assert_array_equal(found.teacher, logits[1].argmax(-1))
 
 
-def said(salt: str, text: tuple[int, ...]) -> int:
+def next_token(salt: str, text: tuple[int, ...]) -> int:
     """Next token of a made-up model, a function of the whole text before."""
     return zlib.crc32(repr((salt, text)).encode()) % 2
 
@@ -56,10 +56,10 @@ def decode_speculatively(prompt: int, steps: int, gamma: int) -> tuple[list[int]
     while len(text) <= steps:
         drafts: tuple[int, ...] = ()
         for _ in range(gamma):
-            drafts += (said("draft", text + drafts),)
+            drafts += (next_token("draft", text + drafts),)
         calls += 1
         for token in (*drafts, None):
-            own = said("teacher", text)
+            own = next_token("teacher", text)
             text += (own,)
             if token != own:
                 break
@@ -72,8 +72,10 @@ def test_call_counts_match_speculative_decoding(gamma):
     for prompt in range(20):
         continuation, needed = decode_speculatively(prompt, 31, gamma)
         before = [(prompt, *continuation[:i]) for i in range(31)]
-        assert continuation == [said("teacher", text) for text in before]
-        kept.append([said("draft", text) == token for text, token in zip(before, continuation)])
+        assert continuation == [next_token("teacher", text) for text in before]
+        kept.append(
+            [next_token("draft", text) == token for text, token in zip(before, continuation)]
+        )
         calls += needed
     assert drafting.calls(np.array(kept), gamma) == calls
 
@@ -114,5 +116,9 @@ def test_model_is_the_best_draft_for_itself_and_another_is_not(tmp_path):
 def test_different_vocabularies_are_not_comparable():
     one, other = tiny_tokenizer(300, TEXTS), tiny_tokenizer(290, TEXTS)
     assert drafting.vocabulary_difference(one, tiny_tokenizer(300, TEXTS)) == ""
-    told = drafting.vocabulary_difference(one, other)
-    assert "300 tokens" in told and "290" in told and "10 ids differ, the first is 290" in told
+    message = drafting.vocabulary_difference(one, other)
+    assert (
+        "300 tokens" in message
+        and "290" in message
+        and "10 ids differ, the first is 290" in message
+    )

@@ -45,9 +45,12 @@ def test_speed_is_the_median_without_the_first_run(model):
     clock = iter(ticks).__next__
     found = speed.measure(config, params, tokenizer, ["the quick"], steps=8, repeats=3, clock=clock)
     assert found == speed.Speed(median=4.0, slowest=2.0, fastest=8.0)
-    told = found.summary(["größe", "ab"], tokens=2)
-    assert told["characters_per_token"] == 3.5 and told["characters_per_second"] == 14.0
-    assert told["bytes_per_second"] == 4.0 * 9 / 2 and told["slowest_and_fastest"] == [2.0, 8.0]
+    message = found.summary(["größe", "ab"], tokens=2)
+    assert message["characters_per_token"] == 3.5 and message["characters_per_second"] == 14.0
+    assert message["bytes_per_second"] == 4.0 * 9 / 2 and message["slowest_and_fastest"] == [
+        2.0,
+        8.0,
+    ]
 
 
 def test_embeddings_match_pytorchs_mean_states(model, monkeypatch):

@@ -37,8 +37,8 @@ def test_transformers_opens_every_kind_of_tokenizer_unchanged(kind):
     for model_type in set(others) - {"qwen2"}:
         assert opening.class_difference({"model_type": model_type}, tokenizer) == "", model_type
     # This class cuts by its own expression, whatever tokenizer_config.json names.
-    told = opening.class_difference({"model_type": "qwen2"}, tokenizer)
-    assert told.startswith("Qwen2Tokenizer: ") == (kind != "qwen")
+    message = opening.class_difference({"model_type": "qwen2"}, tokenizer)
+    assert message.startswith("Qwen2Tokenizer: ") == (kind != "qwen")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "neox"])
@@ -193,11 +193,11 @@ def test_contradicting_tokenizer_files_are_reported(tmp_path):
     hub.write_json(
         tmp_path / "tokenizer_config.json", settings | {"tokenizer_class": "GPT2Tokenizer"}
     )
-    told = two_readings(tmp_path)
-    assert told.startswith(
+    message = two_readings(tmp_path)
+    assert message.startswith(
         "by GPT2Tokenizer, the class that transformers opens it with, which is used, "
     )
-    assert told.endswith(" by tokenizer.json")
+    assert message.endswith(" by tokenizer.json")
     hub.write_json(
         tmp_path / "config.json", {"model_type": "olmo2"}
     )  # beside which the file is followed

@@ -67,7 +67,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 def agreeing(folder: Path) -> None:
     """Values and errors from either side, one after the other in the same processes."""
-    said = [distributed.on_first(lambda: {"from": distributed.index(), "pair": (1, 2)})]
+    message = [distributed.on_first(lambda: {"from": distributed.index(), "pair": (1, 2)})]
     attempts = [
         lambda: distributed.on_first(fails(UserError("bad corpus"))),
         lambda: distributed.on_first(fails(KeyError("bug"))),
@@ -80,14 +80,14 @@ def agreeing(folder: Path) -> None:
     ]
     for attempt in attempts:
         try:
-            said.append(attempt())
+            message.append(attempt())
         except Exception as error:
-            said.append([type(error).__name__, str(error)])
+            message.append([type(error).__name__, str(error)])
     # The devices of both are joined, too.
     total = jax.experimental.multihost_utils.process_allgather(
         jax.numpy.full(1, distributed.index() + 1)
     ).sum()
-    print(json.dumps([*said, int(total)]))
+    print(json.dumps([*message, int(total)]))
 
 
 def first_is_slow(folder: Path) -> None:
@@ -137,18 +137,18 @@ def batches(folder: Path) -> None:
     """
     devices = np.array(jax.devices())
     local = (100 * distributed.index() + np.arange(2))[None, :, None].repeat(3, 2)
-    said = []
+    message = []
     for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
         try:
             batch = sharding.global_batch(
                 local, Mesh(devices[order].reshape(2, 1, 2), sharding.AXES)
             )
-            said.append(
+            message.append(
                 [batch.shape[1], np.asarray(batch.addressable_shards[0].data)[0, :, 0].tolist()]
             )
         except ValueError as error:
-            said.append(type(error).__name__)
-    print(json.dumps(said))
+            message.append(type(error).__name__)
+    print(json.dumps(message))
 
 
 def fails(error: Exception):

@@ -215,9 +215,10 @@ def test_unsuitable_teacher_is_refused_before_any_work(inputs, tmp_path):
         assert not (tmp_path / "run").exists()
         return str(error.value)
 
-    said = refused(teacher=str(inputs["llama"]))
+    output = refused(teacher=str(inputs["llama"]))
     assert (
-        "another tokenizer" in said and "ids are other tokens, the first is 0, '<unk>' here" in said
+        "another tokenizer" in output
+        and "ids are other tokens, the first is 0, '<unk>' here" in output
     )
     short = tiny_model_folder(
         tmp_path / "short", "llama", 420, tokenizer=TOKENIZER, max_position_embeddings=16
@@ -225,7 +226,8 @@ def test_unsuitable_teacher_is_refused_before_any_work(inputs, tmp_path):
     for file in inputs["target"].iterdir():
         shutil.copyfile(file, short / file.name)
     assert (
-        "16 positions" in (said := refused(teacher=str(short))) and "stage3.sequence_length" in said
+        "16 positions" in (output := refused(teacher=str(short)))
+        and "stage3.sequence_length" in output
     )
     assert "target_tokenizer=extend" in refused({"target_tokenizer": "extend"})
     assert "stage3.temperature" in refused(temperature=0.0)

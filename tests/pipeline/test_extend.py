@@ -118,18 +118,20 @@ def test_report_compares_both_vocabularies(run):
 
 def test_repeated_run_skips_and_changed_settings_extend_again(inputs, run, capsys):
     assert main.main(flags(inputs, "gpt_neox", run, SHORT)) == 0
-    said = capsys.readouterr().out
-    assert "extend: finished, skipped" in said and "to be redone" not in said
+    output = capsys.readouterr().out
+    assert "extend: finished, skipped" in output and "to be redone" not in output
     fewer = (
         SHORT,
         "--config.extend.new_tokens=20",
         "--stages=tokens,evaluate/source,evaluate/random",
     )
     assert main.main(flags(inputs, "gpt_neox", run, *fewer)) == 0
-    said = capsys.readouterr().out
-    assert f"extend.new_tokens changed from {NEW} to 20" in said
-    assert "tokens: to be redone, because a stage that it needs changed" in said
-    assert "evaluate/source: finished, skipped" in said and "evaluate/random: to be redone" in said
+    output = capsys.readouterr().out
+    assert f"extend.new_tokens changed from {NEW} to 20" in output
+    assert "tokens: to be redone, because a stage that it needs changed" in output
+    assert (
+        "evaluate/source: finished, skipped" in output and "evaluate/random: to be redone" in output
+    )
     size = json.loads((run / "tokens" / "target" / "index.json").read_text())["vocabulary"]
     assert (
         size

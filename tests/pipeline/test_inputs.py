@@ -28,17 +28,17 @@ def test_bad_input_is_refused_before_any_work(inputs, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert (
-        "learning_rat'" in (said := refused("--config.stage1.learning_rat=1"))
-        and "stage1.learning_rate" in said
+        "learning_rat'" in (output := refused("--config.stage1.learning_rat=1"))
+        and "stage1.learning_rate" in output
     )
     assert "nowhere.jsonl" in refused("--config.corpus=/nowhere.jsonl")
-    assert "content" in (said := refused("--config.text.text_field=content")) and "text" in said
+    assert "content" in (output := refused("--config.text.text_field=content")) and "text" in output
     assert "128 positions" in refused("--config.stage1.sequence_length=129")
     assert "128 positions" in refused("--config.evaluation.sequence_length=500")
-    assert "'alignn'" in (said := refused("--stages=alignn")) and "align" in said
+    assert "'alignn'" in (output := refused("--stages=alignn")) and "align" in output
     assert "--stages is empty" in refused("--stages=")
-    said = refused("--config.source_model=nobody/nothing")
-    assert "nobody/nothing" in said and "local" in said and "embedded" in said
+    output = refused("--config.source_model=nobody/nothing")
+    assert "nobody/nothing" in output and "local" in output and "embedded" in output
     assert "nobody/words" in refused("--config.target_tokenizer=nobody/words")
 
     empty = tmp_path / "empty.jsonl"
@@ -56,7 +56,9 @@ def test_bad_input_is_refused_before_any_work(inputs, tmp_path, capsys):
     weights.write_bytes(whole)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    assert "mamba" in (said := refused(f"--config.source_model={broken}")) and "gpt_neox" in said
+    assert (
+        "mamba" in (output := refused(f"--config.source_model={broken}")) and "gpt_neox" in output
+    )
     (broken / "config.json").write_text(json.dumps(config))
     tiny_tokenizer(500, [" ".join(f"{a}{b}" for a in WORDS for b in WORDS)]).save_pretrained(broken)
     assert "rows" in refused(f"--config.source_model={broken}")
@@ -64,8 +66,10 @@ def test_bad_input_is_refused_before_any_work(inputs, tmp_path, capsys):
     other = tmp_path / "align_matrix.json"
     other.write_text(json.dumps({str(i): 0 for i in range(7)}))
     assert "7" in refused(f"--config.alignment.file={other}")
-    said = refused("--config.alignment.method=pieces", "--config.alignment.source_vectors=mine.npz")
-    assert "'pieces' makes no use of alignment.source_vectors" in said and "composed" in said
+    output = refused(
+        "--config.alignment.method=pieces", "--config.alignment.source_vectors=mine.npz"
+    )
+    assert "'pieces' makes no use of alignment.source_vectors" in output and "composed" in output
 
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -102,8 +106,8 @@ def test_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
         main.main(arguments(inputs, "gpt_neox", workdir, "ultra_quick_demo", "--stages=corpus"))
         == 2
     )
-    said = capsys.readouterr().err
-    assert "another run" in said and "gpt_neox" in said
+    output = capsys.readouterr().err
+    assert "another run" in output and "gpt_neox" in output
 
 
 def test_two_runs_in_one_workdir_are_refused(tmp_path):
@@ -140,7 +144,7 @@ def test_error_on_an_offset_past_the_end_states_the_length(inputs, tmp_path, cap
 
 
 def test_many_passes_over_a_small_text_are_warned_of(inputs, tmp_path):
-    said = []
+    output = []
     stage = StageConfig(steps=1000, batch_size=8, sequence_length=32)
     names = {
         "source_model": inputs["llama"],
@@ -152,20 +156,20 @@ def test_many_passes_over_a_small_text_are_warned_of(inputs, tmp_path):
         stage1=stage,
         stage2=replace(stage, steps=1),
     )
-    context = Context(config, tmp_path, said.append)
+    context = Context(config, tmp_path, output.append)
     for name in ("corpus", "tokens"):
         (tmp_path / name).mkdir()
         getattr(stages, name)(context)
     stages.check_stream(context)
-    (warning,) = [line for line in said if line.startswith("warning: stage")]
+    (warning,) = [line for line in output if line.startswith("warning: stage")]
     assert warning.startswith("warning: stage1 reads the") and "times: lower its steps" in warning
 
 
 def test_too_small_a_disk_is_refused_before_any_work(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
     assert main.main(arguments(inputs, "llama", tmp_path / "run", "ultra_quick_demo")) == 2
-    said = capsys.readouterr().err
-    assert "GB free" in said and "stage2" in said and not (tmp_path / "run").exists()
+    output = capsys.readouterr().err
+    assert "GB free" in output and "stage2" in output and not (tmp_path / "run").exists()
 
 
 def test_full_device_is_predicted_and_reported_with_what_would_fit(
@@ -185,18 +189,18 @@ def test_full_device_is_predicted_and_reported_with_what_would_fit(
         inputs, "llama", tmp_path / "run", "ultra_quick_demo", "--stages=stage1,stage2"
     )
     assert main.main(given) == 2
-    said = capsys.readouterr()
-    before, after = said.out.split("corpus: read", 1)
+    output = capsys.readouterr()
+    before, after = output.out.split("corpus: read", 1)
     assert (
         "warning: stage2 will not fit: it needs about" in before and "warning: stage1" not in before
     )
     assert (
-        "stage1: a device's memory is full (RESOURCE_EXHAUSTED: Out of memory while" in said.err
-        and "and more" not in said.err
+        "stage1: a device's memory is full (RESOURCE_EXHAUSTED: Out of memory while" in output.err
+        and "and more" not in output.err
     )
     assert (
-        "lower --config.stage1.per_device_batch" in said.err
-        and "the same command resumes from there" in said.err
+        "lower --config.stage1.per_device_batch" in output.err
+        and "the same command resumes from there" in output.err
     )
     assert "init: done" in after
 
@@ -233,13 +237,13 @@ def test_omp_mixes_rows_by_a_donor_or_refuses_it(inputs, tmp_path, capsys):
 
     target = AutoTokenizer.from_pretrained(inputs["target"])
     donor = tiny_model_folder(tmp_path / "donor", "gpt_neox", len(target), tokenizer=target, seed=1)
-    for settings, told in (
+    for settings, message in (
         (["alignment.method=omp"], "needs alignment.donor"),
         ([f"alignment.donor={donor}"], "only used with alignment.method 'omp'"),
         (["alignment.method=omp", f"alignment.donor={inputs['llama']}"], "has another tokenizer"),
     ):
         assert run(*settings) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert run("alignment.method=omp", f"alignment.donor={donor}", "alignment.atoms=3") == 0
     with np.load(tmp_path / "run" / "align" / "alignment.npz") as made:
         similar = made["rules"] == alignment.Rule.SIMILAR

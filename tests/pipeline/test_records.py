@@ -19,8 +19,8 @@ class Context:
     """The part of a run's context that the stage records need."""
 
     def __init__(self, workdir: Path):
-        self.workdir, self.said = workdir, []
-        self.log = self.said.append
+        self.workdir, self.logged = workdir, []
+        self.log = self.logged.append
 
     def folder(self, name: str) -> Path:
         return self.workdir / name
@@ -87,11 +87,11 @@ def test_finished_stages_survive_a_crash_at_any_moment(before, again, tmp_path):
                 ended = True
             else:
                 ended = False
-        said = bring_up(workdir, again).said
+        output = bring_up(workdir, again).logged
         finished = {*before, *(() if ended else (wanted,))}
-        assert again not in finished or "train: train" not in said, (moment, said)
+        assert again not in finished or "train: train" not in output, (moment, output)
         for rate in finished:  # and all others are there still
-            assert "train: train" not in bring_up(workdir, rate).said, (moment, rate)
+            assert "train: train" not in bring_up(workdir, rate).logged, (moment, rate)
         if not ended:
             break
     assert 3 < moment < 29  # there were moments to end at, and all of them were met
@@ -117,11 +117,13 @@ def test_incomplete_results_are_kept_aside_and_made_again(tmp_path):
         return (context.folder("train") / "rate").stat().st_size > 0
 
     bring_up(tmp_path, 1.0, is_whole=is_whole)
-    assert bring_up(tmp_path, 1.0, is_whole=is_whole).said == ["train: finished, skipped"]
+    assert bring_up(tmp_path, 1.0, is_whole=is_whole).logged == ["train: finished, skipped"]
     (tmp_path / "train" / "rate").write_text("")
-    said = bring_up(tmp_path, 1.0, is_whole=is_whole).said
+    output = bring_up(tmp_path, 1.0, is_whole=is_whole).logged
     assert (
-        "files are missing" in said[0] and "train.damaged" in said[0] and said[1] == "train: train"
+        "files are missing" in output[0]
+        and "train.damaged" in output[0]
+        and output[1] == "train: train"
     )
     assert (tmp_path / "train.damaged" / "rate").exists()
 
@@ -135,12 +137,12 @@ def test_stage_folder_may_be_a_link_to_another_disk(tmp_path):
     (workdir / "train").rmdir()
     (workdir / "train").symlink_to(disk / "train")
     (workdir / "outdated").symlink_to(disk / "outdated")
-    assert bring_up(workdir, 1.0).said == ["train: finished, skipped"]
+    assert bring_up(workdir, 1.0).logged == ["train: finished, skipped"]
     state = records.StageRecords(workdir)
     state.put("train", {**state.current["train"], "finished": False})
-    assert "train: train" in bring_up(workdir, 1.0).said and (workdir / "train").is_symlink()
-    assert "train: train" in bring_up(workdir, 2.0).said
-    assert "restored" in bring_up(workdir, 1.0).said[-1]
+    assert "train: train" in bring_up(workdir, 1.0).logged and (workdir / "train").is_symlink()
+    assert "train: train" in bring_up(workdir, 2.0).logged
+    assert "restored" in bring_up(workdir, 1.0).logged[-1]
 
 
 def test_damaged_records_are_reported_and_unfinished_ones_accepted(tmp_path):
@@ -175,14 +177,14 @@ def test_workdir_path_that_checkpoints_cannot_use_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "code, said", [(errno.EAGAIN, "another process uses"), (errno.ENOSYS, "cannot lock files")]
+    "code, output", [(errno.EAGAIN, "another process uses"), (errno.ENOSYS, "cannot lock files")]
 )
-def test_failed_lock_states_the_reason(code, said, tmp_path, monkeypatch):
+def test_failed_lock_states_the_reason(code, output, tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(records.fcntl, "flock", flock)
-    with pytest.raises(UserError, match=said), records.lock(tmp_path):
+    with pytest.raises(UserError, match=output), records.lock(tmp_path):
         pass
 
 

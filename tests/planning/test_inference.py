@@ -43,12 +43,12 @@ CONFIG = Config(
 )
 
 
-def run_of(config=CONFIG, mesh=(1, 1, 1), room="80GB", host="512GB"):
-    return Run(config, SOURCE, LLAMA_8B, mesh, Machine.of(int(np.prod(mesh)), room, host))
+def run_of(config=CONFIG, mesh=(1, 1, 1), device_memory="80GB", host="512GB"):
+    return Run(config, SOURCE, LLAMA_8B, mesh, Machine.of(int(np.prod(mesh)), device_memory, host))
 
 
-def plan_of(room="80GB", host="512GB", config=CONFIG):
-    machine = Machine.of(1, room, host)
+def plan_of(device_memory="80GB", host="512GB", config=CONFIG):
+    machine = Machine.of(1, device_memory, host)
     return make_plan(config, LLAMA_8B, machine, Speed(), 10**9, 2, 1e15, None, SOURCE)
 
 
@@ -58,7 +58,7 @@ def plan_of(room="80GB", host="512GB", config=CONFIG):
 def test_model_that_trains_on_a_gpu_can_be_evaluated_and_exported_there():
     """Llama-3.1-8B with adapters on a card of 80 GB: float32 and a merged copy would not fit."""
     needs = inference.needs(run_of())
-    setup = resolve(setup_of(LORA, ComputeConfig(), LLAMA_8B, room=80e9))
+    setup = resolve(setup_of(LORA, ComputeConfig(), LLAMA_8B, device_memory=80e9))
     training = memory.needed(setup)
     for name in ("evaluate", "export"):
         assert sum(needs[name].device.values()) < 0.5 * training, name
@@ -71,7 +71,7 @@ def test_model_that_trains_on_a_gpu_can_be_evaluated_and_exported_there():
 def test_evaluation_needs_no_more_memory_than_training(method):
     stage = replace(LORA, method=method)
     config = Config(stage1=replace(LORA, method="embedding"), stage2=stage)
-    setup = resolve(setup_of(stage, ComputeConfig(), LLAMA_8B, room=1e12))
+    setup = resolve(setup_of(stage, ComputeConfig(), LLAMA_8B, device_memory=1e12))
     needs = inference.needs(run_of(config))
     for name in ("evaluate", "export"):
         assert sum(needs[name].device.values()) < memory.needed(setup), name
@@ -208,7 +208,7 @@ def test_too_small_a_device_is_warned_of_with_what_would_fit():
     batch = int(warning.partition("evaluation.batch=")[2].split(",")[0])
     fits = replace(CONFIG, evaluation=EvaluationConfig(batch=batch))
     assert not [w for w in plan_of("48GB", config=fits).warnings if w.startswith("evaluate")]
-    split = run_of(mesh=(8, 1, 1), room="16GB")
+    split = run_of(mesh=(8, 1, 1), device_memory="16GB")
     assert "mesh.fsdp=" in advice.too_large_untrained(split)["evaluate"]
 
 

@@ -210,17 +210,19 @@ CONFIG = Config(
 def planned(
     config=CONFIG,
     devices=1,
-    room="80GB",
+    device_memory="80GB",
     speed=Speed(),  # noqa: B008
     disk_free=1e15,
     text=5_000_000_000,
 ):
-    return make_plan(config, PYTHIA_1B, Machine.of(devices, room), speed, text, 2, disk_free)
+    return make_plan(
+        config, PYTHIA_1B, Machine.of(devices, device_memory), speed, text, 2, disk_free
+    )
 
 
-def setup_of(stage, compute, model=PYTHIA_1B, mesh=(1, 1, 1), room=math.inf, fused=True):
+def setup_of(stage, compute, model=PYTHIA_1B, mesh=(1, 1, 1), device_memory=math.inf, fused=True):
     return memory.Setup(
-        "stage", stage, compute, model, mesh, Machine(1, room, fused_attention=fused)
+        "stage", stage, compute, model, mesh, Machine(1, device_memory, fused_attention=fused)
     )
 
 
@@ -305,7 +307,7 @@ def test_plan_includes_validation():
 
 
 def test_plan_suggests_settings_that_fit():
-    (warning,) = [w for w in planned(room="24GB").warnings if w.startswith("stage2")]
+    (warning,) = [w for w in planned(device_memory="24GB").warnings if w.startswith("stage2")]
     assert "stage2.method=lora together" in warning, (
         "the state alone is too large, and adapters alone do not do"
     )
@@ -324,8 +326,8 @@ def test_plan_suggests_settings_that_fit():
             loss_chunk=int(settings["compute.loss_chunk"]),
         ),
     )
-    assert not [w for w in planned(lean, room="24GB").warnings if w.startswith("stage2")]
-    assert "no settings change that" in planned(room="4GB").table()
+    assert not [w for w in planned(lean, device_memory="24GB").warnings if w.startswith("stage2")]
+    assert "no settings change that" in planned(device_memory="4GB").table()
     # More sequences than fit: fewer at once, or less kept of each.
     crowded = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=64))
     (warning,) = [w for w in planned(crowded).warnings if w.startswith("stage1")]
@@ -334,8 +336,10 @@ def test_plan_suggests_settings_that_fit():
     fits = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=at_once))
     assert not [w for w in planned(fits).warnings if w.startswith("stage1")]
     copies = replace(CONFIG, mesh=MeshConfig(data=8))
-    assert "mesh.fsdp=" in planned(copies, devices=8, room="24GB").table()
-    assert planned(devices=8, room="24GB").mesh[1] > 1, "chosen so, where the mesh is left open"
+    assert "mesh.fsdp=" in planned(copies, devices=8, device_memory="24GB").table()
+    assert planned(devices=8, device_memory="24GB").mesh[1] > 1, (
+        "chosen so, where the mesh is left open"
+    )
 
 
 def test_auto_remat_saves_the_most_that_fits():
@@ -353,21 +357,23 @@ def test_auto_remat_saves_the_most_that_fits():
     ]
     assert needs[0] > needs[1] > needs[2]
     for policy, enough in zip(remat.POLICIES, needs):
-        assert kept(planned(crowded, room=f"{enough / machine.USABLE + 1:.0f}")) == [
+        assert kept(planned(crowded, device_memory=f"{enough / machine.USABLE + 1:.0f}")) == [
             f"activations kept (remat={policy})"
         ]
-    found = planned(crowded, room=f"{needs[2] / 2:.0f}")
+    found = planned(crowded, device_memory=f"{needs[2] / 2:.0f}")
     assert kept(found) == ["activations kept (remat=layer)"] and found.warnings
 
 
-def chosen(room, method="full", sequences=64, length=2048, remat="auto", fused=True):
+def chosen(device_memory, method="full", sequences=64, length=2048, remat="auto", fused=True):
     """Sequences at once and policy, and whether so much fits by the estimate."""
     stage = StageConfig(method=method, batch_size=sequences, sequence_length=length)
-    setup = resolve.resolve(setup_of(stage, ComputeConfig(remat=remat), room=room, fused=fused))
+    setup = resolve.resolve(
+        setup_of(stage, ComputeConfig(remat=remat), device_memory=device_memory, fused=fused)
+    )
     return (
         setup.stage.per_device_batch,
         setup.compute.remat,
-        needed(setup.stage, setup.compute) <= room,
+        needed(setup.stage, setup.compute) <= device_memory,
     )
 
 
@@ -384,16 +390,16 @@ def test_auto_batch_is_the_largest_that_fits_and_gains_speed(method):
     assert chosen(10e9, method) == (1, "layer", False), (
         "the least there is, of which the plan then warns"
     )
-    for room in (45e9, 60e9, 74e9):
-        n, policy, fits = chosen(room, method)
+    for device_memory in (45e9, 60e9, 74e9):
+        n, policy, fits = chosen(device_memory, method)
         more = StageConfig(method=method, batch_size=64, per_device_batch=2 * n)
         assert (
-            fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * room
+            fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * device_memory
         ) or n == 32
 
 
 def test_auto_reduces_the_batch_before_recomputing_more():
-    choices = [chosen(room * 1e9)[:2] for room in (40, 45, 60, 74, 130)]
+    choices = [chosen(device_memory * 1e9)[:2] for device_memory in (40, 45, 60, 74, 130)]
     assert choices == [(1, "dots"), (4, "attention"), (8, "dots"), (16, "dots"), (32, "dots")]
     assert resolve.SATURATING_TOKENS == 4 * 2048
 
@@ -413,7 +419,7 @@ def test_plan_counts_attention_logits_without_a_fused_kernel():
     assert there.fuses(PYTHIA_1B, ComputeConfig()) and not there.fuses(capped, ComputeConfig())
     many = replace(PYTHIA_1B, num_heads=64, num_kv_heads=64, head_dim=32)
     setups = [
-        setup_of(StageConfig(method="full"), ComputeConfig(), model, room=100e9)
+        setup_of(StageConfig(method="full"), ComputeConfig(), model, device_memory=100e9)
         for model in (many, replace(many, attention_softcap=50.0))
     ]
     held = [resolve.resolve(setup).stage.per_device_batch for setup in setups]
@@ -423,7 +429,7 @@ def test_plan_counts_attention_logits_without_a_fused_kernel():
 def test_auto_keeps_explicit_settings():
     assert chosen(130e9, remat="layer")[:2] == (32, "layer")
     stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")
-    setup = setup_of(stage, compute, room=130e9)
+    setup = setup_of(stage, compute, device_memory=130e9)
     assert resolve.resolve(setup) == setup
     with pytest.raises(ValueError, match="per_device_batch=auto is not resolved"):
         memory.stage_memory(setup_of(StageConfig(), compute))

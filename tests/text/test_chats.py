@@ -200,9 +200,9 @@ def test_chats_and_texts_of_one_file_become_shards(tmp_path):
         if not document.chat:
             assert (ids >= 0).all()
         elif target_shards.documents[number] <= len(read):
-            said = str(target.decode(ids[ids >= 0].tolist(), skip_special_tokens=True))
+            output = str(target.decode(ids[ids >= 0].tolist(), skip_special_tokens=True))
             own = [m["content"] for m in json.loads(document.chat) if m["role"] == "assistant"]
-            assert said.replace(" ", "") == "".join(own).replace(" ", "")
+            assert output.replace(" ", "") == "".join(own).replace(" ", "")
             assert ~ids[-1] == end
     assert answers and chat_ends
 

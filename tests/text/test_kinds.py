@@ -141,8 +141,8 @@ def test_plain_backend_differs_only_in_special_tokens(kind):
     ]
     # For a Unigram model a special token's name is a piece like all others, also where it is told
     # to split them.
-    told = len(texts) - isinstance(read(kind)[1].model, models.Unigram)
-    assert plain[:told] == theirs[:told]
+    message = len(texts) - isinstance(read(kind)[1].model, models.Unigram)
+    assert plain[:message] == theirs[:message]
     special = canonical.special_ids(tokenizer(kind)) - {tokenizer(kind).unk_token_id}
     assert not special & set(itertools.chain.from_iterable(plain))
     assert plain[:-1] == tokenizer(kind)(texts[:-1], add_special_tokens=False)["input_ids"]

@@ -125,11 +125,11 @@ def test_text_lost_by_a_tokenizer_is_reported_and_counted(tmp_path):
     assert index["source"]["unknown_tokens"] == sum("Ж" in d.text for d in documents) > 0
     assert index["target"]["unknown_tokens"] == 0 and index["target"]["loses"] == []
     assert "line ends" in index["source"]["loses"]
-    told = [line for line in lines if "does not keep" in line]
+    message = [line for line in lines if "does not keep" in line]
     assert (
-        len(told) == 1
-        and "the source tokenizer does not keep" in told[0]
-        and "capitals, accents" in told[0]
+        len(message) == 1
+        and "the source tokenizer does not keep" in message[0]
+        and "capitals, accents" in message[0]
     )
 
 
@@ -194,7 +194,7 @@ def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
 
 
 @pytest.mark.parametrize(
-    ("post_processor", "told"),
+    ("post_processor", "message"),
     [
         (
             added("<s> $A", ("<s>", 128_000)),
@@ -230,17 +230,17 @@ def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
         (processors.BertProcessing(("</s>", 1), ("<s>", 0)), None),
     ],
 )
-def test_post_processor_adds_the_tokens_that_it_names(post_processor, told):
+def test_post_processor_that_adds_wrong_ids_is_refused(post_processor, message):
     backend = Tokenizer(
         models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *"abcdef"])}, [])
     )
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = post_processor
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    if told is None:
+    if message is None:
         tokenizing.check_added_tokens(tokenizer)
     else:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             tokenizing.check(tokenizer)
 
 

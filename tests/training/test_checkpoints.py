@@ -220,8 +220,8 @@ def test_checksum_depends_on_every_word_and_their_order():
     ],
 )
 def test_full_disk_is_reported(tmp_path, error):
-    told = rf"disk of '{tmp_path}' is full.* a checkpoint takes up to 7.000 GB"
-    with pytest.raises(UserError, match=told), naming_a_full_disk(tmp_path, 7 * 10**9):
+    message = rf"disk of '{tmp_path}' is full.* a checkpoint takes up to 7.000 GB"
+    with pytest.raises(UserError, match=message), naming_a_full_disk(tmp_path, 7 * 10**9):
         try:
             raise error
         except Exception as cause:

@@ -102,11 +102,11 @@ def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, w
         # With the first process goes the coordination service, and JAX may abort before the failed
         # step is told.
         aborted = who == 0 and code == -signal.SIGABRT and "coordination service" in output
-        told = (
+        message = (
             code == 1
             and "If another process or its machine was lost: run the same command again" in output
         )
-        assert aborted or told, ended
+        assert aborted or message, ended
         assert f"process {1 - who} of 2: joined. If a process is lost" in output
         if who == 0:
             return  # resumed as after the loss of the other
