@@ -147,6 +147,20 @@ def test_bad_input_is_a_user_error(call, message, source, tokenizer):
         call(source, tokenizer)
 
 
+def test_texts_stop_at_the_byte_budget(tmp_path):
+    for name, size in (("small", 40), ("large", 120)):
+        lines = [
+            json.dumps({"text": f"{name} {i:03} " + "x" * 90, "lang": name}) for i in range(size)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = ta.load_texts(str(tmp_path), language_field="lang", budget_bytes=4_000)
+    sizes = {name: sum(map(len, group)) for name, group in texts.items()}
+    assert 3_800 < sum(sizes.values()) <= 4_000
+    assert 2 < sizes["large"] / sizes["small"] < 4
+    everything = ta.load_texts(str(tmp_path), language_field="lang")
+    assert {name: len(group) for name, group in everything.items()} == {"small": 40, "large": 120}
+
+
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     """With a quarter of the text to start from."""

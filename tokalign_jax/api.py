@@ -118,7 +118,7 @@ def load_texts(
       name: files, a folder, a glob, a hub dataset, or `embedded` for the demo's.
       language_field: field of a record with its language; "": all documents are in one group,
         `all`.
-      budget_bytes: maximum UTF-8 bytes to read.
+      budget_bytes: maximum UTF-8 bytes to read, shared among files by their size.
 
     Raises:
       UserError: the text is missing or cannot be read.
@@ -129,7 +129,7 @@ def load_texts(
     config = Config(corpus=name, text=text)
     corpus.check(config)
     texts: dict[str, list[str]] = {}
-    for document in corpus.read(config):
+    for document in corpus.read_within_budget(config):
         texts.setdefault(document.language, []).append(document.text)
     return texts
 

@@ -242,6 +242,22 @@ def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
     ledger.report()
 
 
+def read_within_budget(config: Config, log: Log = lambda line: None) -> Iterator[Document]:
+    """Yield documents of `config.corpus` up to `text.budget_bytes`, duplicates included.
+
+    As in `run`, the budget is shared among the parts of the corpus and their files.
+    """
+    ledger = _Ledger(_settings(config), log)
+    remaining = config.text.budget_bytes
+    parts = _parts(config, ledger)
+    for document, _ in _mixed(parts, remaining, lambda document, digest: True):
+        remaining -= document.bytes
+        if remaining < 0:
+            break
+        yield document
+    ledger.report()
+
+
 def in_groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Group documents to about `GROUP_BYTES` of text."""
     group, size = [], 0
