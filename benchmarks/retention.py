@@ -1,0 +1,388 @@
+"""What a model retains after several starts and trainings, measured in one process.
+
+    python benchmarks/retention.py --source /models/smollm2 --target /tokenizers/qwen3 \\
+        --corpus mix-train.jsonl.xz --text mix-valid.jsonl.xz --language_field lang \\
+        --other_text other.jsonl --abilities abilities/ --chat_questions chat.jsonl \\
+        --start 'pieces:alignment.method=pieces' \\
+        --start 'distilled' --start 'distilled-1:seed=1' \\
+        --start 'states-alone:Weights.emphasis=1' \\
+        --train 'mixture-12M:steps=183,objective=mixture,learning_rate=3e-4' --out runs/retention
+
+A start is a name and config fields in which it differs from the defaults; a field
+`self_distillation.BODY_RATE` or `Weights.emphasis` is a constant of the initial distillation. Each
+training begins with the start of its field `start` (the last one by default) and is a stage with
+these fields, on the corpus and, at `--self_share` of its tokens, on text of the source model. The
+source model is loaded once, writes its text once a seed, and programs are compiled once, so that a
+start of a 135M model takes about a minute on one GPU where a run of its own takes three.
+
+Reported are abilities by how the tokenizers split a question (shares of the questions that the
+source answers right, and the margin of the right choice over the best wrong one in nats), bits per
+byte and the distance to the source's likelihoods (`evaluation/fidelity.py`) on held-out text and on
+text of another kind. Writes `retention.jsonl`, one line per model as soon as it is measured.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from tokalign_jax import api
+from tokalign_jax.config import ComputeConfig, Config, config_from_dict, config_to_dict
+from tokalign_jax.evaluation import abilities, chat_questions, measures
+from tokalign_jax.initialization import self_corpus, self_distillation, self_text
+from tokalign_jax.initialization.initialization import Side
+from tokalign_jax.initialization.start import make_start
+from tokalign_jax.parallel import sharding
+from tokalign_jax.planning import resolve
+from tokalign_jax.planning.machine import Machine
+from tokalign_jax.text import canonical, chats, shared_boundaries, tokenizing
+from tokalign_jax.text.corpus import Document
+from tokalign_jax.training import cross_tokenizer, loop, source_teacher
+from tokalign_jax.training.batches import SourceText
+from tokalign_jax.training.step import NEXT_TOKEN
+from tokalign_jax.utils import compiling
+
+STAGE = {"batch_size": 64, "sequence_length": 1024, "method": "full", "start_offset": 0}
+"""Fields of a training stage unless given."""
+COLUMNS = ("mean", "alike", "question", "composed", "recut", "text", "other", "gap")
+
+
+class Item(NamedTuple):
+    """A start or a training: its name and its fields."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+def main() -> None:
+    arguments = parsed()
+    began = time.perf_counter()
+
+    def log(line: str) -> None:
+        print(f"{time.perf_counter() - began:7.1f} {line}", flush=True)
+
+    compiling.prepare()
+    bench = Bench(arguments, log)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "retention.jsonl").open("a", encoding="utf-8") as file:
+
+        def report(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            log(line_of(row))
+
+        log(" | ".join(("model", *COLUMNS)))
+        report(bench.measured("source", bench.source.config, bench.params, bench.source.tokenizer))
+        for start in arguments.start:
+            report(bench.start(start))
+            for training in arguments.train:
+                if training.fields.get("start", arguments.start[-1].name) == start.name:
+                    report(bench.train(training))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("source", "target", "corpus", "text", "abilities"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("other_text", "chat_questions", "language_field"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--start", type=item, action="append", required=True)
+    parser.add_argument("--train", type=item, action="append", default=[])
+    parser.add_argument("--self_share", type=float, default=0.25, help="of a training's tokens")
+    parser.add_argument("--corpus_bytes", type=int, default=24_000_000)
+    parser.add_argument("--text_bytes", type=int, default=600_000)
+    parser.add_argument("--questions", type=int, default=0, help="per suite; 0: all")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def item(text: str) -> Item:
+    """Parse NAME or NAME:field=value,field=value."""
+    name, _, rest = text.partition(":")
+    fields = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            fields[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[key] = value
+    return Item(name, fields)
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    """Format the columns of a result."""
+    values = [row.get(column) for column in COLUMNS]
+    return " | ".join([row["name"], *("" if v is None else f"{v:.3f}" for v in values)])
+
+
+class Bench:
+    """The source model, texts and questions, and the last start."""
+
+    def __init__(self, arguments: argparse.Namespace, log: Any):
+        self.arguments, self.log, self.mesh = arguments, log, sharding.make_mesh()
+        self.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self.source = api.load_model(arguments.source)
+        self.params = sharding.place(self.source.params, self.mesh)
+        self.target = api.load_tokenizer(arguments.target)
+        self.documents = self._documents(arguments.corpus, arguments.corpus_bytes)
+        self.alignment = api.align(self.source.tokenizer, self.target)
+        self.material = self._material()
+        self.reference: measures.Measured | None = None
+        self.right: np.ndarray | None = None
+        self.last: Any = None
+        # Starts with the same seed and budget are distilled on the same text.
+        self_text.Writer.write = _write_once(self_text.Writer.write)  # type: ignore[method-assign]
+
+    def _documents(self, name: str, size: int) -> list[Document]:
+        texts = self._texts(name, size)
+        documents = [
+            Document(text, language, len(text.encode()))
+            for language, group in texts.items()
+            for text in group
+        ]
+        return [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+
+    def _texts(self, name: str, size: int) -> dict[str, list[str]]:
+        field = self.arguments.language_field
+        return api.load_texts(name, language_field=field, budget_bytes=size) if name else {}
+
+    def _material(self) -> measures.Material:
+        arguments = self.arguments
+        return measures.Material(
+            texts=self._texts(arguments.text, arguments.text_bytes),
+            other_texts=self._texts(arguments.other_text, arguments.text_bytes),
+            questions=abilities.read(arguments.abilities, arguments.questions),
+            sequence_length=min(1024, self.source.config.max_positions),
+            batch=16,
+            compute=ComputeConfig(dtype=self.dtype),  # type: ignore[arg-type]
+            seed=0,
+            chat_questions=chat_questions.read(arguments.chat_questions)
+            if arguments.chat_questions
+            else (),
+        )
+
+    # --- Measuring ------------------------------------------------------------------------------
+
+    def measured(self, name: str, model: Any, params: Any, tokenizer: Any, **facts: Any) -> dict:
+        """Measure a model; the first one is the reference of all others."""
+        material, log = self.material, self.log
+        params = sharding.place(params, self.mesh)
+        scores = abilities.score(
+            model,
+            params,
+            tokenizer,
+            material.questions,
+            abilities.beginning_id(tokenizer),
+            "float32",
+            self.mesh,
+        )
+        result = measures.measure(
+            name, model, params, tokenizer, material, self.mesh, log, with_questions=False
+        )
+        if material.chat_questions and not chats.template_problem(tokenizer):
+            how = material.reply_tokens, self.dtype, self.mesh, log
+            replies = chat_questions.ask(model, params, tokenizer, material.chat_questions, *how)
+            chat = chat_questions.summary(material.chat_questions, replies, None, 0)
+            result = dataclasses.replace(result, replies=replies, chat=chat)
+        result = dataclasses.replace(result, right=abilities.is_right(scores))
+        reference = self.reference.reference if self.reference else None
+        content = measures.summary(result, reference, material)
+        row = {"name": name, **facts, **self._columns(content, scores), "scores": content}
+        if self.reference is None:
+            self.reference = result
+        return row
+
+    def _columns(self, content: Mapping[str, Any], scores: np.ndarray) -> dict[str, Any]:
+        right, names = abilities.is_right(scores), [q.suite for q in self.material.questions]
+        suites = {s: right[[n == s for n in names]].mean() for s in names if s != abilities.SUMS}
+        row: dict[str, Any] = {"mean": float(np.mean([*suites.values()]))}
+        row["text"] = content["pooled"]["bits_per_byte"]
+        if "other_text" in content:
+            row["other"] = content["other_text"]["pooled"]["bits_per_byte"]
+        if self.reference is not None:
+            row["gap"] = content["fidelity"]["pooled"]["gap"]["value"]
+            kinds = np.array(
+                abilities.segmentation_kinds(
+                    self.reference.tokenizer, self.target, self.material.questions
+                )
+            )
+            margins = scores[:, 0] - scores[:, 1:].max(axis=1)
+            for kind in abilities.SEGMENTATION_KINDS:
+                known = (kinds == kind) & self.reference.right
+                if known.any():
+                    row[kind] = float(right[known].mean())
+                    row[f"{kind}_margin"] = float(margins[known].mean())
+                    row[f"{kind}_questions"] = int(known.sum())
+        return row
+
+    # --- Starts ---------------------------------------------------------------------------------
+
+    def start(self, start: Item) -> dict[str, Any]:
+        """Make a start and measure it."""
+        began = time.perf_counter()
+        constants = {k: v for k, v in start.fields.items() if k.split(".")[0] in _MODULES}
+        config = self._config({k: v for k, v in start.fields.items() if k not in constants})
+        shards = [
+            tokenizing.tokenize(side, self.documents[:500])
+            for side in (self.source.tokenizer, self.target)
+        ]
+
+        def draw(tokens: int) -> Iterator[Document]:
+            for i in np.random.default_rng([config.seed, 1]).permutation(len(self.documents)):
+                if tokens <= 0:
+                    return
+                yield self.documents[i]
+                text = self.documents[i].text
+                tokens -= len(self.source.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        side = Side(self.source.config, self.params, self.source.tokenizer, shards[0])
+        with replaced(constants):
+            made = make_start(
+                config, side, self.target, shards[1], self.alignment, draw, self.mesh, self.log
+            )
+        params = jax.tree.map(np.asarray, api._without_padding(made.config, made.params))
+        self.last = made.config, params
+        facts = {"seconds": time.perf_counter() - began, **made.facts}
+        return self.measured(start.name, made.config, params, self.target, **facts)
+
+    def _config(self, fields: Mapping[str, Any]) -> Config:
+        values = config_to_dict(Config())
+        for key, value in {"compute.dtype": self.dtype, **fields}.items():
+            *groups, name = key.split(".")
+            functools.reduce(lambda part, group: part[group], groups, values)[name] = value
+        return config_from_dict(values)
+
+    # --- Training -------------------------------------------------------------------------------
+
+    def train(self, training: Item) -> dict[str, Any]:
+        """Train the last start and measure the result."""
+        model, params = self.last
+        fields = {k: v for k, v in training.fields.items() if k not in ("start", "seed")}
+        values = STAGE | {f"{key}": value for key, value in fields.items()}
+        config = self._config(
+            {"seed": training.fields.get("seed", 0), "stage2.steps": 0}
+            | {f"stage1.{key}": value for key, value in values.items()}
+        )
+        setup = resolve.resolved_stages(config, model, self.mesh.devices.shape, Machine.of(), {})[
+            "stage1"
+        ]
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+        objective = NEXT_TOKEN
+        if config.stage1.objective != "next_token":
+            objective = source_teacher.objective(setup.stage, self.teacher, self.shards[2])
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result = loop.run_stage(
+                "stage1",
+                setup.stage,
+                dataclasses.replace(config, compute=setup.compute),
+                model,
+                params,
+                self.shards[1],
+                Path(folder),
+                0,
+                self.log,
+                self.mesh,
+                objective,
+            )
+        trained = api._without_padding(model, api._merged(result.params, setup.stage))
+        facts = {"seconds": time.perf_counter() - began, "tokens": result.tokens}
+        return self.measured(training.name, model, trained, self.target, **facts)
+
+    @functools.cached_property
+    def teacher(self) -> source_teacher.Teacher:
+        params = jax.tree.map(lambda x: x.astype(self.dtype), self.params)
+        return source_teacher.Teacher(self.source.config, params, "source")
+
+    @functools.cached_property
+    def shards(self) -> tuple[Any, Any, SourceText]:
+        """The training text for both tokenizers, and their shared boundaries."""
+        documents = [*self.documents, *self._self_documents()]
+        documents = [documents[i] for i in np.random.default_rng(1).permutation(len(documents))]
+        folder = Path(tempfile.mkdtemp())
+        sides = []
+        for name, tokenizer in (("source", self.source.tokenizer), ("target", self.target)):
+            writer = tokenizing.ShardWriter(folder / name, tokenizer, self.target)
+            writer.add(documents)
+            writer.close()
+            sides.append(tokenizing.TokenShards.open(folder / name))
+        groups = [documents[i : i + 256] for i in range(0, len(documents), 256)]
+        tokenizers = self.source.tokenizer, self.target
+        pairs = zip(tokenizers, sides)
+        shared_boundaries.run(groups, *pairs, folder / "shared", self.log)
+        positions = shared_boundaries.open_positions(folder / "shared")
+        return *sides, SourceText(sides[0], positions)
+
+    def _self_documents(self) -> Iterator[Document]:
+        size = sum(document.bytes for document in self.documents)
+        share = self.arguments.self_share
+        tokens = int(share / (1 - share) * size / 4)
+        tokenizer, with_chats = self.source.tokenizer, not chats.template_problem(self.target)
+        writer = self_text.Writer(
+            self.source.config, self.params, tokenizer, self.dtype, self.mesh, seed=100
+        )
+        special = canonical.special_ids(tokenizer) if with_chats else set()
+        passages = writer.write(tokens, self.log, frozenset(special))
+        for record in self_corpus.records(passages, tokenizer):
+            if "messages" in record:
+                messages = chats.messages_of(record["messages"])
+                text, chat = chats.plain_text(messages), json.dumps(messages, ensure_ascii=False)
+                yield Document(text, "self", len(text.encode()), "self", chat)
+            else:
+                yield Document(record["text"], "self", len(record["text"].encode()), "self")
+
+
+_MODULES = {"self_distillation": self_distillation, "Weights": cross_tokenizer.Weights}
+
+
+@contextlib.contextmanager
+def replaced(constants: Mapping[str, Any]) -> Iterator[None]:
+    """Replace constants of the initial distillation for a while."""
+    if not constants:
+        yield
+        return
+    defaults = cross_tokenizer.Weights()
+    weights = {k.split(".")[1]: v for k, v in constants.items() if k.startswith("Weights.")}
+    modules = {k.split(".")[1]: v for k, v in constants.items() if not k.startswith("Weights.")}
+    before = {name: getattr(self_distillation, name) for name in modules}
+    jax.clear_caches()  # Constants are part of compiled programs.
+    try:
+        cross_tokenizer.Weights.__new__.__defaults__ = tuple(defaults._replace(**weights))
+        for name, value in modules.items():
+            setattr(self_distillation, name, value)
+        yield
+    finally:
+        cross_tokenizer.Weights.__new__.__defaults__ = tuple(defaults)
+        for name, value in before.items():
+            setattr(self_distillation, name, value)
+        jax.clear_caches()
+
+
+def _write_once(write: Any) -> Any:
+    written: dict[Any, Any] = {}
+
+    def cached(writer: Any, budget: int, log: Any, special: Any = ()) -> Any:
+        key = writer.seed, budget, frozenset(special)
+        if key not in written:
+            written[key] = write(writer, budget, log, special)
+        return written[key]
+
+    return cached
+
+
+if __name__ == "__main__":
+    main()
