@@ -53,6 +53,14 @@ def within(low: float, high: float, default: Any, effect: bool = True) -> Any:
     return field(default=default, metadata={"within": (low, high), "effect": effect})
 
 
+def added(default: Any) -> Any:
+    """Declare a field that no fingerprint includes at its default.
+
+    Results of versions without the field remain valid.
+    """
+    return field(default=default, metadata={"added": True})
+
+
 class Bookkeeping:
     """Base class of groups of settings that no result depends on."""
 
@@ -298,6 +306,17 @@ class OptimizerConfig:
     rows of rare tokens, which have few gradients, move less (docs/results/recipe.md); 0: AdamW."""
     clip_norm: float = within(1e-12, 1e12, 1.0)
     """Global norm to which gradients are clipped."""
+    moment_dtype: Literal["float32", "bfloat16"] = added("float32")
+    """Type of the first moments of embedding and head. `bfloat16` takes 2 bytes per parameter
+    instead of 4 and is rounded stochastically, so that the moments are right in expectation."""
+    row_second_moment: bool = added(False)
+    """One second moment for each row of embedding and head, the running mean of its squared
+    gradients, instead of one for each parameter."""
+    body_moment_dtype: Literal["float32", "bfloat16"] = added("float32")
+    """Type of the first moments of all other trainable parameters, as `moment_dtype`."""
+    body_row_second_moment: bool = added(False)
+    """One second moment for each output of a projection (or of its adapters' factors), instead of
+    one for each weight; norms and biases keep one for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -612,9 +631,13 @@ def _with_effect(group: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             if not isinstance(value, Bookkeeping):
                 settings[declared.name] = _with_effect(value)
-        elif declared.metadata.get("effect", True):
+        elif declared.metadata.get("effect", True) and not _is_added_default(declared, value):
             settings[declared.name] = value
     return settings
+
+
+def _is_added_default(declared: dataclasses.Field, value: Any) -> bool:
+    return declared.metadata.get("added", False) and value == declared.default
 
 
 def _check_objective(stage: StageConfig, prefix: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from tokalign_jax.config import SELF, Config, learns_from_source, training_stages
@@ -12,6 +13,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.planning.memory import FLOAT, parameters, shapes
 from tokalign_jax.text import corpus
+from tokalign_jax.training.optimizer import moment_shapes
 
 BYTES_PER_TOKEN = 4
 """UTF-8 bytes of a token of ordinary text, to estimate how many tokens there will be."""
@@ -76,5 +78,8 @@ def disk_bytes(config: Config, model: ModelConfig, text: int, exported: int) -> 
         # What trains and Adam's two moments. A checkpoint is written before the oldest is deleted;
         # the one with the lowest validation loss stays besides the newest.
         count = stage.checkpoints.keep + 1 + bool(stage.validation_every)
-        disk[name] = 3 * FLOAT * parameters(shapes(model, stage)[0]) * count
+        trained, _ = shapes(model, stage)
+        moments = jax.tree.leaves(moment_shapes(stage, trained))
+        each = FLOAT * parameters(trained) + sum(x.size * x.dtype.itemsize for x in moments)
+        disk[name] = each * count
     return {**disk, "export": exported * everything}

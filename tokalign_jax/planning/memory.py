@@ -30,6 +30,7 @@ from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning.machine import Machine, MeshSizes
 from tokalign_jax.training import loop, source_teacher
+from tokalign_jax.training.optimizer import moment_shapes, state_format
 from tokalign_jax.utils import paths
 
 FLOAT = 4
@@ -118,6 +119,15 @@ def elements(tree: paths.Tree, mesh: MeshSizes) -> int:
     return total
 
 
+def held_bytes(tree: paths.Tree, mesh: MeshSizes) -> int:
+    """Bytes of these arrays on one device of the mesh, padding rows included."""
+    leaves = paths.flatten(tree)
+    return sum(
+        jnp.dtype(leaf.dtype).itemsize * elements({path: leaf}, mesh)
+        for path, leaf in leaves.items()
+    )
+
+
 def share(model: ModelConfig, mesh: MeshSizes) -> float:
     """The share of a model's parameters that one device of the mesh holds."""
     tree = abstract_params(model)
@@ -181,13 +191,40 @@ def stage_memory(setup: Setup) -> dict[str, int]:
         "parameters that train (float32)": train,
         f"frozen parameters ({compute.dtype})": size * elements(frozen, mesh),
         **teaching,
-        "Adam's two moments (float32)": 2 * train,
+        f"Adam's two moments ({_moments_format(stage)})": sum(
+            held_bytes(moments, mesh) for moments in moment_shapes(stage, trained)
+        ),
         f"projections that train, in {compute.dtype}": cast_projections,
         "gradients (float32)": train,
         "gradients summed over micro-batches (float32)": train if accumulation > 1 else 0,
         "held-out sequences (int32)": FLOAT * validated if stage.validation_every else 0,
         f"activations kept (remat={compute.remat})": kept_bytes(model, compute, tokens, mesh),
         f"largest work at once ({most})": work[most],
+    }
+
+
+def _moments_format(stage: StageConfig) -> str:
+    """How a stage's moments differ from float32 ones, by the fields of its optimizer."""
+    differs = state_format(stage.optimizer)
+    return ", ".join(f"{name}={value}" for name, value in differs.items()) or "float32"
+
+
+def vocabulary_state(stage: StageConfig, model: ModelConfig, accumulation: int) -> dict[str, float]:
+    """Bytes per parameter of embedding and head by kind, in a stage that trains them.
+
+    Args:
+      accumulation: micro-batches of a step.
+    """
+    trained, _ = shapes(model, stage)
+    trained = _only(sharding.VOCABULARY_LEAVES, trained)
+    first, second = (held_bytes(tree, (1, 1, 1)) for tree in moment_shapes(stage, trained))
+    held = elements(trained, (1, 1, 1))
+    return {
+        "parameters": FLOAT,
+        "first moments": first / held,
+        "second moments": second / held,
+        "gradients": FLOAT,
+        "sums of gradients": FLOAT if accumulation > 1 else 0,
     }
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,8 @@ class StagePlan:
     """Validations on held-out text; `seconds` includes them."""
     validation_sequences: int = 0
     """Sequences of each, at most."""
+    vocabulary_state: Mapping[str, float] = field(default_factory=dict)
+    """Bytes per parameter of embedding and head, by kind (`memory.vocabulary_state`)."""
 
     @property
     def tokens(self) -> int:
@@ -150,6 +152,7 @@ class Plan:
                     f" {quantity(stage.tokens)} tokens"
                 ),
                 *_validations(stage),
+                *_vocabulary_state(stage),
                 *_time(stage.seconds, stage.speed),
                 *_listed("memory of a device", stage.memory),
             ]
@@ -192,6 +195,12 @@ def _validations(stage: StagePlan) -> list[str]:
         return []
     count, most = stage.validations, stage.validation_sequences
     return [f"  {count:,} validation{'s' * (count > 1)} on at most {most:,} held-out sequences"]
+
+
+def _vocabulary_state(stage: StagePlan) -> list[str]:
+    kinds = {kind: size for kind, size in stage.vocabulary_state.items() if size}
+    terms = ", ".join(f"{kind} {size:.3g}" for kind, size in kinds.items())
+    return [f"  {sum(kinds.values()):.3g} bytes per parameter of embedding and head ({terms})"]
 
 
 def _time(seconds: float | None, speed: str) -> list[str]:
@@ -385,4 +394,5 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
         f", {stage.objective} with the source model" if learns_from_source(stage) else "",
         validations,
         stage.validation_sequences,
+        memory.vocabulary_state(stage, model, memory.micro_batches(setup)[0]),
     )

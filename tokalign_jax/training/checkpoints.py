@@ -3,9 +3,9 @@ killed run leaves none in parts.
 
 A checkpoint `STEP/` has three items: `params` (what trains, float32), `optimizer` (all other arrays
 of the train state) and `position` (JSON: state of the data stream, next sequence, global batch,
-fingerprint of what shaped the run, validation losses so far; a checksum of each array, and a digest
-of all this). Orbax detects missing and truncated files when it reads them; the checksums detect
-other damage.
+fingerprint of what shaped the run, validation losses so far, format of the optimizer's state; a
+checksum of each array, and a digest of all this). Orbax detects missing and truncated files when it
+reads them; the checksums detect other damage.
 """
 
 import errno
@@ -14,9 +14,9 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from tokalign_jax.config import OptimizerConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.parallel import distributed
 from tokalign_jax.training.step import TrainState
@@ -54,6 +55,8 @@ class Position:
     """Of everything that changes what a step computes."""
     validations: Validations | None = None
     """The validations up to this step; None where there are none."""
+    state_format: dict[str, Any] = field(default_factory=dict)
+    """Format of the optimizer's state (`optimizer.state_format`)."""
 
 
 class _NewestAndBest:
@@ -353,6 +356,32 @@ def check_resumable(position: Position, global_batch: int, fingerprint: str, fol
             f" corpus): continue with the settings that it began with, or remove '{folder.parent}'"
             " to train the stage anew"
         )
+
+
+def check_state_format(
+    position: Position, name: str, state_format: Mapping[str, Any], folder: Path
+) -> None:
+    """Check that a checkpoint has the optimizer's state in a stage's format.
+
+    Args:
+      name: of the stage.
+      state_format: of the stage's optimizer.
+
+    Raises:
+      UserError: it has another one; the message names the first field that differs.
+    """
+    for key in sorted({*position.state_format, *state_format}):
+        written, wanted = (
+            found.get(key, getattr(OptimizerConfig, key, None))
+            for found in (position.state_format, state_format)
+        )
+        if written != wanted:
+            raise UserError(
+                f"the checkpoint '{folder}' has the optimizer's state in another format: it was"
+                f" written with {name}.optimizer.{key}={written}, this run has {wanted}; set"
+                f" --config.{name}.optimizer.{key}={written} to go on, or remove '{folder.parent}'"
+                " to train the stage anew"
+            )
 
 
 def _items(state: TrainState) -> tuple[Any, paths.Tree]:

@@ -40,10 +40,18 @@ from tokalign_jax.training.checkpoints import (
     Damaged,
     Position,
     check_resumable,
+    check_state_format,
     naming_a_full_disk,
     position_of,
 )
-from tokalign_jax.training.optimizer import FROZEN, make_optimizer, rules_for, schedule_of
+from tokalign_jax.training.optimizer import (
+    FROZEN,
+    make_optimizer,
+    moment_shapes,
+    rules_for,
+    schedule_of,
+    state_format,
+)
 from tokalign_jax.training.profiling import Profiler
 from tokalign_jax.training.step import (
     NEXT_TOKEN,
@@ -131,11 +139,16 @@ def trains(stage: StageConfig, path: str) -> bool:
 
 
 def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
-    """Bytes of parameters, gradients and optimizer state: 16 for each trained parameter (float32:
-    itself, its gradient, Adam's two moments), 2 for each frozen one.
+    """Bytes of parameters, gradients and optimizer state: 8 for each trained parameter (float32:
+    itself and its gradient) and Adam's two moments, 2 for each frozen one.
     """
-    leaves = paths.flatten(abstract_params(config, lora_spec(stage)))
-    return sum(leaf.size * (16 if trains(stage, path) else 2) for path, leaf in leaves.items())
+    trained, frozen = split(stage, abstract_params(config, lora_spec(stage)))
+    moments = jax.tree.leaves(moment_shapes(stage, trained))
+    return (
+        8 * sum(leaf.size for leaf in jax.tree.leaves(trained))
+        + sum(leaf.size * leaf.dtype.itemsize for leaf in moments)
+        + 2 * sum(leaf.size for leaf in jax.tree.leaves(frozen))
+    )
 
 
 def plan_stage(
@@ -449,6 +462,9 @@ def _restore(
     while done := checkpoints.newest():
         try:
             position = checkpoints.position(done)
+            check_state_format(
+                position, name, state_format(stage.optimizer), checkpoints.path(done)
+            )
             check_resumable(position, stage.batch_size, fingerprint, checkpoints.path(done))
             state = checkpoints.restore(done, like)
         except Damaged as damage:
@@ -591,7 +607,14 @@ class _Run:
         batch = self.stage.batch_size
         read = self.start + step * batch
         validations = self.validator.record if self.validator else None
-        position = Position(feed.position, read, batch, self.fingerprint, validations)
+        position = Position(
+            feed.position,
+            read,
+            batch,
+            self.fingerprint,
+            validations,
+            state_format(self.stage.optimizer),
+        )
         self.checkpoints.save(step, state, position)
 
     def _stop(self, step: int) -> NoReturn:
