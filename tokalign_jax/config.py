@@ -429,8 +429,9 @@ class ComputeConfig:
     """Tokens whose logits exist at once in the cross-entropy."""
     unroll: int = within(0, 10**4, 0)
     """Layers per iteration of the compiled loop over layers: more are faster on GPUs, but take
-    longer to compile. 0: all of up to 32 on GPUs, unless `remat` is `layer`, where that gains
-    nothing; else 1."""
+    longer to compile. 0: on GPUs all of them up to 48, and of deeper models groups of equal size
+    with at most 48, which the log says; 1 elsewhere and if `remat` is `layer`, where more gain
+    nothing."""
 
 
 @dataclass(frozen=True)

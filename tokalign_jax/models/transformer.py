@@ -719,6 +719,17 @@ def _layers_per_iteration(unroll: int, layers: int, remat: rematerialization.Pol
     return -(-layers // iterations)
 
 
+def num_iterations(unroll: int, layers: int, remat: rematerialization.Policy) -> int:
+    """Returns the number of iterations of the loop over layers; 1: all are unrolled.
+
+    Args:
+      unroll: as for `forward`.
+      layers: the number of layers.
+      remat: the rematerialization policy.
+    """
+    return -(-layers // _layers_per_iteration(unroll, layers, remat))
+
+
 def _select(items: Sequence[Any], number: Int[Array, ""]) -> Any:
     """Selects an item by a traced index, from trees of arrays of equal shapes."""
     if len(items) == 1:

@@ -25,7 +25,7 @@ from tokalign_jax.config import ComputeConfig, Config, StageConfig, settings_of
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
-from tokalign_jax.models.transformer import abstract_params
+from tokalign_jax.models.transformer import MAX_UNROLLED, abstract_params, num_iterations
 from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.training import metrics, validation
 from tokalign_jax.training.batches import (
@@ -293,6 +293,8 @@ def run_stage(
                     name, stage, start, fingerprint, checkpoints, recorder, log, validator, profiler
                 )
                 run.announce(state, frozen)
+                if looped := _looped_layers(config.compute, model_config.num_layers):
+                    log(f"{name}: {looped}")
                 inputs = cast if objective.beside is None else (cast, objective.beside)
                 with _naming_a_lost_process(name):
                     state = run(program.step, state, inputs, feed, dropout_key)
@@ -495,6 +497,19 @@ def _naming_a_lost_process(name: str) -> Iterator[None]:
             f" ({str(error).splitlines()[0][:200]}). If another process or its machine was lost:"
             " run the same command again to resume from the newest checkpoint"
         ) from error
+
+
+def _looped_layers(compute: ComputeConfig, layers: int) -> str:
+    """A message where a model is too deep to be unrolled by default; empty where it is not."""
+    remat = "dots" if compute.remat == "auto" else compute.remat
+    iterations = num_iterations(compute.unroll, layers, remat)
+    if compute.unroll or not 1 < iterations < layers:
+        return ""
+    return (
+        f"{layers} layers are a loop of {iterations} iterations, since up to {MAX_UNROLLED} are"
+        f" unrolled by default; --config.compute.unroll={layers} takes longer to compile and may be"
+        " faster"
+    )
 
 
 class _Run:
