@@ -40,7 +40,7 @@ AFTER_PREVIOUS = "after_previous"
 """A start offset: the sequence after the last one of the previous training stage."""
 
 AUTO = "auto"
-"""A per-device batch or remat policy that is chosen by the available memory
+"""A per-device batch, remat policy or loss chunk that is chosen by the available memory
 (`planning.resolve`)."""
 
 
@@ -425,13 +425,24 @@ class ComputeConfig:
     """Rematerialisation: what a layer saves for its backward pass. `dots`: results of all matrix
     products; `attention`: those around attention; `layer`: its input alone; `auto`: the most that
     fits in memory."""
-    loss_chunk: int = within(1, 2**24, 4096)
-    """Tokens whose logits exist at once in the cross-entropy."""
+    loss_chunk: int | str = within(1, 2**24, AUTO)
+    """Tokens whose logits exist at once in the cross-entropy. `auto`: 4,096 where that fits in
+    memory, fewer in training stages where that allows more sequences at once or less
+    recomputation (`planning.resolve`)."""
     unroll: int = within(0, 10**4, 0)
     """Layers per iteration of the compiled loop over layers: more are faster on GPUs, but take
     longer to compile. 0: on GPUs all of them up to 48, and of deeper models groups of equal size
     with at most 48, which the log says; 1 elsewhere and if `remat` is `layer`, where more gain
     nothing."""
+
+
+LOSS_CHUNK = 4096
+"""`ComputeConfig.loss_chunk` where `auto` is not resolved by memory."""
+
+
+def loss_chunk_of(compute: ComputeConfig) -> int:
+    """Return the tokens whose logits exist at once."""
+    return LOSS_CHUNK if isinstance(compute.loss_chunk, str) else compute.loss_chunk
 
 
 @dataclass(frozen=True)
@@ -832,6 +843,7 @@ def default_config() -> Any:
 _SEVERAL_TYPES = (
     ("", "corpus"),
     ("evaluation", "other_text"),
+    ("compute", "loss_chunk"),
     *(
         (stage, name)
         for stage in TRAINING
@@ -898,11 +910,12 @@ def _check_range(config: Any, prefix: str) -> None:
                 f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and "
                 f"at most {high}"
             )
-    if isinstance(batch := getattr(config, "per_device_batch", 1), str) and batch != AUTO:
-        raise UserError(
-            f"config key '{prefix}per_device_batch' is {batch!r}; it must be a number of "
-            f"sequences or '{AUTO}'"
-        )
+    for name, what in (("per_device_batch", "sequences"), ("loss_chunk", "tokens")):
+        if isinstance(number := getattr(config, name, 1), str) and number != AUTO:
+            raise UserError(
+                f"config key '{prefix}{name}' is {number!r}; it must be a number of {what} or "
+                f"'{AUTO}'"
+            )
     steps = getattr(config, "profile_steps", ())
     if steps and not (len(steps) == 2 and steps[0] <= steps[1]):
         raise UserError(

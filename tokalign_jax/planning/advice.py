@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tokalign_jax.config import distills, reads_source
+from tokalign_jax.config import distills, loss_chunk_of, reads_source
 from tokalign_jax.models import remat
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import memory
@@ -85,7 +85,7 @@ def _less_kept(setup: Setup) -> _Changes:
 
 
 def _smaller_chunks(setup: Setup) -> _Changes:
-    for chunk in _powers_of_two(setup.compute.loss_chunk, 128):
+    for chunk in _powers_of_two(loss_chunk_of(setup.compute), 128):
         yield chunk, setup.with_compute(loss_chunk=chunk)
 
 
@@ -161,7 +161,7 @@ def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
     if name == "evaluate":
         for batch in _powers_of_two(run.config.evaluation.batch, 1):
             yield "evaluation.batch", batch, _with(run, "evaluation", batch=batch)
-        for chunk in _powers_of_two(run.config.compute.loss_chunk, 128):
+        for chunk in _powers_of_two(loss_chunk_of(run.config.compute), 128):
             yield "compute.loss_chunk", chunk, _with(run, "compute", loss_chunk=chunk)
         yield "evaluation.random_baseline", False, _with(run, "evaluation", random_baseline=False)
     if name == "init":

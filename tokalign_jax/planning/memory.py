@@ -19,6 +19,7 @@ from tokalign_jax.config import (
     Config,
     StageConfig,
     learns_from_source,
+    loss_chunk_of,
     teacher_of,
     training_stages,
 )
@@ -182,7 +183,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     teaching, teacher_work, teacher_logits = _teacher_memory(setup, held)
     work |= teacher_work
     logits += teacher_logits
-    work[f"logits of {min(compute.loss_chunk, tokens):,} tokens"] = logits
+    work[f"logits of {min(loss_chunk_of(compute), tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
     readers = mesh[0] * mesh[1]
     validated = stage.validation_sequences * (stage.sequence_length + 1) // readers
@@ -341,7 +342,7 @@ def logits_bytes(model: ModelConfig, compute: ComputeConfig, tokens: int, mesh: 
     )
     head = rows * model.hidden_size * size if size != FLOAT else 0
     chunk = (
-        min(compute.loss_chunk, tokens) * mesh[1]
+        min(loss_chunk_of(compute), tokens) * mesh[1]
     )  # gathered from the devices that hold other rows
     beside = chunk * model.hidden_size * (4 * FLOAT + 2 * size)
     return head + chunk * rows * (2 * FLOAT + size) + 2 * tokens * model.hidden_size * size + beside

@@ -1,8 +1,10 @@
 """Replaces `auto` in the settings of training stages by what fits the devices and is fastest."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tokalign_jax.config import AUTO, Config, training_stages
+from tokalign_jax.config import AUTO, LOSS_CHUNK, Config, training_stages
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat
 from tokalign_jax.models.config import ModelConfig
@@ -20,6 +22,13 @@ MAX_TOKENS = 65_536
 """Tokens held at once beyond which more are not faster (docs/results/throughput.md)."""
 MAX_TOKENS_ON_CPU = 4_096
 """The same on a CPU, which is always saturated."""
+LOSS_CHUNKS = ((LOSS_CHUNK, LOSS_CHUNK // 2), (LOSS_CHUNK // 4,), (LOSS_CHUNK // 8,))
+"""Choices of tokens whose logits exist at once, by what they are expected to cost, since every
+chunk takes a pass over the head's gradient: less than holding half as many sequences (first group),
+less than recomputation (second); those of the third are taken if nothing else fits."""
+
+_Choice = tuple[int | str, remat.Policy, int | str]
+"""Sequences at once, rematerialisation policy, tokens whose logits exist at once."""
 
 
 def resolve(setup: Setup) -> Setup:
@@ -27,29 +36,55 @@ def resolve(setup: Setup) -> Setup:
 
     While the sequences held at once saturate the device, as much as possible is kept for the
     backward pass, since fewer sequences cost less than recomputation; then as many sequences as fit
-    are held, up to where more are not faster. If nothing fits: the choice that needs the least.
+    are held, up to where more are not faster. Logits exist for fewer tokens at once where that lets
+    these choices fit. If nothing fits: the choice that needs the least.
 
     Raises:
       UserError: the step's sequences cannot be divided among the devices.
     """
     stage, machine = setup.stage, setup.machine
-    policies = remat.POLICIES if setup.compute.remat == "auto" else (setup.compute.remat,)
     batches, room = [stage.per_device_batch], machine.memory
     if stage.per_device_batch == AUTO:
         most = (
             MAX_TOKENS if machine.fused_attention else MAX_TOKENS_ON_CPU
         ) // stage.sequence_length
-        fitting = loop.held_at_once(setup.name, stage, abstract_mesh(setup.mesh))
-        batches = [n for n in fitting if n <= max(1, most)][::-1]
+        divisors = loop.held_at_once(setup.name, stage, abstract_mesh(setup.mesh))
+        batches = [n for n in divisors if n <= max(1, most)][::-1]
         room *= AUTO_MEMORY
-    saturating = [n for n in batches if int(n) * stage.sequence_length >= SATURATING_TOKENS]
-    order = [(n, policy) for policy in policies for n in saturating]
-    order += [(n, policy) for n in batches if n not in saturating for policy in policies]
-    choices = [
-        setup.with_stage(per_device_batch=n).with_compute(remat=policy) for n, policy in order
+    choices = _choices(batches, setup)
+
+    def chosen(batch: int | str, policy: remat.Policy, chunk: int | str) -> Setup:
+        return setup.with_stage(per_device_batch=batch).with_compute(remat=policy, loss_chunk=chunk)
+
+    fitting = (choice for choice in choices if needed(chosen(*choice)) <= room)
+    return chosen(*next(fitting, choices[-1]))
+
+
+def _choices(batches: Sequence[int | str], setup: Setup) -> list[_Choice]:
+    """Choices from the fastest to the one that needs the least memory.
+
+    Args:
+      batches: sequences at once, the most first.
+    """
+    policies: Sequence[Any] = [setup.compute.remat]
+    if setup.compute.remat == "auto":
+        policies = remat.POLICIES
+    given = setup.compute.loss_chunk
+    first, second, third = LOSS_CHUNKS if given == AUTO else ((given,), (), ())
+    length = setup.stage.sequence_length
+    many = [n for n in batches if int(n) * length >= SATURATING_TOKENS]
+    few = [n for n in batches if n not in many]
+    order: list[tuple[Any, ...]] = [
+        (n, policy, chunk)
+        for policy in policies
+        for group in (first, second)
+        for n in many
+        for chunk in group
     ]
-    least = setup.with_stage(per_device_batch=batches[-1]).with_compute(remat=policies[-1])
-    return next((choice for choice in choices if needed(choice) <= room), least)
+    order += itertools.product(few, policies, (*first, *second))
+    order += ((n, policy, chunk) for chunk in third for n in batches for policy in policies)
+    least = batches[-1], policies[-1], (*first, *second, *third)[-1]
+    return [*order, least]
 
 
 def resolved_stages(

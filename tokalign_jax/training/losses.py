@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tokalign_jax.config import ComputeConfig
+from tokalign_jax.config import ComputeConfig, loss_chunk_of
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import adjust_logits
 from tokalign_jax.parallel.sharding import (
@@ -68,7 +68,7 @@ class Head(NamedTuple):
 def head_of(config: ModelConfig, compute: ComputeConfig) -> Head:
     """The head settings of a model."""
     adjust = functools.partial(adjust_logits, config) if config.logit_softcap else None
-    return Head(config.vocab_size, compute.loss_chunk, jnp.dtype(compute.dtype), adjust)
+    return Head(config.vocab_size, loss_chunk_of(compute), jnp.dtype(compute.dtype), adjust)
 
 
 def cross_entropy(
