@@ -317,6 +317,10 @@ class OptimizerConfig:
     body_row_second_moment: bool = added(False)
     """One second moment for each output of a projection (or of its adapters' factors), instead of
     one for each weight; norms and biases keep one for each parameter."""
+    accumulate_in_place: bool = field(default=False, metadata={"effect": False})
+    """Add gradients of embedding and head to their float32 sum over micro-batches in place, without
+    an array of a micro-batch's own; next-token loss only. Results differ by rounding. Where a mesh
+    splits the rows (`fsdp`, `tensor`), the head's gradient alone."""
 
 
 @dataclass(frozen=True)

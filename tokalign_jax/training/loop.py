@@ -718,7 +718,11 @@ def _program(
     optimizer = make_optimizer(stage, labels, model.vocab_size)
     lora = lora_spec(stage)
     step = make_train_step(
-        make_loss(model, compute, lora), optimizer, jnp.dtype(compute.dtype), mesh
+        make_loss(model, compute, lora),
+        optimizer,
+        jnp.dtype(compute.dtype),
+        mesh,
+        stage.optimizer.accumulate_in_place,
     )
     return _Program(step, optimizer, validation.make_measure(model, compute, lora, mesh), mesh)
 

@@ -84,6 +84,26 @@ def cross_entropy(
     return _total(hidden, head, labels, None, how), jnp.sum(labels >= 0, dtype=jnp.float32)
 
 
+def cross_entropy_in_place(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "R D"],
+    labels: Int[Array, "B T"],
+    sums: Float[Array, "R D"],
+    how: Head,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "R D"]]:
+    """`cross_entropy`, and its gradient with respect to `head` added to `sums` in their memory.
+
+    Only `hidden` has a gradient by autodiff. Not for data-parallel replicas under one program
+    (`sharding.sum_over_replicas` separates them), each of which would add `sums`.
+
+    Args:
+      sums: float32.
+    """
+    result: Any = _total_in_place(hidden, head, labels, sums, how)
+    total, sums = result
+    return total, jnp.sum(labels >= 0, dtype=jnp.float32), sums
+
+
 def weighted_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "R D"],
@@ -152,9 +172,22 @@ def _total(hidden: Array, head: Array, labels: Array, weights: Array | None, how
 
 def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | None, how: Head):
     """(total, its gradients with respect to `hidden` and `head`, as residuals)."""
+    total, *gradients = _with_gradients(hidden, head, labels, weights, None, how)
+    return total, tuple(gradients)
+
+
+def _with_gradients(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    weights: Array | None,
+    sums: Array | None,
+    how: Head,
+) -> tuple[Array, Array, Array]:
+    """(total, gradient with respect to `hidden`, that with respect to `head` plus `sums`)."""
 
     def local(
-        hidden: Array, head: Array, labels: Array, weights: Array | None
+        hidden: Array, head: Array, labels: Array, weights: Array | None, sums: Array | None
     ) -> tuple[Array, Array, Array]:
         rows = Rows(head.astype(how.dtype), how)
 
@@ -165,18 +198,23 @@ def _total_forward(hidden: Array, head: Array, labels: Array, weights: Array | N
             return (plus(total, local_tokens(nll).sum()), head_gradient), psum_scatter(gradient)
 
         pieces = *chunks(hidden.astype(how.dtype), labels, how.chunk), _chunked(weights, how.chunk)
-        (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
+        if sums is None:
+            (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
+        else:
+            begun = jnp.zeros(()), sums
+            (total, head_gradient), gradient = jax.lax.scan(one_chunk, begun, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return total[None], gradient.astype(hidden.dtype), head_gradient[None]
 
-    inputs = *_PARTS, None if weights is None else P(BATCH)
+    weighted = None if weights is None else P(BATCH)
+    inputs = *_PARTS, weighted, None if sums is None else P(VOCABULARY)
     with compiling.products(how.dtype):
         outputs = P(BATCH), P(BATCH), P(DATA, VOCABULARY)
         total, gradient, head_gradient = shard_map(local, inputs, outputs)(
-            hidden, head, labels, weights
+            hidden, head, labels, weights, sums
         )
     # Summed here, so that within `sharding.sum_over_replicas` the sum is one replica's.
-    return total.sum(), (gradient, head_gradient.sum(0).astype(head.dtype))
+    return total.sum(), gradient, head_gradient.sum(0).astype(head.dtype)
 
 
 def _chunked(weights: Float[Array, "B T"] | None, chunk: int) -> Float[Array, "N C"] | None:
@@ -193,6 +231,27 @@ def _total_backward(how: Head, gradients: tuple[Array, Array], upstream: Array):
 
 
 _total.defvjp(_total_forward, _total_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _total_in_place(
+    hidden: Array, head: Array, labels: Array, sums: Array, how: Head
+) -> tuple[Array, Array]:
+    total, _, sums = _with_gradients(hidden, head, labels, None, sums, how)
+    return total, sums
+
+
+def _in_place_forward(hidden: Array, head: Array, labels: Array, sums: Array, how: Head):
+    total, gradient, sums = _with_gradients(hidden, head, labels, None, sums, how)
+    return (total, sums), gradient
+
+
+def _in_place_backward(how: Head, gradient: Array, upstream: tuple[Array, Array]):
+    del how
+    return (upstream[0] * gradient).astype(gradient.dtype), None, None, None
+
+
+_total_in_place.defvjp(_in_place_forward, _in_place_backward)
 
 
 class Rows(NamedTuple):

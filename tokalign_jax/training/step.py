@@ -23,7 +23,12 @@ from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
 from tokalign_jax.parallel import sharding
 from tokalign_jax.training.batches import Sequences, Shards, TokenSource, read_and_predicted
-from tokalign_jax.training.losses import cross_entropy, head_of
+from tokalign_jax.training.losses import (
+    Head,
+    cross_entropy,
+    cross_entropy_in_place,
+    head_of,
+)
 from tokalign_jax.training.optimizer import Schedule
 from tokalign_jax.utils import paths
 
@@ -87,38 +92,105 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(params=params, opt_state=optimizer.init(params), **counters)
 
 
-def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
+@dataclass(frozen=True)
+class NextTokenLoss:
     """The language-model loss over parameters that are split in a trainable and a frozen tree."""
-    dtype = jnp.dtype(compute.dtype)
-    head = head_of(model_config, compute)
-    remat = "dots" if compute.remat == "auto" else compute.remat
 
-    def loss(
-        trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array
+    model_config: ModelConfig
+    compute: ComputeConfig
+    lora: LoraSpec | None
+
+    def __call__(
+        self, trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Compute the loss, as `Loss` says."""
         params = paths.merge(trainable, frozen)
         read, labels = read_and_predicted(tokens)
-        hidden = forward(
-            model_config,
+        return cross_entropy(
+            self._hidden(params, read, keys), head_matrix(params), labels, self._head
+        )
+
+    def add_gradients(
+        self,
+        trainable: Any,
+        frozen: Any,
+        tokens: Int32[Array, "B T+1"],
+        keys: Array,
+        sums: paths.Tree,
+    ) -> tuple[tuple[Array, Array], paths.Tree]:
+        """(loss and number of tokens, `sums` with the gradients of a micro-batch added).
+
+        Gradients of the head are added chunk by chunk, and those of the embedding row by row, in
+        the memory of the sums, so that no other array of their size is needed. Where a mesh splits
+        the rows, the embedding's gradient is an array of its own.
+
+        Args:
+          sums: float32, as the trainable tree; it has the embedding, and the head if there is one.
+        """
+        read, labels = read_and_predicted(tokens)
+        vocabulary, rest = paths.split(trainable, sharding.is_vocabulary)
+        tables, sums = paths.flatten(vocabulary), paths.flatten(sums)
+        head = _HEAD if _HEAD in tables else _EMBEDDING
+        rows_are_whole = sharding.current() is None
+        # One row for each token, in the order of the tokens, in place of the table.
+        begun = tables[_EMBEDDING][read.reshape(-1)] if rows_are_whole else tables[_EMBEDDING]
+        ids = jnp.arange(read.size).reshape(read.shape) if rows_are_whole else read
+
+        def loss(rest: Any, embedding: Array) -> tuple[Array, tuple[Array, Array]]:
+            leaves = {**tables, _EMBEDDING: embedding}
+            params = paths.merge(paths.merge(rest, paths.unflatten(leaves)), frozen)
+            hidden = self._hidden(params, ids, keys)
+            total, count, added = cross_entropy_in_place(
+                hidden, tables[head], labels, sums[head], self._head
+            )
+            return total, (count, added)
+
+        (total, (count, added)), (gradients, of_embedding) = jax.value_and_grad(
+            loss, (0, 1), has_aux=True
+        )(rest, begun)
+        sums |= {head: added}
+        for path, gradient in paths.flatten(gradients).items():
+            sums[path] = sums[path] + gradient.astype(jnp.float32)
+        if rows_are_whole:
+            rows = of_embedding.astype(jnp.float32)
+            sums[_EMBEDDING] = sums[_EMBEDDING].at[read.reshape(-1)].add(rows)
+        else:
+            sums[_EMBEDDING] = sums[_EMBEDDING] + of_embedding.astype(jnp.float32)
+        return (total, count), paths.unflatten(sums)
+
+    @property
+    def _head(self) -> Head:
+        return head_of(self.model_config, self.compute)
+
+    def _hidden(self, params: Any, read: Int32[Array, "B T"], keys: Array) -> Float[Array, "B T D"]:
+        return forward(
+            self.model_config,
             params,
             read,
-            lora=lora,
+            lora=self.lora,
             dropout_key=keys,
-            dtype=dtype,
-            remat=remat,
-            unroll=compute.unroll,
+            dtype=jnp.dtype(self.compute.dtype),
+            remat="dots" if self.compute.remat == "auto" else self.compute.remat,
+            unroll=self.compute.unroll,
         )
-        return cross_entropy(hidden, head_matrix(params), labels, head)
-
-    return loss
 
 
+def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
+    """Makes the loss of the next token."""
+    return NextTokenLoss(model_config, compute, lora)
+
+
+_EMBEDDING, _HEAD = "embed_tokens/embedding", "lm_head/kernel"
 NEXT_TOKEN = Objective(make_loss)
 """The loss of the next token."""
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike, mesh: Mesh
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    in_place: bool = False,
 ) -> Step:
     """Makes the jitted step, which donates its state.
 
@@ -138,6 +210,8 @@ def make_train_step(
     Args:
       dtype: of activations. Projections are cast to it once a step, before they travel between
         devices.
+      in_place: add gradients of embedding and head to the accumulated ones in place, if the loss
+        can (`NextTokenLoss.add_gradients`).
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -146,8 +220,11 @@ def make_train_step(
     ) -> tuple[tuple[Array, Array], Any]:
         """(loss, tokens) and gradients, summed over the sequences of all micro-batches."""
 
+        def keys_of(numbers: Array) -> Array:
+            return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
         def of_micro_batch(part: Any, numbers: Array) -> tuple[tuple[Array, Array], Any]:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+            keys = keys_of(numbers)
             sums, gradients = jax.value_and_grad(loss, has_aux=True)(params, frozen, part, keys)
             return sums, _split_as_parameters(gradients, mesh)
 
@@ -155,11 +232,21 @@ def make_train_step(
             more = of_micro_batch(*inputs)
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, more), None
 
+        def add_in_place(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
+            assert isinstance(loss, NextTokenLoss)
+            (part, numbers), (totals, gradients) = inputs, sums
+            more, gradients = loss.add_gradients(params, frozen, part, keys_of(numbers), gradients)
+            return (
+                jax.tree.map(jnp.add, totals, more),
+                _split_as_parameters(gradients, mesh),
+            ), None
+
         if len(numbers) == 1:  # no sum, and no memory for one
             return of_micro_batch(jax.tree.map(lambda x: x[0], batch), numbers[0])
         # XLA for CPUs could not compile sums of bfloat16 over replicas either.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        sums, _ = jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), (batch, numbers))
+        adds = add_in_place if in_place and isinstance(loss, NextTokenLoss) else add
+        sums, _ = jax.lax.scan(adds, ((jnp.zeros(()), jnp.zeros(())), zeros), (batch, numbers))
         return sums
 
     sums_over_replicas = sharding.sum_over_replicas(
