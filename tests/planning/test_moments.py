@@ -88,6 +88,8 @@ def test_kinds_are_named_by_the_fields():
         (OptimizerConfig(), 4, 20),
         (replace(ROWS, row_second_moment=False), 4, 18),
         (ROWS, 4, 14 + 4 / 64),
+        (replace(ROWS, accumulate_in_place=True), 4, 10 + 4 / 64),
+        (replace(ROWS, accumulate_in_place=True), 2, 10 + 4 / 64),
     ],
 )
 def test_bytes_per_parameter_of_the_vocabulary(optimizer, batch, expected):
@@ -103,6 +105,31 @@ def test_bytes_per_parameter_of_the_vocabulary(optimizer, batch, expected):
     (one,) = plan.stages
     assert sum(one.vocabulary_state.values()) == pytest.approx(expected)
     assert f"  {expected:.3g} bytes per parameter of embedding and head (param" in plan.table()
+
+
+@pytest.mark.parametrize(
+    "mesh, tied, expected",
+    [
+        ((1, 1, 1), False, 10),
+        ((4, 1, 1), False, 10),
+        ((1, 4, 1), False, 12),  # the embedding's gradient is half of both
+        ((1, 1, 1), True, 10),
+        ((1, 4, 1), True, 14),
+    ],
+)
+def test_rows_that_a_mesh_splits_have_gradients_of_their_own(mesh, tied, expected):
+    optimizer = replace(ROWS, accumulate_in_place=True)
+    setup = setup_of(stage_of("full", optimizer, 16), mesh)
+    setup = replace(setup, model=replace(MODEL, tie_word_embeddings=tied))
+    state = memory.vocabulary_state(setup)
+    assert sum(state.values()) == pytest.approx(expected + 4 / 64)
+    kinds = memory.stage_memory(setup)
+    apart = memory.stage_memory(setup.with_stage(optimizer=ROWS))
+    vocabulary = (1 if tied else 2) * 1024 * 64 // (mesh[1] * mesh[2])
+    saved = apart["gradients (float32)"] - kinds["gradients (float32)"]
+    assert saved == (14 - expected) * vocabulary
+    taught = setup.with_stage(objective="mixture")
+    assert memory.vocabulary_state(taught)["gradients"] == 4
 
 
 def test_checkpoints_are_smaller_by_as_much():

@@ -196,7 +196,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
             held_bytes(moments, mesh) for moments in moment_shapes(stage, trained)
         ),
         f"projections that train, in {compute.dtype}": cast_projections,
-        "gradients (float32)": train,
+        "gradients (float32)": train - _in_place_bytes(stage, trained, accumulation, mesh),
         "gradients summed over micro-batches (float32)": train if accumulation > 1 else 0,
         "held-out sequences (int32)": FLOAT * validated if stage.validation_every else 0,
         f"activations kept (remat={compute.remat})": kept_bytes(model, compute, tokens, mesh),
@@ -210,21 +210,35 @@ def _moments_format(stage: StageConfig) -> str:
     return ", ".join(f"{name}={value}" for name, value in differs.items()) or "float32"
 
 
-def vocabulary_state(stage: StageConfig, model: ModelConfig, accumulation: int) -> dict[str, float]:
-    """Bytes per parameter of embedding and head by kind, in a stage that trains them.
-
-    Args:
-      accumulation: micro-batches of a step.
+def _in_place_bytes(
+    stage: StageConfig, trained: paths.Tree, accumulation: int, mesh: MeshSizes
+) -> int:
+    """Bytes of gradients that are added to their sums in place: of the head, and of the embedding
+    where the mesh does not split its rows.
     """
-    trained, _ = shapes(model, stage)
-    trained = _only(sharding.VOCABULARY_LEAVES, trained)
-    first, second = (held_bytes(tree, (1, 1, 1)) for tree in moment_shapes(stage, trained))
-    held = elements(trained, (1, 1, 1))
+    if accumulation == 1 or learns_from_source(stage) or teacher_of(stage):
+        return 0
+    if not stage.optimizer.accumulate_in_place:
+        return 0
+    tables = _only(sharding.VOCABULARY_LEAVES, trained)
+    if mesh[1] * mesh[2] > 1:
+        # A tied matrix has a gradient of its own, that of the look-up.
+        tables = _only("^lm_head/", tables)
+    return FLOAT * elements(tables, mesh)
+
+
+def vocabulary_state(setup: Setup) -> dict[str, float]:
+    """Bytes per parameter of embedding and head by kind, in a stage of `setup`."""
+    stage, mesh = setup.stage, setup.mesh
+    trained, _ = shapes(setup.model, stage)
+    tables = _only(sharding.VOCABULARY_LEAVES, trained)
+    first, second = (held_bytes(tree, mesh) for tree in moment_shapes(stage, tables))
+    held, (accumulation, _) = elements(tables, mesh), micro_batches(setup)
     return {
         "parameters": FLOAT,
         "first moments": first / held,
         "second moments": second / held,
-        "gradients": FLOAT,
+        "gradients": FLOAT - _in_place_bytes(stage, trained, accumulation, mesh) / held,
         "sums of gradients": FLOAT if accumulation > 1 else 0,
     }
 

@@ -394,5 +394,5 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
         f", {stage.objective} with the source model" if learns_from_source(stage) else "",
         validations,
         stage.validation_sequences,
-        memory.vocabulary_state(stage, model, memory.micro_batches(setup)[0]),
+        memory.vocabulary_state(setup),
     )
