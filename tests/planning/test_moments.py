@@ -73,12 +73,14 @@ def test_moments_are_those_of_a_state(optimizer, method, mesh):
     assert 0 <= held - planned <= 16  # the counters of updates
 
 
-def test_kinds_are_named_by_the_fields():
-    kinds = memory.stage_memory(setup_of(stage_of("full", ROWS)))
-    assert "Adam's two moments (moment_dtype=bfloat16, row_second_moment=True)" in kinds
-    assert "Adam's two moments (float32)" in memory.stage_memory(
-        setup_of(stage_of("full", OptimizerConfig()))
-    )
+def test_the_kind_says_whether_moments_are_compact():
+    for optimizer, kind in (
+        (OptimizerConfig(), "float32"),
+        (ROWS, "compact"),
+        (COMPACT, "compact"),
+    ):
+        kinds = memory.stage_memory(setup_of(stage_of("full", optimizer)))
+        assert f"Adam's two moments ({kind})" in kinds
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
         "parameters that train (float32)": train,
         f"frozen parameters ({compute.dtype})": size * elements(frozen, mesh),
         **teaching,
-        f"Adam's two moments ({_moments_format(stage)})": sum(
+        f"Adam's two moments ({'compact' if state_format(stage.optimizer) else 'float32'})": sum(
             held_bytes(moments, mesh) for moments in moment_shapes(stage, trained)
         ),
         f"projections that train, in {compute.dtype}": cast_projections,
@@ -202,12 +202,6 @@ def stage_memory(setup: Setup) -> dict[str, int]:
         f"activations kept (remat={compute.remat})": kept_bytes(model, compute, tokens, mesh),
         f"largest work at once ({most})": work[most],
     }
-
-
-def _moments_format(stage: StageConfig) -> str:
-    """How a stage's moments differ from float32 ones, by the fields of its optimizer."""
-    differs = state_format(stage.optimizer)
-    return ", ".join(f"{name}={value}" for name, value in differs.items()) or "float32"
 
 
 def _in_place_bytes(
