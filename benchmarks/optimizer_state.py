@@ -82,6 +82,7 @@ def trained(name: str, seed: int, model: Any, shards: Any, arguments: argparse.N
         method=arguments.method,
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
+        embedding_learning_rate=arguments.embedding_learning_rate,
         batch_size=arguments.batch,
         per_device_batch=arguments.micro_batch or arguments.batch,
         sequence_length=arguments.length,
@@ -159,6 +160,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences at once; 0: all")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--embedding-learning-rate", type=float, help="if it is another one")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--validations", type=int, default=10, help="over the steps")
     parser.add_argument("--validation-sequences", type=int, default=128)

@@ -22,6 +22,13 @@ Mixtures of experts, here the first 4 of Qwen3-30B-A3B's 48 layers, in one comma
     for way in dense sparse; do python benchmarks/train_throughput.py --model qwen3-30b-a3b-4 --method full \
         --batch 4 --experts $way --torch --out runs/experts-$way; done
 
+The optimizer's state in less memory, and deep models with all layers unrolled or in two groups:
+
+    python benchmarks/train_throughput.py --model llama-8b --vocabulary 151936 --method lora --batch 4 \
+        --accumulation 4 --state float32,vocabulary,in-place --no-feed --out runs/state
+    python benchmarks/train_throughput.py --model qwen3-4b --method lora,full --batch 4 --unroll 18,36 \
+        --no-feed --out runs/depth
+
 (`JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING=1` has grouped products computed by a Triton
 kernel.)
 
@@ -34,6 +41,7 @@ import argparse
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import math
 import os
@@ -103,6 +111,12 @@ def _sizes(
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": _NEOX | _sizes(64, 256, 2, 4, 1000),
     "pythia-1b": _NEOX | _sizes(2048, 8192, 16, 8, 50304),
+    "qwen3-4b": _LLAMA
+    | _sizes(2560, 9728, 36, 32, 151936)
+    | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+    "granite-2b": _LLAMA
+    | _sizes(2048, 8192, 40, 32, 49152)
+    | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
     "llama-8b": _LLAMA
     | _sizes(4096, 14336, 32, 32, 128256)
     | {"num_key_value_heads": 8, "head_dim": 128},
@@ -110,7 +124,23 @@ MODELS: dict[str, dict[str, Any]] = {
     | _sizes(2048, 6144, 4, 32, 151936)
     | {"num_key_value_heads": 4, "head_dim": 128},
 }
-"""Configs as Hugging Face writes them."""
+"""Configs as Hugging Face writes them; of qwen3-4b and granite-2b the sizes alone."""
+
+_VOCABULARY = {"moment_dtype": "bfloat16", "row_second_moment": True}
+STATES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"moment_dtype": "bfloat16"},
+    "vocabulary": _VOCABULARY,
+    "in-place": _VOCABULARY | {"accumulate_in_place": True},
+    "sums-in-place": {"accumulate_in_place": True},
+    "all": _VOCABULARY
+    | {
+        "accumulate_in_place": True,
+        "body_moment_dtype": "bfloat16",
+        "body_row_second_moment": True,
+    },
+}
+"""Formats of the optimizer's state: fields of `OptimizerConfig`."""
 
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OutOfMemoryError|out of memory", re.IGNORECASE)
 Row = dict[str, Any]
@@ -128,7 +158,13 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     methods = arguments.method.split(",")
     measured = _together if arguments.together else functools.partial(_apart, "jax")
-    lists = arguments.remat.split(","), arguments.unroll.split(","), arguments.xla.split(";")
+    lists = (
+        arguments.remat.split(","),
+        arguments.unroll.split(","),
+        arguments.xla.split(";"),
+        arguments.state.split(","),
+        arguments.loss_chunk.split(","),
+    )
     rows = [
         measured(method, arguments, **variant)
         for method in methods
@@ -200,10 +236,10 @@ def _arguments() -> argparse.Namespace:
         "--row-damping", type=float, default=0.0, help="of the optimizer, as StageConfig has it"
     )
     parser.add_argument(
-        "--loss-chunk",
-        type=int,
-        default=0,
-        help="tokens whose logits exist at once; 0: the default",
+        "--state", default="float32", help=f"formats of the optimizer's state: {', '.join(STATES)}"
+    )
+    parser.add_argument(
+        "--loss-chunk", default="0", help="tokens whose logits exist at once; 0: the default"
     )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
@@ -225,15 +261,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _variants(
-    remat: Sequence[str], unroll: Sequence[str], xla: Sequence[str]
-) -> list[dict[str, Any]]:
-    return [
-        {"remat": policy, "unroll": layers, "xla": options}
-        for policy in remat
-        for layers in unroll
-        for options in xla
-    ]
+def _variants(*lists: Sequence[str]) -> list[dict[str, Any]]:
+    names = "remat", "unroll", "xla", "state", "loss_chunk"
+    return [dict(zip(names, values)) for values in itertools.product(*lists)]
 
 
 def _together(method: str, arguments: argparse.Namespace, **variant: Any) -> Row:
@@ -323,9 +353,9 @@ def measure(arguments: argparse.Namespace) -> Row:
         batch_size=batch * arguments.accumulation,
         per_device_batch=batch // sharding.sequences_at_once(mesh),
         sequence_length=length,
-        optimizer=OptimizerConfig(row_damping=arguments.row_damping),
+        optimizer=OptimizerConfig(row_damping=arguments.row_damping, **STATES[arguments.state]),
     )
-    chunk = {"loss_chunk": arguments.loss_chunk} if arguments.loss_chunk else {}
+    chunk = {"loss_chunk": int(arguments.loss_chunk)} if int(arguments.loss_chunk) else {}
     compute = ComputeConfig(
         dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk
     )
@@ -333,7 +363,11 @@ def measure(arguments: argparse.Namespace) -> Row:
     optimizer = make_optimizer(stage, _labels(stage, model), model.vocab_size)
     state, frozen = _random_state(stage, model, jnp.dtype(arguments.dtype), optimizer, mesh)
     step = make_train_step(
-        make_loss(model, compute, lora_spec(stage)), optimizer, compute.dtype, mesh
+        make_loss(model, compute, lora_spec(stage)),
+        optimizer,
+        compute.dtype,
+        mesh,
+        stage.optimizer.accumulate_in_place,
     )
 
     shape = (arguments.accumulation, batch, length + 1)
@@ -406,7 +440,14 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def _file_name(arguments: argparse.Namespace) -> str:
-    parts = arguments.method, arguments.remat, arguments.unroll, arguments.xla
+    parts = (
+        arguments.method,
+        arguments.remat,
+        arguments.unroll,
+        arguments.xla,
+        arguments.state,
+        arguments.loss_chunk,
+    )
     return re.sub(r"[^\w-]+", "-", "-".join(part for part in parts if part))
 
 
@@ -726,8 +767,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def _variant(row: Row) -> str:
     """What else than the method sets a row apart."""
-    layers = f"unroll={row['unroll']}" if row.get("unroll", "0") != "0" else ""
-    return " ".join(part for part in (row["remat"], layers, row.get("xla", "")) if part)
+    defaults = {"unroll": "0", "state": "float32", "loss_chunk": "0"}
+    changed = [
+        f"{name}={row[name]}" for name, value in defaults.items() if row.get(name, value) != value
+    ]
+    return " ".join(part for part in (row["remat"], *changed, row.get("xla", "")) if part)
 
 
 def picture(rows: Sequence[Row], file: Path) -> None:
