@@ -15,7 +15,7 @@ import json
 import lzma
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def trained(name: str, seed: int, model: Any, shards: Any, arguments: argparse.N
         log_every=10**9,
         validation_every=max(1, arguments.steps // arguments.validations),
         validation_sequences=arguments.validation_sequences,
-        optimizer=replace(OptimizerConfig(), **FORMATS[name]),
+        optimizer=OptimizerConfig(row_damping=arguments.row_damping, **FORMATS[name]),
     )
     compute = ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=1024)
     config = Config(seed=seed, stage1=stage, compute=compute)
@@ -161,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--embedding-learning-rate", type=float, help="if it is another one")
+    parser.add_argument("--row-damping", type=float, default=OptimizerConfig().row_damping)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--validations", type=int, default=10, help="over the steps")
     parser.add_argument("--validation-sequences", type=int, default=128)
