@@ -311,7 +311,7 @@ class OptimizerConfig:
     instead of 4 and is rounded stochastically, so that the moments are right in expectation."""
     row_second_moment: bool = added(False)
     """One second moment for each row of embedding and head, the running mean of its squared
-    gradients, instead of one for each parameter."""
+    gradients, instead of one for each parameter; the loss falls more slowly (docs/running.md)."""
     body_moment_dtype: Literal["float32", "bfloat16"] = added("float32")
     """Type of the first moments of all other trainable parameters, as `moment_dtype`."""
     body_row_second_moment: bool = added(False)
