@@ -65,8 +65,9 @@ class Experts:
     """Width of an additional expert for all tokens; None for none."""
     shared_gate: bool = False
     """Weights the shared expert by a sigmoid of the token."""
-    computed: Literal["auto", "dense", "sparse"] = "auto"
-    """Implementation (`experts`); `auto` is sparse on backends with a kernel for it."""
+    computed: Literal["auto", "dense", "sparse", "blocks", "ragged"] = "auto"
+    """Implementation (`experts`); `sparse` is the backend's faster one of the last two, and `auto`
+    is sparse but on CPUs."""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
 """Mixtures of experts that replace a feed-forward layer (arXiv 1701.06538).
 
 Each token goes through a few of the experts, weighted by the router's probabilities, and through
-the shared expert if there is one. Both implementations are exact and without a capacity limit:
+the shared expert if there is one. All implementations are exact and without a capacity limit:
 
-- sparse: grouped products (`jax.lax.ragged_dot`) of the tokens, sorted by expert, with the experts'
-  matrices, on each device for its own tokens;
+- blocks: the tokens are sorted by expert and padded to blocks of rows of one expert each, which a
+  batched product multiplies with a copy of that expert's matrix, on each device for its own tokens.
+  At most E blocks are padding, however tokens are routed. For GPUs, where XLA (jaxlib 0.11) has no
+  kernel for `ragged_dot` but expands it to the product of every row with every expert.
+- ragged: the same sorted rows in grouped products (`jax.lax.ragged_dot`). For TPUs.
 - dense: all experts compute all tokens, with weight zero where a token is not routed, at E /
-  per_token times the arithmetic. For backends without a kernel for grouped products (CPU).
+  per_token times the arithmetic.
 
-Dimensions: see `transformer`; R rows, one for each pair of token and chosen expert.
+Dimensions: see `transformer`; P pairs of a token and a chosen expert, R rows (a row for each pair,
+and padding), S blocks of C rows.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +77,11 @@ class ExpertLinear(nnx.Module):
 class ExpertMLP(nnx.Module):
     """Gated feed-forward layers of all experts, weighted for each token and summed."""
 
-    def __init__(self, config: ModelConfig, count: int, lora: LoraSpec | None):
+    def __init__(self, config: ModelConfig, experts: Experts, lora: LoraSpec | None):
         self.activation = config.activation
+        self.settings = experts
         self.lora = lora
-        self.count = count
+        self.count = count = experts.count
         self.gate_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
         self.up_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
         self.down_proj = ExpertLinear(
@@ -110,13 +116,15 @@ class ExpertMLP(nnx.Module):
         projections = {
             name: getattr(self, name).weights() for name in ("gate_proj", "up_proj", "down_proj")
         }
-        compute = functools.partial(self._grouped, rate=rate)
+        group = _sorted_rows if implementation(self.settings) == "ragged" else _blocks
+        compute = functools.partial(self._grouped, group=group, rate=rate)
         adapter_x = dropout(x, rate, in_key) if rate and in_key is not None else None
         arguments = (x, adapter_x, chosen, weights, out_key, projections)
         mesh = sharding.current()
         if mesh is None:
             return compute(*arguments, axis=None)
         batch = sharding.BATCH if len(x) % sharding.sequences_at_once(mesh) == 0 else None
+        token_axes = tuple(name for name in batch or () if name not in mesh.manual_axes)
         axis = sharding.TENSOR
         if self.gate_proj.kernel.shape[-1] % mesh.shape[axis]:
             axis = None
@@ -135,7 +143,7 @@ class ExpertMLP(nnx.Module):
             )
         }
         return sharding.shard_map(
-            functools.partial(compute, axis=axis),
+            functools.partial(compute, axis=axis, token_axes=token_axes),
             (*(None if leaf is None else tokens for leaf in arguments[:-1]), specs),
             tokens,
             check_vma=True,
@@ -150,8 +158,10 @@ class ExpertMLP(nnx.Module):
         key: jax.Array | None,
         projections: dict[str, Any],
         *,
+        group: "Callable[..., _Rows]",
         rate: float,
         axis: str | None,
+        token_axes: tuple[str, ...] = (),
     ) -> Float[Array, "B T D"]:
         """Computes `sparse` on one device, which under a mesh axis holds a part of the width.
 
@@ -162,32 +172,33 @@ class ExpertMLP(nnx.Module):
           weights: weights of these experts.
           key: dropout key of each sequence.
           projections: the arrays of each projection.
+          group: groups the pairs of token and expert (`_sorted_rows` or `_blocks`).
           rate: dropout rate.
           axis: the mesh axis that splits the width.
+          token_axes: the mesh axes that split the tokens, over which gradients of the projections
+            are summed.
         """
         *batch, width = x.shape
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        inverse = jnp.argsort(order)
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
-        product = functools.partial(_product, sizes=sizes, scale=self.lora and self.lora.scale)
+        if token_axes:
+            projections = jax.lax.pcast(projections, token_axes, to="varying")
+        rows = group(chosen.reshape(-1), self.count)
+        product = functools.partial(_product, rows=rows, scale=self.lora and self.lora.scale)
 
-        def rows(tokens: Float[Array, "B T D"]) -> Float[Array, "R D"]:
-            repeated = jnp.repeat(tokens.reshape(-1, 1, width), chosen.shape[-1], axis=1)
-            return _permute(repeated.reshape(-1, width), order, inverse)
+        def gather(tokens: Float[Array, "B T D"]) -> Float[Array, "R D"]:
+            return _token_rows(tokens.reshape(-1, width), rows.pair, rows.row, chosen.shape[-1])
 
-        x_rows = rows(x)
-        adapter_rows = x_rows if adapter_x is None else rows(adapter_x)
+        x_rows = gather(x)
+        adapter_rows = x_rows if adapter_x is None else gather(adapter_x)
         gate = product(x_rows, adapter_rows, projections["gate_proj"])
         up = product(x_rows, adapter_rows, projections["up_proj"])
         y = ACTIVATIONS[self.activation](gate) * up
-        row_weights = _permute(weights.reshape(-1, 1), order, inverse)
-        y = (y * row_weights).astype(x.dtype)
+        y = (y * _take(weights.reshape(-1, 1), rows.pair, rows.row)).astype(x.dtype)
         adapter_rows = y
         if adapter_x is not None and key is not None:
-            keep = self._keep_mask(y, key, chosen, order, rate, axis)
+            keep = self._keep_mask(y, key, chosen, rows.pair, rate, axis)
             adapter_rows = jnp.where(keep, scale_in_float32(y, 1 / (1 - rate)), 0)
         out = product(y, adapter_rows, projections["down_proj"])
-        out = _permute(out, inverse, order).reshape(*batch, -1, width)
+        out = _take(out, rows.row, rows.pair).reshape(*batch, -1, width)
         total = out.astype(jnp.float32).sum(-2)
         total = total if axis is None else jax.lax.psum(total, axis)
         return total.astype(x.dtype)
@@ -197,16 +208,17 @@ class ExpertMLP(nnx.Module):
         y: Float[Array, "R F"],
         key: jax.Array,
         chosen: Int[Array, "B T k"],
-        order: Int[Array, "R"],
+        pair: Int[Array, "R"],
         rate: float,
         axis: str | None,
     ) -> Array:
         """Returns the rows' dropout mask, equal to that of `dense`."""
         _, length, choices = chosen.shape
-        token = order // choices
+        pair = jnp.minimum(pair, chosen.size - 1)  # Padding is zero whatever its mask.
+        token = pair // choices
         parts = 1 if axis is None else jax.lax.axis_size(axis)
         first = 0 if axis is None else jax.lax.axis_index(axis) * y.shape[-1]
-        row = chosen.reshape(-1)[order] * length + token % length
+        row = chosen.reshape(-1)[pair] * length + token % length
         index = row[:, None] * (y.shape[-1] * parts) + first + jnp.arange(y.shape[-1])
         mask = functools.partial(dropout_mask, rate=rate)
         return jax.vmap(mask)(index.astype(jnp.uint32), key[token // length])
@@ -218,7 +230,7 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: ModelConfig, experts: Experts, lora: LoraSpec | None):
         self.settings = experts
         self.router = Linear(config.hidden_size, experts.count, bias=False, lora=None)
-        self.experts = ExpertMLP(config, experts.count, lora)
+        self.experts = ExpertMLP(config, experts, lora)
         self.shared = MLP(config, lora, experts.shared_size) if experts.shared_size else None
         self.shared_gate = (
             Linear(config.hidden_size, 1, bias=False, lora=None) if experts.shared_gate else None
@@ -231,7 +243,7 @@ class MixtureOfExperts(nnx.Module):
         weights, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
         if self.settings.normalized:
             weights /= weights.sum(-1, keepdims=True)
-        if self._is_sparse:
+        if implementation(self.settings) != "dense":
             y = self.experts.sparse(x, chosen, weights, key)
         else:
             one_hot = jax.nn.one_hot(chosen, self.settings.count, dtype=jnp.float32)
@@ -244,11 +256,97 @@ class MixtureOfExperts(nnx.Module):
             shared = (gate * shared).astype(x.dtype)
         return y + shared
 
-    @property
-    def _is_sparse(self) -> bool:
-        if self.settings.computed == "auto":
-            return jax.default_backend() != "cpu"
-        return self.settings.computed == "sparse"
+
+def implementation(experts: Experts) -> str:
+    """Returns how `experts` are computed on the default backend: dense, blocks or ragged."""
+    backend = jax.default_backend()
+    match experts.computed:
+        case "auto" if backend == "cpu":
+            return "dense"
+        case "auto" | "sparse":
+            return "ragged" if backend == "tpu" else "blocks"
+        case chosen:
+            return chosen
+
+
+# --- Rows grouped by expert ---------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """Pairs of token and expert in rows grouped by expert."""
+
+    pair: Int[Array, "R"]
+    """The pair in each row; P for padding."""
+    row: Int[Array, "P"]
+    """The row of each pair."""
+    multiply: Callable[[Float[Array, "R in"], Float[Array, "E in out"]], Float[Array, "R out"]]
+    """Multiplies each row with its expert's matrix."""
+
+
+def _sorted_rows(chosen: Int[Array, "P"], experts: int) -> _Rows:
+    """Sorts the pairs by expert, without padding."""
+    order = jnp.argsort(chosen, stable=True)
+    sizes = jnp.bincount(chosen, length=experts).astype(jnp.int32)
+
+    def multiply(x: Float[Array, "R in"], kernel: Float[Array, "E in out"]) -> Array:
+        return jax.lax.ragged_dot(x, kernel, sizes)
+
+    return _Rows(order, jnp.argsort(order), multiply)
+
+
+def _blocks(chosen: Int[Array, "P"], experts: int) -> _Rows:
+    """Sorts the pairs by expert and pads each expert's rows to whole blocks."""
+    pairs = len(chosen)
+    size = block_size(pairs, experts)
+    blocks = (pairs + experts * (size - 1)) // size  # As many as any routing can need.
+    order = jnp.argsort(chosen, stable=True)
+    sizes = jnp.bincount(chosen, length=experts)
+    block_ends = jnp.cumsum(-(-sizes // size))
+    first_rows = size * (block_ends - -(-sizes // size))
+    first_pairs = jnp.cumsum(sizes) - sizes
+    grouped = chosen[order]
+    sorted_rows = first_rows[grouped] + jnp.arange(pairs) - first_pairs[grouped]
+    pair = jnp.full(blocks * size, pairs).at[sorted_rows].set(order)
+    # The last blocks may be empty; any expert will do for them.
+    past = jnp.arange(blocks)[:, None] >= block_ends[:-1]
+    expert = past.sum(-1)
+
+    def multiply(x: Float[Array, "R in"], kernel: Float[Array, "E in out"]) -> Array:
+        y = jnp.einsum("sci,sio->sco", x.reshape(blocks, size, -1), _select(kernel, expert))
+        return y.reshape(blocks * size, -1)
+
+    return _Rows(pair, sorted_rows[jnp.argsort(order)], multiply)
+
+
+MAX_BLOCK = 512
+"""Largest number of rows of a block; beyond it copies of matrices cost little beside products."""
+
+
+def block_size(pairs: int, experts: int) -> int:
+    """Returns the number of rows of a block: about half of an expert's, a power of two.
+
+    Smaller blocks have less padding, larger ones fewer copies of the experts' matrices.
+    """
+    return min(MAX_BLOCK, 1 << max(3, (pairs // (2 * experts)).bit_length() - 1))
+
+
+@jax.custom_vjp
+def _select(kernel: Float[Array, "E in out"], expert: Int[Array, "S"]) -> Float[Array, "S in out"]:
+    """Returns `kernel[expert]`; a product sums its gradient, where autodiff would scatter."""
+    return kernel[expert]
+
+
+def _select_backward(
+    residuals: tuple[Array, int], gradient: Float[Array, "S in out"]
+) -> tuple[Array, None]:
+    expert, experts = residuals
+    one_hot = jax.nn.one_hot(expert, experts, dtype=gradient.dtype)
+    return jnp.einsum("se,sio->eio", one_hot, gradient), None
+
+
+_select.defvjp(
+    lambda kernel, expert: (_select(kernel, expert), (expert, len(kernel))), _select_backward
+)
 
 
 def _product(
@@ -256,28 +354,56 @@ def _product(
     adapter_x: Float[Array, "R in"],
     weights: dict[str, Array],
     *,
-    sizes: Int[Array, "E"],
+    rows: _Rows,
     scale: float | None,
 ) -> Float[Array, "R out"]:
     """Multiplies rows with their experts' matrices, and `adapter_x` with the adapters."""
-    y = jax.lax.ragged_dot(x, weights["kernel"].astype(x.dtype), sizes)
+    y = rows.multiply(x, weights["kernel"].astype(x.dtype))
     if scale is not None:
-        low = scale_in_float32(
-            jax.lax.ragged_dot(adapter_x, weights["lora_a"].astype(x.dtype), sizes), scale
-        )
-        y += jax.lax.ragged_dot(low, weights["lora_b"].astype(x.dtype), sizes)
+        low = rows.multiply(adapter_x, weights["lora_a"].astype(x.dtype))
+        y += rows.multiply(scale_in_float32(low, scale), weights["lora_b"].astype(x.dtype))
     return y
 
 
-@jax.custom_vjp
-def _permute(
-    x: Float[Array, "R D"], order: Int[Array, "R"], inverse: Int[Array, "R"]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_rows(
+    tokens: Float[Array, "M D"], pair: Int[Array, "R"], row: Int[Array, "P"], choices: int
 ) -> Float[Array, "R D"]:
-    """Permutes rows, and gradients by the `inverse` permutation, where autodiff would scatter."""
-    return x[order]
+    """Returns the token of each row's pair, zero for padding.
+
+    The gradient sums a token's rows in float32, where autodiff would scatter.
+    """
+    return tokens.at[pair // choices].get(mode="fill", fill_value=0)
 
 
-_permute.defvjp(
-    lambda x, order, inverse: (x[order], inverse),
-    lambda inverse, gradient: (gradient[inverse], None, None),
+def _token_rows_backward(
+    choices: int, row: Int[Array, "P"], gradient: Float[Array, "R D"]
+) -> tuple[Array, None, None]:
+    by_token = gradient[row].reshape(-1, choices, gradient.shape[-1])
+    return by_token.astype(jnp.float32).sum(1).astype(gradient.dtype), None, None
+
+
+_token_rows.defvjp(
+    lambda tokens, pair, row, choices: (_token_rows(tokens, pair, row, choices), row),
+    _token_rows_backward,
+)
+
+
+@jax.custom_vjp
+def _take(x: Float[Array, "N D"], index: Int[Array, "M"], inverse: Int[Array, "N"]) -> Array:
+    """Returns `x[index]`, zero where the index is past the end.
+
+    `inverse` are the indices of x in the result, which gather the gradient where autodiff would
+    scatter.
+    """
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+_take.defvjp(
+    lambda x, index, inverse: (_take(x, index, inverse), inverse),
+    lambda inverse, gradient: (
+        gradient.at[inverse].get(mode="fill", fill_value=0),
+        None,
+        None,
+    ),
 )
