@@ -1,8 +1,10 @@
 """How far each family is from PyTorch: random tiny models, one for each set of features, in float32
 on the CPU.
 
-    python benchmarks/parity.py            # prints the table and writes it into docs/models.md
-    python benchmarks/parity.py gemma phi3 # prints the rows of these families only
+    python benchmarks/parity.py             # prints the table and writes it into docs/models.md
+    python benchmarks/parity.py gemma phi3  # only families with these words in their names
+
+Rows of families that are not computed stay in the document as they are.
 
 Largest differences: of logits at two lengths; of the gradients of embedding and head, relative to
 the largest element of each; of the logits of the exported folder, loaded by transformers. `effect`
@@ -13,7 +15,7 @@ taken away, the least of them all: what an error there would show.
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,25 +58,32 @@ ABSENT = {
 }
 """Constants of some families, with the value that means that there is none."""
 
+STARTS = [f"| `{case.family}` | {case.features} |" for case in CASES]
+"""Beginning of each case's row."""
+
 HEADER = "| family | features | logits | gradients | exported | effect |\n|---|---|---|---|---|---|"
 
 
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    wanted = sys.argv[1:]
+    words = sys.argv[1:]
     print(HEADER)
     rows = []
     for case in CASES:
-        if not wanted or any(name in case.family for name in wanted):
+        if not words or any(word in case.family for word in words):
             rows.append(row(case))
             print(rows[-1], flush=True)
-    if not wanted:
-        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, after = rest.partition(END)
-        DOCUMENT.write_text(
-            before + BEGIN + "\n".join([HEADER, *rows]) + "\n" + END + after, encoding="utf-8"
-        )
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    table, _, after = rest.partition(END)
+    lines = "\n".join([HEADER, *merged(table.splitlines(), rows)])
+    DOCUMENT.write_text(before + BEGIN + lines + "\n" + END + after, encoding="utf-8")
+
+
+def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """The rows of all cases in their order, those of `new` instead of `old`."""
+    by_start = {start: line for line in (*old, *new) for start in STARTS if line.startswith(start)}
+    return [by_start[start] for start in STARTS if start in by_start]
 
 
 def row(case: Case) -> str:
@@ -91,7 +100,7 @@ def row(case: Case) -> str:
         ]
         figures = (*figures, *([float(min(effects))] if effects else []))
     return (
-        f"| `{case.family}` | {case.features} | "
+        f"{STARTS[CASES.index(case)]} "
         + " | ".join(f"{figure:.0e}" for figure in figures)
         + " |"
         + " |" * (not effects)
