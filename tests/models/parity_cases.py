@@ -99,6 +99,7 @@ _TEXT_MODELS = {
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "smolvlm": "llama",
 }
 """model_type of the text model in each that sees images too."""
@@ -600,6 +601,42 @@ CASES = (
         },
     ),
     Case(
+        "qwen3_5_moe_text",
+        "gated delta rule, shared expert with a gate",
+        {**_DELTA, **_QWEN_MOE, "shared_expert_intermediate_size": 24, "num_hidden_layers": 4},
+    ),
+    Case(
+        "qwen3_5_moe_text",
+        "biases, tied, layers out of step",
+        {
+            **_DELTA,
+            **_QWEN_MOE,
+            "shared_expert_intermediate_size": 24,
+            "linear_num_key_heads": 4,
+            "layer_types": ["full_attention", "linear_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "qwen3_next",
+        "gated delta rule ordered by key head, shared expert with a gate",
+        {**_DELTA, **_QWEN_MOE, "shared_expert_intermediate_size": 24, "num_hidden_layers": 4},
+    ),
+    Case(
+        "qwen3_next",
+        "weights that are not normalized, biases, tied",
+        {
+            **_DELTA,
+            **_QWEN_MOE,
+            "shared_expert_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention"],
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
         "lfm2",
         "short convolutions, tied",
         {
@@ -633,6 +670,16 @@ CASES = (
         "qwen3_5",
         "text model of images and text",
         {**_DELTA, **_rope("default", mrope_section=[1, 1, 0], partial_rotary_factor=0.25)},
+    ),
+    Case(
+        "qwen3_5_moe",
+        "text model of images and text",
+        {
+            **_DELTA,
+            **_QWEN_MOE,
+            "shared_expert_intermediate_size": 24,
+            **_rope("default", mrope_section=[1, 1, 0], partial_rotary_factor=0.25),
+        },
     ),
     Case("smolvlm", "text model of images and text"),
     Case("qwen2_vl", "text model of images and text", _rope("default", mrope_section=[1, 1, 2])),

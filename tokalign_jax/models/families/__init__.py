@@ -89,6 +89,27 @@ REFUSED = {
 }
 """Unsupported families that are close to a supported one, with the reason."""
 
+_MAMBA = "layers with Mamba 2"
+_LATENT = "latent attention, and experts that are chosen by groups and with a bias"
+UNIMPLEMENTED = {
+    "bamba": _MAMBA,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "falcon_h1": f"{_MAMBA} and attention side by side",
+    "glm4_moe": "experts that are chosen with a bias, and first layers without experts",
+    "gpt_oss": (
+        "attention sinks, and experts with biases and a clipped activation (and its published"
+        " MXFP4 weights a conversion to bfloat16)"
+    ),
+    "jamba": "layers with Mamba",
+    "lfm2_moe": "first layers without experts, and experts that are chosen with a bias",
+    "llama4": "chunked attention, layers without experts, and weights on the experts' inputs",
+    "llama4_text": "chunked attention, layers without experts, and weights on the experts' inputs",
+    "mamba2": _MAMBA,
+    "nemotron_h": _MAMBA,
+}
+"""Families with a part that the decoder lacks, and that part."""
+
 
 def family(model_type: str | None) -> ModuleType:
     """Returns the module of `model_type`.
@@ -100,6 +121,11 @@ def family(model_type: str | None) -> ModuleType:
         raise UserError(
             f"model_type '{model_type}' is not supported: {REFUSED[model_type]}; choose a source"
             " model of another family"
+        )
+    if model_type in UNIMPLEMENTED:
+        raise UserError(
+            f"model_type '{model_type}' is not supported: it has {UNIMPLEMENTED[model_type]}, which"
+            " this decoder lacks; choose a source model of another family (docs/models.md)"
         )
     if model_type not in FAMILIES:
         raise UserError(

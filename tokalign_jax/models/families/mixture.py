@@ -4,7 +4,9 @@ Granite stores all experts of a layer in one tensor, the others one tensor per e
 and Granite (shared) also have an expert for all tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from tokalign_jax.models.config import Experts, LayerKind, ModelConfig
@@ -44,8 +46,23 @@ def weights(config: ModelConfig) -> list[Weight]:
     mixtral = config.model_type == "mixtral"
     block = f"{LAYER}.block_sparse_moe" if mixtral else f"{LAYER}.mlp"
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if mixtral else {}
+    return [*_outside(config), *feed_forward(config, block, names)]
+
+
+def feed_forward(
+    config: ModelConfig,
+    block: str = f"{LAYER}.mlp",
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> list[Weight]:
+    """Returns the weights of the mixtures with a tensor per expert.
+
+    Args:
+      config: the model's config.
+      block: the name of a layer's mixture.
+      names: names of the experts' projections that differ from ours.
+    """
     return [
-        *_other_weights(config, f"{block}.gate"),
+        *_router_and_shared(config, f"{block}.gate"),
         *(
             weight
             for ours in ("gate_proj", "up_proj", "down_proj")
@@ -63,8 +80,13 @@ def packed_weights(config: ModelConfig) -> list[Weight]:
     """Returns the weight table of checkpoints saved by transformers 5, with packed experts."""
     if config.model_type in ("granitemoe", "granitemoeshared"):
         return _granite_weights(config)
+    return [*_outside(config), *packed_feed_forward(config)]
+
+
+def packed_feed_forward(config: ModelConfig) -> list[Weight]:
+    """Returns the weights of the mixtures with all experts of a layer in one tensor."""
     return [
-        *_other_weights(config, f"{LAYER}.mlp.gate"),
+        *_router_and_shared(config, f"{LAYER}.mlp.gate"),
         *_packed(config, f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"),
     ]
 
@@ -88,9 +110,7 @@ def _granite_weights(config: ModelConfig) -> list[Weight]:
         f"{block}.router.layer.weight": f"{block}.router.weight",
     }
     table = [
-        *llama.outer_weights(config),
-        *llama.norms(config),
-        *llama.attention(config),
+        *_outside(config),
         *linear(f"{block}.router.layer", "layers/mlp/router", bias=False),
         *_packed(config, f"{block}.input_linear.weight", f"{block}.output_linear.weight"),
     ]
@@ -105,14 +125,16 @@ def _granite_weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
-def _other_weights(config: ModelConfig, router: str) -> list[Weight]:
+def _outside(config: ModelConfig) -> list[Weight]:
+    """Returns the weights outside the mixtures."""
+    return [*llama.outer_weights(config), *llama.norms(config), *llama.attention(config)]
+
+
+def _router_and_shared(config: ModelConfig, router: str) -> list[Weight]:
     experts = _experts(config)
     shared = ("gate_proj", "up_proj", "down_proj") if experts.shared_size else ()
     gates = ("shared_expert_gate",) if experts.shared_gate else ()
     return [
-        *llama.outer_weights(config),
-        *llama.norms(config),
-        *llama.attention(config),
         *linear(router, "layers/mlp/router", bias=False),
         *(
             weight
@@ -176,7 +198,7 @@ def _qwen2(raw: Raw) -> dict[str, Any]:
     reading.check_flags(
         raw, ("layer_types", "num_experts", "sliding_window", "use_sliding_window", "qkv_bias")
     )
-    _check_all_layers_have_experts(raw)
+    check_all_layers_have_experts(raw)
     rope, window = reading.rope(raw), raw.get("sliding_window")
     use_window = raw.get("use_sliding_window", False)
 
@@ -209,7 +231,7 @@ def _qwen3(raw: Raw) -> dict[str, Any]:
     if raw.get("num_local_experts") == required(raw, count):  # Some files have both keys.
         flags = (*flags, "num_local_experts")
     reading.check_flags(raw, flags)
-    _check_all_layers_have_experts(raw)
+    check_all_layers_have_experts(raw)
     window = required(raw, "sliding_window") if raw.get("use_sliding_window") else None
     bias = raw.get("attention_bias", False)
     return {
@@ -223,7 +245,12 @@ def _qwen3(raw: Raw) -> dict[str, Any]:
     }
 
 
-def _check_all_layers_have_experts(raw: Raw) -> None:
+def check_all_layers_have_experts(raw: Raw) -> None:
+    """Refuses models with experts in some of their layers only (`mlp_only_layers` is a flag).
+
+    Raises:
+      UserError: names the option.
+    """
     if raw.get("decoder_sparse_step", 1) != 1:
         raise reading.refuse(raw, "decoder_sparse_step", "1: experts in every layer")
 

@@ -22,6 +22,7 @@ MODEL_TYPES = (
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_vl",
     "smolvlm",
 )
@@ -37,6 +38,7 @@ ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
 }
 """Class of the text model by its model_type."""
