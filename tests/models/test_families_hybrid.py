@@ -6,20 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.parity_cases import Case, check, export, of, pair, stored
+from tests.models.parity_cases import Case, cases_of, check, export, pair, stored
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import families, huggingface
 from tokalign_jax.utils import paths
 
 
-@pytest.mark.parametrize("case", of("qwen3_5_moe_text", "qwen3_next"), ids=str)
+@pytest.mark.parametrize("case", cases_of("qwen3_5_moe_text", "qwen3_next"), ids=str)
 def test_is_the_model_of_pytorch_in_and_out(case: Case, tmp_path):
     check(case, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
 def test_layers_for_multi_token_prediction_are_left_out(family, tmp_path):
-    both = pair(of(family)[0], tmp_path / "source")
+    both = pair(cases_of(family)[0], tmp_path / "source")
     file = both.folder / huggingface.WEIGHTS_FILE
     extra = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(3, 3), "mtp.norm.weight": torch.ones(3)}
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
@@ -32,7 +32,7 @@ def test_layers_for_multi_token_prediction_are_left_out(family, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "qwen3_next"])
 @pytest.mark.parametrize("key, value", [("decoder_sparse_step", 2), ("mlp_only_layers", [0])])
 def test_layers_without_experts_are_refused(family, key, value, tmp_path):
-    raw = pair(of(family)[0], tmp_path).raw
+    raw = pair(cases_of(family)[0], tmp_path).raw
     with pytest.raises(UserError, match=f"'{key}'"):
         families.config_from_hf({**raw, key: value})
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import tiny_tokenizer
-from tests.models.parity_cases import TOKENIZER, model, of
-from tests.pipeline.test_runs import arguments, write_corpus
+from tests.models.parity_cases import TOKENIZER, cases_of, model
+from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 
 
@@ -18,7 +18,7 @@ from tokalign_jax import main
 def test_a_run_trains_and_exports_an_ordinary_model(family, tmp_path):
     corpus = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    model(of(family)[0]).save_pretrained(tmp_path / family)
+    model(cases_of(family)[0]).save_pretrained(tmp_path / family)
     TOKENIZER.save_pretrained(tmp_path / family)
     target = tiny_tokenizer(420, texts, kind="metaspace")
     target.save_pretrained(tmp_path / "target")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokalign_jax as ta
 from tests.helpers import SHARED, TEXTS
-from tests.models.parity_cases import TOKENIZER, Case, model, of
+from tests.models.parity_cases import TOKENIZER, Case, cases_of, model
 from tests.text.test_kinds import CODE, LANGUAGES
 from tokalign_jax.models import hub
 from tokalign_jax.parallel import sharding
@@ -32,9 +32,9 @@ pytestmark = [
 ]
 
 TYPES = {
-    "llama": of("llama")[0],
+    "llama": cases_of("llama")[0],
     "qwen2": Case("qwen2", "plain"),
-    "qwen3": of("qwen3")[0],
+    "qwen3": cases_of("qwen3")[0],
     # llama.cpp takes the scale of attention from the size of a head, whatever the config says.
     "gemma3_text": Case(
         "gemma3_text",
