@@ -32,6 +32,19 @@ _GRANITE_MOE = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+_SHARED_EXPERT = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 RAW = {
     "llama": {},
     "qwen2": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 4},
@@ -82,13 +95,9 @@ RAW = {
         "block_ffn_dim_multiplier": 1.0,
         "full_attn_idxs": [2, 5],
     },
-    "qwen3_5_text": {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_conv_kernel_dim": 4,
-    },
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_SHARED_EXPERT},
+    "qwen3_next": {**_DELTA, **_SHARED_EXPERT, "norm_topk_prob": True},
     "ministral": {"sliding_window": 512},
     "ministral3": {"sliding_window": None},
     "olmo": {},
