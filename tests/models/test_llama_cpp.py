@@ -25,6 +25,8 @@ from tokalign_jax.utils import paths
 
 CHECKOUT = os.environ.get("LLAMA_CPP", "")
 STEPS = 24
+GELU_MARGIN = 0.005
+"""Difference of scores that llama.cpp's GELU, a table in float16, may make (seen: 0.002)."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,20 +98,19 @@ def test_ids_are_those_of_autotokenizer(served):
 
 
 def test_greedy_continuations_are_those_of_transformers(served):
+    """Where GELU makes scores inexact, a token of almost the same score also counts."""
     folder, gguf = served
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    margin = GELU_MARGIN if reference.config.model_type == "gemma3_text" else 0.0
     for text in [*list(LANGUAGES.values())[::3], CODE]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        expected = list(ids)
-        continued = list(ids)
-        with torch.no_grad():
-            for _ in range(STEPS):
-                scores = reference(torch.tensor([expected])).logits[0, -1]
-                expected.append(int(scores.argmax()))
         gguf.reset()
         gguf.eval(ids)
         for _ in range(STEPS):
-            continued.append(int(np.argmax(gguf.scores[gguf.n_tokens - 1])))
-            gguf.eval(continued[-1:])
-        assert continued == expected, text
+            chosen = int(np.argmax(gguf.scores[gguf.n_tokens - 1]))
+            with torch.no_grad():
+                scores = reference(torch.tensor([ids])).logits[0, -1]
+            assert scores[chosen] >= scores.max() - margin, text
+            ids.append(chosen)
+            gguf.eval([chosen])
