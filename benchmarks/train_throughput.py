@@ -29,9 +29,6 @@ The optimizer's state in less memory, and deep models with all layers unrolled o
     python benchmarks/train_throughput.py --model qwen3-4b --method lora,full --batch 4 --unroll 18,36 \
         --no-feed --out runs/depth
 
-(`JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING=1` has grouped products computed by a Triton
-kernel.)
-
 Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
 `throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels
 and its compiled program.
