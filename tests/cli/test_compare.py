@@ -159,7 +159,7 @@ def test_page_and_picture_are_written(count, tmp_path):
         assert (tmp_path / "made" / "here" / "compare.png").stat().st_size > 10_000
 
 
-# --- the command --------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------
 
 
 def test_compare_command_writes_its_files(tmp_path, capsys):

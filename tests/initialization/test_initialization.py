@@ -326,7 +326,7 @@ def test_composition_changes_composed_rows_only(tmp_path, tied):
     assert learned["layers"] is new["layers"]
 
 
-# --- Which rows a start moves -------------------------------------------------------------------
+# --- Rows that initialisation changes -----------------------------------------------------------
 
 
 def start(
@@ -644,7 +644,7 @@ def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
     np.testing.assert_allclose(new["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-4)
 
 
-# --- Rows that are not finite -------------------------------------------------------------------
+# --- Non-finite rows ----------------------------------------------------------------------------
 
 
 def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), columns=slice(None)):

@@ -81,7 +81,7 @@ def fake(tmp_path, monkeypatch):
     return Hub(tmp_path, monkeypatch)
 
 
-# --- What is fetched ----------------------------------------------------------------------------
+# --- Downloads ----------------------------------------------------------------------------------
 
 
 def test_only_data_files_and_indexed_weights_are_downloaded(fake):
@@ -157,7 +157,7 @@ def test_index_cannot_name_files_outside_the_folder(fake):
             hub.resolve("me/odd", what="source model")
 
 
-# --- What is refused ----------------------------------------------------------------------------
+# --- Refused repositories -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_no_token_is_added_to_ids_with_gaps(tmp_path):
         hub.load_tokenizer(tmp_path, "<|done|>")
 
 
-# --- Out ----------------------------------------------------------------------------------------
+# --- Pushing ------------------------------------------------------------------------------------
 
 
 def test_licence_files_are_copied(tmp_path):

@@ -285,7 +285,7 @@ def test_export_dtype_can_be_chosen(tmp_path):
         )
 
 
-# --- What is refused ----------------------------------------------------------------------------
+# --- Refused checkpoints ------------------------------------------------------------------------
 
 
 def test_errors_name_damaged_files(tmp_path):
@@ -369,7 +369,7 @@ def test_errors_name_what_is_not_implemented(family, changes, message, tmp_path)
         hub.load_config(folder)
 
 
-# --- Weights that are not finite ----------------------------------------------------------------
+# --- Non-finite weights -------------------------------------------------------------------------
 
 
 def _spoil(folder: Path, name: str, index, value: float) -> None:

@@ -26,7 +26,7 @@ CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
 
 
 def start_processes(
-    scene: str, folder: Path, count: int = 2, devices: int = 1
+    program: str, folder: Path, count: int = 2, devices: int = 1
 ) -> list[subprocess.Popen]:
     port = free_port()
     environment = os.environ | {
@@ -38,7 +38,7 @@ def start_processes(
     }
     return [
         subprocess.Popen(
-            [sys.executable, __file__, scene, str(folder)],
+            [sys.executable, __file__, program, str(folder)],
             env=environment | {"JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -62,7 +62,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     ]
 
 
-# --- Scenes, each played by every process -------------------------------------------------------
+# --- Programs, each run by every process --------------------------------------------------------
 
 
 def agreeing(folder: Path) -> None:
@@ -158,7 +158,7 @@ def fails(error: Exception):
     return function
 
 
-# --- What they show -----------------------------------------------------------------------------
+# --- Tests of these programs --------------------------------------------------------------------
 
 
 def test_values_and_errors_reach_both_processes(tmp_path):
@@ -192,9 +192,9 @@ def test_global_batch_covers_all_processes_or_is_refused(tmp_path):
     ], ended
 
 
-@pytest.mark.parametrize(("scene", "who"), [("second_fails_alone", 1), ("first_fails_alone", 0)])
-def test_error_in_one_process_ends_both_with_its_message_and_code(tmp_path, scene, who):
-    ended = finish(start_processes(scene, tmp_path))
+@pytest.mark.parametrize(("program", "who"), [("second_fails_alone", 1), ("first_fails_alone", 0)])
+def test_error_in_one_process_ends_both_with_its_message_and_code(tmp_path, program, who):
+    ended = finish(start_processes(program, tmp_path))
     assert [code for code, _, _ in ended] == [2, 2], ended
     assert (
         f"process {who} failed: the {('first', 'second')[who]} cannot read its part"
@@ -202,9 +202,11 @@ def test_error_in_one_process_ends_both_with_its_message_and_code(tmp_path, scen
     )
 
 
-@pytest.mark.parametrize(("scene", "asked"), [("steps", 0), ("steps", 1), ("first_works_alone", 1)])
-def test_signal_to_one_process_stops_both(tmp_path, scene, asked):
-    processes = start_processes(scene, tmp_path)
+@pytest.mark.parametrize(
+    ("program", "asked"), [("steps", 0), ("steps", 1), ("first_works_alone", 1)]
+)
+def test_signal_to_one_process_stops_both(tmp_path, program, asked):
+    processes = start_processes(program, tmp_path)
     pids = [tmp_path / "0", tmp_path / "1"]
     while not all(pid.exists() and pid.read_text() for pid in pids) and all(
         p.poll() is None for p in processes
@@ -213,11 +215,11 @@ def test_signal_to_one_process_stops_both(tmp_path, scene, asked):
     processes[asked].send_signal(signal.SIGTERM)
     ended = finish(processes)
     assert [code for code, _, _ in ended] == [75, 75], ended
-    if scene == "steps":
+    if program == "steps":
         assert ended[0][1] == ended[1][1] != "", "at the same step"
 
 
-# --- A store that fails -------------------------------------------------------------------------
+# --- A failing key-value store ------------------------------------------------------------------
 
 
 class Store:
@@ -357,7 +359,7 @@ def test_process_that_cannot_read_the_stop_step_exits(watches, monkeypatch, caps
     )
 
 
-# --- Who is of several --------------------------------------------------------------------------
+# --- Detection of several processes -------------------------------------------------------------
 
 
 def test_single_process_needs_no_coordination():

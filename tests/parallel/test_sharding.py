@@ -45,7 +45,7 @@ def test_eight_devices_give_what_one_gives(results, check):
     assert not error, error
 
 
-# --- The mesh on hardware that is not here ------------------------------------------------------
+# --- Meshes of mock TPUs and GPUs ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

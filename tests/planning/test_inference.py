@@ -290,7 +290,7 @@ def test_host_memory_is_limited_by_system_and_cgroup(case, tmp_path):
     assert available_host_memory(write(tmp_path, files)) == expected
 
 
-# --- A start that is distilled ------------------------------------------------------------------
+# --- Distilled initialisation -------------------------------------------------------------------
 
 DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
 

@@ -109,7 +109,7 @@ def workdir(tmp_path_factory, tokenizers, vectors):
     return folder
 
 
-# --- tokens as text -----------------------------------------------------------------------------
+# --- Tokens as text -----------------------------------------------------------------------------
 
 
 @given(st.binary(max_size=40))
@@ -171,7 +171,7 @@ def test_unknown_token_suggests_similar_ones(subject):
     assert "'new'" in str(error.value)
 
 
-# --- numbers ------------------------------------------------------------------------------------
+# --- Numbers ------------------------------------------------------------------------------------
 
 
 def unit(rows):
@@ -292,7 +292,7 @@ def test_id_out_of_range_is_refused(subject):
         inspection.explain(subject, 276)
 
 
-# --- pages --------------------------------------------------------------------------------------
+# --- Pages --------------------------------------------------------------------------------------
 
 
 class Reader(HTMLParser):
@@ -354,7 +354,7 @@ def test_columns_are_aligned_in_the_terminal():
     assert len(pages.terminal([Section("T", rows=[("x" * 500,)])])[1]) < 110
 
 
-# --- the command --------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------
 
 
 def test_inspect_reads_workdirs_and_bare_alignments(workdir, capsys, tmp_path):

@@ -110,7 +110,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-# --- the page -----------------------------------------------------------------------------------
+# --- The page -----------------------------------------------------------------------------------
 
 
 def test_report_page_is_complete_and_self_contained():
@@ -217,7 +217,7 @@ def test_report_warns_of_lossy_tokenizers_and_skipped_steps():
     assert "the target tokenizer does not keep capitals, tabs" in line and "too low" in line
 
 
-# --- parts --------------------------------------------------------------------------------------
+# --- Parts of the page --------------------------------------------------------------------------
 
 
 def test_report_states_the_text_read_for_tuning():
@@ -334,7 +334,7 @@ def test_charts_work_with_no_or_one_point():
         Reader(made)
 
 
-# --- what stages leave --------------------------------------------------------------------------
+# --- Files of the stages ------------------------------------------------------------------------
 
 
 def test_table_lists_all_states_by_language_with_intervals():

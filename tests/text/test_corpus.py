@@ -342,7 +342,7 @@ def test_documents_are_read_by_their_positions(tmp_path, monkeypatch):
         ]
 
 
-# --- the budget ---------------------------------------------------------------------------------
+# --- The budget ---------------------------------------------------------------------------------
 
 
 def inputs(tmp_path: Path) -> Path:
@@ -424,7 +424,7 @@ def test_unread_text_is_reported(tmp_path):
     )
 
 
-# --- what is wrong with records and files -------------------------------------------------------
+# --- Broken records and files -------------------------------------------------------------------
 
 BROKEN = {
     "not JSON": '{"text": "cut o',
@@ -688,7 +688,7 @@ def test_language_named_all_is_distinct_from_the_total(tmp_path):
     assert [*summary["languages"]] == ["'all'", "en"]
 
 
-# --- several parts with weights -----------------------------------------------------------------
+# --- Weighted mixtures --------------------------------------------------------------------------
 
 
 def parts(folder: Path, **documents: int) -> dict[str, Path]:

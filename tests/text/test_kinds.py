@@ -228,7 +228,7 @@ def test_lossy_tokenization_is_reported(kind):
         assert found == lost.get(kind, [])
 
 
-# --- special tokens and chats -------------------------------------------------------------------
+# --- Special tokens and chats -------------------------------------------------------------------
 
 
 def with_special(kind: str, *tokens: str, **settings) -> PreTrainedTokenizerFast:
@@ -288,7 +288,7 @@ def test_document_separator_gets_the_end_of_text_rows_without_a_role():
     assert match == (source.eos_token_id, "ends a document")
 
 
-# --- added tokens -------------------------------------------------------------------------------
+# --- Added tokens -------------------------------------------------------------------------------
 
 
 def with_added(kind: str, *tokens: AddedToken) -> PreTrainedTokenizerFast:

@@ -184,7 +184,7 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-# --- One script at a time -----------------------------------------------------------------------
+# --- Single scripts -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spot", "expected"), [("1", True), ("0", False)])
@@ -308,7 +308,7 @@ def test_killed_job_is_distinguished_from_one_never_started(world):
     assert "exited 137" in world.run("status.sh").stdout
 
 
-# --- Seeing a run through -----------------------------------------------------------------------
+# --- Watching a run -----------------------------------------------------------------------------
 
 
 def watch(world: World, expect: int = 0, **settings: str) -> subprocess.CompletedProcess:

@@ -55,7 +55,7 @@ def uninterrupted(tmp_path_factory):
     return programs
 
 
-# --- Ends of a process --------------------------------------------------------------------------
+# --- Killed, stopped and lost processes ---------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -90,7 +90,9 @@ def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, w
         tmp_path / "both", FULL | dict(per_device_batch=1, checkpoints=CheckpointConfig(every=3))
     )
     both = together(program)
-    both[who] = replace(both[who], fault=fault, fault_step=7)
+    # A request reaches the other process within half a second; training must not end before.
+    step = 3 if fault == "terminate" else 7
+    both[who] = replace(both[who], fault=fault, fault_step=step)
     ended = run_programs(*both)
     saved = newest(program.folder)
     if fault == "terminate":
@@ -99,9 +101,9 @@ def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, w
     else:
         assert ended[who][0] == -signal.SIGKILL, ended
         code, output = ended[1 - who]
-        # With the first process goes the coordination service, and JAX may abort before the failed
-        # step is told.
-        aborted = who == 0 and code == -signal.SIGABRT and "coordination service" in output
+        # The coordination service may notice the loss first, and abort before the step fails: at once
+        # if the first process is lost, else at the end of its heartbeat.
+        aborted = code == -signal.SIGABRT
         message = (
             code == 1
             and "If another process or its machine was lost: run the same command again" in output
@@ -156,7 +158,7 @@ def test_run_resumes_on_another_mesh(tmp_path, uninterrupted):
             np.testing.assert_allclose(final_of(other)[path], leaf, atol=2e-5, err_msg=path)
 
 
-# --- Disks --------------------------------------------------------------------------------------
+# --- Full disks and damaged checkpoints ---------------------------------------------------------
 
 
 @pytest.mark.slow

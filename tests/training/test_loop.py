@@ -91,7 +91,7 @@ def test_final_adapter_parameters_load(tmp_path):
     assert_same(final(tmp_path, stage), result.params)
 
 
-# --- Steps that are not finite ------------------------------------------------------------------
+# --- Non-finite steps ---------------------------------------------------------------------------
 
 
 def poisoned_params():
@@ -197,7 +197,7 @@ def test_consecutive_skipped_steps_stop_and_name_the_last_good_checkpoint(tmp_pa
         )
 
 
-# --- Where a stage reads ------------------------------------------------------------------------
+# --- Position in the stream ---------------------------------------------------------------------
 
 
 def test_stage_continues_reading_where_the_previous_one_stopped(tmp_path):

@@ -60,7 +60,7 @@ def saved(folder):
     return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
 
 
-# --- The sequences and the loss -----------------------------------------------------------------
+# --- Sequences and loss -------------------------------------------------------------------------
 
 
 def test_held_out_sequences_are_split_as_in_training_and_padded():
@@ -103,7 +103,7 @@ def test_loss_is_the_mean_over_predicted_tokens(method):
     np.testing.assert_allclose(results, nll[labels >= 0].mean(), rtol=1e-6)
 
 
-# --- A stage ------------------------------------------------------------------------------------
+# --- Validation within a stage ------------------------------------------------------------------
 
 
 def test_validation_is_recorded_and_does_not_change_what_is_trained(tmp_path):
