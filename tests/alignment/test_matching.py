@@ -103,7 +103,7 @@ def test_csls_is_the_published_score(monkeypatch, queries, around):
 
 
 def test_csls_avoids_a_hub():
-    """A key in the middle of all is everybody's nearest by cosine, nobody's by CSLS."""
+    """A key in the centre is every query's nearest by cosine, and none's by CSLS."""
     rng = np.random.default_rng(0)
     queries = unit(rng.normal(size=(200, 40)) + 0.5)
     keys = np.concatenate(

@@ -151,7 +151,7 @@ def test_evaluate_compares_models_in_every_measure(folders, tmp_path, capsys):
 
 
 def test_workdir_is_evaluated_on_its_held_out_text_and_alignment(folders, tmp_path):
-    """A workdir with as much in it as is read."""
+    """A workdir with the files that evaluation reads."""
     text = TextConfig(language_field="lang", held_out_fraction=0.5)
     config = Config(
         source_model=str(folders / "large"), corpus=str(folders / "text.jsonl"), text=text

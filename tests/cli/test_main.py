@@ -19,7 +19,7 @@ from tokalign_jax.utils.progress import Progress
 
 
 def run(monkeypatch, work, *flags: str) -> int:
-    """The command with `work(log)` for a pipeline."""
+    """Run the command with `work(log)` in place of the pipeline."""
     pipeline = SimpleNamespace(run=lambda config, workdir, selected, log: work(log))
     monkeypatch.setitem(sys.modules, "tokalign_jax.pipeline", pipeline)
     monkeypatch.setattr(tokalign_jax, "pipeline", pipeline, raising=False)

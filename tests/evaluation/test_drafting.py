@@ -51,7 +51,7 @@ def next_token(salt: str, text: tuple[int, ...]) -> int:
 
 
 def decode_speculatively(prompt: int, steps: int, gamma: int) -> tuple[list[int], int]:
-    """The teacher's greedy continuation with drafts, and how often the teacher was called."""
+    """Greedy continuation by speculative decoding, and the number of calls of the teacher."""
     text, calls = (prompt,), 0
     while len(text) <= steps:
         drafts: tuple[int, ...] = ()

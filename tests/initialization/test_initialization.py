@@ -648,7 +648,7 @@ def test_frequency_moves_head_rows_along_the_slope_of_the_source(model):
 
 
 def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), columns=slice(None)):
-    """`params` in which these rows hold `value`."""
+    """`params` with `value` in these rows."""
     new = dict(params)
     for group in set(groups) & set(params):
         (leaf,) = params[group]

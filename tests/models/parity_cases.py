@@ -56,7 +56,7 @@ _GPT2_SIZES = {
 @dataclass(frozen=True)
 class Case:
     family: str
-    """Its model_type."""
+    """`model_type` of its config.json."""
     features: str
     """Features that the case enables."""
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -151,7 +151,7 @@ def test_qwen2_model_with_windows_is_not_rewritten(tmp_path):
 
 
 def test_run_from_qwen2_exports_what_it_trained(tmp_path, capsys):
-    """The whole way, from the command: the source is Qwen 2's, the target's spaces are `▁`."""
+    """A run by the command, from a Qwen 2 model to a tokenizer with `▁` for spaces."""
     corpus = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     parity_cases.pair(case_of("qwen2"), tmp_path / "source")

@@ -82,7 +82,7 @@ def test_layers_save_the_predicted_activations(model, policy):
 
 @EACH_MODEL
 def test_frozen_layers_save_nothing_for_weight_gradients(model):
-    """Their projections' inputs: of all that is kept, only attention's result is such a one."""
+    """Of the saved activations, only attention's result is an input of a projection."""
     config = config_of(model)
     result = 4 * config.num_heads * config.head_dim * config.num_layers
     assert bytes_kept(config, "dots", trains_layers=False) == promised(config, "dots") - result

@@ -68,9 +68,7 @@ def mesh_of(shape=(1, 1, 1)):
 
 
 def vocabulary(shape):
-    """Look-up, loss and their gradients, with rows that only fill the matrix up, and with a
-    soft-cap.
-    """
+    """Look-up, loss and their gradients, with padding rows and with a soft-cap."""
     rng = np.random.default_rng(0)
     rows, _ = sharding.padded_shape("lm_head/kernel", (VOCABULARY, 16), mesh_of(shape))
     table = np.zeros((rows, 16), np.float32)
@@ -102,9 +100,7 @@ def vocabulary(shape):
 
 
 def divergence(shape):
-    """Distillation and its gradients, with rows that only fill the matrices up, ids that one of
-    both has, and a soft-cap.
-    """
+    """Distillation loss and its gradients, with padding rows, ids of one model only, a soft-cap."""
     rng = np.random.default_rng(0)
     heads = [np.zeros((sharding.ROWS, width), np.float32) for width in (16, 12)]
     for head in heads:
@@ -140,7 +136,7 @@ REFERENCES: dict = {}
 
 
 def partly_unlearned():
-    """Toy text of which some is only read, so that micro-batches differ in the tokens they learn."""
+    """Toy text with unlearned spans, so that micro-batches differ in their numbers of labels."""
     edges = np.cumsum(np.random.default_rng(2).integers(1, 40, 2 * 40)).reshape(-1, 2)
     return replace(toy_shards(), unlearned=edges)
 
@@ -167,7 +163,7 @@ def trained(name, model, method, mesh, folder, teacher=None, unroll=0):
 
 
 def taught_by_source(source, model, mesh):
-    """An objective whose teacher has other tokens, at which chunks differ in length."""
+    """Distillation from a source model with another tokenizer, whose chunks differ in length."""
     del model
     teacher = source_teacher.Teacher(source, sharding.place(toy_params(source, 1), mesh), "")
     stage = replace(STEP, objective="mixture")
@@ -175,7 +171,7 @@ def taught_by_source(source, model, mesh):
 
 
 def taught_by(teacher, model, mesh):
-    """An objective with a teacher whose vocabulary's matrices have more rows than the student's."""
+    """Distillation from a teacher whose embedding and head have more rows than the student's."""
     params = sharding.place(toy_params(teacher), mesh)
     params = with_rows(params, model.vocab_size, mesh)
     return objective(
@@ -216,7 +212,7 @@ def training(shape, model, method, teacher=None, unroll=0):
 
 
 def checkpoints():
-    """A checkpoint is the same on every mesh, however many rows of padding there are."""
+    """A checkpoint loads the same on every mesh, whatever its number of padding rows."""
     with tempfile.TemporaryDirectory() as folder:
         written = trained("stage", LLAMA, "full", mesh_of((1, 3, 1)), folder)
         for shape in ((1, 1, 1), (2, 2, 2), (1, 5, 1)):
@@ -225,7 +221,7 @@ def checkpoints():
 
 
 def validation(shape, method):
-    """The validation loss, of batches that are filled up with ignored sequences."""
+    """The validation loss of batches that are padded with ignored sequences."""
     lora = lora_spec(replace(STEP, method=method))
     sequences = held_out_sequences(toy_shards(LENGTH * 11 + 5, 3), LENGTH, 20)
     results = []
@@ -240,7 +236,7 @@ def validation(shape, method):
 
 
 def compiled_step(shape, method, dtype="float32", accumulation=2, options=None):
-    """A compiled step on a mesh, and how many elements of what trains each device has."""
+    """A compiled step on a mesh, and the number of trainable elements per device."""
     mesh, compute = mesh_of(shape), ComputeConfig(dtype=dtype, loss_chunk=7)
     stage = replace(STEP, method=method)
     lora = lora_spec(stage)
@@ -259,8 +255,8 @@ def compiled_step(shape, method, dtype="float32", accumulation=2, options=None):
 
 
 def reductions(method, names, dtype="float32"):
-    """Copies of the parameters exchange their gradients, loss and number of tokens, each once a
-    step and nothing else: never in a loop, so not in that over micro-batches.
+    """Replicas all-reduce gradients, loss and token count once per step, outside the loop over
+    micro-batches, and nothing else.
     """
     for shape in (SHAPES[name] for name in names):
         step, size = compiled_step(shape, method, dtype)
@@ -276,8 +272,8 @@ def reductions(method, names, dtype="float32"):
 
 
 def gradient_types():
-    """The gradients of a single micro-batch are summed over devices in their own type, that of
-    layers' matrices the compute type; sums over micro-batches in float32.
+    """Gradients of a single micro-batch are all-reduced in their own dtype (for layer matrices the
+    compute dtype), sums over micro-batches in float32.
     """
     for accumulation, short in ((1, "bf16"), (2, "f32")):
         # Layers' matrices are reduced layer by layer, or all of them at once.
@@ -305,7 +301,7 @@ def gradient_types():
 
 
 def files(shape):
-    """In from safetensors and out again, in several files, on the mesh as on the host."""
+    """Sharded safetensors are read and written on the mesh as on the host."""
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model_folder(Path(folder) / "model", "llama")
         config, raw = hub.load_config(model)
@@ -328,9 +324,7 @@ def files(shape):
 
 
 def after_training(shape):
-    """A state with adapters, loaded in the compute type and exported, is the same on the mesh as on
-    one device.
-    """
+    """A state with adapters is loaded and exported on the mesh as on one device."""
     with tempfile.TemporaryDirectory() as name:
         folder, stage = Path(name), replace(STEP, method="lora")
         (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -360,7 +354,7 @@ def after_training(shape):
 
 
 def reading(shape):
-    """Bits per byte, abilities, contexts of tokens, frequencies of head rows, continued texts."""
+    """Bits per byte, abilities, contexts, head calibration, generation and tuning."""
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model_folder(Path(folder), "llama", vocab_size=320)
         config, _ = hub.load_config(model)
@@ -441,7 +435,7 @@ def shards_of(tokenizer):
 
 
 def automatic():
-    """The mesh that is chosen: copies while they fit, then parts."""
+    """The automatic mesh: data parallel while replicas fit, then sharded."""
     assert sharding.axis_sizes(MeshConfig(), 8, 10, 100) == (8, 1, 1)
     assert sharding.axis_sizes(MeshConfig(), 8, 150, 100) == (2, 4, 1)
     assert sharding.axis_sizes(MeshConfig(), 8, 10**6, 100) == (1, 8, 1)

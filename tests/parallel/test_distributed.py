@@ -49,7 +49,7 @@ def start_processes(
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Exit code, last line of output and errors of each; none may hang."""
+    """Return exit code, last line of output and stderr of each process; none may hang."""
     try:
         ended = [(process, *process.communicate(timeout=60)) for process in processes]
     finally:
@@ -95,7 +95,7 @@ def first_is_slow(folder: Path) -> None:
 
 
 def second_fails_alone(folder: Path) -> None:
-    """The first one waits in a collective, which would never end."""
+    """The first process waits in a collective that would never end."""
     if distributed.index() == 1:
         raise UserError("the second cannot read its part")
     jax.experimental.multihost_utils.sync_global_devices("forever")
@@ -108,9 +108,7 @@ def first_fails_alone(folder: Path) -> None:
 
 
 def steps(folder: Path) -> None:
-    """A loop like that of training, one process ahead of the other; each is free to begin up to two
-    steps early.
-    """
+    """A loop like that of training, in which one process is faster than the other."""
     (folder / str(distributed.index())).write_text(str(os.getpid()))
     for step in range(10_000):
         if stopping.requested():
@@ -270,7 +268,7 @@ class Watch(distributed._Watch):
 
 @pytest.fixture
 def watches(monkeypatch):
-    """Starts watches over a store; both poll fast and have little patience."""
+    """Return a function that starts watches over a store, with short intervals and timeouts."""
     started = []
 
     def start(store, *all_of_them):
@@ -292,7 +290,7 @@ def watches(monkeypatch):
 
 
 def stops_of(watches):
-    """The step at which each stops, from threads that take steps at their own pace."""
+    """The step at which each watch stops, in threads of different speeds."""
     found = [0] * len(watches)
 
     def steps(number, pause):

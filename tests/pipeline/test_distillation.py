@@ -146,7 +146,7 @@ def test_stage_3_trains_and_is_exported_and_reported(inputs, run):
 
 
 def test_stage_3_lowers_the_divergence_from_the_teacher(run):
-    """Four steps towards it: the divergence falls, which is most of the loss."""
+    """In four steps, the divergence falls, which is most of the loss."""
     losses = [
         json.loads(line)["loss"]
         for line in (run / "stage3" / "metrics.jsonl").read_text().splitlines()
@@ -242,7 +242,7 @@ def test_unsuitable_teacher_is_refused_before_any_work(inputs, tmp_path):
 
 
 def test_teacher_may_lack_rows_of_unused_special_tokens(inputs, tmp_path):
-    """Gemma 3 1B has none for its tokenizer's last one, which is for images."""
+    """As Gemma 3 1B, which has no row for the image token of its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(inputs["target"])
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})

@@ -214,7 +214,7 @@ def test_text_to_mine_is_drawn_from_the_whole_corpus(run):
 
 
 def test_document_separator_is_the_eos_of_the_export(inputs, tmp_path):
-    """A token that only its name makes the end, and one that is named in the config and made."""
+    """A separator recognised by its name alone, and one that the config names and the run adds."""
     silent = AutoTokenizer.from_pretrained(inputs["silent"])
     assert silent.eos_token is None
     for name, expected in (("", silent.get_vocab()["<|endoftext|>"]), ("<|stop|>", len(silent))):
@@ -269,7 +269,7 @@ def test_identities_cover_only_files_that_define_the_tokenizer(inputs, tmp_path)
 
 
 def test_ids_with_gaps_need_rows_up_to_the_largest(inputs, tmp_path):
-    """A tokenizer that has an id past the matrices, though it has fewer tokens than they have rows."""
+    """The tokenizer has fewer tokens than the matrices have rows, but an id beyond them."""
     folder = tmp_path / "model"
     shutil.copytree(inputs["llama"], folder)
     state = json.loads((folder / "tokenizer.json").read_text())

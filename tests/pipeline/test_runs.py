@@ -45,7 +45,7 @@ class FinishedRun:
     workdir: Path
     printed: str
     other_device_bytes: int
-    """Most bytes on the devices when a stage begins to train, beside its state and what is frozen."""
+    """Most bytes on the devices at the start of a stage, beyond its state and frozen parameters."""
 
 
 def whole_run(config: str, inputs: dict[str, Path], folder: Path) -> FinishedRun:

@@ -81,7 +81,7 @@ def test_evaluation_needs_no_more_memory_than_training(method):
 
 
 def placed(tree, mesh):
-    """Shapes in their places, float32."""
+    """Float32 shapes with their shardings."""
 
     def place(path, leaf):
         shape = sharding.padded_shape(path, leaf.shape, mesh)

@@ -29,7 +29,7 @@ REAL = ["models/llama-en16k", "tokenizers/neox", "tokenizers/qwen3"]
 
 
 def metaspace_without_prefix() -> PreTrainedTokenizerFast:
-    """Like Gemma's: ▁ for a space, nothing put before the text, bytes for what is unknown."""
+    """Like Gemma's: ▁ for a space, no prefix, byte fallback."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_previous")

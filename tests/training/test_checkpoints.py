@@ -125,7 +125,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder with checkpoints 1 and 2, and the states that they are of."""
+    """A folder with checkpoints 1 and 2, and their states."""
     folder, states = (
         tmp_path_factory.mktemp("two"),
         {step: state_of(toy_params(seed=step)) for step in (1, 2)},

@@ -163,7 +163,7 @@ def test_bfloat16_products_keep_float32_logits_and_head_gradient(data):
 
 
 def test_teacher_weights_are_arguments_of_the_compiled_step():
-    """Two teachers of one shape are taught by with one program, which outlives neither's weights."""
+    """Two teachers of one shape share a compiled program, which keeps neither's weights alive."""
     one, other = (
         objective(stage, Teacher(LLAMA, {"weights": np.full(3, size)}, V, f"teacher {size}"))
         for size, stage in enumerate(

@@ -159,7 +159,7 @@ def test_confident_token_in_bfloat16_has_an_exact_gradient():
 
 
 def test_logits_are_clipped_above_the_labels():
-    """A loss and a gradient that are no numbers would cost the whole step."""
+    """A loss or gradient of NaN would lose the whole step."""
     hidden, head = np.full((1, 1, 1), 100, np.float32), np.array([[10.0], [1.0], [2.0]], np.float32)
 
     def loss(*given):
@@ -191,7 +191,7 @@ def test_logits_are_never_materialised_in_full():
 
 
 def test_maximum_and_sum_agree_in_one_pass_and_two():
-    """Also where rows of the head are none, first, last or all but one."""
+    """Also where masked rows of the head are none, the first, the last or all but one."""
     logits = np.random.default_rng(0).normal(scale=20, size=(5, 1000)).astype(np.float32)
     logits[1, :300] = logits[2, 300:] = logits[3, 1:] = losses.LEAST
     largest = logits.max(-1)

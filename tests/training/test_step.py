@@ -35,7 +35,7 @@ FAMILIES = [
 
 
 def changed(before, after):
-    """Paths of the leaves that are not bit for bit what they were."""
+    """Paths of the leaves that changed by any bit."""
     after = paths.flatten(after)
     return {
         path

@@ -52,7 +52,7 @@ def losses(records):
 
 
 def noise(tokens=200):
-    """Text on which a model that learns the toy text gets worse."""
+    """Held-out text on which the loss rises while the model learns the toy text."""
     return ToyShards(np.random.default_rng(7).integers(0, VOCABULARY, tokens).astype(np.uint16))
 
 
