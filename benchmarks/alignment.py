@@ -63,7 +63,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "composed: fully calibrated": ({}, {"calibration": 1.0}),
     "composed: not tuned": ({}, {"tuning": 0}),
 }
-"""What each start changes in the alignment's and in the initialisation's config."""
+"""Fields of alignment and initialisation that each start sets."""
 RANDOM_ROWS = "random rows"
 """The start whose rows are drawn from a normal distribution with each source column's mean and
 deviation."""

@@ -143,7 +143,9 @@ def _reference(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         return y, *pull(sequence[3])
 
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda *of: jax.lax.map(one, of))(*(x.astype(jnp.float32) for x in inputs))
+        return jax.jit(lambda *arrays: jax.lax.map(one, arrays))(
+            *(x.astype(jnp.float32) for x in inputs)
+        )
 
 
 # --- Kernels ------------------------------------------------------------------------------------

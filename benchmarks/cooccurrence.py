@@ -1,4 +1,4 @@
-"""How long co-occurrence counting takes, and in how much memory, at any number of tokens.
+"""Time and memory of co-occurrence counting, at any number of tokens.
 
     python benchmarks/cooccurrence.py --shards tokens/target --tokens 1000000000 --scratch /data \\
         --json counts.json

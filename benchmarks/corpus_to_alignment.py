@@ -45,7 +45,7 @@ STEPS = {
     "matching": "matching",
     "alignment by": "mixtures, files, BLEU-1",
 }
-"""What the last line of a step in the log begins with."""
+"""Beginning of the last log line of a step."""
 
 
 def main() -> None:
@@ -84,8 +84,8 @@ def main() -> None:
             for side, folder in zip(SIDES, real)
         ]
         print(
-            f"tokens: {[len(TokenShards.open(of)) for of in real]} real, "
-            f"{[of.result() for of in made]} to be read"
+            f"tokens: {[len(TokenShards.open(folder)) for folder in real]} real, "
+            f"{[shards.result() for shards in made]} to be read"
         )
     prepared = time.monotonic() - began
     with ProcessPoolExecutor(1, spawn) as pool:
@@ -96,7 +96,7 @@ def main() -> None:
             arguments.workdir,
             tokens,
         ).result()
-    report |= {"real": [len(TokenShards.open(of)) for of in real], "prepared": prepared}
+    report |= {"real": [len(TokenShards.open(folder)) for folder in real], "prepared": prepared}
     (arguments.workdir / "corpus_to_alignment.json").write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 

@@ -50,7 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "forward, T = 2": {"divergence": "forward", "temperature": 2.0},
     "half forward, half next token": {"divergence": "forward", "weight": 0.5},
 }
-"""What each way changes in Stage 3."""
+"""Fields of Stage 3 that each way sets."""
 GROUPS = ("en", "code", "math")
 """Languages reported by themselves; the others are pooled."""
 
@@ -153,7 +153,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
 
 
 def start(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
-    """What the ways are compared with: the source model, the teacher, and the student that all
+    """Models that the ways are compared with: the source, the teacher, and the student that all
     begin with."""
     pipeline.run(config, workdir, ["evaluate/source", "evaluate/stage2"], print)
     context = Context(config, workdir, print)
@@ -191,15 +191,15 @@ def scored(workdir: Path, state: str) -> dict[str, float]:
 def grouped(languages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Bits per byte of each of GROUPS, of all other languages together, and of everything."""
     found: dict[str, Score] = {}
-    for language, of in languages.items():
+    for language, scores in languages.items():
         for group in ({language} & {*GROUPS} or {"other"}) | {"all"}:
-            score = Score(of["nats"], int(of["tokens"]), int(of["bytes"]))
+            score = Score(scores["nats"], int(scores["tokens"]), int(scores["bytes"]))
             found[group] = found[group] + score if group in found else score
     return {group: score.bits_per_byte for group, score in found.items()}
 
 
 def speed(folder: Path) -> dict[str, float]:
-    """Of a stage's steps but the first ones: median seconds, and tokens a second by it."""
+    """Median seconds of a stage's steps without the first ones, and tokens per second."""
     records = metrics.read(folder / "metrics.jsonl")
     seconds = statistics.median(record["seconds"] for record in records[min(5, len(records) - 1) :])
     return {"seconds": seconds, "tokens_per_second": records[0]["tokens"] / seconds}
@@ -213,11 +213,13 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
         + " | tokens/s | ms a step |\n|---|"
         + "---:|" * (len(names) + 2)
     )
-    for state, of in rows.items():
-        bits = [f"{of['bits_per_byte'][n]:.3f}" if n in of["bits_per_byte"] else "" for n in names]
+    for state, row in rows.items():
+        bits = [
+            f"{row['bits_per_byte'][n]:.3f}" if n in row["bits_per_byte"] else "" for n in names
+        ]
         pace = (
-            [f"{of['tokens_per_second']:,.0f}", f"{1000 * of['seconds']:.1f}"]
-            if "seconds" in of
+            [f"{row['tokens_per_second']:,.0f}", f"{1000 * row['seconds']:.1f}"]
+            if "seconds" in row
             else ["", ""]
         )
         print(f"| {state} | " + " | ".join([*bits, *pace]) + " |")

@@ -1,5 +1,5 @@
-"""How long the rows of a new vocabulary take, step by step, and in how much host memory; random
-rows, tokens and text.
+"""Time and host memory of making the rows of a new vocabulary, by step; random rows, tokens and
+text.
 
     PYTHONPATH=. python benchmarks/initialization.py --width 2048 --source 50304 --target 151669
 
@@ -159,10 +159,12 @@ def _contexts(size: int, width: int) -> contexts.Contexts:
     return contexts.Contexts(_rows(size, width), _rows(size, width), counts)
 
 
-def _tokens(ids: np.ndarray, pieces: int, source: int, of: contexts.Contexts) -> composition.Tokens:
+def _tokens(
+    ids: np.ndarray, pieces: int, source: int, read: contexts.Contexts
+) -> composition.Tokens:
     indptr = np.arange(0, pieces * len(ids) + 1, pieces)
     spelled = composition.Pieces(indptr, RNG.integers(source, size=indptr[-1]))
-    return composition.Tokens(ids, spelled, RNG.random(len(of.counts), np.float32), of)
+    return composition.Tokens(ids, spelled, RNG.random(len(read.counts), np.float32), read)
 
 
 def _config(width: int, vocabulary: int):

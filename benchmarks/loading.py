@@ -132,7 +132,9 @@ def make(folder: Path, layers: int) -> int:
         text = json.dumps(header).encode()
         with (folder / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + max(of["data_offsets"][1] for of in header.values()))
+            file.truncate(
+                8 + len(text) + max(entry["data_offsets"][1] for entry in header.values())
+            )
         index |= dict.fromkeys(header, name)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index})

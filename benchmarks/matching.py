@@ -1,4 +1,4 @@
-"""How long matching takes for vocabularies of a size, on random vectors.
+"""Time of matching by vocabulary size, on random vectors.
 
     python benchmarks/matching.py --source 50000 --target 262000 --dimensions 300
 

@@ -1,4 +1,4 @@
-"""How far each family is from PyTorch: random tiny models, one for each set of features, in float32
+"""Differences of each family from PyTorch: random tiny models, one for each set of features, in float32
 on the CPU.
 
     python benchmarks/parity.py             # prints the table and writes it into docs/models.md

@@ -1,4 +1,4 @@
-"""What a model retains after several starts and trainings, measured in one process.
+"""Retention of a model after several starts and trainings, measured in one process.
 
     python benchmarks/retention.py --source /models/smollm2 --target /tokenizers/qwen3 \\
         --corpus mix-train.jsonl.xz --text mix-valid.jsonl.xz --language_field lang \\

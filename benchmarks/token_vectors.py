@@ -207,7 +207,7 @@ def _run_c(arguments: argparse.Namespace, folders: list[Path]) -> dict[str, Any]
 
 
 def _needs_common(arguments: argparse.Namespace, program: str) -> bool:
-    """Whether this version of the program shares its helpers with the others."""
+    """Tells if this version of the program shares its helpers with the others."""
     return "common.h" in (arguments.glove_c / "src" / f"{program}.c").read_text()
 
 

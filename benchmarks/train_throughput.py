@@ -652,7 +652,7 @@ def by_kind(times: Times) -> Iterator[str]:
 
 
 _WRAPPERS = re.compile(r"^(end: |ThunkExecutor|while|call|conditional)")
-"""What only holds other events."""
+"""Events that only contain other events."""
 
 
 def kind_of(name: str) -> str:
@@ -763,7 +763,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _variant(row: Row) -> str:
-    """What else than the method sets a row apart."""
+    """Settings, besides the method, that identify a row."""
     defaults = {"unroll": "0", "state": "float32", "loss_chunk": "0"}
     changed = [
         f"{name}={row[name]}" for name, value in defaults.items() if row.get(name, value) != value

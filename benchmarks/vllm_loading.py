@@ -1,4 +1,4 @@
-"""Whether vLLM's own model classes take the config and all weights of exported folders.
+"""Load exported folders with vLLM's own model classes: config and all weights.
 
     python benchmarks/vllm_loading.py runs/mine/export ...
 

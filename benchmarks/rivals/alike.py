@@ -1,4 +1,4 @@
-"""How near this project's starts are to those of the packages of their authors, row by row.
+"""Compare this project's starts with those of their authors' packages, row by row.
 
     python benchmarks/rivals/alike.py --source models/smollm2 --starts runs/rivals/models
 

@@ -1,4 +1,4 @@
-"""What a user's alternatives are worth: makes every start, judges all alike, writes one table.
+"""Compare a user's alternatives: makes every start, judges all alike, writes one table.
 
     benchmarks/rivals/environments.sh /tmp/rivals
     python benchmarks/rivals/compare.py --source models/smollm2 --target tokenizers/neox \\
@@ -63,7 +63,7 @@ class Start(NamedTuple):
     name: str
     command: list[str]
     result: Path
-    """Where the command leaves the model."""
+    """Folder in which the command leaves the model."""
 
 
 def main() -> None:

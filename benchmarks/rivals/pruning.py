@@ -1,4 +1,4 @@
-"""What pruning saves and costs: tokenizers pruned for one language, measured on it and on others.
+"""Savings and costs of pruning: tokenizers pruned for one language, on it and on others.
 
     python benchmarks/rivals/pruning.py --tokenizers smollm2,qwen3 --text train.jsonl.xz \\
         --held-out valid.jsonl.xz --language de --min-counts 1,2,10
@@ -34,12 +34,12 @@ def main() -> None:
     for folder in args.tokenizers.split(","):
         whole = hub.load_tokenizer(folder)
         counts = pruning.count(whole, needed)
-        before = {language: pruning.count(whole, of).sum() for language, of in judged.items()}
+        before = {language: pruning.count(whole, texts).sum() for language, texts in judged.items()}
         for min_count in map(int, args.min_counts.split(",")):
             made, kept = pruning.prune(whole, counts, min_count)
             cells = [
-                f"{pruning.count(made, of).sum() / before[language] - 1:+.2%}"
-                for language, of in judged.items()
+                f"{pruning.count(made, texts).sum() / before[language] - 1:+.2%}"
+                for language, texts in judged.items()
             ]
             sizes = f"{vocabulary_size(whole):,} | {len(kept):,}"
             print(f"| {folder} | {min_count} | {sizes} | {' | '.join(cells)} |", flush=True)

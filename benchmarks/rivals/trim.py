@@ -1,4 +1,4 @@
-"""What vocabtrimmer does with a model and text: trim.py MODEL TEXT.jsonl OUTPUT [MIN_FREQUENCY]
+"""Trim the vocabulary of a model by vocabtrimmer: trim.py MODEL TEXT.jsonl OUTPUT [MIN_FREQUENCY]
 
 Run in the environment that `environments.sh` makes for it. First the whole program, as its command
 runs it; then, where that refuses the model, its parts: the tokens that its miner keeps of the same

@@ -659,7 +659,7 @@ def broken(params, ids, value=np.nan, groups=("embed_tokens", "lm_head"), column
 
 
 MATRICES = [(True, "embed_tokens"), (False, "lm_head"), (False, "embed_tokens")]
-"""Whether the matrices are tied, and which one has broken rows."""
+"""Tied or not, and the matrix that has broken rows."""
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_drafted_text_is_that_of_the_larger_model(larger, draft, tokenizer):
 
 
 def test_a_draft_of_other_rows_is_refused_by_transformers(larger, draft, tokenizer):
-    """What the warning at export, with its setting, avoids."""
+    """Refused by transformers; the warning at export names the setting that avoids it."""
     inputs = tokenizer(TEXTS[0], return_tensors="pt")
     with pytest.raises(ValueError, match=r"(different|same) tokenizer"):
         larger.generate(**inputs, assistant_model=draft(1), **OPTIONS)

@@ -98,7 +98,7 @@ def test_ids_are_those_of_autotokenizer(served):
 
 
 def test_greedy_continuations_are_those_of_transformers(served):
-    """Where GELU makes scores inexact, a token of almost the same score also counts."""
+    """A token of almost the same score also counts where GELU makes scores inexact."""
     folder, gguf = served
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

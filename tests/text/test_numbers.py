@@ -1,4 +1,4 @@
-"""How tokenizers split numbers, and the warning where two differ."""
+"""Splitting of numbers by tokenizers, and the warning where two differ."""
 
 import pytest
 

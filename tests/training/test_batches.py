@@ -27,7 +27,7 @@ def stream(seed=0, epochs=2, offset=0, accumulation=1, micro_batch=1, **hosts):
 
 
 def sequence_ids(batches):
-    """Which sequences a stream read, by their first token, in order [steps, accumulation,
+    """Sequences that a stream read, by their first token, in order [steps, accumulation,
     micro-batch].
     """
     return np.stack([batch[..., 0] // T for batch in batches])

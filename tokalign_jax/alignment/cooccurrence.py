@@ -101,7 +101,7 @@ class Resources:
     workers: int | None = None
     """Threads on a CPU, or accelerators; None: all, and at most `HOST_THREADS` threads."""
     device: bool | None = None
-    """Whether to sort on JAX's devices; None: if they are not CPUs."""
+    """Sort on JAX's devices; None: if they are not CPUs."""
     chunk: int | None = None
     """Tokens at once; None: `HOST_CHUNK` or `DEVICE_CHUNK`."""
 

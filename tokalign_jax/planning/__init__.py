@@ -1,4 +1,4 @@
-"""What a run needs, from configs and shapes alone: memory, disk, FLOPs and time.
+"""Resources of a run from configs and shapes alone: memory, disk, FLOPs and time.
 
 `machine` describes the devices and how fast they train. `memory` (training stages), `inference`
 (memory of the others), `disk` and `flops` are the models. `resolve` replaces `auto` in a stage's

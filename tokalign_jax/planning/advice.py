@@ -1,4 +1,4 @@
-"""Which settings would make a stage fit its devices and host."""
+"""Settings with which a stage would fit its devices and host."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

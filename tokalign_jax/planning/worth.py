@@ -1,4 +1,4 @@
-"""Whether a new vocabulary pays: text a second before and after, from bytes and operations.
+"""Estimate if a new vocabulary pays: text per second before and after, from bytes and FLOPs.
 
 A vocabulary that splits text into fewer tokens needs fewer steps for it, and each step costs more
 where the vocabulary is larger, since the head has a row for each token.

@@ -182,7 +182,7 @@ class _Vocabulary:
     spelled: list[str]
     """The string of every id; "" for unused ids."""
     mergeable: Bool[np.ndarray, "V"]
-    """Whether a token may be part of a new one: not special, not added, not a byte token."""
+    """Tell if a token may be part of a new one: not special, not added, not a byte token."""
     mark: str
     """`▁` for SentencePiece's kind, else ""."""
     digits: int

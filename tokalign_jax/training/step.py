@@ -33,7 +33,7 @@ from tokalign_jax.training.optimizer import Schedule
 from tokalign_jax.utils import paths
 
 Batch = Int32[Array, "A B T+1"] | Mapping[str, Array]
-"""What a step reads: token ids of the target tokenizer (`batches.read_and_predicted`), or several
+"""Input of a step: token ids of the target tokenizer (`batches.read_and_predicted`), or several
 arrays [A, B, ...], of which `tokens` are these."""
 Loss = Callable[[Any, Any, Any, Array], tuple[Float[Array, ""], Float[Array, ""]]]
 """(trainable, frozen, micro-batch, keys [B]) -> (sum of the loss over tokens in nats, number of
