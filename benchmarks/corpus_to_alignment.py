@@ -140,14 +140,14 @@ def measure(source: str, target: str, workdir: Path, tokens: Path) -> dict[str, 
 
 def table(report: dict[str, Any]) -> str:
     tokens, seconds, steps = report["tokens"], report["seconds"], report["steps"]
-    counted = sum(of for step, of in steps.items() if step.startswith("count"))
+    counted = sum(duration for step, duration in steps.items() if step.startswith("count"))
     each = lambda name: " + ".join(f"{n:,}" for n in report[name])  # noqa: E731
     rows = {
         "on": report["device"],
         "tokens, source + target": f"{each('tokens')} (real: {each('real')})",
         "vocabulary": f"{each('vocabulary')} (seen often: {each('seen_often')})",
         "corpus to alignment": f"{seconds:.1f} s, {sum(tokens) / seconds / 1e6:.2f}M tokens/s",
-        **{f"  {step}": f"{of:.1f} s" for step, of in steps.items()},
+        **{f"  {step}": f"{duration:.1f} s" for step, duration in steps.items()},
         "floor of counting": f"{report['floor']:.2f} s, a {counted / report['floor']:.0f}th of what it took",
         "host memory at most": f"{_gib(report['host'])} ({_gib(report['host_with_files'])} with mapped files)",
         "device memory at most": _gib(report["device_memory"])

@@ -24,6 +24,9 @@ from tokalign_jax.utils import paths
 
 WORDS = [*TEXTS, *reopening.TEXTS]
 FOURTH = "TRANSFORMERS_4_PYTHON"
+OWN_CLASS = {"qwen2": "Qwen2Tokenizer", "qwen3_5_moe_text": "Qwen3_5Tokenizer"}
+"""Model types whose tokens are cut by an expression of their class, whatever
+tokenizer_config.json names."""
 
 
 def made(kind: str) -> PreTrainedTokenizerFast:
@@ -34,11 +37,11 @@ def made(kind: str) -> PreTrainedTokenizerFast:
 def test_transformers_opens_every_kind_of_tokenizer_unchanged(kind):
     tokenizer = made(kind)
     others = FAMILIES if kind in ("gpt2", "llama2", "t5") else ("llama",)
-    for model_type in set(others) - {"qwen2"}:
+    for model_type in set(others) - OWN_CLASS.keys():
         assert opening.class_difference({"model_type": model_type}, tokenizer) == "", model_type
-    # This class cuts by its own expression, whatever tokenizer_config.json names.
-    message = opening.class_difference({"model_type": "qwen2"}, tokenizer)
-    assert message.startswith("Qwen2Tokenizer: ") == (kind != "qwen")
+    for model_type in OWN_CLASS.keys() & {"qwen2", *others}:
+        message = opening.class_difference({"model_type": model_type}, tokenizer)
+        assert message.startswith(f"{OWN_CLASS[model_type]}: ") == (kind != "qwen"), model_type
 
 
 @pytest.mark.parametrize("name", ["qwen3", "neox"])
