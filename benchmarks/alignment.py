@@ -27,6 +27,7 @@ import numpy as np
 from tokalign_jax import pipeline
 from tokalign_jax.alignment import methods, vectors
 from tokalign_jax.config import (
+    BatchConfig,
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -128,13 +129,15 @@ def _measured(
     stage = StageConfig(
         steps=arguments.steps,
         learning_rate=6.4e-4,
-        optimizer=OptimizerConfig(row_damping=0.0),  # AdamW, as the figures in docs/ were measured
-        batch_size=arguments.sequences,
-        per_device_batch=arguments.sequences,
-        sequence_length=arguments.sequence_length,
+        optimizer=OptimizerConfig(row_damping=0.0),
         start_offset=0,
         log_every=50,
         checkpoints=CheckpointConfig(every=100_000),
+        batch=BatchConfig(
+            size=arguments.sequences,
+            per_device=arguments.sequences,
+            sequence_length=arguments.sequence_length,
+        ),
     )
     text = TextConfig(
         language_field=arguments.language_field,

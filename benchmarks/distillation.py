@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from tokalign_jax import pipeline
 from tokalign_jax.config import (
     AlignmentConfig,
+    BatchConfig,
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -114,13 +115,15 @@ def config_of(arguments: argparse.Namespace) -> Config:
     stage = StageConfig(
         steps=arguments.adapting_steps or arguments.steps,
         learning_rate=1e-3,
-        optimizer=OptimizerConfig(row_damping=0.0),  # AdamW, as the figures in docs/ were measured
-        batch_size=arguments.sequences,
-        per_device_batch=arguments.at_once,
-        sequence_length=arguments.sequence_length,
+        optimizer=OptimizerConfig(row_damping=0.0),
         start_offset=0,
         log_every=50,
         checkpoints=CheckpointConfig(every=100_000),
+        batch=BatchConfig(
+            size=arguments.sequences,
+            per_device=arguments.at_once,
+            sequence_length=arguments.sequence_length,
+        ),
     )
     after = {
         **vars(stage),

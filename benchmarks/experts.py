@@ -293,7 +293,7 @@ def measure_ours(side: str, shape: Shape, steps: int, losses: Path) -> Iterator[
     import jax
     import jax.numpy as jnp
 
-    from tokalign_jax.config import ComputeConfig, StageConfig
+    from tokalign_jax.config import BatchConfig, ComputeConfig, StageConfig
     from tokalign_jax.models import families
     from tokalign_jax.parallel import sharding
     from tokalign_jax.training.optimizer import make_optimizer, rules_for, schedule_of
@@ -307,7 +307,9 @@ def measure_ours(side: str, shape: Shape, steps: int, losses: Path) -> Iterator[
     tokens = shape.tokens()
     np.save(losses, our_token_losses(config, params, tokens[:1]))
 
-    stage = StageConfig(method="full", batch_size=shape.batch, sequence_length=shape.length)
+    stage = StageConfig(
+        method="full", batch=BatchConfig(size=shape.batch, sequence_length=shape.length)
+    )
     compute = ComputeConfig(dtype=shape.dtype, remat="dots")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     labels = paths.label_tree(rules_for("full"), params)

@@ -24,6 +24,7 @@ from absl import flags
 
 import tokalign_jax as ta
 from tokalign_jax.config import (
+    BatchConfig,
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -83,15 +84,17 @@ def trained(name: str, seed: int, model: Any, shards: Any, arguments: argparse.N
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         embedding_learning_rate=arguments.embedding_learning_rate,
-        batch_size=arguments.batch,
-        per_device_batch=arguments.micro_batch or arguments.batch,
-        sequence_length=arguments.length,
         start_offset=0,
         checkpoints=CheckpointConfig(every=10**9),
         log_every=10**9,
         validation_every=max(1, arguments.steps // arguments.validations),
         validation_sequences=arguments.validation_sequences,
         optimizer=OptimizerConfig(row_damping=arguments.row_damping, **FORMATS[name]),
+        batch=BatchConfig(
+            size=arguments.batch,
+            per_device=arguments.micro_batch or arguments.batch,
+            sequence_length=arguments.length,
+        ),
     )
     compute = ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=1024)
     config = Config(seed=seed, stage1=stage, compute=compute)

@@ -17,7 +17,14 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tokalign_jax.config import CheckpointConfig, Config, OptimizerConfig, StageConfig, TextConfig
+from tokalign_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    OptimizerConfig,
+    StageConfig,
+    TextConfig,
+)
 from tokalign_jax.demo import build
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
@@ -212,13 +219,10 @@ def train_gpt_neox(
         learning_rate=learning_rate,
         warmup_fraction=0.02,
         optimizer=OptimizerConfig(weight_decay=0.1, row_damping=0.0),
-        # AdamW, as the figures in docs/ were measured
-        batch_size=batch,
-        per_device_batch=batch,
-        sequence_length=sequence_length,
         start_offset=0,
         checkpoints=CheckpointConfig(every=max(steps, 1), keep=1),
         log_every=50,
+        batch=BatchConfig(size=batch, per_device=batch, sequence_length=sequence_length),
     )
     config = Config(corpus=corpus, text=TextConfig(held_out_fraction=5e-4), stage1=stage)
     raw = GPT_NEOX | {"num_hidden_layers": layers}

@@ -53,7 +53,7 @@ from tokalign_jax.training.batches import SourceText
 from tokalign_jax.training.step import NEXT_TOKEN
 from tokalign_jax.utils import compiling
 
-STAGE = {"batch_size": 64, "sequence_length": 1024, "method": "full", "start_offset": 0}
+STAGE = {"batch.size": 64, "batch.sequence_length": 1024, "method": "full", "start_offset": 0}
 """Fields of a training stage unless given."""
 COLUMNS = ("mean", "alike", "question", "composed", "recut", "text", "other", "gap")
 

@@ -336,7 +336,13 @@ def measure(arguments: argparse.Namespace) -> Row:
     import jax.numpy as jnp
     import numpy as np
 
-    from tokalign_jax.config import ComputeConfig, MeshConfig, OptimizerConfig, StageConfig
+    from tokalign_jax.config import (
+        BatchConfig,
+        ComputeConfig,
+        MeshConfig,
+        OptimizerConfig,
+        StageConfig,
+    )
     from tokalign_jax.parallel import sharding
     from tokalign_jax.planning.machine import peak_flops
     from tokalign_jax.training.loop import lora_spec, micro_batch
@@ -347,10 +353,12 @@ def measure(arguments: argparse.Namespace) -> Row:
     mesh = sharding.make_mesh(MeshConfig(*map(int, arguments.mesh.split(","))))
     stage = StageConfig(
         method=arguments.method,
-        batch_size=batch * arguments.accumulation,
-        per_device_batch=batch // sharding.sequences_at_once(mesh),
-        sequence_length=length,
         optimizer=OptimizerConfig(row_damping=arguments.row_damping, **STATES[arguments.state]),
+        batch=BatchConfig(
+            size=batch * arguments.accumulation,
+            per_device=batch // sharding.sequences_at_once(mesh),
+            sequence_length=length,
+        ),
     )
     chunk = {"loss_chunk": int(arguments.loss_chunk)} if int(arguments.loss_chunk) else {}
     compute = ComputeConfig(
@@ -402,9 +410,9 @@ def measure(arguments: argparse.Namespace) -> Row:
     _report(f"{1e3 * seconds:.1f} ms a step")
     fed = {}
     if not arguments.no_feed:
-        feed = _feed(stage, model, mesh, (arguments.warmup + arguments.steps) * stage.batch_size)
+        feed = _feed(stage, model, mesh, (arguments.warmup + arguments.steps) * stage.batch.size)
         run(feed, arguments.warmup, "warm-up")
-        fed["fed_tokens_per_second"] = stage.batch_size * length / run(feed, arguments.steps, "fed")
+        fed["fed_tokens_per_second"] = stage.batch.size * length / run(feed, arguments.steps, "fed")
     if arguments.profile:
         _profile(
             lambda: run(same, 3, "profile"),
@@ -518,18 +526,18 @@ def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
         """Sequences of shards, as `batches.TokenSource` reads them."""
 
         tokens = np.random.default_rng(1).integers(
-            model.vocab_size, size=sequences * stage.sequence_length + 1, dtype=np.uint32
+            model.vocab_size, size=sequences * stage.batch.sequence_length + 1, dtype=np.uint32
         )
 
         def __len__(self) -> int:
             return sequences
 
         def __getitem__(self, index: int) -> Any:
-            start = int(index) * stage.sequence_length
-            return self.tokens[start : start + stage.sequence_length + 1].astype(np.int32)
+            start = int(index) * stage.batch.sequence_length
+            return self.tokens[start : start + stage.batch.sequence_length + 1].astype(np.int32)
 
-    micro = stage.per_device_batch * sharding.sequences_at_once(mesh)
-    accumulation = stage.batch_size // micro
+    micro = stage.batch.per_device * sharding.sequences_at_once(mesh)
+    accumulation = stage.batch.size // micro
     stream = make_stream(
         Tokens(),  # pyright: ignore[reportArgumentType]
         seed=0,
@@ -548,11 +556,13 @@ def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
 def _row(
     arguments: argparse.Namespace, timing: Row, devices: int, kind: str, peak: float | None
 ) -> Row:
-    from tokalign_jax.config import StageConfig
+    from tokalign_jax.config import BatchConfig, StageConfig
     from tokalign_jax.planning.flops import flops_per_token
 
     model = _model(arguments)
-    stage = StageConfig(method=arguments.method, sequence_length=arguments.length)
+    stage = StageConfig(
+        method=arguments.method, batch=BatchConfig(sequence_length=arguments.length)
+    )
     flops = flops_per_token(model, stage)
     causal = flops - 6 * model.num_layers * model.num_heads * model.head_dim * arguments.length
     rate = arguments.batch * arguments.accumulation * arguments.length / timing["seconds"]

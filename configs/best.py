@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.data.epochs = 0
     config.stage1.steps = 0
     config.stage2.steps = 5000
-    config.stage2.batch_size = 64
-    config.stage2.per_device_batch = "auto"
+    config.stage2.batch.size = 64
+    config.stage2.batch.per_device = "auto"
     config.stage2.learning_rate = 5e-4
     config.stage2.optimizer.row_damping = 0.3  # 0 (AdamW) in research.py
     config.stage2.start_offset = 0

@@ -37,9 +37,9 @@ def get_config() -> ConfigDict:
     config.alignment.method = "composed"  # without tuning, as in the measurements of docs/
     config.initialization.tuning = 0
     for stage in (config.stage1, config.stage2):
-        stage.batch_size = 32
-        stage.per_device_batch = 32
-        stage.sequence_length = 1024
+        stage.batch.size = 32
+        stage.batch.per_device = 32
+        stage.batch.sequence_length = 1024
         stage.checkpoints.every = 1000
         stage.checkpoints.keep = 1
         stage.log_every = 60

@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
     config.text.self_tokens = 8_000_000
     config.text.held_out_fraction = 0.01
     for stage in (config.stage1, config.stage2):
-        stage.batch_size = SEQUENCES
-        stage.sequence_length = LENGTH
+        stage.batch.size = SEQUENCES
+        stage.batch.sequence_length = LENGTH
         stage.checkpoints.every = 100
         stage.checkpoints.keep = 1
     config.stage1.learning_rate = ROWS

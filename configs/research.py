@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
 
     for stage in (config.stage1, config.stage2):
         stage.steps = 2500
-        stage.batch_size = 1024
-        stage.per_device_batch = 4
-        stage.sequence_length = 2048
+        stage.batch.size = 1024
+        stage.batch.per_device = 4
+        stage.batch.sequence_length = 2048
         stage.optimizer.weight_decay = 0.01
         stage.optimizer.row_damping = 0.0  # AdamW
         stage.warmup_fraction = 0.03

@@ -26,9 +26,9 @@ def get_config() -> ConfigDict:
     config.alignment.similarity_threshold = 0.3
 
     for stage in (config.stage1, config.stage2):
-        stage.batch_size = 32
-        stage.per_device_batch = 2
-        stage.sequence_length = 1024
+        stage.batch.size = 32
+        stage.batch.per_device = 2
+        stage.batch.sequence_length = 1024
         stage.optimizer.weight_decay = 0.01
         stage.warmup_fraction = 0.03
         stage.start_offset = 0

@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
     config.initialization.corpus_share = 0.7  # the source model writes English and code alone
 
     for stage in (config.stage1, config.stage2):
-        stage.batch_size = 4
-        stage.per_device_batch = 4
-        stage.sequence_length = 256
+        stage.batch.size = 4
+        stage.batch.per_device = 4
+        stage.batch.sequence_length = 256
         stage.optimizer.weight_decay = 0.01
         stage.warmup_fraction = 0.03
         stage.checkpoints.every = 40

@@ -45,7 +45,7 @@ def test_recipes_have_their_documented_settings(name):
     assert (config.stage2.start_offset, config.text.budget_bytes) == (offset, budget)
     assert config.alignment.similarity_threshold == threshold
     for stage in (config.stage1, config.stage2):
-        assert (stage.batch_size, stage.per_device_batch, stage.sequence_length) == (
+        assert (stage.batch.size, stage.batch.per_device, stage.batch.sequence_length) == (
             sequences,
             batch,
             length,
@@ -96,8 +96,11 @@ def test_round_trip_and_partial_groups_keep_defaults():
         ({"stage1": {"learning_rate": "2e-5"}}, ("stage1.learning_rate", "2e-5", "float")),
         ({"compute": {"remat": True}}, ("compute.remat", "layer")),
         ({"stage1": {"steps": -1}}, ("stage1.steps", "-1")),
-        ({"stage1": {"per_device_batch": 0}}, ("stage1.per_device_batch", "0")),
-        ({"stage1": {"per_device_batch": "most"}}, ("stage1.per_device_batch", "most", "auto")),
+        ({"stage1": {"batch": {"per_device": 0}}}, ("stage1.batch.per_device", "0")),
+        (
+            {"stage1": {"batch": {"per_device": "most"}}},
+            ("stage1.batch.per_device", "most", "auto"),
+        ),
         ({"text": {"held_out_fraction": 1.5}}, ("text.held_out_fraction", "1.5")),
         ({"stage2": {"lora": {"dropout": 1.0}}}, ("stage2.lora.dropout", "1.0")),
         ({"stage1": {"learning_rate": float("inf")}}, ("stage1.learning_rate", "inf", "finite")),
@@ -233,7 +236,7 @@ def test_fingerprints_exclude_settings_without_effect():
         config_from_dict({"stage1": changes}).stage1
         for changes in (
             {},
-            {"log_every": 3, "per_device_batch": 2, "checkpoints": {"every": 4, "keep": 5}},
+            {"log_every": 3, "batch": {"per_device": 2}, "checkpoints": {"every": 4, "keep": 5}},
         )
     )
     assert one != other and settings_of(one) == settings_of(other)

@@ -296,8 +296,7 @@ def train(
         "method": method,
         "steps": steps,
         "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
+        "batch": {"size": batch_size, "sequence_length": sequence_length},
         "start_offset": 0,
         **settings,
     }

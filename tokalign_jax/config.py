@@ -13,7 +13,7 @@ import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ml_collections.config_dict import ConfigDict, placeholder
 
@@ -334,6 +334,19 @@ class CheckpointConfig(Bookkeeping):
 
 
 @dataclass(frozen=True)
+class BatchConfig:
+    """Sequences of a training step."""
+
+    size: int = within(1, 2**24, 1024)
+    """Sequences per step over all devices; results do not depend on the number of devices."""
+    sequence_length: int = within(1, 2**24, 2048)
+    """Tokens per sequence."""
+    per_device: int | str = within(1, 2**24, AUTO, effect=False)
+    """Maximum sequences per device at once; gradients are accumulated over as many rounds as the
+    batch takes. `auto`: as many as fit in memory and are faster together (`planning.resolve`)."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """A training stage."""
 
@@ -354,18 +367,12 @@ class StageConfig:
     warmup_fraction: float = within(0, 1, 0.03)
     """Share of the steps with linear warm-up from 0; a cosine decays the rate to 0 afterwards."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    batch_size: int = within(1, 2**24, 1024)
-    """Sequences per step over all devices; results do not depend on the number of devices."""
-    per_device_batch: int | str = within(1, 2**24, AUTO, effect=False)
-    """Maximum sequences per device at once; gradients are accumulated over as many rounds as the
-    batch takes. `auto`: as many as fit in memory and are faster together (`planning.resolve`)."""
-    sequence_length: int = within(1, 2**24, 2048)
-    """Tokens per sequence."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
     start_offset: int | float | str = AFTER_PREVIOUS
     """First sequence to read in the shuffled stream: a number of sequences (int), a fraction of one
-    pass over the corpus (float below 1), or `after_previous`. After a stage with another
-    `sequence_length`, the number of tokens that it read is rounded up to whole sequences; each
-    length has its own order, so some text may be read again."""
+    pass over the corpus (float below 1), or `after_previous`. After a stage with another length of
+    sequences, the number of tokens that it read is rounded up to whole sequences; each length has
+    its own order, so some text may be read again."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = within(1, 10**9, 10, effect=False)
@@ -379,10 +386,14 @@ class StageConfig:
     """Steps between measurements of the next-token loss on held-out text (the last step is measured
     too); 0: never. The checkpoint with the lowest loss is kept."""
     validation_sequences: int = within(1, 2**20, 64, effect=False)
-    """Held-out sequences of `sequence_length` tokens that a validation reads, at most."""
+    """Held-out sequences of `batch.sequence_length` tokens that a validation reads, at most."""
     result: Literal["last", "best"] = field(default="last", metadata={"effect": False})
     """Checkpoint from which later stages, evaluation and export go on: the `last`, or the `best`
     by validation loss. No effect on the training itself."""
+
+    def with_batch(self, **fields: Any) -> Self:
+        """Return a copy with fields of `batch` replaced."""
+        return dataclasses.replace(self, batch=dataclasses.replace(self.batch, **fields))
 
 
 @dataclass(frozen=True)
@@ -622,6 +633,9 @@ def settings_of(stage: StageConfig) -> dict[str, Any]:
     Fields without effect are left out, as are weights of terms that its objective does not have.
     """
     settings = _with_effect(stage)
+    # Flat, as before they were a group, so that existing workdirs remain valid.
+    batch = settings.pop("batch")
+    settings |= {"batch_size": batch["size"], "sequence_length": batch["sequence_length"]}
     if stage.objective == "next_token":
         del settings["objective"], settings["weights"]
     elif stage.objective == "distillation":
@@ -685,6 +699,9 @@ RENAMED: Mapping[type, Mapping[str, str]] = {
             name: f"optimizer.{name}"
             for name in ("weight_decay", "beta1", "beta2", "epsilon", "row_damping", "clip_norm")
         },
+        "batch_size": "batch.size",
+        "sequence_length": "batch.sequence_length",
+        "per_device_batch": "batch.per_device",
         "checkpoint_every": "checkpoints.every",
         "keep_checkpoints": "checkpoints.keep",
     },
@@ -833,10 +850,13 @@ def _build(values: Any, kind: type, prefix: str) -> Any:
 def default_config() -> Any:
     """Return a ConfigDict of all defaults for config files, overridable on the command line."""
     values = ConfigDict(config_to_dict(Config()))
-    for group, name in _SEVERAL_TYPES:
+    for key in _SEVERAL_TYPES:
         # A placeholder of type `object` allows a number on the command line for a default that is a
         # string.
-        holder: Any = values[group] if group else values
+        *groups, name = key.split(".")
+        holder: Any = values
+        for group in groups:
+            holder = holder[group]
         value = holder[name]
         del holder[name]
         holder[name] = placeholder(object)
@@ -845,13 +865,13 @@ def default_config() -> Any:
 
 
 _SEVERAL_TYPES = (
-    ("", "corpus"),
-    ("evaluation", "other_text"),
-    ("compute", "loss_chunk"),
+    "corpus",
+    "evaluation.other_text",
+    "compute.loss_chunk",
     *(
-        (stage, name)
+        f"{stage}.{name}"
         for stage in TRAINING
-        for name in ("start_offset", "embedding_learning_rate", "per_device_batch")
+        for name in ("start_offset", "embedding_learning_rate", "batch.per_device")
     ),
 )
 
@@ -914,7 +934,7 @@ def _check_range(config: Any, prefix: str) -> None:
                 f"config key '{prefix}{declared.name}' is {value}; it must be at least {low} and "
                 f"at most {high}"
             )
-    for name, what in (("per_device_batch", "sequences"), ("loss_chunk", "tokens")):
+    for name, what in (("per_device", "sequences"), ("loss_chunk", "tokens")):
         if isinstance(number := getattr(config, name, 1), str) and number != AUTO:
             raise UserError(
                 f"config key '{prefix}{name}' is {number!r}; it must be a number of {what} or "

@@ -186,8 +186,8 @@ def _trained(args: argparse.Namespace, own: Sequence[str], start: str, budget: f
         "target_tokenizer": model,
         "alignment.method": "exact",
         "stage2.steps": max(1, round(budget / sequences / length)),
-        "stage2.batch_size": sequences,
-        "stage2.sequence_length": length,
+        "stage2.batch.size": sequences,
+        "stage2.batch.sequence_length": length,
         "stage2.learning_rate": 1e-4,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]

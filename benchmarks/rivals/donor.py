@@ -13,7 +13,14 @@ from pathlib import Path
 
 import jax
 
-from tokalign_jax.config import CheckpointConfig, Config, OptimizerConfig, StageConfig, TextConfig
+from tokalign_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    OptimizerConfig,
+    StageConfig,
+    TextConfig,
+)
 from tokalign_jax.demo import build
 from tokalign_jax.models import families, hub, huggingface, transformer
 from tokalign_jax.text.canonical import vocabulary_size
@@ -57,11 +64,9 @@ def main() -> None:
         learning_rate=2e-3,
         warmup_fraction=0.02,
         optimizer=OptimizerConfig(weight_decay=0.1),
-        batch_size=args.batch,
-        per_device_batch=args.batch,
-        sequence_length=512,
         start_offset=0,
         checkpoints=CheckpointConfig(every=2000),
+        batch=BatchConfig(size=args.batch, per_device=args.batch, sequence_length=512),
     )
     config = Config(corpus=args.corpus, text=text, stage1=stage)
     build.pretrain(raw, tokenizer, config, args.output)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import experts as benchmark  # noqa: E402
 
-from tokalign_jax.config import StageConfig  # noqa: E402
+from tokalign_jax.config import BatchConfig, StageConfig  # noqa: E402
 from tokalign_jax.models import families  # noqa: E402
 from tokalign_jax.planning.flops import flops_per_token  # noqa: E402
 
@@ -22,7 +22,7 @@ from tokalign_jax.planning.flops import flops_per_token  # noqa: E402
 @pytest.mark.parametrize("shape", [benchmark.Shape(), benchmark.TINY], ids=["whole", "tiny"])
 def test_flops_are_those_of_the_planner(shape):
     model = families.config_from_hf(shape.config())
-    stage = StageConfig(method="full", sequence_length=shape.length)
+    stage = StageConfig(method="full", batch=BatchConfig(sequence_length=shape.length))
     assert shape.flops_per_token() == pytest.approx(flops_per_token(model, stage), rel=1e-12)
 
 

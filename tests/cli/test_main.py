@@ -74,7 +74,7 @@ def test_config_file_that_raises_is_a_user_error(tmp_path, capsys):
         ("--plan_devices=-2", "plan_devices"),
         ("--plan_mfu=0", "plan_mfu"),
         ("--plan_tokens_per_second=-3", "plan_tokens_per_second"),
-        ("--config.stage1.sequence_length=4096", "stage1.sequence_length is 4096"),
+        ("--config.stage1.batch.sequence_length=4096", "stage1.batch.sequence_length is 4096"),
     ],
 )
 def test_impossible_plan_is_refused(flag, says, capsys):

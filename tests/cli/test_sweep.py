@@ -143,7 +143,9 @@ def test_recipe_curves_train_on_the_tokens_that_they_name():
             continue
         millions = int(name.split("-")[-2].removesuffix("M"))
         stages = config.stage1, config.stage2
-        tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in stages)
+        tokens = sum(
+            stage.steps * stage.batch.size * stage.batch.sequence_length for stage in stages
+        )
         assert 0 <= tokens - millions * 1e6 <= 65_536
         assert (config.stage1.steps > 0) == ("stage1" in name)
         objective = "next_token" if name.startswith("pieces") else name.split("-")[0]

@@ -53,11 +53,9 @@ SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 
 STEP = replace(
     STAGE,
     steps=3,
-    batch_size=24,
-    per_device_batch=1,
     checkpoints=replace(STAGE.checkpoints, every=3),
     optimizer=replace(STAGE.optimizer, row_damping=0.3),
-)
+).with_batch(size=24, per_device=1)
 
 
 def mesh_of(shape=(1, 1, 1)):

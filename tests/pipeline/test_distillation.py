@@ -21,6 +21,7 @@ from tests.pipeline.toy_runs import write_corpus
 from tests.training.toys import LLAMA, NEOX
 from tokalign_jax import pipeline
 from tokalign_jax.config import (
+    BatchConfig,
     ComputeConfig,
     Config,
     DistillationConfig,
@@ -74,9 +75,7 @@ def config_of(
 ) -> Config:
     """A run of Stage 1 and Stage 3, a few small steps each, with `changes` and those of Stage 3."""
     stage = {
-        "batch_size": 4,
-        "per_device_batch": 2,
-        "sequence_length": 32,
+        "batch": {"size": 4, "per_device": 2, "sequence_length": 32},
         "checkpoints": {"every": 2},
         "log_every": 1,
     }
@@ -227,7 +226,7 @@ def test_unsuitable_teacher_is_refused_before_any_work(inputs, tmp_path):
         shutil.copyfile(file, short / file.name)
     assert (
         "16 positions" in (output := refused(teacher=str(short)))
-        and "stage3.sequence_length" in output
+        and "stage3.batch.sequence_length" in output
     )
     assert "target_tokenizer=extend" in refused({"target_tokenizer": "extend"})
     assert "stage3.temperature" in refused(temperature=0.0)
@@ -272,11 +271,9 @@ TEACHER = replace(NEOX, **SIZES | {"vocab_size": 4096, "hidden_size": 96}, head_
 STAGE = DistillationConfig(
     method="full",
     steps=4,
-    batch_size=4,
-    per_device_batch=4,
-    sequence_length=128,
     teacher="somewhere",
     weight=0.5,
+    batch=BatchConfig(size=4, per_device=4, sequence_length=128),
 )
 COMPUTE = ComputeConfig(dtype="float32", remat="dots", loss_chunk=256)
 

@@ -13,7 +13,7 @@ from tests.helpers import tiny_model_folder, tiny_tokenizer, tokenizer_of_kind
 from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 from tokalign_jax.cli import inspect
-from tokalign_jax.config import Config, EvaluationConfig, ExtendConfig, StageConfig
+from tokalign_jax.config import BatchConfig, Config, EvaluationConfig, ExtendConfig, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.pipeline import checks
@@ -184,8 +184,8 @@ def test_extension_is_planned_before_it_is_made(inputs):
         target_tokenizer="extend",
         corpus=str(inputs["corpus"]),
         extend=ExtendConfig(100),
-        stage1=StageConfig(sequence_length=64),
-        stage2=StageConfig(sequence_length=64),
+        stage1=StageConfig(batch=BatchConfig(sequence_length=64)),
+        stage2=StageConfig(batch=BatchConfig(sequence_length=64)),
         evaluation=EvaluationConfig(sequence_length=64),
     )
     planned = plan_run(config, None, Machine(1, 1e12), Speed(1000.0))

@@ -15,7 +15,7 @@ from tests.helpers import SHARED, tiny_model_folder, tiny_tokenizer
 from tests.pipeline.toy_runs import WORDS, arguments
 from tokalign_jax import main, pipeline
 from tokalign_jax.alignment import alignment
-from tokalign_jax.config import Config, StageConfig
+from tokalign_jax.config import BatchConfig, Config, StageConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.pipeline import stages
 from tokalign_jax.pipeline.context import Context
@@ -33,7 +33,7 @@ def test_bad_input_is_refused_before_any_work(inputs, tmp_path, capsys):
     )
     assert "nowhere.jsonl" in refused("--config.corpus=/nowhere.jsonl")
     assert "content" in (output := refused("--config.text.text_field=content")) and "text" in output
-    assert "128 positions" in refused("--config.stage1.sequence_length=129")
+    assert "128 positions" in refused("--config.stage1.batch.sequence_length=129")
     assert "128 positions" in refused("--config.evaluation.sequence_length=500")
     assert "'alignn'" in (output := refused("--stages=alignn")) and "align" in output
     assert "--stages is empty" in refused("--stages=")
@@ -145,7 +145,7 @@ def test_error_on_an_offset_past_the_end_states_the_length(inputs, tmp_path, cap
 
 def test_many_passes_over_a_small_text_are_warned_of(inputs, tmp_path):
     output = []
-    stage = StageConfig(steps=1000, batch_size=8, sequence_length=32)
+    stage = StageConfig(steps=1000, batch=BatchConfig(size=8, sequence_length=32))
     names = {
         "source_model": inputs["llama"],
         "target_tokenizer": inputs["target"],
@@ -199,7 +199,7 @@ def test_full_device_is_predicted_and_reported_with_what_would_fit(
         and "and more" not in output.err
     )
     assert (
-        "lower --config.stage1.per_device_batch" in output.err
+        "lower --config.stage1.batch.per_device" in output.err
         and "the same command resumes from there" in output.err
     )
     assert "init: done" in after

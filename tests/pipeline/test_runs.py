@@ -29,7 +29,7 @@ CONFIGS = {
     "three_hour_eval": ("gpt_neox", ()),
     "optimal": ("llama", ()),
     "research": ("gpt_neox", ("--config.stage2.start_offset=30",)),
-    "best": ("llama", ("--config.stage2.per_device_batch=auto",)),
+    "best": ("llama", ("--config.stage2.batch.per_device=auto",)),
 }
 """Model family and further flags of the run of each config."""
 STATES = ["source", "random", "init", "stage1", "stage2"]
@@ -81,7 +81,7 @@ def test_every_config_runs_end_to_end(config, inputs, tmp_path, request):
     else:
         run = whole_run(config, inputs, tmp_path)
     assert run.other_device_bytes < 1000
-    assert ("stage2: per_device_batch=auto: 4 sequences per device at once" in run.printed) == (
+    assert ("stage2: batch.per_device=auto: 4 sequences per device at once" in run.printed) == (
         config == "best"
     )
     report = json.loads((run.workdir / "report" / "report.json").read_text())

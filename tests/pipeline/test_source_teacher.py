@@ -21,7 +21,8 @@ def config(tmp_path_factory):
     tiny_tokenizer(420, texts, kind="metaspace").save_pretrained(folder / "target")
     tokenizer = tiny_tokenizer(300, texts[:10])
     tiny_model_folder(folder / "source", "llama", 320, tied=True, tokenizer=tokenizer)
-    stage = {"batch_size": 4, "sequence_length": 32, "checkpoints": {"every": 1}, "log_every": 1}
+    batch = {"size": 4, "sequence_length": 32}
+    stage = {"batch": batch, "checkpoints": {"every": 1}, "log_every": 1}
     return config_from_dict(
         {
             "source_model": str(folder / "source"),

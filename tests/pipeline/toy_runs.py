@@ -69,9 +69,9 @@ def arguments(
     for stage in ("stage1", "stage2"):
         small |= {
             f"{stage}.steps": 3,
-            f"{stage}.per_device_batch": 2,
-            f"{stage}.batch_size": 4,
-            f"{stage}.sequence_length": 32,
+            f"{stage}.batch.per_device": 2,
+            f"{stage}.batch.size": 4,
+            f"{stage}.batch.sequence_length": 32,
             f"{stage}.checkpoints.every": 2,
         }
     flags = [f"--config.{name}={value}" for name, value in small.items()]

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests.planning.test_plan import MODELS, model_of, setup_of
 from tokalign_jax.config import (
     AlignmentConfig,
+    BatchConfig,
     ComputeConfig,
     Config,
     EvaluationConfig,
@@ -35,7 +36,7 @@ from tokalign_jax.utils import paths
 
 LLAMA_8B = model_of("llama-8b", 151_669)
 SOURCE = Source(128_256, 2)
-LORA = StageConfig(method="lora", batch_size=64, per_device_batch=4)
+LORA = StageConfig(method="lora", batch=BatchConfig(size=64, per_device=4))
 CONFIG = Config(
     alignment=AlignmentConfig(method="composed"),
     stage1=replace(LORA, method="embedding"),

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training.toys import LLAMA
-from tokalign_jax.config import ComputeConfig, StageConfig, config_from_dict, loss_chunk_of
+from tokalign_jax.config import (
+    BatchConfig,
+    ComputeConfig,
+    StageConfig,
+    config_from_dict,
+    loss_chunk_of,
+)
 from tokalign_jax.errors import UserError
 from tokalign_jax.planning import memory, resolve
 from tokalign_jax.planning.machine import Machine
@@ -28,7 +34,7 @@ MODEL = replace(  # whose logits take more than all else
 
 
 def setup_of(room=math.inf, batch=64, **compute):
-    stage = StageConfig(method="full", batch_size=batch, sequence_length=2048)
+    stage = StageConfig(method="full", batch=BatchConfig(size=batch, sequence_length=2048))
     return memory.Setup(
         "stage", stage, ComputeConfig(**compute), MODEL, (1, 1, 1), Machine(1, room)
     )
@@ -36,11 +42,11 @@ def setup_of(room=math.inf, batch=64, **compute):
 
 def resolved(room, **compute):
     found = resolve.resolve(setup_of(room, **compute))
-    return found.stage.per_device_batch, found.compute.remat, found.compute.loss_chunk
+    return found.stage.batch.per_device, found.compute.remat, found.compute.loss_chunk
 
 
 def needs(batch, policy, chunk):
-    setup = setup_of().with_stage(per_device_batch=batch)
+    setup = setup_of().with_batch(per_device=batch)
     return memory.needed(setup.with_compute(remat=policy, loss_chunk=chunk))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training.toys import LLAMA
-from tokalign_jax.config import ComputeConfig, Config, OptimizerConfig, StageConfig
+from tokalign_jax.config import BatchConfig, ComputeConfig, Config, OptimizerConfig, StageConfig
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import disk, memory
 from tokalign_jax.planning.machine import Machine, Speed
@@ -38,10 +38,8 @@ def stage_of(method, optimizer, batch=4):
     return StageConfig(
         method=method,
         optimizer=optimizer,
-        batch_size=batch,
-        per_device_batch=2,
-        sequence_length=16,
         steps=1,
+        batch=BatchConfig(size=batch, per_device=2, sequence_length=16),
     )
 
 

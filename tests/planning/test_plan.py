@@ -19,6 +19,7 @@ import pytest
 from tests.training.toys import LLAMA, NEOX
 from tokalign_jax.config import (
     AlignmentConfig,
+    BatchConfig,
     ComputeConfig,
     Config,
     InitializationConfig,
@@ -59,10 +60,8 @@ MODELS = {"llama": replace(LLAMA, **SIZES), "neox": replace(NEOX, **SIZES)}
 STAGE = StageConfig(
     method="full",
     steps=4,
-    batch_size=32,
-    per_device_batch=4,
-    sequence_length=256,
     lora=LoraConfig(rank=8),
+    batch=BatchConfig(size=32, per_device=4, sequence_length=256),
 )
 COMPUTE = ComputeConfig(dtype="float32", remat="layer", loss_chunk=256)
 CASES = [
@@ -77,7 +76,7 @@ CASES = [
 def settings(model: str, method: str, sequences: int, remat: str):
     return (
         MODELS[model],
-        replace(STAGE, method=method, batch_size=sequences),
+        replace(STAGE, method=method).with_batch(size=sequences),
         replace(COMPUTE, remat=remat),
     )
 
@@ -111,7 +110,7 @@ def compiled_memory(
     state = lying(jax.eval_shape(lambda params: init_state(params, optimizer), trained))
     together = loop.micro_batch("stage", stage, mesh)
     batch = jax.ShapeDtypeStruct(
-        (sequences // together, together, stage.sequence_length + 1),
+        (sequences // together, together, stage.batch.sequence_length + 1),
         jnp.int32,
         sharding=jax.NamedSharding(mesh, jax.P(None, sharding.BATCH)),
     )
@@ -147,7 +146,7 @@ def test_planned_memory_matches_compiled_steps(compiled, case):
     kinds = list(memory.stage_memory(setup_of(stage, compute, model, mesh, fused=False)).values())
     state, rest = sum(kinds[:3]), sum(kinds[3:])
     # Besides the state: a batch of token ids, a key and counters.
-    batch = 4 * sequences // (mesh[0] * mesh[1]) * (stage.sequence_length + 1)
+    batch = 4 * sequences // (mesh[0] * mesh[1]) * (stage.batch.sequence_length + 1)
     assert 0 <= compiled[case]["arguments"] - state - batch < 1000
     assert 0.9 < rest / compiled[case]["temporaries"] < 1.6
 
@@ -200,9 +199,9 @@ PYTHIA_1B = model_of("pythia-1b", 151_936)
 CONFIG = Config(
     alignment=AlignmentConfig(method="composed"),
     stage1=StageConfig(
-        method="embedding", batch_size=64, per_device_batch=4, start_offset=0, steps=100
+        method="embedding", start_offset=0, steps=100, batch=BatchConfig(size=64, per_device=4)
     ),
-    stage2=StageConfig(method="full", batch_size=64, per_device_batch=4, steps=200),
+    stage2=StageConfig(method="full", steps=200, batch=BatchConfig(size=64, per_device=4)),
     compute=ComputeConfig(remat="dots"),
 )
 
@@ -260,7 +259,7 @@ def test_planned_memory_matches_measurements_on_gpus(
 ):
     held = sequences // (mesh[0] * mesh[1])
     stage = StageConfig(
-        method=method, batch_size=sequences, per_device_batch=held, sequence_length=2048
+        method=method, batch=BatchConfig(size=sequences, per_device=held, sequence_length=2048)
     )
     kinds = memory.stage_memory(
         setup_of(stage, ComputeConfig(remat=remat), model_of(model, rows), mesh)
@@ -319,8 +318,8 @@ def test_plan_suggests_settings_that_fit():
     )
     lean = replace(
         CONFIG,
-        stage2=replace(
-            CONFIG.stage2, method="lora", per_device_batch=int(settings["stage2.per_device_batch"])
+        stage2=replace(CONFIG.stage2, method="lora").with_batch(
+            per_device=int(settings["stage2.batch.per_device"])
         ),
         compute=replace(
             CONFIG.compute,
@@ -331,11 +330,11 @@ def test_plan_suggests_settings_that_fit():
     assert not [w for w in planned(lean, device_memory="24GB").warnings if w.startswith("stage2")]
     assert "no settings change that" in planned(device_memory="4GB").table()
     # More sequences than fit: fewer at once, or less kept of each.
-    crowded = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=64))
+    crowded = replace(CONFIG, stage1=CONFIG.stage1.with_batch(per_device=64))
     (warning,) = [w for w in planned(crowded).warnings if w.startswith("stage1")]
-    assert "stage1.per_device_batch=" in warning and "compute.remat=" in warning
-    at_once = int(warning.partition("stage1.per_device_batch=")[2].split()[0])
-    fits = replace(CONFIG, stage1=replace(CONFIG.stage1, per_device_batch=at_once))
+    assert "stage1.batch.per_device=" in warning and "compute.remat=" in warning
+    at_once = int(warning.partition("stage1.batch.per_device=")[2].split()[0])
+    fits = replace(CONFIG, stage1=CONFIG.stage1.with_batch(per_device=at_once))
     assert not [w for w in planned(fits).warnings if w.startswith("stage1")]
     copies = replace(CONFIG, mesh=MeshConfig(data=8))
     assert "mesh.fsdp=" in planned(copies, devices=8, device_memory="24GB").table()
@@ -350,7 +349,7 @@ def test_auto_remat_saves_the_most_that_fits():
     assert kept(planned(auto)) == ["activations kept (remat=dots)"] * 2
     crowded = replace(
         auto,
-        stage1=replace(CONFIG.stage1, per_device_batch=16),
+        stage1=CONFIG.stage1.with_batch(per_device=16),
         stage2=replace(CONFIG.stage2, steps=0),
     )
     needs = [
@@ -368,12 +367,12 @@ def test_auto_remat_saves_the_most_that_fits():
 
 def chosen(device_memory, method="full", sequences=64, length=2048, remat="auto", fused=True):
     """Sequences at once and policy, and whether so much fits by the estimate."""
-    stage = StageConfig(method=method, batch_size=sequences, sequence_length=length)
+    stage = StageConfig(method=method, batch=BatchConfig(size=sequences, sequence_length=length))
     setup = resolve.resolve(
         setup_of(stage, ComputeConfig(remat=remat), device_memory=device_memory, fused=fused)
     )
     return (
-        setup.stage.per_device_batch,
+        setup.stage.batch.per_device,
         setup.compute.remat,
         needed(setup.stage, setup.compute) <= device_memory,
     )
@@ -394,7 +393,7 @@ def test_auto_batch_is_the_largest_that_fits_and_gains_speed(method):
     )
     for device_memory in (45e9, 60e9, 74e9):
         n, policy, fits = chosen(device_memory, method)
-        more = StageConfig(method=method, batch_size=64, per_device_batch=2 * n)
+        more = StageConfig(method=method, batch=BatchConfig(size=64, per_device=2 * n))
         assert (
             fits and needed(more, ComputeConfig(remat=policy)) > resolve.AUTO_MEMORY * device_memory
         ) or n == 32
@@ -424,23 +423,23 @@ def test_plan_counts_attention_logits_without_a_fused_kernel():
         setup_of(StageConfig(method="full"), ComputeConfig(), model, device_memory=100e9)
         for model in (many, replace(many, attention_softcap=50.0))
     ]
-    held = [resolve.resolve(setup).stage.per_device_batch for setup in setups]
+    held = [resolve.resolve(setup).stage.batch.per_device for setup in setups]
     assert held == [32, 16]
 
 
 def test_auto_keeps_explicit_settings():
     assert chosen(130e9, remat="layer")[:2] == (32, "layer")
-    stage, compute = replace(CONFIG.stage1, per_device_batch=2), ComputeConfig(remat="attention")
+    stage, compute = CONFIG.stage1.with_batch(per_device=2), ComputeConfig(remat="attention")
     setup = setup_of(stage, compute, device_memory=130e9)
     assert resolve.resolve(setup) == setup.with_compute(loss_chunk=4096)
-    with pytest.raises(ValueError, match="per_device_batch=auto is not resolved"):
+    with pytest.raises(ValueError, match=r"batch\.per_device=auto is not resolved"):
         memory.stage_memory(setup_of(StageConfig(), compute))
 
 
 def test_plan_checks_disk_and_batch_size():
     assert "--workdir" in planned(disk_free=1e9).warnings[-1]
     with pytest.raises(
-        UserError, match=r"stage1.batch_size=64 is not divisible by the 7 .* multiple of 7"
+        UserError, match=r"stage1.batch.size=64 is not divisible by the 7 .* multiple of 7"
     ):
         planned(replace(CONFIG, mesh=MeshConfig(data=7)), devices=7)
 

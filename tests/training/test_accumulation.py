@@ -156,7 +156,7 @@ def test_a_micro_batch_needs_an_array_of_the_vocabulary_less(tied):
 
 @pytest.mark.slow
 def test_eight_devices_give_what_one_gives(tmp_path):
-    changes = {"batch_size": 16, "steps": 3, "per_device_batch": 1}
+    changes = {"batch": replace(STAGE.batch, size=16, per_device=1), "steps": 3}
     results = {}
     for mesh, in_place in (
         ((1, 1, 1), False),

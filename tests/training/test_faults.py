@@ -29,8 +29,13 @@ from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
 from tokalign_jax.utils.stopping import Stopped
 
+
+def batch(per_device):
+    return replace(STAGE.batch, size=8, per_device=per_device)
+
+
 LORA = dict(method="lora", steps=40, checkpoints=CheckpointConfig(every=7))
-FULL = dict(steps=16, batch_size=8, checkpoints=CheckpointConfig(every=100))
+FULL = dict(steps=16, batch=batch(2), checkpoints=CheckpointConfig(every=100))
 
 
 def losses(folder):
@@ -87,7 +92,7 @@ def test_run_ended_at_a_random_step_resumes_to_the_same_bits(tmp_path, uninterru
 def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, who):
     """Each reads its half of every batch; both save the checkpoints, the first writes the metrics."""
     program = Program(
-        tmp_path / "both", FULL | dict(per_device_batch=1, checkpoints=CheckpointConfig(every=3))
+        tmp_path / "both", FULL | dict(batch=batch(1), checkpoints=CheckpointConfig(every=3))
     )
     both = together(program)
     # A request reaches the other process within half a second; training must not end before.
@@ -123,7 +128,7 @@ def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, w
 def test_two_hosts_resume_after_one_is_lost(tmp_path, uninterrupted):
     if reason := why_not_hosts(tmp_path):
         pytest.skip(reason)
-    changes = FULL | dict(per_device_batch=1, checkpoints=CheckpointConfig(every=3))
+    changes = FULL | dict(batch=batch(1), checkpoints=CheckpointConfig(every=3))
     program = Program(tmp_path / "both", changes, devices=2, mesh=(2, 2, 1), own_host=True)
     both = together(program)
     # The first host is lost, which JAX notices at once: by its heartbeat only after 99 seconds.
@@ -140,7 +145,7 @@ def test_two_hosts_resume_after_one_is_lost(tmp_path, uninterrupted):
 
 @pytest.mark.slow
 def test_run_resumes_on_another_mesh(tmp_path, uninterrupted):
-    program = Program(tmp_path / "one", FULL | dict(per_device_batch=2))
+    program = Program(tmp_path / "one", FULL)
     [(code, output)] = run_programs(replace(program, fault="terminate", fault_step=5))
     assert code == 75, output
     others = []

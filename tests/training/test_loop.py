@@ -63,7 +63,7 @@ def test_interrupted_run_resumes_from_its_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 8"):
         final(tmp_path / "parts", stage)
     with pytest.raises(UserError, match="4 sequences a step, this run has 8"):
-        train(tmp_path / "parts", replace(stage, batch_size=8))
+        train(tmp_path / "parts", stage.with_batch(size=8))
     with pytest.raises(UserError, match="other settings"):
         train(tmp_path / "parts", replace(stage, learning_rate=1.0))
 
@@ -211,10 +211,10 @@ def test_stage_continues_reading_where_the_previous_one_stopped(tmp_path):
     assert rest.stream_end == 24 * LENGTH
 
 
-def plan(previous_end=0, epochs=0, **changes):
+def plan(previous_end=0, epochs=0, sequence_length=LENGTH, **changes):
     return plan_stage(
         "stage1",
-        replace(STAGE, **changes),
+        replace(STAGE, **changes).with_batch(sequence_length=sequence_length),
         replace(CONFIG, data=DataConfig(epochs)),
         LLAMA,
         toy_shards(),
@@ -249,7 +249,7 @@ def test_position_is_kept_in_tokens_across_sequence_lengths():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(sequence_length=33), r"stage1.sequence_length is 33 .* 32 positions"),
+        (dict(sequence_length=33), r"stage1.batch.sequence_length is 33 .* 32 positions"),
         (dict(sequence_length=20, start_offset=1000), "the stream has 199 sequences"),
         (dict(steps=100, epochs=1), r"0 to 400 .* ends at 333 .* data.epochs to 2"),
     ],

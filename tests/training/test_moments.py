@@ -217,8 +217,8 @@ def test_eight_devices_give_what_one_gives(tmp_path):
     """Rounding is the same on all meshes but where sums in another order tip it over, which moves
     a parameter by less than a hundredth of its largest step.
     """
-    changes = {"optimizer": replace(COMPACT, row_damping=0.3), "batch_size": 8, "steps": 3}
-    changes |= {"per_device_batch": 1}
+    changes = {"optimizer": replace(COMPACT, row_damping=0.3), "steps": 3}
+    changes |= {"batch": replace(STAGE.batch, size=8, per_device=1)}
     results = {}
     for mesh in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
         folder = tmp_path / "-".join(map(str, mesh))

@@ -188,7 +188,7 @@ def test_loss_does_not_depend_on_micro_batches(tmp_path):
     """
     stage = replace(STAGE, objective="mixture", steps=2)
     one, other = (
-        train(tmp_path / str(n), replace(stage, per_device_batch=n), objective=taught(stage))
+        train(tmp_path / str(n), stage.with_batch(per_device=n), objective=taught(stage))
         for n in (1, 4)
     )
     for first, second in zip(one.history, other.history):

@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.processes import become_host, free_port
 from tokalign_jax.config import (
+    BatchConfig,
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -74,13 +75,11 @@ STAGE = StageConfig(
     steps=8,
     learning_rate=3e-3,
     warmup_fraction=0.25,
-    batch_size=4,
-    per_device_batch=2,
-    sequence_length=LENGTH,
     checkpoints=CheckpointConfig(every=3),
     log_every=4,
     start_offset=0,
     lora=LoraConfig(rank=3, alpha=6.0, dropout=0.1),
+    batch=BatchConfig(size=4, per_device=2, sequence_length=LENGTH),
 )
 CONFIG = Config(compute=ComputeConfig(dtype="float32", remat="dots", loss_chunk=10))
 

@@ -23,7 +23,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokalign_jax import demo
-from tokalign_jax.config import CheckpointConfig, Config, OptimizerConfig, StageConfig, TextConfig
+from tokalign_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    OptimizerConfig,
+    StageConfig,
+    TextConfig,
+)
 from tokalign_jax.models import families, hub, huggingface, transformer
 from tokalign_jax.text import corpus, tokenizing
 from tokalign_jax.training import loop
@@ -183,9 +190,7 @@ def train_model(corpus_path: str, out: Path, held_out: set[str], steps: int, bat
         learning_rate=2e-3,
         warmup_fraction=0.02,
         optimizer=OptimizerConfig(weight_decay=0.1),
-        batch_size=batch,
-        per_device_batch=batch,
-        sequence_length=512,
+        batch=BatchConfig(batch, 512, batch),
         start_offset=0,
         checkpoints=CheckpointConfig(every=2000),
         log_every=200,

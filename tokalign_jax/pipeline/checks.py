@@ -177,11 +177,11 @@ def _check_teacher(context: Context) -> None:
             "its own whose source model is this run's export, or leave stage3.teacher empty"
         )
     huggingface.check_weights(folder, model)
-    if stage.sequence_length > model.max_positions:
+    if stage.batch.sequence_length > model.max_positions:
         raise UserError(
-            f"{name} has {model.max_positions:,} positions but config.stage3.sequence_length is "
-            f"{stage.sequence_length:,}; set "
-            f"--config.stage3.sequence_length={model.max_positions} or less"
+            f"{name} has {model.max_positions:,} positions but "
+            f"config.stage3.batch.sequence_length is {stage.batch.sequence_length:,}; set "
+            f"--config.stage3.batch.sequence_length={model.max_positions} or less"
         )
     _check_same_tokenizer(context, name, folder)
     target = inputs.target_tokenizer

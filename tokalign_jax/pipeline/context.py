@@ -43,12 +43,12 @@ class Context:
         """Mesh of all devices, on which the training state of every stage fits (`config.mesh`)."""
         stages, devices = training_stages(self.config).values(), jax.devices()
         if distributed.count() == 1:
-            batch_sizes = [stage.batch_size for stage in stages]
+            batch_sizes = [stage.batch.size for stage in stages]
             usable = sharding.usable(self.config.mesh, len(devices), batch_sizes)
             if usable < len(devices):
                 self.log(
                     f"{usable} of {len(devices)} devices are used, because more do not divide "
-                    f"batch_size; a multiple of {len(devices)} would use all"
+                    f"batch.size; a multiple of {len(devices)} would use all"
                 )
             devices = devices[:usable]
         needed = memory.state_bytes(self.config, self.inputs.new_model, self.inputs.teachers)

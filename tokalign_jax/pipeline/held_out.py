@@ -68,7 +68,7 @@ def validation_shards(context: Context, name: str) -> tokenizing.TokenShards | N
     stage = getattr(context.config, name)
     if not stage.validation_every:
         return None
-    num_tokens = stage.validation_sequences * stage.sequence_length + 1
+    num_tokens = stage.validation_sequences * stage.batch.sequence_length + 1
     chosen = draw(context, num_tokens * BYTES_PER_TOKEN)
     return tokenizing.tokenize(context.inputs.target_tokenizer, chosen)
 

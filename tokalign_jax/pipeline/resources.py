@@ -69,9 +69,9 @@ def _remedy(context: Context, name: str) -> str:
     """Return what to change so that a stage needs less device memory."""
     if name in training_stages(context.config):
         stages = setups(context)
-        per_device_batch = stages[name].stage.per_device_batch
+        per_device = stages[name].stage.batch.per_device
         smaller = (
-            f"lower --config.{name}.per_device_batch (it is {per_device_batch}) or "
+            f"lower --config.{name}.batch.per_device (it is {per_device}) or "
             "--config.compute.loss_chunk, or set --config.compute.remat=layer"
         )
         return advice.too_large(stages).get(name, smaller)

@@ -219,7 +219,7 @@ def check_stream(context: Context) -> None:
     stream_starts(context, shards)
     size = len(shards.tokens)
     for name, stage in training_stages(context.config).items():
-        passes = stage.steps * stage.batch_size * stage.sequence_length / size
+        passes = stage.steps * stage.batch.size * stage.batch.sequence_length / size
         if passes > MANY_PASSES:
             context.log(
                 f"warning: {name} reads the {size:,} tokens of the text {passes:.0f} times: "
@@ -231,9 +231,9 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
     """Train one stage, from the states before it."""
     setup = resources.setups(context)[name]
     stage, compute = setup.stage, setup.compute
-    if getattr(context.config, name).per_device_batch == AUTO:
+    if getattr(context.config, name).batch.per_device == AUTO:
         context.log(
-            f"{name}: per_device_batch=auto: {stage.per_device_batch} sequences per device at "
+            f"{name}: batch.per_device=auto: {stage.batch.per_device} sequences per device at "
             f"once, remat={compute.remat}"
         )
     dtype = training_states.training_dtype(stage, jnp.dtype(context.config.compute.dtype))
@@ -287,10 +287,10 @@ def _source_objective(context: Context, stage: StageConfig) -> Objective:
     teacher = source_teacher.Teacher(config, params, identity)
     positions = shared_boundaries.open_positions(context.folder("boundaries"))
     text = SourceText(open_shards(context, "source"), positions)
-    width = source_teacher.source_length(stage.sequence_length, config)
+    width = source_teacher.source_length(stage.batch.sequence_length, config)
     context.log(
         f"the source model is the teacher; it reads {width:,} source tokens for "
-        f"{stage.sequence_length:,} target tokens"
+        f"{stage.batch.sequence_length:,} target tokens"
     )
     return source_teacher.objective(stage, teacher, text)
 
@@ -435,7 +435,7 @@ def _worth(
     multiple = context.config.initialization.rows_multiple_of
     new_rows = -(-vocabulary_size(tokenizers["target"]) // multiple) * multiple
     rows = {"source": model.vocab_size, "target": new_rows}
-    length = min(context.config.stage2.sequence_length, model.max_positions)
+    length = min(context.config.stage2.batch.sequence_length, model.max_positions)
     itemsize = disk.exported_bytes(context.config, raw)
     return worth.worth(model, rows, per_token, itemsize, length, Machine.of())
 

@@ -75,8 +75,8 @@ def _powers_of_two(below: int, least: int) -> list[int]:
 
 
 def _fewer_sequences(setup: Setup) -> _Changes:
-    for batch in _powers_of_two(int(setup.stage.per_device_batch), 1):
-        yield batch, setup.with_stage(per_device_batch=batch)
+    for batch in _powers_of_two(int(setup.stage.batch.per_device), 1):
+        yield batch, setup.with_batch(per_device=batch)
 
 
 def _less_kept(setup: Setup) -> _Changes:
@@ -103,7 +103,7 @@ def _adapters(setup: Setup) -> _Changes:
 _CHANGES: dict[str, Callable[[Setup], _Changes]] = {
     "mesh.fsdp": _more_parts,
     "compute.loss_chunk": _smaller_chunks,
-    "stage.per_device_batch": _fewer_sequences,
+    "stage.batch.per_device": _fewer_sequences,
     "compute.remat": _less_kept,
     "stage.method": _adapters,
 }

@@ -26,7 +26,7 @@ def flops_per_token(
       teacher: of the stage, if it has one.
     """
     trained, frozen = shapes(model, stage)
-    length = stage.sequence_length
+    length = stage.batch.sequence_length
     total = (
         6 * products(model, trained) + 4 * products(model, frozen) + 3 * attention(model, length)
     )
@@ -44,7 +44,7 @@ def flops_per_token(
 def forward_flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
     """FLOPs of the model's forward pass for each token of a stage's sequences."""
     weights = sum(products(model, tree) for tree in shapes(model, stage))
-    return 2 * weights + attention(model, stage.sequence_length)
+    return 2 * weights + attention(model, stage.batch.sequence_length)
 
 
 def products(model: ModelConfig, tree: paths.Tree) -> float:

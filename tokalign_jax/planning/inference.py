@@ -337,7 +337,7 @@ def _forward(run: Run, model: ModelConfig, tokens: int, length: int) -> int:
 
 
 def _setup(run: Run, model: ModelConfig, length: int) -> Setup:
-    stage = StageConfig(method="embedding", sequence_length=length)
+    stage = StageConfig(method="embedding").with_batch(sequence_length=length)
     return Setup("", stage, run.config.compute, model, run.mesh, run.machine)
 
 

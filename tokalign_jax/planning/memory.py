@@ -55,7 +55,7 @@ class Setup:
     @property
     def teacher_length(self) -> int:
         """Tokens that the teacher reads for a sequence."""
-        length = self.stage.sequence_length
+        length = self.stage.batch.sequence_length
         if self.teacher and learns_from_source(self.stage):
             return source_teacher.source_length(length, self.teacher)
         return length
@@ -63,6 +63,10 @@ class Setup:
     def with_stage(self, **fields: Any) -> "Setup":
         """Return a copy with fields of the stage replaced."""
         return dataclasses.replace(self, stage=dataclasses.replace(self.stage, **fields))
+
+    def with_batch(self, **fields: Any) -> "Setup":
+        """Return a copy with fields of the stage's batch replaced."""
+        return dataclasses.replace(self, stage=self.stage.with_batch(**fields))
 
     def with_compute(self, **fields: Any) -> "Setup":
         """Return a copy with fields of `compute` replaced."""
@@ -155,7 +159,7 @@ def micro_batches(setup: Setup) -> tuple[int, int]:
       UserError: the step's sequences cannot be divided among the devices.
     """
     together = loop.micro_batch(setup.name, setup.stage, abstract_mesh(setup.mesh))
-    return setup.stage.batch_size // together, together // (setup.mesh[0] * setup.mesh[1])
+    return setup.stage.batch.size // together, together // (setup.mesh[0] * setup.mesh[1])
 
 
 def needed(setup: Setup) -> int:
@@ -174,7 +178,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     trained, frozen = shapes(model, stage)
     size = jnp.dtype(compute.dtype).itemsize
     accumulation, held = micro_batches(setup)
-    tokens = held * stage.sequence_length
+    tokens = held * stage.batch.sequence_length
     train = FLOAT * elements(trained, mesh)
     logits = logits_bytes(model, compute, tokens, mesh)
     work = {  # one after the other
@@ -186,7 +190,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     work[f"logits of {min(loss_chunk_of(compute), tokens):,} tokens"] = logits
     most = max(work, key=work.__getitem__)
     readers = mesh[0] * mesh[1]
-    validated = stage.validation_sequences * (stage.sequence_length + 1) // readers
+    validated = stage.validation_sequences * (stage.batch.sequence_length + 1) // readers
     cast_projections = 0 if size == FLOAT else size * elements(_only("_proj/", trained), mesh)
     return {
         "parameters that train (float32)": train,
@@ -247,7 +251,7 @@ def _teacher_memory(setup: Setup, held: int) -> tuple[dict[str, int], dict[str, 
     size, tokens = jnp.dtype(compute.dtype).itemsize, held * setup.teacher_length
     if learns_from_source(setup.stage):
         # Its states at shared boundaries, and their differences to the student's, are float32.
-        states = 3 * FLOAT * held * setup.stage.sequence_length * teacher.hidden_size
+        states = 3 * FLOAT * held * setup.stage.batch.sequence_length * teacher.hidden_size
     else:
         # Heads have as many rows as the student's (`distillation.with_rows`).
         teacher, states = dataclasses.replace(teacher, vocab_size=setup.model.vocab_size), 0
@@ -255,9 +259,8 @@ def _teacher_memory(setup: Setup, held: int) -> tuple[dict[str, int], dict[str, 
         f"teacher ({compute.dtype})": size * elements(abstract_params(teacher), mesh),
         "states of the teacher": size * tokens * teacher.hidden_size + states,
     }
-    forward = dataclasses.replace(setup, model=teacher).with_stage(
-        method="full", sequence_length=setup.teacher_length
-    )
+    forward = dataclasses.replace(setup, model=teacher).with_stage(method="full")
+    forward = forward.with_batch(sequence_length=setup.teacher_length)
     layer = layer_bytes(forward, tokens) + gathered_bytes(teacher, {}, size, mesh)
     return (
         holds,
@@ -304,9 +307,8 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     if setup.machine.fuses(model, compute):
         return tokens * per_token
     # Attention logits without a fused kernel, and their gradients, for one block of queries.
-    queries = (
-        stage.sequence_length if stage.sequence_length <= MAX_UNBLOCKED_QUERIES else QUERY_BLOCK
-    )
+    length = stage.batch.sequence_length
+    queries = length if length <= MAX_UNBLOCKED_QUERIES else QUERY_BLOCK
     return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
 
 

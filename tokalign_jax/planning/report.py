@@ -13,6 +13,7 @@ from tokalign_jax.config import (
     DERIVED,
     EXTEND,
     Config,
+    StageConfig,
     distillation_budget,
     distills,
     distills_tokens,
@@ -283,7 +284,7 @@ def make_plan(
     teachers = memory.teachers(config, source_model, teacher)
     state = memory.state_bytes(config, model, teachers)
     devices = sharding.usable(
-        config.mesh, machine.devices, [stage.batch_size for stage in training.values()]
+        config.mesh, machine.devices, [stage.batch.size for stage in training.values()]
     )
     machine = dataclasses.replace(machine, devices=devices)
     mesh = sharding.axis_sizes(
@@ -310,11 +311,15 @@ def make_plan(
         init = _init(config, model, machine, speed, text_bytes)
     written = config.text.self_tokens if corpus.has_self(config) else 0
     rows = {"source": run.source.rows, "target": model.vocab_size}
-    length = min(config.stage2.sequence_length, model.max_positions)
+    length = min(config.stage2.batch.sequence_length, model.max_positions)
     pays = tuple(worth.plan_lines(model, rows, run.source.itemsize, length))
     return Plan(
         machine, mesh, init, stages, needs(run), sizes, disk_free, tuple(warnings), pays, written
     )
+
+
+def _stage_of_length(stage: StageConfig, method: str, length: int) -> StageConfig:
+    return dataclasses.replace(stage, method=method).with_batch(sequence_length=length)
 
 
 def _distillation(run: Run, speed: Speed) -> InitPlan:
@@ -324,7 +329,7 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
     written, trained = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
     method = "full" if run.config.initialization.trains == "all" else "embedding"
     length = min(self_distillation.LENGTH, run.model.max_positions)
-    stage = dataclasses.replace(run.config.stage1, method=method, sequence_length=length)
+    stage = _stage_of_length(run.config.stage1, method, length)
     each = flops.flops_per_token(run.model, stage)
     forward = flops.flops_per_token(run.source_model, dataclasses.replace(stage, method="full")) / 3
     operations = trained * (each + forward) + written * forward
@@ -338,7 +343,7 @@ def _token_distillation(run: Run, speed: Speed) -> InitPlan:
     """
     settings = run.config.initialization.token_distillation
     length = settings.snippet_length + 1
-    stage = dataclasses.replace(run.config.stage1, method="embedding", sequence_length=length)
+    stage = _stage_of_length(run.config.stage1, "embedding", length)
     each = flops.flops_per_token(run.model, stage)
     _, layers = memory.shapes(run.model, stage)
     forward = 2 * flops.products(run.model, layers) + flops.attention(run.model, length)
@@ -356,7 +361,7 @@ def _init(
         return None
     # Tuning is a step of Stage 1 at its own length; reading is a forward pass without the head.
     length = min(tuning.LENGTH, model.max_positions)
-    stage = dataclasses.replace(config.stage1, method="embedding", sequence_length=length)
+    stage = _stage_of_length(config.stage1, "embedding", length)
     _, layers = memory.shapes(model, stage)
     each = flops.flops_per_token(model, stage)
     forward = 2 * flops.products(model, layers) + flops.attention(model, length)
@@ -372,13 +377,13 @@ def _init(
 def _stage(setup: Setup, speed: Speed) -> StagePlan:
     stage, model = setup.stage, setup.model
     trained, frozen = memory.shapes(model, stage)
-    tokens = stage.steps * stage.batch_size * stage.sequence_length
+    tokens = stage.steps * stage.batch.size * stage.batch.sequence_length
     # Measured speeds of a method are without a teacher.
     kind = "distillation" if setup.teacher else stage.method
     each = flops.flops_per_token(model, stage, setup.teacher)
     validations = validation.count(stage)
     # A validation takes as long as training on as many tokens as have its FLOPs.
-    read = validations * stage.validation_sequences * stage.sequence_length
+    read = validations * stage.validation_sequences * stage.batch.sequence_length
     operations = tokens * each + read * flops.forward_flops_per_token(model, stage)
     return StagePlan(
         setup.name,
@@ -386,8 +391,8 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
         memory.parameters(trained),
         memory.parameters(frozen),
         stage.steps,
-        stage.batch_size,
-        stage.sequence_length,
+        stage.batch.size,
+        stage.batch.sequence_length,
         memory.micro_batches(setup)[0],
         memory.stage_memory(setup),
         *speed.seconds(round(operations / each), operations, kind, setup.machine),

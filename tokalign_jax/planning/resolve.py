@@ -43,18 +43,18 @@ def resolve(setup: Setup) -> Setup:
       UserError: the step's sequences cannot be divided among the devices.
     """
     stage, machine = setup.stage, setup.machine
-    batches, room = [stage.per_device_batch], machine.memory
-    if stage.per_device_batch == AUTO:
+    batches, room = [stage.batch.per_device], machine.memory
+    if stage.batch.per_device == AUTO:
         most = (
             MAX_TOKENS if machine.fused_attention else MAX_TOKENS_ON_CPU
-        ) // stage.sequence_length
+        ) // stage.batch.sequence_length
         divisors = loop.held_at_once(setup.name, stage, abstract_mesh(setup.mesh))
         batches = [n for n in divisors if n <= max(1, most)][::-1]
         room *= AUTO_MEMORY
     choices = _choices(batches, setup)
 
     def chosen(batch: int | str, policy: remat.Policy, chunk: int | str) -> Setup:
-        return setup.with_stage(per_device_batch=batch).with_compute(remat=policy, loss_chunk=chunk)
+        return setup.with_batch(per_device=batch).with_compute(remat=policy, loss_chunk=chunk)
 
     fitting = (choice for choice in choices if needed(chosen(*choice)) <= room)
     return chosen(*next(fitting, choices[-1]))
@@ -71,7 +71,7 @@ def _choices(batches: Sequence[int | str], setup: Setup) -> list[_Choice]:
         policies = remat.POLICIES
     given = setup.compute.loss_chunk
     first, second, third = LOSS_CHUNKS if given == AUTO else ((given,), (), ())
-    length = setup.stage.sequence_length
+    length = setup.stage.batch.sequence_length
     many = [n for n in batches if int(n) * length >= SATURATING_TOKENS]
     few = [n for n in batches if n not in many]
     order: list[tuple[Any, ...]] = [
@@ -112,7 +112,7 @@ def check_lengths(config: Config, model: ModelConfig) -> None:
       UserError: a sequence is longer than that.
     """
     lengths = {
-        f"{name}.sequence_length": stage.sequence_length
+        f"{name}.batch.sequence_length": stage.batch.sequence_length
         for name, stage in training_stages(config).items()
     }
     for name, length in {

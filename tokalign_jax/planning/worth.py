@@ -47,7 +47,7 @@ def generation_cost(model: ModelConfig, itemsize: int) -> Cost:
 
 def training_cost(model: ModelConfig, length: int) -> Cost:
     """FLOPs of a step of full training for a token of a sequence of `length`."""
-    stage = StageConfig(method="full", sequence_length=length)
+    stage = StageConfig(method="full").with_batch(sequence_length=length)
     per_row = 6.0 * model.hidden_size
     return Cost(flops.flops_per_token(model, stage) - per_row * model.vocab_size, per_row)
 

@@ -29,7 +29,8 @@ _MAIN = (
 )
 """Config fields that a card lists, besides those of each training stage."""
 
-_OF_STAGE = ("method", "objective", "steps", "learning_rate", "batch_size", "sequence_length")
+_OF_STAGE = ("method", "objective", "steps", "learning_rate", "batch.size")
+_OF_STAGE += ("batch.sequence_length",)
 _OF_STAGE += ("divergence", "mixture", "temperature", "weight")
 
 

@@ -348,7 +348,7 @@ def check_resumable(position: Position, global_batch: int, fingerprint: str, fol
         raise UserError(
             f"the checkpoint '{folder}' was made with {position.global_batch} sequences a step,"
             f" this run has {global_batch}: rate and data position would no longer fit; set"
-            f" batch_size={position.global_batch}, or use another workdir"
+            f" batch.size={position.global_batch}, or use another workdir"
         )
     if position.fingerprint != fingerprint:
         raise UserError(

@@ -71,8 +71,8 @@ _AHEAD = 2
 device."""
 
 _COMPARED_APART = ("batch_size", "start_offset", "teacher")
-"""Stage fields that are in no checkpoint's fingerprint: of these the global batch, the resolved
-offset and the teacher's files are compared by themselves."""
+"""Settings of a stage (`config.settings_of`) that are in no checkpoint's fingerprint: of these the
+global batch, the resolved offset and the teacher's files are compared by themselves."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ class StageResult:
 
 def micro_batch(name: str, stage: StageConfig, mesh: Mesh) -> int:
     """Sequences of a micro-batch over all devices: the largest divisor of a step's sequences that
-    `per_device_batch` allows.
+    `batch.per_device` allows.
 
     Raises:
       UserError: a step's sequences do not divide among the devices.
     """
-    if isinstance(stage.per_device_batch, str):
+    if isinstance(stage.batch.per_device, str):
         raise ValueError(
-            f"per_device_batch={stage.per_device_batch} is not resolved: see `planning.resolve`"
+            f"batch.per_device={stage.batch.per_device} is not resolved: see `planning.resolve`"
         )
-    lets = [n for n in held_at_once(name, stage, mesh) if n <= stage.per_device_batch]
+    lets = [n for n in held_at_once(name, stage, mesh) if n <= stage.batch.per_device]
     return sharding.sequences_at_once(mesh) * max(lets)
 
 
@@ -114,13 +114,13 @@ def held_at_once(name: str, stage: StageConfig, mesh: Mesh) -> list[int]:
       UserError: a step's sequences do not divide among the devices.
     """
     devices = sharding.sequences_at_once(mesh)
-    if stage.batch_size % devices:
+    if stage.batch.size % devices:
         raise UserError(
-            f"{name}.batch_size={stage.batch_size} is not divisible by the {devices} data-parallel"
-            f" devices (mesh.data * mesh.fsdp): set --config.{name}.batch_size to a multiple of"
+            f"{name}.batch.size={stage.batch.size} is not divisible by the {devices} data-parallel"
+            f" devices (mesh.data * mesh.fsdp): set --config.{name}.batch.size to a multiple of"
             f" {devices}, or use fewer devices"
         )
-    each = stage.batch_size // devices
+    each = stage.batch.size // devices
     return [n for n in range(1, each + 1) if each % n == 0]
 
 
@@ -170,29 +170,29 @@ def plan_stage(
       UserError: a sequence longer than the model's positions, a corpus shorter than a sequence, an
         offset past the end of the stream, or a stream that ends too early.
     """
-    length = stage.sequence_length
+    length = stage.batch.sequence_length
     if not stage.steps:
         return 0, previous_end
     if length > model_config.max_positions:
         raise UserError(
-            f"{name}.sequence_length is {length:,} tokens, but the model has"
+            f"{name}.batch.sequence_length is {length:,} tokens, but the model has"
             f" {model_config.max_positions:,} positions: set"
-            f" --config.{name}.sequence_length={model_config.max_positions} or less"
+            f" --config.{name}.batch.sequence_length={model_config.max_positions} or less"
         )
     sequences = len(TokenSource(shards, length))
     if not sequences:
         raise UserError(
             f"the corpus has {len(shards.tokens):,} tokens, fewer than the {length + 1:,} of one"
-            f" training sequence: use a larger corpus or a shorter {name}.sequence_length"
+            f" training sequence: use a larger corpus or a shorter {name}.batch.sequence_length"
         )
     start = resolve_offset(
         stage.start_offset, sequences, config.data.epochs, -(-previous_end // length)
     )
-    available, end = sequences * config.data.epochs, start + stage.steps * stage.batch_size
+    available, end = sequences * config.data.epochs, start + stage.steps * stage.batch.size
     if available and end > available:
         raise UserError(
             f"{name} reads sequences {start:,} to {end:,} ({stage.steps:,} steps of"
-            f" {stage.batch_size:,}), but the stream ends at {available:,} ({config.data.epochs}"
+            f" {stage.batch.size:,}), but the stream ends at {available:,} ({config.data.epochs}"
             f" passes over {sequences:,}): set data.epochs to {-(-end // sequences)} or more (0: as"
             " many as needed), or take fewer steps"
         )
@@ -274,7 +274,7 @@ def run_stage(
             Profiler(Path(folder) / "profile", stage.profile_steps) as profiler,
         ):
             if done < stage.steps:
-                source = objective.sequences(shards, stage.sequence_length)
+                source = objective.sequences(shards, stage.batch.sequence_length)
                 feed = _Feed(
                     _stream(stage, config, source, start, micro_batch(name, stage, mesh), mesh),
                     position,
@@ -300,7 +300,7 @@ def run_stage(
                     state = run(program.step, state, inputs, feed, dropout_key)
                 validations = validator.record if validator else None
         trained = _selected(name, stage, state.params, validations, checkpoints, like, Path(folder))
-    tokens = stage.steps * stage.batch_size * stage.sequence_length
+    tokens = stage.steps * stage.batch.size * stage.batch.sequence_length
     return StageResult(paths.merge(trained, frozen), end, tokens, recorder.history)
 
 
@@ -313,7 +313,7 @@ def _held_out_sequences(
     if held_out is None:
         raise ValueError(f"{name} validates but has no held-out text: see `run_stage`")
     return validation.held_out_sequences(
-        held_out, stage.sequence_length, stage.validation_sequences
+        held_out, stage.batch.sequence_length, stage.validation_sequences
     )
 
 
@@ -467,7 +467,7 @@ def _restore(
             check_state_format(
                 position, name, state_format(stage.optimizer), checkpoints.path(done)
             )
-            check_resumable(position, stage.batch_size, fingerprint, checkpoints.path(done))
+            check_resumable(position, stage.batch.size, fingerprint, checkpoints.path(done))
             state = checkpoints.restore(done, like)
         except Damaged as damage:
             log(
@@ -574,8 +574,8 @@ class _Run:
             return quantity(sum(leaf.size for leaf in jax.tree.leaves(tree)))
 
         batch, length, devices = (
-            self.stage.batch_size,
-            self.stage.sequence_length,
+            self.stage.batch.size,
+            self.stage.batch.sequence_length,
             state.step.sharding.device_set,
         )
         self.log(
@@ -619,7 +619,7 @@ class _Run:
     def _save(self, step: int, state: TrainState, feed: "_Feed") -> None:
         # Flush metrics before the checkpoint, so that a resumed run misses no line.
         self.recorder.flush()
-        batch = self.stage.batch_size
+        batch = self.stage.batch.size
         read = self.start + step * batch
         validations = self.validator.record if self.validator else None
         position = Position(
@@ -666,7 +666,7 @@ def _stream(
         seed=config.seed,
         epochs=config.data.epochs,
         offset=start,
-        accumulation=stage.batch_size // micro_batch,
+        accumulation=stage.batch.size // micro_batch,
         micro_batch=micro_batch,
         host=host,
         hosts=hosts,
@@ -732,14 +732,13 @@ _INPUTS_OF_A_STEP = (
     "learning_rate",
     "embedding_learning_rate",
     "warmup_fraction",
-    "sequence_length",
 )
-"""Stage fields that are inputs of the compiled step, as numbers or as shapes."""
+"""Stage fields that are inputs of the compiled step, beside the shapes of its batch."""
 
 
 def _as_compiled(stage: StageConfig) -> StageConfig:
     """Return the stage with what is not compiled into its step as it is by default."""
-    without = {*_COMPARED_APART, *_INPUTS_OF_A_STEP, "checkpoints"}
+    without = {*_COMPARED_APART, *_INPUTS_OF_A_STEP, "batch", "checkpoints"}
     without |= {f.name for f in dataclasses.fields(stage) if not f.metadata.get("effect", True)}
     plain = type(stage)()
     names = [f.name for f in dataclasses.fields(stage) if f.name in without]

@@ -56,7 +56,7 @@ class Teacher(NamedTuple):
 
 def objective(stage: StageConfig, teacher: Teacher, text: SourceText) -> Objective:
     """The objective of a stage whose teacher is the source model."""
-    width = source_length(stage.sequence_length, teacher.config)
+    width = source_length(stage.batch.sequence_length, teacher.config)
     return Objective(
         SourceDistillation(teacher.config, weights_of(stage)),
         teacher.params,
