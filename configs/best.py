@@ -17,12 +17,12 @@ higher rate, and a separate one for the rows: stage2.method="lora", learning_rat
 embedding_learning_rate=6.4e-4.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from tokalign_jax.configs import research
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the recipe: the steps of the paper's two stages in one, with batches for one host."""
     config = research.get_config()
     config.data.epochs = 0

@@ -9,12 +9,12 @@ source model, 3.10 with random new rows, 1.82 initialised, 1.78 after Stage 1, 1
 cores.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from tokalign_jax.configs import ultra_quick_demo
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the recipe."""
     config = ultra_quick_demo.get_config()
     config.target_tokenizer = "extend"

@@ -12,12 +12,12 @@ Stage 1 is better than both; `configs/best.py` is the best recipe there. This on
 full 2,500 steps, which have not been measured yet.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from tokalign_jax.config import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the recipe."""
     config = default_config()
     config.source_model = "EleutherAI/pythia-1b"

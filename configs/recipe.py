@@ -11,8 +11,6 @@ docs/results/recipe.md has the results on an H100.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from tokalign_jax.config import default_config
 
 RATES = (2e-5, 5e-5, 1.6e-4, 6.4e-4)
@@ -25,7 +23,7 @@ LORA = {"stage2.method": "lora"}
 STAGE2: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA}
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the settings that all runs share."""
     config = default_config()
     config.source_model = "embedded"

@@ -20,8 +20,6 @@ runs, `runs/curves/runs/NAME/report.json` the results of each.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from tokalign_jax.config import default_config
 
 SEQUENCES, LENGTH = 64, 1024
@@ -33,7 +31,7 @@ ROWS = 6.4e-4
 """Peak rate of embedding and head in Stage 1, and beside LoRA."""
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the settings that all runs share."""
     config = default_config()
     config.corpus = "self"

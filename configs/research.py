@@ -10,12 +10,12 @@ a mean of 48.4 on six downstream tasks where the source model has 49.6. Not yet 
 code at that size.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from tokalign_jax.config import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the recipe."""
     config = default_config()
     config.source_model = "EleutherAI/pythia-1b"

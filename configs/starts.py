@@ -12,12 +12,10 @@ fidelity and bits per byte of both kinds of text; docs/results/start.md has resu
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from tokalign_jax.config import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the settings that all runs share."""
     config = default_config()
     config.stage1.steps = 0

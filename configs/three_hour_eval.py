@@ -6,12 +6,12 @@ Enough to compare two choices (an alignment, a rate, a threshold) on the same mo
 measured with Pythia-1B.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from tokalign_jax.config import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Return the recipe."""
     config = default_config()
     config.source_model = "EleutherAI/pythia-1b"
