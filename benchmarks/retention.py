@@ -12,8 +12,8 @@ A start is a name and config fields in which it differs from the defaults; a fie
 `self_distillation.BODY_RATE` or `Weights.emphasis` is a constant of the initial distillation. Each
 training begins with the start of its field `start` (the last one by default) and is a stage with
 these fields, on the corpus and, at `--self_share` of its tokens, on text of the source model. The
-source model is loaded once, writes its text once a seed, and programs are compiled once, so that a
-start of a 135M model takes about a minute on one GPU where a run of its own takes three.
+source model is loaded once, writes its text once a seed, and programs are compiled once, which a
+run of its own does for every start.
 
 Reported are abilities by how the tokenizers split a question (shares of the questions that the
 source answers right, and the margin of the right choice over the best wrong one in nats), bits per
@@ -35,20 +35,23 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 
 from tokalign_jax import api
-from tokalign_jax.config import ComputeConfig, Config, config_from_dict, config_to_dict
+from tokalign_jax.config import (
+    ComputeConfig,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    learns_from_source,
+)
 from tokalign_jax.evaluation import abilities, chat_questions, measures
 from tokalign_jax.initialization import self_corpus, self_distillation, self_text
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.initialization.start import make_start
 from tokalign_jax.parallel import sharding
-from tokalign_jax.planning import resolve
-from tokalign_jax.planning.machine import Machine
 from tokalign_jax.text import canonical, chats, shared_boundaries, tokenizing
 from tokalign_jax.text.corpus import Document
-from tokalign_jax.training import cross_tokenizer, loop, source_teacher
+from tokalign_jax.training import cross_tokenizer, source_teacher
 from tokalign_jax.training.batches import SourceText
 from tokalign_jax.training.step import NEXT_TOKEN
 from tokalign_jax.utils import compiling
@@ -143,6 +146,7 @@ class Bench:
         self.reference: measures.Measured | None = None
         self.right: np.ndarray | None = None
         self.last: Any = None
+        self.folder = tempfile.TemporaryDirectory()
         # Starts with the same seed and budget are distilled on the same text.
         self_text.Writer.write = _write_once(self_text.Writer.write)  # type: ignore[method-assign]
 
@@ -233,28 +237,21 @@ class Bench:
     def start(self, start: Item) -> dict[str, Any]:
         """Make a start and measure it."""
         began = time.perf_counter()
-        constants = {k: v for k, v in start.fields.items() if k.split(".")[0] in _MODULES}
+        constants = {k: v for k, v in start.fields.items() if k.split(".")[0] in CONSTANTS}
         config = self._config({k: v for k, v in start.fields.items() if k not in constants})
         shards = [
             tokenizing.tokenize(side, self.documents[:500])
             for side in (self.source.tokenizer, self.target)
         ]
 
-        def draw(tokens: int) -> Iterator[Document]:
-            for i in np.random.default_rng([config.seed, 1]).permutation(len(self.documents)):
-                if tokens <= 0:
-                    return
-                yield self.documents[i]
-                text = self.documents[i].text
-                tokens -= len(self.source.tokenizer(text, add_special_tokens=False)["input_ids"])
-
+        draw = api._drawing(self.documents, self.source.tokenizer, config.seed)
         side = Side(self.source.config, self.params, self.source.tokenizer, shards[0])
         with replaced(constants):
             made = make_start(
                 config, side, self.target, shards[1], self.alignment, draw, self.mesh, self.log
             )
         params = jax.tree.map(np.asarray, api._without_padding(made.config, made.params))
-        self.last = made.config, params
+        self.last = api.Model(made.config, params, self.target, self.source.folder)
         facts = {"seconds": time.perf_counter() - began, **made.facts}
         return self.measured(start.name, made.config, params, self.target, **facts)
 
@@ -269,39 +266,20 @@ class Bench:
 
     def train(self, training: Item) -> dict[str, Any]:
         """Train the last start and measure the result."""
-        model, params = self.last
         fields = {k: v for k, v in training.fields.items() if k not in ("start", "seed")}
-        values = STAGE | {f"{key}": value for key, value in fields.items()}
-        config = self._config(
-            {"seed": training.fields.get("seed", 0), "stage2.steps": 0}
-            | {f"stage1.{key}": value for key, value in values.items()}
-        )
-        setup = resolve.resolved_stages(config, model, self.mesh.devices.shape, Machine.of(), {})[
-            "stage1"
-        ]
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+        changes = {f"stage1.{key}": value for key, value in (STAGE | fields).items()}
+        stage = self._config(changes).stage1
         objective = NEXT_TOKEN
-        if config.stage1.objective != "next_token":
-            objective = source_teacher.objective(setup.stage, self.teacher, self.shards[2])
+        if learns_from_source(stage):
+            objective = source_teacher.objective(stage, self.teacher, self.shards[2])
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            result = loop.run_stage(
-                "stage1",
-                setup.stage,
-                dataclasses.replace(config, compute=setup.compute),
-                model,
-                params,
-                self.shards[1],
-                Path(folder),
-                0,
-                self.log,
-                self.mesh,
-                objective,
-            )
-        trained = api._without_padding(model, api._merged(result.params, setup.stage))
-        facts = {"seconds": time.perf_counter() - began, "tokens": result.tokens}
-        return self.measured(training.name, model, trained, self.target, **facts)
+        seed = training.fields.get("seed", 0)
+        trained = api._train(self.last, self.shards[1], stage, seed, self.log, objective)
+        facts = {
+            "seconds": time.perf_counter() - began,
+            "tokens": stage.steps * stage.batch.size * stage.batch.sequence_length,
+        }
+        return self.measured(training.name, trained.config, trained.params, self.target, **facts)
 
     @functools.cached_property
     def teacher(self) -> source_teacher.Teacher:
@@ -313,7 +291,7 @@ class Bench:
         """The training text for both tokenizers, and their shared boundaries."""
         documents = [*self.documents, *self._self_documents()]
         documents = [documents[i] for i in np.random.default_rng(1).permutation(len(documents))]
-        folder = Path(tempfile.mkdtemp())
+        folder = Path(self.folder.name)
         sides = []
         for name, tokenizer in (("source", self.source.tokenizer), ("target", self.target)):
             writer = tokenizing.ShardWriter(folder / name, tokenizer, self.target)
@@ -321,8 +299,7 @@ class Bench:
             writer.close()
             sides.append(tokenizing.TokenShards.open(folder / name))
         groups = [documents[i : i + 256] for i in range(0, len(documents), 256)]
-        tokenizers = self.source.tokenizer, self.target
-        pairs = zip(tokenizers, sides)
+        pairs = zip((self.source.tokenizer, self.target), sides)
         shared_boundaries.run(groups, *pairs, folder / "shared", self.log)
         positions = shared_boundaries.open_positions(folder / "shared")
         return *sides, SourceText(sides[0], positions)
@@ -346,7 +323,8 @@ class Bench:
                 yield Document(record["text"], "self", len(record["text"].encode()), "self")
 
 
-_MODULES = {"self_distillation": self_distillation, "Weights": cross_tokenizer.Weights}
+CONSTANTS = ("self_distillation", "Weights")
+"""First parts of the names of constants."""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ line.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ from tokalign_jax.config import (
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import bits_per_byte, samples
 from tokalign_jax.initialization.initialization import Side
-from tokalign_jax.initialization.start import make_start
+from tokalign_jax.initialization.start import Draw, make_start
 from tokalign_jax.models import hub, huggingface, lora
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
@@ -44,6 +44,7 @@ from tokalign_jax.text import corpus, tokenizing
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import loop
+from tokalign_jax.training.step import NEXT_TOKEN, Objective
 from tokalign_jax.utils import paths
 from tokalign_jax.utils.progress import Log
 
@@ -248,17 +249,7 @@ def initialize(
     )
     mesh = sharding.make_mesh()
     shards = [tokenizing.tokenize(side, documents) for side in (source.tokenizer, tokenizer)]
-
-    def draw(tokens: int) -> Any:
-        order = np.random.default_rng(seed).permutation(len(documents))
-        remaining = tokens
-        for i in order.tolist():
-            if remaining <= 0:
-                return
-            yield documents[i]
-            encoding = source.tokenizer(documents[i].text, add_special_tokens=False)
-            remaining -= len(encoding["input_ids"])
-
+    draw = _drawing(documents, source.tokenizer, seed)
     side = Side(source.config, source.params, source.tokenizer, shards[0])
     start = make_start(config, side, tokenizer, shards[1], alignment, draw, mesh, log)
     params = _without_padding(start.config, start.params)
@@ -308,15 +299,38 @@ def train(
             "validation_every needs the held-out text of a run: leave it out and use `evaluate`, "
             "or use `tokalign run`"
         )
-    return _train(model, texts, stage, seed, log)
+    shards = tokenizing.tokenize(model.tokenizer, _documents(texts))
+    return _train(model, shards, stage, seed, log)
 
 
-def _train(model: Model, texts: Texts, stage: StageConfig, seed: int, log: Log) -> Model:
+def _drawing(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seed: int) -> Draw:
+    """Return a function that draws documents of about so many tokens, the same for every call."""
+
+    def draw(tokens: int) -> Iterator[Document]:
+        order = np.random.default_rng(seed).permutation(len(documents))
+        remaining = tokens
+        for i in order.tolist():
+            if remaining <= 0:
+                return
+            yield documents[i]
+            encoding = tokenizer(documents[i].text, add_special_tokens=False)
+            remaining -= len(encoding["input_ids"])
+
+    return draw
+
+
+def _train(
+    model: Model,
+    shards: tokenizing.TokenShards,
+    stage: StageConfig,
+    seed: int,
+    log: Log,
+    objective: Objective = NEXT_TOKEN,
+) -> Model:
     """Run a stage with a temporary folder for its checkpoints."""
     skipped = dataclasses.replace(stage, steps=0)
     compute = ComputeConfig(dtype=_compute_dtype())
     config = Config(seed=seed, stage1=stage, stage2=skipped, compute=compute)
-    shards = tokenizing.tokenize(model.tokenizer, _documents(texts))
     mesh = sharding.make_mesh()
     setups = resolve.resolved_stages(config, model.config, mesh.devices.shape, Machine.of(), {})
     setup = setups["stage1"]
@@ -335,6 +349,7 @@ def _train(model: Model, texts: Texts, stage: StageConfig, seed: int, log: Log) 
             0,
             log,
             mesh,
+            objective,
         )
     params = _without_padding(model.config, _merged(result.params, setup.stage))
     losses = tuple(float(record["loss"]) for record in result.history)

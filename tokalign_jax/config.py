@@ -460,6 +460,11 @@ def loss_chunk_of(compute: ComputeConfig) -> int:
     return LOSS_CHUNK if isinstance(compute.loss_chunk, str) else compute.loss_chunk
 
 
+def remat_of(compute: ComputeConfig) -> Literal["dots", "attention", "layer"]:
+    """Return the rematerialisation policy: `dots` where `auto` is not resolved by memory."""
+    return "dots" if compute.remat == "auto" else compute.remat
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes, whose product is the number of devices; 0: chosen so that it fits."""

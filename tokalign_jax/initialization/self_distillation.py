@@ -40,7 +40,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokalign_jax.config import Config
 from tokalign_jax.initialization import unseen
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, forward
+from tokalign_jax.models.transformer import Params, forward, head_path
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import pairs as pairing
 from tokalign_jax.training import cross_tokenizer
@@ -151,7 +151,7 @@ def distill(
       log: receives progress.
     """
     steps, held_out = _batches(config, written, corpus, budget, models.student, mesh)
-    present, counts = _tokens_in_text((*steps, held_out), len(rows[_head(rows)].free))
+    present, counts = _tokens_in_text((*steps, held_out), len(rows[head_path(rows)].free))
     steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
     small, small_rows, models = _restrict_vocabulary(params, rows, models, present)
     dtype = jnp.dtype(config.compute.dtype)
@@ -176,7 +176,7 @@ def distill(
     states = _final_states(state.trainable, frozen, _put(held_out, mesh), **static)
     states = sharding.to_host(states)[held_out.target[..., 1:] >= 0][:STATES]
     facts["unseen_shift"] = _calibrate_unseen(
-        trained, models.student, states, counts, rows[_head(rows)].composed, log
+        trained, models.student, states, counts, rows[head_path(rows)].composed, log
     )
     return Result(trained, facts)
 
@@ -249,11 +249,6 @@ def _schedule(steps: int, rows: Mapping[str, Rows], width: int) -> Schedule:
     return Schedule(peaks, float(steps), float(round(WARMUP * steps)))
 
 
-def _head(vocabulary: Iterable[str]) -> str:
-    """Return the path of the output head, which may be the embedding."""
-    return "lm_head/kernel" if "lm_head/kernel" in vocabulary else "embed_tokens/embedding"
-
-
 def _calibrate_unseen(
     params: Params,
     config: ModelConfig,
@@ -278,7 +273,7 @@ def _calibrate_unseen(
     absent = composed[counts[composed] == 0]
     if not len(absent):
         return 0.0
-    group, leaf = _head([*paths.flatten(params)]).split("/")
+    group, leaf = head_path(paths.flatten(params)).split("/")
     rows = params[group][leaf]
     probability = unseen.good_turing(counts, np.isin(np.arange(len(counts)), composed))
     nats, change = unseen.shift(config, states, rows[: len(counts)], absent, probability)

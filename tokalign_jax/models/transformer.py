@@ -14,7 +14,7 @@ embedding, softmax and routing are computed in float32.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -376,6 +376,11 @@ def head_matrix(params: Params) -> Float[Array, "V D"]:
     return (
         params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
     )
+
+
+def head_path(vocabulary: Container[str]) -> str:
+    """Returns the path of the output matrix among the paths of a vocabulary's matrices."""
+    return "lm_head/kernel" if "lm_head/kernel" in vocabulary else "embed_tokens/embedding"
 
 
 def adjust_logits(config: ModelConfig, logits: Float[Array, "..."]) -> Float[Array, "..."]:

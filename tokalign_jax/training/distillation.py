@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from tokalign_jax.config import ComputeConfig, DistillationConfig
+from tokalign_jax.config import ComputeConfig, DistillationConfig, remat_of
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
@@ -123,7 +123,7 @@ def make_distillation_loss(
     parameters of the teacher).
     """
     dtype = jnp.dtype(compute.dtype)
-    remat = "dots" if compute.remat == "auto" else compute.remat
+    remat = remat_of(compute)
 
     def loss(
         trainable: Any, frozen: Any, tokens: Int32[Array, "B T+1"], keys: Array

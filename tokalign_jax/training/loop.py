@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokalign_jax.config import ComputeConfig, Config, StageConfig, settings_of
+from tokalign_jax.config import ComputeConfig, Config, StageConfig, remat_of, settings_of
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
@@ -501,7 +501,7 @@ def _naming_a_lost_process(name: str) -> Iterator[None]:
 
 def _looped_layers(compute: ComputeConfig, layers: int) -> str:
     """A message where a model is too deep to be unrolled by default; empty where it is not."""
-    remat = "dots" if compute.remat == "auto" else compute.remat
+    remat = remat_of(compute)
     iterations = num_iterations(compute.unroll, layers, remat)
     if compute.unroll or not 1 < iterations < layers:
         return ""

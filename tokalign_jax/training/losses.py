@@ -201,8 +201,8 @@ def _with_gradients(
         if sums is None:
             (total, head_gradient), gradient = over_chunks(one_chunk, pieces)
         else:
-            begun = jnp.zeros(()), sums
-            (total, head_gradient), gradient = jax.lax.scan(one_chunk, begun, pieces)
+            initial = jnp.zeros(()), sums
+            (total, head_gradient), gradient = jax.lax.scan(one_chunk, initial, pieces)
         gradient = gradient.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
         return total[None], gradient.astype(hidden.dtype), head_gradient[None]
 

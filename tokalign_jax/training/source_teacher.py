@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokalign_jax.config import ComputeConfig, ObjectiveWeights, StageConfig
+from tokalign_jax.config import ComputeConfig, ObjectiveWeights, StageConfig, remat_of
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix
@@ -87,7 +87,7 @@ class SourceDistillation:
     def __call__(self, model: ModelConfig, compute: ComputeConfig, lora: LoraSpec | None) -> Loss:
         """Make the loss of a student."""
         dtype = jnp.dtype(compute.dtype)
-        remat = "dots" if compute.remat == "auto" else compute.remat
+        remat = remat_of(compute)
         head, teacher_head = head_of(model, compute), head_of(self.teacher, compute)
         weights = self.weights
 

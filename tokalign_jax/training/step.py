@@ -4,6 +4,7 @@ A accumulation (micro-batches), B sequences of a micro-batch over all devices, T
 sequence.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from tokalign_jax.config import ComputeConfig
+from tokalign_jax.config import ComputeConfig, remat_of
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.transformer import forward, head_matrix
+from tokalign_jax.models.transformer import forward, head_matrix, head_path
 from tokalign_jax.parallel import sharding
 from tokalign_jax.training.batches import Sequences, Shards, TokenSource, read_and_predicted
 from tokalign_jax.training.losses import (
@@ -130,10 +131,10 @@ class NextTokenLoss:
         read, labels = read_and_predicted(tokens)
         vocabulary, rest = paths.split(trainable, sharding.is_vocabulary)
         tables, sums = paths.flatten(vocabulary), paths.flatten(sums)
-        head = _HEAD if _HEAD in tables else _EMBEDDING
+        head = head_path(tables)
         rows_are_whole = sharding.current() is None
         # One row for each token, in the order of the tokens, in place of the table.
-        begun = tables[_EMBEDDING][read.reshape(-1)] if rows_are_whole else tables[_EMBEDDING]
+        looked_up = tables[_EMBEDDING][read.reshape(-1)] if rows_are_whole else tables[_EMBEDDING]
         ids = jnp.arange(read.size).reshape(read.shape) if rows_are_whole else read
 
         def loss(rest: Any, embedding: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -145,17 +146,17 @@ class NextTokenLoss:
             )
             return total, (count, added)
 
-        (total, (count, added)), (gradients, of_embedding) = jax.value_and_grad(
+        (total, (count, added)), (gradients, embedding_gradient) = jax.value_and_grad(
             loss, (0, 1), has_aux=True
-        )(rest, begun)
+        )(rest, looked_up)
         sums |= {head: added}
         for path, gradient in paths.flatten(gradients).items():
             sums[path] = sums[path] + gradient.astype(jnp.float32)
         if rows_are_whole:
-            rows = of_embedding.astype(jnp.float32)
+            rows = embedding_gradient.astype(jnp.float32)
             sums[_EMBEDDING] = sums[_EMBEDDING].at[read.reshape(-1)].add(rows)
         else:
-            sums[_EMBEDDING] = sums[_EMBEDDING] + of_embedding.astype(jnp.float32)
+            sums[_EMBEDDING] = sums[_EMBEDDING] + embedding_gradient.astype(jnp.float32)
         return (total, count), paths.unflatten(sums)
 
     @property
@@ -170,7 +171,7 @@ class NextTokenLoss:
             lora=self.lora,
             dropout_key=keys,
             dtype=jnp.dtype(self.compute.dtype),
-            remat="dots" if self.compute.remat == "auto" else self.compute.remat,
+            remat=remat_of(self.compute),
             unroll=self.compute.unroll,
         )
 
@@ -180,7 +181,7 @@ def make_loss(model_config: ModelConfig, compute: ComputeConfig, lora: LoraSpec 
     return NextTokenLoss(model_config, compute, lora)
 
 
-_EMBEDDING, _HEAD = "embed_tokens/embedding", "lm_head/kernel"
+_EMBEDDING = "embed_tokens/embedding"
 NEXT_TOKEN = Objective(make_loss)
 """The loss of the next token."""
 
@@ -214,6 +215,7 @@ def make_train_step(
         can (`NextTokenLoss.add_gradients`).
     """
     optimizer = optax.with_extra_args_support(optimizer)
+    add_gradients = loss.add_gradients if in_place and isinstance(loss, NextTokenLoss) else None
 
     def sums_of(
         params: Any, frozen: Any, batch: Batch, numbers: Int32[Array, "A B"], key: Array
@@ -232,10 +234,11 @@ def make_train_step(
             more = of_micro_batch(*inputs)
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, more), None
 
-        def add_in_place(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
-            assert isinstance(loss, NextTokenLoss)
+        def add_in_place(
+            add_gradients: Callable[..., Any], sums: Any, inputs: tuple[Any, Array]
+        ) -> tuple[Any, None]:
             (part, numbers), (totals, gradients) = inputs, sums
-            more, gradients = loss.add_gradients(params, frozen, part, keys_of(numbers), gradients)
+            more, gradients = add_gradients(params, frozen, part, keys_of(numbers), gradients)
             return (
                 jax.tree.map(jnp.add, totals, more),
                 _split_as_parameters(gradients, mesh),
@@ -245,7 +248,7 @@ def make_train_step(
             return of_micro_batch(jax.tree.map(lambda x: x[0], batch), numbers[0])
         # XLA for CPUs could not compile sums of bfloat16 over replicas either.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        adds = add_in_place if in_place and isinstance(loss, NextTokenLoss) else add
+        adds = functools.partial(add_in_place, add_gradients) if add_gradients else add
         sums, _ = jax.lax.scan(adds, ((jnp.zeros(()), jnp.zeros(())), zeros), (batch, numbers))
         return sums
 
