@@ -112,7 +112,7 @@ def test_tokens_equal_those_of_apply_chat_template(tokenizer):
     expected = tokenizer.apply_chat_template(
         message, tokenize=True, add_generation_prompt=True, return_dict=False
     )
-    assert chats.prompt_ids(tokenizer, "What is it?") == expected
+    assert chats.prompt_ids(tokenizer, ["What is it?"]) == [expected]
 
 
 @pytest.mark.parametrize(

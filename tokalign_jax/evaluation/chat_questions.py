@@ -130,7 +130,7 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChatQuestion]
 ) -> list[list[int]]:
     try:
-        return [chats.prompt_ids(tokenizer, question.question) for question in questions]
+        return chats.prompt_ids(tokenizer, [question.question for question in questions])
     except chats.Unusable as error:
         raise UserError(f"a chat question {error}") from error
 
