@@ -9,11 +9,12 @@
         --train 'mixture-12M:steps=183,objective=mixture,learning_rate=3e-4' --out runs/retention
 
 A start is a name and config fields in which it differs from the defaults; a field
-`self_distillation.BODY_RATE` or `Weights.emphasis` is a constant of the initial distillation. Each
-training begins with the start of its field `start` (the last one by default) and is a stage with
-these fields, on the corpus and, at `--self_share` of its tokens, on text of the source model. The
-source model is loaded once, writes its text once a seed, and programs are compiled once, which a
-run of its own does for every start.
+`self_distillation.BODY_RATE` or `Weights.emphasis` is a constant of the initial distillation, and a
+field `model` is the folder of a start that another program made. Each training continues the start
+or training of its field `start` (the last start by default) and is a stage with these fields, on
+the corpus and, at `--self_share` of its tokens, on text of the source model. The source model is
+loaded once, writes its text once a seed, and programs are compiled once, which a run of its own
+does for every start. With `--wait`, a start whose folder is missing is waited for.
 
 Reported are abilities by how the tokenizers split a question (shares of the questions that the
 source answers right, and the margin of the right choice over the best wrong one in nats), bits per
@@ -27,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -37,6 +39,7 @@ import jax
 import numpy as np
 
 from tokalign_jax import api
+from tokalign_jax.alignment import methods
 from tokalign_jax.config import (
     ComputeConfig,
     Config,
@@ -58,6 +61,8 @@ from tokalign_jax.utils import compiling
 
 STAGE = {"batch.size": 64, "batch.sequence_length": 1024, "method": "full", "start_offset": 0}
 """Fields of a training stage unless given."""
+ALIGNED = 8_000
+"""Documents from which methods that need token vectors learn them."""
 COLUMNS = ("mean", "alike", "question", "composed", "recut", "text", "other", "gap")
 
 
@@ -88,10 +93,15 @@ def main() -> None:
         log(" | ".join(("model", *COLUMNS)))
         report(bench.measured("source", bench.source.config, bench.params, bench.source.tokenizer))
         for start in arguments.start:
+            if not bench.is_there(start):
+                log(f"{start.name}: no model in {start.fields['model']}; skipped")
+                continue
             report(bench.start(start))
+            names = {start.name}
             for training in arguments.train:
-                if training.fields.get("start", arguments.start[-1].name) == start.name:
+                if training.fields.get("start", arguments.start[-1].name) in names:
                     report(bench.train(training))
+                    names.add(training.name)
 
 
 def parsed() -> argparse.Namespace:
@@ -108,6 +118,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--corpus_bytes", type=int, default=24_000_000)
     parser.add_argument("--text_bytes", type=int, default=600_000)
     parser.add_argument("--questions", type=int, default=0, help="per suite; 0: all")
+    parser.add_argument("--wait", type=float, default=0, help="seconds, for a start's folder")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -116,7 +127,7 @@ def item(text: str) -> Item:
     """Parse NAME or NAME:field=value,field=value."""
     name, _, rest = text.partition(":")
     fields = {}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, re.split(r",(?![^(]*\))", rest)):
         key, _, value = part.partition("=")
         try:
             fields[key] = ast.literal_eval(value)
@@ -132,7 +143,7 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 
 class Bench:
-    """The source model, texts and questions, and the last start."""
+    """The source model, texts and questions, the last start and its trainings."""
 
     def __init__(self, arguments: argparse.Namespace, log: Any):
         self.arguments, self.log, self.mesh = arguments, log, sharding.make_mesh()
@@ -145,7 +156,7 @@ class Bench:
         self.material = self._material()
         self.reference: measures.Measured | None = None
         self.right: np.ndarray | None = None
-        self.last: Any = None
+        self.models: dict[str, api.Model] = {}
         self.folder = tempfile.TemporaryDirectory()
         # Starts with the same seed and budget are distilled on the same text.
         self_text.Writer.write = _write_once(self_text.Writer.write)  # type: ignore[method-assign]
@@ -234,9 +245,23 @@ class Bench:
 
     # --- Starts ---------------------------------------------------------------------------------
 
+    def is_there(self, start: Item) -> bool:
+        """Wait for the folder of a start that another program makes."""
+        folder, until = start.fields.get("model"), time.monotonic() + self.arguments.wait
+        while folder and not Path(folder).exists():
+            if time.monotonic() >= until:
+                return False
+            time.sleep(1)
+        return True
+
     def start(self, start: Item) -> dict[str, Any]:
-        """Make a start and measure it."""
+        """Make a start, or read it, and measure it."""
         began = time.perf_counter()
+        if "model" in start.fields:
+            model = api.load_model(start.fields["model"])
+            model = dataclasses.replace(model, tokenizer=self.target)
+            self.models = {start.name: model}
+            return self.measured(start.name, model.config, model.params, self.target)
         constants = {k: v for k, v in start.fields.items() if k.split(".")[0] in CONSTANTS}
         config = self._config({k: v for k, v in start.fields.items() if k not in constants})
         shards = [
@@ -244,14 +269,20 @@ class Bench:
             for side in (self.source.tokenizer, self.target)
         ]
 
+        method, alignment = config.alignment.method, self.alignment
+        if method in methods.NEED_VECTORS:
+            texts = [document.text for document in self.documents[:ALIGNED]]
+            sides = self.source.tokenizer, self.target
+            alignment = api.align(*sides, texts, method, seed=config.seed, log=self.log)
         draw = api._drawing(self.documents, self.source.tokenizer, config.seed)
         side = Side(self.source.config, self.params, self.source.tokenizer, shards[0])
         with replaced(constants):
             made = make_start(
-                config, side, self.target, shards[1], self.alignment, draw, self.mesh, self.log
+                config, side, self.target, shards[1], alignment, draw, self.mesh, self.log
             )
         params = jax.tree.map(np.asarray, api._without_padding(made.config, made.params))
-        self.last = api.Model(made.config, params, self.target, self.source.folder)
+        model = api.Model(made.config, params, self.target, self.source.folder)
+        self.models = {start.name: model}
         facts = {"seconds": time.perf_counter() - began, **made.facts}
         return self.measured(start.name, made.config, params, self.target, **facts)
 
@@ -265,7 +296,9 @@ class Bench:
     # --- Training -------------------------------------------------------------------------------
 
     def train(self, training: Item) -> dict[str, Any]:
-        """Train the last start and measure the result."""
+        """Train the last start, or what a training made of it, and measure the result."""
+        [first, *_] = self.models
+        before = self.models[training.fields.get("start", first)]
         fields = {k: v for k, v in training.fields.items() if k not in ("start", "seed")}
         changes = {f"stage1.{key}": value for key, value in (STAGE | fields).items()}
         stage = self._config(changes).stage1
@@ -274,7 +307,8 @@ class Bench:
             objective = source_teacher.objective(stage, self.teacher, self.shards[2])
         began = time.perf_counter()
         seed = training.fields.get("seed", 0)
-        trained = api._train(self.last, self.shards[1], stage, seed, self.log, objective)
+        trained = api._train(before, self.shards[1], stage, seed, self.log, objective)
+        self.models[training.name] = trained
         facts = {
             "seconds": time.perf_counter() - began,
             "tokens": stage.steps * stage.batch.size * stage.batch.sequence_length,

@@ -1,4 +1,4 @@
-"""Compare a user's alternatives: makes every start, judges all alike, writes one table.
+"""Compare a user's alternatives: makes every start, measures all alike, writes one table.
 
     benchmarks/rivals/environments.sh /tmp/rivals
     python benchmarks/rivals/compare.py --source models/smollm2 --target tokenizers/neox \\
@@ -12,9 +12,10 @@ follows `--` goes to this project's commands. Each start gets a folder with its 
 `made.json`: seconds from text to model, the largest memory of a process, the exit code, the end of
 the log. A start that is there is not made again, one that failed is listed with its error.
 
-All starts are judged by `tokalign_jax.evaluate`: abilities, apart by how both tokenizers split the
-question, fidelity, bits per byte of the corpus's kind of text and of another. `--budgets` also
-trains each start on so many tokens in full (Stage 2 of this project) and judges the result.
+All starts are measured by `benchmarks/retention.py`: abilities, apart by how both tokenizers split
+the question, distance to the source's likelihoods, bits per byte of the corpus's kind of text and
+of another. `--budgets` also trains each start in full on so many tokens of the corpus, with the
+next-token loss, and measures the result.
 Results: `rivals.md`, `rivals.json` and `rivals.png` (abilities against minutes).
 """
 
@@ -55,6 +56,8 @@ MADE, MODELS = "made.json", "models"
 TAIL = 2000
 """Characters of a log that are kept."""
 SOURCE = "source"
+KINDS = ("alike", "question", "composed", "recut")
+"""How the two tokenizers split a question and its right answer (evaluation/abilities.py)."""
 
 
 class Start(NamedTuple):
@@ -67,17 +70,17 @@ class Start(NamedTuple):
 
 
 def main() -> None:
-    """Makes, judges and reports."""
+    """Make, measure and report."""
     args, own = _arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     text = _plain_text(args, own)
     for start in _starts(args, own, text):
         _make(start, args.output)
-    for name in [name for name in _made(args.output) if "+" not in name]:
-        for budget in args.budgets:
-            _make(_trained(args, own, name, budget), args.output)
-    scores = _judge(args)
-    rows = [_row(name, scores, args.output) for name in (SOURCE, *sorted(_attempted(args.output)))]
+    if args.only_make:
+        return
+    costs = {name: _cost(name, args.output) for name in _attempted(args.output)}
+    rows = [costs.pop(row["name"], {}) | _row(row) for row in _measure(args)]
+    rows += costs.values()
     content = {"rows": rows, "settings": vars(args) | {"own": own}}
     dumped = json.dumps(content, indent=1, default=str, ensure_ascii=False)
     (args.output / "rivals.json").write_text(dumped + "\n", encoding="utf-8")
@@ -99,12 +102,17 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--text", required=True, help="training text, as config.corpus")
     parser.add_argument("--language-field", default="lang")
     parser.add_argument("--judge", required=True, help="held-out text")
-    parser.add_argument("--other-text", help="text of another kind")
+    parser.add_argument("--other-text", default="", help="text of another kind")
     parser.add_argument("--abilities", required=True)
-    parser.add_argument("--bytes-per-language", default="20000")
-    parser.add_argument("--max-questions", default="0", help="of a suite; 0: all")
+    parser.add_argument("--text-bytes", type=int, default=600_000, help="to measure, at most")
+    parser.add_argument("--corpus-bytes", type=int, default=24_000_000, help="to train on, at most")
+    parser.add_argument("--questions", default="0", help="per suite; 0: all")
     parser.add_argument("--starts", default=",".join(names), help="comma-separated")
     parser.add_argument("--budgets", default="", help="tokens to train each start on: 1e6,4e6")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of a training step")
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--only-make", action="store_true", help="without measurements")
     parser.add_argument("--output", required=True, type=Path)
     ours, own = sys.argv[1:], []
     if "--" in ours:
@@ -177,24 +185,6 @@ def _starts(args: argparse.Namespace, own: Sequence[str], text: Path) -> list[St
     return starts
 
 
-def _trained(args: argparse.Namespace, own: Sequence[str], start: str, budget: float) -> Start:
-    """Stage 2 in full from a start, with its own cosine over so many tokens."""
-    folder, model = args.output / f"{start}+{budget:.0f}", args.output / MODELS / start
-    sequences, length = 32, 1024
-    settings = {
-        "source_model": model,
-        "target_tokenizer": model,
-        "alignment.method": "exact",
-        "stage2.steps": max(1, round(budget / sequences / length)),
-        "stage2.batch.size": sequences,
-        "stage2.batch.sequence_length": length,
-        "stage2.learning_rate": 1e-4,
-    }
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = _run(args, own, folder / "run", *flags, "--stages=stage2,export")
-    return Start(folder.name, command, folder / "run" / "export")
-
-
 def _make(start: Start, output: Path) -> None:
     """Runs the command unless it succeeded before; keeps the model and what it cost."""
     folder, model = output / start.name, output / MODELS / start.name
@@ -236,59 +226,59 @@ def _made(output: Path) -> list[str]:
     return [name for name in _attempted(output) if (output / MODELS / name).exists()]
 
 
-# --- Judging ------------------------------------------------------------------------------------
+# --- Measuring ----------------------------------------------------------------------------------
 
 
-def _judge(args: argparse.Namespace) -> Mapping[str, Any]:
-    """The scores of the source and of every model by name, all judged together."""
-    names, file = _made(args.output), args.output / "judged" / "scores.json"
-    if not file.exists() or len(json.loads(file.read_text())["models"]) != len(names) + 1:
-        folders = [args.source, *(args.output / MODELS / name for name in names)]
-        command = [
-            sys.executable,
-            "-m",
-            "tokalign_jax.evaluate",
-            f"--models={','.join(map(str, folders))}",
-            f"--text={args.judge}",
-            f"--language-field={args.language_field}",
-            f"--bytes-per-language={args.bytes_per_language}",
-            f"--abilities={args.abilities}",
-            f"--max-questions={args.max_questions}",
-            *([f"--other-text={args.other_text}"] if args.other_text else []),
-            "--repeats=1",
-            "--steps=4",
-            f"--output={file.parent}",
-            "--overwrite",
-        ]
-        print(f"judging {len(names)} starts", flush=True)
-        subprocess.run(command, check=True, cwd=ROOT)
-    models = json.loads(file.read_text(encoding="utf-8"))["models"]
-    return dict(zip((SOURCE, *names), models.values(), strict=True))
+def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the source and all starts, before and after training, in one process."""
+    file = args.output / "measured" / "retention.jsonl"
+    file.unlink(missing_ok=True)
+    command = [
+        *(sys.executable, str(HERE.parent / "retention.py")),
+        *(f"--source={args.source}", f"--target={args.target}"),
+        *(f"--corpus={args.text}", f"--language_field={args.language_field}"),
+        *(f"--text={args.judge}", f"--other_text={args.other_text}"),
+        *(f"--text_bytes={args.text_bytes}", f"--corpus_bytes={args.corpus_bytes}"),
+        *(f"--abilities={args.abilities}", f"--questions={args.questions}", "--self_share=0"),
+        f"--out={file.parent}",
+    ]
+    sequences, length = args.batch, args.sequence_length
+    for name in _made(args.output):
+        command.append(f"--start={name}:model={args.output / MODELS / name}")
+        for budget in args.budgets:
+            fields = {
+                "start": name,
+                "steps": max(1, round(budget / sequences / length)),
+                "batch.size": sequences,
+                "batch.sequence_length": length,
+                "learning_rate": args.learning_rate,
+            }
+            values = ",".join(f"{key}={value}" for key, value in fields.items())
+            command.append(f"--train={name}+{budget / 1e6:g}M:{values}")
+    subprocess.run(command, check=True, cwd=ROOT)
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _row(name: str, scores: Mapping[str, Any], output: Path) -> dict[str, Any]:
-    """The figures of a start; without scores why there is none."""
-    made = output / name / MADE
-    cost = json.loads(made.read_text(encoding="utf-8")) if made.exists() else {}
-    row: dict[str, Any] = {"start": name}
-    if cost:
-        row |= {"minutes": cost["seconds"] / 60, "memory": cost["peak_bytes"]}
-    if name not in scores:
-        lines = cost.get("log", "").strip().splitlines() or ["not judged"]
-        return row | {"failed": lines[-1][:300]}
-    found = scores[name]
-    cuts = found["abilities"].get("by_cut", {})
-    fidelity = found.get("fidelity", {}).get("pooled", {})
-    row["ability"] = found["abilities"]["mean"]["accuracy"]
-    row |= {cut: cuts[cut]["accuracy"] for cut in cuts if cuts[cut]["questions"]}
-    row |= {key: fidelity[key]["value"] for key in ("agreement", "divergence") if key in fidelity}
-    languages = found["languages"]
+def _row(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a model; shares of what the source answers right by group."""
+    row = {"start": measured["name"], "ability": measured["mean"]}
+    row |= {kind: measured[kind] for kind in KINDS if kind in measured}
+    row |= {"distance": measured["gap"]} if "gap" in measured else {}
+    languages = measured["scores"]["languages"]
     row |= {
         f"bits {key}": languages[key]["bits_per_byte"] for key in ("en", "code") if key in languages
     }
-    row["bits all"] = found["pooled"]["bits_per_byte"]
-    if "other_text" in found:
-        row["bits other kind"] = found["other_text"]["pooled"]["bits_per_byte"]
+    row["bits all"] = measured["text"]
+    return row | ({"bits other kind": measured["other"]} if "other" in measured else {})
+
+
+def _cost(name: str, output: Path) -> dict[str, Any]:
+    """Return what making a start took; if it failed, why."""
+    cost = json.loads((output / name / MADE).read_text(encoding="utf-8"))
+    row = {"start": name, "minutes": cost["seconds"] / 60, "memory": cost["peak_bytes"]}
+    if cost["exit_code"]:
+        lines = cost["log"].strip().splitlines() or [f"exit code {cost['exit_code']}"]
+        row["failed"] = lines[-1][:300]
     return row
 
 
@@ -314,7 +304,9 @@ def _cell(column: str, row: Mapping[str, Any]) -> str:
 
 def _picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Mean ability against the minutes that a start takes."""
-    known = [row for row in rows if "ability" in row]
+    known = [
+        row for row in rows if "ability" in row and (row["start"] == SOURCE or "minutes" in row)
+    ]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for row in known:
         if row["start"] == SOURCE:
