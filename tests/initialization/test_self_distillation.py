@@ -193,3 +193,11 @@ def test_rows_restricted_to_the_text_equal_a_dense_table():
     dense[composed], few[rows.composed] = features, rows.features
     np.testing.assert_array_equal(few, dense[tokens])
     np.testing.assert_array_equal(rows.free, free[tokens])
+
+
+def test_repeated_sequences_count_once():
+    target = np.array([[[1, 2, 3, -1], [1, 2, 3, -1]], [[4, 4, 2, 5], [1, 2, 3, -1]]])
+    batch = self_distillation.Batch(target, *[np.zeros(0)] * 4)
+    present, counts = self_distillation._tokens_in_text((batch, batch), 7)
+    assert present.tolist() == [1, 2, 3, 4, 5]
+    assert counts.tolist() == [0, 1, 2, 1, 2, 1, 0]

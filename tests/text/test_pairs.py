@@ -33,6 +33,25 @@ def test_paired_positions_cover_the_same_text(pairing):
     assert found > 40
 
 
+def test_long_documents_go_on_in_the_next_row(pairing):
+    (document,) = pairing.pair([((" ".join(TEXTS * 6), None),)])
+    packed = pairs.pack([document], [0], 40)
+    start, ids, reached = document.target[0], document.target[1:].tolist(), 0
+    assert len(packed.target) > 3
+    for target, source, positions in zip(*packed):
+        assert target[0] == start and source[0] == document.source[0]
+        part = target[1:][target[1:] != NONE].tolist()
+        begin = next(i for i in range(reached, -1, -1) if ids[i : i + len(part)] == part)
+        assert reached - begin < 8  # What follows the last shared boundary is read again.
+        reached = begin + len(part)
+        shared = np.flatnonzero(positions != NONE)
+        assert len(shared) > 5
+        for place in shared.tolist():
+            one = read(pairing.target, target[: place + 1].tolist())
+            assert one == read(pairing.source, source[: positions[place] + 1].tolist())
+    assert 0 <= len(ids) - reached <= pairs.SHORTEST
+
+
 def test_rows_are_packed_until_full(pairing):
     documents = pairing.pair([((text, None),) for text in TEXTS])
     packed = pairs.pack(documents, range(len(documents)), 1000)

@@ -292,10 +292,13 @@ STATES = 2048
 def _tokens_in_text(
     batches: Sequence[HostBatch], vocabulary: int
 ) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "V"]]:
-    """Return the tokens that occur in the text, and the occurrences of each of V."""
-    counts = np.zeros(vocabulary, np.int64)
-    for batch in batches:
-        counts += np.bincount(batch.target[batch.target >= 0], minlength=vocabulary)
+    """Return the tokens that occur in the text, and the occurrences of each of V.
+
+    A sequence that is read several times counts once.
+    """
+    rows = [batch.target.reshape(-1, batch.target.shape[-1]) for batch in batches]
+    text = np.unique(np.concatenate(rows), axis=0)
+    counts = np.bincount(text[text >= 0], minlength=vocabulary)
     return np.flatnonzero(counts), counts
 
 

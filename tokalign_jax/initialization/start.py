@@ -111,7 +111,10 @@ def _distill(
 ) -> Learned:
     """Make a start by method `distilled`."""
     _, budget = distillation_budget(config, aligned.source_size, aligned.target_size)
-    texts = draw(round(config.initialization.corpus_share * budget))
+    # The budget counts target tokens, and documents are drawn by source tokens.
+    tokens = [side.shards.counts.sum() for side in (source, target)]
+    ratio = float(tokens[0] / tokens[1]) if tokens[1] else 1.0
+    texts = draw(round(config.initialization.corpus_share * budget * ratio))
     return initialization.distill(
         config, source, target, aligned, texts, mesh, log, num_frozen_rows
     )

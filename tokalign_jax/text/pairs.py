@@ -1,8 +1,8 @@
 """The same text in the tokens of two tokenizers, packed into rows for a student and its teacher.
 
-A row has whole documents, the last one truncated: the target's tokens, the source's tokens of the
-same documents, and for each position of the target the position of the source at which both have
-read the same text (`boundaries.py`).
+A row has the target's tokens of documents, the source's tokens of the same documents, and for each
+position of the target the position of the source at which both have read the same text
+(`boundaries.py`). A document that does not fit goes on in the next row, as a document of its own.
 
 Letters: B rows, T + 1 target tokens of a row, S source tokens of a row.
 """
@@ -18,11 +18,12 @@ from tokalign_jax.text.boundaries import NONE, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
 
 ROOM = 1.35
-"""Source tokens that fit into a row, per target token; longer documents are truncated."""
+"""Source tokens that fit into a row, per target token; the teacher does not read those beyond."""
 PASSAGE, SHORTEST_PASSAGE = 1500, 80
 """Characters per passage, at most and at least."""
 SHORTEST = 16
-"""Target tokens left in a row below which no document is started in it."""
+"""Target tokens left in a row below which no document is started in it; the rest of a document that
+is not longer is dropped."""
 
 
 class Pair(NamedTuple):
@@ -103,10 +104,12 @@ def pack(pairs: Sequence[Pair], order: Iterable[int], length: int) -> Rows:
     """Pack the pairs in this order into rows of T = `length`."""
     width, rows, row = source_length(length), [], _Row()
     for number in order:
-        if len(row.target) > max(0, length - SHORTEST):
-            rows.append(row.arrays(length, width))
-            row = _Row()
-        row.add(pairs[number], length + 1)
+        rest: Pair | None = pairs[number]
+        while rest is not None:
+            if len(row.target) > max(0, length - SHORTEST):
+                rows.append(row.arrays(length, width))
+                row = _Row()
+            rest = row.add(rest, length + 1)
     if row.target:
         rows.append(row.arrays(length, width))
     return Rows(*map(np.stack, zip(*rows)))
@@ -118,11 +121,11 @@ class _Row:
         self.source: list[int] = []
         self.positions: list[int] = []
 
-    def add(self, pair: Pair, max_length: int) -> None:
-        """Append as much of a document as fits into the row."""
+    def add(self, pair: Pair, max_length: int) -> Pair | None:
+        """Append as much of a document as fits into the row; return the rest."""
         room, begin = max_length - len(self.target), len(self.source)
         target, ends = pair.target[:room], pair.target_ends[:room]
-        # Source tokens that end after the target's last one are dropped.
+        # Source tokens that end after the target's last one belong to the rest.
         last = ends.max()
         beyond = np.flatnonzero(pair.source_ends > last)
         stop = beyond[0] if len(beyond) else len(pair.source)
@@ -134,6 +137,10 @@ class _Row:
         self.positions += [
             begin + position_of[end] if end in position_of else NONE for end in ends.tolist()
         ]
+        shared = [i for i, end in enumerate(ends.tolist()) if end in position_of]
+        if len(pair.target) - room <= SHORTEST or shared[-1] == 0:
+            return None
+        return _after(pair, position_of[int(ends[shared[-1]])], shared[-1])
 
     def arrays(self, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         target, source = np.full(length + 1, NONE, np.int32), np.zeros(width, np.int32)
@@ -143,3 +150,14 @@ class _Row:
         inside = np.array(self.positions[:length], np.int32)
         positions[: len(inside)] = np.where(inside < width, inside, NONE)
         return target, source, positions
+
+
+def _after(pair: Pair, source: int, target: int) -> Pair:
+    """Return what follows these tokens, which end at the same place, as a document."""
+    end = pair.target_ends[target : target + 1]
+    sides = (pair.source, pair.source_ends, source), (pair.target, pair.target_ends, target)
+    arrays = []
+    for ids, ends, last in sides:
+        arrays += [np.concatenate([ids[:1], ids[last + 1 :]])]
+        arrays += [np.concatenate([end, ends[last + 1 :]])]
+    return Pair(*arrays)
