@@ -18,6 +18,7 @@ from tokalign_jax.initialization import (
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.parallel import sharding
+from tokalign_jax.text import pairs
 from tokalign_jax.text.canonical import token_bytes
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.utils import paths
@@ -193,6 +194,21 @@ def test_rows_restricted_to_the_text_equal_a_dense_table():
     dense[composed], few[rows.composed] = features, rows.features
     np.testing.assert_array_equal(few, dense[tokens])
     np.testing.assert_array_equal(rows.free, free[tokens])
+
+
+def test_the_teacher_reads_no_more_than_its_positions(sides):
+    source, target, _ = sides
+    short = replace(source.config, max_positions=48)
+    models = self_distillation.Models(replace(target.config, max_positions=48), short, None)
+    starts = source.tokenizer.eos_token_id, target.tokenizer.eos_token_id
+    texts = pairs.Pairing(source.tokenizer, target.tokenizer, starts, {}).pair(
+        [((" ".join(TEXTS * 3), None),)] * 9
+    )
+    steps, held_out = self_distillation._batches(
+        CONFIG, [], texts, 3000, models, sharding.make_mesh()
+    )
+    assert {batch.source.shape[-1] for batch in (*steps, held_out)} == {48}
+    assert {batch.target.shape[-1] for batch in (*steps, held_out)} == {48}
 
 
 def test_repeated_sequences_count_once():

@@ -22,7 +22,7 @@ def read(tokenizer, tokens):
 
 def test_paired_positions_cover_the_same_text(pairing):
     documents = pairing.pair([((text, None),) for text in TEXTS])
-    packed = pairs.pack(documents, [2, 0, 1, 0], 40)
+    packed = pairs.pack(documents, [2, 0, 1, 0], 40, 64)
     found = 0
     for target, source, positions in zip(*packed):
         for place, position in enumerate(positions.tolist()):
@@ -35,7 +35,7 @@ def test_paired_positions_cover_the_same_text(pairing):
 
 def test_long_documents_go_on_in_the_next_row(pairing):
     (document,) = pairing.pair([((" ".join(TEXTS * 6), None),)])
-    packed = pairs.pack([document], [0], 40)
+    packed = pairs.pack([document], [0], 40, 64)
     start, ids, reached = document.target[0], document.target[1:].tolist(), 0
     assert len(packed.target) > 3
     for target, source, positions in zip(*packed):
@@ -54,7 +54,7 @@ def test_long_documents_go_on_in_the_next_row(pairing):
 
 def test_rows_are_packed_until_full(pairing):
     documents = pairing.pair([((text, None),) for text in TEXTS])
-    packed = pairs.pack(documents, range(len(documents)), 1000)
+    packed = pairs.pack(documents, range(len(documents)), 1000, 1408)
     assert len(packed.target) == 1
     assert read(pairing.target, packed.target[0].tolist()) == "".join(TEXTS)
     assert read(pairing.source, packed.source[0].tolist()).startswith("".join(TEXTS))

@@ -150,7 +150,7 @@ def distill(
       mesh: devices that train.
       log: receives progress.
     """
-    steps, held_out = _batches(config, written, corpus, budget, models.student, mesh)
+    steps, held_out = _batches(config, written, corpus, budget, models, mesh)
     present, counts = _tokens_in_text((*steps, held_out), len(rows[head_path(rows)].free))
     steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
     small, small_rows, models = _restrict_vocabulary(params, rows, models, present)
@@ -581,7 +581,7 @@ def _batches(
     written: Sequence[pairing.Pair],
     corpus: Sequence[pairing.Pair],
     budget: int,
-    model: ModelConfig,
+    models: Models,
     mesh: Mesh,
 ) -> tuple[list[HostBatch], HostBatch]:
     """Return the batches of all steps and the held-out one, on the host.
@@ -589,11 +589,12 @@ def _batches(
     Their sequences do not depend on the devices.
     """
     random = np.random.default_rng([config.seed, 5])
-    length = min(LENGTH, model.max_positions - 1)
+    length = min(LENGTH, models.student.max_positions - 1)
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
+    lengths = length, min(pairing.source_length(length), models.teacher.max_positions)
     sampled = [
-        _draw(texts, round(part * count), round(part * HELD_OUT), length, weights, random)
+        _draw(texts, round(part * count), round(part * HELD_OUT), lengths, weights, random)
         for texts, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
     trained, left_out = (_batch(map(np.concatenate, zip(*batches))) for batches in zip(*sampled))
@@ -610,22 +611,24 @@ def _draw(
     pairs: Sequence[pairing.Pair],
     count: int,
     left_out: int,
-    length: int,
+    lengths: tuple[int, int],
     weights: tuple[float, float],
     random: np.random.Generator,
 ) -> tuple[HostBatch, HostBatch]:
     """Draw `count` training sequences and about `left_out` held-out ones.
 
-    Too few training sequences are repeated, in another order each time.
+    Too few training sequences are repeated, in another order each time. `lengths` are T and S of
+    `text/pairs.py`.
     """
+    length, width = lengths
     if not count or not pairs:
         none = (
             np.zeros((0, length + 1), np.int32),
-            np.zeros((0, pairing.source_length(length)), np.int32),
+            np.zeros((0, width), np.int32),
         )
         empty = _batch((*none, np.zeros((0, length), np.int32), *np.zeros((2, 0), np.float32)))
         return empty, empty
-    packed = pairing.pack(pairs, random.permutation(len(pairs)), length)
+    packed = pairing.pack(pairs, random.permutation(len(pairs)), length, width)
     size = len(packed.target)
     factors = (np.full(size, weight, np.float32) for weight in weights)
     sequences = _batch((*packed, *factors))

@@ -100,9 +100,9 @@ def source_length(length: int) -> int:
     return -(-int(length * ROOM) // 64) * 64
 
 
-def pack(pairs: Sequence[Pair], order: Iterable[int], length: int) -> Rows:
-    """Pack the pairs in this order into rows of T = `length`."""
-    width, rows, row = source_length(length), [], _Row()
+def pack(pairs: Sequence[Pair], order: Iterable[int], length: int, width: int) -> Rows:
+    """Pack the pairs in this order into rows of T = `length` and S = `width`."""
+    rows, row = [], _Row()
     for number in order:
         rest: Pair | None = pairs[number]
         while rest is not None:
