@@ -146,6 +146,15 @@ _NO_MAMBA = {
     "layer_types": ["attention", "attention"],
     "shared_intermediate_size": 48,
 }
+_GPT_OSS = {
+    "head_dim": 16,
+    "intermediate_size": 24,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 12,
+    "swiglu_limit": 0.4,
+}
+"""With a limit that some of the activations reach."""
 _QWEN_MOE = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 CASES = (
@@ -580,6 +589,23 @@ CASES = (
         "granitemoeshared",
         "shared expert, biases",
         {**_GRANITE_MOE, "shared_intermediate_size": 24, "attention_bias": True},
+    ),
+    Case(
+        "gpt_oss",
+        "attention sinks, experts with biases and clamped SwiGLU, YaRN, windows",
+        {**_GPT_OSS, **_rope("yarn", **_YARN, truncate=False)},
+    ),
+    Case(
+        "gpt_oss",
+        "no attention biases, windows in the later layers, tied",
+        {
+            **_GPT_OSS,
+            "swiglu_alpha": 1.1,
+            "attention_bias": False,
+            "layer_types": [_FULL, _SLIDING],
+            "tie_word_embeddings": True,
+            **_rope("default"),
+        },
     ),
     Case(
         "qwen3_5_text",

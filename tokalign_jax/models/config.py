@@ -52,6 +52,17 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class ClampedSwiGLU:
+    """Activation of gpt-oss's experts: g sigmoid(alpha g) (u + 1).
+
+    g is the gate clipped from above at `limit`, u the other projection clipped at both sides.
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """Constants of a mixture of experts that replaces each feed-forward layer."""
 
@@ -65,6 +76,10 @@ class Experts:
     """Width of an additional expert for all tokens; None for none."""
     shared_gate: bool = False
     """Weights the shared expert by a sigmoid of the token."""
+    bias: bool = False
+    """Biases on the router and on the projections of the experts."""
+    clamped: ClampedSwiGLU | None = None
+    """Activation of the experts if it is not `ModelConfig.activation`."""
     computed: Literal["auto", "dense", "sparse", "blocks", "ragged"] = "auto"
     """Implementation (`experts`); `sparse` is the backend's faster one of the last two, and `auto`
     is sparse but on CPUs."""
@@ -146,6 +161,8 @@ class ModelConfig:
     """Factor of the outputs of attention and feed-forward."""
     output_scale: float = 1.0
     """Factor of the hidden states after the final norm, so that hidden @ head gives the logits."""
+    attention_sinks: bool = False
+    """A learned logit per head that takes its share of the softmax without a value."""
     attention_gate: bool = False
     """Multiplies attention's output by a sigmoid of a projection of its input."""
     delta: DeltaRule | None = None

@@ -18,7 +18,7 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.modules import Linear, Norm, apply_norm, fan_out, lora_down, split_keys
+from tokalign_jax.models.modules import Linear, Norm, apply_norm, fan_out, lora_down, param, split_keys
 from tokalign_jax.models.rotary import Rotation, rotate
 
 _Item = TypeVar("_Item", bound=Hashable)
@@ -55,6 +55,7 @@ class Attention(nnx.Module):
         self.q_proj = project(config.hidden_size, queries, remat_name=projected)
         self.k_proj = project(config.hidden_size, keys, remat_name=projected)
         self.v_proj = project(config.hidden_size, keys, remat_name=None)
+        self.sinks = param(config.num_heads) if config.attention_sinks else None
         self.gate_proj = project(config.hidden_size, queries) if config.attention_gate else None
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
         self.q_norm = self._query_key_norm(config.num_heads)
@@ -147,6 +148,7 @@ class Attention(nnx.Module):
         return {
             "scale": self.config.head_dim**-0.5 if scale is None else scale,
             "softcap": self.config.attention_softcap,
+            "sinks": None if self.sinks is None else self.sinks[...],
         }
 
     def _attend(

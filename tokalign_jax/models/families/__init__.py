@@ -23,6 +23,7 @@ from tokalign_jax.models.families import (
     glm,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     hunyuan,
     lfm2,
@@ -52,6 +53,7 @@ _MODULES = (
     glm,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     hunyuan,
     lfm2,
@@ -97,10 +99,6 @@ UNIMPLEMENTED = {
     "deepseek_v3": _LATENT,
     "falcon_h1": f"{_MAMBA} and attention side by side",
     "glm4_moe": "experts that are chosen with a bias, and first layers without experts",
-    "gpt_oss": (
-        "attention sinks, and experts with biases and a clipped activation (and its published"
-        " MXFP4 weights a conversion to bfloat16)"
-    ),
     "jamba": "layers with Mamba",
     "lfm2_moe": "first layers without experts, and experts that are chosen with a bias",
     "llama4": "chunked attention, layers without experts, and weights on the experts' inputs",
