@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from tests.helpers import tiny_tokenizer
 from tokalign_jax.models import hub, huggingface
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.families import weight_table
 from tokalign_jax.models.transformer import abstract_params, head_matrix, logits
 from tokalign_jax.utils import paths
 
@@ -833,13 +834,17 @@ def gradient_and_logit_errors(pair: Pair) -> tuple[float, float]:
         name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params
     }
     gradients, found = _gradients_and_logits(pair.config, vocabulary, pair.params, text)
-    scores = pair.reference(torch.tensor(text).long(), use_cache=False).logits[:, :-1].flatten(0, 1)
-    torch.nn.functional.cross_entropy(scores, torch.tensor(text[:, 1:]).long().flatten()).backward()
+    _reference_loss(pair, text).backward()
     gradient = max(
         _relative(gradients["embed_tokens"]["embedding"], pair.reference.get_input_embeddings()),
         _relative(head_matrix(gradients), pair.reference.get_output_embeddings()),
     )
     return gradient, _logit_difference(pair, text, found)
+
+
+def _reference_loss(pair: Pair, text: np.ndarray) -> torch.Tensor:
+    scores = pair.reference(torch.tensor(text).long(), use_cache=False).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(scores, torch.tensor(text[:, 1:]).long().flatten())
 
 
 @functools.partial(compiled, static_argnums=0)
@@ -859,6 +864,32 @@ def _relative(ours: jax.Array, module: torch.nn.Module) -> float:
     assert isinstance(gradient, torch.Tensor)
     assert gradient.abs().max() > 1e-5, "no gradient"
     return float(np.abs(ours - gradient.numpy()).max() / gradient.abs().max())
+
+
+def parameter_gradient_error(pair: Pair) -> float:
+    """The largest difference from PyTorch's gradients of any parameter, relative to the largest
+    element of each.
+    """
+    text = tokens(LENGTHS[1])
+    gradients, _ = _gradients_and_logits(pair.config, pair.params, {}, text)
+    pair.reference.zero_grad()
+    _reference_loss(pair, text).backward()
+    theirs = {
+        name: np.zeros(parameter.shape) if parameter.grad is None else parameter.grad.numpy()
+        for name, parameter in pair.reference.named_parameters()
+    }
+    apart = [0.0]
+    ours = paths.flatten(gradients)
+    for weight in weight_table(pair.config, theirs):
+        for part in weight.slices(pair.config.num_layers):
+            name = next((name for name in weight.names(part) if name in theirs), None)
+            if name is None:
+                continue  # a buffer, or one of several names of a tied matrix
+            for path, expected in zip(weight.leaves, weight.split(theirs[name]), strict=True):
+                difference = np.abs(ours[path][part] - expected).max()
+                apart.append(float(difference / max(1e-3, np.abs(expected).max())))
+    assert len(apart) > pair.config.num_layers * 10, "hardly any gradient was compared"
+    return max(apart)
 
 
 def export(pair: Pair, folder: Path) -> Path:

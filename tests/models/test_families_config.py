@@ -133,6 +133,21 @@ RAW = {
         "use_sliding_window": False,
         "sliding_window": 4096,
     },
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 128,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
     "qwen3_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 2,
@@ -324,7 +339,7 @@ def test_irrelevant_keys_are_accepted(family):
         "use_mrope": False,
     }
     absent = {
-        "attention_bias": family == "gpt_neox",
+        "attention_bias": family in ("gpt_neox", "gpt_oss"),
         "clip_qkv": None,
         "final_logit_softcapping": None,
         "layer_types": None,
@@ -431,6 +446,15 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_masks(tmp_path):
         ("qwen3_moe", {"mlp_only_layers": [0]}, "'mlp_only_layers'"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "'decoder_sparse_step' to 2"),
         ("gpt_neox", {"sliding_window": 5}, "'sliding_window'"),
+        ("gpt_oss", {"sliding_window": None}, "no 'sliding_window'"),
+        ("gpt_oss", {"rope_parameters": None}, "no 'rope_parameters'"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "'hidden_act' to 'gelu'.*silu"),
+        ("gpt_oss", {"swiglu_limit": None}, "no 'swiglu_limit'"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            r"MXFP4.*Mxfp4Config\(dequantize=True\)",
+        ),
     ],
 )
 def test_errors_name_what_is_not_implemented(family, changes, message):

@@ -43,10 +43,3 @@ def test_families_that_the_decoder_lacks_a_part_of_are_refused_with_it(model_typ
     with pytest.raises(UserError, match=rf"'{model_type}' is not supported: it has {part}"):
         families.config_from_hf({"model_type": model_type})
     assert model_type not in families.FAMILIES and model_type not in families.REFUSED
-
-
-def test_mxfp4_weights_are_refused_with_the_way_out():
-    with pytest.raises(UserError, match="MXFP4 weights a conversion to bfloat16"):
-        families.config_from_hf(
-            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
-        )

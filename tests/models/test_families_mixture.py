@@ -21,6 +21,7 @@ from tests.models.parity_cases import (
     model,
     our_logits,
     pair,
+    parameter_gradient_error,
     stored,
     tokens,
 )
@@ -35,10 +36,17 @@ MIXTURES = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize(
-    "case", cases_of(*families.mixture.MODEL_TYPES, *families.multimodal.MODEL_TYPES), ids=str
+    "case",
+    cases_of(*families.mixture.MODEL_TYPES, "gpt_oss", *families.multimodal.MODEL_TYPES),
+    ids=str,
 )
 def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", cases_of("qwen3_moe", "gpt_oss"), ids=str)
+def test_gradient_of_every_parameter_is_that_of_pytorch(case: Case, tmp_path):
+    assert parameter_gradient_error(pair(case, tmp_path)) < 1e-4
 
 
 @MIXTURES

@@ -174,15 +174,16 @@ def _cudnn_with_sinks_forward(
     q: Array, k: Array, v: Array, sinks: Array, scale: float, window: int | None
 ) -> tuple[Array, tuple[Array, ...]]:
     # jax.nn.dot_product_attention would round the log-sum-exp to the dtype of the result.
-    y, log_sum_exp = cudnn.dot_product_attention(
-        q,
-        k,
-        v,
+    attend = functools.partial(
+        cudnn.dot_product_attention,
         scale=scale,
         mask_type=cudnn.MaskType.CAUSAL,
         sliding_window_length=window,
         return_residual=True,
     )
+    # `jax.vjp` for its forward pass alone: it is the primitive that remat policies know, which is
+    # hidden in a call otherwise.
+    (y, log_sum_exp), _ = jax.vjp(attend, q, k, v)
     return _without_share_of_sink(y, log_sum_exp, sinks), (q, k, v, sinks, y, log_sum_exp)
 
 

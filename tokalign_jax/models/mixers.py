@@ -18,7 +18,15 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.modules import Linear, Norm, apply_norm, fan_out, lora_down, param, split_keys
+from tokalign_jax.models.modules import (
+    Linear,
+    Norm,
+    apply_norm,
+    fan_out,
+    lora_down,
+    param,
+    split_keys,
+)
 from tokalign_jax.models.rotary import Rotation, rotate
 
 _Item = TypeVar("_Item", bound=Hashable)

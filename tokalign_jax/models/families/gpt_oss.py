@@ -50,7 +50,8 @@ def config_from_hf(raw: Raw) -> ModelConfig:
             normalized=True,
             bias=True,
             clamped=ClampedSwiGLU(
-                float(raw.get("swiglu_alpha", 1.702)), float(raw.get("swiglu_limit", 7.0))
+                alpha=required({"swiglu_alpha": 1.702, **raw}, "swiglu_alpha"),
+                limit=required({"swiglu_limit": 7.0, **raw}, "swiglu_limit"),
             ),
         ),
     )
