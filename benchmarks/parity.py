@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +41,7 @@ from tests.models.parity_cases import (
     tokens,
 )
 from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.utils import paths
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- parity -->\n", "<!-- end of parity -->"
@@ -98,6 +100,9 @@ def row(case: Case) -> str:
             np.abs(our_logits(less, both.params, text) - ours).max()
             for less in simpler(both.config)
         ]
+        if both.config.attention_sinks:
+            less = with_sinks(both.params, -1e9)
+            effects.append(np.abs(our_logits(both.config, less, text) - ours).max())
         figures = (*figures, *([float(min(effects))] if effects else []))
     return (
         f"{STARTS[CASES.index(case)]} "
@@ -105,6 +110,13 @@ def row(case: Case) -> str:
         + " |"
         + " |" * (not effects)
     )
+
+
+def with_sinks(params: dict[str, Any], sink: float) -> dict[str, Any]:
+    """`params` with all attention sinks at this logit."""
+    leaves = paths.flatten(params)
+    path = "layers/attention/sinks"
+    return paths.unflatten({**leaves, path: np.full_like(leaves[path], sink)})
 
 
 def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
@@ -133,6 +145,8 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
         yield replace(
             config, experts=replace(config.experts, normalized=not config.experts.normalized)
         )
+        if config.experts.clamped:
+            yield replace(config, experts=replace(config.experts, clamped=None))
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def _cudnn_with_sinks_forward(
     q: Array, k: Array, v: Array, sinks: Array, scale: float, window: int | None
 ) -> tuple[Array, tuple[Array, ...]]:
     # jax.nn.dot_product_attention would round the log-sum-exp to the dtype of the result.
-    attend = functools.partial(
+    attend: Any = functools.partial(
         cudnn.dot_product_attention,
         scale=scale,
         mask_type=cudnn.MaskType.CAUSAL,

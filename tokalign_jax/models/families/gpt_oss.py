@@ -17,8 +17,8 @@ BUFFERS, HEAD = llama.BUFFERS, llama.HEAD
 def config_from_hf(raw: Raw) -> ModelConfig:
     """Reads the config of a gpt-oss model.
 
-    Keys that are newer than the format: `attention_bias` (defaults to true), `swiglu_alpha` (1.702),
-    `swiglu_limit` (7) and `layer_types` (a window in the first layer and every other).
+    Keys that are newer than the format, with their defaults: `attention_bias` (true),
+    `swiglu_alpha` (1.702), `swiglu_limit` (7), and `layer_types` (a window in layers 0, 2, ...).
 
     Raises:
       UserError: the weights are quantized, a constant is missing, or an option is not implemented.
@@ -61,10 +61,10 @@ def _check_not_quantized(raw: Raw) -> None:
     quantization = raw.get("quantization_config") or {}
     if quantization.get("quant_method") == "mxfp4":
         raise UserError(
-            "the weights of this gpt_oss model are quantized in MXFP4: convert them to bfloat16"
-            " once, with transformers' AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16',"
-            " quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other), add the"
-            " tokenizer's files, and give that folder"
+            "the weights of this gpt_oss model are quantized in MXFP4, which is not read: convert"
+            " them to bfloat16 once, with transformers' from_pretrained(folder, dtype='bfloat16',"
+            " quantization_config=Mxfp4Config(dequantize=True)) and save_pretrained, save the"
+            " tokenizer beside them, and give that folder (docs/models.md has the commands)"
         )
 
 
