@@ -60,6 +60,9 @@ ABSENT = {
 }
 """Constants of some families, with the value that means that there is none."""
 
+ABSENT_LEAVES = {"layers/attention/sinks": -1e9, "layers/mlp/selection_bias": 0.0}
+"""Parameters of some families, with the value that means that there is none."""
+
 STARTS = [f"| `{case.family}` | {case.features} |" for case in CASES]
 """Beginning of each case's row."""
 
@@ -100,9 +103,10 @@ def row(case: Case) -> str:
             np.abs(our_logits(less, both.params, text) - ours).max()
             for less in simpler(both.config)
         ]
-        if both.config.attention_sinks:
-            less = with_sinks(both.params, -1e9)
-            effects.append(np.abs(our_logits(both.config, less, text) - ours).max())
+        effects += [
+            np.abs(our_logits(both.config, less, text) - ours).max()
+            for less in without_leaves(both.params)
+        ]
         figures = (*figures, *([float(min(effects))] if effects else []))
     return (
         f"{STARTS[CASES.index(case)]} "
@@ -112,11 +116,12 @@ def row(case: Case) -> str:
     )
 
 
-def with_sinks(params: dict[str, Any], sink: float) -> dict[str, Any]:
-    """`params` with all attention sinks at this logit."""
+def without_leaves(params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`params` with one of `ABSENT_LEAVES` set to the value that takes it away."""
     leaves = paths.flatten(params)
-    path = "layers/attention/sinks"
-    return paths.unflatten({**leaves, path: np.full_like(leaves[path], sink)})
+    for path, absent in ABSENT_LEAVES.items():
+        if path in leaves:
+            yield paths.unflatten({**leaves, path: np.full_like(leaves[path], absent)})
 
 
 def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
@@ -145,8 +150,9 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
         yield replace(
             config, experts=replace(config.experts, normalized=not config.experts.normalized)
         )
-        if config.experts.clamped:
-            yield replace(config, experts=replace(config.experts, clamped=None))
+        for name, absent in {"clamped": None, "weight_scale": 1.0, "score": "softmax"}.items():
+            if getattr(config.experts, name) != absent:
+                yield replace(config, experts=replace(config.experts, **{name: absent}))
 
 
 if __name__ == "__main__":

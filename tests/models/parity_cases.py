@@ -156,6 +156,7 @@ _GPT_OSS = {
     "swiglu_limit": 0.4,
 }
 """With a limit that some of the activations reach."""
+_LFM2_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _QWEN_MOE = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 CASES = (
@@ -684,6 +685,31 @@ CASES = (
         },
     ),
     Case(
+        "lfm2_moe",
+        "first layers without experts, sigmoid router with a bias that only chooses, tied",
+        {
+            **_LFM2_MOE,
+            "num_hidden_layers": 6,
+            "layer_types": ["conv", _FULL, "conv", "conv", _FULL, "conv"],
+            "num_dense_layers": 2,
+            "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "lfm2_moe",
+        "no bias, weights that are not normalized, biases of the convolution, untied",
+        {
+            **_LFM2_MOE,
+            "num_hidden_layers": 3,
+            "layer_types": [_FULL, "conv", _FULL],
+            "num_dense_layers": 1,
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "conv_bias": True,
+        },
+    ),
+    Case(
         "gemma3",
         "text model of images and text",
         {"head_dim": 16, "sliding_window": 12, "num_hidden_layers": 6, "tie_word_embeddings": True},
@@ -744,6 +770,9 @@ def model(case: Case, seed: int = 0) -> torch.nn.Module:
             parameter
         ) in made.parameters():  # biases and norms too, which otherwise start at 0 and 1
             parameter += 0.1 * torch.randn_like(parameter)
+        for name, buffer in made.named_buffers():
+            if name in made.state_dict():
+                buffer += 0.1 * torch.randn_like(buffer)
     return made.bfloat16()
 
 

@@ -19,6 +19,7 @@ CASES = pytest.mark.parametrize(
         cases_of("qwen3_moe")[0],
         cases_of("granitemoeshared")[0],
         cases_of("gpt_oss")[0],
+        cases_of("lfm2_moe")[0],
     ],
     ids=str,
 )

@@ -45,6 +45,7 @@ BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.fami
         (cases_of("gpt2")[0], 1),
         (cases_of("ministral3")[0], 20),
         (cases_of("gpt_oss")[0], 20),
+        (cases_of("lfm2_moe")[0], 20),
         *zip(cases_of("qwen3_5_text", "lfm2"), (20, 1, 1, 20), strict=True),
     ],
     ids=str,

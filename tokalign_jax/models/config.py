@@ -18,6 +18,14 @@ class LayerKind:
     """Growth of queries with their position; None for none."""
     mixer: Literal["attention", "convolution", "delta"] = "attention"
     """The token mixer (`mixers`)."""
+    feed_forward: Literal["mlp", "dense_mlp"] = "mlp"
+    """`mlp` is the model's feed-forward, a mixture if it has experts; `dense_mlp` is one without
+    experts, of width `ModelConfig.dense_size`."""
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Mixer and feed-forward, which are also the names of their parameters in a layer."""
+        return self.mixer, self.feed_forward
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,20 @@ class ClampedSwiGLU:
 
 @dataclass(frozen=True)
 class Experts:
-    """Constants of a mixture of experts that replaces each feed-forward layer."""
+    """Constants of a mixture of experts that replaces the feed-forward `mlp`."""
 
     count: int
     """E."""
     per_token: int
-    """Number of experts per token: those of the largest router probabilities."""
+    """Number of experts per token: those of the largest scores."""
     normalized: bool
-    """Divides the chosen experts' probabilities by their sum."""
+    """Divides the chosen experts' scores by their sum."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Function of the router's logits that gives the weights of the experts."""
+    selection_bias: bool = False
+    """Adds a bias for each expert to the scores that choose experts, not to the weights."""
+    weight_scale: float = 1.0
+    """Factor of the weights."""
     shared_size: int | None = None
     """Width of an additional expert for all tokens; None for none."""
     shared_gate: bool = False
@@ -107,7 +121,7 @@ class ModelConfig:
     head_dim: int
     """H."""
     intermediate_size: int
-    """F: width of the feed-forward layer, or of an expert."""
+    """F: width of the feed-forward layer `mlp`, or of an expert."""
     activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "xielu"]
     """Activation function; `xielu` (arXiv 2411.13010) has parameters in each layer."""
     gated_mlp: bool
@@ -168,3 +182,5 @@ class ModelConfig:
     delta: DeltaRule | None = None
     convolution: Convolution | None = None
     experts: Experts | None = None
+    dense_size: int | None = None
+    """Width of the feed-forward layers `dense_mlp`."""

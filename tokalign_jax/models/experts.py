@@ -278,6 +278,7 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: ModelConfig, experts: Experts, lora: LoraSpec | None):
         self.settings = experts
         self.router = Linear(config.hidden_size, experts.count, bias=experts.bias, lora=None)
+        self.selection_bias = param(experts.count) if experts.selection_bias else None
         self.experts = ExpertMLP(config, experts, lora)
         self.shared = MLP(config, lora, experts.shared_size) if experts.shared_size else None
         self.shared_gate = (
@@ -287,10 +288,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
         """Applies the mixture; `key` is for dropout in the adapters."""
         key, shared_key = split_keys(key, 2) if self.shared else (key, None)
-        probabilities = jax.nn.softmax(self.router(x.astype(jnp.float32), None))
-        weights, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
-        if self.settings.normalized:
-            weights /= weights.sum(-1, keepdims=True)
+        chosen, weights = self._route(x)
         y = self.experts(x, chosen, weights, key)
         if self.shared is None:
             return y
@@ -299,6 +297,24 @@ class MixtureOfExperts(nnx.Module):
             gate = jax.nn.sigmoid(self.shared_gate(x, None).astype(jnp.float32))
             shared = (gate * shared).astype(x.dtype)
         return y + shared
+
+    def _route(self, x: Float[Array, "B T D"]) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
+        """Returns the experts of each token and their weights, in float32."""
+        settings = self.settings
+        logits = self.router(x.astype(jnp.float32), None)
+        is_sigmoid = settings.score == "sigmoid"
+        scores = jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits)
+        if self.selection_bias is None:
+            weights, chosen = jax.lax.top_k(scores, settings.per_token)
+        else:
+            biased = scores + self.selection_bias.astype(jnp.float32)
+            _, chosen = jax.lax.top_k(jax.lax.stop_gradient(biased), settings.per_token)
+            weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if settings.normalized:
+            weights /= weights.sum(-1, keepdims=True) + (1e-6 if is_sigmoid else 0)
+        if settings.weight_scale != 1:
+            weights *= settings.weight_scale
+        return chosen, weights
 
 
 def implementation(experts: Experts) -> str:

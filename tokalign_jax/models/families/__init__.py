@@ -100,7 +100,6 @@ UNIMPLEMENTED = {
     "falcon_h1": f"{_MAMBA} and attention side by side",
     "glm4_moe": "experts that are chosen with a bias, and first layers without experts",
     "jamba": "layers with Mamba",
-    "lfm2_moe": "first layers without experts, and experts that are chosen with a bias",
     "llama4": "chunked attention, layers without experts, and weights on the experts' inputs",
     "llama4_text": "chunked attention, layers without experts, and weights on the experts' inputs",
     "mamba2": _MAMBA,

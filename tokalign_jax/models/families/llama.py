@@ -159,9 +159,9 @@ def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight
     ]
 
 
-def restrict_to_mixer(mixer: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
-    """Restricts weights to the layers with this mixer."""
-    layers = tuple(i for i, kind in enumerate(config.layer_kinds) if kind.mixer == mixer)
+def restrict_to_part(part: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
+    """Restricts weights to the layers with this mixer or feed-forward."""
+    layers = tuple(i for i, kind in enumerate(config.layer_kinds) if part in kind.parts)
     return [replace(weight, layers=layers) for weight in weights if layers]
 
 

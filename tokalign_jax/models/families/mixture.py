@@ -83,11 +83,16 @@ def packed_weights(config: ModelConfig) -> list[Weight]:
     return [*_outside(config), *packed_feed_forward(config)]
 
 
-def packed_feed_forward(config: ModelConfig) -> list[Weight]:
-    """Returns the weights of the mixtures with all experts of a layer in one tensor."""
+def packed_feed_forward(config: ModelConfig, block: str = f"{LAYER}.mlp") -> list[Weight]:
+    """Returns the weights of the mixtures with all experts of a layer in one tensor.
+
+    Args:
+      config: the model's config.
+      block: the name of a layer's mixture.
+    """
     return [
-        *_router_and_shared(config, f"{LAYER}.mlp.gate"),
-        *_packed(config, f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"),
+        *_router_and_shared(config, f"{block}.gate"),
+        *_packed(config, f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"),
     ]
 
 
