@@ -595,7 +595,10 @@ CASES = (
     Case(
         "gpt_oss",
         "attention sinks, experts with biases and clamped SwiGLU, YaRN, windows",
-        {**_GPT_OSS, **_rope("yarn", **_YARN, truncate=False)},
+        {
+            **_GPT_OSS,
+            **_rope("yarn", **_YARN, beta_fast=32.0, beta_slow=1.0, truncate=False),
+        },
     ),
     Case(
         "gpt_oss",
