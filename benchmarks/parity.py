@@ -60,6 +60,14 @@ ABSENT = {
 }
 """Constants of some families, with the value that means that there is none."""
 
+ABSENT_FROM_EXPERTS = {
+    "clamped": None,
+    "score": "softmax",
+    "weight_scale": 1.0,
+    "weighted_inputs": False,
+}
+"""The same, of mixtures."""
+
 ABSENT_LEAVES = {"layers/attention/sinks": -1e9, "layers/mlp/selection_bias": 0.0}
 """Parameters of some families, with the value that means that there is none."""
 
@@ -133,6 +141,10 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
     ropes = [kind.rope for kind in config.layer_kinds if kind.rope]
     if any(kind.window for kind in config.layer_kinds):
         yield layers(lambda kind: replace(kind, window=kind.window and kind.window + 1))
+    if any(kind.chunk for kind in config.layer_kinds):
+        yield layers(lambda kind: replace(kind, chunk=kind.chunk and kind.chunk + 1))
+    if config.query_key_norm and not all(kind.query_key_norm for kind in config.layer_kinds):
+        yield layers(lambda kind: replace(kind, query_key_norm=True))
     if any(rope.scaling for rope in ropes):
         yield layers(
             lambda kind: replace(kind, rope=kind.rope and replace(kind.rope, scaling=None))
@@ -142,7 +154,9 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
     if any(kind.query_growth for kind in config.layer_kinds):
         yield layers(lambda kind: replace(kind, query_growth=None))
     for field, absent in ABSENT.items():
-        if field == "rotate_before_norm" and not config.norm_scale:
+        if field == "rotate_before_norm" and (
+            config.query_key_norm == "unscaled" or not config.norm_scale
+        ):
             continue  # without a scale the order makes no difference
         if getattr(config, field) != absent:
             yield replace(config, **{field: absent})
@@ -150,7 +164,7 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
         yield replace(
             config, experts=replace(config.experts, normalized=not config.experts.normalized)
         )
-        for name, absent in {"clamped": None, "weight_scale": 1.0, "score": "softmax"}.items():
+        for name, absent in ABSENT_FROM_EXPERTS.items():
             if getattr(config.experts, name) != absent:
                 yield replace(config, experts=replace(config.experts, **{name: absent}))
 

@@ -22,7 +22,7 @@ def arrays(batch=2, length=20, heads=4, groups=2, size=8, dtype=jnp.float32):
     return [jnp.asarray(2 * random.standard_normal(shape), dtype) for shape in shapes]
 
 
-def reference(q, k, v, upstream, *, scale, window=None, softcap=None, sinks=None):
+def reference(q, k, v, upstream, *, scale, window=None, chunk=None, softcap=None, sinks=None):
     """The output, and the gradients of sum(output * upstream), by loops over sequences and heads in
     float64.
     """
@@ -33,7 +33,9 @@ def reference(q, k, v, upstream, *, scale, window=None, softcap=None, sinks=None
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
         near = b, slice(None), n // shared
         for t in range(q.shape[1]):
-            seen = range(0 if window is None else max(0, t - window + 1), t + 1)
+            first = 0 if window is None else max(0, t - window + 1)
+            first = first if chunk is None else max(first, t // chunk * chunk)
+            seen = range(first, t + 1)
             raw = np.array([scale * q[b, t, n] @ k[near][s] for s in seen])
             capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
             slope = 1 if softcap is None else 1 - np.tanh(raw / softcap) ** 2
@@ -109,6 +111,16 @@ def test_sinks_take_their_share_of_the_softmax(options, block):
     attend = lambda *x: fallback(*x[:3], **options, **extra, sinks=x[3])  # noqa: E731
     expected = reference(*inputs, **options, sinks=SINKS)
     check(value_and_gradients(attend, *inputs, SINKS), expected, 2e-6)
+
+
+@pytest.mark.parametrize("chunk", [6, 10, 20, 30])
+@pytest.mark.parametrize("options", [{}, {"window": 4, "sinks": SINKS}], ids=["all", "window"])
+def test_queries_see_their_own_chunk(chunk, options):
+    """Also a last one that the text does not fill, and one that is as long as the text."""
+    inputs = arrays()
+    attend = lambda *x: attention.attend(*x, scale=0.3, chunk=chunk, **options)  # noqa: E731
+    expected = reference(*inputs, scale=0.3, chunk=chunk, **options)
+    check(value_and_gradients(attend, *inputs), expected[:4], 2e-6)
 
 
 def test_sinks_are_the_same_under_a_mask():
@@ -197,7 +209,7 @@ def test_invalid_arguments_are_refused():
     q, k, v, _ = arrays()
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         attention.attend(q, *arrays(groups=3)[1:3], scale=1.0)
-    with pytest.raises(ValueError, match="include the window in it"):
+    with pytest.raises(ValueError, match="include these in the mask"):
         attention.attend(q, k, v, scale=1.0, window=3, mask=jnp.ones((20, 20), bool))
     with pytest.raises(ValueError, match="got 19 and 20"):
         attention.attend(q[:, 1:], k, v, scale=1.0)

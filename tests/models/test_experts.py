@@ -20,6 +20,7 @@ CASES = pytest.mark.parametrize(
         cases_of("granitemoeshared")[0],
         cases_of("gpt_oss")[0],
         cases_of("lfm2_moe")[0],
+        cases_of("llama4_text")[0],
     ],
     ids=str,
 )
@@ -58,7 +59,7 @@ def test_dense_and_sparse_experts_agree_in_states_and_gradients(case, sparse, tm
 
 @pytest.mark.parametrize(
     "case",
-    [cases_of("qwen2_moe")[0], cases_of("qwen3_moe")[0], cases_of("gpt_oss")[0]],
+    [cases_of(family)[0] for family in ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text")],
     ids=str,
 )
 def test_dense_and_sparse_experts_agree_with_adapters_and_dropout(case, tmp_path):

@@ -57,6 +57,7 @@ WITHOUT_EFFECT = {
 }
 ONLY_WITH = {
     # Read where another key switches them on.
+    "interleave_moe_layer_step": "moe_layers",
     "max_window_layers": "use_sliding_window",
     "no_rope_layer_interval": "no_rope_layers",
     "sliding_window": "use_sliding_window",

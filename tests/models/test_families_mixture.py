@@ -43,7 +43,11 @@ MIXTURES = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "case",
     cases_of(
-        *families.mixture.MODEL_TYPES, "gpt_oss", "lfm2_moe", *families.multimodal.MODEL_TYPES
+        *families.mixture.MODEL_TYPES,
+        "gpt_oss",
+        "lfm2_moe",
+        "llama4_text",
+        *families.multimodal.MODEL_TYPES,
     ),
     ids=str,
 )
@@ -51,7 +55,9 @@ def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", cases_of("qwen3_moe", "gpt_oss", "lfm2_moe"), ids=str)
+@pytest.mark.parametrize(
+    "case", cases_of("qwen3_moe", "gpt_oss", "lfm2_moe", "llama4_text"), ids=str
+)
 def test_gradient_of_every_parameter_is_that_of_pytorch(case: Case, tmp_path):
     assert parameter_gradient_error(pair(case, tmp_path)) < 1e-4
 

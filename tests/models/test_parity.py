@@ -46,6 +46,7 @@ BOTH = pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda case: case.fami
         (cases_of("ministral3")[0], 20),
         (cases_of("gpt_oss")[0], 20),
         (cases_of("lfm2_moe")[0], 20),
+        (cases_of("llama4_text")[0], 20),
         *zip(cases_of("qwen3_5_text", "lfm2"), (20, 1, 1, 20), strict=True),
     ],
     ids=str,

@@ -70,8 +70,11 @@ def test_segments_cover_the_layers_in_order():
     [
         (case, *loop)
         for case, loop in zip(
-            [*cases_of("qwen3_5_text", "lfm2"), cases_of("lfm2_moe")[0]],
-            [(1, "layer"), (2, "attention"), (1, "layer"), (2, "attention"), (2, "dots")],
+            [
+                *cases_of("qwen3_5_text", "lfm2"),
+                *(cases_of(family)[0] for family in ("lfm2_moe", "llama4_text")),
+            ],
+            [*[(1, "layer"), (2, "attention")] * 2, (2, "dots"), (1, "dots")],
             strict=True,
         )
     ],

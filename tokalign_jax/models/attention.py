@@ -61,6 +61,7 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     mask: Bool[Array, "*B T S"] | None = None,
     sinks: Float[Array, "N"] | None = None,
@@ -75,24 +76,30 @@ def attend(
       v: values.
       scale: factor of the logits.
       window: number of latest keys that a query sees, itself included; None for all before it.
+      chunk: a query sees the keys in its own chunk of this many positions; None for all.
       softcap: c of cap(x) = c tanh(x / c), applied before the mask; None for no cap.
-      mask: the keys that each query sees, shared by all heads; it must include any window. None
-        for causal attention, where T = S.
+      mask: the keys that each query sees, shared by all heads; it must include any window and
+        chunks. None for causal attention, where T = S.
       sinks: logits of one more key for each head, whose value is zero; None for none.
 
     Raises:
-      ValueError: N is not a multiple of K, both a mask and a window are given, or T differs from S
-        without a mask.
+      ValueError: N is not a multiple of K, a mask is given and a window or chunks too, or T
+        differs from S without a mask.
     """
     (length, heads), (keys, groups) = q.shape[1:3], k.shape[1:3]
     if heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} key-value heads")
     if mask is not None:
-        if window is not None:
-            raise ValueError(f"both a mask and window={window} given: include the window in it")
+        if window is not None or chunk is not None:
+            raise ValueError(
+                f"a mask and window={window}, chunk={chunk} given: include these in the mask"
+            )
         return _dense_attention(q, k, v, mask, scale, softcap, sinks)
     if length != keys:
         raise ValueError(f"causal attention needs T = S, got {length} and {keys}: pass a mask")
+    if chunk is not None and chunk < length:
+        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        return _in_chunks(functools.partial(attend, **options), q, k, v, chunk)
     window = None if window is None or window >= length else window
     kernel = _select_kernel(q, scale, window, softcap)
     if kernel is not None:
@@ -104,6 +111,17 @@ def attend(
     else:
         y = _blocked_attention(q, k, v, scale, window, softcap, QUERY_BLOCK, sinks)
     return checkpoint_name(y, remat.ATTENTION)
+
+
+def _in_chunks(attend: _Kernel, q: Array, k: Array, v: Array, chunk: int) -> Array:
+    """Computes `attend` within chunks of the sequences, as if each were a sequence."""
+    batch, length, *head = q.shape
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
+        return x.reshape(-1, chunk, *x.shape[2:])
+
+    return attend(split(q), split(k), split(v)).reshape(batch, -1, *head)[:, :length]
 
 
 # --- Fused kernels ------------------------------------------------------------------------------

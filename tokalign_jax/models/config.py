@@ -21,6 +21,10 @@ class LayerKind:
     feed_forward: Literal["mlp", "dense_mlp"] = "mlp"
     """`mlp` is the model's feed-forward, a mixture if it has experts; `dense_mlp` is one without
     experts, of width `ModelConfig.dense_size`."""
+    chunk: int | None = None
+    """A query sees the positions in its own chunk of this many tokens; None for all."""
+    query_key_norm: bool = True
+    """The layer has the model's norms of queries and keys, if the model has any."""
 
     @property
     def parts(self) -> tuple[str, str]:
@@ -30,10 +34,14 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class QueryGrowth:
-    """Position-dependent query factor: 1 + beta ln(1 + floor(p / original_positions))."""
+    """Factor of the queries by position p.
+
+    It is 1 + beta ln(1 + floor((p + offset) / original_positions)).
+    """
 
     beta: float
     original_positions: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ class Experts:
     """Biases on the router and on the projections of the experts."""
     clamped: ClampedSwiGLU | None = None
     """Activation of the experts if it is not `ModelConfig.activation`."""
+    weighted_inputs: bool = False
+    """Weights the inputs of the experts instead of their results; without biases."""
     computed: Literal["auto", "dense", "sparse", "blocks", "ragged"] = "auto"
     """Implementation (`experts`); `sparse` is the backend's faster one of the last two, and `auto`
     is sparse but on CPUs."""
@@ -156,9 +166,9 @@ class ModelConfig:
     """Position of the norms of attention and feed-forward: on their input, output, or both."""
     shared_norm: bool = False
     """With `parallel_residual`: attention and feed-forward share one input norm."""
-    query_key_norm: Literal["head", "each_head", "width"] | None = None
+    query_key_norm: Literal["head", "each_head", "width", "unscaled"] | None = None
     """Norms of queries and keys: over H with one scale for all heads, over H with a scale for
-    each head, or over all heads together."""
+    each head, over all heads together, or over H without a scale."""
     rotate_before_norm: bool = False
     """Rotates queries and keys before their norms instead of after."""
     qkv_clip: float | None = None

@@ -127,8 +127,15 @@ class ExpertMLP(nnx.Module):
         biases = self.down_proj.bias.astype(x.dtype)
         return y + jnp.einsum("bte,ed->btd", by_expert.astype(x.dtype), biases)
 
-    def _gated(self, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns the input of the last projection."""
+    def _gated(
+        self, gate: Float[Array, "*R F"], up: Float[Array, "*R F"], weights: Float[Array, "*R 1"]
+    ) -> Float[Array, "*R F"]:
+        """Returns the weighted input of the last projection, in the dtype of `weights`."""
+        if self.settings.weighted_inputs:  # Which the first projections pass on.
+            return self._activated(gate * weights, up * weights)
+        return self._activated(gate, up) * weights
+
+    def _activated(self, gate: Float[Array, "*R F"], up: Float[Array, "*R F"]) -> Array:
         clamped = self.settings.clamped
         if clamped is None:
             return ACTIVATIONS[self.activation](gate) * up
@@ -141,11 +148,11 @@ class ExpertMLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Applies all experts to all tokens, but for the biases of `down_proj`."""
         in_key, out_key = split_keys(key, 2)
-        y = self._gated(self.gate_proj.dense(x, in_key), self.up_proj.dense(x, in_key))
+        gate, up = self.gate_proj.dense(x, in_key), self.up_proj.dense(x, in_key)
         # Weighted before the last product, which sums over experts, so that [E, B, T, D] is never
         # materialized; in the dtype of the weights, so that their gradient is summed in it.
-        weighted = y * jnp.moveaxis(weights, -1, 0)[..., None]
-        return self.down_proj.dense(weighted.astype(x.dtype), out_key)
+        y = self._gated(gate, up, jnp.moveaxis(weights, -1, 0)[..., None])
+        return self.down_proj.dense(y.astype(x.dtype), out_key)
 
     def sparse(
         self,
@@ -239,8 +246,8 @@ class ExpertMLP(nnx.Module):
         adapter_rows = x_rows if adapter_x is None else gather(adapter_x)
         gate = product(x_rows, adapter_rows, projections["gate_proj"])
         up = product(x_rows, adapter_rows, projections["up_proj"])
-        y = self._gated(gate, up)
-        y = (y * _take(weights.reshape(-1, 1), rows.pair, rows.row)).astype(x.dtype)
+        row_weights = _take(weights.reshape(-1, 1), rows.pair, rows.row)
+        y = self._gated(gate, up, row_weights).astype(x.dtype)
         adapter_rows = y
         if adapter_x is not None and key is not None:
             keep = self._keep_mask(y, key, chosen, rows.pair, rate, axis)

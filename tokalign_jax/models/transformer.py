@@ -4,9 +4,10 @@ Dimensions, here and in the rest of the package: B batch, T length, D model, V v
 K key-value heads, H head size, L layers, F intermediate, E experts.
 
 The modules declare the parameters (`abstract_params`) and the computation (`forward`); they hold
-arrays only during a call. Leaves under `layers` are stacked over L, those of a mixer or feed-forward
-over the layers that have it. Each run of layers with a repeating pattern of these (`Segment`) is
-one scan with one compiled body. Layers may differ in window and rotary embedding, which the scan passes as indices.
+arrays only during a call. Leaves under `layers` are stacked over L, those of a mixer or
+feed-forward over the layers that have it. Each run of layers with a repeating pattern of these
+(`Segment`) is one scan with one compiled body. Layers may differ in window and rotary embedding,
+which the scan passes as indices.
 Activations have the caller's `dtype`, to which each layer casts its weights; norms, rotary
 embedding, softmax and routing are computed in float32.
 """
@@ -28,7 +29,7 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.config import ModelConfig, QueryGrowth
 from tokalign_jax.models.experts import MixtureOfExperts
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.mixers import Attention, LayerContext, unique_with_indices
+from tokalign_jax.models.mixers import Attention, LayerContext, spans, unique_with_indices
 from tokalign_jax.models.modules import (
     MLP,
     Norm,
@@ -237,22 +238,23 @@ class Transformer:
         positions = start + jnp.arange(tokens.shape[1])
         inputs = _layer_inputs(config, positions, tokens.shape[1] if length is None else length)
 
-        def layer(x, weights, parts, cos_sin, window, query_factor, key, cache):
-            context = LayerContext(positions, cos_sin, window, query_factor, num_valid)
+        def layer(x, weights, parts, cos_sin, span, query_factor, normed, key, cache):
+            context = LayerContext(positions, cos_sin, span, query_factor, normed, num_valid)
             x, cache = nnx.merge(self._blocks[parts], weights)(x, context, key, cache)
             return sharding.by_sequence(x), cache
 
-        def indexed_layer(parts, x, weights, rope, window, growth, key, cache):
+        def indexed_layer(parts, x, weights, rope, span, growth, normed, key, cache):
             cos_sin = _select(inputs.angles, rope)
             query_factor = _select(inputs.query_factors, growth)
-            return layer(x, weights, parts, cos_sin, window, query_factor, key, cache)
+            normed = all(inputs.normed) or normed
+            return layer(x, weights, parts, cos_sin, span, query_factor, normed, key, cache)
 
         keys = None if key is None else split_keys(key, config.num_layers)
         x = sharding.look_up(outer.embed_tokens.embedding[...], tokens, dtype)
         x = self._embedded(sharding.by_sequence(x), positions)
         unroll = _layers_per_iteration(unroll, config.num_layers, remat)
         if unroll < config.num_layers:
-            indices = inputs.rope_index, inputs.window_index, inputs.growth_index
+            indices = inputs.rope_index, inputs.span_index, inputs.growth_index, inputs.normed
             arrays = tuple(map(jnp.array, indices))
             x, cache = self._loop(indexed_layer, x, arrays, keys, cache, remat, unroll)
             return outer.final_norm(x), cache
@@ -269,7 +271,7 @@ class Transformer:
         """Computes all layers without a loop or a cache.
 
         Args:
-          layer: (x, weights, parts, cos_sin, window, query_factor, key, cache) -> x, cache.
+          layer: (x, weights, parts, cos_sin, span, query_factor, normed, key, cache) -> x, cache.
           x: embedded tokens.
           inputs: position-dependent inputs of the layers.
           keys: dropout keys of each layer.
@@ -308,7 +310,8 @@ class Transformer:
         Args:
           layer: (parts, x, weights, *indices, key, cache) -> x, cache.
           x: embedded tokens.
-          indices: each layer's rope, window and query growth, by number.
+          indices: each layer's rope, span and query growth, by number, and whether it has norms
+            of queries and keys.
           keys: dropout keys of each layer.
           cache: the cache, or None.
           remat: rematerialization policy.
@@ -542,27 +545,29 @@ class _LayerInputs(NamedTuple):
     query_factors: list[Float[Array, "T"] | None]
     """Factors of the queries for each distinct growth."""
     rope_index: list[int]
-    window_index: list[int]
+    span_index: list[int]
     growth_index: list[int]
+    normed: list[bool]
+    """The layers that have norms of queries and keys, if the model has."""
 
-    def of_layer(self, i: int) -> tuple[Rotation, int, Float[Array, "T"] | None]:
-        """Returns the rotation, window index and query factor of layer `i`."""
+    def of_layer(self, i: int) -> tuple[Rotation, int, Float[Array, "T"] | None, bool]:
+        """Returns the rotation, span index, query factor and norms of layer `i`."""
         query_factor = self.query_factors[self.growth_index[i]]
-        return self.angles[self.rope_index[i]], self.window_index[i], query_factor
+        return self.angles[self.rope_index[i]], self.span_index[i], query_factor, self.normed[i]
 
 
 def _layer_inputs(config: ModelConfig, positions: Int[Array, "T"], length: Length) -> _LayerInputs:
     """Computes the inputs that layers select by index."""
     kinds = config.layer_kinds
     ropes, rope_index = unique_with_indices([kind.rope for kind in kinds])
-    _, window_index = unique_with_indices([kind.window for kind in kinds])
     growths, growth_index = unique_with_indices([kind.query_growth for kind in kinds])
     size = max((rope.size for rope in ropes if rope), default=0)
     angles = [rotation(positions, rope, size, length) for rope in ropes]
     query_factors: list[Any] = [None]
     if growths != [None]:
         query_factors = [_query_factor(growth, positions) for growth in growths]
-    return _LayerInputs(angles, query_factors, rope_index, window_index, growth_index)
+    normed = [kind.query_key_norm for kind in kinds]
+    return _LayerInputs(angles, query_factors, rope_index, spans(config)[1], growth_index, normed)
 
 
 @functools.cache
@@ -769,7 +774,8 @@ def _select(items: Sequence[Any], number: Int[Array, ""]) -> Any:
 def _query_factor(growth: QueryGrowth | None, positions: Int[Array, "T"]) -> Float[Array, "T"]:
     if growth is None:
         return jnp.ones(len(positions))
-    return 1 + growth.beta * jnp.log1p((positions // growth.original_positions).astype(jnp.float32))
+    periods = (positions + growth.offset) // growth.original_positions
+    return 1 + growth.beta * jnp.log1p(periods.astype(jnp.float32))
 
 
 def _check_length(config: ModelConfig, length: int) -> None:

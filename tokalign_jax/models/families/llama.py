@@ -86,7 +86,8 @@ def attention(
     biases = dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.attention_bias)
     projections = biases | {"o_proj": config.attention_out_bias}
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    normed = ("q_norm", "k_norm") if config.query_key_norm and config.norm_scale else ()
+    has_norms = config.query_key_norm not in (None, "unscaled") and config.norm_scale
+    normed = ("q_norm", "k_norm") if has_norms else ()
     return [
         *(
             weight
