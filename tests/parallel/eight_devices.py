@@ -477,9 +477,12 @@ SPARSE = replace(
 HYBRID = replace(
     MIXTURE,
     layer_kinds=tuple(
-        replace(LLAMA.layer_kinds[0], mixer=mixer)
-        for mixer in (("delta", "convolution", "attention") * LLAMA.num_layers)[: LLAMA.num_layers]
+        replace(LLAMA.layer_kinds[0], mixer=mixer, feed_forward="mlp" if i else "dense_mlp")
+        for i, mixer in enumerate(
+            (("delta", "convolution", "attention") * LLAMA.num_layers)[: LLAMA.num_layers]
+        )
     ),
+    dense_size=40,
     delta=DeltaRule(2, 4, 8, 8, kernel_size=3),
     convolution=Convolution(3, bias=True),
 )
