@@ -164,6 +164,13 @@ _GPT_OSS = {
 }
 """With a limit that some of the activations reach."""
 _LFM2_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GLM4_MOE = {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 _LLAMA4 = {
     "head_dim": 16,
     "intermediate_size": 24,
@@ -529,6 +536,22 @@ CASES = (
         "glm4",
         "no biases, tied",
         {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    Case(
+        "glm4_moe",
+        "first layer without experts, bias that only chooses, shared expert, partial rotary",
+        {**_GLM4_MOE, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+    ),
+    Case(
+        "glm4_moe",
+        "weights that are not normalized, biases, wider shared expert, tied",
+        {
+            **_GLM4_MOE,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "n_shared_experts": 2,
+            "tie_word_embeddings": True,
+        },
     ),
     Case("ernie4_5", "interleaved rotary, tied", {"head_dim": 16, "tie_word_embeddings": True}),
     Case("ernie4_5", "biases, untied", {"head_dim": 8, "use_bias": True}),

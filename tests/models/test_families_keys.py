@@ -34,6 +34,7 @@ WITHOUT_EFFECT = {
     "router_jitter_noise",
     "transformers_version",
     "use_cache",
+    "num_nextn_predict_layers",  # for multi-token prediction, which is not read
     # Dropout, which pre-training had.
     "attention_dropout",
     "attn_pdrop",

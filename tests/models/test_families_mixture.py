@@ -35,7 +35,12 @@ from tokalign_jax.utils import paths
 
 MIXTURES = pytest.mark.parametrize(
     "case",
-    [cases_of("mixtral")[0], cases_of("qwen3_moe")[1], cases_of("lfm2_moe")[0]],
+    [
+        cases_of("mixtral")[0],
+        cases_of("qwen3_moe")[1],
+        cases_of("lfm2_moe")[0],
+        cases_of("glm4_moe")[0],
+    ],
     ids=lambda case: case.family,
 )
 
@@ -56,7 +61,7 @@ def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", cases_of("qwen3_moe", "gpt_oss", "lfm2_moe", "llama4_text"), ids=str
+    "case", cases_of("qwen3_moe", "glm4_moe", "gpt_oss", "lfm2_moe", "llama4_text"), ids=str
 )
 def test_gradient_of_every_parameter_is_that_of_pytorch(case: Case, tmp_path):
     assert parameter_gradient_error(pair(case, tmp_path)) < 1e-4

@@ -92,6 +92,8 @@ class Experts:
     """Function of the router's logits that gives the weights of the experts."""
     selection_bias: bool = False
     """Adds a bias for each expert to the scores that choose experts, not to the weights."""
+    normalization_epsilon: float = 0.0
+    """Added to the sum by which scores are divided if `normalized`."""
     weight_scale: float = 1.0
     """Factor of the weights."""
     shared_size: int | None = None

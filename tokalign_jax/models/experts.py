@@ -309,8 +309,7 @@ class MixtureOfExperts(nnx.Module):
         """Returns the experts of each token and their weights, in float32."""
         settings = self.settings
         logits = self.router(x.astype(jnp.float32), None)
-        is_sigmoid = settings.score == "sigmoid"
-        scores = jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits)
+        scores = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[settings.score](logits)
         if self.selection_bias is None:
             weights, chosen = jax.lax.top_k(scores, settings.per_token)
         else:
@@ -318,7 +317,7 @@ class MixtureOfExperts(nnx.Module):
             _, chosen = jax.lax.top_k(jax.lax.stop_gradient(biased), settings.per_token)
             weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if settings.normalized:
-            weights /= weights.sum(-1, keepdims=True) + (1e-6 if is_sigmoid else 0)
+            weights /= weights.sum(-1, keepdims=True) + settings.normalization_epsilon
         if settings.weight_scale != 1:
             weights *= settings.weight_scale
         return chosen, weights

@@ -21,6 +21,7 @@ from tokalign_jax.models.families import (
     exaone4,
     gemma,
     glm,
+    glm4_moe,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -52,6 +53,7 @@ _MODULES = (
     exaone4,
     gemma,
     glm,
+    glm4_moe,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -94,13 +96,12 @@ REFUSED = {
 """Unsupported families that are close to a supported one, with the reason."""
 
 _MAMBA = "layers with Mamba 2"
-_LATENT = "latent attention, and experts that are chosen by groups and with a bias"
+_LATENT = "latent attention, and experts that are chosen by groups"
 UNIMPLEMENTED = {
     "bamba": _MAMBA,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "falcon_h1": f"{_MAMBA} and attention side by side",
-    "glm4_moe": "experts that are chosen with a bias, and first layers without experts",
     "jamba": "layers with Mamba",
     "mamba2": _MAMBA,
     "nemotron_h": _MAMBA,

@@ -77,6 +77,7 @@ def _mixture(raw: Raw) -> dict[str, Any]:
             required(raw, "num_experts_per_tok"),
             _required_bool(raw, "norm_topk_prob"),
             score="sigmoid",
+            normalization_epsilon=1e-6,
             selection_bias=_required_bool(raw, "use_expert_bias"),
             weight_scale=float(required(raw, "routed_scaling_factor")),
         ),

@@ -160,6 +160,15 @@ def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight
     ]
 
 
+def projections(theirs: str, ours: str) -> list[Weight]:
+    """Returns the projections of a gated feed-forward without biases, by its name and path."""
+    return [
+        weight
+        for name in ("gate_proj", "up_proj", "down_proj")
+        for weight in linear(f"{theirs}.{name}", f"{ours}/{name}", bias=False)
+    ]
+
+
 def restrict_to_part(part: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
     """Restricts weights to the layers with this mixer or feed-forward."""
     layers = tuple(i for i, kind in enumerate(config.layer_kinds) if part in kind.parts)

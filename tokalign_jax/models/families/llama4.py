@@ -89,23 +89,15 @@ def weights(config: ModelConfig) -> list[Weight]:
         *linear(f"{BLOCK}.router", "layers/mlp/router", bias=False),
         fused(f"{BLOCK}.experts.gate_up_proj", gate_up, (width, width), outputs=-1),
         direct(f"{BLOCK}.experts.down_proj", f"{experts}/down_proj/kernel"),
-        *_projections(f"{BLOCK}.shared_expert", "layers/mlp/shared"),
+        *llama.projections(f"{BLOCK}.shared_expert", "layers/mlp/shared"),
     ]
     return [
         *llama.outer_weights(config),
         *llama.norms(config),
         *llama.attention(config, order=llama.interleaved_order(config)),
         *llama.restrict_to_part("mlp", config, mixtures),
-        *llama.restrict_to_part("dense_mlp", config, _projections(BLOCK, "layers/dense_mlp")),
+        *llama.restrict_to_part("dense_mlp", config, llama.projections(BLOCK, "layers/dense_mlp")),
     ]
 
 
 packed_weights = weights
-
-
-def _projections(theirs: str, ours: str) -> list[Weight]:
-    return [
-        weight
-        for name in ("gate_proj", "up_proj", "down_proj")
-        for weight in linear(f"{theirs}.{name}", f"{ours}/{name}", bias=False)
-    ]
