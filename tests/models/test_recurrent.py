@@ -153,3 +153,18 @@ def test_adapters_of_all_mixers_equal_the_merged_model(case, tmp_path):
     np.testing.assert_allclose(
         our_logits(both.config, merge_adapters(params, spec), tokens(20)), ours, atol=2e-4
     )
+
+
+def test_products_count_the_chosen_experts_of_the_layers_that_have_them(tmp_path):
+    config = pair(cases_of("lfm2_moe")[0], tmp_path).config
+    dense, mixture = config.layer_kinds[1], config.layer_kinds[4]
+    assert (dense.feed_forward, mixture.feed_forward) == ("dense_mlp", "mlp")
+    assert dense.mixer == mixture.mixer
+
+    def products(kind):
+        deeper = replace(config, num_layers=7, layer_kinds=(*config.layer_kinds, kind))
+        return flops.products(deeper, abstract_params(deeper))
+
+    width, experts = config.hidden_size, config.experts
+    chosen = experts.count * width + experts.per_token * 3 * width * config.intermediate_size
+    assert products(mixture) - products(dense) == chosen - 3 * width * config.dense_size
