@@ -287,15 +287,21 @@ def test_cudnn_attention_with_sinks_is_exact_by_what_its_kernels_compute(monkeyp
     check(got, reference(*inputs, scale=0.3, window=window, sinks=SINKS), 2e-6)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(
     "length, heads, groups, size", [(2048, 8, 8, 256), (600, 4, 1, 64), (256, 4, 4, 80)]
 )
-def test_splash_attention_lowers_for_a_tpu(length, heads, groups, size):
+def test_splash_attention_lowers_for_a_tpu(length, heads, groups, size, sinks):
     shapes = [
         jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, groups, groups)
     ]
+    shapes += [jax.ShapeDtypeStruct((heads,), jnp.float32)] if sinks else []
     attend = lambda *x: attention._splash(*x, scale=0.1, window=300, softcap=30.0)  # noqa: E731
-    loss = jax.jit(jax.value_and_grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2)))
+    loss = jax.jit(
+        jax.value_and_grad(
+            lambda *x: attend(*x).astype(jnp.float32).sum(), tuple(range(len(shapes)))
+        )
+    )
     text = loss.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
     assert (
         text.count("tpu_custom_call") == 3
