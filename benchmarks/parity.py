@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +41,7 @@ from tests.models.parity_cases import (
     tokens,
 )
 from tokalign_jax.models.config import LayerKind, ModelConfig
+from tokalign_jax.utils import paths
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- parity -->\n", "<!-- end of parity -->"
@@ -57,6 +59,17 @@ ABSENT = {
     "qkv_clip": None,
 }
 """Constants of some families, with the value that means that there is none."""
+
+ABSENT_FROM_EXPERTS = {
+    "clamped": None,
+    "score": "softmax",
+    "weight_scale": 1.0,
+    "weighted_inputs": False,
+}
+"""The same, of mixtures."""
+
+ABSENT_LEAVES = {"layers/attention/sinks": -1e9, "layers/mlp/selection_bias": 0.0}
+"""Parameters of some families, with the value that means that there is none."""
 
 STARTS = [f"| `{case.family}` | {case.features} |" for case in CASES]
 """Beginning of each case's row."""
@@ -98,6 +111,10 @@ def row(case: Case) -> str:
             np.abs(our_logits(less, both.params, text) - ours).max()
             for less in simpler(both.config)
         ]
+        effects += [
+            np.abs(our_logits(both.config, less, text) - ours).max()
+            for less in without_leaves(both.params)
+        ]
         figures = (*figures, *([float(min(effects))] if effects else []))
     return (
         f"{STARTS[CASES.index(case)]} "
@@ -105,6 +122,14 @@ def row(case: Case) -> str:
         + " |"
         + " |" * (not effects)
     )
+
+
+def without_leaves(params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`params` with one of `ABSENT_LEAVES` set to the value that takes it away."""
+    leaves = paths.flatten(params)
+    for path, absent in ABSENT_LEAVES.items():
+        if path in leaves:
+            yield paths.unflatten({**leaves, path: np.full_like(leaves[path], absent)})
 
 
 def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
@@ -116,6 +141,10 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
     ropes = [kind.rope for kind in config.layer_kinds if kind.rope]
     if any(kind.window for kind in config.layer_kinds):
         yield layers(lambda kind: replace(kind, window=kind.window and kind.window + 1))
+    if any(kind.chunk for kind in config.layer_kinds):
+        yield layers(lambda kind: replace(kind, chunk=kind.chunk and kind.chunk + 1))
+    if config.query_key_norm and not all(kind.query_key_norm for kind in config.layer_kinds):
+        yield layers(lambda kind: replace(kind, query_key_norm=True))
     if any(rope.scaling for rope in ropes):
         yield layers(
             lambda kind: replace(kind, rope=kind.rope and replace(kind.rope, scaling=None))
@@ -125,7 +154,9 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
     if any(kind.query_growth for kind in config.layer_kinds):
         yield layers(lambda kind: replace(kind, query_growth=None))
     for field, absent in ABSENT.items():
-        if field == "rotate_before_norm" and not config.norm_scale:
+        if field == "rotate_before_norm" and (
+            config.query_key_norm == "unscaled" or not config.norm_scale
+        ):
             continue  # without a scale the order makes no difference
         if getattr(config, field) != absent:
             yield replace(config, **{field: absent})
@@ -133,6 +164,9 @@ def simpler(config: ModelConfig) -> Iterator[ModelConfig]:
         yield replace(
             config, experts=replace(config.experts, normalized=not config.experts.normalized)
         )
+        for name, absent in ABSENT_FROM_EXPERTS.items():
+            if getattr(config.experts, name) != absent:
+                yield replace(config, experts=replace(config.experts, **{name: absent}))
 
 
 if __name__ == "__main__":

@@ -22,42 +22,50 @@ def arrays(batch=2, length=20, heads=4, groups=2, size=8, dtype=jnp.float32):
     return [jnp.asarray(2 * random.standard_normal(shape), dtype) for shape in shapes]
 
 
-def reference(q, k, v, upstream, *, scale, window=None, softcap=None):
+def reference(q, k, v, upstream, *, scale, window=None, chunk=None, softcap=None, sinks=None):
     """The output, and the gradients of sum(output * upstream), by loops over sequences and heads in
     float64.
     """
     q, k, v, upstream = (np.asarray(x, np.float64) for x in (q, k, v, upstream))
     y, gradients = np.zeros_like(q), [np.zeros_like(x) for x in (q, k, v)]
+    to_sinks = np.zeros(q.shape[2])
     shared = q.shape[2] // k.shape[2]
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
         near = b, slice(None), n // shared
         for t in range(q.shape[1]):
-            seen = range(0 if window is None else max(0, t - window + 1), t + 1)
+            first = 0 if window is None else max(0, t - window + 1)
+            first = first if chunk is None else max(first, t // chunk * chunk)
+            seen = range(first, t + 1)
             raw = np.array([scale * q[b, t, n] @ k[near][s] for s in seen])
             capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
             slope = 1 if softcap is None else 1 - np.tanh(raw / softcap) ** 2
-            weights = np.exp(capped - capped.max())
-            weights /= weights.sum()
+            weights = np.exp(capped)
+            sink = 0 if sinks is None else np.exp(np.float64(sinks[n]))
+            sink_weight = sink / (weights.sum() + sink)
+            weights /= weights.sum() + sink
             y[b, t, n] = weights @ v[near][seen]
             to_weights = v[near][seen] @ upstream[b, t, n]
             to_raw = slope * weights * (to_weights - weights @ to_weights)
             gradients[0][b, t, n] += scale * to_raw @ k[near][seen]
             gradients[1][near][seen] += scale * np.outer(to_raw, q[b, t, n])
             gradients[2][near][seen] += np.outer(weights, upstream[b, t, n])
-    return y, *gradients
+            to_sinks[n] -= sink_weight * (weights @ to_weights)
+    return y, *gradients, *([] if sinks is None else [to_sinks])
 
 
 def value_and_gradients(attend, *inputs):
+    """`inputs` are queries, keys, values, what comes back to the output, and possibly sinks."""
+
     @jax.jit
-    def both(q, k, v, upstream):
-        y, pull = jax.vjp(attend, q, k, v)
+    def both(q, k, v, upstream, *sinks):
+        y, pull = jax.vjp(attend, q, k, v, *sinks)
         return y, *pull(upstream)
 
     return both(*inputs)
 
 
 def check(got, expected, tolerance):
-    for name, a, b in zip(("output", "q", "k", "v"), got, expected):
+    for name, a, b in zip(("output", "q", "k", "v", "sinks"), got, expected):
         np.testing.assert_allclose(
             np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), err_msg=name
         )
@@ -71,10 +79,10 @@ OPTIONS = {
 }
 
 
-def whole(q, k, v, scale, window, softcap):
+def whole(q, k, v, scale, window, softcap, sinks=None):
     positions = jnp.arange(q.shape[1])
     return attention._dense_attention(
-        q, k, v, attention._causal_mask(positions, positions, window), scale, softcap
+        q, k, v, attention._causal_mask(positions, positions, window), scale, softcap, sinks
     )
 
 
@@ -87,6 +95,52 @@ def test_fallback_equals_the_reference(options, block):
     extra = {"block": block} if block else {}
     got = value_and_gradients(lambda *x: fallback(*x, **options, **extra), q, k, v, upstream)
     check(got, reference(q, k, v, upstream, **options), 2e-6)
+
+
+SINKS = jnp.array([-1.0, 0.5, 3.0, 9.0])
+"""From next to nothing to nearly all of the softmax."""
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("block", [None, 8], ids=["whole", "blocks"])
+def test_sinks_take_their_share_of_the_softmax(options, block):
+    options = {"window": None, "softcap": None, "scale": 0.3} | options
+    inputs = arrays()
+    fallback = attention._blocked_attention if block else whole
+    extra = {"block": block} if block else {}
+    attend = lambda *x: fallback(*x[:3], **options, **extra, sinks=x[3])  # noqa: E731
+    expected = reference(*inputs, **options, sinks=SINKS)
+    check(value_and_gradients(attend, *inputs, SINKS), expected, 2e-6)
+
+
+@pytest.mark.parametrize("chunk", [6, 10, 20, 30])
+@pytest.mark.parametrize("options", [{}, {"window": 4, "sinks": SINKS}], ids=["all", "window"])
+def test_queries_see_their_own_chunk(chunk, options):
+    """Also a last one that the text does not fill, and one that is as long as the text."""
+    inputs = arrays()
+    attend = lambda *x: attention.attend(*x, scale=0.3, chunk=chunk, **options)  # noqa: E731
+    expected = reference(*inputs, scale=0.3, chunk=chunk, **options)
+    check(value_and_gradients(attend, *inputs), expected[:4], 2e-6)
+
+
+def test_sinks_are_the_same_under_a_mask():
+    q, k, v, _ = arrays()
+    positions = jnp.arange(20)
+    mask = attention._causal_mask(positions, positions, 7)
+    np.testing.assert_allclose(
+        attention.attend(q, k, v, scale=0.3, mask=mask, sinks=SINKS),
+        attention.attend(q, k, v, scale=0.3, window=7, sinks=SINKS),
+        atol=1e-6,
+    )
+
+
+def test_a_sink_far_below_all_logits_changes_nothing():
+    q, k, v, _ = arrays()
+    np.testing.assert_allclose(
+        attention.attend(q, k, v, scale=0.3, sinks=jnp.full(4, -1e4)),
+        attention.attend(q, k, v, scale=0.3),
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -155,7 +209,7 @@ def test_invalid_arguments_are_refused():
     q, k, v, _ = arrays()
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         attention.attend(q, *arrays(groups=3)[1:3], scale=1.0)
-    with pytest.raises(ValueError, match="include the window in it"):
+    with pytest.raises(ValueError, match="include these in the mask"):
         attention.attend(q, k, v, scale=1.0, window=3, mask=jnp.ones((20, 20), bool))
     with pytest.raises(ValueError, match="got 19 and 20"):
         attention.attend(q[:, 1:], k, v, scale=1.0)
@@ -179,15 +233,75 @@ def test_splash_attention_equals_the_fallback(options):
     )
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_splash_attention_has_sinks(window):
+    *inputs, upstream = arrays(batch=2, length=200)
+    options = {"window": window, "softcap": None, "scale": 0.3}
+    attend = lambda *x: attention._splash(*x, **options, interpret=True)  # noqa: E731
+    expected = lambda *x: whole(*x[:3], **options, sinks=x[3])  # noqa: E731
+    check(
+        value_and_gradients(attend, *inputs, upstream, SINKS),
+        [np.asarray(x) for x in value_and_gradients(expected, *inputs, upstream, SINKS)],
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_cudnn_attention_with_sinks_is_exact_by_what_its_kernels_compute(monkeypatch, window):
+    """Kernels as cuDNN defines them: the forward pass returns the log-sum-exp; the backward pass
+    derives the softmax from that, and its row sums from the product of result and gradient.
+    """
+    visible = attention._causal_mask(jnp.arange(20), jnp.arange(20), window)
+
+    def logits(q, k, scale):
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        return jnp.where(visible, scale * jnp.einsum("BTNH,BSNH->BNTS", q, k), -jnp.inf)
+
+    def forward(q, k, v, *, scale, mask_type, sliding_window_length, return_residual):
+        assert (mask_type.name, sliding_window_length, return_residual) == ("CAUSAL", window, True)
+        y = whole(q, k, v, scale, window, None)
+        return y, jax.nn.logsumexp(logits(q, k, scale), axis=-1)
+
+    def backward(scale, seed, rate, biases, mask, layout, length, training, returned, kept, dy):
+        assert (rate, biases, mask.name, length, returned) == (
+            *(0.0, (False, False), "CAUSAL", window, False),
+        )
+        q, k, v, *unused, log_sum_exp, y = kept
+        assert [x.shape for x in unused] == [(0,)] * 7
+        weights = jnp.exp(logits(q, k, scale) - log_sum_exp[..., None])
+        shared = q.shape[2] // k.shape[2]
+        to_weights = jnp.einsum("BTNH,BSNH->BNTS", dy, jnp.repeat(v, shared, axis=2))
+        to_logits = weights * (to_weights - (y * dy).sum(-1).swapaxes(1, 2)[..., None])
+        dq = scale * jnp.einsum("BNTS,BSNH->BTNH", to_logits, jnp.repeat(k, shared, axis=2))
+        dk = scale * jnp.einsum("BNTS,BTNH->BSNH", to_logits, q)
+        dv = jnp.einsum("BNTS,BTNH->BSNH", weights, dy)
+        dk, dv = (x.reshape(*k.shape[:3], shared, -1).sum(3) for x in (dk, dv))
+        return dq, dk, dv, *[None] * 7
+
+    monkeypatch.setattr(attention.cudnn, "dot_product_attention", forward)
+    monkeypatch.setattr(attention.cudnn, "_dot_product_attention_bwd_rule", backward)
+    inputs = arrays()
+    got = value_and_gradients(
+        lambda *x: attention._cudnn(*x, scale=0.3, window=window), *inputs, SINKS
+    )
+    check(got, reference(*inputs, scale=0.3, window=window, sinks=SINKS), 2e-6)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(
     "length, heads, groups, size", [(2048, 8, 8, 256), (600, 4, 1, 64), (256, 4, 4, 80)]
 )
-def test_splash_attention_lowers_for_a_tpu(length, heads, groups, size):
+def test_splash_attention_lowers_for_a_tpu(length, heads, groups, size, sinks):
     shapes = [
         jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, groups, groups)
     ]
+    shapes += [jax.ShapeDtypeStruct((heads,), jnp.float32)] if sinks else []
     attend = lambda *x: attention._splash(*x, scale=0.1, window=300, softcap=30.0)  # noqa: E731
-    loss = jax.jit(jax.value_and_grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2)))
+    loss = jax.jit(
+        jax.value_and_grad(
+            lambda *x: attend(*x).astype(jnp.float32).sum(), tuple(range(len(shapes)))
+        )
+    )
     text = loss.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
     assert (
         text.count("tpu_custom_call") == 3
@@ -242,7 +356,7 @@ def test_eight_devices_give_what_one_gives():
         [sys.executable, __file__], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2 * len(MESHES) + 1
+    assert done.stdout.count("equal") == 3 * len(MESHES) + 1
 
 
 def check_fallback(shape):
@@ -271,11 +385,21 @@ def check_kernel(shape, batch=8, heads=4, groups=2, part=None):
     print("kernel equal on", shape)
 
 
+def check_sinks(shape):
+    inputs = arrays(batch=8)
+    kernel = lambda q, k, v, sinks: whole(q, k, v, 0.3, None, None, sinks)  # noqa: E731
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape))):
+        got = value_and_gradients(lambda *x: attention._shard_kernel(kernel, *x), *inputs, SINKS)
+    check(got, reference(*inputs, scale=0.3, sinks=SINKS), 2e-6)
+    print("sinks equal on", shape)
+
+
 if __name__ == "__main__":
     attention.MAX_UNBLOCKED_QUERIES = attention.QUERY_BLOCK = 8
     for mesh_shape in MESHES:
         check_fallback(mesh_shape)
         check_kernel(mesh_shape)
+        check_sinks(mesh_shape)
     check_kernel(
         (2, 2, 2), batch=3, heads=3, groups=3, part=(3, 3, 3)
     )  # what does not divide is not split

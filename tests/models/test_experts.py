@@ -14,21 +14,28 @@ from tokalign_jax.utils import paths
 
 CASES = pytest.mark.parametrize(
     "case",
-    [cases_of("qwen2_moe")[0], cases_of("qwen3_moe")[0], cases_of("granitemoeshared")[0]],
+    [
+        cases_of("qwen2_moe")[0],
+        cases_of("qwen3_moe")[0],
+        cases_of("granitemoeshared")[0],
+        cases_of("gpt_oss")[0],
+        cases_of("lfm2_moe")[0],
+        cases_of("llama4_text")[0],
+    ],
     ids=str,
 )
 
 
-def both_ways(config):
+def both_ways(config, sparse="blocks"):
     assert config.experts
     return [
-        replace(config, experts=replace(config.experts, computed=way))
-        for way in ("dense", "sparse")
+        replace(config, experts=replace(config.experts, computed=way)) for way in ("dense", sparse)
     ]
 
 
 @CASES
-def test_dense_and_sparse_experts_agree_in_states_and_gradients(case, tmp_path):
+@pytest.mark.parametrize("sparse", ["blocks", "ragged"])
+def test_dense_and_sparse_experts_agree_in_states_and_gradients(case, sparse, tmp_path):
     both = pair(case, tmp_path)
     text = jnp.asarray(tokens(23, batch=3))
 
@@ -36,21 +43,25 @@ def test_dense_and_sparse_experts_agree_in_states_and_gradients(case, tmp_path):
         hidden = forward(config, params, text)
         return jnp.sin(hidden).sum(), hidden
 
-    dense, sparse = (
+    dense, other = (
         jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(both.params, config)
-        for config in both_ways(both.config)
+        for config in both_ways(both.config, sparse)
     )
-    np.testing.assert_allclose(sparse[0][1], dense[0][1], atol=2e-5)
+    np.testing.assert_allclose(other[0][1], dense[0][1], atol=2e-5)
     for path, gradient in paths.flatten(dense[1]).items():
         np.testing.assert_allclose(
-            paths.flatten(sparse[1])[path],
+            paths.flatten(other[1])[path],
             gradient,
             atol=2e-5 * max(1, np.abs(gradient).max()),
             err_msg=path,
         )
 
 
-@pytest.mark.parametrize("case", [cases_of("qwen2_moe")[0], cases_of("qwen3_moe")[0]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [cases_of(family)[0] for family in ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text")],
+    ids=str,
+)
 def test_dense_and_sparse_experts_agree_with_adapters_and_dropout(case, tmp_path):
     both = pair(case, tmp_path)
     spec = LoraSpec(rank=3, alpha=6.0, dropout=0.4)

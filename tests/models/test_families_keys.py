@@ -34,6 +34,7 @@ WITHOUT_EFFECT = {
     "router_jitter_noise",
     "transformers_version",
     "use_cache",
+    "num_nextn_predict_layers",  # for multi-token prediction, which is not read
     # Dropout, which pre-training had.
     "attention_dropout",
     "attn_pdrop",
@@ -57,6 +58,7 @@ WITHOUT_EFFECT = {
 }
 ONLY_WITH = {
     # Read where another key switches them on.
+    "interleave_moe_layer_step": "moe_layers",
     "max_window_layers": "use_sliding_window",
     "no_rope_layer_interval": "no_rope_layers",
     "sliding_window": "use_sliding_window",

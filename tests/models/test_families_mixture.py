@@ -8,19 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from tests.helpers import merge_adapters
 from tests.models.parity_cases import (
     TOKENIZER,
     Case,
+    Pair,
     cases_of,
     check,
     export,
+    logit_error,
     model,
     our_logits,
     pair,
+    parameter_gradient_error,
+    reference,
     stored,
     tokens,
 )
@@ -30,15 +34,37 @@ from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.utils import paths
 
 MIXTURES = pytest.mark.parametrize(
-    "case", [cases_of("mixtral")[0], cases_of("qwen3_moe")[1]], ids=lambda case: case.family
+    "case",
+    [
+        cases_of("mixtral")[0],
+        cases_of("qwen3_moe")[1],
+        cases_of("lfm2_moe")[0],
+        cases_of("glm4_moe")[0],
+    ],
+    ids=lambda case: case.family,
 )
 
 
 @pytest.mark.parametrize(
-    "case", cases_of(*families.mixture.MODEL_TYPES, *families.multimodal.MODEL_TYPES), ids=str
+    "case",
+    cases_of(
+        *families.mixture.MODEL_TYPES,
+        "gpt_oss",
+        "lfm2_moe",
+        "llama4_text",
+        *families.multimodal.MODEL_TYPES,
+    ),
+    ids=str,
 )
 def test_matches_pytorch_when_read_and_exported(case: Case, tmp_path):
     check(case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "case", cases_of("qwen3_moe", "glm4_moe", "gpt_oss", "lfm2_moe", "llama4_text"), ids=str
+)
+def test_gradient_of_every_parameter_is_that_of_pytorch(case: Case, tmp_path):
+    assert parameter_gradient_error(pair(case, tmp_path)) < 1e-4
 
 
 @MIXTURES
@@ -47,7 +73,7 @@ def test_experts_stored_in_one_tensor_are_read_and_written(case, tmp_path):
     model(case).save_pretrained(tmp_path / "packed", save_original_format=False)
     TOKENIZER.save_pretrained(tmp_path / "packed")
     packed = stored(tmp_path / "packed")
-    assert "model.layers.1.mlp.experts.gate_up_proj" in packed
+    assert any(name.endswith("experts.gate_up_proj") for name in packed)
     params = huggingface.load_params(tmp_path / "packed", both.config, jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, params, both.params)
     both.folder.rename(tmp_path / "other")
@@ -56,6 +82,34 @@ def test_experts_stored_in_one_tensor_are_read_and_written(case, tmp_path):
     assert set(written) == set(packed)
     for name, tensor in packed.items():
         np.testing.assert_array_equal(written[name], tensor)
+
+
+def test_mxfp4_weights_are_refused_until_transformers_has_converted_them(tmp_path):
+    """By the commands of docs/models.md."""
+    settings = {"head_dim": 16, "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4}
+    model(Case("gpt_oss", "", settings)).save_pretrained(tmp_path)
+    file = tmp_path / huggingface.WEIGHTS_FILE
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*blocks, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 124, blocks, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    _write(tmp_path, raw | {"quantization_config": quantized})
+    with pytest.raises(UserError, match=r"MXFP4.*dequantize=True"):
+        hub.load_config(tmp_path)
+
+    converted = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    folder = tmp_path / "bf16"
+    converted.save_pretrained(folder)
+    config, raw = hub.load_config(folder)
+    params = huggingface.load_params(folder, config, jnp.float32)
+    assert logit_error(Pair(folder, config, raw, params, reference(folder)), [20]) < 1e-4
 
 
 def test_adapters_cover_every_expert_and_merge(tmp_path):

@@ -14,7 +14,9 @@ from tokalign_jax import main
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", ["lfm2", "qwen3_next", "gpt_oss", "lfm2_moe", "llama4_text", "glm4_moe"]
+)
 def test_a_run_trains_and_exports_an_ordinary_model(family, tmp_path):
     corpus = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]

@@ -49,10 +49,10 @@ def test_chunked_delta_rule_equals_token_by_token(length):
 
 
 def test_segments_cover_the_layers_in_order():
-    assert [(s.mixers, s.repeats) for s in segments("aaaa")] == [(("a",), 4)]
-    assert [(s.mixers, s.repeats) for s in segments("ddda" * 8)] == [(tuple("ddda"), 8)]
+    assert [(s.layers, s.repeats) for s in segments("aaaa")] == [(("a",), 4)]
+    assert [(s.layers, s.repeats) for s in segments("ddda" * 8)] == [(tuple("ddda"), 8)]
     lfm2 = segments("ccaccaccacacacac")
-    assert [(s.mixers, s.repeats) for s in lfm2] == [
+    assert [(s.layers, s.repeats) for s in lfm2] == [
         (tuple("cca"), 3),
         (tuple("ca"), 3),
         (("c",), 1),
@@ -60,7 +60,7 @@ def test_segments_cover_the_layers_in_order():
     for length in range(1, 8):
         for mixers in itertools.product("ab", repeat=length):
             found = segments(mixers)
-            assert sum((s.mixers * s.repeats for s in found), ()) == mixers
+            assert sum((s.layers * s.repeats for s in found), ()) == mixers
             for segment in found:
                 assert segment.before == mixers[: len(segment.before)]
 
@@ -70,7 +70,12 @@ def test_segments_cover_the_layers_in_order():
     [
         (case, *loop)
         for case, loop in zip(
-            cases_of("qwen3_5_text", "lfm2"), [(1, "layer"), (2, "attention")] * 2, strict=True
+            [
+                *cases_of("qwen3_5_text", "lfm2"),
+                *(cases_of(family)[0] for family in ("lfm2_moe", "llama4_text")),
+            ],
+            [*[(1, "layer"), (2, "attention")] * 2, (2, "dots"), (1, "dots")],
+            strict=True,
         )
     ],
     ids=str,
@@ -98,11 +103,14 @@ def test_scan_over_layers_equals_the_unrolled_layers(case, unroll, policy, tmp_p
 
 @pytest.mark.parametrize("policy", remat.POLICIES)
 @pytest.mark.parametrize(
-    "case", [cases_of("qwen3_5_text")[0], cases_of("lfm2")[0]], ids=lambda c: c.family
+    "case",
+    [cases_of("qwen3_5_text")[0], cases_of("lfm2")[0], cases_of("lfm2_moe")[0]],
+    ids=lambda c: c.family,
 )
 def test_mixers_save_the_predicted_activations(case, policy, tmp_path):
     config = pair(case, tmp_path).config
-    kinds = [config.layer_kinds[0], next(k for k in config.layer_kinds if k.mixer == "attention")]
+    attends = [kind for kind in config.layer_kinds if kind.mixer == "attention"]
+    kinds = [config.layer_kinds[0], attends[-1]]  # one with and one without experts, if any has
     config = replace(config, num_layers=6, layer_kinds=tuple(kinds * 3))
     text = jax.ShapeDtypeStruct((2, 40), jnp.int32)
 
@@ -129,7 +137,9 @@ def test_only_layers_with_attention_count_as_such(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [cases_of("qwen3_5_text")[0], cases_of("lfm2")[0]], ids=lambda c: c.family
+    "case",
+    [cases_of("qwen3_5_text")[0], cases_of("lfm2")[0], cases_of("lfm2_moe")[0]],
+    ids=lambda c: c.family,
 )
 def test_adapters_of_all_mixers_equal_the_merged_model(case, tmp_path):
     both = pair(case, tmp_path)
@@ -143,3 +153,18 @@ def test_adapters_of_all_mixers_equal_the_merged_model(case, tmp_path):
     np.testing.assert_allclose(
         our_logits(both.config, merge_adapters(params, spec), tokens(20)), ours, atol=2e-4
     )
+
+
+def test_products_count_the_chosen_experts_of_the_layers_that_have_them(tmp_path):
+    config = pair(cases_of("lfm2_moe")[0], tmp_path).config
+    dense, mixture = config.layer_kinds[1], config.layer_kinds[4]
+    assert (dense.feed_forward, mixture.feed_forward) == ("dense_mlp", "mlp")
+    assert dense.mixer == mixture.mixer
+
+    def products(kind):
+        deeper = replace(config, num_layers=7, layer_kinds=(*config.layer_kinds, kind))
+        return flops.products(deeper, abstract_params(deeper))
+
+    width, experts = config.hidden_size, config.experts
+    chosen = experts.count * width + experts.per_token * 3 * width * config.intermediate_size
+    assert products(mixture) - products(dense) == chosen - 3 * width * config.dense_size

@@ -181,15 +181,19 @@ def test_unrolled_layers_recompute_nothing_and_give_the_same():
     assert 0.85 * products < flat.as_text().count(" dot(") <= products
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("policy, runs", [("dots", 1), ("attention", 1), ("layer", 2)])
-def test_cudnn_attention_is_recomputed_only_where_nothing_is_saved(monkeypatch, policy, runs):
+def test_cudnn_attention_is_recomputed_only_where_nothing_is_saved(
+    monkeypatch, policy, runs, sinks
+):
     """Traced as for a GPU that need not be here."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
 
     def layer(x, w):
         q = (x @ w).reshape(2, 16, 4, 8)
-        return attention._cudnn(q, q, q, scale=0.3, window=None).reshape(x.shape) @ w, None
+        heads = (q, q, q, w[0, :4]) if sinks else (q, q, q)
+        return attention._cudnn(*heads, scale=0.3, window=None).reshape(x.shape) @ w, None
 
     def loss(x, weights):
         return jax.lax.scan(remat.wrap(layer, policy), x, weights)[0].astype(jnp.float32).sum()

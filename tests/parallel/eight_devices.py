@@ -34,7 +34,7 @@ from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshC
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
 from tokalign_jax.models import hub, huggingface
-from tokalign_jax.models.config import Convolution, DeltaRule, Experts
+from tokalign_jax.models.config import ClampedSwiGLU, Convolution, DeltaRule, Experts
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import generate
 from tokalign_jax.parallel import sharding
@@ -461,13 +461,28 @@ def close(found, expected, tolerance):
 
 ONE_KEY = replace(LLAMA, num_kv_heads=1)
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
-SPARSE = replace(MIXTURE, experts=Experts(4, 2, True, shared_size=24, computed="sparse"))
+SPARSE = replace(
+    MIXTURE,
+    attention_sinks=True,
+    experts=Experts(
+        4,
+        2,
+        True,
+        shared_size=24,
+        bias=True,
+        clamped=ClampedSwiGLU(1.5, 1.0),
+        computed="sparse",
+    ),
+)
 HYBRID = replace(
     MIXTURE,
     layer_kinds=tuple(
-        replace(LLAMA.layer_kinds[0], mixer=mixer)
-        for mixer in (("delta", "convolution", "attention") * LLAMA.num_layers)[: LLAMA.num_layers]
+        replace(LLAMA.layer_kinds[0], mixer=mixer, feed_forward="mlp" if i else "dense_mlp")
+        for i, mixer in enumerate(
+            (("delta", "convolution", "attention") * LLAMA.num_layers)[: LLAMA.num_layers]
+        )
     ),
+    dense_size=40,
     delta=DeltaRule(2, 4, 8, 8, kernel_size=3),
     convolution=Convolution(3, bias=True),
 )

@@ -18,11 +18,12 @@ SHAPES = {
     "layers/input_norm/scale": (2, 4),
     "layers/attention/q_proj/kernel": (2, 4, 4),
     "layers/attention/q_proj/bias": (2, 4),
+    "layers/attention/sinks": (2, 4),
     "layers/attention/q_proj/lora_a": (2, 4, 3),
     "layers/attention/q_proj/lora_b": (2, 3, 4),
     "final_norm/scale": (4,),
 }
-MATRICES = {path for path in SHAPES if not path.endswith(("scale", "bias"))}
+MATRICES = {path for path in SHAPES if not path.endswith(("scale", "bias", "sinks"))}
 STAGE = StageConfig(
     method="full", steps=10, warmup_fraction=0.2, learning_rate=0.01, embedding_learning_rate=0.03,
     optimizer=OptimizerConfig(

@@ -18,14 +18,30 @@ class LayerKind:
     """Growth of queries with their position; None for none."""
     mixer: Literal["attention", "convolution", "delta"] = "attention"
     """The token mixer (`mixers`)."""
+    feed_forward: Literal["mlp", "dense_mlp"] = "mlp"
+    """`mlp` is the model's feed-forward, a mixture if it has experts; `dense_mlp` is one without
+    experts, of width `ModelConfig.dense_size`."""
+    chunk: int | None = None
+    """A query sees the positions in its own chunk of this many tokens; None for all."""
+    query_key_norm: bool = True
+    """The layer has the model's norms of queries and keys, if the model has any."""
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Mixer and feed-forward, which are also the names of their parameters in a layer."""
+        return self.mixer, self.feed_forward
 
 
 @dataclass(frozen=True)
 class QueryGrowth:
-    """Position-dependent query factor: 1 + beta ln(1 + floor(p / original_positions))."""
+    """Factor of the queries by position p.
+
+    It is 1 + beta ln(1 + floor((p + offset) / original_positions)).
+    """
 
     beta: float
     original_positions: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,19 +68,44 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class ClampedSwiGLU:
+    """Activation of gpt-oss's experts: g sigmoid(alpha g) (u + 1).
+
+    g is the gate clipped from above at `limit`, u the other projection clipped at both sides.
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
-    """Constants of a mixture of experts that replaces each feed-forward layer."""
+    """Constants of a mixture of experts that replaces the feed-forward `mlp`."""
 
     count: int
     """E."""
     per_token: int
-    """Number of experts per token: those of the largest router probabilities."""
+    """Number of experts per token: those of the largest scores."""
     normalized: bool
-    """Divides the chosen experts' probabilities by their sum."""
+    """Divides the chosen experts' scores by their sum."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Function of the router's logits that gives the weights of the experts."""
+    selection_bias: bool = False
+    """Adds a bias for each expert to the scores that choose experts, not to the weights."""
+    normalization_epsilon: float = 0.0
+    """Added to the sum by which scores are divided if `normalized`."""
+    weight_scale: float = 1.0
+    """Factor of the weights."""
     shared_size: int | None = None
     """Width of an additional expert for all tokens; None for none."""
     shared_gate: bool = False
     """Weights the shared expert by a sigmoid of the token."""
+    bias: bool = False
+    """Biases on the router and on the projections of the experts."""
+    clamped: ClampedSwiGLU | None = None
+    """Activation of the experts if it is not `ModelConfig.activation`."""
+    weighted_inputs: bool = False
+    """Weights the inputs of the experts instead of their results; without biases."""
     computed: Literal["auto", "dense", "sparse", "blocks", "ragged"] = "auto"
     """Implementation (`experts`); `sparse` is the backend's faster one of the last two, and `auto`
     is sparse but on CPUs."""
@@ -92,7 +133,7 @@ class ModelConfig:
     head_dim: int
     """H."""
     intermediate_size: int
-    """F: width of the feed-forward layer, or of an expert."""
+    """F: width of the feed-forward layer `mlp`, or of an expert."""
     activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "xielu"]
     """Activation function; `xielu` (arXiv 2411.13010) has parameters in each layer."""
     gated_mlp: bool
@@ -127,9 +168,9 @@ class ModelConfig:
     """Position of the norms of attention and feed-forward: on their input, output, or both."""
     shared_norm: bool = False
     """With `parallel_residual`: attention and feed-forward share one input norm."""
-    query_key_norm: Literal["head", "each_head", "width"] | None = None
+    query_key_norm: Literal["head", "each_head", "width", "unscaled"] | None = None
     """Norms of queries and keys: over H with one scale for all heads, over H with a scale for
-    each head, or over all heads together."""
+    each head, over all heads together, or over H without a scale."""
     rotate_before_norm: bool = False
     """Rotates queries and keys before their norms instead of after."""
     qkv_clip: float | None = None
@@ -146,8 +187,12 @@ class ModelConfig:
     """Factor of the outputs of attention and feed-forward."""
     output_scale: float = 1.0
     """Factor of the hidden states after the final norm, so that hidden @ head gives the logits."""
+    attention_sinks: bool = False
+    """A learned logit per head that takes its share of the softmax without a value."""
     attention_gate: bool = False
     """Multiplies attention's output by a sigmoid of a projection of its input."""
     delta: DeltaRule | None = None
     convolution: Convolution | None = None
     experts: Experts | None = None
+    dense_size: int | None = None
+    """Width of the feed-forward layers `dense_mlp`."""

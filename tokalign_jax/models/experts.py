@@ -44,11 +44,27 @@ class ExpertLinear(nnx.Module):
     """Linear maps of all experts, with their adapters."""
 
     def __init__(
-        self, experts: int, inputs: int, outputs: int, lora: LoraSpec | None, summed: bool = False
+        self,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        lora: LoraSpec | None,
+        summed: bool = False,
     ):
-        """Declares the parameters; with `summed`, `dense` sums over the experts."""
+        """Declares the parameters.
+
+        Args:
+          experts: E.
+          inputs: input size.
+          outputs: output size.
+          bias: adds biases.
+          lora: adds adapters.
+          summed: `dense` sums over the experts; biases are then left to the caller.
+        """
         self.kernel = param(experts, inputs, outputs)
-        self.outputs = "bto" if summed else "ebto"
+        self.bias = param(experts, outputs) if bias else None
+        self.summed = summed
         self.lora = lora
         if lora:
             self.lora_a = param(experts, inputs, lora.rank)
@@ -57,20 +73,25 @@ class ExpertLinear(nnx.Module):
     def dense(
         self, x: Float[Array, "*E B T in"], key: jax.Array | None
     ) -> Float[Array, "*E B T out"]:
-        """Computes y[e] = x[e] W[e], or x W[e] if `x` is shared by all experts."""
-        inputs = "ebti" if x.ndim == 4 else "bti"
-        y = jnp.einsum(f"{inputs},eio->{self.outputs}", x, self.kernel.astype(x.dtype))
+        """Computes y[e] = x[e] W[e] + b[e], or x W[e] + b[e] if `x` is shared by all experts."""
+        inputs, outputs = "ebti" if x.ndim == 4 else "bti", "bto" if self.summed else "ebto"
+        y = jnp.einsum(f"{inputs},eio->{outputs}", x, self.kernel.astype(x.dtype))
         if self.lora:
             x = dropout(x, self.lora.dropout, key)
             low = scale_in_float32(
                 jnp.einsum(f"{inputs},eio->ebto", x, self.lora_a.astype(x.dtype)), self.lora.scale
             )
-            y += jnp.einsum(f"ebti,eio->{self.outputs}", low, self.lora_b.astype(x.dtype))
-        return y
+            y += jnp.einsum(f"ebti,eio->{outputs}", low, self.lora_b.astype(x.dtype))
+        if self.bias is None or self.summed:
+            return y
+        # In float32, in which the gradient is then summed over the tokens.
+        biases = self.bias.astype(jnp.float32)[:, None, None]
+        return (y.astype(jnp.float32) + biases).astype(y.dtype)
 
     def weights(self) -> dict[str, Array]:
         """Returns the arrays that `_product` needs."""
         names = ("kernel", "lora_a", "lora_b") if self.lora else ("kernel",)
+        names += ("bias",) if self.bias is not None and not self.summed else ()
         return {name: getattr(self, name)[...] for name in names}
 
 
@@ -81,24 +102,57 @@ class ExpertMLP(nnx.Module):
         self.activation = config.activation
         self.settings = experts
         self.lora = lora
-        self.count = count = experts.count
-        self.gate_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
-        self.up_proj = ExpertLinear(count, config.hidden_size, config.intermediate_size, lora)
-        self.down_proj = ExpertLinear(
-            count, config.intermediate_size, config.hidden_size, lora, summed=True
-        )
+        self.count = experts.count
+        linear = functools.partial(ExpertLinear, experts.count, bias=experts.bias, lora=lora)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, summed=True)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        chosen: Int[Array, "B T k"],
+        weights: Float[Array, "B T k"],
+        key: jax.Array | None,
+    ) -> Float[Array, "B T D"]:
+        """Applies the chosen experts of each token and sums their results by `weights`."""
+        one_hot = jax.nn.one_hot(chosen, self.count, dtype=jnp.float32)
+        by_expert = jnp.einsum("btk,btke->bte", weights, one_hot)
+        if implementation(self.settings) == "dense":
+            y = self.dense(x, by_expert, key)
+        else:
+            y = self.sparse(x, chosen, weights, key)
+        if self.down_proj.bias is None:
+            return y
+        biases = self.down_proj.bias.astype(x.dtype)
+        return y + jnp.einsum("bte,ed->btd", by_expert.astype(x.dtype), biases)
+
+    def _gated(
+        self, gate: Float[Array, "*R F"], up: Float[Array, "*R F"], weights: Float[Array, "*R 1"]
+    ) -> Float[Array, "*R F"]:
+        """Returns the weighted input of the last projection, in the dtype of `weights`."""
+        if self.settings.weighted_inputs:  # Which the first projections pass on.
+            return self._activated(gate * weights, up * weights)
+        return self._activated(gate, up) * weights
+
+    def _activated(self, gate: Float[Array, "*R F"], up: Float[Array, "*R F"]) -> Array:
+        clamped = self.settings.clamped
+        if clamped is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        gate = jnp.minimum(gate, clamped.limit)
+        up = jnp.clip(up, -clamped.limit, clamped.limit)
+        return gate * jax.nn.sigmoid(clamped.alpha * gate) * (up + 1)
 
     def dense(
         self, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], key: jax.Array | None
     ) -> Float[Array, "B T D"]:
-        """Applies all experts to all tokens."""
+        """Applies all experts to all tokens, but for the biases of `down_proj`."""
         in_key, out_key = split_keys(key, 2)
         gate, up = self.gate_proj.dense(x, in_key), self.up_proj.dense(x, in_key)
-        y = ACTIVATIONS[self.activation](gate) * up
         # Weighted before the last product, which sums over experts, so that [E, B, T, D] is never
         # materialized; in the dtype of the weights, so that their gradient is summed in it.
-        weighted = y * jnp.moveaxis(weights, -1, 0)[..., None]
-        return self.down_proj.dense(weighted.astype(x.dtype), out_key)
+        y = self._gated(gate, up, jnp.moveaxis(weights, -1, 0)[..., None])
+        return self.down_proj.dense(y.astype(x.dtype), out_key)
 
     def sparse(
         self,
@@ -107,7 +161,7 @@ class ExpertMLP(nnx.Module):
         weights: Float[Array, "B T k"],
         key: jax.Array | None,
     ) -> Float[Array, "B T D"]:
-        """Applies the chosen experts of each token, on each device for its own tokens.
+        """Computes the same as `dense`, on each device for its own tokens.
 
         The experts' matrices are gathered over `fsdp` and split over `tensor` by their width.
         """
@@ -131,6 +185,7 @@ class ExpertMLP(nnx.Module):
         tokens, replicated = PartitionSpec(batch), PartitionSpec()
         inputs = {"kernel": PartitionSpec(None, None, axis), "lora_a": replicated}
         inputs["lora_b"] = inputs["kernel"]
+        inputs["bias"] = PartitionSpec(None, axis)
         outputs = dict.fromkeys(("kernel", "lora_a"), PartitionSpec(None, axis)) | {
             "lora_b": replicated
         }
@@ -191,8 +246,8 @@ class ExpertMLP(nnx.Module):
         adapter_rows = x_rows if adapter_x is None else gather(adapter_x)
         gate = product(x_rows, adapter_rows, projections["gate_proj"])
         up = product(x_rows, adapter_rows, projections["up_proj"])
-        y = ACTIVATIONS[self.activation](gate) * up
-        y = (y * _take(weights.reshape(-1, 1), rows.pair, rows.row)).astype(x.dtype)
+        row_weights = _take(weights.reshape(-1, 1), rows.pair, rows.row)
+        y = self._gated(gate, up, row_weights).astype(x.dtype)
         adapter_rows = y
         if adapter_x is not None and key is not None:
             keep = self._keep_mask(y, key, chosen, rows.pair, rate, axis)
@@ -229,7 +284,8 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, config: ModelConfig, experts: Experts, lora: LoraSpec | None):
         self.settings = experts
-        self.router = Linear(config.hidden_size, experts.count, bias=False, lora=None)
+        self.router = Linear(config.hidden_size, experts.count, bias=experts.bias, lora=None)
+        self.selection_bias = param(experts.count) if experts.selection_bias else None
         self.experts = ExpertMLP(config, experts, lora)
         self.shared = MLP(config, lora, experts.shared_size) if experts.shared_size else None
         self.shared_gate = (
@@ -239,15 +295,8 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
         """Applies the mixture; `key` is for dropout in the adapters."""
         key, shared_key = split_keys(key, 2) if self.shared else (key, None)
-        probabilities = jax.nn.softmax(self.router(x.astype(jnp.float32), None))
-        weights, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
-        if self.settings.normalized:
-            weights /= weights.sum(-1, keepdims=True)
-        if implementation(self.settings) != "dense":
-            y = self.experts.sparse(x, chosen, weights, key)
-        else:
-            one_hot = jax.nn.one_hot(chosen, self.settings.count, dtype=jnp.float32)
-            y = self.experts.dense(x, jnp.einsum("btk,btke->bte", weights, one_hot), key)
+        chosen, weights = self._route(x)
+        y = self.experts(x, chosen, weights, key)
         if self.shared is None:
             return y
         shared = self.shared(x, shared_key)
@@ -255,6 +304,23 @@ class MixtureOfExperts(nnx.Module):
             gate = jax.nn.sigmoid(self.shared_gate(x, None).astype(jnp.float32))
             shared = (gate * shared).astype(x.dtype)
         return y + shared
+
+    def _route(self, x: Float[Array, "B T D"]) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
+        """Returns the experts of each token and their weights, in float32."""
+        settings = self.settings
+        logits = self.router(x.astype(jnp.float32), None)
+        scores = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[settings.score](logits)
+        if self.selection_bias is None:
+            weights, chosen = jax.lax.top_k(scores, settings.per_token)
+        else:
+            biased = scores + self.selection_bias.astype(jnp.float32)
+            _, chosen = jax.lax.top_k(jax.lax.stop_gradient(biased), settings.per_token)
+            weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if settings.normalized:
+            weights /= weights.sum(-1, keepdims=True) + settings.normalization_epsilon
+        if settings.weight_scale != 1:
+            weights *= settings.weight_scale
+        return chosen, weights
 
 
 def implementation(experts: Experts) -> str:
@@ -279,6 +345,8 @@ class _Rows(NamedTuple):
     """The pair in each row; P for padding."""
     row: Int[Array, "P"]
     """The row of each pair."""
+    expert: Int[Array, "R"]
+    """The expert of each row."""
     multiply: Callable[[Float[Array, "R in"], Float[Array, "E in out"]], Float[Array, "R out"]]
     """Multiplies each row with its expert's matrix."""
 
@@ -291,7 +359,7 @@ def _sorted_rows(chosen: Int[Array, "P"], experts: int) -> _Rows:
     def multiply(x: Float[Array, "R in"], kernel: Float[Array, "E in out"]) -> Array:
         return jax.lax.ragged_dot(x, kernel, sizes)
 
-    return _Rows(order, jnp.argsort(order), multiply)
+    return _Rows(order, jnp.argsort(order), chosen[order], multiply)
 
 
 def _blocks(chosen: Int[Array, "P"], experts: int) -> _Rows:
@@ -315,7 +383,7 @@ def _blocks(chosen: Int[Array, "P"], experts: int) -> _Rows:
         y = jnp.einsum("sci,sio->sco", x.reshape(blocks, size, -1), _select(kernel, expert))
         return y.reshape(blocks * size, -1)
 
-    return _Rows(pair, sorted_rows[jnp.argsort(order)], multiply)
+    return _Rows(pair, sorted_rows[jnp.argsort(order)], jnp.repeat(expert, size), multiply)
 
 
 MAX_BLOCK = 512
@@ -331,9 +399,9 @@ def block_size(pairs: int, experts: int) -> int:
 
 
 @jax.custom_vjp
-def _select(kernel: Float[Array, "E in out"], expert: Int[Array, "S"]) -> Float[Array, "S in out"]:
-    """Returns `kernel[expert]`; a product sums its gradient, where autodiff would scatter."""
-    return kernel[expert]
+def _select(array: Float[Array, "E ..."], expert: Int[Array, "S"]) -> Float[Array, "S ..."]:
+    """Returns `array[expert]`; a product sums its gradient, where autodiff would scatter."""
+    return array[expert]
 
 
 def _select_backward(
@@ -341,11 +409,11 @@ def _select_backward(
 ) -> tuple[Array, None]:
     expert, experts = residuals
     one_hot = jax.nn.one_hot(expert, experts, dtype=gradient.dtype)
-    return jnp.einsum("se,sio->eio", one_hot, gradient), None
+    return jnp.einsum("se,s...->e...", one_hot, gradient), None
 
 
 _select.defvjp(
-    lambda kernel, expert: (_select(kernel, expert), (expert, len(kernel))), _select_backward
+    lambda array, expert: (_select(array, expert), (expert, len(array))), _select_backward
 )
 
 
@@ -357,11 +425,13 @@ def _product(
     rows: _Rows,
     scale: float | None,
 ) -> Float[Array, "R out"]:
-    """Multiplies rows with their experts' matrices, and `adapter_x` with the adapters."""
+    """Applies their experts' maps to rows, the adapters to `adapter_x`."""
     y = rows.multiply(x, weights["kernel"].astype(x.dtype))
     if scale is not None:
         low = rows.multiply(adapter_x, weights["lora_a"].astype(x.dtype))
         y += rows.multiply(scale_in_float32(low, scale), weights["lora_b"].astype(x.dtype))
+    if "bias" in weights:
+        y += _select(weights["bias"].astype(x.dtype), rows.expert)
     return y
 
 

@@ -4,6 +4,7 @@ A mixer takes normed states, a `LayerContext`, dropout keys and, when a text is 
 of the cache, which it returns updated. Dimensions: see `transformer`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -12,13 +13,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.attention import attend
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.modules import Linear, Norm, apply_norm, fan_out, lora_down, split_keys
+from tokalign_jax.models.modules import (
+    Linear,
+    Norm,
+    fan_out,
+    lora_down,
+    param,
+    split_keys,
+)
 from tokalign_jax.models.rotary import Rotation, rotate
 
 _Item = TypeVar("_Item", bound=Hashable)
@@ -33,10 +41,12 @@ class LayerContext(NamedTuple):
 
     positions: Int[Array, "T"]
     cos_sin: Rotation
-    window: Int[Array, ""] | int
-    """Index of the layer's window among those of the model."""
+    span: Int[Array, ""] | int
+    """Index of the layer's window and chunk among those of the model (`spans`)."""
     query_factor: Float[Array, "T"] | None
     """Factor of the queries by position; None for 1."""
+    query_key_norm: Bool[Array, ""] | bool
+    """The layer has the norms of queries and keys."""
     num_valid: Int[Array, ""] | int | None
     """Number of tokens that are not padding when the cache is filled; None for all."""
 
@@ -55,6 +65,7 @@ class Attention(nnx.Module):
         self.q_proj = project(config.hidden_size, queries, remat_name=projected)
         self.k_proj = project(config.hidden_size, keys, remat_name=projected)
         self.v_proj = project(config.hidden_size, keys, remat_name=None)
+        self.sinks = param(config.num_heads) if config.attention_sinks else None
         self.gate_proj = project(config.hidden_size, queries) if config.attention_gate else None
         self.o_proj = Linear(queries, config.hidden_size, config.attention_out_bias, lora)
         self.q_norm = self._query_key_norm(config.num_heads)
@@ -112,10 +123,19 @@ class Attention(nnx.Module):
         """Splits queries or keys into heads, then applies their norm and rotation."""
         if self.config.rotate_before_norm:
             rotated = self._rotated(self._heads(x), context)
-            return apply_norm(norm, rotated)
+            return self._normed(rotated, norm, context)
         if self.config.query_key_norm == "width":
-            return self._rotated(self._heads(apply_norm(norm, x)), context)
-        return self._rotated(apply_norm(norm, self._heads(x)), context)
+            return self._rotated(self._heads(self._normed(x, norm, context)), context)
+        return self._rotated(self._normed(self._heads(x), norm, context), context)
+
+    def _normed(self, x: Array, norm: Norm | None, context: LayerContext) -> Array:
+        if norm is None or context.query_key_norm is False:
+            return x
+        return (
+            norm(x)
+            if context.query_key_norm is True
+            else jnp.where(context.query_key_norm, norm(x), x)
+        )
 
     def _rotated(
         self, x: Float[Array, "B T N H"], context: LayerContext
@@ -136,6 +156,8 @@ class Attention(nnx.Module):
                 return Norm(self.config, heads, size)
             case "width":
                 return Norm(self.config, heads * size)
+            case "unscaled":
+                return Norm(dataclasses.replace(self.config, norm_scale=False), size)
 
     def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -147,6 +169,7 @@ class Attention(nnx.Module):
         return {
             "scale": self.config.head_dim**-0.5 if scale is None else scale,
             "softcap": self.config.attention_softcap,
+            "sinks": None if self.sinks is None else self.sinks[...],
         }
 
     def _attend(
@@ -156,14 +179,14 @@ class Attention(nnx.Module):
         v: Float[Array, "B T K H"],
         context: LayerContext,
     ) -> Float[Array, "B T N H"]:
-        windows, _ = unique_with_indices([kind.window for kind in self.config.layer_kinds])
-        # One branch per window, since fused kernels need a static window.
+        # One branch per span, since fused kernels need a static window.
         branches = [
-            functools.partial(attend, window=window, **self._logit_options) for window in windows
+            functools.partial(attend, window=window, chunk=chunk, **self._logit_options)
+            for window, chunk in spans(self.config)[0]
         ]
-        if isinstance(context.window, int) or len(branches) == 1:
-            return branches[context.window if isinstance(context.window, int) else 0](q, k, v)
-        return jax.lax.switch(context.window, branches, q, k, v)
+        if isinstance(context.span, int) or len(branches) == 1:
+            return branches[context.span if isinstance(context.span, int) else 0](q, k, v)
+        return jax.lax.switch(context.span, branches, q, k, v)
 
     def _attend_cached(
         self,
@@ -172,10 +195,19 @@ class Attention(nnx.Module):
         v: Float[Array, "B S K H"],
         context: LayerContext,
     ) -> Float[Array, "B T N H"]:
-        windows, _ = unique_with_indices([kind.window for kind in self.config.layer_kinds])
-        window = jnp.array([window or k.shape[1] for window in windows])[context.window]
-        distance = context.positions[:, None] - jnp.arange(k.shape[1])
-        return attend(q, k, v, mask=(distance >= 0) & (distance < window), **self._logit_options)
+        length, keys = k.shape[1], jnp.arange(k.shape[1])
+        window, chunk = jnp.array(
+            [[size or length for size in span] for span in spans(self.config)[0]]
+        )[context.span]
+        queries = context.positions[:, None]
+        distance = queries - keys
+        mask = (distance >= 0) & (distance < window) & (queries // chunk == keys // chunk)
+        return attend(q, k, v, mask=mask, **self._logit_options)
+
+
+def spans(config: ModelConfig) -> tuple[list[tuple[int | None, int | None]], list[int]]:
+    """Returns the model's distinct pairs of window and chunk, and each layer's index of them."""
+    return unique_with_indices([(kind.window, kind.chunk) for kind in config.layer_kinds])
 
 
 def unique_with_indices(items: Sequence[_Item]) -> tuple[list[_Item], list[int]]:

@@ -84,23 +84,27 @@ def activation_bytes(config: ModelConfig, policy: Policy, dtype: DTypeLike) -> i
       dtype: dtype of the activations.
     """
     size = jnp.dtype(dtype).itemsize
-    elements, floats = config.hidden_size, 0
+    elements = config.hidden_size
     if policy == "dots":
-        if config.experts:
-            # The router's and the shared expert's; results of the other experts are not saved.
-            floats += config.experts.count
-            elements += 2 * (config.experts.shared_size or 0)
-            elements += config.experts.shared_gate
-        else:
-            elements += (2 if config.gated_mlp else 1) * config.intermediate_size
         norm_after = config.norm_placement != "before"
         # Results that are only added to the residual stream are not saved.
         elements += config.hidden_size * (norm_after or not config.parallel_residual)
         elements += config.hidden_size * norm_after
-    layers = config.num_layers * (elements * size + 4 * floats)
-    return layers + sum(
-        _mixer_bytes(config, kind.mixer, policy, size) for kind in config.layer_kinds
+    return config.num_layers * elements * size + sum(
+        _mixer_bytes(config, kind.mixer, policy, size)
+        + (_feed_forward_bytes(config, kind.feed_forward, size) if policy == "dots" else 0)
+        for kind in config.layer_kinds
     )
+
+
+def _feed_forward_bytes(config: ModelConfig, feed_forward: str, size: int) -> int:
+    """Returns the bytes per token that one layer's feed-forward saves besides its result."""
+    if feed_forward == "mlp" and config.experts:
+        # The router's and the shared expert's; results of the other experts are not saved.
+        shared = 2 * (config.experts.shared_size or 0) + config.experts.shared_gate
+        return size * shared + 4 * config.experts.count
+    width = config.dense_size if feed_forward == "dense_mlp" else config.intermediate_size
+    return size * (2 if config.gated_mlp else 1) * (width or 0)
 
 
 def _mixer_bytes(config: ModelConfig, mixer: str, policy: Policy, size: int) -> int:

@@ -4,9 +4,10 @@ Dimensions, here and in the rest of the package: B batch, T length, D model, V v
 K key-value heads, H head size, L layers, F intermediate, E experts.
 
 The modules declare the parameters (`abstract_params`) and the computation (`forward`); they hold
-arrays only during a call. Leaves under `layers` are stacked over L, a mixer's over the layers that
-use it. Each run of layers with a repeating pattern of mixers (`Segment`) is one scan with one
-compiled body. Layers may differ in window and rotary embedding, which the scan passes as indices.
+arrays only during a call. Leaves under `layers` are stacked over L, those of a mixer or
+feed-forward over the layers that have it. Each run of layers with a repeating pattern of these
+(`Segment`) is one scan with one compiled body. Layers may differ in window and rotary embedding,
+which the scan passes as indices.
 Activations have the caller's `dtype`, to which each layer casts its weights; norms, rotary
 embedding, softmax and routing are computed in float32.
 """
@@ -28,7 +29,7 @@ from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.config import ModelConfig, QueryGrowth
 from tokalign_jax.models.experts import MixtureOfExperts
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.mixers import Attention, LayerContext, unique_with_indices
+from tokalign_jax.models.mixers import Attention, LayerContext, spans, unique_with_indices
 from tokalign_jax.models.modules import (
     MLP,
     Norm,
@@ -65,6 +66,12 @@ MIXERS: dict[str, Any] = {
 }
 """Mixer classes by `LayerKind.mixer`, which is also the name of their parameters in a layer."""
 
+VARIANTS = (*MIXERS, "mlp", "dense_mlp")
+"""Names of the parts of a layer that not all layers of a model need have (`LayerKind.parts`)."""
+
+Parts = tuple[str, str]
+"""A layer's mixer and feed-forward."""
+
 Cache = dict[str, Any]
 """Arrays of each mixer; the leading axis is that of its layers, absent within a layer."""
 
@@ -72,17 +79,20 @@ Cache = dict[str, Any]
 class Block(nnx.Module):
     """A layer: mixer and feed-forward with their norms, sequential or parallel."""
 
-    def __init__(self, config: ModelConfig, mixer: str, lora: LoraSpec | None):
-        self.config, self.mixer = config, mixer
+    def __init__(self, config: ModelConfig, parts: Parts, lora: LoraSpec | None):
+        self.config = config
+        self.mixer, self.feed_forward = mixer, feed_forward = parts
         norm = functools.partial(Norm, config, config.hidden_size, bias=config.norm_bias)
         before, after = config.norm_placement != "after", config.norm_placement != "before"
         self.input_norm = norm() if before else None
         setattr(self, mixer, MIXERS[mixer](config, lora))
         self.attention_out_norm = norm() if after else None
         self.post_attention_norm = norm() if before and not config.shared_norm else None
-        self.mlp = (
-            MixtureOfExperts(config, config.experts, lora) if config.experts else MLP(config, lora)
-        )
+        if feed_forward == "dense_mlp":
+            self.dense_mlp = MLP(config, lora, config.dense_size)
+        else:
+            experts = config.experts
+            self.mlp = MixtureOfExperts(config, experts, lora) if experts else MLP(config, lora)
         self.mlp_out_norm = norm() if after else None
 
     def __call__(
@@ -97,7 +107,7 @@ class Block(nnx.Module):
         if not self.config.shared_norm:
             normed = apply_norm(self.post_attention_norm, x if self.config.parallel_residual else y)
         # The product is the first operand so that the compiler fuses the addition into its kernel.
-        update = apply_norm(self.mlp_out_norm, self.mlp(normed, mlp_key))
+        update = apply_norm(self.mlp_out_norm, getattr(self, self.feed_forward)(normed, mlp_key))
         return scale_in_float32(update, scale) + y, cache
 
 
@@ -135,31 +145,38 @@ class OuterModules(nnx.Module):
 
 
 class Segment(NamedTuple):
-    """A run of layers with a repeating pattern of mixers, computed by one scan.
+    """A run of layers with a repeating pattern of parts, computed by one scan.
 
-    An iteration of the scan computes `len(mixers)` layers.
+    An iteration of the scan computes `len(layers)` layers.
     """
 
-    before: tuple[str, ...]
-    """Mixers of the preceding layers."""
-    mixers: tuple[str, ...]
-    """Mixers of the layers of one iteration."""
+    before: tuple[Parts, ...]
+    """Parts of the preceding layers."""
+    layers: tuple[Parts, ...]
+    """Parts of the layers of one iteration."""
     repeats: int
     """Number of iterations."""
 
-    def slice_stack(self, stack: Any, mixer: str | None = None) -> Any:
-        """Returns the segment's part, by iteration, of a stack over all layers or a mixer's."""
-        first = len(self.before) if mixer is None else self.before.count(mixer)
-        per_iteration = len(self.mixers) if mixer is None else self.mixers.count(mixer)
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that its layers have."""
+        return list(dict.fromkeys(part for layer in self.layers for part in layer))
+
+    def slice_stack(self, stack: Any, part: str | None = None) -> Any:
+        """Returns the segment's share, by iteration, of a stack over all layers or a part's."""
+        first, per_iteration = (
+            len(layers) if part is None else sum(part in layer for layer in layers)
+            for layers in (self.before, self.layers)
+        )
         count = per_iteration * self.repeats
 
-        def part(x: Array) -> Array:
+        def share(x: Array) -> Array:
             x = x if count == len(x) else x[first : first + count]
             return (
                 x if self._has_one_layer else x.reshape(self.repeats, per_iteration, *x.shape[1:])
             )
 
-        return jax.tree.map(part, stack)
+        return jax.tree.map(share, stack)
 
     def select_layer(self, iteration: Any, number: int) -> Any:
         """Returns a layer's slice of an iteration, by its index in the stack of the iteration."""
@@ -177,7 +194,7 @@ class Segment(NamedTuple):
 
     @property
     def _has_one_layer(self) -> bool:
-        return len(self.mixers) == 1
+        return len(self.layers) == 1
 
 
 class Transformer:
@@ -188,8 +205,8 @@ class Transformer:
         self.layers = params["layers"]
         outer = {name: part for name, part in params.items() if name != "layers"}
         self.outer = nnx.merge(_outer_modules(config)[0], outer)
-        mixers = dict.fromkeys(kind.mixer for kind in config.layer_kinds)
-        self._blocks = {mixer: _block(config, mixer, lora)[0] for mixer in mixers}
+        kinds = dict.fromkeys(kind.parts for kind in config.layer_kinds)
+        self._blocks = {parts: _block(config, parts, lora)[0] for parts in kinds}
 
     def __call__(
         self,
@@ -221,22 +238,23 @@ class Transformer:
         positions = start + jnp.arange(tokens.shape[1])
         inputs = _layer_inputs(config, positions, tokens.shape[1] if length is None else length)
 
-        def layer(x, weights, mixer, cos_sin, window, query_factor, key, cache):
-            context = LayerContext(positions, cos_sin, window, query_factor, num_valid)
-            x, cache = nnx.merge(self._blocks[mixer], weights)(x, context, key, cache)
+        def layer(x, weights, parts, cos_sin, span, query_factor, normed, key, cache):
+            context = LayerContext(positions, cos_sin, span, query_factor, normed, num_valid)
+            x, cache = nnx.merge(self._blocks[parts], weights)(x, context, key, cache)
             return sharding.by_sequence(x), cache
 
-        def indexed_layer(mixer, x, weights, rope, window, growth, key, cache):
+        def indexed_layer(parts, x, weights, rope, span, growth, normed, key, cache):
             cos_sin = _select(inputs.angles, rope)
             query_factor = _select(inputs.query_factors, growth)
-            return layer(x, weights, mixer, cos_sin, window, query_factor, key, cache)
+            normed = all(inputs.normed) or normed
+            return layer(x, weights, parts, cos_sin, span, query_factor, normed, key, cache)
 
         keys = None if key is None else split_keys(key, config.num_layers)
         x = sharding.look_up(outer.embed_tokens.embedding[...], tokens, dtype)
         x = self._embedded(sharding.by_sequence(x), positions)
         unroll = _layers_per_iteration(unroll, config.num_layers, remat)
         if unroll < config.num_layers:
-            indices = inputs.rope_index, inputs.window_index, inputs.growth_index
+            indices = inputs.rope_index, inputs.span_index, inputs.growth_index, inputs.normed
             arrays = tuple(map(jnp.array, indices))
             x, cache = self._loop(indexed_layer, x, arrays, keys, cache, remat, unroll)
             return outer.final_norm(x), cache
@@ -253,7 +271,7 @@ class Transformer:
         """Computes all layers without a loop or a cache.
 
         Args:
-          layer: (x, weights, mixer, cos_sin, window, query_factor, key, cache) -> x, cache.
+          layer: (x, weights, parts, cos_sin, span, query_factor, normed, key, cache) -> x, cache.
           x: embedded tokens.
           inputs: position-dependent inputs of the layers.
           keys: dropout keys of each layer.
@@ -261,17 +279,17 @@ class Transformer:
         """
         frozen: Any = jax.lax.stop_gradient(self.layers)
         slots: Any = {part: _unstack(stack, _depth(stack)) for part, stack in self.layers.items()}
-        parts_by_layer = _stack_indices(self.config, self.layers)
-        for i, (kind, parts) in enumerate(zip(self.config.layer_kinds, parts_by_layer)):
+        indices = _stack_indices(self.config, self.layers)
+        for i, (kind, numbers) in enumerate(zip(self.config.layer_kinds, indices)):
 
-            def body(x: Any, slot: Any, key: Any, i=i, kind=kind, parts=parts):
+            def body(x: Any, slot: Any, key: Any, i=i, kind=kind, numbers=numbers):
                 weights = {
                     part: _slice_for_remat(slot[part], frozen[part], number)
-                    for part, number in parts.items()
+                    for part, number in numbers.items()
                 }
-                return layer(x, weights, kind.mixer, *inputs.of_layer(i), key, None)
+                return layer(x, weights, kind.parts, *inputs.of_layer(i), key, None)
 
-            slot = {part: slots[part][number] for part, number in parts.items()}
+            slot = {part: slots[part][number] for part, number in numbers.items()}
             x, _ = rematerialization.wrap(body, remat, in_loop=False)(
                 x, slot, None if keys is None else keys[i]
             )
@@ -290,29 +308,33 @@ class Transformer:
         """Computes all layers by one scan over each segment.
 
         Args:
-          layer: (mixer, x, weights, *indices, key, cache) -> x, cache.
+          layer: (parts, x, weights, *indices, key, cache) -> x, cache.
           x: embedded tokens.
-          indices: each layer's rope, window and query growth, by number.
+          indices: each layer's rope, span and query growth, by number, and whether it has norms
+            of queries and keys.
           keys: dropout keys of each layer.
           cache: the cache, or None.
           remat: rematerialization policy.
           unroll: layers per iteration.
         """
         updated: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
-        for segment in segments([kind.mixer for kind in self.config.layer_kinds]):
-            mixers = dict.fromkeys(segment.mixers)
+        for segment in segments([kind.parts for kind in self.config.layer_kinds]):
             weights = {
-                part: segment.slice_stack(stack, part if part in MIXERS else None)
+                part: segment.slice_stack(stack, part if part in VARIANTS else None)
                 for part, stack in self.layers.items()
-                if part in mixers or part not in MIXERS
+                if part in segment.parts or part not in VARIANTS
             }
-            states = cache and {mixer: segment.slice_stack(cache[mixer], mixer) for mixer in mixers}
+            states = cache and {
+                mixer: segment.slice_stack(state, mixer)
+                for mixer, state in cache.items()
+                if mixer in segment.parts
+            }
             step = functools.partial(_segment_step, layer=layer, segment=segment, remat=remat)
             x, states = jax.lax.scan(
                 step,
                 x,
                 (weights, segment.slice_stack(keys), states, segment.slice_stack(indices)),
-                unroll=min(max(1, unroll // len(segment.mixers)), segment.repeats),
+                unroll=min(max(1, unroll // len(segment.layers)), segment.repeats),
             )
             for mixer, state in states.items():
                 updated[mixer].append(segment.flatten(state))
@@ -469,11 +491,11 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) 
 
 def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params:
     """Returns all parameters as float32 ShapeDtypeStructs, with adapters if `lora` is given."""
-    counts = Counter(kind.mixer for kind in config.layer_kinds)
+    counts = _layers_by_part(config)
     layers = {}
-    for mixer, count in counts.items():
-        for part, tree in nnx.to_pure_dict(_block(config, mixer, lora)[1]).items():
-            depth = count if part == mixer else config.num_layers
+    for parts in dict.fromkeys(kind.parts for kind in config.layer_kinds):
+        for part, tree in nnx.to_pure_dict(_block(config, parts, lora)[1]).items():
+            depth = counts[part] if part in VARIANTS else config.num_layers
             layers[part] = jax.tree.map(
                 lambda leaf, depth=depth: jax.ShapeDtypeStruct((depth, *leaf.shape), leaf.dtype),
                 tree,
@@ -483,15 +505,14 @@ def abstract_params(config: ModelConfig, lora: LoraSpec | None = None) -> Params
 
 def first_layers(config: ModelConfig, params: Params, count: int) -> tuple[ModelConfig, Params]:
     """Returns the config and parameters of a model of the first `count` layers."""
-    kinds = config.layer_kinds[:count]
-    mixers = Counter(kind.mixer for kind in kinds)
+    shallow = dataclasses.replace(config, num_layers=count, layer_kinds=config.layer_kinds[:count])
+    depths = _layers_by_part(shallow)
     layers = {
-        part: jax.tree.map(lambda x, n=mixers[part] if part in MIXERS else count: x[:n], stack)
+        part: jax.tree.map(lambda x, n=depths[part] if part in VARIANTS else count: x[:n], stack)
         for part, stack in params["layers"].items()
-        if part not in MIXERS or mixers[part]
+        if part not in VARIANTS or depths[part]
     }
-    part = dataclasses.replace(config, num_layers=count, layer_kinds=kinds)
-    return part, {**params, "layers": layers}
+    return shallow, {**params, "layers": layers}
 
 
 def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Params:
@@ -501,7 +522,7 @@ def init_params(config: ModelConfig, key: jax.Array, std: float = 0.02) -> Param
         match path.rpartition("/")[2]:
             case "scale":
                 return jnp.zeros(shape) if config.norm_plus_one else jnp.ones(shape)
-            case "bias":
+            case "bias" | "selection_bias":
                 return jnp.zeros(shape)
             case _:
                 return std * jax.random.normal(key, shape)
@@ -524,27 +545,29 @@ class _LayerInputs(NamedTuple):
     query_factors: list[Float[Array, "T"] | None]
     """Factors of the queries for each distinct growth."""
     rope_index: list[int]
-    window_index: list[int]
+    span_index: list[int]
     growth_index: list[int]
+    normed: list[bool]
+    """The layers that have norms of queries and keys, if the model has."""
 
-    def of_layer(self, i: int) -> tuple[Rotation, int, Float[Array, "T"] | None]:
-        """Returns the rotation, window index and query factor of layer `i`."""
+    def of_layer(self, i: int) -> tuple[Rotation, int, Float[Array, "T"] | None, bool]:
+        """Returns the rotation, span index, query factor and norms of layer `i`."""
         query_factor = self.query_factors[self.growth_index[i]]
-        return self.angles[self.rope_index[i]], self.window_index[i], query_factor
+        return self.angles[self.rope_index[i]], self.span_index[i], query_factor, self.normed[i]
 
 
 def _layer_inputs(config: ModelConfig, positions: Int[Array, "T"], length: Length) -> _LayerInputs:
     """Computes the inputs that layers select by index."""
     kinds = config.layer_kinds
     ropes, rope_index = unique_with_indices([kind.rope for kind in kinds])
-    _, window_index = unique_with_indices([kind.window for kind in kinds])
     growths, growth_index = unique_with_indices([kind.query_growth for kind in kinds])
     size = max((rope.size for rope in ropes if rope), default=0)
     angles = [rotation(positions, rope, size, length) for rope in ropes]
     query_factors: list[Any] = [None]
     if growths != [None]:
         query_factors = [_query_factor(growth, positions) for growth in growths]
-    return _LayerInputs(angles, query_factors, rope_index, window_index, growth_index)
+    normed = [kind.query_key_norm for kind in kinds]
+    return _LayerInputs(angles, query_factors, rope_index, spans(config)[1], growth_index, normed)
 
 
 @functools.cache
@@ -554,9 +577,14 @@ def _outer_modules(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 @functools.cache
 def _block(
-    config: ModelConfig, mixer: str, lora: LoraSpec | None
+    config: ModelConfig, parts: Parts, lora: LoraSpec | None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Block(config, mixer, lora)))
+    return nnx.split(nnx.eval_shape(lambda: Block(config, parts, lora)))
+
+
+def _layers_by_part(config: ModelConfig) -> Counter[str]:
+    """Counts the layers that have each mixer and feed-forward."""
+    return Counter(part for kind in config.layer_kinds for part in kind.parts)
 
 
 def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transformer:
@@ -582,16 +610,17 @@ def _segment_step(
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
     """Computes one iteration of a segment's scan; returns the updated cache of each mixer."""
     weights, keys, cache, indices = scanned
-    mixer_count: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
     states: dict[str, list[Any]] = {}
-    for position, mixer in enumerate(segment.mixers):
+    for position, parts in enumerate(segment.layers):
         layer_weights = {
-            part: segment.select_layer(stack, mixer_count[mixer] if part == mixer else position)
+            part: segment.select_layer(stack, numbers[part] if part in parts else position)
             for part, stack in weights.items()
-            if part == mixer or part not in MIXERS
+            if part in parts or part not in VARIANTS
         }
-        state = cache and segment.select_layer(cache[mixer], mixer_count[mixer])
-        body = rematerialization.wrap(functools.partial(layer, mixer), remat)
+        mixer, _ = parts
+        state = cache and segment.select_layer(cache[mixer], numbers[mixer])
+        body = rematerialization.wrap(functools.partial(layer, parts), remat)
         x, state = body(
             x,
             layer_weights,
@@ -601,25 +630,25 @@ def _segment_step(
         )
         if cache:
             states.setdefault(mixer, []).append(state)
-        mixer_count[mixer] += 1
-    return x, {mixer: segment.stack_layers(parts) for mixer, parts in states.items()}
+        numbers.update(parts)
+    return x, {mixer: segment.stack_layers(layers) for mixer, layers in states.items()}
 
 
-def segments(mixers: Sequence[str]) -> list[Segment]:
+def segments(layers: Sequence[Parts]) -> list[Segment]:
     """Splits layers into segments, greedily from the first, each covering the most layers."""
     result: list[Segment] = []
     start = 0
-    while start < len(mixers):
-        before, rest = tuple(mixers[:start]), tuple(mixers[start:])
+    while start < len(layers):
+        before, rest = tuple(layers[:start]), tuple(layers[start:])
         best = Segment(before, rest[:1], 1)
         for period in range(1, len(rest) // 2 + 1):
             repeats = 1
             while rest[repeats * period : (repeats + 1) * period] == rest[:period]:
                 repeats += 1
-            if repeats > 1 and repeats * period > best.repeats * len(best.mixers):
+            if repeats > 1 and repeats * period > best.repeats * len(best.layers):
                 best = Segment(before, rest[:period], repeats)
         result.append(best)
-        start += best.repeats * len(best.mixers)
+        start += best.repeats * len(best.layers)
     return result
 
 
@@ -633,14 +662,14 @@ def _concatenate(*parts: Array) -> Array:
 
 def _stack_indices(config: ModelConfig, layers: Params) -> Iterator[dict[str, int]]:
     """Yields each layer's index in the stack of each of its parts."""
-    mixer_count: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
     for i, kind in enumerate(config.layer_kinds):
         yield {
-            part: mixer_count[kind.mixer] if part == kind.mixer else i
+            part: numbers[part] if part in kind.parts else i
             for part in layers
-            if part == kind.mixer or part not in MIXERS
+            if part in kind.parts or part not in VARIANTS
         }
-        mixer_count[kind.mixer] += 1
+        numbers.update(kind.parts)
 
 
 def _depth(stack: Any) -> int:
@@ -745,7 +774,8 @@ def _select(items: Sequence[Any], number: Int[Array, ""]) -> Any:
 def _query_factor(growth: QueryGrowth | None, positions: Int[Array, "T"]) -> Float[Array, "T"]:
     if growth is None:
         return jnp.ones(len(positions))
-    return 1 + growth.beta * jnp.log1p((positions // growth.original_positions).astype(jnp.float32))
+    periods = (positions + growth.offset) // growth.original_positions
+    return 1 + growth.beta * jnp.log1p(periods.astype(jnp.float32))
 
 
 def _check_length(config: ModelConfig, length: int) -> None:

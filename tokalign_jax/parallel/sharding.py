@@ -50,6 +50,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (VOCABULARY_LEAVES, P(VOCABULARY, None)),
     (rf"experts/{_INPUTS}/kernel$", P(None, None, FSDP, TENSOR)),
     (rf"experts/{_OUTPUTS}/kernel$", P(None, None, TENSOR, FSDP)),
+    (rf"experts/{_INPUTS}/bias$", P(None, None, TENSOR)),
     (rf"experts/{_INPUTS}/lora_a$", P(None, None, FSDP, None)),
     (rf"experts/{_INPUTS}/lora_b$", P(None, None, None, TENSOR)),
     (rf"experts/{_OUTPUTS}/lora_a$", P(None, None, TENSOR, None)),

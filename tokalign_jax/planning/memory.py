@@ -291,18 +291,15 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     """
     model, compute, stage, mesh = setup.model, setup.compute, setup.stage, setup.mesh
     size = jnp.dtype(compute.dtype).itemsize
-    active = model.experts.per_token if model.experts else 1
+    width = model.intermediate_size * (model.experts.per_token if model.experts else 1)
+    width = max(width, model.dense_size or 0)
     wide = max(_mixer_elements(model, kind.mixer, size) for kind in model.layer_kinds)
-    wide += (3 if model.gated_mlp else 2) * model.intermediate_size * active
+    wide += (3 if model.gated_mlp else 2) * width
     narrow = 4 * model.hidden_size
     per_token = 2 * size * (wide // mesh[2] + narrow) + 3 * FLOAT * model.hidden_size
     if stage.method == "lora" and stage.lora.dropout:
         # Dropped-out inputs of the projections; those that read the same input share it.
-        read = (
-            2 * model.hidden_size
-            + model.num_heads * model.head_dim
-            + model.intermediate_size * active
-        )
+        read = 2 * model.hidden_size + model.num_heads * model.head_dim + width
         per_token += 2 * size * read
     if setup.machine.fuses(model, compute):
         return tokens * per_token

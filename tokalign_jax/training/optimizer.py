@@ -28,7 +28,7 @@ _ROW_AXES: tuple[tuple[str, int | None], ...] = (
 )
 """Axis over which a second moment by row is the mean of squared gradients: the width of a token's
 row, the inputs of an output; None: one for each parameter."""
-_DECAY_RULES = ((r"(^|/)(scale|bias)$", "keeps"), ("", "decays"))
+_DECAY_RULES = ((r"(^|/)(kernel|embedding|lora_[ab])$", "decays"), ("", "keeps"))
 
 
 def rules_for(method: str) -> tuple[tuple[str, str], ...]:
@@ -84,7 +84,7 @@ def make_optimizer(
     Its `update` takes the rates of this update as `rates`, by label (`Schedule.rates`).
 
     Decay is decoupled, rate x weight_decay x parameter, on matrices (embedding and head among
-    them), not on norms and biases.
+    them), not on norms, biases, attention sinks and other vectors.
 
     Args:
       stage: decay, betas, epsilon, damping and clipping.

@@ -21,12 +21,15 @@ from tokalign_jax.models.families import (
     exaone4,
     gemma,
     glm,
+    glm4_moe,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     hunyuan,
     lfm2,
     llama,
+    llama4,
     mistral,
     mixture,
     multimodal,
@@ -50,12 +53,15 @@ _MODULES = (
     exaone4,
     gemma,
     glm,
+    glm4_moe,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     hunyuan,
     lfm2,
     llama,
+    llama4,
     mistral,
     mixture,
     nanochat,
@@ -90,21 +96,13 @@ REFUSED = {
 """Unsupported families that are close to a supported one, with the reason."""
 
 _MAMBA = "layers with Mamba 2"
-_LATENT = "latent attention, and experts that are chosen by groups and with a bias"
+_LATENT = "latent attention, and experts that are chosen by groups"
 UNIMPLEMENTED = {
     "bamba": _MAMBA,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "falcon_h1": f"{_MAMBA} and attention side by side",
-    "glm4_moe": "experts that are chosen with a bias, and first layers without experts",
-    "gpt_oss": (
-        "attention sinks, and experts with biases and a clipped activation (and its published"
-        " MXFP4 weights a conversion to bfloat16)"
-    ),
     "jamba": "layers with Mamba",
-    "lfm2_moe": "first layers without experts, and experts that are chosen with a bias",
-    "llama4": "chunked attention, layers without experts, and weights on the experts' inputs",
-    "llama4_text": "chunked attention, layers without experts, and weights on the experts' inputs",
     "mamba2": _MAMBA,
     "nemotron_h": _MAMBA,
 }

@@ -86,7 +86,8 @@ def attention(
     biases = dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.attention_bias)
     projections = biases | {"o_proj": config.attention_out_bias}
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    normed = ("q_norm", "k_norm") if config.query_key_norm and config.norm_scale else ()
+    has_norms = config.query_key_norm not in (None, "unscaled") and config.norm_scale
+    normed = ("q_norm", "k_norm") if has_norms else ()
     return [
         *(
             weight
@@ -159,9 +160,18 @@ def mlp(config: ModelConfig, names: Names = MappingProxyType({})) -> list[Weight
     ]
 
 
-def restrict_to_mixer(mixer: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
-    """Restricts weights to the layers with this mixer."""
-    layers = tuple(i for i, kind in enumerate(config.layer_kinds) if kind.mixer == mixer)
+def projections(theirs: str, ours: str) -> list[Weight]:
+    """Returns the projections of a gated feed-forward without biases, by its name and path."""
+    return [
+        weight
+        for name in ("gate_proj", "up_proj", "down_proj")
+        for weight in linear(f"{theirs}.{name}", f"{ours}/{name}", bias=False)
+    ]
+
+
+def restrict_to_part(part: str, config: ModelConfig, weights: Iterable[Weight]) -> list[Weight]:
+    """Restricts weights to the layers with this mixer or feed-forward."""
+    layers = tuple(i for i, kind in enumerate(config.layer_kinds) if part in kind.parts)
     return [replace(weight, layers=layers) for weight in weights if layers]
 
 

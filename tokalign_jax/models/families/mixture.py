@@ -61,18 +61,22 @@ def feed_forward(
       block: the name of a layer's mixture.
       names: names of the experts' projections that differ from ours.
     """
+    return [*_router_and_shared(config, f"{block}.gate"), *experts(config, block, names)]
+
+
+def experts(
+    config: ModelConfig, block: str, names: Mapping[str, str] = MappingProxyType({})
+) -> list[Weight]:
+    """Returns the weights of the experts with a tensor for each; args as for `feed_forward`."""
     return [
-        *_router_and_shared(config, f"{block}.gate"),
-        *(
-            weight
-            for ours in ("gate_proj", "up_proj", "down_proj")
-            for weight in linear(
-                f"{block}.experts.{{index}}.{names.get(ours, ours)}",
-                f"layers/mlp/experts/{ours}",
-                bias=False,
-                count=_experts(config).count,
-            )
-        ),
+        weight
+        for ours in ("gate_proj", "up_proj", "down_proj")
+        for weight in linear(
+            f"{block}.experts.{{index}}.{names.get(ours, ours)}",
+            f"layers/mlp/experts/{ours}",
+            bias=False,
+            count=_experts(config).count,
+        )
     ]
 
 
@@ -83,12 +87,19 @@ def packed_weights(config: ModelConfig) -> list[Weight]:
     return [*_outside(config), *packed_feed_forward(config)]
 
 
-def packed_feed_forward(config: ModelConfig) -> list[Weight]:
-    """Returns the weights of the mixtures with all experts of a layer in one tensor."""
-    return [
-        *_router_and_shared(config, f"{LAYER}.mlp.gate"),
-        *_packed(config, f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"),
-    ]
+def packed_feed_forward(config: ModelConfig, block: str = f"{LAYER}.mlp") -> list[Weight]:
+    """Returns the weights of the mixtures with all experts of a layer in one tensor.
+
+    Args:
+      config: the model's config.
+      block: the name of a layer's mixture.
+    """
+    return [*_router_and_shared(config, f"{block}.gate"), *packed_experts(config, block)]
+
+
+def packed_experts(config: ModelConfig, block: str) -> list[Weight]:
+    """Returns the weights of the experts of the mixture `block`, all of a layer in one tensor."""
+    return _packed(config, f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")
 
 
 def _packed(config: ModelConfig, gate_up: str, down: str) -> list[Weight]:

@@ -105,8 +105,8 @@ def _common(config: ModelConfig) -> list[Weight]:
     return [
         *llama.outer_weights(config),
         *llama.norms(config),
-        *llama.restrict_to_mixer("attention", config, _attention(config)),
-        *llama.restrict_to_mixer("delta", config, [*delta, *_delta_rest(config)]),
+        *llama.restrict_to_part("attention", config, _attention(config)),
+        *llama.restrict_to_part("delta", config, [*delta, *_delta_rest(config)]),
     ]
 
 
