@@ -287,6 +287,19 @@ def test_cudnn_attention_with_sinks_is_exact_by_what_its_kernels_compute(monkeyp
     check(got, reference(*inputs, scale=0.3, window=window, sinks=SINKS), 2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_cudnn_attention_pads_odd_lengths(monkeypatch, window):
+    def kernel(q, k, v, *, scale, is_causal, local_window_size, implementation):
+        assert q.shape[1] == k.shape[1] == 22 and is_causal and implementation == "cudnn"
+        assert local_window_size == (None if window is None else (window - 1, 0))
+        return whole(q, k, v, scale, window, None)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    inputs = arrays(length=21)
+    got = value_and_gradients(lambda *x: attention._cudnn(*x, scale=0.3, window=window), *inputs)
+    check(got, reference(*inputs, scale=0.3, window=window), 2e-6)
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(
     "length, heads, groups, size", [(2048, 8, 8, 256), (600, 4, 1, 64), (256, 4, 4, 80)]

@@ -167,6 +167,14 @@ def _cudnn(
     scale: float,
     window: int | None,
 ) -> Array:
+    """Flash attention by cuDNN; pads odd lengths at the end, which the causal mask hides.
+
+    JAX refuses gradients of odd lengths, which cuDNN does not support with a bias: it takes its
+    placeholder of an absent bias for one (0.10 and 0.11).
+    """
+    if (length := q.shape[1]) % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        return _cudnn(q, k, v, sinks, scale=scale, window=window)[:, :length]
     if sinks is not None:
         return _cudnn_with_sinks(q, k, v, sinks.astype(jnp.float32), scale, window)
     left_window = None if window is None else (window - 1, 0)
