@@ -19,7 +19,8 @@ does for every start. With `--wait`, a start whose folder is missing is waited f
 Reported are abilities by how the tokenizers split a question (shares of the questions that the
 source answers right, and the margin of the right choice over the best wrong one in nats), bits per
 byte and the distance to the source's likelihoods (`evaluation/fidelity.py`) on held-out text and on
-text of another kind. Writes `retention.jsonl`, one line per model as soon as it is measured.
+text of another kind. Writes `retention.jsonl`, one line per model as soon as it is measured;
+`retention_figure.py` makes a table and a figure of such files.
 """
 
 import argparse
@@ -311,6 +312,8 @@ class Bench:
         self.models[training.name] = trained
         facts = {
             "seconds": time.perf_counter() - began,
+            "start": training.fields.get("start", first),
+            "training": {k: v for k, v in training.fields.items() if k != "start"},
             "tokens": stage.steps * stage.batch.size * stage.batch.sequence_length,
         }
         return self.measured(training.name, trained.config, trained.params, self.target, **facts)
