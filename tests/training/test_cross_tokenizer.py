@@ -24,6 +24,7 @@ POSITIONS = np.array([[0, 1, -1, 2, 4, -1], [0, -1, 3, 4, 5, -1]])
 def batch(seed=0):
     random = np.random.default_rng(seed)
     target = random.integers(0, LLAMA.vocab_size, (2, 7)).astype(np.int32)
+    target[0, 3] = target[0, 0]  # Another document starts.
     target[1, -1] = -1
     source = random.integers(0, TEACHER.vocab_size, (2, 8)).astype(np.int32)
     weights = np.array([1.0, 0.5], np.float32), np.array([0.5, 1.0], np.float32)
@@ -42,7 +43,8 @@ def whole_loss(params, teacher, data, weights):
     teacher_nll = nll(TEACHER, teacher, source[:, :-1], source[:, 1:])
     hidden = transformer.forward(LLAMA, params, jnp.maximum(target[:, :-1], 0))
     taught = transformer.forward(TEACHER, teacher, source)
-    count = (data.target[:, 1:] >= 0).sum()
+    learned = (data.target[:, 1:] >= 0) & (data.target[:, 1:] != data.target[:, :1])
+    count = learned.sum()
     next_token, likelihood, chunks, pairs = 0.0, 0.0, 0, []
     for row in range(2):
         shared = [(t, p) for t, p in enumerate(data.positions[row].tolist()) if p >= 0]
@@ -50,7 +52,8 @@ def whole_loss(params, teacher, data, weights):
         for t in range(6):
             if data.target[row, t + 1] >= 0:
                 factor = 1.0 if t in alike else weights.emphasis
-                next_token += data.next_token[row] * factor * student_nll[row, t] / count
+                loss = factor * student_nll[row, t] / count
+                next_token += data.next_token[row] * loss * learned[row, t]
                 if t in alike:
                     pairs.append((hidden[row, t], taught[row, data.positions[row, t]]))
         for (t, p), (u, q) in itertools.pairwise(shared):

@@ -12,7 +12,9 @@ text. There the loss compares
   chunk's likelihoods by teacher and student to the power of 1 / t, the temperature t times the
   binary divergence  p log(p / q) + (1 - p) log((1 - p) / (1 - q)).
 
-Beside them stands the loss of the next token. What is split differently counts `emphasis` times.
+Beside them stands the loss of the next token, but for tokens that start a document: most documents
+are cut off before their end. There the teacher's likelihood says whether it would have ended. What
+is split differently counts `emphasis` times.
 
 B batch, T target tokens, S source tokens, D model.
 """
@@ -38,7 +40,10 @@ LEAST_NATS = 1e-3
 
 
 class Batch(NamedTuple):
-    """Rows of `text/pairs.py`, and how much the loss of their next tokens counts."""
+    """Rows of `text/pairs.py`, and how much the loss of their next tokens counts.
+
+    Rows begin with the token that starts documents.
+    """
 
     target: Int[Array, "B T+1"]
     source: Int[Array, "B S"]
@@ -118,9 +123,10 @@ def _likelihood_terms(
     nll: Float[Array, "B T"], teacher_nll: Float[Array, "B S"], batch: Batch, weights: Weights
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
     """The weighted sum of next-token loss and divergence; (next-token loss, distance)."""
-    real, alike = batch.target[:, 1:] >= 0, same_next_token(batch.positions)
-    count = jnp.maximum(real.sum(), 1)
-    factors = jnp.where(real, jnp.where(alike, 1.0, weights.emphasis), 0.0)
+    labels, alike = batch.target[:, 1:], same_next_token(batch.positions)
+    learned = (labels >= 0) & (labels != batch.target[:, :1])
+    count = jnp.maximum(learned.sum(), 1)
+    factors = jnp.where(learned, jnp.where(alike, 1.0, weights.emphasis), 0.0)
     next_token = jnp.sum(nll * factors * batch.next_token[:, None]) / count
     chunks = chunk_nats(nll, teacher_nll, batch.positions)
     each = divergence(chunks.student, chunks.teacher)
@@ -129,7 +135,7 @@ def _likelihood_terms(
     value = next_token + jnp.sum(jnp.where(chunks.whole, each, 0.0)) / num_chunks
     gaps = jnp.where(chunks.whole, jnp.abs(chunks.student - chunks.teacher), 0.0)
     distance = jnp.sum(gaps) / num_chunks
-    return value, (jnp.sum(nll * real) / count, distance)
+    return value, (jnp.sum(nll * learned) / count, distance)
 
 
 class Chunks(NamedTuple):
