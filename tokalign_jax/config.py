@@ -449,6 +449,17 @@ class ComputeConfig:
     longer to compile. 0: on GPUs all of them up to 48, and of deeper models groups of equal size
     with at most 48, which the log says; 1 elsewhere and if `remat` is `layer`, where more gain
     nothing."""
+    matmul: Literal["dtype", "float8"] = added("dtype")
+    """How training stages compute the projections of the layers: in `dtype`, or with operands in
+    float8 (docs/running.md): e4m3 in the forward product, e5m2 for the output gradients, with one
+    scale for each operand of each product. Adapters, embedding, head, loss, norms, attention and
+    experts stay as they are, as does everything outside of training stages."""
+
+
+def products_of(compute: ComputeConfig) -> dict[str, Any]:
+    """Return the settings of `compute` that the result of a training stage depends on."""
+    matmul = {} if compute.matmul == "dtype" else {"matmul": compute.matmul}
+    return {"dtype": compute.dtype, **matmul}
 
 
 LOSS_CHUNK = 4096

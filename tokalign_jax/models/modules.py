@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, UInt32
 
+from tokalign_jax.models import float8
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
@@ -61,6 +62,8 @@ class Linear(nnx.Module):
         self.bias = param(outputs) if bias else None
         self.lora = lora
         self.remat_name = remat_name
+        self.matmul: float8.Matmul = "dtype"
+        """How x W is computed, set by the model that the map is a projection of."""
         if lora:
             self.lora_a = param(inputs, lora.rank)
             self.lora_b = param(lora.rank, outputs)
@@ -72,7 +75,8 @@ class Linear(nnx.Module):
         low: Float[Array, "B T r"] | None = None,
     ) -> Float[Array, "B T out"]:
         """Applies the map; `low` is its result of `lora_down`, if computed already."""
-        y = x @ self.kernel.astype(x.dtype)
+        kernel = self.kernel.astype(x.dtype)
+        y = float8.product(x, kernel) if self.matmul == "float8" else x @ kernel
         if self.lora:
             (low,) = lora_down([self], x, key) if low is None else (low,)
             y += low @ self.lora_b.astype(x.dtype)

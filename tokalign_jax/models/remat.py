@@ -5,7 +5,8 @@ layers.
 
 A layer's input is always saved. Matrix products are expensive to recompute; norms, rotations and
 activation functions cost next to nothing. A policy therefore names the products whose results are
-saved; everything else is recomputed:
+saved; everything else is recomputed (scales of float8 operands, which are scalars, are always
+saved):
 
 | policy | saved results besides the layer's input | recomputed products |
 |---|---|---|
@@ -39,8 +40,14 @@ ATTENTION = "attention"
 """Checkpoint name of the results of q_proj, k_proj, v_proj and of the attention kernel."""
 PROJECTIONS = "projections"
 """Checkpoint name of the results of all other projections."""
+SCALES = "scales"
+"""Checkpoint name of scalars that would take a pass over an array to recompute (`float8`)."""
 
-_SAVED_NAMES = {"dots": (ATTENTION, PROJECTIONS), "attention": (ATTENTION,), "layer": ()}
+_SAVED_NAMES = {
+    "dots": (ATTENTION, PROJECTIONS, SCALES),
+    "attention": (ATTENTION, SCALES),
+    "layer": (SCALES,),
+}
 _CUDNN = "dot_product_attention_fwd_wrapper"
 """The primitive of cuDNN's attention: its results (such as the log-sum-exp) cannot be named."""
 

@@ -28,10 +28,12 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.models import remat as rematerialization
 from tokalign_jax.models.config import ModelConfig, QueryGrowth
 from tokalign_jax.models.experts import MixtureOfExperts
+from tokalign_jax.models.float8 import Matmul
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.mixers import Attention, LayerContext, spans, unique_with_indices
 from tokalign_jax.models.modules import (
     MLP,
+    Linear,
     Norm,
     add_broadcast,
     apply_norm,
@@ -200,13 +202,19 @@ class Segment(NamedTuple):
 class Transformer:
     """A model bound to its parameters; maps tokens to hidden states."""
 
-    def __init__(self, config: ModelConfig, lora: LoraSpec | None, params: Params):
+    def __init__(
+        self,
+        config: ModelConfig,
+        lora: LoraSpec | None,
+        params: Params,
+        matmul: Matmul = "dtype",
+    ):
         self.config = config
         self.layers = params["layers"]
         outer = {name: part for name, part in params.items() if name != "layers"}
         self.outer = nnx.merge(_outer_modules(config)[0], outer)
         kinds = dict.fromkeys(kind.parts for kind in config.layer_kinds)
-        self._blocks = {parts: _block(config, parts, lora)[0] for parts in kinds}
+        self._blocks = {parts: _block(config, parts, lora, matmul)[0] for parts in kinds}
 
     def __call__(
         self,
@@ -366,6 +374,7 @@ def forward(
     dtype: DTypeLike = jnp.float32,
     remat: rematerialization.Policy = "dots",
     unroll: int = 1,
+    matmul: Matmul = "dtype",
 ) -> Float[Array, "B T D"]:
     """Returns the hidden states after the final norm, in `dtype`.
 
@@ -381,6 +390,7 @@ def forward(
       unroll: layers per iteration of the compiled loop. With all layers there is no loop, and
         residuals are not copied into a stack: faster, but compilation time grows with depth. 0
         unrolls up to `MAX_UNROLLED` layers on GPU if layers save more than their input, else 1.
+      matmul: how the projections of the layers are computed.
 
     Raises:
       ValueError: `params` do not match `config` and `lora`.
@@ -390,7 +400,8 @@ def forward(
     if dropout_key is not None and not dropout_key.shape:
         dropout_key = jax.random.split(dropout_key, len(tokens))
     with compiling.products(dtype):
-        return _bind(config, lora, params)(tokens, dropout_key, dtype, remat, unroll)[0]
+        model = _bind(config, lora, params, matmul)
+        return model(tokens, dropout_key, dtype, remat, unroll)[0]
 
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
@@ -577,9 +588,14 @@ def _outer_modules(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 @functools.cache
 def _block(
-    config: ModelConfig, parts: Parts, lora: LoraSpec | None
+    config: ModelConfig, parts: Parts, lora: LoraSpec | None, matmul: Matmul = "dtype"
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Block(config, parts, lora)))
+    block = nnx.eval_shape(lambda: Block(config, parts, lora))
+    for path, module in nnx.iter_graph(block):
+        # Other maps (routers and gates) keep their precision.
+        if isinstance(module, Linear) and str(path[-1]).endswith("_proj"):
+            module.matmul = matmul
+    return nnx.split(block)
 
 
 def _layers_by_part(config: ModelConfig) -> Counter[str]:
@@ -587,7 +603,9 @@ def _layers_by_part(config: ModelConfig) -> Counter[str]:
     return Counter(part for kind in config.layer_kinds for part in kind.parts)
 
 
-def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transformer:
+def _bind(
+    config: ModelConfig, lora: LoraSpec | None, params: Params, matmul: Matmul = "dtype"
+) -> Transformer:
     expected, actual = (
         set(paths.flatten(tree)) for tree in (abstract_params(config, lora), params)
     )
@@ -597,7 +615,7 @@ def _bind(config: ModelConfig, lora: LoraSpec | None, params: Params) -> Transfo
             f"unexpected {sorted(actual - expected)}"
             f" ({config}, {lora})"
         )
-    return Transformer(config, lora, params)
+    return Transformer(config, lora, params, matmul)
 
 
 def _segment_step(

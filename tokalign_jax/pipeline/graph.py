@@ -16,6 +16,7 @@ from tokalign_jax.config import (
     ExportConfig,
     config_to_dict,
     learns_from_source,
+    products_of,
     selection_of,
     settings_of,
     training_stages,
@@ -248,11 +249,12 @@ class _Graph:
         if "teacher" in settings:
             settings["teacher"] = self.digests["teacher"]
         data = {"data": config_to_dict(self.config.data)}
+        compute = {"compute": products_of(self.config.compute)}
         return Stage(
             name,
             f"train ({getattr(self.config, name).method})",
             ("tokens", *(["boundaries"] if name in self.taught else []), *before),
-            {name: settings, **data, **self.compute, **self.seed, **self._selections(before)},
+            {name: settings, **data, **compute, **self.seed, **self._selections(before)},
             lambda c: stages.train(c, name, before),
             resumes=True,
             on_all_processes=True,

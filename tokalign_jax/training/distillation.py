@@ -141,6 +141,7 @@ def make_distillation_loss(
             dtype=dtype,
             remat=remat,
             unroll=compute.unroll,
+            matmul=compute.matmul,
         )
         return distillation(
             hidden, head_matrix(params), teacher_hidden, head_matrix(taught), labels, how

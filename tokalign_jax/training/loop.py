@@ -21,8 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokalign_jax.config import ComputeConfig, Config, StageConfig, remat_of, settings_of
+from tokalign_jax.config import (
+    ComputeConfig,
+    Config,
+    StageConfig,
+    products_of,
+    remat_of,
+    settings_of,
+)
 from tokalign_jax.errors import UserError
+from tokalign_jax.models import float8
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import MAX_UNROLLED, abstract_params, num_iterations
@@ -295,6 +303,10 @@ def run_stage(
                 run.announce(state, frozen)
                 if looped := _looped_layers(config.compute, model_config.num_layers):
                     log(f"{name}: {looped}")
+                if config.compute.matmul == "float8":
+                    leaves = paths.flatten(abstract_params(model_config))
+                    for line in float8.messages(leaves, mesh.devices.flat[0]):
+                        log(f"{name}: {line}")
                 inputs = cast if objective.beside is None else (cast, objective.beside)
                 with _naming_a_lost_process(name):
                     state = run(program.step, state, inputs, feed, dropout_key)
@@ -784,7 +796,7 @@ def _fingerprint(
     facts = {
         "stage": {k: v for k, v in settings_of(stage).items() if k not in _COMPARED_APART},
         "seed": config.seed,
-        "dtype": config.compute.dtype,
+        **products_of(config.compute),
         "model": dataclasses.asdict(model_config),
         "params": {
             path: [shape(path, leaf), str(leaf.dtype)]

@@ -103,7 +103,16 @@ class SourceDistillation:
             teacher_states = jax.lax.stop_gradient(
                 forward(self.teacher, taught, batch["source"], **how)
             )
-            hidden = forward(model, params, read, lora=lora, dropout_key=keys, remat=remat, **how)
+            hidden = forward(
+                model,
+                params,
+                read,
+                lora=lora,
+                dropout_key=keys,
+                remat=remat,
+                matmul=compute.matmul,
+                **how,
+            )
             matrix = head_matrix(params)
             total = jnp.zeros(())
             if weights.states:

@@ -173,6 +173,7 @@ class NextTokenLoss:
             dtype=jnp.dtype(self.compute.dtype),
             remat=remat_of(self.compute),
             unroll=self.compute.unroll,
+            matmul=self.compute.matmul,
         )
 
 
