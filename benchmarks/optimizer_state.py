@@ -1,13 +1,20 @@
-"""Loss curves with the optimizer's state in less memory, beside those with float32 moments.
+"""Loss curves of training in less memory or time, beside those of the default.
 
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
         --corpus /data/train.jsonl --steps 500 --seeds 3 --out runs/state.json
 
 The model gets the target tokenizer with the mean of each token's pieces, then trains in each format
-of the state (`stageN.optimizer`), on the same sequences in the same order; a seed has its own
+of the optimizer's state (`stageN.optimizer`), on the same sequences in the same order; a seed has its own
 order. The validation loss is on documents of the corpus that are not trained on. `--out` is a JSON
 file of the curves; the table has the final validation losses and their differences to `float32` of
 the same seed.
+
+The format `float8` has the default state, and projections in float8 (`compute.matmul`). Validation
+losses are always computed in `--dtype`:
+
+    python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
+        --corpus /data/train.jsonl --dtype bfloat16 --length 512 --steps 500 \
+        --formats 'float32;float8' --out runs/float8.json
 """
 
 import argparse
@@ -46,7 +53,11 @@ FORMATS = {
         "body_moment_dtype": "bfloat16",
         "body_row_second_moment": True,
     },
+    "float8": {},
 }
+COMPUTE: dict[str, dict[str, Any]] = {"float8": {"matmul": "float8"}}
+"""By format: fields of `ComputeConfig`."""
+STATES = [name for name in FORMATS if name not in COMPUTE]
 HELD_OUT = 50
 """One document of so many is measured on."""
 
@@ -62,7 +73,7 @@ def main() -> None:
     print(f"{len(shards[0].tokens):,} tokens to train on, {model.config.vocab_size:,} rows")
     rows = []
     for seed in range(arguments.seeds):
-        for name in arguments.formats.split(";") if arguments.formats else FORMATS:
+        for name in arguments.formats.split(";") if arguments.formats else STATES:
             rows.append(
                 {"format": name, "seed": seed, **trained(name, seed, model, shards, arguments)}
             )
@@ -96,7 +107,9 @@ def trained(name: str, seed: int, model: Any, shards: Any, arguments: argparse.N
             sequence_length=arguments.length,
         ),
     )
-    compute = ComputeConfig(dtype=arguments.dtype, remat="dots", loss_chunk=1024)
+    compute = ComputeConfig(
+        dtype=arguments.dtype, remat="dots", loss_chunk=1024, **COMPUTE.get(name, {})
+    )
     config = Config(seed=seed, stage1=stage, compute=compute)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +181,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--validations", type=int, default=10, help="over the steps")
     parser.add_argument("--validation-sequences", type=int, default=128)
-    parser.add_argument("--formats", default="", help=f"of {'; '.join(FORMATS)}, with ; between")
+    parser.add_argument(
+        "--formats",
+        default="",
+        help=f"of {'; '.join(FORMATS)}, with ; between; empty: those of the state",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file of all curves")
     return parser.parse_args()

@@ -29,6 +29,12 @@ The optimizer's state in less memory, and deep models with all layers unrolled o
     python benchmarks/train_throughput.py --model qwen3-4b --method lora,full --batch 4 --unroll 18,36 \
         --no-feed --out runs/depth
 
+Projections in float8 beside those in bfloat16 (`compute.matmul`; the row also counts the float8
+kernels that the compiler uses, which should not be 0):
+
+    python benchmarks/train_throughput.py --model pythia-1b --vocabulary 151936 \
+        --method embedding,lora,full --batch 8 --matmul dtype,float8 --no-feed --out runs/float8
+
 Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
 `throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels
 and its compiled program.
@@ -139,6 +145,8 @@ STATES: dict[str, dict[str, Any]] = {
 }
 """Formats of the optimizer's state: fields of `OptimizerConfig`."""
 
+_FLOAT8_KERNEL = '"__cublas$lt$matmul$f8"'
+"""A call of cuBLASLt's float8 kernels in a compiled program."""
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OutOfMemoryError|out of memory", re.IGNORECASE)
 Row = dict[str, Any]
 
@@ -161,6 +169,7 @@ def main() -> None:
         arguments.xla.split(";"),
         arguments.state.split(","),
         arguments.loss_chunk.split(","),
+        arguments.matmul.split(","),
     )
     rows = [
         measured(method, arguments, **variant)
@@ -238,6 +247,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--loss-chunk", default="0", help="tokens whose logits exist at once; 0: the default"
     )
+    parser.add_argument(
+        "--matmul", default="dtype", help="how projections are computed: of dtype, float8"
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument(
@@ -259,7 +271,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _variants(*lists: Sequence[str]) -> list[dict[str, Any]]:
-    names = "remat", "unroll", "xla", "state", "loss_chunk"
+    names = "remat", "unroll", "xla", "state", "loss_chunk", "matmul"
     return [dict(zip(names, values)) for values in itertools.product(*lists)]
 
 
@@ -362,7 +374,11 @@ def measure(arguments: argparse.Namespace) -> Row:
     )
     chunk = {"loss_chunk": int(arguments.loss_chunk)} if int(arguments.loss_chunk) else {}
     compute = ComputeConfig(
-        dtype=arguments.dtype, remat=arguments.remat, unroll=int(arguments.unroll), **chunk
+        dtype=arguments.dtype,
+        remat=arguments.remat,
+        unroll=int(arguments.unroll),
+        matmul=arguments.matmul,
+        **chunk,
     )
     assert micro_batch("benchmark", stage, mesh) == batch
     optimizer = make_optimizer(stage, _labels(stage, model), model.vocab_size)
@@ -390,6 +406,10 @@ def measure(arguments: argparse.Namespace) -> Row:
         memory.argument_size_in_bytes + memory.temp_size_in_bytes
     )  # outputs lie where the state came in
     _report(f"compiled in {compile_seconds:.1f} s, {planned / 2**30:.2f} GiB a device")
+    kernels = {}
+    if arguments.matmul == "float8":
+        kernels["float8_kernels"] = compiled.as_text().count(_FLOAT8_KERNEL)
+        _report(f"{kernels['float8_kernels']} float8 kernels in the program")
 
     def run(batches: Iterator[Any], steps: int, what: str) -> float:
         """Seconds a step; the host stays two steps ahead, as in training."""
@@ -432,7 +452,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         "compile_seconds": compile_seconds,
         "peak_bytes": measured or planned,
     }
-    return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed
+    return _row(arguments, timing, jax.device_count(), device.device_kind, peak) | fed | kernels
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -452,6 +472,7 @@ def _file_name(arguments: argparse.Namespace) -> str:
         arguments.xla,
         arguments.state,
         arguments.loss_chunk,
+        arguments.matmul,
     )
     return re.sub(r"[^\w-]+", "-", "-".join(part for part in parts if part))
 
@@ -774,7 +795,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _variant(row: Row) -> str:
     """Settings, besides the method, that identify a row."""
-    defaults = {"unroll": "0", "state": "float32", "loss_chunk": "0"}
+    defaults = {"unroll": "0", "state": "float32", "loss_chunk": "0", "matmul": "dtype"}
     changed = [
         f"{name}={row[name]}" for name, value in defaults.items() if row.get(name, value) != value
     ]

@@ -17,6 +17,7 @@ from tokalign_jax.config import (
     config_from_dict,
     config_to_dict,
     default_config,
+    products_of,
     settings_of,
 )
 from tokalign_jax.errors import UserError
@@ -243,3 +244,9 @@ def test_fingerprints_exclude_settings_without_effect():
     assert settings_of(config_from_dict({"stage1": {"optimizer": {"beta1": 0.5}}}).stage1) != (
         settings_of(one)
     )
+
+
+def test_training_depends_on_how_products_are_computed_and_on_nothing_more_by_default():
+    assert products_of(Config().compute) == {"dtype": "bfloat16"}
+    compute = config_from_dict({"compute": {"matmul": "float8", "remat": "layer"}}).compute
+    assert products_of(compute) == {"dtype": "bfloat16", "matmul": "float8"}

@@ -83,7 +83,9 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_so():
 
 @pytest.mark.parametrize("shape", [(64, 24), (24, 64)])
 def test_other_sizes_are_multiplied_as_usual(shape):
-    x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((5, shape[0]), shape)))
+    x, kernel = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((5, shape[0]), shape))
+    )
     np.testing.assert_array_equal(float8.product(x, kernel), x @ kernel)
 
 
@@ -159,7 +161,9 @@ def test_every_projection_is_in_float8_and_no_frozen_kernel_has_a_gradient():
     model = MODELS["llama"]
     layers, projections = model.num_layers, 7
     trained, programs = dots(model, "layers", matmul="float8")
-    assert {("f8e4m3fn", "f8e4m3fn"), ("f8e5m2", "f8e4m3fn"), ("f8e4m3fn", "f8e5m2")} == set(trained)
+    assert {("f8e4m3fn", "f8e4m3fn"), ("f8e5m2", "f8e4m3fn"), ("f8e4m3fn", "f8e5m2")} == set(
+        trained
+    )
     assert trained.count(("f8e4m3fn", "f8e5m2")) == projections * layers
     assert not dots(model, "layers")[0]
     # The gradient of a frozen kernel is never computed: one product less for each projection.
@@ -168,11 +172,25 @@ def test_every_projection_is_in_float8_and_no_frozen_kernel_has_a_gradient():
     assert programs - frozen == projections * layers
 
 
+@pytest.mark.parametrize("policy", ["dots", "layer"])
+def test_scales_of_forward_operands_are_not_recomputed(policy):
+    """Each is a reduction of the whole operand: two for each projection, one for its gradient."""
+    model = MODELS["llama"]
+    params = params_of(model)
+    reductions = []
+    for matmul in ("dtype", "float8"):
+        loss = loss_of(model, unroll=model.num_layers, remat=policy, matmul=matmul)
+        lowered = jax.jit(jax.grad(loss)).lower(params, {}).as_text(dialect="hlo")
+        reductions.append(len(re.findall(r" reduce\(", lowered)))
+    assert reductions[1] - reductions[0] == 7 * model.num_layers * 3
+
+
 HYBRID = replace(
     MODELS["llama"],
     num_layers=3,
     layer_kinds=tuple(
-        replace(LLAMA.layer_kinds[0], mixer=mixer) for mixer in ("delta", "convolution", "attention")
+        replace(LLAMA.layer_kinds[0], mixer=mixer)
+        for mixer in ("delta", "convolution", "attention")
     ),
     delta=DeltaRule(2, 4, 8, 8, kernel_size=3),
     convolution=Convolution(3, bias=True),
@@ -191,7 +209,9 @@ def test_other_mixers_and_shared_experts_are_in_float8_and_routers_are_not():
     assert "emulated" in lines[2]
 
 
-@pytest.mark.parametrize("capability, has", [("9.0", True), ("8.9", True), ("8.0", False), ("gfx942", False)])
+@pytest.mark.parametrize(
+    "capability, has", [("9.0", True), ("8.9", True), ("8.0", False), ("gfx942", False)]
+)
 def test_gpus_with_float8_kernels_are_known_by_their_capability(capability, has):
     class Device:
         platform, device_kind, compute_capability = "gpu", "GPU", capability

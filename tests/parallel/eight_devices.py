@@ -33,7 +33,7 @@ from tests.training.toys import (
 from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
-from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models import float8, hub, huggingface
 from tokalign_jax.models.config import ClampedSwiGLU, Convolution, DeltaRule, Experts
 from tokalign_jax.models.lora import add_lora
 from tokalign_jax.models.transformer import generate
@@ -233,9 +233,9 @@ def validation(shape, method):
     close(results[1], results[0], 1e-6)
 
 
-def compiled_step(shape, method, dtype="float32", accumulation=2, options=None):
+def compiled_step(shape, method, dtype="float32", accumulation=2, options=None, matmul="dtype"):
     """A compiled step on a mesh, and the number of trainable elements per device."""
-    mesh, compute = mesh_of(shape), ComputeConfig(dtype=dtype, loss_chunk=7)
+    mesh, compute = mesh_of(shape), ComputeConfig(dtype=dtype, loss_chunk=7, matmul=matmul)
     stage = replace(STEP, method=method)
     lora = lora_spec(stage)
     params = toy_params(LLAMA)
@@ -252,12 +252,12 @@ def compiled_step(shape, method, dtype="float32", accumulation=2, options=None):
     return lowered.compile(compiler_options=options), sum(sizes)
 
 
-def reductions(method, names, dtype="float32"):
+def reductions(method, names, dtype="float32", matmul="dtype"):
     """Replicas all-reduce gradients, loss and token count once per step, outside the loop over
     micro-batches, and nothing else.
     """
     for shape in (SHAPES[name] for name in names):
-        step, size = compiled_step(shape, method, dtype)
+        step, size = compiled_step(shape, method, dtype, matmul=matmul)
         copy_of = np.indices(shape)[0].ravel()  # by device
         across = [
             collective
@@ -293,6 +293,44 @@ def gradient_types():
         found = {pair for pair in found if pair[1] in matrices | others}
         expected = {(short, shape) for shape in matrices} | {("f32", shape) for shape in others}
         assert found == expected, (accumulation, found)
+
+
+def float8_products(shape):
+    """Scales are those of whole operands, however these are split."""
+    random = np.random.default_rng(0)
+    x, kernel, gradient = (
+        random.normal(size=s).astype(np.float32) for s in ((8, 6, 32), (32, 64), (8, 6, 64))
+    )
+    for operand in (x, kernel, gradient):
+        operand.reshape(-1)[-1] = 100.0  # in the last shard alone
+    mesh, results = mesh_of(shape), []
+    specs = jax.P(sharding.BATCH), jax.P(sharding.FSDP, sharding.TENSOR), jax.P(sharding.BATCH)
+    for place in (lambda x, _: x, lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))):
+
+        @jax.jit
+        def products(x, kernel, gradient):
+            y, vjp = jax.vjp(float8.product, x, kernel)
+            return y, *vjp(gradient)
+
+        results.append(products(*map(place, (x, kernel, gradient), specs)))
+    close(results[1], results[0], 1e-5)
+
+    model = replace(LLAMA, hidden_size=32, head_dim=8, intermediate_size=48)
+    compute = replace(CONFIG.compute, matmul="float8")
+    tokens = toy_shards().tokens[: 8 * (LENGTH + 1)].reshape(1, 8, -1).astype(np.int32)
+    gradients = []
+    loss, keys = make_loss(model, compute, None), jax.random.split(jax.random.key(0), 8)
+    for devices in (mesh_of(), mesh):
+        batch = sharding.global_batch(tokens, devices)[0]
+        with sharding.within(devices):
+            gradient = jax.jit(jax.grad(lambda *inputs: loss(*inputs)[0]))
+            placed = sharding.place(toy_params(model), devices)
+            gradients.append(unpadded(gradient(placed, {}, batch, keys), VOCABULARY))
+    one, many = map(paths.flatten, gradients)
+    for path, leaf in one.items():
+        # Sums in another order round a few operands to the next float8 number.
+        difference = np.linalg.norm(many[path] - leaf) / np.linalg.norm(leaf)
+        assert difference < 0.02, (path, difference)
 
 
 # --- Files, evaluation, initialisation ----------------------------------------------------------
@@ -503,8 +541,10 @@ CHECKS = {
     "validation-all": (validation, SHAPES["all"], "full"),
     "validation-lora-fsdp": (validation, SHAPES["fsdp"], "lora"),
     "gradient-types": (gradient_types,),
+    **{f"float8-{name}": (float8_products, shape) for name, shape in SHAPES.items()},
     "reductions-full": (reductions, "full", ("data", "tensor", "all")),
     "reductions-embedding": (reductions, "embedding", ("tensor",)),
+    "reductions-float8": (reductions, "full", ("all",), "float32", "float8"),
     "reductions-lora": (reductions, "lora", ("all",), "bfloat16"),
     "training-embedding-all": (training, SHAPES["all"], LLAMA, "embedding"),
     "training-tied-all": (training, SHAPES["all"], TIED, "full"),

@@ -150,3 +150,13 @@ def test_the_mesh_is_chosen_by_the_state_that_there_is():
     )
     vocabulary = 2 * MODEL.vocab_size * MODEL.hidden_size
     assert plain - compact == vocabulary * 6 - 2 * MODEL.vocab_size * 4
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_float8_operands_of_the_largest_projection_count_twice(tensor):
+    setup = setup_of(stage_of("full", OptimizerConfig()), (1, 1, tensor))
+    narrow, wide = MODEL.hidden_size, MODEL.intermediate_size
+    assert memory.float8_bytes(setup, 100) == 0
+    in_float8 = setup.with_compute(matmul="float8")
+    operands = 2 * (100 * (narrow + wide) + narrow * wide)
+    assert memory.float8_bytes(in_float8, 100) == operands // tensor

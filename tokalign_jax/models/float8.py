@@ -112,9 +112,7 @@ def _product_backward(residuals: tuple[Array, ...], gradient: Float[Array, "*B o
     x_gradient = _dot(
         quantized, kernel, (last, (1,)), gradient_scale * kernel_scale, dtype, precision
     )
-    kernel_gradient = _dot(
-        x, quantized, (batch, batch), x_scale * gradient_scale, dtype, precision
-    )
+    kernel_gradient = _dot(x, quantized, (batch, batch), x_scale * gradient_scale, dtype, precision)
     return x_gradient, kernel_gradient, None, None
 
 

@@ -153,7 +153,7 @@ class Speed:
     tokens_per_second: float = 0.0
     """Of all devices together, for every stage."""
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Tokens a second of one device, by the stage's method."""
+    """Tokens a second of one device, by `kind_of` a stage."""
     mfu: float = 0.4
     """Model FLOPs utilization: the share of the peak that is reached."""
     peak: float = 0.0
@@ -174,9 +174,13 @@ class Speed:
         )
 
     def seconds(
-        self, tokens: int, flops: float, method: str, machine: Machine
+        self, tokens: int, flops: float, kind: str, machine: Machine
     ) -> tuple[float | None, str]:
-        """Return the seconds of training on `tokens`, None if unknown, and the figure's source."""
+        """Return the seconds of training on `tokens`, None if unknown, and the figure's source.
+
+        Args:
+          kind: `kind_of` the stage.
+        """
         if not tokens:
             return 0.0, ""
         if self.tokens_per_second:
@@ -184,7 +188,7 @@ class Speed:
                 tokens / self.tokens_per_second,
                 f"at the {quantity(self.tokens_per_second)} tokens/s given",
             )
-        if rate := self.measured.get(method):
+        if rate := self.measured.get(kind):
             return (
                 tokens / rate / machine.devices,
                 f"at the {quantity(rate)} tokens/s measured on one device, times {machine.devices}",
@@ -192,6 +196,7 @@ class Speed:
         peak = self.peak or peak_flops(machine.kind)
         if not peak:
             return None, ""
+        # The peak is that of 16-bit products, also for stages in float8.
         rate = self.mfu * peak * machine.devices / (flops / tokens)
         return (
             tokens / rate,
@@ -289,15 +294,27 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
+def kind_of(method: str, matmul: str = "dtype") -> str:
+    """Return the key of a stage's measured speed: its method, and how products are computed."""
+    return method if matmul == "dtype" else f"{method}, {matmul}"
+
+
 def _measured(file: Path) -> dict[str, float]:
-    """Tokens a second of one device by method, from the output of benchmarks/train_throughput.py.
+    """Tokens a second of one device by `kind_of` its stage.
+
+    Args:
+      file: output of benchmarks/train_throughput.py.
 
     Raises:
       UserError: the file does not hold that.
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return {row["method"]: row["tokens_per_second"] / row["devices"] for row in rows}
+        return {
+            kind_of(row["method"], row.get("matmul", "dtype")): row["tokens_per_second"]
+            / row["devices"]
+            for row in rows
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--throughput={file}: expected a JSON list of rows with method, tokens_per_second and"

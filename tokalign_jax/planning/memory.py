@@ -182,7 +182,9 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     train = FLOAT * elements(trained, mesh)
     logits = logits_bytes(model, compute, tokens, mesh)
     work = {  # one after the other
-        "one layer": layer_bytes(setup, tokens) + gathered_bytes(model, trained, size, mesh),
+        "one layer": layer_bytes(setup, tokens)
+        + float8_bytes(setup, tokens)
+        + gathered_bytes(model, trained, size, mesh),
     }
     teaching, teacher_work, teacher_logits = _teacher_memory(setup, held)
     work |= teacher_work
@@ -307,6 +309,19 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     length = stage.batch.sequence_length
     queries = length if length <= MAX_UNBLOCKED_QUERIES else QUERY_BLOCK
     return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
+
+
+def float8_bytes(setup: Setup, tokens: int) -> int:
+    """Float8 operands of the largest projection's products, each also transposed."""
+    if setup.compute.matmul != "float8":
+        return 0
+    kernels = {
+        path: leaf.shape[-2:]
+        for path, leaf in paths.flatten(abstract_params(setup.model)).items()
+        if path.endswith("_proj/kernel") and len(leaf.shape) == 3
+    }
+    copies = [2 * (tokens * sum(shape) + math.prod(shape)) for shape in kernels.values()]
+    return max(copies, default=0) // setup.mesh[2]
 
 
 def _mixer_elements(model: ModelConfig, mixer: str, size: int) -> int:

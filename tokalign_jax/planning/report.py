@@ -27,7 +27,7 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import advice, disk, flops, memory, worth
 from tokalign_jax.planning.inference import Needs, Run, Source, needs
-from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes
+from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes, kind_of
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
 from tokalign_jax.text import corpus, mining
@@ -379,7 +379,7 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
     trained, frozen = memory.shapes(model, stage)
     tokens = stage.steps * stage.batch.size * stage.batch.sequence_length
     # Measured speeds of a method are without a teacher.
-    kind = "distillation" if setup.teacher else stage.method
+    kind = "distillation" if setup.teacher else kind_of(stage.method, setup.compute.matmul)
     each = flops.flops_per_token(model, stage, setup.teacher)
     validations = validation.count(stage)
     # A validation takes as long as training on as many tokens as have its FLOPs.
