@@ -274,6 +274,10 @@ class LoraConfig:
     """Scale: the product A B is multiplied by alpha / rank."""
     dropout: float = within(0, 0.999, 0.1)
     """Dropout rate of the adapters' inputs."""
+    frozen: Literal["dtype", "int8", "nf4"] = added("dtype")
+    """Type in which training holds the frozen projections: `compute.dtype`, or 8 or 4 bits with a
+    scale for every 64 weights (docs/running.md). Adapters are always merged into the weights as
+    they were before, so no export or evaluation is quantized."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -730,9 +731,18 @@ def _unstack_forward(stack: Any, layers: int):
 
 
 def _unstack_backward(layers: int, _: None, gradients: list[Any]):
-    return (
-        jax.lax.optimization_barrier(jax.tree.map(lambda *parts: jnp.stack(parts), *gradients)),
-    )
+    leaves, structure = jax.tree.flatten(jax.tree.map(_stack_gradients, *gradients))
+    # Codes of quantized kernels are integers, which have no gradient.
+    real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+    for i, leaf in zip(real, jax.lax.optimization_barrier([leaves[i] for i in real])):
+        leaves[i] = leaf
+    return (structure.unflatten(leaves),)
+
+
+def _stack_gradients(*parts: Any) -> Any:
+    if parts[0].dtype == jax.dtypes.float0:
+        return np.zeros((len(parts), *parts[0].shape), jax.dtypes.float0)
+    return jnp.stack(parts)
 
 
 _unstack.defvjp(_unstack_forward, _unstack_backward)

@@ -46,17 +46,19 @@ ROWS = 256
 of matrix units) and of the number of devices that they are split over (`padded_shape`)."""
 
 _INPUTS, _OUTPUTS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
+_KERNEL = r"kernel(/codes|/scales)?$"
+"""A kernel, or the arrays of a quantized one (`models.quantized`)."""
 RULES: tuple[tuple[str, P], ...] = (
     (VOCABULARY_LEAVES, P(VOCABULARY, None)),
-    (rf"experts/{_INPUTS}/kernel$", P(None, None, FSDP, TENSOR)),
-    (rf"experts/{_OUTPUTS}/kernel$", P(None, None, TENSOR, FSDP)),
+    (rf"experts/{_INPUTS}/{_KERNEL}", P(None, None, FSDP, TENSOR)),
+    (rf"experts/{_OUTPUTS}/{_KERNEL}", P(None, None, TENSOR, FSDP)),
     (rf"experts/{_INPUTS}/bias$", P(None, None, TENSOR)),
     (rf"experts/{_INPUTS}/lora_a$", P(None, None, FSDP, None)),
     (rf"experts/{_INPUTS}/lora_b$", P(None, None, None, TENSOR)),
     (rf"experts/{_OUTPUTS}/lora_a$", P(None, None, TENSOR, None)),
     (rf"experts/{_OUTPUTS}/lora_b$", P(None, None, None, FSDP)),
-    (rf"{_INPUTS}/kernel$", P(None, FSDP, TENSOR)),
-    (rf"{_OUTPUTS}/kernel$", P(None, TENSOR, FSDP)),
+    (rf"{_INPUTS}/{_KERNEL}", P(None, FSDP, TENSOR)),
+    (rf"{_OUTPUTS}/{_KERNEL}", P(None, TENSOR, FSDP)),
     (rf"{_INPUTS}/bias$", P(None, TENSOR)),
     (rf"{_INPUTS}/lora_a$", P(None, FSDP, None)),
     (rf"{_INPUTS}/lora_b$", P(None, None, TENSOR)),
@@ -302,9 +304,13 @@ def place(params: paths.Tree, mesh: Mesh) -> paths.Tree:
 
     An array that is placed already is not copied.
     """
-    return paths.unflatten(
-        {path: _placed(path, leaf, mesh) for path, leaf in paths.flatten(params).items()}
-    )
+
+    def placed(path: str, leaf: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda inner, x: _placed("/".join([path, *(key.name for key in inner)]), x, mesh), leaf
+        )
+
+    return paths.unflatten({path: placed(path, x) for path, x in paths.flatten(params).items()})
 
 
 def _placed(path: str, leaf: Any, mesh: Mesh) -> jax.Array:

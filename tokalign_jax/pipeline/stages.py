@@ -237,7 +237,7 @@ def train(context: Context, name: str, before: Sequence[str]) -> Mapping[str, An
             f"once, remat={compute.remat}"
         )
     dtype = training_states.training_dtype(stage, jnp.dtype(context.config.compute.dtype))
-    config, *initial = load_state(context, before, dtype)
+    config, *initial = load_state(context, before, dtype, loop.frozen_kind(stage))
     shards = open_shards(context, "target")
     starts = stream_starts(context, shards)
     settings = dataclasses.replace(context.config, compute=compute)

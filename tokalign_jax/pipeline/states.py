@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.initialization import initialization
-from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models import hub, huggingface, quantized
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text import shared_boundaries, tokenizing
@@ -15,7 +15,10 @@ from tokalign_jax.training import states as training_states
 
 
 def load_state(
-    context: Context, states: Sequence[str], dtype: huggingface.DtypeOf = lambda path: None
+    context: Context,
+    states: Sequence[str],
+    dtype: huggingface.DtypeOf = lambda path: None,
+    kind: quantized.Kind | None = None,
 ) -> tuple[ModelConfig, dict]:
     """Load the model after the last of `states`, on the mesh, with adapters merged.
 
@@ -23,9 +26,10 @@ def load_state(
       states: `init` and the training stages up to the state; empty: the source model, with rows
         that are not finite replaced (`initialization.usable`).
       dtype: returns the dtype of a parameter by its path; None: as stored.
+      kind: the format of quantized projections; None: nothing is quantized.
     """
     folder, config, changes = state_of(context, states)
-    params = training_states.assemble(folder, config, changes, dtype, context.mesh)
+    params = training_states.assemble(folder, config, changes, dtype, context.mesh, kind)
     if not states:
         params, _ = initialization.usable(params, vocabulary_size(context.inputs.source_tokenizer))
     return config, params

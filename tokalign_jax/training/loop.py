@@ -30,7 +30,7 @@ from tokalign_jax.config import (
     settings_of,
 )
 from tokalign_jax.errors import UserError
-from tokalign_jax.models import float8
+from tokalign_jax.models import float8, quantized
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec, add_lora
 from tokalign_jax.models.transformer import MAX_UNROLLED, abstract_params, num_iterations
@@ -141,6 +141,13 @@ def lora_spec(stage: StageConfig) -> LoraSpec | None:
     )
 
 
+def frozen_kind(stage: StageConfig) -> quantized.Kind | None:
+    """The format of a stage's frozen projections; None: they are not quantized."""
+    if stage.method != "lora" or stage.lora.frozen == "dtype":
+        return None
+    return stage.lora.frozen
+
+
 def trains(stage: StageConfig, path: str) -> bool:
     """Return True if the stage changes the parameter of this path."""
     return paths.label(rules_for(stage.method), path) != FROZEN
@@ -148,14 +155,19 @@ def trains(stage: StageConfig, path: str) -> bool:
 
 def state_bytes(stage: StageConfig, config: ModelConfig) -> int:
     """Bytes of parameters, gradients and optimizer state: 8 for each trained parameter (float32:
-    itself and its gradient) and Adam's two moments, 2 for each frozen one.
+    itself and its gradient) and Adam's two moments, 2 for each frozen one or those of its format.
     """
     trained, frozen = split(stage, abstract_params(config, lora_spec(stage)))
+    if kind := frozen_kind(stage):
+        frozen = quantized.abstract_tree(frozen, kind)
     moments = jax.tree.leaves(moment_shapes(stage, trained))
     return (
         8 * sum(leaf.size for leaf in jax.tree.leaves(trained))
         + sum(leaf.size * leaf.dtype.itemsize for leaf in moments)
-        + 2 * sum(leaf.size for leaf in jax.tree.leaves(frozen))
+        + sum(
+            leaf.nbytes if isinstance(leaf, quantized.QuantizedKernel) else 2 * leaf.size
+            for leaf in paths.flatten(frozen).values()
+        )
     )
 
 
@@ -252,7 +264,11 @@ def run_stage(
     adapter_key, dropout_key = jax.random.split(_stage_key(name, config.seed))
     params = sharding.place(_with_adapters(stage, params, adapter_key), mesh)
     trainable, frozen = split(stage, params)
-    fingerprint = _fingerprint(stage, config, model_config, params, shards, start, objective)
+    kind = frozen_kind(stage)
+    held = quantized.quantize_tree(frozen, kind, mesh) if kind else frozen
+    fingerprint = _fingerprint(
+        stage, config, model_config, paths.merge(trainable, held), shards, start, objective
+    )
 
     program = _program(
         objective.make_loss,
@@ -288,7 +304,7 @@ def run_stage(
                     position,
                     mesh,
                 )
-                cast = _cast(frozen, jnp.dtype(config.compute.dtype))
+                cast = _cast(held, jnp.dtype(config.compute.dtype))
                 validator = None
                 if sequences is not None and validations is not None:
                     batches = validation.batched(sequences, micro_batch(name, stage, mesh), mesh)
@@ -300,7 +316,7 @@ def run_stage(
                 run = _Run(
                     name, stage, start, fingerprint, checkpoints, recorder, log, validator, profiler
                 )
-                run.announce(state, frozen)
+                run.announce(state, held)
                 if looped := _looped_layers(config.compute, model_config.num_layers):
                     log(f"{name}: {looped}")
                 if config.compute.matmul == "float8":
@@ -511,6 +527,17 @@ def _naming_a_lost_process(name: str) -> Iterator[None]:
         ) from error
 
 
+def _described(frozen: paths.Tree) -> str:
+    """The number of frozen parameters, and the bytes of those that are quantized."""
+    leaves = paths.flatten(frozen).values()
+    count = quantity(sum(leaf.size for leaf in leaves))
+    kernels = [leaf for leaf in leaves if isinstance(leaf, quantized.QuantizedKernel)]
+    if not kernels:
+        return count
+    held, size = sum(leaf.nbytes for leaf in kernels), sum(leaf.size for leaf in kernels)
+    return f"{count} ({quantity(size)} of them in {kernels[0].kind}, {held / 1e9:.2f} GB)"
+
+
 def _looped_layers(compute: ComputeConfig, layers: int) -> str:
     """A message where a model is too deep to be unrolled by default; empty where it is not."""
     remat = remat_of(compute)
@@ -592,7 +619,7 @@ class _Run:
         )
         self.log(
             f"{self.name}: {self.stage.method}: {count(state.params)} parameters train,"
-            f" {count(frozen)} are frozen; {self.stage.steps:,} steps of {batch:,} x {length:,} ="
+            f" {_described(frozen)} are frozen; {self.stage.steps:,} steps of {batch:,} x {length:,} ="
             f" {quantity(batch * length)} tokens on {len(devices)} {jax.devices()[0].platform}"
             f" device{'s' if len(devices) > 1 else ''}"
         )
@@ -771,8 +798,14 @@ def split(stage: StageConfig, params: paths.Tree) -> tuple[paths.Tree, paths.Tre
     return paths.split(params, lambda path: trains(stage, path))
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+def _cast(tree: paths.Tree, dtype: Any) -> paths.Tree:
+    """Casts all leaves but quantized ones."""
+    return paths.unflatten(
+        {
+            path: leaf if isinstance(leaf, quantized.QuantizedKernel) else leaf.astype(dtype)
+            for path, leaf in paths.flatten(tree).items()
+        }
+    )
 
 
 def _fingerprint(
@@ -790,7 +823,7 @@ def _fingerprint(
 
     def shape(path: str, leaf: Any) -> list[int]:
         """The shape on one device, since padding rows depend on the mesh."""
-        rows = model_config.vocab_size if sharding.is_vocabulary(path) else len(leaf)
+        rows = model_config.vocab_size if sharding.is_vocabulary(path) else leaf.shape[0]
         return list(sharding.padded_shape(path, (rows, *leaf.shape[1:])))
 
     facts = {

@@ -6,7 +6,7 @@ caller computes with, `reader` reads one tensor at a time for an export.
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from tokalign_jax.config import StageConfig
-from tokalign_jax.models import huggingface, lora
+from tokalign_jax.models import huggingface, lora, quantized
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.huggingface import DtypeOf
 from tokalign_jax.models.transformer import Params, abstract_params
@@ -85,7 +85,12 @@ def _parameter(path: str) -> str:
 
 
 def assemble(
-    folder: Path, model: ModelConfig, changes: Changes, dtype: DtypeOf, mesh: Mesh
+    folder: Path,
+    model: ModelConfig,
+    changes: Changes,
+    dtype: DtypeOf,
+    mesh: Mesh,
+    kind: quantized.Kind | None = None,
 ) -> Params:
     """A state on the mesh, adapters merged in float32 one layer at a time.
 
@@ -94,11 +99,35 @@ def assemble(
     Args:
       folder: of the stored weights.
       dtype: None for a path: as stored, float32 if a stage has trained it.
+      kind: the format of quantized projections, with adapters merged before; they are loaded one by
+        one, so that no other copy of the model is in memory. None: nothing is quantized.
     """
+    shapes = paths.flatten(abstract_params(model))
+    small = [p for p, leaf in shapes.items() if kind and quantized.is_quantized(p, leaf.shape)]
+    leaves: dict[str, Any] = {}
+    for path in small:
+        part = Changes(*({p: own.pop(p) for p in [path] if p in own} for own in changes))
+        others = shapes.keys() - {path}
+        one = paths.flatten(_assemble(folder, model, part, dtype, mesh, others))
+        leaves[path] = quantized.quantize_leaf(path, one.pop(path), kind, mesh)
+    rest = _assemble(folder, model, changes, dtype, mesh, small)
+    return paths.merge(rest, paths.unflatten(leaves))
+
+
+def _assemble(
+    folder: Path,
+    model: ModelConfig,
+    changes: Changes,
+    dtype: DtypeOf,
+    mesh: Mesh,
+    skip: Collection[str],
+) -> Params:
+    """The parameters of `assemble` but those of `skip`, unquantized."""
     leaves: dict[str, Any] = {}
     for path in list(changes.leaves):
         leaves[path] = changes.leaves.pop(path).astype(dtype(path) or jnp.float32)
-    leaves |= paths.flatten(huggingface.load_params(folder, model, dtype, mesh, skip=leaves))
+    skip = leaves.keys() | set(skip)
+    leaves |= paths.flatten(huggingface.load_params(folder, model, dtype, mesh, skip=skip))
     for path in list(changes.adapters):
         leaves[path] = lora.merge_into(leaves.pop(path), changes.adapters.pop(path))
     return paths.unflatten(leaves)
