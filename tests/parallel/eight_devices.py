@@ -33,10 +33,10 @@ from tests.training.toys import (
 from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import calibration, composition, contexts, tuning
-from tokalign_jax.models import float8, hub, huggingface
+from tokalign_jax.models import float8, hub, huggingface, quantized
 from tokalign_jax.models.config import ClampedSwiGLU, Convolution, DeltaRule, Experts
 from tokalign_jax.models.lora import add_lora
-from tokalign_jax.models.transformer import generate
+from tokalign_jax.models.transformer import generate, init_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import TokenShards, end_of_text_id
@@ -333,6 +333,30 @@ def float8_products(shape):
         assert difference < 0.02, (path, difference)
 
 
+def quantized_kernels(shape, model, kind):
+    """Kernels are quantized to the same bits, and a step with them has the same gradients."""
+    stage = replace(STEP, method="lora", lora=replace(STEP.lora, frozen=kind))
+    spec, results = lora_spec(stage), []
+    params = add_lora(init_params(model, jax.random.key(0), std=0.08), spec, jax.random.key(1))
+    tokens = toy_shards().tokens[: 8 * (LENGTH + 1)].reshape(1, 8, -1).astype(np.int32)
+    loss, keys = make_loss(model, CONFIG.compute, spec), jax.random.split(jax.random.key(0), 8)
+    for mesh in (mesh_of(), mesh_of(shape)):
+        trainable, frozen = split(stage, sharding.place(params, mesh))
+        frozen = quantized.quantize_tree(frozen, kind, mesh)
+        kernel = frozen["layers"]["attention"]["q_proj"]["kernel"]
+        parts = shape[1] * shape[2] if mesh.size > 1 else 1
+        assert kernel.codes.addressable_shards[0].data.size == kernel.codes.size // parts
+        with sharding.within(mesh):
+            step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+            batch = sharding.global_batch(tokens, mesh)[0]
+            (value, _), gradients = step(trainable, frozen, batch, keys)
+        gradients = unpadded(gradients, VOCABULARY)
+        results.append((jax.tree.map(np.asarray, jax.tree.leaves(frozen["layers"])), value, gradients))
+    (one, *values), (many, *others) = results
+    close(many, one, 0)
+    close(others, values, 1e-4)
+
+
 # --- Files, evaluation, initialisation ----------------------------------------------------------
 
 
@@ -524,6 +548,8 @@ HYBRID = replace(
     delta=DeltaRule(2, 4, 8, 8, kernel_size=3),
     convolution=Convolution(3, bias=True),
 )
+WIDE = replace(LLAMA, hidden_size=128, head_dim=32, intermediate_size=128)
+WIDE_SPARSE = replace(SPARSE, hidden_size=128, head_dim=32, intermediate_size=128)
 TIED = replace(NEOX, tie_word_embeddings=True)
 TEACHER = replace(NEOX, vocab_size=sharding.ROWS + 5)
 SOURCE = replace(LLAMA, vocab_size=53, max_positions=64)
@@ -552,6 +578,12 @@ CHECKS = {
     "training-taught-one-key-all": (training, SHAPES["all"], ONE_KEY, "full", TEACHER),
     "training-source-all": (training, SHAPES["all"], LLAMA, "full", SOURCE),
     "training-source-sparse-lora-all": (training, SHAPES["all"], SPARSE, "lora", SOURCE),
+    **{
+        f"quantized-{kind}-{name}": (quantized_kernels, SHAPES[name], model, kind)
+        for kind in quantized.KINDS
+        for name, model in (("fsdp", WIDE), ("all", WIDE))
+    },
+    "quantized-nf4-experts-all": (quantized_kernels, SHAPES["all"], WIDE_SPARSE, "nf4"),
     "files": (files, SHAPES["all"]),
     "after-training-all": (after_training, SHAPES["all"]),
     "files-six": (files, (1, 2, 3)),

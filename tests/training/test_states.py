@@ -1,5 +1,6 @@
 """Models after training stages: bit-exact exports, with less memory than training took."""
 
+import functools
 import tracemalloc
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from tests.models import parity_cases
 from tests.training.toys import LLAMA, STAGE
 from tokalign_jax.config import LoraConfig, StageConfig
-from tokalign_jax.models import hub, huggingface, lora
+from tokalign_jax.models import hub, huggingface, lora, quantized
 from tokalign_jax.models.transformer import abstract_params, init_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.training import loop, states
@@ -138,6 +139,39 @@ def test_evaluation_reads_the_export_in_the_compute_type(stages, tmp_path):
         else:
             np.testing.assert_array_equal(found, expected, err_msg=path)
     assert not changes.leaves and not changes.adapters
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe, packed"])
+def test_a_stage_begins_with_quantized_merges_and_exports_none_of_it(family, kind, tmp_path):
+    """Adapters of stages before are merged first; those of a stage with quantized weights are
+    merged into the stored ones.
+    """
+    folder, _ = source(family, tmp_path / "source")
+    model, _ = hub.load_config(folder)
+    on_quantized = replace(LORA, lora=replace(LORA.lora, frozen=kind))
+    folders, trained = write_stages(tmp_path, (FULL, LORA, on_quantized), model)
+    load = functools.partial(states.load_changes, model, mesh=MESH)
+
+    dtype = states.training_dtype(LORA, jnp.dtype("bfloat16"))
+    before = states.assemble(folder, model, load(folders[:2]), dtype, MESH)
+    expected = paths.flatten(quantized.quantize_tree(before, kind, MESH))
+    found = paths.flatten(
+        states.assemble(folder, model, load(folders[:2]), dtype, MESH, on_quantized.lora.frozen)
+    )
+    assert found.keys() == expected.keys()
+    assert jax.tree.structure(found) == jax.tree.structure({p: expected[p] for p in found})
+    for path, leaf in expected.items():
+        for one, other in zip(jax.tree.leaves(found[path]), jax.tree.leaves(leaf)):
+            np.testing.assert_array_equal(one, other, path)
+    assert sum(isinstance(leaf, quantized.QuantizedKernel) for leaf in found.values()) >= 6
+
+    read = states.reader(folder, model, load(folders))
+    stages = FULL, LORA, on_quantized
+    whole = merged_at_once(huggingface.load_params(folder, model), stages, trained)
+    for path, leaf in paths.flatten(whole).items():
+        if path.endswith("_proj/kernel"):
+            np.testing.assert_array_equal(read(path, 0), leaf[0], path)
 
 
 def test_overwritten_stages_are_not_read(tmp_path):

@@ -260,14 +260,18 @@ def sequences_at_once(mesh: Mesh | AbstractMesh) -> int:
 
 def sharding_of(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Return the sharding of a parameter by the first rule that matches its path."""
-    return fitting(paths.label(RULES, path), shape, mesh)
+    # Scales that cannot be split as their codes are better whole than split in another way.
+    return fitting(paths.label(RULES, path), shape, mesh, moves=not path.endswith("/scales"))
 
 
-def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
+def fitting(spec: P, shape: Sequence[int], mesh: Any, moves: bool = True) -> NamedSharding:
     """Return the sharding of an array of this shape by `spec`.
 
     An axis that does not divide its dimension splits another dimension of those that `spec` splits,
     or none.
+
+    Args:
+      moves: False: it splits none.
     """
     axes = [
         list((names,) if isinstance(names, str) else names or ())
@@ -283,7 +287,7 @@ def fitting(spec: P, shape: Sequence[int], mesh: Any) -> NamedSharding:
         if not divides(dimension, axes[dimension]):
             moved, axes[dimension] = axes[dimension], []
             others = (n for n in split if n != dimension and divides(n, [*axes[n], *moved]))
-            if (other := next(others, None)) is not None:
+            if moves and (other := next(others, None)) is not None:
                 axes[other] += moved
     entries = (tuple(names) if len(names) > 1 else names[0] if names else None for names in axes)
     return NamedSharding(mesh, P(*entries))
