@@ -15,6 +15,13 @@ losses are always computed in `--dtype`:
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
         --corpus /data/train.jsonl --dtype bfloat16 --length 512 --steps 500 \
         --formats 'float32;float8' --out runs/float8.json
+
+The formats `int8` and `nf4` are those of LoRA's frozen projections (`stageN.lora.frozen`); their
+validation losses are those of the quantized model:
+
+    python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
+        --corpus /data/train.jsonl --method lora --dtype bfloat16 --length 512 --steps 500 \
+        --formats 'float32;int8;nf4' --out runs/frozen.json
 """
 
 import argparse
@@ -35,6 +42,7 @@ from tokalign_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
+    LoraConfig,
     OptimizerConfig,
     StageConfig,
 )
@@ -54,10 +62,14 @@ FORMATS = {
         "body_row_second_moment": True,
     },
     "float8": {},
+    "int8": {},
+    "nf4": {},
 }
 COMPUTE: dict[str, dict[str, Any]] = {"float8": {"matmul": "float8"}}
 """By format: fields of `ComputeConfig`."""
-STATES = [name for name in FORMATS if name not in COMPUTE]
+FROZEN: dict[str, dict[str, Any]] = {"int8": {"frozen": "int8"}, "nf4": {"frozen": "nf4"}}
+"""By format: fields of `LoraConfig`, for `--method lora`."""
+STATES = [name for name in FORMATS if name not in COMPUTE and name not in FROZEN]
 HELD_OUT = 50
 """One document of so many is measured on."""
 
@@ -101,6 +113,7 @@ def trained(name: str, seed: int, model: Any, shards: Any, arguments: argparse.N
         validation_every=max(1, arguments.steps // arguments.validations),
         validation_sequences=arguments.validation_sequences,
         optimizer=OptimizerConfig(row_damping=arguments.row_damping, **FORMATS[name]),
+        lora=LoraConfig(**FROZEN.get(name, {})),
         batch=BatchConfig(
             size=arguments.batch,
             per_device=arguments.micro_batch or arguments.batch,

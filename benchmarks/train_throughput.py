@@ -35,6 +35,11 @@ kernels that the compiler uses, which should not be 0):
     python benchmarks/train_throughput.py --model pythia-1b --vocabulary 151936 \
         --method embedding,lora,full --batch 8 --matmul dtype,float8 --no-feed --out runs/float8
 
+LoRA on projections in 8 and 4 bits (`stageN.lora.frozen`):
+
+    python benchmarks/train_throughput.py --model llama-8b --vocabulary 151936 --method lora --batch 4 \
+        --frozen dtype,int8,nf4 --no-feed --out runs/frozen
+
 Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
 `throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels
 and its compiled program.
@@ -170,6 +175,7 @@ def main() -> None:
         arguments.state.split(","),
         arguments.loss_chunk.split(","),
         arguments.matmul.split(","),
+        arguments.frozen.split(","),
     )
     rows = [
         measured(method, arguments, **variant)
@@ -250,6 +256,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--matmul", default="dtype", help="how projections are computed: of dtype, float8"
     )
+    parser.add_argument(
+        "--frozen", default="dtype", help="types of LoRA's frozen projections: of dtype, int8, nf4"
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument(
@@ -271,7 +280,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _variants(*lists: Sequence[str]) -> list[dict[str, Any]]:
-    names = "remat", "unroll", "xla", "state", "loss_chunk", "matmul"
+    names = "remat", "unroll", "xla", "state", "loss_chunk", "matmul", "frozen"
     return [dict(zip(names, values)) for values in itertools.product(*lists)]
 
 
@@ -351,6 +360,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     from tokalign_jax.config import (
         BatchConfig,
         ComputeConfig,
+        LoraConfig,
         MeshConfig,
         OptimizerConfig,
         StageConfig,
@@ -365,6 +375,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     mesh = sharding.make_mesh(MeshConfig(*map(int, arguments.mesh.split(","))))
     stage = StageConfig(
         method=arguments.method,
+        lora=LoraConfig(frozen=arguments.frozen),
         optimizer=OptimizerConfig(row_damping=arguments.row_damping, **STATES[arguments.state]),
         batch=BatchConfig(
             size=batch * arguments.accumulation,
@@ -473,6 +484,7 @@ def _file_name(arguments: argparse.Namespace) -> str:
         arguments.state,
         arguments.loss_chunk,
         arguments.matmul,
+        arguments.frozen,
     )
     return re.sub(r"[^\w-]+", "-", "-".join(part for part in parts if part))
 
@@ -508,8 +520,10 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
     import jax
     import jax.numpy as jnp
 
+    from tokalign_jax.models import quantized
     from tokalign_jax.parallel import sharding
     from tokalign_jax.planning.memory import shapes
+    from tokalign_jax.training.loop import frozen_kind
     from tokalign_jax.training.step import init_state
     from tokalign_jax.utils import paths
 
@@ -524,16 +538,19 @@ def _random_state(stage: Any, model: Any, dtype: Any, optimizer: Any, mesh: Any)
             }
         )
 
+    def on_devices(make: Callable[[], Any]) -> Any:
+        return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
+
     trained, frozen = shapes(model, stage)
-    makers: list[Callable[[], Any]] = [
-        lambda: init_state(random(trained, jnp.float32, 0), optimizer),
-        lambda: random(frozen, dtype, 1),
-    ]
-    made = [
-        jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
-        for make in makers
-    ]
-    return made[0], made[1]
+    state = on_devices(lambda: init_state(random(trained, jnp.float32, 0), optimizer))
+    if (kind := frozen_kind(stage)) is None:
+        return state, on_devices(lambda: random(frozen, dtype, 1))
+    leaves = {}
+    for seed, (path, leaf) in enumerate(paths.flatten(frozen).items(), 1):
+        one = paths.unflatten({path: leaf})
+        made = on_devices(functools.partial(random, one, dtype, seed))
+        leaves[path] = quantized.quantize_leaf(path, paths.flatten(made).pop(path), kind, mesh)
+    return state, paths.unflatten(leaves)
 
 
 def _feed(stage: Any, model: Any, mesh: Any, sequences: int) -> Iterator[Any]:
@@ -795,7 +812,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def _variant(row: Row) -> str:
     """Settings, besides the method, that identify a row."""
-    defaults = {"unroll": "0", "state": "float32", "loss_chunk": "0", "matmul": "dtype"}
+    defaults = {
+        "unroll": "0",
+        "state": "float32",
+        "loss_chunk": "0",
+        "matmul": "dtype",
+        "frozen": "dtype",
+    }
     changed = [
         f"{name}={row[name]}" for name, value in defaults.items() if row.get(name, value) != value
     ]

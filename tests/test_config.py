@@ -53,7 +53,7 @@ def test_recipes_have_their_documented_settings(name):
         )
         assert (stage.optimizer.weight_decay, stage.warmup_fraction) == (0.01, 0.03)
     if method == "lora":
-        assert dataclasses.astuple(config.stage2.lora) == (64, 16.0, 0.1)
+        assert dataclasses.astuple(config.stage2.lora) == (64, 16.0, 0.1, "dtype")
     assert (
         config.alignment.vector_size,
         config.alignment.window,

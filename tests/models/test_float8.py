@@ -150,7 +150,7 @@ def dots(model, trains, lora=None, **options):
     trainable, frozen = paths.split(params_of(model, lora), lambda path: trains in path)
     gradient = jax.jit(jax.grad(loss_of(model, lora, unroll=model.num_layers, **options)))
     lowered = gradient.lower(trainable, frozen).as_text(dialect="hlo")
-    compiled = gradient.lower(trainable, frozen).compile().as_text()
+    compiled = gradient.lower(trainable, frozen).compile().as_text() or ""
     types = dict(re.findall(r"([\w.-]+) = (f8\w+)\[", lowered))
     found = re.findall(r" dot\(([\w.-]+), ([\w.-]+)\)", lowered)
     operands = [tuple(types.get(name, "") for name in names) for names in found]

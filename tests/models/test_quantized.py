@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from statistics import NormalDist
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.models.test_float8 import HYBRID, MODELS, SPEC, loss_of, params_of
-from tests.training.toys import CONFIG, STAGE, assert_same, train
+from tests.training.toys import STAGE, assert_same, train
 from tokalign_jax.config import LoraConfig, config_from_dict, settings_of
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import quantized
@@ -157,7 +158,7 @@ def test_it_is_in_no_fingerprint_by_default():
 
 def test_a_mesh_that_would_split_blocks_of_experts_is_refused():
     path = "layers/mlp/experts/down_proj/kernel"
-    mesh = jax.sharding.AbstractMesh((1, 1, 2), sharding.AXES)
+    mesh: Any = jax.sharding.AbstractMesh((1, 1, 2), sharding.AXES)
     quantized.check({path: jax.ShapeDtypeStruct((2, 4, 128, 64), "float32")}, mesh)
     with pytest.raises(UserError, match=r"mesh\.tensor=1"):
         quantized.check({path: jax.ShapeDtypeStruct((2, 4, 64, 64), "float32")}, mesh)

@@ -351,7 +351,9 @@ def quantized_kernels(shape, model, kind):
             batch = sharding.global_batch(tokens, mesh)[0]
             (value, _), gradients = step(trainable, frozen, batch, keys)
         gradients = unpadded(gradients, VOCABULARY)
-        results.append((jax.tree.map(np.asarray, jax.tree.leaves(frozen["layers"])), value, gradients))
+        results.append(
+            (jax.tree.map(np.asarray, jax.tree.leaves(frozen["layers"])), value, gradients)
+        )
     (one, *values), (many, *others) = results
     close(many, one, 0)
     close(others, values, 1e-4)

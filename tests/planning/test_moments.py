@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training.toys import LLAMA
-from tokalign_jax.config import BatchConfig, ComputeConfig, Config, OptimizerConfig, StageConfig
+from tokalign_jax.config import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    LoraConfig,
+    OptimizerConfig,
+    StageConfig,
+)
+from tokalign_jax.models import quantized
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import disk, memory
 from tokalign_jax.planning.machine import Machine, Speed
@@ -160,3 +168,37 @@ def test_float8_operands_of_the_largest_projection_count_twice(tensor):
     in_float8 = setup.with_compute(matmul="float8")
     operands = 2 * (100 * (narrow + wide) + narrow * wide)
     assert memory.float8_bytes(in_float8, 100) == operands // tensor
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_frozen_parameters_are_those_of_quantized_arrays(kind, mesh):
+    stage = replace(stage_of("lora", OptimizerConfig()), lora=LoraConfig(3, 6.0, 0.1, kind))
+    setup = replace(setup_of(stage, mesh), compute=ComputeConfig(remat="dots"))
+    frozen = memory.shapes(MODEL, stage)[1]
+    stored = jax.eval_shape(
+        lambda params: {
+            path: quantized.quantize(leaf, kind)
+            if quantized.is_quantized(path, leaf.shape)
+            else leaf.astype(jnp.bfloat16)
+            for path, leaf in params.items()
+        },
+        paths.flatten(frozen),
+    )
+    places = sharding.shardings(paths.unflatten(stored), memory.abstract_mesh(mesh))
+    held = sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(
+            jax.tree.leaves(paths.unflatten(stored)), jax.tree.leaves(places), strict=True
+        )
+    )
+    planned = memory.stage_memory(setup)
+    assert planned[f"frozen parameters ({kind}, others bfloat16)"] == held
+    plain = memory.stage_memory(replace(setup, stage=stage_of("lora", OptimizerConfig())))
+    assert held < 0.6 * plain["frozen parameters (bfloat16)"]
+    # Besides frozen parameters, only two dequantized kernels of one layer.
+    wide = 2 * 2 * MODEL.hidden_size * MODEL.intermediate_size // mesh[2]
+    assert memory.dequantized_bytes(setup) == wide
+    assert loop.state_bytes(stage, MODEL) < loop.state_bytes(
+        replace(stage, lora=LoraConfig(3, 6.0, 0.1)), MODEL
+    )

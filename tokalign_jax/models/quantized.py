@@ -1,8 +1,8 @@
 """Frozen kernels in 8 or 4 bits, dequantized where they are used (QLoRA, arXiv 2305.14314).
 
-A block of 64 consecutive inputs of one output shares a scale, as in bitsandbytes. `int8`: code times
-scale, codes from -127 to 127. `nf4`: the code is the index of one of 16 levels, which hold equal
-shares of a normal distribution, times the block's largest magnitude; two codes are in a byte.
+A block of 64 consecutive inputs of one output shares a scale, as in bitsandbytes. `int8`: codes
+from -127 to 127 times the scale. `nf4`: codes are indices of 16 levels, which hold equal shares of
+a normal distribution, times the block's largest magnitude; a byte has two codes.
 
 A `QuantizedKernel` takes the place of a kernel in a tree of parameters: it has a kernel's shape and
 `astype`, which is all that projections need of one. Layers, experts and devices split its arrays as
@@ -64,9 +64,9 @@ NF4_LEVELS = np.array(
 class QuantizedKernel:
     """A kernel [*S, in, out] in 8 or 4 bits, S being layers (and experts)."""
 
-    codes: Int8[Array, "*S in out"] | UInt8[Array, "*S in/2 out"]
+    codes: Int8[Any, "*S in out"] | UInt8[Any, "*S in/2 out"]
     """nf4: those of inputs 2i and 2i + 1 in the low and high half of byte i."""
-    scales: BFloat16[Array, "*S in/block out"]
+    scales: BFloat16[Any, "*S in/block out"]
     kind: Kind
 
     @property
@@ -102,8 +102,10 @@ class QuantizedKernel:
         """Returns the kernel, computed in float32 and rounded to `dtype` once."""
         values = _nf4_values(self.codes) if self.kind == "nf4" else self.codes.astype(jnp.float32)
         blocks = _blocks(values, self.scales.shape[-2])
-        return (blocks * self.scales[..., None, :].astype(jnp.float32)).astype(dtype).reshape(
-            self.shape
+        return (
+            (blocks * self.scales[..., None, :].astype(jnp.float32))
+            .astype(dtype)
+            .reshape(self.shape)
         )
 
 
@@ -118,9 +120,12 @@ def quantize(kernel: Float[Array, "*S in out"], kind: Kind) -> QuantizedKernel:
     wide = scales[..., None, :].astype(jnp.float32)
     scaled = jnp.where(wide > 0, blocks / jnp.where(wide > 0, wide, 1), 0).reshape(kernel.shape)
     if kind == "int8":
-        return QuantizedKernel(jnp.clip(jnp.round(scaled), -127, 127).astype(jnp.int8), scales, kind)
+        return QuantizedKernel(
+            jnp.clip(jnp.round(scaled), -127, 127).astype(jnp.int8), scales, kind
+        )
     boundaries = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
-    codes = sum((scaled > boundary).astype(jnp.uint8) for boundary in boundaries)
+    above = [(scaled > boundary).astype(jnp.uint8) for boundary in boundaries]
+    codes = functools.reduce(jnp.add, above)
     low, high = codes[..., ::2, :], codes[..., 1::2, :]
     return QuantizedKernel(low | (high << 4), scales, kind)
 
@@ -138,14 +143,7 @@ def is_quantized(path: str, shape: tuple[int, ...]) -> bool:
 
 def abstract(kernel: Any, kind: Kind) -> QuantizedKernel:
     """Returns the shapes of a kernel's codes and scales."""
-    *stack, inputs, outputs = kernel.shape
-    return QuantizedKernel(
-        jax.ShapeDtypeStruct((*stack, inputs // 2, outputs), jnp.uint8)
-        if kind == "nf4"
-        else jax.ShapeDtypeStruct((*stack, inputs, outputs), jnp.int8),
-        jax.ShapeDtypeStruct((*stack, inputs // block_size(kernel.shape), outputs), jnp.bfloat16),
-        kind,
-    )
+    return jax.eval_shape(functools.partial(quantize, kind=kind), kernel)
 
 
 def quantize_leaf(path: str, kernel: Any, kind: Kind, mesh: Mesh) -> Any:

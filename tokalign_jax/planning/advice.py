@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tokalign_jax.config import distills, loss_chunk_of, reads_source
-from tokalign_jax.models import remat
+from tokalign_jax.models import quantized, remat
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.planning import memory
 from tokalign_jax.planning.inference import Run, needs
@@ -100,15 +100,23 @@ def _adapters(setup: Setup) -> _Changes:
         yield "lora", setup.with_stage(method="lora")
 
 
+def _fewer_bits(setup: Setup) -> _Changes:
+    if setup.stage.method == "lora" and setup.stage.lora.frozen == "dtype":
+        for kind in quantized.KINDS:
+            lora = dataclasses.replace(setup.stage.lora, frozen=kind)
+            yield kind, setup.with_stage(lora=lora)
+
+
 _CHANGES: dict[str, Callable[[Setup], _Changes]] = {
     "mesh.fsdp": _more_parts,
     "compute.loss_chunk": _smaller_chunks,
     "stage.batch.per_device": _fewer_sequences,
     "compute.remat": _less_kept,
     "stage.method": _adapters,
+    "stage.lora.frozen": _fewer_bits,
 }
 """Settings that save memory, the least change of each first; in order of what they cost. The last
-also changes what is learned."""
+two also change what is learned."""
 
 
 # --- Stages that do not train -------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tokalign_jax.config import (
     teacher_of,
     training_stages,
 )
-from tokalign_jax.models import remat
+from tokalign_jax.models import quantized, remat
 from tokalign_jax.models.attention import MAX_UNBLOCKED_QUERIES, QUERY_BLOCK
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.recurrent import CHUNK
@@ -184,6 +184,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     work = {  # one after the other
         "one layer": layer_bytes(setup, tokens)
         + float8_bytes(setup, tokens)
+        + dequantized_bytes(setup)
         + gathered_bytes(model, trained, size, mesh),
     }
     teaching, teacher_work, teacher_logits = _teacher_memory(setup, held)
@@ -196,7 +197,7 @@ def stage_memory(setup: Setup) -> dict[str, int]:
     cast_projections = 0 if size == FLOAT else size * elements(_only("_proj/", trained), mesh)
     return {
         "parameters that train (float32)": train,
-        f"frozen parameters ({compute.dtype})": size * elements(frozen, mesh),
+        f"frozen parameters ({frozen_types(setup)})": frozen_bytes(setup, frozen),
         **teaching,
         f"Adam's two moments ({'compact' if state_format(stage.optimizer) else 'float32'})": sum(
             held_bytes(moments, mesh) for moments in moment_shapes(stage, trained)
@@ -309,6 +310,40 @@ def layer_bytes(setup: Setup, tokens: int) -> int:
     length = stage.batch.sequence_length
     queries = length if length <= MAX_UNBLOCKED_QUERIES else QUERY_BLOCK
     return tokens * per_token + 3 * FLOAT * tokens * queries * model.num_heads // mesh[2]
+
+
+def frozen_types(setup: Setup) -> str:
+    """The types of a stage's frozen parameters."""
+    kind = loop.frozen_kind(setup.stage)
+    return f"{kind}, others {setup.compute.dtype}" if kind else setup.compute.dtype
+
+
+def frozen_bytes(setup: Setup, frozen: paths.Tree) -> int:
+    """Bytes of a stage's frozen parameters on each device, scales of quantized ones included."""
+    size, kind = jnp.dtype(setup.compute.dtype).itemsize, loop.frozen_kind(setup.stage)
+    if kind is None:
+        return size * elements(frozen, setup.mesh)
+    total = 0
+    for path, leaf in paths.flatten(quantized.abstract_tree(frozen, kind)).items():
+        if isinstance(leaf, quantized.QuantizedKernel):
+            arrays = {f"{path}/codes": leaf.codes, f"{path}/scales": leaf.scales}
+            total += held_bytes(arrays, setup.mesh)
+        else:
+            total += size * elements({path: leaf}, setup.mesh)
+    return total
+
+
+def dequantized_bytes(setup: Setup) -> int:
+    """The largest kernel and the one after it in the compute type, where they are quantized."""
+    if loop.frozen_kind(setup.stage) is None:
+        return 0
+    kernels = {
+        path: math.prod(leaf.shape[1:])
+        for path, leaf in paths.flatten(abstract_params(setup.model)).items()
+        if quantized.is_quantized(path, leaf.shape)
+    }
+    size = jnp.dtype(setup.compute.dtype).itemsize
+    return 2 * size * max(kernels.values(), default=0) // setup.mesh[2]
 
 
 def float8_bytes(setup: Setup, tokens: int) -> int:

@@ -619,9 +619,9 @@ class _Run:
         )
         self.log(
             f"{self.name}: {self.stage.method}: {count(state.params)} parameters train,"
-            f" {_described(frozen)} are frozen; {self.stage.steps:,} steps of {batch:,} x {length:,} ="
-            f" {quantity(batch * length)} tokens on {len(devices)} {jax.devices()[0].platform}"
-            f" device{'s' if len(devices) > 1 else ''}"
+            f" {_described(frozen)} are frozen; {self.stage.steps:,} steps of {batch:,} x"
+            f" {length:,} = {quantity(batch * length)} tokens on {len(devices)}"
+            f" {jax.devices()[0].platform} device{'s' if len(devices) > 1 else ''}"
         )
 
     def _catch_up(self, ahead: int) -> None:

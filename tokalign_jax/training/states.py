@@ -102,15 +102,19 @@ def assemble(
       kind: the format of quantized projections, with adapters merged before; they are loaded one by
         one, so that no other copy of the model is in memory. None: nothing is quantized.
     """
+    if kind is None:
+        return _assemble(folder, model, changes, dtype, mesh, ())
     shapes = paths.flatten(abstract_params(model))
-    small = [p for p, leaf in shapes.items() if kind and quantized.is_quantized(p, leaf.shape)]
     leaves: dict[str, Any] = {}
-    for path in small:
-        part = Changes(*({p: own.pop(p) for p in [path] if p in own} for own in changes))
-        others = shapes.keys() - {path}
-        one = paths.flatten(_assemble(folder, model, part, dtype, mesh, others))
-        leaves[path] = quantized.quantize_leaf(path, one.pop(path), kind, mesh)
-    rest = _assemble(folder, model, changes, dtype, mesh, small)
+    for path in [p for p, leaf in shapes.items() if quantized.is_quantized(p, leaf.shape)]:
+        own = Changes(
+            {path: changes.leaves.pop(path)} if path in changes.leaves else {},
+            {path: changes.adapters.pop(path)} if path in changes.adapters else {},
+        )
+        one = _assemble(folder, model, own, dtype, mesh, shapes.keys() - {path})
+        leaves[path] = quantized.quantize_leaf(path, paths.flatten(one)[path], kind, mesh)
+        del one, own  # free the kernel before the next is loaded
+    rest = _assemble(folder, model, changes, dtype, mesh, leaves)
     return paths.merge(rest, paths.unflatten(leaves))
 
 
