@@ -22,6 +22,7 @@ from tokalign_jax.utils import paths
 
 KIND = pytest.mark.parametrize("kind", quantized.KINDS)
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
+MODEL = MODELS["llama"]
 
 
 def reference(kernel, kind):
@@ -107,9 +108,16 @@ def test_adapters_have_the_gradients_of_dequantized_weights(name, unroll, policy
         np.testing.assert_allclose(gradients[path], leaf, atol=1e-5 * scale, err_msg=path)
 
 
-# --- A stage ------------------------------------------------------------------------------------
+def test_pinned_kernels_have_the_same_values():
+    params = params_of(MODEL)
+    assert quantized.pinned(params, jnp.arange(3)) is params
+    stored = quantized.quantize_tree(params, "nf4", MESH)
+    program = jax.jit(quantized.pinned).lower(stored, jnp.arange(3))
+    assert_same(quantized.pinned(stored, jnp.arange(3)), stored)
+    assert "optimization_barrier" in program.as_text()
 
-MODEL = MODELS["llama"]
+
+# --- A stage ------------------------------------------------------------------------------------
 
 
 def stage_of(kind, **changes):

@@ -458,12 +458,14 @@ def test_time_follows_given_measured_or_assumed_speed(tmp_path):
     )
     # A speed in float8 is that of stages in float8 alone.
     rows += [{**rows[0], "matmul": "float8", "tokens_per_second": 6e4}]
+    rows += [{**rows[0], "method": "lora", "frozen": "nf4"}]
     (tmp_path / "throughput.json").write_text(json.dumps(rows))
     in_float8 = replace(CONFIG, compute=replace(CONFIG.compute, matmul="float8"))
     for config, rate in ((CONFIG, 2e4), (in_float8, 3e4)):
         speed = Speed.of(0, str(tmp_path / "throughput.json"), 0.4, "")
         found = planned(config, devices=4, speed=speed).stages[0].seconds
         assert found == pytest.approx(tokens / (4 * rate))
+        assert set(speed.measured) == {"embedding", "embedding, float8", "lora, nf4"}
     assumed = planned(speed=Speed.of(0, "", 0.5, "1 PFLOPS")).stages[1]
     assert assumed.seconds == pytest.approx(
         assumed.tokens * flops_per_token(PYTHIA_1B, CONFIG.stage2) / 5e14

@@ -175,6 +175,24 @@ def quantize_tree(params: Mapping[str, Any], kind: Kind, mesh: Mesh) -> paths.Tr
     )
 
 
+def pinned(tree: Any, varying: Array) -> Any:
+    """Returns a tree whose quantized kernels seem to depend on an array that varies in a loop.
+
+    Otherwise a compiler may dequantize all of them before the loop, and hold them all.
+    """
+
+    def is_kernel(leaf: Any) -> bool:
+        return isinstance(leaf, QuantizedKernel)
+
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_kernel)
+    kernels = [leaf for leaf in leaves if is_kernel(leaf)]
+    if not kernels:
+        return tree
+    kernels, _ = jax.lax.optimization_barrier((kernels, varying))
+    remaining = iter(kernels)
+    return structure.unflatten([next(remaining) if is_kernel(leaf) else leaf for leaf in leaves])
+
+
 def abstract_tree(params: Mapping[str, Any], kind: Kind) -> paths.Tree:
     """Returns a tree of shapes with quantized projections."""
     return paths.unflatten(

@@ -294,9 +294,16 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
-def kind_of(method: str, matmul: str = "dtype") -> str:
-    """Return the key of a stage's measured speed: its method, and how products are computed."""
-    return method if matmul == "dtype" else f"{method}, {matmul}"
+def kind_of(method: str, matmul: str = "dtype", frozen: str = "dtype") -> str:
+    """Return the key of a stage's measured speed: its method, and what makes steps others.
+
+    Args:
+      method: `StageConfig.method`.
+      matmul: `ComputeConfig.matmul`.
+      frozen: `LoraConfig.frozen`, of a LoRA stage.
+    """
+    others = [matmul, frozen if method == "lora" else "dtype"]
+    return ", ".join([method, *(name for name in others if name != "dtype")])
 
 
 def _measured(file: Path) -> dict[str, float]:
@@ -311,7 +318,9 @@ def _measured(file: Path) -> dict[str, float]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         return {
-            kind_of(row["method"], row.get("matmul", "dtype")): row["tokens_per_second"]
+            kind_of(row["method"], row.get("matmul", "dtype"), row.get("frozen", "dtype")): row[
+                "tokens_per_second"
+            ]
             / row["devices"]
             for row in rows
         }

@@ -379,7 +379,8 @@ def _stage(setup: Setup, speed: Speed) -> StagePlan:
     trained, frozen = memory.shapes(model, stage)
     tokens = stage.steps * stage.batch.size * stage.batch.sequence_length
     # Measured speeds of a method are without a teacher.
-    kind = "distillation" if setup.teacher else kind_of(stage.method, setup.compute.matmul)
+    kind = kind_of(stage.method, setup.compute.matmul, stage.lora.frozen)
+    kind = "distillation" if setup.teacher else kind
     each = flops.flops_per_token(model, stage, setup.teacher)
     validations = validation.count(stage)
     # A validation takes as long as training on as many tokens as have its FLOPs.

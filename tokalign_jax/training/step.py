@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from tokalign_jax.config import ComputeConfig, remat_of
+from tokalign_jax.models import quantized
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import forward, head_matrix, head_path
@@ -228,7 +229,8 @@ def make_train_step(
 
         def of_micro_batch(part: Any, numbers: Array) -> tuple[tuple[Array, Array], Any]:
             keys = keys_of(numbers)
-            sums, gradients = jax.value_and_grad(loss, has_aux=True)(params, frozen, part, keys)
+            held = quantized.pinned(frozen, numbers)
+            sums, gradients = jax.value_and_grad(loss, has_aux=True)(params, held, part, keys)
             return sums, _split_as_parameters(gradients, mesh)
 
         def add(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
@@ -239,7 +241,8 @@ def make_train_step(
             add_gradients: Callable[..., Any], sums: Any, inputs: tuple[Any, Array]
         ) -> tuple[Any, None]:
             (part, numbers), (totals, gradients) = inputs, sums
-            more, gradients = add_gradients(params, frozen, part, keys_of(numbers), gradients)
+            held = quantized.pinned(frozen, numbers)
+            more, gradients = add_gradients(params, held, part, keys_of(numbers), gradients)
             return (
                 jax.tree.map(jnp.add, totals, more),
                 _split_as_parameters(gradients, mesh),
