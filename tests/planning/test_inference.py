@@ -22,7 +22,8 @@ from tokalign_jax.config import (
     TokenDistillationConfig,
 )
 from tokalign_jax.evaluation import token_costs
-from tokalign_jax.initialization import composition, contexts
+from tokalign_jax.initialization import composition, contexts, row_features, self_text
+from tokalign_jax.models import sampling
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import resources
@@ -42,6 +43,7 @@ CONFIG = Config(
     stage1=replace(LORA, method="embedding"),
     stage2=LORA,
 )
+DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
 
 
 def run_of(config=CONFIG, mesh=(1, 1, 1), device_memory="80GB", host="512GB"):
@@ -174,6 +176,42 @@ def test_host_memory_of_learned_rows_matches_allocations():
     assert found < work
 
 
+def test_host_memory_of_features_matches_allocations():
+    model = replace(MODELS["llama"], vocab_size=30_000)
+    config = replace(DISTILLED, compute=ComputeConfig(dtype="float32"))
+    run = Run(config, Source(5000, 2, "bfloat16"), model, (1, 1, 1), Machine(1, 1e12))
+    random, width = np.random.default_rng(0), model.hidden_size
+    parts = random.integers(0, run.source.rows, (model.vocab_size, 2)).tolist()
+    stored = random.normal(size=(run.source.rows, width)).astype(jnp.bfloat16)
+    tracemalloc.start()
+    rows = np.array(stored).astype(np.float32)
+    states = [np.ones((len(parts), width), np.float32) for _ in row_features.DEPTHS]
+    made = [row_features.features(rows, parts, np.arange(len(parts)), states, 0) for _ in range(2)]
+    _, found = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kinds = inference.needs(run)["init"].host
+    assert kinds["features of tokens (float32)"] == sum(x.nbytes for x in made)
+    assert 0.9 < (sum(kinds.values()) - kinds["new rows (float32)"]) / found < 1.5
+
+
+def test_memory_of_writing_matches_its_program(small):
+    run, mesh = small
+    run = replace(run, config=replace(run.config, alignment=AlignmentConfig()))
+    batch, length = sampling.BATCH_SIZE["cpu"], self_text.FREE_LENGTH + 32
+    lowered = sampling._extend.lower(
+        run.source_model,
+        placed(abstract_params(run.source_model), mesh),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        dtype=jnp.dtype("float32"),
+        mesh=mesh,
+    )
+    found = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert 0.9 < inference._writing(run) / found < 1.7
+
+
 # --- Plan and warnings --------------------------------------------------------------------------
 
 
@@ -292,8 +330,6 @@ def test_host_memory_is_limited_by_system_and_cgroup(case, tmp_path):
 
 
 # --- Distilled initialisation -------------------------------------------------------------------
-
-DISTILLED = replace(CONFIG, alignment=AlignmentConfig())
 
 
 def test_plan_covers_distillation_and_rows_only_needs_less():

@@ -522,7 +522,7 @@ def _trainable_rows(
     sizes = np.array([len(content or b"") for content in contents])[ids]
     rows = {}
     for path, table in _source_rows(source, aligned):
-        features = row_features.features(table, parts, sizes, states, config.seed)
+        features = row_features.features(table, parts, sizes, states, config.seed, dtype)
         deviation = float(np.sqrt(np.var(table, axis=0).mean()))
         rows[path] = self_distillation.Rows(ids, features, free, deviation)
     return rows

@@ -88,7 +88,7 @@ class Rows(NamedTuple):
     composed: Int[np.ndarray, "n"]
     """Tokens whose rows the shared network changes, ascending."""
     features: Float[np.ndarray, "n F"]
-    """Features of the composed tokens, float32."""
+    """Features of the composed tokens, in the compute type."""
     free: Bool[np.ndarray, "V"]
     """Tokens that have a change of their own in the table."""
     deviation: float
@@ -153,14 +153,15 @@ def distill(
     steps, held_out = _batches(config, written, corpus, budget, models, mesh)
     present, counts = _tokens_in_text((*steps, held_out), len(rows[head_path(rows)].free))
     steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
-    small, small_rows, models = _restrict_vocabulary(params, rows, models, present)
+    student = dataclasses.replace(models.student, vocab_size=len(present))
+    models = models._replace(student=student)
     dtype = jnp.dtype(config.compute.dtype)
-    frozen, body = _place(small, teacher, small_rows, trains_body, dtype, mesh)
-    state = _start(body, small_rows, frozen["base"], mesh, models.student.vocab_size, config.seed)
+    frozen, body = _place(params, teacher, rows, present, trains_body, dtype, mesh)
+    state = _start(body, rows, frozen["base"], mesh, student.vocab_size, config.seed)
     static = {"models": models, "mesh": mesh}
 
     before = _evaluate(state.trainable, frozen, held_out, **static)
-    schedule = _schedule(len(steps), rows, models.student.hidden_size)
+    schedule = _schedule(len(steps), rows, student.hidden_size)
     state, tokens, progress = _train(state, frozen, steps, schedule, models, mesh, log)
     after = _evaluate(state.trainable, frozen, held_out, **static)
     gained = float(after.loss) < float(before.loss)
@@ -176,7 +177,7 @@ def distill(
     states = _final_states(state.trainable, frozen, _put(held_out, mesh), **static)
     states = sharding.to_host(states)[held_out.target[..., 1:] >= 0][:STATES]
     facts["unseen_shift"] = _calibrate_unseen(
-        trained, models.student, states, counts, rows[head_path(rows)].composed, log
+        trained, student, states, counts, rows[head_path(rows)].composed, log
     )
     return Result(trained, facts)
 
@@ -214,11 +215,14 @@ def _place(
     params: Params,
     teacher: Params,
     rows: Mapping[str, Rows],
+    present: Int[np.ndarray, "p"],
     trains_body: bool,
     dtype: Any,
     mesh: Mesh,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Place trainable and frozen arrays on the mesh.
+    """Place trainable and frozen arrays on the mesh, with the rows of `present` tokens alone.
+
+    Matrices are restricted and placed one after the other, so that the host has one copy at a time.
 
     Returns:
       The frozen arrays, in `dtype` where they are only read, and float32 copies of the trainable
@@ -227,12 +231,16 @@ def _place(
     frozen: dict[str, Any] = {
         "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh))
     }
-    sizes = {path: len(leaf) for path, leaf in paths.flatten(params).items() if path in rows}
     frozen["rows"] = {
-        path: _on_mesh(path, part, sizes[path], dtype, mesh) for path, part in rows.items()
+        path: _on_mesh(path, part.restricted(present), len(present), dtype, mesh)
+        for path, part in rows.items()
     }
-    leaves = paths.flatten(sharding.place(params, mesh))
-    frozen["base"] = {path: leaves.pop(path) for path in rows}
+    leaves = paths.flatten(params)
+    frozen["base"] = {}
+    for path in rows:
+        table = np.asarray(leaves.pop(path))[present]
+        frozen["base"] |= paths.flatten(sharding.place({path: table}, mesh))
+    leaves = paths.flatten(sharding.place(paths.unflatten(leaves), mesh))
     if trains_body:
         return frozen, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), leaves)
     frozen["body"] = {path: x.astype(dtype) for path, x in leaves.items()}
@@ -308,18 +316,6 @@ def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:
     return batch._replace(target=target.astype(np.int32))
 
 
-def _restrict_vocabulary(
-    params: Params, rows: Mapping[str, Rows], models: Models, present: Int[np.ndarray, "p"]
-) -> tuple[Params, dict[str, Rows], Models]:
-    """Restrict the new model to the rows of the tokens that are present."""
-    leaves = paths.flatten(params)
-    for path in rows:
-        leaves[path] = np.asarray(leaves[path])[present]
-    part = {path: whole.restricted(present) for path, whole in rows.items()}
-    student = dataclasses.replace(models.student, vocab_size=len(present))
-    return paths.unflatten(leaves), part, models._replace(student=student)
-
-
 def _merged(
     trainable: dict[str, Any],
     frozen: dict[str, Any],
@@ -344,19 +340,20 @@ def _merged(
         moved, part = np.array(leaves[path], np.float32), rows[path]
         for begin in range(0, len(part.composed), BLOCK):
             ids = part.composed[begin : begin + BLOCK]
-            features = np.zeros((BLOCK, part.features.shape[1]), np.float32)
+            features = np.zeros((BLOCK, part.features.shape[1]), part.features.dtype)
             features[: len(ids)] = part.features[begin : begin + BLOCK]
-            dtype = frozen["rows"][path]["features"].dtype
-            inputs = sharding.put(features.astype(dtype), NamedSharding(mesh, sharding.REPLICATED))
+            inputs = sharding.put(features, NamedSharding(mesh, sharding.REPLICATED))
             change = _changes(trainable["network"][path], inputs)
             moved[ids] += part.deviation * sharding.to_host(change)[: len(ids)]
-        moved[present] = sharding.to_host(table, slice(len(present)))
+        for begin in range(0, len(present), BLOCK):
+            ids = present[begin : begin + BLOCK]
+            moved[ids] = sharding.to_host(table, slice(begin, begin + len(ids)))
         leaves[path] = moved
     return paths.unflatten(leaves | trainable["body"])
 
 
 BLOCK = 16_384
-"""Rows that the shared network changes in one call."""
+"""Rows that the shared network changes, or that the host reads, at once."""
 
 
 # --- A step -------------------------------------------------------------------------------------
@@ -565,9 +562,9 @@ def _on_mesh(path: str, part: Rows, size: int, dtype: Any, mesh: Mesh) -> dict[s
 
     def put(ids: np.ndarray, values: np.ndarray, kind: Any) -> Array:
         shape = sharding.padded_shape(path, (size, values.shape[1]), mesh)
-        filled = np.zeros(shape, np.float32)
+        filled = np.zeros(shape, kind)
         filled[ids] = values
-        return sharding.put(filled.astype(kind), sharding.sharding_of(path, shape, mesh))
+        return sharding.put(filled, sharding.sharding_of(path, shape, mesh))
 
     return {
         "features": put(part.composed, part.features, dtype),

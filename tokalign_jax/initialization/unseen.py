@@ -55,7 +55,7 @@ def shift(
       over the states by it.
     """
     others = np.setdiff1d(np.arange(len(rows)), unseen)
-    log_odds = _log_sum(config, states, rows[unseen]) - _log_sum(config, states, rows[others])
+    log_odds = _log_sum(config, states, rows, unseen) - _log_sum(config, states, rows, others)
     low, high = 0.0, MOST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -67,13 +67,16 @@ def shift(
 
 
 def _log_sum(
-    config: ModelConfig, states: Float[np.ndarray, "N D"], rows: Float[np.ndarray, "V D"]
+    config: ModelConfig,
+    states: Float[np.ndarray, "N D"],
+    rows: Float[np.ndarray, "V D"],
+    ids: Int[np.ndarray, "u"],
 ) -> Float[np.ndarray, "N"]:
-    """Return the log of the sum over rows of exp(logit), for each state, float64."""
+    """Return the log of the sum over the rows of `ids` of exp(logit), for each state, float64."""
     total = np.full(len(states), -np.inf)
-    for begin in range(0, len(rows), BLOCK):
-        part = rows[begin : begin + BLOCK]
-        block = np.zeros((min(BLOCK, len(rows)), rows.shape[1]), np.float32)
+    for begin in range(0, len(ids), BLOCK):
+        part = rows[ids[begin : begin + BLOCK]]
+        block = np.zeros((min(BLOCK, len(ids)), rows.shape[1]), np.float32)
         block[: len(part)] = part
         block_sum = _block_log_sum(config, states, block, len(part))
         total = np.logaddexp(total, np.asarray(block_sum, np.float64))

@@ -7,16 +7,19 @@ m vocabulary matrices (2, or 1 where they are tied), V and S rows of the target 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from tokalign_jax.config import (
     Config,
     StageConfig,
+    distillation_budget,
     distills,
     distills_tokens,
     reads_source,
@@ -28,8 +31,10 @@ from tokalign_jax.initialization import (
     contexts,
     row_features,
     self_distillation,
+    self_text,
     tuning,
 )
+from tokalign_jax.models import sampling, transformer
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
@@ -43,6 +48,8 @@ BLOCK = 64 << 20
 """Bytes of a large matrix that are read or written at once."""
 PLACE = 80
 """Bytes of host memory for each token that the source model reads in `init`."""
+TEMPLATE = 64
+"""Tokens of a chat template around a question, about."""
 RULES = 5
 """Matrices [F, F] of the regression on the device at once."""
 MERGING = 4
@@ -50,10 +57,13 @@ MERGING = 4
 
 
 class Source(NamedTuple):
-    """The source model's rows, and the bytes of a parameter in its folder."""
+    """The source model's rows, and the parameters in its folder."""
 
     rows: int
     itemsize: int
+    """Bytes of a parameter."""
+    dtype: str = ""
+    """Type of the parameters; empty if unknown, which is not taken for the compute type."""
 
 
 class Needs(NamedTuple):
@@ -151,13 +161,25 @@ def _init_on_host(run: Run) -> dict[str, int]:
     stored = source_rows * run.source.itemsize // FLOAT
     new_rows = run.matrices * rows
     if distills(run.config):
-        features = run.matrices * FLOAT * run.model.vocab_size * _features_of_composed(run)
-        # Those of composed tokens, at most all of V, and a copy of those in the text.
-        return {
-            "new rows (float32)": 2 * new_rows,
-            "source rows": 2 * source_rows,
-            "features": 2 * features,
+        # Composed tokens, which have features, and tokens in the text are at most all of V.
+        size, count = jnp.dtype(run.config.compute.dtype).itemsize, _features_of_composed(run)
+        width = _unprojected(run)
+        blocks = 2 * FLOAT * row_features.ROWS * width
+        projection = 3 * FLOAT * width * row_features.MOST if count <= width else 0
+        states = len(row_features.DEPTHS) * size * run.model.vocab_size * run.model.hidden_size
+        work = {
+            # A block and its squares, then all blocks of some tokens and their projection.
+            "features": stored + source_rows + states + max(2 * rows, projection + blocks),
+            "rows to place on devices": 2 * rows,
+            "trained rows": new_rows + 3 * self_distillation.BLOCK * run.row,
         }
+        return {
+            "new rows (float32)": new_rows,
+            f"features of tokens ({run.config.compute.dtype})": run.matrices
+            * size
+            * run.model.vocab_size
+            * count,
+        } | _largest(work)
     if distills_tokens(run.config):
         settings = run.config.initialization.token_distillation
         count = min(settings.most_snippets, settings.snippets * run.model.vocab_size)
@@ -191,12 +213,56 @@ def _init_on_host(run: Run) -> dict[str, int]:
 
 def _features_of_composed(run: Run) -> int:
     """Features of a composed token (`row_features.features`)."""
-    blocks = 4 + len(row_features.DEPTHS)
-    return min(blocks * run.model.hidden_size + 2, row_features.MOST) + 1
+    return min(_unprojected(run), row_features.MOST) + 1
+
+
+def _unprojected(run: Run) -> int:
+    """Features of a composed token before their projection."""
+    return (4 + len(row_features.DEPTHS)) * run.model.hidden_size + 2
 
 
 def _distillation_on_device(run: Run) -> dict[str, int]:
-    """Bytes on a device while a distilled start is trained, by kind."""
+    """Bytes on a device beside the source model for a distilled start, by kind.
+
+    The source model writes text and reads tokens' pieces before the start is trained.
+    """
+    training, pieces = _training_on_device(run), row_features.MOST_PIECES + 1
+    on_cpu = not run.machine.fused_attention
+    at_once = row_features.BATCH["cpu"] if on_cpu else row_features.OTHER_BATCH
+    work = {
+        "text that the source model writes": _writing(run),
+        "states of tokens' pieces": _forward(run, run.source_model, at_once * pieces, pieces),
+    }
+    return training if sum(training.values()) >= max(work.values()) else _largest(work)
+
+
+def _writing(run: Run) -> int:
+    """Bytes on a device of key-value caches and logits while the source model writes."""
+    written, _ = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
+    on_cpu, (data, fsdp, _) = not run.machine.fused_attention, run.mesh
+    most = sampling.BATCH_SIZE["cpu"] if on_cpu else sampling.DEFAULT_BATCH_SIZE
+    chat = TEMPLATE + self_text.QUESTION_LENGTH + self_text.ANSWER_LENGTH
+    kinds = {
+        self_text.FREE_LENGTH: self_text.FREE_SHARE + self_text.CHAT_SHARE,
+        self_text.WORD_LENGTH: self_text.WORD_SHARE,
+        chat: self_text.CHAT_SHARE,
+    }
+    dtype, sizes = jnp.dtype(run.config.compute.dtype), [0]
+    for length, share in kinds.items():
+        batch = min(most, -(-int(written * share) // length // (data * fsdp)))
+        cache = jax.eval_shape(
+            functools.partial(transformer.empty_cache, run.source_model, batch, length, dtype)
+        )
+        # The scan over the layers reads one cache and makes another; one layer's is also apart.
+        cached = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+        cached = 2 * cached + cached // run.model.num_layers
+        # The logits, the noise that samples from them, and their sum.
+        sizes.append(cached + 3 * FLOAT * batch * run.source.rows)
+    return max(sizes)
+
+
+def _training_on_device(run: Run) -> dict[str, int]:
+    """Bytes on a device while a distilled start is trained, beside the source model."""
     compute, (_, fsdp, tensor) = run.config.compute, run.mesh
     size = jnp.dtype(compute.dtype).itemsize
     leaves = paths.flatten(abstract_params(run.model))
@@ -216,11 +282,14 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
         memory.logits_bytes(run.model, setup.compute, tokens, run.mesh),
     )
     inner = 2 * run.matrices * run.model.vocab_size * hidden // (fsdp * tensor)
+    # The stored arrays themselves, if they have the compute type.
+    read = 0 if run.source.dtype == compute.dtype else size
     return {
-        "teacher": size * elements(abstract_params(run.source_model), run.mesh),
+        "teacher": read * elements(abstract_params(run.source_model), run.mesh),
         # As they were, changes, two moments, changed rows and their gradients.
         "rows": 6 * FLOAT * rows,
-        "body": (4 * FLOAT + FLOAT if trains_body else size) * body,
+        # Parameters, two moments, a micro-batch's gradients and their sum.
+        "body": (5 * FLOAT if trains_body else read) * body,
         "features of tokens": size * features // (fsdp * tensor),
         "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh)
         + work

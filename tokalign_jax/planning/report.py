@@ -247,7 +247,8 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
         teacher, _ = hub.load_config(
             hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False)
         )
-    stored = Source(source_rows, disk.stored_bytes(raw))
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "")
+    stored = Source(source_rows, disk.stored_bytes(raw), dtype)
     exported = disk.exported_bytes(config, raw)
     return make_plan(
         config, model, machine, speed, disk.text_bytes(config), exported, free, teacher, stored
