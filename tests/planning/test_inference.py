@@ -340,6 +340,8 @@ def test_plan_covers_distillation_and_rows_only_needs_less():
     less = inference.needs(run_of(rows))["init"].device
     body = 8_030_261_248 - 2 * 128_256 * 4096
     assert needed["body"] == 20 * body and less["body"] == 2 * body
+    extended = inference.needs(run_of(replace(DISTILLED, target_tokenizer="extend")))["init"].device
+    assert extended["body"] == less["body"], "the body stays the source's"
     none = replace(DISTILLED, initialization=InitializationConfig(distillation_tokens=0))
     assert (
         "init" in inference.needs(run_of(none))

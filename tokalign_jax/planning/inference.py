@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tokalign_jax.config import (
+    EXTEND,
     Config,
     StageConfig,
     distillation_budget,
@@ -267,18 +268,22 @@ def _training_on_device(run: Run) -> dict[str, int]:
     size = jnp.dtype(compute.dtype).itemsize
     leaves = paths.flatten(abstract_params(run.model))
     rows = elements(_vocabulary(run.model), run.mesh)
-    body = elements(
-        {path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}, run.mesh
+    bodies = {path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}
+    body = elements(bodies, run.mesh)
+    # An extension keeps the body, as the source's rows.
+    trains_body = (
+        run.config.initialization.trains == "all" and run.config.target_tokenizer != EXTEND
     )
-    trains_body = run.config.initialization.trains == "all"
     features = run.matrices * run.model.vocab_size * _features_of_composed(run)
     hidden = min(self_distillation.HIDDEN, 2 * run.model.hidden_size)
     tokens = self_distillation.OTHER_MICRO_BATCH_TOKENS if run.machine.fused_attention else 1024
     setup = _setup(
         run, run.model, min(self_distillation.LENGTH, run.model.max_positions)
     ).with_compute(remat="layer")
+    trained = bodies if trains_body else {}
     work = max(
-        memory.layer_bytes(setup, tokens),
+        memory.layer_bytes(setup, tokens)
+        + memory.gathered_bytes(run.model, trained, size, run.mesh),
         memory.logits_bytes(run.model, setup.compute, tokens, run.mesh),
     )
     inner = 2 * run.matrices * run.model.vocab_size * hidden // (fsdp * tensor)
