@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.planning.test_plan import MODELS, model_of, setup_of
+from tests.planning.test_plan import MODELS, model_of, setup_of, train_throughput
 from tokalign_jax.config import (
     AlignmentConfig,
     BatchConfig,
@@ -23,7 +23,7 @@ from tokalign_jax.config import (
 )
 from tokalign_jax.evaluation import token_costs
 from tokalign_jax.initialization import composition, contexts, row_features, self_text
-from tokalign_jax.models import sampling
+from tokalign_jax.models import families, sampling
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.pipeline import resources
@@ -363,3 +363,28 @@ def test_plan_covers_token_distillation():
     few = replace(config, initialization=InitializationConfig(token_distillation=settings))
     assert "reads 51k tokens at most; rows are tuned on 51k" in plan_of(config=few).table()
     assert inference.needs(run_of(few))["init"].host["snippets"] < needed.host["snippets"]
+
+
+def test_predictions_in_the_docs_are_those_of_the_plan():
+    """docs/running.md, Memory of the start."""
+    shape = train_throughput.MODELS["llama-8b"] | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "vocab_size": 151_669,
+    }
+    llama_1b, many = families.config_from_hf(shape), replace(LLAMA_8B, vocab_size=262_144)
+
+    def predicted(model, trains, fsdp=1):
+        config = replace(DISTILLED, initialization=InitializationConfig(trains=trains))
+        source, mesh = Source(128_256, 2, "bfloat16"), (1, fsdp, 1)
+        kinds = inference.needs(Run(config, source, model, mesh, Machine.of(fsdp)))["init"]
+        return [round(sum(x.values()) / 1e9, 1) for x in (kinds.device, kinds.host)]
+
+    assert predicted(llama_1b, "all") == [39.5, 7.8] and predicted(llama_1b, "rows") == [20.0, 7.8]
+    assert predicted(LLAMA_8B, "all") == [201.6, 18.1]
+    assert predicted(LLAMA_8B, "rows") == [78.7, 18.1]
+    assert predicted(LLAMA_8B, "all", 4) == [59.7, 18.1]
+    assert predicted(many, "rows") == [91.8, 28.9]
