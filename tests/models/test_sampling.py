@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.training.toys import LLAMA, toy_params
-from tokalign_jax.models import transformer
+from tokalign_jax.models import sampling, transformer
 from tokalign_jax.models.sampling import sample
 from tokalign_jax.parallel import sharding
 
@@ -36,6 +36,16 @@ def test_samples_depend_on_the_seed_only():
         tokens[: len(prompt)] == prompt and len(tokens) == 12
         for prompt, tokens in zip(PROMPTS, one)
     )
+
+
+def test_fewer_sequences_are_sampled_at_once_where_their_cache_is_large(monkeypatch):
+    _, drawn = draw(PROMPTS, 1.0)
+    each = sampling.cache_bytes(LLAMA, 1, 12, jnp.float32)
+    assert sampling.cache_bytes(LLAMA, 3, 12, jnp.float32) == 3 * each
+    assert sampling.batch_size(LLAMA, 12, jnp.float32, "gpu") == 1024
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 2 * each + 1)
+    assert sampling.batch_size(LLAMA, 12, jnp.float32, "gpu") == 2
+    assert draw(PROMPTS, 1.0)[1] == drawn
 
 
 def test_sampled_tokens_follow_the_models_probabilities():

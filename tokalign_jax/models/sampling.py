@@ -17,7 +17,9 @@ from tokalign_jax.parallel import sharding
 
 BATCH_SIZE = {"cpu": 64}
 DEFAULT_BATCH_SIZE = 1024
-"""Sequences per device in a batch, by backend."""
+"""Sequences per device in a batch, at most, by backend."""
+CACHE_BYTES = 8 << 30
+"""Bytes of a batch's key-value cache, at most. The scan over the layers holds it twice."""
 
 
 def sample(
@@ -45,7 +47,7 @@ def sample(
       mesh: the mesh over which sequences are distributed.
     """
     devices = sharding.sequences_at_once(mesh)
-    batch = BATCH_SIZE.get(jax.default_backend(), DEFAULT_BATCH_SIZE) * devices
+    batch = batch_size(config, length, dtype, jax.default_backend()) * devices
     batch = min(batch, -(-len(prompts) // devices) * devices)
     by_sequence = NamedSharding(mesh, P(sharding.BATCH))
     samples: list[list[int]] = []
@@ -68,6 +70,18 @@ def sample(
         tokens = _extend(config, params, *inputs, dtype=jnp.dtype(dtype), mesh=mesh)
         samples += sharding.to_host(tokens)[: len(part)].tolist()
     return samples
+
+
+def batch_size(config: ModelConfig, length: int, dtype: DTypeLike, backend: str) -> int:
+    """Returns how many sequences of `length` tokens a device of the backend samples at once."""
+    most = BATCH_SIZE.get(backend, DEFAULT_BATCH_SIZE)
+    return max(1, min(most, CACHE_BYTES // cache_bytes(config, 1, length, dtype)))
+
+
+def cache_bytes(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> int:
+    """Returns the bytes of the key-value cache of `batch` sequences of `length` tokens."""
+    cache = jax.eval_shape(functools.partial(empty_cache, config, batch, length, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))

@@ -7,13 +7,11 @@ m vocabulary matrices (2, or 1 where they are tied), V and S rows of the target 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from tokalign_jax.config import (
@@ -35,7 +33,7 @@ from tokalign_jax.initialization import (
     self_text,
     tuning,
 )
-from tokalign_jax.models import sampling, transformer
+from tokalign_jax.models import sampling
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
@@ -240,8 +238,8 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
 def _writing(run: Run) -> int:
     """Bytes on a device of key-value caches and logits while the source model writes."""
     written, _ = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
-    on_cpu, (data, fsdp, _) = not run.machine.fused_attention, run.mesh
-    most = sampling.BATCH_SIZE["cpu"] if on_cpu else sampling.DEFAULT_BATCH_SIZE
+    data, fsdp, _ = run.mesh
+    backend = "gpu" if run.machine.fused_attention else "cpu"
     chat = TEMPLATE + self_text.QUESTION_LENGTH + self_text.ANSWER_LENGTH
     kinds = {
         self_text.FREE_LENGTH: self_text.FREE_SHARE + self_text.CHAT_SHARE,
@@ -250,12 +248,10 @@ def _writing(run: Run) -> int:
     }
     dtype, sizes = jnp.dtype(run.config.compute.dtype), [0]
     for length, share in kinds.items():
-        batch = min(most, -(-int(written * share) // length // (data * fsdp)))
-        cache = jax.eval_shape(
-            functools.partial(transformer.empty_cache, run.source_model, batch, length, dtype)
-        )
+        count = -(-int(written * share) // length // (data * fsdp))
+        batch = min(count, sampling.batch_size(run.source_model, length, dtype, backend))
         # The scan over the layers reads one cache and makes another; one layer's is also apart.
-        cached = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+        cached = sampling.cache_bytes(run.source_model, batch, length, dtype)
         cached = 2 * cached + cached // run.model.num_layers
         # The logits, the noise that samples from them, and their sum.
         sizes.append(cached + 3 * FLOAT * batch * run.source.rows)
