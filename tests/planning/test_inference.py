@@ -18,6 +18,7 @@ from tokalign_jax.config import (
     Config,
     EvaluationConfig,
     InitializationConfig,
+    MeshConfig,
     StageConfig,
     TokenDistillationConfig,
 )
@@ -352,6 +353,24 @@ def test_plan_covers_distillation_and_rows_only_needs_less():
 def test_too_small_a_device_for_distillation_is_warned_of():
     (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
     assert "initialization.trains=rows" in warning
+
+
+def test_mesh_splits_the_body_as_far_as_a_distilled_start_needs():
+    source = Source(128_256, 2, "bfloat16")
+
+    def mesh_of(config, devices=8, memory="80GB"):
+        machine = Machine.of(devices, memory)
+        sizes = inference.mesh_sizes(config, source, LLAMA_8B, machine, {})
+        assert make_plan(config, LLAMA_8B, machine, Speed(), 1, 2, source=source).mesh == sizes
+        init = inference.needs(Run(config, source, LLAMA_8B, sizes, machine))["init"]
+        return sizes, sum(init.device.values()) <= machine.memory
+
+    rows = replace(DISTILLED, initialization=InitializationConfig(trains="rows"))
+    assert mesh_of(rows) == ((8, 1, 1), True)
+    assert mesh_of(DISTILLED) == ((2, 4, 1), True)
+    assert mesh_of(DISTILLED, memory="300GB") == ((8, 1, 1), True)
+    assert mesh_of(DISTILLED, devices=2) == ((2, 1, 1), False)
+    assert mesh_of(replace(DISTILLED, mesh=MeshConfig(fsdp=2))) == ((4, 2, 1), False)
 
 
 def test_plan_covers_token_distillation():

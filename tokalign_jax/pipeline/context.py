@@ -1,16 +1,18 @@
 """Context of a run, which every stage gets: config, folders, inputs, log and devices."""
 
-import functools
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from tokalign_jax.config import SELF, Config, training_stages
+from tokalign_jax.config import SELF, Config, MeshConfig, training_stages
 from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.pipeline.inputs import Inputs
-from tokalign_jax.planning import advice, memory
+from tokalign_jax.planning import advice
+from tokalign_jax.planning.inference import Source, mesh_sizes
+from tokalign_jax.planning.machine import Machine
 from tokalign_jax.text import corpus as documents
 from tokalign_jax.utils.digests import Digests
 from tokalign_jax.utils.progress import Log
@@ -40,7 +42,7 @@ class Context:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """Mesh of all devices, on which the training state of every stage fits (`config.mesh`)."""
+        """Mesh of all devices, on which training and a distilled start fit (`config.mesh`)."""
         stages, devices = training_stages(self.config).values(), jax.devices()
         if distributed.count() == 1:
             batch_sizes = [stage.batch.size for stage in stages]
@@ -51,9 +53,10 @@ class Context:
                     f"batch.size; a multiple of {len(devices)} would use all"
                 )
             devices = devices[:usable]
-        needed = memory.state_bytes(self.config, self.inputs.new_model, self.inputs.teachers)
-        share = functools.partial(memory.share, self.inputs.new_model)
-        mesh = sharding.make_mesh(self.config.mesh, needed, devices, share)
-        for warning in advice.not_split(self.inputs.new_model, mesh.devices.shape):
+        inputs, source = self.inputs, Source.of(*self.inputs.source_model)
+        machine = dataclasses.replace(Machine.of(), devices=len(devices))
+        sizes = mesh_sizes(self.config, source, inputs.new_model, machine, inputs.teachers)
+        mesh = sharding.make_mesh(MeshConfig(*sizes), devices=devices)
+        for warning in advice.not_split(inputs.new_model, sizes):
             self.log(f"warning: {warning}")
         return mesh

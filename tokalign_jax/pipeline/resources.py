@@ -96,6 +96,6 @@ def setups(context: Context) -> dict[str, Setup]:
 def _run(context: Context) -> Run:
     """Describe the run on these devices, for the memory of stages that do not train."""
     model, raw = context.inputs.source_model
-    source, mesh = Source(model.vocab_size, disk.stored_bytes(raw)), context.mesh.devices.shape
+    source, mesh = Source.of(model, raw), context.mesh.devices.shape
     machine = dataclasses.replace(Machine.of(), devices=len(context.mesh.local_devices))
     return Run(context.config, source, context.inputs.new_model, mesh, machine)

@@ -7,10 +7,11 @@ m vocabulary matrices (2, or 1 where they are tied), V and S rows of the target 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -37,7 +38,7 @@ from tokalign_jax.models import sampling
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import abstract_params
 from tokalign_jax.parallel import sharding
-from tokalign_jax.planning import memory
+from tokalign_jax.planning import disk, memory
 from tokalign_jax.planning.machine import Machine, MeshSizes
 from tokalign_jax.planning.memory import FLOAT, Setup, elements
 from tokalign_jax.training import states
@@ -63,6 +64,12 @@ class Source(NamedTuple):
     """Bytes of a parameter."""
     dtype: str = ""
     """Type of the parameters; empty if unknown, which is not taken for the compute type."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, raw: Mapping[str, Any]) -> "Source":
+        """Describe the source model from its config.json (`raw`)."""
+        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "")
+        return cls(model.vocab_size, disk.stored_bytes(raw), dtype)
 
 
 class Needs(NamedTuple):
@@ -112,6 +119,37 @@ def needs(run: Run) -> dict[str, Needs]:
         "evaluate": Needs(_evaluation_on_device(run), _evaluation_on_host(run)),
         "export": Needs(_export_on_device(run), _export_on_host(run)),
     }
+
+
+def mesh_sizes(
+    config: Config,
+    source: Source,
+    model: ModelConfig,
+    machine: Machine,
+    teachers: Mapping[str, ModelConfig],
+) -> MeshSizes:
+    """Choose the mesh of a run: on which training fits, and a distilled start if one is possible.
+
+    A start is short, so that it only splits parameters further where it would not fit otherwise.
+
+    Args:
+      model: with the target vocabulary's rows.
+      teachers: of the training stages that have one (`memory.teachers`).
+
+    Raises:
+      UserError: `config.mesh` does not fit the devices.
+    """
+    state = memory.state_bytes(config, model, teachers)
+    share = functools.partial(memory.share, model)
+    sizes = sharding.axis_sizes(config.mesh, machine.devices, state, machine.memory, share)
+    if config.mesh.data or config.mesh.fsdp or not distills(config):
+        return sizes
+    for parts in (n for n in range(1, sizes[0] + 1) if sizes[0] % n == 0):
+        split = sizes[0] // parts, sizes[1] * parts, sizes[2]
+        run = Run(config, source, model, split, machine)
+        if sum(_init_on_device(run).values()) <= machine.memory:
+            return split
+    return sizes
 
 
 # --- init ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The whole plan of a run, and its table for `tokalign plan`. Reads no weights and no text."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import advice, disk, flops, memory, worth
-from tokalign_jax.planning.inference import Needs, Run, Source, needs
+from tokalign_jax.planning.inference import Needs, Run, Source, mesh_sizes, needs
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes, kind_of
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
@@ -239,16 +238,14 @@ def plan_run(config: Config, workdir: Path | None, machine: Machine, speed: Spee
         own = hub.load_tokenizer(target, config.end_of_text)
         size = vocabulary_size(with_template(own, hub.load_tokenizer(source), config.chat))
     multiple = config.initialization.rows_multiple_of
-    source_rows, rows = model.vocab_size, -(-size // multiple) * multiple
-    model = dataclasses.replace(model, vocab_size=rows)
+    stored = Source.of(model, raw)
+    model = dataclasses.replace(model, vocab_size=-(-size // multiple) * multiple)
     free = disk.free_bytes(workdir or Path())
     teacher = None
     if "stage3" in training_stages(config):
         teacher, _ = hub.load_config(
             hub.resolve(config.stage3.teacher, what="stage3.teacher", weights=False)
         )
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "")
-    stored = Source(source_rows, disk.stored_bytes(raw), dtype)
     exported = disk.exported_bytes(config, raw)
     return make_plan(
         config, model, machine, speed, disk.text_bytes(config), exported, free, teacher, stored
@@ -283,14 +280,11 @@ def make_plan(
     source = source or Source(model.vocab_size, exported)
     source_model = dataclasses.replace(model, vocab_size=source.rows)
     teachers = memory.teachers(config, source_model, teacher)
-    state = memory.state_bytes(config, model, teachers)
     devices = sharding.usable(
         config.mesh, machine.devices, [stage.batch.size for stage in training.values()]
     )
     machine = dataclasses.replace(machine, devices=devices)
-    mesh = sharding.axis_sizes(
-        config.mesh, devices, state, machine.memory, functools.partial(memory.share, model)
-    )
+    mesh = mesh_sizes(config, source, model, machine, teachers)
     setups = resolved_stages(config, model, mesh, machine, teachers)
     stages = tuple(_stage(setup, speed) for setup in setups.values())
     run = Run(config, source, model, mesh, machine)
