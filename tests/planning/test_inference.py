@@ -353,6 +353,14 @@ def test_plan_covers_distillation_and_rows_only_needs_less():
 def test_too_small_a_device_for_distillation_is_warned_of():
     (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
     assert "initialization.trains=rows" in warning
+    number = int(warning.partition("mesh.fsdp=")[2].split()[0])
+    assert f"mesh.fsdp={number} on {number} devices" in warning
+
+    def fits(parts):
+        run = run_of(DISTILLED, (1, parts, 1), "140GB")
+        return "init" not in advice.too_large_untrained(run)
+
+    assert fits(number) and not fits(number // 2)
 
 
 def test_mesh_splits_the_body_as_far_as_a_distilled_start_needs():

@@ -1,6 +1,7 @@
 """Settings with which a stage would fit its devices and host."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -174,15 +175,28 @@ def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
         yield "evaluation.random_baseline", False, _with(run, "evaluation", random_baseline=False)
     if name == "init":
         if distills(run.config):
-            yield "initialization.trains", "rows", _with(run, "initialization", trains="rows")
+            rows = _with(run, "initialization", trains="rows")
+            yield "initialization.trains", "rows", rows
+            if not (run.config.mesh.data or run.config.mesh.fsdp):
+                # The mesh would be chosen again (`inference.mesh_sizes`).
+                split = dataclasses.replace(rows, mesh=(1, data * fsdp, tensor))
+                yield "initialization.trains", "rows", split
             yield (
                 "initialization.distillation_tokens",
                 0,
                 _with(run, "initialization", distillation_tokens=0),
             )
+            times = [] if run.machine.on_cpu else _powers_of_two(MOST_TIMES + 1, 2)[::-1]
+            for parts in times:
+                more = dataclasses.replace(run, mesh=(1, data * fsdp * parts, tensor))
+                yield "mesh.fsdp", f"{more.mesh[1]} on {math.prod(more.mesh)} devices", more
         elif reads_source(run.config):
             for key in ("tuning", "tokens"):
                 yield f"initialization.{key}", 0, _with(run, "initialization", **{key: 0})
+
+
+MOST_TIMES = 16
+"""Times as many devices as a run has that advice considers, at most."""
 
 
 def _with(run: Run, group: str, **fields: Any) -> Run:
