@@ -412,6 +412,6 @@ def test_predictions_in_the_docs_are_those_of_the_plan():
 
     assert predicted(llama_1b, "all") == [39.5, 7.8] and predicted(llama_1b, "rows") == [20.0, 7.8]
     assert predicted(LLAMA_8B, "all") == [201.6, 18.1]
-    assert predicted(LLAMA_8B, "rows") == [78.7, 18.1]
+    assert predicted(LLAMA_8B, "rows") == [62.0, 18.1]
     assert predicted(LLAMA_8B, "all", 4) == [59.7, 18.1]
     assert predicted(many, "rows") == [91.8, 28.9]
