@@ -14,7 +14,7 @@ field `model` is the folder of a start that another program made. Each training 
 or training of its field `start` (the last start by default) and is a stage with these fields, on
 the corpus and, at `--self_share` of its tokens, on text of the source model. The source model is
 loaded once, writes its text once a seed, and programs are compiled once, which a run of its own
-does for every start. With `--wait`, a start whose folder is missing is waited for.
+does for every start.
 
 Reported are abilities by how the tokenizers split a question (shares of the questions that the
 source answers right, and the margin of the right choice over the best wrong one in nats), bits per
@@ -94,9 +94,6 @@ def main() -> None:
         log(" | ".join(("model", *COLUMNS)))
         report(bench.measured("source", bench.source.config, bench.params, bench.source.tokenizer))
         for start in arguments.start:
-            if not bench.is_there(start):
-                log(f"{start.name}: no model in {start.fields['model']}; skipped")
-                continue
             report(bench.start(start))
             names = {start.name}
             for training in arguments.train:
@@ -119,7 +116,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--corpus_bytes", type=int, default=24_000_000)
     parser.add_argument("--text_bytes", type=int, default=600_000)
     parser.add_argument("--questions", type=int, default=0, help="per suite; 0: all")
-    parser.add_argument("--wait", type=float, default=0, help="seconds, for a start's folder")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -245,15 +241,6 @@ class Bench:
         return row
 
     # --- Starts ---------------------------------------------------------------------------------
-
-    def is_there(self, start: Item) -> bool:
-        """Wait for the folder of a start that another program makes."""
-        folder, until = start.fields.get("model"), time.monotonic() + self.arguments.wait
-        while folder and not Path(folder).exists():
-            if time.monotonic() >= until:
-                return False
-            time.sleep(1)
-        return True
 
     def start(self, start: Item) -> dict[str, Any]:
         """Make a start, or read it, and measure it."""

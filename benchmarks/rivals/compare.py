@@ -1,4 +1,4 @@
-"""Compare a user's alternatives: makes every start, measures all alike, writes one table.
+"""Compare a user's alternatives: make every start, measure all alike, write one table.
 
     benchmarks/rivals/environments.sh /tmp/rivals
     python benchmarks/rivals/compare.py --source models/smollm2 --target tokenizers/neox \\
@@ -35,6 +35,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from tokalign_jax.evaluation.abilities import SEGMENTATION_KINDS
 from tokalign_jax.text import corpus as documents
 
 HERE = Path(__file__).parent
@@ -56,8 +57,6 @@ MADE, MODELS = "made.json", "models"
 TAIL = 2000
 """Characters of a log that are kept."""
 SOURCE = "source"
-KINDS = ("alike", "question", "composed", "recut")
-"""How the two tokenizers split a question and its right answer (evaluation/abilities.py)."""
 
 
 class Start(NamedTuple):
@@ -262,7 +261,7 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _row(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a model; shares of what the source answers right by group."""
     row = {"start": measured["name"], "ability": measured["mean"]}
-    row |= {kind: measured[kind] for kind in KINDS if kind in measured}
+    row |= {kind: measured[kind] for kind in SEGMENTATION_KINDS if kind in measured}
     row |= {"distance": measured["gap"]} if "gap" in measured else {}
     languages = measured["scores"]["languages"]
     row |= {

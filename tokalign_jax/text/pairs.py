@@ -132,15 +132,14 @@ class _Row:
         position_of = {
             int(end): i for i, end in enumerate(pair.source_ends[:stop].tolist()) if end != NONE
         }
+        positions = [position_of.get(end, NONE) for end in ends.tolist()]
         self.target += target.tolist()
         self.source += pair.source[:stop].tolist()
-        self.positions += [
-            begin + position_of[end] if end in position_of else NONE for end in ends.tolist()
-        ]
-        shared = [i for i, end in enumerate(ends.tolist()) if end in position_of]
-        if len(pair.target) - room <= SHORTEST or shared[-1] == 0:
+        self.positions += [begin + place if place != NONE else NONE for place in positions]
+        at = max(i for i, place in enumerate(positions) if place != NONE)
+        if len(pair.target) - room <= SHORTEST or at == 0:
             return None
-        return _after(pair, position_of[int(ends[shared[-1]])], shared[-1])
+        return _after(pair, positions[at], at)
 
     def arrays(self, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         target, source = np.full(length + 1, NONE, np.int32), np.zeros(width, np.int32)
