@@ -9,8 +9,8 @@
         --train 'mixture-12M:steps=183,objective=mixture,learning_rate=3e-4' --out runs/retention
 
 A start is a name and config fields in which it differs from the defaults; a field
-`self_distillation.BODY_RATE` or `Weights.emphasis` is a constant of the initial distillation, and a
-field `model` is the folder of a start that another program made. Each training continues the start
+`self_distillation.BODY_RATE`, `self_text.WORD_LENGTH` or `Weights.emphasis` is a constant of the
+initial distillation, and a field `model` is the folder of a start that another program made. Each training continues the start
 or training of its field `start` (the last start by default) and is a stage with these fields, on
 the corpus and, at `--self_share` of its tokens, on text of the source model. The source model is
 loaded once, writes its text once a seed, and programs are compiled once, which a run of its own
@@ -347,7 +347,8 @@ class Bench:
                 yield Document(record["text"], "self", len(record["text"].encode()), "self")
 
 
-CONSTANTS = ("self_distillation", "Weights")
+MODULES = {"self_distillation": self_distillation, "self_text": self_text}
+CONSTANTS = (*MODULES, "Weights")
 """First parts of the names of constants."""
 
 
@@ -359,18 +360,22 @@ def replaced(constants: Mapping[str, Any]) -> Iterator[None]:
         return
     defaults = cross_tokenizer.Weights()
     weights = {k.split(".")[1]: v for k, v in constants.items() if k.startswith("Weights.")}
-    modules = {k.split(".")[1]: v for k, v in constants.items() if not k.startswith("Weights.")}
-    before = {name: getattr(self_distillation, name) for name in modules}
+    values = {
+        (MODULES[group], name): value
+        for (group, name), value in ((key.split("."), v) for key, v in constants.items())
+        if group in MODULES
+    }
+    before = {(module, name): getattr(module, name) for module, name in values}
     jax.clear_caches()  # Constants are part of compiled programs.
     try:
         cross_tokenizer.Weights.__new__.__defaults__ = tuple(defaults._replace(**weights))
-        for name, value in modules.items():
-            setattr(self_distillation, name, value)
+        for (module, name), value in values.items():
+            setattr(module, name, value)
         yield
     finally:
         cross_tokenizer.Weights.__new__.__defaults__ = tuple(defaults)
-        for name, value in before.items():
-            setattr(self_distillation, name, value)
+        for (module, name), value in before.items():
+            setattr(module, name, value)
         jax.clear_caches()
 
 
@@ -378,7 +383,8 @@ def _write_once(write: Any) -> Any:
     written: dict[Any, Any] = {}
 
     def cached(writer: Any, budget: int, log: Any, special: Any = ()) -> Any:
-        key = writer.seed, budget, frozenset(special)
+        shares = self_text.FREE_SHARE, self_text.WORD_SHARE, self_text.WORD_LENGTH
+        key = writer.seed, budget, frozenset(special), shares
         if key not in written:
             written[key] = write(writer, budget, log, special)
         return written[key]
