@@ -30,6 +30,7 @@ def get_runs() -> dict[str, dict[str, Any]]:
         "pieces": {"alignment.method": "pieces"},
         "tokalign": {"alignment.method": "tokalign"},
         "composed": {"alignment.method": "composed"},
+        "distilled-lora": {"initialization.trains": "lora"},
         "distilled-rows": {"initialization.trains": "rows"},
         "distilled-own-text": {"initialization.corpus_share": 0.0},
         "distilled-corpus": {"initialization.corpus_share": 1.0},

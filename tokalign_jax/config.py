@@ -245,10 +245,11 @@ class InitializationConfig:
     """Method `distilled`: share of training sequences that are from the corpus; the others are the
     source model's own text. A higher share fits the corpus better and retains less of the source
     model."""
-    trains: Literal["all", "rows"] = "all"
-    """Method `distilled`: train the whole model, or the new rows alone, which needs less memory and
-    retains less: words that are split differently into shared tokens can only be learned by the
-    body."""
+    trains: Literal["all", "lora", "rows"] = "all"
+    """Method `distilled`: train the whole model (`all`), rows and low-rank adapters on the body's
+    projections that are merged at the end (`lora`, rank 64: less memory), or the new rows alone
+    (`rows`: least memory). `rows` retains less: words that are split differently into shared tokens
+    can only be learned by the body."""
     tokens: int = within(0, 10**15, 20_000_000)
     """Method `composed`: source tokens of the corpus that the source model reads; 0: rows are the
     alignment's mixtures."""

@@ -3,12 +3,20 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
 from tokalign_jax.alignment import methods
-from tokalign_jax.config import AlignmentConfig, ComputeConfig, Config, InitializationConfig
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    InitializationConfig,
+    config_from_dict,
+)
+from tokalign_jax.errors import UserError
 from tokalign_jax.initialization import (
     initialization,
     row_features,
@@ -217,3 +225,65 @@ def test_repeated_sequences_count_once():
     present, counts = self_distillation._tokens_in_text((batch, batch), 7)
     assert present.tolist() == [1, 2, 3, 4, 5]
     assert counts.tolist() == [0, 1, 2, 1, 2, 1, 0]
+
+
+LORA = replace(CONFIG, initialization=replace(SETTINGS, trains="lora"))
+
+
+def with_body(side, dtype):
+    """The model with its body in another type."""
+    leaves = paths.flatten(side.params).items()
+    cast = {
+        path: leaf if sharding.is_vocabulary(path) else jnp.asarray(leaf, dtype)
+        for path, leaf in leaves
+    }
+    return side._replace(params=paths.unflatten(cast))
+
+
+def test_adapters_change_projections_by_a_matrix_of_their_rank(sides, monkeypatch):
+    """Also of a body in bfloat16, whose rounding would have full rank."""
+    spec = replace(self_distillation.ADAPTERS, rank=3)
+    monkeypatch.setattr(self_distillation, "ADAPTERS", spec)
+    source, target = (with_body(side, jnp.bfloat16) for side in sides[:2])
+    stored = jax.tree.map(np.array, source.params)
+    before, after, facts, _ = distilled((source, target, sides[2]), LORA)
+    assert facts["loss_after"] < facts["loss_before"]
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        if path.endswith("_proj/kernel"):
+            assert after[path].dtype == np.float32
+            change = np.asarray(after[path], np.float64) - np.asarray(leaf, np.float64)
+            for layer in change:
+                sizes = np.linalg.svd(layer, compute_uv=False)
+                assert sizes[2] > 1e-5 and sizes[3] < 1e-3 * sizes[2], (path, sizes[:5])
+        elif not sharding.is_vocabulary(path):
+            assert after[path] is leaf, path
+    # The source model, which may share the body's arrays, is as it was.
+    jax.tree.map(np.testing.assert_array_equal, stored, jax.tree.map(np.asarray, source.params))
+
+
+def test_merged_model_has_the_loss_of_its_adapters(sides):
+    _, after, facts, _ = distilled(sides, LORA)
+    source, target, aligned = sides
+    merged = source, target._replace(params=paths.unflatten(after)), aligned
+    _, _, facts_of_merged, _ = distilled(merged, LORA)
+    assert facts["loss_after"] < facts["loss_before"] - 0.02
+    assert facts_of_merged["loss_before"] == pytest.approx(facts["loss_after"], abs=1e-4)
+
+
+def test_rows_of_shared_tokens_train_beside_adapters(sides, monkeypatch):
+    _, _, aligned = sides
+    # They do not where one vocabulary contains the other, as here.
+    monkeypatch.setattr(initialization, "_contains", lambda one, other: False)
+    before, after, _, _ = distilled(sides, LORA)
+    exact, special = (aligned.rules == rule for rule in (methods.Rule.EXACT, methods.Rule.SPECIAL))
+    rows = [np.asarray(leaves["embed_tokens/embedding"]) for leaves in (before, after)]
+    assert (rows[0][exact] != rows[1][exact]).any()
+    np.testing.assert_array_equal(rows[0][special], rows[1][special])
+
+
+def test_unknown_part_to_train_is_refused():
+    with pytest.raises(
+        UserError, match=r"initialization\.trains' is 'body'.*'all', 'lora', 'rows'"
+    ):
+        config_from_dict({"initialization": {"trains": "body"}})

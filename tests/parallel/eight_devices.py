@@ -30,9 +30,23 @@ from tests.training.toys import (
     toy_shards,
     unpadded,
 )
-from tokalign_jax.config import ComputeConfig, Config, DistillationConfig, MeshConfig
+from tokalign_jax.alignment import methods
+from tokalign_jax.config import (
+    AlignmentConfig,
+    ComputeConfig,
+    Config,
+    DistillationConfig,
+    InitializationConfig,
+    MeshConfig,
+)
 from tokalign_jax.evaluation import abilities, bits_per_byte
-from tokalign_jax.initialization import calibration, composition, contexts, tuning
+from tokalign_jax.initialization import (
+    calibration,
+    composition,
+    contexts,
+    initialization,
+    tuning,
+)
 from tokalign_jax.models import float8, hub, huggingface, quantized
 from tokalign_jax.models.config import ClampedSwiGLU, Convolution, DeltaRule, Experts
 from tokalign_jax.models.lora import add_lora
@@ -486,6 +500,46 @@ def reading(shape):
         close(results[1], results[0], 2e-4)
 
 
+def start(shape, trains):
+    """A distilled start ends with the same loss and, but for rounding, the same body."""
+    settings = InitializationConfig(
+        distillation_tokens=3000, generated_tokens=0, corpus_share=1.0, trains=trains
+    )
+    run = replace(CONFIG, alignment=AlignmentConfig(), initialization=settings)
+    tokenizers = tiny_tokenizer(300, TEXTS), tiny_tokenizer(340, TEXTS)
+    aligned = methods.from_pieces(*tokenizers)
+    documents = [corpus.Document(text, "en", len(text)) for text in TEXTS * 6]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = tiny_model_folder(Path(folder) / "model", "llama", tokenizer=tokenizers[0])
+        config, _ = hub.load_config(folder)
+        results = []
+        for mesh in (mesh_of(), mesh_of(shape)):
+            params = huggingface.load_params(folder, config, mesh=mesh)
+            model, new = initialization.initialize(config, params, aligned)
+            sides = (
+                initialization.Side(config, params, tokenizers[0], None),
+                initialization.Side(model, new, tokenizers[1], None),
+            )
+            made = initialization.distill(run, *sides, aligned, documents, mesh, lambda line: None)
+            before, after = (paths.flatten(tree) for tree in (new, made.params))
+            changes = {
+                path: sharding.to_host(leaf) - sharding.to_host(before[path])
+                for path, leaf in after.items()
+                if not sharding.is_vocabulary(path)
+            }
+            kernel = after["layers/mlp/up_proj/kernel"]
+            parts = shape[1] * shape[2] if mesh.size > 1 else 1
+            assert kernel.addressable_shards[0].data.size == kernel.size // parts
+            results.append((made.facts, changes))
+    (facts, one), (others, many) = results
+    close(others, facts, 1e-4)
+    assert facts["loss_after"] < facts["loss_before"]
+    for path, change in one.items():
+        difference, moved = np.linalg.norm(many[path] - change), np.linalg.norm(change)
+        assert difference <= 1e-3 * moved, (path, difference, moved)
+        assert moved > 0 or not path.endswith("_proj/kernel"), path
+
+
 def shards_of(tokenizer):
     end = end_of_text_id(tokenizer)
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS * 4]
@@ -591,6 +645,8 @@ CHECKS = {
     "files-six": (files, (1, 2, 3)),
     "reading-all": (reading, SHAPES["all"]),
     "reading-three": (reading, (1, 3, 1)),
+    "start-body-all": (start, SHAPES["all"], "all"),
+    "start-lora-all": (start, SHAPES["all"], "lora"),
 }
 
 

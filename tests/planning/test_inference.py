@@ -337,10 +337,17 @@ def test_plan_covers_distillation_and_rows_only_needs_less():
     table = plan_of(config=DISTILLED).table()
     assert "writes 1.8M tokens at most; the start is trained on 4M, with it as teacher" in table
     needed = inference.needs(run_of(DISTILLED))["init"].device
-    rows = replace(DISTILLED, initialization=InitializationConfig(trains="rows"))
+    rows, lora = (
+        replace(DISTILLED, initialization=InitializationConfig(trains=trains))
+        for trains in ("rows", "lora")
+    )
     less = inference.needs(run_of(rows))["init"].device
     body = 8_030_261_248 - 2 * 128_256 * 4096
     assert needed["body"] == 20 * body and less["body"] == 2 * body
+    adapted = inference.needs(run_of(lora))["init"].device
+    # Rank 64 on q, o (4096, 4096), k, v (4096, 1024) and gate, up, down (4096, 14336).
+    adapters = 32 * 64 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
+    assert adapted == less | {"adapters": 20 * adapters}
     extended = inference.needs(run_of(replace(DISTILLED, target_tokenizer="extend")))["init"].device
     assert extended["body"] == less["body"], "the body stays the source's"
     none = replace(DISTILLED, initialization=InitializationConfig(distillation_tokens=0))
@@ -350,9 +357,28 @@ def test_plan_covers_distillation_and_rows_only_needs_less():
     )
 
 
+def test_merging_adapters_counts_where_it_takes_most():
+    """With few new rows, a body in float32 is more than what a frozen one trains beside it."""
+    model = replace(LLAMA_8B, vocab_size=1000)
+    config = replace(DISTILLED, initialization=InitializationConfig(trains="lora"))
+    run = Run(config, Source(1000, 2, "bfloat16"), model, (1, 1, 1), Machine.of(1, "80GB"))
+    needed = inference.needs(run)["init"].device
+    (merging,) = [value for kind, value in needed.items() if "merged body" in kind]
+    kernels = 6_979_321_856
+    assert 4 * kernels < merging < 4.3 * kernels
+
+
 def test_too_small_a_device_for_distillation_is_warned_of():
     (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
-    assert "initialization.trains=rows" in warning
+    assert "it would with initialization.trains=lora, or" in warning
+    adapted = replace(DISTILLED, initialization=InitializationConfig(trains="lora"))
+    assert not [w for w in plan_of("140GB", config=adapted).warnings if w.startswith("init")]
+    # Where adapters do not fit either, rows alone may.
+    (warning,) = [w for w in plan_of("102GB", config=adapted).warnings if w.startswith("init")]
+    assert "it would with initialization.trains=rows, or" in warning
+    (warning,) = [w for w in plan_of("102GB", config=DISTILLED).warnings if w.startswith("init")]
+    assert "it would with initialization.trains=rows, or" in warning
+    (warning,) = [w for w in plan_of("140GB", config=DISTILLED).warnings if w.startswith("init")]
     number = int(warning.partition("mesh.fsdp=")[2].split()[0])
     assert f"mesh.fsdp={number} on {number} devices" in warning
 
@@ -373,8 +399,12 @@ def test_mesh_splits_the_body_as_far_as_a_distilled_start_needs():
         init = inference.needs(Run(config, source, LLAMA_8B, sizes, machine))["init"]
         return sizes, sum(init.device.values()) <= machine.memory
 
-    rows = replace(DISTILLED, initialization=InitializationConfig(trains="rows"))
-    assert mesh_of(rows) == ((8, 1, 1), True)
+    rows, lora = (
+        replace(DISTILLED, initialization=InitializationConfig(trains=trains))
+        for trains in ("rows", "lora")
+    )
+    assert mesh_of(rows) == mesh_of(lora) == ((8, 1, 1), True)
+    assert mesh_of(lora, memory="50GB") == ((4, 2, 1), True)
     assert mesh_of(DISTILLED) == ((2, 4, 1), True)
     assert mesh_of(DISTILLED, memory="300GB") == ((8, 1, 1), True)
     assert mesh_of(DISTILLED, devices=2) == ((2, 1, 1), False)
@@ -412,6 +442,9 @@ def test_predictions_in_the_docs_are_those_of_the_plan():
 
     assert predicted(llama_1b, "all") == [39.5, 7.8] and predicted(llama_1b, "rows") == [20.0, 7.8]
     assert predicted(LLAMA_8B, "all") == [201.6, 18.1]
+    assert predicted(llama_1b, "lora") == [20.9, 7.8]
+    assert predicted(LLAMA_8B, "lora") == [65.4, 18.1]
+    assert predicted(many, "lora") == [95.2, 28.9]
     assert predicted(LLAMA_8B, "rows") == [62.0, 18.1]
     assert predicted(LLAMA_8B, "all", 4) == [59.7, 18.1]
     assert predicted(many, "rows") == [91.8, 28.9]

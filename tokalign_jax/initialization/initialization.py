@@ -420,7 +420,6 @@ def distill(
       log: receives progress.
       num_frozen_rows: leading rows that stay as they are.
     """
-    settings = config.initialization
     if not np.isin(aligned.rules[num_frozen_rows:], COMPOSED).any():
         return self_distillation.Result(target.params, {})
     budget, tokens = distillation_budget(config, aligned.source_size, aligned.target_size)
@@ -431,10 +430,10 @@ def distill(
 
     tokens_seen = np.concatenate([pair.target for pair in (*written, *corpus)])
     seen = np.bincount(tokens_seen, minlength=aligned.target_size)
-    trains_body = settings.trains == "all" and not num_frozen_rows
+    trains = "rows" if num_frozen_rows else config.initialization.trains
     moving = movable(source.tokenizer, target.tokenizer, aligned, seen, num_frozen_rows)
     composed = moving & np.isin(aligned.rules, COMPOSED)
-    free = (moving if trains_body else composed) & (seen > 0)
+    free = (composed if trains == "rows" else moving) & (seen > 0)
     rows = _trainable_rows(config, source, target, aligned, composed, free, mesh)
     models = Models(target.config, source.config, config.compute)
     return self_distillation.distill(
@@ -446,7 +445,7 @@ def distill(
         written,
         corpus,
         tokens,
-        trains_body,
+        trains,
         mesh,
         log,
     )

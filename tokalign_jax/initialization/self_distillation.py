@@ -15,8 +15,9 @@ Two parts train:
 - rows: a table with a change for each token of the text, and a network from a composed token's
   features (`row_features.py`) to the change of its row, shared by all composed tokens, so that
   tokens change that are not in the text: row + table + deviation (x A + gelu(x B) C).
-- the body, at a small rate, unless `initialization.trains` is `rows`; the rows of tokens that the
-  source has are then frozen as well.
+- the body, at a small rate, or (`initialization.trains=lora`) low-rank adapters on its projections,
+  which are merged into it at the end. With `rows` the body and the rows of tokens that the source
+  has are frozen.
 
 Special tokens never change.
 
@@ -27,7 +28,7 @@ micro-batches, B sequences, T target tokens of a sequence.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokalign_jax.config import Config
 from tokalign_jax.initialization import unseen
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.lora import Adapter, LoraSpec, add_lora, merge_into
 from tokalign_jax.models.transformer import Params, forward, head_path
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import pairs as pairing
@@ -60,7 +62,11 @@ BODY_RATE = 2e-4
 """Peak learning rate of the body at a width of up to `WIDTH`; beyond, it falls with the square root
 of the width.
 """
+ADAPTER_RATE = 1e-3
+"""Peak learning rate of the adapters, with the same dependence on the width."""
 WIDTH = 576
+ADAPTERS = LoraSpec(rank=64, alpha=64.0, dropout=0.0)
+"""Adapters of `initialization.trains=lora`: their product is added unscaled."""
 ROW_RATE = 0.01
 """Peak learning rate of the table, in units of the standard deviation of the source's rows."""
 NETWORK_RATE = 1e-3
@@ -117,7 +123,9 @@ class Result(NamedTuple):
 
 class _State(NamedTuple):
     trainable: dict[str, Any]
-    """`table` and `network` by the path of a matrix, and `body`, the rest of the model by path."""
+    """`table` and `network` by the path of a matrix, and `body` by path: the rest of the model, its
+    adapters, or nothing.
+    """
     optimizer: optax.OptState
     step: Int[Array, ""]
 
@@ -131,7 +139,7 @@ def distill(
     written: Sequence[pairing.Pair],
     corpus: Sequence[pairing.Pair],
     budget: int,
-    trains_body: bool,
+    trains: Literal["all", "lora", "rows"],
     mesh: Mesh,
     log: Log,
 ) -> Result:
@@ -146,7 +154,7 @@ def distill(
       written: text written by the source model.
       corpus: text of the corpus.
       budget: target tokens to train on; shorter text is repeated, up to `MOST_PASSES` times.
-      trains_body: whether the body trains.
+      trains: beside the rows, `all` trains the body, `lora` adapters on it, `rows` nothing.
       mesh: devices that train.
       log: receives progress.
     """
@@ -154,14 +162,16 @@ def distill(
     present, counts = _tokens_in_text((*steps, held_out), len(rows[head_path(rows)].free))
     steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
     student = dataclasses.replace(models.student, vocab_size=len(present))
-    models = models._replace(student=student)
+    models = models._replace(student=student, lora=ADAPTERS if trains == "lora" else None)
     dtype = jnp.dtype(config.compute.dtype)
-    frozen, body = _place(params, teacher, rows, present, trains_body, dtype, mesh)
+    frozen, body = _place(params, teacher, rows, present, trains == "all", dtype, mesh)
+    if models.lora:
+        body = _new_adapters(frozen["body"], models.lora, config.seed, mesh)
     state = _start(body, rows, frozen["base"], mesh, student.vocab_size, config.seed)
     static = {"models": models, "mesh": mesh}
 
     before = _evaluate(state.trainable, frozen, held_out, **static)
-    schedule = _schedule(len(steps), rows, student.hidden_size)
+    schedule = _schedule(len(steps), rows, models)
     state, tokens, progress = _train(state, frozen, steps, schedule, models, mesh, log)
     after = _evaluate(state.trainable, frozen, held_out, **static)
     gained = float(after.loss) < float(before.loss)
@@ -173,13 +183,17 @@ def distill(
     facts = _facts(tokens, before, after)
     if not gained:
         return Result(params, facts)
-    trained = _merged(state.trainable, frozen, params, rows, present, mesh)
+    trained = _all_rows(state.trainable, frozen, params, rows, present, mesh)
     states = _final_states(state.trainable, frozen, _put(held_out, mesh), **static)
     states = sharding.to_host(states)[held_out.target[..., 1:] >= 0][:STATES]
     facts["unseen_shift"] = _calibrate_unseen(
         trained, student, states, counts, rows[head_path(rows)].composed, log
     )
-    return Result(trained, facts)
+    body = state.trainable["body"]
+    del state, frozen  # The merged body takes their memory.
+    if models.lora:
+        body = _merged(params, body, models.lora, mesh)
+    return Result(paths.unflatten(paths.flatten(params) | trained | body), facts)
 
 
 def _facts(tokens: int, before: Terms, after: Terms) -> dict[str, float]:
@@ -225,8 +239,8 @@ def _place(
     Matrices are restricted and placed one after the other, so that the host has one copy at a time.
 
     Returns:
-      The frozen arrays, in `dtype` where they are only read, and float32 copies of the trainable
-      body, without the vocabulary's matrices.
+      The frozen arrays, in `dtype` where they are only read, and float32 copies of the body if it
+      trains, without the vocabulary's matrices.
     """
     frozen: dict[str, Any] = {
         "teacher": jax.tree.map(lambda x: x.astype(dtype), sharding.place(teacher, mesh))
@@ -242,15 +256,31 @@ def _place(
         frozen["base"] |= paths.flatten(sharding.place({path: table}, mesh))
     leaves = paths.flatten(sharding.place(paths.unflatten(leaves), mesh))
     if trains_body:
+        frozen["body"] = {}
         return frozen, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), leaves)
     frozen["body"] = {path: x.astype(dtype) for path, x in leaves.items()}
     return frozen, {}
 
 
-def _schedule(steps: int, rows: Mapping[str, Rows], width: int) -> Schedule:
+def _new_adapters(
+    body: Mapping[str, Array], spec: LoraSpec, seed: int, mesh: Mesh
+) -> dict[str, Array]:
+    """Return adapters of the body's projections by path, placed on the mesh, that change nothing.
+
+    They are the same on any mesh.
+    """
+    # The networks' keys are split from the seed's key itself (`_start`).
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    adapted = paths.flatten(add_lora(paths.unflatten(body), spec, key))
+    adapters = {path: leaf for path, leaf in adapted.items() if path not in body}
+    return paths.flatten(sharding.place(paths.unflatten(adapters), mesh))
+
+
+def _schedule(steps: int, rows: Mapping[str, Rows], models: Models) -> Schedule:
     """Return peak learning rates by part, with warm-up and decay."""
+    body = ADAPTER_RATE if models.lora else BODY_RATE
     peaks = {
-        "body": BODY_RATE * min(1.0, (WIDTH / width) ** 0.5),
+        "body": body * min(1.0, (WIDTH / models.student.hidden_size) ** 0.5),
         "network": NETWORK_RATE,
         **{path: ROW_RATE * part.deviation for path, part in rows.items()},
     }
@@ -258,7 +288,7 @@ def _schedule(steps: int, rows: Mapping[str, Rows], width: int) -> Schedule:
 
 
 def _calibrate_unseen(
-    params: Params,
+    rows: Mapping[str, Float[np.ndarray, "V D"]],
     config: ModelConfig,
     states: Float[np.ndarray, "N D"],
     counts: Int[np.ndarray, "V"],
@@ -268,7 +298,7 @@ def _calibrate_unseen(
     """Lower the logits of composed tokens that are not in the text, in place.
 
     Args:
-      params: the new model's parameters, with its rows on the host.
+      rows: the new model's rows by the path of their matrix.
       config: the new model's architecture.
       states: final states, on which probabilities are measured.
       counts: occurrences of each token in the text.
@@ -281,11 +311,10 @@ def _calibrate_unseen(
     absent = composed[counts[composed] == 0]
     if not len(absent):
         return 0.0
-    group, leaf = head_path(paths.flatten(params)).split("/")
-    rows = params[group][leaf]
+    head = rows[head_path(rows)]
     probability = unseen.good_turing(counts, np.isin(np.arange(len(counts)), composed))
-    nats, change = unseen.shift(config, states, rows[: len(counts)], absent, probability)
-    rows[absent] += change
+    nats, change = unseen.shift(config, states, head[: len(counts)], absent, probability)
+    head[absent] += change
     log(
         f"self-distillation: {len(absent):,} composed tokens are not in the text: their logits are "
         f"lowered by {nats:.1f} nats, to a probability of {probability:.2g} together"
@@ -317,14 +346,27 @@ def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:
 
 
 def _merged(
+    params: Params, adapters: dict[str, Array], spec: LoraSpec, mesh: Mesh
+) -> dict[str, Array]:
+    """Return the adapted kernels by path, in float32 on the mesh; `params` stay as they are."""
+    leaves, kernels = paths.flatten(params), {}
+    for name in [path.removesuffix("/lora_a") for path in adapters if path.endswith("/lora_a")]:
+        path = f"{name}/kernel"
+        placed = paths.flatten(sharding.place({path: leaves[path]}, mesh))[path]
+        adapter = Adapter(spec, adapters[f"{name}/lora_a"], adapters[f"{name}/lora_b"])
+        kernels[path] = merge_into(jnp.array(placed, jnp.float32, copy=True), [adapter])
+    return kernels
+
+
+def _all_rows(
     trainable: dict[str, Any],
     frozen: dict[str, Any],
     params: Params,
     rows: Mapping[str, Rows],
     present: Int[np.ndarray, "p"],
     mesh: Mesh,
-) -> Params:
-    """Return the new model's parameters: all rows, on the host, and the body.
+) -> dict[str, Float[np.ndarray, "V D"]]:
+    """Return all rows of the new model by the path of their matrix, in float32 on the host.
 
     Args:
       trainable: trainable arrays, restricted to the rows of `present` tokens.
@@ -335,7 +377,7 @@ def _merged(
       mesh: devices of the arrays.
     """
     tables = jax.jit(_tables)(trainable, frozen)
-    leaves = paths.flatten(params)
+    leaves, result = paths.flatten(params), {}
     for path, table in tables.items():
         moved, part = np.array(leaves[path], np.float32), rows[path]
         for begin in range(0, len(part.composed), BLOCK):
@@ -348,8 +390,8 @@ def _merged(
         for begin in range(0, len(present), BLOCK):
             ids = present[begin : begin + BLOCK]
             moved[ids] = sharding.to_host(table, slice(begin, begin + len(ids)))
-        leaves[path] = moved
-    return paths.unflatten(leaves | trainable["body"])
+        result[path] = moved
+    return result
 
 
 BLOCK = 16_384
@@ -486,13 +528,14 @@ def _final_states(
 ) -> Float[Array, "A B T D"]:
     """Return the student's final states on the held-out batch."""
     with sharding.within(mesh):
-        body = trainable["body"] or frozen["body"]
-        params = paths.unflatten({**body, **_tables(trainable, frozen)})
+        params = _params(trainable["body"], frozen, _tables(trainable, frozen))
         dtype = jnp.dtype(models.compute.dtype)
 
         def states(target: Array) -> Array:
             read = jnp.maximum(target[:, :-1], 0)
-            hidden = forward(models.student, params, read, dtype=dtype, remat="layer", unroll=1)
+            hidden = forward(
+                models.student, params, read, lora=models.lora, dtype=dtype, remat="layer", unroll=1
+            )
             return sharding.constrain(hidden, None)
 
         return jax.lax.map(states, held_out.target)
@@ -528,8 +571,13 @@ def _loss(
     batch: Batch,
     models: Models,
 ) -> tuple[Float[Array, ""], Terms]:
-    params = paths.unflatten({**(body or frozen["body"]), **tables})
+    params = _params(body, frozen, tables)
     return cross_tokenizer.loss(models, params, frozen["teacher"], batch, Weights())
+
+
+def _params(body: dict[str, Array], frozen: dict[str, Any], tables: dict[str, Array]) -> Params:
+    """Return the student's parameters, with its adapters where it has some."""
+    return paths.unflatten({**frozen["body"], **body, **tables})
 
 
 def _tables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Float[Array, "R D"]]:

@@ -77,8 +77,8 @@ def _remedy(context: Context, name: str) -> str:
         return advice.too_large(stages).get(name, smaller)
     kind = name.partition("/")[0]
     smaller = {
-        "init": "use a larger device, or train the rows alone with "
-        "--config.initialization.trains=rows",
+        "init": "train less of the model with --config.initialization.trains=lora (adapters and "
+        "rows) or =rows, or use a larger device",
         "evaluate": "lower --config.evaluation.batch (it is "
         f"{context.config.evaluation.batch}), or use a larger device",
     }.get(kind, "use a larger device")

@@ -175,12 +175,14 @@ def _untrained_changes(name: str, run: Run) -> Iterator[tuple[str, Any, Run]]:
         yield "evaluation.random_baseline", False, _with(run, "evaluation", random_baseline=False)
     if name == "init":
         if distills(run.config):
-            rows = _with(run, "initialization", trains="rows")
-            yield "initialization.trains", "rows", rows
-            if not (run.config.mesh.data or run.config.mesh.fsdp):
-                # The mesh would be chosen again (`inference.mesh_sizes`).
-                split = dataclasses.replace(rows, mesh=(1, data * fsdp, tensor))
-                yield "initialization.trains", "rows", split
+            choices = ("all", "lora", "rows")
+            for trains in choices[choices.index(run.config.initialization.trains) + 1 :]:
+                less = _with(run, "initialization", trains=trains)
+                yield "initialization.trains", trains, less
+                if not (run.config.mesh.data or run.config.mesh.fsdp):
+                    # The mesh would be chosen again (`inference.mesh_sizes`).
+                    split = dataclasses.replace(less, mesh=(1, data * fsdp, tensor))
+                    yield "initialization.trains", trains, split
             yield (
                 "initialization.distillation_tokens",
                 0,

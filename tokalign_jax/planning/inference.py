@@ -270,6 +270,9 @@ def _distillation_on_device(run: Run) -> dict[str, int]:
         "text that the source model writes": _writing(run),
         "states of tokens' pieces": _forward(run, run.source_model, at_once * pieces, pieces),
     }
+    if adapters := _start_adapters(run):
+        merged = FLOAT * elements(_kernels(run.model), run.mesh) + MERGING * _largest_matrix(run)
+        work["merged body (float32)"] = merged + FLOAT * elements(adapters, run.mesh)
     return training if sum(training.values()) >= max(work.values()) else _largest(work)
 
 
@@ -304,17 +307,14 @@ def _training_on_device(run: Run) -> dict[str, int]:
     rows = elements(_vocabulary(run.model), run.mesh)
     bodies = {path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}
     body = elements(bodies, run.mesh)
-    # An extension keeps the body, as the source's rows.
-    trains_body = (
-        run.config.initialization.trains == "all" and run.config.target_tokenizer != EXTEND
-    )
+    trains_body, adapters = _start_trains(run) == "all", _start_adapters(run)
     features = run.matrices * run.model.vocab_size * _features_of_composed(run)
     hidden = min(self_distillation.HIDDEN, 2 * run.model.hidden_size)
     tokens = self_distillation.OTHER_MICRO_BATCH_TOKENS if run.machine.fused_attention else 1024
     setup = _setup(
         run, run.model, min(self_distillation.LENGTH, run.model.max_positions)
     ).with_compute(remat="layer")
-    trained = bodies if trains_body else {}
+    trained = bodies if trains_body else adapters
     work = max(
         memory.layer_bytes(setup, tokens)
         + memory.gathered_bytes(run.model, trained, size, run.mesh),
@@ -329,11 +329,25 @@ def _training_on_device(run: Run) -> dict[str, int]:
         "rows": 6 * FLOAT * rows,
         # Parameters, two moments, a micro-batch's gradients and their sum.
         "body": (5 * FLOAT if trains_body else read) * body,
+        **({"adapters": 5 * FLOAT * elements(adapters, run.mesh)} if adapters else {}),
         "features of tokens": size * features // (fsdp * tensor),
         "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh)
         + work
         + size * inner,
     }
+
+
+def _start_trains(run: Run) -> str:
+    """What a distilled start trains beside the rows; an extension keeps the body."""
+    return "rows" if run.config.target_tokenizer == EXTEND else run.config.initialization.trains
+
+
+def _start_adapters(run: Run) -> paths.Tree:
+    """Shapes by path of the adapters that a distilled start trains."""
+    if _start_trains(run) != "lora":
+        return {}
+    leaves = paths.flatten(abstract_params(run.model, self_distillation.ADAPTERS))
+    return {path: leaf for path, leaf in leaves.items() if "/lora_" in path}
 
 
 def _token_distillation_on_device(run: Run) -> dict[str, int]:
@@ -456,10 +470,13 @@ def _vocabulary(model: ModelConfig) -> paths.Tree:
 
 def _largest_matrix(run: Run) -> int:
     """Bytes of the largest matrix of one layer (and expert) in float32."""
-    leaves = paths.flatten(abstract_params(run.model))
-    return FLOAT * max(
-        math.prod(leaf.shape[-2:]) for path, leaf in leaves.items() if "_proj/kernel" in path
-    )
+    return FLOAT * max(math.prod(leaf.shape[-2:]) for leaf in _kernels(run.model).values())
+
+
+def _kernels(model: ModelConfig) -> paths.Tree:
+    """Shapes by path of the kernels that adapters may change."""
+    leaves = paths.flatten(abstract_params(model))
+    return {path: leaf for path, leaf in leaves.items() if path.endswith("_proj/kernel")}
 
 
 def _largest(work: Mapping[str, int]) -> dict[str, int]:

@@ -318,13 +318,16 @@ def _stage_of_length(stage: StageConfig, method: str, length: int) -> StageConfi
 
 
 def _distillation(run: Run, speed: Speed) -> InitPlan:
-    """Writing is a forward pass a token; training one of Stage 2, or of Stage 1 for rows alone,
-    with a forward pass of the teacher.
+    """Writing is a forward pass a token; training a step of the stage that trains the same, with a
+    forward pass of the teacher.
     """
     written, trained = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
-    method = "full" if run.config.initialization.trains == "all" else "embedding"
+    methods = {"all": "full", "lora": "lora", "rows": "embedding"}
+    method = methods[run.config.initialization.trains]
     length = min(self_distillation.LENGTH, run.model.max_positions)
     stage = _stage_of_length(run.config.stage1, method, length)
+    lora = dataclasses.replace(stage.lora, rank=self_distillation.ADAPTERS.rank)
+    stage = dataclasses.replace(stage, lora=lora)
     each = flops.flops_per_token(run.model, stage)
     forward = flops.flops_per_token(run.source_model, dataclasses.replace(stage, method="full")) / 3
     operations = trained * (each + forward) + written * forward

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
+from tokalign_jax.models.lora import LoraSpec
 from tokalign_jax.models.transformer import Params, forward, head_matrix
 from tokalign_jax.text.boundaries import NONE
 from tokalign_jax.training.losses import head_of, token_nll, weighted_cross_entropy
@@ -77,6 +78,8 @@ class Models(NamedTuple):
     student: ModelConfig
     teacher: ModelConfig
     compute: ComputeConfig
+    lora: LoraSpec | None = None
+    """Adapters in the student's parameters; None: it has none."""
 
 
 def loss(
@@ -89,7 +92,9 @@ def loss(
     """
     dtype, compute = jnp.dtype(models.compute.dtype), models.compute
     read, labels = jnp.maximum(batch.target[:, :-1], 0), batch.target[:, 1:]
-    hidden = forward(models.student, params, read, dtype=dtype, remat="layer", unroll=1)
+    hidden = forward(
+        models.student, params, read, lora=models.lora, dtype=dtype, remat="layer", unroll=1
+    )
     head, how = head_matrix(params), head_of(models.student, compute)
     taught, teacher_nll = _teacher(models, teacher, batch.source)
 
