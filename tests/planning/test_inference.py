@@ -350,6 +350,8 @@ def test_plan_covers_distillation_and_rows_only_needs_less():
     assert adapted == less | {"adapters": 20 * adapters}
     extended = inference.needs(run_of(replace(DISTILLED, target_tokenizer="extend")))["init"].device
     assert extended["body"] == less["body"], "the body stays the source's"
+    extended = inference.needs(run_of(replace(lora, target_tokenizer="extend")))["init"].device
+    assert extended == less, "nor are there adapters"
     none = replace(DISTILLED, initialization=InitializationConfig(distillation_tokens=0))
     assert (
         "init" in inference.needs(run_of(none))

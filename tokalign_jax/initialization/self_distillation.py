@@ -63,7 +63,9 @@ BODY_RATE = 2e-4
 of the width.
 """
 ADAPTER_RATE = 1e-3
-"""Peak learning rate of the adapters, with the same dependence on the width."""
+"""Peak learning rate of the adapters, with the same dependence on the width. At `WIDTH`, Adam's
+first steps change an entry of A B about as much as `BODY_RATE` changes a weight.
+"""
 WIDTH = 576
 ADAPTERS = LoraSpec(rank=64, alpha=64.0, dropout=0.0)
 """Adapters of `initialization.trains=lora`: their product is added unscaled."""

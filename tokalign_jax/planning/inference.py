@@ -307,7 +307,7 @@ def _training_on_device(run: Run) -> dict[str, int]:
     rows = elements(_vocabulary(run.model), run.mesh)
     bodies = {path: leaf for path, leaf in leaves.items() if not sharding.is_vocabulary(path)}
     body = elements(bodies, run.mesh)
-    trains_body, adapters = _start_trains(run) == "all", _start_adapters(run)
+    trains_body, adapters = start_trains(run) == "all", _start_adapters(run)
     features = run.matrices * run.model.vocab_size * _features_of_composed(run)
     hidden = min(self_distillation.HIDDEN, 2 * run.model.hidden_size)
     tokens = self_distillation.OTHER_MICRO_BATCH_TOKENS if run.machine.fused_attention else 1024
@@ -337,14 +337,14 @@ def _training_on_device(run: Run) -> dict[str, int]:
     }
 
 
-def _start_trains(run: Run) -> str:
+def start_trains(run: Run) -> str:
     """What a distilled start trains beside the rows; an extension keeps the body."""
     return "rows" if run.config.target_tokenizer == EXTEND else run.config.initialization.trains
 
 
 def _start_adapters(run: Run) -> paths.Tree:
     """Shapes by path of the adapters that a distilled start trains."""
-    if _start_trains(run) != "lora":
+    if start_trains(run) != "lora":
         return {}
     leaves = paths.flatten(abstract_params(run.model, self_distillation.ADAPTERS))
     return {path: leaf for path, leaf in leaves.items() if "/lora_" in path}

@@ -25,7 +25,7 @@ from tokalign_jax.models import hub
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import advice, disk, flops, memory, worth
-from tokalign_jax.planning.inference import Needs, Run, Source, mesh_sizes, needs
+from tokalign_jax.planning.inference import Needs, Run, Source, mesh_sizes, needs, start_trains
 from tokalign_jax.planning.machine import Machine, MeshSizes, Speed, format_bytes, kind_of
 from tokalign_jax.planning.memory import Setup
 from tokalign_jax.planning.resolve import check_lengths, resolved_stages
@@ -323,7 +323,7 @@ def _distillation(run: Run, speed: Speed) -> InitPlan:
     """
     written, trained = distillation_budget(run.config, run.source.rows, run.model.vocab_size)
     methods = {"all": "full", "lora": "lora", "rows": "embedding"}
-    method = methods[run.config.initialization.trains]
+    method = methods[start_trains(run)]
     length = min(self_distillation.LENGTH, run.model.max_positions)
     stage = _stage_of_length(run.config.stage1, method, length)
     lora = dataclasses.replace(stage.lora, rank=self_distillation.ADAPTERS.rank)
