@@ -16,10 +16,10 @@ the corpus and, at `--self_share` of its tokens, on text of the source model. Th
 loaded once, writes its text once a seed, and programs are compiled once, which a run of its own
 does for every start.
 
-Reported are abilities by how the tokenizers split a question (shares of the questions that the
-source answers right, and the margin of the right choice over the best wrong one in nats), bits per
-byte and the distance to the source's likelihoods (`evaluation/fidelity.py`) on held-out text and on
-text of another kind. Writes `retention.jsonl`, one line per model as soon as it is measured;
+Reported are abilities as the mean over suites, over all questions, and by how the tokenizers split
+a question (shares of the questions that the source answers right, and the margin of the right
+choice over the best wrong one in nats), bits per byte and the distance to the source's likelihoods
+(`evaluation/fidelity.py`) on held-out text and on text of another kind. Writes `retention.jsonl`, one line per model as soon as it is measured;
 `retention_figure.py` makes a table and a figure of such files.
 """
 
@@ -64,7 +64,7 @@ STAGE = {"batch.size": 64, "batch.sequence_length": 1024, "method": "full", "sta
 """Fields of a training stage unless given."""
 ALIGNED = 8_000
 """Documents from which methods that need token vectors learn them."""
-COLUMNS = ("mean", "alike", "question", "composed", "recut", "text", "other", "gap")
+COLUMNS = ("mean", "overall", "alike", "question", "composed", "recut", "text", "other", "gap")
 
 
 class Item(NamedTuple):
@@ -221,6 +221,7 @@ class Bench:
         right, names = abilities.is_right(scores), [q.suite for q in self.material.questions]
         suites = {s: right[[n == s for n in names]].mean() for s in names if s != abilities.SUMS}
         row: dict[str, Any] = {"mean": float(np.mean([*suites.values()]))}
+        row["overall"] = float(right[[name in suites for name in names]].mean())
         row["text"] = content["pooled"]["bits_per_byte"]
         if "other_text" in content:
             row["other"] = content["other_text"]["pooled"]["bits_per_byte"]

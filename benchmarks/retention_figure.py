@@ -20,16 +20,16 @@ from matplotlib import pyplot
 
 Row = Mapping[str, Any]
 PANELS = (
-    ("mean", "mean ability, of the source's"),
+    ("overall", "questions answered right, of the source's"),
     ("composed", "answers with new tokens, of the source's"),
     ("text", "bits per byte of the corpus's kind, of the source's"),
     ("other", "bits per byte of another kind, of the source's"),
     ("gap", "distance to the source, bits per byte"),
 )
 """Column and title; means and bits per byte are divided by the source's."""
-COLUMNS = ("mean", "alike", "question", "composed", "recut", "text", "other", "gap")
+COLUMNS = ("mean", "overall", "alike", "question", "composed", "recut", "text", "other", "gap")
 TITLES = (
-    *("mean", "split alike", "question", "new tokens", "split differently"),
+    *("mean", "all questions", "split alike", "question", "new tokens", "split differently"),
     *("bits/byte", "another kind", "distance"),
 )
 
