@@ -6,25 +6,29 @@ import pytest
 
 from tests.helpers import tiny_model_folder, tiny_tokenizer
 from tests.pipeline.toy_runs import write_corpus
-from tests.text.test_chats import CHATML, chatml
+from tests.text.test_chats import CHATML, chatml, gemma
 from tokalign_jax import pipeline
 from tokalign_jax.config import Config, TextConfig, config_from_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.initialization import self_corpus
-from tokalign_jax.initialization.self_text import Segment
+from tokalign_jax.initialization.self_text import Segment, Writer
 from tokalign_jax.planning import disk
-from tokalign_jax.text import corpus, tokenizing
+from tokalign_jax.text import chats, corpus, tokenizing
 
 
-def test_passages_become_documents_and_chats():
-    tokenizer = chatml()
+def chat_passage(tokenizer):
     start, end = (tokenizer.get_vocab()[f"<|im_{name}|>"] for name in ("start", "end"))
-    chat = (
+    return (
         Segment("", start),
         Segment("user\nWhat is it?", end),
         Segment("\n", start),
         Segment("assistant\nA dog.", end),
     )
+
+
+def test_passages_become_documents_and_chats():
+    tokenizer = chatml()
+    chat = chat_passage(tokenizer)
     unfinished = (*chat[:3], Segment("assistant\nA do"))
     found = list(self_corpus.records([(Segment("a text"),), chat, unfinished], tokenizer))
     messages = [
@@ -35,6 +39,53 @@ def test_passages_become_documents_and_chats():
         {"text": "a text", "language": "self"},
         {"messages": messages, "language": "self"},
     ]
+
+
+def test_chats_of_a_start_are_written_in_the_template_of_the_target():
+    source, target = chatml(), gemma()
+    plain, chat = (Segment("a text"),), chat_passage(source)
+    start, end = (source.get_vocab()[f"<|im_{name}|>"] for name in ("start", "end"))
+    ids = {name: target.get_vocab()[f"<{name}_of_turn>"] for name in ("start", "end")}
+    special = {start: ids["start"], end: ids["end"], 0: target.get_vocab()["<bos>"]}
+    found = list(self_corpus.in_template([plain, chat], source, target, special))
+    assert found == [
+        plain,
+        (
+            Segment("", 0),
+            Segment("", start),
+            Segment("user\nWhat is it?", end),
+            Segment("\n", start),
+            Segment("model\nA dog.", end),
+        ),
+    ]
+
+
+def test_chats_of_a_start_keep_a_template_that_the_target_cannot_replace():
+    """The target has no template, or one with special tokens that the source lacks."""
+    source, bare, target = chatml(), tiny_tokenizer(300, ["a text"]), gemma()
+    chat = chat_passage(source)
+    unknown = {target.get_vocab()["<start_of_turn>"]: 1}
+    for other in (bare, target):
+        assert list(self_corpus.in_template([chat], source, other, unknown)) == [chat]
+
+
+def test_answers_that_are_cut_off_are_dropped(monkeypatch):
+    tokenizer = chatml()
+    end = tokenizer.get_vocab()["<|im_end|>"]
+    question = tokenizer("What is it and why?", add_special_tokens=False)["input_ids"]
+    answer = tokenizer("A dog.", add_special_tokens=False)["input_ids"]
+    answers = iter([[*answer, end], answer, [end]])
+
+    def sampled(self, prompts, length, stream):
+        tails = [[*question, end]] * 3 if stream == 3 else list(answers)
+        return [[*prompt, *tail] for prompt, tail in zip(prompts, tails, strict=True)]
+
+    monkeypatch.setattr(Writer, "_draw", sampled)
+    writer = Writer(None, None, tokenizer, None, None, 0)
+    before, after = chats.around_question(tokenizer)
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    (passage,) = writer._chats(3, *parts)
+    assert passage[-1] == Segment("assistant\nA dog.", end)
 
 
 def test_self_can_be_mixed_with_other_text(tmp_path):

@@ -20,6 +20,14 @@ def read(tokenizer, tokens):
     return tokenizer.decode([t for t in tokens if t >= 0], skip_special_tokens=True)
 
 
+def test_start_of_a_document_is_not_repeated(pairing):
+    """Chat templates write it themselves."""
+    start = pairing.source.eos_token_id
+    written, plain = pairing.pair([(("", start), (TEXTS[0], start)), ((TEXTS[0], start),)])
+    for one, other in zip(written, plain, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_paired_positions_cover_the_same_text(pairing):
     documents = pairing.pair([((text, None),) for text in TEXTS])
     packed = pairs.pack(documents, [2, 0, 1, 0], 40, 64)

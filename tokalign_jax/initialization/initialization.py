@@ -30,6 +30,7 @@ from tokalign_jax.initialization import (
     composition,
     contexts,
     row_features,
+    self_corpus,
     self_distillation,
     self_text,
     token_distillation,
@@ -463,7 +464,7 @@ def _paired_texts(
     """Return the texts of a distilled start for both models: the source's own, and the corpus's.
 
     The source writes them here even if the corpus has a part called `self`: that one has another
-    size, lacks replies that were cut off, and is split into training and held-out documents.
+    size, and is split into training and held-out documents.
 
     Args:
       config: the run's configuration.
@@ -485,11 +486,11 @@ def _paired_texts(
     writer = self_text.Writer(
         source.config, source.params, source.tokenizer, dtype, mesh, config.seed
     )
-    written = pairing.pair(writer.write(budget, log, special))
-    passages = [
-        ((piece, None),) for document in documents for piece in pairs.passages(document.text)
-    ]
-    return written, pairing.pair(passages) if config.initialization.corpus_share else []
+    tokenizers = source.tokenizer, target.tokenizer
+    passages = self_corpus.in_template(writer.write(budget, log, special), *tokenizers, special)
+    written = pairing.pair(list(passages))
+    parts = [((piece, None),) for document in documents for piece in pairs.passages(document.text)]
+    return written, pairing.pair(parts) if config.initialization.corpus_share else []
 
 
 def _trainable_rows(

@@ -1,19 +1,18 @@
-"""The source model's own text (`self_text.py`) as a part of the corpus, in JSON lines.
+"""The source model's own text (`self_text.py`) as records of a corpus, and in another template.
 
-Free text becomes a document; a question and its answer become a chat, which is written by the new
-model's template later on. Chats with a truncated answer are dropped, since a template would end
-the answer there.
+In records free text becomes a document; a question and its answer become a chat, which is written
+by the new model's template later on.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import SELF
-from tokalign_jax.initialization.self_text import Passage, Writer
+from tokalign_jax.initialization.self_text import Passage, Segment, Writer
 from tokalign_jax.text import canonical, chats
 from tokalign_jax.utils.progress import Log
 
@@ -45,21 +44,104 @@ def records(
     passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Yield passages as records of a corpus."""
-    before, after = chats.around_question(tokenizer) or ("", "")
+    around = chats.around_question(tokenizer) or ("", "")
     for passage in passages:
         if all(segment.special is None for segment in passage):
             yield {"text": "".join(segment.text for segment in passage), "language": SELF}
-            continue
-        *rest, last = passage
-        text = "".join(
-            segment.text + str(tokenizer.convert_ids_to_tokens(segment.special))
-            for segment in rest
-            if segment.special is not None
-        )
-        question, mark, answer = (text + last.text).removeprefix(before).partition(after)
-        if before and mark and last.special is not None and question.strip() and answer.strip():
+        elif chat := _chat(passage, tokenizer, around):
             messages = [
-                {"role": "user", "content": question.strip()},
-                {"role": "assistant", "content": answer.strip()},
+                {"role": "user", "content": chat.question},
+                {"role": "assistant", "content": chat.answer},
             ]
             yield {"messages": messages, "language": SELF}
+
+
+def in_template(
+    passages: Iterable[Passage],
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    special: Mapping[int, int],
+) -> Iterator[Passage]:
+    """Yield passages with their chats as the target's template prompts and ends them.
+
+    The source's template may write more, such as a system message, which prompts of the new model
+    do not have. Chats are as they were if the target has no template, or one that writes special
+    tokens which the source lacks.
+
+    Args:
+      passages: passages that the source wrote.
+      source: its tokenizer.
+      target: the new model's tokenizer.
+      special: the target's special tokens by those of the source with the same use.
+    """
+    around = chats.around_question(source) or ("", "")
+    prompt = _segments(chats.around_question(target), target, special)
+    for passage in passages:
+        chat = _chat(passage, source, around) if prompt else None
+        if prompt is None or chat is None:
+            yield passage
+            continue
+        before, after = prompt
+        asked = before[-1].text + chat.question + after[0].text
+        answered = after[-1].text + chat.answer
+        yield (
+            *before[:-1],
+            Segment(asked, after[0].special),
+            *after[1:-1],
+            Segment(answered, chat.end),
+        )
+
+
+class _Chat(NamedTuple):
+    question: str
+    answer: str
+    end: int
+    """The special token after the answer."""
+
+
+def _chat(
+    passage: Passage, tokenizer: PreTrainedTokenizerBase, around: tuple[str, str]
+) -> _Chat | None:
+    """Return the question and the answer of a passage, None if it has no such parts.
+
+    Args:
+      passage: a passage with special tokens.
+      tokenizer: the source's.
+      around: what its template writes before the question and between question and answer.
+    """
+    *rest, last = passage
+    text = "".join(
+        segment.text + str(tokenizer.convert_ids_to_tokens(segment.special))
+        for segment in rest
+        if segment.special is not None
+    )
+    before, after = around
+    question, mark, answer = (text + last.text).removeprefix(before).partition(after or "\0")
+    question, answer = question.strip(), answer.strip()
+    if before and mark and last.special is not None and question and answer:
+        return _Chat(question, answer, last.special)
+    return None
+
+
+def _segments(
+    around: tuple[str, str] | None, target: PreTrainedTokenizerBase, special: Mapping[int, int]
+) -> tuple[list[Segment], list[Segment]] | None:
+    """Return the parts of the target's prompt, each with plain text as its last segment.
+
+    Returns None if there is no prompt, no special token between question and answer, or one that
+    the source lacks.
+    """
+    source_ids = {token: index for index, token in special.items()}
+    parts: list[list[Segment]] = []
+    for part in around or ():
+        segments, text = [], ""
+        for piece in chats.split_at_special(target, part):
+            if piece.special is None:
+                text += piece.text
+            elif piece.special in source_ids:
+                segments.append(Segment(text, source_ids[piece.special]))
+                text = ""
+            else:
+                return None
+        parts.append([*segments, Segment(text)])
+    return (parts[0], parts[1]) if len(parts) == 2 and len(parts[1]) > 1 else None

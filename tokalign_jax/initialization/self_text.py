@@ -6,7 +6,8 @@ Three kinds of documents are sampled from the model:
 - by word: a short document for each token of the source's vocabulary that begins a word, in random
   order, so that rare words and names occur that free text would contain once in a million tokens;
 - chats, if the source has a chat template: a question is sampled after the template's user turn,
-  then the answer to it (Magpie, arXiv 2406.08464).
+  then the answer to it (Magpie, arXiv 2406.08464). Answers that are cut off are dropped: most are
+  long, and a model that reads few ends of turns ends few of its own.
 """
 
 from collections.abc import Collection, Sequence
@@ -126,7 +127,7 @@ class Writer(NamedTuple):
             answer = tokens[len(prompt) :]
             reply = _until(answer, special)
             end = answer[len(reply) : len(reply) + 1]
-            if reply and (not end or ends_turn(self.tokenizer, end[0])):
+            if reply and end and ends_turn(self.tokenizer, end[0]):
                 passages.append(self._segments([*prompt, *reply, *end], special))
         return passages
 

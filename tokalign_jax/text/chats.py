@@ -121,7 +121,7 @@ def write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Wr
       Unusable: the template rejects the messages, or omits an assistant message.
     """
     text = _apply(tokenizer, messages)
-    pieces = _pieces(tokenizer, text)
+    pieces = split_at_special(tokenizer, text)
     ends_of_special = [piece.end for piece in pieces if piece.special is not None]
     learned, begin = [], 0
     for number, message in enumerate(messages):
@@ -205,12 +205,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> 
     for question in questions:
         message = {"role": "user", "content": question}
         text = _apply(tokenizer, [message], add_generation_prompt=True)
-        pieces.append(_pieces(tokenizer, text))
+        pieces.append(split_at_special(tokenizer, text))
     # One encoder for all: making it takes a large vocabulary a fifth of a second.
     return [tokens.ids.tolist() for tokens in Encoder(tokenizer).encode(pieces)]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Piece]:
+def split_at_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Piece]:
     """Split text at special tokens, which may absorb the white space beside them."""
     specials = {str(tokenizer.convert_ids_to_tokens(i)): i for i in special_ids(tokenizer)}
     pattern = "|".join(

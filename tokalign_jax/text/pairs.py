@@ -61,7 +61,8 @@ class Pairing(NamedTuple):
     def pair(self, passages: Sequence[Iterable[tuple[str, int | None]]]) -> list[Pair]:
         """Tokenize passages of (text, the source's special token after it or None) for both sides.
 
-        Special tokens without a counterpart in the target are dropped on both sides.
+        Special tokens without a counterpart in the target are dropped on both sides, and a
+        start-of-document token that a passage begins with, as chat templates write it, stands once.
         """
         flat = [(i, *segment) for i, passage in enumerate(passages) for segment in passage]
         texts = [text for _, text, _ in flat]
@@ -74,6 +75,8 @@ class Pairing(NamedTuple):
                 ends.extend(np.where(side.ends == NONE, NONE, side.ends + read[number]).tolist())
             read[number] += len(text)
             if special is not None and special in self.special:
+                if not read[number] and (special, self.special[special]) == self.starts:
+                    continue
                 read[number] += 1
                 for (ids, ends), token in zip(collected[number], (special, self.special[special])):
                     ids.append(token)
