@@ -517,6 +517,24 @@ def test_compressed_file_may_have_several_parts(tmp_path, ending):
     assert sorted(document.text for document in train + held) == sorted(TEXTS)
 
 
+@pytest.mark.parametrize("end", ["batch", "schema", "mark"])
+def test_truncated_arrow_stream_is_refused(tmp_path, end):
+    """Also where it ends between two messages, after which Arrow reports no error."""
+    path = tmp_path / "a.arrow"
+    table, ends = pa.table({"text": TEXTS}), []
+    with pa.OSFile(str(path), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            ends.append(file.tell())
+            for batch in table.to_batches(max_chunksize=10):
+                writer.write_batch(batch)
+                ends.append(file.tell())
+    assert len(run(config_for(path), tmp_path / "whole")[1]) > 30
+    size = {"batch": ends[2], "schema": ends[0], "mark": ends[-1]}[end]
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"a\.arrow' is cut off|a\.arrow' cannot be read"):
+        corpus.run(config_for(path), tmp_path / "out", print)
+
+
 def test_cache_files_in_a_dataset_folder_are_ignored(tmp_path):
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     loaded = datasets.load_from_disk(tmp_path / "saved")
@@ -595,6 +613,31 @@ def test_invalid_utf_8_counts_as_a_broken_record(tmp_path):
     summary, train, held = run(config_for(tmp_path / "a.parquet"), tmp_path / "out")
     assert len(train) + len(held) == len(TEXTS)
     assert "record 41 is not UTF-8 in its field 'text'" in summary["broken"]["first"]
+
+
+def strings(values: list[bytes]) -> pa.Array:
+    """A column of strings whose bytes are not checked, as some writers leave them."""
+    column = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(column), column.buffers())
+
+
+@pytest.mark.parametrize("field", ["text", "lang"])
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_invalid_utf_8_in_a_string_column_loses_that_record_only(tmp_path, field, ending):
+    columns = {"text": [text.encode() for text in TEXTS], "lang": [b"en"] * len(TEXTS)}
+    columns[field][3] = b"Gr\xf6\xdfe"
+    table = pa.table({name: strings(values) for name, values in columns.items()})
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    config = config_for(path, language_field="lang")
+    corpus.check(config)
+    summary, train, held = run(config, tmp_path / "out")
+    assert {document.text for document in train + held} == {*TEXTS} - {TEXTS[3]}
+    assert f"record 4 is not UTF-8 in its field '{field}'" in summary["broken"]["first"]
 
 
 def documents_of(tmp_path: Path, content: bytes, name: str = "a.txt") -> list[str]:
@@ -686,6 +729,20 @@ def test_language_named_all_is_distinct_from_the_total(tmp_path):
     )
     summary, _, _ = run(config_for(path, language_field="lang"), tmp_path / "out")
     assert [*summary["languages"]] == ["'all'", "en"]
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [("all", "'all'"), ("a\nb", "a b"), ("a\x1bb", "a?b")],
+    ids=["all", "line", "escape"],
+)
+def test_source_names_are_cleaned_like_languages(tmp_path, name, shown):
+    for folder, texts in ((name, TEXTS[:20]), ("other", TEXTS[20:])):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.jsonl", json_lines(texts))
+    paths = (tmp_path / name, tmp_path / "other")
+    summary, _, _ = run(config_for(",".join(map(str, paths)), group_by="source"), tmp_path / "out")
+    assert {*summary["languages"]} == {*summary["sources"]} == {shown, "other"}
 
 
 # --- Weighted mixtures --------------------------------------------------------------------------

@@ -783,14 +783,18 @@ def _text_of(record: Record, config: TextConfig) -> tuple[str, str, list[dict[st
 
 
 def _language(value: Any) -> str:
-    """Return a language's name for tables and logs.
-
-    A name equal to that of the results over all languages is quoted, to keep them apart.
-    """
+    """Return a language's name for tables and logs (`_group_name`)."""
     if value is None or value in ("", b""):
         return UNKNOWN
     name = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-    name = name.encode("utf-8", errors="replace").decode()
+    return _group_name(name.encode("utf-8", errors="replace").decode())
+
+
+def _group_name(name: str) -> str:
+    """Return the name of a language or source for tables and logs.
+
+    A name equal to that of the results over all languages is quoted, to keep them apart.
+    """
     # Line ends and control characters would break tables and log lines.
     name = "".join(c if c.isprintable() else "?" for c in " ".join(name.split())) or UNKNOWN
     return f"'{name}'" if name == ALL else name
@@ -843,7 +847,9 @@ def _entries(config: Config) -> list[_Entry]:
     shown = names if len(set(names)) == len(names) else [name for name, _ in weighted]
     # File names that are not valid in the locale's encoding contain lone surrogates.
     shown = [
-        name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+        _group_name(
+            name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+        )
         for name in shown
     ]
     entries = []

@@ -399,24 +399,53 @@ def _parquet_records(path: Path, config: TextConfig, position: Position) -> Iter
 
 
 def _arrow_records(path: Path, config: TextConfig, position: Position) -> Iterator[Record]:
-    """Yield records of Arrow's stream format (as of `save_to_disk`) or file format."""
+    """Yield records of Arrow's stream format (as of `save_to_disk`) or file format.
+
+    Raises:
+      UserError: a stream lacks the mark of its end. One that was cut off between two batches would
+        otherwise look complete.
+    """
     with pa.memory_map(str(path)) as file:
         is_stream = file.read_at(6, 0) != b"ARROW1"
         reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
-        columns, read = _columns(path, reader.schema, config), 0
+        columns, read, end = _columns(path, reader.schema, config), 0, file.tell()
         batches = (
             reader if is_stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
         )
         for batch in batches:
+            end = file.tell()
             for start in range(0, len(batch), 256):
                 yield from _rows(batch.select(columns).slice(start, 256), read + start)
             read += len(batch)
-            position.bytes = file.tell()
+            position.bytes = end
+        if is_stream and file.tell() == end:
+            raise UserError(
+                f"the corpus file '{path}' is cut off: its Arrow stream has no end-of-stream mark;"
+                " copy or save it again"
+            )
 
 
 def _rows(batch: pa.RecordBatch, before: int) -> Iterator[Record]:
-    for number, row in enumerate(batch.to_pylist(), start=before + 1):
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        # Arrow does not check the bytes of its strings. Only the affected rows are lost.
+        for i in range(len(batch)):
+            yield _row(batch.slice(i, 1), f"record {before + i + 1}")
+        return
+    for number, row in enumerate(rows, start=before + 1):
         yield Record(f"record {number}", row)
+
+
+def _row(batch: pa.RecordBatch, place: str) -> Record:
+    """Return the record of a batch of one row."""
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            values[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            return Record(place, None, f"is not UTF-8 in its field '{name}' ({error.reason})")
+    return Record(place, values)
 
 
 def _columns(path: Path, schema: pa.Schema, config: TextConfig) -> list[str]:
