@@ -532,6 +532,16 @@ def test_quantized_models_are_refused_with_a_remedy(family):
         families.config_from_hf(families.text_config(text))
 
 
+def test_stop_tokens_of_a_multimodal_model_are_kept():
+    raw = {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "eos_token_id": 1},
+        "eos_token_id": [1, 106],
+    }
+    assert families.text_config(raw)["eos_token_id"] == [1, 106]
+    assert families.text_config({**raw, "eos_token_id": None})["eos_token_id"] == 1
+
+
 def test_error_names_weights_of_an_unknown_part(tmp_path):
     case = Case("qwen3", "", {"head_dim": 8})
     model(case).save_pretrained(tmp_path)

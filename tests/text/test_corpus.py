@@ -522,12 +522,11 @@ def test_truncated_arrow_stream_is_refused(tmp_path, end):
     """Also where it ends between two messages, after which Arrow reports no error."""
     path = tmp_path / "a.arrow"
     table, ends = pa.table({"text": TEXTS}), []
-    with pa.OSFile(str(path), "wb") as file:
-        with pa.ipc.new_stream(file, table.schema) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        ends.append(file.tell())
+        for batch in table.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
             ends.append(file.tell())
-            for batch in table.to_batches(max_chunksize=10):
-                writer.write_batch(batch)
-                ends.append(file.tell())
     assert len(run(config_for(path), tmp_path / "whole")[1]) > 30
     size = {"batch": ends[2], "schema": ends[0], "mark": ends[-1]}[end]
     path.write_bytes(path.read_bytes()[:size])

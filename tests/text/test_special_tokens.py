@@ -256,6 +256,20 @@ def exported_ends(tmp_path, source, target, eos, generation_eos) -> tuple:
             ["<eos>", "<end_of_turn>"],
             "<|endoftext|>",
         ),
+        # GLM's turns end where the user's begins.
+        (
+            special("<|endoftext|>", "<|user|>", "<|observation|>", eos="<|endoftext|>"),
+            special("<eos>", "<end_of_turn>", eos="<eos>"),
+            ["<|endoftext|>", "<|user|>", "<|observation|>"],
+            ["<eos>", "<end_of_turn>"],
+        ),
+        # Text at which the source stops.
+        (
+            special("<|endoftext|>", eos="<|endoftext|>"),
+            special("</s>", eos="</s>"),
+            ["<|endoftext|>", "Ċ"],
+            ["</s>", "Ċ"],
+        ),
     ],
 )
 def test_export_stops_at_the_sources_stop_tokens_and_end_of_document(
@@ -267,3 +281,24 @@ def test_export_stops_at_the_sources_stop_tokens_and_end_of_document(
     )
     assert generation == expected
     assert config == tokenizer == target.eos_token
+
+
+def test_export_stops_at_the_eos_of_the_sources_tokenizer_without_ids_in_its_configs(tmp_path):
+    config, generation, _ = exported_ends(tmp_path, qwen3(), gemma3(), None, None)
+    assert (config, generation) == ("<eos>", ["<eos>", "<end_of_turn>"])
+
+
+def test_token_of_the_same_text_that_is_not_special_stops(tmp_path):
+    target = special("<|endoftext|>", eos="<|endoftext|>")
+    target.add_tokens(["<|im_end|>"], special_tokens=False)
+    ids = qwen3().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    _, generation, _ = exported_ends(tmp_path, qwen3(), target, ids[0], ids)
+    assert generation == ["<|endoftext|>", "<|im_end|>"]
+
+
+def test_stop_tokens_without_a_counterpart_are_listed(tmp_path):
+    source = special("<|endoftext|>", "<|user|>", eos="<|endoftext|>")
+    source.save_pretrained(tmp_path)
+    target = special("</s>", eos="</s>")
+    ids, missing = hub.stop_tokens({"eos_token_id": [0, 1]}, tmp_path, target)
+    assert (ids, missing) == ([target.eos_token_id], ["<|user|>"])

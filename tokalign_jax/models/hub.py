@@ -18,10 +18,10 @@ from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
 from tokalign_jax.text.special_tokens import (
     SEPARATOR,
-    counterpart,
     end_of_text_id,
     ends_turn,
     role_id,
+    stop_counterpart,
 )
 
 if TYPE_CHECKING:
@@ -472,8 +472,7 @@ def save_config_and_tokenizer(
         "_from_model_config": True
     }
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
-    old = [*_as_list(generation_config.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
-    eos = _eos_ids(old, load_tokenizer(source_folder) if source_folder else None, tokenizer)
+    eos, _ = stop_tokens(config, source_folder, tokenizer)
     eos_list = {"eos_token_id": eos} if len(eos) > 1 else {}
     for name, source in {
         "config.json": config,
@@ -525,25 +524,39 @@ def _as_list(ids: Any) -> list[Any]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
-def _eos_ids(
-    old: Sequence[Any],
-    source_tokenizer: "PreTrainedTokenizerBase | None",
+def stop_tokens(
+    config: Mapping[str, Any],
+    source_folder: Path | str | None,
     tokenizer: "PreTrainedTokenizerBase",
-) -> list[int]:
-    """Returns the eos of `tokenizer`, the counterparts of the source's eos ids, the separator."""
-    ids = [role_id(tokenizer, "eos")]
-    if source_tokenizer is not None:
+) -> tuple[list[int], list[str]]:
+    """Returns the ids at which an exported model stops.
+
+    They are the eos of `tokenizer`, the counterparts of the tokens at which the source model stops
+    (eos of its configs and tokenizer), and the document separator.
+
+    Args:
+      config: the source's config.json.
+      source_folder: the source model; None adds no counterparts.
+      tokenizer: the new tokenizer.
+
+    Returns:
+      The ids, and the source's tokens that have no counterpart.
+    """
+    ids, missing = [role_id(tokenizer, "eos")], []
+    if source_folder:
+        source = load_tokenizer(source_folder)
+        generation_config = load_generation_config(source_folder) or {}
         # The counterpart of the source's separator is the new separator, added below.
-        vocabulary = set(source_tokenizer.get_vocab().values())
-        candidates = vocabulary - {end_of_text_id(source_tokenizer)}
-        matches = [
-            counterpart(i, source_tokenizer, tokenizer)
-            for i in old
-            if type(i) is int and i in candidates
-        ]
-        ids += [match.token for match in matches if match is not None]
+        stops = set(source.get_vocab().values()) - {end_of_text_id(source)}
+        configured = [*_as_list(generation_config.get("eos_token_id"))]
+        configured += [*_as_list(config.get("eos_token_id")), role_id(source, "eos")]
+        for index in dict.fromkeys(i for i in configured if type(i) is int and i in stops):
+            if (match := stop_counterpart(index, source, tokenizer)) is not None:
+                ids.append(match)
+            else:
+                missing.append(str(source.convert_ids_to_tokens(index)))
     ids.append(end_of_text_id(tokenizer))
-    return [i for i in dict.fromkeys(ids) if i is not None]
+    return [i for i in dict.fromkeys(ids) if i is not None], missing
 
 
 def copy_license_files(source_folder: Path | str, folder: Path) -> list[str]:

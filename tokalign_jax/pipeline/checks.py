@@ -73,6 +73,13 @@ def _check_target(context: Context) -> None:
             "put a chat_template.jinja that writes the target's special tokens beside its "
             "tokenizer.json"
         )
+    _, raw = inputs.source_model
+    _, missing = hub.stop_tokens(raw, inputs.source_folder, inputs.target_tokenizer)
+    if missing:
+        context.log(
+            f"warning: the source model stops at {', '.join(map(repr, missing))}, for which the "
+            "target tokenizer has no token: the exported model does not stop there"
+        )
     if (closing := tokenizing.closing_id(inputs.target_tokenizer)) is not None:
         token = inputs.target_tokenizer.convert_ids_to_tokens(closing)
         context.log(

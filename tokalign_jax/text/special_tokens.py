@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.errors import UserError
-from tokalign_jax.text.canonical import special_ids
+from tokalign_jax.text.canonical import index_by_bytes, special_ids, token_bytes
 
 SEPARATOR = "document_separator"
 """Key of tokenizer_config.json that names the document separator explicitly."""
@@ -166,6 +166,30 @@ def counterpart(
     if same is None and is_turn_end and ends_turn(other, role_id(other, "eos")):
         same = str(other.eos_token)
     return None if same is None else Counterpart(others[same], f"same use as {same}")
+
+
+def stop_counterpart(
+    index: int, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> int | None:
+    """Return the token at which `other`'s model stops where `tokenizer`'s stops at `index`.
+
+    Besides special tokens (`counterpart`), models stop at tokens of text, such as a line end, and
+    at tokens of any name that they use as the end of a turn (GLM at `<|user|>`).
+    """
+    if match := counterpart(index, tokenizer, other):
+        return match.token
+    if (content := token_bytes(tokenizer)[index]) is not None:
+        return index_by_bytes(other).get(content)
+    text = str(tokenizer.convert_ids_to_tokens(index))
+    if (same := other.get_vocab().get(text)) is not None:
+        return same
+    by_name = {
+        _plain_name(str(other.convert_ids_to_tokens(i))): i
+        for i in sorted(special_ids(other), reverse=True)
+    }
+    named = next((by_name[name] for name in _TURN_ENDS if name in by_name), None)
+    eos = role_id(other, "eos")
+    return eos if named is None and ends_turn(other, eos) else named
 
 
 def _text_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -87,8 +87,14 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     text_values = CONFIG_MAPPING[text["model_type"]](**text).to_dict()
     outer_values = {
         key: raw[key]
-        for key in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
-        if key in raw
+        for key in (
+            "dtype",
+            "torch_dtype",
+            "tie_word_embeddings",
+            "quantization_config",
+            "eos_token_id",  # A list that includes the end of a turn, unlike the text model's.
+        )
+        if raw.get(key) is not None
     }
     dtype_keys = {"dtype", "torch_dtype"}
     if dtype_keys & set(outer_values):
