@@ -364,7 +364,7 @@ def test_generation_values_out_of_range_are_reported_and_dropped(tmp_path):
         "num_beams": 1,
     }
     bad = {"temperature": 0.0, "top_p": 1.5, "top_k": -1, "max_new_tokens": 0, "num_beams": True, "max_length": "20",
-           "repetition_penalty": -1, "min_p": None, "early_stopping": "always"}  # fmt: skip
+           "repetition_penalty": -1, "typical_p": 0, "prefill_chunk_size": 0, "min_p": None, "early_stopping": "always"}  # fmt: skip
     ids = {"eos_token_id": [0, 99_999, "2", None, -1], "pad_token_id": -1, "bos_token_id": [[0]]}
     config = {"model_type": "llama", "eos_token_id": -1, "pad_token_id": 2.0, "vocab_size": 300}
     hub.write_json(

@@ -274,10 +274,18 @@ def load_generation_config(folder: Path | str) -> dict[str, Any] | None:
     return read_json(Path(folder) / "generation_config.json")
 
 
-_AT_LEAST_ONE = ("max_length", "max_new_tokens", "num_beams", "num_return_sequences")
+_AT_LEAST_ONE = (
+    "max_length",
+    "max_new_tokens",
+    "num_beams",
+    "num_return_sequences",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+)
 _NON_NEGATIVE = ("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k")
 _POSITIVE = ("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time")
-_UNIT_INTERVAL = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_UNIT_INTERVAL = ("top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+_NOT_ZERO = ("typical_p", "top_h")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -299,7 +307,9 @@ def out_of_range(config: Mapping[str, Any], rows: float = math.inf) -> dict[str,
             return type(value) is int and value >= (key in _AT_LEAST_ONE)
         if key in _POSITIVE:
             return is_number and 0 < value < math.inf
-        return is_number and 0 <= value <= 1 if key in _UNIT_INTERVAL else True
+        if key in _UNIT_INTERVAL:
+            return is_number and 0 <= value <= 1 and (value > 0 or key not in _NOT_ZERO)
+        return True
 
     return {
         key: value
