@@ -125,10 +125,9 @@ def test_loss_is_the_mean_squared_difference_of_final_states(sides):
     np.testing.assert_allclose(float(found), squares / count, rtol=1e-4)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_only_rows_of_new_tokens_change_and_the_loss_falls(sides, devices):
+def test_only_rows_of_new_tokens_change_and_the_loss_falls(sides):
     source, target, aligned, _ = sides
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     how = DOCUMENTS, mesh, lambda line: None
     result = initialization.distill_tokens(CONFIG, source, target, aligned, *how)
     assert result.facts["loss_after"] < 0.9 * result.facts["loss_before"]

@@ -38,6 +38,7 @@ from tokalign_jax.config import (
     DistillationConfig,
     InitializationConfig,
     MeshConfig,
+    TokenDistillationConfig,
 )
 from tokalign_jax.evaluation import abilities, bits_per_byte
 from tokalign_jax.initialization import (
@@ -47,6 +48,7 @@ from tokalign_jax.initialization import (
     initialization,
     tuning,
 )
+from tokalign_jax.initialization import start as starts
 from tokalign_jax.models import float8, hub, huggingface, quantized
 from tokalign_jax.models.config import ClampedSwiGLU, Convolution, DeltaRule, Experts
 from tokalign_jax.models.lora import add_lora
@@ -540,6 +542,51 @@ def start(shape, trains):
         assert moved > 0 or not path.endswith("_proj/kernel"), path
 
 
+def started(shape, method, tolerance):
+    """The start by a method: parameters and measurements."""
+    source, target = tiny_tokenizer(300, TEXTS), tiny_tokenizer(340, TEXTS)
+    settings = InitializationConfig(
+        distillation_tokens=2000,
+        generated_tokens=400,
+        tokens=2000,
+        tuning=1000,
+        token_distillation=TokenDistillationConfig(
+            snippets=6, snippet_length=24, learning_rate=3e-3, batch_size=4
+        ),
+    )
+    config = Config(
+        alignment=AlignmentConfig(method=method),
+        initialization=settings,
+        compute=ComputeConfig(dtype="float32", loss_chunk=64),
+    )
+    shards = [shards_of(tokenizer) for tokenizer in (source, target)]
+    aligned = methods.from_pieces(source, target)
+    documents = [corpus.Document(text, "all", len(text.encode())) for text in TEXTS * 8]
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model_folder(Path(folder), "llama", tokenizer=source)
+        model, _ = hub.load_config(folder)
+        params = huggingface.load_params(folder, model)
+        for mesh in (mesh_of(), mesh_of(shape)):
+            made = starts.make_start(
+                config,
+                initialization.Side(model, params, source, shards[0]),
+                target,
+                shards[1],
+                aligned,
+                lambda tokens: iter(documents),
+                mesh,
+                lambda line: None,
+            )
+            rows = made.config.vocab_size
+            arrays = {
+                path: np.asarray(leaf)[: rows if sharding.is_vocabulary(path) else None]
+                for path, leaf in paths.flatten(made.params).items()
+            }
+            results.append((arrays, dict(made.facts)))
+    close(results[1], results[0], tolerance)
+
+
 def shards_of(tokenizer):
     end = end_of_text_id(tokenizer)
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS * 4]
@@ -647,6 +694,10 @@ CHECKS = {
     "reading-three": (reading, (1, 3, 1)),
     "start-body-all": (start, SHAPES["all"], "all"),
     "start-lora-all": (start, SHAPES["all"], "lora"),
+    "start-distilled-five": (started, (5, 1, 1), "distilled", 1e-4),
+    "start-distilled-six": (started, (1, 3, 2), "distilled", 1e-4),
+    "start-snippets-three": (started, (3, 1, 1), "token_distillation", 1e-4),
+    "start-snippets-seven": (started, (1, 7, 1), "token_distillation", 1e-4),
 }
 
 

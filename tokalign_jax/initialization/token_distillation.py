@@ -354,12 +354,15 @@ def _loss(
 def _batches(
     snippets: Snippets, chosen: Int[np.ndarray, "n"], size: int, mesh: Mesh
 ) -> Iterator[Snippets]:
-    """Yield batches of the chosen snippets; the last one is padded with empty snippets."""
+    """Yield batches of `size` chosen snippets, padded with empty ones.
+
+    All have the same shape, which the devices divide. Results do not depend on their number.
+    """
     devices = sharding.sequences_at_once(mesh)
-    size = -(-size // devices) * devices
+    padded_size = -(-size // devices) * devices
     for begin in range(0, len(chosen), size):
         rows = chosen[begin : begin + size]
-        missing = ((0, size - len(rows)), (0, 0))
+        missing = ((0, padded_size - len(rows)), (0, 0))
         yield Snippets(
             *(
                 np.pad(values[rows], missing, constant_values=fill)
