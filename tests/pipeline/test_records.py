@@ -176,6 +176,11 @@ def test_workdir_path_that_checkpoints_cannot_use_is_refused(name, tmp_path):
         bring_up(tmp_path / name / "run", 1.0)
 
 
+def test_workdir_path_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"caf\\udce9' is not UTF-8"):
+        bring_up(tmp_path / os.fsdecode(b"caf\xe9"), 1.0)
+
+
 @pytest.mark.parametrize(
     "code, output", [(errno.EAGAIN, "another process uses"), (errno.ENOSYS, "cannot lock files")]
 )

@@ -211,6 +211,13 @@ def _refuse_foreign(workdir: Path, records: StageRecords, identity: Mapping[str,
             f"--workdir '{workdir}' has {' '.join(sorted(marks))} in its path, where checkpoints "
             "could not be read again: name a folder whose path has none of [ ] * ? \\"
         )
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--workdir {str(workdir)!r} is not UTF-8, in which the libraries that write its files "
+            "take paths: name a folder whose path is"
+        ) from error
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir '{workdir}' is a file; name a folder")
     if not records.exists:
