@@ -33,6 +33,7 @@ PEAKS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "L4": 121e12,
     "L40": 181e12,
     "L40S": 362e12,
@@ -60,6 +61,7 @@ BANDWIDTHS = {
     "H100 NVL": 3900e9,
     "H100 PCIe": 2000e9,
     "H200": 4800e9,
+    "H200 NVL": 4800e9,
     "L4": 300e9,
     "L40": 864e9,
     "L40S": 864e9,
@@ -87,8 +89,13 @@ def bandwidth(device_kind: str) -> float | None:
 
 
 def _by_name(table: Mapping[str, float], device_kind: str) -> float | None:
-    """The entry that has the most words of the device's name, from its first on."""
+    """The entry that has the most words of the device's name, from its first on.
+
+    None for a part of a GPU (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`).
+    """
     words = re.split(r"[\s-]+", device_kind.removeprefix("NVIDIA "))
+    if "MIG" in words:
+        return None
     names = (" ".join(words[:count]) for count in range(len(words), 0, -1))
     return next((table[name] for name in names if name in table), None)
 
