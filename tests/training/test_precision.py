@@ -25,6 +25,11 @@ from tokalign_jax.training.step import NEXT_TOKEN, init_state, make_train_step
 from tokalign_jax.utils import paths
 
 MIXTURE = replace(LLAMA, experts=Experts(count=4, per_token=2, normalized=True))
+SPARSE = replace(
+    LLAMA,
+    attention_sinks=True,
+    experts=Experts(4, 2, True, shared_size=24, bias=True, computed="sparse"),
+)
 TOKENS = jnp.zeros((2, LENGTH), jnp.int32)
 
 
@@ -79,6 +84,8 @@ def frequencies(dtype):
 PROGRAMS = {
     "full": functools.partial(step, LLAMA, "full"),
     "mixture, adapters": functools.partial(step, MIXTURE, "lora"),
+    "sparse mixture": functools.partial(step, SPARSE, "full"),
+    "sparse mixture, adapters": functools.partial(step, SPARSE, "lora"),
     "with biases": functools.partial(step, NEOX, "embedding"),
     "distillation": lambda dtype: step(LLAMA, "full", dtype, taught()),
     "scores": scores,

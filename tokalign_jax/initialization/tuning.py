@@ -221,7 +221,9 @@ def _step(
         rate = schedule.rates(state.step)["rule"]
 
         def moved(rule: Array, along: Array, second: Array, deviation: Array) -> Array:
-            size = jnp.sqrt(jnp.sum(along * (second @ along)) / along.shape[1])
+            size = jnp.sqrt(
+                jnp.sum(along * jnp.matmul(second, along, precision="highest")) / along.shape[1]
+            )
             return rule - rate * deviation / jnp.maximum(size, 1e-30) * along
 
         rule = jax.tree.map(moved, state.rule, directions, second, deviations)

@@ -38,6 +38,7 @@ from tokalign_jax.models.modules import (
     split_keys,
 )
 from tokalign_jax.parallel import sharding
+from tokalign_jax.utils import compiling
 
 
 class ExpertLinear(nnx.Module):
@@ -409,7 +410,9 @@ def _select_backward(
 ) -> tuple[Array, None]:
     expert, experts = residuals
     one_hot = jax.nn.one_hot(expert, experts, dtype=gradient.dtype)
-    return jnp.einsum("se,s...->e...", one_hot, gradient), None
+    # Backward passes are traced outside of the context of the forward pass.
+    with compiling.products(gradient.dtype):
+        return jnp.einsum("se,s...->e...", one_hot, gradient), None
 
 
 _select.defvjp(
