@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.helpers import KINDS, SHARED, TEXTS, tokenizer_of_kind
 from tests.models import parity_cases
@@ -51,6 +51,16 @@ def test_transformers_opens_published_tokenizers_unchanged(name):
     tokenizer = hub.load_tokenizer(SHARED / "tokenizers" / name)
     assert opening.class_difference({"model_type": "llama"}, tokenizer) == ""
     assert (opening.class_difference({"model_type": "qwen2"}, tokenizer) == "") == (name == "qwen3")
+
+
+def test_spaces_that_an_added_token_takes_are_noticed():
+    """Qwen's class finds the token, but no longer with the space before it."""
+    tokenizer = made("qwen")
+    token = AddedToken("<|tool|>", lstrip=True, normalized=False, special=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    assert opening.class_difference({"model_type": "llama"}, tokenizer) == ""
+    message = opening.class_difference({"model_type": "qwen2"}, tokenizer)
+    assert message.startswith("Qwen2Tokenizer: 'a <|tool|> b<|tool|>c")
 
 
 def test_export_that_tokenizes_differently_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,17 @@ TEXTS = (
 """
 
 
+AROUND_ADDED = "a {0} b{0}c\n{0}"
+"""Surroundings of an added token that show whether it is found in text and takes spaces with it."""
+
+
 def read(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Return ids of every text with and without added special tokens, decodings, and roles."""
+    """Return ids of every text with and without added special tokens, decodings, and roles.
+
+    Also the ids of texts that contain the tokenizer's added tokens.
+    """
+    added = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    around_added = [AROUND_ADDED.format(token) for token in added]
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     roles = ("bos", "eos", "pad")
     return {
@@ -78,6 +87,9 @@ def read(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         "size": len(tokenizer),
         "ids": ids,
         "bare": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS],
+        "added": [
+            [text, tokenizer(text, add_special_tokens=False)["input_ids"]] for text in around_added
+        ],
         "decoded": [tokenizer.decode(text_ids) for text_ids in ids],
         "stripped": [tokenizer.decode(text_ids, skip_special_tokens=True) for text_ids in ids],
         "roles": {role: getattr(tokenizer, f"{role}_token_id") for role in roles},
@@ -109,12 +121,19 @@ def cut_difference(expected: Reading, actual: Reading) -> str:
     ):
         for text, one, other in zip(TEXTS, expected[key], actual[key]):
             if one != other:
-                place = next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)
-                shown = (f"{x[place : place + 8]!r}" for x in (other, one))
-                return (
-                    f"{text[:40]!r} is {verb} {' instead of '.join(shown)} (from place {place} on)"
-                )
+                return _described(text, verb, one, other)
+    # Tokens that only one of them has are reported by their number.
+    others = dict(actual["added"])
+    for text, ids in expected["added"]:
+        if others.get(text, ids) != ids:
+            return _described(text, "tokenized to", ids, others[text])
     return ""
+
+
+def _described(text: str, verb: str, expected: Sequence[Any], actual: Sequence[Any]) -> str:
+    place = next((i for i, pair in enumerate(zip(expected, actual)) if pair[0] != pair[1]), 0)
+    shown = (f"{x[place : place + 8]!r}" for x in (actual, expected))
+    return f"{text[:40]!r} is {verb} {' instead of '.join(shown)} (from place {place} on)"
 
 
 def read_afresh(folder: Path, python: str = sys.executable) -> Reading:
