@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,3 +228,55 @@ def test_contradicting_tokenizer_files_are_reported(tmp_path):
     )
     hub.write_json(tmp_path / "vocab.json", state["vocab"] | {"a": 7})
     assert "vocab.json gives 'a' the id 7" in two_readings(tmp_path)
+
+
+def test_vocabulary_of_wordpiece_that_contradicts_its_file_is_reported(tmp_path):
+    tokenizer = made("bert")
+    tokenizer.save_pretrained(tmp_path)
+    tokens = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokens, ""]), encoding="utf-8")
+    assert two_readings(tmp_path) == ""
+    tokens[20:22] = reversed(tokens[20:22])
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokens, ""]), encoding="utf-8")
+    assert two_readings(tmp_path).startswith("vocab.txt gives")
+
+
+def sentencepiece_model(pieces: list[tuple[str, float]]) -> bytes:
+    """A SentencePiece model of these pieces, in the encoding of protocol buffers."""
+    encoded = []
+    for piece, score in pieces:
+        name = piece.encode()
+        byte = b"\x18\x06" if re.fullmatch("<0x..>", piece) else b""
+        body = b"\x0a" + bytes([len(name)]) + name + b"\x15" + struct.pack("<f", score) + byte
+        encoded.append(b"\x0a" + bytes([len(body)]) + body)
+    return b"".join(encoded) + b"\x12\x03\x18\x90\x4e"  # and settings of its trainer
+
+
+@pytest.mark.parametrize("kind", ["llama2", "t5"])
+def test_sentencepiece_model_that_contradicts_tokenizer_json_is_reported(kind, tmp_path):
+    tokenizer = tokenizer_of_kind(kind, TEXTS, 400)
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    pieces = (
+        [(token, 0.0) for token in vocabulary]
+        if kind == "llama2"
+        else [tuple(p) for p in vocabulary]
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_model(pieces))
+    assert two_readings(tmp_path) == ""
+    swapped = [*pieces[:-2], pieces[-1], pieces[-2]]
+    cases = {
+        f"tokenizer.model has {pieces[-2][0]!r} after {pieces[-1][0]!r}": swapped,
+        "tokenizer.model has the piece 'another one'": [*pieces, ("another one", -9.0)],
+    }
+    if kind == "t5":
+        cases[f"tokenizer.model gives {pieces[-1][0]!r} the score"] = [
+            *pieces[:-1],
+            (pieces[-1][0], pieces[-1][1] - 1),
+        ]
+    for message, changed in cases.items():
+        path.write_bytes(sentencepiece_model(changed))
+        assert two_readings(tmp_path).startswith(message)
+    path.write_bytes(b"IQ== 0\n")  # tiktoken's
+    assert two_readings(tmp_path) == ""

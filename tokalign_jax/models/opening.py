@@ -4,8 +4,9 @@ transformers forces a tokenizer class for some values of `model_type`, and some 
 normalizer and pre-tokenizer: Qwen 2's applies Qwen's regular expression to every vocabulary.
 """
 
+import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,26 @@ def file_contradiction(folder: Path, opened: PreTrainedTokenizerBase) -> str:
 
 
 def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
-    """Describes how vocab.json or merges.txt contradict the model of tokenizer.json."""
-    token_ids, vocabulary = model.get("vocab"), hub.read_json(folder / "vocab.json")
-    if vocabulary and isinstance(token_ids, dict):
+    """Describes how a vocabulary file contradicts the model of tokenizer.json.
+
+    The files are vocab.json, vocab.txt, merges.txt, and those of SentencePiece.
+    """
+    token_ids, lists = model.get("vocab"), {"vocab.json": hub.read_json(folder / "vocab.json")}
+    if (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        lists["vocab.txt"] = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
+    for name, vocabulary in lists.items():
+        if not (vocabulary and isinstance(token_ids, dict)):
+            continue
         for token, index in token_ids.items():
             if vocabulary.get(token, index) != index:
                 return (
-                    f"vocab.json gives {token!r} the id {vocabulary[token]}, tokenizer.json gives"
+                    f"{name} gives {token!r} the id {vocabulary[token]}, tokenizer.json gives"
                     f" it {index}; tokenizer.json is used"
                 )
+    for path in sorted(folder.glob("*.model")):
+        if problem := _sentencepiece_contradiction(path, token_ids):
+            return f"{problem}; tokenizer.json is used"
     file = folder / "merges.txt"
     if not file.is_file() or "merges" not in model:
         return ""
@@ -103,3 +115,71 @@ def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
             " tokenizer.json is used"
         )
     return ""
+
+
+_NORMAL_PIECE = 1
+"""Type of pieces of text in a SentencePiece model; others are special, unused, or bytes."""
+
+
+def _sentencepiece_contradiction(path: Path, vocabulary: Any) -> str:
+    """Describes how a SentencePiece model differs from the vocabulary of tokenizer.json.
+
+    Ids may differ, as in conversions of fairseq's models. The order of pieces decides between
+    merges, and scores between the pieces of a Unigram model.
+
+    Args:
+      path: the model; a file of another format is skipped.
+      vocabulary: ids by token, or the tokens and scores of a Unigram model.
+    """
+    content = path.read_bytes()
+    if content[:1] != b"\n":
+        return ""
+    is_unigram = isinstance(vocabulary, list)
+    entries = (
+        {token: (i, score) for i, (token, score) in enumerate(vocabulary)}
+        if is_unigram
+        else {token: (i, 0.0) for token, i in vocabulary.items()}
+    )
+    before, last = "", -1
+    for fields in (_fields(piece) for field, piece in _fields(content) if field == 1):
+        values = {2: b"\0" * 4, 3: _NORMAL_PIECE} | dict(fields)
+        piece = values[1].decode(errors="replace")
+        if values[3] != _NORMAL_PIECE:
+            continue
+        if piece not in entries:
+            return f"{path.name} has the piece {piece!r}, which tokenizer.json lacks"
+        index, score = entries[piece]
+        (stored,) = struct.unpack("<f", values[2])
+        if is_unigram and abs(stored - score) > 1e-3:
+            return f"{path.name} gives {piece!r} the score {stored:g}, tokenizer.json {score:g}"
+        if index < last:
+            return f"{path.name} has {piece!r} after {before!r}, tokenizer.json before it"
+        before, last = piece, index
+    return ""
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yields numbers and values of a protocol buffer's fields; none after an unknown type."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while at < len(message):
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                break
+        return value
+
+    while at < len(message):
+        key = varint()
+        field, kind = key >> 3, key & 7
+        if kind == 0:
+            yield field, varint()
+        elif kind in (1, 2, 5):
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            at += size
+            yield field, message[at - size : at]
+        else:
+            return
