@@ -353,6 +353,18 @@ def test_added_tokens_that_are_not_special_are_aligned_by_text():
     assert_pieces(source, target, "<think>", "<th", "ink", ">")
 
 
+def test_added_token_that_only_one_side_flags_as_special_matches_by_its_text():
+    """As `<think>`, which is special in some tokenizers and not in Qwen 3's."""
+    special = byte_level(first=["<|endoftext|>", "<think>"], eos_token="<|endoftext|>")
+    ordinary = byte_level(first=["<|endoftext|>"], eos_token="<|endoftext|>")
+    ordinary.add_tokens(["<think>"])
+    for source, target in ((special, ordinary), (ordinary, special)):
+        made, i = aligned(source, target), target.convert_tokens_to_ids("<think>")
+        assert made.rules[i] == Rule.SPECIAL
+        of_source = {source.convert_tokens_to_ids("<think>"): 1.0}
+        assert row(made.embedding, i) == row(made.head, i) == of_source
+
+
 def test_unused_ids_get_the_mean_of_all_rows():
     source, target = byte_level(), byte_level("ab")
     state = target.backend_tokenizer.to_str().replace(

@@ -519,13 +519,21 @@ def special_matches(
 
     First by name (`special_tokens.counterpart`), so that `<|endoftext|>` takes the rows of
     `<|endoftext|>` whatever roles both have; then by role. A role whose token is also text (`!` as
-    pad) makes nothing special, in the source or in the target.
+    pad) makes nothing special, in the source or in the target. An added token that only the source
+    flags as special takes the rows of the special token.
 
     Returns:
       Source token by target id.
     """
     matches = {}
-    for i in sorted(canonical.special_ids(target_tokenizer)):
+    names = {
+        str(source_tokenizer.convert_ids_to_tokens(i))
+        for i in canonical.special_ids(source_tokenizer)
+    }
+    added = {
+        i for i, token in target_tokenizer.added_tokens_decoder.items() if token.content in names
+    }
+    for i in sorted(canonical.special_ids(target_tokenizer) | added):
         by_name = special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
         for match in (by_name, *_same_role(i, source_tokenizer, target_tokenizer)):
             if match is not None and match.token not in avoid:

@@ -145,16 +145,18 @@ def counterpart(
 ) -> Counterpart | None:
     """Return the special token of `other` that corresponds to `index` of `tokenizer`, or None.
 
-    In order: the token of the same text; the document separator for a document separator, or for a
-    token named like one; the token of the same use in chats or infilling (`<|im_end|>` and
-    `<end_of_turn>`), where an eos that ends turns may have any name.
+    In order: the token of the same text, also an added one that is not special (Qwen 3's
+    `<think>`); the document separator for a document separator, or for a token named like one; the
+    token of the same use in chats or infilling (`<|im_end|>` and `<end_of_turn>`), where an eos
+    that ends turns may have any name.
     """
     text = str(tokenizer.convert_ids_to_tokens(index))
     others = {
         str(other.convert_ids_to_tokens(i)): i for i in sorted(special_ids(other), reverse=True)
     }
-    if text in others:
-        return Counterpart(others[text], "same text")
+    added = {token.content: i for i, token in other.added_tokens_decoder.items()}
+    if (same_text := others.get(text, added.get(text))) is not None:
+        return Counterpart(same_text, "same text")
     if index == end_of_text_id(tokenizer) or _plain_name(text) in _TEXT_ENDS:
         return Counterpart(end_of_text_id(other), "ends a document")
     is_turn_end = ends_turn(tokenizer, index)
@@ -180,9 +182,6 @@ def stop_counterpart(
         return match.token
     if (content := token_bytes(tokenizer)[index]) is not None:
         return index_by_bytes(other).get(content)
-    text = str(tokenizer.convert_ids_to_tokens(index))
-    if (same := other.get_vocab().get(text)) is not None:
-        return same
     by_name = {
         _plain_name(str(other.convert_ids_to_tokens(i))): i
         for i in sorted(special_ids(other), reverse=True)
