@@ -239,8 +239,11 @@ def test_new_vocabulary_loads_in_transformers(family, tmp_path):
     assert model.dtype == torch.float32
     assert loaded.get_vocab() == tokenizer.get_vocab()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    for holder in (model.config, model.generation_config):
-        assert {name: getattr(holder, name) for name in ids} == ids
+    assert {name: getattr(model.config, name) for name in ids} == ids
+    # The source's second stop token is one of text.
+    stop = AutoTokenizer.from_pretrained(source).convert_ids_to_tokens(5)
+    ids["eos_token_id"] = [2, tokenizer.convert_tokens_to_ids(f"<0x{ord(stop):02X}>")]
+    assert {name: getattr(model.generation_config, name) for name in ids} == ids
     assert model.config.vocab_size == 340
     assert model.generation_config.max_new_tokens == 7
     assert model.generation_config.suppress_tokens is None

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,62 @@ def test_transformers_4_opens_exports_unchanged(kind, tmp_path):
         found = reopening.read_afresh(tmp_path, python)
         assert reopening.difference(reopening.read(tokenizer), found) == ""
         assert found["class"] == "PreTrainedTokenizerFast"
+
+
+LOGITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+print(json.dumps(model(torch.tensor([json.loads(sys.argv[2])])).logits[0].tolist()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "number"),
+    [("llama", 0), ("llama", 3), ("gpt_neox", 1), ("phi3", 0), ("gemma3_text", 0), ("olmo3", 0)],
+)
+def test_transformers_4_computes_the_logits_of_a_source_saved_by_5(family, number, tmp_path):
+    """Which has all rotary settings in `rope_parameters`, a key that version 4 ignores."""
+    if not (python := os.environ.get(FOURTH)):
+        pytest.skip(f"needs {FOURTH}, a Python interpreter that has transformers 4 and PyTorch")
+    case = parity_cases.cases_of(family)[number]
+    case = replace(case, settings={**case.settings, "vocab_size": 400})
+    both = parity_cases.pair(case, tmp_path / "source")
+    tokenizer = tokenizer_of_kind("llama2", TEXTS, 400)
+    written = tmp_path / "written"
+    huggingface.save_checkpoint(
+        written, both.params, both.config, both.raw, tokenizer, source_folder=both.folder
+    )
+    ids = list(range(5, 25))
+    printed = subprocess.run(
+        [python, "-c", LOGITS, written, json.dumps(ids)], capture_output=True, text=True, check=True
+    )
+    expected = parity_cases.reference_logits(both.reference, np.array([ids]))[0]
+    np.testing.assert_allclose(json.loads(printed.stdout), expected, atol=1e-3)
+
+
+def test_rotary_settings_are_also_written_for_transformers_4():
+    scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    assert hub._version_4_rotary({"model_type": "llama", "rope_parameters": scaled}) == {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    }
+    partial = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 0.25}
+    assert hub._version_4_rotary({"model_type": "gpt_neox", "rope_parameters": partial}) == {
+        "rotary_emb_base": 100.0,
+        "rotary_pct": 0.25,
+    }
+    by_kind = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    assert hub._version_4_rotary({"model_type": "gemma3_text", "rope_parameters": by_kind}) == {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    }
+    for untouched in (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e4},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope"}},
+    ):
+        assert hub._version_4_rotary(untouched) == {}
 
 
 def test_settings_that_transformers_4_needs_are_written(tmp_path):
@@ -233,7 +290,7 @@ def test_contradicting_tokenizer_files_are_reported(tmp_path):
 def test_vocabulary_of_wordpiece_that_contradicts_its_file_is_reported(tmp_path):
     tokenizer = made("bert")
     tokenizer.save_pretrained(tmp_path)
-    tokens = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(tokenizer.vocab_size)]
     (tmp_path / "vocab.txt").write_text("\n".join([*tokens, ""]), encoding="utf-8")
     assert two_readings(tmp_path) == ""
     tokens[20:22] = reversed(tokens[20:22])

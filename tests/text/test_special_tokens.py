@@ -302,3 +302,10 @@ def test_stop_tokens_without_a_counterpart_are_listed(tmp_path):
     target = special("</s>", eos="</s>")
     ids, missing = hub.stop_tokens({"eos_token_id": [0, 1]}, tmp_path, target)
     assert (ids, missing) == ([target.eos_token_id], ["<|user|>"])
+
+
+def test_text_token_as_the_only_eos_of_a_config_is_a_default(tmp_path):
+    """Configs of models trained from scratch often keep the eos of their class, 2."""
+    source = special("<|endoftext|>", eos="<|endoftext|>")
+    _, generation, _ = exported_ends(tmp_path, source, gemma3(), 2, 2)
+    assert generation == "<eos>"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
+from tokalign_jax.text.canonical import special_ids
 from tokalign_jax.text.special_tokens import (
     SEPARATOR,
     end_of_text_id,
@@ -495,8 +496,37 @@ def save_config_and_tokenizer(
             if key not in invalid and not _depends_on_source(key)
         }
         is_list = source is generation_config or isinstance(source.get("eos_token_id"), list)
-        write_json(folder / name, content | ids | (eos_list if is_list else {}))
+        content |= ids | (eos_list if is_list else {})
+        write_json(folder / name, content | _version_4_rotary(content))
     save_tokenizer(tokenizer, folder)
+
+
+_VERSION_4_SCALINGS = ("dynamic", "linear", "llama3", "yarn")
+
+
+def _version_4_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the rotary settings of `rope_parameters` under their names in transformers 4.
+
+    Version 4 ignores `rope_parameters` and would take the default base without a word. LongRoPE is
+    left out, whose names differ by family.
+    """
+    settings = config.get("rope_parameters") or {}
+    keys = {}
+    if "full_attention" in settings:
+        if config.get("model_type") == "gemma3_text":
+            sliding = settings.get("sliding_attention") or {}
+            keys["rope_local_base_freq"] = sliding.get("rope_theta")
+        settings = settings["full_attention"]
+    kind = settings.get("rope_type", "default")
+    if kind != "default" and kind not in _VERSION_4_SCALINGS:
+        return {}
+    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    if config.get("model_type") == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    keys |= {names[key]: settings.get(key) for key in names}
+    if kind != "default":
+        keys["rope_scaling"] = {key: value for key, value in settings.items() if key not in names}
+    return {k: v for k, v in keys.items() if v is not None and config.get(k) is None}
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -558,9 +588,14 @@ def stop_tokens(
         generation_config = load_generation_config(source_folder) or {}
         # The counterpart of the source's separator is the new separator, added below.
         stops = set(source.get_vocab().values()) - {end_of_text_id(source)}
-        configured = [*_as_list(generation_config.get("eos_token_id"))]
-        configured += [*_as_list(config.get("eos_token_id")), role_id(source, "eos")]
-        for index in dict.fromkeys(i for i in configured if type(i) is int and i in stops):
+        special = special_ids(source)
+        configured = []
+        for content in (generation_config, config):
+            listed = [i for i in _as_list(content.get("eos_token_id")) if type(i) is int]
+            # Without a special token it is a default of the config's class, often 2.
+            configured += listed if special & set(listed) else []
+        configured.append(role_id(source, "eos"))
+        for index in dict.fromkeys(i for i in configured if i in stops):
             if (match := stop_counterpart(index, source, tokenizer)) is not None:
                 ids.append(match)
             else:
