@@ -499,7 +499,8 @@ class EvaluationConfig:
     """Measurements on held-out documents."""
 
     bytes_per_language: int = within(1, 10**12, 200_000)
-    """UTF-8 bytes of held-out text per language: whole documents, of which the last is cut."""
+    """UTF-8 bytes of held-out text per language: whole documents, of which the last is cut. They
+    are the first ones, or drawn by their hash if the text comes from several files."""
     sequence_length: int = within(1, 2**24, 1024)
     """Tokens per window; longer documents are split into several windows."""
     batch: int = within(1, 2**20, 8)

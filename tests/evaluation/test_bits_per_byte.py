@@ -132,6 +132,19 @@ def test_texts_are_cut_to_the_budget_at_whole_characters():
     assert chosen == {"fr": ["é" * 10, "é" * 3], "en": ["ab"]}
 
 
+def test_texts_are_drawn_from_all_of_several_files():
+    documents = [Document(f"{file} {i:02}", "all", 4) for file in "ab" for i in range(50)]
+    first = bits_per_byte.choose_texts(documents, 41)["all"]
+    drawn = bits_per_byte.choose_texts(documents, 41, files=2)["all"]
+    assert {text[0] for text in first} == {"a"} and {text[0] for text in drawn} == {"a", "b"}
+    assert [len(text) for text in drawn] == [4] * 10 + [1]
+    # In whatever order they are read, and all of them where there are no more.
+    assert bits_per_byte.choose_texts(documents[::-1], 41, files=2)["all"] == drawn
+    assert sorted(bits_per_byte.choose_texts(documents, 400, files=2)["all"]) == sorted(
+        document.text for document in documents
+    )
+
+
 def test_continuations_match_pytorch(model):
     folder, config, params = model
     tokenizer = AutoTokenizer.from_pretrained(folder)

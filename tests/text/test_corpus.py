@@ -20,6 +20,8 @@ import zstandard
 
 from tokalign_jax.config import Config, TextConfig, config_from_dict, config_to_dict
 from tokalign_jax.errors import UserError
+from tokalign_jax.pipeline import held_out
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text import corpus, reading
 
 TEXTS = [f"Document {i}: größer, 数学 and def f(x):\n    return {i}\n" for i in range(40)]
@@ -802,6 +804,17 @@ def test_results_may_be_grouped_by_source(tmp_path):
         == {"a", "b"}
     )
     assert [*summary["languages"]] == ["a", "b"]
+
+
+def test_held_out_text_is_drawn_from_all_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "az":
+        texts = [f"{name} {i:03d} ".ljust(100, name) for i in range(200)]
+        write(tmp_path / "in" / f"{name}.jsonl", json_lines(texts))
+    context = Context(config_for(tmp_path / "in"), tmp_path / "run", lambda line: None)
+    corpus.run(context.config, context.folder("corpus"), context.log)
+    (chosen,) = held_out.texts(context, 1000).values()
+    assert {text[0] for text in chosen} == {"a", "z"} and sum(map(len, chosen)) == 1000
 
 
 def test_exhausted_source_is_reported(tmp_path):

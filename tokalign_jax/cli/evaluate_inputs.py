@@ -343,14 +343,18 @@ def _read_texts(
 ) -> dict[str, list[str]]:
     """Read `--text`, else the run's held-out documents."""
     if args.text:
-        texts = documents.read(_corpus(args.text, args.text_field, args.language_field), log)
-    elif context:
-        texts = documents.held_out(context.folder("corpus"))
-    else:
-        raise UserError(
-            "--text is missing: name the files of held-out text, such as --text=heldout.jsonl"
-        )
-    return bits_per_byte.choose_texts(texts, size)
+        return _chosen(_corpus(args.text, args.text_field, args.language_field), size, log)
+    if context:
+        return held_out.texts(context, size)
+    raise UserError(
+        "--text is missing: name the files of held-out text, such as --text=heldout.jsonl"
+    )
+
+
+def _chosen(corpus: Config, size: int, log: Log) -> dict[str, list[str]]:
+    """Choose documents of files, by language."""
+    files = len(documents.names(corpus))
+    return bits_per_byte.choose_texts(documents.read(corpus, log), size, files)
 
 
 def _read_other_texts(
@@ -361,8 +365,7 @@ def _read_other_texts(
         return held_out.other_texts(context) if context else {}
     if not args.other_text:
         return {}
-    corpus = _corpus(args.other_text, args.text_field, args.language_field)
-    return bits_per_byte.choose_texts(documents.read(corpus, log), size)
+    return _chosen(_corpus(args.other_text, args.text_field, args.language_field), size, log)
 
 
 def _read_questions(

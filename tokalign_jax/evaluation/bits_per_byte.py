@@ -8,7 +8,10 @@ prepends to every text begins each of them. Costs are kept by document for boots
 (`intervals.py`).
 """
 
+import hashlib
+import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -126,8 +129,19 @@ def pooled(groups: Sequence[Costs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     )  # type: ignore[return-value]
 
 
-def choose_texts(documents: Iterable[Document], bytes_per_language: int) -> dict[str, list[str]]:
-    """Selects texts by language: documents up to a number of bytes, the last one truncated."""
+def choose_texts(
+    documents: Iterable[Document], bytes_per_language: int, files: int = 1
+) -> dict[str, list[str]]:
+    """Selects texts by language: documents up to a number of bytes, the last one truncated.
+
+    Args:
+      documents: documents in reading order.
+      bytes_per_language: bytes of the selected text of each language.
+      files: number of files that the documents come from. With several, documents are drawn by the
+        hashes of their texts, since the first ones may all be from one file.
+    """
+    if files > 1:
+        documents = _drawn(documents, bytes_per_language)
     chosen: dict[str, list[str]] = {}
     free: dict[str, int] = {}
     for text, language, size, *_ in documents:
@@ -142,6 +156,24 @@ def choose_texts(documents: Iterable[Document], bytes_per_language: int) -> dict
                 chosen.setdefault(language, []).append(part)
             free[language] = available - size
     return chosen
+
+
+def _drawn(documents: Iterable[Document], bytes_per_language: int) -> list[Document]:
+    """Returns the documents of each language with the smallest hashes, in order of their hashes.
+
+    They have at least `bytes_per_language` bytes, if there are as many, without the last of them
+    less.
+    """
+    heaps: dict[str, list[tuple[int, int, Document]]] = {}
+    sizes: Counter[str] = Counter()
+    for number, document in enumerate(documents):
+        digest = hashlib.sha256(document.text.encode(errors="replace")).digest()[:8]
+        heap = heaps.setdefault(document.language, [])
+        heapq.heappush(heap, (-int.from_bytes(digest, "big"), number, document))
+        sizes[document.language] += document.bytes
+        while sizes[document.language] - heap[0][2].bytes >= bytes_per_language:
+            sizes[document.language] -= heapq.heappop(heap)[2].bytes
+    return [entry[2] for heap in heaps.values() for entry in sorted(heap, reverse=True)]
 
 
 def split_windows(

@@ -37,9 +37,8 @@ def other_config(config: Config) -> Config | None:
 def material(context: Context) -> measures.Material:
     """Read held-out text, other text and questions. The corpus stage must be finished."""
     config, settings = context.config, context.config.evaluation
-    held_out = documents.held_out(context.folder("corpus"))
     return measures.Material(
-        bits_per_byte.choose_texts(held_out, settings.bytes_per_language),
+        texts(context, settings.bytes_per_language),
         other_texts(context),
         questions(config),
         settings.sequence_length,
@@ -51,13 +50,20 @@ def material(context: Context) -> measures.Material:
     )
 
 
+def texts(context: Context, bytes_per_language: int) -> dict[str, list[str]]:
+    """Choose held-out documents of a run, by language."""
+    folder = context.folder("corpus")
+    files = documents.num_files(folder)
+    return bits_per_byte.choose_texts(documents.held_out(folder), bytes_per_language, files)
+
+
 def other_texts(context: Context) -> dict[str, list[str]]:
     """Read the documents of `evaluation.other_text`, by language."""
     other = other_config(context.config)
     if other is None:
         return {}
-    texts = documents.read(other, context.log)
-    return bits_per_byte.choose_texts(texts, context.config.evaluation.bytes_per_language)
+    size, files = context.config.evaluation.bytes_per_language, len(documents.names(other))
+    return bits_per_byte.choose_texts(documents.read(other, context.log), size, files)
 
 
 def validation_shards(context: Context, name: str) -> tokenizing.TokenShards | None:

@@ -294,6 +294,11 @@ def at(folder: Path, positions: Int[np.ndarray, "n"]) -> Iterator[Document]:
                 first += rows
 
 
+def num_files(folder: Path) -> int:
+    """Return the number of files (or hub datasets) that the documents come from; 1 if unknown."""
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("files", 1)
+
+
 def held_out(folder: Path) -> Iterator[Document]:
     """Yield the held-out documents in reading order."""
     return itertools.chain.from_iterable(_batches(folder / "held_out.parquet"))
@@ -321,6 +326,7 @@ def _summary(ledger: "_Ledger", streams: Sequence["_Stream"], stopped: bool) -> 
     unread = [stream for stream in streams if not stream.is_spent()]
     return {
         **totals,
+        "files": len(streams),
         "stopped_at_budget": stopped,
         "not_read": {
             "files": len(unread),
