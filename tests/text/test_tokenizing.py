@@ -225,6 +225,11 @@ def added(single: str, *ids: tuple[str, int]) -> processors.TemplateProcessing:
             processors.Sequence([processors.ByteLevel(), added("<s> $A", ("<s>", 1))]),
             "adds '<s>' to texts as the id 1",
         ),
+        (added("<s>", ("<s>", 0)), "puts each text 0 times"),
+        (
+            processors.Sequence([processors.ByteLevel(), added("$A <s> $A", ("<s>", 0))]),
+            "puts each text 2 times",
+        ),
         (added("<s> $A </s>", ("<s>", 0), ("</s>", 1)), None),
         (added("$A", ("<s>", 128_000)), None),  # named, but never added
         (processors.BertProcessing(("</s>", 1), ("<s>", 0)), None),

@@ -13,6 +13,7 @@ Each side has a folder with
 import dataclasses
 import itertools
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,13 +216,17 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Raises:
       UserError: an id does not belong to the token that the post-processor names, as after
-        retraining a tokenizer from another one.
+        retraining a tokenizer from another one; or a template leaves out the text, or repeats it.
     """
     post_processor = cast(Any, tokenizer).backend_tokenizer.post_processor
+    state = json.loads(post_processor.__getstate__()) if post_processor else {}
+    if (times := _times_text(state)) != 1:
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' puts each text {times} times where it should"
+            " once: in its tokenizer.json, under post_processor, `single` must have Sequence A once"
+        )
     vocabulary = tokenizer.get_vocab()
-    for token, index in (
-        _added_by(json.loads(post_processor.__getstate__())) if post_processor else ()
-    ):
+    for token, index in _added_by(state):
         if vocabulary.get(token) == index:
             continue
         actual = vocabulary.get(token)
@@ -233,6 +238,14 @@ def check_added_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
             f" which is {means}: its model has no such row, or another token's; in its"
             f" tokenizer.json, under post_processor, {remedy}"
         )
+
+
+def _times_text(post_processor: Mapping[str, Any]) -> int:
+    """Return how often a post-processor, as in tokenizer.json, puts the text itself."""
+    times = math.prod(map(_times_text, post_processor.get("processors", ())))
+    if "single" not in post_processor:
+        return times
+    return times * sum("Sequence" in item for item in post_processor["single"])
 
 
 def _added_by(post_processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
