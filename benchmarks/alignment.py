@@ -42,7 +42,7 @@ from tokalign_jax.initialization import contexts, initialization
 from tokalign_jax.models import huggingface
 from tokalign_jax.pipeline import states
 from tokalign_jax.pipeline.context import Context
-from tokalign_jax.text import corpus
+from tokalign_jax.text import canonical, corpus
 from tokalign_jax.text.tokenizing import SIDES, TokenShards
 from tokalign_jax.training import loop
 
@@ -196,7 +196,7 @@ class _Starts:
     def model(self, way: str):
         """Config and parameters of the start of this name."""
         if way == RANDOM_ROWS:
-            size = len(self.context.inputs.target_tokenizer)
+            size = canonical.vocabulary_size(self.context.inputs.target_tokenizer)
             return initialization.random_rows(*self._source_model, size, jax.random.key(0))
         changed_alignment, changed_initialization = WAYS[way]
         config = dataclasses.replace(

@@ -460,6 +460,7 @@ def slurm(tasks_per_node, **others):
         (6, slurm("2(x2),4", SLURM_LOCALID="1", SLURM_NODEID="1"), [3, 4, 5]),
         (6, slurm("2(x2),1(x4)", SLURM_LOCALID="0", SLURM_NODEID="3"), list(range(6))),
         (0, slurm("2(x4)", SLURM_LOCALID="1"), None),
+        (8, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES=""), None),  # CPUs on purpose
         # Several tasks that see the same GPUs, or each its own.
         (9, slurm("2(x4)", SLURM_LOCALID="1", CUDA_VISIBLE_DEVICES="0,1,2,3"), [2, 3]),
         (

@@ -165,8 +165,10 @@ def _slurm_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None  # also a batch script outside of srun, whose SLURM_NTASKS are not running
-    bound = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    gpus, tasks = len(bound) or _visible_gpus(), _tasks_on_node(environment)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    bound = [gpu for gpu in (visible or "").split(",") if gpu]
+    gpus = _visible_gpus() if visible is None else len(bound)
+    tasks = _tasks_on_node(environment)
     if not gpus or not tasks:
         return {}
     # Slurm has bound GPUs to this task: fewer than the job has on the node, or a single one.

@@ -690,7 +690,7 @@ def _mixed(
 
 def _text_bytes(source: Source, budget: int) -> int:
     """Estimate the bytes of text in a source."""
-    is_plain = Path(source.name).suffix in PLAIN
+    is_plain = Path(source.name).suffix.lower() in PLAIN
     return budget if source.size is None else source.size * (1 if is_plain else EXPANSION)
 
 
@@ -908,7 +908,7 @@ def _weighted(name: str) -> tuple[str, float | None]:
 def _expected_bytes(config: Config, streams: Sequence[_Stream]) -> int:
     """Estimate the bytes of text to read; 0 if that cannot be known before reading."""
     sources = [stream.source for stream in streams]
-    is_plain = all(Path(source.name).suffix in PLAIN for source in sources)
+    is_plain = all(Path(source.name).suffix.lower() in PLAIN for source in sources)
     return (
         min(sum(source.size or 0 for source in sources), config.text.budget_bytes)
         if is_plain
