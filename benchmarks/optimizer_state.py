@@ -9,12 +9,14 @@ order. The validation loss is on documents of the corpus that are not trained on
 file of the curves; the table has the final validation losses and their differences to `float32` of
 the same seed.
 
-The format `float8` has the default state, and projections in float8 (`compute.matmul`). Validation
-losses are always computed in `--dtype`:
+The format `float8` has the default state, and gradients of projections in float8
+(`compute.matmul`). Validation losses are always computed in `--dtype`. The format `halves` is
+`float32` with half the sequences at once: only rounding differs, so that its difference is the noise
+of the others:
 
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
         --corpus /data/train.jsonl --dtype bfloat16 --length 512 --steps 500 \
-        --formats 'float32;float8' --out runs/float8.json
+        --formats 'float32;halves;float8' --out runs/float8.json
 
 The formats `int8` and `nf4` are those of LoRA's frozen projections (`stageN.lora.frozen`); their
 validation losses are those of the quantized model:
@@ -62,6 +64,7 @@ FORMATS = {
         "body_row_second_moment": True,
     },
     "float8": {},
+    "halves": {},
     "int8": {},
     "nf4": {},
 }
@@ -69,7 +72,8 @@ COMPUTE: dict[str, dict[str, Any]] = {"float8": {"matmul": "float8"}}
 """By format: fields of `ComputeConfig`."""
 FROZEN: dict[str, dict[str, Any]] = {"int8": {"frozen": "int8"}, "nf4": {"frozen": "nf4"}}
 """By format: fields of `LoraConfig`, for `--method lora`."""
-STATES = [name for name in FORMATS if name not in COMPUTE and name not in FROZEN]
+HALVES = "halves"
+STATES = [name for name in FORMATS if name not in {*COMPUTE, *FROZEN, HALVES}]
 HELD_OUT = 50
 """One document of so many is measured on."""
 
@@ -116,7 +120,7 @@ def trained(name: str, seed: int, model: Any, shards: Any, arguments: argparse.N
         lora=LoraConfig(**FROZEN.get(name, {})),
         batch=BatchConfig(
             size=arguments.batch,
-            per_device=arguments.micro_batch or arguments.batch,
+            per_device=(arguments.micro_batch or arguments.batch) // (2 if name == HALVES else 1),
             sequence_length=arguments.length,
         ),
     )
