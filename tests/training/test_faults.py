@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +26,8 @@ from tests.training.toys import (
 )
 from tokalign_jax.config import CheckpointConfig
 from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import distributed
+from tokalign_jax.training import loop
 from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
 from tokalign_jax.utils.stopping import Stopped
@@ -252,3 +255,20 @@ def test_stage_with_a_damaged_last_checkpoint_is_unfinished(tmp_path):
         final()
     train(tmp_path)
     assert_same(final(), whole.params)
+
+
+def test_collective_that_fails_names_the_loss_of_a_process(monkeypatch):
+    """Whatever class the runtime raises; other errors stay as they are."""
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    lost = "UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer"
+    for kind in (ValueError, jax.errors.JaxRuntimeError):
+        with (
+            pytest.raises(distributed.ProcessFailed, match="run the same command again"),
+            loop._naming_a_lost_process("stage"),
+        ):
+            raise kind(lost)
+    with pytest.raises(ValueError, match="shapes"), loop._naming_a_lost_process("stage"):
+        raise ValueError("shapes differ")
+    monkeypatch.setattr(distributed, "count", lambda: 1)
+    with pytest.raises(ValueError, match="Gloo"), loop._naming_a_lost_process("stage"):
+        raise ValueError(lost)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 import zlib
 from collections import deque
@@ -512,13 +513,19 @@ def _restore(
     return 0, None, None
 
 
+_STATUS = re.compile(r"(ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+"""Beginnings of messages of the runtime."""
+
+
 @contextmanager
 def _naming_a_lost_process(name: str) -> Iterator[None]:
     """Turns the runtime's error about an unreachable device into one that names the process."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if distributed.count() == 1 or sharding.is_out_of_memory(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # A collective that fails while it is dispatched raises its status as a plain ValueError.
+        is_status = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+        if distributed.count() == 1 or not is_status or sharding.is_out_of_memory(error):
             raise
         raise distributed.ProcessFailed(
             f"{name}: process {distributed.index()} failed in a step"
