@@ -9,10 +9,9 @@ order. The validation loss is on documents of the corpus that are not trained on
 file of the curves; the table has the final validation losses and their differences to `float32` of
 the same seed.
 
-The format `float8` has the default state, and gradients of projections in float8
-(`compute.matmul`). Validation losses are always computed in `--dtype`. The format `halves` is
-`float32` with half the sequences at once: only rounding differs, so that its difference is the noise
-of the others:
+The format `float8` has the default state, and projections in float8 (`compute.matmul`). Validation
+losses are always computed in `--dtype`. The format `halves` is `float32` with half the sequences at
+once: only rounding differs, so that its difference is the noise of the others:
 
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
         --corpus /data/train.jsonl --dtype bfloat16 --length 512 --steps 500 \

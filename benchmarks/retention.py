@@ -10,17 +10,18 @@
 
 A start is a name and config fields in which it differs from the defaults; a field
 `self_distillation.BODY_RATE`, `self_text.WORD_LENGTH` or `Weights.emphasis` is a constant of the
-initial distillation, and a field `model` is the folder of a start that another program made. Each training continues the start
-or training of its field `start` (the last start by default) and is a stage with these fields, on
-the corpus and, at `--self_share` of its tokens, on text of the source model. The source model is
-loaded once, writes its text once a seed, and programs are compiled once, which a run of its own
-does for every start.
+initial distillation, and a field `model` is the folder of a start that another program made. Each
+training continues the start or training of its field `start` (the last start by default) and is a
+stage with these fields, on the corpus and, at `--self_share` of its tokens, on text of the source
+model. The source model is loaded once, writes its text once a seed, and programs are compiled once,
+which a run of its own does for every start.
 
 Reported are abilities as the mean over suites, over all questions, and by how the tokenizers split
 a question (shares of the questions that the source answers right, and the margin of the right
 choice over the best wrong one in nats), bits per byte and the distance to the source's likelihoods
-(`evaluation/fidelity.py`) on held-out text and on text of another kind. Writes `retention.jsonl`, one line per model as soon as it is measured;
-`retention_figure.py` makes a table and a figure of such files.
+(`evaluation/fidelity.py`) on held-out text and on text of another kind. Writes `retention.jsonl`,
+one line per model as soon as it is measured; `retention_figure.py` makes a table and a figure of
+such files.
 """
 
 import argparse
@@ -384,8 +385,8 @@ def _write_once(write: Any) -> Any:
     written: dict[Any, Any] = {}
 
     def cached(writer: Any, budget: int, log: Any, special: Any = ()) -> Any:
-        shares = self_text.FREE_SHARE, self_text.WORD_SHARE, self_text.WORD_LENGTH
-        key = writer.seed, budget, frozenset(special), shares
+        constants = tuple(v for name, v in vars(self_text).items() if name.isupper())
+        key = writer.seed, budget, frozenset(special), constants
         if key not in written:
             written[key] = write(writer, budget, log, special)
         return written[key]

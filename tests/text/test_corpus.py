@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -562,6 +563,17 @@ def test_arrow_files_of_both_formats_are_read(tmp_path):
     assert sorted(document.text for document in train + held) == sorted(TEXTS)
 
 
+def write_table(folder: Path, table: pa.Table, ending: str, new_arrow: Any) -> Path:
+    """Write a Parquet file, or one in Arrow's stream or file format by `new_arrow`."""
+    path = folder / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, new_arrow(file, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -585,12 +597,7 @@ def test_text_of_any_string_or_binary_type_is_read(tmp_path, kind, ending):
         else plain.cast(kind)
     )
     table = pa.table({"text": column.cast(kind), "lang": column.cast(kind)})
-    path = tmp_path / f"a.{ending}"
-    if ending == "parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
+    path = write_table(tmp_path, table, ending, pa.ipc.new_stream)
     config = config_for(path, language_field="lang")
     corpus.check(config)
     _, train, held = run(config, tmp_path / "out")
@@ -628,12 +635,7 @@ def test_invalid_utf_8_in_a_string_column_loses_that_record_only(tmp_path, field
     columns = {"text": [text.encode() for text in TEXTS], "lang": [b"en"] * len(TEXTS)}
     columns[field][3] = b"Gr\xf6\xdfe"
     table = pa.table({name: strings(values) for name, values in columns.items()})
-    path = tmp_path / f"a.{ending}"
-    if ending == "parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+    path = write_table(tmp_path, table, ending, pa.ipc.new_file)
     config = config_for(path, language_field="lang")
     corpus.check(config)
     summary, train, held = run(config, tmp_path / "out")

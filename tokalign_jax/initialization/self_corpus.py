@@ -44,7 +44,7 @@ def records(
     passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Yield passages as records of a corpus."""
-    around = chats.around_question(tokenizer) or ("", "")
+    around = chats.around_question(tokenizer)
     for passage in passages:
         if all(segment.special is None for segment in passage):
             yield {"text": "".join(segment.text for segment in passage), "language": SELF}
@@ -74,14 +74,17 @@ def in_template(
       target: the new model's tokenizer.
       special: the target's special tokens by those of the source with the same use.
     """
-    around = chats.around_question(source) or ("", "")
+    around = chats.around_question(source)
     prompt = _segments(chats.around_question(target), target, special)
+    if prompt is None:
+        yield from passages
+        return
+    before, after = prompt
     for passage in passages:
-        chat = _chat(passage, source, around) if prompt else None
-        if prompt is None or chat is None:
+        chat = _chat(passage, source, around)
+        if chat is None:
             yield passage
             continue
-        before, after = prompt
         asked = before[-1].text + chat.question + after[0].text
         answered = after[-1].text + chat.answer
         yield (
@@ -100,7 +103,7 @@ class _Chat(NamedTuple):
 
 
 def _chat(
-    passage: Passage, tokenizer: PreTrainedTokenizerBase, around: tuple[str, str]
+    passage: Passage, tokenizer: PreTrainedTokenizerBase, around: tuple[str, str] | None
 ) -> _Chat | None:
     """Return the question and the answer of a passage, None if it has no such parts.
 
@@ -110,17 +113,17 @@ def _chat(
       around: what its template writes before the question and between question and answer.
     """
     *rest, last = passage
+    if around is None or last.special is None:
+        return None
     text = "".join(
         segment.text + str(tokenizer.convert_ids_to_tokens(segment.special))
         for segment in rest
         if segment.special is not None
     )
     before, after = around
-    question, mark, answer = (text + last.text).removeprefix(before).partition(after or "\0")
+    question, _, answer = (text + last.text).removeprefix(before).partition(after)
     question, answer = question.strip(), answer.strip()
-    if before and mark and last.special is not None and question and answer:
-        return _Chat(question, answer, last.special)
-    return None
+    return _Chat(question, answer, last.special) if question and answer else None
 
 
 def _segments(

@@ -13,7 +13,6 @@ Three kinds of documents are sampled from the model:
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -23,7 +22,7 @@ from tokalign_jax.evaluation.bits_per_byte import first_context
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.sampling import sample
 from tokalign_jax.models.transformer import Params
-from tokalign_jax.text import canonical
+from tokalign_jax.text import canonical, chats
 from tokalign_jax.text.special_tokens import ends_turn
 from tokalign_jax.utils.progress import Log
 
@@ -37,7 +36,6 @@ SHORT_WORD = 4
 """Beginnings of words of up to so many bytes, a space included, are used repeatedly once all others
 were used: they have many completions.
 """
-_MARK = "@@@"
 
 
 class Segment(NamedTuple):
@@ -176,15 +174,10 @@ def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | N
 
     Returns None without a template that has both.
     """
-    message = [{"role": "user", "content": _MARK}]
-    try:
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except (ValueError, TypeError, jinja2.TemplateError):
+    around = chats.around_question(tokenizer)
+    if around is None:
         return None
-    before, mark, after = str(text).partition(_MARK)
-    if not mark or not before or not after:
-        return None
-    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in around]
     return (parts[0], parts[1]) if set(parts[0]) & canonical.special_ids(tokenizer) else None
 
 
