@@ -68,6 +68,21 @@ def test_rows_are_packed_until_full(pairing):
     assert read(pairing.source, packed.source[0].tolist()).startswith("".join(TEXTS))
 
 
+def test_chats_are_not_divided_between_rows(pairing):
+    """What follows in the next row would be an end of turn without the turns before it."""
+    end = pairing.source.eos_token_id
+    chat, text, long_chat = pairing.pair(
+        [((TEXTS[0], end),), ((TEXTS[1], None),), ((" ".join(TEXTS * 3), end),)]
+    )
+    length = len(chat.target) + len(text.target) - 4
+    assert len(chat.target) > pairs.SHORTEST and len(long_chat.target) > length + 1
+    packed = pairs.pack([text, chat], [0, 1], length, 4 * length)
+    for row, document in zip(packed.target, (text, chat), strict=True):
+        np.testing.assert_array_equal(row[row != NONE], document.target)
+    divided = pairs.pack([text, long_chat], [0, 1], length, 4 * length)
+    assert len(divided.target) > 2
+
+
 def test_special_tokens_appear_on_both_sides_or_neither(pairing):
     end = pairing.source.eos_token_id
     known, unknown = pairing.pair(

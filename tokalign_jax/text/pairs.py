@@ -2,7 +2,9 @@
 
 A row has the target's tokens of documents, the source's tokens of the same documents, and for each
 position of the target the position of the source at which both have read the same text
-(`boundaries.py`). A document that does not fit goes on in the next row, as a document of its own.
+(`boundaries.py`). A document that does not fit goes on in the next row, as a document of its own;
+one with special tokens, such as a chat, is in one row if it fits into any: the end of an answer
+without the turns before it would teach to end turns anywhere.
 
 Letters: B rows, T + 1 target tokens of a row, S source tokens of a row.
 """
@@ -34,6 +36,8 @@ class Pair(NamedTuple):
     """Characters read after each token; `NONE` if it ends within a character."""
     target: Int[np.ndarray, "m"]
     target_ends: Int[np.ndarray, "m"]
+    has_special: bool = False
+    """Whether the document has special tokens but for its start."""
 
 
 class Rows(NamedTuple):
@@ -82,7 +86,11 @@ class Pairing(NamedTuple):
                     ids.append(token)
                     ends.append(read[number])
         arrays = [[np.array(x) for side in passage for x in side] for passage in collected]
-        return [Pair(*four) for four in arrays if len(four[0]) > 1 and len(four[2]) > 1]
+        return [
+            Pair(*four, has_special=bool(np.isin(four[0][1:], [*self.special]).any()))
+            for four in arrays
+            if len(four[0]) > 1 and len(four[2]) > 1
+        ]
 
 
 def passages(text: str) -> list[str]:
@@ -108,8 +116,10 @@ def pack(pairs: Sequence[Pair], order: Iterable[int], length: int, width: int) -
     rows, row = [], _Row()
     for number in order:
         rest: Pair | None = pairs[number]
+        whole = rest.has_special and len(rest.target) <= length + 1
         while rest is not None:
-            if len(row.target) > max(0, length - SHORTEST):
+            least = len(rest.target) if whole else SHORTEST + 1
+            if row.target and len(row.target) + least > length + 1:
                 rows.append(row.arrays(length, width))
                 row = _Row()
             rest = row.add(rest, length + 1)
