@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from retention import COLUMNS
 
 Row = Mapping[str, Any]
 PANELS = (
@@ -27,7 +28,6 @@ PANELS = (
     ("gap", "distance to the source, bits per byte"),
 )
 """Column and title; means and bits per byte are divided by the source's."""
-COLUMNS = ("mean", "overall", "alike", "question", "composed", "recut", "text", "other", "gap")
 TITLES = (
     *("mean", "all questions", "split alike", "question", "new tokens", "split differently"),
     *("bits/byte", "another kind", "distance"),
