@@ -406,13 +406,12 @@ def test_sentencepiece_model_alone_needs_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_is_installed", lambda module: False)
     with pytest.raises(
         UserError,
-        match=r"only 'tokenizer\.model'.*sentencepiece and google\.protobuf.*tokalign_jax\[convert\]",
+        match=r"only 'tokenizer\.model'.*sentencepiece must be.*tokalign_jax\[convert\]",
     ):
         hub.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(base64.b64encode(b"!") + b" 0\n")
     with pytest.raises(UserError, match="tiktoken must be installed"):
         hub.load_tokenizer(tmp_path)
-    assert not hub._is_installed("no_such_package.inside")
     monkeypatch.setattr(hub, "_is_installed", lambda module: True)
     with pytest.raises(UserError, match="name its tokenizer_class"):
         hub.load_tokenizer(tmp_path)

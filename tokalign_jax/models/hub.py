@@ -426,13 +426,12 @@ def _check_tokenizer_files(
     for file in sorted(folder.glob("*.model")):
         # A SentencePiece file is a protocol buffer that begins with this tag; tiktoken's is base64.
         is_sentencepiece = file.read_bytes()[:1] == b"\n"
-        needed = ("sentencepiece", "google.protobuf") if is_sentencepiece else ("tiktoken",)
-        missing = [module for module in needed if not _is_installed(module)]
-        if missing:
+        needed = "sentencepiece" if is_sentencepiece else "tiktoken"
+        if not _is_installed(needed):
             raise UserError(
-                f"tokenizer '{name}' has only '{file.name}', and to convert it"
-                f" {' and '.join(missing)} must be installed: pip install 'tokalign_jax[convert]',"
-                " or give a folder with tokenizer.json"
+                f"tokenizer '{name}' has only '{file.name}', and to convert it {needed} must be"
+                " installed: pip install 'tokalign_jax[convert]', or give a folder with"
+                " tokenizer.json"
             )
         if "tokenizer_class" not in settings and not (folder / "config.json").is_file():
             raise UserError(
@@ -452,10 +451,7 @@ def _listing(folder: Path) -> str:
 
 
 def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # Its parent package is missing.
-        return False
+    return importlib.util.find_spec(module) is not None
 
 
 # --- Writing ------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ transformers forces a tokenizer class for some values of `model_type`, and some 
 normalizer and pre-tokenizer: Qwen 2's applies Qwen's regular expression to every vocabulary.
 """
 
-import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub
@@ -117,10 +118,6 @@ def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
     return ""
 
 
-_NORMAL_PIECE = 1
-"""Type of pieces of text in a SentencePiece model; others are special, unused, or bytes."""
-
-
 def _sentencepiece_contradiction(path: Path, vocabulary: Any) -> str:
     """Describes how a SentencePiece model differs from the vocabulary of tokenizer.json.
 
@@ -131,8 +128,10 @@ def _sentencepiece_contradiction(path: Path, vocabulary: Any) -> str:
       path: the model; a file of another format is skipped.
       vocabulary: ids by token, or the tokens and scores of a Unigram model.
     """
-    content = path.read_bytes()
-    if content[:1] != b"\n":
+    module: Any = import_protobuf()
+    try:
+        model = module.ModelProto.FromString(path.read_bytes())
+    except DecodeError:
         return ""
     is_unigram = isinstance(vocabulary, list)
     entries = (
@@ -141,45 +140,18 @@ def _sentencepiece_contradiction(path: Path, vocabulary: Any) -> str:
         else {token: (i, 0.0) for token, i in vocabulary.items()}
     )
     before, last = "", -1
-    for fields in (_fields(piece) for field, piece in _fields(content) if field == 1):
-        values = {2: b"\0" * 4, 3: _NORMAL_PIECE} | dict(fields)
-        piece = values[1].decode(errors="replace")
-        if values[3] != _NORMAL_PIECE:
+    for entry in model.pieces:
+        piece = entry.piece
+        if entry.type != entry.NORMAL:
             continue
         if piece not in entries:
             return f"{path.name} has the piece {piece!r}, which tokenizer.json lacks"
         index, score = entries[piece]
-        (stored,) = struct.unpack("<f", values[2])
-        if is_unigram and abs(stored - score) > 1e-3:
-            return f"{path.name} gives {piece!r} the score {stored:g}, tokenizer.json {score:g}"
+        if is_unigram and abs(entry.score - score) > 1e-3:
+            return (
+                f"{path.name} gives {piece!r} the score {entry.score:g}, tokenizer.json {score:g}"
+            )
         if index < last:
             return f"{path.name} has {piece!r} after {before!r}, tokenizer.json before it"
         before, last = piece, index
     return ""
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yields numbers and values of a protocol buffer's fields; none after an unknown type."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while at < len(message):
-            byte = message[at]
-            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                break
-        return value
-
-    while at < len(message):
-        key = varint()
-        field, kind = key >> 3, key & 7
-        if kind == 0:
-            yield field, varint()
-        elif kind in (1, 2, 5):
-            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-            at += size
-            yield field, message[at - size : at]
-        else:
-            return
