@@ -517,7 +517,7 @@ def special_matches(
 ) -> dict[int, Counterpart]:
     """Match special tokens of the target that have a counterpart in the source.
 
-    First by name (`special_tokens.counterpart`), so that `<|endoftext|>` takes the rows of
+    First by name (`special_tokens.counterparts`), so that `<|endoftext|>` takes the rows of
     `<|endoftext|>` whatever roles both have; then by role. A role whose token is also text (`!` as
     pad) makes nothing special, in the source or in the target. An added token that only the source
     flags as special takes the rows of the special token.
@@ -533,9 +533,10 @@ def special_matches(
     added = {
         i for i, token in target_tokenizer.added_tokens_decoder.items() if token.content in names
     }
-    for i in sorted(canonical.special_ids(target_tokenizer) | added):
-        by_name = special_tokens.counterpart(i, target_tokenizer, source_tokenizer)
-        for match in (by_name, *_same_role(i, source_tokenizer, target_tokenizer)):
+    ids = sorted(canonical.special_ids(target_tokenizer) | added)
+    by_name = special_tokens.counterparts(ids, target_tokenizer, source_tokenizer)
+    for i in ids:
+        for match in (by_name.get(i), *_same_role(i, source_tokenizer, target_tokenizer)):
             if match is not None and match.token not in avoid:
                 matches.setdefault(i, match)
     return matches

@@ -41,7 +41,7 @@ from tokalign_jax.models.transformer import Params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text import canonical, pairs
 from tokalign_jax.text.corpus import Document
-from tokalign_jax.text.special_tokens import counterpart
+from tokalign_jax.text.special_tokens import counterparts
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.training.cross_tokenizer import Models
 from tokalign_jax.utils.progress import Log
@@ -475,11 +475,9 @@ def _paired_texts(
       mesh: devices that write.
       log: receives progress.
     """
-    special = {
-        i: match.token
-        for i in canonical.special_ids(source.tokenizer) - source.unusable
-        if (match := counterpart(i, source.tokenizer, target.tokenizer)) is not None
-    }
+    usable = canonical.special_ids(source.tokenizer) - source.unusable
+    matches = counterparts(usable, source.tokenizer, target.tokenizer)
+    special = {i: match.token for i, match in matches.items()}
     starts = first_context(source.tokenizer), first_context(target.tokenizer)
     pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, special)
     dtype = jnp.dtype(config.compute.dtype)

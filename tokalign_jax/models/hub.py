@@ -479,7 +479,8 @@ def save_config_and_tokenizer(
         "_from_model_config": True
     }
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
-    eos, _ = stop_tokens(config, source_folder, tokenizer)
+    source_tokenizer = load_tokenizer(source_folder) if source_folder else None
+    eos, _ = stop_tokens((generation_config, config), source_tokenizer, tokenizer)
     eos_list = {"eos_token_id": eos} if len(eos) > 1 else {}
     for name, source in {
         "config.json": config,
@@ -561,8 +562,8 @@ def _as_list(ids: Any) -> list[Any]:
 
 
 def stop_tokens(
-    config: Mapping[str, Any],
-    source_folder: Path | str | None,
+    configs: Iterable[Mapping[str, Any]],
+    source: "PreTrainedTokenizerBase | None",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[list[int], list[str]]:
     """Returns the ids at which an exported model stops.
@@ -571,22 +572,20 @@ def stop_tokens(
     (eos of its configs and tokenizer), and the document separator.
 
     Args:
-      config: the source's config.json.
-      source_folder: the source model; None adds no counterparts.
+      configs: the source's generation_config.json and config.json.
+      source: the source's tokenizer; None adds no counterparts.
       tokenizer: the new tokenizer.
 
     Returns:
       The ids, and the source's tokens that have no counterpart.
     """
     ids, missing = [role_id(tokenizer, "eos")], []
-    if source_folder:
-        source = load_tokenizer(source_folder)
-        generation_config = load_generation_config(source_folder) or {}
+    if source is not None:
         # The counterpart of the source's separator is the new separator, added below.
         stops = set(source.get_vocab().values()) - {end_of_text_id(source)}
         special = special_ids(source)
         configured = []
-        for content in (generation_config, config):
+        for content in configs:
             listed = [i for i in _as_list(content.get("eos_token_id")) if type(i) is int]
             # Without a special token it is a default of the config's class, often 2.
             configured += listed if special & set(listed) else []

@@ -74,7 +74,9 @@ def _check_target(context: Context) -> None:
             "tokenizer.json"
         )
     _, raw = inputs.source_model
-    _, missing = hub.stop_tokens(raw, inputs.source_folder, inputs.target_tokenizer)
+    configs = hub.load_generation_config(inputs.source_folder) or {}, raw
+    source = open_tokenizer(inputs.source_folder)
+    _, missing = hub.stop_tokens(configs, source, inputs.target_tokenizer)
     if missing:
         context.log(
             f"warning: the source model stops at {', '.join(map(repr, missing))}, for which the "

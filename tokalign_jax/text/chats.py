@@ -2,7 +2,7 @@
 
 A chat is a list of messages, objects with `role` and `content`. The target tokenizer's template
 writes them; the source model, as a teacher, reads the same text with its own special tokens of the
-same use (`special_tokens.counterpart`). The loss covers the assistant's messages, up to and
+same use (`special_tokens.counterparts`). The loss covers the assistant's messages, up to and
 including the token that ends the turn.
 """
 
@@ -23,7 +23,7 @@ from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
 from tokalign_jax.text.canonical import plain_backend, special_ids
 from tokalign_jax.text.special_tokens import (
     SEPARATOR,
-    counterpart,
+    counterparts,
     end_of_text_id,
     ends_turn,
     in_chat_template,
@@ -254,12 +254,12 @@ class Encoder:
           writer: the tokenizer whose template writes chats; None: the same one.
         """
         self.backend, self.writer = plain_backend(tokenizer), writer or tokenizer
-        self._special: dict[int, int] = {}
-        for index in special_ids(self.writer):
-            if self.writer is tokenizer:
-                self._special[index] = index
-            elif match := counterpart(index, self.writer, tokenizer):
-                self._special[index] = match.token
+        special = special_ids(self.writer)
+        if self.writer is tokenizer:
+            self._special = {index: index for index in special}
+        else:
+            matches = counterparts(special, self.writer, tokenizer)
+            self._special = {index: match.token for index, match in matches.items()}
 
     def boundaries(self, texts: Sequence[str], chats: Sequence[str]) -> list[Boundaries]:
         """Return the tokens of documents and their ends.

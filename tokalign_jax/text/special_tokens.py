@@ -6,6 +6,7 @@ LLaMA 3). Names distinguish them; roles do not.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -140,34 +141,42 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     return bool(token) and (token in templates or any(role in templates for role in roles))
 
 
-def counterpart(
-    index: int, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
-) -> Counterpart | None:
-    """Return the special token of `other` that corresponds to `index` of `tokenizer`, or None.
+def counterparts(
+    ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> dict[int, Counterpart]:
+    """Return the special tokens of `other` that correspond to `ids` of `tokenizer`, by id.
 
     In order: the token of the same text, also an added one that is not special (Qwen 3's
     `<think>`); the document separator for a document separator, or for a token named like one; the
     token of the same use in chats or infilling (`<|im_end|>` and `<end_of_turn>`), where an eos
     that ends turns may have any name.
     """
-    text = str(tokenizer.convert_ids_to_tokens(index))
+    names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
     others = {
         str(other.convert_ids_to_tokens(i)): i for i in sorted(special_ids(other), reverse=True)
     }
-    added = {token.content: i for i, token in other.added_tokens_decoder.items()}
-    if (same_text := others.get(text, added.get(text))) is not None:
-        return Counterpart(same_text, "same text")
-    if index == end_of_text_id(tokenizer) or _plain_name(text) in _TEXT_ENDS:
-        return Counterpart(end_of_text_id(other), "ends a document")
-    is_turn_end = ends_turn(tokenizer, index)
-    uses = next(
-        (use for use in _SAME_USE if _plain_name(text) in use), _TURN_ENDS if is_turn_end else ()
-    )
+    by_text = {token.content: i for i, token in other.added_tokens_decoder.items()} | others
+    matches = {
+        i: Counterpart(by_text[text], "same text") for i, text in names.items() if text in by_text
+    }
+    rest = {i: text for i, text in names.items() if i not in matches}
+    end_of_text = end_of_text_id(tokenizer) if rest else None
     by_name = {_plain_name(name): name for name in others}
-    same = next((by_name[name] for name in uses if name in by_name), None)
-    if same is None and is_turn_end and ends_turn(other, role_id(other, "eos")):
-        same = str(other.eos_token)
-    return None if same is None else Counterpart(others[same], f"same use as {same}")
+    for index, text in rest.items():
+        if index == end_of_text or _plain_name(text) in _TEXT_ENDS:
+            matches[index] = Counterpart(end_of_text_id(other), "ends a document")
+            continue
+        is_turn_end = ends_turn(tokenizer, index)
+        uses = next(
+            (use for use in _SAME_USE if _plain_name(text) in use),
+            _TURN_ENDS if is_turn_end else (),
+        )
+        same = next((by_name[name] for name in uses if name in by_name), None)
+        if same is None and is_turn_end and ends_turn(other, role_id(other, "eos")):
+            same = str(other.eos_token)
+        if same is not None:
+            matches[index] = Counterpart(others[same], f"same use as {same}")
+    return matches
 
 
 def stop_counterpart(
@@ -175,10 +184,10 @@ def stop_counterpart(
 ) -> int | None:
     """Return the token at which `other`'s model stops where `tokenizer`'s stops at `index`.
 
-    Besides special tokens (`counterpart`), models stop at tokens of text, such as a line end, and
+    Besides special tokens (`counterparts`), models stop at tokens of text, such as a line end, and
     at tokens of any name that they use as the end of a turn (GLM at `<|user|>`).
     """
-    if match := counterpart(index, tokenizer, other):
+    if match := counterparts([index], tokenizer, other).get(index):
         return match.token
     if (content := token_bytes(tokenizer)[index]) is not None:
         return index_by_bytes(other).get(content)
