@@ -520,6 +520,21 @@ def test_compressed_file_may_have_several_parts(tmp_path, ending):
     assert sorted(document.text for document in train + held) == sorted(TEXTS)
 
 
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".zst"])
+def test_damage_after_the_first_part_of_a_compressed_file_is_refused(tmp_path, ending):
+    """The readers of bz2 and xz take a part that they do not recognise for the end of the file."""
+    first, second = (
+        write(tmp_path / f"{i}.jsonl{ending}", json_lines(TEXTS[i::2])).read_bytes() for i in (0, 1)
+    )
+    joined = tmp_path / f"all.jsonl{ending}"
+    for rest in (b"ZZZZ" + second[4:], json_lines(TEXTS[1::2]).encode()):
+        joined.write_bytes(first + rest)
+        with pytest.raises(UserError, match=rf"all\.jsonl{ending}' cannot be read"):
+            corpus.run(config_for(joined), tmp_path / "out", print)
+    joined.write_bytes(first + bytes(8) + second + bytes(8))  # padding is allowed
+    assert sum(map(len, run(config_for(joined), tmp_path / "out")[1:])) == len(TEXTS)
+
+
 @pytest.mark.parametrize("end", ["batch", "schema", "mark"])
 def test_truncated_arrow_stream_is_refused(tmp_path, end):
     """Also where it ends between two messages, after which Arrow reports no error."""

@@ -7,12 +7,12 @@ problem of the file itself is a `UserError`.
 
 import bz2
 import glob
-import gzip
 import io
 import itertools
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -34,7 +34,6 @@ memory.
 SUPPORTED = (
     ".json, .jsonl, .ndjson or .txt (or compressed: .gz, .xz, .zst, .bz2), .parquet or .arrow"
 )
-_COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 _BLOCK = 1 << 20
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files of the datasets library that describe the data beside them."""
@@ -216,7 +215,7 @@ _Reader = Callable[[Path, TextConfig, Position], Iterator[Record]]
 def _kind(path: Path) -> _Reader | None:
     """Return the reader for a file name, or None."""
     suffixes = [s.lower() for s in path.suffixes] or [""]
-    if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
+    if len(suffixes) > 1 and suffixes[-1] in _MEMBERS:
         suffixes.pop()
     readers = dict.fromkeys((".json", ".jsonl", ".ndjson"), _json_records) | {".txt": _text_records}
     return (readers | {".parquet": _parquet_records, ".arrow": _arrow_records}).get(suffixes[-1])
@@ -240,15 +239,16 @@ def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
         ) from error
 
 
-class _Zstandard(io.RawIOBase):
-    """Decompresses consecutive Zstandard frames.
+class _Decompressed(io.RawIOBase):
+    """Decompresses the consecutive members (streams, frames) of a file.
 
-    Unlike the library's own reader it detects a truncated frame.
+    Unlike the readers of the compression libraries, which skip what they do not recognise after a
+    member, it raises an error if a member is truncated or damaged, whichever it is.
     """
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._frame: Any = None
+    def __init__(self, file: BinaryIO, new_member: Callable[[], Any]):
+        self._file, self._new_member = file, new_member
+        self._member = new_member()  # also of an empty file, which is thereby truncated
         self._compressed, self._content = b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -257,27 +257,30 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._content:
             compressed = self._compressed or self._file.read(1 << 17)
-            if not compressed and self._frame is not None:
+            if not compressed and self._member is not None:
                 raise EOFError
             if not compressed:
                 return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._content, self._compressed = memoryview(self._frame.decompress(compressed)), b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
+            if self._member is None:
+                self._compressed = compressed.lstrip(b"\0")  # padding
+                self._member = self._new_member() if self._compressed else None
+                continue
+            self._content, self._compressed = memoryview(self._member.decompress(compressed)), b""
+            if self._member.eof:
+                self._compressed, self._member = self._member.unused_data, None
         count = min(len(buffer), len(self._content))
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
 
 
-_DECOMPRESSED: dict[str, Callable[[Any], Any]] = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".xz": lzma.LZMAFile,
-    ".bz2": bz2.BZ2File,
-    ".zst": _Zstandard,
+_MEMBERS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
+    ".xz": lzma.LZMADecompressor,
+    ".bz2": bz2.BZ2Decompressor,
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
+"""Decompressor of a member by the suffix of its file."""
 
 
 def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]:
@@ -291,10 +294,10 @@ def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]
       longest: bytes at which a line is cut; -1 for no limit.
     """
     with path.open("rb") as file:
-        decompressed = _DECOMPRESSED.get(path.suffix.lower())
-        if decompressed and not path.stat().st_size:
-            raise EOFError  # Some decompressors accept an empty file as an empty text.
-        content = io.BufferedReader(decompressed(file), _BLOCK) if decompressed else cast(Any, file)
+        new_member = _MEMBERS.get(path.suffix.lower())
+        content: Any = file
+        if new_member:
+            content = io.BufferedReader(_Decompressed(file, new_member), _BLOCK)
         for number in itertools.count():
             line = content.readline(longest)
             if not number:
