@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import errno
 import gzip
 import hashlib
 import json
@@ -116,6 +117,56 @@ def test_files_are_named_by_glob_comma_folder_or_tuple(tmp_path):
         config = dataclasses.replace(config_for(""), corpus=given)
         _, train, held = run(config, tmp_path / "out")
         assert sorted(d.text for d in train + held) == sorted(TEXTS)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    data, elsewhere = tmp_path / "data" / "en", tmp_path / "elsewhere"
+    data.mkdir(parents=True)
+    elsewhere.mkdir()
+    write(data / "a.jsonl", json_lines(TEXTS[:20]))
+    write(elsewhere / "b.jsonl", json_lines(TEXTS[20:]))
+    (data.parent / "zh").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(data.parent)
+    config = config_for(data.parent)
+    assert [Path(name).name for name in corpus.names(config)] == ["a.jsonl", "b.jsonl"]
+    _, train, held = run(config, tmp_path / "out")
+    assert sorted(document.text for document in train + held) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["", "*.jsonl"])
+def test_link_to_a_missing_file_is_refused(tmp_path, name):
+    write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl' is a link to a file that does not exist"):
+        corpus.check(config_for(tmp_path / name))
+
+
+def test_files_of_a_folder_with_other_endings_are_reported(tmp_path):
+    data, lines = tmp_path / "data", []
+    data.mkdir()
+    write(data / "a.jsonl", json_lines(TEXTS))
+    corpus.run(config_for(data), tmp_path / "first", lines.append)
+    assert not [line for line in lines if "were not read" in line]
+    for name in ("b.csv", "c.jsonl.zip", "d", "e", ".hidden", "dataset_info.json"):
+        (data / name).write_text("text")
+    corpus.run(config_for(data), tmp_path / "second", lines.append)
+    (line,) = [line for line in lines if "were not read" in line]
+    assert line.endswith(f"not read: {data}/b.csv, {data}/c.jsonl.zip, {data}/d and 1 more")
+
+
+def test_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "zh").mkdir()
+    write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("zh"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root can read every folder
+    with pytest.raises(UserError, match=r"folder '.*zh' cannot be read \(Permission denied\)"):
+        corpus.check(config_for(tmp_path))
 
 
 def test_saved_datasets_folder_is_read(tmp_path):

@@ -154,6 +154,7 @@ def run(
     if not (summary["train_documents"] and summary["held_out_documents"]):
         raise UserError(_too_small(config, summary, stopped))
     ledger.report()
+    _report_other_files(config, log)
     if summary["not_read"]["files"]:
         log(_unread(summary["not_read"], parts, budget, stopped))
     if len(parts) > 1:
@@ -357,6 +358,18 @@ def _unread(not_read: dict[str, Any], parts: Sequence["_Part"], budget: int, sto
         f"corpus: {reason}: {quantity(not_read['bytes'])} of {quantity(not_read['of_bytes'])} "
         f"bytes, in {not_read['files']} of {files} files, were not read{share}"
     )
+
+
+def _report_other_files(config: Config, log: Log) -> None:
+    """Warn of files in the corpus's folders that have other endings."""
+    names = [demo.corpus(name) for name, _ in _names(config) if name != SELF]
+    if files := [file for name in names for file in reading.unread(name, config.text)]:
+        shown = ", ".join(repr(str(file))[1:-1] for file in files[:3])
+        log(
+            "corpus: warning: files of its folders that do not end in"
+            f" {reading.SUPPORTED} were not read: {shown}"
+            + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
+        )
 
 
 def _too_small(config: Config, summary: dict[str, Any], stopped: bool) -> str:

@@ -11,11 +11,12 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,7 +105,7 @@ def sources(name: str, config: TextConfig) -> list[Source]:
         return _pattern(name, path, config) if is_pattern else [_hub(name, path, config)]
     if path.is_dir():
         path = _split_folder(path, config.hub_split)
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) and _is_data(p, path))
+        files = [p for p in _data_in(path) if _kind(p)]
         if not files:
             raise UserError(f"the corpus folder '{name}' holds no file ending in {SUPPORTED}")
         return [_file(p, config) for p in files]
@@ -113,10 +114,39 @@ def sources(name: str, config: TextConfig) -> list[Source]:
 
 def _pattern(name: str, path: Path, config: TextConfig) -> list[Source]:
     files = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-    files = [p for p in files if p.is_file() and _is_data(p, p.parent)]
+    files = [p for p in files if not p.is_dir() and _is_data(p, p.parent)]
     if not files:
         raise UserError(f"no file matches the corpus pattern '{name}' (looked from {Path.cwd()})")
     return [_file(p, config) for p in files]
+
+
+def _data_in(folder: Path) -> list[Path]:
+    """List the files below a folder, of any kind, except those that are not data.
+
+    Linked folders are read too, each folder once.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(
+            f"the corpus folder '{error.filename}' cannot be read ({error.strerror}): change its"
+            " permissions, or name the files to read"
+        ) from error
+
+    files, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
+        folders[:] = [name for name in real if real[name] not in seen]
+        seen.update(real.values())
+        files += [Path(parent, name) for name in names]
+    return sorted(path for path in files if _is_data(path, folder))
+
+
+def unread(name: str, config: TextConfig) -> list[Path]:
+    """List the files of a folder that are left out because of their endings."""
+    path = Path(name).expanduser()
+    if not (exists(path) and path.is_dir()):
+        return []
+    return [file for file in _data_in(_split_folder(path, config.hub_split)) if not _kind(file)]
 
 
 def _hub(name: str, path: Path, config: TextConfig) -> Source:
@@ -198,6 +228,11 @@ def _nearest_files(path: Path) -> str:
 
 
 def _file(path: Path, config: TextConfig) -> Source:
+    if not path.exists():
+        raise UserError(
+            f"the corpus file '{path}' is a link to a file that does not exist: copy it again, or"
+            " remove the link"
+        )
     reader = _kind(path)
     if reader is None:
         raise UserError(f"the corpus file '{path}' has an unknown ending: it must be {SUPPORTED}")
