@@ -726,6 +726,10 @@ def test_plain_text_is_unchanged(tmp_path):
     for encoding in ("utf-16", "utf-16-be"):
         with pytest.raises(UserError, match=r"a\.txt' is in UTF-16"):
             documents_of(tmp_path, "\ufeffone\n".encode(encoding))
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le"):  # without a mark
+        with pytest.raises(UserError, match=r"a\.txt' is in UTF-16 or UTF-32"):
+            documents_of(tmp_path, "one\n\ntwo\n\n".encode(encoding))
+    assert documents_of(tmp_path, b"an odd \0 character\n") == ["an odd \0 character\n"]
 
 
 def test_text_without_line_breaks_is_split_between_characters(tmp_path, monkeypatch):

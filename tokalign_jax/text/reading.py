@@ -336,7 +336,11 @@ def _lines(path: Path, position: Position, longest: int = -1) -> Iterator[bytes]
         for number in itertools.count():
             line = content.readline(longest)
             if not number:
-                if encoding := _MARKS.get(line[:2]):
+                encoding = _MARKS.get(line[:2])
+                # Without a mark, every other byte of text in Latin letters is a NUL.
+                if not encoding and 3 * line.count(b"\0") > len(line.strip(b"\0\r\n")) > 0:
+                    encoding = "UTF-16 or UTF-32, or is not text"
+                if encoding:
                     raise UserError(
                         f"the corpus file '{path}' is in {encoding}: convert it to UTF-8"
                     )
