@@ -24,6 +24,7 @@ from tokalign_jax.config import Config, TextConfig, config_from_dict, config_to_
 from tokalign_jax.errors import UserError
 from tokalign_jax.pipeline import held_out
 from tokalign_jax.pipeline.context import Context
+from tokalign_jax.pipeline.identities import identities
 from tokalign_jax.text import corpus, reading
 
 TEXTS = [f"Document {i}: größer, 数学 and def f(x):\n    return {i}\n" for i in range(40)]
@@ -932,3 +933,23 @@ def test_fingerprint_covers_the_mixture(tmp_path):
         corpus.mixture(one) != corpus.mixture(other)
         and corpus.mixture(config_for(given["a"])) == []
     )
+
+
+def test_fingerprint_covers_how_files_are_read(tmp_path):
+    """Neither of these changes alters the files' contents or their order."""
+
+    def corpus_digests(config: Config) -> list[str]:
+        return identities(Context(config, tmp_path / "run", print))["corpus"]
+
+    path = write(tmp_path / "a.txt", json_lines(TEXTS))
+    before = corpus_digests(config_for(path))
+    assert before != corpus_digests(config_for(path.rename(path.with_suffix(".jsonl"))))
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("one/a", "one/b", "two/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", json_lines([name]))
+    config = config_for(f"{one}=1,{two}=2")
+    before = corpus_digests(config)
+    (one / "b.jsonl").rename(two / "b.jsonl")
+    assert before != corpus_digests(config)

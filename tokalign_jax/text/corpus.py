@@ -225,12 +225,20 @@ def _with_names(config: Config, rename: Callable[[str], str]) -> Config:
 
 
 def mixture(config: Config) -> list[str]:
-    """Describe the parts of a corpus that has several, with their weights.
+    """Describe what the result of `run` depends on beside the contents of the files in order.
 
-    The result of `run` depends on them beside the contents of the files.
+    That is, for a corpus of several parts, their names, weights and numbers of files; and which
+    files are plain text, since the same content with another ending is read as JSON Lines.
     """
     entries = _entries(config)
-    return [f"{entry.name}={entry.weight}" for entry in entries] if len(entries) > 1 else []
+    parts = [
+        f"{entry.name}={entry.weight}"
+        + (f" of {len(entry.sources)} files" if len(entry.sources) > 1 else "")
+        for entry in entries
+    ]
+    names = [source.name for entry in entries for source in entry.sources]
+    plain = [i for i, name in enumerate(names) if reading.is_plain_text(Path(name))]
+    return (parts if len(parts) > 1 else []) + ([f"plain text: {plain}"] if plain else [])
 
 
 def read(config: Config, log: Log = lambda line: None) -> Iterator[Document]:

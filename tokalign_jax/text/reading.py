@@ -256,6 +256,11 @@ def _kind(path: Path) -> _Reader | None:
     return (readers | {".parquet": _parquet_records, ".arrow": _arrow_records}).get(suffixes[-1])
 
 
+def is_plain_text(path: Path) -> bool:
+    """Return whether a file of this name is read as plain text."""
+    return _kind(path) is _text_records
+
+
 def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
     """Yield `records`; errors of a decoder become a UserError that names the file."""
     try:
