@@ -448,8 +448,8 @@ def test_empty_vocabulary_is_reported(tmp_path):
 def test_end_of_text_can_be_chosen_or_added(tmp_path):
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
     before = hub.load_tokenizer(tmp_path)
-    named = hub.load_tokenizer(tmp_path, "a")
-    assert named.eos_token_id == before.get_vocab()["a"] and len(named) == len(before)
+    named = hub.load_tokenizer(tmp_path, "<|endoftext|>")
+    assert named.eos_token_id == before.get_vocab()["<|endoftext|>"] and len(named) == len(before)
     added = hub.load_tokenizer(tmp_path, "<|done|>")
     assert tokenizing.end_of_text_id(added) == added.eos_token_id == len(before) == len(added) - 1
     hub.save_config_and_tokenizer(_write(tmp_path / "out"), {"model_type": "llama"}, added)

@@ -305,6 +305,17 @@ def test_token_of_the_same_text_that_is_not_special_stops(tmp_path):
     assert generation == ["<|endoftext|>", "<|im_end|>"]
 
 
+@pytest.mark.parametrize("token", ["the", " ", "\n", "None", "Ċ"])
+def test_text_cannot_separate_documents(tmp_path, token):
+    """As a special token it would be cut out of every text that the exported tokenizer reads."""
+    special("<|endoftext|>", "EOS", eos="EOS").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"end_of_text .* can occur in text"):
+        hub.load_tokenizer(tmp_path, token)
+    for allowed in ("EOS", "<|endoftext|>", "<new>", "[END]"):
+        tokenizer = hub.load_tokenizer(tmp_path, allowed)
+        assert tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer)) == allowed
+
+
 def test_stop_tokens_without_a_counterpart_are_listed():
     source = special("<|endoftext|>", "<|user|>", eos="<|endoftext|>")
     target = special("</s>", eos="</s>")

@@ -381,9 +381,16 @@ def _set_document_separator(
     """Makes `end_of_text` the document separator, and the eos unless the eos ends chat turns.
 
     Raises:
-      UserError: the token is new and would not get the next free id.
+      UserError: the token is text, or is new and would not get the next free id.
     """
     vocabulary = tokenizer.get_vocab()
+    is_bracketed = re.fullmatch(r"[<\[].*[>\]]", end_of_text) is not None
+    if not is_bracketed and vocabulary.get(end_of_text) not in special_ids(tokenizer):
+        raise UserError(
+            f"end_of_text {end_of_text!r} can occur in text, where tokenizer '{name}' would take"
+            " it for the end of a document: name one of its special tokens, or a new token in"
+            " brackets, such as <|endoftext|>"
+        )
     if ends_turn(tokenizer, role_id(tokenizer, "eos")):
         tokenizer.add_tokens(end_of_text, special_tokens=True)
     else:
