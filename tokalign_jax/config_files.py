@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -96,20 +97,27 @@ def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config
     Raises:
       UserError: a flag of an unknown field, with the most similar one, or a value of another type.
     """
-    fields = list(_flat_keys(values))
+    fields = [key for key, _ in _flat(values)]
     overrides = [_with_new_name(flag) for flag in _without_removed(overrides)]
     for flag in overrides:
         if (key := _key_of(flag)) and key not in fields:
             raise UserError(_unknown_field(key, fields))
     argv = ["tokalign", *overrides]
     parsed = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
     try:
+        config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
         rest = parsed(argv)
     except Exception as error:  # whatever the parsers of values raise
         raise UserError(str(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
+    given = {_key_of(flag) for flag in overrides}
+    for key, value in _flat(parsed.config):
+        if value == "None" and key in given:
+            raise UserError(
+                f"--config.{key}=None is the text 'None', not an empty field: --config.{key}= is"
+                " empty"
+            )
     return parsed.config
 
 
@@ -143,11 +151,11 @@ def _unknown_field(key: str, fields: Sequence[str]) -> str:
     return f"unknown config key '{key}'; the nearest is '{nearest}' (--config.{nearest}=...)"
 
 
-def _flat_keys(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
+def _flat(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, config_dict.ConfigDict):
-            yield from _flat_keys(value, f"{prefix}{key}.")
+            yield from _flat(value, f"{prefix}{key}.")
 
 
 def _failure(path: Path, error: Exception) -> str:

@@ -82,6 +82,27 @@ def test_impossible_plan_is_refused(flag, says, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config.stage1.steps=7", "--config.stage1=5"], "--config.stage1 is provided after"),
+        (["--config.end_of_text=None"], "--config.end_of_text= is empty"),
+        (["--config.source_model="], "source_model is empty"),
+        (["--config.target_tokenizer="], "target_tokenizer is empty"),
+        (["--workdir="], "--workdir: it is empty"),
+    ],
+)
+def test_empty_and_contradicting_flags_are_refused(flags, says, tmp_path, monkeypatch, capsys):
+    """Each was a traceback, another field's value, or the current folder."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main.main(["main", f"--workdir={tmp_path}/run", *flags])
+    except SystemExit as exit:  # argparse's
+        code = exit.code
+    assert code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "run" / "stages.json").exists()
+
+
 def fail(error: Exception):
     raise error
 

@@ -17,6 +17,8 @@ DEFAULT_CONFIG = "configs/ultra_quick_demo.py"
 
 def path(text: str) -> Path:
     """Parse a path and expand `~`, which shells do not do in `--workdir=~/run`."""
+    if not text:  # as of an unset variable; it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty: name a file or folder")
     return Path(text).expanduser()
 
 

@@ -90,6 +90,8 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
       UserError: the folder does not exist, the repository cannot be downloaded, or there are no
         safetensors.
     """
+    if not name:
+        raise UserError(f"{what} is empty: name a hub repository, or {_LOCAL_ALTERNATIVE}")
     if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
