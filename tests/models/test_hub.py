@@ -323,6 +323,21 @@ def test_saved_tokenizer_equals_the_loaded_one(kind, tokenizer_class, tmp_path):
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
+def test_maximum_length_is_the_source_models(tmp_path):
+    """Else a call with truncation=True, and a server, would apply that of the target's model."""
+    target, source = tiny_tokenizer(300, TEXTS), tiny_tokenizer(300, TEXTS)
+    target.model_max_length = 512
+    for name, limit, expected in (("unlimited", None, 2048), ("limited", 8192, 8192)):
+        if limit:
+            source.model_max_length = limit
+        source.save_pretrained(tmp_path / name)
+        out = _write(tmp_path / f"{name}-out")
+        config = {"model_type": "llama", "max_position_embeddings": 2048}
+        hub.save_config_and_tokenizer(out, config, target, tmp_path / name)
+        assert AutoTokenizer.from_pretrained(out).model_max_length == expected
+    assert target.model_max_length == 512
+
+
 def test_end_tokens_are_kept_where_the_new_vocabulary_has_them(tmp_path):
     """A chat model's turns end with another token than its documents; without it generation would
     not stop.

@@ -474,6 +474,7 @@ def save_config_and_tokenizer(
 ) -> None:
     """Writes config.json, generation_config.json and the tokenizer.
 
+    The tokenizer's maximum length is that of the source's tokenizer, or the positions of the model.
     Both configs get the tokenizer's bos, eos and pad ids. The eos ids of the generation config are
     the tokenizer's eos, the counterparts of the source's eos ids, and the document separator;
     config.json gets the same list if the source's eos is a list.
@@ -505,7 +506,16 @@ def save_config_and_tokenizer(
         content |= ids | (eos_list if is_list else {})
         write_json(folder / name, content | _version_4_rotary(content))
     save_tokenizer(tokenizer, folder)
+    # The target tokenizer's limit is of the model that it was made for.
+    limit = getattr(source_tokenizer, "model_max_length", _UNLIMITED)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if (longest := positions if limit >= _UNLIMITED else limit) is not None:
+        settings = read_json(folder / "tokenizer_config.json") or {}
+        write_json(folder / "tokenizer_config.json", settings | {"model_max_length": longest})
 
+
+_UNLIMITED = 10**29
+"""A tokenizer without `model_max_length` has a value above this."""
 
 _VERSION_4_SCALINGS = ("dynamic", "linear", "llama3", "yarn")
 
