@@ -323,6 +323,19 @@ def test_saved_tokenizer_equals_the_loaded_one(kind, tokenizer_class, tmp_path):
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
+def test_random_merges_are_switched_off(tmp_path):
+    """BPE-dropout is for the training of a model; a run would compare random tokens."""
+    tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
+    expected = hub.load_tokenizer(tmp_path)(list(TEXTS))["input_ids"]
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = hub.load_tokenizer(tmp_path)
+    hub.save_tokenizer(tokenizer, _write(tmp_path / "out"))
+    for opened in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out")):
+        assert opened(list(TEXTS))["input_ids"] == expected
+
+
 def test_maximum_length_is_the_source_models(tmp_path):
     """Else a call with truncation=True, and a server, would apply that of the target's model."""
     target, source = tiny_tokenizer(300, TEXTS), tiny_tokenizer(300, TEXTS)

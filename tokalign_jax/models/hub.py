@@ -371,6 +371,8 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
         raise UserError(
             f"tokenizer '{name}' has an empty vocabulary in '{folder}': copy or download it again"
         )
+    if backend is not None and getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # Else every call would give other tokens (BPE-dropout).
     tokenizer.init_kwargs.pop("auto_map", None)  # The code is not exported with the tokenizer.
     if end_of_text:
         _set_document_separator(name, tokenizer, end_of_text)
