@@ -96,6 +96,19 @@ def test_bad_questions_and_other_text_are_refused_before_any_work(inputs, tmp_pa
     assert "it must be at least 0" in refused("max_questions", -1)
 
 
+def test_workdir_in_a_folder_of_the_corpus_is_refused(inputs, tmp_path, capsys):
+    """The first command would read its own config.json, a later one all that the run wrote."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "corpus.jsonl").write_bytes(inputs["corpus"].read_bytes())
+    for name, code in ((folder, 2), (folder / "*.jsonl", 0)):
+        taken = inputs | {"corpus": name}
+        workdir = folder / "runs" / "first"
+        argv = arguments(taken, "llama", workdir, "ultra_quick_demo", "--stages=corpus")
+        assert main.main(argv) == code
+    assert f"is in the folder '{folder}' of the corpus" in capsys.readouterr().err
+
+
 def test_workdir_of_another_run_is_refused(inputs, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert (

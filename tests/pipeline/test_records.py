@@ -148,9 +148,10 @@ def test_stage_folder_may_be_a_link_to_another_disk(tmp_path):
 def test_damaged_records_are_reported_and_unfinished_ones_accepted(tmp_path):
     (tmp_path / "stages.json.partial").write_text("{")
     bring_up(tmp_path, 1.0)
-    (tmp_path / "stages.json").write_text("")
-    with pytest.raises(UserError, match=r"stages\.json' is damaged"):
-        bring_up(tmp_path, 1.0)
+    for damaged in ("", "[]", "null", '{"run": 5}', '{"stages": []}', '{"stages": {"train": 5}}'):
+        (tmp_path / "stages.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"stages\.json' is damaged"):
+            bring_up(tmp_path, 1.0)
 
 
 @pytest.mark.parametrize("resumes", [False, True])

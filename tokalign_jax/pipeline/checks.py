@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import alignment, methods, vectors
+from tokalign_jax.config import Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, chat_questions
 from tokalign_jax.initialization.start import not_finite
@@ -44,11 +45,23 @@ def check(context: Context) -> None:
     _check_teacher(context)
     _check_donor(context)
     if (corpus := documents.without_self(config)) is not None:
+        _check_workdir_outside(corpus, context.workdir)
         documents.check(corpus, chat_check(context))
     if not context.folder("init").exists():
         check_finite(context)
     _check_evaluation(context)
     _check_alignment(context)
+
+
+def _check_workdir_outside(config: Config, workdir: Path) -> None:
+    """Check that no folder of the corpus holds the workdir, whose files would be read as text."""
+    for folder in documents.folders(config):
+        if workdir.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--workdir '{workdir}' is in the folder '{folder}' of the corpus, so that the"
+                " files of the run would be read as text: choose a --workdir elsewhere, or name the"
+                " files of the corpus, such as '*.jsonl'"
+            )
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------

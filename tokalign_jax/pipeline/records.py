@@ -27,15 +27,18 @@ class StageRecords:
         self.exists = self._path.exists()
         try:
             content = json.loads(self._path.read_text(encoding="utf-8")) if self.exists else {}
-        except ValueError as error:
+            run, stages, outdated = (content.get(key, {}) for key in ("run", "stages", OUTDATED))
+            if not all(isinstance(x, dict) for x in (run, *stages.values(), *outdated.values())):
+                raise ValueError("it holds other values than records of stages")
+        except (ValueError, AttributeError) as error:
             raise UserError(
                 f"'{self._path}' is damaged ({error}), so that the finished stages of the run are "
                 "not known: restore a copy, or choose another --workdir (checkpoints and export in "
                 "this one are not touched)"
             ) from error
-        self.identity: dict[str, str] = content.get("run", {})
-        self.current: dict[str, dict] = content.get("stages", {})
-        self._outdated: dict[str, dict] = content.get(OUTDATED, {})
+        self.identity: dict[str, str] = run
+        self.current: dict[str, dict] = stages
+        self._outdated: dict[str, dict] = outdated
 
     def set_identity(self, identity: Mapping[str, str]) -> None:
         """Record the inputs that all runs of the workdir must share."""

@@ -196,6 +196,12 @@ def names(config: Config) -> list[str]:
     return [source.name for entry in _entries(config) for source in entry.sources]
 
 
+def folders(config: Config) -> list[Path]:
+    """List the folders that the corpus names."""
+    paths = [Path(name).expanduser() for name, _ in _names(config) if name != SELF]
+    return [path for path in paths if reading.exists(path) and path.is_dir()]
+
+
 SELF_TEXT = "self_text.jsonl"
 """File of text written by the source model. Its field names are fixed, whatever `config.text` says.
 """
