@@ -174,6 +174,9 @@ GOOD = {"task": "a", "question": "b", "choices": ["c", "d"]}
         *((json.dumps({**GOOD, "choices": choices}), "two or more non-empty") for choices in (["c"], [], "cd", ["c", ""], [1, 2], None)),
         *((json.dumps({**GOOD, key: value}), f"'{key}' is") for key in ("task", "question") for value in ("", " ", 3, "\ud800")),
         (json.dumps({**GOOD, "choices": ["c", "d", "c"]}), "the correct choice 'c' appears twice"),
+        ("[" * 100_000, "is not valid JSON"),
+        # As in MMLU, ARC and HellaSwag.
+        *((json.dumps({**GOOD, key: value}), f"must be the first, but '{key}' is") for key, value in (("answer", 1), ("answerKey", "B"), ("label", "1"), ("gold", "d"), ("answer", -1))),
     ],
 )  # fmt: skip
 def test_error_names_the_bad_line(tmp_path, line, message):
@@ -181,6 +184,12 @@ def test_error_names_the_bad_line(tmp_path, line, message):
     path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
     with pytest.raises(UserError, match=rf"bad\.jsonl', line 3.*{message}"):
         abilities.read(str(path))
+
+
+@pytest.mark.parametrize("answer", [0, "A", "c"])
+def test_answer_may_be_named_if_it_is_the_first_choice(tmp_path, answer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "answer": answer}))
+    assert abilities.read(str(tmp_path))[0].choices == ("c", "d")
 
 
 def test_duplicate_wrong_choice_counts_once(tmp_path):

@@ -25,7 +25,7 @@ from tokalign_jax import demo
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import intervals
-from tokalign_jax.evaluation.question_files import read_questions
+from tokalign_jax.evaluation.question_files import parse_object, read_questions
 from tokalign_jax.evaluation.token_costs import Window, token_costs
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
@@ -124,21 +124,17 @@ _EXAMPLE = (
 )
 
 
+_ANSWER_KEYS = {"answer", "answerKey", "answer_index", "correct", "gold", "label", "target"}
+"""Keys by which data sets say which choice is correct."""
+
+
 def _question(line: str, where: str) -> Question:
     """Parses a line.
 
     Raises:
       UserError: the line is not a question.
     """
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error}); a line looks like {_EXAMPLE}"
-        ) from error
-    if not isinstance(record, dict) or (missing := {"task", "question", "choices"} - record.keys()):
-        problem = f"has no '{min(missing)}'" if isinstance(record, dict) else "is not a JSON object"
-        raise UserError(f"{where} {problem}; a line looks like {_EXAMPLE}")
+    record = parse_object(line, where, {"task", "question", "choices"}, _EXAMPLE)
     choices = record["choices"]
     for key in ("task", "question"):
         if not _is_text(record[key]):
@@ -153,6 +149,12 @@ def _question(line: str, where: str) -> Question:
             f"{where}: the correct choice {choices[0]!r} appears twice; it may appear once, as the"
             " first"
         )
+    for key in _ANSWER_KEYS & record.keys():
+        if record[key] not in (0, "0", "A", choices[0]) or record[key] is False:
+            raise UserError(
+                f"{where}: the correct choice must be the first, but '{key}' is {record[key]!r}:"
+                f" put the correct one first and remove '{key}'"
+            )
     # Duplicates of wrong choices do not affect the answer.
     return Question(record["task"], record["question"], tuple(dict.fromkeys(choices)))
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import intervals
-from tokalign_jax.evaluation.question_files import read_questions
+from tokalign_jax.evaluation.question_files import parse_object, read_questions
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.sampling import sample
 from tokalign_jax.text import chats
@@ -70,15 +70,7 @@ def read(name: str, max_questions: int = 0) -> list[ChatQuestion]:
 
 
 def _question(line: str, where: str) -> ChatQuestion:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error}); a line looks like {_EXAMPLE}"
-        ) from error
-    if not isinstance(record, dict) or (missing := {"question", "answers"} - record.keys()):
-        problem = f"has no '{min(missing)}'" if isinstance(record, dict) else "is not a JSON object"
-        raise UserError(f"{where} {problem}; a line looks like {_EXAMPLE}")
+    record = parse_object(line, where, {"question", "answers"}, _EXAMPLE)
     question, answers = record["question"], record["answers"]
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: 'question' is {question!r}; it must be a non-empty string")

@@ -1,8 +1,9 @@
 """Reading JSON Lines files of questions."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Set
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokalign_jax.errors import UserError
 
@@ -30,3 +31,21 @@ def read_questions(what: str, path: Path, remedy: str, parse: Callable[[str, str
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
+
+
+def parse_object(line: str, where: str, keys: Set[str], example: str) -> dict[str, Any]:
+    """Parses a line that is a JSON object with these keys.
+
+    Raises:
+      UserError: it is not; names the place `where` and shows the example.
+    """
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where} is not valid JSON ({error}); a line looks like {example}"
+        ) from error
+    if not isinstance(record, dict) or (missing := keys - record.keys()):
+        problem = f"has no '{min(missing)}'" if isinstance(record, dict) else "is not a JSON object"
+        raise UserError(f"{where} {problem}; a line looks like {example}")
+    return record
