@@ -258,6 +258,9 @@ def test_alignments_of_another_vocabulary_are_refused(made, tokenizers, tmp_path
     (tmp_path / "large.json").write_text(json.dumps({str(i): 700 for i in range(size)}))
     with pytest.raises(UserError, match="names source token 700"):
         alignment.load(tmp_path / "large.json", source, target)
+    (tmp_path / "negative.json").write_text(json.dumps({str(i): i - 1 for i in range(size)}))
+    with pytest.raises(UserError, match="names source token -1"):
+        alignment.load(tmp_path / "negative.json", source, target)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +269,12 @@ def test_alignments_of_another_vocabulary_are_refused(made, tokenizers, tmp_path
         ("a.json", "{"),
         ("a.json", "[1, 2]"),
         ("a.json", '{"a": 1}'),
+        ("a.json", '{"0": 1.5}'),
+        ("a.json", '{"0": null}'),
+        ("a.json", "[" * 100_000),
         ("a.npz", "no"),
         ("a.npz", ""),
+        ("a.npz", "PK\x03\x04 and no more of it, as of an interrupted copy"),
         ("gone.json", None),
     ],
 )

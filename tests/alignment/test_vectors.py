@@ -95,7 +95,7 @@ def test_user_vectors_load_from_npz_and_glove_text(tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     np.savez(tmp_path / "source.npz", ids=ids, vectors=rows)
     lines = [f"{i} " + " ".join(f"{x:.6f}" for x in row[:3]) for i, row in zip(ids, rows)]
-    (tmp_path / "target.txt").write_text("\n".join([*lines, "<unk> 0.1 0.2 0.3", ""]))
+    (tmp_path / "target.txt").write_text("\n".join([*lines, "7 0 0 0", "<unk> 0.1 0.2 0.3", ""]))
     config = AlignmentConfig(
         source_vectors=str(tmp_path / "source.npz"), target_vectors=str(tmp_path / "target.txt")
     )
@@ -104,6 +104,7 @@ def test_user_vectors_load_from_npz_and_glove_text(tmp_path):
     for side, shards, width in ((of_source, source, 4), (of_target, target, 3)):
         assert (np.diff(shards.counts[side.ids]) <= 0).all()  # by falling frequency
         assert side.vectors.dtype == np.float32
+        assert sorted(side.ids) == sorted(ids)  # a vector of zeros is none
         for i, row in zip(side.ids, side.vectors):
             np.testing.assert_allclose(row, rows[ids.tolist().index(i), :width], atol=1e-6)
     assert vectors.check(AlignmentConfig(), 10, 10) is None
@@ -117,6 +118,8 @@ def test_user_vectors_load_from_npz_and_glove_text(tmp_path):
         ("a.txt", "-1 0.5 0.5\n", "ids 0 to 79"),
         ("a.txt", "1 0.5 0.5\n2 0.1\n", "line 2 has 1 numbers"),
         ("a.txt", "1 0.5 nan\n", "token id 1 .* not finite"),
+        ("a.txt", "1 0.0 0.0\n2 0 -0\n", "are zero"),
+        ("a.npz", "PK\x03\x04 and no more of it, as of an interrupted copy", "cannot be read"),
         ("a.txt", "the 0.5 0.5\n", "line 1"),
         ("a.txt", "", "ids"),
         ("a.npz", {"ids": np.arange(2), "vectors": np.ones(2)}, "ids int64"),

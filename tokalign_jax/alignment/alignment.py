@@ -8,6 +8,7 @@ published form ({"target_id": source_id}, the heaviest source token of the embed
 """
 
 import json
+import operator
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -335,7 +336,9 @@ def load(
     try:
         read = _read_json if path.suffix == ".json" else _read_npz
         return read(path, source_tokenizer, target_tokenizer)
-    except (OSError, ValueError, KeyError, AttributeError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # JSON, zip and zlib have many types.
         raise UserError(
             f"the alignment '{path}' cannot be read ({type(error).__name__}: {error}): it must be "
             f'an {FILE} that this program wrote, or an {JSON_FILE} of the form {{"target_id": '
@@ -373,9 +376,10 @@ def _read_npz(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
 
 
 def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
+    content = json.loads(path.read_text(encoding="utf-8"))
     entries = {
-        int(target): int(source)
-        for target, source in json.loads(path.read_text(encoding="utf-8")).items()
+        int(target): int(source) if isinstance(source, str) else operator.index(source)
+        for target, source in content.items()
     }
     source_size, target_size = (
         canonical.vocabulary_size(t) for t in (source_tokenizer, target_tokenizer)
@@ -384,11 +388,10 @@ def _read_json(path: Path, source_tokenizer, target_tokenizer) -> Alignment:
         raise UserError(
             _other_vocabulary(path, "target", target_tokenizer, f"has {len(entries):,} rows")
         )
-    largest = max(entries.values())
-    if not 0 <= min(entries.values()) <= largest < source_size:
-        raise UserError(
-            _other_vocabulary(path, "source", source_tokenizer, f"names source token {largest:,}")
-        )
+    for source in (min(entries.values()), max(entries.values())):
+        if not 0 <= source < source_size:
+            reason = f"names source token {source:,}"
+            raise UserError(_other_vocabulary(path, "source", source_tokenizer, reason))
     mixture = one_to_one(np.array([entries[i] for i in range(target_size)]), source_size)
     return Alignment(
         embedding=mixture,

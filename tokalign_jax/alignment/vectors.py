@@ -199,7 +199,7 @@ def check(
 
 
 def read(path: Path, size: int, name: str) -> Vectors:
-    """Read vectors of one side, float32.
+    """Read vectors of one side, float32; a vector of zeros is none.
 
     Args:
       path: the file.
@@ -207,12 +207,12 @@ def read(path: Path, size: int, name: str) -> Vectors:
       name: the setting, for messages.
 
     Raises:
-      UserError: the file is missing, malformed, not finite, or has duplicate ids or ids out of
-        range.
+      UserError: the file is missing, malformed, not finite, all zero, or has duplicate ids or ids
+        out of range.
     """
     try:
         ids, vectors = _read_npz(path) if path.suffix == ".npz" else _read_text(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # zip and zlib have many types
         raise UserError(
             f"{name}: '{path}' cannot be read as token vectors ({error}); give {FORMATS}"
         ) from error
@@ -245,7 +245,11 @@ def read(path: Path, size: int, name: str) -> Vectors:
             f"{name}: the vector of token id {ids[bad[0]]} in '{path}' is not finite; correct or "
             "remove it"
         )
-    return Vectors(ids.astype(np.int32), vectors)
+    # Other programs write zeros for tokens that they have no vector of.
+    has_vector = vectors.any(axis=1)
+    if not has_vector.any():
+        raise UserError(f"{name}: all vectors in '{path}' are zero; compute them again")
+    return Vectors(ids[has_vector].astype(np.int32), vectors[has_vector])
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
