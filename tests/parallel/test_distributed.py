@@ -446,6 +446,16 @@ def test_slurm_environment_is_read(environment, expected):
     assert distributed._slurm_cluster(environment) == expected
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"])
+def test_empty_variables_are_unset_and_odd_ones_named(monkeypatch, name):
+    monkeypatch.setattr(distributed, "_visible_gpus", lambda: 8)
+    environment = slurm("2(x4)", SLURM_LOCALID="0", SLURM_NODEID="0")
+    expected = distributed._slurm_cluster({**environment, name: "1" if "NUM" in name else "0"})
+    assert distributed._slurm_cluster({**environment, name: ""}) == expected
+    with pytest.raises(UserError, match=f"{name} is 'gpu:4', no number"):
+        distributed._slurm_cluster({**environment, name: "gpu:4"})
+
+
 def slurm(tasks_per_node, **others):
     return {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, **others}
 
@@ -497,7 +507,8 @@ def test_single_worker_tpus_and_other_machines_are_one_process(monkeypatch):
         distributed, "_metadata", lambda name: asked.append(name) or "a:1:10.0.0.1,b:2:10.0.0.2"
     )
     assert distributed._tpu_cluster({"TPU_SKIP_MDS_QUERY": "1"}) is None and not asked
-    assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one"}) is None and not asked
+    for one in ({"TPU_WORKER_HOSTNAMES": "one"}, {"TPU_WORKER_HOSTNAMES": "one,"}):
+        assert distributed._tpu_cluster({**one, "MEGASCALE_NUM_SLICES": ""}) is None and not asked
     assert distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one,two"}) == {}
     assert (
         distributed._tpu_cluster({"TPU_WORKER_HOSTNAMES": "one", "MEGASCALE_NUM_SLICES": "2"}) == {}

@@ -163,7 +163,7 @@ def _slurm_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     Raises:
       UserError: the GPUs do not divide among the tasks.
     """
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) <= 1:
         return None  # also a batch script outside of srun, whose SLURM_NTASKS are not running
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     bound = [gpu for gpu in (visible or "").split(",") if gpu]
@@ -172,7 +172,7 @@ def _slurm_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if not gpus or not tasks:
         return {}
     # Slurm has bound GPUs to this task: fewer than the job has on the node, or a single one.
-    if tasks == 1 or len(bound) == 1 or gpus < int(environment.get("SLURM_GPUS_ON_NODE") or 0):
+    if tasks == 1 or len(bound) == 1 or gpus < _number(environment, "SLURM_GPUS_ON_NODE", 0):
         return {"local_device_ids": list(range(gpus))}
     if gpus % tasks:
         raise UserError(
@@ -180,8 +180,16 @@ def _slurm_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
             f"--ntasks-per-node=1, or {gpus}"
         )
     per_task = gpus // tasks
-    first = per_task * int(environment.get("SLURM_LOCALID", 0))
+    first = per_task * _number(environment, "SLURM_LOCALID", 0)
     return {"local_device_ids": list(range(first, first + per_task))} if per_task > 1 else {}
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Return the number in an environment variable, `default` if it is not set or empty."""
+    value = environment.get(name) or str(default)
+    if not value.isdigit():
+        raise UserError(f"the environment variable {name} is {value!r}, no number: unset it")
+    return int(value)
 
 
 def _tasks_on_node(environment: Mapping[str, str]) -> int:
@@ -189,7 +197,7 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
     # `4(x2),3` stands for two nodes with four tasks and one with three.
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     nodes = [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
-    node = int(environment.get("SLURM_NODEID", 0))
+    node = _number(environment, "SLURM_NODEID", 0)
     return nodes[node] if node < len(nodes) else 0
 
 
@@ -203,9 +211,10 @@ def _tpu_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     # JAX sets this variable on import if the machine has no TPU chips.
     if "TPU_SKIP_MDS_QUERY" in environment or importlib.util.find_spec("libtpu") is None:
         return None
-    workers = environment.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
-    slices = int(environment.get("MEGASCALE_NUM_SLICES", 1))
-    return {} if len(workers.split(",")) * slices > 1 else None
+    names = environment.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
+    workers = [name for name in names.split(",") if name.strip()]
+    slices = _number(environment, "MEGASCALE_NUM_SLICES", 1)
+    return {} if max(len(workers), 1) * slices > 1 else None
 
 
 def _metadata(name: str) -> str:
