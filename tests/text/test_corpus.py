@@ -797,6 +797,20 @@ def test_languages_beyond_the_maximum_are_pooled_with_a_warning(tmp_path, monkey
     assert len(warnings) == 1 and "language_field 'url' has more than 5 values" in warnings[0]
 
 
+def test_fields_of_messages_that_are_not_read_are_reported(tmp_path):
+    """A weight of 0 would mean not to train on a message, and tool calls are part of an answer."""
+    answer = {"role": "assistant", "content": "y", "weight": 0, "tool_calls": [{"name": "f"}]}
+    chats = [
+        {"messages": [{"role": "user", "content": f"x {i}", "name": None}, answer]}
+        for i in range(20)
+    ]
+    lines = []
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(chat) + "\n" for chat in chats))
+    corpus.run(config_for(path), tmp_path / "out", lines.append)
+    (line,) = [line for line in lines if "warning" in line]
+    assert line.endswith("only role and content are read, not tool_calls, weight")
+
+
 def test_language_named_all_is_distinct_from_the_total(tmp_path):
     path = write(
         tmp_path / "a.jsonl", json_lines(TEXTS[:20], lang="all") + json_lines(TEXTS[20:], lang="en")

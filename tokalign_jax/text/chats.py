@@ -62,6 +62,16 @@ def messages_of(value: Any) -> list[dict[str, str]]:
     return messages
 
 
+def unused_fields(value: list[dict[str, Any]]) -> set[str]:
+    """Return the fields of a chat's messages that hold something `messages_of` leaves out."""
+    return {
+        key
+        for message in value
+        for key, content in message.items()
+        if key not in ("role", "content") and content not in (None, "", [], {})
+    }
+
+
 def _message(number: int, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or (missing := {"role", "content"} - value.keys()):
         lacks = f"lacks '{min(missing)}'" if isinstance(value, dict) else "is no object"

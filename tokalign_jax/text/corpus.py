@@ -538,6 +538,8 @@ class _Ledger:
         self.records = self.broken = self._pooled = 0
         self.first = ""
         """Place and problem of the first unusable record."""
+        self.unused_fields: set[str] = set()
+        """Fields of chat messages that are left out."""
         self._languages: set[str] = set()
 
     def add_broken(self, problem: str) -> None:
@@ -579,6 +581,11 @@ class _Ledger:
             self._log(
                 f"corpus: warning: {self.broken:,} of {self.records:,} records could not be used"
                 f" and were skipped (text.max_broken_share); the first: {self.first}"
+            )
+        if self.unused_fields:
+            self._log(
+                "corpus: warning: of the messages of chats only role and content are read, not"
+                f" {', '.join(sorted(self.unused_fields))}"
             )
         if self._pooled:
             self._log(
@@ -652,6 +659,8 @@ class _Stream:
             text, language, chat = _text_of(record, self._config)
             if chat:
                 self._ledger.check_chat(chat)
+                value = record.value[self._config.messages_field]
+                self._ledger.unused_fields |= chats.unused_fields(value)
         except (_Unusable, chats.Unusable) as problem:
             description = f"{self.source.name}, {record.place} {problem}"
             self._first = self._first or description
