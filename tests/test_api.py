@@ -130,6 +130,19 @@ def test_initialisation_with_text_is_distilled_from_the_source(source, tokenizer
         (lambda s, t: ta.train(s, TEXTS, steps=-1), "stage1.steps"),
         (lambda s, t: ta.train(s, TEXTS, objective="mixture"), "needs the source model"),
         (lambda s, t: ta.evaluate(s, "one text"), "single string"),
+        (lambda s, t: ta.evaluate(s, {"en": "one text"}), "single string"),
+        (lambda s, t: ta.evaluate(s, [5]), "no string: 5"),
+        (lambda s, t: ta.evaluate(s, []), "no text to measure"),
+        (lambda s, t: ta.evaluate(s, {"en": TEXTS, "de": [""]}), "no text to measure of 'de'"),
+        (lambda s, t: ta.save(s, __file__), "is a file: name a new folder"),
+        (
+            lambda s, t: ta.initialize(s, s.tokenizer, ta.align(s.tokenizer, t)),
+            "another target tokenizer",
+        ),
+        (
+            lambda s, t: ta.explain(ta.align(s.tokenizer, t), t, s.tokenizer, 5),
+            "another source tokenizer",
+        ),
         (lambda s, t: ta.load_model("/nowhere/at/all"), "no such folder"),
         (lambda s, t: ta.load_texts("/nowhere/at/all"), "/nowhere/at/all"),
         (
@@ -145,6 +158,10 @@ def test_initialisation_with_text_is_distilled_from_the_source(source, tokenizer
 def test_bad_input_is_a_user_error(call, message, source, tokenizer):
     with pytest.raises(ta.UserError, match=message):
         call(source, tokenizer)
+
+
+def test_unpaired_surrogates_are_measured_as_question_marks(source):
+    assert ta.evaluate(source, ["a \ud800 b"]) == ta.evaluate(source, ["a ? b"])
 
 
 def test_texts_stop_at_the_byte_budget(tmp_path):

@@ -40,7 +40,7 @@ from tokalign_jax.models.transformer import Params
 from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import resolve
 from tokalign_jax.planning.machine import Machine
-from tokalign_jax.text import corpus, tokenizing
+from tokalign_jax.text import canonical, corpus, tokenizing
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.editing import within_rows
 from tokalign_jax.training import loop
@@ -193,8 +193,9 @@ def explain(
       `token`, `rule`, `score`, and the weights of its `embedding` and `head` rows by source token.
 
     Raises:
-      UserError: the text is not a single token.
+      UserError: the text is not a single token, or the alignment is of other tokenizers.
     """
+    _check_tokenizers(alignment, source, target)
     ids = (
         [token] if isinstance(token, int) else target(token, add_special_tokens=False)["input_ids"]
     )
@@ -237,8 +238,9 @@ def initialize(
       settings: further fields of `InitializationConfig`, such as `distillation_tokens`.
 
     Raises:
-      UserError: an unknown field, or a value out of bounds.
+      UserError: an unknown field, a value out of bounds, or an alignment of other tokenizers.
     """
+    _check_tokenizers(alignment, source.tokenizer, tokenizer)
     documents = _documents(texts)
     initialization = config_from_dict(settings, InitializationConfig, "initialization.")
     config = Config(
@@ -360,8 +362,14 @@ def evaluate(model: Model, texts: Texts, *, sequence_length: int = 256) -> dict[
     """Measure bits per byte of text, by language and over `all`; lower is better.
 
     Bits per byte are comparable across vocabularies, since every one spells the same bytes.
+
+    Raises:
+      UserError: a language has no text.
     """
     groups = _by_language(texts)
+    empty = [language for language, group in groups.items() if not any(group)]
+    if empty or not groups:
+        raise UserError(f"there is no text to measure{f' of {empty[0]!r}' if empty else ''}")
     length = min(sequence_length, model.config.max_positions)
     costs = bits_per_byte.evaluate_documents(
         model.config,
@@ -443,11 +451,30 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else str(text)
 
 
+def _check_tokenizers(
+    alignment: Alignment, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
+) -> None:
+    """Check that an alignment is of these tokenizers; one may have changed since."""
+    for side, tokenizer, fingerprint in (
+        ("source", source, alignment.source_fingerprint),
+        ("target", target, alignment.target_fingerprint),
+    ):
+        if canonical.fingerprint(tokenizer) != fingerprint:
+            raise UserError(f"the alignment is of another {side} tokenizer: align these two first")
+
+
 def _by_language(texts: Texts) -> dict[str, list[str]]:
-    if isinstance(texts, str):
-        raise UserError("texts is a single string: give a list of documents, or a dict of them")
     groups = texts if isinstance(texts, Mapping) else {"all": texts}
-    return {language: list(group) for language, group in groups.items()}
+    if any(isinstance(group, str) for group in groups.values()):
+        raise UserError("texts is a single string: give a list of documents, or a dict of lists")
+    return {language: [_document(text) for text in group] for language, group in groups.items()}
+
+
+def _document(text: Any) -> str:
+    """Return a document without unpaired surrogates, which UTF-8 cannot encode."""
+    if not isinstance(text, str):
+        raise UserError(f"texts has a document that is no string: {text!r:.80}")
+    return text.encode("utf-8", errors="replace").decode()
 
 
 def _documents(texts: Texts) -> list[Document]:

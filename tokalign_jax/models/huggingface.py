@@ -528,12 +528,15 @@ def save_checkpoint(
       writes: True in the one process that writes the files.
 
     Raises:
-      UserError: the folder is not empty, or the tokenizer has more tokens than the model has rows.
+      UserError: the folder is a file or not empty, or the tokenizer has more tokens than the
+        model has rows.
       ValueError: the parameters do not match `config`, or `source_folder` is missing.
     """
     if dtypes == "source" and source_folder is None:
         raise ValueError("dtypes 'source' needs a source_folder")
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file: name a new folder")
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     if writes and any(folder.iterdir()):
