@@ -56,7 +56,7 @@ def run(config: Config, workdir: Path, selected: Sequence[str] | None, log: Log)
     on_first(lambda: resources.warn_of_memory(context, needed))
 
     fingerprint_of = fingerprints(all_stages)
-    with lock(workdir) if is_first() else nullcontext():
+    with lock(workdir) if is_first() else nullcontext(), naming_a_full_disk(workdir):
         records = StageRecords(workdir)
         on_first(lambda: _begin(context, records))
         for stage in all_stages:

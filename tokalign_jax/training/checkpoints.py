@@ -14,6 +14,7 @@ import json
 import math
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -291,6 +292,8 @@ def naming_a_full_disk(folder: Path, needed: int = 0) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:  # also that of an inner context
+        raise
     except Exception as error:
         if not _found_no_room(error):
             raise
@@ -331,11 +334,13 @@ _OF_THE_STORAGE = {
 
 
 def _system_code(error: BaseException) -> int | None:
-    """Return the errno of an error; TensorStore has it in the text of a ValueError."""
+    """Return the errno of an error; TensorStore, Rust and SQLite have it in the text."""
     if isinstance(error, OSError):
         return error.errno
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(code[1]) if code else None
+    if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
+        return errno.ENOSPC
+    code = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+    return int(code[1] or code[2]) if code else None
 
 
 def check_resumable(position: Position, global_batch: int, fingerprint: str, folder: Path) -> None:
