@@ -323,6 +323,15 @@ def test_saved_tokenizer_equals_the_loaded_one(kind, tokenizer_class, tmp_path):
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
+@pytest.mark.parametrize(("key", "value"), [("chat_template", 5), ("model_max_length", "512")])
+def test_settings_of_a_wrong_type_are_refused(tmp_path, key, value):
+    tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
+    settings = hub.read_json(tmp_path / "tokenizer_config.json") or {}
+    hub.write_json(tmp_path / "tokenizer_config.json", {**settings, key: value})
+    with pytest.raises(UserError, match=rf"{key} '?{value}'? of type .*tokenizer_config\.json'"):
+        hub.load_tokenizer(tmp_path)
+
+
 def test_random_merges_are_switched_off(tmp_path):
     """BPE-dropout is for the training of a model; a run would compare random tokens."""
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)

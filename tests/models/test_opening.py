@@ -298,6 +298,16 @@ def test_vocabulary_of_wordpiece_that_contradicts_its_file_is_reported(tmp_path)
     assert two_readings(tmp_path).startswith("vocab.txt gives")
 
 
+def test_files_beside_tokenizer_json_need_not_be_readable(tmp_path):
+    """transformers ignores them, too."""
+    made("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "old.model").mkdir()
+    (tmp_path / "vocab.txt").write_bytes("café\n".encode("latin-1"))
+    assert two_readings(tmp_path) == ""
+    (tmp_path / "merges.txt").write_bytes("é a\n".encode("latin-1"))
+    assert two_readings(tmp_path).startswith("merge 1 is")
+
+
 def sentencepiece_model(pieces: list[tuple[str, float]]) -> bytes:
     """A SentencePiece model of these pieces, in the encoding of protocol buffers."""
     encoded = []

@@ -366,6 +366,12 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
             f" {_reason(error)}): expected tokenizer.json and tokenizer_config.json as written by"
             f" save_pretrained; the folder contains {_listing(folder)}"
         ) from error
+    for key, kinds in (("chat_template", str | dict | None), ("model_max_length", int | float)):
+        if not isinstance(value := getattr(tokenizer, key), kinds):
+            raise UserError(
+                f"tokenizer '{name}' has {key} {value!r:.80} of type {type(value).__name__} in"
+                f" '{folder / 'tokenizer_config.json'}': correct or remove it"
+            )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not backend.get_vocab_size(with_added_tokens=False):
         raise UserError(

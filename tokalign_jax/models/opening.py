@@ -84,8 +84,8 @@ def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
     """
     token_ids, lists = model.get("vocab"), {"vocab.json": hub.read_json(folder / "vocab.json")}
     if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        lists["vocab.txt"] = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
+        lines = _lines(folder / "vocab.txt")
+        lists["vocab.txt"] = {line: i for i, line in enumerate(lines) if line}
     for name, vocabulary in lists.items():
         if not (vocabulary and isinstance(token_ids, dict)):
             continue
@@ -95,14 +95,14 @@ def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
                     f"{name} gives {token!r} the id {vocabulary[token]}, tokenizer.json gives"
                     f" it {index}; tokenizer.json is used"
                 )
-    for path in sorted(folder.glob("*.model")):
+    for path in filter(Path.is_file, sorted(folder.glob("*.model"))):
         if problem := _sentencepiece_contradiction(path, token_ids):
             return f"{problem}; tokenizer.json is used"
     file = folder / "merges.txt"
     if not file.is_file() or "merges" not in model:
         return ""
     expected = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = _lines(file)
     merges = [line for line in lines if line and not line.startswith("#version")]
     for number, (ours, theirs) in enumerate(zip(merges, expected), start=1):
         if ours != theirs:
@@ -116,6 +116,12 @@ def _vocabulary_contradiction(folder: Path, model: Mapping[str, Any]) -> str:
             " tokenizer.json is used"
         )
     return ""
+
+
+def _lines(path: Path) -> list[str]:
+    """Reads lines for a comparison; bytes that are no text differ from every token."""
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def _sentencepiece_contradiction(path: Path, vocabulary: Any) -> str:
