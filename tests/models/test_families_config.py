@@ -532,6 +532,31 @@ def test_quantized_models_are_refused_with_a_remedy(family):
         families.config_from_hf(families.text_config(text))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tie_word_embeddings", "false"),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", "2"),
+        ("hidden_size", 32.0),
+        ("num_attention_heads", -4),
+        ("head_dim", "8"),
+        ("max_position_embeddings", True),
+        ("rms_norm_eps", "1e-5"),
+        ("rms_norm_eps", float("nan")),
+        ("hidden_act", ["silu"]),
+        ("rope_parameters", [1]),
+        ("model_type", ["llama"]),
+    ],
+)
+def test_values_of_wrong_types_are_refused(key, value):
+    """Some ended in tracebacks; "false" was taken for true."""
+    raw = {**model(Case("llama", "", {"head_dim": 8})).config.to_dict(), "rms_norm_eps": 1e-5}
+    families.config_from_hf(raw)
+    with pytest.raises(UserError, match=rf"config\.json has .*('{key}'|\(TypeError)"):
+        families.config_from_hf({**raw, key: value})
+
+
 def test_stop_tokens_of_a_multimodal_model_are_kept():
     raw = {
         "model_type": "gemma3",

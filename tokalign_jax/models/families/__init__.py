@@ -5,11 +5,12 @@ models may store too) and BUFFERS (a regular expression for tensors of old check
 parameters).
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
@@ -138,10 +139,63 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """Reads a model's config from its config.json.
 
     Raises:
-      UserError: the family is not supported, a constant is missing, or an option is not
-        implemented.
+      UserError: the family is not supported, a constant is missing or has a wrong type, or an
+        option is not implemented.
     """
-    return family(raw.get("model_type")).config_from_hf(raw)
+    if not isinstance(name := raw.get("model_type"), str | None):
+        raise _wrong_value(raw, name, "the name of a family")
+    module = family(name)
+    try:
+        config = module.config_from_hf(raw)
+    except UserError:
+        raise
+    except Exception as error:  # of arithmetic with values of other types
+        raise UserError(
+            "config.json has a value of a wrong type or out of range"
+            f" ({type(error).__name__}: {error}): correct it, or copy the file again"
+        ) from error
+    _check_types(raw, config)
+    return config
+
+
+def _check_types(raw: Mapping[str, Any], constants: Any) -> None:
+    """Checks the types of a config's constants, and that its sizes are positive.
+
+    Raises:
+      UserError: naming the value.
+    """
+    hints = get_type_hints(type(constants))
+    lowest = int(isinstance(constants, ModelConfig))
+    for name in (field.name for field in fields(constants)):
+        values, kinds = getattr(constants, name), get_args(hints[name]) or (hints[name],)
+        for value in values if isinstance(values, tuple) else (values,):
+            if is_dataclass(value):
+                _check_types(raw, value)
+            elif problem := _type_problem(value, kinds, lowest):
+                raise _wrong_value(raw, value, f"{problem} ({name})")
+
+
+def _type_problem(value: Any, kinds: Collection[Any], lowest: int) -> str:
+    """Describes what a value should be; "" if it is one of `kinds`."""
+    # JSON files written by hand have 0, 1 or null for a flag; "false" would be true.
+    if bool in kinds:
+        return "" if value in (True, False, None) else "true or false"
+    if value is None or not {int, float} & {*kinds}:
+        return ""
+    if int in kinds:
+        is_valid = type(value) is int and value >= lowest
+        return "" if is_valid else f"an integer of at least {lowest}"
+    return "" if type(value) in (int, float) and math.isfinite(value) else "a finite number"
+
+
+def _wrong_value(raw: Mapping[str, Any], value: Any, expected: str) -> UserError:
+    same = (type(value), repr(value))
+    keys = [key for key, other in raw.items() if (type(other), repr(other)) == same]
+    named = " or ".join(map(repr, keys)) or "a constant"
+    return UserError(
+        f"config.json has the value {value!r:.80} for {named}; it must be {expected}: correct it,"
+        " or copy the file again"
+    )
 
 
 def weight_table(config: ModelConfig, stored: Collection[str] = ()) -> list[Weight]:
