@@ -332,6 +332,14 @@ def test_settings_of_a_wrong_type_are_refused(tmp_path, key, value):
         hub.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 5}}])
+def test_damaged_index_is_refused(tmp_path, index):
+    assert hub.shard_names(tmp_path) == []
+    hub.write_json(tmp_path / hub.INDEX_FILE, index)
+    with pytest.raises(UserError, match=r"index\.json' has no weight_map"):
+        hub.shard_names(tmp_path)
+
+
 def test_random_merges_are_switched_off(tmp_path):
     """BPE-dropout is for the training of a model; a run would compare random tokens."""
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)

@@ -99,8 +99,7 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
     else:
         folder = _download(name, _DATA_FILES, what)
         if weights:
-            index = read_json(folder / INDEX_FILE)
-            files = sorted(set(index["weight_map"].values())) if index else [WEIGHTS_FILE]
+            files = shard_names(folder) or [WEIGHTS_FILE]
             if bad := [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
                 raise UserError(
                     f"{what} '{name}': {INDEX_FILE} lists '{bad[0]}', which is not a safetensors"
@@ -121,6 +120,23 @@ def resolve(name: str, *, what: str, weights: bool = True) -> Path:
         )
         raise UserError(f"{what} '{name}' {_explain_missing_safetensors(name, names)}")
     return folder
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Returns the weight files that the index of a folder lists; [] without an index.
+
+    Raises:
+      UserError: the index lists no files.
+    """
+    if (index := read_json(folder / INDEX_FILE)) is None:
+        return []
+    files = index.get("weight_map")
+    if not (files and isinstance(files, dict) and all(isinstance(f, str) for f in files.values())):
+        raise UserError(
+            f"'{folder / INDEX_FILE}' has no weight_map that gives the file of each weight: it is"
+            " damaged; copy it again"
+        )
+    return sorted(set(files.values()))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -329,11 +329,8 @@ def _dtype_of(path: str, dtype: DTypeLike | DtypeOf | None) -> DTypeLike | None:
 
 def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
     """Returns the folder's tensors by name; of a multimodal model, those of its text model."""
-    if (folder / WEIGHTS_FILE).is_file():
-        names = [WEIGHTS_FILE]
-    elif index := hub.read_json(folder / INDEX_FILE):
-        names = sorted(set(index["weight_map"].values()))
-    else:
+    names = [WEIGHTS_FILE] if (folder / WEIGHTS_FILE).is_file() else hub.shard_names(folder)
+    if not names:
         raise UserError(
             f"model folder '{folder}' has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only"
             " safetensors are supported; convert other formats with transformers' save_pretrained"
