@@ -1,6 +1,7 @@
 """Inputs that a run takes, and those that it refuses before any work."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,10 @@ def test_bad_questions_and_other_text_are_refused_before_any_work(inputs, tmp_pa
     long.write_text(json.dumps({"task": "a", "question": "xyz" * 100, "choices": ["b", "c"]}))
     assert "empty.jsonl' has no questions" in refused("abilities", empty)
     assert "empty.jsonl" in refused("other_text", empty)
-    assert "in the corpus too" in refused("other_text", inputs["corpus"])
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(inputs["corpus"])
+    for same in (inputs["corpus"], os.path.relpath(inputs["corpus"]), link):
+        assert "in the corpus too" in refused("other_text", same)
     assert "the model reads at most 128" in refused("abilities", long)
     assert "it must be at least 0" in refused("max_questions", -1)
 

@@ -293,9 +293,10 @@ def _check_evaluation(context: Context) -> None:
         asked, reply_tokens = held_out.chats(config), config.evaluation.reply_tokens
         chat_questions.check(tokenizer, name, asked, reply_tokens, positions)
     if (other := held_out.other_config(config)) is not None:
-        if shared := set(documents.names(config)) & set(documents.names(other)):
+        trained = {Path(name).resolve() for name in documents.names(config)}
+        if shared := [name for name in documents.names(other) if Path(name).resolve() in trained]:
             raise UserError(
-                f"evaluation.other_text names '{min(shared)}', which is in the corpus too: name "
+                f"evaluation.other_text names '{shared[0]}', which is in the corpus too: name "
                 "text that is not trained on"
             )
         documents.check(other)
