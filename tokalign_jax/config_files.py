@@ -49,6 +49,8 @@ def get_config(name: str) -> config_dict.ConfigDict:
     path = find(file)
     try:
         values = load_module(path).get_config(*([argument] if argument else []))
+        if not isinstance(values, config_dict.ConfigDict):
+            raise TypeError(f"get_config() returns {type(values).__name__}")
         return rename_keys(values)
     except Exception as error:
         raise UserError(_failure(path, error)) from error

@@ -52,6 +52,7 @@ def test_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsys):
     [
         ("def get_config(:", "line 1"),
         ("seed = 1", "get_config"),
+        ("def get_config():\n    pass", "returns NoneType"),
         ("def get_config():\n    import nothing_like_it", "line 2: ModuleNotFoundError"),
     ],
 )

@@ -121,6 +121,7 @@ def test_sweep_runs_override_the_common_config():
         ({"a": {"stage1.learning_rat": 1.0}}, (), "nearest is 'stage1.learning_rate'"),
         ({"a": {"stage1.steps": "many"}}, (), "stage1.steps"),
         ({"a/b": {}}, (), "'a/b'"),
+        ({"a": {"seed.x": 1}}, (), "'seed' is no group"),
         ({"a": {}, "b": {}}, ("c",), "a, b"),
     ],
 )
@@ -132,6 +133,23 @@ def test_bad_sweep_is_refused_before_anything_runs(runs, only, says):
 def test_config_without_runs_is_refused(tmp_path, capsys):
     assert sweep.main(["--config=configs/optimal.py", f"--workdir={tmp_path}"]) == 2
     assert "get_runs()" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("returned", ["None", "{'a': 5}", "1 / 0"])
+def test_runs_that_are_none_are_refused(returned, tmp_path):
+    file = tmp_path / "sweep.py"
+    file.write_text(f"def get_runs():\n    return {returned}\n")
+    with pytest.raises(UserError, match=r"get_runs\(\) cannot be used"):
+        sweep.load_runs(str(file))
+
+
+def test_folder_of_something_else_is_refused(inputs, tmp_path, capsys):
+    """Its folder `runs/fast` would have been moved away, as if a sweep had written it."""
+    (tmp_path / "sweep.py").write_text(CONFIG)
+    (tmp_path / "runs" / "fast").mkdir(parents=True)
+    flags = arguments(inputs, "llama", tmp_path, "optimal")[2:]
+    assert sweep.main([f"--config={tmp_path}/sweep.py", *flags]) == 2
+    assert "is not empty and holds no sweep" in capsys.readouterr().err
 
 
 def test_recipe_curves_train_on_the_tokens_that_they_name():

@@ -64,7 +64,7 @@ def load_runs(file: str) -> Mapping[str, Mapping[str, Any]]:
     """Call `get_runs()` of a config file.
 
     Raises:
-      UserError: the file has no such function.
+      UserError: the file has no such function, or it fails or returns something else.
     """
     module = config_files.load_module(config_files.find(file.partition(":")[0]))
     if not hasattr(module, "get_runs"):
@@ -73,7 +73,16 @@ def load_runs(file: str) -> Mapping[str, Mapping[str, Any]]:
             'of a sweep differ: {"name of a run": {"stage1.learning_rate": 2e-5}, ...}; see '
             "configs/recipe.py"
         )
-    return module.get_runs()
+    try:
+        runs = module.get_runs()
+        if not all(isinstance(x, Mapping) for x in (runs, *runs.values())):
+            raise TypeError("it returns no dict of dicts")
+    except Exception as error:
+        raise UserError(
+            f"config file '{file}': get_runs() cannot be used ({type(error).__name__}: {error}): it"
+            ' must return {"name of a run": {"stage1.learning_rate": 2e-5}, ...}'
+        ) from error
+    return runs
 
 
 def build_configs(
@@ -105,6 +114,8 @@ def build_configs(
             group = values
             for key in groups:
                 group = group.setdefault(key, {})
+                if not isinstance(group, dict):
+                    raise UserError(f"run '{name}': '{field}' is no field, as '{key}' is no group")
             group[last] = value
         configs[name] = config_from_dict(values)
     if not configs:
@@ -126,6 +137,7 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     from tokalign_jax.utils import digests
 
     work = workdir / "work"
+    distributed.on_first(lambda: _refuse_foreign(workdir, work))
     shared = digests.Digests(work, log)
     contexts = {name: Context(config, work, log, shared) for name, config in configs.items()}
     if len({str(identities.run_identity(context)) for context in contexts.values()}) > 1:
@@ -156,6 +168,15 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
     if distributed.is_first():
         reports = [folders[name] / "report.json" for name in configs]
         log(compare.run(reports, workdir / "comparison", list(configs)))
+
+
+def _refuse_foreign(workdir: Path, work: Path) -> None:
+    """Refuse a workdir that is neither empty nor of a sweep."""
+    if not work.exists() and workdir.is_dir() and any(workdir.iterdir()):
+        raise UserError(
+            f"--workdir '{workdir}' is not empty and holds no sweep (no folder 'work'); nothing "
+            "there is touched: choose an empty or a new folder"
+        )
 
 
 def _publish(report: Path, folder: Path, fingerprint: str, outdated: Path) -> None:
