@@ -242,6 +242,25 @@ def test_own_tokenizer_as_target_exports_the_source(inputs, tmp_path, dtype):
     assert len(after["lm_head.weight"]) == len(tokenizer)
 
 
+def test_new_special_tokens_alone_leave_the_source_as_it_is(inputs, tmp_path):
+    """They occur in no text, so the whole model would be trained for nothing."""
+    source = inputs["llama"]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "target")
+    given = {**inputs, "target": tmp_path / "target"}
+    more = ["--stages=init,export", "--config.export.dtype=float32"]
+    assert main.main(arguments(given, "llama", tmp_path / "run", "best", *more)) == 0
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run" / "export")
+    )
+    assert len(after["model.embed_tokens.weight"]) == len(tokenizer)
+    for name, tensor in after.items():
+        rows = len(tokenizer) - 2 if "embed_tokens" in name else len(tensor)
+        assert torch.equal(tensor[:rows], before[name][:rows]), name
+
+
 def test_omp_mixes_rows_by_a_donor_or_refuses_it(inputs, tmp_path, capsys):
     def run(*more: str) -> int:
         given = [

@@ -18,6 +18,7 @@ from tokalign_jax.initialization import initialization
 from tokalign_jax.initialization.initialization import COMPOSED, Side
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
+from tokalign_jax.text import canonical
 from tokalign_jax.text.corpus import Document
 from tokalign_jax.text.tokenizing import TokenShards
 from tokalign_jax.utils.progress import Log
@@ -76,8 +77,11 @@ def make_start(
     model, new = initialization.initialize(
         source.config, params, aligned, rows_multiple_of, num_frozen_rows
     )
-    # Without a composed row there is nothing to learn, calibrate, tune or distil.
-    if not np.isin(aligned.rules[num_frozen_rows:], COMPOSED).any():
+    # Without a composed row of text there is nothing to learn, calibrate, tune or distil: special
+    # tokens occur in no text.
+    composed = np.isin(aligned.rules, COMPOSED)
+    composed[[*canonical.special_ids(target_tokenizer)]] = False
+    if not composed[num_frozen_rows:].any():
         return Start(model, new, {})
     make = _learned_start(config)
     if make is None:
