@@ -340,6 +340,21 @@ def test_damaged_index_is_refused(tmp_path, index):
         hub.shard_names(tmp_path)
 
 
+@pytest.mark.parametrize("role", ["pad_token", "eos_token"])
+def test_id_of_two_tokens_is_refused(tmp_path, role):
+    """A document would end in the middle, where the other of the two occurs in its text."""
+    tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] += 1  # a gap, into which the number of tokens does not fall
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    settings = hub.read_json(tmp_path / "tokenizer_config.json") or {}
+    hub.write_json(tmp_path / "tokenizer_config.json", {**settings, role: "<new>"})
+    with pytest.raises(UserError, match=rf"the id {vocabulary[last]} to both '<new>' and '{last}'"):
+        hub.load_tokenizer(tmp_path)
+
+
 def test_random_merges_are_switched_off(tmp_path):
     """BPE-dropout is for the training of a model; a run would compare random tokens."""
     tiny_tokenizer(300, TEXTS).save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokalign_jax.errors import UserError
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.families import FAMILIES, config_from_hf, text_config
-from tokalign_jax.text.canonical import special_ids
+from tokalign_jax.text.canonical import shared_id, special_ids
 from tokalign_jax.text.special_tokens import (
     SEPARATOR,
     end_of_text_id,
@@ -392,6 +392,12 @@ def load_tokenizer(name: Path | str, end_of_text: str = "") -> "PreTrainedTokeni
     if backend is not None and not backend.get_vocab_size(with_added_tokens=False):
         raise UserError(
             f"tokenizer '{name}' has an empty vocabulary in '{folder}': copy or download it again"
+        )
+    if backend is not None and (shared := shared_id(tokenizer)):
+        raise UserError(
+            "tokenizer '{}' gives the id {} to both {!r} and {!r}: its ids have gaps, and the first"
+            " of the two is named in its settings alone; give it an id of its own in the"
+            " added_tokens of tokenizer.json, or remove it".format(name, *shared)
         )
     if backend is not None and getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # Else every call would give other tokens (BPE-dropout).

@@ -189,6 +189,22 @@ def _also_text(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> set[int
     return {i for i, *ids in pairs if i in itertools.chain(*ids)}
 
 
+def shared_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str, str] | None:
+    """Return an id that belongs to an added token and to another one of text, with their names.
+
+    The library gives a token that its files only name, such as a `pad_token` without an entry, the
+    id after the number of tokens, which is taken if the ids have gaps.
+    """
+    backend = _backend(tokenizer)
+    for index, token in tokenizer.added_tokens_decoder.items():
+        other = backend.model.id_to_token(index)
+        # A reserved token in brackets is in no text.
+        is_text = other and not re.fullmatch(r"<(?!0x)[^>]*>|\[[^\]]*\]", other)
+        if is_text and other != token.content:
+            return index, token.content, other
+    return None
+
+
 def space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the string for a space in tokenizers of SentencePiece's kind; "" for others."""
     spelling = _spelling(tokenizer)
