@@ -15,6 +15,8 @@ from tokalign_jax import pipeline
 from tokalign_jax.config import config_from_dict
 from tokalign_jax.errors import UserError
 from tokalign_jax.models import hub, huggingface
+from tokalign_jax.pipeline import checks
+from tokalign_jax.pipeline.context import Context
 from tokalign_jax.text.tokenizing import TokenShards
 
 
@@ -70,3 +72,24 @@ def test_run_keeps_the_sources_chat_template(tmp_path):
         and "difference" in scores[1]["chat"]
     )
     assert "ended its turn" in (run / "report" / "report.md").read_text()
+
+
+def test_training_a_chat_model_without_chats_is_warned_of(tmp_path):
+    text = write_corpus(tmp_path)
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}))
+    tiny_model_folder(tmp_path / "source", "llama", 320, tied=True, tokenizer=chatml())
+    warned = {}
+    for corpus in (str(text), f"{text}=0.8,self=0.2", f"{text},{tmp_path / 'chats.jsonl'}"):
+        for steps in (0, 1):
+            values = {
+                "source_model": str(tmp_path / "source"),
+                "target_tokenizer": str(tmp_path / "source"),
+                "corpus": corpus,
+                "stage1": {"steps": 0},
+                "stage2": {"steps": steps, "batch": {"sequence_length": 32}},
+                "evaluation": {"sequence_length": 32},
+            }
+            lines: list[str] = []
+            checks.check(Context(config_from_dict(values), tmp_path / "run", lines.append))
+            warned[corpus, steps] = any("no longer end its turns" in line for line in lines)
+    assert warned == {key: key == (str(text), 1) for key in warned}

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.alignment import alignment, methods, vectors
-from tokalign_jax.config import Config
+from tokalign_jax.config import Config, training_stages
 from tokalign_jax.errors import UserError
 from tokalign_jax.evaluation import abilities, chat_questions
 from tokalign_jax.initialization.start import not_finite
@@ -46,7 +46,7 @@ def check(context: Context) -> None:
     _check_donor(context)
     if (corpus := documents.without_self(config)) is not None:
         _check_workdir_outside(corpus, context.workdir)
-        documents.check(corpus, chat_check(context))
+        _check_corpus(context, corpus)
     if not context.folder("init").exists():
         check_finite(context)
     _check_evaluation(context)
@@ -150,6 +150,27 @@ def chat_check(context: Context) -> documents.ChatCheck:
         chats.write(tokenizer, messages)
 
     return check_chat
+
+
+def _check_corpus(context: Context, corpus: Config) -> None:
+    """Check the corpus, and warn if a chat model is to train on text without chats."""
+    check_chat, chat_found = chat_check(context), False
+
+    def check_found_chat(messages: Sequence[chats.Message]) -> None:
+        nonlocal chat_found
+        chat_found = True
+        check_chat(messages)
+
+    documents.check(corpus, check_found_chat)
+    trains = training_stages(context.config) and not documents.has_self(context.config)
+    answers = context.inputs.source_tokenizer.chat_template and can_chat(context)
+    if trains and answers and not chat_found:
+        context.log(
+            "warning: the source model has a chat template, but the files of the corpus begin with "
+            "other text, and a model that trains on that alone may no longer end its turns: add "
+            "chats (JSON Lines with messages), or text of the source model, which has some, as in "
+            "--config.corpus='TEXT=0.8,self=0.2'"
+        )
 
 
 def can_chat(context: Context) -> bool:
