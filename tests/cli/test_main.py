@@ -14,6 +14,7 @@ import tokalign_jax
 from tests.processes import free_port
 from tokalign_jax import config_files, main
 from tokalign_jax.errors import UserError
+from tokalign_jax.parallel import distributed
 from tokalign_jax.utils import stopping
 from tokalign_jax.utils.progress import Progress
 
@@ -169,6 +170,15 @@ def test_second_signal_kills_at_once(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_lost_process_is_no_bug(monkeypatch, capsys):
+    def work(log):
+        raise distributed.ProcessLost("process 1 of 2 was lost")
+
+    assert run(monkeypatch, work) == 134
+    output = capsys.readouterr().err
+    assert "process 1 of 2 was lost" in output and "Traceback" not in output
 
 
 def test_two_signals_at_once_are_one_request(monkeypatch):

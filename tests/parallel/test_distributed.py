@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,12 @@ from tokalign_jax.errors import UserError
 from tokalign_jax.parallel import distributed, sharding
 from tokalign_jax.utils import stopping
 
-CODES = {UserError: 2, stopping.Stopped: 75, distributed.ProcessFailed: 1}
+CODES = {
+    UserError: 2,
+    stopping.Stopped: 75,
+    distributed.ProcessFailed: 1,
+    distributed.ProcessLost: distributed.LOST,
+}
 
 
 def start_processes(
@@ -105,6 +111,50 @@ def first_fails_alone(folder: Path) -> None:
     if distributed.is_first():
         raise UserError("the first cannot read its part")
     jax.experimental.multihost_utils.sync_global_devices("forever")
+
+
+def first_is_lost(folder: Path) -> None:
+    collectives_until(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def second_is_lost(folder: Path) -> None:
+    collectives_until(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def second_has_a_bug(folder: Path) -> None:
+    """Its connections break before its error is published."""
+    collectives_until(1, lambda: (close_connections(), time.sleep(1.5), fails(KeyError("bug"))()))
+
+
+def second_has_bad_input(folder: Path) -> None:
+    collectives_until(
+        1, lambda: (close_connections(), time.sleep(1.5), fails(UserError("bad part"))())
+    )
+
+
+def second_stops_alone(folder: Path) -> None:
+    collectives_until(1, lambda: distributed._leave(stopping.EXIT_CODE))
+
+
+def collectives_until(who: int, fault) -> None:
+    """Connect all processes by a collective; then call `fault` in one, and wait for it in others."""
+    jax.experimental.multihost_utils.process_allgather(jax.numpy.ones(1))
+    if distributed.index() == who:
+        time.sleep(0.3)  # the others are in the collective
+        fault()
+    jax.experimental.multihost_utils.process_allgather(jax.numpy.ones(1))
+
+
+def close_connections() -> None:
+    """Shut down the connections of this process to other devices, but not that to the store."""
+    store = int(os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            with socket.socket(fileno=os.dup(int(link.name))) as connection:
+                if store not in (connection.getpeername()[1], connection.getsockname()[1]):
+                    connection.shutdown(socket.SHUT_RDWR)
+        except (OSError, IndexError, TypeError):
+            continue  # no connection
 
 
 def steps(folder: Path) -> None:
@@ -201,6 +251,38 @@ def test_error_in_one_process_ends_both_with_its_message_and_code(tmp_path, prog
 
 
 @pytest.mark.parametrize(
+    ("program", "who", "count"), [("first_is_lost", 0, 2), ("second_is_lost", 1, 3)]
+)
+def test_loss_of_a_process_ends_the_others_soon_with_its_own_code(tmp_path, program, who, count):
+    processes = start_processes(program, tmp_path, count)
+    processes[who].wait(timeout=60)
+    lost_at = time.monotonic()
+    ended = finish(processes)
+    assert time.monotonic() - lost_at < 3 * distributed.SILENCE
+    assert ended.pop(who)[0] == -signal.SIGKILL
+    for code, _, errors in ended:
+        # If the first is lost, JAX may abort the others before they find out.
+        assert code == 134 or (who == 0 and code == -signal.SIGABRT), ended
+        if code == 134:
+            assert f"process {who} of {count} was lost (" in errors, ended
+            assert "the same command resumes from the newest checkpoint" in errors, ended
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "text"),
+    [
+        ("second_has_a_bug", 1, "process 1 failed: 'bug'"),
+        ("second_has_bad_input", 2, "process 1 failed: bad part"),
+        ("second_stops_alone", 75, "another process was stopped"),
+    ],
+)
+def test_process_that_fails_is_not_lost(tmp_path, program, code, text):
+    ended = finish(start_processes(program, tmp_path))
+    assert [code for code, _, _ in ended] == [code, code], ended
+    assert "looking for the cause" in ended[0][2] and text in ended[0][2], ended
+
+
+@pytest.mark.parametrize(
     ("program", "asked"), [("steps", 0), ("steps", 1), ("first_works_alone", 1)]
 )
 def test_signal_to_one_process_stops_both(tmp_path, program, asked):
@@ -231,9 +313,9 @@ class Store:
             self.failing -= 1
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
 
-    def key_value_set(self, key, value):
+    def key_value_set(self, key, value, allow_overwrite=False):
         self._answer()
-        if key in self.values:
+        if key in self.values and not allow_overwrite:
             raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
         self.values[key] = value
         self._answer()
@@ -355,6 +437,115 @@ def test_process_that_cannot_read_the_stop_step_exits(watches, monkeypatch, caps
         "ended without a checkpoint: the key-value store of process 0 has not answered"
         in capsys.readouterr().err
     )
+
+
+# --- Lost processes -----------------------------------------------------------------------------
+
+BROKEN = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """Return a function that makes this process number `index` of two, with short intervals."""
+
+    def join(store, index):
+        monkeypatch.setattr(distributed, "_store", lambda: store)
+        monkeypatch.setattr(distributed, "count", lambda: 2)
+        monkeypatch.setattr(distributed, "index", lambda: index)
+        monkeypatch.setattr(distributed, "POLL", 0.01)
+        monkeypatch.setattr(distributed, "SILENCE", 0.2)
+        monkeypatch.setattr(distributed, "PATIENCE", 1.0)
+        monkeypatch.setattr(distributed, "_signs_of_life", distributed._SignsOfLife())
+
+    yield join
+
+
+class Left(BaseException):
+    """Stands for the end of this process; its argument is the exit code."""
+
+
+def leave(code):
+    raise Left(code)
+
+
+class Alive(Store):
+    """A store in which process 1 gives a sign at each look."""
+
+    def key_value_dir_get(self, folder):
+        self.values["tokalign_jax/alive/1"] = str(time.monotonic())
+        return super().key_value_dir_get(folder)
+
+
+def test_silent_process_is_lost(join):
+    store = Store()
+    store.key_value_set("tokalign_jax/alive/1", "7")
+    join(store, 0)
+    with pytest.raises(distributed.ProcessLost, match=r"process 1 of 2 was lost \(UNKNOWN: Gloo"):
+        distributed._find_the_loss(BROKEN)
+
+
+def test_first_process_is_lost_with_its_store(join):
+    join(Store(failing=math.inf), 1)
+    with pytest.raises(distributed.ProcessLost, match="process 0 of 2 was lost"):
+        distributed._find_the_loss(BROKEN)
+
+
+def test_error_is_the_process_own_if_all_others_run(join):
+    join(Alive(), 0)
+    error = jax.errors.JaxRuntimeError("INTERNAL: Autotuning failed")
+    distributed._find_the_loss(error)
+    assert error.__notes__ == ["process 0: no other process was lost"]
+
+
+def test_failed_and_stopped_processes_are_not_lost(join, monkeypatch):
+    monkeypatch.setattr(distributed, "_leave", leave)
+    store = Store()
+    store.key_value_set("tokalign_jax/left/1", "75")
+    join(store, 0)
+    with pytest.raises(Left, match="75"):
+        distributed._find_the_loss(BROKEN)
+    store.key_value_set("tokalign_jax/failed/1", "{}")
+    start = time.monotonic()
+    distributed._find_the_loss(BROKEN)  # the watch would end this process meanwhile
+    assert time.monotonic() - start >= distributed.PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (BROKEN, True),
+        (ValueError(str(BROKEN)), True),  # raised by a collective's dispatch
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce() failed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"), False),
+        (ValueError("shapes differ"), False),
+        (RuntimeError(str(BROKEN)), False),
+    ],
+)
+def test_errors_of_the_runtime_may_be_a_loss(error, expected):
+    assert distributed._may_be_a_loss(error) == expected
+
+
+def test_error_that_was_shared_is_no_loss(join, monkeypatch):
+    """Its process must report it, not wait for the others, which end because of it."""
+    monkeypatch.setattr(distributed, "_shared_error", None)
+    monkeypatch.setattr(distributed, "_num_exchanges", 0)
+    store = Store()
+    store.key_value_set("tokalign_jax/exchange/1/1", json.dumps({"process": 1, "call": "on_first"}))
+    join(store, 0)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        distributed.on_first(fails(BROKEN))
+    assert not distributed._may_be_a_loss(caught.value)
+
+
+@pytest.mark.parametrize(("store", "runs"), [(Store(), False), (Alive(), True)])
+def test_first_process_waits_for_those_that_run(join, monkeypatch, store, runs):
+    monkeypatch.setattr(os, "_exit", leave)
+    join(store, 0)
+    start = time.monotonic()
+    with pytest.raises(Left, match="134"):
+        distributed._leave(134)
+    assert (time.monotonic() - start >= distributed.PATIENCE) == runs
 
 
 # --- Detection of several processes -------------------------------------------------------------
@@ -519,10 +710,12 @@ def test_single_worker_tpus_and_other_machines_are_one_process(monkeypatch):
 if __name__ == "__main__":
     import jax.experimental.multihost_utils
 
+    distributed.SILENCE = 3.0
     try:
         with distributed.running(), stopping.listening():
             globals()[sys.argv[1]](Path(sys.argv[2]))
     except stopping.Stopped:
         sys.exit(75)
     except Exception as caught:
+        print(caught, file=sys.stderr)
         distributed.fail(str(caught), CODES.get(type(caught), 1))

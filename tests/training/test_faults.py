@@ -7,7 +7,6 @@ import shutil
 import signal
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -27,7 +26,6 @@ from tests.training.toys import (
 from tokalign_jax.config import CheckpointConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.parallel import distributed
-from tokalign_jax.training import loop
 from tokalign_jax.training.loop import is_finished
 from tokalign_jax.training.metrics import read
 from tokalign_jax.utils.stopping import Stopped
@@ -109,14 +107,13 @@ def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, w
     else:
         assert ended[who][0] == -signal.SIGKILL, ended
         code, output = ended[1 - who]
-        # The coordination service may notice the loss first, and abort before the step fails: at once
-        # if the first process is lost, else at the end of its heartbeat.
-        aborted = code == -signal.SIGABRT
-        message = (
-            code == 1
-            and "If another process or its machine was lost: run the same command again" in output
-        )
-        assert aborted or message, ended
+        if who == 0:
+            # The store is lost, too: JAX may abort the other process before it finds out.
+            assert code in (distributed.LOST, -signal.SIGABRT), ended
+        else:
+            assert code == distributed.LOST, ended
+            assert "process 1 of 2 was lost (" in output, output
+            assert "the same command resumes from the newest checkpoint" in output
         assert f"process {1 - who} of 2: joined. If a process is lost" in output
         if who == 0:
             return  # resumed as after the loss of the other
@@ -136,7 +133,8 @@ def test_two_hosts_resume_after_one_is_lost(tmp_path, uninterrupted):
     both = together(program)
     # The first host is lost, which JAX notices at once: by its heartbeat only after 99 seconds.
     ended = run_programs(replace(both[0], fault="kill", fault_step=7), both[1])
-    assert ended[0][0] == -signal.SIGKILL and ended[1][0] in (1, -signal.SIGABRT), ended
+    assert ended[0][0] == -signal.SIGKILL, ended
+    assert ended[1][0] in (distributed.LOST, -signal.SIGABRT), ended
     saved = newest(program.folder)
     assert saved >= 3
     output = finish(*together(program))
@@ -255,20 +253,3 @@ def test_stage_with_a_damaged_last_checkpoint_is_unfinished(tmp_path):
         final()
     train(tmp_path)
     assert_same(final(), whole.params)
-
-
-def test_collective_that_fails_names_the_loss_of_a_process(monkeypatch):
-    """Whatever class the runtime raises; other errors stay as they are."""
-    monkeypatch.setattr(distributed, "count", lambda: 2)
-    lost = "UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer"
-    for kind in (ValueError, jax.errors.JaxRuntimeError):
-        with (
-            pytest.raises(distributed.ProcessFailed, match="run the same command again"),
-            loop._naming_a_lost_process("stage"),
-        ):
-            raise kind(lost)
-    with pytest.raises(ValueError, match="shapes"), loop._naming_a_lost_process("stage"):
-        raise ValueError("shapes differ")
-    monkeypatch.setattr(distributed, "count", lambda: 1)
-    with pytest.raises(ValueError, match="Gloo"), loop._naming_a_lost_process("stage"):
-        raise ValueError(lost)

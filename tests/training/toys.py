@@ -185,7 +185,7 @@ class Program:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(output.fileno(), stream.fileno())
         jax.config.update("jax_num_cpu_devices", self.devices)
-        distributed.PATIENCE = 5.0
+        distributed.PATIENCE, distributed.SILENCE = 5.0, 3.0
         port, processes, index = self.process
         if self.own_host:
             become_host(index, self.folder)
@@ -197,7 +197,8 @@ class Program:
             code = stopping.EXIT_CODE
             print(stopped)
         except Exception as error:
-            code = 2 if isinstance(error, UserError) else 1
+            codes = {UserError: 2, distributed.ProcessLost: distributed.LOST}
+            code = codes.get(type(error), 1)
             resource.setrlimit(
                 resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
             )

@@ -37,6 +37,9 @@ def session(args: argparse.Namespace, work: Callable[[Log], None]) -> int:
     except stopping.Stopped as stopped:
         complain(f"{_process()}{stopped}: the same command resumes from here")
         return stopping.EXIT_CODE
+    except distributed.ProcessLost as lost:
+        complain(f"{_process()}{lost}")
+        return _end_all(str(lost), distributed.LOST)
     except UserError as error:
         complain(f"{_process()}error: {error}")
         return _end_all(str(error), 2)

@@ -34,12 +34,20 @@ GRACE = 3.0
 PATIENCE = 60.0
 """Seconds that processes wait for each other when they stop or fail, and for a store that does not
 answer."""
+SILENCE = 5.0
+"""Seconds without a sign of life, due every `POLL`, after which a process counts as lost."""
+LOST = 134
+"""Exit code if another process was lost: that of JAX's own abort (128 + SIGABRT)."""
 
 T = TypeVar("T")
 
 
 class ProcessFailed(RuntimeError):
     """Another process ended with an error that is no `UserError`."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process was killed, or its machine was lost: the same command resumes."""
 
 
 # --- Joining ------------------------------------------------------------------------------------
@@ -69,6 +77,9 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
 
     Args:
       coordinator, processes, process: as for `start`.
+
+    Raises:
+      ProcessLost: a collective failed, because another process was lost.
     """
     start(coordinator, processes, process)
     if count() == 1:
@@ -76,8 +87,8 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
         return
     # Printed in advance: when process 0 is lost, JAX aborts the others before they could print.
     print(
-        f"process {index()} of {count()}: joined. If a process is lost, JAX ends all of them; the "
-        "same command then resumes from the newest checkpoint",
+        f"process {index()} of {count()}: joined. If a process is lost, all of them end; the same "
+        "command then resumes from the newest checkpoint",
         file=sys.stderr,
         flush=True,
     )
@@ -87,6 +98,10 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
     try:
         yield
         barrier("the end")
+    except Exception as error:
+        if _may_be_a_loss(error):
+            _find_the_loss(error)
+        raise
     finally:
         stopping.join(None)
         watch.close()
@@ -298,6 +313,8 @@ class _Outcome:
 
 _num_exchanges = 0
 """Calls of `_exchange` so far: the same in all processes, since they make the same calls."""
+_shared_error: BaseException | None = None
+"""Error of this process that `_exchange` has sent to the others."""
 
 
 def _exchange(call: str, error: BaseException | None, value: Any) -> Any:
@@ -305,7 +322,7 @@ def _exchange(call: str, error: BaseException | None, value: Any) -> Any:
 
     Every process sends its outcome to process 0, which publishes the common one.
     """
-    global _num_exchanges
+    global _num_exchanges, _shared_error
     if count() == 1:
         if error is not None:
             raise error
@@ -324,6 +341,7 @@ def _exchange(call: str, error: BaseException | None, value: Any) -> Any:
     if not common.kind:
         return common.value
     if error is not None and common.process == index():
+        _shared_error = error
         raise error
     if common.kind == "user":
         raise UserError(common.text)
@@ -371,6 +389,12 @@ def _values(folder: str) -> list[str]:
     return [value for _, value in sorted(_store().key_value_dir_get(folder))]
 
 
+def _by_process(folder: str) -> dict[int, str]:
+    """Return the values in a folder of the store by the process that set them."""
+    values = _store().key_value_dir_get(folder)
+    return {int(key.rpartition("/")[2]): value for key, value in values}
+
+
 def _get(key: str) -> str | None:
     """Return the value of a key once a process sets it; None after `POLL` seconds."""
     try:
@@ -416,10 +440,98 @@ def _wait(key: str) -> str:
     return value
 
 
-# --- Ending together ----------------------------------------------------------------------------
+# --- Lost processes -----------------------------------------------------------------------------
 
-_FAILED, _STOP, _LEFT = "tokalign_jax/failed", "tokalign_jax/stop", "tokalign_jax/left"
+_ALIVE, _FAILED, _STOP, _LEFT = (
+    f"tokalign_jax/{name}" for name in ("alive", "failed", "stop", "left")
+)
 """Folders of the key-value store."""
+
+_STATUS = re.compile(
+    "(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE"
+    "|UNKNOWN): "
+)
+"""Beginnings of the runtime's messages after a failed collective; not those of full memory."""
+
+
+class _SignsOfLife:
+    """Which processes run, by the counters that their watches publish.
+
+    A time in the store would need clocks that agree; a counter needs to be seen twice.
+    """
+
+    def __init__(self):
+        self._seen: dict[int, tuple[str | None, float]] = {}
+
+    def missing(self) -> list[int]:
+        """Return the other processes whose counter has not changed for `SILENCE`.
+
+        Needs to be called repeatedly: the time counts from the first call that sees the value.
+        """
+        counters, now = _by_process(_ALIVE), time.monotonic()
+        others = [process for process in range(count()) if process != index()]
+        for process in others:
+            counter = counters.get(process)
+            if process not in self._seen or self._seen[process][0] != counter:
+                self._seen[process] = counter, now
+        return [process for process in others if now - self._seen[process][1] >= SILENCE]
+
+
+_signs_of_life = _SignsOfLife()
+
+
+def _may_be_a_loss(error: Exception) -> bool:
+    """Return whether an error is of the kind that a collective raises when a process is lost.
+
+    Neither gloo nor NCCL names the process, and a kernel or a compilation that fails, or NCCL's own
+    lack of memory, has the same status as a broken connection: `_find_the_loss` tells them apart.
+    """
+    # A collective that fails while it is dispatched raises its status as a plain ValueError.
+    is_from_runtime = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return is_from_runtime and error is not _shared_error and bool(_STATUS.match(str(error)))
+
+
+def _find_the_loss(error: Exception) -> None:
+    """Wait until it is known whether an error of the runtime comes from another process.
+
+    One that failed by itself breaks its connections, too, before or after it publishes its error:
+    the watch then ends this process. One that was stopped without waiting for this one ends it with
+    its exit code. Returns if all others run, since the error is this process's own then.
+
+    Raises:
+      ProcessLost: another process shows no sign of life, or the store of process 0 is gone.
+    """
+    reason = str(error).splitlines()[0][:200]
+    text = f"the devices failed ({reason}); looking for the cause in the other processes"
+    print(f"\nprocess {index()}: {text}", file=sys.stderr, flush=True)
+    start = answered = time.monotonic()
+    limit = 2 * SILENCE
+    while (now := time.monotonic()) - start < limit:
+        lost = []
+        try:
+            left = _by_process(_LEFT)
+            if _by_process(_FAILED).keys() - {index()}:
+                limit = PATIENCE
+            elif str(stopping.EXIT_CODE) in left.values():
+                text = "stopped without a checkpoint, because another process was stopped"
+                print(f"\nprocess {index()}: {text}", file=sys.stderr)
+                _leave(stopping.EXIT_CODE)
+            else:
+                lost = [process for process in _signs_of_life.missing() if process not in left]
+            answered = now
+        except jax.errors.JaxRuntimeError:  # JAX aborts this process, if process 0 is lost
+            lost = [0] if now - answered >= SILENCE else []
+        if lost:
+            names = f"process{'es' if lost[1:] else ''} {', '.join(map(str, lost))}"
+            raise ProcessLost(
+                f"{names} of {count()} {'were' if lost[1:] else 'was'} lost ({reason}): the same "
+                "command resumes from the newest checkpoint"
+            ) from error
+        time.sleep(POLL)
+    error.add_note(f"process {index()}: no other process was lost")
+
+
+# --- Ending together ----------------------------------------------------------------------------
 
 
 def fail(text: str, code: int) -> NoReturn:
@@ -450,6 +562,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True, name="watch of other processes")
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._steps, self._last, self._is_paused = 0, None, False
+        self._num_signs = 0
 
     def reached(self) -> bool:
         """Count a step that begins; return whether all processes stop at it.
@@ -467,6 +580,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         with suppress(_Closed):
             while True:
+                self._give_sign()
                 self._sleep(POLL)
                 self._follow_failures()
                 if self._last is None and self._stop_is_requested():
@@ -475,6 +589,13 @@ class _Watch(threading.Thread):
     def _sleep(self, seconds: float) -> None:
         if self._closed.wait(seconds):
             raise _Closed
+
+    def _give_sign(self) -> None:
+        """Tell the other processes that this one runs; best-effort."""
+        self._num_signs += 1
+        with suppress(jax.errors.JaxRuntimeError):
+            key = f"{_ALIVE}/{index()}"
+            _store().key_value_set(key, str(self._num_signs), allow_overwrite=True)
 
     def _stop_is_requested(self) -> bool:
         """Return whether any process was asked to stop; forward the request to all."""
@@ -507,6 +628,7 @@ class _Watch(threading.Thread):
         """Wait for a process to set a key; return its value."""
         while (value := self._retry(lambda: _get(key))) is None:
             self._follow_failures()
+            self._give_sign()
             self._sleep(0)
         return value
 
@@ -519,7 +641,9 @@ class _Watch(threading.Thread):
         failures = self._retry(lambda: _values(_FAILED))
         if not failures or (failure := json.loads(failures[0]))["process"] == index():
             return
-        self._sleep(GRACE)
+        for _ in range(math.ceil(GRACE / POLL)):
+            self._give_sign()
+            self._sleep(POLL)
         print(
             f"\nprocess {index()}: ended, because process {failure['process']} failed: "
             f"{failure['text']}",
@@ -531,14 +655,17 @@ class _Watch(threading.Thread):
 def _leave(code: int) -> NoReturn:
     """Exit without JAX's shutdown, in which processes wait for each other.
 
-    Process 0, which hosts the store, exits last.
+    Process 0, which hosts the store, exits last; it does not wait for lost processes.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if count() > 1 and _store():
         with suppress(jax.errors.JaxRuntimeError):
-            _set(f"{_LEFT}/{index()}", "")
+            _set(f"{_LEFT}/{index()}", str(code))
             deadline = time.monotonic() + PATIENCE
-            while is_first() and len(_values(_LEFT)) < count() and time.monotonic() < deadline:
+            while is_first() and time.monotonic() < deadline:
+                gone = {index(), *_by_process(_LEFT), *_signs_of_life.missing()}
+                if len(gone) == count():
+                    break
                 time.sleep(POLL)
     os._exit(code)

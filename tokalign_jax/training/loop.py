@@ -6,12 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -325,8 +323,7 @@ def run_stage(
                     for line in float8.messages(leaves, mesh.devices.flat[0]):
                         log(f"{name}: {line}")
                 inputs = cast if objective.beside is None else (cast, objective.beside)
-                with _naming_a_lost_process(name):
-                    state = run(program.step, state, inputs, feed, dropout_key)
+                state = run(program.step, state, inputs, feed, dropout_key)
                 validations = validator.record if validator else None
         trained = _selected(name, stage, state.params, validations, checkpoints, like, Path(folder))
     tokens = stage.steps * stage.batch.size * stage.batch.sequence_length
@@ -511,27 +508,6 @@ def _restore(
             )
             return done, position, state
     return 0, None, None
-
-
-_STATUS = re.compile(r"(ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
-"""Beginnings of messages of the runtime."""
-
-
-@contextmanager
-def _naming_a_lost_process(name: str) -> Iterator[None]:
-    """Turns the runtime's error about an unreachable device into one that names the process."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # A collective that fails while it is dispatched raises its status as a plain ValueError.
-        is_status = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
-        if distributed.count() == 1 or not is_status or sharding.is_out_of_memory(error):
-            raise
-        raise distributed.ProcessFailed(
-            f"{name}: process {distributed.index()} failed in a step"
-            f" ({str(error).splitlines()[0][:200]}). If another process or its machine was lost:"
-            " run the same command again to resume from the newest checkpoint"
-        ) from error
 
 
 def _described(frozen: paths.Tree) -> str:
