@@ -538,14 +538,16 @@ def test_error_that_was_shared_is_no_loss(join, monkeypatch):
     assert not distributed._may_be_a_loss(caught.value)
 
 
-@pytest.mark.parametrize(("store", "runs"), [(Store(), False), (Alive(), True)])
-def test_first_process_waits_for_those_that_run(join, monkeypatch, store, runs):
+@pytest.mark.parametrize(
+    ("store", "code", "waits"), [(Store(), 134, False), (Alive(), 134, True), (Store(), 1, True)]
+)
+def test_first_process_waits_for_all_but_the_lost(join, monkeypatch, store, code, waits):
     monkeypatch.setattr(os, "_exit", leave)
     join(store, 0)
     start = time.monotonic()
-    with pytest.raises(Left, match="134"):
-        distributed._leave(134)
-    assert (time.monotonic() - start >= distributed.PATIENCE) == runs
+    with pytest.raises(Left, match=str(code)):
+        distributed._leave(code)
+    assert (time.monotonic() - start >= distributed.PATIENCE) == waits
 
 
 # --- Detection of several processes -------------------------------------------------------------

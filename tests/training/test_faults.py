@@ -107,12 +107,11 @@ def test_two_processes_end_together_and_resume(tmp_path, uninterrupted, fault, w
     else:
         assert ended[who][0] == -signal.SIGKILL, ended
         code, output = ended[1 - who]
-        if who == 0:
-            # The store is lost, too: JAX may abort the other process before it finds out.
-            assert code in (distributed.LOST, -signal.SIGABRT), ended
-        else:
-            assert code == distributed.LOST, ended
-            assert "process 1 of 2 was lost (" in output, output
+        # JAX aborts first if process 0 is lost, with the store, or if the other process waits for a
+        # checkpoint instead of a collective: then at the end of the heartbeat.
+        assert code in (distributed.LOST, -signal.SIGABRT), ended
+        if code == distributed.LOST:
+            assert f"process {who} of 2 was lost (" in output, output
             assert "the same command resumes from the newest checkpoint" in output
         assert f"process {1 - who} of 2: joined. If a process is lost" in output
         if who == 0:

@@ -8,7 +8,7 @@ Exit codes:
     1   a bug, with its traceback
     2   bad input, with a message that names the remedy
     75  stopped by SIGTERM or Ctrl-C; progress is kept, and the same command resumes
-    134 JAX aborted, because it lost another process of the run
+    134 another process of the run was lost; the same command resumes
 """
 
 import argparse

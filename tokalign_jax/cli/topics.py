@@ -57,7 +57,7 @@ EXIT_CODES = """\
   1    a bug, with its traceback
   2    bad input, with a message that names the remedy
   75   stopped by SIGTERM or Ctrl-C; progress is kept, and the same command resumes
-  134  another process of the run was lost"""
+  134  another process of the run was lost; the same command resumes"""
 
 TEXTS = {"methods": METHODS, "files": FILES, "exit-codes": EXIT_CODES}
 

@@ -550,9 +550,10 @@ class _Closed(Exception):
 class _Watch(threading.Thread):
     """Thread that listens to other processes while this one may be busy or blocked.
 
-    When another process fails, this one is ended: it would wait in a collective forever. On a
-    request to stop, the processes agree on a step: each pauses before its next step and publishes
-    the number of steps it has begun; process 0 publishes the maximum plus one, and all stop there.
+    It publishes a counter, by which the others see that this process runs (`_SignsOfLife`). When
+    another process fails, this one is ended: it would wait in a collective forever. On a request to
+    stop, the processes agree on a step: each pauses before its next step and publishes the number
+    of steps it has begun; process 0 publishes the maximum plus one, and all stop there.
 
     A store that does not answer is polled without a limit. Only a process that has paused its steps
     for `PATIENCE` ends itself: it cannot know at which step the others stop.
@@ -655,7 +656,7 @@ class _Watch(threading.Thread):
 def _leave(code: int) -> NoReturn:
     """Exit without JAX's shutdown, in which processes wait for each other.
 
-    Process 0, which hosts the store, exits last; it does not wait for lost processes.
+    Process 0, which hosts the store, exits last.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -664,7 +665,9 @@ def _leave(code: int) -> NoReturn:
             _set(f"{_LEFT}/{index()}", str(code))
             deadline = time.monotonic() + PATIENCE
             while is_first() and time.monotonic() < deadline:
-                gone = {index(), *_by_process(_LEFT), *_signs_of_life.missing()}
+                gone = {index(), *_by_process(_LEFT)}
+                if code == LOST:  # else one that is silent may be busy, and would be aborted
+                    gone.update(_signs_of_life.missing())
                 if len(gone) == count():
                     break
                 time.sleep(POLL)
