@@ -81,6 +81,15 @@ def test_training_lowers_the_loss_and_leaves_special_tokens(sides):
     assert any("self-distillation" in line for line in lines)
 
 
+def test_start_stays_as_it_was_where_training_does_not_help(sides, monkeypatch):
+    for rate in ("BODY_RATE", "ROW_RATE", "NETWORK_RATE"):
+        monkeypatch.setattr(self_distillation, rate, 3.0)
+    before, after, facts, lines = distilled(sides)
+    assert not facts["loss_after"] < facts["loss_before"]
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+    assert any("raise initialization.distillation_tokens" in line for line in lines)
+
+
 def test_training_rows_only_keeps_the_body_and_source_rows(sides):
     config = replace(CONFIG, initialization=replace(SETTINGS, trains="rows"))
     before, after, facts, _ = distilled(sides, config)
