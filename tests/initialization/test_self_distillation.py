@@ -90,6 +90,16 @@ def test_start_stays_as_it_was_where_training_does_not_help(sides, monkeypatch):
     assert any("raise initialization.distillation_tokens" in line for line in lines)
 
 
+def test_rates_fall_with_the_square_root_of_the_batch(sides):
+    _, target, _ = sides
+    models = self_distillation.Models(target.config, target.config, None)
+    rows = {"head": self_distillation.Rows(np.arange(2), np.zeros((2, 3)), np.ones(4, bool), 0.5)}
+    most, few = (self_distillation._schedule(10, n, rows, models).peaks for n in (64, 4))
+    assert most["body"] == self_distillation.BODY_RATE and most.keys() == few.keys()
+    assert most["head"] == self_distillation.ROW_RATE * 0.5
+    assert all(few[part] == pytest.approx(most[part] / 4) for part in most)
+
+
 def test_training_rows_only_keeps_the_body_and_source_rows(sides):
     config = replace(CONFIG, initialization=replace(SETTINGS, trains="rows"))
     before, after, facts, _ = distilled(sides, config)

@@ -55,7 +55,10 @@ LENGTH = 256
 """T, unless the model has fewer positions."""
 STEPS = 200
 LEAST_SEQUENCES, MOST_SEQUENCES = 4, 64
-"""Bounds of B; the batch is as large as `STEPS` steps allow."""
+"""Bounds of B; the batch is as large as `STEPS` steps allow. Rates are those of the largest batch
+and fall with the square root of its size (Malladi et al. 2022, arXiv 2205.10287): gradients of
+fewer sequences have more noise, which Adam follows.
+"""
 MOST_PASSES = 4
 """Passes over the text, at most."""
 BODY_RATE = 2e-4
@@ -173,7 +176,8 @@ def distill(
     static = {"models": models, "mesh": mesh}
 
     before = _evaluate(state.trainable, frozen, held_out, **static)
-    schedule = _schedule(len(steps), rows, models)
+    sequences = int((steps[0].target[..., 0] != pairing.NONE).sum())
+    schedule = _schedule(len(steps), sequences, rows, models)
     state, tokens, progress = _train(state, frozen, steps, schedule, models, mesh, log)
     after = _evaluate(state.trainable, frozen, held_out, **static)
     gained = float(after.loss) < float(before.loss)
@@ -282,14 +286,16 @@ def _new_adapters(
     return paths.flatten(sharding.place(paths.unflatten(adapters), mesh))
 
 
-def _schedule(steps: int, rows: Mapping[str, Rows], models: Models) -> Schedule:
-    """Return peak learning rates by part, with warm-up and decay."""
+def _schedule(steps: int, sequences: int, rows: Mapping[str, Rows], models: Models) -> Schedule:
+    """Return peak learning rates by part, with warm-up and decay, for batches of `sequences`."""
     body = ADAPTER_RATE if models.lora else BODY_RATE
+    factor = (sequences / MOST_SEQUENCES) ** 0.5
     peaks = {
         "body": body * min(1.0, (WIDTH / models.student.hidden_size) ** 0.5),
         "network": NETWORK_RATE,
         **{path: ROW_RATE * part.deviation for path, part in rows.items()},
     }
+    peaks = {part: factor * peak for part, peak in peaks.items()}
     return Schedule(peaks, float(steps), float(round(WARMUP * steps)))
 
 
