@@ -184,13 +184,13 @@ def distill(
     progress.done(
         f"loss {before.loss:.3f} to {after.loss:.3f}, distance to the source {before.distance:.3f}"
         f" to {after.distance:.3f} nats a chunk on held-out text"
-        + ("" if gained else ": the start is left as it was, since the loss has not fallen")
     )
     facts = _facts(tokens, before, after)
     if not gained:
         log(
-            f"self-distillation: warning: {tokens:,} tokens in {len(steps)} steps changed nothing:"
-            " raise initialization.distillation_tokens and initialization.generated_tokens"
+            f"self-distillation: warning: the loss has not fallen in {len(steps)} steps of"
+            f" {tokens:,} tokens in all, so the model stays as it was before: raise"
+            " initialization.distillation_tokens and initialization.generated_tokens"
         )
         return Result(params, facts)
     trained = _all_rows(state.trainable, frozen, params, rows, present, mesh)
