@@ -258,7 +258,7 @@ def test_loss_of_a_process_ends_the_others_soon_with_its_own_code(tmp_path, prog
     processes[who].wait(timeout=60)
     lost_at = time.monotonic()
     ended = finish(processes)
-    assert time.monotonic() - lost_at < 3 * distributed.SILENCE
+    assert time.monotonic() - lost_at < 3 * distributed.HEARTBEAT_TIMEOUT
     assert ended.pop(who)[0] == -signal.SIGKILL
     for code, _, errors in ended:
         # If the first is lost, JAX may abort the others before they find out.
@@ -453,9 +453,9 @@ def join(monkeypatch):
         monkeypatch.setattr(distributed, "count", lambda: 2)
         monkeypatch.setattr(distributed, "index", lambda: index)
         monkeypatch.setattr(distributed, "POLL", 0.01)
-        monkeypatch.setattr(distributed, "SILENCE", 0.2)
+        monkeypatch.setattr(distributed, "HEARTBEAT_TIMEOUT", 0.2)
         monkeypatch.setattr(distributed, "PATIENCE", 1.0)
-        monkeypatch.setattr(distributed, "_signs_of_life", distributed._SignsOfLife())
+        monkeypatch.setattr(distributed, "_heartbeats", distributed._Heartbeats())
 
     yield join
 
@@ -472,28 +472,28 @@ class Alive(Store):
     """A store in which process 1 gives a sign at each look."""
 
     def key_value_dir_get(self, folder):
-        self.values["tokalign_jax/alive/1"] = str(time.monotonic())
+        self.values["tokalign_jax/heartbeats/1"] = str(time.monotonic())
         return super().key_value_dir_get(folder)
 
 
 def test_silent_process_is_lost(join):
     store = Store()
-    store.key_value_set("tokalign_jax/alive/1", "7")
+    store.key_value_set("tokalign_jax/heartbeats/1", "7")
     join(store, 0)
     with pytest.raises(distributed.ProcessLost, match=r"process 1 of 2 was lost \(UNKNOWN: Gloo"):
-        distributed._find_the_loss(BROKEN)
+        distributed._look_for_lost_process(BROKEN)
 
 
 def test_first_process_is_lost_with_its_store(join):
     join(Store(failing=math.inf), 1)
     with pytest.raises(distributed.ProcessLost, match="process 0 of 2 was lost"):
-        distributed._find_the_loss(BROKEN)
+        distributed._look_for_lost_process(BROKEN)
 
 
 def test_error_is_the_process_own_if_all_others_run(join):
     join(Alive(), 0)
     error = jax.errors.JaxRuntimeError("INTERNAL: Autotuning failed")
-    distributed._find_the_loss(error)
+    distributed._look_for_lost_process(error)
     assert error.__notes__ == ["process 0: no other process was lost"]
 
 
@@ -503,10 +503,10 @@ def test_failed_and_stopped_processes_are_not_lost(join, monkeypatch):
     store.key_value_set("tokalign_jax/left/1", "75")
     join(store, 0)
     with pytest.raises(Left, match="75"):
-        distributed._find_the_loss(BROKEN)
+        distributed._look_for_lost_process(BROKEN)
     store.key_value_set("tokalign_jax/failed/1", "{}")
     start = time.monotonic()
-    distributed._find_the_loss(BROKEN)  # the watch would end this process meanwhile
+    distributed._look_for_lost_process(BROKEN)  # the watch would end this process meanwhile
     assert time.monotonic() - start >= distributed.PATIENCE
 
 
@@ -522,8 +522,8 @@ def test_failed_and_stopped_processes_are_not_lost(join, monkeypatch):
         (RuntimeError(str(BROKEN)), False),
     ],
 )
-def test_errors_of_the_runtime_may_be_a_loss(error, expected):
-    assert distributed._may_be_a_loss(error) == expected
+def test_errors_of_the_runtime_may_mean_lost_process(error, expected):
+    assert distributed._may_mean_lost_process(error) == expected
 
 
 def test_error_that_was_shared_is_no_loss(join, monkeypatch):
@@ -535,7 +535,7 @@ def test_error_that_was_shared_is_no_loss(join, monkeypatch):
     join(store, 0)
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         distributed.on_first(fails(BROKEN))
-    assert not distributed._may_be_a_loss(caught.value)
+    assert not distributed._may_mean_lost_process(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -712,7 +712,7 @@ def test_single_worker_tpus_and_other_machines_are_one_process(monkeypatch):
 if __name__ == "__main__":
     import jax.experimental.multihost_utils
 
-    distributed.SILENCE = 3.0
+    distributed.HEARTBEAT_TIMEOUT = 3.0
     try:
         with distributed.running(), stopping.listening():
             globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -185,7 +185,7 @@ class Program:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(output.fileno(), stream.fileno())
         jax.config.update("jax_num_cpu_devices", self.devices)
-        distributed.PATIENCE, distributed.SILENCE = 5.0, 3.0
+        distributed.PATIENCE, distributed.HEARTBEAT_TIMEOUT = 5.0, 3.0
         port, processes, index = self.process
         if self.own_host:
             become_host(index, self.folder)

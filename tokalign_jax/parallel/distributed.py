@@ -34,8 +34,8 @@ GRACE = 3.0
 PATIENCE = 60.0
 """Seconds that processes wait for each other when they stop or fail, and for a store that does not
 answer."""
-SILENCE = 5.0
-"""Seconds without a sign of life, due every `POLL`, after which a process counts as lost."""
+HEARTBEAT_TIMEOUT = 5.0
+"""Seconds without a heartbeat, due every `POLL`, after which a process counts as lost."""
 LOST = 134
 """Exit code if another process was lost: that of JAX's own abort (128 + SIGABRT)."""
 
@@ -99,8 +99,8 @@ def running(coordinator: str = "", processes: int = 0, process: int = -1) -> Ite
         yield
         barrier("the end")
     except Exception as error:
-        if _may_be_a_loss(error):
-            _find_the_loss(error)
+        if _may_mean_lost_process(error):
+            _look_for_lost_process(error)
         raise
     finally:
         stopping.join(None)
@@ -442,8 +442,8 @@ def _wait(key: str) -> str:
 
 # --- Lost processes -----------------------------------------------------------------------------
 
-_ALIVE, _FAILED, _STOP, _LEFT = (
-    f"tokalign_jax/{name}" for name in ("alive", "failed", "stop", "left")
+_HEARTBEATS, _FAILED, _STOP, _LEFT = (
+    f"tokalign_jax/{name}" for name in ("heartbeats", "failed", "stop", "left")
 )
 """Folders of the key-value store."""
 
@@ -454,7 +454,7 @@ _STATUS = re.compile(
 """Beginnings of the runtime's messages after a failed collective; not those of full memory."""
 
 
-class _SignsOfLife:
+class _Heartbeats:
     """Which processes run, by the counters that their watches publish.
 
     A time in the store would need clocks that agree; a counter needs to be seen twice.
@@ -464,34 +464,35 @@ class _SignsOfLife:
         self._seen: dict[int, tuple[str | None, float]] = {}
 
     def missing(self) -> list[int]:
-        """Return the other processes whose counter has not changed for `SILENCE`.
+        """Return the other processes whose counter has not changed for `HEARTBEAT_TIMEOUT`.
 
         Needs to be called repeatedly: the time counts from the first call that sees the value.
         """
-        counters, now = _by_process(_ALIVE), time.monotonic()
+        counters, now = _by_process(_HEARTBEATS), time.monotonic()
         others = [process for process in range(count()) if process != index()]
         for process in others:
             counter = counters.get(process)
             if process not in self._seen or self._seen[process][0] != counter:
                 self._seen[process] = counter, now
-        return [process for process in others if now - self._seen[process][1] >= SILENCE]
+        return [process for process in others if now - self._seen[process][1] >= HEARTBEAT_TIMEOUT]
 
 
-_signs_of_life = _SignsOfLife()
+_heartbeats = _Heartbeats()
 
 
-def _may_be_a_loss(error: Exception) -> bool:
+def _may_mean_lost_process(error: Exception) -> bool:
     """Return whether an error is of the kind that a collective raises when a process is lost.
 
     Neither gloo nor NCCL names the process, and a kernel or a compilation that fails, or NCCL's own
-    lack of memory, has the same status as a broken connection: `_find_the_loss` tells them apart.
+    lack of memory, has the same status as a broken connection: `_look_for_lost_process` tells them
+    apart.
     """
     # A collective that fails while it is dispatched raises its status as a plain ValueError.
     is_from_runtime = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     return is_from_runtime and error is not _shared_error and bool(_STATUS.match(str(error)))
 
 
-def _find_the_loss(error: Exception) -> None:
+def _look_for_lost_process(error: Exception) -> None:
     """Wait until it is known whether an error of the runtime comes from another process.
 
     One that failed by itself breaks its connections, too, before or after it publishes its error:
@@ -499,13 +500,13 @@ def _find_the_loss(error: Exception) -> None:
     its exit code. Returns if all others run, since the error is this process's own then.
 
     Raises:
-      ProcessLost: another process shows no sign of life, or the store of process 0 is gone.
+      ProcessLost: another process sends no heartbeat, or the store of process 0 is gone.
     """
     reason = str(error).splitlines()[0][:200]
     text = f"the devices failed ({reason}); looking for the cause in the other processes"
     print(f"\nprocess {index()}: {text}", file=sys.stderr, flush=True)
     start = answered = time.monotonic()
-    limit = 2 * SILENCE
+    limit = 2 * HEARTBEAT_TIMEOUT
     while (now := time.monotonic()) - start < limit:
         lost = []
         try:
@@ -517,10 +518,10 @@ def _find_the_loss(error: Exception) -> None:
                 print(f"\nprocess {index()}: {text}", file=sys.stderr)
                 _leave(stopping.EXIT_CODE)
             else:
-                lost = [process for process in _signs_of_life.missing() if process not in left]
+                lost = [process for process in _heartbeats.missing() if process not in left]
             answered = now
         except jax.errors.JaxRuntimeError:  # JAX aborts this process, if process 0 is lost
-            lost = [0] if now - answered >= SILENCE else []
+            lost = [0] if now - answered >= HEARTBEAT_TIMEOUT else []
         if lost:
             names = f"process{'es' if lost[1:] else ''} {', '.join(map(str, lost))}"
             raise ProcessLost(
@@ -550,7 +551,7 @@ class _Closed(Exception):
 class _Watch(threading.Thread):
     """Thread that listens to other processes while this one may be busy or blocked.
 
-    It publishes a counter, by which the others see that this process runs (`_SignsOfLife`). When
+    It publishes a counter, by which the others see that this process runs (`_Heartbeats`). When
     another process fails, this one is ended: it would wait in a collective forever. On a request to
     stop, the processes agree on a step: each pauses before its next step and publishes the number
     of steps it has begun; process 0 publishes the maximum plus one, and all stop there.
@@ -563,7 +564,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True, name="watch of other processes")
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._steps, self._last, self._is_paused = 0, None, False
-        self._num_signs = 0
+        self._num_heartbeats = 0
 
     def reached(self) -> bool:
         """Count a step that begins; return whether all processes stop at it.
@@ -581,7 +582,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         with suppress(_Closed):
             while True:
-                self._give_sign()
+                self._send_heartbeat()
                 self._sleep(POLL)
                 self._follow_failures()
                 if self._last is None and self._stop_is_requested():
@@ -591,12 +592,12 @@ class _Watch(threading.Thread):
         if self._closed.wait(seconds):
             raise _Closed
 
-    def _give_sign(self) -> None:
+    def _send_heartbeat(self) -> None:
         """Tell the other processes that this one runs; best-effort."""
-        self._num_signs += 1
+        self._num_heartbeats += 1
         with suppress(jax.errors.JaxRuntimeError):
-            key = f"{_ALIVE}/{index()}"
-            _store().key_value_set(key, str(self._num_signs), allow_overwrite=True)
+            key = f"{_HEARTBEATS}/{index()}"
+            _store().key_value_set(key, str(self._num_heartbeats), allow_overwrite=True)
 
     def _stop_is_requested(self) -> bool:
         """Return whether any process was asked to stop; forward the request to all."""
@@ -629,7 +630,7 @@ class _Watch(threading.Thread):
         """Wait for a process to set a key; return its value."""
         while (value := self._retry(lambda: _get(key))) is None:
             self._follow_failures()
-            self._give_sign()
+            self._send_heartbeat()
             self._sleep(0)
         return value
 
@@ -643,7 +644,7 @@ class _Watch(threading.Thread):
         if not failures or (failure := json.loads(failures[0]))["process"] == index():
             return
         for _ in range(math.ceil(GRACE / POLL)):
-            self._give_sign()
+            self._send_heartbeat()
             self._sleep(POLL)
         print(
             f"\nprocess {index()}: ended, because process {failure['process']} failed: "
@@ -667,7 +668,7 @@ def _leave(code: int) -> NoReturn:
             while is_first() and time.monotonic() < deadline:
                 gone = {index(), *_by_process(_LEFT)}
                 if code == LOST:  # else one that is silent may be busy, and would be aborted
-                    gone.update(_signs_of_life.missing())
+                    gone.update(_heartbeats.missing())
                 if len(gone) == count():
                     break
                 time.sleep(POLL)
