@@ -15,7 +15,7 @@ embedding, softmax and routing are computed in float32.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -229,7 +229,25 @@ class Transformer:
         length: Length | None = None,
         num_valid: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Returns the final hidden states and the updated cache.
+        """Returns the final hidden states and the updated cache; arguments as for `states`."""
+        options = unroll, cache, start, length, num_valid
+        hidden, cache, _ = self.states(tokens, key, dtype, remat, *options)
+        return hidden, cache
+
+    def states(
+        self,
+        tokens: Int[Array, "B T"],
+        key: jax.Array | None,
+        dtype: DTypeLike,
+        remat: rematerialization.Policy,
+        unroll: int = 1,
+        cache: Cache | None = None,
+        start: Int[Array, ""] | int = 0,
+        length: Length | None = None,
+        num_valid: Int[Array, ""] | int | None = None,
+        after: Collection[int] = (),
+    ) -> tuple[Float[Array, "B T D"], Cache | None, list[Float[Array, "B T D"]]]:
+        """Returns the final hidden states, the updated cache, and the residual stream inside.
 
         Args:
           tokens: token ids.
@@ -242,6 +260,7 @@ class Transformer:
           length: number of tokens of the whole text, for length-dependent rotary embeddings; None
             for T.
           num_valid: number of tokens that are not padding when the cache is filled; None for all.
+          after: numbers of layers; the residual stream is returned after so many, ascending.
         """
         config, outer = self.config, self.outer
         positions = start + jnp.arange(tokens.shape[1])
@@ -265,9 +284,11 @@ class Transformer:
         if unroll < config.num_layers:
             indices = inputs.rope_index, inputs.span_index, inputs.growth_index, inputs.normed
             arrays = tuple(map(jnp.array, indices))
-            x, cache = self._loop(indexed_layer, x, arrays, keys, cache, remat, unroll)
-            return outer.final_norm(x), cache
-        return outer.final_norm(self._unrolled(layer, x, inputs, keys, remat)), None
+            options = cache, remat, unroll, after
+            x, cache, inner = self._loop(indexed_layer, x, arrays, keys, *options)
+            return outer.final_norm(x), cache, inner
+        x, inner = self._unrolled(layer, x, inputs, keys, remat, after)
+        return outer.final_norm(x), None, inner
 
     def _unrolled(
         self,
@@ -276,8 +297,9 @@ class Transformer:
         inputs: "_LayerInputs",
         keys: Any,
         remat: rematerialization.Policy,
-    ) -> Float[Array, "B T D"]:
-        """Computes all layers without a loop or a cache.
+        after: Collection[int],
+    ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T D"]]]:
+        """Computes all layers without a loop or a cache; also returns the states inside.
 
         Args:
           layer: (x, weights, parts, cos_sin, span, query_factor, normed, key, cache) -> x, cache.
@@ -285,10 +307,12 @@ class Transformer:
           inputs: position-dependent inputs of the layers.
           keys: dropout keys of each layer.
           remat: rematerialization policy.
+          after: numbers of layers after which states are returned.
         """
         frozen: Any = jax.lax.stop_gradient(self.layers)
         slots: Any = {part: _unstack(stack, _depth(stack)) for part, stack in self.layers.items()}
         indices = _stack_indices(self.config, self.layers)
+        inner = []
         for i, (kind, numbers) in enumerate(zip(self.config.layer_kinds, indices)):
 
             def body(x: Any, slot: Any, key: Any, i=i, kind=kind, numbers=numbers):
@@ -302,7 +326,9 @@ class Transformer:
             x, _ = rematerialization.wrap(body, remat, in_loop=False)(
                 x, slot, None if keys is None else keys[i]
             )
-        return x
+            if i + 1 in after:
+                inner.append(x)
+        return x, inner
 
     def _loop(
         self,
@@ -313,8 +339,9 @@ class Transformer:
         cache: Cache | None,
         remat: rematerialization.Policy,
         unroll: int,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Computes all layers by one scan over each segment.
+        after: Collection[int],
+    ) -> tuple[Float[Array, "B T D"], Cache | None, list[Float[Array, "B T D"]]]:
+        """Computes all layers by one scan over each segment; also returns the states inside.
 
         Args:
           layer: (parts, x, weights, *indices, key, cache) -> x, cache.
@@ -325,9 +352,11 @@ class Transformer:
           cache: the cache, or None.
           remat: rematerialization policy.
           unroll: layers per iteration.
+          after: numbers of layers after which states are returned; a segment ends there.
         """
         updated: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
-        for segment in segments([kind.parts for kind in self.config.layer_kinds]):
+        inner = []
+        for segment in segments([kind.parts for kind in self.config.layer_kinds], after):
             weights = {
                 part: segment.slice_stack(stack, part if part in VARIANTS else None)
                 for part, stack in self.layers.items()
@@ -347,9 +376,12 @@ class Transformer:
             )
             for mixer, state in states.items():
                 updated[mixer].append(segment.flatten(state))
+            if len(segment.before) + len(segment.layers) * segment.repeats in after:
+                inner.append(x)
         if cache is None:
-            return x, None
-        return x, {mixer: jax.tree.map(_concatenate, *parts) for mixer, parts in updated.items()}
+            return x, None, inner
+        cache = {mixer: jax.tree.map(_concatenate, *parts) for mixer, parts in updated.items()}
+        return x, cache, inner
 
     def _embedded(
         self, x: Float[Array, "B T D"], positions: Int[Array, "T"]
@@ -403,6 +435,39 @@ def forward(
     with compiling.products(dtype):
         model = _bind(config, lora, params, matmul)
         return model(tokens, dropout_key, dtype, remat, unroll)[0]
+
+
+def forward_with_inner_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    after: Collection[int],
+    *,
+    lora: LoraSpec | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T D"]]]:
+    """Returns the hidden states after the final norm, and the residual stream inside the model.
+
+    The backward pass recomputes each layer (`remat="layer"`).
+
+    Args:
+      config: the model's config.
+      params: its parameters.
+      tokens: token ids.
+      after: numbers of layers, 1 for the first one; the residual stream is returned after so many,
+        ascending.
+      lora: the adapters in `params`; None for none.
+      dtype: dtype of the activations.
+
+    Raises:
+      ValueError: `params` do not match `config` and `lora`.
+      UserError: the text is longer than the model's learned positions.
+    """
+    _check_length(config, tokens.shape[1])
+    with compiling.products(dtype):
+        model = _bind(config, lora, params)
+        hidden, _, inner = model.states(tokens, None, dtype, "layer", after=after)
+    return hidden, inner
 
 
 def head_matrix(params: Params) -> Float[Array, "V D"]:
@@ -653,12 +718,18 @@ def _segment_step(
     return x, {mixer: segment.stack_layers(layers) for mixer, layers in states.items()}
 
 
-def segments(layers: Sequence[Parts]) -> list[Segment]:
-    """Splits layers into segments, greedily from the first, each covering the most layers."""
+def segments(layers: Sequence[Parts], ends: Collection[int] = ()) -> list[Segment]:
+    """Splits layers into segments, greedily from the first, each covering the most layers.
+
+    Args:
+      layers: parts of each layer.
+      ends: numbers of layers after which a segment has to end.
+    """
     result: list[Segment] = []
     start = 0
     while start < len(layers):
-        before, rest = tuple(layers[:start]), tuple(layers[start:])
+        end = min((end for end in ends if end > start), default=len(layers))
+        before, rest = tuple(layers[:start]), tuple(layers[start:end])
         best = Segment(before, rest[:1], 1)
         for period in range(1, len(rest) // 2 + 1):
             repeats = 1
