@@ -235,16 +235,16 @@ class InitializationConfig:
     rows_multiple_of: int = within(1, 2**20, 1)
     """Embedding and head are padded to a multiple of this many rows (64 or 128 suits tensor cores
     of serving engines); rows without a token are the mean of all others."""
-    distillation_tokens: int = within(0, 10**15, 4_000_000)
-    """Method `distilled`: maximum target tokens of the distillation, and at most 80 per token of
+    distillation_tokens: int = within(0, 10**15, 5_200_000)
+    """Method `distilled`: maximum target tokens of the distillation, and at most 104 per token of
     the target vocabulary; 0: none, rows are the mean of the pieces."""
     generated_tokens: int = within(0, 10**15, 1_800_000)
     """Method `distilled`: maximum tokens that the source model writes for it, and at most 40 per
     token of its vocabulary; 0: none, it is trained on the corpus alone."""
     corpus_share: float = within(0, 1, 0.35)
-    """Method `distilled`: share of training sequences that are from the corpus; the others are the
-    source model's own text. A higher share fits the corpus better and retains less of the source
-    model."""
+    """Method `distilled`: share of the text that is from the corpus; the rest is the source model's
+    own. Lists of words that are split differently are read beside both. A higher share fits the
+    corpus better and retains less of the source model."""
     trains: Literal["all", "lora", "rows"] = "all"
     """Method `distilled`: train the whole model (`all`), rows and low-rank adapters on the body's
     projections that are merged at the end (`lora`, rank 64: less memory), or the new rows alone
@@ -609,7 +609,7 @@ def reads_source(config: Config) -> bool:
     )
 
 
-TRAINED_FOR_EACH, WRITTEN_FOR_EACH = 80, 40
+TRAINED_FOR_EACH, WRITTEN_FOR_EACH = 104, 40
 """Upper bounds of `distillation_tokens` and `generated_tokens` per token of a vocabulary."""
 
 

@@ -22,6 +22,7 @@ from tokalign_jax.initialization import (
     row_features,
     self_distillation,
     self_text,
+    word_lists,
 )
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.models import hub, huggingface
@@ -232,10 +233,35 @@ def test_the_teacher_reads_no_more_than_its_positions(sides):
         [((" ".join(TEXTS * 3), None),)] * 9
     )
     steps, held_out = self_distillation._batches(
-        CONFIG, [], texts, 3000, models, sharding.make_mesh()
+        CONFIG, self_distillation.Texts([], texts, []), 3000, models, sharding.make_mesh()
     )
     assert {batch.source.shape[-1] for batch in (*steps, held_out)} == {48}
     assert {batch.target.shape[-1] for batch in (*steps, held_out)} == {48}
+
+
+def test_lists_of_words_have_their_share_and_weights(sides, monkeypatch):
+    monkeypatch.setattr(self_distillation, "LENGTH", 40)
+    source, target, _ = sides
+    models = self_distillation.Models(target.config, source.config, None)
+    starts = source.tokenizer.eos_token_id, target.tokenizer.eos_token_id
+    pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, {})
+    texts = pairing.pair([((" ".join(TEXTS * 3), None),)] * 9)
+    words = word_lists.split_differently(source.tokenizer, target.tokenizer, TEXTS)
+    lists = word_lists.draw(words, 4000, pairing, np.random.default_rng(0))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+    def next_token_weights(lists):
+        given = self_distillation.Texts(texts, texts, lists)
+        steps, held_out = self_distillation._batches(CONFIG, given, 4000, models, mesh)
+        assert 0 not in held_out.next_token[(held_out.target >= 0).any(-1)]
+        weights = [x.next_token[(x.target >= 0).any(-1)] for x in steps]
+        return np.concatenate([x.reshape(-1) for x in weights])
+
+    share = np.mean(next_token_weights(lists) == self_distillation.LISTS[0])
+    assert share == pytest.approx(self_distillation.LIST_SHARE, abs=0.05)
+    assert 0 not in next_token_weights([])
+    few = next_token_weights(lists[:1])
+    assert 0 < np.sum(few == 0) <= len(lists[0].target) // 40 < self_distillation.LIST_SHARE * 100
 
 
 def test_repeated_sequences_count_once():

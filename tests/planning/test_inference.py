@@ -335,7 +335,7 @@ def test_host_memory_is_limited_by_system_and_cgroup(case, tmp_path):
 
 def test_plan_covers_distillation_and_rows_only_needs_less():
     table = plan_of(config=DISTILLED).table()
-    assert "writes 1.8M tokens at most; the start is trained on 4M, with it as teacher" in table
+    assert "writes 1.8M tokens at most; the start is trained on 5.2M, with it as teacher" in table
     needed = inference.needs(run_of(DISTILLED))["init"].device
     rows, lora = (
         replace(DISTILLED, initialization=InitializationConfig(trains=trains))

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.training.toys import LLAMA, toy_params
+from tests.training.toys import LLAMA as TWO_LAYERS
+from tests.training.toys import toy_params
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models import transformer
 from tokalign_jax.parallel import sharding
 from tokalign_jax.training import cross_tokenizer
 from tokalign_jax.training.cross_tokenizer import Batch, Models, Weights
 
+LLAMA = replace(TWO_LAYERS, num_layers=4, layer_kinds=TWO_LAYERS.layer_kinds[:1] * 4)
 COMPUTE = ComputeConfig(dtype="float32", loss_chunk=10)
 TEACHER = replace(LLAMA, vocab_size=53)
 MODELS = Models(LLAMA, TEACHER, COMPUTE)
@@ -69,7 +71,25 @@ def whole_loss(params, teacher, data, weights):
             chunks += 1
     own, theirs = (jnp.stack(states) for states in zip(*pairs))
     states = jnp.square(own - theirs).sum() / jnp.square(theirs - theirs.mean(0)).sum()
-    return next_token + likelihood / chunks + weights.states * states
+    inner = inner_distances(params, teacher, data)
+    return (
+        next_token + likelihood / chunks + weights.states * states + weights.inner * jnp.mean(inner)
+    )
+
+
+def inner_distances(params, teacher, data):
+    """The distance after each layer that is compared."""
+    read, layers = jnp.maximum(jnp.asarray(data.target)[:, :-1], 0), [1, 2, 3]
+    own = transformer.forward_with_inner_states(LLAMA, params, read, layers)[1]
+    theirs = transformer.forward_with_inner_states(TEACHER, teacher, data.source, layers)[1]
+    places = [(row, t) for row, t in zip(*np.nonzero(data.positions >= 0)) if t > 0]
+    distances = []
+    for student, taught in zip(own, theirs, strict=True):
+        mine = jnp.stack([student[row, t] for row, t in places])
+        others = jnp.stack([taught[row, data.positions[row, t]] for row, t in places])
+        error = jnp.square(mine - others).mean(0)
+        distances.append(jnp.mean(error / jnp.square(others - others.mean(0)).mean(0)))
+    return jnp.stack(distances)
 
 
 def test_loss_and_gradients_match_the_formulas():
@@ -100,6 +120,24 @@ def test_student_equal_to_its_teacher_has_only_the_next_token_loss():
     models = Models(LLAMA, LLAMA, COMPUTE)
     value, terms = cross_tokenizer.loss(models, params, params, same, Weights())
     assert abs(float(value)) < 1e-5 and float(terms.states) < 1e-6 and float(terms.distance) < 1e-5
+    assert float(terms.inner) < 1e-6
+
+
+def test_inner_states_are_compared_at_quarters_of_the_layers():
+    assert cross_tokenizer.inner_layers(30) == [8, 15, 22]
+    assert cross_tokenizer.inner_layers(4) == [1, 2, 3]
+    assert cross_tokenizer.inner_layers(2) == [1] and not cross_tokenizer.inner_layers(1)
+
+
+def test_dimensions_count_alike_whatever_their_size():
+    random = np.random.default_rng(0)
+    teacher, error = random.normal(size=(2, 3, 20, 5))
+    counts, sizes = random.random((3, 20)) < 0.7, np.array([1.0, 1e3, 1e-3, 1.0, 10.0])
+    found = cross_tokenizer.inner_distance(
+        jnp.asarray((teacher + error) * sizes), jnp.asarray(teacher * sizes), jnp.asarray(counts)
+    )
+    expected = np.square(error)[counts].mean(0) / teacher[counts].var(0)
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-4)
 
 
 def test_divergence_is_the_binary_one_in_float64():

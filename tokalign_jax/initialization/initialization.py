@@ -35,6 +35,7 @@ from tokalign_jax.initialization import (
     self_text,
     token_distillation,
     tuning,
+    word_lists,
 )
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
@@ -425,11 +426,11 @@ def distill(
         return self_distillation.Result(target.params, {})
     budget, tokens = distillation_budget(config, aligned.source_size, aligned.target_size)
     source = source._replace(params=sharding.place(source.params, mesh))
-    written, corpus = _paired_texts(config, source, target, documents, budget, mesh, log)
-    if not written and not corpus:
+    texts = _paired_texts(config, source, target, documents, budget, tokens, mesh, log)
+    if not texts.written and not texts.corpus:
         return self_distillation.Result(target.params, {})
 
-    tokens_seen = np.concatenate([pair.target for pair in (*written, *corpus)])
+    tokens_seen = np.concatenate([pair.target for part in texts for pair in part])
     seen = np.bincount(tokens_seen, minlength=aligned.target_size)
     trains = "rows" if num_frozen_rows else config.initialization.trains
     moving = movable(source.tokenizer, target.tokenizer, aligned, seen, num_frozen_rows)
@@ -443,8 +444,7 @@ def distill(
         target.params,
         source.params,
         rows,
-        written,
-        corpus,
+        texts,
         tokens,
         trains,
         mesh,
@@ -458,10 +458,11 @@ def _paired_texts(
     target: Side,
     documents: Iterable[Document],
     budget: int,
+    tokens: int,
     mesh: Mesh,
     log: Log,
-) -> tuple[list[pairs.Pair], list[pairs.Pair]]:
-    """Return the texts of a distilled start for both models: the source's own, and the corpus's.
+) -> self_distillation.Texts:
+    """Return the texts of a distilled start for both models.
 
     The source writes them here even if the corpus has a part called `self`: that one has another
     size, and is split into training and held-out documents.
@@ -472,6 +473,7 @@ def _paired_texts(
       target: the model with the new vocabulary.
       documents: training documents.
       budget: tokens for the source model to write.
+      tokens: target tokens to train on.
       mesh: devices that write.
       log: receives progress.
     """
@@ -485,10 +487,22 @@ def _paired_texts(
         source.config, source.params, source.tokenizer, dtype, mesh, config.seed
     )
     tokenizers = source.tokenizer, target.tokenizer
-    passages = self_corpus.in_template(writer.write(budget, log, special), *tokenizers, special)
-    written = pairing.pair(list(passages))
+    passages = [*self_corpus.in_template(writer.write(budget, log, special), *tokenizers, special)]
     parts = [((piece, None),) for document in documents for piece in pairs.passages(document.text)]
-    return written, pairing.pair(parts) if config.initialization.corpus_share else []
+    own = ("".join(segment.text for segment in passage) for passage in passages)
+    words = word_lists.split_differently(*tokenizers, own)
+    share = self_distillation.LIST_SHARE
+    log(
+        f"word lists: {len(words):,} words are split differently; lists of them are"
+        f" {share if words else 0:.0%} of the text"
+    )
+    return self_distillation.Texts(
+        pairing.pair(passages),
+        pairing.pair(parts) if config.initialization.corpus_share else [],
+        word_lists.draw(
+            words, round(share * tokens), pairing, np.random.default_rng([config.seed, 9])
+        ),
+    )
 
 
 def _trainable_rows(

@@ -3,8 +3,9 @@
 Rows that are the mean of their pieces (FVT) are right one by one, but not together: composed tokens
 do not get the probability of their pieces, and words that the new tokenizer splits in another way
 are spelled in a way that the body has never read. The new model therefore reads text that the
-source wrote (`self_text.py`) and a share of the corpus, and learns to assign it the source's
-likelihoods, with the source's states (`training/cross_tokenizer.py`).
+source wrote (`self_text.py`), a share of the corpus, and lists of words that are split differently
+(`word_lists.py`), and learns to assign it the source's likelihoods, with the source's states
+(`training/cross_tokenizer.py`).
 
 The student's vocabulary is restricted to the tokens of this text, which makes a step faster and
 lowers the logits of no other token. The probability of the other tokens is calibrated at the end
@@ -83,6 +84,10 @@ WRITTEN = (0.5, 1.0)
 """Weights of next-token loss and likelihood divergence on text written by the source model."""
 CORPUS = (1.0, 0.5)
 """The same weights on text of the corpus."""
+LISTS = (0.0, 0.5)
+"""The same weights on lists of words, whose order means nothing."""
+LIST_SHARE = 0.23
+"""Share of lists of words in the sequences."""
 HELD_OUT = 64
 """Sequences on which the model is measured before and after training; not trained on."""
 MICRO_BATCH_TOKENS = {"cpu": 1024}
@@ -110,6 +115,16 @@ class Rows(NamedTuple):
         chosen = np.isin(self.composed, tokens)
         composed = np.searchsorted(tokens, self.composed[chosen])
         return Rows(composed, self.features[chosen], self.free[tokens], self.deviation)
+
+
+class Texts(NamedTuple):
+    """Text in the tokens of both models."""
+
+    written: Sequence[pairing.Pair]
+    """Written by the source model."""
+    corpus: Sequence[pairing.Pair]
+    lists: Sequence[pairing.Pair]
+    """Lists of words."""
 
 
 HostBatch = Any
@@ -141,8 +156,7 @@ def distill(
     params: Params,
     teacher: Params,
     rows: Mapping[str, Rows],
-    written: Sequence[pairing.Pair],
-    corpus: Sequence[pairing.Pair],
+    texts: Texts,
     budget: int,
     trains: Literal["all", "lora", "rows"],
     mesh: Mesh,
@@ -156,14 +170,13 @@ def distill(
       params: the new model's parameters, its vocabulary matrices in float32.
       teacher: the source model's parameters.
       rows: trainable rows by the path of their matrix in `params`.
-      written: text written by the source model.
-      corpus: text of the corpus.
+      texts: text to train on.
       budget: target tokens to train on; shorter text is repeated, up to `MOST_PASSES` times.
       trains: beside the rows, `all` trains the body, `lora` adapters on it, `rows` nothing.
       mesh: devices that train.
       log: receives progress.
     """
-    steps, held_out = _batches(config, written, corpus, budget, models, mesh)
+    steps, held_out = _batches(config, texts, budget, models, mesh)
     present, counts = _tokens_in_text((*steps, held_out), len(rows[head_path(rows)].free))
     steps, held_out = [_renumbered(x, present) for x in steps], _renumbered(held_out, present)
     student = dataclasses.replace(models.student, vocab_size=len(present))
@@ -635,26 +648,30 @@ def _on_mesh(path: str, part: Rows, size: int, dtype: Any, mesh: Mesh) -> dict[s
 
 def _batches(
     config: Config,
-    written: Sequence[pairing.Pair],
-    corpus: Sequence[pairing.Pair],
+    texts: Texts,
     budget: int,
     models: Models,
     mesh: Mesh,
 ) -> tuple[list[HostBatch], HostBatch]:
-    """Return the batches of all steps and the held-out one, on the host.
+    """Return the batches of all steps and the held-out one, which has no lists, on the host.
 
     Their sequences do not depend on the devices.
     """
     random = np.random.default_rng([config.seed, 5])
     length = min(LENGTH, models.student.max_positions - 1)
+    written, corpus, lists = texts
     share = config.initialization.corpus_share if written and corpus else float(not written)
     count = max(1, budget // length)
+    listed = min(round(LIST_SHARE * count), sum(len(pair.target) for pair in lists) // length)
+    count -= listed
     lengths = length, min(pairing.source_length(length), models.teacher.max_positions)
     sampled = [
-        _draw(texts, round(part * count), round(part * HELD_OUT), lengths, weights, random)
-        for texts, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
+        _draw(group, round(part * count), round(part * HELD_OUT), lengths, weights, random)
+        for group, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
-    trained, left_out = (_batch(map(np.concatenate, zip(*batches))) for batches in zip(*sampled))
+    drawn, left_out = (list(batches) for batches in zip(*sampled))
+    drawn.append(_draw(lists, listed, 0, lengths, LISTS, random)[0])
+    trained, left_out = (_batch(map(np.concatenate, zip(*parts))) for parts in (drawn, left_out))
     count = len(trained.target)
     size = min(count, MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS))
     # Steps of one size share a compiled program; sequences left over are not read.

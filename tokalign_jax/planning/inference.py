@@ -41,7 +41,7 @@ from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import disk, memory
 from tokalign_jax.planning.machine import Machine, MeshSizes
 from tokalign_jax.planning.memory import FLOAT, Setup, elements
-from tokalign_jax.training import states
+from tokalign_jax.training import cross_tokenizer, states
 from tokalign_jax.utils import paths
 
 BLOCK = 64 << 20
@@ -333,6 +333,8 @@ def _training_on_device(run: Run) -> dict[str, int]:
         "features of tokens": size * features // (fsdp * tensor),
         "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh)
         + work
+        # States inside both models, and their differences in float32.
+        + len(cross_tokenizer.INNER_DEPTHS) * (2 * size + FLOAT) * tokens * run.model.hidden_size
         + size * inner,
     }
 

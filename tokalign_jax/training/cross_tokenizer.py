@@ -7,6 +7,10 @@ text. There the loss compares
   variance of the teacher's. Student and teacher are the same model but for the vocabulary, so their
   states live in one space. Only where the next token is the same on both sides: before a word that
   is split differently the two have to point at different tokens.
+- inner states: the same for the residual stream at a quarter, a half and three quarters of the
+  layers, with the variance of each dimension of its own, at every shared boundary but the start of
+  the row. Later tokens attend to what both models have made of a word there, which the next token
+  alone may not need.
 - likelihoods: how likely each finds the text up to the next shared boundary (a chunk), as in
   approximate likelihood matching (ALM, Minixhofer et al. 2025, arXiv 2503.20083). With p and q the
   chunk's likelihoods by teacher and student to the power of 1 / t, the temperature t times the
@@ -20,6 +24,7 @@ B batch, T target tokens, S source tokens, D model.
 """
 
 import functools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -29,12 +34,14 @@ from jaxtyping import Array, Bool, Float, Int
 from tokalign_jax.config import ComputeConfig
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.lora import LoraSpec
-from tokalign_jax.models.transformer import Params, forward, head_matrix
+from tokalign_jax.models.transformer import Params, forward_with_inner_states, head_matrix
 from tokalign_jax.text.boundaries import NONE
 from tokalign_jax.training.losses import head_of, token_nll, weighted_cross_entropy
 
 TEMPERATURE = 100.0
 """t; the paper's."""
+INNER_DEPTHS = (0.25, 0.5, 0.75)
+"""Depths at which inner states are compared, as shares of the layers."""
 LEAST_NATS = 1e-3
 """A chunk's negative log-likelihood is taken to be at least this: the divergence has no bound at
 0."""
@@ -57,6 +64,7 @@ class Weights(NamedTuple):
     """Weights of the other terms of the loss."""
 
     states: float = 2.0
+    inner: float = 4.0
     emphasis: float = 2.0
     """Factor of next-token loss and divergence for tokens and chunks that are split differently."""
 
@@ -68,6 +76,7 @@ class Terms(NamedTuple):
     next_token: Float[Array, ""]
     """Nats a target token."""
     states: Float[Array, ""]
+    inner: Float[Array, ""]
     distance: Float[Array, ""]
     """Mean absolute difference between both models' negative log-likelihoods of a chunk, nats."""
 
@@ -92,11 +101,12 @@ def loss(
     """
     dtype, compute = jnp.dtype(models.compute.dtype), models.compute
     read, labels = jnp.maximum(batch.target[:, :-1], 0), batch.target[:, 1:]
-    hidden = forward(
-        models.student, params, read, lora=models.lora, dtype=dtype, remat="layer", unroll=1
+    layers = inner_layers(models.student.num_layers) if weights.inner else []
+    hidden, inner = forward_with_inner_states(
+        models.student, params, read, layers, lora=models.lora, dtype=dtype
     )
     head, how = head_matrix(params), head_of(models.student, compute)
-    taught, teacher_nll = _teacher(models, teacher, batch.source)
+    taught, taught_inner, teacher_nll = _teacher(models, teacher, batch.source, layers)
 
     student_nll = token_nll(*jax.lax.stop_gradient((hidden, head)), labels, how)
     objective = functools.partial(
@@ -109,19 +119,36 @@ def loss(
 
     alike = same_next_token(batch.positions) & (labels >= 0)
     states = state_distance(hidden, _at(taught, batch.positions), alike)
-    total = surrogate + jax.lax.stop_gradient(value - surrogate) + weights.states * states
-    return total, Terms(jax.lax.stop_gradient(total), next_token, states, distance)
+    # The first position has read the same token on both sides, and an outlier in many models.
+    shared = jnp.asarray(batch.positions != NONE).at[:, 0].set(False)
+    distances = [
+        inner_distance(own, _at(theirs, batch.positions), shared)
+        for own, theirs in zip(inner, taught_inner)
+    ]
+    apart = jnp.stack(distances).mean() if distances else jnp.zeros(())
+    total = surrogate + jax.lax.stop_gradient(value - surrogate)
+    total += weights.states * states + weights.inner * apart
+    terms = Terms(total, next_token, states, apart, distance)
+    return total, jax.lax.stop_gradient(terms)
+
+
+def inner_layers(num_layers: int) -> list[int]:
+    """Numbers of layers after which inner states are compared, ascending; none of one layer."""
+    numbers = {max(1, round(depth * num_layers)) for depth in INNER_DEPTHS}
+    return sorted(number for number in numbers if number < num_layers)
 
 
 def _teacher(
-    models: Models, params: Params, source: Int[Array, "B S"]
-) -> tuple[Array, Float[Array, "B S"]]:
-    """Final states of the teacher, and its negative log-likelihoods of the token behind each."""
+    models: Models, params: Params, source: Int[Array, "B S"], layers: Collection[int]
+) -> tuple[Array, list[Array], Float[Array, "B S"]]:
+    """Final states of the teacher, its inner states after these layers, and its negative
+    log-likelihoods of the token behind each position.
+    """
     dtype = jnp.dtype(models.compute.dtype)
-    hidden = forward(models.teacher, params, source, dtype=dtype, remat="layer", unroll=1)
+    hidden, inner = forward_with_inner_states(models.teacher, params, source, layers, dtype=dtype)
     following = jnp.pad(source[:, 1:], ((0, 0), (0, 1)), constant_values=NONE)
     nll = token_nll(hidden, head_matrix(params), following, head_of(models.teacher, models.compute))
-    return jax.lax.stop_gradient((hidden, nll))
+    return jax.lax.stop_gradient((hidden, inner, nll))
 
 
 def _likelihood_terms(
@@ -204,6 +231,22 @@ def state_distance(
     mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
     variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0))
     return jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0)) / jnp.maximum(variance, 1e-9)
+
+
+def inner_distance(
+    student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], counts: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Squared distance of each dimension over its variance in the teacher, averaged over D.
+
+    The residual stream has a few dimensions of far larger variance than all others, which would be
+    all that counts without units of their own.
+    """
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    at = counts[..., None]
+    mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
+    variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0), axis=(0, 1))
+    error = jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0), axis=(0, 1))
+    return jnp.mean(error / jnp.maximum(variance, 1e-9))
 
 
 def same_next_token(positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
