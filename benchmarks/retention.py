@@ -13,8 +13,9 @@ A start is a name and config fields in which it differs from the defaults; a fie
 initial distillation, and a field `model` is the folder of a start that another program made. Each
 training continues the start or training of its field `start` (the last start by default) and is a
 stage with these fields, on the corpus and, at `--self_share` of its tokens, on text of the source
-model. The source model is loaded once, writes its text once a seed, and programs are compiled once,
-which a run of its own does for every start.
+model; one with the field `average=NAME+NAME` is the mean of such models' weights instead. The
+source model is loaded once, writes its text once a seed, and programs are compiled once, which a
+run of its own does for every start.
 
 Reported are abilities as the mean over suites, over all questions, and by how the tokenizers split
 a question (shares of the questions that the source answers right, and the margin of the right
@@ -287,6 +288,8 @@ class Bench:
 
     def train(self, training: Item) -> dict[str, Any]:
         """Train the last start, or what a training made of it, and measure the result."""
+        if "average" in training.fields:
+            return self._average(training)
         [first, *_] = self.models
         before = self.models[training.fields.get("start", first)]
         fields = {k: v for k, v in training.fields.items() if k not in ("start", "seed")}
@@ -306,6 +309,18 @@ class Bench:
             "tokens": stage.steps * stage.batch.size * stage.batch.sequence_length,
         }
         return self.measured(training.name, trained.config, trained.params, self.target, **facts)
+
+    def _average(self, item: Item) -> dict[str, Any]:
+        """Average the weights of the models `a+b` named by the field `average`; measure that."""
+        parts = [self.models[name] for name in item.fields["average"].split("+")]
+
+        def mean(*weights: Any) -> np.ndarray:
+            return np.mean([np.asarray(x, np.float32) for x in weights], axis=0)
+
+        params = jax.tree.map(mean, *(part.params for part in parts))
+        self.models[item.name] = dataclasses.replace(parts[0], params=params)
+        config = parts[0].config
+        return self.measured(item.name, config, params, self.target, average=item.fields["average"])
 
     @functools.cached_property
     def teacher(self) -> source_teacher.Teacher:
