@@ -24,7 +24,7 @@ def get_config() -> Any:
     config.text.budget_bytes = 50_000_000  # all of it
     config.text.held_out_fraction = 0.04
 
-    config.initialization.distillation_tokens = 32_000
+    config.initialization.distillation_tokens = 42_000
     config.initialization.generated_tokens = 24_000
     config.initialization.corpus_share = 0.7  # the source model writes English and code alone
 
