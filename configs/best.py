@@ -12,7 +12,7 @@ a rate of 5e-4 ends 0.09 below 1.6e-4 (with steps of 1,024 tokens 0.04 below on 
 where two stages at the usual rates end at 1.603 (1e-3: 1.349).
 
 On a real model (SmolLM2-135M-Instruct, up to 60M tokens at 3e-4) the share of questions answered
-right stays at .94 to .97 of the source's, whichever objective trains. The mixture of next token and
+right stays at .94 to .98 of the source's, whichever objective trains. The mixture of next token and
 distillation from the source (stage2.objective="mixture") stays nearer to the source and takes up to
 5% fewer bits on text of another kind, the more the longer it trains; "next_token" takes 2 to 8%
 fewer bits on the corpus's kind of text and is 1.5 times as fast. Text of the source's own belongs
