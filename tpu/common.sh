@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share: settings, flags, and how they speak to gcloud. Sourced, never run.
+# Shared by the scripts of this folder: settings, flags and gcloud calls. To be sourced, not run.
 set -euo pipefail
 
 TPU_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$TPU_DIR")
 WORKER_DIR=tokalign_jax # on a worker, under its home
 
-# Settings: the environment, then the file (the environment wins where the file says VAR=${VAR:-...}).
+# Settings come from the file. The environment overrides it if the file has VAR=${VAR:-...}.
 SETTINGS=${SETTINGS:-$TPU_DIR/settings.sh}
 CREATE_FLAGS=() SSH_FLAGS=() RUN_ENV=()
 # shellcheck source=/dev/null
@@ -22,7 +22,8 @@ die() {
   exit 2
 }
 
-# Takes --dry-run and --help off "$@"; what follows `--` stays in ARGS. The help is the script's own first comment.
+# Parses --dry-run and --help; arguments after `--` go to ARGS. The help of a script is its first
+# comment.
 parse() {
   ARGS=()
   while (($#)); do
@@ -37,15 +38,15 @@ parse() {
         ARGS=("$@")
         break
         ;;
-      *) die "unknown argument '$1'; what is meant for the command on the workers comes after --" ;;
+      *) die "unknown argument '$1'; put the arguments of tokalign run after --" ;;
     esac
     shift
   done
-  [[ -n $PROJECT ]] || die "PROJECT is not set; write it to $SETTINGS (see settings.example.sh) or export it"
-  [[ -n $ZONE ]] || die "ZONE is not set; write it to $SETTINGS (see settings.example.sh) or export it"
+  [[ -n $PROJECT ]] || die "PROJECT is not set: see settings.example.sh, and set it in $SETTINGS"
+  [[ -n $ZONE ]] || die "ZONE is not set: see settings.example.sh, and set it in $SETTINGS"
 }
 
-# The image for a kind of TPU (https://cloud.google.com/tpu/docs/runtimes).
+# Prints the image for the type of TPU (https://cloud.google.com/tpu/docs/runtimes).
 runtime_version() {
   if [[ -n $RUNTIME_VERSION ]]; then
     echo "$RUNTIME_VERSION"
@@ -56,11 +57,11 @@ runtime_version() {
     v5p-*) echo v2-alpha-tpuv5 ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
-    *) die "no image is known for ACCELERATOR_TYPE '$ACCELERATOR_TYPE'; set RUNTIME_VERSION" ;;
+    *) die "no default image for ACCELERATOR_TYPE '$ACCELERATOR_TYPE': set RUNTIME_VERSION" ;;
   esac
 }
 
-# One gcloud call in the project and zone; printed instead of made under --dry-run.
+# Calls gcloud in the project and zone; with --dry-run, prints the call instead.
 gc() {
   local group=$1 verb=$2
   shift 2
@@ -73,7 +74,8 @@ gc() {
   fi
 }
 
-# State of the queued resource (ACTIVE, SUSPENDED, ...), or ABSENT. Asks nothing under --dry-run: $1 is the answer then.
+# Prints the state of the queued resource (ACTIVE, SUSPENDED, ...), or ABSENT. With --dry-run,
+# prints $1 without a call.
 state() {
   if [[ $DRY_RUN == 1 ]]; then
     echo "$1"
@@ -93,8 +95,8 @@ state() {
   rm -f "$errors"
 }
 
-# Runs worker.sh with these arguments on worker $1 (a number, or all). Quoted once for the shell over there, so that
-# spaces, quotes and globs arrive as they were.
+# Runs worker.sh with these arguments on worker $1 (a number, or all). They are quoted for the
+# remote shell, so that spaces, quotes and globs are preserved.
 on_worker() {
   local worker=$1
   shift

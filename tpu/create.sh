@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Asks for the TPU slice as a queued resource, and waits until it is there.
+# Requests the TPU slice as a queued resource, and waits until it is active.
 #
 #   tpu/create.sh [--dry-run]
 #
-# Nothing is asked for twice: where the queued resource exists, this only waits. One that is SUSPENDED (preempted) or
-# FAILED is reported: tpu/watch.sh replaces those, or tpu/delete.sh and this.
+# If the queued resource exists already, it only waits. If that is SUSPENDED (preempted) or FAILED,
+# it exits with 1: tpu/watch.sh replaces the slice, or delete it with tpu/delete.sh and try again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 
@@ -13,7 +13,7 @@ if [[ $now == ABSENT ]]; then
   image=$(runtime_version)
   tier=()
   if [[ $SPOT == 1 ]]; then tier=(--spot); fi
-  # The default scopes of a VM can only read buckets; checkpoints have to be written.
+  # With the default scopes a VM can only read buckets, but checkpoints are written to them.
   gc queued-resources create "$NAME" "--node-id=$NAME" "--accelerator-type=$ACCELERATOR_TYPE" \
     "--runtime-version=$image" --scopes=https://www.googleapis.com/auth/cloud-platform \
     ${tier[@]+"${tier[@]}"} ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"}
@@ -27,13 +27,13 @@ while true; do
       exit 0
       ;;
     SUSPENDING | SUSPENDED | FAILED | DELETING | ABSENT)
-      say "$NAME is $now"
+      say "$NAME is $now; tpu/watch.sh replaces it, or delete it with tpu/delete.sh and try again"
       exit 1
       ;;
     *)
-      say "$NAME is $now; asking again in ${POLL}s"
+      say "$NAME is $now; checking again in ${POLL}s"
       sleep "$POLL"
-      now=$(state ACTIVE) || now="out of reach"
+      now=$(state ACTIVE) || now=unknown
       ;;
   esac
 done

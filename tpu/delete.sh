@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes the queued resource and its VMs. What is on the shared storage stays. Where there is none, all is well.
+# Deletes the queued resource and its VMs, but not the shared storage. Succeeds if there is none.
 #
 #   tpu/delete.sh [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Follows the job's log on one worker (the first, which alone prints progress), or on the worker named by WORKER=N|all.
+# Follows the job's log on the first worker, which alone prints progress, or on WORKER=N|all.
 #
 #   tpu/logs.sh [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Brings this working tree (the files that git tracks, as they are now) to every worker, installs it with a Python of its
-# own and mounts the shared storage.
+# Copies this working tree (the files that git tracks, with uncommitted changes) to every worker,
+# installs it in a virtual environment, and mounts the shared storage.
 #
 #   tpu/setup.sh [--dry-run]
 #
-# A worker that has this very code installed and the storage mounted has nothing left to do.
+# Does nothing on a worker that has the same code installed and the storage mounted.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 
 if [[ -z $BUCKET && -z $NFS ]]; then
-  say "warning: neither BUCKET nor NFS is set: with several workers, --workdir must be on storage that all of them share"
+  say "warning: neither BUCKET nor NFS is set; several workers need a --workdir on shared storage"
 fi
 bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
 cp "$TPU_DIR/worker.sh" "$bundle/worker.sh"
-# Without time stamps and owners, so that the same code is the same archive.
+# Without timestamps and owners, so that the same code gives the same archive.
 git -C "$ROOT" ls-files -z |
   tar -C "$ROOT" --null -T - --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - | gzip -n >"$bundle/code.tar.gz"
 

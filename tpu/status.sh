@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says how the queued resource and the job on each worker are.
+# Prints the state of the queued resource, and of the job on each worker.
 #
 #   tpu/status.sh [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

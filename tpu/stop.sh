@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Asks the job on every worker to stop (SIGTERM): it writes a checkpoint and exits with 75. tpu/run.sh goes on from there.
+# Sends SIGTERM to the job on every worker: it writes a checkpoint and exits with 75. tpu/run.sh
+# resumes it.
 #
 #   tpu/stop.sh [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

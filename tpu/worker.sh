@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What happens on a worker. setup.sh brings it there and the other scripts call it; not meant to be called by hand.
+# Commands on a worker. setup.sh copies this script there, and the other scripts call it.
 #
 #   worker.sh setup BUCKET NFS MOUNT
 #   worker.sh start JOB MOUNT COUNT [VARIABLE=VALUE ...]x COUNT ARGUMENT...
@@ -14,7 +14,7 @@ say() { printf '%s: %s\n' "$(hostname)" "$*"; }
 
 setup() {
   local bucket=$1 nfs=$2 mount=$3
-  # One at a time: a second set-up waits for the first and finds its work done.
+  # One at a time: a second setup waits for the first, and then has nothing to do.
   exec 8>"$home/setup.lock"
   flock 8
   install_code
@@ -27,17 +27,17 @@ install_code() {
   local digest
   digest=$(sha256sum <"$home/code.tar.gz")
   if [[ -f $home/installed && $(<"$home/installed") == "$digest" ]]; then
-    say "this code is installed"
+    say "this code is already installed"
     return
   fi
   for job in "$home"/jobs/*; do
     if [[ -e $job/lock ]] && running; then
-      say "a job runs: the code stays as it is until it has ended"
+      say "a job is running: the code is not replaced; repeat tpu/setup.sh when it has ended"
       return
     fi
   done
   rm -f "$home/installed"
-  # The images have Python 3.10; uv brings a newer one.
+  # The images have Python 3.10; uv installs a newer one.
   if [[ ! -x $home/uv/bin/uv ]]; then
     python3 -m pip install --quiet --disable-pip-version-check --target "$home/uv" uv
   fi
@@ -52,14 +52,14 @@ install_code() {
 mount_bucket() {
   local bucket=$1 mount=$2
   if mountpoint -q "$mount"; then
-    say "$mount is mounted"
+    say "$mount is already mounted"
     return
   fi
   if ! command -v gcsfuse >/dev/null; then install_gcsfuse; fi
   sudo mkdir -p "$mount"
   sudo chown "$(id -u):$(id -g)" "$mount"
-  # Other workers write here too: nothing about files is remembered, so that what one wrote the others see at once.
-  # Directories are renamed when a checkpoint is whole; in one stroke if the bucket has a hierarchical namespace.
+  # No metadata cache, so that workers see each other's files at once. Checkpoints are finished by
+  # renaming a directory, which is atomic if the bucket has a hierarchical namespace.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=100000 \
     "$bucket" "$mount"
 }
@@ -76,16 +76,18 @@ install_gcsfuse() {
 mount_nfs() {
   local share=$1 mount=$2
   if mountpoint -q "$mount"; then
-    say "$mount is mounted"
+    say "$mount is already mounted"
     return
   fi
-  if ! command -v mount.nfs >/dev/null; then sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y nfs-common; fi
+  if ! command -v mount.nfs >/dev/null; then
+    sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y nfs-common
+  fi
   sudo mkdir -p "$mount"
   sudo mount -t nfs -o rw,hard "$share" "$mount"
   sudo chown "$(id -u):$(id -g)" "$mount"
 }
 
-# --- the job: a folder with `lock` (held while it runs), `command`, `pid`, `log` and `exit_code` ---
+# --- the job: a folder with `lock` (held while it runs), `command`, `pid`, `log`, `exit_code` ---
 
 running() { ! flock --nonblock "$job/lock" true; }
 
@@ -101,46 +103,47 @@ start() {
   shift "$count"
   if running; then
     if [[ $(<"$job/command") != "$command" ]]; then
-      say "error: job ${job##*/} runs with another command ($(<"$job/command")); wait, stop it, or choose another JOB"
+      say "error: job ${job##*/} is running another command ($(<"$job/command")):" \
+        "wait until it has ended, or stop it with tpu/stop.sh"
       exit 2
     fi
-    say "the job runs already (process $(<"$job/pid"))"
+    say "the job is already running (process $(<"$job/pid"))"
     return
   fi
   rm -f "$job/exit_code" "$job/pid"
   printf '%s' "$command" >"$job/command"
   if mountpoint -q "$mount"; then
-    # Compiled programs outlive the VM; who sets the variable in RUN_ENV has the last word.
+    # Keep compiled programs beyond the life of the VM. RUN_ENV can override the variable.
     environment=("JAX_COMPILATION_CACHE_DIR=$mount/.jax_cache" ${environment[@]+"${environment[@]}"})
   fi
   cd "$home/code"
   setsid nohup env ${environment[@]+"${environment[@]}"} bash "$home/worker.sh" supervise "${job##*/}" \
     "$venv/bin/python" -m tokalign_jax.main "$@" </dev/null >>"$job/log" 2>&1 8>&- &
-  for _ in {1..50}; do # until it has the lock, or has even ended
+  for _ in {1..50}; do # until it has the lock or has ended
     if [[ -f $job/pid || -f $job/exit_code ]]; then break; fi
     sleep 0.1
   done
   say "started"
 }
 
-# Runs a command and leaves its exit code behind, whoever is still connected.
+# Runs a command and records its exit code, even after the connection is closed.
 supervise() {
   exec 9>"$job/lock"
   flock --timeout 5 9
   "$@" &
   local child=$! code=0
   printf '%s' "$child" >"$job/pid"
-  trap : TERM # a VM that shuts down asks every process, so the child was asked too
+  trap : TERM # a VM that shuts down sends it to all processes, so the child has it, too
   while true; do
     code=0
     wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break # else it was only the trap
+    kill -0 "$child" 2>/dev/null || break # else `wait` was interrupted by the trap
   done
   printf '%s' "$code" >"$job/exit_code.partial"
   mv "$job/exit_code.partial" "$job/exit_code"
 }
 
-status() { # a line that watch.sh reads
+status() { # prints a line that watch.sh parses
   if [[ -e $job/lock ]] && running; then
     echo "job $(hostname) running"
   elif [[ -f $job/exit_code ]]; then
@@ -153,7 +156,11 @@ status() { # a line that watch.sh reads
 }
 
 stop() {
-  if [[ -e $job/lock ]] && running; then kill -TERM "$(<"$job/pid")" && say "asked to stop"; else say "nothing runs"; fi
+  if [[ -e $job/lock ]] && running; then
+    kill -TERM "$(<"$job/pid")" && say "stop requested"
+  else
+    say "no job is running"
+  fi
 }
 
 logs() {

@@ -281,11 +281,11 @@ def test_run_twice_starts_once_and_stop_ends_it(world):
     world.codes("wait")
     world.run("setup.sh")
     world.run("run.sh", "--", "--workdir", "w")
-    assert "runs already" in world.run("run.sh", "--", "--workdir", "w").stdout
+    assert "already running" in world.run("run.sh", "--", "--workdir", "w").stdout
     assert "another command" in world.run("run.sh", "--", "--workdir", "other", expect=2).stdout
-    assert "is installed" in world.run("setup.sh").stdout
+    assert "already installed" in world.run("setup.sh").stdout
     (world.project / "pyproject.toml").write_text("changed")
-    assert "the code stays" in world.run("setup.sh").stdout
+    assert "the code is not replaced" in world.run("setup.sh").stdout
     assert "running" in world.run("status.sh").stdout
     assert len(world.runs()) == 1
     world.run("stop.sh")
@@ -378,7 +378,7 @@ def test_watch_ignores_the_exit_of_another_run(world):
     whole = gcloud.read_text()
     once = "if verb == 'scp' and not (world / 'broken').exists():\n    (world / 'broken').touch()\n    sys.exit(1)\n"
     gcloud.write_text(whole.replace('if verb == "describe":', f'{once}if verb == "describe":'))
-    assert "is not up" in watch(world).stderr
+    assert "is not ready" in watch(world).stderr
     assert [run[1][-1] for run in world.runs()] == ["yesterday", "w"]
 
 
