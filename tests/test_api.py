@@ -131,7 +131,7 @@ def test_initialisation_with_text_is_distilled_from_the_source(source, tokenizer
         (lambda s, t: ta.train(s, TEXTS, objective="mixture"), "needs the source model"),
         (lambda s, t: ta.evaluate(s, "one text"), "single string"),
         (lambda s, t: ta.evaluate(s, {"en": "one text"}), "single string"),
-        (lambda s, t: ta.evaluate(s, [5]), "no string: 5"),
+        (lambda s, t: ta.evaluate(s, [5]), "not a string: 5"),
         (lambda s, t: ta.evaluate(s, []), "no text to measure"),
         (lambda s, t: ta.evaluate(s, {"en": TEXTS, "de": [""]}), "no text to measure of 'de'"),
         (lambda s, t: ta.save(s, __file__), "is a file: name a new folder"),

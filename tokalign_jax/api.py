@@ -165,7 +165,7 @@ def align(
     if method == "omp":
         raise UserError("method 'omp' needs a donor model: use it with `tokalign run`")
     if method in methods.NEED_VECTORS and not documents and not config.target_vectors:
-        raise UserError(f"method '{method}' needs text: give align(..., texts=...)")
+        raise UserError(f"method '{method}' needs text: use align(..., texts=...)")
     old, new = (tokenizing.tokenize(tokenizer, documents) for tokenizer in (source, target))
     inputs = methods.Inputs(config, source, target, old.counts, new.counts, seed, log)
     if method in methods.NEED_VECTORS:
@@ -283,7 +283,7 @@ def train(
       The trained model with the loss of each step; trained parameters are float32.
 
     Raises:
-      UserError: the text is shorter than a sequence, or a setting is not possible.
+      UserError: the text is shorter than a sequence, or a setting is invalid.
     """
     values = {
         "method": method,
@@ -306,7 +306,7 @@ def train(
 
 
 def _drawing(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seed: int) -> Draw:
-    """Return a function that draws documents of about so many tokens, the same for every call."""
+    """Return a function that draws documents with about a number of tokens, always the same."""
 
     def draw(tokens: int) -> Iterator[Document]:
         order = np.random.default_rng(seed).permutation(len(documents))
@@ -369,7 +369,8 @@ def evaluate(model: Model, texts: Texts, *, sequence_length: int = 256) -> dict[
     groups = _by_language(texts)
     empty = [language for language, group in groups.items() if not any(group)]
     if empty or not groups:
-        raise UserError(f"there is no text to measure{f' of {empty[0]!r}' if empty else ''}")
+        which = f" of {empty[0]!r}" if empty else ""
+        raise UserError(f"there is no text to measure{which}: give at least one document")
     length = min(sequence_length, model.config.max_positions)
     costs = bits_per_byte.evaluate_documents(
         model.config,
@@ -423,7 +424,7 @@ def run(
     stages: Sequence[str] | None = None,
     log: Log = print,
 ) -> Path:
-    """Do a run in a workdir, as `tokalign run` does, or resume it.
+    """Run the pipeline in a workdir, like `tokalign run`, or resume it.
 
     Args:
       config: a config, or a dict of its fields such as `{"stage2": {"steps": 100}}`.
@@ -454,13 +455,15 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def _check_tokenizers(
     alignment: Alignment, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
 ) -> None:
-    """Check that an alignment is of these tokenizers; one may have changed since."""
+    """Check that an alignment was made with these tokenizers; one may have changed since."""
     for side, tokenizer, fingerprint in (
         ("source", source, alignment.source_fingerprint),
         ("target", target, alignment.target_fingerprint),
     ):
         if canonical.fingerprint(tokenizer) != fingerprint:
-            raise UserError(f"the alignment is of another {side} tokenizer: align these two first")
+            raise UserError(
+                f"the alignment was made with another {side} tokenizer: align these two first"
+            )
 
 
 def _by_language(texts: Texts) -> dict[str, list[str]]:
@@ -473,7 +476,7 @@ def _by_language(texts: Texts) -> dict[str, list[str]]:
 def _document(text: Any) -> str:
     """Return a document without unpaired surrogates, which UTF-8 cannot encode."""
     if not isinstance(text, str):
-        raise UserError(f"texts has a document that is no string: {text!r:.80}")
+        raise UserError(f"texts has a document that is not a string: {text!r:.80}")
     return text.encode("utf-8", errors="replace").decode()
 
 

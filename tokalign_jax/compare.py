@@ -1,4 +1,4 @@
-"""The old name of `tokalign compare`: `python -m tokalign_jax.compare`."""
+"""Former entry point of `tokalign compare`: `python -m tokalign_jax.compare`."""
 
 if __name__ != "__main__":
     raise ImportError(

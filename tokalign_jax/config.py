@@ -48,7 +48,7 @@ def within(low: float, high: float, default: Any, effect: bool = True) -> Any:
     """Declare a numeric field with bounds.
 
     Args:
-      effect: whether results depend on it by more than rounding; else no fingerprint includes it.
+      effect: whether it changes results by more than rounding; if not, no fingerprint includes it.
     """
     return field(default=default, metadata={"within": (low, high), "effect": effect})
 
@@ -62,7 +62,7 @@ def added(default: Any) -> Any:
 
 
 class Bookkeeping:
-    """Base class of groups of settings that no result depends on."""
+    """Base class of groups of settings that do not affect results."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TextConfig:
     text_field: str = "text"
     """Field (column) with the text of a document."""
     self_tokens: int = within(1000, 10**12, 4_000_000)
-    """Tokens that the source model writes for `self` in the corpus, prompts included."""
+    """Tokens that the source model generates for `self` in the corpus, prompts included."""
     messages_field: str = "messages"
     """Field with the messages of a chat (objects with `role` and `content`). A record with this
     field is a chat: it is formatted by the chat template, and the loss is taken on the assistant's
@@ -87,7 +87,7 @@ class TextConfig:
     hub_split: str = "train"
     """Split of a hub dataset, or of a folder that `datasets` saved several splits in."""
     budget_bytes: int = within(1, 10**15, 5_000_000_000)
-    """UTF-8 bytes of text to keep, held-out documents included; of a larger corpus, each file is
+    """Maximum UTF-8 bytes of text, held-out documents included; of a larger corpus, each file is
     read in proportion to its size."""
     max_broken_share: float = within(0, 1, 0.001)
     """Maximum share of broken records (lines of JSON, rows, plain-text documents): not JSON, not
@@ -95,8 +95,8 @@ class TextConfig:
     than this share are tolerated in any corpus, beyond that they are an error. 0: none is
     tolerated."""
     held_out_fraction: float = within(0, 0.5, 0.005)
-    """Share of documents, chosen by their SHA-256, that are excluded from alignment and training
-    and that results are measured on."""
+    """Share of documents, chosen by their SHA-256, that are held out from alignment and training
+    for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class ExtendConfig:
     """Tokens mined from the corpus, added to the source tokenizer (target tokenizer `extend`)."""
 
     new_tokens: int = within(1, 10**7, 8000)
-    """Maximum number of tokens to add; fewer if the text has no more frequent ones."""
+    """Maximum number of tokens to add; fewer if no more tokens have `min_count`."""
     min_count: int = within(1, 10**12, 10)
-    """Minimum count of a new token in the text that is read for it."""
+    """Minimum count of a new token in the text that is read."""
     budget_bytes: int = within(1, 10**15, 50_000_000)
     """UTF-8 bytes of training documents that are read for it, drawn at random from all of them;
     they are held in memory."""
@@ -117,7 +117,7 @@ class PruneConfig:
     """Tokens removed from the source tokenizer (target tokenizer `prune`)."""
 
     min_count: int = within(1, 10**12, 1)
-    """Tokens with a lower count in the text are removed; 1: those that it never has."""
+    """Tokens with a lower count in the text are removed; 1: those that do not occur in it."""
     most_tokens: int = within(0, 10**7, 0)
     """Maximum number of tokens to keep, the most frequent ones. Bytes, special tokens and the
     tokens of the chat template are always kept; 0: no limit."""
@@ -135,7 +135,7 @@ class GloveConfig:
     learning_rate: float = within(0, 10, 0.05)
     """Learning rate of AdaGrad."""
     x_max: float = within(1e-3, 1e12, 10.0)
-    """Count from which on co-occurrences have full weight."""
+    """Count at and above which co-occurrences have full weight."""
     alpha: float = within(0, 10, 0.75)
     """Exponent of the weighting below `x_max`."""
 
@@ -172,10 +172,10 @@ class AlignmentConfig:
     """Token vectors: a truncated factorisation of positive pointwise mutual information with the
     shared tokens, or GloVe of each side by itself. Method `tokalign` always uses GloVe."""
     source_vectors: str = ""
-    """File of source token vectors to use instead of computing them: an `.npz` of `ids` [n] and
+    """File of source token vectors to use instead of computing them: an `.npz` with `ids` [n] and
     `vectors` [n, d], or GloVe's text format with token ids as words. Needs `target_vectors`."""
     target_vectors: str = ""
-    """File of target token vectors; method `focus` needs these alone."""
+    """File of target token vectors; method `focus` needs only these."""
     top_k: int = within(1, 10**6, 8)
     """Method `topk`: source tokens per mixture."""
     donor: str = ""
@@ -215,11 +215,12 @@ class TokenDistillationConfig:
     """Maximum snippets of all new tokens together; every token gets one before any gets a second.
     """
     tokens: int = within(1, 10**15, 100_000_000)
-    """Maximum source tokens of the corpus that are searched for snippets."""
+    """Maximum source tokens of the corpus to search for snippets."""
     layers: int = within(0, 10**4, 0)
     """Number of layers after which hidden states are compared (with the final norm); 0: all."""
     learning_rate: float = within(0, 10, 1e-4)
-    """Adam's peak rate: it rises over the first half of the steps and falls to 0 over the rest."""
+    """Peak learning rate of Adam, which rises over the first half of the steps and falls to 0 over
+    the rest."""
     batch_size: int = within(1, 2**20, 16)
     """Snippets per training step."""
 
@@ -277,8 +278,8 @@ class LoraConfig:
     """Dropout rate of the adapters' inputs."""
     frozen: Literal["dtype", "int8", "nf4"] = added("dtype")
     """Type in which training holds the frozen projections: `compute.dtype`, or 8 or 4 bits with a
-    scale for every 64 weights (docs/running.md). Adapters are always merged into the weights as
-    they were before, so no export or evaluation is quantized."""
+    scale for every 64 weights (docs/running.md). Adapters are always merged into the
+    original weights, so no export or evaluation is quantized."""
 
 
 @dataclass(frozen=True)
@@ -347,8 +348,9 @@ class BatchConfig:
     sequence_length: int = within(1, 2**24, 2048)
     """Tokens per sequence."""
     per_device: int | str = within(1, 2**24, AUTO, effect=False)
-    """Maximum sequences per device at once; gradients are accumulated over as many rounds as the
-    batch takes. `auto`: as many as fit in memory and are faster together (`planning.resolve`)."""
+    """Maximum sequences per device and micro-batch; gradients are accumulated over as many
+    micro-batches as the batch needs. `auto`: as many as fit in memory and make a step faster
+    (`planning.resolve`)."""
 
 
 @dataclass(frozen=True)
@@ -391,10 +393,10 @@ class StageConfig:
     """Steps between measurements of the next-token loss on held-out text (the last step is measured
     too); 0: never. The checkpoint with the lowest loss is kept."""
     validation_sequences: int = within(1, 2**20, 64, effect=False)
-    """Held-out sequences of `batch.sequence_length` tokens that a validation reads, at most."""
+    """Maximum held-out sequences of `batch.sequence_length` tokens per validation."""
     result: Literal["last", "best"] = field(default="last", metadata={"effect": False})
-    """Checkpoint from which later stages, evaluation and export go on: the `last`, or the `best`
-    by validation loss. No effect on the training itself."""
+    """Checkpoint that later stages, evaluation and export use: the `last`, or the `best` by
+    validation loss. No effect on the training itself."""
 
     def with_batch(self, **fields: Any) -> Self:
         """Return a copy with fields of `batch` replaced."""
@@ -452,8 +454,8 @@ class ComputeConfig:
     unroll: int = within(0, 10**4, 0)
     """Layers per iteration of the compiled loop over layers: more are faster on GPUs, but take
     longer to compile. 0: on GPUs all of them up to 48, and of deeper models groups of equal size
-    with at most 48, which the log says; 1 elsewhere and if `remat` is `layer`, where more gain
-    nothing."""
+    with at most 48, which the log says; 1 elsewhere and if `remat` is `layer`, where more do not
+    help."""
     matmul: Literal["dtype", "float8"] = added("dtype")
     """How training stages compute the projections of the layers: in `dtype`, or with operands in
     float8 (docs/running.md): e4m3 in the forward product, e5m2 for the output gradients, with one
@@ -524,8 +526,8 @@ class EvaluationConfig:
     reply_tokens: int = within(1, 10**6, 64)
     """Maximum tokens of a reply to a chat question."""
     other_text: str | tuple[str, ...] = ""
-    """Text of another kind than the corpus, in the same formats and with the same fields; it is
-    measured, never trained on. Empty: none."""
+    """Out-of-domain text, in the same formats and with the same fields as the corpus; it is
+    evaluated, never trained on. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -536,7 +538,7 @@ class ExportConfig:
     """Type of the exported weights; `source`: each weight has the type of the source's."""
     adapters: Literal["merged", "apart"] = "merged"
     """LoRA adapters: `merged` into the weights, or `apart` in a PEFT folder `adapter` inside the
-    export, whose own weights are the ones that the adapters were trained on, with the new rows."""
+    export, whose weights are then the base weights of the adapters, with the new rows."""
     push_to_hub: str = ""
     """Hub repository (`owner/name`) to upload the folder to; a new one is private. Empty: none."""
 
@@ -553,7 +555,7 @@ class Config:
     corpus does not need, with unchanged rows (a folder of that name is `./extend`)."""
     end_of_text: str = ""
     """Token of the target tokenizer that separates documents; added if it is missing. Empty: chosen
-    among its special tokens, `<|endoftext|>` and the like before the end of a chat's turn."""
+    among its special tokens, `<|endoftext|>` and the like before end-of-turn tokens."""
     chat: Literal["target", "source"] = "target"
     """Chat template and special tokens of the new model: `target`: the target tokenizer's (the
     source's template if it has none but all special tokens of the source's); `source`: the
@@ -746,7 +748,10 @@ def new_name(key: str) -> str:
     if new is None:
         return key
     renamed = ".".join([*groups, new])
-    _warn(f"config key '{key}' is now '{renamed}'; the old name will go with the next version")
+    _warn(
+        f"config key '{key}' is now '{renamed}': use the new name, since the next version will not "
+        "accept the old one"
+    )
     return renamed
 
 
@@ -758,7 +763,8 @@ def is_removed(key: str) -> bool:
         return False
     value = REMOVED[kind][last]
     _warn(
-        f"config key '{key}' has no effect: it is always {value}, and will be an error; remove it"
+        f"config key '{key}' has no effect: it is always {value}; remove it, since it will be an "
+        "error in the next version"
     )
     return True
 
@@ -821,8 +827,8 @@ def config_from_dict(values: Any, kind: type = Config, prefix: str = "") -> Any:
       prefix: of the keys in messages.
 
     Raises:
-      UserError: an unknown key, with the most similar one, or a value of another type or out of
-        bounds.
+      UserError: an unknown key, for which the most similar one is named, or a value of another
+        type or out of bounds.
     """
     return _build(rename_keys(_copy(values), kind, prefix), kind, prefix)
 
@@ -908,7 +914,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise UserError(
-                f"config key '{name}' is a group of fields, not the single value {value!r}"
+                f"config key '{name}' is a group of fields, not the single value {value!r}: set "
+                f"its fields, such as {name}.{dataclasses.fields(hint)[0].name}"
             )
         return _build(value, typing.cast(type, hint), f"{name}.")
     if typing.get_origin(hint) is Literal:
@@ -924,7 +931,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, bool) and bool not in kinds:
-        raise UserError(f"config key '{name}' is {value!r}; it must be of type {hint}")
+        raise UserError(f"config key '{name}' is {value!r}; it must be {_type_name(hint)}")
     if isinstance(value, int) and int not in kinds and float in kinds:
         value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, tuple(kinds)) or (

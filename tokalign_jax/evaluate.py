@@ -1,4 +1,4 @@
-"""The old name of `tokalign evaluate`: `python -m tokalign_jax.evaluate`."""
+"""Former entry point of `tokalign evaluate`: `python -m tokalign_jax.evaluate`."""
 
 if __name__ != "__main__":
     raise ImportError(

@@ -1,4 +1,4 @@
-"""The old name of `tokalign inspect`: `python -m tokalign_jax.inspect`."""
+"""Former entry point of `tokalign inspect`: `python -m tokalign_jax.inspect`."""
 
 if __name__ != "__main__":
     raise ImportError(

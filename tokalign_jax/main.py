@@ -1,10 +1,10 @@
-"""The old name of `tokalign run` and `tokalign plan`: `python -m tokalign_jax.main`.
+"""Former entry point of `tokalign run` and `tokalign plan`: `python -m tokalign_jax.main`.
 
     python -m tokalign_jax.main --config configs/optimal.py --workdir runs/mine
     python -m tokalign_jax.main --config configs/optimal.py --plan --plan_devices=8
 
-The flags `--plan_devices`, `--plan_device_memory` ... are those of `tokalign plan`: `--devices`,
-`--device-memory` ...
+`--plan_devices`, `--plan_device_memory` ... are the flags `--devices`, `--device-memory` ... of
+`tokalign plan`.
 """
 
 import re

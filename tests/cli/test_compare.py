@@ -184,9 +184,9 @@ def test_compare_command_writes_its_files(tmp_path, capsys):
     ("text", "says"),
     [
         (None, "has no report"),
-        ("{", "is no report.json"),
+        ("{", "is not the report.json"),
         ("{}", "it has no config"),
-        ("[]", "is no report.json"),
+        ("[]", "is not the report.json"),
     ],
 )
 def test_user_errors_name_a_remedy(text, says, tmp_path, capsys):

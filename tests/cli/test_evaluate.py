@@ -219,10 +219,10 @@ def test_workdir_is_evaluated_on_its_held_out_text_and_alignment(folders, tmp_pa
             {"models": "small,large", "text": "text.jsonl", "alignment": "align_matrix.json"},
             "align_matrix.json",
         ),
-        ({"workdir": "large"}, "is no workdir of a run"),
+        ({"workdir": "large"}, "is not the workdir of a run"),
         (
             {"models": "small", "text": "text.jsonl", "encoder": "large"},
-            "--encoder scores an alignment, and there is none",
+            "--encoder needs an alignment to score",
         ),
         (
             {"models": "small", "text": "text.jsonl", "training_text": "nowhere.jsonl"},

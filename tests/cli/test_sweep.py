@@ -121,7 +121,7 @@ def test_sweep_runs_override_the_common_config():
         ({"a": {"stage1.learning_rat": 1.0}}, (), "nearest is 'stage1.learning_rate'"),
         ({"a": {"stage1.steps": "many"}}, (), "stage1.steps"),
         ({"a/b": {}}, (), "'a/b'"),
-        ({"a": {"seed.x": 1}}, (), "'seed' is no group"),
+        ({"a": {"seed.x": 1}}, (), "'seed' is not a group"),
         ({"a": {}, "b": {}}, ("c",), "a, b"),
     ],
 )
@@ -149,7 +149,7 @@ def test_folder_of_something_else_is_refused(inputs, tmp_path, capsys):
     (tmp_path / "runs" / "fast").mkdir(parents=True)
     flags = arguments(inputs, "llama", tmp_path, "optimal")[2:]
     assert sweep.main([f"--config={tmp_path}/sweep.py", *flags]) == 2
-    assert "is not empty and holds no sweep" in capsys.readouterr().err
+    assert "is not empty and not the workdir of a sweep" in capsys.readouterr().err
 
 
 def test_recipe_curves_train_on_the_tokens_that_they_name():

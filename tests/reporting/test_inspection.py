@@ -401,7 +401,7 @@ def test_page_states_that_there_are_no_vectors(workdir, tokenizers, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--workdir", "{tmp}/none"], "is no workdir"),
+        (["--workdir", "{tmp}/none"], "is not the workdir"),
         (["--workdir", "{tmp}"], "align stage is not finished"),
         ([], "nothing to inspect"),
         (["--alignment", "{work}/align"], "nothing to inspect"),

@@ -6,8 +6,8 @@
 Exit codes:
     0   success
     1   a bug, with its traceback
-    2   bad input, with a message that names the remedy
-    75  stopped by SIGTERM or Ctrl-C; progress is kept, and the same command resumes
+    2   bad input, with a message that says what to do
+    75  stopped by SIGTERM or Ctrl-C; progress is saved, and the same command resumes
     134 another process of the run was lost; the same command resumes
 """
 
@@ -23,10 +23,10 @@ from tokalign_jax.errors import exit_code
 COMMANDS = {
     "run": "give a model a new vocabulary: align, initialise, train, evaluate, export, report",
     "plan": "print the memory, disk and time that a run would take",
-    "evaluate": "measure models side by side on held-out text",
-    "inspect": "explain why tokens got their rows",
+    "evaluate": "evaluate models side by side on held-out text",
+    "inspect": "explain how the rows of tokens were made",
     "compare": "compare finished runs",
-    "sweep": "run many configs that share their common stages, and compare them",
+    "sweep": "run many configs, sharing their common stages, and compare them",
     "help": "explain a topic: a command, a config field, methods, files or exit codes",
 }
 

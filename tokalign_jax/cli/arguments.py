@@ -55,7 +55,7 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """Return an empty parser of a command's flags.
 
     Args:
-      description: how its help begins.
+      description: text at the beginning of its help.
     """
     return argparse.ArgumentParser(
         prog=f"tokalign {command}",
@@ -67,7 +67,9 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_run(flags: argparse.ArgumentParser, default: str = DEFAULT_CONFIG) -> None:
     """Add the flags of a run: its config file, overrides and workdir."""
-    flags.add_argument("--config", default=default, metavar="FILE", help=f"config file ({default})")
+    flags.add_argument(
+        "--config", default=default, metavar="FILE", help=f"config file (default: {default})"
+    )
     flags.add_argument(
         "--config.FIELD",
         dest="override",

@@ -4,7 +4,7 @@ r"""Compare finished runs: the settings in which they differ, and their results.
 
 A run is named by its workdir or by its report.json. The tables are printed; with --output,
 compare.json, compare.html and compare.png are written to that folder. Runs that differ only in the
-seed are shown as one, with mean and spread.
+seed are shown as one, with mean and standard deviation.
 """
 
 import json
@@ -87,11 +87,12 @@ def load(run: Path) -> dict[str, Any]:
         missing = {"config", "states", "languages", "training"} - set(content)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"'{file}' is no report.json of a run ({error}); name a workdir or its report.json"
+            f"'{file}' is not the report.json of a run ({error}); name a workdir or its report.json"
         ) from error
     if missing:
         raise UserError(
-            f"'{file}' is no report.json of a run: it has no {', '.join(sorted(missing))}"
+            f"'{file}' is not the report.json of a run (it has no {', '.join(sorted(missing))}); "
+            "name a workdir or its report.json"
         )
     try:  # each report alone, so that the error names the damaged one
         comparison.html(comparison.compare([content]))
@@ -111,6 +112,8 @@ def load(run: Path) -> dict[str, Any]:
 
 
 def _report_file(run: Path) -> Path:
+    if not run.exists():
+        raise UserError(f"run '{run}' does not exist: name a workdir or its report.json")
     candidates = [run / "report" / "report.json", run / "report.json"] if run.is_dir() else [run]
     for path in candidates:
         if path.is_file():

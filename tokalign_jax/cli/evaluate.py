@@ -1,4 +1,4 @@
-r"""Measure models side by side: bits per byte, what each keeps of the first, speed, tasks.
+r"""Evaluate models side by side: bits per byte, retained abilities, speed, tasks.
 
     tokalign evaluate --models=/models/a,/models/b --text=heldout.jsonl --language-field=lang \
         --output=out
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(args: argparse.Namespace, log: Log) -> dict[str, Any]:
-    """Check the inputs, measure, write and print; return the content of `scores.json`.
+    """Check the inputs, evaluate, write and print; return the content of `scores.json`.
 
     Raises:
       UserError: bad input, before any long work.
@@ -98,8 +98,10 @@ def _add_text(flags: argparse.ArgumentParser) -> None:
         "text", "files as in config.corpus; with --workdir the run's own are the default"
     )
     group.add_argument("--text", help="held-out text")
-    group.add_argument("--other-text", help="text of another kind than the training text")
-    group.add_argument("--training-text", help="training text, to find held-out text that it holds")
+    group.add_argument("--other-text", help="out-of-domain text")
+    group.add_argument(
+        "--training-text", help="training text, to report how much held-out text occurs in it"
+    )
     group.add_argument("--text-field", default="text", help="field that holds the text (text)")
     group.add_argument(
         "--language-field",
@@ -140,7 +142,9 @@ def _add_generation(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("generation speed and speculative decoding")
     number = arguments.at_least(1)
     group.add_argument(
-        "--teacher", default="", help="folder or hub name of the model to draft tokens for"
+        "--teacher",
+        default="",
+        help="folder or hub name of the model that the others draft tokens for",
     )
     group.add_argument("--gamma", type=number, default=4, help="tokens per draft (4)")
     group.add_argument(

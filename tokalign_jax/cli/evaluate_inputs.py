@@ -52,7 +52,7 @@ class EvaluatedModel:
     """A model to evaluate.
 
     Attributes:
-      name: how tables and `scores.json` call it.
+      name: its name in tables and `scores.json`.
       load: returns its parameters on a mesh.
       folder: in Hugging Face format; None for a state of which only checkpoints exist.
     """
@@ -125,17 +125,17 @@ def training_text(inputs: Inputs, log: Log) -> Iterator[list[documents.Document]
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    if bool(args.models) == bool(args.workdir) or not args.states:
+    if args.models and args.workdir:
+        raise UserError("--models and --workdir are both given: give only one of them")
+    if not (args.models or args.workdir) or not args.states:
         raise UserError(
-            "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with "
-            "--states (not both)"
+            "nothing to evaluate: give --models=FOLDER,FOLDER, or --workdir of a run with --states"
         )
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature is {args.temperature}; it must be above 0")
     if args.encoder and not (args.alignment or args.workdir):
         raise UserError(
-            "--encoder scores an alignment, and there is none: give --alignment with --models, "
-            "or --workdir"
+            "--encoder needs an alignment to score: give --alignment with --models, or --workdir"
         )
     if args.tasks:
         downstream.check(args.tasks, args.task_folder)
@@ -171,8 +171,8 @@ def _open_models(args: argparse.Namespace, context: Context | None) -> list[Eval
 def _open_run(workdir: Path, log: Log) -> Context:
     if not (workdir / pipeline.STATE_FILE).is_file():
         raise UserError(
-            f"--workdir '{workdir}' is no workdir of a run (it has no {pipeline.STATE_FILE}); for "
-            "model folders use --models"
+            f"--workdir '{workdir}' is not the workdir of a run (it has no {pipeline.STATE_FILE}); "
+            "for model folders use --models"
         )
     try:
         written = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
@@ -185,12 +185,12 @@ def _open_run(workdir: Path, log: Log) -> Context:
 
 
 def _refuse_stale(context: Context, names: Sequence[str]) -> None:
-    """Refuse states of other settings than the last command's: they are not of the same run."""
+    """Refuse states that are unfinished, or of other settings than the last command's."""
     states = pipeline.model_states(context.config)
     try:
         fingerprints = [pipeline.fingerprints_of(context, exported) for exported in states]
     except UserError:
-        return  # an input of the run does not exist any more
+        return  # an input of the run no longer exists
     records = pipeline.read_records(context.workdir)
     for name in ("corpus", *(name for name in names if name in fingerprints[0])):
         record = records.get(name)
@@ -199,12 +199,12 @@ def _refuse_stale(context: Context, names: Sequence[str]) -> None:
         if not record["finished"]:
             problem = "is not finished"
         elif record["fingerprint"] not in {entry[name] for entry in fingerprints}:
-            problem = "was made with other settings than the last command's"
+            problem = "was made with other settings than the run's current ones"
         else:
             continue
         raise UserError(
-            f"--workdir '{context.workdir}': {name} {problem}; finish that command's stages "
-            "first, or name other --states"
+            f"--workdir '{context.workdir}': {name} {problem}; repeat the command of the run to "
+            "finish it, or name other --states"
         )
 
 

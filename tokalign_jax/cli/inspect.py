@@ -1,4 +1,4 @@
-r"""Explain why target tokens got their rows, and summarise an alignment on one page.
+r"""Explain how the rows of target tokens were made, or summarise an alignment.
 
     tokalign inspect --workdir runs/demo                               # the report
     tokalign inspect --workdir runs/demo --token " Haus" --id 1234     # two tokens
@@ -56,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--source-model",
-        help="folder or hub name; with --alignment, or if the run's model was moved",
+        help="source model, a folder or hub name; needed with --alignment, or if it was moved",
     )
-    parser.add_argument("--target-tokenizer", help="likewise the target tokenizer")
+    parser.add_argument("--target-tokenizer", help="target tokenizer, likewise")
     parser.add_argument(
         "--token", action="append", default=[], help="text of a target token (repeatable)"
     )
@@ -169,7 +169,7 @@ def _read_run(workdir: Path) -> tuple[dict[str, str], dict[str, Any]]:
         run, record = state["run"], state["stages"].get("align", {})
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"--workdir '{workdir}' is no workdir of a run (no readable {STATE_FILE}); for an "
+            f"--workdir '{workdir}' is not the workdir of a run (no readable {STATE_FILE}); for an "
             "alignment without a run give --alignment with --source-model and --target-tokenizer"
         ) from error
     if not record.get("finished"):

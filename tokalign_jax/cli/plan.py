@@ -1,4 +1,4 @@
-"""Print the memory, disk and time that a run would take.
+"""Predict the memory, disk and time of a run.
 
     tokalign plan --config configs/best.py --config.source_model=/models/pythia-1b
     tokalign plan --config configs/best.py --devices=8 --device-memory=80GB
@@ -37,19 +37,24 @@ def _plan(argv: Sequence[str], prefix: str) -> None:
     add("device-memory", default="", metavar="SIZE", help="memory per device: 80GB")
     add("host-memory", default="", metavar="SIZE", help="memory of the host: 256GB")
     add("tokens-per-second", type=rate, default=0.0, help="throughput of all devices together")
-    add("throughput", default="", metavar="FILE", help="JSON of benchmarks/train_throughput.py")
+    add(
+        "throughput",
+        default="",
+        metavar="FILE",
+        help="JSON file written by benchmarks/train_throughput.py",
+    )
     mfu = arguments.between(0.001, 1)
     add(
         "mfu",
         type=mfu,
         default=0.4,
-        help="model FLOPs utilisation (0.4), if no throughput is known",
+        help="model FLOPs utilisation to assume if no throughput is given (0.4)",
     )
     add(
         "peak",
         default="",
         metavar="FLOPS",
-        help="peak of a device: 989TFLOPS (default: by its name)",
+        help="peak of a device: 989TFLOPS (default: known for common devices)",
     )
     if prefix:  # flags of the run, which have no effect on its plan
         flags.add_argument("--stages")

@@ -6,7 +6,7 @@
 
 Repeating the command skips finished stages, resumes training from the newest checkpoint, and
 redoes the stages that a changed field affects. `tokalign help config` lists the fields,
-`tokalign help files` the content of the workdir.
+`tokalign help files` the contents of the workdir.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None
     flags.add_argument(
         "--stages",
         type=arguments.names,
-        help="run only these stages, and unfinished ones that they need",
+        help="run only these stages (separated by commas), and unfinished ones that they need",
     )
     arguments.add_processes(flags)
     args, values = arguments.parse_run(flags, argv)

@@ -1,4 +1,4 @@
-"""Run many configs that share all stages they have in common, and compare them.
+"""Run many configs, sharing their common stages, and compare them.
 
     tokalign sweep --config configs/recipe.py --workdir runs/recipe
     tokalign sweep --config configs/recipe.py --workdir runs/recipe --only='own*' --config.seed=1
@@ -7,10 +7,10 @@ The config file has `get_config()`, the settings that all runs share, and `get_r
 the name of each run to the fields in which it differs: {"stage1.learning_rate": 2e-5, ...}.
 Overrides on the command line apply to all runs.
 
-The runs use one workdir, `WORKDIR/work`, one after the other, so that each stage they share is done
+The runs use one workdir, `WORKDIR/work`, one after the other, so that each common stage is run
 once. No run is exported. The report of each is in `WORKDIR/runs/NAME`, the comparison of all in
 `WORKDIR/comparison`. Repeating the command resumes after a stop and skips finished runs. Weights
-that no further run needs are removed, unless --keep.
+that no further run needs are deleted, unless --keep is given.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def _work(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[Log], None
         "--only",
         type=arguments.names,
         default=[],
-        help="run only those whose names match one of these patterns",
+        help="run only those whose names match one of these patterns (separated by commas)",
     )
     flags.add_argument("--keep", action="store_true", help="keep the weights of all runs")
     arguments.add_processes(flags)
@@ -76,7 +76,7 @@ def load_runs(file: str) -> Mapping[str, Mapping[str, Any]]:
     try:
         runs = module.get_runs()
         if not all(isinstance(x, Mapping) for x in (runs, *runs.values())):
-            raise TypeError("it returns no dict of dicts")
+            raise TypeError("it does not return a dict of dicts")
     except Exception as error:
         raise UserError(
             f"config file '{file}': get_runs() cannot be used ({type(error).__name__}: {error}): it"
@@ -115,7 +115,10 @@ def build_configs(
             for key in groups:
                 group = group.setdefault(key, {})
                 if not isinstance(group, dict):
-                    raise UserError(f"run '{name}': '{field}' is no field, as '{key}' is no group")
+                    raise UserError(
+                        f"run '{name}': '{field}' is not a field, since '{key}' is not a group: "
+                        "`tokalign help config` lists the fields"
+                    )
             group[last] = value
         configs[name] = config_from_dict(values)
     if not configs:
@@ -124,7 +127,7 @@ def build_configs(
 
 
 def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> None:
-    """Do the runs that are not finished yet, and compare all.
+    """Run the unfinished runs, and compare all.
 
     Raises:
       UserError: bad input to any of the runs, before the first begins.
@@ -171,11 +174,11 @@ def run(configs: Mapping[str, Config], workdir: Path, keep: bool, log: Log) -> N
 
 
 def _refuse_foreign(workdir: Path, work: Path) -> None:
-    """Refuse a workdir that is neither empty nor of a sweep."""
+    """Refuse a workdir that is neither empty nor a sweep's."""
     if not work.exists() and workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(
-            f"--workdir '{workdir}' is not empty and holds no sweep (no folder 'work'); nothing "
-            "there is touched: choose an empty or a new folder"
+            f"--workdir '{workdir}' is not empty and not the workdir of a sweep (it has no folder "
+            "'work'): name an empty or a new folder"
         )
 
 

@@ -1,10 +1,12 @@
 """Explain a topic.
 
 tokalign help                     # lists the topics
-tokalign help run                 # a command's flags
-tokalign help config              # the groups of config fields
-tokalign help config.stage2       # the fields of a group, or a single field
-tokalign help methods             # methods to initialise the new rows
+tokalign help run                 # flags of a command
+tokalign help config              # config fields and groups
+tokalign help config.stage2       # fields of a group, or a single field
+tokalign help methods             # methods that initialise the new rows
+tokalign help files               # contents of a workdir
+tokalign help exit-codes
 """
 
 import difflib
@@ -19,7 +21,7 @@ COMMANDS = ("run", "plan", "evaluate", "inspect", "compare", "sweep")
 WIDTH = 96
 
 METHODS = """\
---config.alignment.method= selects how rows of target tokens are made from source tokens:
+--config.alignment.method= selects how rows of target tokens are computed from source tokens:
 
   distilled   mean of the pieces, then trained with the source model as teacher (the default)
   composed    pieces corrected by co-occurrence and frequency, and tuned on the corpus: fits
@@ -46,17 +48,17 @@ A workdir holds a folder for each stage, and stages.json with the record of each
   tokens/    the corpus, tokenised with both tokenizers
   align/     alignment.npz, align_matrix.json, token vectors
   init/      the model with its new rows, as a Hugging Face folder
-  stage1/    checkpoints, metrics.jsonl and TensorBoard events; likewise stage2/, stage3/
+  stage1/    checkpoints, metrics.jsonl and TensorBoard events; also stage2/, stage3/
   evaluate/  scores.json of each state of the model
   export/    the adapted model, as a Hugging Face folder
   report/    report.html, report.md, report.json, report.png
-  outdated/  results of other settings; restored when the settings return"""
+  outdated/  results of earlier settings; reused if these settings are used again"""
 
 EXIT_CODES = """\
   0    success
   1    a bug, with its traceback
-  2    bad input, with a message that names the remedy
-  75   stopped by SIGTERM or Ctrl-C; progress is kept, and the same command resumes
+  2    bad input, with a message that says what to do
+  75   stopped by SIGTERM or Ctrl-C; progress is saved, and the same command resumes
   134  another process of the run was lost; the same command resumes"""
 
 TEXTS = {"methods": METHODS, "files": FILES, "exit-codes": EXIT_CODES}
