@@ -31,7 +31,7 @@ from tokalign_jax.utils.progress import Log
 
 def measure(inputs: Inputs, log: Log) -> dict[str, Any]:
     """Measure all models, one after the other; return the content of `scores.json`."""
-    # First, and in a process of its own, while the memory of a GPU is free.
+    # First, and in a separate process, while the memory of a GPU is free.
     tasks = _run_tasks(inputs, log)
     content: dict[str, Any] = {"models": {}, "differences": {}}
     if inputs.teacher:
