@@ -20,7 +20,7 @@ run of its own does for every start.
 Reported are abilities as the mean over suites, over all questions, and by how the tokenizers split
 a question (shares of the questions that the source answers right, and the margin of the right
 choice over the best wrong one in nats), bits per byte and the distance to the source's likelihoods
-(`evaluation/fidelity.py`) on held-out text and on text of another kind. Writes `retention.jsonl`,
+(`evaluation/fidelity.py`) on held-out text and on out-of-domain text. Writes `retention.jsonl`,
 one line per model as soon as it is measured; `retention_figure.py` makes a table and a figure of
 such files.
 """

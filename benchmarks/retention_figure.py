@@ -23,14 +23,14 @@ Row = Mapping[str, Any]
 PANELS = (
     ("overall", "questions answered right, of the source's"),
     ("composed", "answers with new tokens, of the source's"),
-    ("text", "bits per byte of the corpus's kind, of the source's"),
-    ("other", "bits per byte of another kind, of the source's"),
+    ("text", "in-domain bits per byte, of the source's"),
+    ("other", "out-of-domain bits per byte, of the source's"),
     ("gap", "distance to the source, bits per byte"),
 )
 """Column and title; means and bits per byte are divided by the source's."""
 TITLES = (
     *("mean", "all questions", "split alike", "question", "new tokens", "split differently"),
-    *("bits/byte", "another kind", "distance"),
+    *("bits/byte", "out of domain", "distance"),
 )
 
 

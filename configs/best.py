@@ -14,8 +14,8 @@ where two stages at the usual rates end at 1.603 (1e-3: 1.349).
 On a real model (SmolLM2-135M-Instruct, up to 60M tokens at 3e-4) the share of questions answered
 right stays at .94 to .98 of the source's, whichever objective trains. The mixture of next token and
 distillation from the source (stage2.objective="mixture") stays nearer to the source and takes up to
-5% fewer bits on text of another kind, the more the longer it trains; "next_token" takes 2 to 8%
-fewer bits on the corpus's kind of text and is 1.5 times as fast. Text of the source's own belongs
+5% fewer bits on out-of-domain text, the more the longer it trains; "next_token" takes 2 to 8%
+fewer bits on in-domain text and is 1.5 times as fast. Text of the source's own belongs
 to the corpus there: corpus="/data/*.jsonl.xz=0.8,self=0.2".
 
 Not yet measured with 5,000 steps or models of a billion parameters: choose a stage2.learning_rate

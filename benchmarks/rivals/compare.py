@@ -13,8 +13,8 @@ follows `--` goes to this project's commands. Each start gets a folder with its 
 the log. A start that is there is not made again, one that failed is listed with its error.
 
 All starts are measured by `benchmarks/retention.py`: abilities, apart by how both tokenizers split
-the question, distance to the source's likelihoods, bits per byte of the corpus's kind of text and
-of another. `--budgets` also trains each start in full on so many tokens of the corpus, with the
+the question, distance to the source's likelihoods, bits per byte in domain and out of domain.
+`--budgets` also trains each start in full on so many tokens of the corpus, with the
 next-token loss, and measures the result.
 Results: `rivals.md`, `rivals.json` and `rivals.png` (abilities against minutes).
 """
@@ -101,7 +101,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--text", required=True, help="training text, as config.corpus")
     parser.add_argument("--language-field", default="lang")
     parser.add_argument("--judge", required=True, help="held-out text")
-    parser.add_argument("--other-text", default="", help="text of another kind")
+    parser.add_argument("--other-text", default="", help="out-of-domain text")
     parser.add_argument("--abilities", required=True)
     parser.add_argument("--text-bytes", type=int, default=600_000, help="to measure, at most")
     parser.add_argument("--corpus-bytes", type=int, default=24_000_000, help="to train on, at most")

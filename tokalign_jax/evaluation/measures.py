@@ -34,7 +34,7 @@ class Material:
     texts: Texts
     """Held-out text."""
     other_texts: Texts
-    """Text of another kind; may be empty."""
+    """Out-of-domain text; may be empty."""
     questions: Sequence[abilities.Question]
     """Multiple-choice questions; may be empty."""
     sequence_length: int

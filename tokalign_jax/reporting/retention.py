@@ -299,7 +299,7 @@ def _other_text(states: States, titled: Callable[[str], str]) -> Iterator[Sectio
         ]
         for language, entry in next(iter(by_state.values())).items()
     ]
-    text = "Bits per byte of text of another kind than the training text."
+    text = "Bits per byte of out-of-domain text."
     yield Section(
         "Other text", text, ["language", "bytes", *map(titled, by_state)], rows, fold=True
     )
