@@ -1,14 +1,15 @@
 """Lists of words that the two tokenizers split differently, as text for the initial distillation.
 
-The new model has to learn what each of these words is from tokens that it has never read in a row.
-Text has most of them once in a million tokens or never; in a list they follow one another, each
-time in another order, and the source model only has to read them.
+The new model has to learn each of these words from a sequence of tokens that it has never read.
+Most of them occur once in a million tokens of text or never. A list has nothing but such words,
+each time in another order, and the source model only reads it.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.initialization.self_text import word_beginnings
@@ -19,7 +20,7 @@ LENGTH = 24
 """Words per list."""
 SEPARATOR = ","
 PASSES = 20
-"""Times that a word occurs, at most."""
+"""Maximum number of lists that a word is in."""
 _WORD = re.compile(r" [^\W\d_]{2,}")
 
 
@@ -28,25 +29,48 @@ def split_differently(
 ) -> list[str]:
     """List the words that the tokenizers split differently, with the space before them.
 
-    Words are the tokens of both vocabularies that begin a word, and the words of the texts.
+    Candidates are the tokens of both vocabularies that begin a word, and the words of the texts.
+    Words with characters that one of the tokenizers does not know are left out: all of them would
+    be the same unknown token.
     """
-    words: dict[str, None] = {}
+    candidates: dict[str, None] = {}
     for tokenizer in (source, target):
         contents, (beginnings, _) = canonical.token_bytes(tokenizer), word_beginnings(tokenizer)
-        words.update(dict.fromkeys((contents[i] or b"").decode() for i in beginnings.tolist()))
+        candidates.update(dict.fromkeys((contents[i] or b"").decode() for i in beginnings.tolist()))
     for text in texts:
-        words.update(dict.fromkeys(_WORD.findall(text)))
-    every = list(words)
-    sides = [token_boundaries(canonical.plain_backend(t), every) for t in (source, target)]
-    return [word for word, a, b in zip(every, *sides) if not np.array_equal(a.ends, b.ends)]
+        candidates.update(dict.fromkeys(_WORD.findall(text)))
+    words = list(candidates)
+    ends = zip(*(_ends_in_list(tokenizer, words) for tokenizer in (source, target)))
+    return [
+        word
+        for word, (a, b) in zip(words, ends)
+        if a is not None and b is not None and not np.array_equal(a, b)
+    ]
+
+
+def _ends_in_list(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
+) -> Iterator[Int[np.ndarray, "n"] | None]:
+    """Yield the ends of each word's tokens after a separator; None for unknown characters.
+
+    At the beginning of a text SentencePiece would put a second space before the word.
+    """
+    texts = [SEPARATOR + word for word in words]
+    for ids, ends in token_boundaries(canonical.plain_backend(tokenizer), texts):
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            yield None
+        else:
+            # Tokens up to the separator, which may be one more on one side; none if it is joined.
+            before = np.flatnonzero(ends == len(SEPARATOR))
+            yield ends[before[-1] + 1 :] if len(before) else ends
 
 
 def draw(
     words: Sequence[str], tokens: int, pairing: pairs.Pairing, random: np.random.Generator
 ) -> list[pairs.Pair]:
-    """Draw lists of about `tokens` target tokens, in which each word occurs `PASSES` times at most.
+    """Draw lists of about `tokens` target tokens; each word is in `PASSES` of them at most.
 
-    All words follow in random order, then again in another.
+    All words follow one another in a random order, then again in another.
     """
     drawn: list[pairs.Pair] = []
     for _ in range(PASSES):
