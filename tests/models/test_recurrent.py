@@ -65,18 +65,6 @@ def test_segments_cover_the_layers_in_order():
                 assert segment.before == mixers[: len(segment.before)]
 
 
-def test_segments_end_where_they_have_to():
-    mixers = tuple("ddda" * 4)
-    found = segments(mixers, {6, 8})
-    assert sum((s.layers * s.repeats for s in found), ()) == mixers
-    assert {6, 8} <= {len(s.before) for s in found}
-    assert [(s.layers, s.repeats) for s in segments("aaaa", {1, 3})] == [
-        (("a",), 1),
-        (("a",), 2),
-        (("a",), 1),
-    ]
-
-
 @pytest.mark.parametrize(
     ("case", "unroll", "policy"),
     [

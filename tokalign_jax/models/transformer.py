@@ -12,6 +12,7 @@ Activations have the caller's `dtype`, to which each layer casts its weights; no
 embedding, softmax and routing are computed in float32.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections import Counter
@@ -247,7 +248,7 @@ class Transformer:
         num_valid: Int[Array, ""] | int | None = None,
         after: Collection[int] = (),
     ) -> tuple[Float[Array, "B T D"], Cache | None, list[Float[Array, "B T D"]]]:
-        """Returns the final hidden states, the updated cache, and the residual stream inside.
+        """Returns the final hidden states, the updated cache, and the residual stream after layers.
 
         Args:
           tokens: token ids.
@@ -260,7 +261,8 @@ class Transformer:
           length: number of tokens of the whole text, for length-dependent rotary embeddings; None
             for T.
           num_valid: number of tokens that are not padding when the cache is filled; None for all.
-          after: numbers of layers; the residual stream is returned after so many, ascending.
+          after: numbers of layers, 1 for the first one; the residual stream is returned after each
+            of them, in ascending order.
         """
         config, outer = self.config, self.outer
         positions = start + jnp.arange(tokens.shape[1])
@@ -299,7 +301,7 @@ class Transformer:
         remat: rematerialization.Policy,
         after: Collection[int],
     ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T D"]]]:
-        """Computes all layers without a loop or a cache; also returns the states inside.
+        """Computes all layers without a loop or a cache; also returns the states after some.
 
         Args:
           layer: (x, weights, parts, cos_sin, span, query_factor, normed, key, cache) -> x, cache.
@@ -341,7 +343,10 @@ class Transformer:
         unroll: int,
         after: Collection[int],
     ) -> tuple[Float[Array, "B T D"], Cache | None, list[Float[Array, "B T D"]]]:
-        """Computes all layers by one scan over each segment; also returns the states inside.
+        """Computes all layers by one scan over each segment; also returns the states after some.
+
+        They are collected in the loop, since a scan that ends after each of these layers needs
+        slices of the stacked weights, which are copies, as are those of their gradients.
 
         Args:
           layer: (parts, x, weights, *indices, key, cache) -> x, cache.
@@ -352,11 +357,17 @@ class Transformer:
           cache: the cache, or None.
           remat: rematerialization policy.
           unroll: layers per iteration.
-          after: numbers of layers after which states are returned; a segment ends there.
+          after: numbers of layers after which states are returned.
         """
         updated: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
-        inner = []
-        for segment in segments([kind.parts for kind in self.config.layer_kinds], after):
+        order = sorted(set(after))
+        # Every layer writes, and a slot's own layer is the last that writes to it.
+        slots = jnp.array([bisect.bisect_left(order, i + 1) for i in range(len(indices[0]))])
+        inner = None
+        if order:
+            shape = len(x), len(order) + 1, *x.shape[1:]
+            inner = sharding.by_sequence(jnp.zeros(shape, x.dtype))
+        for segment in segments([kind.parts for kind in self.config.layer_kinds]):
             weights = {
                 part: segment.slice_stack(stack, part if part in VARIANTS else None)
                 for part, stack in self.layers.items()
@@ -368,20 +379,20 @@ class Transformer:
                 if mixer in segment.parts
             }
             step = functools.partial(_segment_step, layer=layer, segment=segment, remat=remat)
-            x, states = jax.lax.scan(
+            per_layer = keys, indices, slots
+            (x, inner), states = jax.lax.scan(
                 step,
-                x,
-                (weights, segment.slice_stack(keys), states, segment.slice_stack(indices)),
+                (x, inner),
+                (weights, states, *map(segment.slice_stack, per_layer)),
                 unroll=min(max(1, unroll // len(segment.layers)), segment.repeats),
             )
             for mixer, state in states.items():
                 updated[mixer].append(segment.flatten(state))
-            if len(segment.before) + len(segment.layers) * segment.repeats in after:
-                inner.append(x)
+        collected = [] if inner is None else [inner[:, i] for i in range(len(order))]
         if cache is None:
-            return x, None, inner
+            return x, None, collected
         cache = {mixer: jax.tree.map(_concatenate, *parts) for mixer, parts in updated.items()}
-        return x, cache, inner
+        return x, cache, collected
 
     def _embedded(
         self, x: Float[Array, "B T D"], positions: Int[Array, "T"]
@@ -446,7 +457,7 @@ def forward_with_inner_states(
     lora: LoraSpec | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T D"]]]:
-    """Returns the hidden states after the final norm, and the residual stream inside the model.
+    """Returns the hidden states after the final norm, and the residual stream after some layers.
 
     The backward pass recomputes each layer (`remat="layer"`).
 
@@ -454,8 +465,8 @@ def forward_with_inner_states(
       config: the model's config.
       params: its parameters.
       tokens: token ids.
-      after: numbers of layers, 1 for the first one; the residual stream is returned after so many,
-        ascending.
+      after: numbers of layers, 1 for the first one; the residual stream is returned after each of
+        them, in ascending order.
       lora: the adapters in `params`; None for none.
       dtype: dtype of the activations.
 
@@ -685,15 +696,20 @@ def _bind(
 
 
 def _segment_step(
-    x: Float[Array, "B T D"],
+    carry: tuple[Float[Array, "B T D"], Float[Array, "B N T D"] | None],
     scanned: tuple[Any, ...],
     *,
     layer: Callable,
     segment: Segment,
     remat: rematerialization.Policy,
-) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-    """Computes one iteration of a segment's scan; returns the updated cache of each mixer."""
-    weights, keys, cache, indices = scanned
+) -> tuple[tuple[Float[Array, "B T D"], Float[Array, "B N T D"] | None], dict[str, Any]]:
+    """Computes one iteration of a segment's scan; returns the updated cache of each mixer.
+
+    The carry is the residual stream, and the states after layers that were collected so far, each
+    layer's in a slot of N.
+    """
+    x, inner = carry
+    weights, cache, keys, indices, slots = scanned
     numbers: Counter[str] = Counter()
     states: dict[str, list[Any]] = {}
     for position, parts in enumerate(segment.layers):
@@ -712,24 +728,21 @@ def _segment_step(
             segment.select_layer(keys, position),
             state,
         )
+        if inner is not None:
+            slot = segment.select_layer(slots, position)
+            inner = jax.lax.dynamic_update_index_in_dim(inner, x, slot, 1)
         if cache:
             states.setdefault(mixer, []).append(state)
         numbers.update(parts)
-    return x, {mixer: segment.stack_layers(layers) for mixer, layers in states.items()}
+    return (x, inner), {mixer: segment.stack_layers(layers) for mixer, layers in states.items()}
 
 
-def segments(layers: Sequence[Parts], ends: Collection[int] = ()) -> list[Segment]:
-    """Splits layers into segments, greedily from the first, each covering the most layers.
-
-    Args:
-      layers: parts of each layer.
-      ends: numbers of layers after which a segment has to end.
-    """
+def segments(layers: Sequence[Parts]) -> list[Segment]:
+    """Splits layers into segments, greedily from the first, each covering the most layers."""
     result: list[Segment] = []
     start = 0
     while start < len(layers):
-        end = min((end for end in ends if end > start), default=len(layers))
-        before, rest = tuple(layers[:start]), tuple(layers[start:end])
+        before, rest = tuple(layers[:start]), tuple(layers[start:])
         best = Segment(before, rest[:1], 1)
         for period in range(1, len(rest) // 2 + 1):
             repeats = 1
