@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.training.toys import LLAMA as TWO_LAYERS
 from tests.training.toys import toy_params
@@ -138,6 +139,43 @@ def test_dimensions_count_alike_whatever_their_size():
     )
     expected = np.square(error)[counts].mean(0) / teacher[counts].var(0)
     np.testing.assert_allclose(found, expected.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1234.5])
+def test_dimensions_without_variance_do_not_count(value):
+    """Also where the mean of equal values is not exact."""
+    random = np.random.default_rng(0)
+    teacher, student = random.normal(size=(2, 7, 1000, 3)).astype(np.float32)
+    teacher[..., 1], counts = value, jnp.ones((7, 1000), bool)
+    student = jnp.asarray(student)
+    found, slope = jax.value_and_grad(cross_tokenizer.inner_distance)(student, teacher, counts)
+    others = [0, 2]
+    expected = cross_tokenizer.inner_distance(student[..., others], teacher[..., others], counts)
+    np.testing.assert_allclose(found, expected * 2 / 3, rtol=1e-5)
+    assert jnp.isfinite(slope).all() and not slope[..., 1].any() and slope[..., others].any()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_states_at_one_position_have_no_distance(number):
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 6, 8)).astype(np.float32)
+    counts = jnp.zeros((2, 6), bool).at[1, 3].set(bool(number))
+    for distance in (cross_tokenizer.inner_distance, cross_tokenizer.state_distance):
+        found, slope = jax.value_and_grad(distance)(jnp.asarray(student), teacher, counts)
+        assert found == 0 and not slope.any()
+
+
+def test_rows_that_share_one_boundary_have_a_usual_loss_and_gradients():
+    params, teacher, data = toy_params(LLAMA, 0), toy_params(TEACHER, 1), batch()
+    few = np.full_like(data.positions, -1)
+    few[:, 0], few[0, 2] = 0, 3
+    for dtype in ("float32", "bfloat16"):
+        models = MODELS._replace(compute=replace(COMPUTE, dtype=dtype))
+        (value, terms), gradients = jax.jit(
+            jax.value_and_grad(cross_tokenizer.loss, argnums=1, has_aux=True),
+            static_argnums=(0, 4),
+        )(models, params, teacher, data._replace(positions=few), Weights())
+        assert value < 20 and terms.inner == terms.states == 0
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
 def test_divergence_is_the_binary_one_in_float64():

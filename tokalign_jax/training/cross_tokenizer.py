@@ -7,10 +7,10 @@ text. There the loss compares
   variance of the teacher's. Student and teacher are the same model but for the vocabulary, so their
   states live in one space. Only where the next token is the same on both sides: before a word that
   is split differently the two have to point at different tokens.
-- inner states: the same for the residual stream at a quarter, a half and three quarters of the
-  layers, with the variance of each dimension of its own, at every shared boundary but the start of
-  the row. Later tokens attend to what both models have made of a word there, which the next token
-  alone may not need.
+- inner states: the same for the residual stream after a quarter, a half and three quarters of the
+  layers, each dimension in units of its own variance, at every shared boundary but the start of the
+  row. Later tokens attend to the inner states at a word, which may hold more about it than the
+  prediction of the next token needs.
 - likelihoods: how likely each finds the text up to the next shared boundary (a chunk), as in
   approximate likelihood matching (ALM, Minixhofer et al. 2025, arXiv 2503.20083). With p and q the
   chunk's likelihoods by teacher and student to the power of 1 / t, the temperature t times the
@@ -40,6 +40,8 @@ from tokalign_jax.training.losses import head_of, token_nll, weighted_cross_entr
 
 TEMPERATURE = 100.0
 """t; the paper's."""
+LEAST_VARIANCE = 1e-9
+"""Sums of squared deviations up to this are taken for 0."""
 INNER_DEPTHS = (0.25, 0.5, 0.75)
 """Depths at which inner states are compared, as shares of the layers."""
 LEAST_NATS = 1e-3
@@ -77,6 +79,7 @@ class Terms(NamedTuple):
     """Nats a target token."""
     states: Float[Array, ""]
     inner: Float[Array, ""]
+    """Mean over the layers that are compared; 0 for a model of one layer."""
     distance: Float[Array, ""]
     """Mean absolute difference between both models' negative log-likelihoods of a chunk, nats."""
 
@@ -133,7 +136,7 @@ def loss(
 
 
 def inner_layers(num_layers: int) -> list[int]:
-    """Numbers of layers after which inner states are compared, ascending; none of one layer."""
+    """Numbers of layers after which inner states are compared, ascending; empty for one layer."""
     numbers = {max(1, round(depth * num_layers)) for depth in INNER_DEPTHS}
     return sorted(number for number in numbers if number < num_layers)
 
@@ -224,13 +227,14 @@ def state_distance(
     student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], counts: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """Squared distance between states over the variance of the teacher's: 1 for the best
-    constant.
+    constant; 0 if the teacher's do not vary, as a single one does not.
     """
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     at = counts[..., None]
     mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
     variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0))
-    return jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0)) / jnp.maximum(variance, 1e-9)
+    error = jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0))
+    return jnp.where(variance > LEAST_VARIANCE, error / jnp.maximum(variance, LEAST_VARIANCE), 0.0)
 
 
 def inner_distance(
@@ -238,15 +242,19 @@ def inner_distance(
 ) -> Float[Array, ""]:
     """Squared distance of each dimension over its variance in the teacher, averaged over D.
 
-    The residual stream has a few dimensions of far larger variance than all others, which would be
-    all that counts without units of their own.
+    The residual stream has a few dimensions of far larger variance than all others, which would
+    dominate the distance. Dimensions that do not vary in the teacher count as 0, since they have no
+    scale: all of them if there is a single state.
     """
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     at = counts[..., None]
     mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
     variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0), axis=(0, 1))
     error = jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0), axis=(0, 1))
-    return jnp.mean(error / jnp.maximum(variance, 1e-9))
+    # The mean of equal values is only equal to them up to rounding.
+    rounding = counts.sum() * jnp.square(1e-6 * mean)
+    varies = variance > jnp.maximum(rounding, LEAST_VARIANCE)
+    return jnp.mean(jnp.where(varies, error / jnp.maximum(variance, LEAST_VARIANCE), 0.0))
 
 
 def same_next_token(positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
