@@ -37,6 +37,7 @@ from tokalign_jax.initialization import (
     tuning,
     word_lists,
 )
+from tokalign_jax.initialization.self_distillation import LIST_SHARE
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.parallel import sharding
@@ -491,18 +492,14 @@ def _paired_texts(
     parts = [((piece, None),) for document in documents for piece in pairs.passages(document.text)]
     own = ("".join(segment.text for segment in passage) for passage in passages)
     words = word_lists.split_differently(*tokenizers, own)
-    share = self_distillation.LIST_SHARE
+    listed, random = round(LIST_SHARE * tokens), np.random.default_rng([config.seed, 9])
+    lists = word_lists.draw(words, listed, pairing, random)
     log(
-        f"word lists: {len(words):,} words are split differently; lists of them are"
-        f" {share if words else 0:.0%} of the text"
+        f"word lists: {len(words):,} words are split differently, lists of them have"
+        f" {sum(len(pair.target) for pair in lists):,} tokens"
     )
-    return self_distillation.Texts(
-        pairing.pair(passages),
-        pairing.pair(parts) if config.initialization.corpus_share else [],
-        word_lists.draw(
-            words, round(share * tokens), pairing, np.random.default_rng([config.seed, 9])
-        ),
-    )
+    corpus = pairing.pair(parts) if config.initialization.corpus_share else []
+    return self_distillation.Texts(pairing.pair(passages), corpus, lists)
 
 
 def _trainable_rows(

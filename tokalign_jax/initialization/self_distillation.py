@@ -28,6 +28,7 @@ micro-batches, B sequences, T target tokens of a sequence.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -87,7 +88,7 @@ CORPUS = (1.0, 0.5)
 LISTS = (0.0, 0.5)
 """The same weights on lists of words, whose order means nothing."""
 LIST_SHARE = 0.23
-"""Share of lists of words in the sequences."""
+"""Share of lists of words in the sequences; lower where few words are split differently."""
 HELD_OUT = 64
 """Sequences on which the model is measured before and after training; not trained on."""
 MICRO_BATCH_TOKENS = {"cpu": 1024}
@@ -670,6 +671,9 @@ def _batches(
         for group, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
     ]
     drawn, left_out = (list(batches) for batches in zip(*sampled))
+    # Lists keep their share if the text is too short even when it is repeated.
+    read = sum(len(batch.target) for batch in drawn)
+    listed = min(listed, math.ceil(LIST_SHARE / (1 - LIST_SHARE) * read))
     drawn.append(_draw(lists, listed, 0, lengths, LISTS, random)[0])
     trained, left_out = (_batch(map(np.concatenate, zip(*parts))) for parts in (drawn, left_out))
     count = len(trained.target)
