@@ -41,6 +41,7 @@ from tokalign_jax.parallel import sharding
 from tokalign_jax.planning import disk, memory
 from tokalign_jax.planning.machine import Machine, MeshSizes
 from tokalign_jax.planning.memory import FLOAT, Setup, elements
+from tokalign_jax.text import pairs
 from tokalign_jax.training import cross_tokenizer, states
 from tokalign_jax.utils import paths
 
@@ -333,10 +334,26 @@ def _training_on_device(run: Run) -> dict[str, int]:
         "features of tokens": size * features // (fsdp * tensor),
         "activations and logits": memory.kept_bytes(run.model, setup.compute, tokens, run.mesh)
         + work
-        # States inside both models, and their differences in float32.
-        + len(cross_tokenizer.INNER_DEPTHS) * (2 * size + FLOAT) * tokens * run.model.hidden_size
+        + inner_states_bytes(run.model, size, tokens)
         + size * inner,
     }
+
+
+def inner_states_bytes(model: ModelConfig, size: int, tokens: int) -> int:
+    """Bytes of the inner states of both models for so many target tokens (`cross_tokenizer.loss`).
+
+    Args:
+      model: either model.
+      size: bytes of an element.
+      tokens: target tokens of a device.
+    """
+    layers = len(cross_tokenizer.inner_layers(model.num_layers))
+    if not layers:
+        return 0
+    length = self_distillation.LENGTH
+    both = tokens + tokens * pairs.source_length(length) // length
+    # The loop over the layers has one more slot, for those after the last of them.
+    return (size * (layers + 1) * both + FLOAT * tokens) * model.hidden_size
 
 
 def start_trains(run: Run) -> str:
