@@ -361,10 +361,10 @@ class Transformer:
         """
         updated: dict[str, list[Any]] = {mixer: [] for mixer in cache or ()}
         order = sorted(set(after))
-        # Every layer writes, and a slot's own layer is the last that writes to it.
-        slots = jnp.array([bisect.bisect_left(order, i + 1) for i in range(len(indices[0]))])
-        inner = None
+        slots = inner = None
         if order:
+            # Every layer writes, and a slot's own layer is the last that writes to it.
+            slots = jnp.array([bisect.bisect_left(order, i + 1) for i in range(len(indices[0]))])
             shape = len(x), len(order) + 1, *x.shape[1:]
             inner = sharding.by_sequence(jnp.zeros(shape, x.dtype))
         for segment in segments([kind.parts for kind in self.config.layer_kinds]):
