@@ -25,6 +25,14 @@ def test_low_temperature_is_greedy():
         assert tokens == greedy[0].tolist()
 
 
+def test_model_of_one_layer_writes_its_likeliest_tokens():
+    model, params = transformer.first_layers(LLAMA, toy_params(), 1)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    (drawn,) = sample(model, params, [[3]], 6, 1e-4, 0, jnp.float32, mesh)
+    likeliest = transformer.logits(model, params, jnp.array([drawn]))[0].argmax(-1).tolist()
+    assert drawn[1:] == likeliest[:-1]
+
+
 def test_samples_depend_on_the_seed_only():
     (_, one), (_, again), (_, other) = (
         draw(PROMPTS, 1.0),

@@ -283,7 +283,7 @@ class Transformer:
         x = sharding.look_up(outer.embed_tokens.embedding[...], tokens, dtype)
         x = self._embedded(sharding.by_sequence(x), positions)
         unroll = _layers_per_iteration(unroll, config.num_layers, remat)
-        if unroll < config.num_layers:
+        if cache or unroll < config.num_layers:  # Also a single layer, if it has a cache.
             indices = inputs.rope_index, inputs.span_index, inputs.growth_index, inputs.normed
             arrays = tuple(map(jnp.array, indices))
             options = cache, remat, unroll, after
