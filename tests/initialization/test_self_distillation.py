@@ -138,6 +138,13 @@ def test_nothing_is_trained_without_composed_tokens(sides):
     assert result.params is params and not result.facts
 
 
+def test_start_without_text_says_so(sides):
+    settings = replace(SETTINGS, generated_tokens=0, corpus_share=0.0)
+    before, after, facts, lines = distilled(sides, replace(CONFIG, initialization=settings))
+    assert not facts and all(after[path] is leaf for path, leaf in before.items())
+    assert "no text to train on" in lines[-1]
+
+
 def test_source_model_samples_text(sides):
     source, _, _ = sides
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

@@ -429,6 +429,10 @@ def distill(
     source = source._replace(params=sharding.place(source.params, mesh))
     texts = _paired_texts(config, source, target, documents, budget, tokens, mesh, log)
     if not texts.written and not texts.corpus:
+        log(
+            "self-distillation: warning: there is no text to train on, so the model stays as it was"
+            " before: raise initialization.generated_tokens or initialization.corpus_share"
+        )
         return self_distillation.Result(target.params, {})
 
     tokens_seen = np.concatenate([pair.target for part in texts for pair in part])
