@@ -275,6 +275,18 @@ def test_lists_of_words_have_their_share_and_weights(sides, monkeypatch):
     assert share == pytest.approx(self_distillation.LIST_SHARE, abs=0.05)
 
 
+@pytest.mark.parametrize("budget", [1, 100])
+def test_the_smallest_budgets_train_on_a_sequence(sides, budget):
+    source, target, _ = sides
+    models = self_distillation.Models(target.config, source.config, None)
+    starts = source.tokenizer.eos_token_id, target.tokenizer.eos_token_id
+    pairing = pairs.Pairing(source.tokenizer, target.tokenizer, starts, {})
+    texts = pairing.pair([((" ".join(TEXTS * 3), None),)] * 9)
+    given, mesh = self_distillation.Texts(texts, texts, []), sharding.make_mesh()
+    steps, _ = self_distillation._batches(CONFIG, given, budget, models, mesh)
+    assert [int((x.target[..., 0] >= 0).sum()) for x in steps] == [1]
+
+
 def test_repeated_sequences_count_once():
     target = np.array([[[1, 2, 3, -1], [1, 2, 3, -1]], [[4, 4, 2, 5], [1, 2, 3, -1]]])
     batch = self_distillation.Batch(target, *[np.zeros(0)] * 4)

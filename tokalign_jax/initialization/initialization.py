@@ -37,7 +37,6 @@ from tokalign_jax.initialization import (
     tuning,
     word_lists,
 )
-from tokalign_jax.initialization.self_distillation import LIST_SHARE
 from tokalign_jax.models.config import ModelConfig
 from tokalign_jax.models.transformer import Params
 from tokalign_jax.parallel import sharding
@@ -496,7 +495,8 @@ def _paired_texts(
     parts = [((piece, None),) for document in documents for piece in pairs.passages(document.text)]
     own = ("".join(segment.text for segment in passage) for passage in passages)
     words = word_lists.split_differently(*tokenizers, own)
-    listed, random = round(LIST_SHARE * tokens), np.random.default_rng([config.seed, 9])
+    listed = round(self_distillation.LIST_SHARE * tokens)
+    random = np.random.default_rng([config.seed, 9])
     lists = word_lists.draw(words, listed, pairing, random)
     log(
         f"word lists: {len(words):,} words are split differently, lists of them have"

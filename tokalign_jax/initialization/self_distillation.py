@@ -666,23 +666,23 @@ def _batches(
     listed = min(round(LIST_SHARE * count), sum(len(pair.target) for pair in lists) // length)
     count -= listed
     lengths = length, min(pairing.source_length(length), models.teacher.max_positions)
+    from_corpus, left_out = round(share * count), round(share * HELD_OUT)
     sampled = [
-        _draw(group, round(part * count), round(part * HELD_OUT), lengths, weights, random)
-        for group, part, weights in zip((corpus, written), (share, 1 - share), (CORPUS, WRITTEN))
+        _draw(corpus, from_corpus, left_out, lengths, CORPUS, random),
+        _draw(written, count - from_corpus, HELD_OUT - left_out, lengths, WRITTEN, random),
     ]
-    drawn, left_out = (list(batches) for batches in zip(*sampled))
+    drawn, held_out = (list(batches) for batches in zip(*sampled))
     # Lists keep their share if the text is too short even when it is repeated.
     read = sum(len(batch.target) for batch in drawn)
     listed = min(listed, math.ceil(LIST_SHARE / (1 - LIST_SHARE) * read))
     drawn.append(_draw(lists, listed, 0, lengths, LISTS, random)[0])
-    trained, left_out = (_batch(map(np.concatenate, zip(*parts))) for parts in (drawn, left_out))
+    trained, held_out = (_batch(map(np.concatenate, zip(*parts))) for parts in (drawn, held_out))
     count = len(trained.target)
     size = min(count, MOST_SEQUENCES, max(LEAST_SEQUENCES, count // STEPS))
     # Steps of one size share a compiled program; sequences left over are not read.
     order = random.permutation(count)[: count - count % size].reshape(-1, size)
-    return [_micro_batches(_take(trained, chosen), mesh) for chosen in order], _micro_batches(
-        left_out, mesh
-    )
+    steps = [_micro_batches(_take(trained, chosen), mesh) for chosen in order]
+    return steps, _micro_batches(held_out, mesh)
 
 
 def _draw(
