@@ -1,4 +1,4 @@
-"""Conservative recipe: low Stage 1 learning rate, LoRA, higher threshold, relative offset.
+"""Conservative: low Stage 1 learning rate, LoRA in Stage 2, higher threshold, relative offset.
 
     tokalign run --config configs/optimal.py --workdir runs/optimal
     tokalign run --config configs/optimal.py --workdir runs/mine \\
