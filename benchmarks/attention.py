@@ -11,8 +11,8 @@ Prints one table. A kernel that does not support this platform or shape is liste
 - triton: the Pallas kernel that comes with jax (blocks of 64 in the forward pass, and of 32 in the
   backward pass if heads are larger than 128).
 - mosaic: the Pallas kernel for Hopper that comes with jax; it has no causal backward pass.
-- tokamax-mosaic, tokamax-triton: tokamax's kernels with its default block sizes, if it is
-  installed.
+- tokamax-mosaic, tokamax-triton: tokamax's kernels with the block sizes that it chooses itself, if
+  it is installed.
 
 TFLOP/s counts the pairs that a causal model needs, half of T x T: two matrix products in the
 forward pass, 2 B N T^2 H, and five more in the backward pass (recomputed logits, and gradients of
