@@ -1,14 +1,14 @@
-"""Ways to start a new vocabulary, compared: bits per byte after initialisation, after a probe of
-Stage 1 and after both stages.
+"""Compare initialisations of a new vocabulary: bits per byte after initialisation, after a short
+probe of Stage 1 and after both stages.
 
     PYTHONPATH=. python benchmarks/alignment.py --pair llama-en16k,qwen3 --pair neox-30m,qwen3 \\
         --corpus mix-train.jsonl.xz \\
         --held-out held-out.jsonl.xz --language-field lang --workdir runs/alignment
 
-A pair is a model folder and a tokenizer folder. Starts are the methods of `alignment.method` by
-their names and `composed` with one thing changed (WAYS). Those of a pair read the same text, share
-token vectors and contexts, train on the same sequences in the same order, and are measured on the
-same held-out text. Writes `alignment.json` and prints a table for each pair.
+A pair is a model folder and a tokenizer folder. Starts are the methods of `alignment.method` and
+ablations of `composed` (WAYS). All starts of a pair use the same text, token vectors and contexts,
+train on the same sequences in the same order, and are measured on the same held-out text. Writes
+`alignment.json` and prints a table for each pair.
 """
 
 import argparse

@@ -1,24 +1,24 @@
-"""Causal self-attention by every kernel that runs here: time, rate and error, forward and with the
-backward pass.
+"""Compare kernels for causal self-attention: time, TFLOP/s and error, of the forward pass and with
+the backward pass.
 
     python benchmarks/attention.py --batch 8 --length 2048 --heads 8 --head-size 256
 
-One table. A kernel that cannot run on this platform, or not at this shape, stands in it with its
-reason.
+Prints one table. A kernel that does not support this platform or shape is listed with the reason.
 
 - project: what `models.attention.attend` chooses.
-- cudnn: cuDNN's flash attention, as jax.nn has it.
+- cudnn: cuDNN's flash attention, through jax.nn.
 - blocked: the project's fallback, einsum and softmax by blocks of queries.
-- triton: the Pallas kernel that comes with jax (blocks of 64 forwards, of 32 backwards where heads
-  are larger than 128).
+- triton: the Pallas kernel that comes with jax (blocks of 64 in the forward pass, and of 32 in the
+  backward pass if heads are larger than 128).
 - mosaic: the Pallas kernel for Hopper that comes with jax; it has no causal backward pass.
-- tokamax-mosaic, tokamax-triton: tokamax's kernels with the blocks that it chooses itself, if it is
-  installed.
+- tokamax-mosaic, tokamax-triton: tokamax's kernels with the block sizes that it chooses itself, if
+  it is installed.
 
-TFLOP/s counts the pairs that a causal model needs, half of T x T: two products forwards, 2 B N T^2
-H, and five more backwards (logits again, and gradients of weights, queries, keys and values), 7 B N
-T^2 H in all. The error is the largest difference from a float32 reference over its largest value,
-of the result and of the three gradients.
+TFLOP/s counts the pairs that a causal model needs, half of T x T: two matrix products in the
+forward pass, 2 B N T^2 H, and five more in the backward pass (recomputed logits, and gradients of
+weights, queries, keys and values), 7 B N T^2 H in total. The error, of the result and of the three
+gradients, is the largest difference from a float32 reference divided by the reference's largest
+value.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""Time and memory of co-occurrence counting, at any number of tokens.
+"""Time and memory of co-occurrence counting, for any number of tokens.
 
     python benchmarks/cooccurrence.py --shards tokens/target --tokens 1000000000 --scratch /data \\
         --json counts.json
 
-A corpus longer than the shards is made by repeating them, each time with a fresh seed: of every
-repetition after the first, a share (`--noise`) of the tokens is swapped for tokens drawn from the
-corpus, so that new pairs keep coming. `--growth` says how fast they come in the shards themselves:
-pairs ~ tokens^growth, from the second half of the shards against the first; the table has the same
-figure for the corpus that was made, between the shards and the whole.
+A corpus longer than the shards is simulated by repeating them: in every repetition after the first,
+a share (`--noise`) of the tokens is replaced by tokens sampled from the corpus with a new seed, so
+that new pairs keep appearing. `--growth` reports how fast they appear in the shards themselves:
+pairs ~ tokens^growth, estimated from the second half of the shards against the first. The table has
+the same figure for the simulated corpus, between the shards and the whole.
 
-The floor is what the pairs alone must cost: on an accelerator the sorting of `window` keys a token,
-on a CPU their addition to a table that is in the cache, by all threads at once; both are measured
-here.
+The floor is the minimum cost of handling the pairs: on an accelerator, sorting `window` keys per
+token; on a CPU, adding them to a table that fits into the cache, with all threads. Both are
+measured here.
 """
 
 import argparse

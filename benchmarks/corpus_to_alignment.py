@@ -1,20 +1,20 @@
-"""From a corpus of any number of tokens to an alignment: seconds by step, memory of host and device
-at most, and the floor.
+"""Time and memory from a corpus of any number of tokens to an alignment: seconds per step, peak
+memory of host and device, and the floor.
 
     PYTHONPATH=. python benchmarks/corpus_to_alignment.py --source-tokenizer neox \\
         --target-tokenizer qwen3 \\
         --corpus mix-train.jsonl.xz --tokens 1e9 --workdir runs/scale
 
-What is timed is the stage `align` in a process of its own, after its imports and tokenizers, with
-all compilation: counting both sides, vectors, matching, mixtures, files, BLEU-1. Tokenising is
-apart. A side with fewer than `--tokens` is made as long by repeating its documents, each time with
-a fresh seed: a share of the tokens (`--noise`) is swapped for others of the corpus, so that new
-pairs keep coming. Both sides are swapped by themselves, so time and memory are those of so long a
-corpus, but the alignment's quality is not.
+Times the stage `align` in a separate process, after imports and tokenizers are loaded but including
+all compilation: counting both sides, vectors, matching, mixtures, files, BLEU-1. Tokenisation is
+not included. A side with fewer than `--tokens` is extended by repeating its documents: in each
+repetition a share of the tokens (`--noise`) is replaced by others of the corpus with a new seed, so
+that new pairs keep appearing. The two sides are changed independently, so time and memory are those
+of a corpus of that length, but the alignment's quality is not.
 
-The floor is what the pairs alone must cost: sorting `window` keys a token on an accelerator, adding
-them to cells in the cache on a CPU. Host memory is the process's own (anonymous); with mapped
-files, which the system keeps while there is room, it is given, too.
+The floor is the minimum cost of handling the pairs: sorting `window` keys per token on an
+accelerator, adding them to cells in the cache on a CPU. Host memory is the process's anonymous
+memory; the total with memory-mapped files, which the system may evict, is also reported.
 """
 
 import argparse

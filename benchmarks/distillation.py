@@ -1,14 +1,14 @@
-"""Stage 3 with a teacher against the same stage without, at equal tokens: bits per byte before and
-after, tokens a second, seconds a step.
+"""Stage 3 with and without a teacher, at an equal number of tokens: bits per byte before and after,
+tokens per second, seconds per step.
 
     PYTHONPATH=. python benchmarks/distillation.py --teacher llama-en16k --corpus mix-train.jsonl.xz \\
         --language-field lang \\
         --workdir runs/distillation --steps 40 --sequences 4 --sequence-length 256 --dtype float32
 
-The source model gets the teacher's tokenizer in Stage 1 and Stage 2, once. From there each way
-(WAYS) trains on the same sequences in the same order at the same rates; `next token` is a Stage 3
-without the teacher. All is done by the pipeline, in one workdir, so that a broken benchmark goes on
-where it was. Writes `distillation.json` and prints a table.
+The source model is adapted to the teacher's tokenizer in Stage 1 and Stage 2 once. From there,
+every variant (WAYS) trains on the same sequences in the same order at the same learning rates;
+`next token` is a Stage 3 without the teacher. The pipeline runs everything in one workdir, so that
+an interrupted benchmark resumes where it stopped. Writes `distillation.json` and prints a table.
 """
 
 import argparse

@@ -1,23 +1,23 @@
-"""Training speed of a mixture of experts: this project's sparse and dense ways, and transformers.
+"""Training speed of a mixture of experts: sparse and dense implementations here, and transformers.
 
     python benchmarks/experts.py --out experts.json           # one GPU, under three minutes
     python benchmarks/experts.py --tiny --out experts.json    # any CPU, a check of the script
 
-The shape is Qwen3-30B-A3B's, cut to its first layers. Weights and tokens are random but the same on
-every side: a weight is a hash of its tensor's name and its index, so that no file is exchanged.
-Each side is a process of its own. One that fails or runs out of time is reported, and the others go
-on.
+The shape is that of the first layers of Qwen3-30B-A3B. Weights and tokens are random but identical
+for all implementations: a weight is a hash of its tensor's name and its index, so that no file is
+exchanged. Each implementation runs in a separate process; one that fails or times out is reported,
+and the others continue.
 
 - `sparse`, `dense`, `ragged`: this project's training step with that implementation of the experts
-  (models/experts.py): float32 master weights, clipping, AdamW, donated buffers.
-- `transformers`: PyTorch with SDPA, fused AdamW, clipping, and weights and optimizer state in the
-  compute type (half of the memory of ours). It is measured with grouped
-  products if this version has them, on a GPU also with torch.compile; its fastest run counts.
+  (models/experts.py): float32 master weights, gradient clipping, AdamW, donated buffers.
+- `transformers`: PyTorch with SDPA, fused AdamW, gradient clipping, and weights and optimizer state
+  in the compute type (half the memory of ours). It is measured with grouped matrix products if the
+  installed version has them, and on a GPU also with torch.compile; the fastest run counts.
 
-MFU counts the parameters that a token uses, 6 FLOPs each, and attention over all pairs of tokens;
-`causal MFU` counts half of the pairs (as benchmarks/train_throughput.py). Agreement with
-transformers: the loss of the first step, in the compute type; and the loss of every token of the
-first sequence, in float32.
+MFU counts the parameters that are active for a token, 6 FLOPs each, and attention over all pairs of
+tokens; `causal MFU` counts half of the pairs (as in benchmarks/train_throughput.py). Agreement with
+transformers is measured by the loss of the first step, in the compute type, and by the loss of
+every token of the first sequence, in float32.
 """
 
 import argparse

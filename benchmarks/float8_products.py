@@ -1,11 +1,11 @@
-"""Time of products in float8 (models/float8.py) beside bfloat16, forward and backward.
+"""Time of matrix products in float8 (models/float8.py) and bfloat16, forward and backward.
 
     python benchmarks/float8_products.py           # one GPU, half a minute
     python benchmarks/float8_products.py --tiny    # any device, a check of the script
 
-The shapes are those of a model of Pythia-1B's width with 16,384 tokens. `kernels` counts cuBLASLt's
-float8 products in the compiled program: 3 if XLA uses them for the product and both of its
-gradients. Errors are relative norms against bfloat16.
+The shapes are those of a model with Pythia-1B's width and 16,384 tokens. `kernels` counts
+cuBLASLt's float8 products in the compiled program: 3 if XLA uses them for the product and both of
+its gradients. Errors are relative norms against bfloat16.
 """
 
 import argparse

@@ -1,15 +1,14 @@
-"""Time and host memory of making the rows of a new vocabulary, by step; random rows, tokens and
-text.
+"""Time and host memory of initialising the rows of a new vocabulary, by step, on random data.
 
     PYTHONPATH=. python benchmarks/initialization.py --width 2048 --source 50304 --target 151669
 
-The model has one layer: what it reads is not measured here, but what is made of that. `mixtures`:
-the rows that an alignment makes of the source's, for embedding and head. `learned rows`: the
-regression for one of the two and what it says of the composed tokens. `frequencies`: how far head
-rows are moved, three rounds over 32,768 places. `tuning`: the rule of all rows, in as many steps as
-a run has, of 2,048 tokens each. Each is run twice, the first time with its compilation. Memory is
-the largest resident set of the process so far; the source's rows and contexts of both vocabularies
-are in it.
+The model has only one layer, since its forward passes are not measured here, only what follows
+them. `mixtures`: rows mixed from the source's by an alignment, for embedding and head. `learned
+rows`: the regression for one of the two and its predictions for the composed tokens. `frequencies`:
+calibration of head rows, three rounds over 32,768 positions. `tuning`: the linear map shared by all
+rows, for as many steps as in a run, of 2,048 tokens each. Each step is run twice, the first time
+including compilation. Memory is the peak resident set of the process so far, including the source's
+rows and the contexts of both vocabularies.
 """
 
 import argparse

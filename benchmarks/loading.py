@@ -1,11 +1,11 @@
-"""Memory of reading a large checkpoint onto several devices, and of writing it out again.
+"""Memory of reading a large checkpoint onto several devices, and of writing it again.
 
     python benchmarks/loading.py --layers 32 --devices 8
 
-Makes a checkpoint of LLaMA 3's 8B shape in bfloat16 (zeros in sparse files, which take no room on
-the disk), reads it onto so many simulated CPU devices as a process of its own, and says how much
-host memory there was at most beside the arrays on the devices, and how large a part of them each
-device has. With --export it is written out again (16 GB for 32 layers).
+Creates a checkpoint with the shape of LLaMA 3 8B in bfloat16 (zeros in sparse files, which take no
+disk space), reads it onto `--devices` simulated CPU devices in a separate process, and reports the
+peak host memory in addition to the arrays on the devices, and each device's share of these arrays.
+With --export it is written again (16 GB for 32 layers).
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python benchmarks/matching.py --source 50000 --target 262000 --dimensions 300
 
-Prints the seconds of each step (the second run of each: the first one compiles). CSLS takes a pass
-over all products of vectors, 2 x source x target x dimensions FLOP, and one over those of the most
-frequent target tokens: at the rate measured on one block, that is the floor. The work does not
-depend on what is in the vectors, and grows with the number of target tokens.
+Prints the seconds of each step (of its second run, since the first one compiles). CSLS takes one
+pass over all dot products of vectors, 2 x source x target x dimensions FLOP, and one over those of
+the most frequent target tokens. The floor is the time for this work at the FLOP/s measured on one
+block. The work does not depend on the values of the vectors, and grows with the number of target
+tokens.
 """
 
 import argparse

@@ -1,23 +1,23 @@
-"""Loss curves of training in less memory or time, beside those of the default.
+"""Loss curves of training in less memory or time, compared with the default.
 
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
         --corpus /data/train.jsonl --steps 500 --seeds 3 --out runs/state.json
 
 The model gets the target tokenizer with the mean of each token's pieces, then trains in each format
-of the optimizer's state (`stageN.optimizer`), on the same sequences in the same order; a seed has its own
-order. The validation loss is on documents of the corpus that are not trained on. `--out` is a JSON
-file of the curves; the table has the final validation losses and their differences to `float32` of
-the same seed.
+of the optimizer's state (`stageN.optimizer`), on the same sequences in an order that depends only
+on the seed. The validation loss is on held-out documents of the corpus. `--out` is a JSON file of
+the curves; the table has the final validation losses and their differences from `float32` with the
+same seed.
 
-The format `float8` has the default state, and projections in float8 (`compute.matmul`). Validation
-losses are always computed in `--dtype`. The format `halves` is `float32` with half the sequences at
-once: only rounding differs, so that its difference is the noise of the others:
+The format `float8` has the default state and projections in float8 (`compute.matmul`). Validation
+losses are always computed in `--dtype`. The format `halves` is `float32` with micro-batches of half
+the size: only rounding differs, so its difference is a measure of noise:
 
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \
         --corpus /data/train.jsonl --dtype bfloat16 --length 512 --steps 500 \
         --formats 'float32;halves;float8' --out runs/float8.json
 
-The formats `int8` and `nf4` are those of LoRA's frozen projections (`stageN.lora.frozen`); their
+The formats `int8` and `nf4` quantize LoRA's frozen projections (`stageN.lora.frozen`); their
 validation losses are those of the quantized model:
 
     python benchmarks/optimizer_state.py --model /models/SmolLM2-135M --target /models/Qwen3-0.6B \

@@ -1,5 +1,5 @@
-"""Makes the pairs that alignments are measured on and that cannot be had ready-made: a
-SentencePiece-style tokenizer, and a small GPT-NeoX language model.
+"""Create the pairs for measuring alignments that are not available for download: a
+SentencePiece-style tokenizer and a small GPT-NeoX language model.
 
     python benchmarks/pairs.py tokenizer --corpus mix-train.jsonl.xz --out pairs/sp24k
     python benchmarks/pairs.py check --tokenizer pairs/sp24k --other llama-en16k \\

@@ -1,15 +1,16 @@
-"""Differences of each family from PyTorch: random tiny models, one for each set of features, in float32
-on the CPU.
+"""Differences of each model family from PyTorch: random tiny models, one for each set of features,
+in float32 on the CPU.
 
     python benchmarks/parity.py             # prints the table and writes it into docs/models.md
     python benchmarks/parity.py gemma phi3  # only families with these words in their names
 
-Rows of families that are not computed stay in the document as they are.
+Rows of families that are not selected are left unchanged in the document.
 
-Largest differences: of logits at two lengths; of the gradients of embedding and head, relative to
-the largest element of each; of the logits of the exported folder, loaded by transformers. `effect`
-is how far the logits move when one of the constants that the family does not share with LLaMA 1 is
-taken away, the least of them all: what an error there would show.
+The table has the largest differences of logits at two lengths; of the gradients of embedding and
+head, relative to the largest element of each; and of the logits of the exported folder, loaded by
+transformers. `effect` is the smallest change of the logits when one of the constants that the
+family does not share with LLaMA 1 is removed: an error in such a constant would show at least this
+much.
 """
 
 import os

@@ -1,10 +1,11 @@
-"""Table and figure of what benchmarks/retention.py measured: retention over training tokens.
+"""Table and figure of retention over training tokens, from results of benchmarks/retention.py.
 
     python benchmarks/retention_figure.py 'Qwen3=runs/qwen3/retention.jsonl' \\
         'GPT-NeoX=runs/neox/retention.jsonl' --out docs/results/retention
 
-Each argument is a label and a file; the figure has a row of panels for each. Trainings that differ
-only in their tokens are a curve, which begins at their start. Writes OUT.md and OUT.png.
+Each argument is a label and a file; the figure has a row of panels for each. Training runs that
+differ only in their number of tokens form a curve, which begins at their start. Writes OUT.md and
+OUT.png.
 """
 
 import argparse

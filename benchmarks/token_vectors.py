@@ -1,25 +1,25 @@
-"""Token vectors: Stanford's GloVe in C against this project's GloVe and PPMI, on the same token
-files, in one run.
+"""Compare token vectors on the same token files: Stanford's GloVe in C, and this project's GloVe
+and PPMI.
 
     python benchmarks/token_vectors.py --glove_c GloVe --source-tokenizer llama-en16k \\
         --target-tokenizer qwen3 \\
         --corpus mix-train.jsonl.xz --workdir runs/token_vectors
 
 `--glove_c` is a checkout of https://github.com/stanfordnlp/GloVe (its `src` is compiled here with
-gcc). Instead of `--corpus`, `--tokens-source` and `--tokens-target` name folders of token shards
-that exist. Settings are the published ones: 300 dimensions, window 15, minimum count 5, x_max 10,
+gcc). Instead of `--corpus`, `--tokens-source` and `--tokens-target` can name existing folders of
+token shards. Settings are the published ones: 300 dimensions, window 15, minimum count 5, x_max 10,
 alpha 0.75, eta 0.05, 15 passes.
 
 The C programs read a document as one line of ids. Their windows end at a newline, as ours do at the
-end of a document; they drop rare tokens before windows are taken, as we do. So both have the same
-vocabulary and count the same.
+end of a document, and both drop rare tokens before taking windows. So both have the same vocabulary
+and the same counts.
 
-Time is wall time of each phase, without writing the ids as text for C; ours includes compilation
-and the start of the device, but not that of Python. With `JAX_ENABLE_COMPILATION_CACHE=false`
-nothing was compiled before. Memory is the largest resident set of each program, ours in a process
-of its own. Alignment quality is the share of validation pairs (a tenth of the shared tokens, never
-used) that find themselves by CSLS: with a map from 300 shared tokens, with one from all others, and
-directly where both sides have the same axes.
+Time is the wall time of each phase, without writing the ids as text for C; ours includes
+compilation and device initialisation, but not the start of Python. With
+`JAX_ENABLE_COMPILATION_CACHE=false` no compiled program is reused. Memory is the peak resident set
+of each program, ours in a separate process. Alignment quality is the share of held-out validation
+pairs (a tenth of the shared tokens) that CSLS matches with each other: with a map from 300 shared
+tokens, with one from all others, and without a map if both sides share one space.
 """
 
 import argparse

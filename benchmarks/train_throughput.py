@@ -1,36 +1,36 @@
-"""Tokens a second, MFU, memory and compile time of training steps, of this project and of PyTorch
-on the same work.
+"""Tokens per second, MFU, memory and compile time of training steps, here and in PyTorch for the
+same work.
 
     python benchmarks/train_throughput.py --model pythia-1b --vocabulary 151936 --method embedding,full --torch --out runs/throughput
 
-Random weights in a published shape, or in that of any config.json of a supported family; nothing is
-downloaded. Each measurement is a process of its own, so that its peak memory is its own. Of this
-project it is the step of the training loop itself: mixed precision, clipping, AdamW, donated
-buffers; first over one fixed batch, then with batches from shuffled token shards as in training, to
-see whether input keeps up. `--torch` adds PyTorch + transformers: torch.compile, SDPA, fused AdamW,
-clipping, and only what the method trains requires gradients (LoRA is left out: not part of
-transformers).
+Weights are random, in the shape of a published model or of any config.json of a supported family;
+nothing is downloaded. Each measurement runs in a separate process, so that its peak memory is its
+own. For this project, it times the step of the real training loop (mixed precision, gradient
+clipping, AdamW, donated buffers), first on one fixed batch, then on batches from shuffled token
+shards as in training, to see whether input keeps up. `--torch` adds PyTorch + transformers:
+torch.compile, SDPA, fused AdamW, gradient clipping, and gradients only for the parameters that the
+method trains (LoRA is left out, since it is not part of transformers).
 
-MFU is the share of the devices' peak that goes into operations which the mathematics needs: a token
-takes, for each parameter in a matrix product, 2 forwards, 2 backwards to its input and, if it
-trains, 2 to itself; attention takes 12 N H T a layer, counted over all T x T pairs as is common
-(PaLM, appendix B; `planning.flops`). `causal MFU` counts only the half of the pairs that a causal
-model needs. Recomputation counts for nothing in either.
+MFU is model FLOPs as a share of the devices' peak. Per token, each parameter in a matrix product
+counts 2 FLOPs forward, 2 for the gradient of its input and, if it is trained, 2 for its own
+gradient; attention counts 12 N H T per layer, over all T x T pairs as is common (PaLM, appendix B;
+`planning.flops`). `causal MFU` counts only the half of the pairs that a causal model needs. Neither
+counts recomputation.
 
-Mixtures of experts, here the first 4 of Qwen3-30B-A3B's 48 layers, in one command each way:
+Mixtures of experts, here the first 4 of Qwen3-30B-A3B's 48 layers, with each implementation:
 
     for way in dense sparse; do python benchmarks/train_throughput.py --model qwen3-30b-a3b-4 --method full \
         --batch 4 --experts $way --torch --out runs/experts-$way; done
 
-The optimizer's state in less memory, and deep models with all layers unrolled or in two groups:
+Optimizer state in less memory, and deep models with all layers unrolled or in two groups:
 
     python benchmarks/train_throughput.py --model llama-8b --vocabulary 151936 --method lora --batch 4 \
         --accumulation 4 --state float32,vocabulary,in-place --no-feed --out runs/state
     python benchmarks/train_throughput.py --model qwen3-4b --method lora,full --batch 4 --unroll 18,36 \
         --no-feed --out runs/depth
 
-Projections in float8 beside those in bfloat16 (`compute.matmul`; the row also counts the float8
-kernels that the compiler uses, which should not be 0):
+Projections in float8 and in bfloat16 (`compute.matmul`; the row also counts the float8 kernels in
+the compiled program, which should not be 0):
 
     python benchmarks/train_throughput.py --model pythia-1b --vocabulary 151936 \
         --method embedding,lora,full --batch 8 --matmul dtype,float8 --no-feed --out runs/float8
@@ -41,8 +41,8 @@ LoRA on projections in 8 and 4 bits (`stageN.lora.frozen`):
         --frozen dtype,int8,nf4 --no-feed --out runs/frozen
 
 Writes `throughput.json` (rows of this project, which `tokalign plan --throughput` reads),
-`throughput-torch.json` and `throughput.png`; with `--profile` also, of each variant, its kernels
-and its compiled program.
+`throughput-torch.json` and `throughput.png`; with `--profile` also the kernels and the compiled
+program of each variant.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_loading.py runs/mine/export ...
 
-Needs vLLM, not its GPU build: the model is declared on the CPU and its `load_weights` reads the
-folder. Nothing is computed. A folder is fine if vLLM recognizes its architecture, accepts every
-tensor, and gives every parameter of its model a tensor. Each folder is a process of its own.
+Needs vLLM, but not its GPU build: the model is declared on the CPU and its `load_weights` reads the
+folder. Nothing is computed. A folder passes if vLLM recognizes its architecture, accepts every
+tensor, and assigns a tensor to every parameter of its model. Each folder is checked in a separate
+process.
 """
 
 import os

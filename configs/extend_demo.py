@@ -1,4 +1,4 @@
-"""Demo of an extension: 6,000 tokens of eight languages are added to an English/code tokenizer.
+"""Demo of an extension: 6,000 tokens from eight languages are added to an English/code tokenizer.
 
     tokalign run --config configs/extend_demo.py --workdir runs/extend
 

@@ -1,4 +1,4 @@
-"""Conservative recipe: low Stage 1 rate, LoRA in Stage 2, higher threshold, relative offset.
+"""Conservative: low Stage 1 learning rate, LoRA in Stage 2, higher threshold, relative offset.
 
     tokalign run --config configs/optimal.py --workdir runs/optimal
     tokalign run --config configs/optimal.py --workdir runs/mine \\
@@ -6,10 +6,10 @@
         --config.corpus='/data/*.jsonl.xz'
 
 Expected: the body of the model changes little. For the measured budgets (a few hundred steps,
-docs/results/recipe.md) the evidence is against it: a Stage 1 rate of 2e-5 recovers a fraction of
-what 6.4e-4 does, LoRA at 5e-5 ends far behind full training at the same rate, and a run without
-Stage 1 is better than both; `configs/best.py` is the best recipe there. This one is meant for the
-full 2,500 steps, which have not been measured yet.
+docs/results/recipe.md) the evidence is against it: a Stage 1 learning rate of 2e-5 recovers only a
+fraction of what 6.4e-4 does, LoRA at 5e-5 ends far behind full training at the same rate, and a run
+without Stage 1 is better than both; `configs/best.py` is the best recipe for these budgets. This
+one is meant for the full 2,500 steps, which have not been measured yet.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Demo of pruning: tokens that the corpus does not need are removed, the others keep their rows.
+"""Demo of pruning: tokens that the corpus does not need are removed; the others keep their rows.
 
     tokalign run --config configs/prune_demo.py --workdir runs/prune
 

@@ -1,11 +1,11 @@
-"""Sweep of recipes: Stage 1 rate x Stage 2 method x alignment, over seeds and budgets.
+"""Sweep of recipes: Stage 1 learning rate x Stage 2 method x alignment, over seeds and budgets.
 
     tokalign sweep --config configs/recipe.py --workdir runs/recipe \\
         --config.source_model=/models/llama --config.target_tokenizer=/tokenizers/qwen3 \\
         --config.corpus=/data/mix.jsonl.xz --config.text.language_field=lang
 
 Names of runs: `own-6.4e-04-full-60-s0` starts from this project's alignment and trains 60 steps per
-stage, Stage 1 at 6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` selects some of them.
+stage, Stage 1 at 6.4e-4, Stage 2 in full, with seed 0. `--only='*-s0'` selects a subset.
 docs/results/recipe.md has the results on an H100.
 """
 

@@ -10,12 +10,12 @@
 Without a corpus, the training text is written by the source model (`corpus=self`).
 
 The runs are objectives x trainable parameters x rates x with and without Stage 1 x tokens; every
-number of tokens has its own learning rate schedule. `mixture-full-3e-04-alone-16M-s0` trains in
+number of tokens has a separate learning rate schedule. `mixture-full-3e-04-alone-16M-s0` trains in
 full at 3e-4, without Stage 1, on 16M tokens; with `stage1`, the first quarter of the tokens trains
 the rows alone. For comparison, runs named `pieces` start from the mean of the pieces and use the
 next-token loss. All runs share corpus, alignment and initialisation.
-`--only='mixture-full-*,next_token-full-*'` selects some of them. The comparison has a table of all
-runs, `runs/curves/runs/NAME/report.json` the results of each.
+`--only='mixture-full-*,next_token-full-*'` selects a subset. The comparison has a table of all
+runs; `runs/curves/runs/NAME/report.json` has the results of each.
 """
 
 from typing import Any

@@ -1,13 +1,13 @@
-"""Recipe of the TokAlign paper (ACL 2025, section 4.1): high Stage 1 rate, then full training.
+"""Recipe of TokAlign (ACL 2025, section 4.1): high Stage 1 learning rate, then full training.
 
     tokalign run --config configs/research.py --workdir runs/research
 
 The paper trains on 1,024 sequences of 2,048 tokens per step (8 devices x 8 sequences x 16
 accumulation steps), 2,500 steps per stage. Stage 2 starts at sequence 2,560,000 = 2,500 x 1,024 of
-the shuffled stream, where Stage 1 stopped; ten passes over 5 GB have that many sequences. Expected,
-as published for Pythia-1B -> Gemma: perplexity 1.2e2 after initialisation, 6.9 after training, and
-a mean of 48.4 on six downstream tasks where the source model has 49.6. Not yet measured with this
-code at that size.
+the shuffled stream, where Stage 1 stopped; ten passes over 5 GB provide that many sequences.
+Expected, as published for Pythia-1B -> Gemma: perplexity 1.2e2 after initialisation, 6.9 after
+training, and a mean of 48.4 on six downstream tasks, where the source model has 49.6. Not yet
+measured with this code at that size.
 """
 
 from typing import Any

@@ -2,8 +2,8 @@
 
     tokalign run --config configs/three_hour_eval.py --workdir runs/three_hours
 
-Enough to compare two choices (an alignment, a rate, a threshold) on the same model. Not yet
-measured with Pythia-1B.
+Enough to compare two options (an alignment, a learning rate, a threshold) on the same model. Not
+yet measured with Pythia-1B.
 """
 
 from typing import Any

@@ -2,8 +2,9 @@
 
     python benchmarks/rivals/alike.py --source models/smollm2 --starts runs/rivals/models
 
-Prints, for each pair of the same method, the share of shared tokens' rows that are equal bit for
-bit, and the median and the 10% quantile of the cosine of all other rows of the input embedding.
+For each method with two implementations, prints the share of shared tokens' rows that are equal bit
+for bit, and the median and 10% quantile of the cosine similarity of all other rows of the input
+embedding.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Compare a user's alternatives: make every start, measure all alike, write one table.
+"""Compare initialisations by this project and others: create, measure and tabulate every start.
 
     benchmarks/rivals/environments.sh /tmp/rivals
     python benchmarks/rivals/compare.py --source models/smollm2 --target tokenizers/neox \\
@@ -7,16 +7,16 @@
         \\ -- --config.text.budget_bytes=50000000
 
 A start is a method's model before any training: this project's own methods by `alignment.method`,
-and mergekit's `mergekit-tokensurgeon`, `deepfocus` and `wechsel` from their own packages. What
-follows `--` goes to this project's commands. Each start gets a folder with its model (`model/`) and
-`made.json`: seconds from text to model, the largest memory of a process, the exit code, the end of
-the log. A start that is there is not made again, one that failed is listed with its error.
+and mergekit's `mergekit-tokensurgeon`, `deepfocus` and `wechsel` from their own packages. Arguments
+after `--` are passed to this project's commands. Each start gets a folder with its model (`model/`)
+and `made.json`: seconds from text to model, peak memory of a process, exit code, end of the log. An
+existing start is not created again; one that failed is listed with its error.
 
-All starts are measured by `benchmarks/retention.py`: abilities, apart by how both tokenizers split
-the question, distance to the source's likelihoods, bits per byte in domain and out of domain.
-`--budgets` also trains each start in full on so many tokens of the corpus, with the
-next-token loss, and measures the result.
-Results: `rivals.md`, `rivals.json` and `rivals.png` (abilities against minutes).
+All starts are measured by `benchmarks/retention.py`: abilities, also grouped by how the tokenizers
+split the question, distance to the source's likelihoods, bits per byte in domain and out of domain.
+`--budgets` also trains each start in full on these numbers of tokens of the corpus, with the
+next-token loss, and measures the result. Results: `rivals.md`, `rivals.json` and `rivals.png`
+(abilities against minutes).
 """
 
 import argparse

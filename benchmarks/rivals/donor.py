@@ -1,11 +1,11 @@
-"""A small model that owns a tokenizer, for methods that look for combinations in a donor's rows.
+"""Create a small model with a given tokenizer, for methods that combine rows of a donor.
 
     python benchmarks/rivals/donor.py --tokenizer neox --corpus train.jsonl.xz --output donors/neox
     python benchmarks/rivals/donor.py --tokenizer qwen3 --output donors/qwen3   # random rows
 
 It is pre-trained from random weights with the project's own training loop, on `--megabytes` of the
-corpus for `--steps` steps; without a corpus its rows stay random, which only serves methods that
-read nothing but the donor's tokenizer.
+corpus for `--steps` steps; without a corpus its rows stay random, which is sufficient for methods
+that use nothing but the donor's tokenizer.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""FOCUS as its authors publish it (PyPI `deepfocus`): focus.py SOURCE TARGET TEXT.jsonl OUTPUT
+"""FOCUS as published by its authors (PyPI `deepfocus`): focus.py SOURCE TARGET TEXT.jsonl OUTPUT
 
-Run in the environment that `environments.sh` makes for it. The fastText vectors are trained on the
-text (field `text`), cut by the target tokenizer, with the package's own settings.
+Run in the environment that `environments.sh` creates for it. The fastText vectors are trained on
+the text (field `text`), split by the target tokenizer, with the package's own settings.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Savings and costs of pruning: tokenizers pruned for one language, on it and on others.
+"""Savings and costs of pruning: tokenizers pruned for one language, measured on it and on others.
 
     python benchmarks/rivals/pruning.py --tokenizers smollm2,qwen3 --text train.jsonl.xz \\
         --held-out valid.jsonl.xz --language de --min-counts 1,2,10

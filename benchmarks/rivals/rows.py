@@ -1,6 +1,6 @@
-"""Replaces a model's embedding by rows for another tokenizer, in PyTorch; shared by the rivals.
+"""Replace a model's embedding by rows for another tokenizer, in PyTorch; shared by the rivals.
 
-It imports nothing of this project, since each rival runs in an environment of its own.
+It imports nothing of this project, since each rival runs in a separate environment.
 """
 
 import resource

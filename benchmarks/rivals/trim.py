@@ -1,8 +1,8 @@
-"""Trim the vocabulary of a model by vocabtrimmer: trim.py MODEL TEXT.jsonl OUTPUT [MIN_FREQUENCY]
+"""Trim the vocabulary of a model with vocabtrimmer: trim.py MODEL TEXT.jsonl OUTPUT [MIN_FREQUENCY]
 
-Run in the environment that `environments.sh` makes for it. First the whole program, as its command
-runs it; then, where that refuses the model, its parts: the tokens that its miner keeps of the same
-text, and the tokenizer that its own steps build of them.
+Run in the environment that `environments.sh` creates for it. Runs the whole program first, as its
+command does. If that refuses the model, runs its parts: the miner, for the tokens to keep for the
+same text, and the steps that build a tokenizer from these tokens.
 """
 
 import json

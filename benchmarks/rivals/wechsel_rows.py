@@ -1,10 +1,10 @@
-"""WECHSEL as its authors publish it (PyPI `wechsel`): wechsel_rows.py SOURCE TARGET TEXT.jsonl
+"""WECHSEL as published by its authors (PyPI `wechsel`): wechsel_rows.py SOURCE TARGET TEXT.jsonl
 OUTPUT
 
-Run in the environment that `environments.sh` makes for it. WECHSEL asks for word vectors of the
-source's and of the target's language, aligned by a dictionary. Where both tokenizers serve the same
-text one set of vectors stands for both and needs no alignment: it is trained on the text with the
-package's own function, words being what white space and punctuation set apart.
+Run in the environment that `environments.sh` creates for it. WECHSEL needs word vectors of the
+source's and of the target's language, aligned by a dictionary. If both tokenizers are used for the
+same text, one set of vectors serves both and needs no alignment. It is trained on the text with the
+package's own function; words are separated by white space and punctuation.
 """
 
 import re
