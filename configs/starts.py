@@ -6,7 +6,7 @@
         --config.evaluation.abilities=/data/abilities \\
         --config.evaluation.other_text=/data/other.jsonl
 
-`--only='distilled*'` selects a subset. The table "What the model keeps" compares abilities,
+`--only='distilled*'` selects a subset. The table "What the model retains" compares abilities,
 fidelity and bits per byte of both kinds of text; docs/results/start.md has results.
 """
 

@@ -141,7 +141,7 @@ def test_evaluate_compares_models_in_every_measure(folders, tmp_path, capsys):
     )
 
     shown = capsys.readouterr().out
-    assert "What the model keeps" in shown and "Abilities by suite" in shown
+    assert "What the model retains" in shown and "Abilities by suite" in shown
     assert (
         shown.count("Not comparable") == 1
         and "warning: 50.0% of the held-out text of 'en'" in shown

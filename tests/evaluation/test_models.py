@@ -1,5 +1,6 @@
 """Speed, similarity and downstream tasks on a tiny model, against known values or PyTorch."""
 
+import concurrent.futures
 import json
 import sys
 import types
@@ -170,6 +171,27 @@ def test_local_task_runs_offline(model, task_folder, monkeypatch, tmp_path):
         found["copied_word"]["acc"]["value"] == 0.5
         and found["copied_word"]["acc"]["standard_error"] > 0
     )
+
+
+def test_missing_data_of_a_task_is_reported(task_folder, monkeypatch):
+    class Pool:
+        def __init__(self, *args, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def submit(self, *args):
+            found = concurrent.futures.Future()
+            found.set_exception(FileNotFoundError("Unable to find 'examples.jsonl'"))
+            return found
+
+    monkeypatch.setattr(downstream, "ProcessPoolExecutor", Pool)
+    with pytest.raises(UserError, match=r"--tasks x: Unable.*'examples.jsonl'.*--task-folder"):
+        downstream.run_in_subprocess([task_folder], ["x"], task_folder, 0)
 
 
 def test_folder_of_a_model_may_be_relative(task_folder, monkeypatch, tmp_path):

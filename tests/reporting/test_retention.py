@@ -92,10 +92,13 @@ def test_ties_and_nan_do_not_count_as_answers():
 def test_table_has_a_row_per_state(states):
     first, *others = retention.sections(states)
     rows = {row[0]: dict(zip(first.header, row)) for row in first.rows}
-    assert [*rows] == ["source", "init", "stage1"] and first.title == "What the model keeps"
+    assert [*rows] == ["source", "init", "stage1"] and first.title == "What the model retains"
     assert rows["init"]["ability"] == "0.625" and rows["source"]["ability"] == "1.000"
-    assert rows["init"]["less source's"][0] == "-0.375" and rows["source"]["less source's"] == ""
-    assert rows["init"]["cut alike (10)"] == "0.800" and rows["source"]["cut alike (10)"] == "1.000"
+    assert rows["init"]["minus source's"][0] == "-0.375" and rows["source"]["minus source's"] == ""
+    assert (
+        rows["init"]["split alike (10)"] == "0.800"
+        and rows["source"]["split alike (10)"] == "1.000"
+    )
     assert (rows["stage1"]["new tokens (6)"], rows["stage1"]["agreement"]) == ("0.500", "0.750")
     assert (rows["source"]["divergence"], rows["init"]["divergence"], rows["init"]["gap"]) == (
         "",
@@ -122,7 +125,7 @@ def test_split_kinds_are_reported_per_tokenizer(states):
     )
     first = retention.sections(states)[0]
     rows = {row[0]: dict(zip(first.header, row)) for row in first.rows}
-    assert rows["init"]["cut alike (10/16)"] == "0.800" and rows["stage1"]["new tokens (6)"] == ""
+    assert rows["init"]["split alike (10/16)"] == "0.800" and rows["stage1"]["new tokens (6)"] == ""
 
 
 def test_forgetting_is_warned_of(states):
@@ -155,18 +158,18 @@ def test_reports_and_comparisons_show_retention(states):
     )
     read = Reader(run_page.html(made))
     for text in (
-        "What the model keeps",
+        "What the model retains",
         "0.625",
         "it forgets <script>",
         "warning: digits",
         "Fidelity by language",
     ):
         assert text in read.text
-    assert "## What the model keeps" in run_page.markdown(made) and "0.625" in run_page.markdown(
+    assert "## What the model retains" in run_page.markdown(made) and "0.625" in run_page.markdown(
         made
     )
     shown = "\n".join(run_page.kept_lines(made))
-    assert "What the model keeps" in shown and "Fidelity by language" not in shown
+    assert "What the model retains" in shown and "Fidelity by language" not in shown
     other = copy.deepcopy(made)
     other["config"]["seed"] = 1
     other["kept"]["states"]["stage1"]["fidelity"]["pooled"]["agreement"]["value"] = 0.25
@@ -183,6 +186,6 @@ def test_reports_and_comparisons_show_retention(states):
     )
     old = content()
     assert run_page.kept_lines(old) == [] and comparison.compare([old])["groups"][0]["kept"] == {}
-    assert "What the model keeps" not in "\n".join(
+    assert "What the model retains" not in "\n".join(
         pages.terminal(comparison.sections(comparison.compare([old])))
     )

@@ -35,10 +35,10 @@ from tokalign_jax.utils.progress import Log, Progress
 
 ALIKE, COMPOSED, QUESTION_ONLY, RECUT = "alike", "composed", "question", "recut"
 SEGMENTATION_KINDS = {
-    ALIKE: "question and answer cut alike by both tokenizers",
-    QUESTION_ONLY: "only the question cut differently",
+    ALIKE: "question and answer split alike by both tokenizers",
+    QUESTION_ONLY: "only the question split differently",
     COMPOSED: "answer has tokens that the source vocabulary lacks",
-    RECUT: "answer of shared tokens, cut differently",
+    RECUT: "answer of shared tokens, split differently",
 }
 """Kinds of difference between the segmentations of a question and its correct answer."""
 

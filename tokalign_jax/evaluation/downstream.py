@@ -44,9 +44,23 @@ def check(tasks: Sequence[str], task_folder: Path | None) -> None:
 def run_in_subprocess(
     folders: Sequence[Path], tasks: Sequence[str], task_folder: Path | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Calls `run` for each folder in a subprocess, which frees its memory when it ends."""
+    """Calls `run` for each folder in a subprocess, which frees its memory when it ends.
+
+    Raises:
+      UserError: a file that a task reads is missing.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [pool.submit(run, folder, tasks, task_folder, limit).result() for folder in folders]
+        runs = (pool.submit(run, folder, tasks, task_folder, limit) for folder in folders)
+        try:
+            return [one.result() for one in runs]
+        except FileNotFoundError as error:
+            where = (
+                f"'{task_folder}', the folder of --task-folder" if task_folder else "the network"
+            )
+            raise UserError(
+                f"--tasks {','.join(tasks)}: {error}; lm-eval reads the data of its tasks from"
+                f" {where}"
+            ) from error
 
 
 def run(

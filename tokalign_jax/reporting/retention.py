@@ -14,13 +14,13 @@ from tokalign_jax.reporting.pages import Cell, Section, Soft
 
 States = Mapping[str, Mapping[str, Any]]
 
-TITLE = "What the model keeps"
+TITLE = "What the model retains"
 _MEASURES = ("abilities", "chat", "fidelity", "other_text")
 _FIDELITY = ("agreement", "divergence", "gap")
 _NOTHING = ""
 _EVERYTHING = "all"
 _CUTS = {
-    abilities.ALIKE: "cut alike",
+    abilities.ALIKE: "split alike",
     abilities.QUESTION_ONLY: "question",
     abilities.COMPOSED: "new tokens",
     abilities.RECUT: "recut",
@@ -128,7 +128,7 @@ def _overview(states: States, titled: Callable[[str], str]) -> Section:
     questions = _questions_by_cut(states)
     header = ["state"]
     if has["abilities"]:
-        header += ["ability", f"less {titled(source)}'s"]
+        header += ["ability", f"minus {titled(source)}'s"]
         header += [f"{_CUTS[kind]} ({count})" for kind, count in questions.items()]
     header += _FIDELITY if has["fidelity"] else []
     header += ["bits/byte", *(["other text"] if has["other_text"] else [])]
@@ -255,7 +255,7 @@ def _chat(states: States, titled: Callable[[str], str]) -> Iterator[Section]:
         "and the share of replies that ended their turn. In brackets 95% intervals."
     )
     first = titled(next(iter(measured)))
-    header = ["state", "right", f"less {first}'s", f"of {first}'s right", "ended its turn"]
+    header = ["state", "right", f"minus {first}'s", f"of {first}'s right", "ended its turn"]
     yield Section("Chat", text, header, rows)
 
 
