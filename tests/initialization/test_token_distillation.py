@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import TEXTS, tiny_model_folder, tiny_tokenizer
+from tests.models.parity_cases import cases_of, settings, tokens
 from tests.pipeline.toy_runs import arguments, write_corpus
 from tokalign_jax import main
 from tokalign_jax.alignment import methods
@@ -23,7 +24,7 @@ from tokalign_jax.config import (
 from tokalign_jax.initialization import initialization, token_distillation
 from tokalign_jax.initialization.initialization import Side
 from tokalign_jax.initialization.token_distillation import NONE, Finder, Snippets
-from tokalign_jax.models import hub, huggingface
+from tokalign_jax.models import families, hub, huggingface, transformer
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text.canonical import token_bytes, vocabulary_size
 from tokalign_jax.text.corpus import Document
@@ -181,3 +182,12 @@ def test_run_initialises_with_token_distillation(tmp_path, tokenizers):
     after = huggingface.load_params(made, hub.load_config(made)[0])["embed_tokens"]["embedding"]
     known = {row.tobytes() for row in np.asarray(before, np.float32)}
     assert 0.5 < np.mean([row.tobytes() in known for row in np.asarray(after)]) < 1
+
+
+def test_first_layers_of_a_hybrid_model_can_be_compared():
+    case = cases_of("lfm2")[0]
+    model = families.config_from_hf(AutoConfig.for_model("lfm2", **settings(case)).to_dict())
+    params = transformer.init_params(model, jax.random.key(0), std=0.2)
+    hidden = transformer.forward(*token_distillation._truncated(model, params, 1), tokens(8))
+    expected = transformer.forward(*transformer.first_layers(model, params, 1), tokens(8))
+    np.testing.assert_array_equal(hidden, expected)

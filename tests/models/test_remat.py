@@ -234,10 +234,9 @@ def test_states_inside_are_those_of_the_first_layers(unroll):
     params = init_params(config, jax.random.key(0), std=0.2)
     tokens = jax.random.randint(jax.random.key(1), TOKENS, 0, config.vocab_size)
     model = transformer.bind(config, params)
-    final, _, inner = model.states(tokens, None, jnp.float32, "layer", unroll, after={1, 3})
+    final, _, inner = model(tokens, None, jnp.float32, "layer", unroll, after={1, 3})
     assert len(inner) == 2
     np.testing.assert_allclose(final, forward(config, params, tokens), atol=1e-5)
     for number, state in zip((1, 3), inner):
-        first = {**params, "layers": jax.tree.map(lambda x, n=number: x[:n], params["layers"])}
-        expected = forward(config_of("gated", number), first, tokens)
+        expected = forward(*transformer.first_layers(config, params, number), tokens)
         np.testing.assert_allclose(model.outer.final_norm(state), expected, atol=1e-5)

@@ -17,7 +17,6 @@ exist instead of being skipped.
 Letters: m new tokens, V source tokens, n snippets, S their length, B batch, D model.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokalign_jax.config import ComputeConfig, TokenDistillationConfig
 from tokalign_jax.models.config import ModelConfig
-from tokalign_jax.models.transformer import Params, forward
+from tokalign_jax.models.transformer import Params, first_layers, forward
 from tokalign_jax.parallel import sharding
 from tokalign_jax.text.boundaries import NONE, Boundaries, token_boundaries
 from tokalign_jax.text.canonical import plain_backend
@@ -279,8 +278,7 @@ def _truncated(model: ModelConfig, params: Params, layers: int) -> tuple[ModelCo
     """Return the model with its first `layers` layers; 0 means all."""
     if not layers or layers >= model.num_layers:
         return model, params
-    part = dataclasses.replace(model, num_layers=layers, layer_kinds=model.layer_kinds[:layers])
-    return part, {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
+    return first_layers(model, params, layers)
 
 
 def _start(

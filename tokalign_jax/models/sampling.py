@@ -103,7 +103,9 @@ def _extend(
 
         def step(carry, position):
             token, cache = carry
-            hidden, cache = model(token[:, None], None, dtype, "layer", 1, cache, position, length)
+            hidden, cache, _ = model(
+                token[:, None], None, dtype, "layer", 1, cache, position, length
+            )
             logits = logits_from_hidden(config, hidden[:, 0], params)
             scores = logits / jnp.where(temperature > 0, temperature, 1.0)
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)

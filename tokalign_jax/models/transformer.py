@@ -229,23 +229,6 @@ class Transformer:
         start: Int[Array, ""] | int = 0,
         length: Length | None = None,
         num_valid: Int[Array, ""] | int | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Returns the final hidden states and the updated cache; arguments as for `states`."""
-        options = unroll, cache, start, length, num_valid
-        hidden, cache, _ = self.states(tokens, key, dtype, remat, *options)
-        return hidden, cache
-
-    def states(
-        self,
-        tokens: Int[Array, "B T"],
-        key: jax.Array | None,
-        dtype: DTypeLike,
-        remat: rematerialization.Policy,
-        unroll: int = 1,
-        cache: Cache | None = None,
-        start: Int[Array, ""] | int = 0,
-        length: Length | None = None,
-        num_valid: Int[Array, ""] | int | None = None,
         after: Collection[int] = (),
     ) -> tuple[Float[Array, "B T D"], Cache | None, list[Float[Array, "B T D"]]]:
         """Returns the final hidden states, the updated cache, and the residual stream after layers.
@@ -477,7 +460,7 @@ def forward_with_inner_states(
     _check_length(config, tokens.shape[1])
     with compiling.products(dtype):
         model = _bind(config, lora, params)
-        hidden, _, inner = model.states(tokens, None, dtype, "layer", after=after)
+        hidden, _, inner = model(tokens, None, dtype, "layer", after=after)
     return hidden, inner
 
 
@@ -551,7 +534,7 @@ def _continue(
 
     def advance(tokens, last, cache, start, num_valid=None):
         with compiling.products(dtype):
-            hidden, cache = model(
+            hidden, cache, _ = model(
                 tokens, None, dtype, "layer", 1, cache, start, length + steps, num_valid
             )
         scores = adjust_logits(config, _project(config, hidden[:, last], params))
