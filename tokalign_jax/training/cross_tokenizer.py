@@ -41,7 +41,7 @@ from tokalign_jax.training.losses import head_of, token_nll, weighted_cross_entr
 TEMPERATURE = 100.0
 """t; the paper's."""
 LEAST_VARIANCE = 1e-9
-"""Sums of squared deviations up to this are taken for 0."""
+"""Sums of squared deviations up to this are treated as 0."""
 INNER_DEPTHS = (0.25, 0.5, 0.75)
 """Depths at which inner states are compared, as shares of the layers."""
 LEAST_NATS = 1e-3
@@ -128,10 +128,10 @@ def loss(
         inner_distance(own, _at(theirs, batch.positions), shared)
         for own, theirs in zip(inner, taught_inner)
     ]
-    apart = jnp.stack(distances).mean() if distances else jnp.zeros(())
+    inner_term = jnp.stack(distances).mean() if distances else jnp.zeros(())
     total = surrogate + jax.lax.stop_gradient(value - surrogate)
-    total += weights.states * states + weights.inner * apart
-    terms = Terms(total, next_token, states, apart, distance)
+    total += weights.states * states + weights.inner * inner_term
+    terms = Terms(total, next_token, states, inner_term, distance)
     return total, jax.lax.stop_gradient(terms)
 
 
@@ -229,12 +229,8 @@ def state_distance(
     """Squared distance between states over the variance of the teacher's: 1 for the best
     constant; 0 if the teacher's do not vary, as a single one does not.
     """
-    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    at = counts[..., None]
-    mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
-    variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0))
-    error = jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0))
-    return jnp.where(variance > LEAST_VARIANCE, error / jnp.maximum(variance, LEAST_VARIANCE), 0.0)
+    error, variance, _ = _squares(student, teacher, counts)
+    return _ratio(error.sum(), variance.sum(), LEAST_VARIANCE)
 
 
 def inner_distance(
@@ -246,15 +242,31 @@ def inner_distance(
     dominate the distance. Dimensions that do not vary in the teacher count as 0, since they have no
     scale: all of them if there is a single state.
     """
+    error, variance, mean = _squares(student, teacher, counts)
+    # The mean of equal values is only equal to them up to rounding.
+    rounding = counts.sum() * jnp.square(1e-6 * mean)
+    return jnp.mean(_ratio(error, variance, jnp.maximum(rounding, LEAST_VARIANCE)))
+
+
+def _squares(
+    student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], counts: Bool[Array, "B T"]
+) -> tuple[Float[Array, "D"], Float[Array, "D"], Float[Array, "D"]]:
+    """By dimension, in float32, over the positions that count: the sum of squared differences, that
+    of the teacher's squared deviations from its mean, and this mean.
+    """
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     at = counts[..., None]
     mean = jnp.sum(jnp.where(at, teacher, 0.0), axis=(0, 1)) / jnp.maximum(counts.sum(), 1)
-    variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0), axis=(0, 1))
     error = jnp.sum(jnp.where(at, jnp.square(student - teacher), 0.0), axis=(0, 1))
-    # The mean of equal values is only equal to them up to rounding.
-    rounding = counts.sum() * jnp.square(1e-6 * mean)
-    varies = variance > jnp.maximum(rounding, LEAST_VARIANCE)
-    return jnp.mean(jnp.where(varies, error / jnp.maximum(variance, LEAST_VARIANCE), 0.0))
+    variance = jnp.sum(jnp.where(at, jnp.square(teacher - mean), 0.0), axis=(0, 1))
+    return error, variance, mean
+
+
+def _ratio(
+    error: Float[Array, "..."], variance: Float[Array, "..."], least: Float[Array, "..."] | float
+) -> Float[Array, "..."]:
+    """Ratio of error to variance; 0 where the variance is at most `least`."""
+    return jnp.where(variance > least, error / jnp.maximum(variance, LEAST_VARIANCE), 0.0)
 
 
 def same_next_token(positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
