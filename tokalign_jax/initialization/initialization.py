@@ -499,8 +499,8 @@ def _paired_texts(
     random = np.random.default_rng([config.seed, 9])
     lists = word_lists.draw(words, listed, pairing, random)
     log(
-        f"word lists: {len(words):,} words are split differently, lists of them have"
-        f" {sum(len(pair.target) for pair in lists):,} tokens"
+        f"word lists: {sum(len(pair.target) for pair in lists):,} tokens, of {len(words):,} words"
+        " that the tokenizers split differently"
     )
     corpus = pairing.pair(parts) if config.initialization.corpus_share else []
     return self_distillation.Texts(pairing.pair(passages), corpus, lists)

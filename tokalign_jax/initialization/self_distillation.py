@@ -86,7 +86,7 @@ WRITTEN = (0.5, 1.0)
 CORPUS = (1.0, 0.5)
 """The same weights on text of the corpus."""
 LISTS = (0.0, 0.5)
-"""The same weights on lists of words, whose order means nothing."""
+"""The same weights on lists of words, whose order is random."""
 LIST_SHARE = 0.23
 """Share of lists of words in the sequences; lower where few words are split differently."""
 HELD_OUT = 64

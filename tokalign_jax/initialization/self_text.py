@@ -152,11 +152,13 @@ class Writer(NamedTuple):
 
 
 def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """List tokens that are a space and letters, or letters alone if there are no such tokens.
+    """Return the ids of tokens that begin a word, and their sizes in bytes."""
+    texts = texts_of_word_beginnings(tokenizer)
+    return np.array(list(texts), np.int64), np.array([len(t.encode()) for t in texts.values()])
 
-    Returns:
-      Their ids, and their sizes in bytes.
-    """
+
+def texts_of_word_beginnings(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return tokens that are a space and letters, or letters alone if there are no such tokens."""
     texts = {}
     for i, content in enumerate(canonical.token_bytes(tokenizer)):
         if content:
@@ -165,8 +167,7 @@ def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.
             except UnicodeDecodeError:
                 continue
     spaced = {i: t for i, t in texts.items() if t[0] == " " and t[1:].isalpha()}
-    chosen = spaced or {i: t for i, t in texts.items() if t.isalpha()}
-    return np.array(list(chosen), np.int64), np.array([len(t.encode()) for t in chosen.values()])
+    return spaced or {i: t for i, t in texts.items() if t.isalpha()}
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:

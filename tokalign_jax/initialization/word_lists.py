@@ -1,8 +1,8 @@
 """Lists of words that the two tokenizers split differently, as text for the initial distillation.
 
 The new model has to learn each of these words from a sequence of tokens that it has never read.
-Most of them occur once in a million tokens of text or never. A list has nothing but such words,
-each time in another order, and the source model only reads it.
+Most of them occur once in a million tokens of text or never. A list consists of such words alone,
+in an order that differs from pass to pass; the source model only reads it.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax.initialization.self_text import word_beginnings
+from tokalign_jax.initialization.self_text import texts_of_word_beginnings
 from tokalign_jax.text import canonical, pairs
 from tokalign_jax.text.boundaries import token_boundaries
 
@@ -35,8 +35,7 @@ def split_differently(
     """
     candidates: dict[str, None] = {}
     for tokenizer in (source, target):
-        contents, (beginnings, _) = canonical.token_bytes(tokenizer), word_beginnings(tokenizer)
-        candidates.update(dict.fromkeys((contents[i] or b"").decode() for i in beginnings.tolist()))
+        candidates.update(dict.fromkeys(texts_of_word_beginnings(tokenizer).values()))
     for text in texts:
         candidates.update(dict.fromkeys(_WORD.findall(text)))
     words = list(candidates)
