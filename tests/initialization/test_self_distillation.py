@@ -287,12 +287,14 @@ def test_the_smallest_budgets_train_on_a_sequence(sides, budget):
     assert [int((x.target[..., 0] >= 0).sum()) for x in steps] == [1]
 
 
-def test_repeated_sequences_count_once():
+def test_repeated_sequences_count_once_and_lists_are_no_text():
     target = np.array([[[1, 2, 3, -1], [1, 2, 3, -1]], [[4, 4, 2, 5], [1, 2, 3, -1]]])
-    batch = self_distillation.Batch(target, *[np.zeros(0)] * 4)
+    weights = np.array([[0.5, 1.0], [0.0, 0.5]])
+    batch = self_distillation.Batch(target, *[np.zeros(0)] * 2, weights, np.zeros(0))
     present, counts = self_distillation._tokens_in_text((batch, batch), 7)
     assert present.tolist() == [1, 2, 3, 4, 5]
-    assert counts.tolist() == [0, 1, 2, 1, 2, 1, 0]
+    assert counts.all.tolist() == [0, 1, 2, 1, 2, 1, 0]
+    assert counts.text.tolist() == [0, 1, 1, 1, 0, 0, 0]
 
 
 LORA = replace(CONFIG, initialization=replace(SETTINGS, trains="lora"))

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import tiny_tokenizer, tokenizer_of_kind
-from tokalign_jax.config import Config, TextConfig
+from tokalign_jax.config import SELF, Config, TextConfig
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import corpus, tokenizing
 
@@ -60,6 +60,20 @@ def test_documents_are_concatenated_each_with_its_separator(made, side):
     assert shards.counts[tokenizer.eos_token_id] == len(
         documents
     )  # none of those in the text became one
+
+
+def test_beginning_and_end_of_generated_text_are_not_predicted(tmp_path):
+    tokenizer = tiny_tokenizer(300, WORDS)
+    texts = [("one two", "web"), ("three four", SELF), ("", SELF), ("five", "web")]
+    writer = tokenizing.ShardWriter(tmp_path, tokenizer)
+    writer.add([corpus.Document(text, "", len(text), source) for text, source in texts])
+    writer.close()
+    shards = tokenizing.TokenShards.open(tmp_path)
+    first, second, third, _ = shards.documents.tolist()
+    assert second - first > 3
+    # The end of the second document and the third one, which is nothing but its end, are one span.
+    unlearned = [i for begin, end in shards.unlearned.tolist() for i in range(begin, end)]
+    assert unlearned == [first, second - 1, third - 1]
 
 
 @pytest.mark.parametrize("side", tokenizing.SIDES)

@@ -151,6 +151,14 @@ class _State(NamedTuple):
     step: Int[Array, ""]
 
 
+class _Counts(NamedTuple):
+    """Occurrences of each token. A sequence that is read several times counts once."""
+
+    all: Int[np.ndarray, "V"]
+    text: Int[np.ndarray, "V"]
+    """Without the lists of words, which have no next-token loss."""
+
+
 def distill(
     config: Config,
     models: Models,
@@ -317,7 +325,7 @@ def _calibrate_unseen(
     rows: Mapping[str, Float[np.ndarray, "V D"]],
     config: ModelConfig,
     states: Float[np.ndarray, "N D"],
-    counts: Int[np.ndarray, "V"],
+    counts: _Counts,
     composed: Int[np.ndarray, "n"],
     log: Log,
 ) -> float:
@@ -334,12 +342,14 @@ def _calibrate_unseen(
     Returns:
       The decrease in nats.
     """
-    absent = composed[counts[composed] == 0]
+    absent = composed[counts.all[composed] == 0]
     if not len(absent):
         return 0.0
-    head = rows[head_path(rows)]
-    probability = unseen.good_turing(counts, np.isin(np.arange(len(counts)), composed))
-    nats, change = unseen.shift(config, states, head[: len(counts)], absent, probability)
+    head, size = rows[head_path(rows)], len(counts.all)
+    # What is in a list is there on purpose, however rare it is in text.
+    once = np.isin(np.arange(size), composed) & (counts.all == 1)
+    probability = unseen.good_turing(counts.text, once)
+    nats, change = unseen.shift(config, states, head[:size], absent, probability)
     head[absent] += change
     log(
         f"self-distillation: {len(absent):,} composed tokens are not in the text: their logits are "
@@ -354,15 +364,17 @@ STATES = 2048
 
 def _tokens_in_text(
     batches: Sequence[HostBatch], vocabulary: int
-) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "V"]]:
-    """Return the tokens that occur in the text, and the occurrences of each of V.
+) -> tuple[Int[np.ndarray, "p"], _Counts]:
+    """Return the tokens that occur in the sequences, and the occurrences of each of V."""
+    rows = np.concatenate([x.target.reshape(-1, x.target.shape[-1]) for x in batches])
+    is_text = np.concatenate([x.next_token.reshape(-1) > 0 for x in batches])
 
-    A sequence that is read several times counts once.
-    """
-    rows = [batch.target.reshape(-1, batch.target.shape[-1]) for batch in batches]
-    text = np.unique(np.concatenate(rows), axis=0)
-    counts = np.bincount(text[text >= 0], minlength=vocabulary)
-    return np.flatnonzero(counts), counts
+    def counts(rows: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "V"]:
+        distinct = np.unique(rows, axis=0)
+        return np.bincount(distinct[distinct >= 0], minlength=vocabulary)
+
+    found = _Counts(counts(rows), counts(rows[is_text]))
+    return np.flatnonzero(found.all), found
 
 
 def _renumbered(batch: HostBatch, present: Int[np.ndarray, "p"]) -> HostBatch:

@@ -27,9 +27,11 @@ HALVINGS = 40
 
 
 def good_turing(counts: Int[np.ndarray, "V"], among: Bool[np.ndarray, "V"]) -> float:
-    """Estimate the total probability of the tokens `among` that do not occur in the text.
+    """Estimate the total probability of tokens that do not occur in a text.
 
-    If no token occurs once, one is assumed to.
+    Args:
+      counts: occurrences of each token in the text.
+      among: tokens that count if they occur once; if none of them does, one is assumed to.
     """
     return float(max(1, (counts[among] == 1).sum()) / max(1, counts.sum()))
 

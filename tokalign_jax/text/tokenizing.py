@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tokalign_jax.config import Config
+from tokalign_jax.config import SELF, Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import chats, corpus
 from tokalign_jax.text.canonical import losses, special_ids, vocabulary_size
@@ -50,7 +50,7 @@ class TokenShards:
     """Content of `index.json`."""
     unlearned: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """int64 [n, 2]: spans (begin, end) of tokens that are read but not predicted: turns of a chat
-    that are not the assistant's.
+    that are not the assistant's, and beginning and end of text that the source model wrote.
     """
 
     @property
@@ -302,7 +302,9 @@ class ShardWriter:
         plain = [d.text for d in documents if not d.chat]
         encodings = self._encoder.backend.encode_batch_fast(plain, add_special_tokens=False)
         plain_ids = (encoding.ids for encoding in encodings)
-        read = [self._chat(d.chat) if d.chat else (next(plain_ids), None) for d in documents]
+        read = [
+            self._chat(d.chat) if d.chat else _plain(next(plain_ids), d.source) for d in documents
+        ]
         written = [np.array([*ids, self._end], self._dtype) for ids, _ in read]
         if written:  # Counted together, since each count goes through the whole vocabulary.
             self._counts += np.bincount(np.concatenate(written), minlength=len(self._counts))
@@ -325,7 +327,7 @@ class ShardWriter:
         return tokens.ids, chats.is_learned(tokens.ends, written.learned)
 
     def _mark(self, learned: np.ndarray) -> None:
-        """Record which tokens of the next chat are not learned, its end-of-text included."""
+        """Record which tokens of the next document are not learned, its end-of-text included."""
         unlearned = np.concatenate([[False], ~learned, [True, False]])
         edges = np.flatnonzero(unlearned[1:] != unlearned[:-1])
         self._unlearned.extend((self._tokens + edges).tolist())
@@ -356,6 +358,16 @@ class ShardWriter:
             json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         return index
+
+
+def _plain(ids: Sequence[int], source: str) -> tuple[Sequence[int], np.ndarray | None]:
+    """Return the ids of a text, and which of them are learned; None: all, and its end-of-text.
+
+    Most texts that the source model wrote begin with a given word and are cut off after a few
+    tokens. Learning that would make any word likely at the beginning of a document, and any place
+    its end.
+    """
+    return ids, np.arange(len(ids)) > 0 if source == SELF else None
 
 
 def _with_rate(sums: dict[str, int]) -> dict[str, Any]:
