@@ -46,8 +46,7 @@ def whole_loss(params, teacher, data, weights):
     teacher_nll = nll(TEACHER, teacher, source[:, :-1], source[:, 1:])
     hidden = transformer.forward(LLAMA, params, jnp.maximum(target[:, :-1], 0))
     taught = transformer.forward(TEACHER, teacher, source)
-    read, labels, start = data.target[:, :-1], data.target[:, 1:], data.target[:, :1]
-    learned = (labels >= 0) & (labels != start) & (read != start)
+    learned = (data.target[:, 1:] >= 0) & (data.target[:, 1:] != data.target[:, :1])
     count = learned.sum()
     next_token, likelihood, chunks, pairs = 0.0, 0.0, 0, []
     for row in range(2):

@@ -16,10 +16,9 @@ text. There the loss compares
   chunk's likelihoods by teacher and student to the power of 1 / t, the temperature t times the
   binary divergence  p log(p / q) + (1 - p) log((1 - p) / (1 - q)).
 
-Beside them stands the loss of the next token, but for tokens that start a document and the ones
-after them: most documents are cut off before their end, and begin with a given word or in the
-middle of a text. There the teacher's likelihood says how a document ends and begins. What is split
-differently counts `emphasis` times.
+Beside them stands the loss of the next token, but for tokens that start a document: most documents
+are cut off before their end. There the teacher's likelihood says whether it would have ended. What
+is split differently counts `emphasis` times.
 
 B batch, T target tokens, S source tokens, D model.
 """
@@ -159,9 +158,8 @@ def _likelihood_terms(
     nll: Float[Array, "B T"], teacher_nll: Float[Array, "B S"], batch: Batch, weights: Weights
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
     """The weighted sum of next-token loss and divergence; (next-token loss, distance)."""
-    read, labels = batch.target[:, :-1], batch.target[:, 1:]
-    start, alike = batch.target[:, :1], same_next_token(batch.positions)
-    learned = (labels >= 0) & (labels != start) & (read != start)
+    labels, alike = batch.target[:, 1:], same_next_token(batch.positions)
+    learned = (labels >= 0) & (labels != batch.target[:, :1])
     count = jnp.maximum(learned.sum(), 1)
     factors = jnp.where(learned, jnp.where(alike, 1.0, weights.emphasis), 0.0)
     next_token = jnp.sum(nll * factors * batch.next_token[:, None]) / count
