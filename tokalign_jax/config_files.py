@@ -97,13 +97,17 @@ def override(values: config_dict.ConfigDict, overrides: Sequence[str]) -> config
     """Set fields by flags such as `--config.stage1.steps=7` or `--config.stage1.steps 7`.
 
     Raises:
-      UserError: a flag of an unknown field, with the most similar one, or a value of another type.
+      UserError: a flag of an unknown field, with the most similar one, or of a group of fields, or
+        a value of another type.
     """
-    fields = [key for key, _ in _flat(values)]
+    fields = dict(_flat(values))
     overrides = [_with_new_name(flag) for flag in _without_removed(overrides)]
-    for flag in overrides:
-        if (key := _key_of(flag)) and key not in fields:
-            raise UserError(_unknown_field(key, fields))
+    for key in filter(None, map(_key_of, overrides)):
+        if key not in fields:
+            raise UserError(_unknown_field(key, list(fields)))
+        # Even a dict would not do: it would replace the group, with the fields that it leaves out.
+        if isinstance(fields[key], config_dict.ConfigDict):
+            raise UserError(_is_group(key, fields[key]))
     argv = ["tokalign", *overrides]
     parsed = flags.FlagValues()
     try:
@@ -151,6 +155,14 @@ def _with_new_name(flag: str) -> str:
 def _unknown_field(key: str, fields: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
     return f"unknown config key '{key}'; the nearest is '{nearest}' (--config.{nearest}=...)"
+
+
+def _is_group(key: str, group: config_dict.ConfigDict) -> str:
+    single = [name for name, value in group.items() if not hasattr(value, "items")]
+    return (
+        f"config key '{key}' is a group of fields and cannot be set as a whole: set its fields,"
+        f" such as --config.{key}.{[*single, 'FIELD'][0]}=... (all: {', '.join(group)})"
+    )
 
 
 def _flat(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -87,7 +87,11 @@ def test_impossible_plan_is_refused(flag, says, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--config.stage1.steps=7", "--config.stage1=5"], "--config.stage1 is provided after"),
+        (["--config.stage1=3"], "'stage1' is a group of fields"),
+        (["--config.stage1", "3"], "such as --config.stage1.embedding_learning_rate="),
+        (["--config.stage2.optimizer=adam"], "'stage2.optimizer' is a group of fields"),
+        (["--config.stage1.steps=7", "--config.stage1={'steps': 5}"], "a group of fields"),
+        (["--config.seed=1", "--noconfig.evaluation"], "'evaluation' is a group of fields"),
         (["--config.end_of_text=None"], "--config.end_of_text= is empty"),
         (["--config.source_model="], "source_model is empty"),
         (["--config.target_tokenizer="], "target_tokenizer is empty"),
