@@ -121,6 +121,31 @@ def test_self_text_uses_its_own_fields(tmp_path):
         assert {d.source for d in found} == {"self", "other.jsonl"}
 
 
+def test_only_generated_text_is_called_self(tmp_path, monkeypatch):
+    """Neither a folder of that name is, nor do several files of generated text lose the name."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("self", "data/self", "one", "two"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("one", "two"):
+        records = [{"text": f"text {i} of {folder}", "language": "self"} for i in range(5)]
+        self_corpus.save(records, tmp_path / folder / corpus.SELF_TEXT)
+    for folder in ("self", "data/self"):
+        (tmp_path / folder / "a.jsonl").write_text(json.dumps({"text": f"text in {folder}"}))
+    generated = ("one/self_text.jsonl", "two/self_text.jsonl")
+    for names, sources in (
+        (("./self",), {"'self'"}),
+        (("data/self", *generated), {"'self'", "self"}),
+        (("./self", "data/self", generated[0]), {"./self", "data/self", "self"}),
+        (generated, {"self"}),
+        (tuple(f"{name}=0.5" for name in generated), {"self"}),
+    ):
+        for text in (TextConfig(), TextConfig(group_by="source")):
+            found = list(corpus.read(Config(corpus=names, text=text)))
+            assert {d.source for d in found} == sources
+            assert all((d.source == "self") == (d.text[:6] != "text i") for d in found)
+            assert text.group_by != "source" or {d.language for d in found} == sources
+
+
 @pytest.mark.parametrize("names", ["self", "{corpus}=0.6,self=0.4"])
 def test_run_reads_the_text_written_by_the_source_model(tmp_path, names):
     text = write_corpus(tmp_path)
