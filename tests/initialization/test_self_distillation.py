@@ -295,6 +295,9 @@ def test_repeated_sequences_count_once_and_lists_are_no_text():
     assert present.tolist() == [1, 2, 3, 4, 5]
     assert counts.all.tolist() == [0, 1, 2, 1, 2, 1, 0]
     assert counts.text.tolist() == [0, 1, 1, 1, 0, 0, 0]
+    # Nothing has a next-token loss, as where a benchmark sets its weights to 0.
+    _, counts = self_distillation._tokens_in_text((batch._replace(next_token=0 * weights),), 7)
+    assert counts.text.tolist() == counts.all.tolist() == [0, 1, 2, 1, 2, 1, 0]
 
 
 LORA = replace(CONFIG, initialization=replace(SETTINGS, trains="lora"))

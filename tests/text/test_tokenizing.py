@@ -64,16 +64,16 @@ def test_documents_are_concatenated_each_with_its_separator(made, side):
 
 def test_beginning_and_end_of_generated_text_are_not_predicted(tmp_path):
     tokenizer = tiny_tokenizer(300, WORDS)
-    texts = [("one two", "web"), ("three four", SELF), ("", SELF), ("five", "web")]
+    texts = [("one two", "web"), ("three four", SELF), ("", SELF), ("five", "web"), ("o", SELF)]
     writer = tokenizing.ShardWriter(tmp_path, tokenizer)
     writer.add([corpus.Document(text, "", len(text), source) for text, source in texts])
     writer.close()
     shards = tokenizing.TokenShards.open(tmp_path)
-    first, second, third, _ = shards.documents.tolist()
-    assert second - first > 3
+    first, second, third, fourth, last = shards.documents.tolist()
+    assert second - first > 3 and last - fourth == 2
     # The end of the second document and the third one, which is nothing but its end, are one span.
     unlearned = [i for begin, end in shards.unlearned.tolist() for i in range(begin, end)]
-    assert unlearned == [first, second - 1, third - 1]
+    assert unlearned == [first, second - 1, third - 1, fourth, last - 1]
 
 
 @pytest.mark.parametrize("side", tokenizing.SIDES)

@@ -196,6 +196,18 @@ def test_loss_does_not_depend_on_micro_batches(tmp_path):
         assert first["gradient_norm"] == pytest.approx(second["gradient_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["next_token", "mixture", "distillation"])
+def test_steps_without_predicted_tokens_change_nothing(tmp_path, objective):
+    """Such are sequences inside a user's long message, or of generated texts of one token."""
+    shards = replace(toy_shards(), unlearned=np.array([[0, 4000]]))
+    optimizer = replace(STAGE.optimizer, weight_decay=0.0)
+    stage = replace(STAGE, method="full", objective=objective, steps=2, optimizer=optimizer)
+    given = NEXT_TOKEN if objective == "next_token" else taught(stage)
+    result = train(tmp_path, stage, objective=given, shards=shards)
+    assert {record["loss"] for record in result.history} == {0.0}
+    assert_same(result.params, toy_params())
+
+
 def test_contradicting_settings_are_refused():
     with pytest.raises(UserError, match=r"stage1\.weights\.likelihood"):
         config_from_dict(

@@ -156,7 +156,7 @@ class _Counts(NamedTuple):
 
     all: Int[np.ndarray, "V"]
     text: Int[np.ndarray, "V"]
-    """Without the lists of words, which have no next-token loss."""
+    """Without the lists of words, which have no next-token loss; `all` if nothing has one."""
 
 
 def distill(
@@ -373,7 +373,7 @@ def _tokens_in_text(
         distinct = np.unique(rows, axis=0)
         return np.bincount(distinct[distinct >= 0], minlength=vocabulary)
 
-    found = _Counts(counts(rows), counts(rows[is_text]))
+    found = _Counts(counts(rows), counts(rows[is_text] if is_text.any() else rows))
     return np.flatnonzero(found.all), found
 
 
