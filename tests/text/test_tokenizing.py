@@ -76,6 +76,15 @@ def test_beginning_and_end_of_generated_text_are_not_predicted(tmp_path):
     assert unlearned == [first, second - 1, third - 1, fourth, last - 1]
 
 
+def test_space_before_the_given_word_is_not_predicted_either(tmp_path):
+    tokenizer = tiny_tokenizer(257, WORDS)  # Every byte is a token of its own.
+    writer = tokenizing.ShardWriter(tmp_path, tokenizer)
+    writer.add([corpus.Document(text, "", 4, SELF) for text in (" abc", "  ")])
+    writer.close()
+    unlearned = tokenizing.TokenShards.open(tmp_path).unlearned.tolist()
+    assert unlearned == [[0, 2], [4, 5], [5, 8]]
+
+
 @pytest.mark.parametrize("side", tokenizing.SIDES)
 def test_index_counts_by_language(made, side):
     folder, tokenizers, documents, index = made

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from tokalign_jax.config import SELF, Config
 from tokalign_jax.errors import UserError
 from tokalign_jax.text import chats, corpus
-from tokalign_jax.text.canonical import losses, special_ids, vocabulary_size
+from tokalign_jax.text.canonical import losses, special_ids, token_bytes, vocabulary_size
 from tokalign_jax.text.special_tokens import end_of_text_id, ends_turn
 from tokalign_jax.utils.progress import Log, Progress
 
@@ -290,6 +290,8 @@ class ShardWriter:
         self._end, self._opening = end_of_text_id(tokenizer), opening_id(tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._losses = losses(tokenizer)
+        contents = enumerate(token_bytes(tokenizer))
+        self._blank = {i for i, content in contents if content is not None and not content.strip()}
         self._counts = np.zeros(vocabulary_size(tokenizer), np.int64)
         self._dtype = np.dtype("<u2" if len(self._counts) <= 1 << 16 else "<u4")
         self._file = (folder / "tokens.bin").open("wb")
@@ -303,7 +305,8 @@ class ShardWriter:
         encodings = self._encoder.backend.encode_batch_fast(plain, add_special_tokens=False)
         plain_ids = (encoding.ids for encoding in encodings)
         read = [
-            self._chat(d.chat) if d.chat else _plain(next(plain_ids), d.source) for d in documents
+            self._chat(d.chat) if d.chat else self._plain(next(plain_ids), d.source)
+            for d in documents
         ]
         written = [np.array([*ids, self._end], self._dtype) for ids, _ in read]
         if written:  # Counted together, since each count goes through the whole vocabulary.
@@ -319,6 +322,18 @@ class ShardWriter:
             )
             for name, amount in zip(_COUNTED, (1, document.bytes, len(ids) - 1, unknown)):
                 self._languages[document.language, name] += amount
+
+    def _plain(self, ids: Sequence[int], source: str) -> tuple[Sequence[int], np.ndarray | None]:
+        """Return the ids of a text, and which are learned; None: all, and its end-of-text.
+
+        Most texts that the source model wrote begin with a given word and are cut off after a few
+        tokens. Learning that would make any word likely at the beginning of a document, and any
+        place its end. Some tokenizers give the space before the word a token of its own.
+        """
+        if source != SELF:
+            return ids, None
+        first = next((i for i, token in enumerate(ids) if token not in self._blank), len(ids))
+        return ids, np.arange(len(ids)) > first
 
     def _chat(self, chat: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a chat, and which of them are learned."""
@@ -358,16 +373,6 @@ class ShardWriter:
             json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         return index
-
-
-def _plain(ids: Sequence[int], source: str) -> tuple[Sequence[int], np.ndarray | None]:
-    """Return the ids of a text, and which of them are learned; None: all, and its end-of-text.
-
-    Most texts that the source model wrote begin with a given word and are cut off after a few
-    tokens. Learning that would make any word likely at the beginning of a document, and any place
-    its end.
-    """
-    return ids, np.arange(len(ids)) > 0 if source == SELF else None
 
 
 def _with_rate(sums: dict[str, int]) -> dict[str, Any]:
