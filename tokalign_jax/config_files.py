@@ -158,7 +158,8 @@ def _unknown_field(key: str, fields: Sequence[str]) -> str:
 
 
 def _is_group(key: str, group: config_dict.ConfigDict) -> str:
-    single = [name for name, value in group.items() if not hasattr(value, "items")]
+    groups = config_dict.ConfigDict
+    single = [name for name, value in group.items() if not isinstance(value, groups)]
     return (
         f"config key '{key}' is a group of fields and cannot be set as a whole: set its fields,"
         f" such as --config.{key}.{[*single, 'FIELD'][0]}=... (all: {', '.join(group)})"

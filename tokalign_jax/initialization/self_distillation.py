@@ -368,10 +368,11 @@ def _tokens_in_text(
     """Return the tokens that occur in the sequences, and the occurrences of each of V."""
     rows = np.concatenate([x.target.reshape(-1, x.target.shape[-1]) for x in batches])
     is_text = np.concatenate([x.next_token.reshape(-1) > 0 for x in batches])
+    rows, first = np.unique(rows, axis=0, return_index=True)
+    is_text = is_text[first]
 
     def counts(rows: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "V"]:
-        distinct = np.unique(rows, axis=0)
-        return np.bincount(distinct[distinct >= 0], minlength=vocabulary)
+        return np.bincount(rows[rows >= 0], minlength=vocabulary)
 
     found = _Counts(counts(rows), counts(rows[is_text] if is_text.any() else rows))
     return np.flatnonzero(found.all), found

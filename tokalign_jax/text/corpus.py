@@ -912,8 +912,8 @@ def _part_names(names: Sequence[str]) -> list[str]:
             return SELF
         # File names that are not valid in the locale's encoding contain lone surrogates.
         encoded = (short[name] if is_unique else name).encode("utf-8", errors="surrogateescape")
-        shown = _group_name(encoded.decode("utf-8", errors="replace"))
-        return f"'{shown}'" if shown == SELF else shown
+        group = _group_name(encoded.decode("utf-8", errors="replace"))
+        return f"'{group}'" if group == SELF else group
 
     return list(map(shown, names))
 
